@@ -1,0 +1,36 @@
+// The one exception type of nvpflow and the codes it carries.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+namespace nvpflow {
+
+enum class ErrorCode {
+  invalid_argument,  // a value or a size is not acceptable
+  type_mismatch,     // the dtype of an array is not the model's
+  out_of_memory,     // the message states the size that was asked for
+  io,                // the operating system refused; Error::system_error() holds errno
+  file_format,       // a model file is damaged, foreign or newer than this library
+  not_finite,        // training met a NaN or infinite loss or gradient
+  interrupted,       // a training observer asked to stop at once
+  unavailable,       // the device or instruction set that was asked for is not here
+};
+
+/// Thrown by every function of the library that can fail. The message names the argument, what came and what
+/// was expected.
+class Error : public std::runtime_error {
+ public:
+  Error(ErrorCode code, const std::string& message, int system_error = 0)
+      : std::runtime_error(message), code_(code), system_error_(system_error) {}
+
+  ErrorCode code() const noexcept { return code_; }
+  /// errno for ErrorCode::io, else 0.
+  int system_error() const noexcept { return system_error_; }
+
+ private:
+  ErrorCode code_;
+  int system_error_;
+};
+
+}  // namespace nvpflow

@@ -1,0 +1,93 @@
+// A RealNVP normalizing flow on caller-owned memory: exact density, both directions, sampling and gradients.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include <nvpflow/backend.hpp>
+#include <nvpflow/error.hpp>
+#include <nvpflow/spec.hpp>
+
+namespace nvpflow {
+
+/// Wherever `T` appears it must be the flow's dtype (float or double), else Error(type_mismatch). Arrays are row-major
+/// [B, D]; B is what the spans say. A span of the wrong length, or an output that overlaps an input or another output, is
+/// Error(invalid_argument). A row that holds NaN or inf gives NaN in all of that row's results and touches no other.
+///
+/// Const members may be called from any number of threads at once, also while another thread replaces the parameters:
+/// each call sees the old or the new ones whole.
+class Flow {
+ public:
+  /// A new flow with initialize_parameters(spec, seed).
+  explicit Flow(FlowSpec spec, std::uint64_t seed = 0);
+  ~Flow();
+  Flow(Flow&&) noexcept;
+  Flow& operator=(Flow&&) noexcept;
+  /// A copy owns its parameters.
+  Flow(const Flow&);
+  Flow& operator=(const Flow&);
+
+  /// The file formats of file_format.hpp. Throws Error(io) or Error(file_format).
+  static Flow load(const std::string& path);
+  /// As load; for a file without a spec of its own (tensors alone) whose spec cannot be read off them, or to check it.
+  static Flow load(const std::string& path, const FlowSpec& expected);
+  /// Atomic: writes beside `path`, syncs, renames. On failure the old file is as it was.
+  void save(const std::string& path) const;
+
+  const FlowSpec& spec() const;
+  const ParamLayout& layout() const;
+  std::int64_t num_parameters() const;
+  /// Threads of a batch call: 0, as many as this process may use; small batches use fewer.
+  int num_threads() const;
+  void set_num_threads(int threads);
+
+  /// The flat parameters (ParamLayout); replaced only through set_parameters.
+  template <class T>
+  std::span<const T> parameters() const;
+  template <class T>
+  void set_parameters(std::span<const T> parameters);
+
+  /// z [B, D] and log|det dz/dx| [B] (may be empty: not wanted), nats.
+  template <class T>
+  void forward(std::span<const T> x, std::span<T> z, std::span<T> log_det = {}) const;
+  /// x [B, D] and log|det dx/dz| [B] (may be empty).
+  template <class T>
+  void inverse(std::span<const T> z, std::span<T> x, std::span<T> log_det = {}) const;
+  /// log p(x) [B], nats.
+  template <class T>
+  void log_prob(std::span<const T> x, std::span<T> out) const;
+  /// x [B, D]: rows first_row .. first_row + B of the endless sample that `seed` names. The same for every batch size
+  /// and thread count (Philox 4x32-10, Salmon et al. 2011, keyed by seed, counter = row and column).
+  template <class T>
+  void sample(std::uint64_t seed, std::span<T> x, std::uint64_t first_row = 0) const;
+  /// -mean log p(x) over the batch, nats; at least one row.
+  template <class T>
+  double nll(std::span<const T> x) const;
+  /// nll(x); its gradient with respect to the flat parameters overwrites `gradient`.
+  template <class T>
+  double nll_gradient(std::span<const T> x, std::span<T> gradient) const;
+  /// Vector-Jacobian products. grad_out [B, D] and grad_log_det [B] may be empty (zero); grad_in [B, D] and
+  /// grad_parameters may be empty (not wanted); accumulate adds to grad_parameters instead of overwriting them.
+  /// Forward: `in` is x, grad_out is dL/dz. Inverse: `in` is z, grad_out is dL/dx.
+  template <class T>
+  void vjp(Direction direction, std::span<const T> in, std::span<const T> grad_out, std::span<const T> grad_log_det,
+           std::span<T> grad_in, std::span<T> grad_parameters, bool accumulate = false) const;
+  /// Log-scale s and shift t [B, |b|] of layer `layer`, which must be a coupling, on that layer's own input [B, D].
+  template <class T>
+  void conditioner(std::int64_t layer, std::span<const T> in, std::span<T> s, std::span<T> t) const;
+
+  /// Unchecked access for bindings that have already checked their arrays.
+  const Backend& backend() const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+/// Library version, "MAJOR.MINOR.PATCH".
+const char* version();
+
+}  // namespace nvpflow

@@ -1,0 +1,112 @@
+// What a flow is: FlowSpec names the layers, ParamLayout gives every parameter its name, shape and place in one
+// flat buffer. Nothing else in the library knows either.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace nvpflow {
+
+enum class DType { float32, float64 };
+enum class Activation { relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus };
+enum class LayerKind { coupling, standardize };
+
+/// "float32", "relu", "coupling"; the parsers throw Error(invalid_argument) that lists the known names.
+std::string_view name_of(DType dtype);
+std::string_view name_of(Activation activation);
+std::string_view name_of(LayerKind kind);
+DType parse_dtype(std::string_view name);
+Activation parse_activation(std::string_view name);
+LayerKind parse_layer_kind(std::string_view name);
+/// Every activation's name, in the order of the enum.
+std::vector<std::string> activation_names();
+
+/// Bytes of one element: 4 or 8.
+std::int64_t size_of(DType dtype);
+
+/// A run of consecutive features.
+struct FeatureRange {
+  std::int64_t begin = 0;
+  std::int64_t count = 0;
+};
+
+/// One invertible layer, read in the data -> latent direction.
+///
+/// coupling     y_b = x_b * exp(s) + t, y_a = x_a, with s = B tanh(u_s / B), [u_s, t] = MLP(x_a), B = scale_bound
+///              (Dinh et al., Density estimation using Real NVP, 2017, eq. 7-8).
+/// standardize  y = (x - mean) * exp(-log_std), one mean and log_std per feature.
+struct LayerSpec {
+  LayerKind kind = LayerKind::coupling;
+  /// Coupling: false, the first half [0, D/2) conditions the second; true, the second half conditions the first.
+  bool swapped = false;
+  std::vector<std::int64_t> hidden_sizes;
+  Activation activation = Activation::relu;
+  double scale_bound = 1.0;
+
+  bool operator==(const LayerSpec&) const = default;
+};
+
+/// A whole flow: ordered layers, first applied to data first.
+struct FlowSpec {
+  std::int64_t input_size = 0;  // D
+  DType dtype = DType::float32;
+  std::vector<LayerSpec> layers;
+
+  bool operator==(const FlowSpec&) const = default;
+
+  /// Throws Error(invalid_argument) naming the field that is wrong. Sizes are checked before anything is allocated.
+  void validate() const;
+
+  /// The seed's model: num_flows couplings that alternate halves, after a standardize layer where asked for.
+  static FlowSpec real_nvp(std::int64_t input_size, std::int64_t num_flows = 4,
+                           std::vector<std::int64_t> hidden_sizes = {256}, Activation activation = Activation::relu,
+                           double scale_bound = 1.0, bool standardize = false, DType dtype = DType::float32);
+
+  std::int64_t num_couplings() const;
+  /// Features that condition (a) and that are transformed (b) by a coupling layer of this flow.
+  FeatureRange conditioning(const LayerSpec& layer) const;
+  FeatureRange transformed(const LayerSpec& layer) const;
+};
+
+enum class TensorRole { kernel, bias, mean, log_std };
+
+/// One named parameter. Kernels are [in, out], row-major.
+struct TensorInfo {
+  std::string name;                 // "flow_0_coupling_dense_0.kernel"
+  std::vector<std::int64_t> shape;  // [in, out], [out] or [D]
+  std::int64_t offset = 0;          // elements from the start of the flat buffer
+  std::int64_t size = 0;            // elements
+  TensorRole role = TensorRole::kernel;
+  std::int64_t layer = 0;           // index into FlowSpec::layers
+};
+
+/// The flat parameter buffer: tensors in layer order without gaps. Per coupling k (counted over couplings only):
+/// flow_{k}_coupling_dense_{j}.kernel/.bias for each hidden layer, flow_{k}_scale.*, flow_{k}_translation.*.
+/// Per standardize layer i: standardize_{i}.mean, standardize_{i}.log_std.
+class ParamLayout {
+ public:
+  explicit ParamLayout(const FlowSpec& spec);
+
+  const std::vector<TensorInfo>& tensors() const { return tensors_; }
+  /// Tensors of layer `layer` start at this index of tensors().
+  std::size_t first_tensor(std::size_t layer) const { return first_of_layer_[layer]; }
+  /// Elements of the whole buffer.
+  std::int64_t size() const { return size_; }
+  /// nullptr where there is no such tensor.
+  const TensorInfo* find(std::string_view name) const;
+
+ private:
+  std::vector<TensorInfo> tensors_;
+  std::vector<std::size_t> first_of_layer_;
+  std::int64_t size_ = 0;
+};
+
+/// Initial parameters, a function of (spec, seed) alone: kernels U(-1, 1) sqrt(6 / (in + out)) (Glorot and Bengio
+/// 2010, what Axon uses by default), the two heads' kernels a hundredth of that so that a new flow is near the
+/// identity, biases, means and log_stds zero. `parameters` holds ParamLayout::size() elements.
+void initialize_parameters(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t seed, float* parameters);
+void initialize_parameters(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t seed, double* parameters);
+
+}  // namespace nvpflow

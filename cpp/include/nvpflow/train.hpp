@@ -1,0 +1,90 @@
+// Maximum-likelihood training: minibatches, Adam, schedule, validation, early stopping, checkpoints.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include <nvpflow/flow.hpp>
+
+namespace nvpflow {
+
+enum class Schedule { constant, cosine };
+
+struct FitOptions {
+  std::int64_t epochs = 100;
+  std::int64_t batch_size = 256;
+  double learning_rate = 1e-3;
+  /// cosine: learning_rate * (1 + cos(pi step / total_steps)) / 2, from the first step to the last of all epochs.
+  Schedule schedule = Schedule::cosine;
+  /// Decoupled (AdamW), on kernels only.
+  double weight_decay = 0.0;
+  /// Largest Euclidean norm of the whole gradient; a longer one is scaled down to it. 0: no clipping.
+  double clip_norm = 0.0;
+  /// Stop after this many epochs without a better validation loss. 0: never. Needs validation data.
+  std::int64_t patience = 0;
+  /// Share of the rows set aside for validation where no validation array is given, in [0, 1).
+  double validation_fraction = 0.1;
+  std::uint64_t seed = 0;
+  /// 0: what the flow says.
+  int threads = 0;
+  /// Written after every epoch where not empty; where it exists already, training goes on from it.
+  std::string checkpoint;
+
+  /// Throws Error(invalid_argument) naming the field.
+  void validate() const;
+};
+
+struct EpochRecord {
+  std::int64_t epoch = 0;       // 1 for the first
+  double train_loss = 0;        // mean NLL over the epoch's steps, nats per row
+  double validation_loss = 0;   // NaN without validation data
+  double learning_rate = 0;     // of the epoch's last step
+  double gradient_norm = 0;     // of the epoch's last step, before clipping
+  double seconds = 0;           // wall time of this epoch, validation included
+
+  bool operator==(const EpochRecord&) const = default;
+};
+
+struct History {
+  std::vector<EpochRecord> epochs;
+  std::int64_t best_epoch = 0;      // whose weights the flow holds now; 0: the initial ones
+  double best_loss = 0;             // its validation loss, or train loss without validation data
+  std::string stop_reason;          // "epochs", "patience", "callback" or "interrupted"
+  std::int64_t train_rows = 0;
+  std::int64_t validation_rows = 0;
+};
+
+/// Told of progress from the thread that called fit(). Every member may return false to stop; the flow then keeps
+/// the best weights so far. An exception passes through fit() after the same restoration.
+class FitObserver {
+ public:
+  virtual ~FitObserver() = default;
+  /// After every slice of work of well under a second. `step` of `steps` minibatches of epoch `epoch` are done.
+  /// False: stop at once, stop_reason "interrupted".
+  virtual bool on_progress(std::int64_t epoch, std::int64_t step, std::int64_t steps) {
+    (void)epoch, (void)step, (void)steps;
+    return true;
+  }
+  /// False: stop, stop_reason "callback".
+  virtual bool on_epoch(const EpochRecord& record) {
+    (void)record;
+    return true;
+  }
+};
+
+/// Fits `flow` to x [N, D] by minimising -mean log p. A first layer of kind standardize that is still the identity is set to
+/// the training rows' mean and log standard deviation beforehand, and is not trained.
+///
+/// Rows are visited in a new order each epoch, given by `seed` alone; the same data, options and seed give the same weights
+/// bit for bit on one instruction set, for any number of threads, also across a stop and a resume from a checkpoint.
+/// The flow ends with the weights of the best epoch (validation loss, or train loss without validation data).
+///
+/// Throws Error(invalid_argument) for data or options that cannot be used (rows with NaN or inf are counted and named),
+/// Error(not_finite), naming the step, where the loss or gradient stops being finite; the flow then holds the best weights.
+template <class T>
+History fit(Flow& flow, std::span<const T> x, std::span<const T> validation, const FitOptions& options,
+            FitObserver* observer = nullptr);
+
+}  // namespace nvpflow
