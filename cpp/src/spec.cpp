@@ -1,0 +1,308 @@
+#include <nvpflow/spec.hpp>
+
+#include <array>
+#include <charconv>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+#include <nvpflow/error.hpp>
+
+#include "math.hpp"
+
+namespace nvpflow {
+namespace {
+
+// Far above any useful model, far below where sizes overflow: a wrong number fails with its name, not as bad_alloc.
+constexpr std::int64_t kMaxInputSize = std::int64_t{1} << 20;
+constexpr std::int64_t kMaxHiddenSize = std::int64_t{1} << 20;
+constexpr std::int64_t kMaxLayers = std::int64_t{1} << 16;
+constexpr std::int64_t kMaxTensors = std::int64_t{1} << 19;
+constexpr std::int64_t kMaxParameters = std::int64_t{1} << 33;
+
+template <class Enum, std::size_t N>
+using Names = std::array<std::pair<Enum, std::string_view>, N>;
+
+constexpr Names<DType, 2> kDTypes = {{{DType::float32, "float32"}, {DType::float64, "float64"}}};
+constexpr Names<LayerKind, 2> kLayerKinds = {
+    {{LayerKind::coupling, "coupling"}, {LayerKind::standardize, "standardize"}}};
+constexpr Names<Activation, 8> kActivations = {{{Activation::relu, "relu"},
+                                                {Activation::leaky_relu, "leaky_relu"},
+                                                {Activation::elu, "elu"},
+                                                {Activation::gelu, "gelu"},
+                                                {Activation::silu, "silu"},
+                                                {Activation::tanh, "tanh"},
+                                                {Activation::sigmoid, "sigmoid"},
+                                                {Activation::softplus, "softplus"}}};
+
+[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::invalid_argument, message); }
+
+template <class Enum, std::size_t N>
+std::string list_of(const Names<Enum, N>& names) {
+  std::string list;
+  for (const auto& [value, name] : names) list.append(list.empty() ? "" : ", ").append(name);
+  return list;
+}
+
+template <class Enum, std::size_t N>
+std::string_view find_name(const Names<Enum, N>& names, Enum value, const char* field) {
+  for (const auto& [known, name] : names) {
+    if (known == value) return name;
+  }
+  refuse(std::string(field) + " is the enumerator " + std::to_string(static_cast<int>(value)) + ", expected one of " +
+         list_of(names));
+}
+
+template <class Enum, std::size_t N>
+Enum find_value(const Names<Enum, N>& names, std::string_view text, const char* field) {
+  for (const auto& [value, name] : names) {
+    if (name == text) return value;
+  }
+  refuse(std::string(field) + " is '" + std::string(text) + "', expected one of " + list_of(names));
+}
+
+std::string text_of(double value) {
+  char text[32];
+  return {text, std::to_chars(text, text + sizeof text, value).ptr};
+}
+
+void check_range(const std::string& field, std::int64_t value, std::int64_t lowest, std::int64_t highest) {
+  if (value >= lowest && value <= highest) return;
+  refuse(field + " is " + std::to_string(value) + ", expected " + std::to_string(lowest) + " to " +
+         std::to_string(highest));
+}
+
+void check_input_size(std::int64_t input_size) {
+  if (input_size < 2) {
+    refuse("input_size is " + std::to_string(input_size) +
+           ", expected at least 2: a coupling layer needs a part to condition on and a part to transform");
+  }
+  check_range("input_size", input_size, 2, kMaxInputSize);
+}
+
+/// The bound must survive the rounding to `dtype`: 1e300 would be infinite and 1e-300 zero in float32.
+void check_scale_bound(const std::string& field, double value, DType dtype) {
+  const bool narrow = dtype == DType::float32;
+  const double lowest = narrow ? double{std::numeric_limits<float>::min()} : std::numeric_limits<double>::min();
+  const double highest = narrow ? double{std::numeric_limits<float>::max()} : std::numeric_limits<double>::max();
+  if (value >= lowest && value <= highest) return;  // false for NaN
+  refuse(field + " is " + text_of(value) + ", expected finite and > 0 in " + std::string(name_of(dtype)));
+}
+
+/// `prefix` is put before the field names: "layers[3]." or nothing.
+void check_coupling(const std::string& prefix, const LayerSpec& layer, DType dtype) {
+  for (std::size_t j = 0; j < layer.hidden_sizes.size(); ++j) {
+    check_range(prefix + "hidden_sizes[" + std::to_string(j) + "]", layer.hidden_sizes[j], 1, kMaxHiddenSize);
+  }
+  find_name(kActivations, layer.activation, (prefix + "activation").c_str());
+  check_scale_bound(prefix + "scale_bound", layer.scale_bound, dtype);
+}
+
+void check_standardize(const std::string& prefix, const LayerSpec& layer) {
+  LayerSpec plain;
+  plain.kind = LayerKind::standardize;
+  if (layer == plain) return;
+  refuse(prefix +
+         "kind is standardize but a field of the coupling kind is set, expected swapped, hidden_sizes, "
+         "activation and scale_bound at their defaults: a standardize layer has no network");
+}
+
+std::int64_t tensors_of(const LayerSpec& layer) {
+  return layer.kind == LayerKind::standardize ? 2 : 2 * static_cast<std::int64_t>(layer.hidden_sizes.size()) + 4;
+}
+
+void check_num_tensors(std::int64_t tensors) {
+  if (tensors <= kMaxTensors) return;
+  refuse("layers and hidden_sizes give more than " + std::to_string(kMaxTensors) +
+         " parameter tensors, expected at most that many");
+}
+
+void check_num_parameters(std::int64_t parameters) {
+  if (parameters <= kMaxParameters) return;
+  refuse("input_size, layers and hidden_sizes give more than " + std::to_string(kMaxParameters) +
+         " parameters, expected at most that many");
+}
+
+/// Counts without overflow: sizes are at most 2^20 here, and the sum is checked after each term of at most 2^41.
+void check_totals(const FlowSpec& spec) {
+  std::int64_t tensors = 0;
+  std::int64_t parameters = 0;
+  const auto add = [&](std::int64_t count) { check_num_parameters(parameters += count); };
+  for (const LayerSpec& layer : spec.layers) {
+    check_num_tensors(tensors += tensors_of(layer));
+    if (layer.kind == LayerKind::standardize) {
+      add(2 * spec.input_size);
+      continue;
+    }
+    std::int64_t in = spec.conditioning(layer).count;
+    for (const std::int64_t size : layer.hidden_sizes) {
+      add((in + 1) * size);
+      in = size;
+    }
+    add(2 * (in + 1) * spec.transformed(layer).count);
+  }
+}
+
+template <class T>
+void initialize(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t seed, T* parameters) {
+  std::uint64_t block = std::numeric_limits<std::uint64_t>::max();  // the one that `words` holds
+  std::uint32_t words[4] = {};
+  const auto word_of = [&](std::uint64_t i) {
+    if (i / 4 != block) {
+      block = i / 4;
+      const std::uint32_t counter[4] = {static_cast<std::uint32_t>(block), static_cast<std::uint32_t>(block >> 32), 0,
+                                        kStreamInitialize};
+      philox4x32(seed, counter, words);
+    }
+    return words[i % 4];
+  };
+  for (std::size_t t = 0; t < layout.tensors().size(); ++t) {
+    const TensorInfo& tensor = layout.tensors()[t];
+    T* values = parameters + tensor.offset;
+    if (tensor.role != TensorRole::kernel) {
+      for (std::int64_t i = 0; i < tensor.size; ++i) values[i] = T{0};
+      continue;
+    }
+    const auto layer = static_cast<std::size_t>(tensor.layer);
+    const bool head = t - layout.first_tensor(layer) >= 2 * spec.layers[layer].hidden_sizes.size();
+    const double limit = (head ? 0.01 : 1.0) * std::sqrt(6.0 / static_cast<double>(tensor.shape[0] + tensor.shape[1]));
+    for (std::int64_t i = 0; i < tensor.size; ++i) {
+      const double uniform = (word_of(static_cast<std::uint64_t>(tensor.offset + i)) + 0.5) * 0x1p-32;  // (0, 1)
+      values[i] = static_cast<T>((2.0 * uniform - 1.0) * limit);
+    }
+  }
+}
+
+}  // namespace
+
+std::string_view name_of(DType dtype) { return find_name(kDTypes, dtype, "dtype"); }
+std::string_view name_of(Activation activation) { return find_name(kActivations, activation, "activation"); }
+std::string_view name_of(LayerKind kind) { return find_name(kLayerKinds, kind, "kind"); }
+
+DType parse_dtype(std::string_view name) { return find_value(kDTypes, name, "dtype"); }
+Activation parse_activation(std::string_view name) { return find_value(kActivations, name, "activation"); }
+LayerKind parse_layer_kind(std::string_view name) { return find_value(kLayerKinds, name, "kind"); }
+
+std::vector<std::string> activation_names() {
+  std::vector<std::string> names;
+  for (const auto& [value, name] : kActivations) names.emplace_back(name);
+  return names;
+}
+
+std::int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 8; }
+
+void FlowSpec::validate() const {
+  check_input_size(input_size);
+  find_name(kDTypes, dtype, "dtype");
+  if (layers.size() > static_cast<std::size_t>(kMaxLayers)) {
+    refuse("layers holds " + std::to_string(layers.size()) + " layers, expected at most " + std::to_string(kMaxLayers));
+  }
+  for (std::size_t i = 0; i < layers.size(); ++i) {
+    const std::string prefix = "layers[" + std::to_string(i) + "].";
+    find_name(kLayerKinds, layers[i].kind, (prefix + "kind").c_str());
+    if (layers[i].kind == LayerKind::coupling) {
+      check_coupling(prefix, layers[i], dtype);
+    } else {
+      check_standardize(prefix, layers[i]);
+    }
+  }
+  if (num_couplings() == 0) {
+    refuse("layers holds " + std::to_string(layers.size()) + " layers and no coupling, expected at least 1 coupling");
+  }
+  check_totals(*this);
+}
+
+FlowSpec FlowSpec::real_nvp(std::int64_t input_size, std::int64_t num_flows, std::vector<std::int64_t> hidden_sizes,
+                            Activation activation, double scale_bound, bool standardize, DType dtype) {
+  FlowSpec spec;
+  spec.input_size = input_size;
+  spec.dtype = dtype;
+  LayerSpec coupling;
+  coupling.hidden_sizes = std::move(hidden_sizes);
+  coupling.activation = activation;
+  coupling.scale_bound = scale_bound;
+
+  // Before `layers` exists: a num_flows of 10^12 must not get as far as an allocation.
+  check_input_size(input_size);
+  check_range("num_flows", num_flows, 1, kMaxLayers - (standardize ? 1 : 0));
+  find_name(kDTypes, dtype, "dtype");
+  check_coupling("", coupling, dtype);
+  check_num_tensors(num_flows * tensors_of(coupling));
+
+  spec.layers.reserve(static_cast<std::size_t>(num_flows) + 1);
+  if (standardize) spec.layers.emplace_back().kind = LayerKind::standardize;
+  for (std::int64_t k = 0; k < num_flows; ++k) {
+    coupling.swapped = k % 2 == 1;
+    spec.layers.push_back(coupling);
+  }
+  spec.validate();
+  return spec;
+}
+
+std::int64_t FlowSpec::num_couplings() const {
+  std::int64_t count = 0;
+  for (const LayerSpec& layer : layers) count += layer.kind == LayerKind::coupling ? 1 : 0;
+  return count;
+}
+
+FeatureRange FlowSpec::conditioning(const LayerSpec& layer) const {
+  const std::int64_t half = input_size / 2;
+  return layer.swapped ? FeatureRange{half, input_size - half} : FeatureRange{0, half};
+}
+
+FeatureRange FlowSpec::transformed(const LayerSpec& layer) const {
+  const std::int64_t half = input_size / 2;
+  return layer.swapped ? FeatureRange{0, half} : FeatureRange{half, input_size - half};
+}
+
+ParamLayout::ParamLayout(const FlowSpec& spec) {
+  spec.validate();
+  std::int64_t layer_index = 0;
+  const auto add = [&](std::string name, std::vector<std::int64_t> shape, TensorRole role) {
+    std::int64_t size = 1;
+    for (const std::int64_t extent : shape) size *= extent;
+    tensors_.push_back({std::move(name), std::move(shape), size_, size, role, layer_index});
+    size_ += size;
+  };
+  const auto add_dense = [&](const std::string& name, std::int64_t in, std::int64_t out) {
+    add(name + ".kernel", {in, out}, TensorRole::kernel);
+    add(name + ".bias", {out}, TensorRole::bias);
+  };
+
+  std::int64_t couplings = 0;
+  for (const LayerSpec& layer : spec.layers) {
+    first_of_layer_.push_back(tensors_.size());
+    if (layer.kind == LayerKind::standardize) {
+      const std::string name = "standardize_" + std::to_string(layer_index);
+      add(name + ".mean", {spec.input_size}, TensorRole::mean);
+      add(name + ".log_std", {spec.input_size}, TensorRole::log_std);
+    } else {
+      const std::string name = "flow_" + std::to_string(couplings++);
+      std::int64_t in = spec.conditioning(layer).count;
+      for (std::size_t j = 0; j < layer.hidden_sizes.size(); ++j) {
+        add_dense(name + "_coupling_dense_" + std::to_string(j), in, layer.hidden_sizes[j]);
+        in = layer.hidden_sizes[j];
+      }
+      add_dense(name + "_scale", in, spec.transformed(layer).count);
+      add_dense(name + "_translation", in, spec.transformed(layer).count);
+    }
+    ++layer_index;
+  }
+}
+
+const TensorInfo* ParamLayout::find(std::string_view name) const {
+  for (const TensorInfo& tensor : tensors_) {
+    if (tensor.name == name) return &tensor;
+  }
+  return nullptr;
+}
+
+void initialize_parameters(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t seed, float* parameters) {
+  initialize(spec, layout, seed, parameters);
+}
+
+void initialize_parameters(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t seed, double* parameters) {
+  initialize(spec, layout, seed, parameters);
+}
+
+}  // namespace nvpflow
