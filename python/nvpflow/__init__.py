@@ -1,0 +1,38 @@
+"""RealNVP normalizing flows: exact densities, sampling and training, on a C++ core.
+
+>>> import numpy as np, nvpflow
+>>> x = np.random.default_rng(0).normal(size=(1000, 16)).astype(np.float32)
+>>> flow = nvpflow.build(input_size=16, num_flows=4, hidden_sizes=(128,), activation="relu")
+>>> z, log_det = flow.forward(x)
+>>> history = flow.fit(x, epochs=2, progress=False)
+>>> log_p = flow.log_probability(x)
+"""
+
+# Before everything else, so that a failure says what to do about it.
+try:
+    from nvpflow import _core  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"{error}\nnvpflow's compiled part cannot be imported. Is it not built? Run `pip install .` in the project's "
+        "folder, and start Python outside the folder python/.",
+        name=error.name,
+        path=error.path,
+    ) from error
+
+from nvpflow import functional
+from nvpflow._core import FileFormatError, FlowSpec, TrainingError, __version__, cpu_isa
+from nvpflow.flow import Flow, build, load
+from nvpflow.training import History
+
+__all__ = [
+    "FileFormatError",
+    "Flow",
+    "FlowSpec",
+    "History",
+    "TrainingError",
+    "__version__",
+    "build",
+    "cpu_isa",
+    "functional",
+    "load",
+]

@@ -1,0 +1,92 @@
+"""Checks of arguments before they reach the extension: errors name the argument, what came and what was expected."""
+
+import operator
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+
+def describe(value: object) -> str:
+    """Return the value and its type for a message, cut to a length that a message can bear."""
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+
+
+def integer(name: str, value: Any, *, unsigned: bool = False) -> int:
+    """Return `value` as an int that fits 64 bits; bool is refused, it is almost always a mistake."""
+    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {describe(value)}")
+    number = operator.index(value)
+    low, high = (0, 2**64) if unsigned else (-(2**63), 2**63)
+    if not low <= number < high:
+        raise ValueError(f"{name}={number} is out of range: expected {low} <= {name} < {high}")
+    return number
+
+
+def real(name: str, value: Any) -> float:
+    """Return `value`, any real number but a bool, as a float."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a real number, got {describe(value)}")
+    return float(value)
+
+
+def boolean(name: str, value: Any) -> bool:
+    """Return `value`, which must be a bool: 1, "no" or an array are not taken for one."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {describe(value)}")
+    return bool(value)
+
+
+def text(name: str, value: Any) -> str:
+    """Return `value`, which must be a str."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {describe(value)}")
+    return value
+
+
+def sizes(name: str, value: Any) -> tuple[int, ...]:
+    """Return a sequence of integers as a tuple; a single integer is refused, not wrapped."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, np.ndarray)):
+        raise TypeError(f"{name} must be a sequence of integers such as (128, 128), got {describe(value)}")
+    return tuple(integer(f"{name}[{i}]", item) for i, item in enumerate(value))
+
+
+def dtype_name(name: str, value: DTypeLike) -> str:
+    """Return the name NumPy gives to a dtype: np.float32 and "f4" both give "float32"."""
+    message = f"{name} must be a dtype, 'float32' or 'float64', got {describe(value)}"
+    if value is None:  # float64 to NumPy, not a choice the caller made
+        raise TypeError(message)
+    try:
+        return np.dtype(value).name
+    except TypeError:
+        raise TypeError(message) from None
+
+
+def path(name: str, value: str | os.PathLike[str]) -> str:
+    """Return a path as a str."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a str or an os.PathLike, got {describe(value)}")
+    return os.fsdecode(value)
+
+
+def array(name: str, value: ArrayLike, dtype: DTypeLike) -> NDArray[Any]:
+    """Return `value` as a C-contiguous array of `dtype`: itself where it is one, a copy where NumPy calls that safe."""
+    wanted = np.dtype(dtype)
+    given = np.asarray(value)
+    if not np.can_cast(given.dtype, wanted, "safe"):
+        raise TypeError(
+            f"{name} has dtype {given.dtype}, which does not convert to the model's {wanted} safely; "
+            f"convert it yourself: np.asarray({name}, dtype=np.{wanted})"
+        )
+    return np.asarray(given, dtype=wanted, order="C")
+
+
+def table(name: str, value: ArrayLike, dtype: DTypeLike, columns: int) -> NDArray[Any]:
+    """Return `value` as `array` does, and check that its shape is [N, columns]."""
+    rows = array(name, value, dtype)
+    if rows.ndim != 2 or rows.shape[1] != columns:
+        raise ValueError(f"{name} has shape {rows.shape}, expected [N, {columns}]")
+    return rows

@@ -1,0 +1,232 @@
+"""What `Flow.fit` does around the compiled training loop: checks, the progress bar and the history."""
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from nvpflow import _checks
+from nvpflow._core import EpochRecord, FitSummary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from nvpflow.flow import Flow
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class History:
+    """What `Flow.fit` did: one value per epoch in each array, losses in nats per row.
+
+    Attributes
+    ----------
+    epoch
+        The epochs' numbers, from 1, int64.
+    train_loss
+        Mean of ``-log p`` over the epoch's updates, each taken before its update.
+    validation_loss
+        Mean of ``-log p`` over the validation rows after the epoch; NaN without validation data.
+    learning_rate, gradient_norm
+        Of the epoch's last update; the norm before clipping.
+    seconds
+        Wall time of the epoch, validation included.
+    best_epoch
+        The epoch whose weights the flow now has; 0 for the weights it started from.
+    best_loss
+        Its validation loss, or training loss without validation data.
+    stop_reason
+        "epochs", "patience" or "callback".
+    train_rows, validation_rows
+        Rows trained and validated on.
+    """
+
+    epoch: NDArray[np.int64]
+    train_loss: NDArray[np.float64]
+    validation_loss: NDArray[np.float64]
+    learning_rate: NDArray[np.float64]
+    gradient_norm: NDArray[np.float64]
+    seconds: NDArray[np.float64]
+    best_epoch: int
+    best_loss: float
+    stop_reason: str
+    train_rows: int
+    validation_rows: int
+
+    @classmethod
+    def _from_summary(cls, summary: FitSummary) -> "History":
+        records = summary["epochs"]
+        return cls(
+            epoch=np.array([record["epoch"] for record in records], dtype=np.int64),
+            train_loss=np.array([record["train_loss"] for record in records], dtype=np.float64),
+            validation_loss=np.array([record["validation_loss"] for record in records], dtype=np.float64),
+            learning_rate=np.array([record["learning_rate"] for record in records], dtype=np.float64),
+            gradient_norm=np.array([record["gradient_norm"] for record in records], dtype=np.float64),
+            seconds=np.array([record["seconds"] for record in records], dtype=np.float64),
+            best_epoch=summary["best_epoch"],
+            best_loss=summary["best_loss"],
+            stop_reason=summary["stop_reason"],
+            train_rows=summary["train_rows"],
+            validation_rows=summary["validation_rows"],
+        )
+
+    def __len__(self) -> int:
+        """Return the number of epochs."""
+        return len(self.epoch)
+
+    def __repr__(self) -> str:
+        """Return a table of the first, the best and the last epoch."""
+        lines = [
+            f"History: {len(self)} epochs in {self.seconds.sum():.1f} s, stopped by {self.stop_reason}; "
+            f"{self.train_rows:,} training and {self.validation_rows:,} validation rows",
+            "         epoch    train nll  validation nll  learning rate  gradient norm  seconds",
+        ]
+        at_best = np.flatnonzero(self.epoch == self.best_epoch)
+        marks = [("first", 0), *(("best", int(i)) for i in at_best), ("last", len(self) - 1)]
+        for mark, i in marks if len(self) else []:
+            lines.append(
+                f"  {mark:<5}  {self.epoch[i]:>5}  {self.train_loss[i]:>11.4f}  {self.validation_loss[i]:>14.4f}  "
+                f"{self.learning_rate[i]:>13.3g}  {self.gradient_norm[i]:>13.3g}  {self.seconds[i]:>7.2f}"
+            )
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as lists and numbers of Python, NaN where there was no validation data."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in values.items()}
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the losses over the epochs.
+
+        Parameters
+        ----------
+        ax
+            Where to draw; None makes a new figure.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+            The axes drawn on.
+
+        Raises
+        ------
+        ImportError
+            Matplotlib is not installed (``pip install "nvpflow[plot]"``).
+        """
+        try:
+            import matplotlib.pyplot as plt
+        except ImportError as error:
+            raise ImportError('History.plot needs matplotlib: pip install "nvpflow[plot]"') from error
+        if ax is None:
+            ax = plt.subplots(figsize=(6, 4), layout="constrained")[1]
+        ax.plot(self.epoch, self.train_loss, color="C0", label="training")
+        if self.validation_rows:
+            ax.plot(self.epoch, self.validation_loss, color="C1", label="validation")
+        if self.best_epoch:
+            ax.plot(self.best_epoch, self.best_loss, "o", color="C3", label=f"best: {self.best_loss:.3f}")
+        ax.set(xlabel="epoch", ylabel="negative log-likelihood (nats per row)")
+        ax.legend(frameon=False)
+        return ax
+
+
+class _Bar:
+    """A tqdm bar over every update of every epoch."""
+
+    def __init__(self, epochs: int) -> None:
+        try:
+            from tqdm import tqdm
+        except ImportError as error:
+            raise ImportError('progress=True needs tqdm: pip install "nvpflow[cli]"') from error
+        self._bar = tqdm(unit=" updates", dynamic_ncols=True, file=sys.stderr)
+        self._epochs = epochs
+        self._best = math.inf
+
+    def on_progress(self, epoch: int, step: int, steps: int) -> None:
+        done = (epoch - 1) * steps + step
+        if self._bar.total is None:
+            self._bar.total = self._epochs * steps
+            self._bar.initial = self._bar.n = (epoch - 1) * steps  # epochs of a checkpoint do not count in the rate
+        self._bar.set_description(f"epoch {epoch}/{self._epochs}", refresh=False)
+        self._bar.update(done - self._bar.n)
+
+    def on_epoch(self, record: EpochRecord) -> None:
+        train, validation = record["train_loss"], record["validation_loss"]
+        validated = not math.isnan(validation)
+        self._best = min(self._best, validation if validated else train)
+        shown = f"nll {train:.4f}, " + (f"validation {validation:.4f}, " if validated else "")
+        self._bar.set_postfix_str(f"{shown}best {self._best:.4f} nats")
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
+        self._bar.close()
+
+
+def _open_bar(progress: Any, epochs: int) -> _Bar | None:
+    if progress is not None:
+        return _Bar(epochs) if _checks.boolean("progress", progress) else None
+    if sys.stderr is None or not sys.stderr.isatty():
+        return None
+    try:
+        return _Bar(epochs)
+    except ImportError:
+        return None
+
+
+def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the types of fit's options; the extension checks their ranges."""
+    given = dict(options)
+    for name in ("clip_norm", "patience", "threads"):
+        given[name] = 0 if given[name] is None else given[name]
+    integers = ("epochs", "batch_size", "patience", "threads")
+    checked: dict[str, Any] = {name: _checks.integer(name, given[name]) for name in integers}
+    checked |= {name: _checks.real(name, given[name]) for name in ("learning_rate", "weight_decay", "clip_norm")}
+    checked["schedule"] = _checks.text("schedule", given["schedule"])
+    checked["seed"] = _checks.integer("seed", given["seed"], unsigned=True)
+    checkpoint = given["checkpoint"]
+    checked["checkpoint"] = "" if checkpoint is None else _checks.path("checkpoint", checkpoint)
+    return checked
+
+
+def _split(flow: "Flow", validation: float | ArrayLike | None) -> tuple[NDArray[Any] | None, float]:
+    """Tell a validation array from a share of the rows."""
+    if validation is None:
+        return None, 0.0
+    if np.ndim(validation) == 0:
+        return None, _checks.real("validation", validation)
+    return _checks.table("validation", validation, flow.spec.dtype, flow.spec.input_size), 0.0
+
+
+def fit(
+    flow: "Flow",
+    x: ArrayLike,
+    *,
+    validation: float | ArrayLike | None,
+    options: Mapping[str, Any],
+    progress: bool | None,
+    callback: Callable[[EpochRecord], object] | None,
+) -> History:
+    """Train `flow`; `Flow.fit` documents the arguments."""
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable or None, got {_checks.describe(callback)}")
+    rows = _checks.table("x", x, flow.spec.dtype, flow.spec.input_size)
+    validation_rows, fraction = _split(flow, validation)
+    checked = _checked_options(options) | {"validation_fraction": fraction}
+
+    bar = _open_bar(progress, checked["epochs"])
+
+    def on_epoch(record: EpochRecord) -> bool:
+        if bar is not None:
+            bar.on_epoch(record)
+        answer = None if callback is None else callback(record)
+        return not (isinstance(answer, (bool, np.bool_)) and not answer)
+
+    if bar is None:
+        return History._from_summary(flow._fit(rows, validation_rows, checked, None, on_epoch))
+    with bar:
+        return History._from_summary(flow._fit(rows, validation_rows, checked, bar.on_progress, on_epoch))
