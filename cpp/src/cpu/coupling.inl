@@ -1,0 +1,439 @@
+// KERNEL: the layers of a flow on a tile of rows, in either direction, with their log-determinant.
+//
+// A tile is feature-major, X[feature][row], a few vectors of rows wide, and goes from the first layer to the last in the same
+// scratch: no [B, H] array exists. A row costs 2 sum(in * out) FLOPs of the dense layers and reads and writes 4 D bytes;
+// the weights are read once per tile from L1 or L2. Bound: fused multiply-adds (two a cycle where the processor has two
+// such units); a register block of kBlockOut x kBlockRows vectors needs kBlockOut + kBlockRows loads for
+// kBlockOut * kBlockRows multiply-adds.
+//
+// The row path does one row with vectors over outputs, for single rows and small remainders. Every number of a row is formed
+// by the same operations in the same order on both paths: the sums follow Dense's segments, and sums over features are
+// kept in kLanes partial sums (feature j in partial j mod kLanes) that sum_lanes or its tile form adds up at the end.
+
+namespace nvpflow::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kBlockOut = 8, kBlockRows = 3;  // of 32 registers: 24 sums, 3 inputs, 1 weight
+#elif defined(__AVX2__)
+constexpr int kBlockOut = 4, kBlockRows = 3;  // of 16: 12 sums, 3 inputs, 1 weight
+#elif defined(__aarch64__)
+constexpr int kBlockOut = 4, kBlockRows = 4;
+#else
+constexpr int kBlockOut = 4, kBlockRows = 2;
+#endif
+
+// Rows left over after whole vectors take the row path up to this many; more fill a padded vector.
+template <class T>
+constexpr int64_t kMaxSingleRows = kLanes<T> / 4;
+
+// ---- activations -------------------------------------------------------------------------------------------------
+
+template <class T>
+NVPFLOW_INLINE Vec<T> rectify(Vec<T> x, Act act) {
+  if (act == Act::relu) return x < T(0) ? set1(T(0)) : x;
+  if (act == Act::leaky_relu) return x < T(0) ? x * T(0.01) : x;
+  return x;
+}
+
+/// relu and leaky_relu are applied to the sums while they are in registers; the others in a pass of their own.
+NVPFLOW_INLINE bool needs_pass(Act act) { return act != Act::relu && act != Act::leaky_relu && act != Act::none; }
+
+template <class T, class F>
+NVPFLOW_INLINE void map(const T* in, T* out, int64_t count, F f) {
+  for (int64_t i = 0; i < count; i += kLanes<T>) store<T>(out + i, f(load<T>(in + i)));
+}
+
+/// count: a multiple of the lanes.
+template <class T>
+void activate(Act act, const T* in, T* out, int64_t count) {
+  switch (act) {
+    case Act::elu: return map(in, out, count, [](Vec<T> v) { return elu<T>(v); });
+    case Act::gelu: return map(in, out, count, [](Vec<T> v) { return gelu<T>(v); });
+    case Act::silu: return map(in, out, count, [](Vec<T> v) { return v * sigmoid<T>(v); });
+    case Act::tanh: return map(in, out, count, [](Vec<T> v) { return tanh<T>(v); });
+    case Act::sigmoid: return map(in, out, count, [](Vec<T> v) { return sigmoid<T>(v); });
+    case Act::softplus: return map(in, out, count, [](Vec<T> v) { return softplus<T>(v); });
+    default: return;
+  }
+}
+
+// ---- dense layers on a tile --------------------------------------------------------------------------------------
+
+NVPFLOW_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+NVPFLOW_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+template <class T>
+struct DenseView {
+  const T* weights;  // packed blocks
+  const T* bias;     // null: zero
+  int64_t in, out;
+  int32_t segments;
+};
+
+/// sum[m][n] += W[i][m] x[i][n] for inputs i in [begin, end), in order.
+template <class T, int MO, int NV>
+NVPFLOW_INLINE void accumulate(const T* w, const T* x, int64_t begin, int64_t end, int64_t rows, Vec<T> (&sum)[MO][NV]) {
+  constexpr int L = kLanes<T>;
+  const T* xi = x + begin * rows;
+  const T* wi = w + begin * L;
+  for (int64_t i = begin; i < end; ++i, xi += rows, wi += L) {
+    Vec<T> input[NV];
+    for (int n = 0; n < NV; ++n) input[n] = load<T>(xi + n * L);
+#pragma GCC unroll 16
+    for (int m = 0; m < MO; ++m) {
+      const Vec<T> weight = set1(wi[m]);
+      for (int n = 0; n < NV; ++n) sum[m][n] = fma(weight, input[n], sum[m][n]);
+    }
+  }
+}
+
+/// MO outputs x NV vectors of rows. w: weight of input 0 and the first output; x, y: first row of the block.
+template <class T, int MO, int NV>
+NVPFLOW_INLINE void dense_block(const DenseView<T>& d, const T* w, const T* bias, const T* x, T* y, int64_t rows,
+                                Act act) {
+  const int64_t length = (d.in + d.segments - 1) / d.segments;
+  Vec<T> total[MO][NV];
+  for (int m = 0; m < MO; ++m) {
+    for (int n = 0; n < NV; ++n) total[m][n] = set1(bias == nullptr ? T(0) : bias[m]);
+  }
+  accumulate<T, MO, NV>(w, x, 0, smaller(length, d.in), rows, total);
+  for (int64_t begin = length; begin < d.in; begin += length) {
+    Vec<T> sum[MO][NV] = {};
+    accumulate<T, MO, NV>(w, x, begin, smaller(begin + length, d.in), rows, sum);
+    for (int m = 0; m < MO; ++m) {
+      for (int n = 0; n < NV; ++n) total[m][n] = total[m][n] + sum[m][n];
+    }
+  }
+  for (int m = 0; m < MO; ++m) {
+    for (int n = 0; n < NV; ++n) store<T>(y + m * rows + n * kLanes<T>, rectify<T>(total[m][n], act));
+  }
+}
+
+/// All rows of the tile for MO consecutive outputs.
+template <class T, int MO>
+void dense_strip(const DenseView<T>& d, const T* w, const T* bias, const T* x, T* y, int64_t rows, Act act) {
+  constexpr int L = kLanes<T>;
+  int64_t r = 0;
+  for (; r + kBlockRows * L <= rows; r += kBlockRows * L) {
+    dense_block<T, MO, kBlockRows>(d, w, bias, x + r, y + r, rows, act);
+  }
+  if constexpr (kBlockRows > 2) {
+    if (r + 2 * L <= rows) {
+      dense_block<T, MO, 2>(d, w, bias, x + r, y + r, rows, act);
+      r += 2 * L;
+    }
+  }
+  for (; r < rows; r += L) dense_block<T, MO, 1>(d, w, bias, x + r, y + r, rows, act);
+}
+
+/// y[out][rows] = act(W^T x[in][rows] + c). rows: a multiple of the lanes.
+template <class T>
+void dense_tile(const DenseView<T>& d, const T* x, T* y, int64_t rows, Act act) {
+  constexpr int L = kLanes<T>;
+  for (int64_t block = 0; block < d.out; block += L) {
+    const T* w = d.weights + block * d.in;
+    const int64_t end = smaller(L, d.out - block);
+    int64_t o = 0;
+    const auto bias = [&] { return d.bias == nullptr ? nullptr : d.bias + block + o; };
+    for (; o + kBlockOut <= end; o += kBlockOut) {
+      dense_strip<T, kBlockOut>(d, w + o, bias(), x, y + (block + o) * rows, rows, act);
+    }
+    if constexpr (kBlockOut > 4) {
+      if (o + 4 <= end) {
+        dense_strip<T, 4>(d, w + o, bias(), x, y + (block + o) * rows, rows, act);
+        o += 4;
+      }
+    }
+    if (o + 2 <= end) {
+      dense_strip<T, 2>(d, w + o, bias(), x, y + (block + o) * rows, rows, act);
+      o += 2;
+    }
+    if (o < end) dense_strip<T, 1>(d, w + o, bias(), x, y + (block + o) * rows, rows, act);
+  }
+}
+
+template <class T>
+NVPFLOW_INLINE DenseView<T> view(const Dense<T>& d) {
+  return {d.weights, d.bias, d.in, d.out, d.segments};
+}
+
+/// The conditioner on a tile: x is its input [a_count][rows]; returns [u_s, t] [2 b_count][rows], in one of the buffers.
+template <class T>
+const T* conditioner_tile(const Layer<T>& layer, const T* x, T* buffer0, T* buffer1, int64_t rows) {
+  for (int32_t j = 0; j < layer.num_dense; ++j) {
+    const bool head = j + 1 == layer.num_dense;
+    T* y = j % 2 == 0 ? buffer0 : buffer1;
+    const Act act = head ? Act::none : layer.activation;
+    dense_tile<T>(view(layer.dense[j]), x, y, rows, act);
+    if (needs_pass(act)) activate<T>(act, y, y, layer.dense[j].out * rows);
+    x = y;
+  }
+  return x;
+}
+
+// ---- layers on a tile --------------------------------------------------------------------------------------------
+
+template <class T>
+NVPFLOW_INLINE Vec<T> log_scale(const Layer<T>& layer, Vec<T> u) {
+  return tanh<T>(u * layer.inverse_bound) * layer.bound;
+}
+
+/// state [D][rows] in place; partial [kLanes][rows]: partial sums of the log-determinant.
+template <class T>
+void coupling_tile(const Layer<T>& layer, bool inverse, T* state, T* partial, T* buffer0, T* buffer1, int64_t rows) {
+  const int64_t n = layer.b_count;
+  const T* u = conditioner_tile<T>(layer, state + layer.a_begin * rows, buffer0, buffer1, rows);
+  T* b = state + layer.b_begin * rows;
+  for (int64_t j = 0; j < n; ++j) {
+    T* log_det = partial + (j % kLanes<T>)*rows;
+    for (int64_t r = 0; r < rows; r += kLanes<T>) {
+      const Vec<T> s = log_scale<T>(layer, load<T>(u + j * rows + r));
+      const Vec<T> t = load<T>(u + (n + j) * rows + r);
+      const Vec<T> in = load<T>(b + j * rows + r);
+      const Vec<T> sum = load<T>(log_det + r);
+      store<T>(b + j * rows + r, inverse ? (in - t) * exp<T>(-s) : fma(in, exp<T>(s), t));
+      store<T>(log_det + r, inverse ? sum - s : sum + s);
+    }
+  }
+}
+
+template <class T>
+void standardize_tile(const Layer<T>& layer, bool inverse, int64_t features, T* state, T* partial, int64_t rows) {
+  for (int64_t j = 0; j < features; ++j) {
+    const Vec<T> mean = set1(layer.mean[j]);
+    const Vec<T> factor = set1(inverse ? layer.std[j] : layer.inverse_std[j]);
+    for (int64_t r = 0; r < rows; r += kLanes<T>) {
+      const Vec<T> in = load<T>(state + j * rows + r);
+      store<T>(state + j * rows + r, inverse ? fma(in, factor, mean) : (in - mean) * factor);
+    }
+  }
+  const T log_det = inverse ? -layer.log_det : layer.log_det;
+  for (int64_t r = 0; r < rows; r += kLanes<T>) store<T>(partial + r, load<T>(partial + r) + log_det);
+}
+
+template <class T>
+void flow_tile(const Program<T>& program, bool inverse, T* state, T* partial, T* buffer0, T* buffer1, int64_t rows) {
+  for (int64_t i = 0; i < kLanes<T> * rows; i += kLanes<T>) store<T>(partial + i, Vec<T>{});
+  for (int64_t k = 0; k < program.num_layers; ++k) {
+    const Layer<T>& layer = program.layers[inverse ? program.num_layers - 1 - k : k];
+    if (layer.kind == Kind::coupling) {
+      coupling_tile<T>(layer, inverse, state, partial, buffer0, buffer1, rows);
+    } else {
+      standardize_tile<T>(layer, inverse, program.input_size, state, partial, rows);
+    }
+  }
+}
+
+// ---- rows to tiles and back --------------------------------------------------------------------------------------
+
+/// 16 bytes of consecutive elements: the unit of the transposes on every instruction set.
+template <class T>
+struct Quad {
+  static constexpr int n = 16 / static_cast<int>(sizeof(T));
+  typedef T V __attribute__((vector_size(16)));
+};
+
+/// in[Q rows][Q] with strides to out[Q][Q rows].
+template <class T>
+NVPFLOW_INLINE void transpose_quad(const T* const (&in)[Quad<T>::n], T* out, int64_t out_stride) {
+  using V = typename Quad<T>::V;
+  constexpr int Q = Quad<T>::n;
+  V a[Q];
+  for (int q = 0; q < Q; ++q) __builtin_memcpy(&a[q], in[q], sizeof(V));
+  V b[Q];
+  if constexpr (Q == 4) {
+    const V t0 = __builtin_shufflevector(a[0], a[1], 0, 4, 1, 5), t1 = __builtin_shufflevector(a[2], a[3], 0, 4, 1, 5);
+    const V t2 = __builtin_shufflevector(a[0], a[1], 2, 6, 3, 7), t3 = __builtin_shufflevector(a[2], a[3], 2, 6, 3, 7);
+    b[0] = __builtin_shufflevector(t0, t1, 0, 1, 4, 5);
+    b[1] = __builtin_shufflevector(t0, t1, 2, 3, 6, 7);
+    b[2] = __builtin_shufflevector(t2, t3, 0, 1, 4, 5);
+    b[3] = __builtin_shufflevector(t2, t3, 2, 3, 6, 7);
+  } else {
+    b[0] = __builtin_shufflevector(a[0], a[1], 0, 2);
+    b[1] = __builtin_shufflevector(a[0], a[1], 1, 3);
+  }
+  for (int q = 0; q < Q; ++q) __builtin_memcpy(out + q * out_stride, &b[q], sizeof(V));
+}
+
+/// out[column][rows] = in[row][column]; rows `count` and beyond of the tile are zero. row(r): where row r lies.
+template <class T, class RowPointer>
+NVPFLOW_INLINE void gather_tile(RowPointer row, int64_t count, int64_t columns, T* out, int64_t rows) {
+  constexpr int Q = Quad<T>::n;
+  int64_t r = 0;
+  for (; r + Q <= count; r += Q) {
+    const T* in[Q];
+    for (int q = 0; q < Q; ++q) in[q] = row(r + q);
+    int64_t j = 0;
+    for (; j + Q <= columns; j += Q) {
+      transpose_quad<T>(in, out + j * rows + r, rows);
+      for (int q = 0; q < Q; ++q) in[q] += Q;
+    }
+    for (; j < columns; ++j) {
+      for (int q = 0; q < Q; ++q) out[j * rows + r + q] = *in[q]++;
+    }
+  }
+  for (; r < rows; ++r) {
+    const T* in = r < count ? row(r) : nullptr;
+    for (int64_t j = 0; j < columns; ++j) out[j * rows + r] = in == nullptr ? T(0) : in[j];
+  }
+}
+
+/// out[row][column] with stride = in[column][rows], for `count` rows.
+template <class T>
+void scatter_tile(const T* in, int64_t rows, int64_t count, int64_t columns, T* out, int64_t stride) {
+  constexpr int Q = Quad<T>::n;
+  int64_t j = 0;
+  for (; j + Q <= columns; j += Q) {
+    int64_t r = 0;
+    for (; r + Q <= count; r += Q) {
+      const T* from[Q];
+      for (int q = 0; q < Q; ++q) from[q] = in + (j + q) * rows + r;
+      transpose_quad<T>(from, out + r * stride + j, stride);
+    }
+    for (; r < count; ++r) {
+      for (int q = 0; q < Q; ++q) out[r * stride + j + q] = in[(j + q) * rows + r];
+    }
+  }
+  for (; j < columns; ++j) {
+    for (int64_t r = 0; r < count; ++r) out[r * stride + j] = in[j * rows + r];
+  }
+}
+
+template <class T>
+void load_tile(const T* in, const int64_t* index, int64_t first, int64_t count, int64_t columns, T* out, int64_t rows) {
+  if (index != nullptr) {
+    gather_tile<T>([=](int64_t r) { return in + index[first + r] * columns; }, count, columns, out, rows);
+  } else {
+    gather_tile<T>([=](int64_t r) { return in + (first + r) * columns; }, count, columns, out, rows);
+  }
+}
+
+/// poison[rows] = 0, or NaN for a row that holds NaN or inf. Returns whether any row is poisoned.
+template <class T>
+bool find_poison(const T* state, int64_t columns, T* poison, int64_t rows) {
+  IntVec<T> any = {};
+  for (int64_t r = 0; r < rows; r += kLanes<T>) {
+    Vec<T> sum = {};
+    for (int64_t j = 0; j < columns; ++j) sum = fma(load<T>(state + j * rows + r), Vec<T>{}, sum);
+    store<T>(poison + r, sum);
+    any |= sum != sum;
+  }
+  typename Simd<T>::Int found = 0;
+  for (int l = 0; l < kLanes<T>; ++l) found |= any[l];
+  return found != 0;
+}
+
+/// Every number of a poisoned row becomes NaN; other rows keep their bits.
+template <class T>
+void spread_poison(const T* poison, T* values, int64_t features, int64_t rows) {
+  for (int64_t j = 0; j < features; ++j) {
+    for (int64_t r = 0; r < rows; r += kLanes<T>) {
+      const Vec<T> p = load<T>(poison + r);
+      store<T>(values + j * rows + r, p != p ? p : load<T>(values + j * rows + r));
+    }
+  }
+}
+
+// ---- one row -----------------------------------------------------------------------------------------------------
+
+/// NB blocks of lanes outputs, S segments at once to hide the latency of the sums.
+template <class T, int NB, int S>
+NVPFLOW_INLINE void dense_row_block(const Dense<T>& d, const T* w, const T* bias, const T* x, T* y, Act act) {
+  constexpr int L = kLanes<T>;
+  const int64_t length = (d.in + S - 1) / S;
+  const int64_t stride = d.in * L;
+  Vec<T> sum[S][NB];
+  for (int n = 0; n < NB; ++n) {
+    sum[0][n] = load<T>(bias + n * L);
+    for (int s = 1; s < S; ++s) sum[s][n] = Vec<T>{};
+  }
+  const auto add = [&](int s, int64_t i) __attribute__((always_inline)) {
+    const Vec<T> input = set1(x[i]);
+    for (int n = 0; n < NB; ++n) sum[s][n] = fma(load<T>(w + n * stride + i * L), input, sum[s][n]);
+  };
+  const int64_t last = d.in - (S - 1) * length;  // the last segment may be shorter
+  for (int64_t i = 0; i < last; ++i) {
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) add(s, s * length + i);
+  }
+  for (int64_t i = last; i < length; ++i) {
+    for (int s = 0; s + 1 < S; ++s) add(s, s * length + i);
+  }
+  for (int n = 0; n < NB; ++n) {
+    for (int s = 1; s < S; ++s) sum[0][n] = sum[0][n] + sum[s][n];
+    store<T>(y + n * L, rectify<T>(sum[0][n], act));
+  }
+}
+
+template <class T, int S>
+void dense_row_segments(const Dense<T>& d, const T* x, T* y, Act act) {
+  constexpr int L = kLanes<T>;
+  constexpr int NB = 8 / S;  // eight sums under way, whatever the segments
+  int64_t o = 0;
+  for (; o + (NB - 1) * L < d.out; o += NB * L) {
+    dense_row_block<T, NB, S>(d, d.weights + o * d.in, d.bias + o, x, y + o, act);
+  }
+  for (; o < d.out; o += L) dense_row_block<T, 1, S>(d, d.weights + o * d.in, d.bias + o, x, y + o, act);
+}
+
+/// y has room for d.out rounded up to whole vectors.
+template <class T>
+void dense_row(const Dense<T>& d, const T* x, T* y, Act act) {
+  switch (d.segments) {
+    case 1: return dense_row_segments<T, 1>(d, x, y, act);
+    case 2: return dense_row_segments<T, 2>(d, x, y, act);
+    default: return dense_row_segments<T, 4>(d, x, y, act);
+  }
+}
+
+template <class T>
+void coupling_row(const Layer<T>& layer, bool inverse, T* state, Vec<T>& log_det, T* buffer0, T* buffer1) {
+  const T* x = state + layer.a_begin;
+  for (int32_t j = 0; j < layer.num_dense; ++j) {
+    const Act act = j + 1 == layer.num_dense ? Act::none : layer.activation;
+    T* y = j % 2 == 0 ? buffer0 : buffer1;
+    dense_row<T>(layer.dense[j], x, y, act);
+    if (needs_pass(act)) activate<T>(act, y, y, round_up(layer.dense[j].out, kLanes<T>));
+    x = y;
+  }
+  T* b = state + layer.b_begin;
+  const int64_t n = layer.b_count;
+  for (int64_t j = 0; j < n; j += kLanes<T>) {
+    const Vec<T> s = log_scale<T>(layer, load_upto<T>(x + j, n - j));
+    const Vec<T> t = load_upto<T>(x + n + j, n - j);
+    const Vec<T> in = load_upto<T>(b + j, n - j);
+    store_upto<T>(b + j, inverse ? (in - t) * exp<T>(-s) : fma(in, exp<T>(s), t), n - j);
+    log_det = inverse ? log_det - s : log_det + s;  // lanes past n hold s = tanh(0) = 0
+  }
+}
+
+template <class T>
+void standardize_row(const Layer<T>& layer, bool inverse, int64_t features, T* state, Vec<T>& log_det) {
+  for (int64_t j = 0; j < features; j += kLanes<T>) {
+    const int64_t n = features - j;
+    const Vec<T> mean = load_upto<T>(layer.mean + j, n);
+    const Vec<T> factor = load_upto<T>((inverse ? layer.std : layer.inverse_std) + j, n);
+    const Vec<T> in = load_upto<T>(state + j, n);
+    store_upto<T>(state + j, inverse ? fma(in, factor, mean) : (in - mean) * factor, n);
+  }
+  log_det[0] += inverse ? -layer.log_det : layer.log_det;
+}
+
+/// state [D] in place; returns the partial sums of the log-determinant.
+template <class T>
+Vec<T> flow_row(const Program<T>& program, bool inverse, T* state, T* buffer0, T* buffer1) {
+  Vec<T> log_det = {};
+  for (int64_t k = 0; k < program.num_layers; ++k) {
+    const Layer<T>& layer = program.layers[inverse ? program.num_layers - 1 - k : k];
+    if (layer.kind == Kind::coupling) {
+      coupling_row<T>(layer, inverse, state, log_det, buffer0, buffer1);
+    } else {
+      standardize_row<T>(layer, inverse, program.input_size, state, log_det);
+    }
+  }
+  return log_det;
+}
+
+}  // namespace
+}  // namespace nvpflow::cpu

@@ -1,0 +1,90 @@
+// Built without instruction-set flags: this code runs before anyone knows what the processor can do.
+
+#include "isa.hpp"
+
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include <nvpflow/backend.hpp>
+#include <nvpflow/error.hpp>
+
+namespace nvpflow {
+namespace cpu {
+
+#ifdef NVPFLOW_HAVE_X86
+extern const IsaEntry isa_avx512;
+extern const IsaEntry isa_avx2;
+#endif
+#ifdef NVPFLOW_HAVE_NEON
+extern const IsaEntry isa_neon;
+#endif
+extern const IsaEntry isa_baseline;
+
+namespace {
+
+struct Candidate {
+  const IsaEntry* entry;
+  bool supported;
+};
+
+/// Best first. __builtin_cpu_supports asks the operating system's side (XCR0) too.
+std::vector<Candidate> candidates() {
+  std::vector<Candidate> list;
+#ifdef NVPFLOW_HAVE_X86
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+  list.push_back({&isa_avx512, avx512});
+  list.push_back({&isa_avx2, avx2});
+#endif
+#ifdef NVPFLOW_HAVE_NEON
+  list.push_back({&isa_neon, true});
+#endif
+  list.push_back({&isa_baseline, true});
+  return list;
+}
+
+std::string names(bool supported_only) {
+  std::string text;
+  for (const Candidate& c : candidates()) {
+    if (supported_only && !c.supported) continue;
+    if (!text.empty()) text += ",";
+    text += c.entry->name;
+  }
+  return text;
+}
+
+const IsaEntry& choose() {
+  const char* wanted = std::getenv("NVPFLOW_ISA");
+  for (const Candidate& c : candidates()) {
+    if (wanted == nullptr || *wanted == '\0') {
+      if (c.supported) return *c.entry;
+    } else if (std::string(wanted) == c.entry->name) {
+      if (c.supported) return *c.entry;
+      throw Error(ErrorCode::unavailable, "NVPFLOW_ISA is \"" + std::string(wanted) +
+                                              "\", which this processor does not support; it supports " + names(true));
+    }
+  }
+  throw Error(ErrorCode::unavailable,
+              "NVPFLOW_ISA is \"" + std::string(wanted) + "\", expected one of " + names(false));
+}
+
+}  // namespace
+
+const IsaEntry& chosen_isa() {
+  static const IsaEntry& entry = choose();
+  return entry;
+}
+
+}  // namespace cpu
+
+const char* cpu_isa() { return cpu::chosen_isa().name; }
+
+const char* cpu_isas_available() {
+  static const std::string text = cpu::names(true);
+  return text.c_str();
+}
+
+}  // namespace nvpflow

@@ -1,0 +1,12 @@
+// The choice of instruction set, made once, on first use.
+#pragma once
+
+#include "kernels.hpp"
+
+namespace nvpflow::cpu {
+
+/// The best set that is built in and that this processor supports, or the one that the environment variable NVPFLOW_ISA
+/// names. Throws Error(unavailable) where that is unknown or not supported here.
+const IsaEntry& chosen_isa();
+
+}  // namespace nvpflow::cpu

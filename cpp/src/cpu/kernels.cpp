@@ -1,0 +1,175 @@
+// Built once per instruction set, with its flags and NVPFLOW_ISA_NAME set to its name. Includes only what emits no shared
+// symbol; offers one table.
+
+#include "kernels.hpp"
+#include "simd.hpp"
+// The kernels, in the order in which they build on each other.
+#include "coupling.inl"
+#include "gaussian.inl"
+#include "gradient.inl"
+#include "adam.inl"
+
+namespace nvpflow::cpu {
+namespace {
+
+template <class T>
+struct TransformScratch {
+  T *state, *partial, *buffer0, *buffer1, *poison, *log_det;
+
+  TransformScratch(const Program<T>& p, T* scratch, int64_t rows) {
+    state = scratch;
+    partial = state + padded<T>(p.input_size) * rows;
+    buffer0 = partial + kLanes<T> * rows;
+    buffer1 = buffer0 + padded<T>(p.max_width) * rows;
+    poison = buffer1 + padded<T>(p.max_width) * rows;
+    log_det = poison + rows;
+  }
+};
+
+template <class T>
+int64_t transform_scratch(const Program<T>& program) {
+  const TransformScratch<T> end(program, nullptr, program.tile_rows);
+  return (end.log_det - static_cast<T*>(nullptr)) + program.tile_rows;
+}
+
+template <class T>
+void copy_out(const T* in, T* out, int64_t count) {
+  for (int64_t r = 0; r < count; r += kLanes<T>) store_upto<T>(out + r, load<T>(in + r), count - r);
+}
+
+template <class T>
+void transform_tile(const Program<T>& program, const TransformCall<T>& call, int64_t begin, int64_t count, T* scratch) {
+  const int64_t rows = round_up(count, kLanes<T>), features = program.input_size;
+  const TransformScratch<T> s(program, scratch, rows);
+  bool poisoned = false;
+  if (call.in == nullptr) {
+    noise_tile<T>(call.seed, call.first_row + static_cast<uint64_t>(begin), features, s.state, rows);
+  } else {
+    load_tile<T>(call.in, call.index, begin, count, features, s.state, rows);
+    poisoned = find_poison<T>(s.state, features, s.poison, rows);
+  }
+  flow_tile<T>(program, call.inverse, s.state, s.partial, s.buffer0, s.buffer1, rows);
+  if (poisoned) spread_poison<T>(s.poison, s.state, features, rows);
+  if (call.out != nullptr) scatter_tile<T>(s.state, rows, count, features, call.out + begin * features, features);
+  if (call.log_det == nullptr && call.log_prob == nullptr) return;
+  sum_partials_tile<T>(s.partial, rows);
+  for (int64_t r = 0; r < rows; r += kLanes<T>) store<T>(s.log_det + r, load<T>(s.partial + r));
+  if (poisoned) spread_poison<T>(s.poison, s.log_det, 1, rows);
+  if (call.log_det != nullptr) copy_out<T>(s.log_det, call.log_det + begin, count);
+  if (call.log_prob == nullptr) return;
+  log_prob_tile<T>(s.state, features, s.log_det, s.partial, s.buffer0, rows);
+  copy_out<T>(s.buffer0, call.log_prob + begin, count);
+}
+
+/// One row of call.in, which is given.
+template <class T>
+void transform_row(const Program<T>& program, const TransformCall<T>& call, int64_t row, T* scratch) {
+  const int64_t features = program.input_size;
+  const TransformScratch<T> s(program, scratch, 1);
+  const T* in = call.in + (call.index == nullptr ? row : call.index[row]) * features;
+  Vec<T> poison = {};
+  for (int64_t j = 0; j < features; j += kLanes<T>) {
+    const Vec<T> v = load_upto<T>(in + j, features - j);
+    poison = fma(v, Vec<T>{}, poison);
+    store<T>(s.state + j, v);
+  }
+  T log_det = sum_lanes<T>(flow_row<T>(program, call.inverse, s.state, s.buffer0, s.buffer1));
+  const T poisoned = sum_lanes<T>(poison);
+  if (poisoned != poisoned) {
+    for (int64_t j = 0; j < features; ++j) s.state[j] = poisoned;
+    log_det = poisoned;
+  }
+  if (call.log_det != nullptr) call.log_det[row] = log_det;
+  if (call.log_prob != nullptr) call.log_prob[row] = log_prob_row<T>(s.state, features, log_det);
+  if (call.out == nullptr) return;
+  for (int64_t j = 0; j < features; j += kLanes<T>) {
+    store_upto<T>(call.out + row * features + j, load<T>(s.state + j), features - j);
+  }
+}
+
+template <class T>
+void transform(const Program<T>& program, const TransformCall<T>& call, int64_t begin, int64_t end, T* scratch) {
+  for (int64_t r = begin; r < end;) {
+    int64_t count = smaller(program.tile_rows, end - r);
+    const int64_t single = count % kLanes<T>;
+    if (call.in != nullptr && single <= kMaxSingleRows<T>) count -= single;
+    if (count > 0) {
+      transform_tile<T>(program, call, r, count, scratch);
+      r += count;
+    } else {
+      transform_row<T>(program, call, r++, scratch);
+    }
+  }
+}
+
+template <class T>
+void conditioner(const Program<T>& program, int64_t index, const T* in, int64_t begin, int64_t end, T* s_out, T* t_out,
+                 T* scratch) {
+  const Layer<T>& layer = program.layers[index];
+  const int64_t features = program.input_size, n = layer.b_count;
+  for (int64_t r = begin; r < end; r += program.tile_rows) {
+    const int64_t count = smaller(program.tile_rows, end - r), rows = round_up(count, kLanes<T>);
+    const TransformScratch<T> s(program, scratch, rows);
+    load_tile<T>(in, nullptr, r, count, features, s.state, rows);
+    const bool poisoned = find_poison<T>(s.state, features, s.poison, rows);
+    const T* x = s.state + layer.a_begin * rows;
+    T* u = const_cast<T*>(conditioner_tile<T>(layer, x, s.buffer0, s.buffer1, rows));
+    for (int64_t i = 0; i < n * rows; i += kLanes<T>) store<T>(u + i, log_scale<T>(layer, load<T>(u + i)));
+    if (poisoned) spread_poison<T>(s.poison, u, 2 * n, rows);
+    scatter_tile<T>(u, rows, count, n, s_out + r * n, n);
+    scatter_tile<T>(u + n * rows, rows, count, n, t_out + r * n, n);
+  }
+}
+
+template <class T>
+void noise(const Program<T>& program, uint64_t seed, uint64_t first_row, int64_t begin, int64_t end, T* z, T* scratch) {
+  const int64_t features = program.input_size;
+  for (int64_t r = begin; r < end; r += program.tile_rows) {
+    const int64_t count = smaller(program.tile_rows, end - r), rows = round_up(count, kLanes<T>);
+    noise_tile<T>(seed, first_row + static_cast<uint64_t>(r), features, scratch, rows);
+    scatter_tile<T>(scratch, rows, count, features, z + r * features, features);
+  }
+}
+
+template <class T>
+Vec<T> elementary_vector(Function function, Vec<T> x) {
+  switch (function) {
+    case Function::exp: return exp<T>(x);
+    case Function::tanh: return tanh<T>(x);
+    case Function::sigmoid: return sigmoid<T>(x);
+    case Function::softplus: return softplus<T>(x);
+    case Function::gelu: return gelu<T>(x);
+    case Function::silu: return x * sigmoid<T>(x);
+    case Function::elu: return elu<T>(x);
+    case Function::log: return log<T>(x);
+    case Function::sin_quarter: return sin_quarter<T>(x);
+    case Function::cos_quarter: return cos_quarter<T>(x);
+  }
+  return x;
+}
+
+template <class T>
+void elementary(Function function, const T* in, T* out, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    store_upto<T>(out + i, elementary_vector<T>(function, load_upto<T>(in + i, count - i)), count - i);
+  }
+}
+
+template <class T>
+constexpr Kernels<T> kTable = {
+    kLanes<T>,      kLanes<T> * kBlockRows, transform_scratch<T>, transform<T>, conditioner<T>,       noise<T>,
+    tape_size<T>,   gradient_tile<T>,       weight_gradient<T>,   adam<T>,      sum_of_squares<T>,    elementary<T>,
+};
+
+}  // namespace
+
+#define NVPFLOW_JOIN_(a, b) a##b
+#define NVPFLOW_JOIN(a, b) NVPFLOW_JOIN_(a, b)
+#define NVPFLOW_TEXT_(a) #a
+#define NVPFLOW_TEXT(a) NVPFLOW_TEXT_(a)
+
+extern const IsaEntry NVPFLOW_JOIN(isa_, NVPFLOW_ISA_NAME);
+const IsaEntry NVPFLOW_JOIN(isa_, NVPFLOW_ISA_NAME) = {NVPFLOW_TEXT(NVPFLOW_ISA_NAME), &kTable<float>,
+                                                       &kTable<double>};
+
+}  // namespace nvpflow::cpu

@@ -1,0 +1,133 @@
+// The list of CPU kernels and the plain structures they read. Kernels take pointers, cannot fail, allocate nothing
+// and lock nothing. Files built with instruction-set flags include this header, so it holds no function and no
+// standard library header that could emit one.
+#pragma once
+
+#include <stdint.h>
+
+namespace nvpflow::cpu {
+
+/// Order of nvpflow::Activation, plus `none` for the heads.
+enum class Act : int32_t { relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, none };
+
+/// y = W^T x + c, packed: blocks of `lanes` outputs, [ceil(out / lanes)][in][lanes], zero where padded, so that the tile
+/// path broadcasts and the row path loads the same bytes. The sum over `in` runs in `segments` consecutive parts, each
+/// added up in order, the first starting from the bias; the parts are then added in order. Both paths follow it.
+template <class T>
+struct Dense {
+  const T* weights = nullptr;
+  const T* bias = nullptr;        // [ceil(out / lanes) * lanes]; null: zero
+  const T* transposed = nullptr;  // [ceil(in / lanes)][out][lanes]; null until gradients are wanted
+  int64_t in = 0;
+  int64_t out = 0;
+  int32_t segments = 1;
+};
+
+/// A run of the flat gradient that belongs to columns [column, column + out) of a dense layer's output.
+struct DenseGradient {
+  int64_t column = 0;
+  int64_t out = 0;
+  int64_t kernel_offset = 0;  // [in, out]
+  int64_t bias_offset = 0;    // [out]
+};
+
+enum class Kind : int32_t { coupling, standardize };
+
+template <class T>
+struct Layer {
+  Kind kind = Kind::coupling;
+  // coupling: features [a_begin, a_begin + a_count) condition [b_begin, b_begin + b_count)
+  int64_t a_begin = 0, a_count = 0, b_begin = 0, b_count = 0;
+  const Dense<T>* dense = nullptr;  // hidden layers, then one layer with both heads: outputs [u_s, t]
+  int32_t num_dense = 0;
+  Act activation = Act::relu;
+  T bound = 1, inverse_bound = 1;
+  const DenseGradient* gradients = nullptr;  // one per hidden layer, then scale, then translation
+  // standardize
+  const T* mean = nullptr;
+  const T* std = nullptr;          // exp(log_std)
+  const T* inverse_std = nullptr;  // exp(-log_std)
+  T log_det = 0;                   // -sum(log_std)
+  int64_t mean_offset = 0, log_std_offset = 0;
+};
+
+template <class T>
+struct Program {
+  int64_t input_size = 0;
+  int64_t num_layers = 0;
+  const Layer<T>* layers = nullptr;
+  int64_t max_width = 0;     // widest dense output or input
+  int64_t tile_rows = 0;     // rows of an inference tile: results do not depend on it
+  int64_t gradient_rows = 0; // rows of a gradient tile: sums over rows are formed tile by tile
+};
+
+/// Rows [begin, end) of one call. Any of out, log_det, log_prob may be null.
+template <class T>
+struct TransformCall {
+  bool inverse = false;
+  const T* in = nullptr;           // null: standard normals of `seed`, row first_row + r
+  const int64_t* index = nullptr;  // rows of `in` to take; null: all, in order
+  T* out = nullptr;
+  T* log_det = nullptr;
+  T* log_prob = nullptr;
+  uint64_t seed = 0, first_row = 0;
+};
+
+template <class T>
+struct GradientCall {
+  bool inverse = false;
+  const T* in = nullptr;
+  const int64_t* index = nullptr;
+  bool nll = false;   // cotangents of nll_factor * -log p instead of grad_out, grad_log_det
+  T nll_factor = 0;
+  const T* grad_out = nullptr;      // null: zero
+  const T* grad_log_det = nullptr;  // null: zero
+  T* grad_in = nullptr;             // null: not wanted
+  bool parameters = true;           // gradients of the parameters are wanted
+};
+
+/// What an Adam update needs besides the arrays, in the arithmetic of the arrays.
+struct AdamCoefficients {
+  double beta1, beta2, epsilon, gradient_factor;
+  double step_size;        // learning_rate / (1 - beta1^t)
+  double root_correction;  // 1 / sqrt(1 - beta2^t)
+  double decay;            // learning_rate * weight_decay
+};
+
+/// Elementary functions, for the tests that measure their error.
+enum class Function : int32_t { exp, tanh, sigmoid, softplus, gelu, silu, elu, log, sin_quarter, cos_quarter };
+
+template <class T>
+struct Kernels {
+  int64_t lanes;      // elements of a vector
+  int64_t row_unit;   // rows of a full register block: tile sizes are multiples of it
+  /// Elements of scratch that transform, conditioner and noise need; `scratch` is aligned to 64 bytes.
+  int64_t (*transform_scratch)(const Program<T>&);
+  void (*transform)(const Program<T>&, const TransformCall<T>&, int64_t begin, int64_t end, T* scratch);
+  void (*conditioner)(const Program<T>&, int64_t layer, const T* in, int64_t begin, int64_t end, T* s, T* t,
+                      T* scratch);
+  void (*noise)(const Program<T>&, uint64_t seed, uint64_t first_row, int64_t begin, int64_t end, T* z, T* scratch);
+
+  /// Elements of one gradient tile's tape.
+  int64_t (*tape_size)(const Program<T>&);
+  /// Forward and backward of rows [begin, end), at most gradient_rows of them; leaves on the tape what weight_gradient
+  /// needs. Returns the sum of log p over the rows (nll only).
+  double (*gradient_tile)(const Program<T>&, const GradientCall<T>&, int64_t begin, int64_t end, T* tape);
+  /// Adds one tile's part of the gradient of tensor group `group` (see gradient_groups), kernel rows [first, last).
+  void (*weight_gradient)(const Program<T>&, int64_t layer, int64_t group, int64_t first, int64_t last, int64_t rows,
+                          const T* tape, T* gradient);
+
+  void (*adam)(const AdamCoefficients&, int64_t count, const T* gradient, T* first_moment, T* second_moment,
+               T* parameters);
+  double (*sum_of_squares)(const T* values, int64_t count);
+  void (*elementary)(Function, const T* in, T* out, int64_t count);
+};
+
+/// One row of this table per instruction set built in; supported() is asked before any of its kernels runs.
+struct IsaEntry {
+  const char* name;
+  const Kernels<float>* float32;
+  const Kernels<double>* float64;
+};
+
+}  // namespace nvpflow::cpu
