@@ -1,4 +1,41 @@
-// TODO header comment (byte-level description)
+// Model files and training checkpoints: what is in the bytes, and the functions that read and write them.
+//
+// A file is a safetensors container (https://github.com/huggingface/safetensors), so every reader of that format opens
+// it. All numbers are little-endian.
+//
+//     offset 0       8 bytes  N, length of the header in bytes, unsigned; at most 100,000,000
+//     offset 8       N bytes  header: one JSON object in UTF-8, first byte '{', spaces allowed after the last '}'
+//     offset 8 + N   data     the tensors' elements, row-major, up to the last byte of the file
+//
+// The header maps each tensor's name to {"dtype": "F32" | "F64", "shape": [..], "data_offsets": [begin, end]}, offsets
+// in bytes from the start of the data. Read in the order of their offsets, the tensors fill the data without holes or
+// overlaps. The key "__metadata__", where present, maps strings to strings. We write tensors in the order of the flat
+// parameter buffer and pad the header with spaces so that the data starts at a multiple of 64 bytes; a reader must
+// rely on neither.
+//
+// A model (save_model, load_model) holds exactly the tensors of its ParamLayout and these metadata keys; a reader
+// ignores keys it does not know.
+//
+//     nvpflow.format_version   "1.0", MAJOR.MINOR. Another major version is refused. A newer minor version is read as
+//                              long as its spec holds nothing unknown.
+//     nvpflow.library_version  version of the library that wrote the file; for people, never interpreted
+//     nvpflow.dtype            "float32" | "float64", equal to the spec's
+//     nvpflow.spec             the FlowSpec as JSON text of at most 16 MiB; unknown, missing and repeated keys are
+//     refused:
+//         {"input_size": 5, "dtype": "float32", "layers": [{"kind": "standardize"},
+//          {"kind": "coupling", "swapped": false, "hidden_sizes": [4, 3], "activation": "relu", "scale_bound": 1.0}]}
+//
+// Tensors alone. A file with neither nvpflow.format_version nor nvpflow.spec (as Edifice writes it) is read under the
+// caller's spec, or else one is read off the tensors: couplings flow_0, flow_1, .. that alternate halves; hidden sizes
+// from the shapes of flow_{k}_coupling_dense_{j}.kernel; input_size = inputs of flow_0's first kernel + outputs of its
+// heads; dtype of flow_0_scale.kernel; activation relu and scale_bound 1, which leave no trace in the tensors.
+//
+// A checkpoint of training is the same container under its own metadata keys and tensor names (see train.cpp).
+//
+// Limits and memory. Reading executes nothing and checks every length, shape and offset before memory is taken for
+// tensors; that memory is at most the size of the file. The header is parsed without a document tree, at a few times
+// its own size; the spec's text with one, at up to about 30 times that text. Files that hold NaN or infinity are
+// refused, by save_model as well. Only regular files are read or replaced.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +49,8 @@
 
 namespace nvpflow {
 
-/// A tensor of a file. Writing: `data` points at the caller's array. Reading: into TensorFile::bytes.
+/// A tensor of a file. Writing: `data` points at the caller's array. Reading: into TensorFile::bytes, at any
+/// alignment (copy with memcpy).
 struct FileTensor {
   std::string name;
   DType dtype = DType::float32;
@@ -27,15 +65,19 @@ struct TensorFile {
   std::unique_ptr<unsigned char[]> bytes;
 };
 
+/// Atomic: a temporary file in the folder of `path` is written, synced and renamed. On failure (Error(io)) the old file
+/// is as it was and no temporary is left. A symbolic link stays and its target is replaced; the mode of an existing
+/// file is kept, and one that this process may not write is refused.
 void write_tensor_file(const std::string& path, const std::map<std::string, std::string>& metadata,
                        const std::vector<FileTensor>& tensors);
+/// Throws Error(io), Error(file_format) or Error(out_of_memory).
 TensorFile read_tensor_file(const std::string& path);
 
 /// The spec as the JSON text that goes into the metadata, and back (Error(file_format) naming the field).
 std::string spec_to_json(const FlowSpec& spec);
 FlowSpec spec_from_json(const std::string& text);
 
-/// parameters: ParamLayout::size() elements of spec.dtype.
+/// parameters: ParamLayout::size() elements of spec.dtype, all finite (else Error(invalid_argument)).
 void save_model(const std::string& path, const FlowSpec& spec, const ParamLayout& layout, const void* parameters);
 
 struct LoadedModel {
