@@ -351,6 +351,8 @@ class ContainerReader {
     read_at(kLengthBytes, length, text.data());
     if (text.empty() || text[0] != '{') fail_format(path_, "the header does not start with '{'");
 
+    // The parser would take a zero byte for the end of the text.
+    if (text.find('\0') != std::string::npos) fail_format(path_, "the header holds a zero byte");
     HeaderParser parser(path_);
     json::sax_parse(text, &parser);
     metadata_ = std::move(parser.metadata);
@@ -548,7 +550,9 @@ json parse_spec_text(const std::string& text) {
     return true;
   };
   json document = json::parse(text, check, /*allow_exceptions=*/false);
-  if (document.is_discarded()) throw Error(ErrorCode::file_format, "the text is not valid JSON");
+  // The parser takes a zero byte for the end of the text.
+  if (document.is_discarded() || text.find('\0') != std::string::npos)
+    throw Error(ErrorCode::file_format, "the text is not valid JSON");
   return document;
 }
 

@@ -1,0 +1,139 @@
+#include "checkpoint.hpp"
+
+#include <cstring>
+
+#include <nlohmann/json.hpp>
+
+#include "file_format.hpp"
+
+namespace nvpflow {
+namespace {
+
+using nlohmann::json;
+
+constexpr const char* kTrainingKey = "nvpflow.training";
+constexpr std::int64_t kRecordFields = 6;
+
+std::string hex(std::uint64_t value) {
+  constexpr char kDigits[] = "0123456789abcdef";
+  std::string text(16, '0');
+  for (std::size_t i = 16; i-- > 0; value >>= 4) text[i] = kDigits[value & 15];
+  return text;
+}
+
+/// Everything that decides what the next step does, by the names users know.
+json describe(const CheckpointKey& key) {
+  const FitOptions& o = key.options;
+  json text = {{"flow", spec_to_json(key.spec)},
+               {"x", std::to_string(key.rows) + " rows with fingerprint " + hex(key.data)},
+               {"validation rows", key.validation_rows},
+               {"batch_size", o.batch_size},
+               {"learning_rate", o.learning_rate},
+               {"schedule", o.schedule == Schedule::cosine ? "cosine" : "constant"},
+               {"weight_decay", o.weight_decay},
+               {"clip_norm", o.clip_norm},
+               {"patience", o.patience},
+               {"validation", o.validation_fraction},
+               {"seed", o.seed}};
+  // The cosine's length is part of the schedule; a constant rate may go on for longer.
+  if (o.schedule == Schedule::cosine) text["epochs"] = o.epochs;
+  return text;
+}
+
+[[noreturn]] void damaged(const std::string& path, const std::string& what) {
+  throw Error(ErrorCode::file_format, "checkpoint " + path + ": " + what);
+}
+
+const FileTensor& find(const std::string& path, const TensorFile& file, const char* name, DType dtype,
+                       std::int64_t size) {
+  for (const FileTensor& t : file.tensors) {
+    if (t.name != name) continue;
+    std::int64_t count = 1;
+    for (const std::int64_t n : t.shape) count *= n;
+    if (t.dtype != dtype || (size >= 0 && count != size)) {
+      damaged(path, "tensor " + t.name + " holds " + std::to_string(count) + " " + std::string(name_of(t.dtype)) +
+                        ", expected " + std::to_string(size) + " " + std::string(name_of(dtype)));
+    }
+    return t;
+  }
+  damaged(path, std::string("tensor ") + name + " is missing");
+}
+
+json training_of(const std::string& path, const TensorFile& file) {
+  const auto text = file.metadata.find(kTrainingKey);
+  if (text == file.metadata.end()) damaged(path, "not a checkpoint: it has no " + std::string(kTrainingKey));
+  json training = json::parse(text->second, nullptr, /*allow_exceptions=*/false);
+  const bool good = training.is_object() && training.contains("key") && training["key"].is_object() &&
+                    training.contains("adam_steps") && training["adam_steps"].is_number_integer() &&
+                    training.contains("best_epoch") && training["best_epoch"].is_number_integer();
+  if (!good) damaged(path, std::string(kTrainingKey) + " is not the JSON object that this version writes");
+  return training;
+}
+
+void check_key(const std::string& path, const json& came, const json& expected) {
+  for (const auto& [name, value] : expected.items()) {
+    const json other = came.contains(name) ? came[name] : json();
+    if (other == value) continue;
+    throw Error(ErrorCode::invalid_argument, "checkpoint " + path + " belongs to another run: its " + name + " is " +
+                                                 other.dump() + ", this run's is " + value.dump() +
+                                                 "; delete the file to start over");
+  }
+}
+
+}  // namespace
+
+void save_checkpoint(const std::string& path, const CheckpointKey& key, const History& history,
+                     std::int64_t adam_steps, const CheckpointArrays& arrays) {
+  std::vector<double> records;
+  for (const EpochRecord& r : history.epochs) {
+    records.insert(records.end(), {static_cast<double>(r.epoch), r.train_loss, r.validation_loss, r.learning_rate,
+                                   r.gradient_norm, r.seconds});
+  }
+  const json training = {{"key", describe(key)}, {"adam_steps", adam_steps}, {"best_epoch", history.best_epoch}};
+  const DType dtype = key.spec.dtype;
+  const std::vector<std::int64_t> flat = {arrays.count};
+  const auto epochs = static_cast<std::int64_t>(history.epochs.size());
+  write_tensor_file(path, {{kTrainingKey, training.dump()}},
+                    {{"history", DType::float64, {epochs, kRecordFields}, records.data()},
+                     {"best_loss", DType::float64, {1}, &history.best_loss},
+                     {"parameters", dtype, flat, arrays.parameters},
+                     {"best_parameters", dtype, flat, arrays.best},
+                     {"first_moment", dtype, flat, arrays.first_moment},
+                     {"second_moment", dtype, flat, arrays.second_moment}});
+}
+
+void load_checkpoint(const std::string& path, const CheckpointKey& key, History& history, std::int64_t& adam_steps,
+                     const CheckpointArrays& arrays) {
+  const TensorFile file = read_tensor_file(path);
+  const json training = training_of(path, file);
+  check_key(path, training["key"], describe(key));
+
+  const DType dtype = key.spec.dtype;
+  const auto bytes = static_cast<std::size_t>(arrays.count * size_of(dtype));
+  const std::pair<const char*, void*> targets[] = {{"parameters", arrays.parameters},
+                                                   {"best_parameters", arrays.best},
+                                                   {"first_moment", arrays.first_moment},
+                                                   {"second_moment", arrays.second_moment}};
+  for (const auto& [name, target] : targets) {
+    std::memcpy(target, find(path, file, name, dtype, arrays.count).data, bytes);
+  }
+  const FileTensor& records = find(path, file, "history", DType::float64, -1);
+  if (records.shape.size() != 2 || records.shape[1] != kRecordFields) damaged(path, "tensor history has another shape");
+  history.epochs.clear();
+  for (std::int64_t i = 0; i < records.shape[0]; ++i) {
+    double r[kRecordFields];
+    std::memcpy(r, static_cast<const double*>(records.data) + i * kRecordFields, sizeof r);
+    history.epochs.push_back({static_cast<std::int64_t>(r[0]), r[1], r[2], r[3], r[4], r[5]});
+  }
+  std::memcpy(&history.best_loss, find(path, file, "best_loss", DType::float64, 1).data, sizeof(double));
+  history.best_epoch = training["best_epoch"];
+  adam_steps = training["adam_steps"];
+
+  const auto done = static_cast<std::int64_t>(history.epochs.size());
+  const FitOptions& options = key.options;
+  history.stop_reason.clear();
+  if (options.patience > 0 && done - history.best_epoch >= options.patience) history.stop_reason = "patience";
+  if (done >= options.epochs) history.stop_reason = "epochs";
+}
+
+}  // namespace nvpflow

@@ -1,0 +1,39 @@
+// Checkpoints of a training run: the container of file_format.hpp, with the optimizer's state and the history.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <nvpflow/train.hpp>
+
+namespace nvpflow {
+
+/// What a run must share with a checkpoint to go on from it.
+struct CheckpointKey {
+  FlowSpec spec;
+  FitOptions options;  // threads and checkpoint do not count
+  std::uint64_t data = 0;
+  std::int64_t rows = 0;
+  std::int64_t validation_rows = 0;
+};
+
+/// Flat arrays of `count` elements of the spec's dtype, read or written in place.
+struct CheckpointArrays {
+  void* parameters;
+  void* best;
+  void* first_moment;
+  void* second_moment;
+  std::int64_t count;
+};
+
+void save_checkpoint(const std::string& path, const CheckpointKey& key, const History& history,
+                     std::int64_t adam_steps, const CheckpointArrays& arrays);
+
+/// Throws Error(invalid_argument) where the checkpoint belongs to another model, data set or set of options, naming what
+/// differs, and Error(file_format) where it is damaged. History::stop_reason comes back as the run's own end, or empty.
+void load_checkpoint(const std::string& path, const CheckpointKey& key, History& history, std::int64_t& adam_steps,
+                     const CheckpointArrays& arrays);
+
+}  // namespace nvpflow

@@ -1,0 +1,360 @@
+// The CPU backend: keeps the packed parameters, splits rows among threads, calls the kernel table.
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include <nvpflow/backend.hpp>
+#include <nvpflow/error.hpp>
+
+#include "../parallel.hpp"
+#include "isa.hpp"
+#include "packed.hpp"
+
+namespace nvpflow {
+namespace {
+
+using cpu::AlignedBuffer;
+using cpu::GradientCall;
+using cpu::Kernels;
+using cpu::Packed;
+using cpu::Program;
+using cpu::TransformCall;
+
+/// Below this much arithmetic a call is not worth another thread.
+constexpr double kFlopsPerThread = 4e6;
+/// Multiply-adds per row of one weight-gradient task.
+constexpr std::int64_t kTaskSize = 16384;
+/// Rows whose log-probabilities are added up in one sum.
+constexpr std::int64_t kSumRows = 1024;
+
+/// Working memory of the calling thread, kept for its next call.
+template <class T>
+T* thread_scratch(std::int64_t elements) {
+  thread_local AlignedBuffer buffer;
+  return static_cast<T*>(buffer.reserve(elements * static_cast<std::int64_t>(sizeof(T))));
+}
+
+/// A value in two copies, one of which readers use while the other is rewritten: readers never wait, lock or allocate
+/// (Ramalhete and Correia, Brief announcement: Left-Right, PODC 2015).
+template <class Value>
+class LeftRight {
+ public:
+  /// What a reader holds while it reads.
+  class Reading {
+   public:
+    explicit Reading(const LeftRight& owner)
+        : slot_(owner.readers_[static_cast<std::size_t>(owner.version_.load())][shard()].count) {
+      slot_.fetch_add(1);
+      value_ = owner.values_[static_cast<std::size_t>(owner.side_.load())].get();
+    }
+    ~Reading() { slot_.fetch_sub(1); }
+    Reading(const Reading&) = delete;
+    Reading& operator=(const Reading&) = delete;
+
+    const Value& operator*() const { return *value_; }
+    const Value* operator->() const { return value_; }
+
+   private:
+    std::atomic<std::int64_t>& slot_;
+    const Value* value_;
+  };
+
+  template <class Make>
+  explicit LeftRight(Make make) : values_{make(), nullptr} {}
+
+  /// make: a new Value, for the first rewrite; write: fills the side that no reader sees.
+  template <class Make, class Write>
+  void rewrite(Make make, Write write) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const int hidden = 1 - side_.load();
+    std::unique_ptr<Value>& value = values_[static_cast<std::size_t>(hidden)];
+    if (value == nullptr) value = make();
+    write(*value);
+    side_.store(hidden);
+    const int version = version_.load();
+    wait_for_readers(1 - version);
+    version_.store(1 - version);
+    wait_for_readers(version);
+  }
+
+  /// Fills the visible side; only before any reader exists.
+  Value& initial() { return *values_[0]; }
+
+ private:
+  static constexpr std::size_t kShards = 16;
+  struct alignas(64) Count {
+    std::atomic<std::int64_t> count{0};
+  };
+
+  /// Threads count on different cache lines, so that readers do not slow each other down.
+  static std::size_t shard() {
+    static std::atomic<std::size_t> next{0};
+    thread_local const std::size_t mine = next.fetch_add(1) % kShards;
+    return mine;
+  }
+
+  void wait_for_readers(int version) const {
+    for (const Count& c : readers_[static_cast<std::size_t>(version)]) {
+      while (c.count.load() != 0) std::this_thread::yield();
+    }
+  }
+
+  std::array<std::unique_ptr<Value>, 2> values_;
+  std::atomic<int> side_{0};
+  std::atomic<int> version_{0};
+  mutable std::array<std::array<Count, kShards>, 2> readers_{};
+  std::mutex mutex_;
+};
+
+template <class T>
+const Kernels<T>& chosen_kernels() {
+  if constexpr (sizeof(T) == 4) {
+    return *cpu::chosen_isa().float32;
+  } else {
+    return *cpu::chosen_isa().float64;
+  }
+}
+
+/// A part of the parameters whose gradient one thread forms at a time.
+struct Task {
+  std::int64_t layer, group, first, last;
+};
+
+template <class T>
+class CpuBackend final : public Backend {
+ public:
+  CpuBackend(const FlowSpec& spec, const ParamLayout& layout)
+      : spec_(spec),
+        layout_(layout),
+        kernels_(chosen_kernels<T>()),
+        packed_([this] { return make_packed(); }) {
+    const Program<T>& program = packed_.initial().program();
+    tile_rows_ = program.tile_rows;
+    gradient_rows_ = program.gradient_rows;
+    transform_scratch_ = kernels_.transform_scratch(program);
+    tape_size_ = kernels_.tape_size(program);
+    plan_tasks(program);
+    const double rows = std::ceil(kFlopsPerThread / flops_per_row_);
+    grain_ = std::max<std::int64_t>(1, static_cast<std::int64_t>(std::ceil(rows / static_cast<double>(tile_rows_)))) *
+             tile_rows_;
+  }
+
+  void set_parameters(const void* parameters) override {
+    packed_.rewrite([this] { return make_packed(); },
+                    [&](Packed<T>& packed) { packed.pack(static_cast<const T*>(parameters)); });
+  }
+
+  void transform(Direction direction, const void* in, std::int64_t rows, void* out, void* log_det,
+                 int threads) const override {
+    TransformCall<T> call;
+    call.inverse = direction == Direction::inverse;
+    call.in = static_cast<const T*>(in);
+    call.out = static_cast<T*>(out);
+    call.log_det = static_cast<T*>(log_det);
+    run(call, rows, threads);
+  }
+
+  void log_prob(const void* x, std::int64_t rows, void* out, int threads) const override {
+    TransformCall<T> call;
+    call.in = static_cast<const T*>(x);
+    call.log_prob = static_cast<T*>(out);
+    run(call, rows, threads);
+  }
+
+  void sample(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* x, int threads) const override {
+    TransformCall<T> call;
+    call.inverse = true;
+    call.out = static_cast<T*>(x);
+    call.seed = seed;
+    call.first_row = first_row;
+    run(call, rows, threads);
+  }
+
+  void noise(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* z, int threads) const override {
+    const Reading packed(packed_);
+    parallel_for(rows, grain_, threads, [&](std::int64_t begin, std::int64_t end) {
+      T* scratch = thread_scratch<T>(transform_scratch_);
+      kernels_.noise(packed->program(), seed, first_row, begin, end, static_cast<T*>(z), scratch);
+    });
+  }
+
+  void conditioner(std::int64_t layer, const void* in, std::int64_t rows, void* s, void* t,
+                   int threads) const override {
+    const Reading packed(packed_);
+    parallel_for(rows, grain_, threads, [&](std::int64_t begin, std::int64_t end) {
+      T* scratch = thread_scratch<T>(transform_scratch_);
+      kernels_.conditioner(packed->program(), layer, static_cast<const T*>(in), begin, end, static_cast<T*>(s),
+                           static_cast<T*>(t), scratch);
+    });
+  }
+
+  void vjp(Direction direction, const void* in, std::int64_t rows, const void* grad_out, const void* grad_log_det,
+           void* grad_in, void* grad_parameters, bool accumulate, int threads) const override {
+    GradientCall<T> call;
+    call.inverse = direction == Direction::inverse;
+    call.in = static_cast<const T*>(in);
+    call.grad_out = static_cast<const T*>(grad_out);
+    call.grad_log_det = static_cast<const T*>(grad_log_det);
+    call.grad_in = static_cast<T*>(grad_in);
+    call.parameters = grad_parameters != nullptr;
+    run_gradient(call, rows, static_cast<T*>(grad_parameters), accumulate, threads);
+  }
+
+  double nll_gradient(const void* x, const std::int64_t* index, std::int64_t rows, std::int64_t total_rows,
+                      void* grad_parameters, bool accumulate, int threads) const override {
+    GradientCall<T> call;
+    call.in = static_cast<const T*>(x);
+    call.index = index;
+    call.nll = true;
+    call.nll_factor = static_cast<T>(1.0 / static_cast<double>(total_rows));
+    return run_gradient(call, rows, static_cast<T*>(grad_parameters), accumulate, threads);
+  }
+
+  double sum_log_prob(const void* x, const std::int64_t* index, std::int64_t rows, int threads) const override {
+    constexpr std::int64_t kParts = 64;
+    const Reading packed(packed_);
+    double total = 0;
+    for (std::int64_t first = 0; first < rows; first += kParts * kSumRows) {
+      double sums[kParts] = {};
+      const std::int64_t here = std::min(rows - first, kParts * kSumRows);
+      parallel_for(here, kSumRows, threads_for(here, threads), [&](std::int64_t begin, std::int64_t end) {
+        T* scratch = thread_scratch<T>(transform_scratch_ + kSumRows);
+        for (std::int64_t r = begin; r < end; r += kSumRows) {
+          const std::int64_t count = std::min(kSumRows, end - r);
+          T* log_prob = scratch + transform_scratch_;
+          TransformCall<T> call;
+          call.in = static_cast<const T*>(x) + (index == nullptr ? (first + r) * spec_.input_size : 0);
+          call.index = index == nullptr ? nullptr : index + first + r;
+          call.log_prob = log_prob;
+          kernels_.transform(packed->program(), call, 0, count, scratch);
+          for (std::int64_t i = 0; i < count; ++i) sums[r / kSumRows] += static_cast<double>(log_prob[i]);
+        }
+      });
+      for (const double sum : sums) total += sum;
+    }
+    return total;
+  }
+
+  void adam_step(const AdamStep& step, std::int64_t count, const void* gradient, void* first_moment,
+                 void* second_moment, void* parameters) const override {
+    const double t = static_cast<double>(step.step);
+    const cpu::AdamCoefficients c = {step.beta1,
+                                     step.beta2,
+                                     step.epsilon,
+                                     step.gradient_factor,
+                                     step.learning_rate / (1 - std::pow(step.beta1, t)),
+                                     1 / std::sqrt(1 - std::pow(step.beta2, t)),
+                                     step.learning_rate * step.weight_decay};
+    kernels_.adam(c, count, static_cast<const T*>(gradient), static_cast<T*>(first_moment),
+                  static_cast<T*>(second_moment), static_cast<T*>(parameters));
+  }
+
+  double sum_of_squares(const void* values, std::int64_t count) const override {
+    return kernels_.sum_of_squares(static_cast<const T*>(values), count);
+  }
+
+ private:
+  using Reading = typename LeftRight<Packed<T>>::Reading;
+
+  std::unique_ptr<Packed<T>> make_packed() const { return std::make_unique<Packed<T>>(spec_, layout_, kernels_); }
+
+  void plan_tasks(const Program<T>& program) {
+    for (std::int64_t k = 0; k < program.num_layers; ++k) {
+      const cpu::Layer<T>& layer = program.layers[k];
+      if (layer.kind == cpu::Kind::standardize) {
+        tasks_.push_back({k, 0, 0, spec_.input_size});
+        flops_per_row_ += 2.0 * static_cast<double>(spec_.input_size);
+        continue;
+      }
+      for (std::int64_t group = 0; group <= layer.num_dense; ++group) {
+        const std::int64_t in = layer.dense[std::min<std::int64_t>(group, layer.num_dense - 1)].in;
+        const std::int64_t out = layer.gradients[group].out;
+        flops_per_row_ += 2.0 * static_cast<double>(in) * static_cast<double>(out);
+        const std::int64_t strip = std::max<std::int64_t>(1, kTaskSize / out / 8) * 8;
+        for (std::int64_t i = 0; i < in; i += strip) tasks_.push_back({k, group, i, std::min(in, i + strip)});
+      }
+    }
+  }
+
+  /// Threads worth starting for so many rows.
+  int threads_for(std::int64_t rows, int threads) const {
+    const double worth = static_cast<double>(rows) * flops_per_row_ / kFlopsPerThread;
+    return worth >= static_cast<double>(threads) ? threads : std::max(1, static_cast<int>(worth));
+  }
+
+  void run(const TransformCall<T>& call, std::int64_t rows, int threads) const {
+    const Reading packed(packed_);
+    if (rows <= grain_ || threads <= 1) {
+      kernels_.transform(packed->program(), call, 0, rows, thread_scratch<T>(transform_scratch_));
+      return;
+    }
+    parallel_for(rows, tile_rows_, threads_for(rows, threads), [&](std::int64_t begin, std::int64_t end) {
+      kernels_.transform(packed->program(), call, begin, end, thread_scratch<T>(transform_scratch_));
+    });
+  }
+
+  double run_gradient(const GradientCall<T>& call, std::int64_t rows, T* gradient, bool accumulate,
+                      int threads) const {
+    const Reading packed(packed_);
+    packed->ensure_transposed();
+    const Program<T>& program = packed->program();
+    if (gradient != nullptr && !accumulate) {
+      std::memset(gradient, 0, static_cast<std::size_t>(layout_.size()) * sizeof(T));
+    }
+    const std::int64_t tiles = (rows + gradient_rows_ - 1) / gradient_rows_;
+    const std::int64_t group = std::min<std::int64_t>(tiles, threads_for(rows, threads));
+    T* tapes = thread_scratch<T>(std::max<std::int64_t>(1, group) * tape_size_);
+    std::vector<double> sums(static_cast<std::size_t>(group));
+    double total = 0;
+    for (std::int64_t first = 0; first < tiles; first += group) {
+      const std::int64_t here = std::min(group, tiles - first);
+      const auto rows_of = [&](std::int64_t tile) {
+        return std::min(gradient_rows_, rows - (first + tile) * gradient_rows_);
+      };
+      parallel_for(here, 1, static_cast<int>(group), [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t tile = begin; tile < end; ++tile) {
+          const std::int64_t row = (first + tile) * gradient_rows_;
+          sums[static_cast<std::size_t>(tile)] =
+              kernels_.gradient_tile(program, call, row, row + rows_of(tile), tapes + tile * tape_size_);
+        }
+      });
+      for (std::int64_t tile = 0; tile < here; ++tile) total += sums[static_cast<std::size_t>(tile)];
+      if (gradient == nullptr) continue;
+      const auto count = static_cast<std::int64_t>(tasks_.size());
+      parallel_for(count, 1, static_cast<int>(group), [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i) {
+          const Task& task = tasks_[static_cast<std::size_t>(i)];
+          for (std::int64_t tile = 0; tile < here; ++tile) {
+            kernels_.weight_gradient(program, task.layer, task.group, task.first, task.last, rows_of(tile),
+                                     tapes + tile * tape_size_, gradient);
+          }
+        }
+      });
+    }
+    return total;
+  }
+
+  const FlowSpec spec_;
+  const ParamLayout layout_;
+  const Kernels<T>& kernels_;
+  LeftRight<Packed<T>> packed_;
+  std::int64_t tile_rows_ = 0, gradient_rows_ = 0, grain_ = 0;
+  std::int64_t transform_scratch_ = 0, tape_size_ = 0;
+  double flops_per_row_ = 0;
+  std::vector<Task> tasks_;
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> make_cpu_backend(const FlowSpec& spec, const ParamLayout& layout) {
+  if (spec.dtype == DType::float32) return std::make_unique<CpuBackend<float>>(spec, layout);
+  return std::make_unique<CpuBackend<double>>(spec, layout);
+}
+
+}  // namespace nvpflow

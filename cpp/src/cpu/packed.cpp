@@ -1,0 +1,215 @@
+#include "packed.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <string>
+
+#include <nvpflow/error.hpp>
+
+namespace nvpflow::cpu {
+namespace {
+
+constexpr std::size_t kAlignment = 64;
+// Bytes that one inference tile's scratch and one gradient tile's tape aim for: half of a small L2 cache, so that the
+// weights have room beside them.
+constexpr std::int64_t kTileBytes = 160 << 10;
+constexpr std::int64_t kTapeBytes = 512 << 10;
+constexpr std::int64_t kMaxRowUnits = 4;
+
+std::int64_t round_up(std::int64_t n, std::int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+/// Partial sums of a dense layer (Dense::segments). More of them hide the latency of a single row's long sums; each
+/// costs the tile path one addition per output.
+std::int32_t segments_of(std::int64_t in) { return in >= 64 ? 4 : in >= 32 ? 2 : 1; }
+
+}  // namespace
+
+void AlignedBuffer::Free::operator()(void* p) const noexcept { ::operator delete(p, std::align_val_t{kAlignment}); }
+
+void* AlignedBuffer::reserve(std::int64_t bytes) {
+  if (bytes > capacity_) {
+    memory_.reset();
+    capacity_ = 0;
+    void* p = ::operator new(static_cast<std::size_t>(bytes), std::align_val_t{kAlignment}, std::nothrow);
+    if (p == nullptr) {
+      throw Error(ErrorCode::out_of_memory, "out of memory: " + std::to_string(bytes) + " bytes of working memory");
+    }
+    memory_.reset(p);
+    capacity_ = bytes;
+  }
+  return memory_.get();
+}
+
+template <class T>
+Packed<T>::Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels<T>& kernels) : lanes_(kernels.lanes) {
+  // Sized first: the program holds pointers into these.
+  std::size_t num_dense = 0, num_gradients = 0;
+  for (const LayerSpec& layer : spec.layers) {
+    if (layer.kind != LayerKind::coupling) continue;
+    num_dense += layer.hidden_sizes.size() + 1;
+    num_gradients += layer.hidden_sizes.size() + 2;
+  }
+  dense_.reserve(num_dense);
+  sources_.reserve(num_dense);
+  gradients_.reserve(num_gradients);
+  layers_.reserve(spec.layers.size());
+  program_.input_size = spec.input_size;
+  for (std::size_t k = 0; k < spec.layers.size(); ++k) {
+    if (spec.layers[k].kind == LayerKind::coupling) {
+      add_coupling(spec, layout, k);
+    } else {
+      add_standardize(layout, k);
+    }
+  }
+  program_.layers = layers_.data();
+  program_.num_layers = static_cast<std::int64_t>(layers_.size());
+  choose_tiles(kernels);
+
+  std::int64_t size = 0;
+  for (const Dense<T>& d : dense_) size += round_up(d.out, lanes_) * (d.in + 1);
+  for (const Layer<T>& layer : layers_) {
+    if (layer.kind == Kind::standardize) size += 3 * round_up(spec.input_size, lanes_);
+  }
+  T* next = static_cast<T*>(weights_.reserve(size * static_cast<std::int64_t>(sizeof(T))));
+  std::memset(next, 0, static_cast<std::size_t>(size) * sizeof(T));  // the padding stays zero for ever
+  for (Dense<T>& d : dense_) {
+    d.weights = next;
+    d.bias = next + round_up(d.out, lanes_) * d.in;
+    next += round_up(d.out, lanes_) * (d.in + 1);
+  }
+  for (Layer<T>& layer : layers_) {
+    if (layer.kind != Kind::standardize) continue;
+    layer.mean = next;
+    layer.std = next + round_up(spec.input_size, lanes_);
+    layer.inverse_std = next + 2 * round_up(spec.input_size, lanes_);
+    next += 3 * round_up(spec.input_size, lanes_);
+  }
+}
+
+template <class T>
+void Packed<T>::add_coupling(const FlowSpec& spec, const ParamLayout& layout, std::size_t index) {
+  const LayerSpec& from = spec.layers[index];
+  const TensorInfo* tensor = &layout.tensors()[layout.first_tensor(index)];
+  Layer<T> layer;
+  layer.kind = Kind::coupling;
+  layer.a_begin = spec.conditioning(from).begin;
+  layer.a_count = spec.conditioning(from).count;
+  layer.b_begin = spec.transformed(from).begin;
+  layer.b_count = spec.transformed(from).count;
+  layer.activation = static_cast<Act>(from.activation);
+  layer.bound = static_cast<T>(from.scale_bound);
+  layer.inverse_bound = static_cast<T>(1.0 / from.scale_bound);
+  layer.dense = dense_.data() + dense_.size();
+  layer.gradients = gradients_.data() + gradients_.size();
+  layer.num_dense = static_cast<std::int32_t>(from.hidden_sizes.size()) + 1;
+  std::int64_t in = layer.a_count;
+  for (const std::int64_t width : from.hidden_sizes) {
+    dense_.push_back({nullptr, nullptr, nullptr, in, width, segments_of(in)});
+    sources_.push_back({{tensor[0].offset, 0}, {tensor[1].offset, 0}, {width, 0}});
+    gradients_.push_back({0, width, tensor[0].offset, tensor[1].offset});
+    program_.max_width = std::max({program_.max_width, in, width});
+    tensor += 2;
+    in = width;
+  }
+  const std::int64_t n = layer.b_count;
+  dense_.push_back({nullptr, nullptr, nullptr, in, 2 * n, segments_of(in)});
+  sources_.push_back({{tensor[0].offset, tensor[2].offset}, {tensor[1].offset, tensor[3].offset}, {n, n}});
+  gradients_.push_back({0, n, tensor[0].offset, tensor[1].offset});
+  gradients_.push_back({n, n, tensor[2].offset, tensor[3].offset});
+  program_.max_width = std::max({program_.max_width, in, 2 * n});
+  layers_.push_back(layer);
+}
+
+template <class T>
+void Packed<T>::add_standardize(const ParamLayout& layout, std::size_t index) {
+  const TensorInfo* tensor = &layout.tensors()[layout.first_tensor(index)];
+  Layer<T> layer;
+  layer.kind = Kind::standardize;
+  layer.mean_offset = tensor[0].offset;
+  layer.log_std_offset = tensor[1].offset;
+  layers_.push_back(layer);
+}
+
+template <class T>
+void Packed<T>::choose_tiles(const Kernels<T>& kernels) {
+  const auto size = static_cast<std::int64_t>(sizeof(T));
+  const std::int64_t unit = kernels.row_unit;
+  const auto units = [&](std::int64_t target, std::int64_t bytes_of_unit) {
+    return std::clamp<std::int64_t>(target / bytes_of_unit, 1, kMaxRowUnits) * unit;
+  };
+  program_.tile_rows = program_.gradient_rows = unit;
+  program_.tile_rows = units(kTileBytes, kernels.transform_scratch(program_) * size);
+  program_.gradient_rows = units(kTapeBytes, kernels.tape_size(program_) * size);
+  for (const Dense<T>& d : dense_) transposed_size_ += round_up(d.in, lanes_) * d.out;
+}
+
+template <class T>
+void Packed<T>::pack(const T* parameters) {
+  for (std::size_t i = 0; i < dense_.size(); ++i) pack_dense(sources_[i], dense_[i], parameters);
+  for (Layer<T>& layer : layers_) {
+    if (layer.kind == Kind::standardize) pack_standardize(layer, parameters);
+  }
+  transposed_ready_.store(false, std::memory_order_relaxed);
+}
+
+template <class T>
+void Packed<T>::pack_dense(const DenseSource& source, Dense<T>& dense, const T* parameters) {
+  T* weights = const_cast<T*>(dense.weights);
+  T* bias = const_cast<T*>(dense.bias);
+  std::int64_t first = 0;  // output where this tensor begins
+  for (int part = 0; part < 2; ++part) {
+    const std::int64_t n = source.columns[part];
+    if (n > 0) std::copy_n(parameters + source.bias[part], n, bias + first);
+    const T* kernel = parameters + source.kernel[part];
+    for (std::int64_t begin = first; begin < first + n;) {
+      // Outputs [begin, end) of this tensor lie in one block of the packed weights.
+      const std::int64_t block = begin / lanes_, end = std::min(first + n, (block + 1) * lanes_);
+      T* to = weights + block * lanes_ * dense.in + begin % lanes_;
+      const T* from = kernel + (begin - first);
+      for (std::int64_t i = 0; i < dense.in; ++i, to += lanes_, from += n) std::copy_n(from, end - begin, to);
+      begin = end;
+    }
+    first += n;
+  }
+}
+
+template <class T>
+void Packed<T>::pack_standardize(Layer<T>& layer, const T* parameters) {
+  double sum = 0;
+  for (std::int64_t j = 0; j < program_.input_size; ++j) {
+    const double log_std = static_cast<double>(parameters[layer.log_std_offset + j]);
+    const_cast<T*>(layer.mean)[j] = parameters[layer.mean_offset + j];
+    const_cast<T*>(layer.std)[j] = static_cast<T>(std::exp(log_std));
+    const_cast<T*>(layer.inverse_std)[j] = static_cast<T>(std::exp(-log_std));
+    sum += log_std;
+  }
+  layer.log_det = static_cast<T>(-sum);
+}
+
+template <class T>
+void Packed<T>::ensure_transposed() const {
+  if (transposed_ready_.load(std::memory_order_acquire)) return;
+  const std::lock_guard<std::mutex> lock(transpose_mutex_);
+  if (transposed_ready_.load(std::memory_order_relaxed)) return;
+  T* next = static_cast<T*>(transposed_.reserve(transposed_size_ * static_cast<std::int64_t>(sizeof(T))));
+  for (const Dense<T>& d : dense_) {
+    // Readers that do not want gradients never look at this pointer.
+    const_cast<Dense<T>&>(d).transposed = next;
+    for (std::int64_t block = 0; block < d.in; block += lanes_) {
+      const std::int64_t valid = std::min(lanes_, d.in - block);
+      for (std::int64_t o = 0; o < d.out; ++o, next += lanes_) {
+        const T* from = d.weights + o / lanes_ * lanes_ * d.in + block * lanes_ + o % lanes_;
+        for (std::int64_t l = 0; l < lanes_; ++l) next[l] = l < valid ? from[l * lanes_] : T(0);
+      }
+    }
+  }
+  transposed_ready_.store(true, std::memory_order_release);
+}
+
+template class Packed<float>;
+template class Packed<double>;
+
+}  // namespace nvpflow::cpu

@@ -1,0 +1,307 @@
+// Flow: owns the parameters, checks arguments, calls the backend.
+
+#include <nvpflow/flow.hpp>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <functional>
+#include <mutex>
+
+#include "file_format.hpp"
+#include "parallel.hpp"
+
+namespace nvpflow {
+namespace {
+
+template <class T>
+constexpr DType dtype_of = sizeof(T) == 4 ? DType::float32 : DType::float64;
+
+[[noreturn]] void fail(const std::string& message) { throw Error(ErrorCode::invalid_argument, message); }
+
+bool overlap(const void* a, std::size_t a_bytes, const void* b, std::size_t b_bytes) {
+  const auto* pa = static_cast<const unsigned char*>(a);
+  const auto* pb = static_cast<const unsigned char*>(b);
+  const std::less<> before;
+  return a_bytes != 0 && b_bytes != 0 && before(pa, pb + b_bytes) && before(pb, pa + a_bytes);
+}
+
+/// A span with the name that its errors use.
+template <class Span>
+struct Named {
+  const char* name;
+  Span span;
+};
+
+template <class A, class B>
+void refuse_overlap(const Named<A>& a, const Named<B>& b) {
+  if (overlap(a.span.data(), a.span.size_bytes(), b.span.data(), b.span.size_bytes())) {
+    fail(std::string(a.name) + " overlaps " + b.name + "; they must not share memory");
+  }
+}
+
+template <class Span>
+void check_length(const Named<Span>& s, std::int64_t expected, const char* shape) {
+  if (static_cast<std::int64_t>(s.span.size()) != expected) {
+    fail(std::string(s.name) + " holds " + std::to_string(s.span.size()) + " elements, expected " +
+         std::to_string(expected) + " (" + shape + ")");
+  }
+}
+
+/// An empty span means: not wanted.
+template <class Span>
+auto* data_or_null(const Span& s) {
+  return s.empty() ? nullptr : s.data();
+}
+
+}  // namespace
+
+struct Flow::State {
+  FlowSpec spec;
+  ParamLayout layout;
+  // One buffer for the flow's whole life, so that views of it stay valid; bytes, because the dtype is known at run time.
+  std::vector<unsigned char> parameters;
+  std::unique_ptr<Backend> backend;
+  std::mutex write_mutex;
+  std::atomic<int> num_threads{0};
+
+  explicit State(FlowSpec s)
+      : spec((s.validate(), std::move(s))),
+        layout(spec),
+        parameters(static_cast<std::size_t>(layout.size() * size_of(spec.dtype))),
+        backend(make_cpu_backend(spec, layout)) {}
+
+  template <class T>
+  void check_dtype() const {
+    if (spec.dtype != dtype_of<T>) {
+      throw Error(ErrorCode::type_mismatch, "the flow is " + std::string(name_of(spec.dtype)) + ", the arrays are " +
+                                                std::string(name_of(dtype_of<T>)));
+    }
+  }
+
+  template <class T>
+  std::int64_t check_rows(const Named<std::span<const T>>& in) const {
+    check_dtype<T>();
+    const auto size = static_cast<std::int64_t>(in.span.size());
+    if (size % spec.input_size != 0) {
+      fail(std::string(in.name) + " holds " + std::to_string(size) + " elements, expected a multiple of input_size " +
+           std::to_string(spec.input_size));
+    }
+    return size / spec.input_size;
+  }
+
+  int threads() const {
+    const int wanted = num_threads.load(std::memory_order_relaxed);
+    return wanted > 0 ? wanted : available_threads();
+  }
+
+  void publish(const void* values) {
+    const std::lock_guard<std::mutex> lock(write_mutex);
+    std::memmove(parameters.data(), values, parameters.size());
+    backend->set_parameters(parameters.data());
+  }
+};
+
+Flow::Flow(FlowSpec spec, std::uint64_t seed) : state_(std::make_unique<State>(std::move(spec))) {
+  void* parameters = state_->parameters.data();
+  if (state_->spec.dtype == DType::float32) {
+    initialize_parameters(state_->spec, state_->layout, seed, static_cast<float*>(parameters));
+  } else {
+    initialize_parameters(state_->spec, state_->layout, seed, static_cast<double*>(parameters));
+  }
+  state_->backend->set_parameters(parameters);
+}
+
+Flow::~Flow() = default;
+Flow::Flow(Flow&&) noexcept = default;
+Flow& Flow::operator=(Flow&&) noexcept = default;
+
+Flow::Flow(const Flow& other) : state_(std::make_unique<State>(other.state_->spec)) {
+  state_->num_threads.store(other.num_threads());
+  const std::lock_guard<std::mutex> lock(other.state_->write_mutex);
+  state_->publish(other.state_->parameters.data());
+}
+
+Flow& Flow::operator=(const Flow& other) {
+  if (this != &other) *this = Flow(other);
+  return *this;
+}
+
+namespace {
+
+Flow flow_from(LoadedModel&& model) {
+  Flow flow(std::move(model.spec));
+  const auto count = static_cast<std::size_t>(flow.num_parameters());
+  const void* data = model.parameters.data();
+  if (flow.spec().dtype == DType::float32) {
+    flow.set_parameters(std::span(static_cast<const float*>(data), count));
+  } else {
+    flow.set_parameters(std::span(static_cast<const double*>(data), count));
+  }
+  return flow;
+}
+
+}  // namespace
+
+Flow Flow::load(const std::string& path) { return flow_from(load_model(path, nullptr)); }
+
+Flow Flow::load(const std::string& path, const FlowSpec& expected) {
+  expected.validate();
+  return flow_from(load_model(path, &expected));
+}
+
+void Flow::save(const std::string& path) const {
+  // A snapshot: the file must not mix two sets of parameters, and writers must not wait for the disk.
+  std::vector<unsigned char> snapshot;
+  {
+    const std::lock_guard<std::mutex> lock(state_->write_mutex);
+    snapshot = state_->parameters;
+  }
+  save_model(path, state_->spec, state_->layout, snapshot.data());
+}
+
+const FlowSpec& Flow::spec() const { return state_->spec; }
+const ParamLayout& Flow::layout() const { return state_->layout; }
+std::int64_t Flow::num_parameters() const { return state_->layout.size(); }
+int Flow::num_threads() const { return state_->num_threads.load(); }
+const Backend& Flow::backend() const { return *state_->backend; }
+
+void Flow::set_num_threads(int threads) {
+  if (threads < 0 || threads > 4096) fail("num_threads is " + std::to_string(threads) + ", expected 0 (automatic) to 4096");
+  state_->num_threads.store(threads);
+}
+
+template <class T>
+std::span<const T> Flow::parameters() const {
+  state_->check_dtype<T>();
+  const void* data = state_->parameters.data();
+  return {static_cast<const T*>(data), static_cast<std::size_t>(state_->layout.size())};
+}
+
+template <class T>
+void Flow::set_parameters(std::span<const T> parameters) {
+  state_->check_dtype<T>();
+  check_length(Named{"parameters", parameters}, state_->layout.size(), "the flat buffer of ParamLayout");
+  state_->publish(parameters.data());
+}
+
+namespace {
+
+template <class T>
+void check_transform(std::int64_t rows, const Named<std::span<const T>>& in, const Named<std::span<T>>& out,
+                     const Named<std::span<T>>& log_det) {
+  check_length(out, static_cast<std::int64_t>(in.span.size()), "[B, D] as the input");
+  if (!log_det.span.empty()) check_length(log_det, rows, "[B]");
+  refuse_overlap(out, in);
+  refuse_overlap(log_det, in);
+  refuse_overlap(out, log_det);
+}
+
+}  // namespace
+
+template <class T>
+void Flow::forward(std::span<const T> x, std::span<T> z, std::span<T> log_det) const {
+  const std::int64_t rows = state_->check_rows(Named{"x", x});
+  check_transform(rows, Named{"x", x}, Named{"z", z}, Named{"log_det", log_det});
+  backend().transform(Direction::forward, x.data(), rows, z.data(), data_or_null(log_det), state_->threads());
+}
+
+template <class T>
+void Flow::inverse(std::span<const T> z, std::span<T> x, std::span<T> log_det) const {
+  const std::int64_t rows = state_->check_rows(Named{"z", z});
+  check_transform(rows, Named{"z", z}, Named{"x", x}, Named{"log_det", log_det});
+  backend().transform(Direction::inverse, z.data(), rows, x.data(), data_or_null(log_det), state_->threads());
+}
+
+template <class T>
+void Flow::log_prob(std::span<const T> x, std::span<T> out) const {
+  const std::int64_t rows = state_->check_rows(Named{"x", x});
+  check_length(Named{"out", out}, rows, "[B]");
+  refuse_overlap(Named{"out", out}, Named{"x", x});
+  backend().log_prob(x.data(), rows, out.data(), state_->threads());
+}
+
+template <class T>
+void Flow::sample(std::uint64_t seed, std::span<T> x, std::uint64_t first_row) const {
+  const std::int64_t rows = state_->check_rows(Named{"x", std::span<const T>(x)});
+  backend().sample(seed, first_row, rows, x.data(), state_->threads());
+}
+
+template <class T>
+double Flow::nll(std::span<const T> x) const {
+  const std::int64_t rows = state_->check_rows(Named{"x", x});
+  if (rows == 0) fail("x has no rows: the mean over an empty batch is not defined");
+  return -backend().sum_log_prob(x.data(), nullptr, rows, state_->threads()) / static_cast<double>(rows);
+}
+
+template <class T>
+double Flow::nll_gradient(std::span<const T> x, std::span<T> gradient) const {
+  const std::int64_t rows = state_->check_rows(Named{"x", x});
+  if (rows == 0) fail("x has no rows: the mean over an empty batch is not defined");
+  check_length(Named{"gradient", gradient}, num_parameters(), "the flat buffer of ParamLayout");
+  refuse_overlap(Named{"gradient", gradient}, Named{"x", x});
+  const double sum =
+      backend().nll_gradient(x.data(), nullptr, rows, rows, gradient.data(), false, state_->threads());
+  return -sum / static_cast<double>(rows);
+}
+
+template <class T>
+void Flow::vjp(Direction direction, std::span<const T> in, std::span<const T> grad_out,
+               std::span<const T> grad_log_det, std::span<T> grad_in, std::span<T> grad_parameters,
+               bool accumulate) const {
+  const Named input{"in", in};
+  const std::int64_t rows = state_->check_rows(input);
+  const Named<std::span<T>> outputs[] = {Named{"grad_in", grad_in}, Named{"grad_parameters", grad_parameters}};
+  const Named<std::span<const T>> inputs[] = {input, Named{"grad_out", grad_out}, Named{"grad_log_det", grad_log_det}};
+  const auto size = static_cast<std::int64_t>(in.size());
+  if (!grad_out.empty()) check_length(inputs[1], size, "[B, D]");
+  if (!grad_log_det.empty()) check_length(inputs[2], rows, "[B]");
+  if (!grad_in.empty()) check_length(outputs[0], size, "[B, D]");
+  if (!grad_parameters.empty()) check_length(outputs[1], num_parameters(), "the flat buffer of ParamLayout");
+  for (const auto& o : outputs) {
+    for (const auto& i : inputs) refuse_overlap(o, i);
+  }
+  refuse_overlap(outputs[0], outputs[1]);
+  backend().vjp(direction, in.data(), rows, data_or_null(grad_out), data_or_null(grad_log_det),
+                data_or_null(grad_in), data_or_null(grad_parameters), accumulate, state_->threads());
+}
+
+template <class T>
+void Flow::conditioner(std::int64_t layer, std::span<const T> in, std::span<T> s, std::span<T> t) const {
+  const Named input{"in", in};
+  const std::int64_t rows = state_->check_rows(input);
+  const auto layers = static_cast<std::int64_t>(spec().layers.size());
+  if (layer < 0 || layer >= layers) {
+    fail("layer is " + std::to_string(layer) + ", expected 0 to " + std::to_string(layers - 1));
+  }
+  const LayerSpec& which = spec().layers[static_cast<std::size_t>(layer)];
+  if (which.kind != LayerKind::coupling) fail("layer " + std::to_string(layer) + " is not a coupling layer");
+  const Named out_s{"s", s}, out_t{"t", t};
+  const std::int64_t size = rows * spec().transformed(which).count;
+  check_length(out_s, size, "[B, |b|]");
+  check_length(out_t, size, "[B, |b|]");
+  refuse_overlap(out_s, input);
+  refuse_overlap(out_t, input);
+  refuse_overlap(out_s, out_t);
+  backend().conditioner(layer, in.data(), rows, s.data(), t.data(), state_->threads());
+}
+
+#define NVPFLOW_INSTANTIATE(T)                                                                                      \
+  template std::span<const T> Flow::parameters() const;                                                            \
+  template void Flow::set_parameters(std::span<const T>);                                                          \
+  template void Flow::forward(std::span<const T>, std::span<T>, std::span<T>) const;                               \
+  template void Flow::inverse(std::span<const T>, std::span<T>, std::span<T>) const;                               \
+  template void Flow::log_prob(std::span<const T>, std::span<T>) const;                                            \
+  template void Flow::sample(std::uint64_t, std::span<T>, std::uint64_t) const;                                    \
+  template double Flow::nll(std::span<const T>) const;                                                             \
+  template double Flow::nll_gradient(std::span<const T>, std::span<T>) const;                                      \
+  template void Flow::vjp(Direction, std::span<const T>, std::span<const T>, std::span<const T>, std::span<T>,      \
+                          std::span<T>, bool) const;                                                               \
+  template void Flow::conditioner(std::int64_t, std::span<const T>, std::span<T>, std::span<T>) const;
+NVPFLOW_INSTANTIATE(float)
+NVPFLOW_INSTANTIATE(double)
+#undef NVPFLOW_INSTANTIATE
+
+const char* version() { return NVPFLOW_VERSION; }
+
+}  // namespace nvpflow

@@ -1,0 +1,429 @@
+// The training loop: independent of the backend, which forms the gradients and the updates.
+
+#include <nvpflow/train.hpp>
+
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numbers>
+
+#include "checkpoint.hpp"
+#include "math.hpp"
+#include "parallel.hpp"
+
+namespace nvpflow {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+[[noreturn]] void fail(const std::string& message) { throw Error(ErrorCode::invalid_argument, message); }
+
+void require(bool good, const char* field, const std::string& value, const char* expected) {
+  if (!good) fail(std::string(field) + " is " + value + ", expected " + expected);
+}
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+/// Arithmetic between two looks at the observer: well under a second on one core.
+constexpr double kSliceFlops = 8e9;
+
+double flops_per_row(const ParamLayout& layout) {
+  double flops = 0;
+  for (const TensorInfo& t : layout.tensors()) flops += t.role == TensorRole::kernel ? 2.0 * static_cast<double>(t.size) : 0;
+  return flops;
+}
+
+/// FNV-1a over 64-bit words: tells data sets apart, nothing more.
+std::uint64_t fingerprint(const void* data, std::size_t bytes) {
+  std::uint64_t hash = 0xCBF29CE484222325ull;
+  const auto* p = static_cast<const unsigned char*>(data);
+  for (; bytes >= 8; bytes -= 8, p += 8) {
+    std::uint64_t word;
+    std::memcpy(&word, p, 8);
+    hash = (hash ^ word) * 0x100000001B3ull;
+    hash ^= hash >> 29;
+  }
+  for (; bytes > 0; --bytes, ++p) hash = (hash ^ *p) * 0x100000001B3ull;
+  return hash;
+}
+
+/// Which rows of x train and which validate, and their order in each epoch; no array of the data's length.
+class Rows {
+ public:
+  Rows(std::int64_t total, std::int64_t held_out, std::uint64_t seed)
+      : held_out_(held_out),
+        seed_(seed),
+        split_(static_cast<std::uint64_t>(total), seed, kStreamSplit, 0),
+        train_(total - held_out) {}
+
+  std::int64_t train() const { return train_; }
+  std::int64_t held_out() const { return held_out_; }
+  Permutation order(std::int64_t epoch) const {
+    return {static_cast<std::uint64_t>(train_), seed_, kStreamShuffle, static_cast<std::uint64_t>(epoch)};
+  }
+  /// Row of x of training row i.
+  std::int64_t train_row(std::uint64_t i) const {
+    if (held_out_ == 0) return static_cast<std::int64_t>(i);
+    return static_cast<std::int64_t>(split_(i + static_cast<std::uint64_t>(held_out_)));
+  }
+  std::int64_t held_out_row(std::int64_t i) const {
+    return static_cast<std::int64_t>(split_(static_cast<std::uint64_t>(i)));
+  }
+
+ private:
+  std::int64_t held_out_;
+  std::uint64_t seed_;
+  Permutation split_;
+  std::int64_t train_;
+};
+
+template <class T>
+void check_finite(const char* name, std::span<const T> values, std::int64_t features) {
+  constexpr std::size_t kNamed = 5;
+  std::int64_t bad = 0;
+  std::string which;
+  const auto rows = static_cast<std::int64_t>(values.size()) / features;
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const T* row = values.data() + r * features;
+    if (std::all_of(row, row + features, [](T v) { return std::isfinite(v); })) continue;
+    if (static_cast<std::size_t>(bad) < kNamed) which += (bad == 0 ? "" : ", ") + std::to_string(r);
+    ++bad;
+  }
+  if (bad == 0) return;
+  fail(std::string(name) + " has " + std::to_string(bad) + " of " + std::to_string(rows) +
+       " rows with NaN or infinite values (row " + which + (static_cast<std::size_t>(bad) > kNamed ? ", ..." : "") +
+       "); remove or repair them");
+}
+
+template <class T>
+class Trainer {
+ public:
+  Trainer(Flow& flow, std::span<const T> x, std::span<const T> validation, const FitOptions& options,
+          FitObserver* observer)
+      : flow_(flow),
+        options_(options),
+        observer_(observer != nullptr ? *observer : silent_),
+        features_(flow.spec().input_size),
+        x_(x),
+        validation_(validation),
+        rows_(checked_rows(), held_out_rows(), options.seed),
+        threads_(options.threads > 0        ? options.threads
+                 : flow.num_threads() > 0 ? flow.num_threads()
+                                          : available_threads()) {
+    check_data();
+    const auto size = static_cast<std::size_t>(flow.num_parameters());
+    const std::span<const T> start = flow.template parameters<T>();
+    parameters_.assign(start.begin(), start.end());
+    gradient_.resize(size);
+    first_moment_.resize(size);
+    second_moment_.resize(size);
+    slice_ = std::clamp<std::int64_t>(static_cast<std::int64_t>(kSliceFlops / (3 * flops_per_row(flow.layout()))), 64,
+                                      1 << 16);
+    index_.resize(static_cast<std::size_t>(slice_));
+    steps_ = (rows_.train() + options.batch_size - 1) / options.batch_size;
+    history_.train_rows = rows_.train();
+    history_.validation_rows = has_array() ? validation_rows() : rows_.held_out();
+    history_.best_loss = std::numeric_limits<double>::infinity();
+    standardize_from_data();
+    best_ = parameters_;
+    // Training has packed parameters of its own: calls on the flow meanwhile see the old ones.
+    backend_ = make_cpu_backend(flow.spec(), flow.layout());
+    backend_->set_parameters(parameters_.data());
+  }
+
+  History run() {
+    try {
+      resume();
+      while (history_.stop_reason.empty()) epoch();
+    } catch (...) {
+      flow_.template set_parameters<T>(best_);
+      throw;
+    }
+    flow_.template set_parameters<T>(best_);
+    return std::move(history_);
+  }
+
+ private:
+  // ---- data ------------------------------------------------------------------------------------------------------
+
+  bool has_array() const { return !validation_.empty(); }
+  std::int64_t total_rows() const { return static_cast<std::int64_t>(x_.size()) / features_; }
+  std::int64_t validation_rows() const { return static_cast<std::int64_t>(validation_.size()) / features_; }
+
+  std::int64_t checked_rows() const {
+    options_.validate();
+    if (flow_.spec().dtype != (sizeof(T) == 4 ? DType::float32 : DType::float64)) {
+      throw Error(ErrorCode::type_mismatch, "x is not " + std::string(name_of(flow_.spec().dtype)) + " as the flow is");
+    }
+    for (const auto& [name, span] : {std::pair{"x", x_}, std::pair{"validation", validation_}}) {
+      if (static_cast<std::int64_t>(span.size()) % features_ != 0) {
+        fail(std::string(name) + " holds " + std::to_string(span.size()) +
+             " elements, expected a multiple of input_size " + std::to_string(features_));
+      }
+    }
+    return total_rows();
+  }
+
+  std::int64_t held_out_rows() const {
+    if (has_array()) return 0;
+    return static_cast<std::int64_t>(std::floor(options_.validation_fraction * static_cast<double>(total_rows())));
+  }
+
+  void check_data() const {
+    check_finite("x", x_, features_);
+    check_finite("validation", validation_, features_);
+    const bool split = !has_array() && options_.validation_fraction > 0;
+    if (split && rows_.held_out() == 0) {
+      fail("validation is " + std::to_string(options_.validation_fraction) + " of " + std::to_string(total_rows()) +
+           " rows, which is less than one row; give more rows, a larger share or 0");
+    }
+    if (options_.patience > 0 && !has_array() && rows_.held_out() == 0) {
+      fail("patience is " + std::to_string(options_.patience) +
+           ", which needs validation data; give validation or set patience to 0");
+    }
+    if (rows_.train() < options_.batch_size) {
+      fail("x has " + std::to_string(rows_.train()) + " training rows" +
+           (split ? " (" + std::to_string(rows_.held_out()) + " more are set aside for validation)" : "") +
+           ", fewer than batch_size " + std::to_string(options_.batch_size) +
+           "; expected a batch_size of at most the number of training rows");
+    }
+  }
+
+  /// The frozen layers' tensors are left alone by Adam.
+  static bool trainable(const TensorInfo& t) { return t.role == TensorRole::kernel || t.role == TensorRole::bias; }
+
+  void standardize_from_data() {
+    const FlowSpec& spec = flow_.spec();
+    if (spec.layers.empty() || spec.layers.front().kind != LayerKind::standardize) return;
+    const TensorInfo& mean = flow_.layout().tensors()[0];
+    const TensorInfo& log_std = flow_.layout().tensors()[1];
+    const auto begin = parameters_.begin();
+    if (std::any_of(begin, begin + mean.size + log_std.size, [](T v) { return v != T(0); })) return;
+    std::vector<double> sum(static_cast<std::size_t>(features_)), square(sum.size());
+    const auto each_row = [&](auto&& f) {
+      for (std::int64_t i = 0; i < rows_.train(); ++i) {
+        f(x_.data() + rows_.train_row(static_cast<std::uint64_t>(i)) * features_);
+      }
+    };
+    const auto n = static_cast<double>(rows_.train());
+    each_row([&](const T* row) {
+      for (std::size_t j = 0; j < sum.size(); ++j) sum[j] += static_cast<double>(row[j]);
+    });
+    for (double& s : sum) s /= n;
+    each_row([&](const T* row) {
+      for (std::size_t j = 0; j < sum.size(); ++j) square[j] += std::pow(static_cast<double>(row[j]) - sum[j], 2);
+    });
+    std::string constant;
+    for (std::size_t j = 0; j < sum.size(); ++j) {
+      if (square[j] <= 0 || std::log(square[j] / n) < 2 * std::log(1e-12 * (1 + std::abs(sum[j])))) {
+        constant += (constant.empty() ? "" : ", ") + std::to_string(j);
+      }
+      parameters_[static_cast<std::size_t>(mean.offset) + j] = static_cast<T>(sum[j]);
+      parameters_[static_cast<std::size_t>(log_std.offset) + j] = static_cast<T>(0.5 * std::log(square[j] / n));
+    }
+    if (!constant.empty()) {
+      fail("x is constant in column " + constant + ": a column without variation has no density; remove it");
+    }
+  }
+
+  // ---- one epoch -------------------------------------------------------------------------------------------------
+
+  double learning_rate(std::int64_t step) const {
+    if (options_.schedule == Schedule::constant) return options_.learning_rate;
+    const double progress = static_cast<double>(step) / static_cast<double>(options_.epochs * steps_);
+    return options_.learning_rate * 0.5 * (1 + std::cos(std::numbers::pi * progress));
+  }
+
+  void epoch() {
+    const auto start = Clock::now();
+    EpochRecord record;
+    record.epoch = static_cast<std::int64_t>(history_.epochs.size()) + 1;
+    const Permutation order = rows_.order(record.epoch);
+    double sum = 0;
+    for (std::int64_t step = 0; step < steps_; ++step) {
+      const std::int64_t first = step * options_.batch_size;
+      const std::int64_t count = std::min(options_.batch_size, rows_.train() - first);
+      const auto batch_sum = batch_gradient(order, first, count, record.epoch, step);
+      if (history_.stop_reason == "interrupted") return;
+      sum += batch_sum;
+      update(record, batch_sum / static_cast<double>(count), step);
+      if (!observer_.on_progress(record.epoch, step + 1, steps_)) return interrupt();
+    }
+    record.train_loss = -sum / static_cast<double>(rows_.train());
+    record.validation_loss = validation_loss(record.epoch);
+    if (history_.stop_reason == "interrupted") return;
+    record.seconds = seconds_since(start);
+    finish_epoch(record);
+  }
+
+  void interrupt() { history_.stop_reason = "interrupted"; }
+
+  /// Fills index_ with the next rows of x, in the epoch's order.
+  template <class RowOf>
+  std::span<const std::int64_t> indices(std::int64_t first, std::int64_t count, RowOf row_of) {
+    for (std::int64_t i = 0; i < count; ++i) index_[static_cast<std::size_t>(i)] = row_of(first + i);
+    return {index_.data(), static_cast<std::size_t>(count)};
+  }
+
+  /// Sum of log p over the batch; gradient_ holds the gradient of its mean NLL. In slices, so that a stop comes through.
+  double batch_gradient(const Permutation& order, std::int64_t first, std::int64_t count, std::int64_t epoch,
+                        std::int64_t step) {
+    double sum = 0;
+    for (std::int64_t done = 0; done < count; done += slice_) {
+      if (done > 0 && !observer_.on_progress(epoch, step, steps_)) {
+        interrupt();
+        return sum;
+      }
+      const std::int64_t here = std::min(slice_, count - done);
+      indices(first + done, here, [&](std::int64_t i) {
+        return rows_.train_row(order(static_cast<std::uint64_t>(i)));
+      });
+      sum += backend_->nll_gradient(x_.data(), index_.data(), here, count, gradient_.data(), done > 0, threads_);
+    }
+    return sum;
+  }
+
+  void update(EpochRecord& record, double mean_log_prob, std::int64_t step) {
+    if (!std::isfinite(mean_log_prob)) diverged("loss", -mean_log_prob, record.epoch, step);
+    double square = 0;
+    for (const TensorInfo& t : flow_.layout().tensors()) {
+      if (trainable(t)) square += backend_->sum_of_squares(gradient_.data() + t.offset, t.size);
+    }
+    record.gradient_norm = std::sqrt(square);
+    if (!std::isfinite(record.gradient_norm)) diverged("gradient norm", record.gradient_norm, record.epoch, step);
+    AdamStep adam;
+    adam.step = ++adam_steps_;
+    adam.learning_rate = record.learning_rate = learning_rate(adam_steps_ - 1);
+    if (options_.clip_norm > 0 && record.gradient_norm > options_.clip_norm) {
+      adam.gradient_factor = options_.clip_norm / record.gradient_norm;
+    }
+    for (const TensorInfo& t : flow_.layout().tensors()) {
+      if (!trainable(t)) continue;
+      adam.weight_decay = t.role == TensorRole::kernel ? options_.weight_decay : 0.0;
+      backend_->adam_step(adam, t.size, gradient_.data() + t.offset, first_moment_.data() + t.offset,
+                          second_moment_.data() + t.offset, parameters_.data() + t.offset);
+    }
+    backend_->set_parameters(parameters_.data());
+  }
+
+  [[noreturn]] void diverged(const char* what, double value, std::int64_t epoch, std::int64_t step) const {
+    const std::string kept = history_.best_epoch == 0
+                                 ? "the flow keeps its initial weights"
+                                 : "the flow keeps the weights of epoch " + std::to_string(history_.best_epoch);
+    throw Error(ErrorCode::not_finite, std::string(what) + " became " + (std::isnan(value) ? "NaN" : "infinite") +
+                                           " at step " + std::to_string(step + 1) + " of epoch " +
+                                           std::to_string(epoch) + "; " + kept +
+                                           "; try a lower learning_rate, clip_norm or a standardize layer");
+  }
+
+  double validation_loss(std::int64_t epoch) {
+    const std::int64_t rows = history_.validation_rows;
+    if (rows == 0) return std::numeric_limits<double>::quiet_NaN();
+    double sum = 0;
+    for (std::int64_t done = 0; done < rows; done += slice_) {
+      if (!observer_.on_progress(epoch, steps_, steps_)) {
+        interrupt();
+        return 0;
+      }
+      const std::int64_t here = std::min(slice_, rows - done);
+      if (has_array()) {
+        sum += backend_->sum_log_prob(validation_.data() + done * features_, nullptr, here, threads_);
+      } else {
+        indices(done, here, [&](std::int64_t i) { return rows_.held_out_row(i); });
+        sum += backend_->sum_log_prob(x_.data(), index_.data(), here, threads_);
+      }
+    }
+    return -sum / static_cast<double>(rows);
+  }
+
+  void finish_epoch(const EpochRecord& record) {
+    history_.epochs.push_back(record);
+    const double loss = history_.validation_rows > 0 ? record.validation_loss : record.train_loss;
+    if (loss < history_.best_loss) {
+      history_.best_loss = loss;
+      history_.best_epoch = record.epoch;
+      best_ = parameters_;
+    }
+    if (options_.patience > 0 && record.epoch - history_.best_epoch >= options_.patience) {
+      history_.stop_reason = "patience";
+    }
+    if (record.epoch >= options_.epochs) history_.stop_reason = "epochs";
+    // Written before the observer is asked: a stop that it asks for is not the training's own end.
+    write_checkpoint();
+    if (!observer_.on_epoch(record) && history_.stop_reason.empty()) history_.stop_reason = "callback";
+  }
+
+  // ---- checkpoint ------------------------------------------------------------------------------------------------
+
+  CheckpointKey key() const {
+    const std::uint64_t x = fingerprint(x_.data(), x_.size_bytes());
+    return {flow_.spec(), options_, x ^ (fingerprint(validation_.data(), validation_.size_bytes()) << 1),
+            total_rows(), validation_rows()};
+  }
+
+  CheckpointArrays arrays() {
+    return {parameters_.data(), best_.data(), first_moment_.data(), second_moment_.data(), flow_.num_parameters()};
+  }
+
+  void write_checkpoint() {
+    if (options_.checkpoint.empty()) return;
+    if (!key_) key_ = key();
+    save_checkpoint(options_.checkpoint, *key_, history_, adam_steps_, arrays());
+  }
+
+  void resume() {
+    if (options_.checkpoint.empty()) return;
+    key_ = key();
+    struct stat status;
+    if (::stat(options_.checkpoint.c_str(), &status) != 0) return;  // none yet; a real fault shows when it is written
+    load_checkpoint(options_.checkpoint, *key_, history_, adam_steps_, arrays());
+    backend_->set_parameters(parameters_.data());
+  }
+
+  inline static FitObserver silent_;
+
+  Flow& flow_;
+  FitOptions options_;
+  FitObserver& observer_;
+  std::int64_t features_;
+  std::span<const T> x_, validation_;
+  Rows rows_;
+  int threads_;
+  std::unique_ptr<Backend> backend_;
+  std::vector<T> parameters_, gradient_, first_moment_, second_moment_, best_;
+  std::vector<std::int64_t> index_;
+  std::int64_t slice_ = 0, steps_ = 0, adam_steps_ = 0;
+  History history_;
+  std::optional<CheckpointKey> key_;
+};
+
+}  // namespace
+
+void FitOptions::validate() const {
+  require(epochs >= 1, "epochs", std::to_string(epochs), "at least 1");
+  require(batch_size >= 1, "batch_size", std::to_string(batch_size), "at least 1");
+  const auto non_negative = [](double v) { return std::isfinite(v) && v >= 0; };
+  require(std::isfinite(learning_rate) && learning_rate > 0, "learning_rate", std::to_string(learning_rate),
+          "a finite number above 0");
+  require(non_negative(weight_decay), "weight_decay", std::to_string(weight_decay), "a finite number, at least 0");
+  require(non_negative(clip_norm), "clip_norm", std::to_string(clip_norm), "a finite number, at least 0 (0: none)");
+  require(patience >= 0, "patience", std::to_string(patience), "at least 0 (0: never stop early)");
+  require(validation_fraction >= 0 && validation_fraction < 1, "validation", std::to_string(validation_fraction),
+          "a share of the rows, at least 0 and below 1");
+  require(threads >= 0 && threads <= 4096, "threads", std::to_string(threads), "0 (automatic) to 4096");
+}
+
+template <class T>
+History fit(Flow& flow, std::span<const T> x, std::span<const T> validation, const FitOptions& options,
+            FitObserver* observer) {
+  return Trainer<T>(flow, x, validation, options, observer).run();
+}
+
+template History fit(Flow&, std::span<const float>, std::span<const float>, const FitOptions&, FitObserver*);
+template History fit(Flow&, std::span<const double>, std::span<const double>, const FitOptions&, FitObserver*);
+
+}  // namespace nvpflow
