@@ -1,0 +1,844 @@
+// What a flow is and how it is kept: FlowSpec, ParamLayout, initial parameters, model files.
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cmath>
+#include <csignal>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <limits>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <nvpflow/error.hpp>
+#include <nvpflow/spec.hpp>
+
+#include "file_format.hpp"
+#include "math.hpp"
+
+namespace fs = std::filesystem;
+using namespace nvpflow;
+
+namespace {
+
+/// Runs `call`, which must throw Error(code) with a message that holds `fragment`.
+template <class Call>
+void check_refused(ErrorCode code, const std::string& fragment, Call call) {
+  CAPTURE(fragment);
+  try {
+    call();
+    FAIL_CHECK("nothing was thrown");
+  } catch (const Error& error) {
+    const std::string message = error.what();
+    CAPTURE(message);
+    CHECK(error.code() == code);
+    CHECK(message.find(fragment) != std::string::npos);
+  }
+}
+
+/// A folder of its own, removed at the end.
+class Folder {
+ public:
+  Folder() {
+    std::string name = (fs::temp_directory_path() / "nvpflow-test-XXXXXX").string();
+    REQUIRE(::mkdtemp(name.data()) != nullptr);
+    path_ = name;
+  }
+  ~Folder() {
+    std::error_code ignored;
+    fs::remove_all(path_, ignored);
+  }
+  Folder(const Folder&) = delete;
+  Folder& operator=(const Folder&) = delete;
+
+  std::string operator/(const std::string& name) const { return (path_ / name).string(); }
+  std::ptrdiff_t entries() const { return std::distance(fs::directory_iterator(path_), fs::directory_iterator()); }
+  std::string path() const { return path_.string(); }
+
+ private:
+  fs::path path_;
+};
+
+std::string read_bytes(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+}
+
+void write_bytes(const std::string& path, const std::string& bytes) { std::ofstream(path, std::ios::binary) << bytes; }
+
+/// A container with any header, however wrong.
+std::string container(const std::string& header, std::size_t data_size) {
+  std::string bytes(8, '\0');
+  const std::uint64_t length = header.size();
+  std::memcpy(bytes.data(), &length, 8);
+  return bytes + header + std::string(data_size, '\0');
+}
+
+std::string golden(const std::string& name) {
+  return (fs::path(__FILE__).parent_path().parent_path() / "data" / name).string();
+}
+
+/// A small model with a layer of each kind, and its parameters.
+struct Model {
+  FlowSpec spec = FlowSpec::real_nvp(5, 2, {4, 3}, Activation::tanh, 2.0, true);
+  ParamLayout layout{spec};
+  std::vector<float> parameters = std::vector<float>(static_cast<std::size_t>(layout.size()));
+
+  Model() { initialize_parameters(spec, layout, 7, parameters.data()); }
+
+  void save(const std::string& path) const { save_model(path, spec, layout, parameters.data()); }
+
+  std::map<std::string, std::string> metadata() const {
+    return {{"nvpflow.format_version", "1.0"},
+            {"nvpflow.library_version", "9.8.7"},
+            {"nvpflow.dtype", "float32"},
+            {"nvpflow.spec", spec_to_json(spec)}};
+  }
+
+  std::vector<FileTensor> tensors() const {
+    std::vector<FileTensor> list;
+    for (const TensorInfo& tensor : layout.tensors()) {
+      list.push_back({tensor.name, spec.dtype, tensor.shape, parameters.data() + tensor.offset});
+    }
+    return list;
+  }
+};
+
+std::vector<float> floats_of(const LoadedModel& model) {
+  std::vector<float> values(model.parameters.size() / sizeof(float));
+  std::memcpy(values.data(), model.parameters.data(), model.parameters.size());
+  return values;
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------- spec
+
+TEST_CASE("names of enumerators go both ways and unknown ones list the known") {
+  CHECK(name_of(DType::float64) == "float64");
+  CHECK(name_of(LayerKind::standardize) == "standardize");
+  CHECK(activation_names() ==
+        std::vector<std::string>{"relu", "leaky_relu", "elu", "gelu", "silu", "tanh", "sigmoid", "softplus"});
+  for (const std::string& name : activation_names()) CHECK(name_of(parse_activation(name)) == name);
+  CHECK(parse_dtype("float32") == DType::float32);
+  CHECK(parse_layer_kind("coupling") == LayerKind::coupling);
+  CHECK(size_of(DType::float32) == 4);
+  CHECK(size_of(DType::float64) == 8);
+  check_refused(ErrorCode::invalid_argument,
+                "activation is 'Relu', expected one of relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus",
+                [] { parse_activation("Relu"); });
+  check_refused(ErrorCode::invalid_argument, "dtype is 'half', expected one of float32, float64",
+                [] { parse_dtype("half"); });
+  check_refused(ErrorCode::invalid_argument, "kind is '', expected one of coupling, standardize",
+                [] { parse_layer_kind(""); });
+}
+
+TEST_CASE("real_nvp alternates the halves, after a standardize layer where asked for") {
+  const FlowSpec spec = FlowSpec::real_nvp(7, 3, {8}, Activation::silu, 1.5, true, DType::float64);
+  REQUIRE(spec.layers.size() == 4);
+  CHECK(spec.num_couplings() == 3);
+  CHECK(spec.layers[0].kind == LayerKind::standardize);
+  CHECK_FALSE(spec.layers[1].swapped);
+  CHECK(spec.layers[2].swapped);
+  CHECK_FALSE(spec.layers[3].swapped);
+  CHECK(spec.conditioning(spec.layers[1]).begin == 0);
+  CHECK(spec.conditioning(spec.layers[1]).count == 3);
+  CHECK(spec.transformed(spec.layers[1]).begin == 3);
+  CHECK(spec.transformed(spec.layers[1]).count == 4);
+  CHECK(spec.conditioning(spec.layers[2]).begin == 3);
+  CHECK(spec.conditioning(spec.layers[2]).count == 4);
+  CHECK(spec.transformed(spec.layers[2]).begin == 0);
+  CHECK(spec.transformed(spec.layers[2]).count == 3);
+
+  const FlowSpec defaults = FlowSpec::real_nvp(2);
+  REQUIRE(defaults.layers.size() == 4);
+  CHECK(defaults.layers[0].hidden_sizes == std::vector<std::int64_t>{256});
+}
+
+TEST_CASE("real_nvp refuses what no flow can be, before it allocates") {
+  const auto refused = [](const std::string& fragment, std::int64_t input_size, std::int64_t num_flows,
+                          std::vector<std::int64_t> hidden_sizes, double bound = 1.0) {
+    check_refused(ErrorCode::invalid_argument, fragment,
+                  [&] { FlowSpec::real_nvp(input_size, num_flows, hidden_sizes, Activation::relu, bound); });
+  };
+  refused("input_size is 1, expected at least 2: a coupling layer needs a part to condition on and a part to transform",
+          1, 4, {8});
+  refused("input_size is -3, expected at least 2", -3, 4, {8});
+  refused("input_size is 1048577, expected 2 to 1048576", (1 << 20) + 1, 4, {8});
+  refused("num_flows is 0, expected 1 to 65536", 4, 0, {8});
+  refused("num_flows is -1, expected 1 to 65536", 4, -1, {8});
+  refused("num_flows is 1000000000000, expected 1 to 65536", 4, 1'000'000'000'000, {8});
+  refused("hidden_sizes[1] is 0, expected 1 to 1048576", 4, 4, {8, 0});
+  refused("hidden_sizes[0] is 9223372036854775807", 4, 4, {std::numeric_limits<std::int64_t>::max()});
+  refused("more than 524288 parameter tensors", 4, 65536, std::vector<std::int64_t>(10, 1));
+  refused("more than 8589934592 parameters", 4, 4, {1 << 20, 1 << 20});
+  refused("more than 8589934592 parameters", 1 << 20, 4, {1 << 20});
+  refused("scale_bound is 0, expected finite and > 0 in float32", 4, 4, {8}, 0.0);
+  refused("scale_bound is -1, expected finite and > 0", 4, 4, {8}, -1.0);
+  refused("scale_bound is nan", 4, 4, {8}, std::nan(""));
+  refused("scale_bound is inf", 4, 4, {8}, HUGE_VAL);
+  refused("scale_bound is 1e+300, expected finite and > 0 in float32", 4, 4, {8}, 1e300);
+  CHECK_NOTHROW(FlowSpec::real_nvp(4, 1, {8}, Activation::relu, 1e300, false, DType::float64));
+  CHECK(FlowSpec::real_nvp(4, 65536, {1}).layers.size() == 65536);
+}
+
+TEST_CASE("validate names the layer and the field") {
+  const auto refused = [](const std::string& fragment, const auto& change) {
+    FlowSpec spec = FlowSpec::real_nvp(4, 2, {8}, Activation::relu, 1.0, true);
+    change(spec);
+    check_refused(ErrorCode::invalid_argument, fragment, [&] { spec.validate(); });
+    check_refused(ErrorCode::invalid_argument, fragment, [&] { ParamLayout{spec}; });
+  };
+  refused("layers holds 0 layers and no coupling, expected at least 1", [](FlowSpec& spec) { spec.layers.clear(); });
+  refused("layers holds 1 layers and no coupling", [](FlowSpec& spec) { spec.layers.resize(1); });
+  refused("layers[2].hidden_sizes[0] is -8", [](FlowSpec& spec) { spec.layers[2].hidden_sizes = {-8}; });
+  refused("layers[1].scale_bound is 0", [](FlowSpec& spec) { spec.layers[1].scale_bound = 0; });
+  refused("layers[0].kind is standardize but", [](FlowSpec& spec) { spec.layers[0].hidden_sizes = {8}; });
+  refused("layers holds 65537 layers, expected at most 65536", [](FlowSpec& spec) { spec.layers.resize(65537); });
+  refused("layers[1].activation is the enumerator 99, expected one of relu",
+          [](FlowSpec& spec) { spec.layers[1].activation = static_cast<Activation>(99); });
+}
+
+TEST_CASE("the layout names every parameter in layer order without gaps") {
+  FlowSpec spec = FlowSpec::real_nvp(5, 2, {4, 3});
+  spec.layers.insert(spec.layers.begin() + 1, LayerSpec{LayerKind::standardize, false, {}, Activation::relu, 1.0});
+  const ParamLayout layout(spec);
+  const std::vector<std::pair<std::string, std::vector<std::int64_t>>> expected = {
+      {"flow_0_coupling_dense_0.kernel", {2, 4}},
+      {"flow_0_coupling_dense_0.bias", {4}},
+      {"flow_0_coupling_dense_1.kernel", {4, 3}},
+      {"flow_0_coupling_dense_1.bias", {3}},
+      {"flow_0_scale.kernel", {3, 3}},
+      {"flow_0_scale.bias", {3}},
+      {"flow_0_translation.kernel", {3, 3}},
+      {"flow_0_translation.bias", {3}},
+      {"standardize_1.mean", {5}},
+      {"standardize_1.log_std", {5}},
+      {"flow_1_coupling_dense_0.kernel", {3, 4}},
+      {"flow_1_coupling_dense_0.bias", {4}},
+      {"flow_1_coupling_dense_1.kernel", {4, 3}},
+      {"flow_1_coupling_dense_1.bias", {3}},
+      {"flow_1_scale.kernel", {3, 2}},
+      {"flow_1_scale.bias", {2}},
+      {"flow_1_translation.kernel", {3, 2}},
+      {"flow_1_translation.bias", {2}}};
+  REQUIRE(layout.tensors().size() == expected.size());
+  std::int64_t offset = 0;
+  for (std::size_t t = 0; t < expected.size(); ++t) {
+    const TensorInfo& tensor = layout.tensors()[t];
+    CHECK(tensor.name == expected[t].first);
+    CHECK(tensor.shape == expected[t].second);
+    CHECK(tensor.offset == offset);
+    CHECK(layout.find(tensor.name) == &tensor);
+    offset += tensor.size;
+  }
+  CHECK(layout.size() == offset);
+  CHECK(layout.first_tensor(0) == 0);
+  CHECK(layout.first_tensor(1) == 8);
+  CHECK(layout.first_tensor(2) == 10);
+  CHECK(layout.tensors()[9].role == TensorRole::log_std);
+  CHECK(layout.tensors()[9].layer == 1);
+  CHECK(layout.find("flow_2_scale.bias") == nullptr);
+}
+
+TEST_CASE("without hidden layers the heads read the conditioning part") {
+  const ParamLayout layout(FlowSpec::real_nvp(5, 2, {}));
+  REQUIRE(layout.tensors().size() == 8);
+  CHECK(layout.find("flow_0_scale.kernel")->shape == std::vector<std::int64_t>{2, 3});
+  CHECK(layout.find("flow_1_translation.kernel")->shape == std::vector<std::int64_t>{3, 2});
+}
+
+TEST_CASE("Philox 4x32-10 gives the published words") {
+  // Known answers of Random123 (kat_vectors).
+  std::uint32_t word[4];
+  const std::uint32_t zeros[4] = {0, 0, 0, 0};
+  philox4x32(0, zeros, word);
+  CHECK(word[0] == 0x6627e8d5u);
+  CHECK(word[3] == 0x9b00dbd8u);
+  const std::uint32_t pi[4] = {0x243f6a88u, 0x85a308d3u, 0x13198a2eu, 0x03707344u};
+  philox4x32(0x299f31d0a4093822u, pi, word);
+  CHECK(word[0] == 0xd16cfe09u);
+  CHECK(word[3] == 0x24126ea1u);
+}
+
+TEST_CASE("initial parameters are a function of spec and seed, the same in both dtypes") {
+  const FlowSpec spec = FlowSpec::real_nvp(6, 2, {5}, Activation::relu, 1.0, true);
+  const ParamLayout layout(spec);
+  const auto size = static_cast<std::size_t>(layout.size());
+  std::vector<float> narrow(size, 9.0f);
+  std::vector<double> wide(size, 9.0), other(size, 9.0);
+  initialize_parameters(spec, layout, 3, narrow.data());
+  initialize_parameters(spec, layout, 3, wide.data());
+  initialize_parameters(spec, layout, 4, other.data());
+  CHECK(wide != other);
+  for (std::size_t i = 0; i < size; ++i) CHECK(narrow[i] == static_cast<float>(wide[i]));
+
+  for (const TensorInfo& tensor : layout.tensors()) {
+    CAPTURE(tensor.name);
+    double largest = 0.0;
+    for (std::int64_t i = 0; i < tensor.size; ++i) {
+      largest = std::max(largest, std::abs(wide[static_cast<std::size_t>(tensor.offset + i)]));
+    }
+    if (tensor.role != TensorRole::kernel) {
+      CHECK(largest == 0.0);
+      continue;
+    }
+    const bool head = tensor.name.find("dense") == std::string::npos;
+    const double limit = (head ? 0.01 : 1.0) * std::sqrt(6.0 / static_cast<double>(tensor.shape[0] + tensor.shape[1]));
+    CHECK(largest < limit);
+    CHECK(largest > 0.5 * limit);
+  }
+
+  const TensorInfo& kernel = *layout.find("flow_0_coupling_dense_0.kernel");
+  const auto i = static_cast<std::uint64_t>(kernel.offset) + 1;
+  const std::uint32_t counter[4] = {static_cast<std::uint32_t>(i / 4), 0, 0, kStreamInitialize};
+  std::uint32_t word[4];
+  philox4x32(3, counter, word);
+  const double uniform = (word[i % 4] + 0.5) / 4294967296.0;
+  CHECK(wide[i] == doctest::Approx((2.0 * uniform - 1.0) * std::sqrt(6.0 / 8.0)).epsilon(1e-14));
+}
+
+// ---------------------------------------------------------------------------------------------- good files
+
+TEST_CASE("a model comes back as it was saved") {
+  const Folder folder;
+  const std::string path = folder / "model.safetensors";
+  const Model model;
+  model.save(path);
+  const LoadedModel loaded = load_model(path, nullptr);
+  CHECK(loaded.spec == model.spec);
+  CHECK(floats_of(loaded) == model.parameters);
+  CHECK(load_model(path, &model.spec).spec == model.spec);
+  CHECK(folder.entries() == 1);
+
+  const std::string bytes = read_bytes(path);
+  std::uint64_t length = 0;
+  std::memcpy(&length, bytes.data(), 8);
+  CHECK((8 + length) % 64 == 0);
+  CHECK(bytes[8] == '{');
+  CHECK(bytes.size() == 8 + length + 4 * model.parameters.size());
+  const TensorFile file = read_tensor_file(path);
+  CHECK(file.metadata.at("nvpflow.format_version") == "1.0");
+  CHECK(file.metadata.at("nvpflow.dtype") == "float32");
+  REQUIRE(file.tensors.size() == model.layout.tensors().size());
+  for (std::size_t t = 0; t < file.tensors.size(); ++t) {
+    CHECK(file.tensors[t].name == model.layout.tensors()[t].name);
+  }
+
+  model.save(path);
+  CHECK(read_bytes(path) == bytes);
+}
+
+TEST_CASE("a float64 model without hidden layers comes back as it was saved") {
+  const Folder folder;
+  const std::string path = folder / "model.safetensors";
+  const FlowSpec spec = FlowSpec::real_nvp(2, 1, {}, Activation::gelu, 0.1, false, DType::float64);
+  const ParamLayout layout(spec);
+  const std::vector<double> parameters = {0.1, -1e-310, 3.0, 1e300};
+  REQUIRE(layout.size() == 4);
+  save_model(path, spec, layout, parameters.data());
+  const LoadedModel loaded = load_model(path, nullptr);
+  CHECK(loaded.spec == spec);
+  REQUIRE(loaded.parameters.size() == 32);
+  CHECK(std::memcmp(loaded.parameters.data(), parameters.data(), 32) == 0);
+}
+
+TEST_CASE("any tensors and metadata make a container") {
+  const Folder folder;
+  const std::string path = folder / "any.safetensors";
+  const std::vector<float> narrow = {1.0f, 2.0f, 3.0f};
+  const std::vector<double> wide = {4.0, 5.0};
+  const std::map<std::string, std::string> metadata = {{"", "\n\"\u00e9"}, {"key", ""}};
+  write_tensor_file(path, metadata,
+                    {{"z", DType::float32, {3}, narrow.data()},
+                     {"empty", DType::float32, {0, 4}, nullptr},
+                     {"a", DType::float64, {1, 2}, wide.data()},
+                     {"scalar", DType::float32, {}, narrow.data()}});
+  const TensorFile file = read_tensor_file(path);
+  CHECK(file.metadata == metadata);
+  REQUIRE(file.tensors.size() == 4);
+  CHECK(file.tensors[0].name == "z");
+  CHECK(std::memcmp(file.tensors[0].data, narrow.data(), 12) == 0);
+  CHECK(file.tensors[2].dtype == DType::float64);
+  CHECK(std::memcmp(file.tensors[2].data, wide.data(), 16) == 0);
+  CHECK(file.tensors[3].shape.empty());
+
+  write_tensor_file(path, {}, {});
+  CHECK(read_tensor_file(path).tensors.empty());
+  check_refused(ErrorCode::invalid_argument, "tensor name 'z' is reserved or used twice", [&] {
+    write_tensor_file(path, {}, {{"z", DType::float32, {0}, nullptr}, {"z", DType::float32, {0}, nullptr}});
+  });
+  check_refused(ErrorCode::invalid_argument, "reserved",
+                [&] { write_tensor_file(path, {}, {{"__metadata__", DType::float32, {0}, nullptr}}); });
+  check_refused(ErrorCode::invalid_argument, "not UTF-8", [&] { write_tensor_file(path, {{"key", "\xff"}}, {}); });
+}
+
+TEST_CASE("the golden files of format 1.0 load") {
+  const LoadedModel narrow = load_model(golden("golden_v1_f32.safetensors"), nullptr);
+  CHECK(narrow.spec == FlowSpec::real_nvp(5, 2, {4, 3}, Activation::tanh, 2.0, true));
+  const LoadedModel wide = load_model(golden("golden_v1_f64.safetensors"), nullptr);
+  CHECK(wide.spec == FlowSpec::real_nvp(5, 2, {4, 3}, Activation::tanh, 2.0, true, DType::float64));
+}
+
+TEST_CASE("Edifice's tensors alone load, under the spec that their shapes give or the caller's") {
+  const std::string path = golden("golden_edifice_v0.safetensors");
+  const LoadedModel loaded = load_model(path, nullptr);
+  CHECK(loaded.spec == FlowSpec::real_nvp(6, 3, {5}));
+  const std::vector<float> parameters = floats_of(loaded);
+  const ParamLayout layout(loaded.spec);
+  for (const FileTensor& tensor : read_tensor_file(path).tensors) {
+    const TensorInfo& info = *layout.find(tensor.name);
+    CHECK(std::memcmp(parameters.data() + info.offset, tensor.data, static_cast<std::size_t>(4 * info.size)) == 0);
+  }
+
+  const FlowSpec tanh = FlowSpec::real_nvp(6, 3, {5}, Activation::tanh, 3.0);
+  CHECK(load_model(path, &tanh).spec == tanh);
+  const FlowSpec wider = FlowSpec::real_nvp(6, 3, {7});
+  check_refused(ErrorCode::file_format,
+                "tensor 'flow_0_coupling_dense_0.kernel' is float32 of shape [3, 5], expected float32 of shape [3, 7]",
+                [&] { load_model(path, &wider); });
+  const FlowSpec wide = FlowSpec::real_nvp(6, 3, {5}, Activation::relu, 1.0, false, DType::float64);
+  check_refused(ErrorCode::file_format, "is float32 of shape [3, 5], expected float64",
+                [&] { load_model(path, &wide); });
+  const FlowSpec shorter = FlowSpec::real_nvp(6, 2, {5});
+  check_refused(ErrorCode::file_format, "tensor 'flow_2_coupling_dense_0.bias' is not part of the model",
+                [&] { load_model(path, &shorter); });
+  const FlowSpec longer = FlowSpec::real_nvp(6, 4, {5});
+  check_refused(ErrorCode::file_format, "tensor 'flow_3_coupling_dense_0.kernel' is missing, expected float32",
+                [&] { load_model(path, &longer); });
+}
+
+TEST_CASE("tensors alone: the spec is inferred for any number of flows and hidden layers") {
+  const Folder folder;
+  const std::string path = folder / "model.safetensors";
+  const std::vector<std::vector<std::int64_t>> all_hidden_sizes = {{}, {3}, {4, 1, 2}};
+  for (const std::int64_t input_size : {2, 3, 8}) {
+    for (const std::int64_t num_flows : {1, 2, 11}) {
+      for (const auto& hidden_sizes : all_hidden_sizes) {
+        const FlowSpec spec = FlowSpec::real_nvp(input_size, num_flows, hidden_sizes);
+        const ParamLayout layout(spec);
+        const std::vector<float> parameters(static_cast<std::size_t>(layout.size()), 0.5f);
+        std::vector<FileTensor> tensors;
+        for (const TensorInfo& tensor : layout.tensors()) {
+          tensors.insert(tensors.begin(), {tensor.name, spec.dtype, tensor.shape, parameters.data()});
+        }
+        write_tensor_file(path, {{"format", "pt"}}, tensors);
+        CHECK(load_model(path, nullptr).spec == spec);
+      }
+    }
+  }
+}
+
+TEST_CASE("tensors alone that make no model are refused by name") {
+  const Folder folder;
+  const std::string path = folder / "model.safetensors";
+  const FlowSpec spec = FlowSpec::real_nvp(4, 2, {3});
+  const ParamLayout layout(spec);
+  const std::vector<float> parameters(static_cast<std::size_t>(layout.size()));
+  const auto refused = [&](const std::string& fragment, const auto& change) {
+    std::vector<FileTensor> tensors;
+    for (const TensorInfo& tensor : layout.tensors()) {
+      tensors.push_back({tensor.name, spec.dtype, tensor.shape, parameters.data()});
+      change(tensors.back());
+    }
+    write_tensor_file(path, {}, tensors);
+    check_refused(ErrorCode::file_format, fragment, [&] { load_model(path, nullptr); });
+  };
+  const auto rename = [](const std::string& from, const std::string& to) {
+    return [=](FileTensor& tensor) {
+      if (tensor.name == from) tensor.name = to;
+    };
+  };
+  const auto reshape = [](const std::string& name, const std::vector<std::int64_t>& shape) {
+    return [=](FileTensor& tensor) {
+      if (tensor.name == name) tensor.shape = shape;
+    };
+  };
+  refused("no tensor 'flow_0_scale.kernel': not a RealNVP model", rename("flow_0_scale.kernel", "conv.weight"));
+  refused("tensor 'flow_1_coupling_dense_0.kernel' is not part", rename("flow_1_scale.kernel", "flow_2_scale.kernel"));
+  refused("tensor 'flow_0_scale.bias' is missing", rename("flow_0_scale.bias", "flow_0_scale.b"));
+  refused("tensor 'flow_0_scale.kernel' has shape [6], expected two sizes", reshape("flow_0_scale.kernel", {6}));
+  refused("shapes give is not valid: layers[1].hidden_sizes[0] is 0",
+          reshape("flow_1_coupling_dense_0.kernel", {2, 0}));
+  refused("tensor 'flow_1_scale.kernel' is float32 of shape [3, 1], expected float32 of shape [3, 2]",
+          reshape("flow_1_scale.kernel", {3, 1}));
+}
+
+// ---------------------------------------------------------------------------------------------- damaged files
+
+TEST_CASE("a file cut at any length, or with a byte too many, is refused") {
+  const Folder folder;
+  const std::string path = folder / "model.safetensors";
+  Model().save(path);
+  const std::string bytes = read_bytes(path);
+  for (std::size_t size = 0; size < bytes.size(); ++size) {
+    write_bytes(path, bytes.substr(0, size));
+    check_refused(ErrorCode::file_format, path, [&] { load_model(path, nullptr); });
+  }
+  write_bytes(path, bytes.substr(0, bytes.size() - 1));
+  check_refused(ErrorCode::file_format, "the file is truncated: it holds", [&] { load_model(path, nullptr); });
+  write_bytes(path, bytes + "x");
+  check_refused(ErrorCode::file_format, "the file is too long: it holds", [&] { load_model(path, nullptr); });
+}
+
+TEST_CASE("a file with any byte changed loads or is refused, and does nothing else") {
+  const Folder folder;
+  const std::string path = folder / "model.safetensors";
+  Model().save(path);
+  const std::string bytes = read_bytes(path);
+  for (std::size_t i = 0; i < bytes.size(); ++i) {
+    for (const char replacement : {'\0', '"', '[', '9', '}', '\xff'}) {
+      std::string changed = bytes;
+      changed[i] = replacement;
+      write_bytes(path, changed);
+      try {
+        load_model(path, nullptr);
+      } catch (const Error& error) {
+        if (error.code() != ErrorCode::file_format) FAIL_CHECK("byte ", i, ": ", error.what());
+      }
+    }
+  }
+}
+
+TEST_CASE("a header that lies is refused with what is wrong") {
+  const Folder folder;
+  const std::string path = folder / "model.safetensors";
+  const auto refused = [&](const std::string& fragment, const std::string& header, std::size_t data_size) {
+    CAPTURE(header.substr(0, 200));
+    write_bytes(path, container(header, data_size));
+    check_refused(ErrorCode::file_format, fragment, [&] { read_tensor_file(path); });
+    check_refused(ErrorCode::file_format, fragment, [&] { load_model(path, nullptr); });
+  };
+  const auto tensor = [](const std::string& name, const std::string& dtype, const std::string& shape,
+                         const std::string& offsets) {
+    return "\"" + name + "\":{\"dtype\":" + dtype + ",\"shape\":" + shape + ",\"data_offsets\":" + offsets + "}";
+  };
+  const auto one = [&](const std::string& dtype, const std::string& shape, const std::string& offsets) {
+    return "{" + tensor("t", dtype, shape, offsets) + "}";
+  };
+  const std::string good = tensor("t", "\"F32\"", "[2]", "[0,8]");
+
+  SUBCASE("places") {
+    refused("'t' has data_offsets [0, 4], expected 8 bytes: float32 of shape [2]", one("\"F32\"", "[2]", "[0,4]"), 8);
+    refused("'t' has data_offsets [8, 0]", one("\"F32\"", "[2]", "[8,0]"), 8);
+    refused("expected it to start at 0: a hole", one("\"F32\"", "[2]", "[4,12]"), 12);
+    refused("'u' has data_offsets [4, 12], expected it to start at 8: it overlaps",
+            "{" + good + "," + tensor("u", "\"F32\"", "[2]", "[4,12]") + "}", 12);
+    refused("it overlaps", "{" + good + "," + tensor("u", "\"F32\"", "[2]", "[0,8]") + "}", 8);
+    refused("a hole in the data", "{" + good + "," + tensor("u", "\"F32\"", "[2]", "[12,20]") + "}", 20);
+    refused("the file is truncated: it holds 7 bytes of tensor data, expected 8", "{" + good + "}", 7);
+    refused("the file is too long: it holds 9 bytes of tensor data, expected 8", "{" + good + "}", 9);
+    refused("which is more than any file can hold", one("\"F32\"", "[4294967296,4294967296,4294967296]", "[0,0]"), 0);
+    refused("the file is truncated", one("\"F64\"", "[1000000000000]", "[0,8000000000000]"), 8);
+  }
+  SUBCASE("fields") {
+    refused("dtype of tensor 't' is 'BF16', expected 'F32' or 'F64'", one("\"BF16\"", "[2]", "[0,4]"), 4);
+    refused("dtype of tensor 't' is a number", one("1", "[2]", "[0,8]"), 8);
+    refused("shape of tensor 't' holds -2", one("\"F32\"", "[-2]", "[0,8]"), 8);
+    refused("shape of tensor 't' holds a fraction", one("\"F32\"", "[2.0]", "[0,8]"), 8);
+    refused("shape of tensor 't' holds a fraction", one("\"F32\"", "[99999999999999999999]", "[0,8]"), 8);
+    refused("shape of tensor 't' holds 18446744073709551615", one("\"F32\"", "[18446744073709551615]", "[0,8]"), 8);
+    refused("shape of tensor 't' holds a string", one("\"F32\"", "[\"2\"]", "[0,8]"), 8);
+    refused("shape of tensor 't' holds a list of more than 8", one("\"F32\"", "[1,1,1,1,1,1,1,1,1]", "[0,4]"), 4);
+    refused("shape of tensor 't' is null", one("\"F32\"", "null", "[0,8]"), 8);
+    refused("data_offsets of tensor 't' is a list of 1 numbers", one("\"F32\"", "[2]", "[8]"), 8);
+    refused("data_offsets of tensor 't' is a boolean", one("\"F32\"", "[2]", "true"), 8);
+    refused("tensor 't' has no field data_offsets", R"({"t":{"dtype":"F32","shape":[2]}})", 8);
+    refused("tensor 't' has the unknown field 'more'", R"({"t":{"more":1}})", 8);
+    refused("tensor 't' has the field shape twice", R"({"t":{"shape":[2],"shape":[2]}})", 8);
+    refused("tensor 't' appears twice", "{" + good + "," + tensor("t", "\"F32\"", "[2]", "[8,16]") + "}", 16);
+    refused("tensor 't' is a string, expected an object", R"({"t":"F32"})", 0);
+    refused("__metadata__ is an array, expected an object", R"({"__metadata__":[]})", 0);
+    refused("metadata key 'a' is a number, expected a string", R"({"__metadata__":{"a":1}})", 0);
+    refused("metadata key 'a' appears twice", R"({"__metadata__":{"a":"","a":""}})", 0);
+    refused("holds __metadata__ twice", R"({"__metadata__":{},"__metadata__":{}})", 0);
+    refused("'\\x0a\\xc3\\xa9' is a string", "{\"\\n\u00e9\":\"\"}", 0);
+  }
+  SUBCASE("JSON") {
+    refused("does not start with '{'", "", 0);
+    refused("does not start with '{'", "[]", 0);
+    refused("does not start with '{'", " {}", 0);
+    refused("not valid JSON at its byte", "{", 0);
+    refused("not valid JSON at its byte 5", "{}  x", 0);
+    refused("not valid JSON", "{\"\xff\":1}", 0);
+    refused("the header holds a zero byte", std::string("{}\0 x", 5), 0);
+    refused("is an array", "{\"t\":" + std::string(1'000'000, '['), 0);
+    std::string nested;
+    for (int i = 0; i < 100'000; ++i) nested += "{\"t\":";
+    refused("dtype, shape and data_offsets", nested, 0);
+  }
+  SUBCASE("length of the header") {
+    std::string bytes = container("{}", 0);
+    for (const std::uint64_t length :
+         {std::uint64_t{3}, std::uint64_t{100'000'001}, std::numeric_limits<std::uint64_t>::max()}) {
+      std::memcpy(bytes.data(), &length, 8);
+      write_bytes(path, bytes);
+      check_refused(ErrorCode::file_format, "the header's length is given as " + std::to_string(length),
+                    [&] { load_model(path, nullptr); });
+    }
+    write_bytes(path, "1234567");
+    check_refused(ErrorCode::file_format, "the file holds 7 bytes", [&] { load_model(path, nullptr); });
+  }
+}
+
+TEST_CASE("a model that does not match its own metadata is refused") {
+  const Folder folder;
+  const std::string path = folder / "model.safetensors";
+  const Model model;
+  std::map<std::string, std::string> metadata = model.metadata();
+  std::vector<FileTensor> tensors = model.tensors();
+  const auto refused = [&](const std::string& fragment) {
+    write_tensor_file(path, metadata, tensors);
+    check_refused(ErrorCode::file_format, fragment, [&] { load_model(path, nullptr); });
+  };
+
+  SUBCASE("version") {
+    metadata["nvpflow.format_version"] = "2.0";
+    refused("nvpflow.format_version is 2.0 (written by nvpflow '9.8.7'), expected 1.x: this is nvpflow ");
+    for (const char* text : {"", "1", "1.", ".1", "1.0.0", "-1.0", "1.0 ", "99999999999.0", "one"}) {
+      metadata["nvpflow.format_version"] = text;
+      refused("expected MAJOR.MINOR");
+    }
+    metadata["nvpflow.format_version"] = "1.7";
+    write_tensor_file(path, metadata, tensors);
+    CHECK(load_model(path, nullptr).spec == model.spec);
+    metadata.erase("nvpflow.format_version");
+    refused("metadata key nvpflow.format_version is missing");
+  }
+  SUBCASE("keys") {
+    metadata["nvpflow.dtype"] = "float64";
+    refused("metadata key nvpflow.dtype is 'float64', expected 'float32' as in nvpflow.spec");
+    metadata.erase("nvpflow.dtype");
+    refused("metadata key nvpflow.dtype is missing");
+    metadata.erase("nvpflow.spec");
+    refused("metadata key nvpflow.spec is missing");
+  }
+  SUBCASE("missing tensor") {
+    tensors.erase(tensors.begin() + 3);
+    refused("tensor 'flow_0_coupling_dense_0.bias' is missing, expected float32 of shape [4]");
+  }
+  SUBCASE("unknown tensor") {
+    tensors.push_back({"flow_2_scale.bias", DType::float32, {1}, model.parameters.data()});
+    refused("tensor 'flow_2_scale.bias' is not part of the model");
+  }
+  SUBCASE("shape") {
+    tensors[2].shape = {4, 2};
+    refused("'flow_0_coupling_dense_0.kernel' is float32 of shape [4, 2], expected float32 of shape [2, 4]");
+  }
+  SUBCASE("dtype") {
+    const std::vector<double> wide(5);
+    tensors[0] = {tensors[0].name, DType::float64, {5}, wide.data()};
+    refused("tensor 'standardize_0.mean' is float64 of shape [5], expected float32 of shape [5]");
+  }
+  SUBCASE("not finite") {
+    std::vector<float> values(8, 1.0f);
+    values[6] = std::numeric_limits<float>::quiet_NaN();
+    tensors[2].data = values.data();
+    refused("'flow_0_coupling_dense_0.kernel' of shape [2, 4] holds NaN at index 6");
+    values[5] = -HUGE_VALF;
+    refused("holds an infinity at index 5");
+  }
+}
+
+TEST_CASE("save refuses parameters that load would refuse") {
+  const Folder folder;
+  const std::string path = folder / "model.safetensors";
+  Model model;
+  model.parameters[5] = std::numeric_limits<float>::infinity();
+  check_refused(ErrorCode::invalid_argument, "not saved: tensor 'standardize_0.log_std' of shape [5] holds an infinity",
+                [&] { model.save(path); });
+  CHECK(folder.entries() == 0);
+}
+
+TEST_CASE("an expected spec that differs is named by its first difference") {
+  const Folder folder;
+  const std::string path = folder / "model.safetensors";
+  const Model model;
+  model.save(path);
+  const auto refused = [&](const std::string& fragment, const auto& change) {
+    FlowSpec expected = model.spec;
+    change(expected);
+    check_refused(ErrorCode::file_format, fragment, [&] { load_model(path, &expected); });
+  };
+  refused("input_size is 5 in the file, expected 6", [](FlowSpec& spec) { spec.input_size = 6; });
+  refused("dtype is float32 in the file, expected float64", [](FlowSpec& spec) { spec.dtype = DType::float64; });
+  refused("the number of layers is 3 in the file, expected 2", [](FlowSpec& spec) { spec.layers.pop_back(); });
+  refused("layers[0].kind is standardize in the file, expected coupling",
+          [](FlowSpec& spec) { spec.layers[0] = spec.layers[1]; });
+  refused("layers[2].swapped is true in the file", [](FlowSpec& spec) { spec.layers[2].swapped = false; });
+  refused("layers[1].hidden_sizes is [4, 3] in the file, expected [4]",
+          [](FlowSpec& spec) { spec.layers[1].hidden_sizes = {4}; });
+  refused("layers[1].activation is tanh in the file, expected relu",
+          [](FlowSpec& spec) { spec.layers[1].activation = Activation::relu; });
+  refused("layers[1].scale_bound is 2.0 in the file, expected 2.5",
+          [](FlowSpec& spec) { spec.layers[1].scale_bound = 2.5; });
+  const FlowSpec invalid;
+  check_refused(ErrorCode::invalid_argument, "input_size is 0", [&] { load_model(path, &invalid); });
+}
+
+TEST_CASE("the spec's JSON comes back equal, and every wrong field is named") {
+  FlowSpec spec = FlowSpec::real_nvp(5, 3, {4, 3}, Activation::leaky_relu, 0.1, true, DType::float64);
+  spec.layers[2].hidden_sizes.clear();
+  CHECK(spec_from_json(spec_to_json(spec)) == spec);
+  CHECK(spec_to_json(FlowSpec::real_nvp(4, 1, {8}, Activation::relu, 1.0, true)) ==
+        R"({"input_size":4,"dtype":"float32","layers":[{"kind":"standardize"},{"kind":"coupling","swapped":false,)"
+        R"("hidden_sizes":[8],"activation":"relu","scale_bound":1.0}]})");
+
+  const auto refused = [](const std::string& fragment, const std::string& text) {
+    CAPTURE(text.substr(0, 200));
+    check_refused(ErrorCode::file_format, fragment, [&] { spec_from_json(text); });
+  };
+  const auto with_layer = [](const std::string& layer) {
+    return R"({"input_size":4,"dtype":"float32","layers":[)" + layer + "]}";
+  };
+  const auto coupling = [&](const std::string& swapped, const std::string& sizes, const std::string& activation,
+                            const std::string& bound) {
+    return with_layer(R"({"kind":"coupling","swapped":)" + swapped + R"(,"hidden_sizes":)" + sizes +
+                      R"(,"activation":)" + activation + R"(,"scale_bound":)" + bound + "}");
+  };
+  CHECK(spec_from_json(coupling("false", "[8]", "\"relu\"", "1")) == FlowSpec::real_nvp(4, 1, {8}));
+  refused("not valid JSON", "");
+  refused("not valid JSON", "{\"input_size\":");
+  refused("not valid JSON", coupling("false", "[8]", "\"relu\"", "1e999"));
+  refused("the spec is '[]', expected an object", "[]");
+  refused("input_size is missing", "{}");
+  refused("'input_sizes' is not a field", R"({"input_size":4,"dtype":"float32","layers":[],"input_sizes":4})");
+  refused("the key 'dtype' appears twice", R"({"input_size":4,"dtype":"float32","dtype":"float32","layers":[]})");
+  refused("input_size is '4.0', expected a whole number", R"({"input_size":4.0,"dtype":"float32","layers":[]})");
+  refused("input_size is '18446744073709551615'", R"({"input_size":18446744073709551615,"dtype":"x","layers":[]})");
+  refused("dtype is 'half', expected one of float32", R"({"input_size":4,"dtype":"half","layers":[]})");
+  refused("layers is '{}', expected an array", R"({"input_size":4,"dtype":"float32","layers":{}})");
+  refused("no coupling, expected at least 1", with_layer(""));
+  refused("layers[0] is '3', expected an object", with_layer("3"));
+  refused("layers[0].kind is missing", with_layer("{}"));
+  refused("layers[0].kind: kind is 'spline', expected one of", with_layer(R"({"kind":"spline"})"));
+  refused("layers[0].'swapped' is not a field", with_layer(R"({"kind":"standardize","swapped":false})"));
+  refused("layers[0].swapped is missing", with_layer(R"({"kind":"coupling"})"));
+  refused("layers[0].swapped is '0', expected true or false", coupling("0", "[8]", "\"relu\"", "1.0"));
+  refused("layers[0].hidden_sizes is '8', expected an array", coupling("false", "8", "\"relu\"", "1.0"));
+  refused("layers[0].hidden_sizes is 'true'", coupling("false", "[true]", "\"relu\"", "1.0"));
+  refused("layers[0].hidden_sizes[0] is -8, expected 1 to", coupling("false", "[-8]", "\"relu\"", "1.0"));
+  refused("layers[0].activation: activation is 'mish'", coupling("false", "[8]", "\"mish\"", "1.0"));
+  refused("layers[0].activation is '1', expected a string", coupling("false", "[8]", "1", "1.0"));
+  refused("layers[0].scale_bound is '\"1\"', expected a number", coupling("false", "[8]", "\"relu\"", "\"1\""));
+  refused("layers[0].scale_bound is -1, expected finite and > 0", coupling("false", "[8]", "\"relu\"", "-1"));
+  refused("input_size is 1, expected at least 2", R"({"input_size":1,"dtype":"float32","layers":[]})");
+  refused("not valid JSON", spec_to_json(spec) + std::string("\0 x", 3));
+  refused("nested too deeply", std::string(100'000, '['));
+  refused("nested too deeply", coupling("false", "[[[[[[[[[[[[]]]]]]]]]]]]", "\"relu\"", "1"));
+  refused("expected at most 16777216", std::string((1 << 24) + 1, ' '));
+}
+
+// ---------------------------------------------------------------------------------------------- the file system
+
+TEST_CASE("paths that cannot hold a model are refused for what they are") {
+  const Folder folder;
+  const Model model;
+  const auto both = [&](ErrorCode code, const std::string& fragment, const std::string& path) {
+    check_refused(code, fragment, [&] { model.save(path); });
+    check_refused(code, fragment, [&] { load_model(path, nullptr); });
+  };
+  both(ErrorCode::invalid_argument, "path is empty", "");
+  both(ErrorCode::invalid_argument, "without a zero byte", folder / std::string("a\0b", 3));
+  both(ErrorCode::io, "cannot hold a model: Is a directory", folder.path());
+  both(ErrorCode::io, "No such file or directory", folder / "none/model.safetensors");
+  REQUIRE(::mkfifo((folder / "pipe").c_str(), 0600) == 0);
+  both(ErrorCode::io, "is a pipe, socket or device, expected a regular file", folder / "pipe");
+  both(ErrorCode::io, "expected a regular file", "/dev/null");
+  fs::create_symlink("loop", folder / "loop");
+  both(ErrorCode::io, "Too many levels of symbolic links", folder / "loop");
+  try {
+    load_model(folder / "none", nullptr);
+  } catch (const Error& error) {
+    CHECK(error.system_error() == ENOENT);
+  }
+  CHECK(folder.entries() == 2);
+}
+
+TEST_CASE("a name as long as the file system allows can be saved") {
+  const Folder folder;
+  const std::string path = folder / std::string(255, 'm');
+  Model().save(path);
+  CHECK(load_model(path, nullptr).spec == Model().spec);
+}
+
+TEST_CASE("save writes through symbolic links and leaves them") {
+  const Folder folder;
+  const Model model;
+  fs::create_directory(folder / "store");
+  fs::create_symlink("store/model", folder / "relative");
+  fs::create_symlink(folder / "relative", folder / "absolute");
+  model.save(folder / "absolute");  // the target is not there yet
+  CHECK(fs::is_symlink(folder / "absolute"));
+  CHECK(fs::is_symlink(folder / "relative"));
+  CHECK(fs::is_regular_file(fs::symlink_status(folder / "store/model")));
+  model.save(folder / "relative");
+  CHECK(fs::is_symlink(folder / "relative"));
+  CHECK(load_model(folder / "absolute", nullptr).spec == model.spec);
+  CHECK(folder.entries() == 3);
+}
+
+TEST_CASE("save keeps the mode of an existing file and gives a new one what the umask leaves") {
+  const Folder folder;
+  const std::string path = folder / "model.safetensors";
+  const mode_t old = ::umask(0027);
+  Model().save(path);
+  ::umask(old);
+  CHECK((fs::status(path).permissions() & fs::perms::mask) == static_cast<fs::perms>(0640));
+  fs::permissions(path, static_cast<fs::perms>(0606));
+  Model().save(path);
+  CHECK((fs::status(path).permissions() & fs::perms::mask) == static_cast<fs::perms>(0606));
+
+  if (::geteuid() == 0) return;  // who may write everything
+  fs::permissions(path, static_cast<fs::perms>(0400));
+  check_refused(ErrorCode::io, "cannot be written: Permission denied", [&] { Model().save(path); });
+}
+
+TEST_CASE("a write that fails leaves the old file and no temporary") {
+  const Folder folder;
+  const std::string path = folder / "model.safetensors";
+  const Model model;
+  model.save(path);
+  const std::string bytes = read_bytes(path);
+
+  struct rlimit old{};
+  REQUIRE(::getrlimit(RLIMIT_FSIZE, &old) == 0);
+  const auto old_handler = std::signal(SIGXFSZ, SIG_IGN);
+  for (const rlim_t limit : {rlim_t{0}, rlim_t{100}, static_cast<rlim_t>(bytes.size() - 1)}) {
+    struct rlimit small = old;
+    small.rlim_cur = limit;
+    REQUIRE(::setrlimit(RLIMIT_FSIZE, &small) == 0);
+    int system_error = 0;
+    try {
+      model.save(path);
+    } catch (const Error& error) {
+      system_error = error.code() == ErrorCode::io ? error.system_error() : -1;
+    }
+    // Before anything is reported: standard output may be a file as well.
+    REQUIRE(::setrlimit(RLIMIT_FSIZE, &old) == 0);
+    CHECK(system_error == EFBIG);
+    CHECK(read_bytes(path) == bytes);
+    CHECK(folder.entries() == 1);
+  }
+  std::signal(SIGXFSZ, old_handler);
+}
+
+TEST_CASE("a sparse file that claims a huge tensor does not get its memory") {
+  const Folder folder;
+  const std::string path = folder / "model.safetensors";
+  write_bytes(path, container(R"({"t":{"dtype":"F64","shape":[1000000000],"data_offsets":[0,8000000000]}})", 0));
+  const auto size = fs::file_size(path) + 8'000'000'000;
+  std::error_code error;
+  fs::resize_file(path, size, error);
+  if (error) return;  // a file system without holes, or too small
+  check_refused(ErrorCode::file_format, "no tensor 'flow_0_scale.kernel'", [&] { load_model(path, nullptr); });
+}
