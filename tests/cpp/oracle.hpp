@@ -1,0 +1,176 @@
+// A naive RealNVP in double precision, one row at a time, from the formulas alone. It shares no code with the library:
+// FlowSpec and ParamLayout tell it only what the layers are and where each named parameter lies.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <nvpflow/spec.hpp>
+
+namespace oracle {
+
+inline double activate(nvpflow::Activation kind, double u) {
+  using nvpflow::Activation;
+  switch (kind) {
+    case Activation::relu:
+      return u > 0 ? u : 0 * u;  // 0 * u keeps NaN
+    case Activation::leaky_relu:
+      return u > 0 ? u : 0.01 * u;
+    case Activation::elu:
+      return u > 0 ? u : std::expm1(u);
+    case Activation::gelu:
+      return 0.5 * u * std::erfc(-u / std::sqrt(2.0));
+    case Activation::silu:
+      return u / (1 + std::exp(-u));
+    case Activation::tanh:
+      return std::tanh(u);
+    case Activation::sigmoid:
+      return 1 / (1 + std::exp(-u));
+    case Activation::softplus:
+      return std::fmax(u, 0.0) + std::log1p(std::exp(-std::fabs(u)));
+  }
+  throw std::logic_error("the oracle does not know this activation");
+}
+
+class Flow {
+ public:
+  using Row = std::vector<double>;
+  struct Result {
+    Row values;      // [D]
+    double log_det;  // of the direction that was run
+  };
+  struct Conditioner {
+    Row log_scale, shift;  // [|b|]
+  };
+
+  Flow(nvpflow::FlowSpec spec, std::vector<double> parameters)
+      : spec_(std::move(spec)), layout_(spec_), parameters_(std::move(parameters)) {
+    if (static_cast<std::int64_t>(parameters_.size()) != layout_.size())
+      throw std::logic_error("wrong parameter count");
+  }
+
+  std::vector<double>& parameters() { return parameters_; }
+
+  Result forward(Row x) const {
+    double log_det = 0;
+    for (std::size_t i = 0; i < spec_.layers.size(); ++i) log_det += apply(i, /*forward=*/true, x);
+    return {std::move(x), log_det};
+  }
+
+  Result inverse(Row z) const {
+    double log_det = 0;
+    for (std::size_t i = spec_.layers.size(); i-- > 0;) log_det += apply(i, /*forward=*/false, z);
+    return {std::move(z), log_det};
+  }
+
+  double log_prob(const Row& x) const {
+    const Result result = forward(x);
+    double squares = 0;
+    for (const double z : result.values) squares += z * z;
+    const double log_2_pi = std::log(2 * std::acos(-1.0));
+    return -0.5 * (static_cast<double>(x.size()) * log_2_pi + squares) + result.log_det;
+  }
+
+  double nll(const std::vector<Row>& rows) const {
+    double sum = 0;
+    for (const Row& row : rows) sum -= log_prob(row);
+    return sum / static_cast<double>(rows.size());
+  }
+
+  /// Log-scale and shift of coupling layer `index` on that layer's own input.
+  Conditioner conditioner(std::size_t index, const Row& x) const {
+    const nvpflow::LayerSpec& layer = spec_.layers[index];
+    const auto [a, b] = halves(layer);
+    Row g(x.begin() + a.first, x.begin() + a.second);
+    const std::string prefix = "flow_" + std::to_string(coupling_number(index)) + "_";
+    for (std::size_t j = 0; j < layer.hidden_sizes.size(); ++j) {
+      g = dense(prefix + "coupling_dense_" + std::to_string(j), g);
+      for (double& value : g) value = activate(layer.activation, value);
+    }
+    Row s = dense(prefix + "scale", g);
+    for (double& value : s) value = layer.scale_bound * std::tanh(value / layer.scale_bound);
+    return {std::move(s), dense(prefix + "translation", g)};
+  }
+
+ private:
+  using Range = std::pair<std::ptrdiff_t, std::ptrdiff_t>;  // [begin, end)
+
+  std::pair<Range, Range> halves(const nvpflow::LayerSpec& layer) const {
+    const std::ptrdiff_t half = spec_.input_size / 2;
+    const Range first{0, half}, second{half, spec_.input_size};
+    return layer.swapped ? std::pair{second, first} : std::pair{first, second};
+  }
+
+  std::size_t coupling_number(std::size_t index) const {
+    std::size_t number = 0;
+    for (std::size_t i = 0; i < index; ++i) number += spec_.layers[i].kind == nvpflow::LayerKind::coupling;
+    return number;
+  }
+
+  const double* tensor(const std::string& name) const {
+    const nvpflow::TensorInfo* info = layout_.find(name);
+    if (info == nullptr) throw std::logic_error("the layout has no " + name);
+    return parameters_.data() + info->offset;
+  }
+
+  Row dense(const std::string& name, const Row& in) const {
+    const double* kernel = tensor(name + ".kernel");  // [in, out]
+    const double* bias = tensor(name + ".bias");
+    const std::size_t width = static_cast<std::size_t>(layout_.find(name + ".bias")->size);
+    Row out(bias, bias + width);
+    for (std::size_t i = 0; i < in.size(); ++i)
+      for (std::size_t o = 0; o < width; ++o) out[o] += in[i] * kernel[i * width + o];
+    return out;
+  }
+
+  /// Replaces the row by the layer's output; returns the layer's log_det.
+  double apply(std::size_t index, bool forward, Row& row) const {
+    const nvpflow::LayerSpec& layer = spec_.layers[index];
+    double log_det = 0;
+    if (layer.kind == nvpflow::LayerKind::standardize) {
+      const std::string prefix = "standardize_" + std::to_string(index);
+      const double* mean = tensor(prefix + ".mean");
+      const double* log_std = tensor(prefix + ".log_std");
+      for (std::size_t d = 0; d < row.size(); ++d) {
+        row[d] = forward ? (row[d] - mean[d]) * std::exp(-log_std[d]) : row[d] * std::exp(log_std[d]) + mean[d];
+        log_det += forward ? -log_std[d] : log_std[d];
+      }
+      return log_det;
+    }
+    const auto [s, t] = conditioner(index, row);
+    const Range b = halves(layer).second;
+    for (std::size_t i = 0; i < s.size(); ++i) {
+      double& value = row[static_cast<std::size_t>(b.first) + i];
+      value = forward ? value * std::exp(s[i]) + t[i] : (value - t[i]) * std::exp(-s[i]);
+      log_det += forward ? s[i] : -s[i];
+    }
+    return log_det;
+  }
+
+  nvpflow::FlowSpec spec_;
+  nvpflow::ParamLayout layout_;
+  std::vector<double> parameters_;
+};
+
+/// Central difference of f along one coordinate, which is restored. Step: cube root of the unit round-off, where the
+/// truncation and the rounding error meet at about 4e-11 of f's scale.
+inline double central_difference(double& coordinate, const std::function<double()>& f) {
+  const double value = coordinate;
+  const double step = 6e-6 * std::fmax(1.0, std::fabs(value));
+  coordinate = value + step;
+  const double upper = f();
+  const double width_upper = coordinate;
+  coordinate = value - step;
+  const double lower = f();
+  const double width = width_upper - coordinate;
+  coordinate = value;
+  return (upper - lower) / width;
+}
+
+}  // namespace oracle

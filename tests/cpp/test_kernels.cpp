@@ -1,0 +1,521 @@
+// nvpflow::Flow against the naive oracle: values, both directions, gradients, threads, sampling, bad spans.
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <span>
+#include <string>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#include <nvpflow/flow.hpp>
+
+#include "oracle.hpp"
+
+namespace {
+
+using nvpflow::Activation;
+using nvpflow::Direction;
+using nvpflow::DType;
+using nvpflow::ErrorCode;
+using nvpflow::Flow;
+using nvpflow::FlowSpec;
+
+template <class T>
+constexpr DType dtype_of = std::is_same_v<T, float> ? DType::float32 : DType::float64;
+/// |result - oracle| <= kBudget (1 + |oracle|)
+template <class T>
+constexpr double kBudget = std::is_same_v<T, float> ? 1e-5 : 1e-12;
+template <class T>
+constexpr T kPoison = std::numeric_limits<T>::quiet_NaN();
+
+struct Shape {
+  std::int64_t input_size, num_flows;
+  std::vector<std::int64_t> hidden_sizes;
+  Activation activation;
+  double scale_bound = 1.0;
+  bool standardize = false;
+};
+
+const std::vector<Shape> kShapes = {
+    {2, 1, {}, Activation::relu},
+    {2, 3, {1}, Activation::relu},
+    {3, 2, {3}, Activation::leaky_relu},
+    {3, 8, {7, 5}, Activation::silu},
+    {5, 4, {16, 17, 18}, Activation::elu, 2.0, true},
+    {6, 1, {64}, Activation::gelu},
+    {7, 3, {7, 5}, Activation::tanh, 0.5},
+    {16, 4, {128}, Activation::relu},
+    {17, 2, {100, 100}, Activation::softplus, 1.0, true},
+    {31, 3, {33}, Activation::sigmoid},
+    {64, 2, {}, Activation::tanh, 1.5},
+    {101, 2, {65}, Activation::gelu, 1.0, true},
+    {257, 1, {1025}, Activation::leaky_relu},
+};
+const std::vector<std::int64_t> kBatches = {0,  1,  2,  3,  5,  7,  8,  15, 16, 17, 31,
+                                            32, 33, 47, 48, 49, 63, 64, 65, 97, 129};
+
+template <class T>
+FlowSpec spec_of(const Shape& shape) {
+  return FlowSpec::real_nvp(shape.input_size, shape.num_flows, shape.hidden_sizes, shape.activation, shape.scale_bound,
+                            shape.standardize, dtype_of<T>);
+}
+
+/// Far from the identity: kernels N(0, 1/in), everything else 0.1 N(0, 1).
+template <class T>
+std::vector<T> random_parameters(const nvpflow::ParamLayout& layout, unsigned seed) {
+  std::mt19937 engine(seed);
+  std::normal_distribution<double> normal;
+  std::vector<T> parameters(static_cast<std::size_t>(layout.size()));
+  for (const nvpflow::TensorInfo& tensor : layout.tensors()) {
+    const double scale =
+        tensor.role == nvpflow::TensorRole::kernel ? 1 / std::sqrt(static_cast<double>(tensor.shape[0])) : 0.1;
+    for (std::int64_t i = 0; i < tensor.size; ++i)
+      parameters[static_cast<std::size_t>(tensor.offset + i)] = static_cast<T>(scale * normal(engine));
+  }
+  return parameters;
+}
+
+template <class T>
+std::vector<T> random_values(std::int64_t count, unsigned seed) {
+  std::mt19937 engine(seed);
+  std::normal_distribution<double> normal;
+  std::vector<T> values(static_cast<std::size_t>(count));
+  for (T& value : values) value = static_cast<T>(normal(engine));
+  return values;
+}
+
+template <class T>
+std::vector<double> widened(std::span<const T> values) {
+  return {values.begin(), values.end()};
+}
+
+template <class T>
+std::vector<double> row_of(const std::vector<T>& values, std::int64_t row, std::int64_t width) {
+  return widened(
+      std::span<const T>(values).subspan(static_cast<std::size_t>(row * width), static_cast<std::size_t>(width)));
+}
+
+/// A flow with random parameters and the oracle that holds the same ones.
+template <class T>
+struct Pair {
+  explicit Pair(const Shape& shape, unsigned seed = 1)
+      : flow(spec_of<T>(shape)), oracle(make(seed)), width(shape.input_size) {}
+
+  oracle::Flow make(unsigned seed) {
+    const std::vector<T> parameters = random_parameters<T>(flow.layout(), seed);
+    flow.template set_parameters<T>(parameters);
+    return {flow.spec(), widened<T>(parameters)};
+  }
+
+  Flow flow;
+  oracle::Flow oracle;
+  std::int64_t width;
+};
+
+bool within(double actual, double expected, double budget) {
+  return std::fabs(actual - expected) <= budget * (1 + std::fabs(expected));  // false for NaN
+}
+
+template <class T>
+bool same_bits(std::span<const T> left, std::span<const T> right) {
+  return left.size() == right.size() && std::memcmp(left.data(), right.data(), left.size_bytes()) == 0;
+}
+
+template <class Function>
+void check_throws_code(ErrorCode code, const std::string& mentions, Function&& function) {
+  try {
+    function();
+  } catch (const nvpflow::Error& error) {
+    CHECK(error.code() == code);
+    CHECK_MESSAGE(std::string(error.what()).find(mentions) != std::string::npos,
+                  "'" << error.what() << "' does not mention '" << mentions << "'");
+    return;
+  }
+  FAIL("no nvpflow::Error");
+}
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("forward, inverse and log_prob agree with the oracle", T, float, double) {
+  for (const Shape& shape : kShapes) {
+    CAPTURE(shape.input_size);
+    CAPTURE(shape.num_flows);
+    CAPTURE(nvpflow::name_of(shape.activation));
+    Pair<T> pair(shape);
+    const std::int64_t most = kBatches.back(), width = pair.width;
+    const std::vector<T> x = random_values<T>(most * width, 2);
+    std::vector<oracle::Flow::Result> forward, inverse;
+    for (std::int64_t row = 0; row < most; ++row) {
+      forward.push_back(pair.oracle.forward(row_of(x, row, width)));
+      inverse.push_back(pair.oracle.inverse(row_of(x, row, width)));
+    }
+    for (const std::int64_t batch : kBatches) {
+      CAPTURE(batch);
+      const std::span<const T> in(x.data(), static_cast<std::size_t>(batch * width));
+      std::vector<T> z(in.size(), kPoison<T>), back(in.size(), kPoison<T>);
+      std::vector<T> log_det(static_cast<std::size_t>(batch), kPoison<T>), inverse_log_det = log_det,
+                                                                           log_prob = log_det;
+      pair.flow.template forward<T>(in, z, log_det);
+      pair.flow.template inverse<T>(in, back, inverse_log_det);
+      pair.flow.template log_prob<T>(in, log_prob);
+      std::int64_t wrong = 0;
+      for (std::int64_t row = 0; row < batch; ++row) {
+        const auto r = static_cast<std::size_t>(row);
+        for (std::int64_t d = 0; d < width; ++d) {
+          const auto at = static_cast<std::size_t>(row * width + d);
+          const auto column = static_cast<std::size_t>(d);
+          wrong += !within(z[at], forward[r].values[column], kBudget<T>);
+          wrong += !within(back[at], inverse[r].values[column], kBudget<T>);
+        }
+        wrong += !within(log_det[r], forward[r].log_det, kBudget<T>);
+        wrong += !within(inverse_log_det[r], inverse[r].log_det, kBudget<T>);
+        wrong += !within(log_prob[r], pair.oracle.log_prob(row_of(x, row, width)), kBudget<T>);
+      }
+      CHECK(wrong == 0);
+
+      // Not asking for log_det must not change the values.
+      std::vector<T> alone(in.size(), kPoison<T>);
+      pair.flow.template forward<T>(in, alone);
+      CHECK(same_bits<T>(alone, z));
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("conditioner gives the log-scale and shift of one layer", T, float, double) {
+  for (const Shape& shape : {kShapes[3], kShapes[4], kShapes[8]}) {
+    Pair<T> pair(shape);
+    const std::int64_t rows = 19;
+    const std::vector<T> x = random_values<T>(rows * pair.width, 3);
+    for (std::size_t layer = 0; layer < pair.flow.spec().layers.size(); ++layer) {
+      if (pair.flow.spec().layers[layer].kind != nvpflow::LayerKind::coupling) continue;
+      const std::int64_t count = pair.flow.spec().transformed(pair.flow.spec().layers[layer]).count;
+      std::vector<T> s(static_cast<std::size_t>(rows * count), kPoison<T>), t = s;
+      pair.flow.template conditioner<T>(static_cast<std::int64_t>(layer), x, s, t);
+      std::int64_t wrong = 0;
+      for (std::int64_t row = 0; row < rows; ++row) {
+        const auto expected = pair.oracle.conditioner(layer, row_of(x, row, pair.width));
+        for (std::int64_t i = 0; i < count; ++i) {
+          const auto at = static_cast<std::size_t>(row * count + i);
+          wrong += !within(s[at], expected.log_scale[static_cast<std::size_t>(i)], kBudget<T>);
+          wrong += !within(t[at], expected.shift[static_cast<std::size_t>(i)], kBudget<T>);
+        }
+      }
+      CHECK(wrong == 0);
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("a layer list need not alternate", T, float, double) {
+  FlowSpec spec = FlowSpec::real_nvp(5, 4, {6}, Activation::silu, 1.0, true, dtype_of<T>);
+  spec.layers[2].swapped = false;        // two couplings of the same parity in a row
+  spec.layers[3].hidden_sizes = {3, 9};  // widths and activations of its own
+  spec.layers[3].activation = Activation::elu;
+  spec.layers.push_back(spec.layers.front());  // a standardize layer at the latent end
+  Flow flow(spec);
+  const std::vector<T> parameters = random_parameters<T>(flow.layout(), 4);
+  flow.template set_parameters<T>(parameters);
+  const oracle::Flow oracle(spec, widened<T>(parameters));
+  const std::vector<T> x = random_values<T>(23 * 5, 5);
+  std::vector<T> z(x.size(), kPoison<T>), log_det(23, kPoison<T>);
+  flow.template forward<T>(x, z, log_det);
+  for (std::int64_t row = 0; row < 23; ++row) {
+    const auto expected = oracle.forward(row_of(x, row, 5));
+    for (std::int64_t d = 0; d < 5; ++d)
+      CHECK(within(z[static_cast<std::size_t>(row * 5 + d)], expected.values[static_cast<std::size_t>(d)], kBudget<T>));
+    CHECK(within(log_det[static_cast<std::size_t>(row)], expected.log_det, kBudget<T>));
+  }
+}
+
+TEST_CASE("nll_gradient agrees with finite differences of the oracle") {
+  // Smooth activations: finite differences are meaningless across a kink. The kinked ones are compared with the
+  // hand-written reverse mode in the Python tests.
+  for (const Shape& shape : {Shape{2, 2, {}, Activation::tanh}, Shape{3, 2, {4}, Activation::silu, 1.0, true},
+                             Shape{5, 3, {3, 2}, Activation::softplus, 2.0}, Shape{6, 2, {9}, Activation::gelu},
+                             Shape{7, 1, {5}, Activation::sigmoid}, Shape{4, 2, {3}, Activation::elu}}) {
+    CAPTURE(nvpflow::name_of(shape.activation));
+    Pair<double> pair(shape);
+    const std::int64_t rows = 37;
+    const std::vector<double> x = random_values<double>(rows * pair.width, 6);
+    std::vector<std::vector<double>> batch;
+    for (std::int64_t row = 0; row < rows; ++row) batch.push_back(row_of(x, row, pair.width));
+
+    std::vector<double> gradient(static_cast<std::size_t>(pair.flow.num_parameters()), kPoison<double>);
+    const double value = pair.flow.nll_gradient<double>(x, gradient);
+    CHECK(within(value, pair.oracle.nll(batch), kBudget<double>));
+    CHECK(within(pair.flow.nll<double>(x), value, kBudget<double>));
+
+    Pair<float> single(shape);
+    single.oracle.parameters() = widened<float>(single.flow.parameters<float>());
+    const std::vector<float> x32(x.begin(), x.end());
+    std::vector<float> gradient32(gradient.size(), kPoison<float>);
+    single.flow.nll_gradient<float>(x32, gradient32);
+
+    std::vector<double>& parameters = pair.oracle.parameters();
+    for (std::size_t i = 0; i < parameters.size(); ++i) {
+      const double expected = oracle::central_difference(parameters[i], [&] { return pair.oracle.nll(batch); });
+      CAPTURE(i);
+      CHECK(within(gradient[i], expected, 1e-8));
+      CHECK(within(gradient32[i], expected, 1e-5));
+    }
+  }
+}
+
+TEST_CASE("vjp agrees with finite differences of the oracle, accumulates, and may leave out what is not wanted") {
+  for (const Direction direction : {Direction::forward, Direction::inverse}) {
+    CAPTURE(static_cast<int>(direction));
+    Pair<double> pair({5, 3, {6}, Activation::silu, 1.5, true});
+    const std::int64_t rows = 5, width = 5;
+    std::vector<double> x = random_values<double>(rows * width, 7);
+    const std::vector<double> grad_out = random_values<double>(rows * width, 8);
+    const std::vector<double> grad_log_det = random_values<double>(rows, 9);
+    const auto loss = [&] {
+      double sum = 0;
+      for (std::int64_t row = 0; row < rows; ++row) {
+        const auto in = row_of(x, row, width);
+        const auto result = direction == Direction::forward ? pair.oracle.forward(in) : pair.oracle.inverse(in);
+        for (std::int64_t d = 0; d < width; ++d)
+          sum += result.values[static_cast<std::size_t>(d)] * grad_out[static_cast<std::size_t>(row * width + d)];
+        sum += result.log_det * grad_log_det[static_cast<std::size_t>(row)];
+      }
+      return sum;
+    };
+    const auto count = static_cast<std::size_t>(pair.flow.num_parameters());
+    std::vector<double> grad_in(x.size(), kPoison<double>), gradient(count, kPoison<double>);
+    pair.flow.vjp<double>(direction, x, grad_out, grad_log_det, grad_in, gradient);
+    for (std::size_t i = 0; i < x.size(); ++i) CHECK(within(grad_in[i], oracle::central_difference(x[i], loss), 1e-8));
+    std::vector<double>& parameters = pair.oracle.parameters();
+    for (std::size_t i = 0; i < count; ++i)
+      CHECK(within(gradient[i], oracle::central_difference(parameters[i], loss), 1e-8));
+
+    // An empty span means zero in, not wanted out.
+    std::vector<double> only_in(x.size(), kPoison<double>), only_gradient(count, kPoison<double>);
+    pair.flow.vjp<double>(direction, x, grad_out, grad_log_det, only_in, {});
+    pair.flow.vjp<double>(direction, x, grad_out, grad_log_det, {}, only_gradient);
+    CHECK(same_bits<double>(only_in, grad_in));
+    CHECK(same_bits<double>(only_gradient, gradient));
+    const std::vector<double> zeros(x.size(), 0.0), zero_log_det(static_cast<std::size_t>(rows), 0.0);
+    std::vector<double> given(x.size(), kPoison<double>), left_out = given;
+    pair.flow.vjp<double>(direction, x, zeros, grad_log_det, given, {});
+    pair.flow.vjp<double>(direction, x, {}, grad_log_det, left_out, {});
+    CHECK(same_bits<double>(given, left_out));
+    pair.flow.vjp<double>(direction, x, grad_out, zero_log_det, given, {});
+    pair.flow.vjp<double>(direction, x, grad_out, {}, left_out, {});
+    CHECK(same_bits<double>(given, left_out));
+
+    // Accumulation adds to what is there.
+    std::vector<double> accumulated = random_values<double>(static_cast<std::int64_t>(count), 10);
+    const std::vector<double> before = accumulated;
+    pair.flow.vjp<double>(direction, x, grad_out, grad_log_det, {}, accumulated, /*accumulate=*/true);
+    for (std::size_t i = 0; i < count; ++i) CHECK(within(accumulated[i], before[i] + gradient[i], 1e-12));
+  }
+}
+
+TEST_CASE_TEMPLATE("results and gradients keep their bits for every thread count", T, float, double) {
+  Pair<T> pair({17, 3, {40}, Activation::gelu, 1.0, true});
+  const std::int64_t rows = 4099;
+  const std::vector<T> x = random_values<T>(rows * pair.width, 11);
+  const auto run = [&](int threads) {
+    pair.flow.set_num_threads(threads);
+    std::vector<T> z(x.size(), kPoison<T>), log_prob(static_cast<std::size_t>(rows), kPoison<T>);
+    std::vector<T> gradient(static_cast<std::size_t>(pair.flow.num_parameters()), kPoison<T>);
+    pair.flow.template forward<T>(x, z);
+    pair.flow.template log_prob<T>(x, log_prob);
+    const double nll = pair.flow.template nll_gradient<T>(x, gradient);
+    z.insert(z.end(), log_prob.begin(), log_prob.end());
+    z.insert(z.end(), gradient.begin(), gradient.end());
+    return std::pair{nll, z};
+  };
+  const auto [nll, results] = run(1);
+  for (const int threads : {2, 3, 4, 7}) {
+    CAPTURE(threads);
+    const auto [other_nll, other] = run(threads);
+    CHECK(other_nll == nll);
+    CHECK(same_bits<T>(other, results));
+  }
+}
+
+TEST_CASE_TEMPLATE("a row keeps its bits wherever it stands in whatever batch", T, float, double) {
+  for (const Shape& shape : {Shape{7, 3, {7, 5}, Activation::tanh}, Shape{16, 2, {128}, Activation::relu}}) {
+    Pair<T> pair(shape);
+    const std::int64_t most = 200, width = pair.width;
+    const std::vector<T> x = random_values<T>(most * width, 12);
+    std::vector<T> log_prob(static_cast<std::size_t>(most), kPoison<T>);
+    pair.flow.template log_prob<T>(x, log_prob);
+    for (std::int64_t batch = 1; batch <= most; ++batch) {
+      const std::int64_t first = (batch * 37) % (most - batch + 1);
+      const auto rows = static_cast<std::size_t>(batch);
+      std::vector<T> part(rows, kPoison<T>);
+      pair.flow.template log_prob<T>(std::span<const T>(x).subspan(static_cast<std::size_t>(first * width),
+                                                                   rows * static_cast<std::size_t>(width)),
+                                     part);
+      CAPTURE(batch);
+      CHECK(same_bits<T>(part, std::span<const T>(log_prob).subspan(static_cast<std::size_t>(first), rows)));
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("a row of NaN or inf is NaN in all its results and leaves the others alone", T, float, double) {
+  Pair<T> pair({6, 3, {9}, Activation::relu, 1.0, true});
+  const std::int64_t rows = 70, width = 6;
+  const std::vector<T> clean = random_values<T>(rows * width, 13);
+  std::vector<T> z(clean.size()), log_det(static_cast<std::size_t>(rows)), log_prob = log_det;
+  pair.flow.template forward<T>(clean, z, log_det);
+  pair.flow.template log_prob<T>(clean, log_prob);
+  const T infinity = std::numeric_limits<T>::infinity();
+  for (const T bad : {kPoison<T>, infinity, -infinity}) {
+    for (std::int64_t column = 0; column < width; ++column) {
+      std::vector<T> x = clean;
+      const std::int64_t bad_row = 31 + column;
+      x[static_cast<std::size_t>(bad_row * width + column)] = bad;
+      std::vector<T> dirty_z(x.size()), dirty_log_det(log_det.size()), dirty_log_prob(log_det.size());
+      pair.flow.template forward<T>(x, dirty_z, dirty_log_det);
+      pair.flow.template log_prob<T>(x, dirty_log_prob);
+      for (std::int64_t row = 0; row < rows; ++row) {
+        const auto r = static_cast<std::size_t>(row);
+        for (std::int64_t d = 0; d < width; ++d) {
+          const auto at = static_cast<std::size_t>(row * width + d);
+          if (row == bad_row)
+            CHECK(std::isnan(dirty_z[at]));
+          else
+            CHECK(dirty_z[at] == z[at]);
+        }
+        if (row == bad_row) {
+          CHECK(std::isnan(dirty_log_det[r]));
+          CHECK(std::isnan(dirty_log_prob[r]));
+        } else {
+          CHECK(dirty_log_det[r] == log_det[r]);
+          CHECK(dirty_log_prob[r] == log_prob[r]);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("const calls from many threads while another replaces the parameters") {
+  Pair<float> pair({8, 4, {32}, Activation::relu});
+  const std::vector<float> first = random_parameters<float>(pair.flow.layout(), 21);
+  const std::vector<float> second = random_parameters<float>(pair.flow.layout(), 22);
+  const std::int64_t rows = 65;
+  const std::vector<float> x = random_values<float>(rows * pair.width, 23);
+  const auto answer = [&](const std::vector<float>& parameters) {
+    pair.flow.set_parameters<float>(parameters);
+    std::vector<float> log_prob(static_cast<std::size_t>(rows));
+    pair.flow.log_prob<float>(x, log_prob);
+    return log_prob;
+  };
+  const std::vector<float> second_answer = answer(second), first_answer = answer(first);
+  REQUIRE_FALSE(same_bits<float>(first_answer, second_answer));
+
+  std::atomic<int> torn{0};
+  std::atomic<bool> done{false};
+  std::vector<std::thread> readers;
+  for (int reader = 0; reader < 4; ++reader) {
+    readers.emplace_back([&] {
+      std::vector<float> log_prob(static_cast<std::size_t>(rows));
+      while (!done) {
+        pair.flow.log_prob<float>(x, log_prob);
+        torn += !same_bits<float>(log_prob, first_answer) && !same_bits<float>(log_prob, second_answer);
+      }
+    });
+  }
+  for (int turn = 0; turn < 300; ++turn) pair.flow.set_parameters<float>(turn % 2 == 0 ? second : first);
+  done = true;
+  for (std::thread& reader : readers) reader.join();
+  CHECK(torn == 0);
+}
+
+TEST_CASE_TEMPLATE("a sample is one endless sequence of rows, however it is cut", T, float, double) {
+  Pair<T> pair({7, 2, {11}, Activation::silu});
+  const std::int64_t rows = 401, width = 7;
+  std::vector<T> whole(static_cast<std::size_t>(rows * width), kPoison<T>);
+  pair.flow.template sample<T>(5, whole);
+  for (const T value : whole) REQUIRE(std::isfinite(value));
+  for (const std::int64_t piece : {1, 2, 3, 16, 17, 64, 100}) {
+    std::vector<T> pieces(whole.size(), kPoison<T>);
+    for (std::int64_t row = 0; row < rows; row += piece) {
+      const auto count = static_cast<std::size_t>(std::min(piece, rows - row) * width);
+      pair.flow.template sample<T>(5, std::span<T>(pieces).subspan(static_cast<std::size_t>(row * width), count),
+                                   static_cast<std::uint64_t>(row));
+    }
+    CAPTURE(piece);
+    CHECK(same_bits<T>(pieces, whole));
+  }
+  for (const int threads : {2, 3, 4}) {
+    pair.flow.set_num_threads(threads);
+    std::vector<T> again(whole.size(), kPoison<T>);
+    pair.flow.template sample<T>(5, again);
+    CHECK(same_bits<T>(again, whole));
+  }
+  std::vector<T> other(whole.size(), kPoison<T>);
+  pair.flow.template sample<T>(6, other);
+  CHECK_FALSE(same_bits<T>(other, whole));
+}
+
+TEST_CASE("copies own their parameters, moves carry them") {
+  Pair<double> pair({4, 2, {3}, Activation::tanh});
+  const std::vector<double> x = random_values<double>(4 * 9, 31);
+  const auto score = [&](const Flow& flow) {
+    std::vector<double> log_prob(9, kPoison<double>);
+    flow.log_prob<double>(x, log_prob);
+    return log_prob;
+  };
+  const std::vector<double> before = score(pair.flow);
+  Flow copy = pair.flow;
+  copy.set_parameters<double>(random_parameters<double>(copy.layout(), 32));
+  CHECK(score(pair.flow) == before);
+  CHECK(score(copy) != before);
+  const std::vector<double> of_copy = score(copy);
+  const Flow moved = std::move(copy);
+  CHECK(score(moved) == of_copy);
+}
+
+TEST_CASE("spans of the wrong length, overlap and dtype are refused and named") {
+  Flow flow(spec_of<float>({4, 2, {3}, Activation::relu}));
+  std::vector<float> x(12, 0.5f), z(12), log_det(3);
+  const std::vector<float> untouched_x = x;
+  const auto invalid = ErrorCode::invalid_argument;
+  const std::span<const float> in(x);
+  const std::span<float> out(z), dets(log_det);
+
+  check_throws_code(invalid, "x holds", [&] { flow.forward<float>(in.first(11), out, dets); });
+  check_throws_code(invalid, "z holds", [&] { flow.forward<float>(in, out.first(8), dets); });
+  check_throws_code(invalid, "log_det holds", [&] { flow.forward<float>(in, out, dets.first(2)); });
+  check_throws_code(invalid, "z holds", [&] { flow.inverse<float>(in.first(10), out, dets); });
+  check_throws_code(invalid, "out holds", [&] { flow.log_prob<float>(in, dets.first(1)); });
+  check_throws_code(invalid, "x holds", [&] { flow.sample<float>(0, out.first(7)); });
+  check_throws_code(invalid, "x has no rows", [&] { flow.nll<float>({}); });
+  check_throws_code(invalid, "gradient holds", [&] { flow.nll_gradient<float>(in, dets); });
+  check_throws_code(invalid, "parameters holds", [&] { flow.set_parameters<float>(in); });
+  check_throws_code(invalid, "layer is 2", [&] { flow.conditioner<float>(2, in, dets, dets); });
+  check_throws_code(invalid, "grad_out holds",
+                    [&] { flow.vjp<float>(Direction::forward, in, in.first(8), {}, out, {}); });
+  check_throws_code(invalid, "grad_log_det holds",
+                    [&] { flow.vjp<float>(Direction::forward, in, {}, in.first(2), out, {}); });
+  check_throws_code(invalid, "grad_in holds", [&] { flow.vjp<float>(Direction::forward, in, in, {}, dets, {}); });
+  check_throws_code(invalid, "grad_parameters holds",
+                    [&] { flow.vjp<float>(Direction::forward, in, in, {}, {}, dets); });
+
+  std::vector<float> shared(15, 0.5f);
+  const std::span<float> all(shared);
+  check_throws_code(invalid, "overlap", [&] { flow.forward<float>(all.first(12), all.subspan(1, 12), dets); });
+  check_throws_code(invalid, "overlap", [&] { flow.forward<float>(all.first(12), all.first(12), dets); });
+  check_throws_code(invalid, "overlap", [&] { flow.forward<float>(in, all.first(12), all.subspan(11, 3)); });
+  check_throws_code(invalid, "overlap", [&] { flow.log_prob<float>(all.first(12), all.first(3)); });
+
+  std::vector<double> wide(12), wide_log_det(3);
+  check_throws_code(ErrorCode::type_mismatch, "float32", [&] {
+    flow.forward<double>(std::span<const double>(wide).first(4), std::span<double>(wide).last(4));
+  });
+  check_throws_code(ErrorCode::type_mismatch, "float32", [&] { flow.log_prob<double>(wide, wide_log_det); });
+  check_throws_code(ErrorCode::type_mismatch, "float32", [&] { (void)flow.parameters<double>(); });
+
+  CHECK(x == untouched_x);
+}
