@@ -30,12 +30,12 @@
 // from the shapes of flow_{k}_coupling_dense_{j}.kernel; input_size = inputs of flow_0's first kernel + outputs of its
 // heads; dtype of flow_0_scale.kernel; activation relu and scale_bound 1, which leave no trace in the tensors.
 //
-// A checkpoint of training is the same container under its own metadata keys and tensor names (see train.cpp).
+// A checkpoint of training is the same container under its own metadata keys and tensor names (see checkpoint.cpp).
 //
 // Limits and memory. Reading executes nothing and checks every length, shape and offset before memory is taken for
-// tensors; that memory is at most the size of the file. The header is parsed without a document tree, at a few times
-// its own size; the spec's text with one, at up to about 30 times that text. Files that hold NaN or infinity are
-// refused, by save_model as well. Only regular files are read or replaced.
+// tensors; that memory is at most the size of the file. The header is parsed without a document tree, at up to about 10
+// times its own size; the spec's text with one, at up to about 30 times that text. Models that hold NaN or infinity are
+// refused, when saved as well. Only regular files are read or replaced.
 #pragma once
 
 #include <cstdint>

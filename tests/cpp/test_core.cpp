@@ -520,10 +520,13 @@ TEST_CASE("a header that lies is refused with what is wrong") {
   };
   const auto tensor = [](const std::string& name, const std::string& dtype, const std::string& shape,
                          const std::string& offsets) {
-    return "\"" + name + "\":{\"dtype\":" + dtype + ",\"shape\":" + shape + ",\"data_offsets\":" + offsets + "}";
+    std::string entry = "\"";
+    entry.append(name).append("\":{\"dtype\":").append(dtype).append(",\"shape\":").append(shape);
+    return entry.append(",\"data_offsets\":").append(offsets).append("}");
   };
+  const auto object = [](const std::string& members) { return std::string("{").append(members).append("}"); };
   const auto one = [&](const std::string& dtype, const std::string& shape, const std::string& offsets) {
-    return "{" + tensor("t", dtype, shape, offsets) + "}";
+    return object(tensor("t", dtype, shape, offsets));
   };
   const std::string good = tensor("t", "\"F32\"", "[2]", "[0,8]");
 
@@ -532,11 +535,11 @@ TEST_CASE("a header that lies is refused with what is wrong") {
     refused("'t' has data_offsets [8, 0]", one("\"F32\"", "[2]", "[8,0]"), 8);
     refused("expected it to start at 0: a hole", one("\"F32\"", "[2]", "[4,12]"), 12);
     refused("'u' has data_offsets [4, 12], expected it to start at 8: it overlaps",
-            "{" + good + "," + tensor("u", "\"F32\"", "[2]", "[4,12]") + "}", 12);
-    refused("it overlaps", "{" + good + "," + tensor("u", "\"F32\"", "[2]", "[0,8]") + "}", 8);
-    refused("a hole in the data", "{" + good + "," + tensor("u", "\"F32\"", "[2]", "[12,20]") + "}", 20);
-    refused("the file is truncated: it holds 7 bytes of tensor data, expected 8", "{" + good + "}", 7);
-    refused("the file is too long: it holds 9 bytes of tensor data, expected 8", "{" + good + "}", 9);
+            object(good + "," + tensor("u", "\"F32\"", "[2]", "[4,12]")), 12);
+    refused("it overlaps", object(good + "," + tensor("u", "\"F32\"", "[2]", "[0,8]")), 8);
+    refused("a hole in the data", object(good + "," + tensor("u", "\"F32\"", "[2]", "[12,20]")), 20);
+    refused("the file is truncated: it holds 7 bytes of tensor data, expected 8", object(good), 7);
+    refused("the file is too long: it holds 9 bytes of tensor data, expected 8", object(good), 9);
     refused("which is more than any file can hold", one("\"F32\"", "[4294967296,4294967296,4294967296]", "[0,0]"), 0);
     refused("the file is truncated", one("\"F64\"", "[1000000000000]", "[0,8000000000000]"), 8);
   }
@@ -555,7 +558,7 @@ TEST_CASE("a header that lies is refused with what is wrong") {
     refused("tensor 't' has no field data_offsets", R"({"t":{"dtype":"F32","shape":[2]}})", 8);
     refused("tensor 't' has the unknown field 'more'", R"({"t":{"more":1}})", 8);
     refused("tensor 't' has the field shape twice", R"({"t":{"shape":[2],"shape":[2]}})", 8);
-    refused("tensor 't' appears twice", "{" + good + "," + tensor("t", "\"F32\"", "[2]", "[8,16]") + "}", 16);
+    refused("tensor 't' appears twice", object(good + "," + tensor("t", "\"F32\"", "[2]", "[8,16]")), 16);
     refused("tensor 't' is a string, expected an object", R"({"t":"F32"})", 0);
     refused("__metadata__ is an array, expected an object", R"({"__metadata__":[]})", 0);
     refused("metadata key 'a' is a number, expected a string", R"({"__metadata__":{"a":1}})", 0);
