@@ -1,5 +1,7 @@
 """The model: `Flow`, and the two ways to get one, `build` and `load`."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -21,7 +23,7 @@ def build(
     standardize: bool = False,
     dtype: DTypeLike = "float32",
     seed: int = 0,
-) -> "Flow":
+) -> Flow:
     """Build a RealNVP flow with new weights.
 
     Parameters
@@ -72,7 +74,7 @@ def build(
     return Flow(spec, _checks.integer("seed", seed, unsigned=True))
 
 
-def load(path: str | os.PathLike[str], *, spec: FlowSpec | None = None) -> "Flow":
+def load(path: str | os.PathLike[str], *, spec: FlowSpec | None = None) -> Flow:
     """Read a model file, or a safetensors file that holds only a RealNVP's weights.
 
     Parameters
@@ -102,14 +104,14 @@ def load(path: str | os.PathLike[str], *, spec: FlowSpec | None = None) -> "Flow
     return _restore(Flow, found, parameters, num_threads=0)
 
 
-def _restore(cls: type["Flow"], spec: FlowSpec, parameters: NDArray[Any], num_threads: int) -> "Flow":
+def _restore(cls: type[Flow], spec: FlowSpec, parameters: NDArray[Any], num_threads: int) -> Flow:
     flow = cls(spec)
     flow._set_flat_parameters(parameters)
     flow.num_threads = num_threads
     return flow
 
 
-def _unpickle(cls: type["Flow"], spec_json: str, parameters: NDArray[Any], num_threads: int) -> "Flow":
+def _unpickle(cls: type[Flow], spec_json: str, parameters: NDArray[Any], num_threads: int) -> Flow:
     return _restore(cls, FlowSpec.from_json(spec_json), parameters, num_threads)
 
 
@@ -203,7 +205,7 @@ class Flow(_core.Flow):
         callback: Callable[[_core.EpochRecord], object] | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         num_threads: int | None = None,
-    ) -> "training.History":
+    ) -> training.History:
         """Train on the rows of `x` by maximum likelihood: Adam on minibatches, minimising ``-mean(log p(x))``.
 
         The flow ends with the weights of its best epoch: the lowest validation loss, or training loss where there is
@@ -309,11 +311,11 @@ class Flow(_core.Flow):
         """Pickle as the spec's JSON and the weights."""
         return _unpickle, (type(self), self.spec.to_json(), self._flat_parameters().copy(), self.num_threads)
 
-    def __copy__(self) -> "Flow":
+    def __copy__(self) -> Flow:
         """Return a flow with weights of its own, which start equal to these."""
         return _restore(type(self), self.spec, self._flat_parameters(), self.num_threads)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Flow":
+    def __deepcopy__(self, memo: dict[int, Any]) -> Flow:
         """As `copy.copy`: nothing is shared there either."""
         return self.__copy__()
 

@@ -1,5 +1,7 @@
 """What `Flow.fit` does around the compiled training loop: checks, the progress bar and the history."""
 
+from __future__ import annotations
+
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -11,11 +13,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nvpflow import _checks
-from nvpflow._core import EpochRecord, FitSummary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from nvpflow._core import EpochRecord, FitSummary  # of the stub alone: types of plain dicts
     from nvpflow.flow import Flow
 
 
@@ -58,7 +60,7 @@ class History:
     validation_rows: int
 
     @classmethod
-    def _from_summary(cls, summary: FitSummary) -> "History":
+    def _from_summary(cls, summary: FitSummary) -> History:
         records = summary["epochs"]
         return cls(
             epoch=np.array([record["epoch"] for record in records], dtype=np.int64),
@@ -99,7 +101,7 @@ class History:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in values.items()}
 
-    def plot(self, ax: "Axes | None" = None) -> "Axes":
+    def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the losses over the epochs.
 
         Parameters
@@ -160,7 +162,7 @@ class _Bar:
         shown = f"nll {train:.4f}, " + (f"validation {validation:.4f}, " if validated else "")
         self._bar.set_postfix_str(f"{shown}best {self._best:.4f} nats")
 
-    def __enter__(self) -> "_Bar":
+    def __enter__(self) -> _Bar:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
@@ -193,7 +195,7 @@ def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return checked
 
 
-def _split(flow: "Flow", validation: float | ArrayLike | None) -> tuple[NDArray[Any] | None, float]:
+def _split(flow: Flow, validation: float | ArrayLike | None) -> tuple[NDArray[Any] | None, float]:
     """Tell a validation array from a share of the rows."""
     if validation is None:
         return None, 0.0
@@ -203,7 +205,7 @@ def _split(flow: "Flow", validation: float | ArrayLike | None) -> tuple[NDArray[
 
 
 def fit(
-    flow: "Flow",
+    flow: Flow,
     x: ArrayLike,
     *,
     validation: float | ArrayLike | None,

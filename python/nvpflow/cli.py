@@ -1,0 +1,299 @@
+"""The command ``nvpflow``: fit, score, sample, info and demo.
+
+Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 Ctrl-C, 141 the reader of a pipe went away.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import nvpflow
+from nvpflow import data_io
+
+# Errors that the user can act on. Anything else is a bug of ours and keeps its traceback.
+_EXPECTED_ERRORS = (OSError, ValueError, MemoryError, ImportError, nvpflow.TrainingError)
+
+_TABLES = "a .npy (memory-mapped), .csv (header or not) or .parquet (needs pyarrow) file, or - for CSV or .npy on stdin"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("nvpflow: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Python flushes stdout once more as it exits; let that go nowhere instead of failing again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except _EXPECTED_ERRORS as error:
+        print(f"nvpflow: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# ----------------------------------------------------------------------------------------------------------- usage
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nvpflow", description="Train RealNVP normalizing flows on tables of numbers; score and sample with them."
+    )
+    version = f"nvpflow {nvpflow.__version__} ({nvpflow.cpu_isa()})"
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_fit(commands)
+    _add_score(commands)
+    _add_sample(commands)
+    _add_info(commands)
+    _add_demo(commands)
+    return parser
+
+
+def _add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str) -> Any:
+    command = commands.add_parser(name, help=summary, description=summary)
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_option(command: Any, *names: str, help: str, **options: Any) -> None:
+    """Add an option; one with a default says it."""
+    command.add_argument(*names, help=f"{help} (default: %(default)s)" if "default" in options else help, **options)
+
+
+def _add_fit(commands: Any) -> None:
+    fit = _add_command(commands, "fit", _run_fit, "Train a flow on a table and write it to a file.")
+    fit.add_argument("data", metavar="DATA", help=f"training rows: {_TABLES}; converted to --dtype")
+    _add_option(fit, "-o", "--output", metavar="MODEL", required=True, help="model file to write (safetensors)")
+    _add_option(fit, "--force", action="store_true", help="overwrite MODEL")
+    _add_option(fit, "--quiet", action="store_true", help="print errors only")
+
+    model = fit.add_argument_group("model")
+    _add_option(model, "--num-flows", type=int, metavar="K", default=4, help="coupling layers")
+    sizes_help = "widths of the hidden layers of each coupling's network; none: no hidden layer"
+    _add_option(model, "--hidden-sizes", type=_sizes, metavar="N,N", default="256", help=sizes_help)
+    _add_option(model, "--activation", metavar="NAME", default="relu", help="of the hidden layers")
+    _add_option(model, "--scale-bound", type=float, metavar="B", default=1.0, help="largest log-scale of a layer")
+    standardize_help = "leave out the layer for the columns' means and standard deviations"
+    _add_option(model, "--no-standardize", action="store_true", help=standardize_help)
+    _add_option(model, "--dtype", choices=("float32", "float64"), default="float32", help="of weights and arithmetic")
+    _add_training_options(fit.add_argument_group("training"))
+
+
+def _add_training_options(group: Any) -> None:
+    _add_option(group, "--epochs", type=int, metavar="N", default=100, help="passes over the rows")
+    _add_option(group, "--batch-size", type=int, metavar="N", default=256, help="rows per update")
+    _add_option(group, "--learning-rate", type=float, metavar="X", default=1e-3, help="Adam's step size")
+    _add_option(group, "--schedule", choices=("cosine", "constant"), default="cosine", help="of the learning rate")
+    _add_option(group, "--weight-decay", type=float, metavar="X", default=0.0, help="decoupled, on kernels only")
+    _add_option(group, "--clip-norm", type=float, metavar="X", help="scale longer gradients down to this norm")
+    _add_option(group, "--patience", type=int, metavar="N", help="stop after N epochs without a better one")
+    validation_help = "share of the rows to hold out, or a table of its own"
+    _add_option(group, "--validation", metavar="X", default="0.1", help=validation_help)
+    _add_option(group, "--seed", type=int, metavar="S", default=0, help="of the weights, the split and the order")
+    _add_threads(group)
+    _add_option(
+        group, "--max-time", type=float, metavar="SECONDS", help="start no epoch that would end later than this"
+    )
+    checkpoint_help = "written after every epoch; where it exists, training goes on from it"
+    _add_option(group, "--checkpoint", metavar="FILE", help=checkpoint_help)
+
+
+def _add_score(commands: Any) -> None:
+    score = _add_command(commands, "score", _run_score, "Write log p of every row of a table, in nats, one per line.")
+    score.add_argument("model", metavar="MODEL", help="model file")
+    score.add_argument("data", metavar="DATA", help=f"rows: {_TABLES}; converted to the model's dtype")
+    _add_table_output(score)
+    _add_threads(score)
+
+
+def _add_sample(commands: Any) -> None:
+    sample = _add_command(commands, "sample", _run_sample, "Draw rows from a flow.")
+    sample.add_argument("model", metavar="MODEL", help="model file")
+    _add_option(sample, "-n", "--rows", type=int, metavar="N", required=True, help="how many")
+    _add_option(sample, "--seed", type=int, metavar="S", default=0, help="the same seed gives the same rows")
+    _add_option(sample, "--start", type=int, metavar="I", default=0, help="first row, of the seed's endless sample")
+    _add_table_output(sample)
+    _add_threads(sample)
+
+
+def _add_table_output(command: Any) -> None:
+    _add_option(command, "-o", "--output", metavar="OUT", default="-", help=".npy or .csv file to write, - for stdout")
+    _add_option(command, "--format", choices=("csv", "npy"), help="of OUT where its name does not say it; stdout: csv")
+    _add_option(command, "--force", action="store_true", help="overwrite OUT")
+
+
+def _add_threads(command: Any) -> None:
+    _add_option(command, "--threads", type=int, metavar="N", default=0, help="0: all that this process may use")
+
+
+def _add_info(commands: Any) -> None:
+    info = _add_command(commands, "info", _run_info, "Show what a model file holds.")
+    info.add_argument("model", metavar="MODEL", help="model file")
+    _add_option(info, "--json", action="store_true", help="print JSON")
+
+
+def _add_demo(commands: Any) -> None:
+    summary = "Train on a real data set that comes with the package, and show what the flow can do."
+    demo = _add_command(commands, "demo", _run_demo, summary)
+    _add_option(
+        demo, "-o", "--output", metavar="DIR", help="folder for the results (default: nvpflow-demo, then -2, ...)"
+    )
+    _add_option(demo, "--force", action="store_true", help="overwrite the results of an earlier demo in DIR")
+    _add_option(demo, "--epochs", type=int, metavar="N", help="passes over the data (default: enough to converge)")
+    _add_threads(demo)
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    if text == "none":
+        return ()
+    try:
+        return tuple(int(size) for size in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes such as 100,100") from None
+
+
+# -------------------------------------------------------------------------------------------------------- commands
+
+
+def _run_fit(arguments: argparse.Namespace) -> None:
+    data_io.check_target(arguments.output, force=arguments.force)
+    rows = _read(arguments.data, arguments.dtype)
+    validation = _validation(arguments)
+    flow = nvpflow.build(
+        rows.shape[1],
+        arguments.num_flows,
+        arguments.hidden_sizes,
+        arguments.activation,
+        scale_bound=arguments.scale_bound,
+        standardize=not arguments.no_standardize,
+        dtype=arguments.dtype,
+        seed=arguments.seed,
+    )
+    say: Callable[..., None] = (lambda *_: None) if arguments.quiet else print
+    say(f"data: {arguments.data}, {rows.shape[0]:,} rows x {rows.shape[1]} columns")
+    say(f"model: {flow}", flush=True)
+
+    history = _train(arguments, flow, rows, validation)
+    flow.save(arguments.output)
+    say(history)
+    kind, count = ("held-out", history.validation_rows) if history.validation_rows else ("training", history.train_rows)
+    say(f"{kind} log-likelihood: {-history.best_loss:.4f} nats per row (epoch {history.best_epoch}, {count:,} rows)")
+    say(f"model written to {arguments.output}")
+
+
+def _train(arguments: argparse.Namespace, flow: nvpflow.Flow, rows: Any, validation: Any) -> nvpflow.History:
+    started = time.monotonic()
+    epochs_done = 0
+    out_of_time = False
+
+    def after_epoch(record: Any) -> bool:
+        nonlocal epochs_done, out_of_time
+        epochs_done += 1
+        if arguments.max_time is not None:
+            out_of_time = time.monotonic() - started + record["seconds"] > arguments.max_time
+        return not out_of_time
+
+    try:
+        history = flow.fit(
+            rows,
+            validation=validation,
+            epochs=arguments.epochs,
+            batch_size=arguments.batch_size,
+            learning_rate=arguments.learning_rate,
+            schedule=arguments.schedule,
+            weight_decay=arguments.weight_decay,
+            clip_norm=arguments.clip_norm,
+            patience=arguments.patience,
+            seed=arguments.seed,
+            progress=False if arguments.quiet else None,
+            callback=after_epoch,
+            checkpoint=arguments.checkpoint,
+            num_threads=arguments.threads,
+        )
+    except (KeyboardInterrupt, nvpflow.TrainingError):
+        if epochs_done:
+            flow.save(arguments.output)
+            print(f"nvpflow: the best weights so far are in {arguments.output}", file=sys.stderr)
+        raise
+    return replace(history, stop_reason="--max-time") if out_of_time else history
+
+
+def _read(source: str, dtype: str) -> Any:
+    with data_io.open_table(source) as table:
+        return table.read(dtype)
+
+
+def _validation(arguments: argparse.Namespace) -> Any:
+    """Return the share of rows to hold out, or the rows of the table that --validation names."""
+    try:
+        return float(arguments.validation)
+    except ValueError:
+        return _read(arguments.validation, arguments.dtype)
+
+
+def _run_score(arguments: argparse.Namespace) -> None:
+    flow = nvpflow.load(arguments.model)
+    flow.num_threads = arguments.threads
+    kind = data_io.output_format(arguments.output, arguments.format)
+    with data_io.open_table(arguments.data) as table:
+        if table.columns != flow.spec.input_size:
+            raise data_io.DataError(
+                f"{table.name}: {table.columns} columns, the model {arguments.model} takes {flow.spec.input_size}"
+            )
+        with data_io.create_table(
+            arguments.output, kind=kind, dtype=flow.spec.dtype, columns=None, rows=table.rows, force=arguments.force
+        ) as write:
+            for rows in table.chunks(flow.spec.dtype):
+                write(flow.log_probability(rows))
+
+
+def _run_sample(arguments: argparse.Namespace) -> None:
+    flow = nvpflow.load(arguments.model)
+    flow.num_threads = arguments.threads
+    columns = flow.spec.input_size
+    total = arguments.rows
+    if total < 0:
+        raise ValueError(f"-n {total}: expected at least 0")
+    kind = data_io.output_format(arguments.output, arguments.format)
+    with data_io.create_table(
+        arguments.output, kind=kind, dtype=flow.spec.dtype, columns=columns, rows=total, force=arguments.force
+    ) as write:
+        step = data_io.rows_per_block(columns)
+        for first in range(0, total, step):
+            count = min(step, total - first)
+            write(flow.sample(count, seed=arguments.seed, start=arguments.start + first))
+
+
+def _run_info(arguments: argparse.Namespace) -> None:
+    flow = nvpflow.load(arguments.model)
+    tensors = {name: list(values.shape) for name, values in flow.parameters().items()}
+    if arguments.json:
+        info = {"spec": json.loads(flow.spec.to_json()), "num_parameters": flow.num_parameters, "tensors": tensors}
+        print(json.dumps(info, indent=2))
+        return
+    print(f"{arguments.model}: {os.path.getsize(arguments.model):,} bytes")
+    print(flow)
+    width = max(map(len, tensors))
+    for name, shape in tensors.items():
+        print(f"  {name:<{width}}  {flow.spec.dtype} {shape}")
+
+
+def _run_demo(arguments: argparse.Namespace) -> None:
+    from nvpflow import demo
+
+    demo.run(arguments.output, force=arguments.force, epochs=arguments.epochs, threads=arguments.threads)

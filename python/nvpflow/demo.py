@@ -1,0 +1,274 @@
+"""``nvpflow demo``: train a flow on a real data set, measure it, and draw it.
+
+The data is a sample of the UCI household electric power consumption data; `data/README.md` beside this file gives
+source, licence (CC BY 4.0) and preparation.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import timeit
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+import nvpflow
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Array = NDArray[Any]
+
+COLUMNS = ("active power", "voltage", "kitchen", "laundry", "heating", "time of day")
+UNITS = ("kW", "V", "Wh/min", "Wh/min", "Wh/min", "min")
+
+MODEL: dict[str, Any] = {"num_flows": 10, "hidden_sizes": (100, 100), "standardize": True}
+EPOCHS = 100
+TRAINING: dict[str, Any] = {"batch_size": 256, "learning_rate": 2e-3, "clip_norm": 5.0}
+SAMPLES = 10_000
+DATA_COLOUR, FLOW_COLOUR = "#30435f", "#e8743b"
+
+
+class Split(NamedTuple):
+    """Rows to train on, to choose the epoch by, and to report on."""
+
+    train: Array
+    validation: Array
+    test: Array
+
+
+def load_data() -> Array:
+    """Return the data set: 20,000 minutes of one household, float32 [20000, 6], in the units of data/README.md."""
+    with resources.as_file(resources.files("nvpflow") / "data" / "household_power.npy") as path:
+        data: Array = np.load(path)
+    return data
+
+
+def split_data(data: Array) -> Split:
+    """Split rows 80/10/10, always in the same way."""
+    order = np.random.Generator(np.random.PCG64(0)).permutation(len(data))
+    train, validation, test = np.split(data[order], [len(data) * 8 // 10, len(data) * 9 // 10])
+    return Split(train, validation, test)
+
+
+def gaussian_log_prob(train: Array, rows: Array) -> NDArray[np.float64]:
+    """Return log p [B] in nats under the Gaussian with the training rows' mean and full covariance."""
+    train, rows = train.astype(np.float64), rows.astype(np.float64)
+    factor = np.linalg.cholesky(np.cov(train, rowvar=False))
+    white = np.linalg.solve(factor, (rows - train.mean(axis=0)).T)
+    log_det = 2 * np.log(np.diag(factor)).sum()
+    density = -0.5 * (rows.shape[1] * np.log(2 * np.pi) + log_det + np.square(white).sum(axis=0))
+    return np.asarray(density, dtype=np.float64)
+
+
+def run(folder: str | None = None, *, force: bool = False, epochs: int | None = None, threads: int = 0) -> Path:
+    """Run the demo and print what it finds.
+
+    Parameters
+    ----------
+    folder
+        Where to write model.safetensors, samples.npy and demo.png. None: a new folder nvpflow-demo, or nvpflow-demo-2
+        and so on.
+    force
+        Overwrite these three files in `folder`.
+    epochs
+        Passes over the training rows; None: enough to converge.
+    threads
+        0: all that this process may use.
+
+    Returns
+    -------
+    pathlib.Path
+        The folder.
+
+    Raises
+    ------
+    FileExistsError
+        `folder` holds one of the three files and `force` is False.
+    """
+    target = _claim_folder(folder, force=force)
+    data = load_data()
+    split = split_data(data)
+    print(f"Data       {len(data):,} minutes of one household's electricity, {data.shape[1]} columns (UCI, CC BY 4.0)")
+    print(
+        f"           {len(split.train):,} rows to train, {len(split.validation):,} to validate, "
+        f"{len(split.test):,} to test"
+    )
+
+    flow = nvpflow.build(data.shape[1], **MODEL)
+    flow.num_threads = threads
+    print(f"Model      {flow}", flush=True)
+    history = flow.fit(split.train, validation=split.validation, epochs=epochs or EPOCHS, **TRAINING)
+    print(
+        f"Training   {len(history)} epochs in {history.seconds.sum():.1f} s ({nvpflow.cpu_isa()}); "
+        f"best epoch {history.best_epoch}"
+    )
+
+    gaussian = _report_density(flow, split)
+    _report_accuracy_and_speed(flow, split)
+
+    samples = flow.sample(SAMPLES, seed=0)
+    flow.save(target / "model.safetensors")
+    np.save(target / "samples.npy", samples)
+    written = ["model.safetensors", "samples.npy"]
+    try:
+        draw(target / "demo.png", split.test, samples, history, gaussian)
+        written.append("demo.png")
+    except ImportError:
+        print('No picture: matplotlib is not installed (pip install "nvpflow[cli]")')
+    print(f"Written    {', '.join(written)} in {target}{os.sep}")
+    return target
+
+
+def _claim_folder(folder: str | None, *, force: bool) -> Path:
+    """Make the folder for the results; without a name, one that does not exist yet."""
+    if folder is not None:
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        for name in ("model.safetensors", "samples.npy", "demo.png"):
+            if not force and (target / name).exists():
+                raise FileExistsError(f"{target / name} exists already (--force overwrites it)")
+        return target
+    number = 1
+    while True:
+        target = Path("nvpflow-demo" if number == 1 else f"nvpflow-demo-{number}")
+        try:
+            target.mkdir()
+            return target
+        except FileExistsError:
+            number += 1
+
+
+def _report_density(flow: nvpflow.Flow, split: Split) -> float:
+    """Print the test rows' log-likelihood beside a Gaussian's, which is returned as nats per row."""
+    ours = flow.log_probability(split.test).astype(np.float64)
+    gaussian = gaussian_log_prob(split.train, split.test)
+    print("\nHeld-out log-likelihood of the test rows, nats per row (higher is better)")
+    for name, values in (("flow", ours), ("full-covariance Gaussian", gaussian), ("difference", ours - gaussian)):
+        print(f"  {name:<26}{values.mean():>9.3f} +- {values.std() / np.sqrt(len(values)):.3f}")
+    return float(gaussian.mean())
+
+
+def _report_accuracy_and_speed(flow: nvpflow.Flow, split: Split) -> None:
+    rows = split.test
+    error = np.abs(flow.inverse(flow.forward(rows)[0]) - rows) / rows.std(axis=0)
+    print(f"\nRound trip max|inverse(forward(x)) - x| = {error.max():.1e} standard deviations of a column")
+
+    row, out = rows[:1], np.empty(1, dtype=rows.dtype)
+    timer = timeit.Timer("score(row, out=out)", globals={"score": flow.log_probability, "row": row, "out": out})
+    calls = 500
+    seconds = np.median(timer.repeat(repeat=101, number=calls)) / calls
+    print(f"One row    {seconds * 1e6:.2f} us per log_probability call (median)")
+
+    batch = np.resize(rows, (1 << 18, rows.shape[1]))
+    out = np.empty(len(batch), dtype=rows.dtype)
+    timer = timeit.Timer("score(batch, out=out)", globals={"score": flow.log_probability, "batch": batch, "out": out})
+    rate = len(batch) / np.median(timer.repeat(repeat=5, number=1))
+    print(f"Batch      {rate / 1e6:.2f} million rows per second, log_probability of {len(batch):,} rows\n")
+
+
+# --------------------------------------------------------------------------------------------------------- picture
+
+
+def draw(path: Path, data: Array, samples: Array, history: nvpflow.History, gaussian: float) -> None:
+    """Draw every pair of columns, data against samples, and the learning curve, into a PNG.
+
+    Parameters
+    ----------
+    path
+        Where to.
+    data, samples
+        Rows [N, D]; as many of each are shown as the shorter one has.
+    history
+        Of the training.
+    gaussian
+        Log-likelihood of a Gaussian, nats per row, drawn as a line beside the learning curve.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = min(len(data), len(samples))
+    data, samples = data[:shown], samples[:shown]
+    count = data.shape[1]
+    figure = Figure(figsize=(13, 13), dpi=110)
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(count, count, left=0.065, right=0.985, bottom=0.06, top=0.935, hspace=0.1, wspace=0.1)
+    limits = [_limits(data[:, i]) for i in range(count)]
+    for i in range(count):
+        for j in range(i + 1):
+            axes = figure.add_subplot(grid[i, j])
+            if i == j:
+                _draw_histogram(axes, data[:, i], samples[:, i], limits[i])
+            else:
+                _draw_pair(axes, data[:, [j, i]], samples[:, [j, i]], (limits[j], limits[i]))
+            _label(axes, i, j, count)
+    _draw_learning_curve(figure.add_subplot(grid[0 : count // 2 - 1, count // 2 :]), history, gaussian)
+    _draw_legend(figure, shown)
+    figure.savefig(path)
+
+
+def _limits(values: Array) -> tuple[float, float]:
+    """Return an interval that holds all but the most extreme values, with a margin."""
+    low, high = np.quantile(values, [0.001, 0.999])
+    margin = 0.06 * (high - low)
+    return float(low - margin), float(high + margin)
+
+
+def _draw_pair(axes: Axes, data: Array, samples: Array, limits: tuple[tuple[float, float], ...]) -> None:
+    points = np.stack([data, samples], axis=1).reshape(-1, 2)  # in turns, so that neither hides the other
+    colours = [DATA_COLOUR, FLOW_COLOUR] * len(data)
+    axes.scatter(points[:, 0], points[:, 1], c=colours, s=3.5, linewidths=0, alpha=0.6)
+    axes.set(xlim=limits[0], ylim=limits[1])
+
+
+def _draw_histogram(axes: Axes, data: Array, samples: Array, limits: tuple[float, float]) -> None:
+    bins = np.linspace(*limits, 49)
+    axes.hist(data, bins=bins.tolist(), color=DATA_COLOUR, alpha=0.4)
+    axes.hist(samples, bins=bins.tolist(), color=FLOW_COLOUR, histtype="step", linewidth=1.5)
+    axes.set(xlim=limits, yscale="log", ylim=(0.7, None))  # rare modes would be invisible on a linear scale
+
+
+def _label(axes: Axes, row: int, column: int, count: int) -> None:
+    """Name the axes at the grid's outer edges only."""
+    axes.tick_params(labelsize=8, length=2.5, color="0.6")
+    axes.locator_params(axis="x", nbins=4)
+    for side in axes.spines.values():
+        side.set(color="0.75", linewidth=0.8)
+    if row == count - 1:
+        axes.set_xlabel(f"{COLUMNS[column]} ({UNITS[column]})", fontsize=10)
+    else:
+        axes.tick_params(labelbottom=False)
+    if row == column:
+        axes.tick_params(axis="y", which="both", left=False, labelleft=False)
+        axes.set_title(COLUMNS[column], fontsize=10, pad=4)
+    elif column == 0:
+        axes.set_ylabel(f"{COLUMNS[row]} ({UNITS[row]})", fontsize=10)
+    else:
+        axes.tick_params(labelleft=False)
+
+
+def _draw_learning_curve(axes: Axes, history: nvpflow.History, gaussian: float) -> None:
+    axes.plot(history.epoch, -history.train_loss, color="0.55", linewidth=1.5, label="flow, training rows")
+    axes.plot(history.epoch, -history.validation_loss, color=FLOW_COLOUR, linewidth=2, label="flow, validation rows")
+    axes.axhline(
+        gaussian, color=DATA_COLOUR, linestyle="--", linewidth=1.2, label="full-covariance Gaussian, test rows"
+    )
+    axes.set_title("Learning curve: log-likelihood, nats per row", fontsize=11, loc="left")
+    axes.set_xlabel("epoch", fontsize=10)
+    axes.tick_params(labelsize=9)
+    axes.grid(color="0.92")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, loc="center right")
+
+
+def _draw_legend(figure: Figure, shown: int) -> None:
+    figure.text(0.065, 0.972, "One household's electricity, minute by minute", fontsize=17, weight="bold")
+    figure.text(0.065, 0.953, f"{shown:,} held-out rows", fontsize=12, color=DATA_COLOUR, weight="bold")
+    figure.text(0.245, 0.953, f"{shown:,} samples of the flow", fontsize=12, color=FLOW_COLOUR, weight="bold")
+    figure.text(0.065, 0.013, "Diagonal: counts on a logarithmic scale.", fontsize=9, color="0.4")
