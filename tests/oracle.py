@@ -1,4 +1,4 @@
-"""An independent float64 RealNVP in plain NumPy: values, gradients, AdamW and Philox, from the published formulas alone.
+"""An independent float64 RealNVP in plain NumPy: values, gradients, AdamW and Philox, from the formulas alone.
 
 Nothing here imports nvpflow. The reverse mode is written by hand and is itself checked against central finite
 differences (test_gradients.py), so that it can stand in for them where finite differences would take too long.
@@ -356,7 +356,12 @@ class AdamW:
     """Adam (Kingma and Ba 2015, algorithm 1) with decoupled weight decay (Loshchilov and Hutter 2019) on kernels."""
 
     def __init__(
-        self, learning_rate: float, weight_decay: float = 0.0, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8
+        self,
+        learning_rate: float,
+        weight_decay: float = 0.0,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
     ):
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
@@ -400,3 +405,91 @@ def philox4x32(counter: Sequence[int], key: Sequence[int], rounds: int = 10) -> 
         c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & _MASK, (p0 >> 32) ^ c3 ^ k1, p0 & _MASK
         k0, k1 = (k0 + _PHILOX_WEYL[0]) & _MASK, (k1 + _PHILOX_WEYL[1]) & _MASK
     return c0, c1, c2, c3
+
+
+def standard_normals(seed: int, rows: Sequence[int], columns: int, dtype: str) -> np.ndarray:
+    """The noise of sample(): row r, column c from block c // N of the counter {r low, r high, block, 0}, keyed by seed.
+
+    N is 4 for float32 and 2 for float64. Box and Muller (1958): sqrt(-2 log u) (cos 2 pi v, sin 2 pi v), u from the
+    first word or two of a pair, v from the others. Extended precision, so that 2 ulp of float64 can be told.
+    """
+    block_size = 4 if dtype == "float32" else 2
+    key = (seed & _MASK, seed >> 32)
+    blocks = -(-columns // block_size)
+    words = np.array(
+        [[philox4x32((row & _MASK, row >> 32, block, 0), key) for block in range(blocks)] for row in rows], np.uint64
+    ).reshape(len(rows), blocks, 4)
+    if dtype == "float32":
+        # The uniform is formed in float32 (the word is rounded to 24 bits), the angle from 24 bits exactly.
+        u = (words[..., 0::2].astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
+        quarters = (words[..., 1::2] >> np.uint64(8)).astype(np.longdouble) * 2.0**-22
+    else:
+        first = (words[..., 1:2] << np.uint64(32) | words[..., 0:1]) >> np.uint64(12)
+        second = (words[..., 3:4] << np.uint64(32) | words[..., 2:3]) >> np.uint64(11)
+        u = (first.astype(np.float64) + 0.5) * 2.0**-52
+        quarters = second.astype(np.longdouble) * 2.0**-51
+    radius = np.sqrt(-2 * np.log(u.astype(np.longdouble)))
+    # Quarter turns are taken off exactly: near its zeros the sine keeps its relative accuracy.
+    quadrant = np.rint(quarters)
+    rest = (quarters - quadrant) * (2 * np.arctan(np.longdouble(1)))
+    sine, cosine = np.sin(rest), np.cos(rest)
+    turn = quadrant.astype(np.int64) % 4
+    cos_v = np.choose(turn, [cosine, -sine, -cosine, sine])
+    sin_v = np.choose(turn, [sine, cosine, -sine, -cosine])
+    normals = np.stack([radius * cos_v, radius * sin_v], axis=-1)  # [rows, blocks, pairs, 2]
+    return normals.reshape(len(rows), blocks * block_size)[:, :columns]
+
+
+def ulp_error(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """|actual - expected| in units of the last place of `actual`'s dtype at `expected`, subnormals included."""
+    dtype = actual.dtype
+    spacing = np.spacing(np.abs(expected).astype(dtype)).astype(np.longdouble)
+    return np.abs(actual.astype(np.longdouble) - expected.astype(np.longdouble)) / spacing
+
+
+# ---------------------------------------------------------------------------------------------- the tests' harness
+
+
+def random_parameters(
+    shapes: Mapping[str, tuple[int, ...]], seed: int, kernel_scale: float = 1.0
+) -> dict[str, np.ndarray]:
+    """Parameters far from the identity: kernels N(0, kernel_scale^2 / in), everything else 0.1 N(0, 1)."""
+    rng = np.random.default_rng([seed, 0x5EED])
+    return {
+        name: rng.normal(size=shape) * (kernel_scale / math.sqrt(shape[0]) if name.endswith(".kernel") else 0.1)
+        for name, shape in shapes.items()
+    }
+
+
+def oracle_of(flow) -> OracleFlow:
+    """The oracle with the layers of a built flow and the very values of its parameters."""
+    spec = flow.spec
+    oracle = real_nvp(
+        spec.input_size, spec.num_flows, spec.hidden_sizes, spec.activation, spec.scale_bound, spec.standardize
+    )
+    oracle.set_parameters(flow.parameters())
+    return oracle
+
+
+def unit_data(rows: int, columns: int, seed: int, dtype: str = "float64") -> np.ndarray:
+    return np.random.default_rng([seed, 0xDA7A]).normal(size=(rows, columns)).astype(dtype)
+
+
+BUDGET = {"float32": 1e-5, "float64": 1e-12}
+
+
+def assert_within_budget(actual: np.ndarray, expected: np.ndarray, dtype: str, what: str = "") -> None:
+    """|actual - expected| <= budget (1 + |expected|) element by element; NaN never passes."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape, f"{what} has shape {actual.shape}, expected {expected.shape}"
+    assert actual.dtype == np.dtype(dtype), f"{what} has dtype {actual.dtype}, expected {dtype}"
+    error = np.abs(actual.astype(np.float64) - expected) / (1.0 + np.abs(expected))
+    worst = np.max(error, initial=0.0)
+    assert worst <= BUDGET[dtype], f"{what}: error {worst:.3g} (1 + |expected|), the budget is {BUDGET[dtype]:.0e}"
+
+
+def assert_same_bits(actual: np.ndarray, expected: np.ndarray, what: str = "") -> None:
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype), what
+    different = np.ascontiguousarray(actual).tobytes() != np.ascontiguousarray(expected).tobytes()
+    assert not different, f"{what}: {np.count_nonzero(actual != expected)} of {actual.size} elements differ"

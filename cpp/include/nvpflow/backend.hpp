@@ -49,10 +49,11 @@ class Backend {
   virtual void vjp(Direction direction, const void* in, std::int64_t rows, const void* grad_out,
                    const void* grad_log_det, void* grad_in, void* grad_parameters, bool accumulate,
                    int threads) const = 0;
-  /// Mean negative log-likelihood of the rows, nats, and its gradient (overwritten) in grad_parameters, flat.
-  /// index: null, or the rows of x to take, in order.
-  virtual double nll_gradient(const void* x, const std::int64_t* index, std::int64_t rows, void* grad_parameters,
-                              int threads) const = 0;
+  /// Sum over the rows of log p, nats. Writes or adds to grad_parameters, flat, the gradient of
+  /// -(1 / total_rows) times that sum: a batch of total_rows may come in slices. index: null, or the rows of x to
+  /// take, in order.
+  virtual double nll_gradient(const void* x, const std::int64_t* index, std::int64_t rows, std::int64_t total_rows,
+                              void* grad_parameters, bool accumulate, int threads) const = 0;
   /// Sum over rows of log p, in float64, in a fixed order.
   virtual double sum_log_prob(const void* x, const std::int64_t* index, std::int64_t rows, int threads) const = 0;
 

@@ -1,0 +1,55 @@
+// The boundary to arrays from outside: what may come in, what goes out. Nothing else in the bindings looks into an array.
+//
+// Everything here needs the GIL. Failures set a Python error and throw py::error_already_set.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+
+#include <nvpflow/spec.hpp>
+
+namespace nvpflow::python {
+
+namespace py = pybind11;
+
+/// Loads NumPy's C interface; called once, from the module's initialisation.
+void import_numpy();
+
+/// A C-contiguous array of the flow's dtype: the caller's own memory where it already is one, else a copy that
+/// NumPy calls safe. Holds a reference.
+struct InputArray {
+  py::object owner;
+  void* data = nullptr;
+  std::int64_t rows = 0;
+  bool single = false;  // came as [D]: results lose the batch axis
+};
+
+/// [B, D] or [D].
+InputArray input_rows(PyObject* object, const char* name, DType dtype, std::int64_t features);
+/// [B], or a number where `single`.
+InputArray input_vector(PyObject* object, const char* name, DType dtype, std::int64_t rows, bool single);
+
+struct OutputArray {
+  py::object array;
+  void* data = nullptr;
+  std::int64_t bytes = 0;
+  bool given = false;
+};
+
+/// Of shape [rows, columns], or [rows] where columns is 0; without the batch axis where `single`. `given`: null or None
+/// for a new array, else the caller's, which must have exactly this shape and dtype, be C-contiguous and writable.
+OutputArray output_array(PyObject* given, const char* name, DType dtype, std::int64_t rows, std::int64_t columns,
+                         bool single);
+void refuse_overlap(const OutputArray& out, const char* out_name, const InputArray& in, const char* in_name,
+                    std::int64_t in_bytes);
+void refuse_overlap(const OutputArray& a, const char* a_name, const OutputArray& b, const char* b_name);
+
+/// What the caller gets: `out` itself where given, a NumPy scalar for a new array without axes.
+PyObject* result_of(OutputArray&& out);
+
+/// A read-only array that looks at `data` and keeps `owner` alive.
+py::object readonly_view(const void* data, DType dtype, std::int64_t size, py::handle owner);
+
+}  // namespace nvpflow::python

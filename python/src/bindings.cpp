@@ -1,0 +1,423 @@
+// The module nvpflow._core: everything but the hot methods, by pybind11.
+
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <new>
+#include <sstream>
+
+#include <nvpflow/train.hpp>
+
+#include "../../cpp/src/file_format.hpp"
+#include "../../cpp/src/parallel.hpp"
+#include "bound_flow.hpp"
+
+namespace nvpflow::python {
+namespace {
+
+/// Arithmetic of about five microseconds: from here on the GIL is released.
+constexpr double kReleaseFlops = 3e5;
+/// How often a long fit takes the GIL to look for signals and report progress.
+constexpr auto kProgressInterval = std::chrono::milliseconds(50);
+
+PyObject* file_format_error = nullptr;
+PyObject* training_error = nullptr;
+
+void set_error(const Error& error) {
+  switch (error.code()) {
+    case ErrorCode::invalid_argument: return PyErr_SetString(PyExc_ValueError, error.what());
+    case ErrorCode::type_mismatch: return PyErr_SetString(PyExc_TypeError, error.what());
+    case ErrorCode::out_of_memory: return PyErr_SetString(PyExc_MemoryError, error.what());
+    case ErrorCode::file_format: return PyErr_SetString(file_format_error, error.what());
+    case ErrorCode::not_finite: return PyErr_SetString(training_error, error.what());
+    case ErrorCode::interrupted: return PyErr_SetString(PyExc_KeyboardInterrupt, error.what());
+    case ErrorCode::unavailable: return PyErr_SetString(PyExc_RuntimeError, error.what());
+    case ErrorCode::io: {
+      // OSError(errno, text) picks FileNotFoundError, IsADirectoryError and so on by itself.
+      const py::object value =
+          py::reinterpret_borrow<py::object>(PyExc_OSError)(error.system_error(), std::string(error.what()));
+      return PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(value.ptr())), value.ptr());
+    }
+  }
+}
+
+// ---- FlowSpec ----------------------------------------------------------------------------------------------------
+
+const LayerSpec& first_coupling(const FlowSpec& spec) {
+  for (const LayerSpec& layer : spec.layers) {
+    if (layer.kind == LayerKind::coupling) return layer;
+  }
+  throw Error(ErrorCode::invalid_argument, "the spec has no coupling layer");
+}
+
+bool has_standardize(const FlowSpec& spec) {
+  for (const LayerSpec& layer : spec.layers) {
+    if (layer.kind == LayerKind::standardize) return true;
+  }
+  return false;
+}
+
+std::string spec_repr(const FlowSpec& spec) {
+  const LayerSpec& layer = first_coupling(spec);
+  std::ostringstream text;
+  text << "FlowSpec(input_size=" << spec.input_size << ", num_flows=" << spec.num_couplings() << ", hidden_sizes="
+       << py::repr(py::tuple(py::cast(layer.hidden_sizes))).cast<std::string>() << ", activation='"
+       << name_of(layer.activation) << "', scale_bound=" << py::repr(py::float_(layer.scale_bound)).cast<std::string>()
+       << ", standardize=" << (has_standardize(spec) ? "True" : "False") << ", dtype='" << name_of(spec.dtype) << "')";
+  return text.str();
+}
+
+void bind_spec(py::module_& module) {
+  py::class_<FlowSpec>(module, "FlowSpec", "What a flow is: sizes, layers and dtype; immutable.")
+      .def(py::init([](std::int64_t input_size, std::int64_t num_flows, std::vector<std::int64_t> hidden_sizes,
+                       const std::string& activation, double scale_bound, bool standardize, const std::string& dtype) {
+             return FlowSpec::real_nvp(input_size, num_flows, std::move(hidden_sizes), parse_activation(activation),
+                                       scale_bound, standardize, parse_dtype(dtype));
+           }),
+           py::arg("input_size"), py::arg("num_flows") = 4, py::arg("hidden_sizes") = std::vector<std::int64_t>{256},
+           py::arg("activation") = "relu", py::arg("scale_bound") = 1.0, py::arg("standardize") = false,
+           py::arg("dtype") = "float32")
+      .def_property_readonly("input_size", [](const FlowSpec& s) { return s.input_size; })
+      .def_property_readonly("num_flows", [](const FlowSpec& s) { return s.num_couplings(); })
+      .def_property_readonly("hidden_sizes",
+                             [](const FlowSpec& s) { return py::tuple(py::cast(first_coupling(s).hidden_sizes)); })
+      .def_property_readonly("activation",
+                             [](const FlowSpec& s) { return std::string(name_of(first_coupling(s).activation)); })
+      .def_property_readonly("scale_bound", [](const FlowSpec& s) { return first_coupling(s).scale_bound; })
+      .def_property_readonly("standardize", &has_standardize)
+      .def_property_readonly("dtype", [](const FlowSpec& s) { return std::string(name_of(s.dtype)); })
+      .def("to_json", &spec_to_json)
+      .def_static("from_json",
+                  [](const std::string& text) {
+                    FlowSpec spec = spec_from_json(text);
+                    spec.validate();
+                    return spec;
+                  })
+      .def("__eq__", [](const FlowSpec& a, const py::object& b) {
+        return py::isinstance<FlowSpec>(b) && a == b.cast<const FlowSpec&>();
+      })
+      .def("__hash__", [](const FlowSpec& s) { return py::hash(py::str(spec_to_json(s))); })
+      .def("__repr__", &spec_repr);
+}
+
+// ---- Flow --------------------------------------------------------------------------------------------------------
+
+template <class T>
+std::span<const T> view(const InputArray& in, std::int64_t size) {
+  return {static_cast<const T*>(in.data), static_cast<std::size_t>(size)};
+}
+
+template <class T>
+std::span<T> view(const OutputArray& out) {
+  return {static_cast<T*>(out.data), static_cast<std::size_t>(out.bytes) / sizeof(T)};
+}
+
+/// Calls f with a value of the flow's type, so that it can say `auto`.
+template <class F>
+auto by_dtype(DType dtype, F&& f) {
+  return dtype == DType::float32 ? f(float{}) : f(double{});
+}
+
+double nll(const BoundFlow& self, const py::object& x) {
+  const InputArray in = input_rows(x.ptr(), "x", self.dtype, self.features);
+  double result = 0;
+  run_released(self, in.rows, [&] {
+    result = by_dtype(self.dtype, [&](auto t) { return self.flow.nll(view<decltype(t)>(in, in.rows * self.features)); });
+  });
+  return result;
+}
+
+py::tuple nll_gradient(const BoundFlow& self, const py::object& x) {
+  const InputArray in = input_rows(x.ptr(), "x", self.dtype, self.features);
+  OutputArray gradient = output_array(nullptr, "gradient", self.dtype, self.flow.num_parameters(), 0, false);
+  double result = 0;
+  run_released(self, in.rows, [&] {
+    result = by_dtype(self.dtype, [&](auto t) {
+      using T = decltype(t);
+      return self.flow.nll_gradient(view<T>(in, in.rows * self.features), view<T>(gradient));
+    });
+  });
+  return py::make_tuple(result, gradient.array);
+}
+
+py::tuple vjp(const BoundFlow& self, const py::object& x, const py::object& grad_out, const py::object& grad_log_det,
+              const std::string& direction) {
+  if (direction != "forward" && direction != "inverse") {
+    throw Error(ErrorCode::invalid_argument, "direction is '" + direction + "', expected 'forward' or 'inverse'");
+  }
+  const InputArray in = input_rows(x.ptr(), "x", self.dtype, self.features);
+  InputArray g_out, g_log_det;
+  std::int64_t out_size = 0, log_det_size = 0;
+  if (!grad_out.is_none()) {
+    g_out = input_rows(grad_out.ptr(), "grad_out", self.dtype, self.features);
+    if (g_out.rows != in.rows || g_out.single != in.single) {
+      throw Error(ErrorCode::invalid_argument, "grad_out has " + std::to_string(g_out.rows) +
+                                                   " rows or another number of axes than x, expected the shape of x");
+    }
+    out_size = in.rows * self.features;
+  }
+  if (!grad_log_det.is_none()) {
+    g_log_det = input_vector(grad_log_det.ptr(), "grad_log_det", self.dtype, in.rows, in.single);
+    log_det_size = in.rows;
+  }
+  OutputArray grad_in = output_array(nullptr, "grad_x", self.dtype, in.rows, self.features, in.single);
+  OutputArray parameters = output_array(nullptr, "grad_parameters", self.dtype, self.flow.num_parameters(), 0, false);
+  run_released(self, in.rows, [&] {
+    by_dtype(self.dtype, [&](auto t) {
+      using T = decltype(t);
+      self.flow.vjp(direction == "forward" ? Direction::forward : Direction::inverse,
+                    view<T>(in, in.rows * self.features), view<T>(g_out, out_size), view<T>(g_log_det, log_det_size),
+                    view<T>(grad_in), view<T>(parameters));
+    });
+  });
+  return py::make_tuple(grad_in.array, parameters.array);
+}
+
+py::tuple conditioner(const BoundFlow& self, std::int64_t layer, const py::object& x) {
+  const InputArray in = input_rows(x.ptr(), "x", self.dtype, self.features);
+  const FlowSpec& spec = self.flow.spec();
+  const bool known = layer >= 0 && layer < static_cast<std::int64_t>(spec.layers.size());
+  const std::int64_t width = known ? spec.transformed(spec.layers[static_cast<std::size_t>(layer)]).count : 1;
+  OutputArray s = output_array(nullptr, "s", self.dtype, in.rows, width, in.single);
+  OutputArray t = output_array(nullptr, "t", self.dtype, in.rows, width, in.single);
+  by_dtype(self.dtype, [&](auto v) {
+    using T = decltype(v);
+    self.flow.conditioner(layer, view<T>(in, in.rows * self.features), view<T>(s), view<T>(t));
+  });
+  return py::make_tuple(s.array, t.array);
+}
+
+void set_flat_parameters(BoundFlow& self, const py::object& values) {
+  const InputArray in = input_rows(values.ptr(), "parameters", self.dtype, self.flow.num_parameters());
+  if (!in.single) throw Error(ErrorCode::invalid_argument, "parameters has two axes, expected one");
+  const py::gil_scoped_release release;
+  by_dtype(self.dtype, [&](auto t) { self.flow.set_parameters(view<decltype(t)>(in, self.flow.num_parameters())); });
+}
+
+py::object flat_parameters(const py::object& self) {
+  const auto& bound = self.cast<const BoundFlow&>();
+  const void* data = by_dtype(bound.dtype, [&](auto t) {
+    return static_cast<const void*>(bound.flow.parameters<decltype(t)>().data());
+  });
+  return readonly_view(data, bound.dtype, bound.flow.num_parameters(), self);
+}
+
+py::list layout(const BoundFlow& self) {
+  py::list list;
+  for (const TensorInfo& t : self.flow.layout().tensors()) {
+    list.append(py::make_tuple(t.name, py::tuple(py::cast(t.shape)), t.offset));
+  }
+  return list;
+}
+
+// ---- training ----------------------------------------------------------------------------------------------------
+
+FitOptions options_from(const py::dict& dict) {
+  FitOptions o;
+  for (const auto& [key, value] : dict) {
+    const auto name = key.cast<std::string>();
+    if (name == "epochs") o.epochs = value.cast<std::int64_t>();
+    else if (name == "batch_size") o.batch_size = value.cast<std::int64_t>();
+    else if (name == "learning_rate") o.learning_rate = value.cast<double>();
+    else if (name == "schedule") {
+      const auto schedule = value.cast<std::string>();
+      if (schedule != "constant" && schedule != "cosine") {
+        throw Error(ErrorCode::invalid_argument, "schedule is '" + schedule + "', expected 'constant' or 'cosine'");
+      }
+      o.schedule = schedule == "cosine" ? Schedule::cosine : Schedule::constant;
+    }
+    else if (name == "weight_decay") o.weight_decay = value.cast<double>();
+    else if (name == "clip_norm") o.clip_norm = value.cast<double>();
+    else if (name == "patience") o.patience = value.cast<std::int64_t>();
+    else if (name == "validation_fraction") o.validation_fraction = value.cast<double>();
+    else if (name == "seed") o.seed = value.cast<std::uint64_t>();
+    else if (name == "threads") o.threads = value.cast<int>();
+    else if (name == "checkpoint") o.checkpoint = value.cast<std::string>();
+    else throw Error(ErrorCode::invalid_argument, "unknown training option '" + name + "'");
+  }
+  return o;
+}
+
+py::dict record_dict(const EpochRecord& r) {
+  using namespace py::literals;
+  return py::dict("epoch"_a = r.epoch, "train_loss"_a = r.train_loss, "validation_loss"_a = r.validation_loss,
+                  "learning_rate"_a = r.learning_rate, "gradient_norm"_a = r.gradient_norm, "seconds"_a = r.seconds);
+}
+
+/// Takes the GIL a few times a second: for signals, for the progress bar, for the caller's callback.
+class PythonObserver final : public FitObserver {
+ public:
+  PythonObserver(py::object on_progress, py::object on_epoch)
+      : on_progress_(std::move(on_progress)), on_epoch_(std::move(on_epoch)) {}
+
+  bool on_progress(std::int64_t epoch, std::int64_t step, std::int64_t steps) override {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - last_ < kProgressInterval) return true;
+    last_ = now;
+    const py::gil_scoped_acquire acquire;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    return on_progress_.is_none() || goes_on(on_progress_(epoch, step, steps));
+  }
+
+  bool on_epoch(const EpochRecord& record) override {
+    const py::gil_scoped_acquire acquire;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    return on_epoch_.is_none() || goes_on(on_epoch_(record_dict(record)));
+  }
+
+ private:
+  static bool goes_on(const py::object& answer) { return answer.ptr() != Py_False; }
+
+  py::object on_progress_, on_epoch_;
+  std::chrono::steady_clock::time_point last_{};
+};
+
+py::dict fit_flow(BoundFlow& self, const py::object& x, const py::object& validation, const py::dict& options,
+                  const py::object& on_progress, const py::object& on_epoch) {
+  const auto rows_of = [&](const py::object& array, const char* name) {
+    InputArray in = input_rows(array.ptr(), name, self.dtype, self.features);
+    if (in.single) {
+      throw Error(ErrorCode::invalid_argument, std::string(name) + " has one axis, expected (N, " +
+                                                   std::to_string(self.features) + ")");
+    }
+    return in;
+  };
+  const InputArray in = rows_of(x, "x");
+  InputArray held_out;
+  if (!validation.is_none()) {
+    held_out = rows_of(validation, "validation");
+    if (held_out.rows == 0) throw Error(ErrorCode::invalid_argument, "validation has no rows, expected at least one");
+  }
+  const FitOptions fit_options = options_from(options);
+  PythonObserver observer(on_progress, on_epoch);
+  History history;
+  {
+    const py::gil_scoped_release release;
+    history = by_dtype(self.dtype, [&](auto t) {
+      using T = decltype(t);
+      return fit(self.flow, view<T>(in, in.rows * self.features), view<T>(held_out, held_out.rows * self.features),
+                 fit_options, &observer);
+    });
+  }
+  py::list epochs;
+  for (const EpochRecord& r : history.epochs) epochs.append(record_dict(r));
+  using namespace py::literals;
+  return py::dict("epochs"_a = epochs, "best_epoch"_a = history.best_epoch, "best_loss"_a = history.best_loss,
+                  "stop_reason"_a = history.stop_reason, "train_rows"_a = history.train_rows,
+                  "validation_rows"_a = history.validation_rows);
+}
+
+void bind_flow(py::module_& module) {
+  py::class_<BoundFlow> type(module, "Flow", "The compiled part of nvpflow.Flow.");
+  type.def(py::init<const FlowSpec&, std::uint64_t>(), py::arg("spec"), py::arg("seed") = 0)
+      .def_property_readonly("spec", [](const BoundFlow& f) { return f.flow.spec(); })
+      .def_property_readonly("num_parameters", [](const BoundFlow& f) { return f.flow.num_parameters(); })
+      .def_property(
+          "num_threads", [](const BoundFlow& f) { return f.flow.num_threads(); },
+          [](BoundFlow& f, int threads) { f.flow.set_num_threads(threads); },
+          "Threads of a batch call; 0: as many as this process may use. Small batches use fewer.")
+      .def("nll", &nll, py::arg("x"), "Mean negative log-likelihood of x [B, D], nats, summed in float64.")
+      .def("nll_gradient", &nll_gradient, py::arg("x"),
+           "Mean negative log-likelihood of x [B, D], nats, and its gradient [num_parameters] (order of parameters()).")
+      .def("vjp", &vjp, py::arg("x"), py::arg("grad_out") = py::none(), py::arg("grad_log_det") = py::none(),
+           py::kw_only(), py::arg("direction") = "forward",
+           "Vector-Jacobian product of forward (or inverse): from the cotangents of the output [B, D] and of log_det [B]\n"
+           "(None: zero) to those of x [B, D] and of the flat parameters [num_parameters].")
+      .def(
+          "save",
+          [](const BoundFlow& f, const py::object& path) {
+            const auto text = py::module_::import("os").attr("fspath")(path).cast<std::string>();
+            const py::gil_scoped_release release;
+            f.flow.save(text);
+          },
+          py::arg("path"), "Write the flow to one safetensors file, atomically: on failure an old file stays as it was.")
+      .def("_layout", &layout)
+      .def("_flat_parameters", &flat_parameters)
+      .def("_set_flat_parameters", &set_flat_parameters)
+      .def("_conditioner", &conditioner)
+      .def("_fit", &fit_flow);
+  add_hot_methods(type);
+}
+
+py::tuple load_file(const std::string& path, const py::object& expected) {
+  LoadedModel model;
+  const FlowSpec* spec = expected.is_none() ? nullptr : &expected.cast<const FlowSpec&>();
+  {
+    const py::gil_scoped_release release;
+    model = load_model(path, spec);
+  }
+  const std::int64_t count = static_cast<std::int64_t>(model.parameters.size()) / size_of(model.spec.dtype);
+  const OutputArray flat = output_array(nullptr, "parameters", model.spec.dtype, count, 0, false);
+  std::memcpy(flat.data, model.parameters.data(), model.parameters.size());
+  return py::make_tuple(model.spec, flat.array);
+}
+
+py::tuple isas_available() {
+  py::list names;
+  std::istringstream text(cpu_isas_available());
+  for (std::string name; std::getline(text, name, ',');) names.append(name);
+  return py::tuple(names);
+}
+
+PyObject* new_exception(py::module_& module, const char* name, PyObject* base, const char* doc) {
+  PyObject* type = PyErr_NewExceptionWithDoc((std::string("nvpflow.") + name).c_str(), doc, base, nullptr);
+  if (type == nullptr) throw py::error_already_set();
+  module.attr(name) = py::handle(type);
+  return type;  // kept for ever, as the module is
+}
+
+}  // namespace
+
+BoundFlow::BoundFlow(const FlowSpec& spec, std::uint64_t seed)
+    : flow(spec, seed), dtype(spec.dtype), features(spec.input_size) {
+  double flops = 0;
+  for (const TensorInfo& t : flow.layout().tensors()) flops += 2.0 * static_cast<double>(t.size);
+  release_rows = std::max<std::int64_t>(1, static_cast<std::int64_t>(kReleaseFlops / flops));
+}
+
+int BoundFlow::threads() const {
+  const int wanted = flow.num_threads();
+  return wanted > 0 ? wanted : available_threads();
+}
+
+void set_python_error() {
+  try {
+    throw;
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const Error& error) {
+    set_error(error);
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+}
+
+PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
+  import_numpy();
+  file_format_error = new_exception(module, "FileFormatError", PyExc_ValueError,
+                                    "A model file is damaged, foreign, or newer than this library.");
+  training_error = new_exception(module, "TrainingError", PyExc_ArithmeticError,
+                                 "Training met a NaN or infinite loss or gradient; the flow keeps the best weights so far.");
+  py::register_exception_translator([](std::exception_ptr p) {
+    try {
+      if (p) std::rethrow_exception(p);
+    } catch (const Error& error) {
+      set_error(error);
+    }
+  });
+  module.attr("__version__") = version();
+  module.def("cpu_isa", [] { return std::string(cpu_isa()); },
+             "Instruction set of the CPU kernels: 'avx512', 'avx2', 'neon' or 'baseline' (NVPFLOW_ISA forces one).");
+  module.def("cpu_isas_available", &isas_available, "Instruction sets that this build and this processor have.");
+  module.def("activation_names", [] { return py::tuple(py::cast(activation_names())); });
+  module.def("available_threads", &available_threads, "Threads this process may use (affinity and cgroup quota).");
+  module.def("_load_model", &load_file, py::arg("path"), py::arg("expected") = py::none());
+  bind_spec(module);
+  bind_flow(module);
+}
+
+}  // namespace nvpflow::python

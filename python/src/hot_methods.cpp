@@ -1,0 +1,264 @@
+// forward, inverse, log_probability and sample, with the vectorcall convention.
+
+#include <random>
+
+#include "bound_flow.hpp"
+
+namespace nvpflow::python {
+namespace {
+
+/// The C++ object behind `self`, or a Python error: a subclass may have forgotten to call __init__.
+const BoundFlow& bound(PyObject* self) {
+  auto* instance = reinterpret_cast<py::detail::instance*>(self);
+  const void* value = instance->simple_layout ? instance->simple_value_holder[0] : nullptr;
+  if (value == nullptr) {
+    PyErr_SetString(PyExc_TypeError, "this Flow was never initialised: call Flow.__init__ from the subclass");
+    throw py::error_already_set();
+  }
+  return *static_cast<const BoundFlow*>(value);
+}
+
+/// Splits a vectorcall into named arguments. Names after `positional` are keyword-only.
+class Arguments {
+ public:
+  static constexpr int kMax = 4;
+
+  Arguments(const char* method, int positional, std::initializer_list<PyObject*> names, PyObject* const* args,
+            Py_ssize_t count, PyObject* keywords)
+      : method_(method), names_(names) {
+    if (count > positional) {
+      fail("takes at most " + std::to_string(positional) + " positional argument(s), got " + std::to_string(count));
+    }
+    for (Py_ssize_t i = 0; i < count; ++i) values_[i] = args[i];
+    const Py_ssize_t keyword_count = keywords == nullptr ? 0 : PyTuple_GET_SIZE(keywords);
+    for (Py_ssize_t k = 0; k < keyword_count; ++k) {
+      const int i = index_of(PyTuple_GET_ITEM(keywords, k));
+      if (values_[i] != nullptr) fail("got argument '" + name(i) + "' twice");
+      values_[i] = args[count + k];
+    }
+    if (values_[0] == nullptr) fail("is missing its argument '" + name(0) + "'");
+  }
+
+  PyObject* operator[](int i) const { return values_[i]; }
+  bool given(int i) const { return values_[i] != nullptr && values_[i] != Py_None; }
+
+ private:
+  [[noreturn]] void fail(const std::string& what) const {
+    PyErr_SetString(PyExc_TypeError, (std::string(method_) + "() " + what).c_str());
+    throw py::error_already_set();
+  }
+  std::string name(int i) const { return PyUnicode_AsUTF8(names_.begin()[i]); }
+  int index_of(PyObject* keyword) const {
+    const int count = static_cast<int>(names_.size());
+    for (int i = 0; i < count; ++i) {  // interned in practice: the pointers are equal
+      if (names_.begin()[i] == keyword) return i;
+    }
+    for (int i = 0; i < count; ++i) {
+      if (PyUnicode_Compare(names_.begin()[i], keyword) == 0) return i;
+    }
+    fail("got an unexpected argument '" + std::string(PyUnicode_AsUTF8(keyword)) + "'");
+  }
+
+  const char* method_;
+  std::initializer_list<PyObject*> names_;
+  PyObject* values_[kMax] = {};
+};
+
+struct Names {
+  PyObject* x = PyUnicode_InternFromString("x");
+  PyObject* z = PyUnicode_InternFromString("z");
+  PyObject* n = PyUnicode_InternFromString("n");
+  PyObject* out = PyUnicode_InternFromString("out");
+  PyObject* seed = PyUnicode_InternFromString("seed");
+  PyObject* start = PyUnicode_InternFromString("start");
+  PyObject* with_log_det = PyUnicode_InternFromString("with_log_det");
+};
+
+/// Never freed: the interpreter may call a method until its last moment.
+const Names& names() {
+  static const Names* const made = new Names;
+  return *made;
+}
+
+template <class F>
+PyObject* guarded(F&& f) {
+  try {
+    return f();
+  } catch (...) {
+    set_python_error();
+    return nullptr;
+  }
+}
+
+PyObject* log_probability(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
+  return guarded([&] {
+    const BoundFlow& flow = bound(self);
+    const Arguments given("log_probability", 1, {names().x, names().out}, args, count, keywords);
+    const InputArray x = input_rows(given[0], "x", flow.dtype, flow.features);
+    OutputArray out = output_array(given[1], "out", flow.dtype, x.rows, 0, x.single);
+    refuse_overlap(out, "out", x, "x", x.rows * flow.row_bytes());
+    run_released(flow, x.rows,
+                 [&] { flow.flow.backend().log_prob(x.data, x.rows, out.data, flow.threads()); });
+    return result_of(std::move(out));
+  });
+}
+
+/// The two members of out=(first, second).
+std::pair<PyObject*, PyObject*> out_pair(PyObject* out, const char* first, const char* second) {
+  if (out == nullptr || out == Py_None) return {nullptr, nullptr};
+  if (!PyTuple_Check(out) || PyTuple_GET_SIZE(out) != 2) {
+    PyErr_SetString(PyExc_TypeError, ("out is " + std::string(Py_TYPE(out)->tp_name) + ", expected a tuple (" + first +
+                                      ", " + second + ") of two arrays")
+                                         .c_str());
+    throw py::error_already_set();
+  }
+  return {PyTuple_GET_ITEM(out, 0), PyTuple_GET_ITEM(out, 1)};
+}
+
+/// Both results of one direction, as a tuple.
+PyObject* transform_pair(const BoundFlow& flow, Direction direction, const InputArray& in, const char* in_name,
+                         PyObject* out, const char* first, const char* second) {
+  const auto [out_first, out_second] = out_pair(out, first, second);
+  OutputArray value = output_array(out_first, first, flow.dtype, in.rows, flow.features, in.single);
+  OutputArray log_det = output_array(out_second, second, flow.dtype, in.rows, 0, in.single);
+  refuse_overlap(value, first, in, in_name, in.rows * flow.row_bytes());
+  refuse_overlap(log_det, second, in, in_name, in.rows * flow.row_bytes());
+  refuse_overlap(value, first, log_det, second);
+  run_released(flow, in.rows, [&] {
+    flow.flow.backend().transform(direction, in.data, in.rows, value.data, log_det.data, flow.threads());
+  });
+  auto a = py::reinterpret_steal<py::object>(result_of(std::move(value)));
+  auto b = py::reinterpret_steal<py::object>(result_of(std::move(log_det)));
+  if (!a || !b) throw py::error_already_set();
+  PyObject* pair = PyTuple_Pack(2, a.ptr(), b.ptr());
+  if (pair == nullptr) throw py::error_already_set();
+  return pair;
+}
+
+PyObject* forward(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
+  return guarded([&] {
+    const BoundFlow& flow = bound(self);
+    const Arguments given("forward", 1, {names().x, names().out}, args, count, keywords);
+    const InputArray x = input_rows(given[0], "x", flow.dtype, flow.features);
+    return transform_pair(flow, Direction::forward, x, "x", given[1], "z", "log_det");
+  });
+}
+
+PyObject* inverse(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
+  return guarded([&]() -> PyObject* {
+    const BoundFlow& flow = bound(self);
+    const Arguments given("inverse", 1, {names().z, names().with_log_det, names().out}, args, count, keywords);
+    const InputArray z = input_rows(given[0], "z", flow.dtype, flow.features);
+    const int with_log_det = given[1] == nullptr ? 0 : PyObject_IsTrue(given[1]);
+    if (with_log_det < 0) throw py::error_already_set();
+    if (with_log_det != 0) return transform_pair(flow, Direction::inverse, z, "z", given[2], "x", "log_det");
+    OutputArray out = output_array(given[2], "out", flow.dtype, z.rows, flow.features, z.single);
+    refuse_overlap(out, "out", z, "z", z.rows * flow.row_bytes());
+    run_released(flow, z.rows, [&] {
+      flow.flow.backend().transform(Direction::inverse, z.data, z.rows, out.data, nullptr, flow.threads());
+    });
+    return result_of(std::move(out));
+  });
+}
+
+/// A Python integer in [0, 2^64), or [0, 2^63) where `is_signed`.
+std::uint64_t unsigned_of(PyObject* object, const char* name, bool is_signed) {
+  if (PyBool_Check(object) || !PyIndex_Check(object)) {
+    PyErr_SetString(PyExc_TypeError, (std::string(name) + " is " + Py_TYPE(object)->tp_name + ", expected an integer").c_str());
+    throw py::error_already_set();
+  }
+  const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(object));
+  if (!number) throw py::error_already_set();
+  const unsigned long long value = PyLong_AsUnsignedLongLong(number.ptr());
+  const bool failed = PyErr_Occurred() != nullptr;
+  if (failed || (is_signed && value >> 63 != 0)) {
+    PyErr_Clear();
+    const std::string text = py::str(number).cast<std::string>();
+    PyErr_SetString(PyExc_ValueError, (std::string(name) + " is " + text + ", expected an integer from 0 to 2**" +
+                                       (is_signed ? "63" : "64") + " - 1")
+                                          .c_str());
+    throw py::error_already_set();
+  }
+  return value;
+}
+
+std::uint64_t fresh_seed() {
+  std::random_device entropy;
+  return (std::uint64_t{entropy()} << 32) | entropy();
+}
+
+PyObject* sample(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
+  return guarded([&] {
+    const BoundFlow& flow = bound(self);
+    const Arguments given("sample", 1, {names().n, names().seed, names().start, names().out}, args, count, keywords);
+    const auto rows = static_cast<std::int64_t>(unsigned_of(given[0], "n", true));
+    const std::uint64_t seed = given.given(1) ? unsigned_of(given[1], "seed", false) : fresh_seed();
+    const std::uint64_t start = given.given(2) ? unsigned_of(given[2], "start", true) : 0;
+    if (rows > INT64_MAX / flow.row_bytes()) {
+      PyErr_SetString(PyExc_MemoryError, ("n is " + std::to_string(rows) + " rows of " +
+                                          std::to_string(flow.row_bytes()) + " bytes: more than can be addressed")
+                                             .c_str());
+      throw py::error_already_set();
+    }
+    OutputArray out = output_array(given[3], "out", flow.dtype, rows, flow.features, false);
+    run_released(flow, rows, [&] { flow.flow.backend().sample(seed, start, rows, out.data, flow.threads()); });
+    return result_of(std::move(out));
+  });
+}
+
+PyMethodDef kMethods[] = {
+    {"log_probability", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(log_probability)),
+     METH_FASTCALL | METH_KEYWORDS,
+     "log_probability($self, x, *, out=None)\n--\n\n"
+     "Exact log-density log p(x) = log N(z; 0, I) + log|det dz/dx|, in nats.\n\n"
+     "Parameters\n----------\n"
+     "x : array, [B, D] or [D]\n    Rows. A C-contiguous array of the flow's dtype is used in place; others are\n"
+     "    converted where NumPy calls that safe.\n"
+     "out : array, [B], optional\n    Where the result is written; must not overlap ``x``. ``()`` for one row.\n\n"
+     "Returns\n-------\narray, [B], or a NumPy scalar for one row. NaN for a row that holds NaN or inf.\n\n"
+     "Raises\n------\nTypeError\n    A dtype that would lose digits.\n"
+     "ValueError\n    A wrong shape, or an ``out`` that cannot be written in place.\n"},
+    {"log_prob", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(log_probability)),
+     METH_FASTCALL | METH_KEYWORDS,
+     "log_prob($self, x, *, out=None)\n--\n\nThe same as `log_probability`, under the field's other name."},
+    {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(forward)), METH_FASTCALL | METH_KEYWORDS,
+     "forward($self, x, *, out=None)\n--\n\n"
+     "Data to latent: z and log|det dz/dx|.\n\n"
+     "Parameters\n----------\n"
+     "x : array, [B, D] or [D]\n"
+     "out : tuple (z, log_det) of arrays, [B, D] and [B], optional\n\n"
+     "Returns\n-------\nz : array, [B, D]\nlog_det : array, [B], nats\n"},
+    {"inverse", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(inverse)), METH_FASTCALL | METH_KEYWORDS,
+     "inverse($self, z, *, with_log_det=False, out=None)\n--\n\n"
+     "Latent to data: x, and log|det dx/dz| where asked for.\n\n"
+     "Parameters\n----------\n"
+     "z : array, [B, D] or [D]\n"
+     "with_log_det : bool\n    Return (x, log_det) instead of x.\n"
+     "out : array [B, D], or tuple (x, log_det) with ``with_log_det``, optional\n\n"
+     "Returns\n-------\nx : array, [B, D]\nlog_det : array, [B], nats; with ``with_log_det`` only\n"},
+    {"sample", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(sample)), METH_FASTCALL | METH_KEYWORDS,
+     "sample($self, n, *, seed=None, start=0, out=None)\n--\n\n"
+     "Draw n rows: the inverse of standard normal noise.\n\n"
+     "Row i is a function of (seed, start + i) alone, whatever n and the number of threads: a long sample can be\n"
+     "drawn in pieces.\n\n"
+     "Parameters\n----------\n"
+     "n : int\n"
+     "seed : int from 0 to 2**64 - 1, optional\n    None: a new one from the operating system.\n"
+     "start : int\n    First row of the endless sample that ``seed`` names.\n"
+     "out : array, [n, D], optional\n\n"
+     "Returns\n-------\nx : array, [n, D]\n"},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
+void add_hot_methods(py::class_<BoundFlow>& type) {
+  names();
+  for (PyMethodDef* method = kMethods; method->ml_name != nullptr; ++method) {
+    PyObject* descriptor = PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type.ptr()), method);
+    if (descriptor == nullptr) throw py::error_already_set();
+    type.attr(method->ml_name) = py::reinterpret_steal<py::object>(descriptor);
+  }
+}
+
+}  // namespace nvpflow::python

@@ -1,0 +1,80 @@
+"""Fixtures that the tests share. Markers and strictness are in pyproject.toml."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+GOLDEN = TESTS / "data"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked data where NVPFLOW_DATA does not say where the data sets are."""
+    if os.environ.get("NVPFLOW_DATA"):
+        return
+    for item in items:
+        if item.get_closest_marker("data"):
+            item.add_marker(pytest.mark.skip(reason="set NVPFLOW_DATA to the folder of the data sets"))
+
+
+@pytest.fixture(scope="session")
+def make_flow():
+    """Builds a flow with random parameters far from the identity, and the oracle that holds the same ones."""
+    import nvpflow
+    from oracle import oracle_of, random_parameters
+
+    def make(
+        input_size,
+        num_flows=2,
+        hidden_sizes=(8,),
+        activation="silu",
+        *,
+        dtype="float64",
+        scale_bound=1.0,
+        standardize=False,
+        seed=0,
+        kernel_scale=1.0,
+    ):
+        flow = nvpflow.build(
+            input_size=input_size,
+            num_flows=num_flows,
+            hidden_sizes=hidden_sizes,
+            activation=activation,
+            dtype=dtype,
+            scale_bound=scale_bound,
+            standardize=standardize,
+        )
+        shapes = {name: value.shape for name, value in flow.parameters().items()}
+        random = random_parameters(shapes, seed, kernel_scale)
+        flow.set_parameters({name: value.astype(dtype) for name, value in random.items()})
+        return flow, oracle_of(flow)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_python():
+    """Runs a script in a fresh interpreter that can import the test helpers; returns its standard output."""
+
+    def run(
+        script: str, *arguments: object, env: dict[str, str] | None = None, check: bool = True, timeout: float = 120
+    ):
+        result = subprocess.run(
+            [sys.executable, "-W", "error", "-c", script, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=TESTS,
+            env={**os.environ, **(env or {})},
+        )
+        if not check:
+            return result
+        assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
+        return result.stdout
+
+    return run

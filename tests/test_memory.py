@@ -1,0 +1,81 @@
+"""Peak memory of a training step: parameter-sized arrays and one tile, whatever the batch."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+
+# Resets the high-water mark after everything that is not the step has been allocated and touched.
+_MEASURE = """
+import json, sys
+import numpy as np, nvpflow
+size, flows, hidden, rows, threads, what = json.loads(sys.argv[1])
+def status(key):
+    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
+flow = nvpflow.build(input_size=size, num_flows=flows, hidden_sizes=(hidden,), seed=1)
+flow.num_threads = threads
+x = np.random.default_rng(0).standard_normal((rows, size), np.float32)
+small = x[:64].copy()
+flow.log_prob(small)  # the runtime of the threads and the packed parameters are there before the measurement
+grad = np.ones_like(x) if what == "vjp" else None
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")
+before = status("VmRSS")
+if what == "nll_gradient":
+    flow.nll_gradient(x)
+elif what == "vjp":
+    flow.vjp(x, grad, np.ones(rows, np.float32))
+else:
+    flow.fit(x, validation=None, epochs=2, batch_size=min(rows, int(what)), progress=False)
+print(json.dumps({"peak": status("VmHWM") - before, "parameters": 4 * flow.num_parameters}))
+"""
+
+MIB = 2**20
+SIZE, HIDDEN = 16, 256
+
+
+def measure(run_python, flows: int, rows: int, what: str, threads: int = 2) -> tuple[int, int]:
+    """Peak growth of resident memory over the call, and the parameters' size, in bytes."""
+    result = json.loads(run_python(_MEASURE, json.dumps([SIZE, flows, HIDDEN, rows, threads, what])))
+    return result["peak"], result["parameters"]
+
+
+def bound(flows: int, parameters: int, threads: int) -> int:
+    """Parameter-sized: packed weights and their transpose, gradient, two moments, the best weights, the result, and
+    the partial gradients of the threads. Tile: 256 rows of every activation and its cotangent of every layer, per
+    thread. The rest: stacks, the interpreter's own arrays, rounding to pages."""
+    tile = 256 * 4 * flows * (2 * HIDDEN + 6 * SIZE)
+    return (8 + threads) * parameters + threads * tile + 6 * MIB
+
+
+@pytest.mark.parametrize(
+    "what", ["nll_gradient", "256", "65536"], ids=["gradient", "fit of small batches", "fit of one batch"]
+)
+@pytest.mark.parametrize("flows", [4, 64])
+def test_a_step_needs_parameters_and_a_tile(run_python, flows, what) -> None:
+    peak, parameters = measure(run_python, flows, 65_536, what)
+    assert peak <= bound(flows, parameters, 2), f"{peak / MIB:.1f} MiB for {parameters / MIB:.1f} MiB of parameters"
+    # What a framework would keep: every hidden activation of the batch.
+    kept = 65_536 * HIDDEN * 4 * flows
+    assert bound(flows, parameters, 2) < kept / 4
+
+
+@pytest.mark.parametrize("flows", [4, 64])
+@pytest.mark.parametrize("what", ["nll_gradient", "vjp"])
+def test_memory_does_not_grow_with_the_batch(run_python, flows, what) -> None:
+    small, _ = measure(run_python, flows, 256, what)
+    large, _ = measure(run_python, flows, 65_536, what)
+    # vjp returns grad_x, one array of the input's size; the log_det cotangent was allocated inside the measurement.
+    results = 65_536 * (SIZE + 1) * 4 if what == "vjp" else 0
+    assert large - small <= results + 4 * MIB, f"{small / MIB:.1f} MiB for 256 rows, {large / MIB:.1f} MiB for 65,536"
+
+
+def test_scoring_needs_no_memory_beyond_the_result(run_python) -> None:
+    script = _MEASURE.replace("flow.nll_gradient(x)", "flow.log_prob(x)")
+    assert script != _MEASURE
+    result = json.loads(run_python(script, json.dumps([SIZE, 8, HIDDEN, 262_144, 2, "nll_gradient"])))
+    assert result["peak"] <= 262_144 * 4 + 3 * MIB

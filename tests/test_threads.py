@@ -1,0 +1,238 @@
+"""Many threads, forks and processes on one flow; the GIL; what a pickle carries."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import os
+import pickle
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import nvpflow
+import pytest
+from oracle import assert_same_bits, random_parameters, unit_data
+
+
+def weights(flow, seed: int) -> dict[str, np.ndarray]:
+    shapes = {name: value.shape for name, value in flow.parameters().items()}
+    return {name: value.astype(flow.spec.dtype) for name, value in random_parameters(shapes, seed).items()}
+
+
+# ---------------------------------------------------------------------------------------------- threads
+
+
+@pytest.mark.parametrize("rows", [1, 40, 3000], ids=["one row", "small batch", "threaded batch"])
+def test_calls_see_the_old_or_the_new_parameters_whole(make_flow, rows) -> None:
+    flow, _ = make_flow(12, 4, (48,), "relu", dtype="float32")
+    flow.num_threads = 2
+    x = unit_data(rows, 12, 1, "float32")
+    sets = [weights(flow, seed) for seed in (1, 2)]
+
+    def everything() -> bytes:
+        z, log_det = flow.forward(x)
+        return z.tobytes() + log_det.tobytes()
+
+    answers = set()
+    for parameters in sets:
+        flow.set_parameters(parameters)
+        answers.add(everything())
+    assert len(answers) == 2
+
+    done = threading.Event()
+    seen: list[set[bytes]] = []
+
+    def reader() -> None:
+        mine = set()
+        while not done.is_set():
+            mine.add(everything())
+        seen.append(mine)
+
+    readers = [threading.Thread(target=reader) for _ in range(4)]
+    for thread in readers:
+        thread.start()
+    deadline = time.monotonic() + 1.5
+    turn = 0
+    while time.monotonic() < deadline:
+        flow.set_parameters(sets[turn % 2])
+        turn += 1
+    done.set()
+    for thread in readers:
+        thread.join()
+    assert len(seen) == 4, "a reader raised"
+    assert turn >= 10
+    for mine in seen:
+        assert mine <= answers, "a result that belongs to neither set of parameters"
+    assert set().union(*seen) == answers, "the readers never met the other set: the test says nothing"
+
+
+def test_parameters_handed_out_do_not_change(make_flow) -> None:
+    flow, _ = make_flow(5, 2, (7,), dtype="float32")
+    held = flow.parameters()
+    copies = {name: value.copy() for name, value in held.items()}
+    flow.set_parameters(weights(flow, 8))
+    flow.fit(unit_data(200, 5, 2, "float32"), epochs=1, batch_size=50, progress=False)
+    for name, value in held.items():
+        assert_same_bits(value, copies[name], name)
+    del flow
+    for name, value in held.items():
+        assert_same_bits(value, copies[name], f"{name} after the flow is gone")
+
+
+def test_every_method_at_once(make_flow) -> None:
+    flow, _ = make_flow(9, 3, (30,), "gelu", dtype="float32", standardize=True)
+    x = unit_data(1500, 9, 3, "float32")
+    calls = {
+        "forward": lambda: flow.forward(x)[0],
+        "inverse": lambda: flow.inverse(x),
+        "log_prob": lambda: flow.log_prob(x),
+        "sample": lambda: flow.sample(700, seed=4),
+        "nll_gradient": lambda: flow.nll_gradient(x)[1],
+        "vjp": lambda: flow.vjp(x, x)[0],
+        "pickle": lambda: pickle.loads(pickle.dumps(flow)).log_prob(x),
+    }
+    expected = {name: call() for name, call in calls.items()}
+    with ThreadPoolExecutor(8) as pool:
+        futures = [(name, pool.submit(call)) for _ in range(12) for name, call in calls.items()]
+        for name, future in futures:
+            assert_same_bits(future.result(), expected[name], name)
+
+
+@pytest.mark.parametrize("work", ["forward", "inverse", "log_prob", "sample", "nll_gradient", "vjp", "nll"])
+def test_python_runs_on_while_a_call_computes(make_flow, work) -> None:
+    """A call that held the GIL would stop the counting thread from its first to its last moment."""
+    flow, _ = make_flow(32, 8, (256, 256), "tanh", dtype="float64")
+    flow.num_threads = 1
+    rows = 6000
+    x = unit_data(rows, 32, 5)
+    calls = {
+        "forward": lambda: flow.forward(x),
+        "inverse": lambda: flow.inverse(x),
+        "log_prob": lambda: flow.log_prob(x),
+        "sample": lambda: flow.sample(rows, seed=1),
+        "nll_gradient": lambda: flow.nll_gradient(x),
+        "vjp": lambda: flow.vjp(x, x),
+        "nll": lambda: flow.nll(x),
+    }
+    ticks: list[float] = []
+    stop = threading.Event()
+
+    def tick() -> None:
+        while not stop.is_set():
+            ticks.append(time.monotonic())
+            time.sleep(0.002)
+
+    clock = threading.Thread(target=tick)
+    clock.start()
+    try:
+        start = time.monotonic()
+        calls[work]()
+        end = time.monotonic()
+    finally:
+        stop.set()
+        clock.join()
+    assert end - start > 0.1, "too short a call to tell"
+    inside = [t for t in ticks if start < t < end]
+    # A call that keeps the GIL leaves at most a tick at each end.
+    assert len(inside) > 10
+
+
+def test_python_runs_on_while_a_flow_is_fitted(make_flow) -> None:
+    flow, _ = make_flow(16, 4, (64,), "tanh", dtype="float32")
+    x = unit_data(20_000, 16, 6, "float32")
+    counted = 0
+    fitted = threading.Event()
+
+    def train() -> None:
+        flow.fit(x, epochs=2, progress=False)
+        fitted.set()
+
+    trainer = threading.Thread(target=train)
+    trainer.start()
+    while not fitted.is_set() and trainer.is_alive():
+        counted += 1
+        time.sleep(0.002)
+    trainer.join()
+    assert fitted.is_set()
+    assert counted > 10
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no os.fork on this system")
+
+
+@needs_fork
+def test_a_forked_child_computes_the_same_and_exits(run_python) -> None:
+    """libgomp's threads do not survive a fork: a child that waited for them would hang."""
+    output = run_python(
+        """
+import os, signal, sys, warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of every fork beside threads
+import numpy as np, nvpflow
+flow = nvpflow.build(input_size=16, num_flows=4, hidden_sizes=(64,), seed=1)
+flow.num_threads = 2
+x = np.random.default_rng(0).normal(size=(20_000, 16)).astype(np.float32)
+expected = flow.forward(x)[0], flow.nll_gradient(x)[1]
+child = os.fork()
+if child == 0:
+    signal.alarm(40)  # a hang ends as a failure
+    same = np.array_equal(flow.forward(x)[0], expected[0]) and np.array_equal(flow.nll_gradient(x)[1], expected[1])
+    flow.num_threads = 4
+    same = same and np.array_equal(flow.forward(x)[0], expected[0])
+    history = flow.fit(x[:2000], epochs=1, progress=False)
+    grandchild = os.fork()
+    if grandchild == 0:
+        flow.forward(x)
+        os._exit(0)
+    _, status = os.waitpid(grandchild, 0)
+    os._exit(0 if same and len(history.epoch) == 1 and status == 0 else 3)
+_, status = os.waitpid(child, 0)
+after = np.array_equal(flow.forward(x)[0], expected[0])
+print(status, after)
+"""
+    )
+    assert output.split() == ["0", "True"]
+
+
+def _score(flow, x):
+    return flow.log_prob(x), flow.num_threads
+
+
+@pytest.mark.parametrize("method", [m for m in ("spawn", "forkserver") if m in multiprocessing.get_all_start_methods()])
+def test_a_flow_travels_to_another_process(make_flow, method) -> None:
+    flow, _ = make_flow(6, 2, (9,), "elu", dtype="float32", standardize=True)
+    flow.num_threads = 2
+    x = unit_data(50, 6, 7, "float32")
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        log_prob, threads = pool.apply(_score, (flow, x))
+    assert_same_bits(log_prob, flow.log_prob(x), method)
+    assert threads == 2
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_pickle_carries_the_whole_model(make_flow, dtype, protocol) -> None:
+    flow, _ = make_flow(5, 3, (7, 6), "softplus", dtype=dtype, standardize=True, scale_bound=1.5)
+    flow.num_threads = 3
+    again = pickle.loads(pickle.dumps(flow, protocol))
+    assert type(again) is type(flow)
+    assert again == flow
+    assert again.spec == flow.spec
+    assert again.num_threads == 3
+    x = unit_data(33, 5, 8, dtype)
+    assert_same_bits(again.log_prob(x), flow.log_prob(x), "log_prob")
+    again.set_parameters(weights(again, 9))
+    assert again != flow
+
+
+def test_a_spec_can_be_pickled_hashed_and_compared() -> None:
+    spec = nvpflow.FlowSpec(5, 3, (7, 6), "silu", 1.5, True, "float64")
+    assert pickle.loads(pickle.dumps(spec)) == spec
+    assert copy.deepcopy(spec) == spec
+    assert nvpflow.FlowSpec.from_json(spec.to_json()) == spec
+    assert len({spec, nvpflow.FlowSpec(5, 3, (7, 6), "silu", 1.5, True, "float64")}) == 1
+    assert spec != nvpflow.FlowSpec(5, 3, (7, 6), "silu", 1.5, True, "float32")
+    assert spec != "spec"
