@@ -82,8 +82,8 @@ void check_key(const std::string& path, const json& came, const json& expected) 
 
 }  // namespace
 
-void save_checkpoint(const std::string& path, const CheckpointKey& key, const History& history,
-                     std::int64_t adam_steps, const CheckpointArrays& arrays) {
+void save_checkpoint(const std::string& path, const CheckpointKey& key, const History& history, std::int64_t adam_steps,
+                     const CheckpointArrays& arrays) {
   std::vector<double> records;
   for (const EpochRecord& r : history.epochs) {
     records.insert(records.end(), {static_cast<double>(r.epoch), r.train_loss, r.validation_loss, r.learning_rate,
@@ -122,7 +122,7 @@ void load_checkpoint(const std::string& path, const CheckpointKey& key, History&
   history.epochs.clear();
   for (std::int64_t i = 0; i < records.shape[0]; ++i) {
     double r[kRecordFields];
-    std::memcpy(r, static_cast<const double*>(records.data) + i * kRecordFields, sizeof r);
+    std::memcpy(r, static_cast<const unsigned char*>(records.data) + static_cast<std::size_t>(i) * sizeof r, sizeof r);
     history.epochs.push_back({static_cast<std::int64_t>(r[0]), r[1], r[2], r[3], r[4], r[5]});
   }
   std::memcpy(&history.best_loss, find(path, file, "best_loss", DType::float64, 1).data, sizeof(double));

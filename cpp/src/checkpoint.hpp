@@ -28,11 +28,12 @@ struct CheckpointArrays {
   std::int64_t count;
 };
 
-void save_checkpoint(const std::string& path, const CheckpointKey& key, const History& history,
-                     std::int64_t adam_steps, const CheckpointArrays& arrays);
+void save_checkpoint(const std::string& path, const CheckpointKey& key, const History& history, std::int64_t adam_steps,
+                     const CheckpointArrays& arrays);
 
-/// Throws Error(invalid_argument) where the checkpoint belongs to another model, data set or set of options, naming what
-/// differs, and Error(file_format) where it is damaged. History::stop_reason comes back as the run's own end, or empty.
+/// Throws Error(invalid_argument) where the checkpoint belongs to another model, data set or set of options, naming
+/// what differs, and Error(file_format) where it is damaged. History::stop_reason comes back as the run's own end, or
+/// empty.
 void load_checkpoint(const std::string& path, const CheckpointKey& key, History& history, std::int64_t& adam_steps,
                      const CheckpointArrays& arrays);
 

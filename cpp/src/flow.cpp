@@ -59,7 +59,8 @@ auto* data_or_null(const Span& s) {
 struct Flow::State {
   FlowSpec spec;
   ParamLayout layout;
-  // One buffer for the flow's whole life, so that views of it stay valid; bytes, because the dtype is known at run time.
+  // One buffer for the flow's whole life, so that views of it stay valid; bytes, because the dtype is known at run
+  // time.
   std::vector<unsigned char> parameters;
   std::unique_ptr<Backend> backend;
   std::mutex write_mutex;
@@ -167,7 +168,8 @@ int Flow::num_threads() const { return state_->num_threads.load(); }
 const Backend& Flow::backend() const { return *state_->backend; }
 
 void Flow::set_num_threads(int threads) {
-  if (threads < 0 || threads > 4096) fail("num_threads is " + std::to_string(threads) + ", expected 0 (automatic) to 4096");
+  if (threads < 0 || threads > 4096)
+    fail("num_threads is " + std::to_string(threads) + ", expected 0 (automatic) to 4096");
   state_->num_threads.store(threads);
 }
 
@@ -240,15 +242,13 @@ double Flow::nll_gradient(std::span<const T> x, std::span<T> gradient) const {
   if (rows == 0) fail("x has no rows: the mean over an empty batch is not defined");
   check_length(Named{"gradient", gradient}, num_parameters(), "the flat buffer of ParamLayout");
   refuse_overlap(Named{"gradient", gradient}, Named{"x", x});
-  const double sum =
-      backend().nll_gradient(x.data(), nullptr, rows, rows, gradient.data(), false, state_->threads());
+  const double sum = backend().nll_gradient(x.data(), nullptr, rows, rows, gradient.data(), false, state_->threads());
   return -sum / static_cast<double>(rows);
 }
 
 template <class T>
-void Flow::vjp(Direction direction, std::span<const T> in, std::span<const T> grad_out,
-               std::span<const T> grad_log_det, std::span<T> grad_in, std::span<T> grad_parameters,
-               bool accumulate) const {
+void Flow::vjp(Direction direction, std::span<const T> in, std::span<const T> grad_out, std::span<const T> grad_log_det,
+               std::span<T> grad_in, std::span<T> grad_parameters, bool accumulate) const {
   const Named input{"in", in};
   const std::int64_t rows = state_->check_rows(input);
   const Named<std::span<T>> outputs[] = {Named{"grad_in", grad_in}, Named{"grad_parameters", grad_parameters}};
@@ -262,8 +262,8 @@ void Flow::vjp(Direction direction, std::span<const T> in, std::span<const T> gr
     for (const auto& i : inputs) refuse_overlap(o, i);
   }
   refuse_overlap(outputs[0], outputs[1]);
-  backend().vjp(direction, in.data(), rows, data_or_null(grad_out), data_or_null(grad_log_det),
-                data_or_null(grad_in), data_or_null(grad_parameters), accumulate, state_->threads());
+  backend().vjp(direction, in.data(), rows, data_or_null(grad_out), data_or_null(grad_log_det), data_or_null(grad_in),
+                data_or_null(grad_parameters), accumulate, state_->threads());
 }
 
 template <class T>
@@ -286,17 +286,17 @@ void Flow::conditioner(std::int64_t layer, std::span<const T> in, std::span<T> s
   backend().conditioner(layer, in.data(), rows, s.data(), t.data(), state_->threads());
 }
 
-#define NVPFLOW_INSTANTIATE(T)                                                                                      \
-  template std::span<const T> Flow::parameters() const;                                                            \
-  template void Flow::set_parameters(std::span<const T>);                                                          \
-  template void Flow::forward(std::span<const T>, std::span<T>, std::span<T>) const;                               \
-  template void Flow::inverse(std::span<const T>, std::span<T>, std::span<T>) const;                               \
-  template void Flow::log_prob(std::span<const T>, std::span<T>) const;                                            \
-  template void Flow::sample(std::uint64_t, std::span<T>, std::uint64_t) const;                                    \
-  template double Flow::nll(std::span<const T>) const;                                                             \
-  template double Flow::nll_gradient(std::span<const T>, std::span<T>) const;                                      \
-  template void Flow::vjp(Direction, std::span<const T>, std::span<const T>, std::span<const T>, std::span<T>,      \
-                          std::span<T>, bool) const;                                                               \
+#define NVPFLOW_INSTANTIATE(T)                                                                                 \
+  template std::span<const T> Flow::parameters() const;                                                        \
+  template void Flow::set_parameters(std::span<const T>);                                                      \
+  template void Flow::forward(std::span<const T>, std::span<T>, std::span<T>) const;                           \
+  template void Flow::inverse(std::span<const T>, std::span<T>, std::span<T>) const;                           \
+  template void Flow::log_prob(std::span<const T>, std::span<T>) const;                                        \
+  template void Flow::sample(std::uint64_t, std::span<T>, std::uint64_t) const;                                \
+  template double Flow::nll(std::span<const T>) const;                                                         \
+  template double Flow::nll_gradient(std::span<const T>, std::span<T>) const;                                  \
+  template void Flow::vjp(Direction, std::span<const T>, std::span<const T>, std::span<const T>, std::span<T>, \
+                          std::span<T>, bool) const;                                                           \
   template void Flow::conditioner(std::int64_t, std::span<const T>, std::span<T>, std::span<T>) const;
 NVPFLOW_INSTANTIATE(float)
 NVPFLOW_INSTANTIATE(double)

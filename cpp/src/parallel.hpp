@@ -8,8 +8,8 @@ namespace nvpflow {
 /// Threads this process may use: its affinity mask, cut to the cgroup's CPU quota. At least 1.
 int available_threads();
 
-/// Calls fn(context, begin, end) on consecutive parts of [0, count) that cover it exactly, each a multiple of `grain` but
-/// the last, and returns when all are done. One part, one thread, a nested call or a forked child: a plain call
+/// Calls fn(context, begin, end) on consecutive parts of [0, count) that cover it exactly, each a multiple of `grain`
+/// but the last, and returns when all are done. One part, one thread, a nested call or a forked child: a plain call
 /// that never touches the threading runtime. An exception is carried to the caller (the first in order of the parts).
 /// Results must not depend on how the range is cut: the number of parts follows `threads`.
 void parallel_for(std::int64_t count, std::int64_t grain, int threads,

@@ -33,7 +33,8 @@ constexpr double kSliceFlops = 8e9;
 
 double flops_per_row(const ParamLayout& layout) {
   double flops = 0;
-  for (const TensorInfo& t : layout.tensors()) flops += t.role == TensorRole::kernel ? 2.0 * static_cast<double>(t.size) : 0;
+  for (const TensorInfo& t : layout.tensors())
+    flops += t.role == TensorRole::kernel ? 2.0 * static_cast<double>(t.size) : 0;
   return flops;
 }
 
@@ -111,7 +112,7 @@ class Trainer {
         x_(x),
         validation_(validation),
         rows_(checked_rows(), held_out_rows(), options.seed),
-        threads_(options.threads > 0        ? options.threads
+        threads_(options.threads > 0      ? options.threads
                  : flow.num_threads() > 0 ? flow.num_threads()
                                           : available_threads()) {
     check_data();
@@ -269,7 +270,8 @@ class Trainer {
     return {index_.data(), static_cast<std::size_t>(count)};
   }
 
-  /// Sum of log p over the batch; gradient_ holds the gradient of its mean NLL. In slices, so that a stop comes through.
+  /// Sum of log p over the batch; gradient_ holds the gradient of its mean NLL. In slices, so that a stop comes
+  /// through.
   double batch_gradient(const Permutation& order, std::int64_t first, std::int64_t count, std::int64_t epoch,
                         std::int64_t step) {
     double sum = 0;
@@ -279,9 +281,8 @@ class Trainer {
         return sum;
       }
       const std::int64_t here = std::min(slice_, count - done);
-      indices(first + done, here, [&](std::int64_t i) {
-        return rows_.train_row(order(static_cast<std::uint64_t>(i)));
-      });
+      indices(first + done, here,
+              [&](std::int64_t i) { return rows_.train_row(order(static_cast<std::uint64_t>(i))); });
       sum += backend_->nll_gradient(x_.data(), index_.data(), here, count, gradient_.data(), done > 0, threads_);
     }
     return sum;
@@ -361,8 +362,8 @@ class Trainer {
 
   CheckpointKey key() const {
     const std::uint64_t x = fingerprint(x_.data(), x_.size_bytes());
-    return {flow_.spec(), options_, x ^ (fingerprint(validation_.data(), validation_.size_bytes()) << 1),
-            total_rows(), validation_rows()};
+    return {flow_.spec(), options_, x ^ (fingerprint(validation_.data(), validation_.size_bytes()) << 1), total_rows(),
+            validation_rows()};
   }
 
   CheckpointArrays arrays() {

@@ -22,7 +22,7 @@ def integer(name: str, value: Any, *, unsigned: bool = False) -> int:
     number = operator.index(value)
     low, high = (0, 2**64) if unsigned else (-(2**63), 2**63)
     if not low <= number < high:
-        raise ValueError(f"{name}={number} is out of range: expected {low} <= {name} < {high}")
+        raise ValueError(f"{name} is {describe(number)}, expected {low} to {high - 1}")
     return number
 
 

@@ -7,9 +7,7 @@ source, licence (CC BY 4.0) and preparation.
 from __future__ import annotations
 
 import os
-import time
 import timeit
-from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -104,7 +102,7 @@ def run(folder: str | None = None, *, force: bool = False, epochs: int | None = 
     flow = nvpflow.build(data.shape[1], **MODEL)
     flow.num_threads = threads
     print(f"Model      {flow}", flush=True)
-    history = flow.fit(split.train, validation=split.validation, epochs=epochs or EPOCHS, **TRAINING)
+    history = flow.fit(split.train, validation=split.validation, epochs=EPOCHS if epochs is None else epochs, **TRAINING)
     print(
         f"Training   {len(history)} epochs in {history.seconds.sum():.1f} s ({nvpflow.cpu_isa()}); "
         f"best epoch {history.best_epoch}"

@@ -149,11 +149,11 @@ class Flow(_core.Flow):
         Returns
         -------
         dict
-            Read-only views, without a copy, of the flow's parameters as they are now. Per coupling layer k:
+            Read-only views of the flow's own memory: they show what `set_parameters` and `fit` write to it, so copy
+            what must stay as it is. Per coupling layer k:
             ``flow_{k}_coupling_dense_{j}.kernel`` [in, out] and ``.bias`` [out] of hidden layer j,
             ``flow_{k}_scale.kernel``/``.bias`` and ``flow_{k}_translation.kernel``/``.bias``; of a standardize layer
-            ``standardize_{i}.mean`` and ``.log_std`` [D]. `set_parameters` and `fit` do not change arrays that were
-            handed out before.
+            ``standardize_{i}.mean`` and ``.log_std`` [D].
         """
         flat = self._flat_parameters()
         flat.flags.writeable = False

@@ -92,12 +92,13 @@ void check_given(PyArrayObject* array, const char* name, DType dtype, int dims, 
   if (PyArray_NDIM(array) != dims || !PyArray_CompareLists(PyArray_DIMS(array), shape, dims)) {
     std::string expected = "(";
     for (int i = 0; i < dims; ++i) expected += (i > 0 ? ", " : "") + std::to_string(shape[i]);
-    raise(PyExc_ValueError, std::string(name) + " has shape " + shape_text(array) + ", expected " + expected +
-                                (dims == 1 ? ",)" : ")"));
+    raise(PyExc_ValueError,
+          std::string(name) + " has shape " + shape_text(array) + ", expected " + expected + (dims == 1 ? ",)" : ")"));
   }
   if (!PyArray_IS_C_CONTIGUOUS(array) || !PyArray_ISALIGNED(array)) {
-    raise(PyExc_ValueError, std::string(name) + " is not C-contiguous; results are written in place only into a "
-                                                "C-contiguous array");
+    raise(PyExc_ValueError, std::string(name) +
+                                " is not C-contiguous; results are written in place only into a "
+                                "C-contiguous array");
   }
   if (!PyArray_ISWRITEABLE(array)) raise(PyExc_ValueError, std::string(name) + " is read-only");
 }
@@ -179,9 +180,9 @@ PyObject* result_of(OutputArray&& out) {
 
 py::object readonly_view(const void* data, DType dtype, std::int64_t size, py::handle owner) {
   npy_intp shape[1] = {size};
-  auto view = py::reinterpret_steal<py::object>(
-      PyArray_New(&PyArray_Type, 1, shape, type_number(dtype), nullptr, const_cast<void*>(data), 0,
-                  NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED, nullptr));
+  auto view = py::reinterpret_steal<py::object>(PyArray_New(&PyArray_Type, 1, shape, type_number(dtype), nullptr,
+                                                            const_cast<void*>(data), 0,
+                                                            NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED, nullptr));
   if (!view) throw py::error_already_set();
   auto* array = reinterpret_cast<PyArrayObject*>(view.ptr());
   if (PyArray_SetBaseObject(array, py::reinterpret_borrow<py::object>(owner).release().ptr()) < 0) {

@@ -1,4 +1,5 @@
-// The boundary to arrays from outside: what may come in, what goes out. Nothing else in the bindings looks into an array.
+// The boundary to arrays from outside: what may come in, what goes out. Nothing else in the bindings looks into an
+// array.
 //
 // Everything here needs the GIL. Failures set a Python error and throw py::error_already_set.
 #pragma once

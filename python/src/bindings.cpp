@@ -25,22 +25,49 @@ constexpr auto kProgressInterval = std::chrono::milliseconds(50);
 PyObject* file_format_error = nullptr;
 PyObject* training_error = nullptr;
 
+/// Messages may quote a path that is not UTF-8: such bytes come through as the surrogates that os.fsdecode gives.
+void set_text(PyObject* type, const char* message) {
+  PyObject* text = PyUnicode_DecodeFSDefault(message);
+  if (text == nullptr) return;
+  PyErr_SetObject(type, text);
+  Py_DECREF(text);
+}
+
+void set_os_error(const Error& error) {
+  // OSError(errno, text) picks FileNotFoundError, IsADirectoryError and so on by itself.
+  PyObject* value =
+      PyObject_CallFunction(PyExc_OSError, "iN", error.system_error(), PyUnicode_DecodeFSDefault(error.what()));
+  if (value == nullptr) return;
+  PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(value)), value);
+  Py_DECREF(value);
+}
+
 void set_error(const Error& error) {
   switch (error.code()) {
-    case ErrorCode::invalid_argument: return PyErr_SetString(PyExc_ValueError, error.what());
-    case ErrorCode::type_mismatch: return PyErr_SetString(PyExc_TypeError, error.what());
-    case ErrorCode::out_of_memory: return PyErr_SetString(PyExc_MemoryError, error.what());
-    case ErrorCode::file_format: return PyErr_SetString(file_format_error, error.what());
-    case ErrorCode::not_finite: return PyErr_SetString(training_error, error.what());
-    case ErrorCode::interrupted: return PyErr_SetString(PyExc_KeyboardInterrupt, error.what());
-    case ErrorCode::unavailable: return PyErr_SetString(PyExc_RuntimeError, error.what());
-    case ErrorCode::io: {
-      // OSError(errno, text) picks FileNotFoundError, IsADirectoryError and so on by itself.
-      const py::object value =
-          py::reinterpret_borrow<py::object>(PyExc_OSError)(error.system_error(), std::string(error.what()));
-      return PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(value.ptr())), value.ptr());
-    }
+    case ErrorCode::invalid_argument:
+      return set_text(PyExc_ValueError, error.what());
+    case ErrorCode::type_mismatch:
+      return set_text(PyExc_TypeError, error.what());
+    case ErrorCode::out_of_memory:
+      return set_text(PyExc_MemoryError, error.what());
+    case ErrorCode::file_format:
+      return set_text(file_format_error, error.what());
+    case ErrorCode::not_finite:
+      return set_text(training_error, error.what());
+    case ErrorCode::interrupted:
+      return set_text(PyExc_KeyboardInterrupt, error.what());
+    case ErrorCode::unavailable:
+      return set_text(PyExc_RuntimeError, error.what());
+    case ErrorCode::io:
+      return set_os_error(error);
   }
+}
+
+/// The bytes of a str, bytes or os.PathLike, as the file system wants them.
+std::string path_of(const py::object& path) {
+  PyObject* bytes = nullptr;
+  if (PyUnicode_FSConverter(path.ptr(), &bytes) == 0) throw py::error_already_set();
+  return py::reinterpret_steal<py::bytes>(bytes);
 }
 
 // ---- FlowSpec ----------------------------------------------------------------------------------------------------
@@ -62,8 +89,8 @@ bool has_standardize(const FlowSpec& spec) {
 std::string spec_repr(const FlowSpec& spec) {
   const LayerSpec& layer = first_coupling(spec);
   std::ostringstream text;
-  text << "FlowSpec(input_size=" << spec.input_size << ", num_flows=" << spec.num_couplings() << ", hidden_sizes="
-       << py::repr(py::tuple(py::cast(layer.hidden_sizes))).cast<std::string>() << ", activation='"
+  text << "FlowSpec(input_size=" << spec.input_size << ", num_flows=" << spec.num_couplings()
+       << ", hidden_sizes=" << py::repr(py::tuple(py::cast(layer.hidden_sizes))).cast<std::string>() << ", activation='"
        << name_of(layer.activation) << "', scale_bound=" << py::repr(py::float_(layer.scale_bound)).cast<std::string>()
        << ", standardize=" << (has_standardize(spec) ? "True" : "False") << ", dtype='" << name_of(spec.dtype) << "')";
   return text.str();
@@ -95,9 +122,8 @@ void bind_spec(py::module_& module) {
                     spec.validate();
                     return spec;
                   })
-      .def("__eq__", [](const FlowSpec& a, const py::object& b) {
-        return py::isinstance<FlowSpec>(b) && a == b.cast<const FlowSpec&>();
-      })
+      .def("__eq__", [](const FlowSpec& a,
+                        const py::object& b) { return py::isinstance<FlowSpec>(b) && a == b.cast<const FlowSpec&>(); })
       .def("__hash__", [](const FlowSpec& s) { return py::hash(py::str(spec_to_json(s))); })
       .def("__repr__", &spec_repr);
 }
@@ -124,7 +150,8 @@ double nll(const BoundFlow& self, const py::object& x) {
   const InputArray in = input_rows(x.ptr(), "x", self.dtype, self.features);
   double result = 0;
   run_released(self, in.rows, [&] {
-    result = by_dtype(self.dtype, [&](auto t) { return self.flow.nll(view<decltype(t)>(in, in.rows * self.features)); });
+    result =
+        by_dtype(self.dtype, [&](auto t) { return self.flow.nll(view<decltype(t)>(in, in.rows * self.features)); });
   });
   return result;
 }
@@ -198,9 +225,8 @@ void set_flat_parameters(BoundFlow& self, const py::object& values) {
 
 py::object flat_parameters(const py::object& self) {
   const auto& bound = self.cast<const BoundFlow&>();
-  const void* data = by_dtype(bound.dtype, [&](auto t) {
-    return static_cast<const void*>(bound.flow.parameters<decltype(t)>().data());
-  });
+  const void* data = by_dtype(
+      bound.dtype, [&](auto t) { return static_cast<const void*>(bound.flow.parameters<decltype(t)>().data()); });
   return readonly_view(data, bound.dtype, bound.flow.num_parameters(), self);
 }
 
@@ -218,24 +244,34 @@ FitOptions options_from(const py::dict& dict) {
   FitOptions o;
   for (const auto& [key, value] : dict) {
     const auto name = key.cast<std::string>();
-    if (name == "epochs") o.epochs = value.cast<std::int64_t>();
-    else if (name == "batch_size") o.batch_size = value.cast<std::int64_t>();
-    else if (name == "learning_rate") o.learning_rate = value.cast<double>();
+    if (name == "epochs")
+      o.epochs = value.cast<std::int64_t>();
+    else if (name == "batch_size")
+      o.batch_size = value.cast<std::int64_t>();
+    else if (name == "learning_rate")
+      o.learning_rate = value.cast<double>();
     else if (name == "schedule") {
       const auto schedule = value.cast<std::string>();
       if (schedule != "constant" && schedule != "cosine") {
         throw Error(ErrorCode::invalid_argument, "schedule is '" + schedule + "', expected 'constant' or 'cosine'");
       }
       o.schedule = schedule == "cosine" ? Schedule::cosine : Schedule::constant;
-    }
-    else if (name == "weight_decay") o.weight_decay = value.cast<double>();
-    else if (name == "clip_norm") o.clip_norm = value.cast<double>();
-    else if (name == "patience") o.patience = value.cast<std::int64_t>();
-    else if (name == "validation_fraction") o.validation_fraction = value.cast<double>();
-    else if (name == "seed") o.seed = value.cast<std::uint64_t>();
-    else if (name == "threads") o.threads = value.cast<int>();
-    else if (name == "checkpoint") o.checkpoint = value.cast<std::string>();
-    else throw Error(ErrorCode::invalid_argument, "unknown training option '" + name + "'");
+    } else if (name == "weight_decay")
+      o.weight_decay = value.cast<double>();
+    else if (name == "clip_norm")
+      o.clip_norm = value.cast<double>();
+    else if (name == "patience")
+      o.patience = value.cast<std::int64_t>();
+    else if (name == "validation_fraction")
+      o.validation_fraction = value.cast<double>();
+    else if (name == "seed")
+      o.seed = value.cast<std::uint64_t>();
+    else if (name == "threads")
+      o.threads = value.cast<int>();
+    else if (name == "checkpoint")
+      o.checkpoint = path_of(py::reinterpret_borrow<py::object>(value));
+    else
+      throw Error(ErrorCode::invalid_argument, "unknown training option '" + name + "'");
   }
   return o;
 }
@@ -279,8 +315,8 @@ py::dict fit_flow(BoundFlow& self, const py::object& x, const py::object& valida
   const auto rows_of = [&](const py::object& array, const char* name) {
     InputArray in = input_rows(array.ptr(), name, self.dtype, self.features);
     if (in.single) {
-      throw Error(ErrorCode::invalid_argument, std::string(name) + " has one axis, expected (N, " +
-                                                   std::to_string(self.features) + ")");
+      throw Error(ErrorCode::invalid_argument,
+                  std::string(name) + " has one axis, expected (N, " + std::to_string(self.features) + ")");
     }
     return in;
   };
@@ -323,16 +359,18 @@ void bind_flow(py::module_& module) {
            "Mean negative log-likelihood of x [B, D], nats, and its gradient [num_parameters] (order of parameters()).")
       .def("vjp", &vjp, py::arg("x"), py::arg("grad_out") = py::none(), py::arg("grad_log_det") = py::none(),
            py::kw_only(), py::arg("direction") = "forward",
-           "Vector-Jacobian product of forward (or inverse): from the cotangents of the output [B, D] and of log_det [B]\n"
+           "Vector-Jacobian product of forward (or inverse): from the cotangents of the output [B, D] and of log_det "
+           "[B]\n"
            "(None: zero) to those of x [B, D] and of the flat parameters [num_parameters].")
       .def(
           "save",
           [](const BoundFlow& f, const py::object& path) {
-            const auto text = py::module_::import("os").attr("fspath")(path).cast<std::string>();
+            const std::string text = path_of(path);
             const py::gil_scoped_release release;
             f.flow.save(text);
           },
-          py::arg("path"), "Write the flow to one safetensors file, atomically: on failure an old file stays as it was.")
+          py::arg("path"),
+          "Write the flow to one safetensors file, atomically: on failure an old file stays as it was.")
       .def("_layout", &layout)
       .def("_flat_parameters", &flat_parameters)
       .def("_set_flat_parameters", &set_flat_parameters)
@@ -341,7 +379,8 @@ void bind_flow(py::module_& module) {
   add_hot_methods(type);
 }
 
-py::tuple load_file(const std::string& path, const py::object& expected) {
+py::tuple load_file(const py::object& from, const py::object& expected) {
+  const std::string path = path_of(from);
   LoadedModel model;
   const FlowSpec* spec = expected.is_none() ? nullptr : &expected.cast<const FlowSpec&>();
   {
@@ -400,8 +439,9 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   import_numpy();
   file_format_error = new_exception(module, "FileFormatError", PyExc_ValueError,
                                     "A model file is damaged, foreign, or newer than this library.");
-  training_error = new_exception(module, "TrainingError", PyExc_ArithmeticError,
-                                 "Training met a NaN or infinite loss or gradient; the flow keeps the best weights so far.");
+  training_error =
+      new_exception(module, "TrainingError", PyExc_ArithmeticError,
+                    "Training met a NaN or infinite loss or gradient; the flow keeps the best weights so far.");
   py::register_exception_translator([](std::exception_ptr p) {
     try {
       if (p) std::rethrow_exception(p);
@@ -410,8 +450,9 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
     }
   });
   module.attr("__version__") = version();
-  module.def("cpu_isa", [] { return std::string(cpu_isa()); },
-             "Instruction set of the CPU kernels: 'avx512', 'avx2', 'neon' or 'baseline' (NVPFLOW_ISA forces one).");
+  module.def(
+      "cpu_isa", [] { return std::string(cpu_isa()); },
+      "Instruction set of the CPU kernels: 'avx512', 'avx2', 'neon' or 'baseline' (NVPFLOW_ISA forces one).");
   module.def("cpu_isas_available", &isas_available, "Instruction sets that this build and this processor have.");
   module.def("activation_names", [] { return py::tuple(py::cast(activation_names())); });
   module.def("available_threads", &available_threads, "Threads this process may use (affinity and cgroup quota).");

@@ -97,8 +97,7 @@ PyObject* log_probability(PyObject* self, PyObject* const* args, Py_ssize_t coun
     const InputArray x = input_rows(given[0], "x", flow.dtype, flow.features);
     OutputArray out = output_array(given[1], "out", flow.dtype, x.rows, 0, x.single);
     refuse_overlap(out, "out", x, "x", x.rows * flow.row_bytes());
-    run_released(flow, x.rows,
-                 [&] { flow.flow.backend().log_prob(x.data, x.rows, out.data, flow.threads()); });
+    run_released(flow, x.rows, [&] { flow.flow.backend().log_prob(x.data, x.rows, out.data, flow.threads()); });
     return result_of(std::move(out));
   });
 }
@@ -164,7 +163,8 @@ PyObject* inverse(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObj
 /// A Python integer in [0, 2^64), or [0, 2^63) where `is_signed`.
 std::uint64_t unsigned_of(PyObject* object, const char* name, bool is_signed) {
   if (PyBool_Check(object) || !PyIndex_Check(object)) {
-    PyErr_SetString(PyExc_TypeError, (std::string(name) + " is " + Py_TYPE(object)->tp_name + ", expected an integer").c_str());
+    PyErr_SetString(PyExc_TypeError,
+                    (std::string(name) + " is " + Py_TYPE(object)->tp_name + ", expected an integer").c_str());
     throw py::error_already_set();
   }
   const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(object));

@@ -19,8 +19,8 @@ struct AdamStep {
   double beta2 = 0.999;
   double epsilon = 1e-8;
   double weight_decay = 0.0;
-  std::int64_t step = 1;          // 1 for the first update: bias correction
-  double gradient_factor = 1.0;   // multiplies every gradient first (norm clipping)
+  std::int64_t step = 1;         // 1 for the first update: bias correction
+  double gradient_factor = 1.0;  // multiplies every gradient first (norm clipping)
 };
 
 class Backend {

@@ -14,8 +14,8 @@
 namespace nvpflow {
 
 /// Wherever `T` appears it must be the flow's dtype (float or double), else Error(type_mismatch). Arrays are row-major
-/// [B, D]; B is what the spans say. A span of the wrong length, or an output that overlaps an input or another output, is
-/// Error(invalid_argument). A row that holds NaN or inf gives NaN in all of that row's results and touches no other.
+/// [B, D]; B is what the spans say. A span of the wrong length, or an output that overlaps an input or another output,
+/// is Error(invalid_argument). A row that holds NaN or inf gives NaN in all of that row's results and touches no other.
 ///
 /// Const members may be called from any number of threads at once, also while another thread replaces the parameters:
 /// each call sees the old or the new ones whole.

@@ -79,7 +79,7 @@ struct TensorInfo {
   std::int64_t offset = 0;          // elements from the start of the flat buffer
   std::int64_t size = 0;            // elements
   TensorRole role = TensorRole::kernel;
-  std::int64_t layer = 0;           // index into FlowSpec::layers
+  std::int64_t layer = 0;  // index into FlowSpec::layers
 };
 
 /// The flat parameter buffer: tensors in layer order without gaps. Per coupling k (counted over couplings only):

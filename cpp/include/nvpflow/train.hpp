@@ -37,21 +37,21 @@ struct FitOptions {
 };
 
 struct EpochRecord {
-  std::int64_t epoch = 0;       // 1 for the first
-  double train_loss = 0;        // mean NLL over the epoch's steps, nats per row
-  double validation_loss = 0;   // NaN without validation data
-  double learning_rate = 0;     // of the epoch's last step
-  double gradient_norm = 0;     // of the epoch's last step, before clipping
-  double seconds = 0;           // wall time of this epoch, validation included
+  std::int64_t epoch = 0;      // 1 for the first
+  double train_loss = 0;       // mean NLL over the epoch's steps, nats per row
+  double validation_loss = 0;  // NaN without validation data
+  double learning_rate = 0;    // of the epoch's last step
+  double gradient_norm = 0;    // of the epoch's last step, before clipping
+  double seconds = 0;          // wall time of this epoch, validation included
 
   bool operator==(const EpochRecord&) const = default;
 };
 
 struct History {
   std::vector<EpochRecord> epochs;
-  std::int64_t best_epoch = 0;      // whose weights the flow holds now; 0: the initial ones
-  double best_loss = 0;             // its validation loss, or train loss without validation data
-  std::string stop_reason;          // "epochs", "patience", "callback" or "interrupted"
+  std::int64_t best_epoch = 0;  // whose weights the flow holds now; 0: the initial ones
+  double best_loss = 0;         // its validation loss, or train loss without validation data
+  std::string stop_reason;      // "epochs", "patience", "callback" or "interrupted"
   std::int64_t train_rows = 0;
   std::int64_t validation_rows = 0;
 };
@@ -74,15 +74,17 @@ class FitObserver {
   }
 };
 
-/// Fits `flow` to x [N, D] by minimising -mean log p. A first layer of kind standardize that is still the identity is set to
-/// the training rows' mean and log standard deviation beforehand, and is not trained.
+/// Fits `flow` to x [N, D] by minimising -mean log p. A first layer of kind standardize that is still the identity is
+/// set to the training rows' mean and log standard deviation beforehand, and is not trained.
 ///
-/// Rows are visited in a new order each epoch, given by `seed` alone; the same data, options and seed give the same weights
-/// bit for bit on one instruction set, for any number of threads, also across a stop and a resume from a checkpoint.
-/// The flow ends with the weights of the best epoch (validation loss, or train loss without validation data).
+/// Rows are visited in a new order each epoch, given by `seed` alone; the same data, options and seed give the same
+/// weights bit for bit on one instruction set, for any number of threads, also across a stop and a resume from a
+/// checkpoint. The flow ends with the weights of the best epoch (validation loss, or train loss without validation
+/// data).
 ///
 /// Throws Error(invalid_argument) for data or options that cannot be used (rows with NaN or inf are counted and named),
-/// Error(not_finite), naming the step, where the loss or gradient stops being finite; the flow then holds the best weights.
+/// Error(not_finite), naming the step, where the loss or gradient stops being finite; the flow then holds the best
+/// weights.
 template <class T>
 History fit(Flow& flow, std::span<const T> x, std::span<const T> validation, const FitOptions& options,
             FitObserver* observer = nullptr);

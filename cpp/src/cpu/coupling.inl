@@ -1,14 +1,15 @@
 // KERNEL: the layers of a flow on a tile of rows, in either direction, with their log-determinant.
 //
-// A tile is feature-major, X[feature][row], a few vectors of rows wide, and goes from the first layer to the last in the same
-// scratch: no [B, H] array exists. A row costs 2 sum(in * out) FLOPs of the dense layers and reads and writes 4 D bytes;
-// the weights are read once per tile from L1 or L2. Bound: fused multiply-adds (two a cycle where the processor has two
-// such units); a register block of kBlockOut x kBlockRows vectors needs kBlockOut + kBlockRows loads for
-// kBlockOut * kBlockRows multiply-adds.
+// A tile is feature-major, X[feature][row], a few vectors of rows wide, and goes from the first layer to the last in
+// the same scratch: no [B, H] array exists. A row costs 2 sum(in * out) FLOPs of the dense layers and reads and writes
+// 4 D bytes; the weights are read once per tile from L1 or L2. Bound: fused multiply-adds (two a cycle where the
+// processor has two such units); a register block of kBlockOut x kBlockRows vectors needs kBlockOut + kBlockRows loads
+// for kBlockOut * kBlockRows multiply-adds.
 //
-// The row path does one row with vectors over outputs, for single rows and small remainders. Every number of a row is formed
-// by the same operations in the same order on both paths: the sums follow Dense's segments, and sums over features are
-// kept in kLanes partial sums (feature j in partial j mod kLanes) that sum_lanes or its tile form adds up at the end.
+// The row path does one row with vectors over outputs, for single rows and small remainders. Every number of a row is
+// formed by the same operations in the same order on both paths: the sums follow Dense's segments, and sums over
+// features are kept in kLanes partial sums (feature j in partial j mod kLanes) that sum_lanes or its tile form adds up
+// at the end.
 
 namespace nvpflow::cpu {
 namespace {
@@ -48,13 +49,20 @@ NVPFLOW_INLINE void map(const T* in, T* out, int64_t count, F f) {
 template <class T>
 void activate(Act act, const T* in, T* out, int64_t count) {
   switch (act) {
-    case Act::elu: return map(in, out, count, [](Vec<T> v) { return elu<T>(v); });
-    case Act::gelu: return map(in, out, count, [](Vec<T> v) { return gelu<T>(v); });
-    case Act::silu: return map(in, out, count, [](Vec<T> v) { return v * sigmoid<T>(v); });
-    case Act::tanh: return map(in, out, count, [](Vec<T> v) { return tanh<T>(v); });
-    case Act::sigmoid: return map(in, out, count, [](Vec<T> v) { return sigmoid<T>(v); });
-    case Act::softplus: return map(in, out, count, [](Vec<T> v) { return softplus<T>(v); });
-    default: return;
+    case Act::elu:
+      return map(in, out, count, [](Vec<T> v) { return elu<T>(v); });
+    case Act::gelu:
+      return map(in, out, count, [](Vec<T> v) { return gelu<T>(v); });
+    case Act::silu:
+      return map(in, out, count, [](Vec<T> v) { return v * sigmoid<T>(v); });
+    case Act::tanh:
+      return map(in, out, count, [](Vec<T> v) { return tanh<T>(v); });
+    case Act::sigmoid:
+      return map(in, out, count, [](Vec<T> v) { return sigmoid<T>(v); });
+    case Act::softplus:
+      return map(in, out, count, [](Vec<T> v) { return softplus<T>(v); });
+    default:
+      return;
   }
 }
 
@@ -73,7 +81,8 @@ struct DenseView {
 
 /// sum[m][n] += W[i][m] x[i][n] for inputs i in [begin, end), in order.
 template <class T, int MO, int NV>
-NVPFLOW_INLINE void accumulate(const T* w, const T* x, int64_t begin, int64_t end, int64_t rows, Vec<T> (&sum)[MO][NV]) {
+NVPFLOW_INLINE void accumulate(const T* w, const T* x, int64_t begin, int64_t end, int64_t rows,
+                               Vec<T> (&sum)[MO][NV]) {
   constexpr int L = kLanes<T>;
   const T* xi = x + begin * rows;
   const T* wi = w + begin * L;
@@ -158,7 +167,8 @@ NVPFLOW_INLINE DenseView<T> view(const Dense<T>& d) {
   return {d.weights, d.bias, d.in, d.out, d.segments};
 }
 
-/// The conditioner on a tile: x is its input [a_count][rows]; returns [u_s, t] [2 b_count][rows], in one of the buffers.
+/// The conditioner on a tile: x is its input [a_count][rows]; returns [u_s, t] [2 b_count][rows], in one of the
+/// buffers.
 template <class T>
 const T* conditioner_tile(const Layer<T>& layer, const T* x, T* buffer0, T* buffer1, int64_t rows) {
   for (int32_t j = 0; j < layer.num_dense; ++j) {
@@ -381,9 +391,12 @@ void dense_row_segments(const Dense<T>& d, const T* x, T* y, Act act) {
 template <class T>
 void dense_row(const Dense<T>& d, const T* x, T* y, Act act) {
   switch (d.segments) {
-    case 1: return dense_row_segments<T, 1>(d, x, y, act);
-    case 2: return dense_row_segments<T, 2>(d, x, y, act);
-    default: return dense_row_segments<T, 4>(d, x, y, act);
+    case 1:
+      return dense_row_segments<T, 1>(d, x, y, act);
+    case 2:
+      return dense_row_segments<T, 2>(d, x, y, act);
+    default:
+      return dense_row_segments<T, 4>(d, x, y, act);
   }
 }
 

@@ -130,10 +130,7 @@ template <class T>
 class CpuBackend final : public Backend {
  public:
   CpuBackend(const FlowSpec& spec, const ParamLayout& layout)
-      : spec_(spec),
-        layout_(layout),
-        kernels_(chosen_kernels<T>()),
-        packed_([this] { return make_packed(); }) {
+      : spec_(spec), layout_(layout), kernels_(chosen_kernels<T>()), packed_([this] { return make_packed(); }) {
     const Program<T>& program = packed_.initial().program();
     tile_rows_ = program.tile_rows;
     gradient_rows_ = program.gradient_rows;
@@ -299,8 +296,7 @@ class CpuBackend final : public Backend {
     });
   }
 
-  double run_gradient(const GradientCall<T>& call, std::int64_t rows, T* gradient, bool accumulate,
-                      int threads) const {
+  double run_gradient(const GradientCall<T>& call, std::int64_t rows, T* gradient, bool accumulate, int threads) const {
     const Reading packed(packed_);
     packed->ensure_transposed();
     const Program<T>& program = packed->program();

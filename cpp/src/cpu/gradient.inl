@@ -2,10 +2,10 @@
 // back before the next one starts. No array as long as the batch exists; a row costs 3 times the FLOPs of its forward.
 //
 // gradient_tile does the forward and the cotangents; it leaves the input of every dense layer, feature-major, and the
-// cotangent of its output, row-major. weight_gradient multiplies the two for any part of one kernel, so that threads can
-// share the parameters out among themselves: each element of the gradient is summed over the rows of a tile, and over the
-// tiles in order, whatever the number of threads. A register block is kGradientIn inputs x kGradientOut vectors of outputs
-// and reads kGradientIn + kGradientOut values a row for kGradientIn * kGradientOut multiply-adds.
+// cotangent of its output, row-major. weight_gradient multiplies the two for any part of one kernel, so that threads
+// can share the parameters out among themselves: each element of the gradient is summed over the rows of a tile, and
+// over the tiles in order, whatever the number of threads. A register block is kGradientIn inputs x kGradientOut
+// vectors of outputs and reads kGradientIn + kGradientOut values a row for kGradientIn * kGradientOut multiply-adds.
 
 namespace nvpflow::cpu {
 namespace {
@@ -27,23 +27,34 @@ template <class T>
 NVPFLOW_INLINE Vec<T> activation_derivative(Act act, Vec<T> value, Vec<T> argument) {
   const Vec<T> one = set1(T(1));
   switch (act) {
-    case Act::relu: return value > T(0) ? one : set1(T(0));
-    case Act::leaky_relu: return value > T(0) ? one : set1(T(0.01));
-    case Act::elu: return value > T(0) ? one : value + T(1);
-    case Act::gelu: return gelu_derivative<T>(argument);
-    case Act::silu: return silu_derivative<T>(argument);
-    case Act::tanh: return fma(-value, value, one);
-    case Act::sigmoid: return value * (one - value);
-    case Act::softplus: return -expm1_bounded<T>(-value);
-    default: return one;
+    case Act::relu:
+      return value > T(0) ? one : set1(T(0));
+    case Act::leaky_relu:
+      return value > T(0) ? one : set1(T(0.01));
+    case Act::elu:
+      return value > T(0) ? one : value + T(1);
+    case Act::gelu:
+      return gelu_derivative<T>(argument);
+    case Act::silu:
+      return silu_derivative<T>(argument);
+    case Act::tanh:
+      return fma(-value, value, one);
+    case Act::sigmoid:
+      return value * (one - value);
+    case Act::softplus:
+      return -expm1_bounded<T>(-value);
+    default:
+      return one;
   }
 }
 
 // ---- the tape ----------------------------------------------------------------------------------------------------
 // One tile's numbers, in the order below, offsets in elements for a stride of `rows`:
-//   fixed part   state [D], partial [kLanes], log_prob [1], two buffers [max_width], cotangent [D], log_det cotangent [1]
-//   per coupling input [a], per hidden layer value [H] and, where kept, argument [H]; s, exp(+-s), product [b each];
-//                cotangents row-major: per hidden layer [rows][H up to lanes], scale and translation [rows][b up to lanes]
+//   fixed part   state [D], partial [kLanes], log_prob [1], two buffers [max_width], cotangent [D], log_det cotangent
+//   [1] per coupling input [a], per hidden layer value [H] and, where kept, argument [H]; s, exp(+-s), product [b
+//   each];
+//                cotangents row-major: per hidden layer [rows][H up to lanes], scale and translation [rows][b up to
+//                lanes]
 //   per standardize   output [D]; sums over the tile's rows of the gradients of mean and log_std, [2 D] numbers
 
 template <class T>
@@ -91,9 +102,9 @@ int64_t tape_size(const Program<T>& program) {
 template <class T>
 struct CouplingTape {
   T* input;
-  T *s, *scale, *product;          // product: d(output) / d(s)
-  T* hidden;                       // values and arguments of the hidden layers, one after the other
-  T* cotangents;                   // row-major
+  T *s, *scale, *product;  // product: d(output) / d(s)
+  T* hidden;               // values and arguments of the hidden layers, one after the other
+  T* cotangents;           // row-major
 
   CouplingTape(const Layer<T>& layer, T* tape, int64_t rows) {
     input = tape;
@@ -131,8 +142,7 @@ T* layer_tape_at(const Program<T>& program, int64_t layer, T* layers, int64_t ro
 // ---- forward with a tape -----------------------------------------------------------------------------------------
 
 template <class T>
-void coupling_forward_taped(const Layer<T>& layer, bool inverse, T* state, T* partial, T* tape, T* head,
-                            int64_t rows) {
+void coupling_forward_taped(const Layer<T>& layer, bool inverse, T* state, T* partial, T* tape, T* head, int64_t rows) {
   const CouplingTape<T> keep(layer, tape, rows);
   const int64_t n = layer.b_count;
   __builtin_memcpy(keep.input, state + layer.a_begin * rows, static_cast<size_t>(layer.a_count * rows) * sizeof(T));
@@ -234,8 +244,7 @@ void coupling_backward(const Layer<T>& layer, const GradientCall<T>& call, bool 
       const T* value = keep.value(layer, j - 1, rows);
       const T* argument = keep.argument(layer, j - 1, rows);
       for (int64_t i = 0; i < layer.dense[j].in * rows; i += kLanes<T>) {
-        const Vec<T> derivative =
-            activation_derivative<T>(layer.activation, load<T>(value + i), load<T>(argument + i));
+        const Vec<T> derivative = activation_derivative<T>(layer.activation, load<T>(value + i), load<T>(argument + i));
         store<T>(next + i, load<T>(next + i) * derivative);
       }
     }
@@ -275,8 +284,8 @@ void standardize_backward(const Layer<T>& layer, bool inverse, int64_t features,
 
 /// The cotangents that the backward pass starts from; rows past `count` hold numbers that nobody reads.
 template <class T>
-void start_cotangents(const Program<T>& program, const GradientCall<T>& call, const FixedTape<T>& fixed,
-                      int64_t begin, int64_t count, int64_t rows) {
+void start_cotangents(const Program<T>& program, const GradientCall<T>& call, const FixedTape<T>& fixed, int64_t begin,
+                      int64_t count, int64_t rows) {
   const int64_t features = program.input_size;
   if (call.nll) {
     for (int64_t i = 0; i < features * rows; i += kLanes<T>) {

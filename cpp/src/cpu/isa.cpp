@@ -18,8 +18,9 @@ extern const IsaEntry isa_avx2;
 #endif
 #ifdef NVPFLOW_HAVE_NEON
 extern const IsaEntry isa_neon;
-#endif
+#else
 extern const IsaEntry isa_baseline;
+#endif
 
 namespace {
 
@@ -40,9 +41,10 @@ std::vector<Candidate> candidates() {
   list.push_back({&isa_avx2, avx2});
 #endif
 #ifdef NVPFLOW_HAVE_NEON
-  list.push_back({&isa_neon, true});
-#endif
+  list.push_back({&isa_neon, true});  // part of every aarch64 processor
+#else
   list.push_back({&isa_baseline, true});
+#endif
   return list;
 }
 

@@ -1,13 +1,13 @@
-// Built once per instruction set, with its flags and NVPFLOW_ISA_NAME set to its name. Includes only what emits no shared
-// symbol; offers one table.
+// Built once per instruction set, with its flags and NVPFLOW_ISA_NAME set to its name. Includes only what emits no
+// shared symbol; offers one table.
 
 #include "kernels.hpp"
 #include "simd.hpp"
 // The kernels, in the order in which they build on each other.
+#include "adam.inl"
 #include "coupling.inl"
 #include "gaussian.inl"
 #include "gradient.inl"
-#include "adam.inl"
 
 namespace nvpflow::cpu {
 namespace {
@@ -134,16 +134,26 @@ void noise(const Program<T>& program, uint64_t seed, uint64_t first_row, int64_t
 template <class T>
 Vec<T> elementary_vector(Function function, Vec<T> x) {
   switch (function) {
-    case Function::exp: return exp<T>(x);
-    case Function::tanh: return tanh<T>(x);
-    case Function::sigmoid: return sigmoid<T>(x);
-    case Function::softplus: return softplus<T>(x);
-    case Function::gelu: return gelu<T>(x);
-    case Function::silu: return x * sigmoid<T>(x);
-    case Function::elu: return elu<T>(x);
-    case Function::log: return log<T>(x);
-    case Function::sin_quarter: return sin_quarter<T>(x);
-    case Function::cos_quarter: return cos_quarter<T>(x);
+    case Function::exp:
+      return exp<T>(x);
+    case Function::tanh:
+      return tanh<T>(x);
+    case Function::sigmoid:
+      return sigmoid<T>(x);
+    case Function::softplus:
+      return softplus<T>(x);
+    case Function::gelu:
+      return gelu<T>(x);
+    case Function::silu:
+      return x * sigmoid<T>(x);
+    case Function::elu:
+      return elu<T>(x);
+    case Function::log:
+      return log<T>(x);
+    case Function::sin_quarter:
+      return sin_quarter<T>(x);
+    case Function::cos_quarter:
+      return cos_quarter<T>(x);
   }
   return x;
 }
@@ -157,8 +167,8 @@ void elementary(Function function, const T* in, T* out, int64_t count) {
 
 template <class T>
 constexpr Kernels<T> kTable = {
-    kLanes<T>,      kLanes<T> * kBlockRows, transform_scratch<T>, transform<T>, conditioner<T>,       noise<T>,
-    tape_size<T>,   gradient_tile<T>,       weight_gradient<T>,   adam<T>,      sum_of_squares<T>,    elementary<T>,
+    kLanes<T>,    kLanes<T> * kBlockRows, transform_scratch<T>, transform<T>, conditioner<T>,    noise<T>,
+    tape_size<T>, gradient_tile<T>,       weight_gradient<T>,   adam<T>,      sum_of_squares<T>, elementary<T>,
 };
 
 }  // namespace
@@ -169,7 +179,6 @@ constexpr Kernels<T> kTable = {
 #define NVPFLOW_TEXT(a) NVPFLOW_TEXT_(a)
 
 extern const IsaEntry NVPFLOW_JOIN(isa_, NVPFLOW_ISA_NAME);
-const IsaEntry NVPFLOW_JOIN(isa_, NVPFLOW_ISA_NAME) = {NVPFLOW_TEXT(NVPFLOW_ISA_NAME), &kTable<float>,
-                                                       &kTable<double>};
+const IsaEntry NVPFLOW_JOIN(isa_, NVPFLOW_ISA_NAME) = {NVPFLOW_TEXT(NVPFLOW_ISA_NAME), &kTable<float>, &kTable<double>};
 
 }  // namespace nvpflow::cpu

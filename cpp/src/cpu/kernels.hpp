@@ -10,9 +10,9 @@ namespace nvpflow::cpu {
 /// Order of nvpflow::Activation, plus `none` for the heads.
 enum class Act : int32_t { relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, none };
 
-/// y = W^T x + c, packed: blocks of `lanes` outputs, [ceil(out / lanes)][in][lanes], zero where padded, so that the tile
-/// path broadcasts and the row path loads the same bytes. The sum over `in` runs in `segments` consecutive parts, each
-/// added up in order, the first starting from the bias; the parts are then added in order. Both paths follow it.
+/// y = W^T x + c, packed: blocks of `lanes` outputs, [ceil(out / lanes)][in][lanes], zero where padded, so that the
+/// tile path broadcasts and the row path loads the same bytes. The sum over `in` runs in `segments` consecutive parts,
+/// each added up in order, the first starting from the bias; the parts are then added in order. Both paths follow it.
 template <class T>
 struct Dense {
   const T* weights = nullptr;
@@ -56,9 +56,9 @@ struct Program {
   int64_t input_size = 0;
   int64_t num_layers = 0;
   const Layer<T>* layers = nullptr;
-  int64_t max_width = 0;     // widest dense output or input
-  int64_t tile_rows = 0;     // rows of an inference tile: results do not depend on it
-  int64_t gradient_rows = 0; // rows of a gradient tile: sums over rows are formed tile by tile
+  int64_t max_width = 0;      // widest dense output or input
+  int64_t tile_rows = 0;      // rows of an inference tile: results do not depend on it
+  int64_t gradient_rows = 0;  // rows of a gradient tile: sums over rows are formed tile by tile
 };
 
 /// Rows [begin, end) of one call. Any of out, log_det, log_prob may be null.
@@ -78,7 +78,7 @@ struct GradientCall {
   bool inverse = false;
   const T* in = nullptr;
   const int64_t* index = nullptr;
-  bool nll = false;   // cotangents of nll_factor * -log p instead of grad_out, grad_log_det
+  bool nll = false;  // cotangents of nll_factor * -log p instead of grad_out, grad_log_det
   T nll_factor = 0;
   const T* grad_out = nullptr;      // null: zero
   const T* grad_log_det = nullptr;  // null: zero
@@ -99,8 +99,8 @@ enum class Function : int32_t { exp, tanh, sigmoid, softplus, gelu, silu, elu, l
 
 template <class T>
 struct Kernels {
-  int64_t lanes;      // elements of a vector
-  int64_t row_unit;   // rows of a full register block: tile sizes are multiples of it
+  int64_t lanes;     // elements of a vector
+  int64_t row_unit;  // rows of a full register block: tile sizes are multiples of it
   /// Elements of scratch that transform, conditioner and noise need; `scratch` is aligned to 64 bytes.
   int64_t (*transform_scratch)(const Program<T>&);
   void (*transform)(const Program<T>&, const TransformCall<T>&, int64_t begin, int64_t end, T* scratch);

@@ -1,8 +1,9 @@
 // Vectors of the instruction set this file is compiled for, and the elementary functions on them.
 //
-// Arithmetic is that of the compilers' vector types; fused multiply-adds are written out and the files that include this are
-// built with -ffp-contract=off, so that one formula gives the same bits wherever it stands. Everything lies in an unnamed
-// namespace: an object built with wider instructions must not offer a function to code built with narrower ones.
+// Arithmetic is that of the compilers' vector types; fused multiply-adds are written out and the files that include
+// this are built with -ffp-contract=off, so that one formula gives the same bits wherever it stands. Everything lies in
+// an unnamed namespace: an object built with wider instructions must not offer a function to code built with narrower
+// ones.
 #pragma once
 
 #include <stdint.h>
@@ -235,12 +236,10 @@ NVPFLOW_INLINE Vec<T> polynomial(Vec<T> x, const T (&c)[N]) {
 }
 
 #define NVPFLOW_COEFFICIENTS(T, name, x) (coefficients_##name(static_cast<T*>(nullptr), x))
-#define NVPFLOW_DEFINE_COEFFICIENTS(name)                                                     \
-  NVPFLOW_INLINE Vec<float> coefficients_##name(const float*, Vec<float> x) {                 \
-    return polynomial<float>(x, name##F);                                                     \
-  }                                                                                           \
-  NVPFLOW_INLINE Vec<double> coefficients_##name(const double*, Vec<double> x) {              \
-    return polynomial<double>(x, name##D);                                                    \
+#define NVPFLOW_DEFINE_COEFFICIENTS(name)                                                                             \
+  NVPFLOW_INLINE Vec<float> coefficients_##name(const float*, Vec<float> x) { return polynomial<float>(x, name##F); } \
+  NVPFLOW_INLINE Vec<double> coefficients_##name(const double*, Vec<double> x) {                                      \
+    return polynomial<double>(x, name##D);                                                                            \
   }
 NVPFLOW_DEFINE_COEFFICIENTS(kExpm1Tail)
 NVPFLOW_DEFINE_COEFFICIENTS(kAtanhTailWide)
