@@ -1,9 +1,9 @@
 """Types of the compiled extension. `Array` results have the flow's dtype; see `nvpflow.Flow` for the documentation."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypedDict, overload
 
-import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[Any]
@@ -98,7 +98,7 @@ class Flow:
         *,
         direction: Literal["forward", "inverse"] = "forward",
     ) -> tuple[Array, Array]: ...
-    def save(self, path: str) -> None: ...
+    def save(self, path: str | os.PathLike[str]) -> None: ...
     def _layout(self) -> list[tuple[str, tuple[int, ...], int]]: ...
     def _flat_parameters(self) -> Array: ...
     def _set_flat_parameters(self, values: Array) -> None: ...

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import timeit
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,9 +27,9 @@ Array = NDArray[Any]
 COLUMNS = ("active power", "voltage", "kitchen", "laundry", "heating", "time of day")
 UNITS = ("kW", "V", "Wh/min", "Wh/min", "Wh/min", "min")
 
-MODEL: dict[str, Any] = {"num_flows": 10, "hidden_sizes": (100, 100), "standardize": True}
-EPOCHS = 100
-TRAINING: dict[str, Any] = {"batch_size": 256, "learning_rate": 2e-3, "clip_norm": 5.0}
+MODEL: dict[str, Any] = {"num_flows": 8, "hidden_sizes": (64, 64), "standardize": True}
+EPOCHS = 80
+TRAINING: dict[str, Any] = {"batch_size": 256, "learning_rate": 3e-3, "clip_norm": 5.0}
 SAMPLES = 10_000
 DATA_COLOUR, FLOW_COLOUR = "#30435f", "#e8743b"
 
@@ -89,8 +90,21 @@ def run(folder: str | None = None, *, force: bool = False, epochs: int | None = 
     ------
     FileExistsError
         `folder` holds one of the three files and `force` is False.
+    ValueError
+        `epochs` or `threads` is out of range.
     """
     target = _claim_folder(folder, force=force)
+    try:
+        _run_in(target, EPOCHS if epochs is None else epochs, threads)
+    except BaseException:
+        if folder is None:
+            with suppress(OSError):
+                target.rmdir()  # made for this run, and still empty
+        raise
+    return target
+
+
+def _run_in(target: Path, epochs: int, threads: int) -> None:
     data = load_data()
     split = split_data(data)
     print(f"Data       {len(data):,} minutes of one household's electricity, {data.shape[1]} columns (UCI, CC BY 4.0)")
@@ -102,7 +116,7 @@ def run(folder: str | None = None, *, force: bool = False, epochs: int | None = 
     flow = nvpflow.build(data.shape[1], **MODEL)
     flow.num_threads = threads
     print(f"Model      {flow}", flush=True)
-    history = flow.fit(split.train, validation=split.validation, epochs=EPOCHS if epochs is None else epochs, **TRAINING)
+    history = flow.fit(split.train, validation=split.validation, epochs=epochs, **TRAINING)
     print(
         f"Training   {len(history)} epochs in {history.seconds.sum():.1f} s ({nvpflow.cpu_isa()}); "
         f"best epoch {history.best_epoch}"
@@ -121,7 +135,6 @@ def run(folder: str | None = None, *, force: bool = False, epochs: int | None = 
     except ImportError:
         print('No picture: matplotlib is not installed (pip install "nvpflow[cli]")')
     print(f"Written    {', '.join(written)} in {target}{os.sep}")
-    return target
 
 
 def _claim_folder(folder: str | None, *, force: bool) -> Path:
