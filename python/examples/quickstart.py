@@ -1,7 +1,6 @@
 """Learn the density of two moons, sample from it, and save the model. Runs in a few seconds."""
 
 import numpy as np
-
 import nvpflow
 
 
@@ -27,7 +26,7 @@ z, log_det = flow.forward(test)  # latents [B, 2], close to standard normal, and
 print(f"Latents: mean {z.mean(axis=0).round(2)}, standard deviation {z.std(axis=0).round(2)}")
 print(f"Round trip: max|inverse(forward(x)) - x| = {np.abs(flow.inverse(z) - test).max():.1e}")
 
-print("Three samples:", flow.sample(3, seed=7).round(2).tolist())
+print(f"Three samples:\n{flow.sample(3, seed=7).round(2)}")
 
 flow.save("two_moons.safetensors")
 assert nvpflow.load("two_moons.safetensors") == flow

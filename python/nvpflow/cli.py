@@ -173,7 +173,7 @@ def _sizes(text: str) -> tuple[int, ...]:
 def _run_fit(arguments: argparse.Namespace) -> None:
     data_io.check_target(arguments.output, force=arguments.force)
     rows = _read(arguments.data, arguments.dtype)
-    validation = _validation(arguments)
+    validation = _validation(arguments, rows.shape[1])
     flow = nvpflow.build(
         rows.shape[1],
         arguments.num_flows,
@@ -184,7 +184,7 @@ def _run_fit(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         seed=arguments.seed,
     )
-    say: Callable[..., None] = (lambda *_: None) if arguments.quiet else print
+    say: Callable[..., None] = (lambda *_, **__: None) if arguments.quiet else print
     say(f"data: {arguments.data}, {rows.shape[0]:,} rows x {rows.shape[1]} columns")
     say(f"model: {flow}", flush=True)
 
@@ -233,17 +233,27 @@ def _train(arguments: argparse.Namespace, flow: nvpflow.Flow, rows: Any, validat
     return replace(history, stop_reason="--max-time") if out_of_time else history
 
 
-def _read(source: str, dtype: str) -> Any:
+def _read(source: str, dtype: str, columns: int | None = None) -> Any:
     with data_io.open_table(source) as table:
-        return table.read(dtype)
+        if columns is not None:
+            _check_columns(table, columns)
+        rows = table.read(dtype)
+    if len(rows) == 0:
+        raise data_io.DataError(f"{source}: no rows")
+    return rows
 
 
-def _validation(arguments: argparse.Namespace) -> Any:
+def _check_columns(table: data_io.Table, columns: int) -> None:
+    if table.columns != columns:
+        raise data_io.DataError(f"{table.name}: {table.columns} columns, the model takes {columns}")
+
+
+def _validation(arguments: argparse.Namespace, columns: int) -> Any:
     """Return the share of rows to hold out, or the rows of the table that --validation names."""
     try:
         return float(arguments.validation)
     except ValueError:
-        return _read(arguments.validation, arguments.dtype)
+        return _read(arguments.validation, arguments.dtype, columns)
 
 
 def _run_score(arguments: argparse.Namespace) -> None:
@@ -251,10 +261,7 @@ def _run_score(arguments: argparse.Namespace) -> None:
     flow.num_threads = arguments.threads
     kind = data_io.output_format(arguments.output, arguments.format)
     with data_io.open_table(arguments.data) as table:
-        if table.columns != flow.spec.input_size:
-            raise data_io.DataError(
-                f"{table.name}: {table.columns} columns, the model {arguments.model} takes {flow.spec.input_size}"
-            )
+        _check_columns(table, flow.spec.input_size)
         with data_io.create_table(
             arguments.output, kind=kind, dtype=flow.spec.dtype, columns=None, rows=table.rows, force=arguments.force
         ) as write:

@@ -179,7 +179,10 @@ def _parquet_table(name: str) -> Table:
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise ImportError(f"{name}: reading .parquet needs pyarrow: pip install pyarrow") from error
-    file = parquet.ParquetFile(name)
+    try:
+        file = parquet.ParquetFile(name)
+    except ValueError as error:
+        raise DataError(f"{name}: not a readable .parquet file: {error}") from error
     names = [field.name for field in file.schema_arrow]
     rows = file.metadata.num_rows
     return Table(name, len(names), rows, _parquet_blocks(name, file, names))

@@ -83,7 +83,7 @@ class History:
     def __repr__(self) -> str:
         """Return a table of the first, the best and the last epoch."""
         lines = [
-            f"History: {len(self)} epochs in {self.seconds.sum():.1f} s, stopped by {self.stop_reason}; "
+            f"History: {len(self)} epochs in {self.seconds.sum():.1f} s, stop reason: {self.stop_reason}; "
             f"{self.train_rows:,} training and {self.validation_rows:,} validation rows",
             "         epoch    train nll  validation nll  learning rate  gradient norm  seconds",
         ]
