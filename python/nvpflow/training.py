@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -136,20 +137,24 @@ class History:
 
 
 class _Bar:
-    """A tqdm bar over every update of every epoch."""
+    """A tqdm bar over every update; drawn in `on_progress` alone, which is called at most 20 times a second."""
 
     def __init__(self, epochs: int) -> None:
         try:
             from tqdm import tqdm
         except ImportError as error:
             raise ImportError('progress=True needs tqdm: pip install "nvpflow[cli]"') from error
-        self._bar = tqdm(unit=" updates", dynamic_ncols=True, file=sys.stderr)
+        # tqdm draws nothing on a terminal that does not know its size, as some containers' do not.
+        size: dict[str, Any] = {"dynamic_ncols": True} if _terminal_columns() else {"ncols": 120, "nrows": 24}
+        self._bar = tqdm(unit=" updates", file=sys.stderr, **size)
         self._epochs = epochs
+        self._steps = 0
         self._best = math.inf
 
     def on_progress(self, epoch: int, step: int, steps: int) -> None:
         done = (epoch - 1) * steps + step
-        if self._bar.total is None:
+        if self._steps == 0:
+            self._steps = steps
             self._bar.total = self._epochs * steps
             self._bar.initial = self._bar.n = (epoch - 1) * steps  # epochs of a checkpoint do not count in the rate
         self._bar.set_description(f"epoch {epoch}/{self._epochs}", refresh=False)
@@ -160,13 +165,23 @@ class _Bar:
         validated = not math.isnan(validation)
         self._best = min(self._best, validation if validated else train)
         shown = f"nll {train:.4f}, " + (f"validation {validation:.4f}, " if validated else "")
-        self._bar.set_postfix_str(f"{shown}best {self._best:.4f} nats")
+        self._bar.set_postfix_str(f"{shown}best {self._best:.4f} nats", refresh=False)
+        self._bar.set_description(f"epoch {record['epoch']}/{self._epochs}", refresh=False)
+        self._bar.n = record["epoch"] * self._steps
 
     def __enter__(self) -> _Bar:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
+        self._bar.refresh()
         self._bar.close()
+
+
+def _terminal_columns() -> int:
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError, AttributeError):  # not a terminal, closed, or replaced by something without a file
+        return 0
 
 
 def _open_bar(progress: Any, epochs: int) -> _Bar | None:
