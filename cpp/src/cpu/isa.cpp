@@ -75,6 +75,14 @@ const IsaEntry& choose() {
 
 }  // namespace
 
+std::vector<const IsaEntry*> supported_isas() {
+  std::vector<const IsaEntry*> entries;
+  for (const Candidate& c : candidates()) {
+    if (c.supported) entries.push_back(c.entry);
+  }
+  return entries;
+}
+
 const IsaEntry& chosen_isa() {
   static const IsaEntry& entry = choose();
   return entry;

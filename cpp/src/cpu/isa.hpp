@@ -1,6 +1,8 @@
 // The choice of instruction set, made once, on first use.
 #pragma once
 
+#include <vector>
+
 #include "kernels.hpp"
 
 namespace nvpflow::cpu {
@@ -8,5 +10,8 @@ namespace nvpflow::cpu {
 /// The best set that is built in and that this processor supports, or the one that the environment variable NVPFLOW_ISA
 /// names. Throws Error(unavailable) where that is unknown or not supported here.
 const IsaEntry& chosen_isa();
+
+/// Every set that is built in and that this processor supports, best first.
+std::vector<const IsaEntry*> supported_isas();
 
 }  // namespace nvpflow::cpu

@@ -268,9 +268,11 @@ NVPFLOW_INLINE ExpParts<T> exp_parts(Vec<T> x) {
   const Vec<T> magic = set1(Simd<T>::kRoundMagic);
   const Vec<T> shifted = fma(x, set1(kLog2E), magic);
   const Vec<T> n = shifted - magic;
-  Vec<T> r = fma(n, set1(-Simd<T>::kLn2High), x);
-  r = fma(n, set1(-Simd<T>::kLn2Low), r);
-  return {fma(r * r, NVPFLOW_COEFFICIENTS(T, kExpm1Tail, r), r), (IntVec<T>)shifted - (IntVec<T>)magic};
+  const Vec<T> high = fma(n, set1(-Simd<T>::kLn2High), x);
+  const Vec<T> r = fma(n, set1(-Simd<T>::kLn2Low), high);
+  const Vec<T> r_low = fma(n, set1(-Simd<T>::kLn2Low), high - r);  // what rounding took from r
+  const Vec<T> p = r + fma(r * r, NVPFLOW_COEFFICIENTS(T, kExpm1Tail, r), r_low);
+  return {p, (IntVec<T>)shifted - (IntVec<T>)magic};
 }
 
 template <class T>
