@@ -15,12 +15,12 @@ def describe(value: object) -> str:
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
 
 
-def integer(name: str, value: Any, *, unsigned: bool = False) -> int:
-    """Return `value` as an int that fits 64 bits; bool is refused, it is almost always a mistake."""
+def integer(name: str, value: Any, *, bits: int = 64, unsigned: bool = False) -> int:
+    """Return `value` as an int that fits so many bits; bool is refused, it is almost always a mistake."""
     if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {describe(value)}")
     number = operator.index(value)
-    low, high = (0, 2**64) if unsigned else (-(2**63), 2**63)
+    low, high = (0, 2**bits) if unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1))
     if not low <= number < high:
         raise ValueError(f"{name} is {describe(number)}, expected {low} to {high - 1}")
     return number
@@ -77,10 +77,8 @@ def array(name: str, value: ArrayLike, dtype: DTypeLike) -> NDArray[Any]:
     wanted = np.dtype(dtype)
     given = np.asarray(value)
     if not np.can_cast(given.dtype, wanted, "safe"):
-        raise TypeError(
-            f"{name} has dtype {given.dtype}, which does not convert to the model's {wanted} safely; "
-            f"convert it yourself: np.asarray({name}, dtype=np.{wanted})"
-        )
+        hint = f"; convert it yourself: np.asarray(..., dtype=np.{wanted})" if given.dtype.kind in "fiu" else ""
+        raise TypeError(f"{name} has dtype {given.dtype}, which NumPy does not convert to {wanted} safely{hint}")
     return np.asarray(given, dtype=wanted, order="C")
 
 

@@ -276,7 +276,7 @@ class Flow(_core.Flow):
                 "clip_norm": clip_norm,
                 "patience": patience,
                 "seed": seed,
-                "threads": num_threads,
+                "num_threads": num_threads,
                 "checkpoint": checkpoint,
             },
             progress=progress,

@@ -198,11 +198,12 @@ def _open_bar(progress: Any, epochs: int) -> _Bar | None:
 def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Check the types of fit's options; the extension checks their ranges."""
     given = dict(options)
-    for name in ("clip_norm", "patience", "threads"):
+    for name in ("clip_norm", "patience", "num_threads"):
         given[name] = 0 if given[name] is None else given[name]
-    integers = ("epochs", "batch_size", "patience", "threads")
+    integers = ("epochs", "batch_size", "patience")
     checked: dict[str, Any] = {name: _checks.integer(name, given[name]) for name in integers}
     checked |= {name: _checks.real(name, given[name]) for name in ("learning_rate", "weight_decay", "clip_norm")}
+    checked["threads"] = _checks.integer("num_threads", given["num_threads"], bits=32)
     checked["schedule"] = _checks.text("schedule", given["schedule"])
     checked["seed"] = _checks.integer("seed", given["seed"], unsigned=True)
     checkpoint = given["checkpoint"]
@@ -214,6 +215,9 @@ def _split(flow: Flow, validation: float | ArrayLike | None) -> tuple[NDArray[An
     """Tell a validation array from a share of the rows."""
     if validation is None:
         return None, 0.0
+    if isinstance(validation, (str, bytes, bool)):
+        expected = "expected a share of the rows in [0, 1), an array of rows or None"
+        raise TypeError(f"validation is {_checks.describe(validation)}, {expected}")
     if np.ndim(validation) == 0:
         return None, _checks.real("validation", validation)
     return _checks.table("validation", validation, flow.spec.dtype, flow.spec.input_size), 0.0

@@ -1,0 +1,406 @@
+"""The command nvpflow as a shell user meets it: a process with exit codes, messages, files and pipes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import nvpflow
+import pytest
+
+COMMAND = [sys.executable, "-m", "nvpflow"]
+QUICK = ["--epochs", "2", "--num-flows", "2", "--hidden-sizes", "8", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return np.random.default_rng(0).normal(size=(600, 3)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def flow():
+    return nvpflow.build(3, 2, (8,), seed=1)
+
+
+@pytest.fixture
+def folder(tmp_path, rows, flow):
+    """A folder that holds the rows as data.npy and a model, model.safetensors, for them."""
+    np.save(tmp_path / "data.npy", rows)
+    flow.save(tmp_path / "model.safetensors")
+    return tmp_path
+
+
+@pytest.fixture
+def run(folder):
+    """Run nvpflow in the folder; `fails` is the exit code to expect."""
+
+    def run(*arguments, fails=0, stdin=None, text=True):
+        result = subprocess.run(
+            [*COMMAND, *map(str, arguments)], cwd=folder, input=stdin, capture_output=True, text=text, timeout=120
+        )
+        assert result.returncode == fails, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
+        return result
+
+    return run
+
+
+def error_of(result):
+    """The message of a failed run, which must be one line and no traceback."""
+    assert re.fullmatch(r"nvpflow: error: [^\n]+\n", result.stderr), result.stderr
+    return result.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------- basics
+
+
+def test_help_and_version(run):
+    assert "fit" in run("--help").stdout
+    assert "--max-time" in run("fit", "--help").stdout
+    assert run("--version").stdout == f"nvpflow {nvpflow.__version__} ({nvpflow.cpu_isa()})\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["paint"], ["fit", "data.npy"], ["sample", "model.safetensors"], ["fit", "a", "-o", "b", "--epochs", "x"]],
+)
+def test_wrong_usage_is_exit_code_2(run, arguments):
+    result = run(*arguments, fails=2)
+    assert result.stderr.startswith("usage: nvpflow")
+    assert "Traceback" not in result.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------- fit
+
+
+def test_fit_writes_the_model_that_python_would(run, folder, rows):
+    output = run("fit", "data.npy", "-o", "new.safetensors", *QUICK).stdout
+    assert "data: data.npy, 600 rows x 3 columns" in output
+    assert re.search(r"held-out log-likelihood: -\d+\.\d{4} nats per row", output)
+    assert "model written to new.safetensors" in output
+
+    expected = nvpflow.build(3, 2, (8,), standardize=True)
+    history = expected.fit(rows, epochs=2, num_threads=1)
+    assert nvpflow.load(folder / "new.safetensors") == expected
+    assert f"{-history.best_loss:.4f} nats" in output
+
+
+def test_fit_passes_every_option_on(run, folder, rows):
+    np.save(folder / "held_out.npy", rows[:100])
+    run(
+        *("fit", "data.npy", "-o", "new.safetensors", "--quiet", "--num-flows", 3, "--hidden-sizes", "7,5"),
+        *("--activation", "silu", "--scale-bound", 2, "--no-standardize", "--dtype", "float64", "--epochs", 3),
+        *("--batch-size", 100, "--learning-rate", 0.01, "--schedule", "constant", "--weight-decay", 0.1),
+        *("--clip-norm", 0.5, "--patience", 2, "--validation", "held_out.npy", "--seed", 5, "--threads", 1),
+        *("--checkpoint", "checkpoint"),
+    )
+    expected = nvpflow.build(3, 3, (7, 5), "silu", scale_bound=2, dtype="float64", seed=5)
+    expected.fit(
+        rows.astype(np.float64),
+        validation=rows[:100].astype(np.float64),
+        epochs=3,
+        batch_size=100,
+        learning_rate=0.01,
+        schedule="constant",
+        weight_decay=0.1,
+        clip_norm=0.5,
+        patience=2,
+        seed=5,
+    )
+    assert nvpflow.load(folder / "new.safetensors") == expected
+    assert (folder / "checkpoint").exists()
+
+
+def test_fit_without_hidden_layers_and_quiet(run, folder):
+    result = run("fit", "data.npy", "-o", "new.safetensors", "--quiet", *QUICK, "--hidden-sizes", "none")
+    assert result.stdout == result.stderr == ""
+    assert nvpflow.load(folder / "new.safetensors").spec.hidden_sizes == ()
+
+
+def test_fit_stops_in_time(run):
+    started = time.monotonic()
+    output = run("fit", "data.npy", "-o", "new.safetensors", *QUICK, "--epochs", 10_000_000, "--max-time", 0.5).stdout
+    assert time.monotonic() - started < 30
+    assert "stop reason: --max-time" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "epochs is 0, expected at least 1"),
+        (["--activation", "rulu"], "activation is 'rulu', expected one of relu,"),
+        (["--batch-size", "5000"], "batch_size"),
+        (["--validation", "1.5"], "validation is 1.5"),
+        (["--validation", "none.npy"], "none.npy: No such file or directory"),
+        (["--checkpoint", "no/where"], "no/where"),
+        (["--seed", "-1"], "seed is -1"),
+    ],
+)
+def test_fit_with_wrong_options_writes_nothing(run, folder, arguments, message):
+    assert message in error_of(run("fit", "data.npy", "-o", "new.safetensors", *QUICK, *arguments, fails=1))
+    assert not (folder / "new.safetensors").exists()
+
+
+def test_fit_counts_and_names_rows_that_are_not_finite(run, folder, rows):
+    damaged = rows.copy()
+    damaged[[3, 77], 1] = np.nan, np.inf
+    np.save(folder / "damaged.npy", damaged)
+    message = error_of(run("fit", "damaged.npy", "-o", "new.safetensors", *QUICK, fails=1))
+    assert "2 of 600 rows" in message
+    assert "77" in message
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_interrupted_fit_keeps_the_best_weights(folder):
+    arguments = ["fit", "data.npy", "-o", "new.safetensors", *QUICK, "--epochs", "100000000"]
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not process.stdout.readline().startswith("model:"):
+        assert process.poll() is None
+    time.sleep(1)  # some epochs
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors.splitlines() == [
+        "nvpflow: the best weights so far are in new.safetensors",
+        "nvpflow: interrupted",
+    ]
+    assert nvpflow.load(folder / "new.safetensors").spec.num_flows == 2
+
+
+def test_progress_bar_on_a_terminal(folder):
+    pytest.importorskip("tqdm")
+    pty = pytest.importorskip("pty")
+    terminal, stderr = pty.openpty()
+    process = subprocess.Popen(
+        [*COMMAND, "fit", "data.npy", "-o", "new.safetensors", *QUICK],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=stderr,
+    )
+    assert process.wait(timeout=60) == 0
+    os.close(stderr)
+    shown = os.read(terminal, 1 << 16).decode()
+    os.close(terminal)
+    assert "epoch 2/2: 100%" in shown
+    assert re.search(r"nll \d+\.\d+, validation \d+\.\d+, best \d+\.\d+ nats", shown)
+
+
+# ---------------------------------------------------------------------------------------------------------- tables
+
+
+def save_csv(path, rows, header=""):
+    np.savetxt(path, rows, delimiter=",", fmt="%.9g", header=header, comments="")
+
+
+def test_score_reads_every_kind_of_table(run, folder, rows, flow):
+    expected = flow.log_probability(rows)
+    save_csv(folder / "plain.csv", rows)
+    save_csv(folder / "header.csv", rows, header='"a, with comma",b,c')
+    np.save(folder / "fortran.npy", np.asfortranarray(rows))
+    np.save(folder / "wide.npy", rows.astype(np.float64))
+    (folder / "dos.csv").write_bytes(
+        b"\xef\xbb\xbf" + (folder / "plain.csv").read_bytes().replace(b"\n", b"\r\n") + b"\r\n"
+    )
+    for name in ("data.npy", "plain.csv", "header.csv", "fortran.npy", "wide.npy", "dos.csv"):
+        run("score", "model.safetensors", name, "-o", f"{name}.scores.npy")
+        scores = np.load(folder / f"{name}.scores.npy")
+        assert scores.dtype == np.float32
+        assert np.array_equal(scores, expected), name
+
+
+def test_score_reads_parquet(run, folder, rows, flow):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({name: rows[:, i] for i, name in enumerate("abc")}), folder / "data.parquet")
+    run("score", "model.safetensors", "data.parquet", "-o", "scores.npy")
+    assert np.array_equal(np.load(folder / "scores.npy"), flow.log_probability(rows))
+
+
+def test_score_writes_csv_that_reads_back_exactly(run, folder, rows, flow):
+    run("score", "model.safetensors", "data.npy", "-o", "scores.csv")
+    assert np.array_equal(np.loadtxt(folder / "scores.csv", dtype=np.float32), flow.log_probability(rows))
+
+
+def test_score_in_a_pipe(run, folder, rows, flow):
+    expected = flow.log_probability(rows)
+    save_csv(folder / "plain.csv", rows)
+    printed = run("score", "model.safetensors", "-", stdin=(folder / "plain.csv").read_text()).stdout
+    assert np.array_equal(np.array(printed.split(), dtype=np.float32), expected)
+    for name in ("data.npy", "plain.csv"):
+        data = (folder / name).read_bytes()
+        output = run("score", "model.safetensors", "-", "--format", "npy", stdin=data, text=False).stdout
+        (folder / "piped.npy").write_bytes(output)
+        assert np.array_equal(np.load(folder / "piped.npy"), expected)
+
+
+def test_blocks_join_to_the_whole(run, folder, flow):
+    """More rows than one block holds, so that every reader and writer goes round its loop."""
+    rows = np.random.default_rng(3).normal(size=(400_000, 3)).astype(np.float32)
+    np.save(folder / "large.npy", rows)
+    data = (folder / "large.npy").read_bytes()
+    output = run("score", "model.safetensors", "-", "--format", "npy", "--threads", 1, stdin=data, text=False).stdout
+    (folder / "scores.npy").write_bytes(output)
+    assert np.array_equal(np.load(folder / "scores.npy"), flow.log_probability(rows))
+
+
+def test_empty_tables(run, folder):
+    (folder / "header.csv").write_text("a,b,c\n")
+    np.save(folder / "none.npy", np.empty((0, 3)))
+    for name in ("header.csv", "none.npy"):
+        run("score", "model.safetensors", name, "-o", "scores.npy", "--force")
+        assert np.load(folder / "scores.npy").shape == (0,)
+        assert f"{name}: no rows" in error_of(run("fit", name, "-o", "new.safetensors", fails=1))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b,c\n1,2,3\n\n4,5\n", "bad.csv, line 4: 2 columns, expected 3 as in line 1"),
+        ("1,2,3\n4,5,6,7\n", "bad.csv, line 2: 4 columns, expected 3 as in line 1"),
+        ("1,2,3\n4,,6\n", "bad.csv, line 2, column 2: no value"),
+        ("a,b,c\n1,2,3\n4,5,six\n", "bad.csv, line 3, column 3 (c): 'six' is not a number"),
+        ("1,two,3\n", "bad.csv, line 1, column 2: 'two' is not a number"),
+        ("1,2\n3,4\n", "bad.csv: 2 columns, the model takes 3"),
+        ("", "bad.csv: empty"),
+    ],
+)
+def test_bad_csv_is_named_with_its_line(run, folder, text, message):
+    (folder / "bad.csv").write_text(text)
+    assert message in error_of(run("score", "model.safetensors", "bad.csv", "-o", "scores.npy", fails=1))
+    assert sorted(path.name for path in folder.iterdir()) == ["bad.csv", "data.npy", "model.safetensors"]
+
+
+def test_bad_npy(run, folder, rows):
+    np.save(folder / "complex.npy", rows.astype(complex))
+    np.save(folder / "object.npy", np.array([[1, "a", None]], dtype=object), allow_pickle=True)
+    np.save(folder / "vector.npy", rows[:, 0])
+    (folder / "short.npy").write_bytes((folder / "data.npy").read_bytes()[:-10])
+    (folder / "nothing.npy").touch()
+    for name, message in (
+        ("complex.npy", "dtype complex128, expected real numbers"),
+        ("object.npy", "not a readable .npy file"),
+        ("vector.npy", "shape (600,), expected two dimensions"),
+        ("short.npy", "not a readable .npy file"),
+        ("nothing.npy", "not a readable .npy file"),
+    ):
+        message = f"{name}: {message}"
+        assert message in error_of(run("score", "model.safetensors", name, "-o", "scores.npy", fails=1))
+    cut = (folder / "short.npy").read_bytes()
+    result = run("score", "model.safetensors", "-", "-o", "scores.npy", stdin=cut, text=False, fails=1)
+    assert b"standard input: ends early, after 599 of 600 rows" in result.stderr
+    assert not (folder / "scores.npy").exists()
+
+
+def test_paths_that_are_not_files(run, folder):
+    (folder / "sub").mkdir()
+    (folder / "data.txt").touch()
+    for arguments, message in (
+        (("score", "model.safetensors", "sub"), "sub is a directory"),
+        (("score", "model.safetensors", "none.npy"), "none.npy: No such file or directory"),
+        (("score", "model.safetensors", "data.txt"), "data.txt: unknown kind of table '.txt'"),
+        (("score", "model.safetensors", "data.npy", "-o", "sub"), "unknown kind of table ''"),
+        (("score", "model.safetensors", "data.npy", "-o", "sub", "--format", "npy"), "sub is a directory"),
+        (("score", "model.safetensors", "data.npy", "-o", "no/where.npy"), "no/where.npy: there is no folder"),
+        (("score", "sub", "data.npy"), "sub"),
+        (("score", "data.npy", "data.npy"), "not a safetensors file"),
+        (("fit", "sub", "-o", "new.safetensors"), "sub is a directory"),
+        (("fit", "data.npy", "-o", "sub"), "sub is a directory"),
+        (("info", "none.safetensors"), "No such file or directory"),
+    ):
+        assert message in error_of(run(*arguments, fails=1))
+
+
+# ---------------------------------------------------------------------------------------------------------- output
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["fit", "data.npy", "-o", "old.npy", *QUICK],
+        ["score", "model.safetensors", "data.npy", "-o", "old.npy"],
+        ["sample", "model.safetensors", "-n", "5", "-o", "old.npy"],
+    ],
+)
+def test_nothing_is_overwritten_without_force(run, folder, command):
+    (folder / "old.npy").write_text("precious")
+    assert "old.npy exists already (--force overwrites it)" in error_of(run(*command, fails=1))
+    assert (folder / "old.npy").read_text() == "precious"
+    run(*command, "--force")
+    assert b"precious" not in (folder / "old.npy").read_bytes()
+
+
+def test_failed_output_leaves_the_old_file(run, folder):
+    (folder / "scores.npy").write_text("precious")
+    (folder / "bad.csv").write_text("1,2,3\n" * 500_000 + "1,2\n")
+    run("score", "model.safetensors", "bad.csv", "-o", "scores.npy", "--force", fails=1)
+    assert (folder / "scores.npy").read_text() == "precious"
+    assert sorted(path.name for path in folder.iterdir()) == ["bad.csv", "data.npy", "model.safetensors", "scores.npy"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_full_disk(run):
+    message = error_of(run("score", "model.safetensors", "data.npy", "-o", "/dev/full", fails=1))
+    assert "No space left on device" in message
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
+def test_reader_that_goes_away_is_not_an_error_message(folder):
+    command = [*COMMAND, "sample", "model.safetensors", "-n", "3000000"]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 141
+
+
+# ---------------------------------------------------------------------------------------------------------- others
+
+
+def test_sample(run, folder, flow):
+    expected = flow.sample(1000, seed=7)
+    run("sample", "model.safetensors", "-n", 1000, "--seed", 7, "-o", "samples.npy")
+    assert np.array_equal(np.load(folder / "samples.npy"), expected)
+    text = run("sample", "model.safetensors", "-n", 3, "--seed", 7, "--start", 10).stdout
+    printed = np.array([line.split(",") for line in text.splitlines()], dtype=np.float32)
+    assert np.array_equal(printed, expected[10:13])
+    assert run("sample", "model.safetensors", "-n", 0).stdout == ""
+    assert "-n -1: expected at least 0" in error_of(run("sample", "model.safetensors", "-n", -1, fails=1))
+
+
+def test_sample_larger_than_a_block(run, folder, flow):
+    run("sample", "model.safetensors", "-n", 500_000, "-o", "samples.npy", "--threads", 1)
+    assert np.array_equal(np.load(folder / "samples.npy"), flow.sample(500_000, seed=0))
+
+
+def test_info(run, flow):
+    text = run("info", "model.safetensors").stdout
+    assert repr(flow) in text
+    assert re.search(r"flow_1_scale.kernel +float32 \[8, 1\]", text)
+    info = json.loads(run("info", "model.safetensors", "--json").stdout)
+    assert info["num_parameters"] == flow.num_parameters
+    assert info["tensors"] == {name: list(value.shape) for name, value in flow.parameters().items()}
+    assert nvpflow.FlowSpec.from_json(json.dumps(info["spec"])) == flow.spec
+
+
+def test_demo(run, folder):
+    quick = ("--epochs", 1, "--threads", 1)
+    output = run("demo", *quick).stdout
+    assert re.search(r"full-covariance Gaussian +-20\.\d+", output)
+    assert re.search(r"One row +\d+\.\d+ us", output)
+    results = folder / "nvpflow-demo"
+    assert nvpflow.load(results / "model.safetensors").spec.input_size == 6
+    assert np.load(results / "samples.npy").shape == (10_000, 6)
+    assert ("demo.png" in output) == (results / "demo.png").exists()
+
+    assert f"in nvpflow-demo-2{os.sep}" in run("demo", *quick).stdout
+    assert "--force overwrites it" in error_of(run("demo", *quick, "-o", "nvpflow-demo", fails=1))
+    run("demo", *quick, "-o", "nvpflow-demo", "--force")
+    run("demo", "--epochs", 0, fails=1)
+    assert not (folder / "nvpflow-demo-3").exists()
