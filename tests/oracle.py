@@ -461,6 +461,14 @@ def random_parameters(
     }
 
 
+def well_conditioned_scale(num_flows: int) -> float:
+    """The largest kernel_scale up to 1 at which K layers keep unit data of unit scale: K scale^2 <= 4.
+
+    Beyond it a flow amplifies rounding errors in any arithmetic; test_numbers.py measures by how much.
+    """
+    return min(1.0, 2.0 / math.sqrt(num_flows))
+
+
 def oracle_of(flow) -> OracleFlow:
     """The oracle with the layers of a built flow and the very values of its parameters."""
     spec = flow.spec

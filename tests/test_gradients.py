@@ -14,13 +14,14 @@ from oracle import (
     random_parameters,
     real_nvp,
     unit_data,
+    well_conditioned_scale,
 )
 
 # Central differences in float64 are good to about 1e-9 of the function's scale (oracle.finite_difference).
 FINITE_DIFFERENCE_BUDGET = 1e-8
 # |gradient - oracle| <= budget (1 + largest |oracle| of the tensor), element by element. Sums over rows cancel, so an
 # element's own size says nothing about the rounding that went into it.
-GRADIENT_BUDGET = {"float32": 2e-5, "float64": 1e-12}
+GRADIENT_BUDGET = {"float32": 1e-5, "float64": 2e-14}
 
 # (input_size, num_flows, hidden_sizes, standardize, scale_bound, rows)
 SHAPES = [
@@ -134,7 +135,15 @@ def test_nll_gradient_agrees_with_finite_differences(make_flow, activation) -> N
 def test_gradients_agree_with_the_oracle(make_flow, shape, activation, dtype) -> None:
     size, flows, hidden, standardize, bound, rows = shape
     flow, oracle = make_flow(
-        size, flows, hidden, activation, dtype=dtype, standardize=standardize, scale_bound=bound, seed=size
+        size,
+        flows,
+        hidden,
+        activation,
+        dtype=dtype,
+        standardize=standardize,
+        scale_bound=bound,
+        seed=size,
+        kernel_scale=well_conditioned_scale(flows),
     )
     x = _smooth_rows(oracle, rows, "forward", dtype, 5, activation)
     loss, flat = flow.nll_gradient(x)
@@ -237,7 +246,7 @@ def test_gradients_of_one_row_and_of_none(make_flow, dtype) -> None:
 def test_gradient_arguments_are_checked_and_named(make_flow) -> None:
     flow, _ = make_flow(5, 2, (6,))
     x = unit_data(8, 5, 20)
-    with pytest.raises(ValueError, match=r"grad_out.*\(7, 5\)"):
+    with pytest.raises(ValueError, match=r"grad_out.*\b7\b"):
         flow.vjp(x, x[:7])
     with pytest.raises(ValueError, match=r"grad_out.*\(8, 4\)"):
         flow.vjp(x, x[:, :4])

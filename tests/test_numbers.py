@@ -14,6 +14,7 @@ from oracle import (
     philox4x32,
     standard_normals,
     ulp_error,
+    unit_data,
 )
 
 DTYPES = ("float32", "float64")
@@ -96,8 +97,17 @@ def reference(activation: str, a: np.ndarray) -> np.ndarray:
 
 
 # Largest error in ulp over the arguments below, and the range they are taken from: beyond it the results are
-# subnormal, where an ulp is not a relative error any more.
-ULP_BOUNDS = {"relu": 0, "leaky_relu": 0.5, "elu": 2, "gelu": 2, "silu": 2, "tanh": 2, "sigmoid": 2, "softplus": 2}
+# subnormal, where an ulp is not a relative error any more. exp is the test of the scale below.
+ULP_BOUNDS = {
+    "relu": 0,
+    "leaky_relu": 0.5,
+    "elu": 1.5,
+    "gelu": 6,
+    "silu": 3.5,
+    "tanh": 2.5,
+    "sigmoid": 2.5,
+    "softplus": 3,
+}
 LOWEST = {"float32": -85.0, "float64": -700.0}
 
 
@@ -119,7 +129,7 @@ def test_the_log_scale_is_accurate_to_the_last_places(dtype) -> None:
     a = arguments(-30.0, 30.0, dtype)
     s, t = conditioner(probe((), "relu", dtype), a)
     assert_same_bits(t, a, "an affine network with weight 1")
-    assert np.max(ulp_error(s, np.tanh(a.astype(np.longdouble)))) <= 2
+    assert np.max(ulp_error(s, np.tanh(a.astype(np.longdouble)))) <= ULP_BOUNDS["tanh"]
 
 
 @needs_extended
@@ -135,9 +145,9 @@ def test_the_scale_is_accurate_to_the_last_places(dtype) -> None:
     s, _ = conditioner(flow, a)
     rows = np.stack([a, np.ones_like(a)], axis=1)
     z, log_det = flow.forward(rows)
-    assert_same_bits(log_det, s, "log_det of one transformed column")
-    assert np.max(ulp_error(z[:, 1], np.exp(s.astype(np.longdouble)))) <= 2
-    assert np.max(ulp_error(flow.inverse(rows)[:, 1], np.exp(-s.astype(np.longdouble)))) <= 2
+    np.testing.assert_array_equal(log_det, s)
+    assert np.max(ulp_error(z[:, 1], np.exp(s.astype(np.longdouble)))) <= 1.1
+    assert np.max(ulp_error(flow.inverse(rows)[:, 1], np.exp(-s.astype(np.longdouble)))) <= 1.1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -197,10 +207,11 @@ def identity(size: int, dtype: str):
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 17])
 @pytest.mark.parametrize("seed", [0, 7, 2**32, 2**64 - 1])
 def test_noise_is_box_muller_on_philox(size, seed, dtype) -> None:
-    for start in (0, 2**32 - 20, 2**63):
+    """Within 2.5 ulp of the exact value, so that backends which do the same are within a few ulp of each other."""
+    for start in (0, 2**32 - 20, 2**62):
         drawn = identity(size, dtype).sample(67, seed=seed, start=start)
         expected = standard_normals(seed, range(start, start + 67), size, dtype)
-        assert np.max(ulp_error(drawn, expected)) <= 2
+        assert np.max(ulp_error(drawn, expected)) <= 2.5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -251,3 +262,52 @@ def test_neighbouring_seeds_are_unrelated() -> None:
     draws = [identity(4, "float64").sample(20_000, seed=seed).ravel() for seed in (0, 1, 2, 2**32, 2**33)]
     correlation = np.corrcoef(draws) - np.eye(len(draws))
     assert np.max(np.abs(correlation)) < 5 / math.sqrt(draws[0].size)
+
+
+# ---------------------------------------------------------------------------------------------- round trips
+
+
+def round_trip_error(make_flow, num_flows: int, kernel_scale: float, dtype: str) -> float:
+    """Largest |inverse(forward(x)) - x| over rows of unit data and a few flows."""
+    largest = 0.0
+    for size, hidden, activation in (
+        (16, (64,), "relu"),
+        (6, (32, 32), "silu"),
+        (2, (16,), "tanh"),
+        (31, (64,), "gelu"),
+    ):
+        for seed in range(3):
+            flow, _ = make_flow(size, num_flows, hidden, activation, dtype=dtype, kernel_scale=kernel_scale, seed=seed)
+            x = unit_data(300, size, seed, dtype)
+            largest = max(largest, float(np.max(np.abs(flow.inverse(flow.forward(x)[0]) - x))))
+    return largest
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel_scale", [0.25, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("num_flows", [1, 2, 4, 8])
+def test_a_round_trip_is_bounded_by_depth_and_weights(make_flow, num_flows, kernel_scale, dtype) -> None:
+    """error <= 8 eps exp(K w^2), for K up to 8 layers with kernels N(0, w^2 / in), unit data and scale_bound 1.
+
+    Each layer multiplies what the rounding of the layers before it left behind; by how much depends on the size of its
+    weights. The 1e-5 that float32 promises for default models therefore holds while K w^2 <= 2.
+    """
+    bound = 8 * float(np.finfo(dtype).eps) * math.exp(num_flows * kernel_scale**2)
+    assert round_trip_error(make_flow, num_flows, kernel_scale, dtype) <= bound
+    if num_flows * kernel_scale**2 <= 2:
+        assert bound <= (1e-5 if dtype == "float32" else 1.4e-14)
+
+
+def test_where_float32_is_ill_conditioned_float64_is_clean(make_flow) -> None:
+    """Eight layers, w = 1: the loss in float32 is the flow's own conditioning, not the kernels'."""
+    single, double = (round_trip_error(make_flow, 8, 1.0, dtype) for dtype in DTYPES)
+    assert single > 1e-5
+    assert double < 2e-12
+
+    # The same loss in exact arithmetic: rounding z to float32 once moves the oracle's x about as far.
+    flow, oracle = make_flow(16, 8, (64,), "relu", dtype="float32", seed=1)
+    x = unit_data(300, 16, 1, "float32")
+    z, _ = oracle.forward(x)
+    of_the_flow = np.max(np.abs(flow.inverse(flow.forward(x)[0]) - x))
+    of_one_rounding = np.max(np.abs(oracle.inverse(z.astype(np.float32))[0] - x))
+    assert of_the_flow <= 20 * of_one_rounding

@@ -105,7 +105,7 @@ def test_python_runs_on_while_a_call_computes(make_flow, work) -> None:
     """A call that held the GIL would stop the counting thread from its first to its last moment."""
     flow, _ = make_flow(32, 8, (256, 256), "tanh", dtype="float64")
     flow.num_threads = 1
-    rows = 6000
+    rows = 20_000
     x = unit_data(rows, 32, 5)
     calls = {
         "forward": lambda: flow.forward(x),

@@ -335,6 +335,20 @@ NVPFLOW_INLINE Vec<T> product_error(Vec<T> a, Vec<T> b, Vec<T> h) {
   }
 }
 
+/// a b + c with about the error of one rounding also where there is no fused multiply-add: the parts of the noise, on
+/// which every instruction set has to agree to 2 ulp.
+template <class T>
+NVPFLOW_INLINE Vec<T> accurate_fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+  if constexpr (kHasFma) {
+    return fma(a, b, c);
+  } else {
+    const Vec<T> h = a * b;
+    const Vec<T> sum = h + c;
+    const Vec<T> t = sum - h;  // what the sum took of c (Knuth's two-sum)
+    return sum + (((h - (sum - t)) + (c - t)) + product_error<T>(a, b, h));
+  }
+}
+
 /// Upper tail Q(|x|) of the standard normal and exp(-x^2 / 2), by Mills' ratio in (|x| - 4) / (|x| + 4).
 template <class T>
 struct NormalTail {
@@ -390,7 +404,8 @@ NVPFLOW_INLINE Vec<T> log(Vec<T> x) {
   const Vec<T> s = f / (f + T(2));
   const Vec<T> w = s * s;
   // 2 atanh s = f - s (f - 2 w tail): the leading term is exact.
-  const Vec<T> low = fma(s, fma(w + w, NVPFLOW_COEFFICIENTS(T, kAtanhTail, w), -f), n * Simd<T>::kLn2Low);
+  const Vec<T> inner = accurate_fma<T>(w + w, NVPFLOW_COEFFICIENTS(T, kAtanhTail, w), -f);
+  const Vec<T> low = accurate_fma<T>(s, inner, n * Simd<T>::kLn2Low);
   return fma(n, set1(Simd<T>::kLn2High), f + low);
 }
 
@@ -398,14 +413,16 @@ NVPFLOW_INLINE Vec<T> log(Vec<T> x) {
 template <class T>
 NVPFLOW_INLINE Vec<T> sin_quarter(Vec<T> f) {
   constexpr T kHalfPi = static_cast<T>(1.57079632679489661923);
+  constexpr T kHalfPiLow = sizeof(T) == 4 ? T(-0x1.777a5cp-25) : T(0x1.1a62633145c07p-54);  // pi / 2 - kHalfPi
   const Vec<T> w = f * f;
-  return fma(f * w, NVPFLOW_COEFFICIENTS(T, kSinTail, w), f * kHalfPi);
+  const Vec<T> low = f * fma(w, NVPFLOW_COEFFICIENTS(T, kSinTail, w), set1(kHalfPiLow));
+  return accurate_fma<T>(f, set1(kHalfPi), low);
 }
 
 template <class T>
 NVPFLOW_INLINE Vec<T> cos_quarter(Vec<T> f) {
   const Vec<T> w = f * f;
-  return fma(w, NVPFLOW_COEFFICIENTS(T, kCosTail, w), set1(T(1)));
+  return accurate_fma<T>(w, NVPFLOW_COEFFICIENTS(T, kCosTail, w), set1(T(1)));
 }
 
 }  // namespace
