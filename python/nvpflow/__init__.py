@@ -10,7 +10,7 @@
 
 # Before everything else, so that a failure says what to do about it.
 try:
-    from nvpflow import _core  # noqa: F401
+    from nvpflow._core import FileFormatError, FlowSpec, TrainingError, __version__, cpu_isa
 except ImportError as error:
     raise ImportError(
         f"{error}\nnvpflow's compiled part cannot be imported. Is it not built? Run `pip install .` in the project's "
@@ -20,7 +20,6 @@ except ImportError as error:
     ) from error
 
 from nvpflow import functional
-from nvpflow._core import FileFormatError, FlowSpec, TrainingError, __version__, cpu_isa
 from nvpflow.flow import Flow, build, load
 from nvpflow.training import History
 
