@@ -1,16 +1,20 @@
 #include "parallel.hpp"
 
+#include <pthread.h>
+#include <signal.h>
+
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <exception>
-#include <string>
+#include <mutex>
+#include <system_error>
 #include <thread>
 
-#ifdef _OPENMP
+#ifdef NVPFLOW_OPENMP
 #include <omp.h>
-#include <pthread.h>
 #endif
 #ifdef __linux__
 #include <sched.h>
@@ -52,13 +56,177 @@ int count_threads() {
   return threads;
 }
 
-#ifdef _OPENMP
+/// One parallel_for under way: parts are claimed one by one, so that a thread that the system has put aside holds up at
+/// most the part it is in.
+class Job {
+ public:
+  Job(std::int64_t count, std::int64_t grain, int threads, void (*fn)(void*, std::int64_t, std::int64_t), void* context)
+      : count_(count), grain_(grain), units_((count + grain - 1) / grain), fn_(fn), context_(context) {
+    // A few parts a thread even out differences in speed between them.
+    parts_ = std::min<std::int64_t>(units_, threads > 1 ? std::int64_t{4} * threads : 1);
+  }
+
+  /// Works until no part is left to claim.
+  void work() {
+    for (std::int64_t part; (part = next_.fetch_add(1, std::memory_order_relaxed)) < parts_;) {
+      const std::int64_t begin = units_ * part / parts_ * grain_;
+      const std::int64_t end = std::min(count_, units_ * (part + 1) / parts_ * grain_);
+      try {
+        fn_(context_, begin, end);
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(failure_mutex_);
+        if (failure_ == nullptr || part < failed_part_) {
+          failed_part_ = part;
+          failure_ = std::current_exception();
+        }
+      }
+    }
+  }
+
+  void rethrow() const {
+    if (failure_ != nullptr) std::rethrow_exception(failure_);
+  }
+  std::int64_t parts() const { return parts_; }
+
+ private:
+  std::int64_t count_, grain_, units_, parts_;
+  void (*fn_)(void*, std::int64_t, std::int64_t);
+  void* context_;
+  std::atomic<std::int64_t> next_{0};
+  std::mutex failure_mutex_;
+  std::int64_t failed_part_ = 0;
+  std::exception_ptr failure_;
+};
+
+#ifdef NVPFLOW_OPENMP
+
 // GNU's runtime does not survive fork: the child inherits a team whose threads are gone and waits for them forever. The
 // child therefore stays serial.
 std::atomic<bool> forked{false};
 [[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 
-bool may_start_team() { return !forked.load(std::memory_order_relaxed) && omp_in_parallel() == 0; }
+void run(Job& job, int threads) {
+  if (forked.load(std::memory_order_relaxed) || omp_in_parallel() != 0) return job.work();
+#pragma omp parallel num_threads(threads)
+  job.work();
+}
+
+#else
+
+void pause_briefly() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+/// Waits until done(), a short while on the processor, so that the next of several jobs in a row finds everyone awake.
+template <class Done>
+bool spin_until(Done done) {
+  constexpr auto kSpin = std::chrono::microseconds(30);
+  const auto end = std::chrono::steady_clock::now() + kSpin;
+  do {
+    for (int i = 0; i < 32; ++i) {
+      if (done()) return true;
+      pause_briefly();
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  return false;
+}
+
+/// Worker threads of this process; started when first needed, asleep when idle, never joined. One job at a time:
+/// whoever comes while it runs works alone, so that neither threads nor waiting pile up.
+class Pool {
+ public:
+  /// False: the pool is taken; nothing was done.
+  bool run(Job& job, int threads) {
+    if (busy_.exchange(true, std::memory_order_acquire)) return false;
+    grow(threads - 1);
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      job_ = &job;
+      vacancies_ = threads - 1;
+    }
+    generation_.fetch_add(1);
+    if (asleep_.load() > 0) generation_.notify_all();
+    job.work();
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      job_ = nullptr;  // nobody joins any more
+    }
+    if (!spin_until([this] { return working_.load() == 0; })) {
+      for (int n; (n = working_.load()) != 0;) working_.wait(n);
+    }
+    busy_.store(false, std::memory_order_release);
+    return true;
+  }
+
+ private:
+  void grow(int workers) {
+    if (workers_ >= workers) return;
+    // Signals are the business of the program's own threads.
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    try {
+      for (; workers_ < workers; ++workers_) std::thread([this] { serve(); }).detach();
+    } catch (const std::system_error&) {
+      // No more threads to be had: the caller does the work with those there are.
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  }
+
+  [[noreturn]] void serve() {
+    for (int seen = 0;;) {
+      if (!spin_until([&] { return generation_.load() != seen; })) {
+        asleep_.fetch_add(1);
+        generation_.wait(seen);
+        asleep_.fetch_sub(1);
+      }
+      seen = generation_.load();
+      Job* job = nullptr;
+      {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (job_ == nullptr || vacancies_ == 0) continue;
+        job = job_;
+        --vacancies_;
+        working_.fetch_add(1);
+      }
+      job->work();
+      if (working_.fetch_sub(1) == 1) working_.notify_all();
+    }
+  }
+
+  std::atomic<bool> busy_{false};
+  int workers_ = 0;  // the holder of busy_ alone looks at it
+  std::mutex mutex_;
+  Job* job_ = nullptr;
+  int vacancies_ = 0;
+  std::atomic<int> generation_{0};
+  std::atomic<int> asleep_{0};
+  std::atomic<int> working_{0};
+};
+
+std::atomic<Pool*> the_pool{nullptr};
+// A child of fork has none of its parent's threads: it forgets the pool, whose locks may be held for ever, and makes
+// a new one when it needs it.
+[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr); });
+
+/// Never freed: workers may look at it until the process ends.
+Pool& pool() {
+  Pool* found = the_pool.load();
+  if (found != nullptr) return *found;
+  Pool* made = new Pool;
+  if (the_pool.compare_exchange_strong(found, made)) return *made;
+  delete made;
+  return *found;
+}
+
+void run(Job& job, int threads) {
+  if (!pool().run(job, threads)) job.work();
+}
+
 #endif
 
 }  // namespace
@@ -71,31 +239,10 @@ int available_threads() {
 void parallel_for(std::int64_t count, std::int64_t grain, int threads,
                   void (*fn)(void* context, std::int64_t begin, std::int64_t end), void* context) {
   if (count <= 0) return;
-  const std::int64_t units = (count + grain - 1) / grain;
-  const int parts = static_cast<int>(std::min<std::int64_t>(units, std::max(1, threads)));
-#ifdef _OPENMP
-  if (parts > 1 && may_start_team()) {
-    std::atomic<int> first_failed{parts};
-    std::exception_ptr failure;
-#pragma omp parallel for num_threads(parts) schedule(static, 1)
-    for (int part = 0; part < parts; ++part) {
-      const std::int64_t begin = units * part / parts * grain;
-      const std::int64_t end = std::min(count, units * (part + 1) / parts * grain);
-      try {
-        fn(context, begin, end);
-      } catch (...) {
-#pragma omp critical(nvpflow_failure)
-        if (part < first_failed.load()) {
-          first_failed.store(part);
-          failure = std::current_exception();
-        }
-      }
-    }
-    if (failure) std::rethrow_exception(failure);
-    return;
-  }
-#endif
-  fn(context, 0, count);
+  if (threads <= 1 || count <= grain) return fn(context, 0, count);
+  Job job(count, grain, threads, fn, context);
+  run(job, static_cast<int>(std::min<std::int64_t>(threads, job.parts())));
+  job.rethrow();
 }
 
 }  // namespace nvpflow

@@ -9,9 +9,10 @@ namespace nvpflow {
 int available_threads();
 
 /// Calls fn(context, begin, end) on consecutive parts of [0, count) that cover it exactly, each a multiple of `grain`
-/// but the last, and returns when all are done. One part, one thread, a nested call or a forked child: a plain call
-/// that never touches the threading runtime. An exception is carried to the caller (the first in order of the parts).
-/// Results must not depend on how the range is cut: the number of parts follows `threads`.
+/// but the last, on at most `threads` threads, and returns when all are done. One part or one thread: a plain call that
+/// never touches the threads. A call from inside another, or while another thread's is under way, works alone in its
+/// own thread. An exception is carried to the caller (the first in order of the parts). Results must not depend on how
+/// the range is cut.
 void parallel_for(std::int64_t count, std::int64_t grain, int threads,
                   void (*fn)(void* context, std::int64_t begin, std::int64_t end), void* context);
 

@@ -103,11 +103,11 @@ PyObject* log_probability(PyObject* self, PyObject* const* args, Py_ssize_t coun
 }
 
 /// The two members of out=(first, second).
-std::pair<PyObject*, PyObject*> out_pair(PyObject* out, const char* first, const char* second) {
+std::pair<PyObject*, PyObject*> out_pair(PyObject* out) {
   if (out == nullptr || out == Py_None) return {nullptr, nullptr};
   if (!PyTuple_Check(out) || PyTuple_GET_SIZE(out) != 2) {
-    PyErr_SetString(PyExc_TypeError, ("out is " + std::string(Py_TYPE(out)->tp_name) + ", expected a tuple (" + first +
-                                      ", " + second + ") of two arrays")
+    PyErr_SetString(PyExc_TypeError, ("out is " + std::string(Py_TYPE(out)->tp_name) +
+                                      ", expected a tuple of two arrays, the second for log_det")
                                          .c_str());
     throw py::error_already_set();
   }
@@ -116,8 +116,9 @@ std::pair<PyObject*, PyObject*> out_pair(PyObject* out, const char* first, const
 
 /// Both results of one direction, as a tuple.
 PyObject* transform_pair(const BoundFlow& flow, Direction direction, const InputArray& in, const char* in_name,
-                         PyObject* out, const char* first, const char* second) {
-  const auto [out_first, out_second] = out_pair(out, first, second);
+                         PyObject* out, const char* first) {
+  constexpr const char* second = "out[1] (log_det)";
+  const auto [out_first, out_second] = out_pair(out);
   OutputArray value = output_array(out_first, first, flow.dtype, in.rows, flow.features, in.single);
   OutputArray log_det = output_array(out_second, second, flow.dtype, in.rows, 0, in.single);
   refuse_overlap(value, first, in, in_name, in.rows * flow.row_bytes());
@@ -139,7 +140,7 @@ PyObject* forward(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObj
     const BoundFlow& flow = bound(self);
     const Arguments given("forward", 1, {names().x, names().out}, args, count, keywords);
     const InputArray x = input_rows(given[0], "x", flow.dtype, flow.features);
-    return transform_pair(flow, Direction::forward, x, "x", given[1], "z", "log_det");
+    return transform_pair(flow, Direction::forward, x, "x", given[1], "out[0] (z)");
   });
 }
 
@@ -150,7 +151,7 @@ PyObject* inverse(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObj
     const InputArray z = input_rows(given[0], "z", flow.dtype, flow.features);
     const int with_log_det = given[1] == nullptr ? 0 : PyObject_IsTrue(given[1]);
     if (with_log_det < 0) throw py::error_already_set();
-    if (with_log_det != 0) return transform_pair(flow, Direction::inverse, z, "z", given[2], "x", "log_det");
+    if (with_log_det != 0) return transform_pair(flow, Direction::inverse, z, "z", given[2], "out[0] (x)");
     OutputArray out = output_array(given[2], "out", flow.dtype, z.rows, flow.features, z.single);
     refuse_overlap(out, "out", z, "z", z.rows * flow.row_bytes());
     run_released(flow, z.rows, [&] {
