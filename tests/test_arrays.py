@@ -477,6 +477,7 @@ def test_resident_memory_does_not_grow(run_python) -> None:
         """
 import numpy as np, nvpflow
 flow = nvpflow.build(input_size=32, num_flows=2, hidden_sizes=(64,))
+flow.num_threads = 1
 x = np.ones((4096, 32), np.float32)
 def resident():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1])

@@ -35,7 +35,7 @@ print(json.dumps({"peak": status("VmHWM") - before, "parameters": 4 * flow.num_p
 """
 
 MIB = 2**20
-SIZE, HIDDEN = 16, 256
+SIZE, HIDDEN = 16, 64
 
 
 def measure(run_python, flows: int, rows: int, what: str, threads: int = 2) -> tuple[int, int]:
