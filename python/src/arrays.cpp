@@ -95,7 +95,8 @@ void check_given(PyArrayObject* array, const char* name, DType dtype, int dims, 
     raise(PyExc_ValueError,
           std::string(name) + " has shape " + shape_text(array) + ", expected " + expected + (dims == 1 ? ",)" : ")"));
   }
-  if (!PyArray_IS_C_CONTIGUOUS(array) || !PyArray_ISALIGNED(array)) {
+  if (!PyArray_ISALIGNED(array)) raise(PyExc_ValueError, std::string(name) + " is not aligned to its elements' size");
+  if (!PyArray_IS_C_CONTIGUOUS(array)) {
     raise(PyExc_ValueError, std::string(name) +
                                 " is not C-contiguous; results are written in place only into a "
                                 "C-contiguous array");

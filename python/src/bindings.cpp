@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <new>
 #include <sstream>
 
@@ -96,6 +97,12 @@ std::string spec_repr(const FlowSpec& spec) {
   return text.str();
 }
 
+FlowSpec spec_from_text(const std::string& text) {
+  FlowSpec spec = spec_from_json(text);
+  spec.validate();
+  return spec;
+}
+
 void bind_spec(py::module_& module) {
   py::class_<FlowSpec>(module, "FlowSpec", "What a flow is: sizes, layers and dtype; immutable.")
       .def(py::init([](std::int64_t input_size, std::int64_t num_flows, std::vector<std::int64_t> hidden_sizes,
@@ -116,16 +123,12 @@ void bind_spec(py::module_& module) {
       .def_property_readonly("standardize", &has_standardize)
       .def_property_readonly("dtype", [](const FlowSpec& s) { return std::string(name_of(s.dtype)); })
       .def("to_json", &spec_to_json)
-      .def_static("from_json",
-                  [](const std::string& text) {
-                    FlowSpec spec = spec_from_json(text);
-                    spec.validate();
-                    return spec;
-                  })
+      .def_static("from_json", &spec_from_text)
       .def("__eq__", [](const FlowSpec& a,
                         const py::object& b) { return py::isinstance<FlowSpec>(b) && a == b.cast<const FlowSpec&>(); })
       .def("__hash__", [](const FlowSpec& s) { return py::hash(py::str(spec_to_json(s))); })
-      .def("__repr__", &spec_repr);
+      .def("__repr__", &spec_repr)
+      .def(py::pickle([](const FlowSpec& s) { return spec_to_json(s); }, &spec_from_text));
 }
 
 // ---- Flow --------------------------------------------------------------------------------------------------------
@@ -345,6 +348,19 @@ py::dict fit_flow(BoundFlow& self, const py::object& x, const py::object& valida
                   "validation_rows"_a = history.validation_rows);
 }
 
+/// Any integer that fits an int; set_num_threads knows the range.
+int thread_count(const py::object& value) {
+  if (PyBool_Check(value.ptr()) || !PyIndex_Check(value.ptr())) {
+    throw py::type_error("num_threads is " + std::string(Py_TYPE(value.ptr())->tp_name) + ", expected an integer");
+  }
+  const Py_ssize_t threads = PyNumber_AsSsize_t(value.ptr(), nullptr);  // null: too large ones are clipped
+  if (threads == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  if (threads < 0 || threads > std::numeric_limits<int>::max()) {
+    throw py::value_error("num_threads is " + py::str(value).cast<std::string>() + ", expected 0 (automatic) to 4096");
+  }
+  return static_cast<int>(threads);
+}
+
 void bind_flow(py::module_& module) {
   py::class_<BoundFlow> type(module, "Flow", "The compiled part of nvpflow.Flow.");
   type.def(py::init<const FlowSpec&, std::uint64_t>(), py::arg("spec"), py::arg("seed") = 0)
@@ -352,7 +368,7 @@ void bind_flow(py::module_& module) {
       .def_property_readonly("num_parameters", [](const BoundFlow& f) { return f.flow.num_parameters(); })
       .def_property(
           "num_threads", [](const BoundFlow& f) { return f.flow.num_threads(); },
-          [](BoundFlow& f, int threads) { f.flow.set_num_threads(threads); },
+          [](BoundFlow& f, const py::object& threads) { f.flow.set_num_threads(thread_count(threads)); },
           "Threads of a batch call; 0: as many as this process may use. Small batches use fewer.")
       .def("nll", &nll, py::arg("x"), "Mean negative log-likelihood of x [B, D], nats, summed in float64.")
       .def("nll_gradient", &nll_gradient, py::arg("x"),
