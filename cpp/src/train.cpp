@@ -30,6 +30,8 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 
 /// Arithmetic between two looks at the observer: well under a second on one core.
 constexpr double kSliceFlops = 8e9;
+/// Training rows that epochs are compared by where there is no validation data.
+constexpr std::int64_t kSelectionRows = 1 << 16;
 
 double flops_per_row(const ParamLayout& layout) {
   double flops = 0;
@@ -255,10 +257,11 @@ class Trainer {
       if (!observer_.on_progress(record.epoch, step + 1, steps_)) return interrupt();
     }
     record.train_loss = -sum / static_cast<double>(rows_.train());
-    record.validation_loss = validation_loss(record.epoch);
+    const double loss = selection_loss(record.epoch);
     if (history_.stop_reason == "interrupted") return;
+    record.validation_loss = history_.validation_rows > 0 ? loss : std::numeric_limits<double>::quiet_NaN();
     record.seconds = seconds_since(start);
-    finish_epoch(record);
+    finish_epoch(record, loss);
   }
 
   void interrupt() { history_.stop_reason = "interrupted"; }
@@ -321,9 +324,10 @@ class Trainer {
                                            "; try a lower learning_rate, clip_norm or a standardize layer");
   }
 
-  double validation_loss(std::int64_t epoch) {
-    const std::int64_t rows = history_.validation_rows;
-    if (rows == 0) return std::numeric_limits<double>::quiet_NaN();
+  /// Mean NLL of `rows` rows that row_of names by their place in x, or in the validation array where there is one.
+  template <class RowOf>
+  double mean_nll(std::int64_t epoch, std::int64_t rows, RowOf row_of) {
+    const std::span<const T> from = has_array() ? validation_ : x_;
     double sum = 0;
     for (std::int64_t done = 0; done < rows; done += slice_) {
       if (!observer_.on_progress(epoch, steps_, steps_)) {
@@ -331,19 +335,26 @@ class Trainer {
         return 0;
       }
       const std::int64_t here = std::min(slice_, rows - done);
-      if (has_array()) {
-        sum += backend_->sum_log_prob(validation_.data() + done * features_, nullptr, here, threads_);
-      } else {
-        indices(done, here, [&](std::int64_t i) { return rows_.held_out_row(i); });
-        sum += backend_->sum_log_prob(x_.data(), index_.data(), here, threads_);
-      }
+      indices(done, here, row_of);
+      sum += backend_->sum_log_prob(from.data(), index_.data(), here, threads_);
     }
     return -sum / static_cast<double>(rows);
   }
 
-  void finish_epoch(const EpochRecord& record) {
+  /// What epochs are compared by: the validation loss; without validation data the loss of the same training rows each
+  /// time. (The epoch's own mean will not do: it is that of the weights before each step, not of those at the end.)
+  double selection_loss(std::int64_t epoch) {
+    if (has_array()) return mean_nll(epoch, validation_rows(), [](std::int64_t i) { return i; });
+    if (rows_.held_out() > 0) {
+      return mean_nll(epoch, rows_.held_out(), [&](std::int64_t i) { return rows_.held_out_row(i); });
+    }
+    const Permutation order = rows_.order(0);
+    return mean_nll(epoch, std::min(rows_.train(), kSelectionRows),
+                    [&](std::int64_t i) { return rows_.train_row(order(static_cast<std::uint64_t>(i))); });
+  }
+
+  void finish_epoch(const EpochRecord& record, double loss) {
     history_.epochs.push_back(record);
-    const double loss = history_.validation_rows > 0 ? record.validation_loss : record.train_loss;
     if (loss < history_.best_loss) {
       history_.best_loss = loss;
       history_.best_epoch = record.epoch;

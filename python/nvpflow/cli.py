@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 Ctrl-C, 
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -16,7 +17,9 @@ import nvpflow
 from nvpflow import data_io
 
 # Errors that the user can act on. Anything else is a bug of ours and keeps its traceback.
-_EXPECTED_ERRORS = (OSError, ValueError, MemoryError, ImportError, nvpflow.TrainingError)
+_EXPECTED_ERRORS = (OSError, ValueError, MemoryError, ImportError, RuntimeError, nvpflow.TrainingError)
+
+_SECONDS_BETWEEN_LINES = 10.0
 
 _TABLES = "a .npy (memory-mapped), .csv (header or not) or .parquet (needs pyarrow) file, or - for CSV or .npy on stdin"
 
@@ -197,15 +200,21 @@ def _run_fit(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace, flow: nvpflow.Flow, rows: Any, validation: Any) -> nvpflow.History:
-    started = time.monotonic()
+    started = reported = time.monotonic()
+    # The progress bar is for terminals; a log gets a line now and then.
+    log = not arguments.quiet and not sys.stderr.isatty()
     epochs_done = 0
     out_of_time = False
 
     def after_epoch(record: Any) -> bool:
-        nonlocal epochs_done, out_of_time
+        nonlocal epochs_done, out_of_time, reported
         epochs_done += 1
+        now = time.monotonic()
+        if log and now - reported >= _SECONDS_BETWEEN_LINES:
+            reported = now
+            print(_epoch_line(record, arguments.epochs, now - started), file=sys.stderr, flush=True)
         if arguments.max_time is not None:
-            out_of_time = time.monotonic() - started + record["seconds"] > arguments.max_time
+            out_of_time = now - started + record["seconds"] > arguments.max_time
         return not out_of_time
 
     try:
@@ -231,6 +240,13 @@ def _train(arguments: argparse.Namespace, flow: nvpflow.Flow, rows: Any, validat
             print(f"nvpflow: the best weights so far are in {arguments.output}", file=sys.stderr)
         raise
     return replace(history, stop_reason="--max-time") if out_of_time else history
+
+
+def _epoch_line(record: Any, epochs: int, seconds: float) -> str:
+    line = f"epoch {record['epoch']}/{epochs}, {seconds:.0f} s: training nll {record['train_loss']:.4f}"
+    if math.isnan(record["validation_loss"]):
+        return line
+    return f"{line}, validation nll {record['validation_loss']:.4f}"
 
 
 def _read(source: str, dtype: str, columns: int | None = None) -> Any:

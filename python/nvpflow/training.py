@@ -41,7 +41,7 @@ class History:
     best_epoch
         The epoch whose weights the flow now has; 0 for the weights it started from.
     best_loss
-        Its validation loss, or training loss without validation data.
+        Its validation loss; without validation data, the loss of up to 65,536 training rows after the epoch.
     stop_reason
         "epochs", "patience" or "callback".
     train_rows, validation_rows
@@ -162,10 +162,11 @@ class _Bar:
 
     def on_epoch(self, record: EpochRecord) -> None:
         train, validation = record["train_loss"], record["validation_loss"]
-        validated = not math.isnan(validation)
-        self._best = min(self._best, validation if validated else train)
-        shown = f"nll {train:.4f}, " + (f"validation {validation:.4f}, " if validated else "")
-        self._bar.set_postfix_str(f"{shown}best {self._best:.4f} nats", refresh=False)
+        shown = f"nll {train:.4f}"
+        if not math.isnan(validation):
+            self._best = min(self._best, validation)
+            shown += f", validation {validation:.4f}, best {self._best:.4f}"
+        self._bar.set_postfix_str(f"{shown} nats", refresh=False)
         self._bar.set_description(f"epoch {record['epoch']}/{self._epochs}", refresh=False)
         self._bar.n = record["epoch"] * self._steps
 

@@ -50,7 +50,7 @@ struct EpochRecord {
 struct History {
   std::vector<EpochRecord> epochs;
   std::int64_t best_epoch = 0;  // whose weights the flow holds now; 0: the initial ones
-  double best_loss = 0;         // its validation loss, or train loss without validation data
+  double best_loss = 0;         // its validation loss; without validation data, of up to 65,536 training rows
   std::string stop_reason;      // "epochs", "patience", "callback" or "interrupted"
   std::int64_t train_rows = 0;
   std::int64_t validation_rows = 0;
@@ -79,8 +79,8 @@ class FitObserver {
 ///
 /// Rows are visited in a new order each epoch, given by `seed` alone; the same data, options and seed give the same
 /// weights bit for bit on one instruction set, for any number of threads, also across a stop and a resume from a
-/// checkpoint. The flow ends with the weights of the best epoch (validation loss, or train loss without validation
-/// data).
+/// checkpoint. The flow ends with the weights of the epoch with the lowest validation loss, or, without validation
+/// data, the lowest loss of up to 65,536 training rows.
 ///
 /// Throws Error(invalid_argument) for data or options that cannot be used (rows with NaN or inf are counted and named),
 /// Error(not_finite), naming the step, where the loss or gradient stops being finite; the flow then holds the best
