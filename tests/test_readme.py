@@ -5,9 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import nvpflow
+import pytest
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -46,6 +45,8 @@ def test_signature_of_build_is_the_one_documented():
 
 @pytest.mark.parametrize("command", ["fit", "score", "sample", "info", "demo"])
 def test_documented_commands_exist(command):
-    done = subprocess.run([sys.executable, "-m", "nvpflow", command, "--help"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "nvpflow", command, "--help"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert f"nvpflow {command}" in README.read_text(encoding="utf-8")

@@ -26,8 +26,8 @@ _TABLES = "a .npy (memory-mapped), .csv (header or not) or .parquet (needs pyarr
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    arguments = _parser().parse_args(argv)
     try:
+        arguments = _parser().parse_args(argv)
         arguments.run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
