@@ -464,11 +464,11 @@ def random_parameters(
 
 
 def well_conditioned_scale(num_flows: int) -> float:
-    """The largest kernel_scale up to 1 at which K layers keep unit data of unit scale: K scale^2 <= 4.
+    """The largest kernel_scale w up to 1 at which K layers do not amplify rounding beyond the budgets: K w^2 <= 2.
 
-    Beyond it a flow amplifies rounding errors in any arithmetic; test_numbers.py measures by how much.
+    Beyond it a flow of random weights is ill-conditioned in any arithmetic; test_numbers.py measures by how much.
     """
-    return min(1.0, 2.0 / math.sqrt(num_flows))
+    return min(1.0, math.sqrt(2.0 / num_flows))
 
 
 def oracle_of(flow) -> OracleFlow:

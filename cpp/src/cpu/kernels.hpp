@@ -3,6 +3,7 @@
 // standard library header that could emit one.
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
 
 namespace nvpflow::cpu {
