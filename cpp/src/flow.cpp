@@ -32,6 +32,8 @@ struct Named {
   const char* name;
   Span span;
 };
+template <class Span>
+Named(const char*, Span) -> Named<Span>;  // clang before 17 does not deduce it for aggregates
 
 template <class A, class B>
 void refuse_overlap(const Named<A>& a, const Named<B>& b) {

@@ -72,6 +72,24 @@ NVPFLOW_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 NVPFLOW_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 template <class T>
+NVPFLOW_INLINE int64_t padded(int64_t n) {
+  return round_up(n, kLanes<T>);
+}
+
+/// Hands out consecutive parts of one piece of memory; without memory it only counts them.
+template <class T>
+struct Carver {
+  T* base;
+  int64_t used = 0;
+
+  T* take(int64_t count) {
+    T* part = base == nullptr ? nullptr : base + used;
+    used += count;
+    return part;
+  }
+};
+
+template <class T>
 struct DenseView {
   const T* weights;  // packed blocks
   const T* bias;     // null: zero

@@ -58,23 +58,21 @@ NVPFLOW_INLINE Vec<T> activation_derivative(Act act, Vec<T> value, Vec<T> argume
 //   per standardize   output [D]; sums over the tile's rows of the gradients of mean and log_std, [2 D] numbers
 
 template <class T>
-NVPFLOW_INLINE int64_t padded(int64_t n) {
-  return round_up(n, kLanes<T>);
-}
-
-template <class T>
 struct FixedTape {
   T *state, *partial, *log_prob, *buffer0, *buffer1, *cotangent, *log_det_cotangent, *layers;
+  int64_t size;  // elements before `layers`
 
   FixedTape(const Program<T>& p, T* tape, int64_t rows) {
-    state = tape;
-    partial = state + p.input_size * rows;
-    log_prob = partial + kLanes<T> * rows;
-    buffer0 = log_prob + rows;
-    buffer1 = buffer0 + padded<T>(p.max_width) * rows;
-    cotangent = buffer1 + padded<T>(p.max_width) * rows;
-    log_det_cotangent = cotangent + p.input_size * rows;
-    layers = log_det_cotangent + rows;
+    Carver<T> carver{tape};
+    state = carver.take(p.input_size * rows);
+    partial = carver.take(kLanes<T> * rows);
+    log_prob = carver.take(rows);
+    buffer0 = carver.take(padded<T>(p.max_width) * rows);
+    buffer1 = carver.take(padded<T>(p.max_width) * rows);
+    cotangent = carver.take(p.input_size * rows);
+    log_det_cotangent = carver.take(rows);
+    layers = carver.take(0);
+    size = carver.used;
   }
 };
 
@@ -94,7 +92,7 @@ int64_t layer_tape(const Program<T>& program, const Layer<T>& layer, int64_t row
 template <class T>
 int64_t tape_size(const Program<T>& program) {
   const int64_t rows = program.gradient_rows;
-  int64_t n = FixedTape<T>(program, nullptr, rows).layers - static_cast<T*>(nullptr);
+  int64_t n = FixedTape<T>(program, nullptr, rows).size;
   for (int64_t k = 0; k < program.num_layers; ++k) n += layer_tape(program, program.layers[k], rows);
   return n;
 }

@@ -15,21 +15,23 @@ namespace {
 template <class T>
 struct TransformScratch {
   T *state, *partial, *buffer0, *buffer1, *poison, *log_det;
+  int64_t size;
 
   TransformScratch(const Program<T>& p, T* scratch, int64_t rows) {
-    state = scratch;
-    partial = state + padded<T>(p.input_size) * rows;
-    buffer0 = partial + kLanes<T> * rows;
-    buffer1 = buffer0 + padded<T>(p.max_width) * rows;
-    poison = buffer1 + padded<T>(p.max_width) * rows;
-    log_det = poison + rows;
+    Carver<T> carver{scratch};
+    state = carver.take(padded<T>(p.input_size) * rows);
+    partial = carver.take(kLanes<T> * rows);
+    buffer0 = carver.take(padded<T>(p.max_width) * rows);
+    buffer1 = carver.take(padded<T>(p.max_width) * rows);
+    poison = carver.take(rows);
+    log_det = carver.take(rows);
+    size = carver.used;
   }
 };
 
 template <class T>
 int64_t transform_scratch(const Program<T>& program) {
-  const TransformScratch<T> end(program, nullptr, program.tile_rows);
-  return (end.log_det - static_cast<T*>(nullptr)) + program.tile_rows;
+  return TransformScratch<T>(program, nullptr, program.tile_rows).size;
 }
 
 template <class T>
