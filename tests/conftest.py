@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-GOLDEN = TESTS / "data"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

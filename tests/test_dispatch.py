@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import nvpflow
 import pytest
 from nvpflow import _core
-from oracle import BUDGET, oracle_of, unit_data
+from oracle import ulp_error
 
 _SCORE = """
 import sys
@@ -90,8 +91,19 @@ def test_the_empty_value_is_no_wish(run_python) -> None:
     assert output.strip() == _core.cpu_isas_available()[0]
 
 
-def test_the_chosen_one_agrees_with_the_oracle(make_flow) -> None:
-    flow, _ = make_flow(11, 3, (37,), "silu", dtype="float32")
-    x = unit_data(100, 11, 3, "float32")
-    expected = oracle_of(flow).log_prob(x)
-    assert abs(flow.log_prob(x) - expected).max() <= BUDGET["float32"] * (1 + abs(expected)).min()
+def test_normals_agree_between_instruction_sets(run_python, tmp_path) -> None:
+    """The same seed and row give the same noise to 2 ulp: what a flow of zeros samples is its noise."""
+    script = """
+import sys
+import numpy as np, nvpflow
+for dtype in ("float32", "float64"):
+    flow = nvpflow.build(5, 1, (), dtype=dtype)
+    flow.set_parameters({name: np.zeros_like(value) for name, value in flow.parameters().items()})
+    np.save(f"{sys.argv[1]}_{dtype}.npy", flow.sample(100_000, seed=3))
+"""
+    for isa in _core.cpu_isas_available():
+        run_python(script, tmp_path / isa, env={"NVPFLOW_ISA": isa})
+    for dtype in ("float32", "float64"):
+        first, *others = (np.load(tmp_path / f"{isa}_{dtype}.npy") for isa in _core.cpu_isas_available())
+        for other in others:
+            assert np.max(ulp_error(first, other)) <= 2

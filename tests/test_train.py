@@ -7,11 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import nvpflow
 import pytest
-from conftest import TESTS
 from oracle import AdamW, assert_same_bits, clip_to_norm, oracle_of, unit_data
 
 SIZE = 5
@@ -470,7 +470,7 @@ except KeyboardInterrupt:
 @pytest.mark.parametrize(("rows", "wait_for"), [(400_000, "started"), (4_000, "epoch")], ids=["first epoch", "later"])
 def test_ctrl_c_stops_within_a_second_and_keeps_the_best_weights(rows, wait_for) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", _LONG_FIT, str(rows)], stdout=subprocess.PIPE, text=True, cwd=TESTS
+        [sys.executable, "-c", _LONG_FIT, str(rows)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent
     )
     try:
         for line in process.stdout:
