@@ -144,22 +144,24 @@ def test_python_runs_on_while_a_call_computes(make_flow, work) -> None:
 
 
 def test_python_runs_on_while_a_flow_is_fitted(make_flow) -> None:
-    flow, _ = make_flow(16, 4, (64,), "tanh", dtype="float32")
+    flow, _ = make_flow(16, 4, (128, 128), "tanh", dtype="float32")
     x = unit_data(20_000, 16, 6, "float32")
     counted = 0
     fitted = threading.Event()
 
     def train() -> None:
-        flow.fit(x, epochs=2, progress=False)
+        flow.fit(x, epochs=5, progress=False)
         fitted.set()
 
     trainer = threading.Thread(target=train)
+    start = time.monotonic()
     trainer.start()
     while not fitted.is_set() and trainer.is_alive():
         counted += 1
         time.sleep(0.002)
     trainer.join()
     assert fitted.is_set()
+    assert time.monotonic() - start > 0.1, "too short a fit to tell"
     assert counted > 10
 
 
