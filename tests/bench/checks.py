@@ -1,0 +1,106 @@
+"""A contender is checked before it is timed: what is fast and wrong is no contender."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import numpy as np
+from configurations import CONFIGURATIONS, data, reference
+from peers import LEARNING_RATE, Peer
+from timing import Call
+
+ROWS = 64
+LIMIT = 1e-4  # relative to max(1, |value|)
+LOG_2_PI = math.log(2 * math.pi)
+
+
+class WrongResultError(ArithmeticError):
+    """A contender's results are off by more than LIMIT."""
+
+
+def error(actual: Any, expected: Any) -> float:
+    """The largest |actual - expected| / max(1, |expected|) over arrays or tuples of them; NaN counts as infinite."""
+    if not isinstance(expected, tuple):
+        actual, expected = (actual,), (expected,)
+    worst = 0.0
+    for got, wanted in zip(actual, expected, strict=True):
+        got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
+        if got.shape != wanted.shape:
+            raise WrongResultError(f"shape {got.shape}, expected {wanted.shape}")
+        difference = np.abs(got - wanted) / np.maximum(1.0, np.abs(wanted))
+        worst = max(worst, float(np.max(np.where(np.isnan(difference), np.inf, difference))))
+    return worst
+
+
+def _first_rows(results: Any) -> Any:
+    return tuple(map(_first_rows, results)) if isinstance(results, tuple) else results[:ROWS]
+
+
+@cache
+def oracle_losses(configuration_name: str, batch: int, steps: int = 3) -> tuple[float, ...]:
+    """The loss before each of the first Adam steps on one batch, in float64."""
+    configuration = CONFIGURATIONS[configuration_name]
+    oracle, x = reference(configuration), data(configuration, batch)
+    first = {name: np.zeros_like(value) for name, value in oracle.parameters.items()}
+    second = {name: np.zeros_like(value) for name, value in oracle.parameters.items()}
+    losses = []
+    for step in range(1, steps + 1):
+        loss, gradients = oracle.nll_gradient(x)
+        losses.append(loss)
+        for name, gradient in gradients.items():
+            first[name] = 0.9 * first[name] + 0.1 * gradient
+            second[name] = 0.999 * second[name] + 0.001 * gradient**2
+            corrected = np.sqrt(second[name] / (1 - 0.999**step)) + 1e-8
+            oracle.parameters[name] = (
+                oracle.parameters[name] - LEARNING_RATE * first[name] / (1 - 0.9**step) / corrected
+            )
+    return tuple(losses)
+
+
+def _expected(peer: Peer, configuration_name: str, op: str, x: np.ndarray) -> tuple[str, Any]:
+    """What to compare with, in words and numbers; None where only a round trip is left."""
+    rows = x[:ROWS]
+    if peer.other_maths:
+        return "its own float64", peer.reference(op, rows)
+    oracle = reference(CONFIGURATIONS[configuration_name])
+    return "oracle", {"log_prob": oracle.log_prob, "forward": oracle.forward, "inverse": oracle.inverse}[op](rows)
+
+
+def _round_trip_error(peer: Peer, op: str, x: np.ndarray, results: Any) -> float:
+    """inverse(forward(x)) against x, and log_prob against the density of forward's latents."""
+    if op == "inverse":
+        return error(_first_rows(peer.function("forward", x)(results)[0]), _first_rows(x))
+    z, log_det = (np.asarray(part, np.float64) for part in peer.function("forward", x)(x))
+    if op == "forward":
+        return error(_first_rows(peer.function("inverse", x)(results[0])), _first_rows(x))
+    log_normal = -0.5 * (x.shape[1] * LOG_2_PI + np.sum(z * z, axis=1))
+    return error(_first_rows(results), _first_rows(log_normal + log_det))
+
+
+def _training_error(peer: Peer, configuration_name: str, x: np.ndarray, losses: list[float]) -> tuple[str, float]:
+    if not peer.other_maths:
+        return "oracle, three steps", error(losses, oracle_losses(configuration_name, len(x)))
+    rows = data(CONFIGURATIONS[configuration_name], len(x))
+    return "its own float64, first loss", error(losses[:1], [-np.mean(peer.reference("log_prob", rows))])
+
+
+def check(peer: Peer, configuration_name: str, op: str, x: np.ndarray, timed: Any) -> dict:
+    """Run what will be timed once and compare its first rows; raises WrongResultError."""
+    results = timed.result()
+    if op == "train":
+        against, worst = _training_error(peer, configuration_name, x, results)
+    else:
+        if isinstance(timed, Call):
+            results = tuple(np.array(r) for r in results) if op == "forward" else np.array(results)
+        against, expected = _expected(peer, configuration_name, op, x)
+        if op == "inverse" and not peer.other_maths:
+            expected = expected[0]
+        if expected is None:
+            against, worst = "round trip", _round_trip_error(peer, op, x, results)
+        else:
+            worst = error(_first_rows(results), expected)
+    if not worst <= LIMIT:
+        raise WrongResultError(f"error {worst:.2g} against {against}, the limit is {LIMIT:.0e}")
+    return {"against": against, "error": worst}

@@ -1,0 +1,97 @@
+"""nvpflow as a contender: through its public Python methods, timed as a user writes the call."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from configurations import Configuration, reference
+from peers import LEARNING_RATE, Peer
+from timing import Call, Function
+
+ROWS_PER_EPOCH = 32_768
+
+
+class Nvpflow(Peer):
+    """Results go into arrays of the caller's (`out=`)."""
+
+    can_train = True
+    dtype = "float32"
+
+    def __init__(self, configuration: Configuration, threads: int) -> None:
+        import nvpflow
+
+        self.flow = nvpflow.build(
+            configuration.input_size, configuration.num_flows, configuration.hidden_sizes, "relu", dtype=self.dtype
+        )
+        self.parameters = {k: v.astype(self.dtype) for k, v in reference(configuration).parameters.items()}
+        self.flow.set_parameters(self.parameters)
+        self.flow.num_threads = threads
+        self.isa = nvpflow.cpu_isa()
+
+    def call(self, op: str, x: np.ndarray, chunked: bool = False) -> Call:
+        x = x.astype(self.dtype)
+        rows, row = np.empty_like(x), np.empty(len(x), x.dtype)
+        out = {"log_prob": row, "forward": (rows, row), "inverse": rows}[op]
+        method = "log_probability" if op == "log_prob" else op
+        return Call(f"flow.{method}(x, out=out)", {"flow": self.flow, "x": x, "out": out})
+
+    def _fit(self, x: np.ndarray, batch: int, epochs: int, validation: np.ndarray) -> list[float]:
+        """Training from the common parameters; the loss of each epoch."""
+        self.flow.set_parameters(self.parameters)
+        losses = []
+        self.flow.fit(
+            x,
+            validation=validation,
+            epochs=epochs,
+            batch_size=batch,
+            learning_rate=LEARNING_RATE,
+            schedule="constant",
+            progress=False,
+            callback=lambda record: losses.append(record["train_loss"]),
+        )
+        self.flow.set_parameters(self.parameters)
+        return losses
+
+    def train(self, x):
+        """Seconds of a step as the difference of two runs of fit.
+
+        That takes off what a run costs besides its steps: checks of the data, packing, the beginning and the end. One
+        row validates, because epochs without validation data are compared by a pass over the training rows, which is no
+        part of a step. What an epoch costs besides its steps is spread over them and counts against us, as does the
+        gathering of shuffled rows: the peers take their steps on one resident batch.
+        """
+        batch, steps = len(x), max(4, ROWS_PER_EPOCH // len(x))
+        many = np.tile(x, (steps, 1))
+        validation = x[:1].copy()
+
+        def seconds_per_call(calls: int) -> float:
+            epochs = max(1, round(calls / steps))
+            start = time.perf_counter()
+            self._fit(many, batch, 1, validation)
+            middle = time.perf_counter()
+            self._fit(many, batch, 1 + epochs, validation)
+            return ((time.perf_counter() - middle) - (middle - start)) / (epochs * steps)
+
+        return Function(seconds_per_call, result=lambda: self._fit(x, batch, 3, validation))
+
+
+class NvpflowAllocating(Nvpflow):
+    """Without `out=`: a new array for each result."""
+
+    def call(self, op, x, chunked=False):
+        with_out = super().call(op, x)
+        return Call(with_out.statement.replace(", out=out", ""), with_out.names)
+
+
+class NvpflowFloat64(Nvpflow):
+    """A float64 flow with the same parameters on the same rows."""
+
+    dtype = "float64"
+
+
+OURS: dict[str, type[Nvpflow]] = {
+    "nvpflow": Nvpflow,
+    "nvpflow_new_array": NvpflowAllocating,
+    "nvpflow_float64": NvpflowFloat64,
+}

@@ -1,0 +1,147 @@
+"""The README's section on speed, from the results of bench.py.
+
+python tests/bench/report.py results.json              # prints it
+python tests/bench/report.py results.json --write      # puts it between the markers in README.md
+python tests/bench/report.py results.json --check      # tells, by its exit status, whether README.md has it
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import tables
+from results import Results
+
+README = Path(__file__).resolve().parent.parent.parent / "README.md"
+BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+LARGE_BATCHES = (1024, 65_536)
+PEER_NAMES = {
+    "numpy": "NumPy",
+    "torch_eager": "PyTorch",
+    "torch_fused": "PyTorch, one head matrix",
+    "torch_compile": "torch.compile",
+    "onnxruntime": "ONNX Runtime",
+    "onnxruntime_bound": "ONNX Runtime, I/O binding",
+    "openvino": "OpenVINO",
+    "jax": "JAX jit",
+}
+
+
+def _name(contender: str) -> str:
+    peer = contender.removesuffix("_chunks")
+    return PEER_NAMES.get(peer, peer) + (" in chunks of 1,024" if contender.endswith("_chunks") else "")
+
+
+def _rival(r: Results, name: str, op: str, batch: int) -> tuple[str, float | None]:
+    rival = r.rival(name, op, batch)
+    return (_name(rival.name), rival.seconds) if rival else ("-", None)
+
+
+def one_row(r: Results) -> str:
+    rows = []
+    for name in r.configurations:
+        peer, seconds = _rival(r, name, "log_prob", 1)
+        eager = r.seconds(name, "log_prob", 1, "torch_eager")
+        cells = [
+            r.seconds(name, "log_prob", 1),
+            r.percentile(name, "p99"),
+            r.percentile(name, "median", cold=True),
+            seconds,
+            eager,
+        ]
+        shown = [tables.time(cell) for cell in cells]
+        rows.append([name, *shown[:3], f"{shown[3]} ({peer})", shown[4]])
+    return tables.table(["one row", "nvpflow", "p99", "cold", "fastest peer", "PyTorch"], rows)
+
+
+def many_rows(r: Results) -> str:
+    rows = []
+    for name in r.configurations:
+        for batch in LARGE_BATCHES:
+            if r.seconds(name, "log_prob", batch) is None:
+                continue
+            peer, seconds = _rival(r, name, "log_prob", batch)
+            ours = tables.rate(r.rows_per_second(name, "log_prob", batch))
+            share = tables.percent(r.peak_fraction(name, "log_prob", batch))
+            rows.append([f"{name}, {batch:,}", ours, share, f"{tables.rate(seconds and batch / seconds)} ({peer})"])
+    return tables.table(["rows at once", "nvpflow", "of FMA peak", "fastest peer"], rows)
+
+
+def training(r: Results) -> str:
+    rows = []
+    for name in r.configurations:
+        for batch in r.batches(name, "train"):
+            peer, seconds = _rival(r, name, "train", batch)
+            ours = tables.time(r.seconds(name, "train", batch))
+            share = tables.percent(r.peak_fraction(name, "train", batch))
+            rows.append([f"{name}, {batch:,}", ours, share, f"{tables.time(seconds)} ({peer})"])
+    return tables.table(["training step", "nvpflow", "of FMA peak", "fastest peer"], rows)
+
+
+def _model(name: str, c: dict) -> str:
+    return f"{name} ({c['input_size']}, {c['num_flows']}, {c['hidden_sizes']})"
+
+
+def section(r: Results) -> str:
+    """Everything between the markers, and the markers."""
+    document = r.document
+    models = ", ".join(_model(name, c) for name, c in r.configurations.items())
+    limits = document["limits"].get("1")
+    isa = r.native_isa()
+    peak = f" One core's multiply-add peak, measured: {limits['fma'][isa] / 1e9:.0f} GFLOP/s." if limits and isa else ""
+    virtual = f", under {document['machine']['virtual']}" if document["machine"]["virtual"] else ""
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    quick = " With `--quick`: these figures show that it runs, not how fast.\n" if document["quick"] else ""
+    parts = [
+        BEGIN,
+        f"Medians on one core of {document['machine']['cpu']} ({document['machine']['family']}{virtual}), {isa},\n"
+        f"{document['date']}, float32, relu.{peak} Models, as (columns, couplings, hidden layers):\n{models}.\n{quick}",
+        "One row through Python, `flow.log_probability(x, out=out)`; cold: 16 MiB read between calls.\n",
+        one_row(r) + "\n",
+        "Many rows, `log_probability`, rows per second.\n",
+        many_rows(r) + "\n",
+        "One training step: gradient and Adam, at a batch size.\n",
+        training(r) + "\n",
+        f"Versions: {versions}.\nCommand: `{document['command']}`",
+        END,
+    ]
+    return "\n".join(parts)
+
+
+def replaced(readme: str, new: str) -> str:
+    """The README with the section between its markers replaced."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+        raise ValueError(f"expected one {BEGIN} and one {END} after it")
+    return readme[: readme.index(BEGIN)] + new + readme[readme.index(END) + len(END) :]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--readme", type=Path, default=README)
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--write", action="store_true", help="replace the section in the README")
+    action.add_argument("--check", action="store_true", help="exit with 1 if the README's section differs")
+    options = parser.parse_args(arguments)
+    new = section(Results.read(options.results))
+    if not (options.write or options.check):
+        print(new)
+        return 0
+    readme = options.readme.read_text(encoding="utf-8")
+    try:
+        wanted = replaced(readme, new)
+    except ValueError as error:
+        print(f"{options.readme}: {error}", file=sys.stderr)
+        return 1
+    if options.check:
+        if readme != wanted:
+            print(f"{options.readme}: the speed section is not what {options.results} gives", file=sys.stderr)
+        return int(readme != wanted)
+    options.readme.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
