@@ -1,5 +1,6 @@
 #include "checkpoint.hpp"
 
+#include <cmath>
 #include <cstring>
 
 #include <nlohmann/json.hpp>
@@ -24,7 +25,7 @@ std::string hex(std::uint64_t value) {
 /// Everything that decides what the next step does, by the names users know.
 json describe(const CheckpointKey& key) {
   const FitOptions& o = key.options;
-  json text = {{"flow", spec_to_json(key.spec)},
+  json text = {{"flow", json::parse(spec_to_json(key.spec))},
                {"x", std::to_string(key.rows) + " rows with fingerprint " + hex(key.data)},
                {"validation rows", key.validation_rows},
                {"batch_size", o.batch_size},
@@ -76,8 +77,32 @@ void check_key(const std::string& path, const json& came, const json& expected) 
     if (other == value) continue;
     throw Error(ErrorCode::invalid_argument, "checkpoint " + path + " belongs to another run: its " + name + " is " +
                                                  other.dump() + ", this run's is " + value.dump() +
-                                                 "; delete the file to start over");
+                                                 "; give another file, or delete this one to start over");
   }
+}
+
+std::vector<EpochRecord> records_of(const std::string& path, const TensorFile& file) {
+  const FileTensor& tensor = find(path, file, "history", DType::float64, -1);
+  if (tensor.shape.size() != 2 || tensor.shape[1] != kRecordFields) damaged(path, "tensor history has another shape");
+  std::vector<EpochRecord> records;
+  for (std::int64_t i = 0; i < tensor.shape[0]; ++i) {
+    double r[kRecordFields];
+    std::memcpy(r, static_cast<const unsigned char*>(tensor.data) + static_cast<std::size_t>(i) * sizeof r, sizeof r);
+    if (r[0] != static_cast<double>(i + 1)) damaged(path, "the epochs of its history do not count from 1");
+    records.push_back({i + 1, r[1], r[2], r[3], r[4], r[5]});
+  }
+  return records;
+}
+
+template <class T>
+bool all_finite(const FileTensor& tensor, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    T value;
+    std::memcpy(&value, static_cast<const unsigned char*>(tensor.data) + static_cast<std::size_t>(i) * sizeof(T),
+                sizeof(T));
+    if (!std::isfinite(value)) return false;
+  }
+  return true;
 }
 
 }  // namespace
@@ -108,26 +133,32 @@ void load_checkpoint(const std::string& path, const CheckpointKey& key, History&
   const json training = training_of(path, file);
   check_key(path, training["key"], describe(key));
 
+  const std::vector<EpochRecord> epochs = records_of(path, file);
+  const FileTensor& best_loss = find(path, file, "best_loss", DType::float64, 1);
+  const std::int64_t best_epoch = training["best_epoch"], steps = training["adam_steps"];
+  const auto last = static_cast<std::int64_t>(epochs.size());
+  if (best_epoch < 0 || best_epoch > last || steps < last) damaged(path, "its counters contradict each other");
+
+  // Everything is checked before anything of the run is touched.
   const DType dtype = key.spec.dtype;
-  const auto bytes = static_cast<std::size_t>(arrays.count * size_of(dtype));
   const std::pair<const char*, void*> targets[] = {{"parameters", arrays.parameters},
                                                    {"best_parameters", arrays.best},
                                                    {"first_moment", arrays.first_moment},
                                                    {"second_moment", arrays.second_moment}};
   for (const auto& [name, target] : targets) {
-    std::memcpy(target, find(path, file, name, dtype, arrays.count).data, bytes);
+    const FileTensor& tensor = find(path, file, name, dtype, arrays.count);
+    const bool finite =
+        dtype == DType::float32 ? all_finite<float>(tensor, arrays.count) : all_finite<double>(tensor, arrays.count);
+    if (!finite) damaged(path, "tensor " + tensor.name + " holds NaN or infinite values");
   }
-  const FileTensor& records = find(path, file, "history", DType::float64, -1);
-  if (records.shape.size() != 2 || records.shape[1] != kRecordFields) damaged(path, "tensor history has another shape");
-  history.epochs.clear();
-  for (std::int64_t i = 0; i < records.shape[0]; ++i) {
-    double r[kRecordFields];
-    std::memcpy(r, static_cast<const unsigned char*>(records.data) + static_cast<std::size_t>(i) * sizeof r, sizeof r);
-    history.epochs.push_back({static_cast<std::int64_t>(r[0]), r[1], r[2], r[3], r[4], r[5]});
+  for (const auto& [name, target] : targets) {
+    const FileTensor& tensor = find(path, file, name, dtype, arrays.count);
+    std::memcpy(target, tensor.data, static_cast<std::size_t>(arrays.count * size_of(dtype)));
   }
-  std::memcpy(&history.best_loss, find(path, file, "best_loss", DType::float64, 1).data, sizeof(double));
-  history.best_epoch = training["best_epoch"];
-  adam_steps = training["adam_steps"];
+  history.epochs = epochs;
+  std::memcpy(&history.best_loss, best_loss.data, sizeof(double));
+  history.best_epoch = best_epoch;
+  adam_steps = steps;
 
   const auto done = static_cast<std::int64_t>(history.epochs.size());
   const FitOptions& options = key.options;

@@ -65,7 +65,7 @@ struct Flow::State {
   // time.
   std::vector<unsigned char> parameters;
   std::unique_ptr<Backend> backend;
-  std::mutex write_mutex;
+  ForkSafeMutex write_mutex;
   std::atomic<int> num_threads{0};
 
   explicit State(FlowSpec s)
@@ -99,7 +99,7 @@ struct Flow::State {
   }
 
   void publish(const void* values) {
-    const std::lock_guard<std::mutex> lock(write_mutex);
+    const std::lock_guard<ForkSafeMutex> lock(write_mutex);
     std::memmove(parameters.data(), values, parameters.size());
     backend->set_parameters(parameters.data());
   }
@@ -121,7 +121,7 @@ Flow& Flow::operator=(Flow&&) noexcept = default;
 
 Flow::Flow(const Flow& other) : state_(std::make_unique<State>(other.state_->spec)) {
   state_->num_threads.store(other.num_threads());
-  const std::lock_guard<std::mutex> lock(other.state_->write_mutex);
+  const std::lock_guard<ForkSafeMutex> lock(other.state_->write_mutex);
   state_->publish(other.state_->parameters.data());
 }
 
@@ -157,7 +157,7 @@ void Flow::save(const std::string& path) const {
   // A snapshot: the file must not mix two sets of parameters, and writers must not wait for the disk.
   std::vector<unsigned char> snapshot;
   {
-    const std::lock_guard<std::mutex> lock(state_->write_mutex);
+    const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
     snapshot = state_->parameters;
   }
   save_model(path, state_->spec, state_->layout, snapshot.data());
@@ -180,6 +180,14 @@ std::span<const T> Flow::parameters() const {
   state_->check_dtype<T>();
   const void* data = state_->parameters.data();
   return {static_cast<const T*>(data), static_cast<std::size_t>(state_->layout.size())};
+}
+
+template <class T>
+void Flow::copy_parameters(std::span<T> out) const {
+  state_->check_dtype<T>();
+  check_length(Named{"out", out}, state_->layout.size(), "the flat buffer of ParamLayout");
+  const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
+  std::memcpy(out.data(), state_->parameters.data(), state_->parameters.size());
 }
 
 template <class T>
@@ -290,6 +298,7 @@ void Flow::conditioner(std::int64_t layer, std::span<const T> in, std::span<T> s
 
 #define NVPFLOW_INSTANTIATE(T)                                                                                 \
   template std::span<const T> Flow::parameters() const;                                                        \
+  template void Flow::copy_parameters(std::span<T>) const;                                                     \
   template void Flow::set_parameters(std::span<const T>);                                                      \
   template void Flow::forward(std::span<const T>, std::span<T>, std::span<T>) const;                           \
   template void Flow::inverse(std::span<const T>, std::span<T>, std::span<T>) const;                           \

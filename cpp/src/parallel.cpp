@@ -10,7 +10,6 @@
 #include <cstdio>
 #include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 
 #ifdef NVPFLOW_OPENMP
@@ -55,6 +54,8 @@ int count_threads() {
 #endif
   return threads;
 }
+
+std::atomic<std::uint32_t> forks{0};
 
 /// One parallel_for under way: parts are claimed one by one, so that a thread that the system has put aside holds up at
 /// most the part it is in.
@@ -102,11 +103,10 @@ class Job {
 
 // GNU's runtime does not survive fork: the child inherits a team whose threads are gone and waits for them forever. The
 // child therefore stays serial.
-std::atomic<bool> forked{false};
-[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1); });
 
 void run(Job& job, int threads) {
-  if (forked.load(std::memory_order_relaxed) || omp_in_parallel() != 0) return job.work();
+  if (fork_generation() != 0 || omp_in_parallel() != 0) return job.work();
 #pragma omp parallel num_threads(threads)
   job.work();
 }
@@ -171,8 +171,8 @@ class Pool {
     pthread_sigmask(SIG_SETMASK, &all, &before);
     try {
       for (; workers_ < workers; ++workers_) std::thread([this] { serve(); }).detach();
-    } catch (const std::system_error&) {
-      // No more threads to be had: the caller does the work with those there are.
+    } catch (const std::exception&) {
+      // No more threads or memory to be had: the caller does the work with those there are.
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }
@@ -211,7 +211,10 @@ class Pool {
 std::atomic<Pool*> the_pool{nullptr};
 // A child of fork has none of its parent's threads: it forgets the pool, whose locks may be held for ever, and makes
 // a new one when it needs it.
-[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr); });
+[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] {
+  the_pool.store(nullptr);
+  forks.fetch_add(1);
+});
 
 /// Never freed: workers may look at it until the process ends.
 Pool& pool() {
@@ -230,6 +233,8 @@ void run(Job& job, int threads) {
 #endif
 
 }  // namespace
+
+std::uint32_t fork_generation() { return forks.load(std::memory_order_relaxed); }
 
 int available_threads() {
   static const int threads = count_threads();

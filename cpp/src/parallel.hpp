@@ -1,12 +1,54 @@
 // The only place that knows threads.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <mutex>
 
 namespace nvpflow {
 
 /// Threads this process may use: its affinity mask, cut to the cgroup's CPU quota. At least 1.
 int available_threads();
+
+/// How many forks lie between this process and the one that loaded the library.
+std::uint32_t fork_generation();
+
+/// A value that a child of fork starts anew: in the parent, threads that the child does not have may have held it,
+/// locked it or counted themselves in it. The old one is left alone, since nobody can say in what state it is.
+template <class Value>
+class PerProcess {
+ public:
+  PerProcess() : current_(new Tagged{fork_generation(), {}}) {}
+  ~PerProcess() { delete current_.load(); }
+  PerProcess(const PerProcess&) = delete;
+  PerProcess& operator=(const PerProcess&) = delete;
+
+  Value& get() {
+    Tagged* found = current_.load(std::memory_order_acquire);
+    if (found->generation == fork_generation()) return found->value;
+    auto* made = new Tagged{fork_generation(), {}};
+    if (current_.compare_exchange_strong(found, made)) return made->value;
+    delete made;
+    return found->value;
+  }
+
+ private:
+  struct Tagged {
+    std::uint32_t generation;
+    Value value;
+  };
+  std::atomic<Tagged*> current_;
+};
+
+/// A std::mutex that a forked child can lock whoever held it in the parent.
+class ForkSafeMutex {
+ public:
+  void lock() { mutex_.get().lock(); }
+  void unlock() { mutex_.get().unlock(); }
+
+ private:
+  PerProcess<std::mutex> mutex_;
+};
 
 /// Calls fn(context, begin, end) on consecutive parts of [0, count) that cover it exactly, each a multiple of `grain`
 /// but the last, on at most `threads` threads, and returns when all are done. One part or one thread: a plain call that

@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cmath>
 #include <cstring>
@@ -84,23 +85,30 @@ class Rows {
   std::int64_t train_;
 };
 
-template <class T>
-void check_finite(const char* name, std::span<const T> values, std::int64_t features) {
-  constexpr std::size_t kNamed = 5;
+/// Rows that the preparation of a fit goes through between two looks at the observer.
+constexpr std::int64_t kPollRows = 1 << 16;
+
+template <class T, class Poll>
+void check_finite(const char* name, std::span<const T> values, std::int64_t features, Poll poll) {
+  constexpr std::int64_t kNamed = 5;
   std::int64_t bad = 0;
   std::string which;
   const auto rows = static_cast<std::int64_t>(values.size()) / features;
   for (std::int64_t r = 0; r < rows; ++r) {
+    if (r % kPollRows == 0) poll();
     const T* row = values.data() + r * features;
     if (std::all_of(row, row + features, [](T v) { return std::isfinite(v); })) continue;
-    if (static_cast<std::size_t>(bad) < kNamed) which += (bad == 0 ? "" : ", ") + std::to_string(r);
+    if (bad < kNamed) which += (bad == 0 ? "" : ", ") + std::to_string(r);
     ++bad;
   }
   if (bad == 0) return;
   fail(std::string(name) + " has " + std::to_string(bad) + " of " + std::to_string(rows) +
-       " rows with NaN or infinite values (row " + which + (static_cast<std::size_t>(bad) > kNamed ? ", ..." : "") +
-       "); remove or repair them");
+       " rows with NaN or infinite values (row " + which + (bad > kNamed ? ", ..." : "") +
+       ", counted from 0); remove or repair them");
 }
+
+/// Thrown through the preparation of a fit when the observer asks to stop.
+struct Stopped {};
 
 template <class T>
 class Trainer {
@@ -117,40 +125,70 @@ class Trainer {
         threads_(options.threads > 0      ? options.threads
                  : flow.num_threads() > 0 ? flow.num_threads()
                                           : available_threads()) {
-    check_data();
-    const auto size = static_cast<std::size_t>(flow.num_parameters());
-    const std::span<const T> start = flow.template parameters<T>();
-    parameters_.assign(start.begin(), start.end());
-    gradient_.resize(size);
-    first_moment_.resize(size);
-    second_moment_.resize(size);
+    check_sizes();
     slice_ = std::clamp<std::int64_t>(static_cast<std::int64_t>(kSliceFlops / (3 * flops_per_row(flow.layout()))), 64,
                                       1 << 16);
-    index_.resize(static_cast<std::size_t>(slice_));
     steps_ = (rows_.train() + options.batch_size - 1) / options.batch_size;
     history_.train_rows = rows_.train();
     history_.validation_rows = has_array() ? validation_rows() : rows_.held_out();
     history_.best_loss = std::numeric_limits<double>::infinity();
-    standardize_from_data();
-    best_ = parameters_;
-    // Training has packed parameters of its own: calls on the flow meanwhile see the old ones.
-    backend_ = make_cpu_backend(flow.spec(), flow.layout());
-    backend_->set_parameters(parameters_.data());
   }
 
   History run() {
     try {
+      prepare();
       resume();
       while (history_.stop_reason.empty()) epoch();
+    } catch (const Stopped&) {
+      interrupt();
     } catch (...) {
-      flow_.template set_parameters<T>(best_);
+      publish();
       throw;
     }
-    flow_.template set_parameters<T>(best_);
+    publish();
     return std::move(history_);
   }
 
  private:
+  void prepare() {
+    check_folder();
+    check_finite("x", x_, features_, [this] { poll(); });
+    check_finite("validation", validation_, features_, [this] { poll(); });
+    const auto size = static_cast<std::size_t>(flow_.num_parameters());
+    parameters_.resize(size);
+    flow_.template copy_parameters<T>(parameters_);
+    gradient_.resize(size);
+    first_moment_.resize(size);
+    second_moment_.resize(size);
+    index_.resize(static_cast<std::size_t>(slice_));
+    standardize_from_data();
+    best_ = parameters_;
+    // Training has packed parameters of its own: calls on the flow meanwhile see the old ones.
+    backend_ = make_cpu_backend(flow_.spec(), flow_.layout());
+    backend_->set_parameters(parameters_.data());
+  }
+
+  /// A run that has not finished an epoch leaves the flow as it was.
+  void publish() {
+    if (history_.best_epoch > 0) flow_.template set_parameters<T>(best_);
+  }
+
+  void poll() {
+    if (!observer_.on_progress(0, 0, steps_)) throw Stopped();
+  }
+
+  /// Found out now rather than after the first epoch.
+  void check_folder() const {
+    const auto slash = options_.checkpoint.find_last_of('/');
+    if (slash == std::string::npos) return;
+    const std::string folder = options_.checkpoint.substr(0, slash + 1);
+    struct stat status;
+    if (::stat(folder.c_str(), &status) != 0) {
+      throw Error(ErrorCode::io,
+                  "checkpoint " + options_.checkpoint + ": its folder cannot be used: " + std::strerror(errno), errno);
+    }
+  }
+
   // ---- data ------------------------------------------------------------------------------------------------------
 
   bool has_array() const { return !validation_.empty(); }
@@ -176,9 +214,7 @@ class Trainer {
     return static_cast<std::int64_t>(std::floor(options_.validation_fraction * static_cast<double>(total_rows())));
   }
 
-  void check_data() const {
-    check_finite("x", x_, features_);
-    check_finite("validation", validation_, features_);
+  void check_sizes() const {
     const bool split = !has_array() && options_.validation_fraction > 0;
     if (split && rows_.held_out() == 0) {
       fail("validation is " + std::to_string(options_.validation_fraction) + " of " + std::to_string(total_rows()) +
@@ -206,30 +242,42 @@ class Trainer {
     const TensorInfo& log_std = flow_.layout().tensors()[1];
     const auto begin = parameters_.begin();
     if (std::any_of(begin, begin + mean.size + log_std.size, [](T v) { return v != T(0); })) return;
-    std::vector<double> sum(static_cast<std::size_t>(features_)), square(sum.size());
+    const auto width = static_cast<std::size_t>(features_);
+    std::vector<double> centre(width), square(width);
+    std::vector<T> low(width, std::numeric_limits<T>::max()), high(width, std::numeric_limits<T>::lowest());
     const auto each_row = [&](auto&& f) {
       for (std::int64_t i = 0; i < rows_.train(); ++i) {
+        if (i % kPollRows == 0) poll();
         f(x_.data() + rows_.train_row(static_cast<std::uint64_t>(i)) * features_);
       }
     };
     const auto n = static_cast<double>(rows_.train());
     each_row([&](const T* row) {
-      for (std::size_t j = 0; j < sum.size(); ++j) sum[j] += static_cast<double>(row[j]);
-    });
-    for (double& s : sum) s /= n;
-    each_row([&](const T* row) {
-      for (std::size_t j = 0; j < sum.size(); ++j) square[j] += std::pow(static_cast<double>(row[j]) - sum[j], 2);
-    });
-    std::string constant;
-    for (std::size_t j = 0; j < sum.size(); ++j) {
-      if (square[j] <= 0 || std::log(square[j] / n) < 2 * std::log(1e-12 * (1 + std::abs(sum[j])))) {
-        constant += (constant.empty() ? "" : ", ") + std::to_string(j);
+      for (std::size_t j = 0; j < width; ++j) {
+        centre[j] += static_cast<double>(row[j]) / n;
+        low[j] = std::min(low[j], row[j]);
+        high[j] = std::max(high[j], row[j]);
       }
-      parameters_[static_cast<std::size_t>(mean.offset) + j] = static_cast<T>(sum[j]);
-      parameters_[static_cast<std::size_t>(log_std.offset) + j] = static_cast<T>(0.5 * std::log(square[j] / n));
+    });
+    each_row([&](const T* row) {
+      for (std::size_t j = 0; j < width; ++j) square[j] += std::pow(static_cast<double>(row[j]) - centre[j], 2) / n;
+    });
+    std::string constant, wild;
+    for (std::size_t j = 0; j < width; ++j) {
+      const T log_deviation = static_cast<T>(0.5 * std::log(square[j]));
+      parameters_[static_cast<std::size_t>(mean.offset) + j] = static_cast<T>(centre[j]);
+      parameters_[static_cast<std::size_t>(log_std.offset) + j] = log_deviation;
+      if (low[j] == high[j]) {
+        constant += (constant.empty() ? "" : ", ") + std::to_string(j);
+      } else if (!std::isfinite(log_deviation) || !std::isfinite(centre[j])) {
+        wild += (wild.empty() ? "" : ", ") + std::to_string(j);
+      }
     }
     if (!constant.empty()) {
       fail("x is constant in column " + constant + ": a column without variation has no density; remove it");
+    }
+    if (!wild.empty()) {
+      fail("x has a variance beyond float64 in column " + wild + ", so that it cannot be standardized; rescale it");
     }
   }
 
@@ -237,7 +285,8 @@ class Trainer {
 
   double learning_rate(std::int64_t step) const {
     if (options_.schedule == Schedule::constant) return options_.learning_rate;
-    const double progress = static_cast<double>(step) / static_cast<double>(options_.epochs * steps_);
+    const double progress =
+        static_cast<double>(step) / (static_cast<double>(options_.epochs) * static_cast<double>(steps_));
     return options_.learning_rate * 0.5 * (1 + std::cos(std::numbers::pi * progress));
   }
 
@@ -316,7 +365,7 @@ class Trainer {
 
   [[noreturn]] void diverged(const char* what, double value, std::int64_t epoch, std::int64_t step) const {
     const std::string kept = history_.best_epoch == 0
-                                 ? "the flow keeps its initial weights"
+                                 ? "the flow is left as it was"
                                  : "the flow keeps the weights of epoch " + std::to_string(history_.best_epoch);
     throw Error(ErrorCode::not_finite, std::string(what) + " became " + (std::isnan(value) ? "NaN" : "infinite") +
                                            " at step " + std::to_string(step + 1) + " of epoch " +
@@ -354,6 +403,8 @@ class Trainer {
   }
 
   void finish_epoch(const EpochRecord& record, double loss) {
+    if (!std::isfinite(loss))
+      diverged(history_.validation_rows > 0 ? "validation loss" : "loss", loss, record.epoch, steps_ - 1);
     history_.epochs.push_back(record);
     if (loss < history_.best_loss) {
       history_.best_loss = loss;

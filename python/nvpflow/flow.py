@@ -303,17 +303,17 @@ class Flow(_core.Flow):
         """Tell whether both the specs and all the weights are equal; a flow is mutable and has no hash."""
         if not isinstance(other, Flow):
             return NotImplemented
-        return self.spec == other.spec and np.array_equal(self._flat_parameters(), other._flat_parameters())
+        return self.spec == other.spec and np.array_equal(self._copy_flat_parameters(), other._copy_flat_parameters())
 
     __hash__ = None  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the spec's JSON and the weights."""
-        return _unpickle, (type(self), self.spec.to_json(), self._flat_parameters().copy(), self.num_threads)
+        return _unpickle, (type(self), self.spec.to_json(), self._copy_flat_parameters(), self.num_threads)
 
     def __copy__(self) -> Flow:
         """Return a flow with weights of its own, which start equal to these."""
-        return _restore(type(self), self.spec, self._flat_parameters(), self.num_threads)
+        return _restore(type(self), self.spec, self._copy_flat_parameters(), self.num_threads)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Flow:
         """As `copy.copy`: nothing is shared there either."""

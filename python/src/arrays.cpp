@@ -30,14 +30,43 @@ bool usable_as_is(PyArrayObject* array, DType dtype) {
   return PyArray_TYPE(array) == type_number(dtype) && PyArray_ISCARRAY_RO(array);
 }
 
-/// Lists and numbers have no dtype of their own: NumPy's guess for them (float64, int64) is not the caller's choice.
+/// Lists and numbers of Python have no dtype of their own: NumPy's guess for them (float64, int64) is not the caller's
+/// choice. NumPy's scalars and arrays inside a list are.
 bool has_own_dtype(PyObject* object) {
-  return !(PyList_Check(object) || PyTuple_Check(object) || PyFloat_Check(object) || PyLong_Check(object));
+  if (PyList_Check(object) || PyTuple_Check(object)) {
+    const auto items = py::reinterpret_steal<py::object>(PySequence_Tuple(object));
+    if (!items) throw py::error_already_set();
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(items.ptr()); ++i) {
+      if (has_own_dtype(PyTuple_GET_ITEM(items.ptr(), i))) return true;
+    }
+    return false;
+  }
+  return !(PyFloat_CheckExact(object) || PyLong_Check(object));
+}
+
+/// A masked array's hidden values must not come in as data.
+void refuse_masked(PyObject* array, const char* name) {
+  if (PyArray_CheckExact(array) || PyObject_HasAttrString(array, "mask") == 0) return;
+  const auto mask = py::reinterpret_borrow<py::object>(array).attr("mask");
+  if (py::module_::import("numpy").attr("any")(mask).cast<bool>()) {
+    raise(PyExc_ValueError, std::string(name) + " is a masked array with masked values; fill or remove them");
+  }
+}
+
+/// Python's numbers may be too large for the dtype.
+void refuse_overflow(PyArrayObject* from, PyArrayObject* to, const char* name) {
+  const auto numpy = py::module_::import("numpy");
+  const auto count = [&](PyArrayObject* array) {
+    return numpy.attr("isfinite")(py::handle(reinterpret_cast<PyObject*>(array))).attr("sum")().cast<std::int64_t>();
+  };
+  if (count(from) != count(to)) {
+    raise(PyExc_ValueError, std::string(name) + " holds a number too large for " + dtype_text(to));
+  }
 }
 
 /// Any object as a C-contiguous array of the dtype, if NumPy calls the conversion safe.
 py::object convert(PyObject* object, const char* name, DType dtype) {
-  const bool own_dtype = has_own_dtype(object);
+  if (PyArray_Check(object)) refuse_masked(object, name);
   auto array = py::reinterpret_steal<py::object>(PyArray_FromAny(object, nullptr, 0, 0, 0, nullptr));
   if (!array) {
     // Ragged lists and the like; NumPy's reason is kept as the cause.
@@ -48,6 +77,7 @@ py::object convert(PyObject* object, const char* name, DType dtype) {
   PyArray_Descr* wanted = PyArray_DescrFromType(type_number(dtype));
   const auto wanted_owner = py::reinterpret_steal<py::object>(reinterpret_cast<PyObject*>(wanted));
   const bool real = PyArray_ISBOOL(from) || PyArray_ISINTEGER(from) || PyArray_ISFLOAT(from);
+  const bool own_dtype = !real || has_own_dtype(object);
   const bool safe = own_dtype ? PyArray_CanCastTypeTo(PyArray_DESCR(from), wanted, NPY_SAFE_CASTING) != 0 : real;
   if (!safe) {
     const std::string model(name_of(dtype));
@@ -63,11 +93,12 @@ py::object convert(PyObject* object, const char* name, DType dtype) {
   auto result = py::reinterpret_steal<py::object>(
       PyArray_FromArray(from, wanted, NPY_ARRAY_CARRAY_RO | NPY_ARRAY_ENSUREARRAY | NPY_ARRAY_FORCECAST));
   if (!result) throw py::error_already_set();
+  if (!own_dtype) refuse_overflow(from, reinterpret_cast<PyArrayObject*>(result.ptr()), name);
   return result;
 }
 
 py::object contiguous(PyObject* object, const char* name, DType dtype) {
-  if (PyArray_Check(object) && usable_as_is(reinterpret_cast<PyArrayObject*>(object), dtype)) {
+  if (PyArray_CheckExact(object) && usable_as_is(reinterpret_cast<PyArrayObject*>(object), dtype)) {
     return py::reinterpret_borrow<py::object>(object);
   }
   return convert(object, name, dtype);

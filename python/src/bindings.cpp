@@ -8,6 +8,10 @@
 #include <limits>
 #include <new>
 #include <sstream>
+#include <thread>
+#ifdef __GLIBCXX__
+#include <cxxabi.h>
+#endif
 
 #include <nvpflow/train.hpp>
 
@@ -20,6 +24,10 @@ namespace {
 
 /// Arithmetic of about five microseconds: from here on the GIL is released.
 constexpr double kReleaseFlops = 3e5;
+/// What an output of a dense layer costs beside its multiply-adds (an activation), and a row beside its layers, in
+/// FLOPs of the same time; and what a gradient costs, in forward passes.
+constexpr double kOutputFlops = 40, kRowFlops = 3000;
+constexpr std::int64_t kGradientCost = 5;
 /// How often a long fit takes the GIL to look for signals and report progress.
 constexpr auto kProgressInterval = std::chrono::milliseconds(50);
 
@@ -89,6 +97,9 @@ bool has_standardize(const FlowSpec& spec) {
 
 std::string spec_repr(const FlowSpec& spec) {
   const LayerSpec& layer = first_coupling(spec);
+  const FlowSpec regular = FlowSpec::real_nvp(spec.input_size, spec.num_couplings(), layer.hidden_sizes,
+                                              layer.activation, layer.scale_bound, has_standardize(spec), spec.dtype);
+  if (spec != regular) return "FlowSpec.from_json('" + spec_to_json(spec) + "')";
   std::ostringstream text;
   text << "FlowSpec(input_size=" << spec.input_size << ", num_flows=" << spec.num_couplings()
        << ", hidden_sizes=" << py::repr(py::tuple(py::cast(layer.hidden_sizes))).cast<std::string>() << ", activation='"
@@ -97,38 +108,41 @@ std::string spec_repr(const FlowSpec& spec) {
   return text.str();
 }
 
-FlowSpec spec_from_text(const std::string& text) {
-  FlowSpec spec = spec_from_json(text);
+BoundSpec spec_from_text(const std::string& text) {
+  BoundSpec spec = spec_from_json(text);
   spec.validate();
   return spec;
 }
 
 void bind_spec(py::module_& module) {
-  py::class_<FlowSpec>(module, "FlowSpec", "What a flow is: sizes, layers and dtype; immutable.")
+  py::class_<BoundSpec>(module, "FlowSpec", "What a flow is: sizes, layers and dtype; immutable.")
       .def(py::init([](std::int64_t input_size, std::int64_t num_flows, std::vector<std::int64_t> hidden_sizes,
                        const std::string& activation, double scale_bound, bool standardize, const std::string& dtype) {
-             return FlowSpec::real_nvp(input_size, num_flows, std::move(hidden_sizes), parse_activation(activation),
-                                       scale_bound, standardize, parse_dtype(dtype));
+             return BoundSpec(FlowSpec::real_nvp(input_size, num_flows, std::move(hidden_sizes),
+                                                 parse_activation(activation), scale_bound, standardize,
+                                                 parse_dtype(dtype)));
            }),
            py::arg("input_size"), py::arg("num_flows") = 4, py::arg("hidden_sizes") = std::vector<std::int64_t>{256},
            py::arg("activation") = "relu", py::arg("scale_bound") = 1.0, py::arg("standardize") = false,
            py::arg("dtype") = "float32")
-      .def_property_readonly("input_size", [](const FlowSpec& s) { return s.input_size; })
-      .def_property_readonly("num_flows", [](const FlowSpec& s) { return s.num_couplings(); })
+      .def_property_readonly("input_size", [](const BoundSpec& s) { return s.input_size; })
+      .def_property_readonly("num_flows", [](const BoundSpec& s) { return s.num_couplings(); })
       .def_property_readonly("hidden_sizes",
-                             [](const FlowSpec& s) { return py::tuple(py::cast(first_coupling(s).hidden_sizes)); })
+                             [](const BoundSpec& s) { return py::tuple(py::cast(first_coupling(s).hidden_sizes)); })
       .def_property_readonly("activation",
-                             [](const FlowSpec& s) { return std::string(name_of(first_coupling(s).activation)); })
-      .def_property_readonly("scale_bound", [](const FlowSpec& s) { return first_coupling(s).scale_bound; })
-      .def_property_readonly("standardize", &has_standardize)
-      .def_property_readonly("dtype", [](const FlowSpec& s) { return std::string(name_of(s.dtype)); })
-      .def("to_json", &spec_to_json)
+                             [](const BoundSpec& s) { return std::string(name_of(first_coupling(s).activation)); })
+      .def_property_readonly("scale_bound", [](const BoundSpec& s) { return first_coupling(s).scale_bound; })
+      .def_property_readonly("standardize", [](const BoundSpec& s) { return has_standardize(s); })
+      .def_property_readonly("dtype", [](const BoundSpec& s) { return std::string(name_of(s.dtype)); })
+      .def("to_json", [](const BoundSpec& s) { return spec_to_json(s); })
       .def_static("from_json", &spec_from_text)
-      .def("__eq__", [](const FlowSpec& a,
-                        const py::object& b) { return py::isinstance<FlowSpec>(b) && a == b.cast<const FlowSpec&>(); })
-      .def("__hash__", [](const FlowSpec& s) { return py::hash(py::str(spec_to_json(s))); })
-      .def("__repr__", &spec_repr)
-      .def(py::pickle([](const FlowSpec& s) { return spec_to_json(s); }, &spec_from_text));
+      .def("__eq__",
+           [](const BoundSpec& a, const py::object& b) {
+             return py::isinstance<BoundSpec>(b) && a == b.cast<const BoundSpec&>();
+           })
+      .def("__hash__", [](const BoundSpec& s) { return py::hash(py::str(spec_to_json(s))); })
+      .def("__repr__", [](const BoundSpec& s) { return spec_repr(s); })
+      .def(py::pickle([](const BoundSpec& s) { return spec_to_json(s); }, &spec_from_text));
 }
 
 // ---- Flow --------------------------------------------------------------------------------------------------------
@@ -163,7 +177,7 @@ py::tuple nll_gradient(const BoundFlow& self, const py::object& x) {
   const InputArray in = input_rows(x.ptr(), "x", self.dtype, self.features);
   OutputArray gradient = output_array(nullptr, "gradient", self.dtype, self.flow.num_parameters(), 0, false);
   double result = 0;
-  run_released(self, in.rows, [&] {
+  run_released(self, kGradientCost * in.rows, [&] {
     result = by_dtype(self.dtype, [&](auto t) {
       using T = decltype(t);
       return self.flow.nll_gradient(view<T>(in, in.rows * self.features), view<T>(gradient));
@@ -194,7 +208,7 @@ py::tuple vjp(const BoundFlow& self, const py::object& x, const py::object& grad
   }
   OutputArray grad_in = output_array(nullptr, "grad_x", self.dtype, in.rows, self.features, in.single);
   OutputArray parameters = output_array(nullptr, "grad_parameters", self.dtype, self.flow.num_parameters(), 0, false);
-  run_released(self, in.rows, [&] {
+  run_released(self, kGradientCost * in.rows, [&] {
     by_dtype(self.dtype, [&](auto t) {
       using T = decltype(t);
       self.flow.vjp(direction == "forward" ? Direction::forward : Direction::inverse,
@@ -212,9 +226,11 @@ py::tuple conditioner(const BoundFlow& self, std::int64_t layer, const py::objec
   const std::int64_t width = known ? spec.transformed(spec.layers[static_cast<std::size_t>(layer)]).count : 1;
   OutputArray s = output_array(nullptr, "s", self.dtype, in.rows, width, in.single);
   OutputArray t = output_array(nullptr, "t", self.dtype, in.rows, width, in.single);
-  by_dtype(self.dtype, [&](auto v) {
-    using T = decltype(v);
-    self.flow.conditioner(layer, view<T>(in, in.rows * self.features), view<T>(s), view<T>(t));
+  run_released(self, in.rows, [&] {
+    by_dtype(self.dtype, [&](auto v) {
+      using T = decltype(v);
+      self.flow.conditioner(layer, view<T>(in, in.rows * self.features), view<T>(s), view<T>(t));
+    });
   });
   return py::make_tuple(s.array, t.array);
 }
@@ -222,15 +238,22 @@ py::tuple conditioner(const BoundFlow& self, std::int64_t layer, const py::objec
 void set_flat_parameters(BoundFlow& self, const py::object& values) {
   const InputArray in = input_rows(values.ptr(), "parameters", self.dtype, self.flow.num_parameters());
   if (!in.single) throw Error(ErrorCode::invalid_argument, "parameters has two axes, expected one");
-  const py::gil_scoped_release release;
+  const GilReleased released;
   by_dtype(self.dtype, [&](auto t) { self.flow.set_parameters(view<decltype(t)>(in, self.flow.num_parameters())); });
 }
 
 py::object flat_parameters(const py::object& self) {
   const auto& bound = self.cast<const BoundFlow&>();
+  bound.require_ready();
   const void* data = by_dtype(
       bound.dtype, [&](auto t) { return static_cast<const void*>(bound.flow.parameters<decltype(t)>().data()); });
   return readonly_view(data, bound.dtype, bound.flow.num_parameters(), self);
+}
+
+py::object copy_flat_parameters(const BoundFlow& self) {
+  const OutputArray copy = output_array(nullptr, "parameters", self.dtype, self.flow.num_parameters(), 0, false);
+  by_dtype(self.dtype, [&](auto t) { self.flow.copy_parameters(view<decltype(t)>(copy)); });
+  return copy.array;
 }
 
 py::list layout(const BoundFlow& self) {
@@ -295,12 +318,15 @@ class PythonObserver final : public FitObserver {
     const auto now = std::chrono::steady_clock::now();
     if (now - last_ < kProgressInterval) return true;
     last_ = now;
+    park_if_finalizing();
     const py::gil_scoped_acquire acquire;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-    return on_progress_.is_none() || goes_on(on_progress_(epoch, step, steps));
+    // Epoch 0 is the preparation: there is nothing to report yet.
+    return on_progress_.is_none() || epoch == 0 || goes_on(on_progress_(epoch, step, steps));
   }
 
   bool on_epoch(const EpochRecord& record) override {
+    park_if_finalizing();
     const py::gil_scoped_acquire acquire;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     return on_epoch_.is_none() || goes_on(on_epoch_(record_dict(record)));
@@ -333,7 +359,7 @@ py::dict fit_flow(BoundFlow& self, const py::object& x, const py::object& valida
   PythonObserver observer(on_progress, on_epoch);
   History history;
   {
-    const py::gil_scoped_release release;
+    const GilReleased released;
     history = by_dtype(self.dtype, [&](auto t) {
       using T = decltype(t);
       return fit(self.flow, view<T>(in, in.rows * self.features), view<T>(held_out, held_out.rows * self.features),
@@ -361,52 +387,65 @@ int thread_count(const py::object& value) {
   return static_cast<int>(threads);
 }
 
+/// f with its first argument checked: Python can make a Flow without initialising it.
+template <class R, class Self, class... A>
+auto on_ready(R (*f)(Self&, A...)) {
+  return [f](Self& self, A... arguments) -> R {
+    self.require_ready();
+    return f(self, std::forward<A>(arguments)...);
+  };
+}
+
+void save(const BoundFlow& self, const py::object& path) {
+  const std::string text = path_of(path);
+  const GilReleased released;
+  self.flow.save(text);
+}
+
+void set_num_threads(BoundFlow& self, const py::object& threads) { self.flow.set_num_threads(thread_count(threads)); }
+
 void bind_flow(py::module_& module) {
   py::class_<BoundFlow> type(module, "Flow", "The compiled part of nvpflow.Flow.");
-  type.def(py::init<const FlowSpec&, std::uint64_t>(), py::arg("spec"), py::arg("seed") = 0)
-      .def_property_readonly("spec", [](const BoundFlow& f) { return f.flow.spec(); })
-      .def_property_readonly("num_parameters", [](const BoundFlow& f) { return f.flow.num_parameters(); })
-      .def_property(
-          "num_threads", [](const BoundFlow& f) { return f.flow.num_threads(); },
-          [](BoundFlow& f, const py::object& threads) { f.flow.set_num_threads(thread_count(threads)); },
-          "Threads of a batch call; 0: as many as this process may use. Small batches use fewer.")
-      .def("nll", &nll, py::arg("x"), "Mean negative log-likelihood of x [B, D], nats, summed in float64.")
-      .def("nll_gradient", &nll_gradient, py::arg("x"),
+  type.def(py::init([](const BoundSpec& spec, std::uint64_t seed) {
+             const GilReleased released;
+             return std::make_unique<BoundFlow>(spec, seed);
+           }),
+           py::arg("spec"), py::arg("seed") = 0)
+      .def_property_readonly("spec", on_ready(+[](const BoundFlow& f) { return BoundSpec(f.flow.spec()); }))
+      .def_property_readonly("num_parameters", on_ready(+[](const BoundFlow& f) { return f.flow.num_parameters(); }))
+      .def_property("num_threads", on_ready(+[](const BoundFlow& f) { return f.flow.num_threads(); }),
+                    on_ready(&set_num_threads),
+                    "Threads of a batch call; 0: as many as this process may use. Small batches use fewer.")
+      .def("nll", on_ready(&nll), py::arg("x"), "Mean negative log-likelihood of x [B, D], nats, summed in float64.")
+      .def("nll_gradient", on_ready(&nll_gradient), py::arg("x"),
            "Mean negative log-likelihood of x [B, D], nats, and its gradient [num_parameters] (order of parameters()).")
-      .def("vjp", &vjp, py::arg("x"), py::arg("grad_out") = py::none(), py::arg("grad_log_det") = py::none(),
+      .def("vjp", on_ready(&vjp), py::arg("x"), py::arg("grad_out") = py::none(), py::arg("grad_log_det") = py::none(),
            py::kw_only(), py::arg("direction") = "forward",
-           "Vector-Jacobian product of forward (or inverse): from the cotangents of the output [B, D] and of log_det "
-           "[B]\n"
-           "(None: zero) to those of x [B, D] and of the flat parameters [num_parameters].")
-      .def(
-          "save",
-          [](const BoundFlow& f, const py::object& path) {
-            const std::string text = path_of(path);
-            const py::gil_scoped_release release;
-            f.flow.save(text);
-          },
-          py::arg("path"),
-          "Write the flow to one safetensors file, atomically: on failure an old file stays as it was.")
-      .def("_layout", &layout)
+           "Vector-Jacobian product of forward (or inverse): from the cotangents of the output [B, D] and of log_det\n"
+           "[B] (None: zero) to those of x [B, D] and of the flat parameters [num_parameters].")
+      .def("save", on_ready(&save), py::arg("path"),
+           "Write the flow to one safetensors file, atomically: on failure an old file stays as it was.")
+      .def("_layout", on_ready(&layout))
       .def("_flat_parameters", &flat_parameters)
-      .def("_set_flat_parameters", &set_flat_parameters)
-      .def("_conditioner", &conditioner)
-      .def("_fit", &fit_flow);
+      .def("_copy_flat_parameters", on_ready(&copy_flat_parameters))
+      .def("_set_flat_parameters", on_ready(&set_flat_parameters))
+      .def("_conditioner", on_ready(&conditioner))
+      .def("_fit", on_ready(&fit_flow));
   add_hot_methods(type);
 }
 
 py::tuple load_file(const py::object& from, const py::object& expected) {
   const std::string path = path_of(from);
   LoadedModel model;
-  const FlowSpec* spec = expected.is_none() ? nullptr : &expected.cast<const FlowSpec&>();
+  const FlowSpec* spec = expected.is_none() ? nullptr : &expected.cast<const BoundSpec&>();
   {
-    const py::gil_scoped_release release;
+    const GilReleased released;
     model = load_model(path, spec);
   }
   const std::int64_t count = static_cast<std::int64_t>(model.parameters.size()) / size_of(model.spec.dtype);
   const OutputArray flat = output_array(nullptr, "parameters", model.spec.dtype, count, 0, false);
   std::memcpy(flat.data, model.parameters.data(), model.parameters.size());
-  return py::make_tuple(model.spec, flat.array);
+  return py::make_tuple(BoundSpec(model.spec), flat.array);
 }
 
 py::tuple isas_available() {
@@ -427,14 +466,49 @@ PyObject* new_exception(py::module_& module, const char* name, PyObject* base, c
 
 BoundFlow::BoundFlow(const FlowSpec& spec, std::uint64_t seed)
     : flow(spec, seed), dtype(spec.dtype), features(spec.input_size) {
-  double flops = 0;
-  for (const TensorInfo& t : flow.layout().tensors()) flops += 2.0 * static_cast<double>(t.size);
+  double flops = kRowFlops;
+  for (const TensorInfo& t : flow.layout().tensors()) {
+    flops += (t.role == TensorRole::bias ? kOutputFlops : 2.0) * static_cast<double>(t.size);
+  }
   release_rows = std::max<std::int64_t>(1, static_cast<std::int64_t>(kReleaseFlops / flops));
+}
+
+void raise_uninitialised() {
+  PyErr_SetString(PyExc_TypeError, "this Flow was never initialised: call Flow.__init__ from the subclass");
+  throw py::error_already_set();
+}
+
+void BoundFlow::require_ready() const {
+  if (!ready) raise_uninitialised();
 }
 
 int BoundFlow::threads() const {
   const int wanted = flow.num_threads();
   return wanted > 0 ? wanted : available_threads();
+}
+
+void park_if_finalizing() {
+#if PY_VERSION_HEX >= 0x030D0000
+  const bool finalizing = Py_IsFinalizing() != 0;
+#else
+  const bool finalizing = _Py_IsFinalizing() != 0;
+#endif
+  while (finalizing) std::this_thread::sleep_for(std::chrono::hours(1));
+}
+
+GilReleased::~GilReleased() {
+  park_if_finalizing();
+#ifdef __GLIBCXX__
+  // Python may still begin to end while this thread waits for the GIL; its pthread_exit unwinds the stack as an
+  // exception of this kind, which must not leave a destructor.
+  try {
+    PyEval_RestoreThread(state_);
+  } catch (abi::__forced_unwind&) {
+    for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+  }
+#else
+  PyEval_RestoreThread(state_);
+#endif
 }
 
 void set_python_error() {

@@ -1,24 +1,44 @@
 // What the bindings' files share: the bound object and the translation of errors.
 #pragma once
 
+#include <cstring>
+#include <new>
+
 #include <nvpflow/flow.hpp>
 
 #include "arrays.hpp"
 
 namespace nvpflow::python {
 
+/// Memory of objects that Python can make without initialising them (Flow.__new__, a subclass that forgets
+/// super().__init__()) is zero, so that what looks into them can tell.
+struct ZeroedMemory {
+  static void* operator new(std::size_t size) { return std::memset(::operator new(size), 0, size); }
+  static void operator delete(void* p) { ::operator delete(p); }
+};
+
+/// nvpflow._core.FlowSpec: zeroed, an empty spec that validate() refuses.
+struct BoundSpec : ZeroedMemory, FlowSpec {
+  BoundSpec(FlowSpec spec) : FlowSpec(std::move(spec)) {}
+};
+
 /// nvpflow._core.Flow.
-struct BoundFlow {
+struct BoundFlow : ZeroedMemory {
   Flow flow;
   DType dtype;
   std::int64_t features;
   /// From this many rows on a call is long enough (about five microseconds) to let other Python threads run.
   std::int64_t release_rows;
+  bool ready = true;
 
   BoundFlow(const FlowSpec& spec, std::uint64_t seed);
   int threads() const;
+  /// Throws where the object was never initialised.
+  void require_ready() const;
   std::int64_t row_bytes() const { return features * size_of(dtype); }
 };
+
+[[noreturn]] void raise_uninitialised();
 
 /// Sets the Python error of the exception in flight; call inside a catch block.
 void set_python_error();
@@ -27,11 +47,27 @@ void set_python_error();
 /// several times as much as the smallest flow. Adds them to the bound type.
 void add_hot_methods(py::class_<BoundFlow>& type);
 
-/// Calls f without the GIL where `rows` are many.
+/// Never returns once the interpreter is ending.
+void park_if_finalizing();
+
+/// Lets other Python threads run. When the interpreter has ended meanwhile, this thread, a daemon's, stops here for
+/// good: taking the GIL would end it in the middle of C++ code, as Python before 3.14 does.
+class GilReleased {
+ public:
+  GilReleased() : state_(PyEval_SaveThread()) {}
+  ~GilReleased();
+  GilReleased(const GilReleased&) = delete;
+  GilReleased& operator=(const GilReleased&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
+/// Calls f, without the GIL where the work on so many rows is long enough.
 template <class F>
 void run_released(const BoundFlow& flow, std::int64_t rows, F&& f) {
   if (rows >= flow.release_rows) {
-    const py::gil_scoped_release release;
+    const GilReleased released;
     f();
   } else {
     f();

@@ -7,15 +7,14 @@
 namespace nvpflow::python {
 namespace {
 
-/// The C++ object behind `self`, or a Python error: a subclass may have forgotten to call __init__.
+/// The C++ object behind `self`, whose type Python has checked.
 const BoundFlow& bound(PyObject* self) {
   auto* instance = reinterpret_cast<py::detail::instance*>(self);
-  const void* value = instance->simple_layout ? instance->simple_value_holder[0] : nullptr;
-  if (value == nullptr) {
-    PyErr_SetString(PyExc_TypeError, "this Flow was never initialised: call Flow.__init__ from the subclass");
-    throw py::error_already_set();
-  }
-  return *static_cast<const BoundFlow*>(value);
+  const auto* flow =
+      instance->simple_layout ? static_cast<const BoundFlow*>(instance->simple_value_holder[0]) : nullptr;
+  if (flow == nullptr) raise_uninitialised();
+  flow->require_ready();
+  return *flow;
 }
 
 /// Splits a vectorcall into named arguments. Names after `positional` are keyword-only.
@@ -56,7 +55,7 @@ class Arguments {
     for (int i = 0; i < count; ++i) {
       if (PyUnicode_Compare(names_.begin()[i], keyword) == 0) return i;
     }
-    fail("got an unexpected argument '" + std::string(PyUnicode_AsUTF8(keyword)) + "'");
+    fail("got an unexpected argument " + py::repr(keyword).cast<std::string>());
   }
 
   const char* method_;
@@ -161,6 +160,16 @@ PyObject* inverse(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObj
   });
 }
 
+/// The digits of an integer, if they are few enough for Python to print.
+std::string short_text(const py::object& number) {
+  PyObject* text = PyObject_Str(number.ptr());
+  if (text == nullptr) {
+    PyErr_Clear();
+    return "a number of thousands of digits";
+  }
+  return py::reinterpret_steal<py::str>(text).cast<std::string>();
+}
+
 /// A Python integer in [0, 2^64), or [0, 2^63) where `is_signed`.
 std::uint64_t unsigned_of(PyObject* object, const char* name, bool is_signed) {
   if (PyBool_Check(object) || !PyIndex_Check(object)) {
@@ -174,9 +183,8 @@ std::uint64_t unsigned_of(PyObject* object, const char* name, bool is_signed) {
   const bool failed = PyErr_Occurred() != nullptr;
   if (failed || (is_signed && value >> 63 != 0)) {
     PyErr_Clear();
-    const std::string text = py::str(number).cast<std::string>();
-    PyErr_SetString(PyExc_ValueError, (std::string(name) + " is " + text + ", expected an integer from 0 to 2**" +
-                                       (is_signed ? "63" : "64") + " - 1")
+    PyErr_SetString(PyExc_ValueError, (std::string(name) + " is " + short_text(number) +
+                                       ", expected an integer from 0 to 2**" + (is_signed ? "63" : "64") + " - 1")
                                           .c_str());
     throw py::error_already_set();
   }

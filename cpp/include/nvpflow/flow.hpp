@@ -44,9 +44,13 @@ class Flow {
   int num_threads() const;
   void set_num_threads(int threads);
 
-  /// The flat parameters (ParamLayout); replaced only through set_parameters.
+  /// The flat parameters (ParamLayout), replaced only through set_parameters: the flow's own buffer, which a thread
+  /// that reads it meanwhile may see half replaced.
   template <class T>
   std::span<const T> parameters() const;
+  /// A copy of them, whole also while another thread replaces them.
+  template <class T>
+  void copy_parameters(std::span<T> out) const;
   template <class T>
   void set_parameters(std::span<const T> parameters);
 

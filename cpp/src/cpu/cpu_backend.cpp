@@ -49,7 +49,7 @@ class LeftRight {
   class Reading {
    public:
     explicit Reading(const LeftRight& owner)
-        : slot_(owner.readers_[static_cast<std::size_t>(owner.version_.load())][shard()].count) {
+        : slot_(owner.shared_.get().readers[static_cast<std::size_t>(owner.version_.load())][shard()].count) {
       slot_.fetch_add(1);
       value_ = owner.values_[static_cast<std::size_t>(owner.side_.load())].get();
     }
@@ -71,16 +71,17 @@ class LeftRight {
   /// make: a new Value, for the first rewrite; write: fills the side that no reader sees.
   template <class Make, class Write>
   void rewrite(Make make, Write write) {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    Shared& shared = shared_.get();
+    const std::lock_guard<std::mutex> lock(shared.mutex);
     const int hidden = 1 - side_.load();
     std::unique_ptr<Value>& value = values_[static_cast<std::size_t>(hidden)];
     if (value == nullptr) value = make();
     write(*value);
     side_.store(hidden);
     const int version = version_.load();
-    wait_for_readers(1 - version);
+    wait_for_readers(shared, 1 - version);
     version_.store(1 - version);
-    wait_for_readers(version);
+    wait_for_readers(shared, version);
   }
 
   /// Fills the visible side; only before any reader exists.
@@ -99,8 +100,13 @@ class LeftRight {
     return mine;
   }
 
-  void wait_for_readers(int version) const {
-    for (const Count& c : readers_[static_cast<std::size_t>(version)]) {
+  struct Shared {
+    std::array<std::array<Count, kShards>, 2> readers{};
+    std::mutex mutex;
+  };
+
+  static void wait_for_readers(const Shared& shared, int version) {
+    for (const Count& c : shared.readers[static_cast<std::size_t>(version)]) {
       while (c.count.load() != 0) std::this_thread::yield();
     }
   }
@@ -108,8 +114,7 @@ class LeftRight {
   std::array<std::unique_ptr<Value>, 2> values_;
   std::atomic<int> side_{0};
   std::atomic<int> version_{0};
-  mutable std::array<std::array<Count, kShards>, 2> readers_{};
-  std::mutex mutex_;
+  mutable PerProcess<Shared> shared_;
 };
 
 template <class T>

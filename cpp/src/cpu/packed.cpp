@@ -192,7 +192,7 @@ void Packed<T>::pack_standardize(Layer<T>& layer, const T* parameters) {
 template <class T>
 void Packed<T>::ensure_transposed() const {
   if (transposed_ready_.load(std::memory_order_acquire)) return;
-  const std::lock_guard<std::mutex> lock(transpose_mutex_);
+  const std::lock_guard<ForkSafeMutex> lock(transpose_mutex_);
   if (transposed_ready_.load(std::memory_order_relaxed)) return;
   T* next = static_cast<T*>(transposed_.reserve(transposed_size_ * static_cast<std::int64_t>(sizeof(T))));
   for (const Dense<T>& d : dense_) {

@@ -5,11 +5,11 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include <nvpflow/spec.hpp>
 
+#include "../parallel.hpp"
 #include "kernels.hpp"
 
 namespace nvpflow::cpu {
@@ -61,7 +61,7 @@ class Packed {
   AlignedBuffer weights_;
   mutable AlignedBuffer transposed_;
   std::int64_t transposed_size_ = 0;  // elements
-  mutable std::mutex transpose_mutex_;
+  mutable ForkSafeMutex transpose_mutex_;
   mutable std::atomic<bool> transposed_ready_{false};
 };
 
