@@ -404,3 +404,29 @@ def test_demo(run, folder):
     run("demo", *quick, "-o", "nvpflow-demo", "--force")
     run("demo", "--epochs", 0, fails=1)
     assert not (folder / "nvpflow-demo-3").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["fit", "data.npy", "-o", "data.npy"], "DATA"),
+        (["fit", "data.npy", "-o", "m.st", "--checkpoint", "m.st"], "--checkpoint"),
+        (["fit", "data.npy", "-o", "m.st", "--validation", "./m.st"], "--validation"),
+        (["score", "model.safetensors", "data.npy", "-o", "data.npy"], "DATA"),
+        (["score", "model.safetensors", "data.npy", "-o", "model.safetensors", "--format", "csv"], "MODEL"),
+    ],
+)
+def test_inputs_are_not_overwritten_even_with_force(run, folder, arguments, word):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    message = error_of(run(*arguments, "--force", fails=1))
+    assert word in message
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_model_does_not_go_to_stdout(run, folder):
+    assert "stdout" in error_of(run("fit", "data.npy", "-o", "-", fails=1))
+    assert not (folder / "-").exists()
+
+
+def test_time_must_be_positive(run):
+    assert "--max-time" in error_of(run("fit", "data.npy", "-o", "m.st", "--max-time", "-1", fails=1))

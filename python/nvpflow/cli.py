@@ -19,6 +19,7 @@ from nvpflow import data_io
 # Errors that the user can act on. Anything else is a bug of ours and keeps its traceback.
 _EXPECTED_ERRORS = (OSError, ValueError, MemoryError, ImportError, RuntimeError, nvpflow.TrainingError)
 
+_ACTIVATIONS = ", ".join(nvpflow._core.activation_names())
 _SECONDS_BETWEEN_LINES = 10.0
 
 _TABLES = "a .npy (memory-mapped), .csv (header or not) or .parquet (needs pyarrow) file, or - for CSV or .npy on stdin"
@@ -89,7 +90,7 @@ def _add_fit(commands: Any) -> None:
     _add_option(model, "--num-flows", type=int, metavar="K", default=4, help="coupling layers")
     sizes_help = "widths of the hidden layers of each coupling's network; none: no hidden layer"
     _add_option(model, "--hidden-sizes", type=_sizes, metavar="N,N", default="256", help=sizes_help)
-    _add_option(model, "--activation", metavar="NAME", default="relu", help="of the hidden layers")
+    _add_option(model, "--activation", metavar="NAME", default="relu", help=f"of the hidden layers: {_ACTIVATIONS}")
     _add_option(model, "--scale-bound", type=float, metavar="B", default=1.0, help="largest log-scale of a layer")
     standardize_help = "leave out the layer for the columns' means and standard deviations"
     _add_option(model, "--no-standardize", action="store_true", help=standardize_help)
@@ -174,6 +175,7 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 def _run_fit(arguments: argparse.Namespace) -> None:
+    _check_fit_paths(arguments)
     data_io.check_target(arguments.output, force=arguments.force)
     rows = _read(arguments.data, arguments.dtype)
     validation = _validation(arguments, rows.shape[1])
@@ -197,6 +199,18 @@ def _run_fit(arguments: argparse.Namespace) -> None:
     kind, count = ("held-out", history.validation_rows) if history.validation_rows else ("training", history.train_rows)
     say(f"{kind} log-likelihood: {-history.best_loss:.4f} nats per row (epoch {history.best_epoch}, {count:,} rows)")
     say(f"model written to {arguments.output}")
+
+
+def _check_fit_paths(arguments: argparse.Namespace) -> None:
+    """Refuse to write the model over what the run reads, and times that mean nothing."""
+    if arguments.output == "-":
+        raise data_io.DataError("-o: a model is a file, it cannot go to stdout")
+    if arguments.max_time is not None and not arguments.max_time > 0:
+        raise data_io.DataError(f"--max-time is {arguments.max_time}, expected a number of seconds above 0")
+    data_io.check_distinct(
+        arguments.output,
+        {"DATA": arguments.data, "--validation": arguments.validation, "--checkpoint": arguments.checkpoint},
+    )
 
 
 def _train(arguments: argparse.Namespace, flow: nvpflow.Flow, rows: Any, validation: Any) -> nvpflow.History:
@@ -273,6 +287,7 @@ def _validation(arguments: argparse.Namespace, columns: int) -> Any:
 
 
 def _run_score(arguments: argparse.Namespace) -> None:
+    data_io.check_distinct(arguments.output, {"MODEL": arguments.model, "DATA": arguments.data})
     flow = nvpflow.load(arguments.model)
     flow.num_threads = arguments.threads
     kind = data_io.output_format(arguments.output, arguments.format)

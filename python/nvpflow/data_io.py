@@ -300,6 +300,13 @@ def check_target(target: str, *, force: bool) -> None:
         raise PermissionError(f"{target}: no permission to write there")
 
 
+def check_distinct(target: str, sources: dict[str, str | None]) -> None:
+    """Refuse to write over a file that the same command reads, also with --force."""
+    for name, source in sources.items():
+        if source is not None and "-" not in (source, target) and os.path.realpath(source) == os.path.realpath(target):
+            raise DataError(f"-o: {target} is {name} too; give the output a file of its own")
+
+
 @contextmanager
 def create_table(
     target: str, *, kind: str, dtype: str, columns: int | None, rows: int | None, force: bool = False

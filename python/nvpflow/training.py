@@ -129,7 +129,7 @@ class History:
         ax.plot(self.epoch, self.train_loss, color="C0", label="training")
         if self.validation_rows:
             ax.plot(self.epoch, self.validation_loss, color="C1", label="validation")
-        if self.best_epoch:
+        if self.best_epoch and self.validation_rows:
             ax.plot(self.best_epoch, self.best_loss, "o", color="C3", label=f"best: {self.best_loss:.3f}")
         ax.set(xlabel="epoch", ylabel="negative log-likelihood (nats per row)")
         ax.legend(frameon=False)

@@ -2,6 +2,7 @@
 
 #include <numpy/arrayobject.h>
 
+#include <cfloat>
 #include <functional>
 
 namespace nvpflow::python {
@@ -53,14 +54,14 @@ void refuse_masked(PyObject* array, const char* name) {
   }
 }
 
-/// Python's numbers may be too large for the dtype.
-void refuse_overflow(PyArrayObject* from, PyArrayObject* to, const char* name) {
+/// Python's numbers may be too large for the dtype: asked before NumPy makes them infinite.
+void refuse_overflow(const py::object& array, DType dtype, const char* name) {
+  if (dtype != DType::float32) return;
   const auto numpy = py::module_::import("numpy");
-  const auto count = [&](PyArrayObject* array) {
-    return numpy.attr("isfinite")(py::handle(reinterpret_cast<PyObject*>(array))).attr("sum")().cast<std::int64_t>();
-  };
-  if (count(from) != count(to)) {
-    raise(PyExc_ValueError, std::string(name) + " holds a number too large for " + dtype_text(to));
+  const py::object size = numpy.attr("abs")(numpy.attr("asarray")(array, "float64"));
+  const py::object large = numpy.attr("logical_and")(numpy.attr("isfinite")(size), size.attr("__gt__")(FLT_MAX));
+  if (large.attr("any")().cast<bool>()) {
+    raise(PyExc_ValueError, std::string(name) + " holds a number too large for float32");
   }
 }
 
@@ -89,11 +90,11 @@ py::object convert(PyObject* object, const char* name, DType dtype) {
     }
     raise(PyExc_TypeError, message);
   }
+  if (!own_dtype) refuse_overflow(array, dtype, name);
   Py_INCREF(wanted);  // PyArray_FromArray takes a reference
   auto result = py::reinterpret_steal<py::object>(
       PyArray_FromArray(from, wanted, NPY_ARRAY_CARRAY_RO | NPY_ARRAY_ENSUREARRAY | NPY_ARRAY_FORCECAST));
   if (!result) throw py::error_already_set();
-  if (!own_dtype) refuse_overflow(from, reinterpret_cast<PyArrayObject*>(result.ptr()), name);
   return result;
 }
 

@@ -316,7 +316,8 @@ class PythonObserver final : public FitObserver {
 
   bool on_progress(std::int64_t epoch, std::int64_t step, std::int64_t steps) override {
     const auto now = std::chrono::steady_clock::now();
-    if (now - last_ < kProgressInterval) return true;
+    const bool first_step = epoch > 0 && !std::exchange(training_, epoch > 0);
+    if (now - last_ < kProgressInterval && !first_step) return true;
     last_ = now;
     park_if_finalizing();
     const py::gil_scoped_acquire acquire;
@@ -337,6 +338,7 @@ class PythonObserver final : public FitObserver {
 
   py::object on_progress_, on_epoch_;
   std::chrono::steady_clock::time_point last_{};
+  bool training_ = false;  // the preparation is over
 };
 
 py::dict fit_flow(BoundFlow& self, const py::object& x, const py::object& validation, const py::dict& options,

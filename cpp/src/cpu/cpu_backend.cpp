@@ -30,6 +30,8 @@ using cpu::TransformCall;
 constexpr double kFlopsPerThread = 4e6;
 /// Multiply-adds per row of one weight-gradient task.
 constexpr std::int64_t kTaskSize = 16384;
+/// Tape that each of several threads may fill before they meet.
+constexpr std::int64_t kTapeBytesPerThread = 3 << 19;
 /// Rows whose log-probabilities are added up in one sum.
 constexpr std::int64_t kSumRows = 1024;
 
@@ -301,6 +303,11 @@ class CpuBackend final : public Backend {
     });
   }
 
+  /// Tiles between two meetings of the threads. Meetings cost, most of all on a busy machine; so does memory.
+  std::int64_t tiles_per_thread() const {
+    return std::clamp<std::int64_t>(kTapeBytesPerThread / (tape_size_ * static_cast<std::int64_t>(sizeof(T))), 1, 8);
+  }
+
   double run_gradient(const GradientCall<T>& call, std::int64_t rows, T* gradient, bool accumulate, int threads) const {
     const Reading packed(packed_);
     packed->ensure_transposed();
@@ -309,7 +316,8 @@ class CpuBackend final : public Backend {
       std::memset(gradient, 0, static_cast<std::size_t>(layout_.size()) * sizeof(T));
     }
     const std::int64_t tiles = (rows + gradient_rows_ - 1) / gradient_rows_;
-    const std::int64_t group = std::min<std::int64_t>(tiles, threads_for(rows, threads));
+    const int team = threads_for(rows, threads);
+    const std::int64_t group = std::min<std::int64_t>(tiles, team > 1 ? team * tiles_per_thread() : 1);
     T* tapes = thread_scratch<T>(std::max<std::int64_t>(1, group) * tape_size_);
     std::vector<double> sums(static_cast<std::size_t>(group));
     double total = 0;
@@ -318,7 +326,7 @@ class CpuBackend final : public Backend {
       const auto rows_of = [&](std::int64_t tile) {
         return std::min(gradient_rows_, rows - (first + tile) * gradient_rows_);
       };
-      parallel_for(here, 1, static_cast<int>(group), [&](std::int64_t begin, std::int64_t end) {
+      parallel_for(here, 1, team, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t tile = begin; tile < end; ++tile) {
           const std::int64_t row = (first + tile) * gradient_rows_;
           sums[static_cast<std::size_t>(tile)] =
@@ -328,7 +336,7 @@ class CpuBackend final : public Backend {
       for (std::int64_t tile = 0; tile < here; ++tile) total += sums[static_cast<std::size_t>(tile)];
       if (gradient == nullptr) continue;
       const auto count = static_cast<std::int64_t>(tasks_.size());
-      parallel_for(count, 1, static_cast<int>(group), [&](std::int64_t begin, std::int64_t end) {
+      parallel_for(count, 1, team, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t i = begin; i < end; ++i) {
           const Task& task = tasks_[static_cast<std::size_t>(i)];
           for (std::int64_t tile = 0; tile < here; ++tile) {

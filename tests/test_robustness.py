@@ -1,0 +1,189 @@
+"""Misuse that once crashed, hung or lost something."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import nvpflow
+import pytest
+from nvpflow import _core
+
+
+class ForgetsToInitialise(nvpflow.Flow):
+    def __init__(self) -> None:  # super().__init__ is left out on purpose
+        pass
+
+
+def test_a_subclass_that_forgets_to_initialise_is_told():
+    with pytest.raises(TypeError, match="__init__"):
+        ForgetsToInitialise()
+
+
+def test_an_uninitialised_flow_is_an_error_not_a_crash():
+    flow = nvpflow.Flow.__new__(nvpflow.Flow)
+    for use in (
+        lambda: flow.num_parameters,
+        lambda: flow.spec,
+        lambda: flow.num_threads,
+        lambda: repr(flow),
+        lambda: flow.log_prob(np.zeros((1, 2), np.float32)),
+        lambda: flow.nll(np.zeros((1, 2), np.float32)),
+        lambda: flow.save("nowhere"),
+        lambda: flow.parameters(),
+        lambda: flow.fit(np.zeros((10, 2), np.float32), batch_size=5),
+    ):
+        with pytest.raises(TypeError, match="never initialised"):
+            use()
+
+
+def test_an_uninitialised_spec_is_refused():
+    with pytest.raises(ValueError, match="input_size"):
+        nvpflow.Flow(_core.FlowSpec.__new__(_core.FlowSpec))
+
+
+def test_lists_of_numpy_numbers_keep_their_dtype():
+    flow = nvpflow.build(2)
+    rows = np.zeros((2, 2))
+    for wide in ([rows[0], rows[1]], (rows[0],), [[np.float64(0), np.float64(1)]]):
+        with pytest.raises(TypeError, match="float64"):
+            flow.log_prob(wide)
+    assert flow.log_prob([rows.astype(np.float32)[0]]).shape == (1,)
+    assert flow.log_prob([[0, 1.5], [True, 2]]).shape == (2,)
+
+
+def test_numbers_too_large_for_the_dtype_are_refused():
+    with pytest.raises(ValueError, match="too large for float32"):
+        nvpflow.build(2).log_prob([[1e300, 0.0]])
+    assert np.isnan(nvpflow.build(2).log_prob([[float("inf"), 0.0]])[0])
+
+
+def test_masked_values_do_not_come_in_as_data():
+    flow = nvpflow.build(2)
+    values = np.zeros((3, 2), np.float32)
+    with pytest.raises(ValueError, match="masked"):
+        flow.log_prob(np.ma.masked_array(values, mask=[[0, 0], [0, 1], [0, 0]]))
+    np.testing.assert_array_equal(flow.log_prob(np.ma.masked_array(values)), flow.log_prob(values))
+
+
+@pytest.mark.parametrize("spoil", ["checkpoint folder", "validation", "columns"])
+def test_a_fit_that_finishes_no_epoch_leaves_the_flow_as_it_was(tmp_path, spoil):
+    rows = np.random.default_rng(0).normal(3.0, 2.0, size=(500, 3))
+    flow = nvpflow.build(3, 2, (8,), standardize=True, dtype="float64")
+    before = flow.parameters()["flow_0_scale.kernel"].copy()
+    validation = np.full((1, 3), 1e200) if spoil == "validation" else None
+    x = rows * [1, 1, 1e300] if spoil == "columns" else rows
+    checkpoint = str(tmp_path / "missing" / "run") if spoil == "checkpoint folder" else None
+    with pytest.raises((OSError, ValueError, nvpflow.TrainingError)):
+        flow.fit(x, validation=validation, checkpoint=checkpoint, epochs=2, progress=False)
+    assert not flow.parameters()["standardize_0.mean"].any()
+    np.testing.assert_array_equal(flow.parameters()["flow_0_scale.kernel"], before)
+
+
+def test_a_run_of_endless_epochs_has_a_learning_rate():
+    rows = np.random.default_rng(0).normal(size=(500, 3)).astype(np.float32)
+    history = nvpflow.build(3, 2, (8,)).fit(rows, epochs=2**62, callback=lambda record: False, progress=False)
+    assert history.learning_rate[0] == pytest.approx(1e-3)
+
+
+def _wait_for_child(pid: int, seconds: float) -> int:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return status
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    pytest.fail("the child hangs")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Python 3.12 on forks beside threads: that is the test
+@pytest.mark.parametrize("busy_with", ["log_prob", "set_parameters"])
+def test_a_child_forked_while_others_work_can_do_everything(busy_with):
+    flow = nvpflow.build(4, 2, (16,), seed=3)
+    x = np.zeros((100_000, 4), np.float32)
+    parameters = {name: value.copy() for name, value in flow.parameters().items()}
+    expected = flow.log_prob(x[:10])
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            if busy_with == "log_prob":
+                flow.log_prob(x)
+            else:
+                flow.set_parameters(parameters)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(10):
+            pid = os.fork()
+            if pid == 0:
+                status = 1
+                try:
+                    flow.set_parameters(parameters)
+                    flow.nll_gradient(x)
+                    flow.fit(
+                        x[:, :] + np.arange(len(x), dtype=np.float32)[:, None] % 7,
+                        epochs=1,
+                        batch_size=50_000,
+                        progress=False,
+                    )
+                    flow.set_parameters(parameters)
+                    status = 0 if np.array_equal(flow.log_prob(x[:10]), expected) else 2
+                finally:
+                    os._exit(status)
+            assert _wait_for_child(pid, 60) == 0
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+@pytest.mark.parametrize("call", ["flow.log_prob(x)", "flow.fit(x, epochs=10**6, progress=False)"])
+def test_the_interpreter_can_end_while_daemon_threads_are_in_calls(call):
+    script = f"""
+import threading, time, numpy as np, nvpflow
+flow = nvpflow.build(3, 2, (64,))
+x = np.random.default_rng(0).normal(size=(100_000, 3)).astype(np.float32)
+def work():
+    while True:
+        {call}
+for _ in range(2):
+    threading.Thread(target=work, daemon=True).start()
+time.sleep(0.3)
+"""
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_snapshots_are_whole_while_another_thread_replaces_the_parameters():
+    import copy
+    import pickle
+
+    flow = nvpflow.build(16, 4, (256, 256))
+    sets = [np.full(flow.num_parameters, value, np.float32) for value in (0.0, 1.0)]
+    flow._set_flat_parameters(sets[0])
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            for values in sets:
+                flow._set_flat_parameters(values)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for _ in range(60):
+            for taken in (copy.copy(flow), pickle.loads(pickle.dumps(flow))):
+                flat = taken._copy_flat_parameters()
+                assert flat.min() == flat.max()
+    finally:
+        stop.set()
+        thread.join()
