@@ -103,12 +103,15 @@ def measure(options: argparse.Namespace) -> dict:
         "records": [],
         "skipped": [],
     }
-    planned, too_large = cells(options.configs, options.ops, options.batches, options.train_batches)
-    for cell in too_large:
-        say(f"left out: {cell.configuration} {cell.op} {cell.batch}: {cell.flops / 1e9:.0f} GFLOP a call")
+    settings = QUICK if options.quick else FULL
+    every = cells(options.configs, options.ops, options.batches, options.train_batches)
+    planned = [cell for cell in every if cell.flops <= settings.most_flops]
+    for cell in every:
+        if cell not in planned:
+            say(f"left out: {cell.configuration} {cell.op} {cell.batch}: {cell.flops / 1e9:.0f} GFLOP a call")
     for threads in options.threads:
         wanted = labels(options.peers, options.isa)
-        with Session(wanted, threads, QUICK if options.quick else FULL, say) as session:
+        with Session(wanted, threads, settings, say) as session:
             before = session.machine()
             for cell in planned:
                 session.run(cell)

@@ -15,6 +15,7 @@ from results import Results
 
 COLOURS = {"A": "#0072B2", "B": "#D55E00", "C": "#009E73", "D": "#CC79A7", "E": "#8C6D1F"}
 GREY = "#7F7F7F"
+BOUND = {"color": GREY, "linewidth": 0.8, "linestyle": (0, (4, 3))}
 # What the batch curve shows beside nvpflow, in the order of the legend.
 PEER_STYLES = {
     "openvino": ("#E69F00", "OpenVINO"),
@@ -24,6 +25,8 @@ PEER_STYLES = {
     "torch_eager": ("#A0522D", "PyTorch eager"),
     "numpy": (GREY, "NumPy"),
 }
+BATCH_TICKS = (1, 8, 64, 1024, 65_536)
+PEER_LINE = {"marker": "o", "markerfacecolor": "white", "markersize": 4, "linewidth": 0.7, "linestyle": ":"}
 STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -49,12 +52,21 @@ def _ceilings(axes, limits: dict, right: float) -> None:
         axes.axhline(peak / 1e9, color=GREY, linewidth=1.2 if peak == top else 0.8, zorder=1)
         axes.text(right, peak / 1e9 * 1.05, f"{isa} {peak / 1e9:.0f}", color=GREY, ha="right", fontsize=8)
     left = axes.get_xlim()[0]
+    axes.figure.canvas.draw()  # settles the layout, and with it the angle of the slanted lines
     for level, found in limits["read"].items():
         x = np.array([left, top / found["rate"]])
-        axes.plot(x, found["rate"] * x / 1e9, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-        label = f"{level} {found['rate'] / 1e9:.0f} GB/s"
+        y = found["rate"] * x / 1e9
+        axes.plot(x, y, zorder=1, **BOUND)
+        run, rise = np.diff(axes.transData.transform(np.column_stack([x, y])), axis=0)[0]
         axes.annotate(
-            label, (x[0], found["rate"] * x[0] / 1e9), xytext=(4, 3), textcoords="offset points", fontsize=8, color=GREY
+            f"{level} {found['rate'] / 1e9:.0f} GB/s",
+            (x[0], y[0]),
+            xytext=(8, 12),
+            textcoords="offset points",
+            rotation=np.degrees(np.arctan2(rise, run)),
+            rotation_mode="anchor",
+            color=GREY,
+            fontsize=8,
         )
 
 
@@ -69,21 +81,19 @@ def roofline(r: Results, path: Path) -> None:
         x = [intensity(configuration, batch) for batch in batches]
         y = [r.flop_rate(name, "log_prob", batch) / 1e9 for batch in batches]
         axes.plot(x, y, "-o", color=COLOURS[name], markersize=5, linewidth=1.6, label=name, zorder=3)
-        rivals = [(i, r.rival(name, "log_prob", batch)) for i, batch in zip(x, batches, strict=True)]
-        points = [(i, b, rival) for (i, rival), b in zip(rivals, batches, strict=True) if rival]
-        rates = [configuration["flops_per_row"] * b / rival.seconds / 1e9 for _, b, rival in points]
-        axes.plot(
-            [i for i, _, _ in points], rates, "o", markerfacecolor="white", color=COLOURS[name], markersize=5, zorder=2
-        )
-    axes.plot([], [], "o", markerfacecolor="white", color=GREY, label="fastest peer")
+        rivals = [r.rival(name, "log_prob", batch) for batch in batches]
+        known = [(i, batch / rival.seconds) for i, batch, rival in zip(x, batches, rivals, strict=True) if rival]
+        y = [rate * configuration["flops_per_row"] / 1e9 for _, rate in known]
+        axes.plot([i for i, _ in known], y, color=COLOURS[name], zorder=2, **PEER_LINE)
+    axes.plot([], [], color=GREY, label="fastest peer", **PEER_LINE)
+    axes.legend(loc="lower right", title="nvpflow log_prob, one core")
+    figure.suptitle(f"{r.document['machine']['cpu']}: batches from 1 row, left, to the largest, right", fontsize=10)
     limits = r.document["limits"].get("1")
     if limits:
         left, right = axes.get_xlim()
-        axes.set_xlim(min(left, 0.3), right)
+        axes.set_xlim(min(left, 0.12), right)
         axes.set_ylim(top=1.5 * max(limits["fma"].values()) / 1e9)
         _ceilings(axes, limits, right)
-    axes.legend(loc="lower right", title="nvpflow log_prob, one core")
-    figure.suptitle(f"{r.document['machine']['cpu']}: batches from 1 row, left, to the largest, right", fontsize=10)
     figure.savefig(path, dpi=160)
     plt.close(figure)
 
@@ -101,19 +111,19 @@ def batch_curve(r: Results, path: Path) -> None:
         flows = r.configurations[name]["num_flows"]
         axes.set_title(f"{name}: D={size}, K={flows}, hidden {' '.join(map(str, hidden))}", fontsize=9, loc="left")
         axes.set(xscale="log", yscale="log")
+        axes.set_xticks(BATCH_TICKS, [f"{batch:,}" for batch in BATCH_TICKS])
+        axes.minorticks_off()
         for peer, (colour, label) in PEER_STYLES.items():
             _curve(axes, r, name, peer, color=colour, linewidth=1.1, markersize=3, label=label)
         _curve(axes, r, name, "nvpflow", color="black", linewidth=2, markersize=4, label="nvpflow")
         isa = r.native_isa()
         if isa and (peak := r.peak(isa)):
-            axes.axhline(
-                peak / r.configurations[name]["flops_per_row"], color=GREY, linewidth=0.8, linestyle=(0, (4, 3))
-            )
+            axes.axhline(peak / r.configurations[name]["flops_per_row"], **BOUND)
     for axes in grid.flat[len(names) :]:
         axes.axis("off")
     handles, texts = grid.flat[0].get_legend_handles_labels()
-    handles.append(plt.Line2D([], [], color=GREY, linewidth=0.8, linestyle=(0, (4, 3))))
-    figure.legend(handles, [*texts, "multiply-add peak"], loc="outside lower center", ncols=4)
+    handles.append(plt.Line2D([], [], **BOUND))
+    figure.legend(handles, [*texts, "multiply-add peak"], loc="outside upper center", ncols=4)
     figure.supxlabel("rows per call", fontsize=10)
     figure.supylabel("log_prob, rows per second on one core", fontsize=10)
     figure.savefig(path, dpi=160)

@@ -20,8 +20,6 @@ from peers import CHUNK, PEERS
 from timing import summary, summary_of_singles
 
 INFERENCE_OPS = ("log_prob", "inverse", "forward")
-# A call of more arithmetic than this takes seconds and tells nothing that a smaller batch does not.
-MOST_FLOPS_PER_CALL = 200e9
 # torch.compile takes up to half a minute for a shape.
 BATCHES_OF_SLOW_BUILDERS = (1, 64, 1024, 65536)
 LARGE_BATCH = 1024
@@ -34,13 +32,19 @@ class Settings:
 
     block_seconds: float
     rounds: int
-    most_seconds: float  # of one contender in one cell, beyond which there are fewer rounds, but three
+    most_seconds: float  # of one contender in one cell, beyond which there are fewer rounds
+    fewest_rounds: int
+    most_flops: float  # of a call: larger ones take seconds and tell nothing that a smaller batch does not
     singles: int  # calls timed one by one
     cold: int
 
 
-FULL = Settings(block_seconds=0.02, rounds=15, most_seconds=10, singles=100_000, cold=500)
-QUICK = Settings(block_seconds=0.005, rounds=3, most_seconds=1, singles=2_000, cold=30)
+FULL = Settings(
+    block_seconds=0.02, rounds=15, fewest_rounds=3, most_seconds=10, most_flops=200e9, singles=100_000, cold=500
+)
+QUICK = Settings(
+    block_seconds=0.005, rounds=3, fewest_rounds=1, most_seconds=0.3, most_flops=20e9, singles=2_000, cold=30
+)
 
 
 class ContenderError(RuntimeError):
@@ -125,18 +129,11 @@ class Cell:
         return CONFIGURATIONS[self.configuration].flops(self.op, self.batch)
 
 
-def cells(configurations: Iterable[str], ops: Iterable[str], batches: Iterable[int], train: Iterable[int]):
-    """Every cell asked for that is small enough, and those that are not."""
-    every = [
-        Cell(name, op, batch)
-        for name in configurations
-        for op in ops
-        for batch in sorted(train if op == "train" else batches)
+def cells(names: Iterable[str], ops: Iterable[str], batches: Iterable[int], train: Iterable[int]) -> list[Cell]:
+    """Every cell asked for."""
+    return [
+        Cell(name, op, batch) for name in names for op in ops for batch in sorted(train if op == "train" else batches)
     ]
-    return (
-        [cell for cell in every if cell.flops <= MOST_FLOPS_PER_CALL],
-        [cell for cell in every if cell.flops > MOST_FLOPS_PER_CALL],
-    )
 
 
 def takes_part(label: str, cell: Cell) -> bool:
@@ -221,8 +218,9 @@ class Session:
         samples: dict[str, list[float]] = {label: [] for label in calls}
         spent = dict.fromkeys(calls, 0.0)
         order = random.Random(0)
-        for done in range(self.settings.rounds):
-            going = [label for label in samples if done < 3 or spent[label] < self.settings.most_seconds]
+        limit = self.settings
+        for done in range(limit.rounds):
+            going = [c for c in samples if done < limit.fewest_rounds or spent[c] < limit.most_seconds]
             order.shuffle(going)
             for label in going:
                 try:

@@ -14,6 +14,7 @@ SMALL_BATCHES = range(2, 65)
 OPS = ("log_prob", "forward", "inverse")
 # The batch curve may dip by this much before it is called a cliff: what repeated measurements differ by.
 NOISE = 0.03
+NO_FALL = "never falls"
 
 
 @dataclass(frozen=True)

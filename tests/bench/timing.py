@@ -51,8 +51,9 @@ class Call:
         return eval(self.statement, dict(self.names))
 
     def block(self, calls: int) -> float:
-        """Seconds of a call, the mean of `calls` of them, after some to warm up."""
-        self._block(max(1, calls // 10), time.perf_counter)
+        """Seconds of a call, the mean of `calls` of them, after some to warm up; a long call needs none."""
+        if calls > 1:
+            self._block(max(1, calls // 10), time.perf_counter)
         return self._block(calls, time.perf_counter) / calls
 
     def calibrate(self, seconds: float) -> int:
