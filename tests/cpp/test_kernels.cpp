@@ -128,7 +128,8 @@ bool within(double actual, double expected, double budget) {
 
 template <class T>
 bool same_bits(std::span<const T> left, std::span<const T> right) {
-  return left.size() == right.size() && std::memcmp(left.data(), right.data(), left.size_bytes()) == 0;
+  if (left.size() != right.size()) return false;
+  return left.empty() || std::memcmp(left.data(), right.data(), left.size_bytes()) == 0;
 }
 
 template <class Function>
