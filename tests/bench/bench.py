@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from datetime import datetime, timezone
@@ -24,7 +23,7 @@ import tables
 from configurations import CONFIGURATIONS
 from peers import PACKAGES, PEERS
 from results import FORMAT, Results
-from session import FULL, INFERENCE_OPS, QUICK, Session, cells, describe, labels
+from session import FULL, INFERENCE_OPS, QUICK, Session, cells, describe, labels, processors
 
 
 def _names(known: list[str]):
@@ -65,7 +64,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--plots", type=Path, metavar="FOLDER", help="draw the roofline and the batch curve there")
     add("--quick", action="store_true", help="a few blocks of each: shows that it runs, not how fast")
     options = parser.parse_args(arguments)
-    if max(options.threads) > (available := len(os.sched_getaffinity(0))):
+    if max(options.threads) > (available := len(processors())):
         parser.error(f"--threads {max(options.threads)}: this process may use {available} processors")
     return options
 

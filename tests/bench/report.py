@@ -93,11 +93,12 @@ def section(r: Results) -> str:
     peak = f" One core's multiply-add peak, measured: {limits['fma'][isa] / 1e9:.0f} GFLOP/s." if limits and isa else ""
     virtual = f", under {document['machine']['virtual']}" if document["machine"]["virtual"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
-    quick = " With `--quick`: these figures show that it runs, not how fast.\n" if document["quick"] else ""
+    quick = "With `--quick`: these figures show that it runs, not how fast.\n" if document["quick"] else ""
     parts = [
         BEGIN,
         f"Medians on one core of {document['machine']['cpu']} ({document['machine']['family']}{virtual}), {isa},\n"
-        f"{document['date']}, float32, relu.{peak} Models, as (columns, couplings, hidden layers):\n{models}.\n{quick}",
+        f"{document['date']}, float32, relu.{peak}\n{quick}"
+        f"Models, as (columns, couplings, hidden layers): {models}.\n",
         "One row through Python, `flow.log_probability(x, out=out)`; cold: 16 MiB read between calls.\n",
         one_row(r) + "\n",
         "Many rows, `log_probability`, rows per second.\n",

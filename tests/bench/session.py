@@ -162,13 +162,18 @@ def labels(peers: Iterable[str], isas: Iterable[str]) -> list[str]:
     return ["machine", *ours, *peers, *(f"{peer}_chunks" for peer in peers if PEERS[peer].chunks)]
 
 
+def processors() -> list[int]:
+    """Those that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
 class Session:
     """All contenders on the same processors, one at a time."""
 
     def __init__(self, wanted: list[str], threads: int, settings: Settings, say: Callable[[str], None]) -> None:
         self.threads, self.settings, self.say = threads, settings, say
         # The last processors: the first ones serve most interrupts.
-        self.processors = sorted(os.sched_getaffinity(0))[-threads:] if hasattr(os, "sched_getaffinity") else []
+        self.processors = processors()[-threads:]
         self.contenders = {label: Contender(label, threads, self.processors) for label in wanted}
         self.skipped: list[dict] = []
         self.records: list[dict] = []
@@ -203,9 +208,12 @@ class Session:
             prepared = {k: v for k, v in calls[label].items() if k != "calls"}
             record = {"configuration": cell.configuration, "op": cell.op, "batch": cell.batch, "contender": label}
             record |= {"threads": self.threads, **prepared, "seconds": summary(seconds)}
-            if (cell.op, cell.batch) == ("log_prob", 1) and label != "machine":
-                record |= self._one_by_one(label, record["seconds"]["median"])
             self.records.append(record)
+            if (cell.op, cell.batch) == ("log_prob", 1) and label != "machine":
+                try:
+                    record |= self._one_by_one(label, record["seconds"]["median"])
+                except ContenderError as error:
+                    self._skip(label, cell, error, for_good=True)
 
     def _prepare(self, label: str, cell: Cell) -> dict:
         contender, seconds = self.contenders[label], self.settings.block_seconds

@@ -64,7 +64,7 @@ def machine(r: Results) -> str:
             lines.append(
                 f"empty call {floors['call']}, loop {floors['loop']}, clock {floors['clock']} (single calls include it)"
             )
-    return "\n".join(lines)
+    return "\n".join(lines) or "not measured: see who was skipped"
 
 
 def one_row(r: Results) -> str:

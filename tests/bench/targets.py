@@ -34,7 +34,8 @@ def at_most(what: str, case: str, value: float | None, limit: float, unit: str =
 
 
 def at_least(what: str, case: str, value: float | None, limit: float, unit: str = "x", factor: float = 1) -> Target:
-    shown = None if value is None else f"{value * factor:.3g} {unit}"
+    digits = ".3g" if value is not None and value * factor < 1000 else ".0f"
+    shown = None if value is None else f"{value * factor:{digits}} {unit}"
     return Target(what, case, shown, f"at least {limit * factor:.3g} {unit}", None if value is None else value >= limit)
 
 

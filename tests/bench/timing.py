@@ -88,7 +88,15 @@ class Function:
         return self.seconds_per_call(calls)
 
     def calibrate(self, seconds: float) -> int:
-        return max(1, round(seconds / max(self.seconds_per_call(1), 1e-9)))
+        """By the clock on the wall: what `seconds_per_call` says may be a difference, and small."""
+        calls = 1
+        while True:
+            start = time.perf_counter()
+            self.seconds_per_call(calls)
+            elapsed = time.perf_counter() - start
+            if elapsed >= seconds / 2:
+                return max(1, round(calls * seconds / elapsed))
+            calls *= 4
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:
