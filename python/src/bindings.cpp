@@ -63,8 +63,6 @@ void set_error(const Error& error) {
       return set_text(file_format_error, error.what());
     case ErrorCode::not_finite:
       return set_text(training_error, error.what());
-    case ErrorCode::interrupted:
-      return set_text(PyExc_KeyboardInterrupt, error.what());
     case ErrorCode::unavailable:
       return set_text(PyExc_RuntimeError, error.what());
     case ErrorCode::io:

@@ -13,7 +13,6 @@ enum class ErrorCode {
   io,                // the operating system refused; Error::system_error() holds errno
   file_format,       // a model file is damaged, foreign or newer than this library
   not_finite,        // training met a NaN or infinite loss or gradient
-  interrupted,       // a training observer asked to stop at once
   unavailable,       // the device or instruction set that was asked for is not here
 };
 

@@ -124,7 +124,7 @@ struct Kernels {
   void (*elementary)(Function, const T* in, T* out, int64_t count);
 };
 
-/// One row of this table per instruction set built in; supported() is asked before any of its kernels runs.
+/// One per instruction set built in; isa.cpp asks the processor before any of its kernels runs.
 struct IsaEntry {
   const char* name;
   const Kernels<float>* float32;
