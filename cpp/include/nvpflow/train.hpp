@@ -61,9 +61,8 @@ struct History {
 class FitObserver {
  public:
   virtual ~FitObserver() = default;
-  /// After every slice of work of well under a second. `step` of `steps` minibatches of epoch `epoch` are done; epoch 0 is
-  /// the preparation: data are checked and measured.
-  /// False: stop at once, stop_reason "interrupted".
+  /// After every slice of work of well under a second. `step` of `steps` minibatches of epoch `epoch` are done; epoch 0
+  /// is the preparation: data are checked and measured. False: stop at once, stop_reason "interrupted".
   virtual bool on_progress(std::int64_t epoch, std::int64_t step, std::int64_t steps) {
     (void)epoch, (void)step, (void)steps;
     return true;
