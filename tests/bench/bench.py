@@ -23,7 +23,7 @@ import tables
 from configurations import CONFIGURATIONS
 from peers import PACKAGES, PEERS
 from results import FORMAT, Results
-from session import FULL, INFERENCE_OPS, QUICK, Session, cells, describe, labels, processors
+from session import FULL, INFERENCE_OPS, QUICK, Cell, Session, cells, describe, labels, processors
 
 
 def _names(known: list[str]):
@@ -83,6 +83,23 @@ def best_limits(before: dict | None, after: dict | None) -> dict | None:
     }
 
 
+def run_session(session: Session, planned: list[Cell], document: dict) -> bool:
+    """Run all cells between two looks at the machine's limits; False if Ctrl-C ended it, and nothing is lost."""
+    before = session.machine()
+    after = None
+    try:
+        for cell in planned:
+            session.run(cell)
+            session.say(f"{cell.configuration} {cell.op} {cell.batch:,}, {session.threads} thread(s)")
+        after = session.machine() if before else None
+    except KeyboardInterrupt:
+        return False
+    finally:
+        if limits := best_limits(before, after):
+            document["limits"][str(session.threads)] = limits
+    return True
+
+
 def measure(options: argparse.Namespace) -> dict:
     """Run all sessions; the document that goes into the JSON file."""
 
@@ -109,16 +126,13 @@ def measure(options: argparse.Namespace) -> dict:
         if cell not in planned:
             say(f"left out: {cell.configuration} {cell.op} {cell.batch}: {cell.flops / 1e9:.0f} GFLOP a call")
     for threads in options.threads:
-        wanted = labels(options.peers, options.isa)
-        with Session(wanted, threads, settings, say) as session:
-            before = session.machine()
-            for cell in planned:
-                session.run(cell)
-                say(f"{cell.configuration} {cell.op} {cell.batch:,}, {threads} thread(s)")
-            if limits := best_limits(before, session.machine() if before else None):
-                document["limits"][str(threads)] = limits
-            document["records"] += session.records
-            document["skipped"] += session.skipped
+        with Session(labels(options.peers, options.isa), threads, settings, say) as session:
+            finished = run_session(session, planned, document)
+        document["records"] += session.records
+        document["skipped"] += session.skipped
+        if not finished:
+            say("interrupted: the results are what was measured until now")
+            break
     return document
 
 

@@ -9,7 +9,8 @@ from configurations import Configuration, reference
 from peers import LEARNING_RATE, Peer
 from timing import Call, Function
 
-ROWS_PER_EPOCH = 32_768
+# An epoch of training is about this much arithmetic, a fraction of a second, in 4 to 128 steps.
+FLOPS_PER_EPOCH = 20e9
 
 
 class Nvpflow(Peer):
@@ -21,6 +22,7 @@ class Nvpflow(Peer):
     def __init__(self, configuration: Configuration, threads: int) -> None:
         import nvpflow
 
+        self.configuration = configuration
         self.flow = nvpflow.build(
             configuration.input_size, configuration.num_flows, configuration.hidden_sizes, "relu", dtype=self.dtype
         )
@@ -61,7 +63,8 @@ class Nvpflow(Peer):
         part of a step. What an epoch costs besides its steps is spread over them and counts against us, as does the
         gathering of shuffled rows: the peers take their steps on one resident batch.
         """
-        batch, steps = len(x), max(4, ROWS_PER_EPOCH // len(x))
+        batch = len(x)
+        steps = min(max(4, round(FLOPS_PER_EPOCH / self.configuration.flops("train", batch))), 128)
         many = np.tile(x, (steps, 1))
         validation = x[:1].copy()
 
