@@ -36,6 +36,8 @@ def rate(rows_per_second: float | None) -> str:
         return "-"
     if rows_per_second >= 999_500:
         return f"{rows_per_second / 1e6:.2f} M/s"
+    if rows_per_second < 9_995:
+        return f"{rows_per_second:,.0f} /s"
     return f"{rows_per_second / 1e3:.0f} k/s" if rows_per_second >= 99_950 else f"{rows_per_second / 1e3:.1f} k/s"
 
 
@@ -155,7 +157,12 @@ def everything(r: Results) -> str:
     threads = sorted({record["threads"] for record in r.document["records"]})
     parts = [("The machine", machine(r)), ("One row, log_prob", one_row(r)), ("Batch curve", batch_curve(r))]
     parts += [(f"Everything, {n} thread(s)", throughput(r, n)) for n in threads]
-    shown = [(k["op"], k["batch"]) for k in r.document["records"] if k["batch"] in (1, 256, 1024, 65_536)]
-    parts += [(f"Medians (p10 to p90), {op} {batch:,}", spread(r, op, batch)) for op, batch in dict.fromkeys(shown)]
+    of_interest = [("log_prob", batch) for batch in (1, 1024, 65_536)] + [("train", batch) for batch in (256, 4096)]
+    measured = {(record["op"], record["batch"]) for record in r.document["records"]}
+    parts += [
+        (f"Medians (p10 to p90), {op} {batch:,}", spread(r, op, batch))
+        for op, batch in of_interest
+        if (op, batch) in measured
+    ]
     parts += [("Targets", targets(r)), ("Skipped", skipped(r))]
     return "\n\n".join(f"## {title}\n\n{text}" for title, text in parts)
