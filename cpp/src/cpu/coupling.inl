@@ -15,9 +15,9 @@ namespace nvpflow::cpu {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kBlockOut = 8, kBlockRows = 3;  // of 32 registers: 24 sums, 3 inputs, 1 weight
+constexpr int kBlockOut = 8, kBlockRows = 2;  // of 32 registers: 16 sums under way, and room for the segments' totals
 #elif defined(__AVX2__)
-constexpr int kBlockOut = 4, kBlockRows = 3;  // of 16: 12 sums, 3 inputs, 1 weight
+constexpr int kBlockOut = 4, kBlockRows = 3;  // of 16: 12 sums, 3 inputs, 1 weight; totals wait in memory
 #elif defined(__aarch64__)
 constexpr int kBlockOut = 4, kBlockRows = 4;
 #else
