@@ -14,14 +14,20 @@
 namespace nvpflow::cpu {
 namespace {
 
+// Register blocks: kBlockOut single outputs x kBlockRows vectors of rows on a tile, kRowsBlock single rows x
+// kRowsVectors vectors of outputs where the numbers lie row-major.
 #if defined(__AVX512F__)
 constexpr int kBlockOut = 8, kBlockRows = 2;  // of 32 registers: 16 sums under way, and room for the segments' totals
+constexpr int kRowsBlock = 8, kRowsVectors = 2;
 #elif defined(__AVX2__)
 constexpr int kBlockOut = 4, kBlockRows = 3;  // of 16: 12 sums, 3 inputs, 1 weight; totals wait in memory
+constexpr int kRowsBlock = 4, kRowsVectors = 3;
 #elif defined(__aarch64__)
 constexpr int kBlockOut = 4, kBlockRows = 4;
+constexpr int kRowsBlock = 4, kRowsVectors = 4;
 #else
 constexpr int kBlockOut = 4, kBlockRows = 2;
+constexpr int kRowsBlock = 4, kRowsVectors = 2;
 #endif
 
 // Rows left over after whole vectors take the row path up to this many; more fill a padded vector.
@@ -94,7 +100,7 @@ struct DenseView {
   const T* weights;  // packed blocks
   const T* bias;     // null: zero
   int64_t in, out;
-  int32_t segments;
+  int64_t segment;  // inputs of a segment
 };
 
 /// sum[m][n] += W[i][m] x[i][n] for inputs i in [begin, end), in order.
@@ -116,18 +122,16 @@ NVPFLOW_INLINE void accumulate(const T* w, const T* x, int64_t begin, int64_t en
 }
 
 /// MO outputs x NV vectors of rows. w: weight of input 0 and the first output; x, y: first row of the block.
-template <class T, int MO, int NV>
-NVPFLOW_INLINE void dense_block(const DenseView<T>& d, const T* w, const T* bias, const T* x, T* y, int64_t rows,
-                                Act act) {
-  const int64_t length = (d.in + d.segments - 1) / d.segments;
+template <class T, int MO, int NV, Act act>
+NVPFLOW_INLINE void dense_block(const DenseView<T>& d, const T* w, const T* bias, const T* x, T* y, int64_t rows) {
   Vec<T> total[MO][NV];
   for (int m = 0; m < MO; ++m) {
     for (int n = 0; n < NV; ++n) total[m][n] = set1(bias == nullptr ? T(0) : bias[m]);
   }
-  accumulate<T, MO, NV>(w, x, 0, smaller(length, d.in), rows, total);
-  for (int64_t begin = length; begin < d.in; begin += length) {
+  accumulate<T, MO, NV>(w, x, 0, d.segment, rows, total);
+  for (int64_t begin = d.segment; begin < d.in; begin += d.segment) {
     Vec<T> sum[MO][NV] = {};
-    accumulate<T, MO, NV>(w, x, begin, smaller(begin + length, d.in), rows, sum);
+    accumulate<T, MO, NV>(w, x, begin, smaller(begin + d.segment, d.in), rows, sum);
     for (int m = 0; m < MO; ++m) {
       for (int n = 0; n < NV; ++n) total[m][n] = total[m][n] + sum[m][n];
     }
@@ -138,25 +142,24 @@ NVPFLOW_INLINE void dense_block(const DenseView<T>& d, const T* w, const T* bias
 }
 
 /// All rows of the tile for MO consecutive outputs.
-template <class T, int MO>
-void dense_strip(const DenseView<T>& d, const T* w, const T* bias, const T* x, T* y, int64_t rows, Act act) {
+template <class T, int MO, Act act>
+void dense_strip(const DenseView<T>& d, const T* w, const T* bias, const T* x, T* y, int64_t rows) {
   constexpr int L = kLanes<T>;
   int64_t r = 0;
   for (; r + kBlockRows * L <= rows; r += kBlockRows * L) {
-    dense_block<T, MO, kBlockRows>(d, w, bias, x + r, y + r, rows, act);
+    dense_block<T, MO, kBlockRows, act>(d, w, bias, x + r, y + r, rows);
   }
   if constexpr (kBlockRows > 2) {
     if (r + 2 * L <= rows) {
-      dense_block<T, MO, 2>(d, w, bias, x + r, y + r, rows, act);
+      dense_block<T, MO, 2, act>(d, w, bias, x + r, y + r, rows);
       r += 2 * L;
     }
   }
-  for (; r < rows; r += L) dense_block<T, MO, 1>(d, w, bias, x + r, y + r, rows, act);
+  for (; r < rows; r += L) dense_block<T, MO, 1, act>(d, w, bias, x + r, y + r, rows);
 }
 
-/// y[out][rows] = act(W^T x[in][rows] + c). rows: a multiple of the lanes.
-template <class T>
-void dense_tile(const DenseView<T>& d, const T* x, T* y, int64_t rows, Act act) {
+template <class T, Act act>
+void dense_strips(const DenseView<T>& d, const T* x, T* y, int64_t rows) {
   constexpr int L = kLanes<T>;
   for (int64_t block = 0; block < d.out; block += L) {
     const T* w = d.weights + block * d.in;
@@ -164,25 +167,144 @@ void dense_tile(const DenseView<T>& d, const T* x, T* y, int64_t rows, Act act) 
     int64_t o = 0;
     const auto bias = [&] { return d.bias == nullptr ? nullptr : d.bias + block + o; };
     for (; o + kBlockOut <= end; o += kBlockOut) {
-      dense_strip<T, kBlockOut>(d, w + o, bias(), x, y + (block + o) * rows, rows, act);
+      dense_strip<T, kBlockOut, act>(d, w + o, bias(), x, y + (block + o) * rows, rows);
     }
     if constexpr (kBlockOut > 4) {
       if (o + 4 <= end) {
-        dense_strip<T, 4>(d, w + o, bias(), x, y + (block + o) * rows, rows, act);
+        dense_strip<T, 4, act>(d, w + o, bias(), x, y + (block + o) * rows, rows);
         o += 4;
       }
     }
     if (o + 2 <= end) {
-      dense_strip<T, 2>(d, w + o, bias(), x, y + (block + o) * rows, rows, act);
+      dense_strip<T, 2, act>(d, w + o, bias(), x, y + (block + o) * rows, rows);
       o += 2;
     }
-    if (o < end) dense_strip<T, 1>(d, w + o, bias(), x, y + (block + o) * rows, rows, act);
+    if (o < end) dense_strip<T, 1, act>(d, w + o, bias(), x, y + (block + o) * rows, rows);
+  }
+}
+
+/// y[out][rows] = rectify(W^T x[in][rows] + c). rows: a multiple of the lanes.
+template <class T>
+void dense_tile(const DenseView<T>& d, const T* x, T* y, int64_t rows, Act act) {
+  switch (act) {
+    case Act::relu:
+      return dense_strips<T, Act::relu>(d, x, y, rows);
+    case Act::leaky_relu:
+      return dense_strips<T, Act::leaky_relu>(d, x, y, rows);
+    default:
+      return dense_strips<T, Act::none>(d, x, y, rows);
   }
 }
 
 template <class T>
 NVPFLOW_INLINE DenseView<T> view(const Dense<T>& d) {
-  return {d.weights, d.bias, d.in, d.out, d.segments};
+  return {d.weights, d.bias, d.in, d.out, (d.in + d.segments - 1) / d.segments};
+}
+
+// ---- dense layers on rows ------------------------------------------------------------------------------------------
+
+/// sum[m][n] += x[m][i] W[i][n] for inputs i in [begin, end), in order. w: first of the blocks, `stride` apart.
+template <class T, int MR, int NV>
+NVPFLOW_INLINE void accumulate_rows(const T* w, int64_t stride, const T* x, int64_t x_stride, int64_t begin,
+                                    int64_t end, Vec<T> (&sum)[MR][NV]) {
+  constexpr int L = kLanes<T>;
+  const T* wi = w + begin * L;
+  const T* xi = x + begin;
+  for (int64_t i = begin; i < end; ++i, wi += L, ++xi) {
+    Vec<T> weight[NV];
+    for (int n = 0; n < NV; ++n) weight[n] = load<T>(wi + n * stride);
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+      const Vec<T> input = set1(xi[m * x_stride]);
+      for (int n = 0; n < NV; ++n) sum[m][n] = fma(weight[n], input, sum[m][n]);
+    }
+  }
+}
+
+/// MR rows x NV vectors of outputs, the first of which is `o`. finish(row, output, sum): what is stored.
+template <class T, int MR, int NV, class Finish>
+NVPFLOW_INLINE void rows_block(const DenseView<T>& d, int64_t o, const T* x, int64_t x_stride, T* y, int64_t y_stride,
+                               int64_t row, Finish finish) {
+  constexpr int L = kLanes<T>;
+  const T* w = d.weights + o * d.in;
+  const int64_t stride = d.in * L;
+  x += row * x_stride;
+  Vec<T> total[MR][NV];
+  for (int n = 0; n < NV; ++n) {
+    const Vec<T> bias = d.bias == nullptr ? Vec<T>{} : load<T>(d.bias + o + n * L);
+    for (int m = 0; m < MR; ++m) total[m][n] = bias;
+  }
+  accumulate_rows<T, MR, NV>(w, stride, x, x_stride, 0, d.segment, total);
+  for (int64_t begin = d.segment; begin < d.in; begin += d.segment) {
+    Vec<T> sum[MR][NV] = {};
+    accumulate_rows<T, MR, NV>(w, stride, x, x_stride, begin, smaller(begin + d.segment, d.in), sum);
+    for (int m = 0; m < MR; ++m) {
+      for (int n = 0; n < NV; ++n) total[m][n] = total[m][n] + sum[m][n];
+    }
+  }
+  for (int m = 0; m < MR; ++m) {
+    for (int n = 0; n < NV; ++n) {
+      store<T>(y + (row + m) * y_stride + o + n * L, finish(row + m, o + n * L, total[m][n]));
+    }
+  }
+}
+
+/// All rows for NV vectors of outputs.
+template <class T, int NV, class Finish>
+void rows_strip(const DenseView<T>& d, int64_t o, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t rows,
+                Finish finish) {
+  int64_t r = 0;
+  for (; r + kRowsBlock <= rows; r += kRowsBlock) {
+    rows_block<T, kRowsBlock, NV>(d, o, x, x_stride, y, y_stride, r, finish);
+  }
+  if constexpr (kRowsBlock > 4) {
+    if (r + 4 <= rows) {
+      rows_block<T, 4, NV>(d, o, x, x_stride, y, y_stride, r, finish);
+      r += 4;
+    }
+  }
+  if (r + 2 <= rows) {
+    rows_block<T, 2, NV>(d, o, x, x_stride, y, y_stride, r, finish);
+    r += 2;
+  }
+  if (r < rows) rows_block<T, 1, NV>(d, o, x, x_stride, y, y_stride, r, finish);
+}
+
+/// y[rows][out] = finish(W^T x[rows][in] + c), row-major; whole vectors of y are written.
+template <class T, class Finish>
+void dense_rows_finish(const DenseView<T>& d, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t rows,
+                       Finish finish) {
+  constexpr int L = kLanes<T>;
+  int64_t o = 0;
+  for (; o + (kRowsVectors - 1) * L < d.out; o += kRowsVectors * L) {
+    rows_strip<T, kRowsVectors>(d, o, x, x_stride, y, y_stride, rows, finish);
+  }
+  if constexpr (kRowsVectors > 2) {
+    if (o + L < d.out) {
+      rows_strip<T, 2>(d, o, x, x_stride, y, y_stride, rows, finish);
+      o += 2 * L;
+    }
+  }
+  for (; o < d.out; o += L) rows_strip<T, 1>(d, o, x, x_stride, y, y_stride, rows, finish);
+}
+
+template <class T, Act act>
+void dense_rows_act(const DenseView<T>& d, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t rows) {
+  dense_rows_finish<T>(d, x, x_stride, y, y_stride, rows,
+                       [](int64_t, int64_t, Vec<T> v) __attribute__((always_inline)) { return rectify<T>(v, act); });
+}
+
+/// y[rows][out] = rectify(W^T x[rows][in] + c).
+template <class T>
+void dense_rows(const DenseView<T>& d, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t rows, Act act) {
+  switch (act) {
+    case Act::relu:
+      return dense_rows_act<T, Act::relu>(d, x, x_stride, y, y_stride, rows);
+    case Act::leaky_relu:
+      return dense_rows_act<T, Act::leaky_relu>(d, x, x_stride, y, y_stride, rows);
+    default:
+      return dense_rows_act<T, Act::none>(d, x, x_stride, y, y_stride, rows);
+  }
 }
 
 /// The conditioner on a tile: x is its input [a_count][rows]; returns [u_s, t] [2 b_count][rows], in one of the
@@ -334,6 +456,20 @@ void load_tile(const T* in, const int64_t* index, int64_t first, int64_t count, 
     gather_tile<T>([=](int64_t r) { return in + index[first + r] * columns; }, count, columns, out, rows);
   } else {
     gather_tile<T>([=](int64_t r) { return in + (first + r) * columns; }, count, columns, out, rows);
+  }
+}
+
+/// to [ceil(in / lanes)][out][lanes]: the weights of `d` with inputs and outputs exchanged (Dense::transposed).
+template <class T>
+void transpose_weights(const Dense<T>& d, T* to) {
+  constexpr int L = kLanes<T>;
+  for (int64_t i = 0; i < d.in; i += L) {
+    for (int64_t o = 0; o < d.out; o += L) {
+      const int64_t columns = smaller(L, d.out - o);
+      gather_tile<T>([&](int64_t l) { return d.weights + o * d.in + (i + l) * L; }, smaller(L, d.in - i), columns, to,
+                     L);
+      to += columns * L;
+    }
   }
 }
 

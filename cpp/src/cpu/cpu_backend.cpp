@@ -30,6 +30,7 @@ using cpu::TransformCall;
 constexpr double kFlopsPerThread = 4e6;
 /// Multiply-adds per row of one weight-gradient task.
 constexpr std::int64_t kTaskSize = 16384;
+constexpr std::int64_t kTaskRows = 16;  // whole register blocks
 /// Tape that each of several threads may fill before they meet.
 constexpr std::int64_t kTapeBytesPerThread = 3 << 19;
 /// Rows whose log-probabilities are added up in one sum.
@@ -130,7 +131,9 @@ const Kernels<T>& chosen_kernels() {
 
 /// A part of the parameters whose gradient one thread forms at a time.
 struct Task {
-  std::int64_t layer, group, first, last;
+  std::int64_t layer;
+  std::int32_t dense;
+  std::int64_t first, last;
 };
 
 template <class T>
@@ -206,7 +209,6 @@ class CpuBackend final : public Backend {
     call.grad_out = static_cast<const T*>(grad_out);
     call.grad_log_det = static_cast<const T*>(grad_log_det);
     call.grad_in = static_cast<T*>(grad_in);
-    call.parameters = grad_parameters != nullptr;
     run_gradient(call, rows, static_cast<T*>(grad_parameters), accumulate, threads);
   }
 
@@ -276,12 +278,11 @@ class CpuBackend final : public Backend {
         flops_per_row_ += 2.0 * static_cast<double>(spec_.input_size);
         continue;
       }
-      for (std::int64_t group = 0; group <= layer.num_dense; ++group) {
-        const std::int64_t in = layer.dense[std::min<std::int64_t>(group, layer.num_dense - 1)].in;
-        const std::int64_t out = layer.gradients[group].out;
+      for (std::int32_t j = 0; j < layer.num_dense; ++j) {
+        const std::int64_t in = layer.dense[j].in, out = layer.dense[j].out;
         flops_per_row_ += 2.0 * static_cast<double>(in) * static_cast<double>(out);
-        const std::int64_t strip = std::max<std::int64_t>(1, kTaskSize / out / 8) * 8;
-        for (std::int64_t i = 0; i < in; i += strip) tasks_.push_back({k, group, i, std::min(in, i + strip)});
+        const std::int64_t strip = std::max<std::int64_t>(1, kTaskSize / out / kTaskRows) * kTaskRows;
+        for (std::int64_t i = 0; i < in; i += strip) tasks_.push_back({k, j, i, std::min(in, i + strip)});
       }
     }
   }
@@ -308,17 +309,29 @@ class CpuBackend final : public Backend {
     return std::clamp<std::int64_t>(kTapeBytesPerThread / (tape_size_ * static_cast<std::int64_t>(sizeof(T))), 1, 8);
   }
 
-  double run_gradient(const GradientCall<T>& call, std::int64_t rows, T* gradient, bool accumulate, int threads) const {
+  double run_gradient(GradientCall<T> call, std::int64_t rows, T* gradient, bool accumulate, int threads) const {
     const Reading packed(packed_);
     packed->ensure_transposed();
-    const Program<T>& program = packed->program();
     if (gradient != nullptr && !accumulate) {
       std::memset(gradient, 0, static_cast<std::size_t>(layout_.size()) * sizeof(T));
     }
-    const std::int64_t tiles = (rows + gradient_rows_ - 1) / gradient_rows_;
     const int team = threads_for(rows, threads);
-    const std::int64_t group = std::min<std::int64_t>(tiles, team > 1 ? team * tiles_per_thread() : 1);
-    T* tapes = thread_scratch<T>(std::max<std::int64_t>(1, group) * tape_size_);
+    if (team > 1) return run_gradient_team(packed->program(), call, rows, gradient, team);
+    T* tape = thread_scratch<T>(tape_size_);
+    call.gradient = gradient;
+    double total = 0;
+    for (std::int64_t row = 0; row < rows; row += gradient_rows_) {
+      total += kernels_.gradient_tile(packed->program(), call, row, std::min(rows, row + gradient_rows_), tape);
+    }
+    return total;
+  }
+
+  /// The threads share a few tiles, meet, and share the parameters: the same sums in the same order as one thread's.
+  double run_gradient_team(const Program<T>& program, const GradientCall<T>& call, std::int64_t rows, T* gradient,
+                           int team) const {
+    const std::int64_t tiles = (rows + gradient_rows_ - 1) / gradient_rows_;
+    const std::int64_t group = std::min<std::int64_t>(tiles, team * tiles_per_thread());
+    T* tapes = thread_scratch<T>(group * tape_size_);
     std::vector<double> sums(static_cast<std::size_t>(group));
     double total = 0;
     for (std::int64_t first = 0; first < tiles; first += group) {
@@ -340,7 +353,7 @@ class CpuBackend final : public Backend {
         for (std::int64_t i = begin; i < end; ++i) {
           const Task& task = tasks_[static_cast<std::size_t>(i)];
           for (std::int64_t tile = 0; tile < here; ++tile) {
-            kernels_.weight_gradient(program, task.layer, task.group, task.first, task.last, rows_of(tile),
+            kernels_.weight_gradient(program, task.layer, task.dense, task.first, task.last, rows_of(tile),
                                      tapes + tile * tape_size_, gradient);
           }
         }

@@ -1,23 +1,29 @@
 // KERNEL: the reverse pass of a flow, tile by tile: a tile goes forward, its activations stay on the tape, and it comes
 // back before the next one starts. No array as long as the batch exists; a row costs 3 times the FLOPs of its forward.
 //
-// gradient_tile does the forward and the cotangents; it leaves the input of every dense layer, feature-major, and the
-// cotangent of its output, row-major. weight_gradient multiplies the two for any part of one kernel, so that threads
-// can share the parameters out among themselves: each element of the gradient is summed over the rows of a tile, and
-// over the tiles in order, whatever the number of threads. A register block is kGradientIn inputs x kGradientOut
-// vectors of outputs and reads kGradientIn + kGradientOut values a row for kGradientIn * kGradientOut multiply-adds.
+// The features of a tile lie feature-major, [feature][row], as in coupling.inl; inside the conditioner everything is
+// row-major, [row][unit], in both directions, which is also what the gradients of the weights read: nothing as wide as
+// a hidden layer is ever transposed.
+//
+// gradient_tile does the forward and the cotangents; it leaves the input of every dense layer and the cotangent of its
+// output. weight_gradient multiplies the two for any part of one kernel, so that threads can share the parameters out
+// among themselves: each element of the gradient is summed over the rows of a tile, and over the tiles in order,
+// whatever the number of threads. A register block is kGradientIn inputs x kGradientOut vectors of outputs and reads
+// kGradientIn + kGradientOut values a row for kGradientIn * kGradientOut multiply-adds; where the outputs fill one
+// vector only, kNarrowIn inputs x 1.
 
 namespace nvpflow::cpu {
 namespace {
 
 #if defined(__AVX512F__)
 constexpr int kGradientIn = 8, kGradientOut = 3;  // of 32 registers: 24 sums, 3 cotangents, 1 input
+constexpr int kNarrowIn = 16;
 #elif defined(__AVX2__)
-constexpr int kGradientIn = 4, kGradientOut = 3;
+constexpr int kGradientIn = 4, kGradientOut = 3, kNarrowIn = 8;
 #elif defined(__aarch64__)
-constexpr int kGradientIn = 8, kGradientOut = 3;
+constexpr int kGradientIn = 8, kGradientOut = 3, kNarrowIn = 16;
 #else
-constexpr int kGradientIn = 4, kGradientOut = 2;
+constexpr int kGradientIn = 4, kGradientOut = 2, kNarrowIn = 8;
 #endif
 
 /// gelu and silu need their argument for the derivative; the others' derivative follows from their value.
@@ -49,13 +55,13 @@ NVPFLOW_INLINE Vec<T> activation_derivative(Act act, Vec<T> value, Vec<T> argume
 }
 
 // ---- the tape ----------------------------------------------------------------------------------------------------
-// One tile's numbers, in the order below, offsets in elements for a stride of `rows`:
-//   fixed part   state [D], partial [kLanes], log_prob [1], two buffers [max_width], cotangent [D], log_det cotangent
-//   [1] per coupling input [a], per hidden layer value [H] and, where kept, argument [H]; s, exp(+-s), product [b
-//   each];
-//                cotangents row-major: per hidden layer [rows][H up to lanes], scale and translation [rows][b up to
-//                lanes]
-//   per standardize   output [D]; sums over the tile's rows of the gradients of mean and log_std, [2 D] numbers
+// One tile's numbers, in the order below; `rows` is the tile's rows up to whole vectors, widths are up to whole
+// vectors where they are the columns of row-major parts:
+//   fixed part        state [D][rows], partial [kLanes][rows], log_prob [rows], two buffers of rows x max_width,
+//                     cotangent [D][rows], log_det cotangent [rows]
+//   per coupling      s, exp(+-s), product [b][rows] each; input [rows][a]; per hidden layer value [rows][H] and, where
+//                     kept, argument [rows][H]; cotangents per hidden layer [rows][H], of both heads [rows][2 b]
+//   per standardize   output [D][rows]; sums over the tile's rows of the gradients of mean and log_std, [2 D] numbers
 
 template <class T>
 struct FixedTape {
@@ -76,16 +82,20 @@ struct FixedTape {
   }
 };
 
+/// Elements of a row of hidden layer j: its value and, where kept, its argument.
 template <class T>
 int64_t hidden_tape(const Layer<T>& layer, int32_t j) {
-  return layer.dense[j].out * (keeps_argument(layer.activation) ? 2 : 1);
+  return padded<T>(layer.dense[j].out) * (keeps_argument(layer.activation) ? 2 : 1);
 }
 
 template <class T>
 int64_t layer_tape(const Program<T>& program, const Layer<T>& layer, int64_t rows) {
   if (layer.kind == Kind::standardize) return program.input_size * rows + padded<T>(2 * program.input_size);
-  int64_t n = layer.a_count + 3 * layer.b_count + 2 * padded<T>(layer.b_count);
-  for (int32_t j = 0; j + 1 < layer.num_dense; ++j) n += hidden_tape(layer, j) + padded<T>(layer.dense[j].out);
+  int64_t n = 3 * layer.b_count + padded<T>(layer.a_count);
+  for (int32_t j = 0; j < layer.num_dense; ++j) {
+    n += padded<T>(layer.dense[j].out);
+    if (j + 1 < layer.num_dense) n += hidden_tape(layer, j);
+  }
   return n * rows;
 }
 
@@ -99,17 +109,17 @@ int64_t tape_size(const Program<T>& program) {
 
 template <class T>
 struct CouplingTape {
-  T* input;
   T *s, *scale, *product;  // product: d(output) / d(s)
-  T* hidden;               // values and arguments of the hidden layers, one after the other
-  T* cotangents;           // row-major
+  T* input;
+  T* hidden;      // values and arguments of the hidden layers, one after the other
+  T* cotangents;  // of the outputs of the dense layers
 
   CouplingTape(const Layer<T>& layer, T* tape, int64_t rows) {
-    input = tape;
-    s = input + layer.a_count * rows;
+    s = tape;
     scale = s + layer.b_count * rows;
     product = scale + layer.b_count * rows;
-    hidden = product + layer.b_count * rows;
+    input = product + layer.b_count * rows;
+    hidden = input + padded<T>(layer.a_count) * rows;
     cotangents = hidden;
     for (int32_t j = 0; j + 1 < layer.num_dense; ++j) cotangents += hidden_tape(layer, j) * rows;
   }
@@ -121,12 +131,15 @@ struct CouplingTape {
   }
   T* argument(const Layer<T>& layer, int32_t j, int64_t rows) const {
     T* p = value(layer, j, rows);
-    return keeps_argument(layer.activation) ? p + layer.dense[j].out * rows : p;
+    return keeps_argument(layer.activation) ? p + padded<T>(layer.dense[j].out) * rows : p;
   }
-  /// group: a hidden layer, then scale, then translation.
-  T* cotangent(const Layer<T>& layer, int64_t group, int64_t rows) const {
+  /// What dense layer j reads.
+  const T* input_of(const Layer<T>& layer, int32_t j, int64_t rows) const {
+    return j == 0 ? input : value(layer, j - 1, rows);
+  }
+  T* cotangent(const Layer<T>& layer, int32_t j, int64_t rows) const {
     T* p = cotangents;
-    for (int64_t g = 0; g < group; ++g) p += padded<T>(layer.gradients[g].out) * rows;
+    for (int32_t i = 0; i < j; ++i) p += padded<T>(layer.dense[i].out) * rows;
     return p;
   }
 };
@@ -139,26 +152,33 @@ T* layer_tape_at(const Program<T>& program, int64_t layer, T* layers, int64_t ro
 
 // ---- forward with a tape -----------------------------------------------------------------------------------------
 
+/// The conditioner on `count` rows, row-major from the tape's input to [u_s, t] [count][2 b] in `head`.
 template <class T>
-void coupling_forward_taped(const Layer<T>& layer, bool inverse, T* state, T* partial, T* tape, T* head, int64_t rows) {
+void conditioner_taped(const Layer<T>& layer, const CouplingTape<T>& keep, T* head, int64_t count, int64_t rows) {
+  for (int32_t j = 0; j < layer.num_dense; ++j) {
+    const Dense<T>& d = layer.dense[j];
+    const bool last = j + 1 == layer.num_dense;
+    const Act act = last ? Act::none : layer.activation;
+    const int64_t stride = padded<T>(d.out);
+    T* y = last ? head : keep.argument(layer, j, rows);
+    dense_rows<T>(view(d), keep.input_of(layer, j, rows), padded<T>(d.in), y, stride, count, act);
+    if (needs_pass(act)) activate<T>(act, y, keep.value(layer, j, rows), count * stride);
+  }
+}
+
+template <class T>
+void coupling_forward_taped(const Layer<T>& layer, bool inverse, const FixedTape<T>& fixed, T* tape, int64_t count,
+                            int64_t rows) {
   const CouplingTape<T> keep(layer, tape, rows);
   const int64_t n = layer.b_count;
-  __builtin_memcpy(keep.input, state + layer.a_begin * rows, static_cast<size_t>(layer.a_count * rows) * sizeof(T));
-  const T* x = keep.input;
-  for (int32_t j = 0; j < layer.num_dense; ++j) {
-    if (j + 1 == layer.num_dense) {
-      dense_tile<T>(view(layer.dense[j]), x, head, rows, Act::none);
-      break;
-    }
-    T* value = keep.value(layer, j, rows);
-    T* argument = keep.argument(layer, j, rows);
-    dense_tile<T>(view(layer.dense[j]), x, argument, rows, layer.activation);
-    if (needs_pass(layer.activation)) activate<T>(layer.activation, argument, value, layer.dense[j].out * rows);
-    x = value;
-  }
-  T* b = state + layer.b_begin * rows;
+  scatter_tile<T>(fixed.state + layer.a_begin * rows, rows, count, layer.a_count, keep.input, padded<T>(layer.a_count));
+  conditioner_taped<T>(layer, keep, fixed.buffer0, count, rows);
+  T* head = fixed.buffer1;
+  const int64_t stride = padded<T>(2 * n);
+  gather_tile<T>([&](int64_t r) { return fixed.buffer0 + r * stride; }, count, 2 * n, head, rows);
+  T* b = fixed.state + layer.b_begin * rows;
   for (int64_t j = 0; j < n; ++j) {
-    T* log_det = partial + (j % kLanes<T>)*rows;
+    T* log_det = fixed.partial + (j % kLanes<T>)*rows;
     for (int64_t r = 0; r < rows; r += kLanes<T>) {
       const int64_t at = j * rows + r;
       const Vec<T> s = log_scale<T>(layer, load<T>(head + at));
@@ -177,18 +197,163 @@ void coupling_forward_taped(const Layer<T>& layer, bool inverse, T* state, T* pa
 }
 
 template <class T>
-void flow_forward_taped(const Program<T>& program, bool inverse, const FixedTape<T>& fixed, int64_t rows) {
+void flow_forward_taped(const Program<T>& program, bool inverse, const FixedTape<T>& fixed, int64_t count,
+                        int64_t rows) {
   for (int64_t i = 0; i < kLanes<T> * rows; i += kLanes<T>) store<T>(fixed.partial + i, Vec<T>{});
   for (int64_t k = 0; k < program.num_layers; ++k) {
     const int64_t index = inverse ? program.num_layers - 1 - k : k;
     const Layer<T>& layer = program.layers[index];
     T* tape = layer_tape_at(program, index, fixed.layers, rows);
     if (layer.kind == Kind::coupling) {
-      coupling_forward_taped<T>(layer, inverse, fixed.state, fixed.partial, tape, fixed.buffer0, rows);
+      coupling_forward_taped<T>(layer, inverse, fixed, tape, count, rows);
     } else {
       standardize_tile<T>(layer, inverse, program.input_size, fixed.state, fixed.partial, rows);
       __builtin_memcpy(tape, fixed.state, static_cast<size_t>(program.input_size * rows) * sizeof(T));
     }
+  }
+}
+
+// ---- gradients of the weights ------------------------------------------------------------------------------------
+
+/// A dense layer's part of the flat gradient. Its columns may lie in two tensors, one after the other: the heads'.
+template <class T>
+struct Columns {
+  T* to[2];      // element 0 of each
+  int64_t n[2];  // columns of each; the second may be 0
+
+  /// Adds the first `valid` lanes of v[m][k] to columns o, o + 1, ... of row i + m.
+  template <int MI, int NO>
+  NVPFLOW_INLINE void add(int64_t i, int64_t o, int64_t valid, const Vec<T> (&v)[MI][NO], int k) const {
+    valid = smaller(valid, kLanes<T>);
+    const int64_t first = n[0] - o;  // lanes that belong to the first tensor
+    T* one = to[0] + i * n[0] + o;
+    T* two = to[1] + i * n[1] - first;  // where lane 0 would go
+    if (first >= valid) {
+      for (int m = 0; m < MI; ++m) add_lanes(one + m * n[0], v[m][k], 0, valid);
+    } else if (first <= 0) {
+      for (int m = 0; m < MI; ++m) add_lanes(two + m * n[1], v[m][k], 0, valid);
+    } else {
+      for (int m = 0; m < MI; ++m) {
+        add_lanes(one + m * n[0], v[m][k], 0, first);
+        add_lanes(two + m * n[1], v[m][k], first, valid);
+      }
+    }
+  }
+  static NVPFLOW_INLINE void add_lanes(T* p, Vec<T> v, int64_t begin, int64_t end) {
+    store_lanes<T>(p, load_lanes<T>(p, begin, end) + v, begin, end);
+  }
+};
+
+/// Rows x and g of a tile: x [count][in] and g [count][out], row-major.
+template <class T>
+struct OuterProduct {
+  const T* x;
+  int64_t x_stride;
+  const T* g;
+  int64_t g_stride;
+  int64_t count, out;
+};
+
+/// Where a dense layer's two gradients go.
+template <class T>
+struct DenseColumns {
+  Columns<T> kernel, bias;
+};
+
+/// Inputs i .. i + MI x NO vectors of outputs from o: the sum over the rows of x g. With `bias`, also that of g.
+template <class T, int MI, int NO, bool bias>
+NVPFLOW_INLINE void outer_block(const OuterProduct<T>& p, int64_t i, int64_t o, const DenseColumns<T>& to) {
+  constexpr int L = kLanes<T>;
+  Vec<T> sum[MI][NO] = {}, bias_sum[1][NO] = {};
+  const T* x = p.x + i;
+  const T* g = p.g + o;
+  for (int64_t r = 0; r < p.count; ++r, x += p.x_stride, g += p.g_stride) {
+    Vec<T> cotangent[NO];
+    for (int n = 0; n < NO; ++n) {
+      cotangent[n] = load<T>(g + n * L);
+      if constexpr (bias) bias_sum[0][n] = bias_sum[0][n] + cotangent[n];
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < MI; ++m) {
+      const Vec<T> input = set1(x[m]);
+      for (int n = 0; n < NO; ++n) sum[m][n] = fma(input, cotangent[n], sum[m][n]);
+    }
+  }
+  for (int n = 0; n < NO; ++n) {
+    to.kernel.add(i, o + n * L, p.out - o - n * L, sum, n);
+    if constexpr (bias) to.bias.add(0, o + n * L, p.out - o - n * L, bias_sum, n);
+  }
+}
+
+template <class T, int MI, int NO>
+NVPFLOW_INLINE void outer_inputs(const OuterProduct<T>& p, int64_t i, int64_t o, const DenseColumns<T>& to) {
+  if (i == 0) return outer_block<T, MI, NO, true>(p, i, o, to);
+  outer_block<T, MI, NO, false>(p, i, o, to);
+}
+
+/// Inputs first .. last, NO vectors of outputs from o; they stay in the first cache while the inputs go on.
+template <class T, int MI, int NO>
+void outer_columns(const OuterProduct<T>& p, int64_t first, int64_t last, int64_t o, const DenseColumns<T>& to) {
+  int64_t i = first;
+  for (; i + MI <= last; i += MI) outer_inputs<T, MI, NO>(p, i, o, to);
+  if constexpr (MI > 4) {
+    for (; i + 4 <= last; i += 4) outer_inputs<T, 4, NO>(p, i, o, to);
+  }
+  for (; i < last; ++i) outer_inputs<T, 1, NO>(p, i, o, to);
+}
+
+/// The bias goes with input 0.
+template <class T>
+void outer_product(const OuterProduct<T>& p, int64_t first, int64_t last, const DenseColumns<T>& to) {
+  constexpr int L = kLanes<T>;
+  int64_t o = 0;
+  for (; o + (kGradientOut - 1) * L < p.out; o += kGradientOut * L) {
+    outer_columns<T, kGradientIn, kGradientOut>(p, first, last, o, to);
+  }
+  if constexpr (kGradientOut > 2) {
+    if (o + L < p.out) {
+      outer_columns<T, kGradientIn, 2>(p, first, last, o, to);
+      o += 2 * L;
+    }
+  }
+  if (o < p.out) outer_columns<T, kNarrowIn, 1>(p, first, last, o, to);
+}
+
+template <class T>
+void coupling_weight_gradient(const Layer<T>& layer, int32_t j, int64_t first, int64_t last, int64_t count, T* tape,
+                              int64_t rows, T* gradient) {
+  const CouplingTape<T> keep(layer, tape, rows);
+  const Dense<T>& d = layer.dense[j];
+  const bool heads = j + 1 == layer.num_dense;
+  const DenseGradient& one = layer.gradients[j];
+  const DenseGradient& two = layer.gradients[heads ? j + 1 : j];
+  const int64_t n[2] = {one.out, heads ? two.out : 0};
+  const OuterProduct<T> p = {
+      keep.input_of(layer, j, rows), padded<T>(d.in), keep.cotangent(layer, j, rows), padded<T>(d.out), count, d.out};
+  outer_product<T>(p, first, last,
+                   {{{gradient + one.kernel_offset, gradient + two.kernel_offset}, {n[0], n[1]}},
+                    {{gradient + one.bias_offset, gradient + two.bias_offset}, {n[0], n[1]}}});
+}
+
+template <class T>
+void standardize_gradient(const Layer<T>& layer, int64_t features, int64_t first, int64_t last, int64_t rows,
+                          const T* tape, T* gradient) {
+  const T* sums = tape + features * rows;
+  for (int64_t j = first; j < last; ++j) {
+    gradient[layer.mean_offset + j] += sums[j];
+    gradient[layer.log_std_offset + j] += sums[features + j];
+  }
+}
+
+/// All of one layer's gradient, while its part of the tape is in the cache.
+template <class T>
+void layer_gradient(const Program<T>& program, const Layer<T>& layer, T* tape, int64_t count, T* gradient) {
+  const int64_t rows = round_up(count, kLanes<T>), features = program.input_size;
+  if (layer.kind == Kind::standardize) {
+    return standardize_gradient<T>(layer, features, 0, features, rows, tape, gradient);
+  }
+  for (int32_t j = 0; j < layer.num_dense; ++j) {
+    coupling_weight_gradient<T>(layer, j, 0, layer.dense[j].in, count, tape, rows, gradient);
   }
 }
 
@@ -214,42 +379,46 @@ void affine_backward(const Layer<T>& layer, bool inverse, const CouplingTape<T>&
   }
 }
 
-/// Cotangent of a dense layer's input: W times that of its output.
+/// Cotangent of the input of dense layer j, W times that of its output, both row-major; where the input is a hidden
+/// layer's value, of that layer's argument.
 template <class T>
-NVPFLOW_INLINE void dense_backward(const Dense<T>& d, const T* g_out, T* g_in, int64_t rows) {
-  dense_tile<T>({d.transposed, nullptr, d.out, d.in, 1}, g_out, g_in, rows, Act::none);
+void dense_backward(const Layer<T>& layer, const CouplingTape<T>& keep, int32_t j, const T* g_out, T* g_in,
+                    int64_t count, int64_t rows) {
+  const Dense<T>& d = layer.dense[j];
+  const DenseView<T> transposed = {d.transposed, nullptr, d.out, d.in, d.out};
+  const int64_t out_stride = padded<T>(d.out), in_stride = padded<T>(d.in);
+  if (j == 0) return dense_rows<T>(transposed, g_out, out_stride, g_in, in_stride, count, Act::none);
+  const T* value = keep.value(layer, j - 1, rows);
+  if (layer.activation == Act::relu) {
+    return dense_rows_finish<T>(transposed, g_out, out_stride, g_in, in_stride, count,
+                                [=](int64_t row, int64_t unit, Vec<T> g) __attribute__((always_inline)) {
+                                  return load<T>(value + row * in_stride + unit) > T(0) ? g : set1(T(0));
+                                });
+  }
+  dense_rows<T>(transposed, g_out, out_stride, g_in, in_stride, count, Act::none);
+  const T* argument = keep.argument(layer, j - 1, rows);
+  for (int64_t i = 0; i < count * in_stride; i += kLanes<T>) {
+    const Vec<T> derivative = activation_derivative<T>(layer.activation, load<T>(value + i), load<T>(argument + i));
+    store<T>(g_in + i, load<T>(g_in + i) * derivative);
+  }
 }
 
 template <class T>
-void coupling_backward(const Layer<T>& layer, const GradientCall<T>& call, bool input_wanted, T* tape,
-                       const FixedTape<T>& fixed, int64_t count, int64_t rows) {
+void coupling_backward(const Layer<T>& layer, bool inverse, bool input_wanted, T* tape, const FixedTape<T>& fixed,
+                       int64_t count, int64_t rows) {
   const CouplingTape<T> keep(layer, tape, rows);
-  T* g = fixed.buffer0;
-  T* next = fixed.buffer1;
-  affine_backward<T>(layer, call.inverse, keep, fixed, g, rows);
-  for (int32_t j = layer.num_dense - 1; j >= 0; --j) {
-    if (call.parameters) {
-      const int64_t last_group = j + 1 == layer.num_dense ? j + 1 : j;
-      for (int64_t group = j; group <= last_group; ++group) {
-        const DenseGradient& part = layer.gradients[group];
-        scatter_tile<T>(g + part.column * rows, rows, count, part.out, keep.cotangent(layer, group, rows),
-                        padded<T>(part.out));
-      }
-    }
-    if (j == 0 && !input_wanted) return;
-    dense_backward<T>(layer.dense[j], g, next, rows);
-    if (j > 0) {
-      const T* value = keep.value(layer, j - 1, rows);
-      const T* argument = keep.argument(layer, j - 1, rows);
-      for (int64_t i = 0; i < layer.dense[j].in * rows; i += kLanes<T>) {
-        const Vec<T> derivative = activation_derivative<T>(layer.activation, load<T>(value + i), load<T>(argument + i));
-        store<T>(next + i, load<T>(next + i) * derivative);
-      }
-    }
-    T* swap = g;
-    g = next;
-    next = swap;
+  const int32_t last = layer.num_dense - 1;
+  const int64_t a_stride = padded<T>(layer.a_count), head_stride = padded<T>(layer.dense[last].out);
+  affine_backward<T>(layer, inverse, keep, fixed, fixed.buffer0, rows);
+  scatter_tile<T>(fixed.buffer0, rows, count, layer.dense[last].out, keep.cotangent(layer, last, rows), head_stride);
+  for (int32_t j = last; j > 0; --j) {
+    dense_backward<T>(layer, keep, j, keep.cotangent(layer, j, rows), keep.cotangent(layer, j - 1, rows), count, rows);
   }
+  if (!input_wanted) return;
+  T* g_input = fixed.buffer0;
+  T* g = fixed.buffer1;
+  dense_backward<T>(layer, keep, 0, keep.cotangent(layer, 0, rows), g_input, count, rows);
+  gather_tile<T>([&](int64_t r) { return g_input + r * a_stride; }, count, layer.a_count, g, rows);
   T* a = fixed.cotangent + layer.a_begin * rows;
   for (int64_t i = 0; i < layer.a_count * rows; i += kLanes<T>) store<T>(a + i, load<T>(a + i) + load<T>(g + i));
 }
@@ -315,7 +484,7 @@ double gradient_tile(const Program<T>& program, const GradientCall<T>& call, int
   T* poison = fixed.log_prob;  // free until the densities are written
   const bool poisoned = find_poison<T>(fixed.state, features, poison, rows);
   if (poisoned) spread_poison<T>(poison, fixed.state, features, rows);
-  flow_forward_taped<T>(program, call.inverse, fixed, rows);
+  flow_forward_taped<T>(program, call.inverse, fixed, count, rows);
   start_cotangents<T>(program, call, fixed, begin, count, rows);
   if (poisoned) {
     spread_poison<T>(poison, fixed.cotangent, features, rows);
@@ -335,10 +504,11 @@ double gradient_tile(const Program<T>& program, const GradientCall<T>& call, int
     T* layer_tape = layer_tape_at(program, index, fixed.layers, rows);
     if (layer.kind == Kind::coupling) {
       const bool input_wanted = k > 0 || call.grad_in != nullptr;
-      coupling_backward<T>(layer, call, input_wanted, layer_tape, fixed, count, rows);
+      coupling_backward<T>(layer, call.inverse, input_wanted, layer_tape, fixed, count, rows);
     } else {
       standardize_backward<T>(layer, call.inverse, features, layer_tape, fixed, count, rows);
     }
+    if (call.gradient != nullptr) layer_gradient<T>(program, layer, layer_tape, count, call.gradient);
   }
   if (call.grad_in != nullptr) {
     scatter_tile<T>(fixed.cotangent, rows, count, features, call.grad_in + begin * features, features);
@@ -346,92 +516,17 @@ double gradient_tile(const Program<T>& program, const GradientCall<T>& call, int
   return sum;
 }
 
-// ---- gradients of the weights ------------------------------------------------------------------------------------
-
-/// out[MI][n] += x[MI][count] g[count][n], n = NO vectors of which the last has `valid` elements beyond the others.
-template <class T, int MI, int NO>
-NVPFLOW_INLINE void outer_block(const T* x, int64_t x_stride, const T* g, int64_t g_stride, int64_t count, T* out,
-                                int64_t out_stride, int64_t valid) {
-  constexpr int L = kLanes<T>;
-  Vec<T> sum[MI][NO] = {};
-  for (int64_t r = 0; r < count; ++r) {
-    Vec<T> cotangent[NO];
-    for (int n = 0; n < NO; ++n) cotangent[n] = load<T>(g + r * g_stride + n * L);
-#pragma GCC unroll 16
-    for (int m = 0; m < MI; ++m) {
-      const Vec<T> input = set1(x[m * x_stride + r]);
-      for (int n = 0; n < NO; ++n) sum[m][n] = fma(input, cotangent[n], sum[m][n]);
-    }
-  }
-  for (int m = 0; m < MI; ++m) {
-    for (int n = 0; n < NO; ++n) {
-      T* p = out + m * out_stride + n * L;
-      const int64_t here = valid - n * L;
-      store_upto<T>(p, load_upto<T>(p, here) + sum[m][n], here);
-    }
-  }
-}
-
-/// MI rows of a kernel's gradient, all its columns.
-template <class T, int MI>
-void outer_strip(const T* x, int64_t x_stride, const T* g, int64_t g_stride, int64_t count, T* out, int64_t n) {
-  constexpr int L = kLanes<T>;
-  int64_t o = 0;
-  for (; o + (kGradientOut - 1) * L < n; o += kGradientOut * L) {
-    outer_block<T, MI, kGradientOut>(x, x_stride, g + o, g_stride, count, out + o, n, n - o);
-  }
-  if constexpr (kGradientOut > 2) {
-    if (o + L < n) {
-      outer_block<T, MI, 2>(x, x_stride, g + o, g_stride, count, out + o, n, n - o);
-      o += 2 * L;
-    }
-  }
-  if (o < n) outer_block<T, MI, 1>(x, x_stride, g + o, g_stride, count, out + o, n, n - o);
-}
-
 template <class T>
-void bias_gradient(const T* g, int64_t g_stride, int64_t count, T* out, int64_t n) {
-  for (int64_t o = 0; o < n; o += kLanes<T>) {
-    Vec<T> sum = {};
-    for (int64_t r = 0; r < count; ++r) sum = sum + load<T>(g + r * g_stride + o);
-    store_upto<T>(out + o, load_upto<T>(out + o, n - o) + sum, n - o);
-  }
-}
-
-template <class T>
-void weight_gradient(const Program<T>& program, int64_t index, int64_t group, int64_t first, int64_t last,
+void weight_gradient(const Program<T>& program, int64_t index, int32_t dense, int64_t first, int64_t last,
                      int64_t count, const T* tape_begin, T* gradient) {
   const Layer<T>& layer = program.layers[index];
   const int64_t rows = round_up(count, kLanes<T>);
   const FixedTape<T> fixed(program, const_cast<T*>(tape_begin), rows);
   T* tape = layer_tape_at(program, index, fixed.layers, rows);
-  if (layer.kind == Kind::standardize) {
-    const T* sums = tape + program.input_size * rows;
-    for (int64_t j = first; j < last; ++j) {
-      gradient[layer.mean_offset + j] += sums[j];
-      gradient[layer.log_std_offset + j] += sums[program.input_size + j];
-    }
-    return;
+  if (layer.kind == Kind::coupling) {
+    return coupling_weight_gradient<T>(layer, dense, first, last, count, tape, rows, gradient);
   }
-  const CouplingTape<T> keep(layer, tape, rows);
-  const DenseGradient& part = layer.gradients[group];
-  const int32_t j = static_cast<int32_t>(smaller(group, layer.num_dense - 1));
-  const T* x = j == 0 ? keep.input : keep.value(layer, j - 1, rows);
-  const T* g = keep.cotangent(layer, group, rows);
-  const int64_t g_stride = padded<T>(part.out);
-  T* out = gradient + part.kernel_offset;
-  int64_t i = first;
-  for (; i + kGradientIn <= last; i += kGradientIn) {
-    outer_strip<T, kGradientIn>(x + i * rows, rows, g, g_stride, count, out + i * part.out, part.out);
-  }
-  if constexpr (kGradientIn > 4) {
-    if (i + 4 <= last) {
-      outer_strip<T, 4>(x + i * rows, rows, g, g_stride, count, out + i * part.out, part.out);
-      i += 4;
-    }
-  }
-  for (; i < last; ++i) outer_strip<T, 1>(x + i * rows, rows, g, g_stride, count, out + i * part.out, part.out);
-  if (first == 0) bias_gradient<T>(g, g_stride, count, gradient + part.bias_offset, part.out);
+  standardize_gradient<T>(layer, program.input_size, first, last, rows, tape, gradient);
 }
 
 }  // namespace

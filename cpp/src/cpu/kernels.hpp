@@ -24,9 +24,8 @@ struct Dense {
   int32_t segments = 1;
 };
 
-/// A run of the flat gradient that belongs to columns [column, column + out) of a dense layer's output.
+/// Where the gradient of a hidden layer, or of one of the heads, lies in the flat gradient.
 struct DenseGradient {
-  int64_t column = 0;
   int64_t out = 0;
   int64_t kernel_offset = 0;  // [in, out]
   int64_t bias_offset = 0;    // [out]
@@ -84,7 +83,7 @@ struct GradientCall {
   const T* grad_out = nullptr;      // null: zero
   const T* grad_log_det = nullptr;  // null: zero
   T* grad_in = nullptr;             // null: not wanted
-  bool parameters = true;           // gradients of the parameters are wanted
+  T* gradient = nullptr;            // flat; each tile's part is added. null: left to weight_gradient, or not wanted
 };
 
 /// What an Adam update needs besides the arrays, in the arithmetic of the arrays.
@@ -109,13 +108,16 @@ struct Kernels {
                       T* scratch);
   void (*noise)(const Program<T>&, uint64_t seed, uint64_t first_row, int64_t begin, int64_t end, T* z, T* scratch);
 
+  /// Fills Dense::transposed.
+  void (*transpose)(const Dense<T>&, T* transposed);
   /// Elements of one gradient tile's tape.
   int64_t (*tape_size)(const Program<T>&);
   /// Forward and backward of rows [begin, end), at most gradient_rows of them; leaves on the tape what weight_gradient
   /// needs. Returns the sum of log p over the rows (nll only).
   double (*gradient_tile)(const Program<T>&, const GradientCall<T>&, int64_t begin, int64_t end, T* tape);
-  /// Adds one tile's part of the gradient of tensor group `group` (see gradient_groups), kernel rows [first, last).
-  void (*weight_gradient)(const Program<T>&, int64_t layer, int64_t group, int64_t first, int64_t last, int64_t rows,
+  /// Adds one tile's part of the gradient of dense layer `dense` of a coupling (of a standardize layer: all of it),
+  /// kernel rows [first, last), and of the bias with the first of them.
+  void (*weight_gradient)(const Program<T>&, int64_t layer, int32_t dense, int64_t first, int64_t last, int64_t rows,
                           const T* tape, T* gradient);
 
   void (*adam)(const AdamCoefficients&, int64_t count, const T* gradient, T* first_moment, T* second_moment,

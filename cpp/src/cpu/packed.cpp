@@ -16,7 +16,7 @@ constexpr std::size_t kAlignment = 64;
 // Bytes that one inference tile's scratch and one gradient tile's tape aim for: half of a small L2 cache, so that the
 // weights have room beside them.
 constexpr std::int64_t kTileBytes = 160 << 10;
-constexpr std::int64_t kTapeBytes = 512 << 10;
+constexpr std::int64_t kTapeBytes = 800 << 10;
 constexpr std::int64_t kMaxRowUnits = 4;
 
 std::int64_t round_up(std::int64_t n, std::int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -44,7 +44,8 @@ void* AlignedBuffer::reserve(std::int64_t bytes) {
 }
 
 template <class T>
-Packed<T>::Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels<T>& kernels) : lanes_(kernels.lanes) {
+Packed<T>::Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels<T>& kernels)
+    : lanes_(kernels.lanes), transpose_(kernels.transpose) {
   // Sized first: the program holds pointers into these.
   std::size_t num_dense = 0, num_gradients = 0;
   for (const LayerSpec& layer : spec.layers) {
@@ -109,7 +110,7 @@ void Packed<T>::add_coupling(const FlowSpec& spec, const ParamLayout& layout, st
   for (const std::int64_t width : from.hidden_sizes) {
     dense_.push_back({nullptr, nullptr, nullptr, in, width, segments_of(in)});
     sources_.push_back({{tensor[0].offset, 0}, {tensor[1].offset, 0}, {width, 0}});
-    gradients_.push_back({0, width, tensor[0].offset, tensor[1].offset});
+    gradients_.push_back({width, tensor[0].offset, tensor[1].offset});
     program_.max_width = std::max({program_.max_width, in, width});
     tensor += 2;
     in = width;
@@ -117,8 +118,8 @@ void Packed<T>::add_coupling(const FlowSpec& spec, const ParamLayout& layout, st
   const std::int64_t n = layer.b_count;
   dense_.push_back({nullptr, nullptr, nullptr, in, 2 * n, segments_of(in)});
   sources_.push_back({{tensor[0].offset, tensor[2].offset}, {tensor[1].offset, tensor[3].offset}, {n, n}});
-  gradients_.push_back({0, n, tensor[0].offset, tensor[1].offset});
-  gradients_.push_back({n, n, tensor[2].offset, tensor[3].offset});
+  gradients_.push_back({n, tensor[0].offset, tensor[1].offset});
+  gradients_.push_back({n, tensor[2].offset, tensor[3].offset});
   program_.max_width = std::max({program_.max_width, in, 2 * n});
   layers_.push_back(layer);
 }
@@ -198,13 +199,8 @@ void Packed<T>::ensure_transposed() const {
   for (const Dense<T>& d : dense_) {
     // Readers that do not want gradients never look at this pointer.
     const_cast<Dense<T>&>(d).transposed = next;
-    for (std::int64_t block = 0; block < d.in; block += lanes_) {
-      const std::int64_t valid = std::min(lanes_, d.in - block);
-      for (std::int64_t o = 0; o < d.out; ++o, next += lanes_) {
-        const T* from = d.weights + o / lanes_ * lanes_ * d.in + block * lanes_ + o % lanes_;
-        for (std::int64_t l = 0; l < lanes_; ++l) next[l] = l < valid ? from[l * lanes_] : T(0);
-      }
-    }
+    transpose_(d, next);
+    next += round_up(d.in, lanes_) * d.out;
   }
   transposed_ready_.store(true, std::memory_order_release);
 }

@@ -53,6 +53,7 @@ class Packed {
   void choose_tiles(const Kernels<T>& kernels);
 
   std::int64_t lanes_;
+  void (*const transpose_)(const Dense<T>&, T*);
   std::vector<Dense<T>> dense_;
   std::vector<DenseSource> sources_;
   std::vector<DenseGradient> gradients_;

@@ -144,41 +144,48 @@ NVPFLOW_INLINE void store(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
-/// The first n < lanes elements; the other lanes are zero and their memory is not touched.
+#if defined(__AVX512F__)
+/// A bit for each of the lanes [begin, end).
+NVPFLOW_INLINE __mmask16 lane_mask(int64_t begin, int64_t end) {
+  return static_cast<__mmask16>((1u << end) - (1u << begin));
+}
+#endif
+
+/// Lanes [begin, end) of p[0], p[1], ...; the other lanes are zero and their memory is not touched.
 template <class T>
-NVPFLOW_INLINE Vec<T> load_partial(const T* p, int64_t n) {
+NVPFLOW_INLINE Vec<T> load_lanes(const T* p, int64_t begin, int64_t end) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
-    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), p);
+    return _mm512_maskz_loadu_ps(lane_mask(begin, end), p);
   } else {
-    return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1u), p);
+    return _mm512_maskz_loadu_pd(static_cast<__mmask8>(lane_mask(begin, end)), p);
   }
 #else
   T lanes[kLanes<T>] = {};
-  for (int64_t l = 0; l < n; ++l) lanes[l] = p[l];
+  for (int64_t l = begin; l < end; ++l) lanes[l] = p[l];
   return load<T>(lanes);
 #endif
 }
 
 template <class T>
-NVPFLOW_INLINE void store_partial(T* p, Vec<T> v, int64_t n) {
+NVPFLOW_INLINE void store_lanes(T* p, Vec<T> v, int64_t begin, int64_t end) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
-    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), v);
+    _mm512_mask_storeu_ps(p, lane_mask(begin, end), v);
   } else {
-    _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1u), v);
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>(lane_mask(begin, end)), v);
   }
 #else
   T lanes[kLanes<T>];
   store<T>(lanes, v);
-  for (int64_t l = 0; l < n; ++l) p[l] = lanes[l];
+  for (int64_t l = begin; l < end; ++l) p[l] = lanes[l];
 #endif
 }
 
 /// n >= lanes means all of them.
 template <class T>
 NVPFLOW_INLINE Vec<T> load_upto(const T* p, int64_t n) {
-  return n >= kLanes<T> ? load<T>(p) : load_partial<T>(p, n);
+  return n >= kLanes<T> ? load<T>(p) : load_lanes<T>(p, 0, n);
 }
 
 template <class T>
@@ -186,7 +193,7 @@ NVPFLOW_INLINE void store_upto(T* p, Vec<T> v, int64_t n) {
   if (n >= kLanes<T>) {
     store<T>(p, v);
   } else {
-    store_partial<T>(p, v, n);
+    store_lanes<T>(p, v, 0, n);
   }
 }
 
