@@ -31,8 +31,11 @@ constexpr int kRowsBlock = 4, kRowsVectors = 2;
 #endif
 
 // Rows left over after whole vectors take the row path up to this many; more fill a padded vector.
+#ifndef MAXR
+#define MAXR (kLanes<T>-1)
+#endif
 template <class T>
-constexpr int64_t kMaxSingleRows = kLanes<T> / 4;
+constexpr int64_t kMaxFewRows = MAXR;
 
 // ---- activations -------------------------------------------------------------------------------------------------
 
@@ -217,6 +220,44 @@ NVPFLOW_INLINE void accumulate_rows(const T* w, int64_t stride, const T* x, int6
     for (int m = 0; m < MR; ++m) {
       const Vec<T> input = set1(xi[m * x_stride]);
       for (int n = 0; n < NV; ++n) sum[m][n] = fma(weight[n], input, sum[m][n]);
+    }
+  }
+}
+
+/// The same for all S segments at once; total holds the first segment's start and ends with the sum of all.
+template <class T, int MR, int NV, int S>
+NVPFLOW_INLINE void accumulate_segments(const DenseView<T>& d, const T* w, const T* x, int64_t x_stride,
+                                        Vec<T> (&total)[MR][NV]) {
+  constexpr int L = kLanes<T>;
+  const int64_t stride = d.in * L;
+  Vec<T> sum[S][MR][NV];
+  for (int m = 0; m < MR; ++m) {
+    for (int n = 0; n < NV; ++n) {
+      sum[0][m][n] = total[m][n];
+      for (int s = 1; s < S; ++s) sum[s][m][n] = Vec<T>{};
+    }
+  }
+  const auto add = [&](int s, int64_t i) __attribute__((always_inline)) {
+    Vec<T> weight[NV];
+    for (int n = 0; n < NV; ++n) weight[n] = load<T>(w + n * stride + i * L);
+    for (int m = 0; m < MR; ++m) {
+      const Vec<T> input = set1(x[m * x_stride + i]);
+      for (int n = 0; n < NV; ++n) sum[s][m][n] = fma(weight[n], input, sum[s][m][n]);
+    }
+  };
+  const int64_t last = d.in - (S - 1) * d.segment;  // the last segment may be shorter
+  for (int64_t i = 0; i < last; ++i) {
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) add(s, s * d.segment + i);
+  }
+  for (int64_t i = last; i < d.segment; ++i) {
+#pragma GCC unroll 4
+    for (int s = 0; s + 1 < S; ++s) add(s, s * d.segment + i);
+  }
+  for (int m = 0; m < MR; ++m) {
+    for (int n = 0; n < NV; ++n) {
+      for (int s = 1; s < S; ++s) sum[0][m][n] = sum[0][m][n] + sum[s][m][n];
+      total[m][n] = sum[0][m][n];
     }
   }
 }
@@ -499,107 +540,147 @@ void spread_poison(const T* poison, T* values, int64_t features, int64_t rows) {
   }
 }
 
-// ---- one row -----------------------------------------------------------------------------------------------------
+// ---- a few rows --------------------------------------------------------------------------------------------------
 
-/// NB blocks of lanes outputs, S segments at once to hide the latency of the sums.
-template <class T, int NB, int S>
-NVPFLOW_INLINE void dense_row_block(const Dense<T>& d, const T* w, const T* bias, const T* x, T* y, Act act) {
+// One block takes all the rows, so that each weight is read once. What hides the latency of the sums is, where the
+// outputs are many, several vectors of them; where they are few, all S segments at once.
+
+/// Sums that one block has under way.
+constexpr int kFewSums = 2 * kRowsBlock;
+/// Vectors of outputs of a wide block.
+constexpr int few_vectors(int rows) { return rows == 1 ? 8 : rows > kFewSums / 2 ? 1 : rows > 4 ? kFewSums / rows : 4; }
+
+/// MR rows x NV vectors of outputs from o. S: segments at once, all or (1) one after the other.
+template <class T, int MR, int NV, int S>
+NVPFLOW_INLINE void few_block(const DenseView<T>& d, int64_t o, const T* x, int64_t x_stride, T* y, int64_t y_stride,
+                              Act act) {
   constexpr int L = kLanes<T>;
-  const int64_t length = (d.in + S - 1) / S;
+  const T* w = d.weights + o * d.in;
   const int64_t stride = d.in * L;
-  Vec<T> sum[S][NB];
-  for (int n = 0; n < NB; ++n) {
-    sum[0][n] = load<T>(bias + n * L);
-    for (int s = 1; s < S; ++s) sum[s][n] = Vec<T>{};
+  Vec<T> total[MR][NV];
+  for (int n = 0; n < NV; ++n) {
+    for (int m = 0; m < MR; ++m) total[m][n] = load<T>(d.bias + o + n * L);
   }
-  const auto add = [&](int s, int64_t i) __attribute__((always_inline)) {
-    const Vec<T> input = set1(x[i]);
-    for (int n = 0; n < NB; ++n) sum[s][n] = fma(load<T>(w + n * stride + i * L), input, sum[s][n]);
+  if constexpr (S == 1) {
+    accumulate_rows<T, MR, NV>(w, stride, x, x_stride, 0, d.segment, total);
+    for (int64_t begin = d.segment; begin < d.in; begin += d.segment) {
+      Vec<T> sum[MR][NV] = {};
+      accumulate_rows<T, MR, NV>(w, stride, x, x_stride, begin, smaller(begin + d.segment, d.in), sum);
+      for (int m = 0; m < MR; ++m) {
+        for (int n = 0; n < NV; ++n) total[m][n] = total[m][n] + sum[m][n];
+      }
+    }
+  } else {
+    accumulate_segments<T, MR, NV, S>(d, w, x, x_stride, total);
+  }
+  const auto put = [&](auto&& finish) __attribute__((always_inline)) {
+    for (int m = 0; m < MR; ++m) {
+      for (int n = 0; n < NV; ++n) store<T>(y + m * y_stride + o + n * L, finish(total[m][n]));
+    }
   };
-  const int64_t last = d.in - (S - 1) * length;  // the last segment may be shorter
-  for (int64_t i = 0; i < last; ++i) {
-#pragma GCC unroll 4
-    for (int s = 0; s < S; ++s) add(s, s * length + i);
-  }
-  for (int64_t i = last; i < length; ++i) {
-    for (int s = 0; s + 1 < S; ++s) add(s, s * length + i);
-  }
-  for (int n = 0; n < NB; ++n) {
-    for (int s = 1; s < S; ++s) sum[0][n] = sum[0][n] + sum[s][n];
-    store<T>(y + n * L, rectify<T>(sum[0][n], act));
-  }
+  if (act == Act::relu) return put([](Vec<T> v) __attribute__((always_inline)) { return rectify<T>(v, Act::relu); });
+  put([=](Vec<T> v) __attribute__((always_inline)) { return rectify<T>(v, act); });
 }
 
-template <class T, int S>
-void dense_row_segments(const Dense<T>& d, const T* x, T* y, Act act) {
-  constexpr int L = kLanes<T>;
-  constexpr int NB = 8 / S;  // eight sums under way, whatever the segments
+/// MR rows; S: the layer's segments. Not inlined: in one large function gcc leaves the blocks' sums in memory.
+template <class T, int MR, int S>
+NVPFLOW_NOINLINE void few_rows(const DenseView<T>& d, const T* x, int64_t x_stride, T* y, int64_t y_stride, Act act) {
+  constexpr int L = kLanes<T>, kWide = few_vectors(MR);
+  constexpr int kParallel = MR * S <= kFewSums ? S : 1;
+  constexpr int kMiddle = kFewSums / 2 / (MR * S);  // vectors that make half as many sums
   int64_t o = 0;
-  for (; o + (NB - 1) * L < d.out; o += NB * L) {
-    dense_row_block<T, NB, S>(d, d.weights + o * d.in, d.bias + o, x, y + o, act);
+  for (; o + (kWide - 1) * L < d.out; o += kWide * L) few_block<T, MR, kWide, 1>(d, o, x, x_stride, y, y_stride, act);
+  if constexpr (kMiddle > 1 && kMiddle < kWide) {
+    for (; o + (kMiddle - 1) * L < d.out; o += kMiddle * L) {
+      few_block<T, MR, kMiddle, kParallel>(d, o, x, x_stride, y, y_stride, act);
+    }
   }
-  for (; o < d.out; o += L) dense_row_block<T, 1, S>(d, d.weights + o * d.in, d.bias + o, x, y + o, act);
+  for (; o < d.out; o += L) few_block<T, MR, 1, kParallel>(d, o, x, x_stride, y, y_stride, act);
 }
 
-/// y has room for d.out rounded up to whole vectors.
-template <class T>
-void dense_row(const Dense<T>& d, const T* x, T* y, Act act) {
-  switch (d.segments) {
-    case 1:
-      return dense_row_segments<T, 1>(d, x, y, act);
-    case 2:
-      return dense_row_segments<T, 2>(d, x, y, act);
-    default:
-      return dense_row_segments<T, 4>(d, x, y, act);
+/// y[rows][out] = rectify(W^T x[rows][in] + c), row-major, for MR <= rows <= kMaxFewRows; whole vectors of y are written.
+template <class T, int MR = 1>
+void dense_few_rows(const DenseView<T>& d, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t rows,
+                    Act act) {
+  if constexpr (MR < kMaxFewRows<T>) {
+    if (rows > MR) return dense_few_rows<T, MR + 1>(d, x, x_stride, y, y_stride, rows, act);
   }
+  if (d.segment == d.in) return few_rows<T, MR, 1>(d, x, x_stride, y, y_stride, act);
+  if (2 * d.segment >= d.in) return few_rows<T, MR, 2>(d, x, x_stride, y, y_stride, act);
+  few_rows<T, MR, 4>(d, x, x_stride, y, y_stride, act);
 }
 
+/// Row-major numbers of a few rows on their way through the flow.
 template <class T>
-void coupling_row(const Layer<T>& layer, bool inverse, T* state, Vec<T>& log_det, T* buffer0, T* buffer1) {
-  const T* x = state + layer.a_begin;
+struct RowState {
+  T* state;  // [rows][stride]
+  int64_t stride;
+  T* log_det;  // [rows][kLanes]: partial sums
+  T *buffer0, *buffer1;
+  int64_t rows;
+};
+
+template <class T>
+const T* conditioner_rows(const Layer<T>& layer, const RowState<T>& s) {
+  const T* x = s.state + layer.a_begin;
+  int64_t stride = s.stride;
   for (int32_t j = 0; j < layer.num_dense; ++j) {
+    const Dense<T>& d = layer.dense[j];
     const Act act = j + 1 == layer.num_dense ? Act::none : layer.activation;
-    T* y = j % 2 == 0 ? buffer0 : buffer1;
-    dense_row<T>(layer.dense[j], x, y, act);
-    if (needs_pass(act)) activate<T>(act, y, y, round_up(layer.dense[j].out, kLanes<T>));
+    const int64_t y_stride = padded<T>(d.out);
+    T* y = j % 2 == 0 ? s.buffer0 : s.buffer1;
+    dense_few_rows<T>(view(d), x, stride, y, y_stride, s.rows, act);
+    if (needs_pass(act)) activate<T>(act, y, y, s.rows * y_stride);
     x = y;
+    stride = y_stride;
   }
-  T* b = state + layer.b_begin;
-  const int64_t n = layer.b_count;
-  for (int64_t j = 0; j < n; j += kLanes<T>) {
-    const Vec<T> s = log_scale<T>(layer, load_upto<T>(x + j, n - j));
-    const Vec<T> t = load_upto<T>(x + n + j, n - j);
-    const Vec<T> in = load_upto<T>(b + j, n - j);
-    store_upto<T>(b + j, inverse ? (in - t) * exp<T>(-s) : fma(in, exp<T>(s), t), n - j);
-    log_det = inverse ? log_det - s : log_det + s;  // lanes past n hold s = tanh(0) = 0
+  return x;
+}
+
+template <class T>
+void coupling_rows(const Layer<T>& layer, bool inverse, const RowState<T>& s) {
+  const int64_t n = layer.b_count, u_stride = padded<T>(2 * n);
+  const T* u = conditioner_rows<T>(layer, s);
+  for (int64_t r = 0; r < s.rows; ++r, u += u_stride) {
+    T* b = s.state + r * s.stride + layer.b_begin;
+    Vec<T> log_det = load<T>(s.log_det + r * kLanes<T>);
+    for (int64_t j = 0; j < n; j += kLanes<T>) {
+      const Vec<T> scale = log_scale<T>(layer, load_upto<T>(u + j, n - j));
+      const Vec<T> t = load_upto<T>(u + n + j, n - j);
+      const Vec<T> in = load_upto<T>(b + j, n - j);
+      store_upto<T>(b + j, inverse ? (in - t) * exp<T>(-scale) : fma(in, exp<T>(scale), t), n - j);
+      log_det = inverse ? log_det - scale : log_det + scale;  // lanes past n hold s = tanh(0) = 0
+    }
+    store<T>(s.log_det + r * kLanes<T>, log_det);
   }
 }
 
 template <class T>
-void standardize_row(const Layer<T>& layer, bool inverse, int64_t features, T* state, Vec<T>& log_det) {
-  for (int64_t j = 0; j < features; j += kLanes<T>) {
-    const int64_t n = features - j;
-    const Vec<T> mean = load_upto<T>(layer.mean + j, n);
-    const Vec<T> factor = load_upto<T>((inverse ? layer.std : layer.inverse_std) + j, n);
-    const Vec<T> in = load_upto<T>(state + j, n);
-    store_upto<T>(state + j, inverse ? fma(in, factor, mean) : (in - mean) * factor, n);
+void standardize_rows(const Layer<T>& layer, bool inverse, int64_t features, const RowState<T>& s) {
+  for (int64_t r = 0; r < s.rows; ++r) {
+    T* state = s.state + r * s.stride;
+    for (int64_t j = 0; j < features; j += kLanes<T>) {
+      const int64_t n = features - j;
+      const Vec<T> mean = load_upto<T>(layer.mean + j, n);
+      const Vec<T> factor = load_upto<T>((inverse ? layer.std : layer.inverse_std) + j, n);
+      const Vec<T> in = load_upto<T>(state + j, n);
+      store_upto<T>(state + j, inverse ? fma(in, factor, mean) : (in - mean) * factor, n);
+    }
+    s.log_det[r * kLanes<T>] += inverse ? -layer.log_det : layer.log_det;
   }
-  log_det[0] += inverse ? -layer.log_det : layer.log_det;
 }
 
-/// state [D] in place; returns the partial sums of the log-determinant.
 template <class T>
-Vec<T> flow_row(const Program<T>& program, bool inverse, T* state, T* buffer0, T* buffer1) {
-  Vec<T> log_det = {};
+void flow_rows(const Program<T>& program, bool inverse, const RowState<T>& s) {
+  for (int64_t i = 0; i < s.rows * kLanes<T>; i += kLanes<T>) store<T>(s.log_det + i, Vec<T>{});
   for (int64_t k = 0; k < program.num_layers; ++k) {
     const Layer<T>& layer = program.layers[inverse ? program.num_layers - 1 - k : k];
     if (layer.kind == Kind::coupling) {
-      coupling_row<T>(layer, inverse, state, log_det, buffer0, buffer1);
+      coupling_rows<T>(layer, inverse, s);
     } else {
-      standardize_row<T>(layer, inverse, program.input_size, state, log_det);
+      standardize_rows<T>(layer, inverse, program.input_size, s);
     }
   }
-  return log_det;
 }
 
 }  // namespace

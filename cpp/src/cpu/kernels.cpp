@@ -63,29 +63,36 @@ void transform_tile(const Program<T>& program, const TransformCall<T>& call, int
   copy_out<T>(s.buffer0, call.log_prob + begin, count);
 }
 
-/// One row of call.in, which is given.
+/// A few rows of call.in, which is given.
 template <class T>
-void transform_row(const Program<T>& program, const TransformCall<T>& call, int64_t row, T* scratch) {
-  const int64_t features = program.input_size;
-  const TransformScratch<T> s(program, scratch, 1);
-  const T* in = call.in + (call.index == nullptr ? row : call.index[row]) * features;
-  Vec<T> poison = {};
-  for (int64_t j = 0; j < features; j += kLanes<T>) {
-    const Vec<T> v = load_upto<T>(in + j, features - j);
-    poison = fma(v, Vec<T>{}, poison);
-    store<T>(s.state + j, v);
+void transform_rows(const Program<T>& program, const TransformCall<T>& call, int64_t begin, int64_t count, T* scratch) {
+  const int64_t features = program.input_size, stride = padded<T>(features);
+  const TransformScratch<T> s(program, scratch, count);
+  for (int64_t r = 0; r < count; ++r) {
+    const T* in = call.in + (call.index == nullptr ? begin + r : call.index[begin + r]) * features;
+    Vec<T> poison = {};
+    for (int64_t j = 0; j < features; j += kLanes<T>) {
+      const Vec<T> v = load_upto<T>(in + j, features - j);
+      poison = fma(v, Vec<T>{}, poison);
+      store<T>(s.state + r * stride + j, v);
+    }
+    s.poison[r] = sum_lanes<T>(poison);
   }
-  T log_det = sum_lanes<T>(flow_row<T>(program, call.inverse, s.state, s.buffer0, s.buffer1));
-  const T poisoned = sum_lanes<T>(poison);
-  if (poisoned != poisoned) {
-    for (int64_t j = 0; j < features; ++j) s.state[j] = poisoned;
-    log_det = poisoned;
-  }
-  if (call.log_det != nullptr) call.log_det[row] = log_det;
-  if (call.log_prob != nullptr) call.log_prob[row] = log_prob_row<T>(s.state, features, log_det);
-  if (call.out == nullptr) return;
-  for (int64_t j = 0; j < features; j += kLanes<T>) {
-    store_upto<T>(call.out + row * features + j, load<T>(s.state + j), features - j);
+  flow_rows<T>(program, call.inverse, {s.state, stride, s.partial, s.buffer0, s.buffer1, count});
+  for (int64_t r = 0; r < count; ++r) {
+    T* state = s.state + r * stride;
+    T log_det = sum_lanes<T>(load<T>(s.partial + r * kLanes<T>));
+    const T poison = s.poison[r];
+    if (poison != poison) {
+      for (int64_t j = 0; j < features; ++j) state[j] = poison;
+      log_det = poison;
+    }
+    if (call.log_det != nullptr) call.log_det[begin + r] = log_det;
+    if (call.log_prob != nullptr) call.log_prob[begin + r] = log_prob_row<T>(state, features, log_det);
+    if (call.out == nullptr) continue;
+    for (int64_t j = 0; j < features; j += kLanes<T>) {
+      store_upto<T>(call.out + (begin + r) * features + j, load<T>(state + j), features - j);
+    }
   }
 }
 
@@ -93,14 +100,14 @@ template <class T>
 void transform(const Program<T>& program, const TransformCall<T>& call, int64_t begin, int64_t end, T* scratch) {
   for (int64_t r = begin; r < end;) {
     int64_t count = smaller(program.tile_rows, end - r);
-    const int64_t single = count % kLanes<T>;
-    if (call.in != nullptr && single <= kMaxSingleRows<T>) count -= single;
-    if (count > 0) {
+    const int64_t few = count % kLanes<T>;
+    if (call.in == nullptr || few > kMaxFewRows<T>) {
       transform_tile<T>(program, call, r, count, scratch);
-      r += count;
     } else {
-      transform_row<T>(program, call, r++, scratch);
+      if (count > few) transform_tile<T>(program, call, r, count - few, scratch);
+      if (few > 0) transform_rows<T>(program, call, r + count - few, few, scratch);
     }
+    r += count;
   }
 }
 

@@ -17,6 +17,7 @@
 #endif
 
 #define NVPFLOW_INLINE inline __attribute__((always_inline))
+#define NVPFLOW_NOINLINE __attribute__((noinline))
 
 namespace nvpflow::cpu {
 namespace {
