@@ -102,11 +102,11 @@ ULP_BOUNDS = {
     "relu": 0,
     "leaky_relu": 0.5,
     "elu": 1.5,
-    "gelu": 6,
-    "silu": 3.5,
-    "tanh": 2.5,
-    "sigmoid": 2.5,
-    "softplus": 3,
+    "gelu": 2,
+    "silu": 2,
+    "tanh": 2,
+    "sigmoid": 2,
+    "softplus": 2,
 }
 LOWEST = {"float32": -85.0, "float64": -700.0}
 

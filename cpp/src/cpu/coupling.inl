@@ -31,11 +31,8 @@ constexpr int kRowsBlock = 4, kRowsVectors = 2;
 #endif
 
 // Rows left over after whole vectors take the row path up to this many; more fill a padded vector.
-#ifndef MAXR
-#define MAXR (kLanes<T>-1)
-#endif
 template <class T>
-constexpr int64_t kMaxFewRows = MAXR;
+constexpr int64_t kMaxFewRows = kLanes<T> - 1;
 
 // ---- activations -------------------------------------------------------------------------------------------------
 
@@ -63,7 +60,7 @@ void activate(Act act, const T* in, T* out, int64_t count) {
     case Act::gelu:
       return map(in, out, count, [](Vec<T> v) { return gelu<T>(v); });
     case Act::silu:
-      return map(in, out, count, [](Vec<T> v) { return v * sigmoid<T>(v); });
+      return map(in, out, count, [](Vec<T> v) { return silu<T>(v); });
     case Act::tanh:
       return map(in, out, count, [](Vec<T> v) { return tanh<T>(v); });
     case Act::sigmoid:
@@ -365,27 +362,55 @@ const T* conditioner_tile(const Layer<T>& layer, const T* x, T* buffer0, T* buff
 
 // ---- layers on a tile --------------------------------------------------------------------------------------------
 
-template <class T>
-NVPFLOW_INLINE Vec<T> log_scale(const Layer<T>& layer, Vec<T> u) {
-  return tanh<T>(u * layer.inverse_bound) * layer.bound;
+template <class T, class V>
+NVPFLOW_INLINE V log_scale(const Layer<T>& layer, V u) {
+  return tanh<T>(u * set1(layer.inverse_bound)) * set1(layer.bound);
 }
+
+/// The vectors that the transformed part is taken through in step: what fits in the registers.
+#if defined(__AVX512F__)
+template <class T>
+using Steps = Pair<Pair<Pair<Vec<T>>>>;
+#else
+template <class T>
+using Steps = Pair<Vec<T>>;
+#endif
+
+/// What a coupling layer does to its transformed part: vectors of it, of u_s and t, and of the partial sums of the
+/// log-determinant, each kind with its own distance between one vector and the next.
+template <class T>
+struct Affine {
+  const Layer<T>& layer;
+  bool inverse;
+  int64_t u_stride, b_stride, log_det_stride;
+
+  /// n: elements of each vector.
+  template <class V>
+  NVPFLOW_INLINE void apply(const T* u, const T* t, T* b, T* log_det, int64_t n) const {
+    const V s = log_scale<T>(layer, load_steps<T, V>(u, u_stride, n));
+    const V in = load_steps<T, V>(b, b_stride, n), shift = load_steps<T, V>(t, u_stride, n);
+    const V sum = load_steps<T, V>(log_det, log_det_stride, n);
+    store_steps<T>(b, b_stride, inverse ? (in - shift) * exp<T>(-s) : fma(in, exp<T>(s), shift), n);
+    store_steps<T>(log_det, log_det_stride, inverse ? sum - s : sum + s, n);
+  }
+};
 
 /// state [D][rows] in place; partial [kLanes][rows]: partial sums of the log-determinant.
 template <class T>
 void coupling_tile(const Layer<T>& layer, bool inverse, T* state, T* partial, T* buffer0, T* buffer1, int64_t rows) {
-  const int64_t n = layer.b_count;
+  constexpr int64_t L = kLanes<T>, kStep = kVectors<Steps<T>> * L;
+  const int64_t size = layer.b_count * rows, partials = L * rows;
   const T* u = conditioner_tile<T>(layer, state + layer.a_begin * rows, buffer0, buffer1, rows);
+  const T* t = u + size;
   T* b = state + layer.b_begin * rows;
-  for (int64_t j = 0; j < n; ++j) {
-    T* log_det = partial + (j % kLanes<T>)*rows;
-    for (int64_t r = 0; r < rows; r += kLanes<T>) {
-      const Vec<T> s = log_scale<T>(layer, load<T>(u + j * rows + r));
-      const Vec<T> t = load<T>(u + (n + j) * rows + r);
-      const Vec<T> in = load<T>(b + j * rows + r);
-      const Vec<T> sum = load<T>(log_det + r);
-      store<T>(b + j * rows + r, inverse ? (in - t) * exp<T>(-s) : fma(in, exp<T>(s), t));
-      store<T>(log_det + r, inverse ? sum - s : sum + s);
-    }
+  const Affine<T> affine = {layer, inverse, L, L, L};
+  // As many features as there are partial sums lie beside each other just as the sums do.
+  for (int64_t begin = 0; begin < size; begin += partials) {
+    const int64_t end = smaller(begin + partials, size);
+    T* log_det = partial - begin;
+    int64_t i = begin;
+    for (; i + kStep <= end; i += kStep) affine.template apply<Steps<T>>(u + i, t + i, b + i, log_det + i, L);
+    for (; i < end; i += L) affine.template apply<Vec<T>>(u + i, t + i, b + i, log_det + i, L);
   }
 }
 
@@ -598,7 +623,8 @@ NVPFLOW_NOINLINE void few_rows(const DenseView<T>& d, const T* x, int64_t x_stri
   for (; o < d.out; o += L) few_block<T, MR, 1, kParallel>(d, o, x, x_stride, y, y_stride, act);
 }
 
-/// y[rows][out] = rectify(W^T x[rows][in] + c), row-major, for MR <= rows <= kMaxFewRows; whole vectors of y are written.
+/// y[rows][out] = rectify(W^T x[rows][in] + c), row-major, for MR <= rows <= kMaxFewRows; whole vectors of y are
+/// written.
 template <class T, int MR = 1>
 void dense_few_rows(const DenseView<T>& d, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t rows,
                     Act act) {
@@ -639,19 +665,28 @@ const T* conditioner_rows(const Layer<T>& layer, const RowState<T>& s) {
 
 template <class T>
 void coupling_rows(const Layer<T>& layer, bool inverse, const RowState<T>& s) {
+  constexpr int64_t L = kLanes<T>, kStep = kVectors<Steps<T>>;
   const int64_t n = layer.b_count, u_stride = padded<T>(2 * n);
   const T* u = conditioner_rows<T>(layer, s);
-  for (int64_t r = 0; r < s.rows; ++r, u += u_stride) {
-    T* b = s.state + r * s.stride + layer.b_begin;
-    Vec<T> log_det = load<T>(s.log_det + r * kLanes<T>);
-    for (int64_t j = 0; j < n; j += kLanes<T>) {
-      const Vec<T> scale = log_scale<T>(layer, load_upto<T>(u + j, n - j));
-      const Vec<T> t = load_upto<T>(u + n + j, n - j);
-      const Vec<T> in = load_upto<T>(b + j, n - j);
-      store_upto<T>(b + j, inverse ? (in - t) * exp<T>(-scale) : fma(in, exp<T>(scale), t), n - j);
-      log_det = inverse ? log_det - scale : log_det + scale;  // lanes past n hold s = tanh(0) = 0
+  T* b = s.state + layer.b_begin;
+  const Affine<T> affine = {layer, inverse, u_stride, s.stride, L};
+  for (int64_t j = 0; j < n; j += L) {
+    // Lanes past n hold s = tanh(0) = 0.
+    const auto at = [&](int64_t r, auto&& apply) __attribute__((always_inline)) {
+      apply(u + r * u_stride + j, u + r * u_stride + n + j, b + r * s.stride + j, s.log_det + r * L, n - j);
+    };
+    int64_t r = 0;
+    for (; r + kStep <= s.rows; r += kStep) {
+      at(r, [&](auto... p) __attribute__((always_inline)) { affine.template apply<Steps<T>>(p...); });
     }
-    store<T>(s.log_det + r * kLanes<T>, log_det);
+    if constexpr (kStep > 4) {
+      for (; r + 4 <= s.rows; r += 4) {
+        at(r, [&](auto... p) __attribute__((always_inline)) { affine.template apply<Pair<Pair<Vec<T>>>>(p...); });
+      }
+    }
+    for (; r < s.rows; ++r) {
+      at(r, [&](auto... p) __attribute__((always_inline)) { affine.template apply<Vec<T>>(p...); });
+    }
   }
 }
 

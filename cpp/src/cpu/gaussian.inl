@@ -9,13 +9,25 @@ namespace {
 template <class T>
 constexpr T kHalfLogTwoPi = static_cast<T>(0.91893853320467274178);
 
-/// Adds the kLanes rows of partial[kLanes][rows] up as sum_lanes does; the sums end in partial[0].
+/// Sum of kLanes partial sums, halved as in sum_lanes.
 template <class T>
-void sum_partials_tile(T* partial, int64_t rows) {
+NVPFLOW_INLINE Vec<T> sum_partials(Vec<T> (&partial)[kLanes<T>]) {
+#pragma GCC unroll 8
   for (int width = kLanes<T> / 2; width > 0; width /= 2) {
-    for (int64_t i = 0; i < width * rows; i += kLanes<T>) {
-      store<T>(partial + i, load<T>(partial + i) + load<T>(partial + width * rows + i));
-    }
+#pragma GCC unroll 16
+    for (int l = 0; l < width; ++l) partial[l] = partial[l] + partial[l + width];
+  }
+  return partial[0];
+}
+
+/// out [rows] = sums of the rows of partial [kLanes][rows].
+template <class T>
+void sum_partials_tile(const T* partial, T* out, int64_t rows) {
+  for (int64_t r = 0; r < rows; r += kLanes<T>) {
+    Vec<T> sums[kLanes<T>];
+#pragma GCC unroll 16
+    for (int l = 0; l < kLanes<T>; ++l) sums[l] = load<T>(partial + l * rows + r);
+    store<T>(out + r, sum_partials<T>(sums));
   }
 }
 
@@ -25,20 +37,23 @@ NVPFLOW_INLINE Vec<T> log_prob_from(Vec<T> square, Vec<T> log_det, int64_t featu
   return log_det + fma(square, set1(T(-0.5)), set1(-kHalfLogTwoPi<T> * static_cast<T>(features)));
 }
 
-/// state [D][rows] holds z; partial [kLanes][rows] is overwritten; out [rows].
+/// state [D][rows] holds z; out [rows].
 template <class T>
-void log_prob_tile(const T* state, int64_t features, const T* log_det, T* partial, T* out, int64_t rows) {
-  for (int64_t i = 0; i < kLanes<T> * rows; i += kLanes<T>) store<T>(partial + i, Vec<T>{});
-  for (int64_t j = 0; j < features; ++j) {
-    T* sum = partial + (j % kLanes<T>)*rows;
-    for (int64_t r = 0; r < rows; r += kLanes<T>) {
-      const Vec<T> z = load<T>(state + j * rows + r);
-      store<T>(sum + r, fma(z, z, load<T>(sum + r)));
+void log_prob_tile(const T* state, int64_t features, const T* log_det, T* out, int64_t rows) {
+  constexpr int L = kLanes<T>;
+  for (int64_t r = 0; r < rows; r += L) {
+    Vec<T> sums[L] = {};
+    const T* z = state + r;
+    int64_t j = 0;
+    for (; j + L <= features; j += L, z += L * rows) {
+#pragma GCC unroll 16
+      for (int l = 0; l < L; ++l) sums[l] = fma(load<T>(z + l * rows), load<T>(z + l * rows), sums[l]);
     }
-  }
-  sum_partials_tile<T>(partial, rows);
-  for (int64_t r = 0; r < rows; r += kLanes<T>) {
-    store<T>(out + r, log_prob_from<T>(load<T>(partial + r), load<T>(log_det + r), features));
+#pragma GCC unroll 16
+    for (int l = 0; l < L; ++l) {
+      if (j + l < features) sums[l] = fma(load<T>(z + l * rows), load<T>(z + l * rows), sums[l]);
+    }
+    store<T>(out + r, log_prob_from<T>(sum_partials<T>(sums), load<T>(log_det + r), features));
   }
 }
 

@@ -166,6 +166,27 @@ void conditioner_taped(const Layer<T>& layer, const CouplingTape<T>& keep, T* he
   }
 }
 
+/// Affine (coupling.inl) that leaves on the tape what the way back needs.
+template <class T>
+struct TapedAffine {
+  const Layer<T>& layer;
+  bool inverse;
+
+  template <class V>
+  NVPFLOW_INLINE void apply(int64_t i, const T* u, int64_t size, T* b, T* log_det, const CouplingTape<T>& keep) const {
+    constexpr int64_t L = kLanes<T>;
+    const V s = log_scale<T>(layer, load_steps<T, V>(u + i, L, L)), t = load_steps<T, V>(u + size + i, L, L);
+    const V in = load_steps<T, V>(b + i, L, L), sum = load_steps<T, V>(log_det + i, L, L);
+    const V scale = exp<T>(inverse ? -s : s);
+    const V out = inverse ? (in - t) * scale : fma(in, scale, t);
+    store_steps<T>(log_det + i, L, inverse ? sum - s : sum + s, L);
+    store_steps<T>(b + i, L, out, L);
+    store_steps<T>(keep.s + i, L, s, L);
+    store_steps<T>(keep.scale + i, L, scale, L);
+    store_steps<T>(keep.product + i, L, inverse ? -out : in * scale, L);
+  }
+};
+
 template <class T>
 void coupling_forward_taped(const Layer<T>& layer, bool inverse, const FixedTape<T>& fixed, T* tape, int64_t count,
                             int64_t rows) {
@@ -176,23 +197,16 @@ void coupling_forward_taped(const Layer<T>& layer, bool inverse, const FixedTape
   T* head = fixed.buffer1;
   const int64_t stride = padded<T>(2 * n);
   gather_tile<T>([&](int64_t r) { return fixed.buffer0 + r * stride; }, count, 2 * n, head, rows);
+  const TapedAffine<T> affine = {layer, inverse};
+  constexpr int64_t L = kLanes<T>, kStep = kVectors<Steps<T>> * L;
+  const int64_t size = n * rows, partials = L * rows;
   T* b = fixed.state + layer.b_begin * rows;
-  for (int64_t j = 0; j < n; ++j) {
-    T* log_det = fixed.partial + (j % kLanes<T>)*rows;
-    for (int64_t r = 0; r < rows; r += kLanes<T>) {
-      const int64_t at = j * rows + r;
-      const Vec<T> s = log_scale<T>(layer, load<T>(head + at));
-      const Vec<T> t = load<T>(head + n * rows + at);
-      const Vec<T> in = load<T>(b + at);
-      const Vec<T> scale = exp<T>(inverse ? -s : s);
-      const Vec<T> out = inverse ? (in - t) * scale : fma(in, scale, t);
-      const Vec<T> sum = load<T>(log_det + r);
-      store<T>(log_det + r, inverse ? sum - s : sum + s);
-      store<T>(b + at, out);
-      store<T>(keep.s + at, s);
-      store<T>(keep.scale + at, scale);
-      store<T>(keep.product + at, inverse ? -out : in * scale);
-    }
+  for (int64_t begin = 0; begin < size; begin += partials) {  // as in coupling_tile
+    const int64_t end = smaller(begin + partials, size);
+    T* log_det = fixed.partial - begin;
+    int64_t i = begin;
+    for (; i + kStep <= end; i += kStep) affine.template apply<Steps<T>>(i, head, size, b, log_det, keep);
+    for (; i < end; i += L) affine.template apply<Vec<T>>(i, head, size, b, log_det, keep);
   }
 }
 
@@ -492,10 +506,9 @@ double gradient_tile(const Program<T>& program, const GradientCall<T>& call, int
   }
   double sum = 0;
   if (call.nll) {
-    sum_partials_tile<T>(fixed.partial, rows);
-    // The log-determinants are in the first row of the partial sums: move them before it is overwritten.
-    for (int64_t r = 0; r < rows; r += kLanes<T>) store<T>(fixed.buffer0 + r, load<T>(fixed.partial + r));
-    log_prob_tile<T>(fixed.state, features, fixed.buffer0, fixed.partial, fixed.log_prob, rows);
+    T* log_det = fixed.buffer0;
+    sum_partials_tile<T>(fixed.partial, log_det, rows);
+    log_prob_tile<T>(fixed.state, features, log_det, fixed.log_prob, rows);
     sum = sum_rows<T>(fixed.log_prob, count);
   }
   for (int64_t k = program.num_layers - 1; k >= 0; --k) {

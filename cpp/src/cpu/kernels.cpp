@@ -54,12 +54,11 @@ void transform_tile(const Program<T>& program, const TransformCall<T>& call, int
   if (poisoned) spread_poison<T>(s.poison, s.state, features, rows);
   if (call.out != nullptr) scatter_tile<T>(s.state, rows, count, features, call.out + begin * features, features);
   if (call.log_det == nullptr && call.log_prob == nullptr) return;
-  sum_partials_tile<T>(s.partial, rows);
-  for (int64_t r = 0; r < rows; r += kLanes<T>) store<T>(s.log_det + r, load<T>(s.partial + r));
+  sum_partials_tile<T>(s.partial, s.log_det, rows);
   if (poisoned) spread_poison<T>(s.poison, s.log_det, 1, rows);
   if (call.log_det != nullptr) copy_out<T>(s.log_det, call.log_det + begin, count);
   if (call.log_prob == nullptr) return;
-  log_prob_tile<T>(s.state, features, s.log_det, s.partial, s.buffer0, rows);
+  log_prob_tile<T>(s.state, features, s.log_det, s.buffer0, rows);
   copy_out<T>(s.buffer0, call.log_prob + begin, count);
 }
 
@@ -154,7 +153,7 @@ Vec<T> elementary_vector(Function function, Vec<T> x) {
     case Function::gelu:
       return gelu<T>(x);
     case Function::silu:
-      return x * sigmoid<T>(x);
+      return silu<T>(x);
     case Function::elu:
       return elu<T>(x);
     case Function::log:

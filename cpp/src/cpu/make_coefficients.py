@@ -4,6 +4,7 @@ Each is the Chebyshev interpolant of a smooth function, which is within a small 
 tests measure the error of the finished functions in ulp. Run: python cpp/src/cpu/make_coefficients.py
 """
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,14 +49,17 @@ def cos_tail(w: mp.mpf) -> mp.mpf:
 MILLS_CENTRE = mp.mpf(4)
 
 
+MILLS_SHIFT = mp.mpf(5) / 4  # near sqrt(pi / 2), where the slope at x = 0 vanishes
+
+
 def mills(y: mp.mpf) -> mp.mpf:
-    """(x + c) Q(x) exp(x^2 / 2), Q the normal upper tail, as a function of y = (x - c) / (x + c)."""
+    """(x + s) Q(x) exp(x^2 / 2) - 1/2, Q the normal upper tail, as a function of y = (x - c) / (x + c)."""
     x = MILLS_CENTRE * (1 + y) / (1 - y)
     root = mp.sqrt(2)
     if x > 1000:  # asymptotic series of Mills' ratio
         ratio = (1 - 1 / x**2 + 3 / x**4 - 15 / x**6 + 105 / x**8) / x
-        return (x + MILLS_CENTRE) * ratio / mp.sqrt(2 * mp.pi)
-    return (x + MILLS_CENTRE) * mp.exp(x**2 / 2) * mp.erfc(x / root) / 2
+        return (x + MILLS_SHIFT) * ratio / mp.sqrt(2 * mp.pi) - mp.mpf(1) / 2
+    return ((x + MILLS_SHIFT) * mp.exp(x**2 / 2) * mp.erfc(x / root) - 1) / 2
 
 
 HALF_LN2 = mp.log(2) / 2 * mp.mpf("1.001")
@@ -65,7 +69,7 @@ FITS = [
     ("kAtanhTail", "(atanh s - s) / s^3 in s^2, |s| <= 3 - 2 sqrt 2", atanh_tail, mp.mpf(0), mp.mpf("0.0296"), 3, 8),
     ("kSinTail", "(sin(pi f / 2) - pi f / 2) / f^3 in f^2, |f| <= 1/2", sin_tail, mp.mpf(0), mp.mpf("0.2501"), 3, 7),
     ("kCosTail", "(cos(pi f / 2) - 1) / f^2 in f^2, |f| <= 1/2", cos_tail, mp.mpf(0), mp.mpf("0.2501"), 3, 7),
-    ("kMills", "(x + 4) Q(x) exp(x^2 / 2) in (x - 4) / (x + 4), x >= 0", mills, mp.mpf(-1), mp.mpf(1), 11, 26),
+    ("kMills", "(x + 5/4) Q(x) exp(x^2 / 2) - 1/2 in (x - 4) / (x + 4), x >= 0", mills, mp.mpf(-1), mp.mpf(1), 11, 26),
 ]
 
 
@@ -77,7 +81,7 @@ def main() -> None:
             values = [mp.nstr(c, digits) for c in interpolate(function, low, high, degree)]
             ending = "f" if kind == "float" else ""
             text = ", ".join((v if ("." in v or "e" in v) else v + ".0") + ending for v in values)
-            lines.append(f"constexpr {kind} {name}{suffix}[] = {{{text}}};")
+            lines += textwrap.wrap(f"constexpr {kind} {name}{suffix}[] = {{{text}}};", 120, subsequent_indent="    ")
         lines.append("")
     Path(__file__).with_name("coefficients.inl").write_text("\n".join(lines))
 

@@ -45,7 +45,7 @@ struct Simd<float> {
   static constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float kLn2High = 0x1.62e400p-1f;  // trailing zeros: n * kLn2High is exact
   static constexpr float kLn2Low = 0x1.7f7d1cp-20f;
-  static constexpr float kExpLow = -105.0f, kExpHigh = 89.5f;  // beyond: 0 and inf
+  static constexpr float kExpLow = -110.0f, kExpHigh = 89.5f;  // beyond: 0, also times x, and inf
   static constexpr float kExpm1Low = -26.0f;                   // beyond: -1 to the last bit
   static constexpr float kTanhHigh = 10.0f;                    // beyond: 1 to the last bit
   static constexpr float kTailHigh = 14.5f;                    // beyond: the normal upper tail is 0
@@ -62,7 +62,7 @@ struct Simd<double> {
   static constexpr double kRoundMagic = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kLn2High = 0x1.62e42fee00000p-1;
   static constexpr double kLn2Low = 0x1.a39ef35793c76p-33;
-  static constexpr double kExpLow = -746.0, kExpHigh = 710.5;
+  static constexpr double kExpLow = -755.0, kExpHigh = 710.5;
   static constexpr double kExpm1Low = -46.0;
   static constexpr double kTanhHigh = 20.0;
   static constexpr double kTailHigh = 39.0;
@@ -86,6 +86,11 @@ NVPFLOW_INLINE Vec<float> sqrt(Vec<float> a) { return _mm512_maskz_sqrt_ps(0xfff
 NVPFLOW_INLINE Vec<double> sqrt(Vec<double> a) { return _mm512_maskz_sqrt_pd(0xff, a); }
 NVPFLOW_INLINE Vec<float> set1(float a) { return _mm512_set1_ps(a); }
 NVPFLOW_INLINE Vec<double> set1(double a) { return _mm512_set1_pd(a); }
+// The processor's own minimum and maximum return the second operand where one is NaN. Masked as above.
+NVPFLOW_INLINE Vec<float> at_most(Vec<float> x, float high) { return _mm512_maskz_min_ps(0xffff, set1(high), x); }
+NVPFLOW_INLINE Vec<double> at_most(Vec<double> x, double high) { return _mm512_maskz_min_pd(0xff, set1(high), x); }
+NVPFLOW_INLINE Vec<float> at_least(Vec<float> x, float low) { return _mm512_maskz_max_ps(0xffff, set1(low), x); }
+NVPFLOW_INLINE Vec<double> at_least(Vec<double> x, double low) { return _mm512_maskz_max_pd(0xff, set1(low), x); }
 constexpr bool kHasFma = true;
 #elif defined(__AVX2__)
 NVPFLOW_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a, b, c); }
@@ -94,6 +99,11 @@ NVPFLOW_INLINE Vec<float> sqrt(Vec<float> a) { return _mm256_sqrt_ps(a); }
 NVPFLOW_INLINE Vec<double> sqrt(Vec<double> a) { return _mm256_sqrt_pd(a); }
 NVPFLOW_INLINE Vec<float> set1(float a) { return _mm256_set1_ps(a); }
 NVPFLOW_INLINE Vec<double> set1(double a) { return _mm256_set1_pd(a); }
+// The processor's own minimum and maximum return the second operand where one is NaN.
+NVPFLOW_INLINE Vec<float> at_most(Vec<float> x, float high) { return _mm256_min_ps(set1(high), x); }
+NVPFLOW_INLINE Vec<double> at_most(Vec<double> x, double high) { return _mm256_min_pd(set1(high), x); }
+NVPFLOW_INLINE Vec<float> at_least(Vec<float> x, float low) { return _mm256_max_ps(set1(low), x); }
+NVPFLOW_INLINE Vec<double> at_least(Vec<double> x, double low) { return _mm256_max_pd(set1(low), x); }
 constexpr bool kHasFma = true;
 #elif defined(__SSE2__)
 NVPFLOW_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return a * b + c; }
@@ -102,6 +112,10 @@ NVPFLOW_INLINE Vec<float> sqrt(Vec<float> a) { return _mm_sqrt_ps(a); }
 NVPFLOW_INLINE Vec<double> sqrt(Vec<double> a) { return _mm_sqrt_pd(a); }
 NVPFLOW_INLINE Vec<float> set1(float a) { return _mm_set1_ps(a); }
 NVPFLOW_INLINE Vec<double> set1(double a) { return _mm_set1_pd(a); }
+NVPFLOW_INLINE Vec<float> at_most(Vec<float> x, float high) { return _mm_min_ps(set1(high), x); }
+NVPFLOW_INLINE Vec<double> at_most(Vec<double> x, double high) { return _mm_min_pd(set1(high), x); }
+NVPFLOW_INLINE Vec<float> at_least(Vec<float> x, float low) { return _mm_max_ps(set1(low), x); }
+NVPFLOW_INLINE Vec<double> at_least(Vec<double> x, double low) { return _mm_max_pd(set1(low), x); }
 constexpr bool kHasFma = false;
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 NVPFLOW_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
@@ -114,6 +128,10 @@ NVPFLOW_INLINE Vec<float> sqrt(Vec<float> a) { return (Vec<float>)vsqrtq_f32((fl
 NVPFLOW_INLINE Vec<double> sqrt(Vec<double> a) { return (Vec<double>)vsqrtq_f64((float64x2_t)a); }
 NVPFLOW_INLINE Vec<float> set1(float a) { return (Vec<float>)vdupq_n_f32(a); }
 NVPFLOW_INLINE Vec<double> set1(double a) { return (Vec<double>)vdupq_n_f64(a); }
+NVPFLOW_INLINE Vec<float> at_most(Vec<float> x, float high) { return x > high ? set1(high) : x; }
+NVPFLOW_INLINE Vec<double> at_most(Vec<double> x, double high) { return x > high ? set1(high) : x; }
+NVPFLOW_INLINE Vec<float> at_least(Vec<float> x, float low) { return x < low ? set1(low) : x; }
+NVPFLOW_INLINE Vec<double> at_least(Vec<double> x, double low) { return x < low ? set1(low) : x; }
 constexpr bool kHasFma = true;
 #else
 NVPFLOW_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return a * b + c; }
@@ -128,6 +146,10 @@ NVPFLOW_INLINE Vec<double> sqrt(Vec<double> a) {
 }
 NVPFLOW_INLINE Vec<float> set1(float a) { return Vec<float>{} + a; }
 NVPFLOW_INLINE Vec<double> set1(double a) { return Vec<double>{} + a; }
+NVPFLOW_INLINE Vec<float> at_most(Vec<float> x, float high) { return x > high ? set1(high) : x; }
+NVPFLOW_INLINE Vec<double> at_most(Vec<double> x, double high) { return x > high ? set1(high) : x; }
+NVPFLOW_INLINE Vec<float> at_least(Vec<float> x, float low) { return x < low ? set1(low) : x; }
+NVPFLOW_INLINE Vec<double> at_least(Vec<double> x, double low) { return x < low ? set1(low) : x; }
 constexpr bool kHasFma = false;
 #endif
 
@@ -209,8 +231,107 @@ NVPFLOW_INLINE T sum_lanes(Vec<T> v) {
   return lanes[0];
 }
 
+// ---- vectors in step ---------------------------------------------------------------------------------------------
+
+/// Two vectors, or two such pairs, that go through a formula in step. A formula such as exp is one long chain of
+/// operations, each of which waits for the one before; the processor's window holds too few vectors' chains to fill its
+/// units. `V` below is a vector or pairs of pairs of them.
+template <class V>
+struct Pair {
+  V a, b;
+};
+
+template <class Y>
+NVPFLOW_INLINE Y first(Y y) {
+  return y;
+}
+template <class Y>
+NVPFLOW_INLINE Y second(Y y) {
+  return y;
+}
+template <class V>
+NVPFLOW_INLINE V first(Pair<V> y) {
+  return y.a;
+}
+template <class V>
+NVPFLOW_INLINE V second(Pair<V> y) {
+  return y.b;
+}
+
+// y: a pair as well, or one vector or number for both.
+template <class V, class Y>
+NVPFLOW_INLINE Pair<V> operator+(Pair<V> x, Y y) {
+  return {x.a + first(y), x.b + second(y)};
+}
+template <class V, class Y>
+NVPFLOW_INLINE Pair<V> operator-(Pair<V> x, Y y) {
+  return {x.a - first(y), x.b - second(y)};
+}
+template <class V, class Y>
+NVPFLOW_INLINE Pair<V> operator*(Pair<V> x, Y y) {
+  return {x.a * first(y), x.b * second(y)};
+}
+template <class V, class Y>
+NVPFLOW_INLINE Pair<V> operator/(Pair<V> x, Y y) {
+  return {x.a / first(y), x.b / second(y)};
+}
+template <class V>
+NVPFLOW_INLINE Pair<V> operator-(Pair<V> x) {
+  return {-x.a, -x.b};
+}
+template <class V>
+NVPFLOW_INLINE Pair<V> operator-(float x, Pair<V> y) {
+  return {x - y.a, x - y.b};
+}
+template <class V>
+NVPFLOW_INLINE Pair<V> operator-(double x, Pair<V> y) {
+  return {x - y.a, x - y.b};
+}
+template <class V>
+NVPFLOW_INLINE Pair<V> operator>>(Pair<V> x, int n) {
+  return {x.a >> n, x.b >> n};
+}
+template <class V, class Y, class Z>
+NVPFLOW_INLINE Pair<V> fma(Pair<V> x, Y y, Z z) {
+  return {fma(x.a, first(y), first(z)), fma(x.b, second(y), second(z))};
+}
+template <class V, class T>
+NVPFLOW_INLINE Pair<V> at_most(Pair<V> x, T high) {
+  return {at_most(x.a, high), at_most(x.b, high)};
+}
+template <class V, class T>
+NVPFLOW_INLINE Pair<V> at_least(Pair<V> x, T low) {
+  return {at_least(x.a, low), at_least(x.b, low)};
+}
+
+/// Vectors in V.
+template <class V>
+constexpr int kVectors = 1;
+template <class V>
+constexpr int kVectors<Pair<V>> = 2 * kVectors<V>;
+
+/// The vectors of V at p, p + stride, p + 2 stride, ...; of each the first n elements (all of them where n >= lanes).
+template <class T, class V>
+NVPFLOW_INLINE V load_steps(const T* p, int64_t stride, int64_t n) {
+  if constexpr (kVectors<V> == 1) {
+    return load_upto<T>(p, n);
+  } else {
+    using Half = decltype(V::a);
+    return {load_steps<T, Half>(p, stride, n), load_steps<T, Half>(p + kVectors<Half> * stride, stride, n)};
+  }
+}
+template <class T, class V>
+NVPFLOW_INLINE void store_steps(T* p, int64_t stride, V v, int64_t n) {
+  if constexpr (kVectors<V> == 1) {
+    store_upto<T>(p, v, n);
+  } else {
+    store_steps<T>(p, stride, v.a, n);
+    store_steps<T>(p + kVectors<V> / 2 * stride, stride, v.b, n);
+  }
+}
+
 // ---- elementary functions ----------------------------------------------------------------------------------------
-// NaN goes through all of them: bounds are applied as `x > high ? high : x`, which keeps it.
+// NaN goes through all of them: at_most and at_least keep it.
 
 template <class T>
 NVPFLOW_INLINE Vec<T> absolute(Vec<T> x) {
@@ -224,30 +345,33 @@ NVPFLOW_INLINE Vec<T> copy_sign(Vec<T> magnitude, Vec<T> sign) {
   return (Vec<T>)(((IntVec<T>)magnitude & ~kSign) | ((IntVec<T>)sign & kSign));
 }
 
-template <class T>
-NVPFLOW_INLINE Vec<T> at_most(Vec<T> x, T high) {
-  return x > high ? set1(high) : x;
+template <class T, class V>
+NVPFLOW_INLINE Pair<V> absolute(Pair<V> x) {
+  return {absolute<T>(x.a), absolute<T>(x.b)};
 }
-
-template <class T>
-NVPFLOW_INLINE Vec<T> at_least(Vec<T> x, T low) {
-  return x < low ? set1(low) : x;
+template <class T, class V>
+NVPFLOW_INLINE Pair<V> copy_sign(Pair<V> magnitude, Pair<V> sign) {
+  return {copy_sign<T>(magnitude.a, sign.a), copy_sign<T>(magnitude.b, sign.b)};
 }
 
 /// Coefficients lowest first, by Horner's rule.
-template <class T, int N>
-NVPFLOW_INLINE Vec<T> polynomial(Vec<T> x, const T (&c)[N]) {
-  Vec<T> sum = set1(c[N - 1]);
+template <class V, class T, int N>
+NVPFLOW_INLINE V polynomial(V x, const T (&c)[N]) {
+  V sum = fma(x, set1(c[N - 1]), set1(c[N - 2]));
 #pragma GCC unroll 32
-  for (int i = N - 2; i >= 0; --i) sum = fma(sum, x, set1(c[i]));
+  for (int i = N - 3; i >= 0; --i) sum = fma(sum, x, set1(c[i]));
   return sum;
 }
 
 #define NVPFLOW_COEFFICIENTS(T, name, x) (coefficients_##name(static_cast<T*>(nullptr), x))
-#define NVPFLOW_DEFINE_COEFFICIENTS(name)                                                                             \
-  NVPFLOW_INLINE Vec<float> coefficients_##name(const float*, Vec<float> x) { return polynomial<float>(x, name##F); } \
-  NVPFLOW_INLINE Vec<double> coefficients_##name(const double*, Vec<double> x) {                                      \
-    return polynomial<double>(x, name##D);                                                                            \
+#define NVPFLOW_DEFINE_COEFFICIENTS(name)                    \
+  template <class V>                                         \
+  NVPFLOW_INLINE V coefficients_##name(const float*, V x) {  \
+    return polynomial(x, name##F);                           \
+  }                                                          \
+  template <class V>                                         \
+  NVPFLOW_INLINE V coefficients_##name(const double*, V x) { \
+    return polynomial(x, name##D);                           \
   }
 NVPFLOW_DEFINE_COEFFICIENTS(kExpm1Tail)
 NVPFLOW_DEFINE_COEFFICIENTS(kAtanhTailWide)
@@ -256,79 +380,6 @@ NVPFLOW_DEFINE_COEFFICIENTS(kSinTail)
 NVPFLOW_DEFINE_COEFFICIENTS(kCosTail)
 NVPFLOW_DEFINE_COEFFICIENTS(kMills)
 #undef NVPFLOW_DEFINE_COEFFICIENTS
-
-/// 2^n for n in the range of normal numbers.
-template <class T>
-NVPFLOW_INLINE Vec<T> power_of_two(IntVec<T> n) {
-  return (Vec<T>)((n + Simd<T>::kExponentBias) << Simd<T>::kMantissaBits);
-}
-
-/// e^x = 2^n (1 + p), |x - n ln 2| <= ln 2 / 2 (Cody and Waite 1980).
-template <class T>
-struct ExpParts {
-  Vec<T> p;
-  IntVec<T> n;
-};
-
-template <class T>
-NVPFLOW_INLINE ExpParts<T> exp_parts(Vec<T> x) {
-  constexpr T kLog2E = static_cast<T>(1.4426950408889634074);
-  const Vec<T> magic = set1(Simd<T>::kRoundMagic);
-  const Vec<T> shifted = fma(x, set1(kLog2E), magic);
-  const Vec<T> n = shifted - magic;
-  const Vec<T> high = fma(n, set1(-Simd<T>::kLn2High), x);
-  const Vec<T> r = fma(n, set1(-Simd<T>::kLn2Low), high);
-  const Vec<T> r_low = fma(n, set1(-Simd<T>::kLn2Low), high - r);  // what rounding took from r
-  const Vec<T> p = r + fma(r * r, NVPFLOW_COEFFICIENTS(T, kExpm1Tail, r), r_low);
-  return {p, (IntVec<T>)shifted - (IntVec<T>)magic};
-}
-
-template <class T>
-NVPFLOW_INLINE Vec<T> exp(Vec<T> x) {
-  x = at_least<T>(at_most<T>(x, Simd<T>::kExpHigh), Simd<T>::kExpLow);
-  const ExpParts<T> parts = exp_parts<T>(x);
-  // In two steps, so that results near both ends of the range neither overflow early nor round twice.
-  const IntVec<T> half = parts.n >> 1;
-  const Vec<T> scale = power_of_two<T>(half);
-  return fma(parts.p, scale, scale) * power_of_two<T>(parts.n - half);
-}
-
-/// e^x - 1 for x <= 2 kTanhHigh.
-template <class T>
-NVPFLOW_INLINE Vec<T> expm1_bounded(Vec<T> x) {
-  const ExpParts<T> parts = exp_parts<T>(at_least<T>(x, Simd<T>::kExpm1Low));
-  const Vec<T> scale = power_of_two<T>(parts.n);
-  return fma(parts.p, scale, scale - T(1));
-}
-
-template <class T>
-NVPFLOW_INLINE Vec<T> tanh(Vec<T> x) {
-  const Vec<T> magnitude = at_most<T>(absolute<T>(x), Simd<T>::kTanhHigh);
-  const Vec<T> e = expm1_bounded<T>(magnitude + magnitude);
-  return copy_sign<T>(e / (e + T(2)), x);
-}
-
-template <class T>
-NVPFLOW_INLINE Vec<T> sigmoid(Vec<T> x) {
-  const Vec<T> e = exp<T>(-absolute<T>(x));
-  const Vec<T> numerator = x < T(0) ? e : set1(T(1));
-  return numerator / (e + T(1));
-}
-
-/// log(1 + e) for e in [0, 1], by 2 atanh(e / (2 + e)).
-template <class T>
-NVPFLOW_INLINE Vec<T> log1p_unit(Vec<T> e) {
-  const Vec<T> s = e / (e + T(2));
-  const Vec<T> w = s * s;
-  const Vec<T> twice = s + s;
-  return fma(twice * w, NVPFLOW_COEFFICIENTS(T, kAtanhTailWide, w), twice);
-}
-
-template <class T>
-NVPFLOW_INLINE Vec<T> softplus(Vec<T> x) {
-  const Vec<T> positive = x > T(0) ? x : set1(T(0));
-  return positive + log1p_unit<T>(exp<T>(-absolute<T>(x)));
-}
 
 /// a b - h exactly, where h is a b rounded (Dekker 1971 where there is no fused multiply-add).
 template <class T>
@@ -357,36 +408,243 @@ NVPFLOW_INLINE Vec<T> accurate_fma(Vec<T> a, Vec<T> b, Vec<T> c) {
   }
 }
 
-/// Upper tail Q(|x|) of the standard normal and exp(-x^2 / 2), by Mills' ratio in (|x| - 4) / (|x| + 4).
+/// a b + c for a c that all but cancels the product: with little or no error, fused multiply-add or not.
+template <class T>
+NVPFLOW_INLINE Vec<T> residual(Vec<T> a, Vec<T> b, Vec<T> c) {
+  if constexpr (kHasFma) {
+    return fma(a, b, c);
+  } else {
+    const Vec<T> h = a * b;
+    return (h + c) + product_error<T>(a, b, h);
+  }
+}
+
+/// A number in two parts: the rounded value, and what rounding took from it.
+template <class T>
+struct Two {
+  Vec<T> high, low;
+};
+
+/// a b + c for |a b| <= |c| / 2: c - high is exact (Sterbenz 1974).
+template <class T>
+NVPFLOW_INLINE Two<T> two_fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+  const Vec<T> high = fma(a, b, c);
+  return {high, residual<T>(a, b, c - high)};
+}
+
+/// a / b rounded about once: the remainder a - q b of a first quotient, divided as well, goes into the last addition
+/// (Dekker 1971).
+template <class T>
+NVPFLOW_INLINE Vec<T> quotient(Two<T> a, Two<T> b) {
+  const Vec<T> inverse = T(1) / b.high;
+  const Vec<T> q = a.high * inverse;
+  const Vec<T> rest = residual<T>(-q, b.high, a.high) + fma(-q, b.low, a.low);
+  return fma(rest, inverse, q);
+}
+
+template <class V>
+struct IntegersOf;
+template <>
+struct IntegersOf<Vec<float>> {
+  using Type = IntVec<float>;
+};
+template <>
+struct IntegersOf<Vec<double>> {
+  using Type = IntVec<double>;
+};
+template <class V>
+struct IntegersOf<Pair<V>> {
+  using Type = Pair<typename IntegersOf<V>::Type>;
+};
+template <class V>
+using Integers = typename IntegersOf<V>::Type;
+
+/// 2^n for n in the range of normal numbers.
+template <class T>
+NVPFLOW_INLINE Vec<T> power_of_two(IntVec<T> n) {
+  return (Vec<T>)((n + Simd<T>::kExponentBias) << Simd<T>::kMantissaBits);
+}
+template <class T, class I>
+NVPFLOW_INLINE auto power_of_two(Pair<I> n) {
+  return Pair<decltype(power_of_two<T>(n.a))>{power_of_two<T>(n.a), power_of_two<T>(n.b)};
+}
+
+/// The integer in a number to which kRoundMagic has been added.
+template <class T>
+NVPFLOW_INLINE IntVec<T> integer_of(Vec<T> shifted) {
+  return (IntVec<T>)shifted - (IntVec<T>)set1(Simd<T>::kRoundMagic);
+}
+template <class T, class V>
+NVPFLOW_INLINE Pair<Integers<V>> integer_of(Pair<V> shifted) {
+  return {integer_of<T>(shifted.a), integer_of<T>(shifted.b)};
+}
+
+/// x 2^n in two steps, so that results near both ends of the range neither overflow early nor round twice.
+template <class T>
+NVPFLOW_INLINE Vec<T> scaled(Vec<T> x, IntVec<T> n) {
+  const IntVec<T> half = n >> 1;
+  return x * power_of_two<T>(half) * power_of_two<T>(n - half);
+}
+
+/// e^x = 2^n (1 + p), |x - n ln 2| <= ln 2 / 2 (Cody and Waite 1980).
+template <class V>
+struct ExpParts {
+  V p;
+  Integers<V> n;
+  V whole;  // n as a number of V's kind
+};
+
+template <class T, class V>
+NVPFLOW_INLINE ExpParts<V> exp_parts(V x) {
+  constexpr T kLog2E = static_cast<T>(1.4426950408889634074);
+  const Vec<T> magic = set1(Simd<T>::kRoundMagic);
+  const V shifted = fma(x, set1(kLog2E), magic);
+  const V n = shifted - magic;
+  const V high = fma(n, set1(-Simd<T>::kLn2High), x);
+  const V r = fma(n, set1(-Simd<T>::kLn2Low), high);
+  const V r_low = fma(n, set1(-Simd<T>::kLn2Low), high - r);  // what rounding took from r
+  const V p = r + fma(r * r, NVPFLOW_COEFFICIENTS(T, kExpm1Tail, r), r_low);
+  return {p, integer_of<T>(shifted), n};
+}
+
+/// 2^n (1 + p), rounded once where the result is a normal number.
+#if defined(__AVX512F__)
+NVPFLOW_INLINE Vec<float> exp_from(const ExpParts<Vec<float>>& e) {
+  return _mm512_maskz_scalef_ps(0xffff, e.p + 1.0f, e.whole);
+}
+NVPFLOW_INLINE Vec<double> exp_from(const ExpParts<Vec<double>>& e) {
+  return _mm512_maskz_scalef_pd(0xff, e.p + 1.0, e.whole);
+}
+#else
+template <class V>
+NVPFLOW_INLINE V exp_from(const ExpParts<V>& e) {
+  using T = decltype(V{}[0] + 0);
+  const Integers<V> half = e.n >> 1;  // in two steps, as in scaled()
+  const V scale = power_of_two<T>(half);
+  return fma(e.p, scale, scale) * power_of_two<T>(e.n - half);
+}
+#endif
+template <class V>
+NVPFLOW_INLINE Pair<V> exp_from(const ExpParts<Pair<V>>& e) {
+  return {exp_from(ExpParts<V>{e.p.a, e.n.a, e.whole.a}), exp_from(ExpParts<V>{e.p.b, e.n.b, e.whole.b})};
+}
+
+template <class T, class V>
+NVPFLOW_INLINE V exp(V x) {
+  return exp_from(exp_parts<T>(at_least(at_most(x, Simd<T>::kExpHigh), Simd<T>::kExpLow)));
+}
+
+/// e^x - 1 for x <= 0.
+template <class T>
+NVPFLOW_INLINE Vec<T> expm1_bounded(Vec<T> x) {
+  const ExpParts<Vec<T>> parts = exp_parts<T>(at_least(x, Simd<T>::kExpm1Low));
+  const Vec<T> scale = power_of_two<T>(parts.n);
+  return fma(parts.p, scale, scale - T(1));
+}
+
+/// h / (1 + h) with h = (e^2|x| - 1) / 2. The remainder of the quotient q over 1 + h, which is the remainder times
+/// 1 - tanh |x|, corrects it. The weight is the square of 1 - q instead: below 1/2, where the correction matters, that
+/// is near enough, and towards 1, where h is large and h - q rounds, it makes the correction vanish.
+template <class T, class V>
+NVPFLOW_INLINE V tanh(V x) {
+  const V magnitude = at_most(absolute<T>(x), Simd<T>::kTanhHigh);
+  const ExpParts<V> parts = exp_parts<T>(magnitude + magnitude);
+  const V half_scale = power_of_two<T>(parts.n - 1);
+  const V h = fma(parts.p, half_scale, half_scale - T(0.5));
+  const V q = h / (h + T(1));
+  const V rest = fma(-q, h, h - q);
+  const V weight = T(1) - q;
+  return copy_sign<T>(fma(rest, weight * weight, q), x);
+}
+
+/// 1 / (1 + e) for e in [0, 1] to an eighth, which is enough to weigh the remainder of a quotient: the chord.
+template <class T>
+NVPFLOW_INLINE Vec<T> near_inverse(Vec<T> e) {
+  return fma(e, set1(T(-0.5)), set1(T(1)));
+}
+
+/// e / (1 + e) or 1 / (1 + e) with e = e^-|x|, the quotient q corrected by its remainder; numerator - q is exact.
+template <class T>
+NVPFLOW_INLINE Vec<T> sigmoid(Vec<T> x) {
+  const Vec<T> e = exp<T>(-absolute<T>(x));
+  const Vec<T> numerator = x < T(0) ? e : set1(T(1));
+  const Vec<T> q = numerator / (e + T(1));
+  const Vec<T> rest = fma(-q, e, numerator - q);
+  return fma(rest, near_inverse<T>(e), q);
+}
+
+/// x sigmoid(x) = max(x, 0) - y with y = |x| e / (1 + e), e = e^-|x| = 2^n (1 + p). 2^n comes last: y keeps its
+/// relative accuracy where e is subnormal already.
+template <class T>
+NVPFLOW_INLINE Vec<T> silu(Vec<T> x) {
+  const Vec<T> magnitude = at_most(absolute<T>(x), -Simd<T>::kExpLow);
+  const ExpParts<Vec<T>> parts = exp_parts<T>(-magnitude);
+  const Vec<T> e = scaled<T>(parts.p + T(1), parts.n);
+  const Two<T> numerator = two_fma<T>(magnitude, parts.p, magnitude);
+  const Vec<T> q = numerator.high / (e + T(1));
+  const Vec<T> rest = fma(-q, e, numerator.high - q) + numerator.low;
+  const Vec<T> y = scaled<T>(fma(rest, near_inverse<T>(e), q), parts.n);
+  return (x < T(0) ? set1(T(-0.0)) : x) - y;
+}
+
+/// log(1 + e) for e in [0, 1], by 2 atanh s, s = e / (2 + e); the remainder of the quotient goes into the last
+/// addition, with 1 / (2 + e) = (1 - s) / 2.
+template <class T>
+NVPFLOW_INLINE Vec<T> log1p_unit(Vec<T> e) {
+  const Vec<T> s = e / (e + T(2));
+  const Vec<T> w = s * s;
+  const Vec<T> twice = s + s;
+  const Vec<T> rest = fma(-s, e, e - twice);
+  const Vec<T> correction = rest * (T(1) - s);
+  return twice + fma(twice * w, NVPFLOW_COEFFICIENTS(T, kAtanhTailWide, w), correction);
+}
+
+template <class T>
+NVPFLOW_INLINE Vec<T> softplus(Vec<T> x) {
+  const Vec<T> positive = x > T(0) ? x : set1(T(0));
+  return positive + log1p_unit<T>(exp<T>(-absolute<T>(x)));
+}
+
+/// Upper tail of the standard normal in factors, Q(a) = (1/2 + mills) / (a + 5/4) e^(-a^2 / 2), a = |x|, with the
+/// bell e^(-a^2 / 2) = 2^n (1 + p) (1 + low). Mills' ratio times (a + 5/4) stays between 0.39 and 0.63, so that the
+/// errors of the polynomial in (a - 4) / (a + 4) count for a quarter.
 template <class T>
 struct NormalTail {
-  Vec<T> q;
-  Vec<T> bell;
+  Vec<T> a, mills;
+  ExpParts<Vec<T>> bell;
+  Vec<T> low;
 };
 
 template <class T>
 NVPFLOW_INLINE NormalTail<T> normal_tail(Vec<T> x) {
-  const Vec<T> a = at_most<T>(absolute<T>(x), Simd<T>::kTailHigh);
+  const Vec<T> a = at_most(absolute<T>(x), Simd<T>::kTailHigh);
   const Vec<T> h = a * a;
-  Vec<T> bell = exp<T>(h * T(-0.5));
-  bell = fma(bell, product_error<T>(a, a, h) * T(-0.5), bell);
   const Vec<T> y = (a - T(4)) / (a + T(4));
-  return {bell * (NVPFLOW_COEFFICIENTS(T, kMills, y) / (a + T(4))), bell};
+  return {a, NVPFLOW_COEFFICIENTS(T, kMills, y), exp_parts<T>(h * T(-0.5)), product_error<T>(a, a, h) * T(-0.5)};
 }
 
-/// x Phi(x), the exact form (Hendrycks and Gimpel 2016).
+/// x Phi(x), the exact form (Hendrycks and Gimpel 2016): x or 0, less |x| Q(|x|).
 template <class T>
 NVPFLOW_INLINE Vec<T> gelu(Vec<T> x) {
-  const Vec<T> q = normal_tail<T>(x).q;
-  return x > T(0) ? fma(-x, q, x) : x * q;
+  const NormalTail<T> tail = normal_tail<T>(x);
+  const Two<T> m = two_fma<T>(tail.a, tail.mills, tail.a * T(0.5));
+  const Vec<T> m_low = fma(m.high, tail.low, m.low);
+  const Two<T> b = two_fma<T>(m.high, tail.bell.p, m.high);
+  const Two<T> numerator = {b.high, fma(m_low, tail.bell.p, m_low) + b.low};
+  const Vec<T> d = tail.a + T(1.25);
+  const Two<T> denominator = {d, tail.a - (d - T(1.25))};  // exact: 5/4 is a multiple of the last place of d
+  const Vec<T> y = scaled<T>(quotient<T>(numerator, denominator), tail.bell.n);
+  return (x < T(0) ? set1(T(-0.0)) : x) - y;
 }
 
 template <class T>
 NVPFLOW_INLINE Vec<T> gelu_derivative(Vec<T> x) {
   constexpr T kInverseRootTwoPi = static_cast<T>(0.39894228040143267794);
   const NormalTail<T> tail = normal_tail<T>(x);
-  const Vec<T> cdf = x > T(0) ? T(1) - tail.q : tail.q;
-  return fma(x, tail.bell * kInverseRootTwoPi, cdf);
+  const Vec<T> bell = scaled<T>(T(1) + (tail.bell.p + tail.low), tail.bell.n);
+  const Vec<T> q = bell * ((tail.mills + T(0.5)) / (tail.a + T(1.25)));
+  const Vec<T> cdf = x > T(0) ? T(1) - q : q;
+  return fma(x, bell * kInverseRootTwoPi, cdf);
 }
 
 template <class T>
@@ -397,7 +655,7 @@ NVPFLOW_INLINE Vec<T> silu_derivative(Vec<T> x) {
 
 template <class T>
 NVPFLOW_INLINE Vec<T> elu(Vec<T> x) {
-  return x > T(0) ? x : expm1_bounded<T>(at_most<T>(x, T(0)));
+  return x > T(0) ? x : expm1_bounded<T>(at_most(x, T(0)));
 }
 
 /// log x for normal positive x.
