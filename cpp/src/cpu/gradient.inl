@@ -404,10 +404,11 @@ void dense_backward(const Layer<T>& layer, const CouplingTape<T>& keep, int32_t 
   if (j == 0) return dense_rows<T>(transposed, g_out, out_stride, g_in, in_stride, count, Act::none);
   const T* value = keep.value(layer, j - 1, rows);
   if (layer.activation == Act::relu) {
-    return dense_rows_finish<T>(transposed, g_out, out_stride, g_in, in_stride, count,
-                                [=](int64_t row, int64_t unit, Vec<T> g) __attribute__((always_inline)) {
-                                  return load<T>(value + row * in_stride + unit) > T(0) ? g : set1(T(0));
-                                });
+    const auto finish = [=](int64_t row, int64_t unit, Vec<T> g) __attribute__((always_inline)) {
+      const Vec<T> derivative = activation_derivative<T>(Act::relu, load<T>(value + row * in_stride + unit), Vec<T>{});
+      return g * derivative;  // not a selection: NaN must stay
+    };
+    return dense_rows_finish<T>(transposed, g_out, out_stride, g_in, in_stride, count, finish);
   }
   dense_rows<T>(transposed, g_out, out_stride, g_in, in_stride, count, Act::none);
   const T* argument = keep.argument(layer, j - 1, rows);
