@@ -41,15 +41,20 @@ double flops_per_row(const ParamLayout& layout) {
   return flops;
 }
 
-/// FNV-1a over 64-bit words: tells data sets apart, nothing more.
-std::uint64_t fingerprint(const void* data, std::size_t bytes) {
+/// FNV-1a over 64-bit words: tells data sets apart, nothing more. Calls poll() often enough for a person.
+template <class Poll>
+std::uint64_t fingerprint(const void* data, std::size_t bytes, Poll poll) {
+  constexpr std::size_t kPollBytes = std::size_t{1} << 24;
   std::uint64_t hash = 0xCBF29CE484222325ull;
   const auto* p = static_cast<const unsigned char*>(data);
-  for (; bytes >= 8; bytes -= 8, p += 8) {
-    std::uint64_t word;
-    std::memcpy(&word, p, 8);
-    hash = (hash ^ word) * 0x100000001B3ull;
-    hash ^= hash >> 29;
+  while (bytes >= 8) {
+    poll();
+    for (std::size_t words = std::min(bytes, kPollBytes) / 8; words > 0; --words, bytes -= 8, p += 8) {
+      std::uint64_t word;
+      std::memcpy(&word, p, 8);
+      hash = (hash ^ word) * 0x100000001B3ull;
+      hash ^= hash >> 29;
+    }
   }
   for (; bytes > 0; --bytes, ++p) hash = (hash ^ *p) * 0x100000001B3ull;
   return hash;
@@ -423,9 +428,10 @@ class Trainer {
   // ---- checkpoint ------------------------------------------------------------------------------------------------
 
   CheckpointKey key() const {
-    const std::uint64_t x = fingerprint(x_.data(), x_.size_bytes());
-    return {flow_.spec(), options_, x ^ (fingerprint(validation_.data(), validation_.size_bytes()) << 1), total_rows(),
-            validation_rows()};
+    const auto look = [this] { poll(); };
+    const std::uint64_t x = fingerprint(x_.data(), x_.size_bytes(), look);
+    return {flow_.spec(), options_, x ^ (fingerprint(validation_.data(), validation_.size_bytes(), look) << 1),
+            total_rows(), validation_rows()};
   }
 
   CheckpointArrays arrays() {
@@ -434,7 +440,6 @@ class Trainer {
 
   void write_checkpoint() {
     if (options_.checkpoint.empty()) return;
-    if (!key_) key_ = key();
     save_checkpoint(options_.checkpoint, *key_, history_, adam_steps_, arrays());
   }
 

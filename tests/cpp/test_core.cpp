@@ -20,7 +20,9 @@
 #include <vector>
 
 #include <nvpflow/error.hpp>
+#include <nvpflow/flow.hpp>
 #include <nvpflow/spec.hpp>
+#include <nvpflow/train.hpp>
 
 #include "file_format.hpp"
 #include "math.hpp"
@@ -844,4 +846,31 @@ TEST_CASE("a sparse file that claims a huge tensor does not get its memory") {
   fs::resize_file(path, size, error);
   if (error) return;  // a file system without holes, or too small
   check_refused(ErrorCode::file_format, "no tensor 'flow_0_scale.kernel'", [&] { load_model(path, nullptr); });
+}
+
+namespace {
+
+/// Lets a fit prepare itself, counts how often it looks up meanwhile, and stops it at the first step.
+class PreparationOnly final : public FitObserver {
+ public:
+  bool on_progress(std::int64_t epoch, std::int64_t, std::int64_t) override {
+    looks += epoch == 0;
+    return epoch == 0;
+  }
+  int looks = 0;
+};
+
+}  // namespace
+
+TEST_CASE("a fit can be stopped while it takes the fingerprint of large data for its checkpoint") {
+  const Folder folder;
+  Flow flow(FlowSpec::real_nvp(2, 1, {}));
+  const std::vector<float> x(std::size_t{20} << 20, 0.5f);  // 80 MiB
+  FitOptions options;
+  options.validation_fraction = 0;
+  PreparationOnly without, with;
+  CHECK(fit<float>(flow, x, {}, options, &without).stop_reason == "interrupted");
+  options.checkpoint = folder / "checkpoint";
+  CHECK(fit<float>(flow, x, {}, options, &with).stop_reason == "interrupted");
+  CHECK(with.looks - without.looks >= 5);
 }
