@@ -427,7 +427,7 @@ class Trainer {
 
   // ---- checkpoint ------------------------------------------------------------------------------------------------
 
-  CheckpointKey key() const {
+  CheckpointKey key() {
     const auto look = [this] { poll(); };
     const std::uint64_t x = fingerprint(x_.data(), x_.size_bytes(), look);
     return {flow_.spec(), options_, x ^ (fingerprint(validation_.data(), validation_.size_bytes(), look) << 1),
