@@ -7,7 +7,7 @@
 // for kBlockOut * kBlockRows multiply-adds.
 //
 // The row path does one row with vectors over outputs, for single rows and small remainders. Every number of a row is
-// formed by the same operations in the same order on both paths: the sums follow Dense's segments, and sums over
+// formed by the same operations in the same order on both paths: the sums follow Dense::segment, and sums over
 // features are kept in kLanes partial sums (feature j in partial j mod kLanes) that sum_lanes or its tile form adds up
 // at the end.
 
@@ -198,7 +198,7 @@ void dense_tile(const DenseView<T>& d, const T* x, T* y, int64_t rows, Act act) 
 
 template <class T>
 NVPFLOW_INLINE DenseView<T> view(const Dense<T>& d) {
-  return {d.weights, d.bias, d.in, d.out, (d.in + d.segments - 1) / d.segments};
+  return {d.weights, d.bias, d.in, d.out, d.segment};
 }
 
 // ---- dense layers on rows ------------------------------------------------------------------------------------------
@@ -612,7 +612,7 @@ template <class T, int MR, int S>
 NVPFLOW_NOINLINE void few_rows(const DenseView<T>& d, const T* x, int64_t x_stride, T* y, int64_t y_stride, Act act) {
   constexpr int L = kLanes<T>, kWide = few_vectors(MR);
   constexpr int kParallel = MR * S <= kFewSums ? S : 1;
-  constexpr int kMiddle = kFewSums / 2 / (MR * S);  // vectors that make half as many sums
+  constexpr int kMiddle = kFewSums / (MR * S);  // vectors of which all segments fit
   int64_t o = 0;
   for (; o + (kWide - 1) * L < d.out; o += kWide * L) few_block<T, MR, kWide, 1>(d, o, x, x_stride, y, y_stride, act);
   if constexpr (kMiddle > 1 && kMiddle < kWide) {

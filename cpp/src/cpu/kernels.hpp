@@ -12,7 +12,7 @@ namespace nvpflow::cpu {
 enum class Act : int32_t { relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, none };
 
 /// y = W^T x + c, packed: blocks of `lanes` outputs, [ceil(out / lanes)][in][lanes], zero where padded, so that the
-/// tile path broadcasts and the row path loads the same bytes. The sum over `in` runs in `segments` consecutive parts,
+/// tile path broadcasts and the row path loads the same bytes. The sum over `in` runs in consecutive segments,
 /// each added up in order, the first starting from the bias; the parts are then added in order. Both paths follow it.
 template <class T>
 struct Dense {
@@ -21,7 +21,7 @@ struct Dense {
   const T* transposed = nullptr;  // [ceil(in / lanes)][out][lanes]; null until gradients are wanted
   int64_t in = 0;
   int64_t out = 0;
-  int32_t segments = 1;
+  int64_t segment = 0;  // inputs of a segment; the last may have fewer
 };
 
 /// Where the gradient of a hidden layer, or of one of the heads, lies in the flat gradient.

@@ -22,9 +22,12 @@ constexpr std::int64_t kMaxRowUnits = 8;
 
 std::int64_t round_up(std::int64_t n, std::int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-/// Partial sums of a dense layer (Dense::segments). More of them hide the latency of a single row's long sums; each
-/// costs the tile path one addition per output.
-std::int32_t segments_of(std::int64_t in) { return in >= 64 ? 4 : in >= 32 ? 2 : 1; }
+/// Inputs of a segment (Dense::segment), of which there are 1, 2 or 4. More hide the latency of a single row's long
+/// sums; each costs the tile path one addition per output.
+std::int64_t segment_of(std::int64_t in) {
+  const std::int64_t segments = in >= 64 ? 4 : in >= 32 ? 2 : 1;
+  return (in + segments - 1) / segments;
+}
 
 }  // namespace
 
@@ -109,7 +112,7 @@ void Packed<T>::add_coupling(const FlowSpec& spec, const ParamLayout& layout, st
   layer.num_dense = static_cast<std::int32_t>(from.hidden_sizes.size()) + 1;
   std::int64_t in = layer.a_count;
   for (const std::int64_t width : from.hidden_sizes) {
-    dense_.push_back({nullptr, nullptr, nullptr, in, width, segments_of(in)});
+    dense_.push_back({nullptr, nullptr, nullptr, in, width, segment_of(in)});
     sources_.push_back({{tensor[0].offset, 0}, {tensor[1].offset, 0}, {width, 0}});
     gradients_.push_back({width, tensor[0].offset, tensor[1].offset});
     program_.max_width = std::max({program_.max_width, in, width});
@@ -117,7 +120,7 @@ void Packed<T>::add_coupling(const FlowSpec& spec, const ParamLayout& layout, st
     in = width;
   }
   const std::int64_t n = layer.b_count;
-  dense_.push_back({nullptr, nullptr, nullptr, in, 2 * n, segments_of(in)});
+  dense_.push_back({nullptr, nullptr, nullptr, in, 2 * n, segment_of(in)});
   sources_.push_back({{tensor[0].offset, tensor[2].offset}, {tensor[1].offset, tensor[3].offset}, {n, n}});
   gradients_.push_back({n, tensor[0].offset, tensor[1].offset});
   gradients_.push_back({n, tensor[2].offset, tensor[3].offset});
