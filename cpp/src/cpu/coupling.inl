@@ -612,10 +612,11 @@ template <class T, int MR, int S>
 NVPFLOW_NOINLINE void few_rows(const DenseView<T>& d, const T* x, int64_t x_stride, T* y, int64_t y_stride, Act act) {
   constexpr int L = kLanes<T>, kWide = few_vectors(MR);
   constexpr int kParallel = MR * S <= kFewSums ? S : 1;
-  constexpr int kMiddle = kFewSums / (MR * S);  // vectors of which all segments fit
+  constexpr int kFitting = kFewSums / (MR * S);  // vectors of which all segments can be under way
+  constexpr int kMiddle = kFitting < kWide / 2 ? kFitting : kWide / 2;
   int64_t o = 0;
   for (; o + (kWide - 1) * L < d.out; o += kWide * L) few_block<T, MR, kWide, 1>(d, o, x, x_stride, y, y_stride, act);
-  if constexpr (kMiddle > 1 && kMiddle < kWide) {
+  if constexpr (kMiddle > 1) {
     for (; o + (kMiddle - 1) * L < d.out; o += kMiddle * L) {
       few_block<T, MR, kMiddle, kParallel>(d, o, x, x_stride, y, y_stride, act);
     }
