@@ -1,0 +1,222 @@
+// A ladder of kernels: what the library uses beside what was tried and lost, each checked and timed, so that the next
+// candidate starts from what is known. One thread; the best of many short runs.
+//
+//   cmake -S . -B build -DNVPFLOW_TESTS=ON && cmake --build build --target kernel_ladder && build/tests/kernel_ladder
+//
+// Built with -march=native: it shows the instruction set of the machine that compiles it.
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.cpp"
+
+#include "rejected.inl"
+
+namespace {
+
+using namespace nvpflow::cpu;
+using Clock = std::chrono::steady_clock;
+constexpr int L = kLanes<float>;
+
+/// Seconds of one call: the best of 15 runs of a few milliseconds.
+template <class F>
+double seconds(F&& f) {
+  double best = 1e9;
+  for (int run = 0; run < 15; ++run) {
+    const auto start = Clock::now();
+    double passed = 0;
+    int calls = 0;
+    for (; passed < 2e-3; ++calls) {
+      f();
+      passed = std::chrono::duration<double>(Clock::now() - start).count();
+    }
+    best = std::min(best, passed / calls);
+  }
+  return best;
+}
+
+/// 64-byte aligned numbers in [-0.2, 0.2).
+class Numbers {
+ public:
+  explicit Numbers(std::size_t count)
+      : count_(count), data_(static_cast<float*>(std::aligned_alloc(64, (count * 4 + 127) / 64 * 64))) {
+    for (std::size_t i = 0; i < count; ++i) {
+      data_[i] = static_cast<float>((i * 2654435761u >> 8) % 4001) * 1e-4f - 0.2f;
+    }
+  }
+  ~Numbers() { std::free(data_); }
+  Numbers(const Numbers&) = delete;
+  Numbers& operator=(const Numbers&) = delete;
+  operator float*() { return data_; }
+  void poison() { std::fill_n(data_, count_, std::nanf("")); }
+
+ private:
+  std::size_t count_;
+  float* data_;
+};
+
+bool all_passed = true;
+
+/// One rung. FLOPs of a call (0: not counted); check(): whether what the last call wrote is right.
+template <class F, class Check>
+void rung(const char* name, double flops, F&& f, Check&& check) {
+  f();
+  const bool good = check();
+  all_passed = all_passed && good;
+  const double s = seconds(f);
+  std::printf("  %-52s %8.2f us", name, s * 1e6);
+  if (flops > 0) std::printf(" %8.1f GFLOP/s", flops / s * 1e-9);
+  std::printf("%s\n", good ? "" : "  WRONG");
+}
+
+float weight(const float* w, std::int64_t in, std::int64_t i, std::int64_t o) {
+  return w[o / L * L * in + i * L + o % L];
+}
+
+struct Layout {  // of x and y
+  bool row_major;
+  std::int64_t stride;
+  std::int64_t at(std::int64_t row, std::int64_t unit) const {
+    return row_major ? row * stride + unit : unit * stride + row;
+  }
+};
+
+/// Against a plain sum in float64.
+bool dense_is_right(const DenseView<float>& d, const float* x, Layout x_at, const float* y, Layout y_at,
+                    std::int64_t rows) {
+  for (std::int64_t r = 0; r < rows; ++r) {
+    for (std::int64_t o = 0; o < d.out; ++o) {
+      double sum = static_cast<double>(d.bias[o]);
+      for (std::int64_t i = 0; i < d.in; ++i) {
+        sum += static_cast<double>(weight(d.weights, d.in, i, o)) * static_cast<double>(x[x_at.at(r, i)]);
+      }
+      const double expected = std::max(sum, 0.0), got = static_cast<double>(y[y_at.at(r, o)]);
+      if (!(std::abs(got - expected) <= 1e-5 * (1 + std::abs(expected)))) return false;
+    }
+  }
+  return true;
+}
+
+void dense_layer(std::int64_t in, std::int64_t out, std::int64_t rows) {
+  const std::int64_t segments = in >= 64 ? 4 : in >= 32 ? 2 : 1, width = padded<float>(std::max(in, out));
+  Numbers w(static_cast<std::size_t>(in * padded<float>(out))), bias(static_cast<std::size_t>(padded<float>(out)));
+  Numbers x(static_cast<std::size_t>(width * rows)), y(static_cast<std::size_t>(width * rows));
+  const DenseView<float> d = {w, bias, in, out, (in + segments - 1) / segments};
+  const double flops = 2.0 * static_cast<double>(in * out * rows);
+  std::printf("dense layer %lld -> %lld, %lld rows\n", static_cast<long long>(in), static_cast<long long>(out),
+              static_cast<long long>(rows));
+  const auto tile = [&](const char* name, auto kernel) {
+    y.poison();
+    rung(name, flops, [&] { kernel(); }, [&] { return dense_is_right(d, x, {false, rows}, y, {false, rows}, rows); });
+  };
+  const auto by_rows = [&](const char* name, auto kernel) {
+    const Layout x_at = {true, padded<float>(in)}, y_at = {true, padded<float>(out)};
+    y.poison();
+    rung(
+        name, flops, [&] { kernel(x_at.stride, y_at.stride); },
+        [&] { return dense_is_right(d, x, x_at, y, y_at, rows); });
+  };
+  if (rows % L == 0) {
+    tile("feature-major, the library's blocks", [&] { dense_tile<float>(d, x, y, rows, Act::relu); });
+    tile("feature-major, 8 outputs x 3 vectors (spills totals)", [&] { tile_blocks<float, 8, 3>(d, x, y, rows); });
+    tile("feature-major, 4 x 4", [&] { tile_blocks<float, 4, 4>(d, x, y, rows); });
+    tile("feature-major, 8 x 1", [&] { tile_blocks<float, 8, 1>(d, x, y, rows); });
+  }
+  by_rows("row-major, the library's blocks",
+          [&](auto xs, auto ys) { dense_rows<float>(d, x, xs, y, ys, rows, Act::relu); });
+  if (rows <= kMaxFewRows<float>) {
+    by_rows("row-major, one block for all rows (library)",
+            [&](auto xs, auto ys) { dense_few_rows<float>(d, x, xs, y, ys, rows, Act::relu); });
+    by_rows("row-major, row after row (reads weights each time)", [&](auto xs, auto ys) {
+      for (std::int64_t r = 0; r < rows; ++r) dense_few_rows<float>(d, x + r * xs, xs, y + r * ys, ys, 1, Act::relu);
+    });
+  }
+}
+
+/// exp(s) b + t with s = tanh(u), b in place: the coupling's last stage, N vectors in step.
+template <class V>
+void affine(const char* name, std::int64_t vectors) {
+  const Layer<float> layer;
+  Numbers u(static_cast<std::size_t>(vectors * L)), t(static_cast<std::size_t>(vectors * L));
+  Numbers b(static_cast<std::size_t>(vectors * L)), log_det(static_cast<std::size_t>(vectors * L));
+  const std::vector<float> before(b + 0, b + vectors * L);
+  const Affine<float> stage = {layer, false, L, L, L};
+  const auto run = [&] {
+    for (std::int64_t i = 0; i < vectors * L; i += kVectors<V> * L) {
+      stage.template apply<V>(u + i, t + i, b + i, log_det + i, L);
+    }
+  };
+  const auto restore = [&] { std::memcpy(b, before.data(), before.size() * sizeof(float)); };
+  rung(
+      name, 0,
+      [&] {
+        restore();  // what is timed includes this copy: without it b grows to infinity
+        run();
+      },
+      [&] {
+        for (std::int64_t i = 0; i < vectors * L; ++i) {
+          const double s = std::tanh(static_cast<double>(u[i]));
+          const double expected =
+              std::exp(s) * static_cast<double>(before[static_cast<std::size_t>(i)]) + static_cast<double>(t[i]);
+          if (!(std::abs(static_cast<double>(b[i]) - expected) <= 1e-6)) return false;
+        }
+        return true;
+      });
+}
+
+void outer(std::int64_t in, std::int64_t first, std::int64_t second, std::int64_t rows) {
+  const std::int64_t out = first + second, xs = padded<float>(in), gs = padded<float>(out);
+  Numbers x(static_cast<std::size_t>(xs * rows)), g(static_cast<std::size_t>(gs * rows));
+  Numbers sums(static_cast<std::size_t>((in + 1) * out));
+  float *kernel = sums, *bias = kernel + in * out;
+  const OuterProduct<float> p = {x, xs, g, gs, rows, out};
+  const DenseColumns<float> to = {{{kernel, kernel + in * first}, {first, second}},
+                                  {{bias, bias + first}, {first, second}}};
+  const auto zero = [&] { std::fill_n(kernel, (in + 1) * out, 0.0f); };
+  const auto right = [&] {
+    for (std::int64_t i = 0; i <= in; ++i) {
+      for (std::int64_t o = 0; o < out; ++o) {
+        double sum = 0;
+        for (std::int64_t r = 0; r < rows; ++r) {
+          sum += (i == in ? 1.0 : static_cast<double>(x[r * xs + i])) * static_cast<double>(g[r * gs + o]);
+        }
+        const std::int64_t n = o < first ? first : second, column = o < first ? o : o - first;
+        const float* part =
+            i == in ? bias + (o < first ? 0 : first) : (o < first ? kernel : kernel + in * first) + i * n;
+        if (!(std::abs(static_cast<double>(part[column]) - sum) <= 1e-5 * (1 + std::abs(sum)))) return false;
+      }
+    }
+    return true;
+  };
+  std::printf("gradient of weights %lld x (%lld + %lld), %lld rows\n", static_cast<long long>(in),
+              static_cast<long long>(first), static_cast<long long>(second), static_cast<long long>(rows));
+  const double flops = 2.0 * static_cast<double>(in * out * rows);
+  rung("the library's blocks", flops, [&] { zero(), outer_product<float>(p, 0, in, to); }, right);
+  rung("both heads apart, bias apart", flops, [&] { zero(), heads_apart<float>(p, in, to); }, right);
+}
+
+}  // namespace
+
+int main() {
+  for (const std::int64_t rows : {128, 16, 8, 3}) {
+    dense_layer(8, 128, rows);
+    dense_layer(128, 16, rows);
+    dense_layer(256, 256, rows);
+  }
+  std::printf("coupling's last stage, 64 vectors\n");
+  affine<Vec<float>>("one vector after the other", 64);
+  affine<Pair<Vec<float>>>("two in step", 64);
+  affine<Pair<Pair<Vec<float>>>>("four in step", 64);
+  affine<Pair<Pair<Pair<Vec<float>>>>>("eight in step", 64);
+  outer(8, 128, 0, 128);
+  outer(128, 8, 8, 128);
+  outer(256, 32, 32, 64);
+  if (!all_passed) std::printf("WRONG results above\n");
+  return all_passed ? 0 : 1;
+}
