@@ -7,6 +7,12 @@
 
 struct CUstream_st;
 
+#if defined(__CUDACC__)
+#define NVPFLOW_HOST_DEVICE __host__ __device__
+#else
+#define NVPFLOW_HOST_DEVICE
+#endif
+
 namespace nvpflow::cuda {
 
 using Stream = CUstream_st*;  // cudaStream_t
@@ -32,27 +38,29 @@ enum class Multiply : std::int32_t { fma, tf32x3, tf32, bf16 };
 
 inline constexpr std::int64_t kBlockElements = 128;
 
-constexpr std::int64_t ceil_div(std::int64_t n, std::int64_t unit) { return (n + unit - 1) / unit; }
-constexpr std::int64_t round_up(std::int64_t n, std::int64_t unit) { return ceil_div(n, unit) * unit; }
+NVPFLOW_HOST_DEVICE constexpr std::int64_t ceil_div(std::int64_t n, std::int64_t unit) { return (n + unit - 1) / unit; }
+NVPFLOW_HOST_DEVICE constexpr std::int64_t round_up(std::int64_t n, std::int64_t unit) {
+  return ceil_div(n, unit) * unit;
+}
 
 /// Chunk of (g, t), g in [0, 8), t in [0, 4).
-constexpr std::int64_t swizzle(std::int64_t g, std::int64_t t) { return 4 * g + (t ^ (g >> 1)); }
+NVPFLOW_HOST_DEVICE constexpr std::int64_t swizzle(std::int64_t g, std::int64_t t) { return 4 * g + (t ^ (g >> 1)); }
 
 /// Place of the weight from input i to output o of a layer with `in` inputs.
-constexpr std::int64_t weight_index(std::int64_t i, std::int64_t o, std::int64_t in) {
+NVPFLOW_HOST_DEVICE constexpr std::int64_t weight_index(std::int64_t i, std::int64_t o, std::int64_t in) {
   const std::int64_t block = o / 8 * ceil_div(in, 16) + i / 16;
   return kBlockElements * block + 4 * swizzle(o % 8, i % 8 / 2) + i % 16 / 8 * 2 + i % 2;
 }
 /// Elements of packed weights; places that belong to no weight are zero.
-constexpr std::int64_t weight_size(std::int64_t in, std::int64_t out) {
+NVPFLOW_HOST_DEVICE constexpr std::int64_t weight_size(std::int64_t in, std::int64_t out) {
   return kBlockElements * ceil_div(out, 8) * ceil_div(in, 16);
 }
 /// Elements of a packed bias, in the order of the outputs; zero where padded.
-constexpr std::int64_t bias_size(std::int64_t out) { return round_up(out, 8); }
+NVPFLOW_HOST_DEVICE constexpr std::int64_t bias_size(std::int64_t out) { return round_up(out, 8); }
 
 /// Place of the feature f of row r in an array of activations that is `features` wide (tape, workspace, shared memory):
 /// blocks of 16 rows x 8 features, swizzled alike.
-constexpr std::int64_t activation_index(std::int64_t r, std::int64_t f, std::int64_t features) {
+NVPFLOW_HOST_DEVICE constexpr std::int64_t activation_index(std::int64_t r, std::int64_t f, std::int64_t features) {
   const std::int64_t block = r / 16 * (2 * ceil_div(features, 16)) + f / 8;
   return kBlockElements * block + 4 * swizzle(r % 8, f % 8 / 2) + r % 16 / 8 * 2 + f % 2;
 }
@@ -83,7 +91,9 @@ struct Layer {
   std::int64_t mean_offset = 0, log_std_offset = 0;  // into the flat parameters and gradient
 };
 
-constexpr std::int64_t affine_size(std::int64_t input_size) { return round_up(3 * input_size + 1, 4); }
+NVPFLOW_HOST_DEVICE constexpr std::int64_t affine_size(std::int64_t input_size) {
+  return round_up(3 * input_size + 1, 4);
+}
 
 /// Plans read a Program whose pointers are the host's (packed and transposed may be null), launches one whose pointers
 /// are the device's. Every offset into packed and transposed is a multiple of 4 elements, the arrays lie at multiples
@@ -160,8 +170,9 @@ struct TransformPlan {
   std::int32_t blocks = 0;        // most blocks that can be resident on the device together
   std::int64_t hidden_width = 0;  // features of each buffer of hidden activations
   std::int32_t hidden_buffers = 0;
-  std::int64_t shared_bytes = 0;     // dynamic
-  std::int64_t workspace_bytes = 0;  // of all blocks
+  bool state_shared = true, hidden_shared = true;  // Storage::workspace: what lies in shared memory all the same
+  std::int64_t shared_bytes = 0;                   // dynamic
+  std::int64_t workspace_bytes = 0;                // of all blocks
 };
 
 template <class T>
