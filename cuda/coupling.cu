@@ -31,7 +31,7 @@ namespace {
 
 /// Threads of a block at most: the registers of a multiprocessor over what a thread needs.
 template <class T, Storage S>
-constexpr int kMaxThreads = sizeof(T) == 4 && S == Storage::resident ? 512 : 256;
+constexpr int kMaxThreads = sizeof(T) == 4 && S == Storage::resident ? 384 : 256;
 
 template <class T>
 NVPFLOW_DEVICE void copy_to_shared(T* to, const T* from, std::int64_t count) {
@@ -101,7 +101,7 @@ struct Walker {
             tile.store_conditioner(call, r, j, count, s, t);
             continue;
           }
-          T& value = tile.state[half][place(r, j, blocks)];
+          T& value = tile.state(half)[place(r, j, blocks)];
           value = call.inverse ? (value - t) * exponential(-s) : multiply_add(value, exponential(s), t);
           log_det[rb][low] = call.inverse ? log_det[rb][low] - s : log_det[rb][low] + s;
         }
@@ -159,10 +159,10 @@ struct Walker {
   NVPFLOW_DEVICE void coupling(const Layer<T>& layer, Run run) {
     const int last = layer.num_dense - 1;
     const bool joined = kResident && last > 0 && program.dense[layer.first_dense + last].out <= 8 * kHeadBlocks;
-    MemoryRows<T> rows = memory_rows(tile.state[layer.condition], tile.count(layer.condition));
+    MemoryRows<T> rows = memory_rows(tile.state(layer.condition), tile.count(layer.condition));
     for (int j = 0; j < (joined ? last - 1 : last); ++j) {
       const Dense& d = program.dense[layer.first_dense + j];
-      const MemoryRows<T> to = memory_rows(tile.hidden[j % 2], d.out);
+      const MemoryRows<T> to = memory_rows(j % 2 == 0 ? tile.hidden0 : tile.hidden1, d.out);
       run(d, rows, [&](int first, int valid, Sums<T>& sums) {
         activate_sums(layer.activation, sums);
         store_sums(sums, first, valid, lane, const_cast<T*>(to.base), to.stride);
@@ -267,7 +267,8 @@ struct Walker {
 
 template <class T, Multiply M>
 NVPFLOW_KERNEL((kMaxThreads<T, Storage::resident>))
-transform_resident(const TransformPlan plan, const Program<T> program, const TransformCall<T> call) {
+transform_resident(NVPFLOW_ARGUMENT TransformPlan plan, NVPFLOW_ARGUMENT Program<T> program,
+ NVPFLOW_ARGUMENT TransformCall<T> call) {
   if constexpr (M != Multiply::fma && !kHasMatrixUnits) return;
   T* weights = reinterpret_cast<T*>(shared_memory());
   copy_to_shared(weights, program.packed, program.packed_size);
@@ -290,7 +291,8 @@ transform_resident(const TransformPlan plan, const Program<T> program, const Tra
 
 template <class T, Multiply M, Storage S>
 NVPFLOW_KERNEL((kMaxThreads<T, S>))
-transform_streamed(const TransformPlan plan, const Program<T> program, const TransformCall<T> call, T* workspace) {
+transform_streamed(NVPFLOW_ARGUMENT TransformPlan plan, NVPFLOW_ARGUMENT Program<T> program,
+ NVPFLOW_ARGUMENT TransformCall<T> call, T* workspace) {
   if constexpr (M != Multiply::fma && !kHasMatrixUnits) return;
   const std::int64_t tiles = ceil_div(call.rows, plan.tile_rows);
   const std::int64_t mine = block_index() < tiles ? ceil_div(tiles - block_index(), num_blocks()) : 0;

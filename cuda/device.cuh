@@ -13,16 +13,20 @@
 #define NVPFLOW_DEVICE inline
 #define NVPFLOW_KERNEL(threads) void
 #define NVPFLOW_UNROLL
+#define NVPFLOW_ARGUMENT const
 #else
 #include <cuda_runtime.h>
 #define NVPFLOW_DEVICE __device__ __forceinline__
-#define NVPFLOW_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define NVPFLOW_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 #define NVPFLOW_UNROLL _Pragma("unroll")
+#define NVPFLOW_ARGUMENT const __grid_constant__  // read where it is, not copied to a thread's local memory
 #endif
 
 namespace nvpflow::cuda {
 
 inline constexpr int kWarp = 32;
+inline constexpr int kThreads = 256;                // of a block of the kernels that go element by element
+inline constexpr std::int64_t kMaxBlocks = 1 << 16;  // and blocks of them at most
 
 /// Four elements that move together: 16 bytes of float, twice 16 of double.
 template <class T>
@@ -164,6 +168,19 @@ Status allow_shared(void (*kernel)(P...), std::int64_t bytes) {
 }
 
 #endif  // !NVPFLOW_SIMT
+
+// ---- kernels that go element by element ----------------------------------------------------------------------------
+
+NVPFLOW_DEVICE std::int64_t first_element() {
+  return static_cast<std::int64_t>(block_index()) * num_threads() + thread_index();
+}
+NVPFLOW_DEVICE std::int64_t element_step() { return static_cast<std::int64_t>(num_blocks()) * num_threads(); }
+
+/// Blocks for so many elements.
+inline std::int64_t element_blocks(std::int64_t count) {
+  const std::int64_t blocks = ceil_div(count, kThreads);
+  return blocks < kMaxBlocks ? blocks : kMaxBlocks;
+}
 
 // ---- elementary functions ----------------------------------------------------------------------------------------
 // The formulas, coefficients and bounds of error are those of cpp/src/cpu/simd.hpp. NaN goes through all of them.

@@ -53,26 +53,29 @@ struct Tile {
   int rows = 0;        // of a full tile
   int valid = 0;       // that hold rows of the call; the others hold zeros or copies
   std::int64_t first = 0;
-  T* state[2] = {nullptr, nullptr};
-  T* hidden[2] = {nullptr, nullptr};
+  T *state0 = nullptr, *state1 = nullptr;  // the first and the second part of the features
+  T *hidden0 = nullptr, *hidden1 = nullptr;
   T* sums = nullptr;      // [2][warps across][rows]
   int* poison = nullptr;  // [rows]: not 0 where the row holds NaN or inf
 
   NVPFLOW_DEVICE explicit Tile(int input_size) : features(input_size), half(input_size / 2) {}
 
   NVPFLOW_DEVICE int count(int part) const { return part == 0 ? half : features - half; }
+  NVPFLOW_DEVICE T* state(int part) const { return part == 0 ? state0 : state1; }
 
   NVPFLOW_DEVICE void carve(unsigned char* shared, T* global, const TransformPlan& plan) {
     rows = plan.tile_rows;
     T* next = reinterpret_cast<T*>(shared);
-    T*& state_from = plan.state_shared ? next : global;
-    state[0] = state_from;
-    state[1] = state_from + rows * 8 * activation_blocks(half);
-    state_from += state_elements(features, rows);
-    T*& hidden_from = plan.hidden_shared ? next : global;
-    hidden[0] = hidden_from;
-    hidden[1] = hidden_from + (plan.hidden_buffers > 1 ? rows * round_up(plan.hidden_width, 16) : 0);
-    hidden_from += hidden_elements(plan);
+    state0 = plan.state_shared ? next : global;
+    state1 = state0 + rows * 8 * activation_blocks(half);
+    if (plan.state_shared) {
+      next += state_elements(features, rows);
+    } else {
+      global += state_elements(features, rows);
+    }
+    hidden0 = plan.hidden_shared ? next : global;
+    hidden1 = hidden0 + (plan.hidden_buffers > 1 ? rows * round_up(plan.hidden_width, 16) : 0);
+    if (plan.hidden_shared) next += hidden_elements(plan);
     sums = next;
     if (plan.warps_across > 1) next += 2 * plan.warps_across * rows;
     poison = reinterpret_cast<int*>(next);
@@ -85,7 +88,7 @@ struct Tile {
 
   NVPFLOW_DEVICE T& at(int r, int f) const {
     const int part = f < half ? 0 : 1;
-    return state[part][place(r, f - part * half, activation_blocks(count(part)))];
+    return state(part)[place(r, f - part * half, activation_blocks(count(part)))];
   }
 
   /// No poison; zeros in the features that pad a block.
@@ -94,7 +97,7 @@ struct Tile {
       poison[r] = 0;
       for (int part = 0; part < 2; ++part) {
         const int n = count(part), blocks = activation_blocks(n);
-        for (int f = n; f < 8 * out_blocks(n); ++f) state[part][place(r, f, blocks)] = T(0);
+        for (int f = n; f < 8 * out_blocks(n); ++f) state(part)[place(r, f, blocks)] = T(0);
       }
     }
   }
@@ -197,7 +200,7 @@ NVPFLOW_DEVICE void sum_squares(const Tile<T>& tile, const Lane& lane, int row_b
     for (int b = across; b < out_blocks(n); b += num_across) {
       NVPFLOW_UNROLL
       for (int rb = 0; rb < kRowBlocks; ++rb) {
-        const Vec4<T> v = load4(tile.state[part] + ((row_block + rb) * blocks + b) * kBlock + lane.chunk);
+        const Vec4<T> v = load4(tile.state(part) + ((row_block + rb) * blocks + b) * kBlock + lane.chunk);
         square[rb][0] = multiply_add(v.y, v.y, multiply_add(v.x, v.x, square[rb][0]));
         square[rb][1] = multiply_add(v.w, v.w, multiply_add(v.z, v.z, square[rb][1]));
       }
