@@ -6,16 +6,31 @@
 namespace nvpflow {
 
 std::string cuda_why_unavailable() {
-  return "this nvpflow was built without CUDA; on a machine with a CUDA device install it with the environment variable "
+  return "this nvpflow was built without CUDA; on a machine with a CUDA device install it with the environment "
+         "variable "
          "NVPFLOW_CUDA=ON, which fetches CUDA's compiler for the build: NVPFLOW_CUDA=ON pip install .";
 }
 
 int cuda_device_count() { return 0; }
 
-std::string cuda_device_name(int) { throw Error(ErrorCode::device, cuda_why_unavailable()); }
+namespace {
 
-std::unique_ptr<Backend> make_cuda_backend(const FlowSpec&, const ParamLayout&, int, Precision) {
-  throw Error(ErrorCode::device, cuda_why_unavailable());
-}
+[[noreturn]] void refuse() { throw Error(ErrorCode::device, "CUDA cannot be used: " + cuda_why_unavailable()); }
+
+}  // namespace
+
+std::string cuda_device_name(int) { refuse(); }
+
+std::unique_ptr<Backend> make_cuda_backend(const FlowSpec&, const ParamLayout&, int, Precision) { refuse(); }
+
+struct DeviceMemory::State {};
+DeviceMemory::DeviceMemory(int, std::int64_t) { refuse(); }
+void* DeviceMemory::data() const { return nullptr; }
+int DeviceMemory::device() const { return 0; }
+void DeviceMemory::upload(const void*, std::int64_t) { refuse(); }
+void cuda_download(int, void*, const void*, std::int64_t, void*) { refuse(); }
+void cuda_wait(int, void*, void*) { refuse(); }
+void cuda_synchronize(int, void*) { refuse(); }
+int cuda_device_of(const void*) { return -1; }
 
 }  // namespace nvpflow

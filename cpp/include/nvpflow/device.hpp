@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <string_view>
 
@@ -36,5 +37,28 @@ std::string cuda_why_unavailable();
 int cuda_device_count();
 /// "NVIDIA H100 80GB HBM3". Throws Error(invalid_argument) for an index that cuda_device_count() does not know.
 std::string cuda_device_name(int index);
+
+/// Memory of a CUDA device, shared by its copies; the last one waits for the device and gives it back.
+class DeviceMemory {
+ public:
+  /// Throws Error(device) or Error(out_of_memory).
+  DeviceMemory(int device, std::int64_t bytes);
+  void* data() const;
+  int device() const;
+  /// Copies from the host's memory and waits.
+  void upload(const void* from, std::int64_t bytes);
+
+ private:
+  struct State;
+  std::shared_ptr<State> state_;
+};
+
+/// Copies to the host's memory, after what is queued on `stream`, and waits.
+void cuda_download(int device, void* to, const void* from, std::int64_t bytes, void* stream);
+/// What is queued on `waiting` from now on begins after what is queued on `for_stream` now.
+void cuda_wait(int device, void* waiting, void* for_stream);
+void cuda_synchronize(int device, void* stream);
+/// The index of the device whose memory a pointer points into; -1: none.
+int cuda_device_of(const void* pointer);
 
 }  // namespace nvpflow
