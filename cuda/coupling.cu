@@ -214,38 +214,6 @@ struct Walker {
     }
   }
 
-  /// From the lanes' sums to one number a row: out [rows] of the tile.
-  NVPFLOW_DEVICE void write_sums() {
-    if (call.log_det == nullptr && call.log_prob == nullptr) return;
-    T square[kRowBlocks][2] = {};
-    if (call.log_prob != nullptr) sum_squares(tile, lane, row_block, across, num_across(), square);
-    NVPFLOW_UNROLL
-    for (int rb = 0; rb < kRowBlocks; ++rb) {
-      NVPFLOW_UNROLL
-      for (int low = 0; low < 2; ++low) {
-        const int r = 16 * (row_block + rb) + lane.g + 8 * low;
-        const T det = sum_over_lanes(log_det[rb][low]), squares = sum_over_lanes(square[rb][low]);
-        if (lane.t != 0) continue;
-        if (num_across() == 1) {
-          tile.store_row(call, r, det, squares);
-        } else {
-          tile.sums[across * tile.rows + r] = det;
-          tile.sums[(num_across() + across) * tile.rows + r] = squares;
-        }
-      }
-    }
-    if (num_across() == 1) return;
-    barrier();
-    for (int r = team().index; r < tile.rows; r += team().size) {
-      T det = 0, squares = 0;
-      for (int a = 0; a < num_across(); ++a) {
-        det += tile.sums[a * tile.rows + r];
-        squares += tile.sums[(num_across() + a) * tile.rows + r];
-      }
-      tile.store_row(call, r, det, squares);
-    }
-  }
-
   template <class Run>
   NVPFLOW_DEVICE void walk(std::int64_t index, Run run) {
     tile.begin(index, call.rows);
@@ -261,7 +229,7 @@ struct Walker {
     layers(run);
     barrier();
     if (call.out != nullptr) tile.store(team(), call.out);
-    write_sums();
+    write_row_sums(tile, call, team(), lane, row_block, across, num_across(), log_det, [&] { barrier(); });
   }
 };
 
@@ -429,7 +397,7 @@ TransformPlan plan_transform(const Program<T>& program, const Device& device, st
 namespace {
 
 template <class T, Multiply M>
-Status launch_with(const TransformPlan& plan, const Program<T>& program, const TransformCall<T>& call, void* workspace,
+Status launch_transform_with(const TransformPlan& plan, const Program<T>& program, const TransformCall<T>& call, void* workspace,
                    Stream stream) {
   const std::int64_t rows_of_block = plan.storage == Storage::resident ? plan.warps * kWarpRows : plan.tile_rows;
   const std::int64_t blocks = std::min<std::int64_t>(plan.blocks, ceil_div(call.rows, rows_of_block));
@@ -448,7 +416,7 @@ Status launch_with(const TransformPlan& plan, const Program<T>& program, const T
 }
 
 template <class T, Multiply M>
-Status prepare_with(std::int64_t bytes) {
+Status prepare_transform_with(std::int64_t bytes) {
   if (const Status s = allow_shared(transform_resident<T, M>, bytes)) return s;
   if (const Status s = allow_shared(transform_streamed<T, M, Storage::streamed>, bytes)) return s;
   return allow_shared(transform_streamed<T, M, Storage::workspace>, bytes);
@@ -462,25 +430,30 @@ Status launch_transform(const TransformPlan& plan, const Program<T>& program, co
   if constexpr (sizeof(T) == 4) {
     switch (plan.multiply) {
       case Multiply::tf32x3:
-        return launch_with<T, Multiply::tf32x3>(plan, program, call, workspace, stream);
+        return launch_transform_with<T, Multiply::tf32x3>(plan, program, call, workspace, stream);
       case Multiply::tf32:
-        return launch_with<T, Multiply::tf32>(plan, program, call, workspace, stream);
+        return launch_transform_with<T, Multiply::tf32>(plan, program, call, workspace, stream);
       case Multiply::bf16:
-        return launch_with<T, Multiply::bf16>(plan, program, call, workspace, stream);
+        return launch_transform_with<T, Multiply::bf16>(plan, program, call, workspace, stream);
       default:
         break;
     }
   }
-  return launch_with<T, Multiply::fma>(plan, program, call, workspace, stream);
+  return launch_transform_with<T, Multiply::fma>(plan, program, call, workspace, stream);
+}
+
+Status prepare_kernels(const Device& device) {
+  if (const Status s = prepare_transform(device)) return s;
+  return prepare_gradient(device);
 }
 
 Status prepare_transform(const Device& device) {
   const std::int64_t bytes = device.shared_bytes_per_block;
-  if (const Status s = prepare_with<float, Multiply::fma>(bytes)) return s;
-  if (const Status s = prepare_with<float, Multiply::tf32x3>(bytes)) return s;
-  if (const Status s = prepare_with<float, Multiply::tf32>(bytes)) return s;
-  if (const Status s = prepare_with<float, Multiply::bf16>(bytes)) return s;
-  return prepare_with<double, Multiply::fma>(bytes);
+  if (const Status s = prepare_transform_with<float, Multiply::fma>(bytes)) return s;
+  if (const Status s = prepare_transform_with<float, Multiply::tf32x3>(bytes)) return s;
+  if (const Status s = prepare_transform_with<float, Multiply::tf32>(bytes)) return s;
+  if (const Status s = prepare_transform_with<float, Multiply::bf16>(bytes)) return s;
+  return prepare_transform_with<double, Multiply::fma>(bytes);
 }
 
 template TransformPlan plan_transform(const Program<float>&, const Device&, std::int64_t, const TransformOptions<float>&);

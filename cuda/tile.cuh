@@ -51,7 +51,7 @@ template <class T>
 struct Tile {
   int features, half;  // half: of the first part of the features, [0, half)
   int rows = 0;        // of a full tile
-  int valid = 0;       // that hold rows of the call; the others hold zeros or copies
+  int valid = 0;       // of them that are rows of the call
   std::int64_t first = 0;
   T *state0 = nullptr, *state1 = nullptr;  // the first and the second part of the features
   T *hidden0 = nullptr, *hidden1 = nullptr;
@@ -117,7 +117,7 @@ struct Tile {
     return features % 4 == 0 && reinterpret_cast<unsigned long long>(array) % 16 == 0;
   }
 
-  /// Rows of `in`; of those past the end, zeros. Notes the poisoned ones.
+  /// Rows of `in`; past the end the last one again, whose numbers are as finite as they should be. Notes the poisoned.
   NVPFLOW_DEVICE void load(Team team, const T* in, const std::int64_t* index) const {
     const bool quads = in_quads(in);
     const auto step = quads ? 4u : 1u, width = static_cast<unsigned>(features) / step;
@@ -125,14 +125,13 @@ struct Tile {
     for (auto e = static_cast<unsigned>(team.index); e < size; e += static_cast<unsigned>(team.size)) {
       const auto r = static_cast<int>(e / width);
       const auto f = static_cast<int>((e - static_cast<unsigned>(r) * width) * step);
+      const std::int64_t row = first + (r < valid ? r : valid - 1);
+      const T* from = in + (index == nullptr ? row : index[row]) * features + f;
       Vec4<T> v = {};
-      if (r < valid) {
-        const T* from = in + (index == nullptr ? first + r : index[first + r]) * features + f;
-        if (quads) {
-          v = load4(from);
-        } else {
-          v.x = *from;
-        }
+      if (quads) {
+        v = load4(from);
+      } else {
+        v.x = *from;
       }
       if (!is_finite(v.x) || !is_finite(v.y) || !is_finite(v.z) || !is_finite(v.w)) poison[r] = 1;
       at(r, f) = v.x;
@@ -205,6 +204,42 @@ NVPFLOW_DEVICE void sum_squares(const Tile<T>& tile, const Lane& lane, int row_b
         square[rb][1] = multiply_add(v.w, v.w, multiply_add(v.z, v.z, square[rb][1]));
       }
     }
+  }
+}
+
+/// From the lanes' parts of the log-determinant to call.log_det and call.log_prob, for the rows of the tile. All
+/// threads of the team come here; barrier() is theirs.
+template <class T, class Barrier>
+NVPFLOW_DEVICE void write_row_sums(const Tile<T>& tile, const TransformCall<T>& call, Team team, const Lane& lane,
+                                   int row_block, int across, int num_across, const T (&log_det)[kRowBlocks][2],
+                                   Barrier barrier) {
+  if (call.log_det == nullptr && call.log_prob == nullptr) return;
+  T square[kRowBlocks][2] = {};
+  if (call.log_prob != nullptr) sum_squares(tile, lane, row_block, across, num_across, square);
+  NVPFLOW_UNROLL
+  for (int rb = 0; rb < kRowBlocks; ++rb) {
+    NVPFLOW_UNROLL
+    for (int low = 0; low < 2; ++low) {
+      const int r = 16 * (row_block + rb) + lane.g + 8 * low;
+      const T det = sum_over_lanes(log_det[rb][low]), squares = sum_over_lanes(square[rb][low]);
+      if (lane.t != 0) continue;
+      if (num_across == 1) {
+        tile.store_row(call, r, det, squares);
+      } else {
+        tile.sums[across * tile.rows + r] = det;
+        tile.sums[(num_across + across) * tile.rows + r] = squares;
+      }
+    }
+  }
+  if (num_across == 1) return;
+  barrier();
+  for (int r = team.index; r < tile.rows; r += team.size) {
+    T det = 0, squares = 0;
+    for (int a = 0; a < num_across; ++a) {
+      det += tile.sums[a * tile.rows + r];
+      squares += tile.sums[(num_across + a) * tile.rows + r];
+    }
+    tile.store_row(call, r, det, squares);
   }
 }
 
