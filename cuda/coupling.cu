@@ -30,8 +30,8 @@ namespace nvpflow::cuda {
 namespace {
 
 /// Threads of a block at most: the registers of a multiprocessor over what a thread needs.
-template <class T, Storage S>
-constexpr int kMaxThreads = sizeof(T) == 4 && S == Storage::resident ? 384 : 256;
+template <class T, Multiply M, Storage S>
+constexpr int kMaxThreads = M != Multiply::fma && S == Storage::resident ? 384 : 256;
 
 template <class T>
 NVPFLOW_DEVICE void copy_to_shared(T* to, const T* from, std::int64_t count) {
@@ -46,6 +46,7 @@ NVPFLOW_DEVICE void copy_to_shared(T* to, const T* from, std::int64_t count) {
 template <class T, Multiply M, Storage S>
 struct Walker {
   static constexpr bool kResident = S == Storage::resident;
+  using Rows = MemoryRows<T, S != Storage::workspace>;
 
   const TransformPlan& plan;
   const Program<T>& program;
@@ -75,11 +76,9 @@ struct Walker {
     }
   }
   /// The warp's rows of an array of activations `features` wide.
-  NVPFLOW_DEVICE T* rows_of(T* base, int features) const {
-    return base + row_block * activation_blocks(features) * kBlock;
-  }
-  NVPFLOW_DEVICE MemoryRows<T> memory_rows(T* base, int features) const {
-    return {rows_of(base, features), activation_blocks(features) * kBlock};
+  NVPFLOW_DEVICE Rows rows_of(T* base, int features) const {
+    const int stride = activation_blocks(features) * kBlock;
+    return Rows(base + row_block * stride, stride);
   }
 
   /// From the sums of the head, outputs from 8 * first_block, to the transformed half.
@@ -112,13 +111,13 @@ struct Walker {
   // ---- weights in shared memory ------------------------------------------------------------------------------------
 
   /// The last hidden layer and the head at once, 32 hidden outputs at a time.
-  NVPFLOW_DEVICE void hidden_and_head(const Layer<T>& layer, const MemoryRows<T>& rows) {
+  NVPFLOW_DEVICE void hidden_and_head(const Layer<T>& layer, const Rows& rows) {
     const Dense& hidden = program.dense[layer.first_dense + layer.num_dense - 2];
     const Dense& head = program.dense[layer.first_dense + layer.num_dense - 1];
     const int in_blocks = (hidden.in + 15) / 16, outs = out_blocks(hidden.out);
     const int head_blocks = (head.in + 15) / 16, head_outs = out_blocks(head.out);
-    Sums<T, kHeadBlocks> result;
-    start_sums<T, kHeadBlocks>(packed + head.bias, 0, head_outs, lane, result);
+    Sums<T, kHeadBlocks<T>> result;
+    start_sums<T, kHeadBlocks<T>>(packed + head.bias, 0, head_outs, lane, result);
     for (int first = 0; first < outs; first += kOutBlocks) {
       const int valid = outs - first < kOutBlocks ? outs - first : kOutBlocks;
       Sums<T> sums;
@@ -131,16 +130,16 @@ struct Walker {
       NVPFLOW_UNROLL
       for (int pair = 0; pair < kOutBlocks / 2; ++pair) {
         if (2 * pair >= valid) continue;
-        multiply16<M, T, kHeadBlocks>(chunk, 2 * pair, 2 * pair + 1 < valid,
+        multiply16<M, T, kHeadBlocks<T>>(chunk, 2 * pair, 2 * pair + 1 < valid,
                                       packed + head.weights + (first / 2 + pair) * kBlock, head_blocks * kBlock,
                                       head_outs, lane, result);
       }
     }
-    transform_features<kHeadBlocks>(layer, 0, head_outs, result);
+    transform_features<kHeadBlocks<T>>(layer, 0, head_outs, result);
   }
 
   template <class Finish>
-  NVPFLOW_DEVICE void dense_resident(const Dense& d, const MemoryRows<T>& rows, Finish finish) {
+  NVPFLOW_DEVICE void dense_resident(const Dense& d, const Rows& rows, Finish finish) {
     const int in_blocks = (d.in + 15) / 16, outs = out_blocks(d.out);
     for (int first = 0; first < outs; first += kOutBlocks) {
       const int valid = outs - first < kOutBlocks ? outs - first : kOutBlocks;
@@ -158,14 +157,14 @@ struct Walker {
   template <class Run>
   NVPFLOW_DEVICE void coupling(const Layer<T>& layer, Run run) {
     const int last = layer.num_dense - 1;
-    const bool joined = kResident && last > 0 && program.dense[layer.first_dense + last].out <= 8 * kHeadBlocks;
-    MemoryRows<T> rows = memory_rows(tile.state(layer.condition), tile.count(layer.condition));
+    const bool joined = kResident && last > 0 && program.dense[layer.first_dense + last].out <= 8 * kHeadBlocks<T>;
+    Rows rows = rows_of(tile.state(layer.condition), tile.count(layer.condition));
     for (int j = 0; j < (joined ? last - 1 : last); ++j) {
       const Dense& d = program.dense[layer.first_dense + j];
-      const MemoryRows<T> to = memory_rows(j % 2 == 0 ? tile.hidden0 : tile.hidden1, d.out);
+      const Rows to = rows_of(tile.hidden(j % 2), d.out);
       run(d, rows, [&](int first, int valid, Sums<T>& sums) {
         activate_sums(layer.activation, sums);
-        store_sums(sums, first, valid, lane, const_cast<T*>(to.base), to.stride);
+        store_sums(sums, first, valid, lane, to);
       });
       if constexpr (kResident) barrier();
       rows = to;
@@ -234,7 +233,7 @@ struct Walker {
 };
 
 template <class T, Multiply M>
-NVPFLOW_KERNEL((kMaxThreads<T, Storage::resident>))
+NVPFLOW_KERNEL((kMaxThreads<T, M, Storage::resident>))
 transform_resident(NVPFLOW_ARGUMENT TransformPlan plan, NVPFLOW_ARGUMENT Program<T> program,
  NVPFLOW_ARGUMENT TransformCall<T> call) {
   if constexpr (M != Multiply::fma && !kHasMatrixUnits) return;
@@ -251,14 +250,14 @@ transform_resident(NVPFLOW_ARGUMENT TransformPlan plan, NVPFLOW_ARGUMENT Program
   const std::int64_t tiles = ceil_div(call.rows, kWarpRows);
   for (std::int64_t i = static_cast<std::int64_t>(block_index()) * warps + warp; i < tiles;
        i += static_cast<std::int64_t>(num_blocks()) * warps) {
-    walker.walk(i, [&](const Dense& d, const MemoryRows<T>& rows, auto finish) {
+    walker.walk(i, [&](const Dense& d, const auto& rows, auto finish) {
       walker.dense_resident(d, rows, finish);
     });
   }
 }
 
 template <class T, Multiply M, Storage S>
-NVPFLOW_KERNEL((kMaxThreads<T, S>))
+NVPFLOW_KERNEL((kMaxThreads<T, M, S>))
 transform_streamed(NVPFLOW_ARGUMENT TransformPlan plan, NVPFLOW_ARGUMENT Program<T> program,
  NVPFLOW_ARGUMENT TransformCall<T> call, T* workspace) {
   if constexpr (M != Multiply::fma && !kHasMatrixUnits) return;
@@ -277,7 +276,7 @@ transform_streamed(NVPFLOW_ARGUMENT TransformPlan plan, NVPFLOW_ARGUMENT Program
                                             : nullptr,
                     plan);
   for (std::int64_t i = block_index(); i < tiles; i += num_blocks()) {
-    walker.walk(i, [&](const Dense& d, const MemoryRows<T>& rows, auto finish) {
+    walker.walk(i, [&](const Dense& d, const auto& rows, auto finish) {
       dense_streamed<M>(stream, d.in, d.out, program.packed + d.bias, rows, walker.across, plan.warps_across,
                         walker.lane, finish);
     });
@@ -295,7 +294,7 @@ void size_hidden(const Program<T>& program, bool resident, TransformPlan& plan) 
     const Layer<T>& layer = program.layers[k];
     if (layer.kind != Kind::coupling) continue;
     const int last = layer.num_dense - 1;
-    const bool joined = resident && last > 0 && program.dense[layer.first_dense + last].out <= 8 * kHeadBlocks;
+    const bool joined = resident && last > 0 && program.dense[layer.first_dense + last].out <= 8 * kHeadBlocks<T>;
     const int stored = joined ? last - 1 : last;
     plan.hidden_buffers = std::max(plan.hidden_buffers, std::min(stored, 2));
     for (int j = 0; j < stored; ++j) {
@@ -315,8 +314,10 @@ bool plan_resident(const Program<T>& program, const Device& device, std::int64_t
   size_hidden(program, true, plan);
   const std::int64_t weights = program.packed_size * static_cast<std::int64_t>(sizeof(T));
   const std::int64_t tile = tile_bytes<T>(program.input_size, plan);
+  const int threads = plan.multiply == Multiply::fma ? kMaxThreads<T, Multiply::fma, Storage::resident>
+                                                     : kMaxThreads<T, Multiply::tf32x3, Storage::resident>;
   const std::int64_t most = std::min<std::int64_t>((device.shared_bytes_per_block - weights) / tile,
-                                                   kMaxThreads<T, Storage::resident> / kWarp);
+                                                   threads / kWarp);
   constexpr std::int64_t kFewest = 6;  // fewer warps do not hide each other's latency
   if (most < (forced ? 1 : kFewest)) return false;
   const std::int64_t tiles = std::max<std::int64_t>(1, ceil_div(rows, kWarpRows));

@@ -18,7 +18,9 @@ namespace nvpflow::cuda {
 
 inline constexpr int kRowBlocks = 2;  // of 16 rows
 inline constexpr int kOutBlocks = 4;  // of 8 outputs
-inline constexpr int kHeadBlocks = 4;  // of 8 outputs: the widest head that stays in registers
+/// Blocks of 8 outputs of the widest head that stays in registers.
+template <class T>
+inline constexpr int kHeadBlocks = sizeof(T) == 4 ? 4 : 2;
 inline constexpr int kWarpRows = 16 * kRowBlocks;
 inline constexpr int kBlock = static_cast<int>(kBlockElements);
 
@@ -40,18 +42,31 @@ NVPFLOW_DEVICE int place(int r, int f, int blocks) {
 NVPFLOW_DEVICE int activation_blocks(int features) { return (features + 15) / 16 * 2; }
 NVPFLOW_DEVICE int out_blocks(int out) { return (out + 7) / 8; }
 
-/// Operand rows in memory: at the first block of the warp's rows.
-template <class T>
+/// Rows of activations in memory: at the first block of the warp's rows. kShared: in shared memory for certain, kept as
+/// an offset, so that the compiler knows it too.
+template <class T, bool kShared>
 struct MemoryRows {
-  const T* base;
-  int stride;  // elements between blocks of 16 rows
+  T* base = nullptr;
+  int offset = 0;
+  int stride = 0;  // elements between blocks of 16 rows
 
+  NVPFLOW_DEVICE MemoryRows(T* p, int elements) : stride(elements) {
+    if constexpr (kShared) {
+      offset = static_cast<int>(p - reinterpret_cast<T*>(shared_memory()));
+    } else {
+      base = p;
+    }
+  }
+  NVPFLOW_DEVICE T* at(int element) const {
+    if constexpr (kShared) return reinterpret_cast<T*>(shared_memory()) + (offset + element);
+    return base + element;
+  }
   NVPFLOW_DEVICE Vec4<T> own(const Lane& lane, int row_block, int block) const {
-    return load4(base + row_block * stride + block * kBlock + lane.chunk);
+    return load4(at(row_block * stride + block * kBlock + lane.chunk));
   }
   /// What the lane (g, t) of the same rows owns.
   NVPFLOW_DEVICE Vec4<T> of(const Lane& lane, int row_block, int block, int t) const {
-    return load4(base + row_block * stride + block * kBlock + Lane::at(lane.g, t));
+    return load4(at(row_block * stride + block * kBlock + Lane::at(lane.g, t)));
   }
 };
 
@@ -286,16 +301,18 @@ NVPFLOW_DEVICE void activate_sums(Act act, T (&sums)[N][4]) {
   }
 }
 
-/// Stores outputs from 8 * first_block to an array of activations, at the first block of the warp's rows.
-template <class T>
-NVPFLOW_DEVICE void store_sums(const Sums<T>& sums, int first_block, int valid, const Lane& lane, T* to, int stride) {
+/// Stores outputs from 8 * first_block.
+template <class T, bool kShared>
+NVPFLOW_DEVICE void store_sums(const Sums<T>& sums, int first_block, int valid, const Lane& lane,
+                               const MemoryRows<T, kShared>& to) {
   NVPFLOW_UNROLL
   for (int nb = 0; nb < kOutBlocks; ++nb) {
     if (nb >= valid) continue;
     NVPFLOW_UNROLL
     for (int rb = 0; rb < kRowBlocks; ++rb) {
       const T(&sum)[4] = sums[rb * kOutBlocks + nb];
-      store4(to + rb * stride + (first_block + nb) * kBlock + lane.chunk, Vec4<T>{sum[0], sum[1], sum[2], sum[3]});
+      store4(to.at(rb * to.stride + (first_block + nb) * kBlock + lane.chunk),
+             Vec4<T>{sum[0], sum[1], sum[2], sum[3]});
     }
   }
 }
@@ -435,9 +452,9 @@ struct WeightStream {
 
 /// One dense layer with weights from the stream. Whatever has been stored before by any thread of the block may be the
 /// input: acquire() is a barrier. finish(first output block, valid, sums).
-template <Multiply M, class T, bool kGradient, class Finish>
+template <Multiply M, class T, bool kGradient, bool kShared, class Finish>
 NVPFLOW_DEVICE void dense_streamed(WeightStream<T, kGradient>& stream, int in, int out, const T* bias,
-                                   const MemoryRows<T>& rows, int across, int num_across, const Lane& lane,
+                                   const MemoryRows<T, kShared>& rows, int across, int num_across, const Lane& lane,
                                    Finish finish) {
   const int blocks = (in + 15) / 16, outs = out_blocks(out);
   for (int first = 0; first < outs; first += num_across * kOutBlocks) {

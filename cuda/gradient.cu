@@ -159,11 +159,9 @@ struct Reverse {
     return tape + layer_tape(program, call.inverse ? program.num_layers - 1 - step : step, plan.tile_rows);
   }
   /// The warp's rows of an array on the tape.
-  NVPFLOW_DEVICE T* rows_of(T* base, std::int64_t features) const {
-    return base + row_block * activation_blocks(static_cast<int>(features)) * kBlock;
-  }
-  NVPFLOW_DEVICE MemoryRows<T> memory_rows(T* base, std::int64_t features) const {
-    return {rows_of(base, features), activation_blocks(static_cast<int>(features)) * kBlock};
+  NVPFLOW_DEVICE MemoryRows<T, false> rows_of(T* base, std::int64_t features) const {
+    const int stride = activation_blocks(static_cast<int>(features)) * kBlock;
+    return {base + row_block * stride, stride};
   }
   NVPFLOW_DEVICE void copy(const T* from, T* to, std::int64_t count) const {
     for (std::int64_t i = 4 * thread_index(); i < count; i += 4 * num_threads()) store4(to + i, load4(from + i));
@@ -174,10 +172,8 @@ struct Reverse {
     const std::int64_t size = state_elements(program.input_size, plan.tile_rows);
     tile.begin(index, call.rows);
     tile.state0 = tape;
-    tile.state1 = tape + array_size(plan.tile_rows, tile.half);
     cotangents = tile;
     cotangents.state0 += size;
-    cotangents.state1 += size;
     NVPFLOW_UNROLL
     for (int rb = 0; rb < kRowBlocks; ++rb) log_det[rb][0] = log_det[rb][1] = T(0);
   }
@@ -217,15 +213,15 @@ struct Reverse {
     for (int j = 0; j < layer.num_dense; ++j) {
       const Dense& d = program.dense[layer.first_dense + j];
       const bool head = j + 1 == layer.num_dense;
-      const int stride = activation_blocks(d.out) * kBlock;
-      T* value = head ? nullptr : rows_of(part + keep.value(j), d.out);
-      T* argument = head ? nullptr : rows_of(part + keep.argument(j), d.out);
-      dense_streamed<M>(stream, d.in, d.out, program.packed + d.bias, memory_rows(part + keep.input(j), d.in), across,
+      const bool keeps = keeps_argument(layer.activation);
+      const auto value = rows_of(head ? part : part + keep.value(j), d.out);
+      const auto argument = rows_of(head ? part : part + keep.argument(j), d.out);
+      dense_streamed<M>(stream, d.in, d.out, program.packed + d.bias, rows_of(part + keep.input(j), d.in), across,
                         plan.warps_across, lane, [&](int first, int valid, Sums<T>& sums) {
                           if (head) return transform_features(keep, part, first, valid, sums);
-                          if (argument != value) store_sums(sums, first, valid, lane, argument, stride);
+                          if (keeps) store_sums(sums, first, valid, lane, argument);
                           activate_sums(layer.activation, sums);
-                          store_sums(sums, first, valid, lane, value, stride);
+                          store_sums(sums, first, valid, lane, value);
                         });
     }
   }
@@ -289,8 +285,7 @@ struct Reverse {
   /// From the cotangent of the layer's output to that of its input, in place, and to that of the head's sums.
   NVPFLOW_DEVICE void affine_backward(const CouplingTape<T>& keep, T* part) {
     const int half = 1 - keep.layer.condition, count = tile.count(half), blocks = activation_blocks(count);
-    const int head_stride = activation_blocks(2 * count) * kBlock;
-    T* head = rows_of(part + keep.cotangent(keep.layer.num_dense - 1), 2 * count);
+    const auto head = rows_of(part + keep.cotangent(keep.layer.num_dense - 1), 2 * count);
     for (int nb = across; nb < out_blocks(2 * count); nb += plan.warps_across) {
       const int j = 4 * nb + lane.t;
       NVPFLOW_UNROLL
@@ -308,7 +303,7 @@ struct Reverse {
           result[2 * low] = g_s * multiply_add(-tanh_u, tanh_u, T(1));
           result[2 * low + 1] = call.inverse ? -scaled : g;
         }
-        store4(head + rb * head_stride + nb * kBlock + lane.chunk,
+        store4(head.at(rb * head.stride + nb * kBlock + lane.chunk),
                Vec4<T>{result[0], result[1], result[2], result[3]});
       }
     }
@@ -316,37 +311,35 @@ struct Reverse {
 
   /// Multiplies the cotangents of hidden layer j's values by the activation's derivative.
   NVPFLOW_DEVICE void derive(const CouplingTape<T>& keep, T* part, int j, int first, int valid, Sums<T>& sums) {
-    const int width = static_cast<int>(keep.width(j)), stride = activation_blocks(width) * kBlock;
-    const T* value = rows_of(part + keep.value(j), width);
-    const T* argument = rows_of(part + keep.argument(j), width);
-    T* to = rows_of(part + keep.cotangent(j), width);
-    store_sums(sums, first, valid, lane, to, stride);
+    const std::int64_t width = keep.width(j);
+    const auto value = rows_of(part + keep.value(j), width), argument = rows_of(part + keep.argument(j), width);
+    const auto to = rows_of(part + keep.cotangent(j), width);
+    store_sums(sums, first, valid, lane, to);
     // Each lane meets its own numbers again, one at a time: one copy of the text for all of them.
 #if !defined(NVPFLOW_SIMT)
 #pragma unroll 1
 #endif
     for (int i = 0; i < kRowBlocks * valid; ++i) {
-      const int rb = i % kRowBlocks, at = rb * stride + (first + i / kRowBlocks) * kBlock + lane.chunk;
-      Vec4<T> g = load4(to + at);
-      const Vec4<T> v = load4(value + at), u = load4(argument + at);
+      const int rb = i % kRowBlocks, at = rb * to.stride + (first + i / kRowBlocks) * kBlock + lane.chunk;
+      Vec4<T> g = load4(to.at(at));
+      const Vec4<T> v = load4(value.at(at)), u = load4(argument.at(at));
       g.x *= activation_derivative(keep.layer.activation, v.x, u.x);
       g.y *= activation_derivative(keep.layer.activation, v.y, u.y);
       g.z *= activation_derivative(keep.layer.activation, v.z, u.z);
       g.w *= activation_derivative(keep.layer.activation, v.w, u.w);
-      store4(to + at, g);
+      store4(to.at(at), g);
     }
   }
 
   /// Adds to the cotangent of the conditioning half.
   NVPFLOW_DEVICE void add_to_input(const Layer<T>& layer, int first, int valid, const Sums<T>& sums) {
-    const int count = tile.count(layer.condition), stride = activation_blocks(count) * kBlock;
-    T* to = rows_of(cotangents.state(layer.condition), count);
+    const auto to = rows_of(cotangents.state(layer.condition), tile.count(layer.condition));
     NVPFLOW_UNROLL
     for (int nb = 0; nb < kOutBlocks; ++nb) {
       if (nb >= valid) continue;
       NVPFLOW_UNROLL
       for (int rb = 0; rb < kRowBlocks; ++rb) {
-        T* at = to + rb * stride + (first + nb) * kBlock + lane.chunk;
+        T* at = to.at(rb * to.stride + (first + nb) * kBlock + lane.chunk);
         const T(&sum)[4] = sums[rb * kOutBlocks + nb];
         const Vec4<T> g = load4(at);
         store4(at, Vec4<T>{g.x + sum[0], g.y + sum[1], g.z + sum[2], g.w + sum[3]});
@@ -361,7 +354,7 @@ struct Reverse {
       if (j == 0 && !input_wanted) return;
       const Dense& d = program.dense[layer.first_dense + j];
       dense_streamed<M>(stream, d.out, d.in, static_cast<const T*>(nullptr),
-                        memory_rows(part + keep.cotangent(j), d.out), across, plan.warps_across, lane,
+                        rows_of(part + keep.cotangent(j), d.out), across, plan.warps_across, lane,
                         [&](int first, int valid, Sums<T>& sums) {
                           if (j > 0) {
                             derive(keep, part, j - 1, first, valid, sums);
@@ -379,7 +372,6 @@ struct Reverse {
     T* sums = part + state_elements(features, plan.tile_rows);
     Tile<T> output = tile;
     output.state0 = part;
-    output.state1 = part + array_size(plan.tile_rows, tile.half);
     for (int f = thread_index(); f < features; f += num_threads()) {
       T g_mean = 0, g_log_std = 0;
       const T factor = call.inverse ? std[f] : inverse_std[f];

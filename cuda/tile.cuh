@@ -53,28 +53,29 @@ struct Tile {
   int rows = 0;        // of a full tile
   int valid = 0;       // of them that are rows of the call
   std::int64_t first = 0;
-  T *state0 = nullptr, *state1 = nullptr;  // the first and the second part of the features
-  T *hidden0 = nullptr, *hidden1 = nullptr;
+  T* state0 = nullptr;  // the first part of the features, then the second
+  T* hidden0 = nullptr;
+  int hidden_size = 0;    // of one of the buffers of hidden activations
   T* sums = nullptr;      // [2][warps across][rows]
   int* poison = nullptr;  // [rows]: not 0 where the row holds NaN or inf
 
   NVPFLOW_DEVICE explicit Tile(int input_size) : features(input_size), half(input_size / 2) {}
 
   NVPFLOW_DEVICE int count(int part) const { return part == 0 ? half : features - half; }
-  NVPFLOW_DEVICE T* state(int part) const { return part == 0 ? state0 : state1; }
+  NVPFLOW_DEVICE T* state(int part) const { return state0 + part * rows * 8 * activation_blocks(half); }
+  NVPFLOW_DEVICE T* hidden(int buffer) const { return hidden0 + buffer * hidden_size; }
 
   NVPFLOW_DEVICE void carve(unsigned char* shared, T* global, const TransformPlan& plan) {
     rows = plan.tile_rows;
     T* next = reinterpret_cast<T*>(shared);
     state0 = plan.state_shared ? next : global;
-    state1 = state0 + rows * 8 * activation_blocks(half);
     if (plan.state_shared) {
       next += state_elements(features, rows);
     } else {
       global += state_elements(features, rows);
     }
     hidden0 = plan.hidden_shared ? next : global;
-    hidden1 = hidden0 + (plan.hidden_buffers > 1 ? rows * round_up(plan.hidden_width, 16) : 0);
+    hidden_size = static_cast<int>(rows * round_up(plan.hidden_width, 16));
     if (plan.hidden_shared) next += hidden_elements(plan);
     sums = next;
     if (plan.warps_across > 1) next += 2 * plan.warps_across * rows;
