@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 
@@ -41,7 +42,7 @@ class DeviceFlow {
   TransformOptions<T> transform_options_;
   GradientOptions<T> gradient_options_;
   std::shared_ptr<const Layers<T>> layers_;
-  Memory tasks_{Memory::Kind::device};
+  std::map<std::int32_t, Memory> tasks_;  // by the rows of a tile
 };
 
 }  // namespace nvpflow::cuda

@@ -221,6 +221,8 @@ bool is_capturing(Stream stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
+std::int64_t chunk_bytes() { return 4 << 20; }
+
 namespace {
 
 void copy(void* to, const void* from, std::int64_t bytes, cudaMemcpyKind kind, Stream stream) {

@@ -109,6 +109,10 @@ void synchronize(Stream stream);
 void synchronize_device();
 bool is_capturing(Stream stream);
 
+/// Bytes of a chunk of rows on its way to or from the device: long enough that the link runs at its full rate, short
+/// enough that the first and the last chunk, which nothing overlaps, do not count.
+std::int64_t chunk_bytes();
+
 /// Memory of the host must be pinned and stay as it is until the copy is done.
 void copy_to_device(void* to, const void* from, std::int64_t bytes, Stream stream);
 void copy_to_host(void* to, const void* from, std::int64_t bytes, Stream stream);

@@ -11,9 +11,6 @@
 namespace nvpflow::cuda {
 namespace {
 
-/// Bytes of a chunk: long enough that a copy over the link runs at its full rate, short enough that the first and the
-/// last, which nothing overlaps, do not count.
-constexpr std::int64_t kChunkBytes = 4 << 20;
 /// Below this much a copy in memory is not worth another thread.
 constexpr std::int64_t kCopyBytesPerThread = 512 << 10;
 constexpr std::int64_t kAlignment = 256;
@@ -57,7 +54,7 @@ struct Lane::Call {
 };
 
 std::int64_t Lane::chunk_rows(std::int64_t rows, std::int64_t bytes_per_row) {
-  const std::int64_t most = std::max<std::int64_t>(256, kChunkBytes / std::max<std::int64_t>(1, bytes_per_row));
+  const std::int64_t most = std::max<std::int64_t>(256, chunk_bytes() / std::max<std::int64_t>(1, bytes_per_row));
   return std::min(rows, most / 256 * 256);
 }
 
@@ -189,9 +186,10 @@ double Lane::read_sum() {
 }
 
 void Lane::send(void* device, const void* host, std::int64_t bytes) {
-  for (std::int64_t done = 0; done < bytes; done += kChunkBytes) {
-    const std::int64_t here = std::min(kChunkBytes, bytes - done);
-    void* staged = slots_[0].host_in.reserve(std::min(bytes, kChunkBytes), "staging rows");
+  const std::int64_t chunk = std::min(bytes, chunk_bytes());
+  for (std::int64_t done = 0; done < bytes; done += chunk) {
+    const std::int64_t here = std::min(chunk, bytes - done);
+    void* staged = slots_[0].host_in.reserve(chunk, "staging rows");
     std::memcpy(staged, at(host, done), static_cast<std::size_t>(here));
     copy_to_device(at(device, done), staged, here, compute_);
     synchronize(static_cast<Stream>(compute_));
@@ -199,9 +197,10 @@ void Lane::send(void* device, const void* host, std::int64_t bytes) {
 }
 
 void Lane::receive(void* host, const void* device, std::int64_t bytes) {
-  for (std::int64_t done = 0; done < bytes; done += kChunkBytes) {
-    const std::int64_t here = std::min(kChunkBytes, bytes - done);
-    void* staged = slots_[0].host_out.reserve(std::min(bytes, kChunkBytes), "staging results");
+  const std::int64_t chunk = std::min(bytes, chunk_bytes());
+  for (std::int64_t done = 0; done < bytes; done += chunk) {
+    const std::int64_t here = std::min(chunk, bytes - done);
+    void* staged = slots_[0].host_out.reserve(chunk, "staging results");
     copy_to_host(staged, at(device, done), here, compute_);
     synchronize(static_cast<Stream>(compute_));
     std::memcpy(at(host, done), staged, static_cast<std::size_t>(here));

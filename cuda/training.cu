@@ -8,11 +8,11 @@
 namespace nvpflow::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kOrderThreads = 256;
 
 NVPFLOW_DEVICE bool is_finite(double x) { return x - x == 0.0; }
 
-NVPFLOW_KERNEL(kThreads)
+NVPFLOW_KERNEL(kOrderThreads)
 row_order_kernel(RowOrder order, std::int64_t first, std::int64_t count, std::int64_t* index) {
   const std::int64_t step = static_cast<std::int64_t>(num_blocks()) * num_threads();
   for (std::int64_t i = static_cast<std::int64_t>(block_index()) * num_threads() + thread_index(); i < count; i += step)
@@ -44,8 +44,8 @@ judge_kernel(StepState* state, const double* slice_sums, std::int64_t slices, st
 
 Status launch_row_order(const RowOrder& order, std::int64_t first, std::int64_t count, std::int64_t* index,
                         Stream stream) {
-  const std::int64_t blocks = count < 1024 * kThreads ? ceil_div(count, kThreads) : 1024;
-  return launch(row_order_kernel, blocks, kThreads, 0, stream, order, first, count, index);
+  const std::int64_t blocks = count < 1024 * kOrderThreads ? ceil_div(count, kOrderThreads) : 1024;
+  return launch(row_order_kernel, blocks, kOrderThreads, 0, stream, order, first, count, index);
 }
 
 Status launch_judge(StepState* state, const double* slice_sums, std::int64_t slices, std::int64_t rows,
