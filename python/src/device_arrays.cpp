@@ -1,5 +1,7 @@
 #include "device_arrays.hpp"
 
+#include <pybind11/stl.h>
+
 #include <nvpflow/device.hpp>
 
 #include <cstring>
