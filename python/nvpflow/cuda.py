@@ -3,8 +3,7 @@
 Nothing here is called on import: CUDA starts when a device is asked for.
 """
 
-from typing import Any
-
+import numpy as np
 from numpy.typing import ArrayLike
 
 from nvpflow import _checks, _core
@@ -49,15 +48,13 @@ def device_name(index: int = 0) -> str:
     return _core.cuda_device_name(_checks.integer("index", index, bits=32))
 
 
-def array(values: ArrayLike, dtype: str = "float32", device: str = "cuda") -> DeviceArray:
+def array(values: ArrayLike, device: str = "cuda") -> DeviceArray:
     """Copy rows to a device, for programs that have no library of their own for that.
 
     Parameters
     ----------
     values
-        Of a dtype that NumPy converts safely.
-    dtype
-        float32 or float64: what the flow has.
+        Of dtype float32 or float64, whichever the flow has.
     device
         "cuda" or "cuda:N".
 
@@ -68,10 +65,14 @@ def array(values: ArrayLike, dtype: str = "float32", device: str = "cuda") -> De
 
     Raises
     ------
+    TypeError
+        Another dtype.
     MemoryError
         The device has no room; the message states the sizes.
     CudaError
         CUDA cannot be used here.
     """
-    rows: Any = _checks.array("values", values, _checks.dtype_name("dtype", dtype))
+    rows = np.asarray(values)
+    if rows.dtype.name not in ("float32", "float64"):
+        raise TypeError(f"values has dtype {rows.dtype}, expected float32 or float64")
     return _core._device_array(rows, _checks.text("device", device))
