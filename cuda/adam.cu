@@ -1,9 +1,9 @@
-// KERNEL: one Adam update (Kingma and Ba 2015) with decoupled weight decay (Loshchilov and Hutter 2019), and the copy of
-// the parameters into the layout of the other kernels.
+// KERNEL: one Adam update (Kingma and Ba 2015) with decoupled weight decay (Loshchilov and Hutter 2019), and the copy
+// of the parameters into the layout of the other kernels.
 //
 // Adam reads 4 and writes 3 arrays once, 28 bytes a float parameter and one more that says what to do with it; about 12
-// FLOPs: bound by memory, or by L2 where the arrays fit. Packing reads an index of 8 bytes and gathers 4 for each element
-// of 4 bytes.
+// FLOPs: bound by memory, or by L2 where the arrays fit. Packing reads an index of 8 bytes and gathers 4 for each
+// element of 4 bytes.
 
 #include "device.cuh"
 
@@ -85,15 +85,17 @@ Status launch_adam(const AdamCall<T>& call, Stream stream) {
 template <class T>
 Status launch_pack(const Program<T>* program, std::int32_t num_standardize, const std::int64_t* source,
                    std::int64_t count, const T* parameters, T* packed, Stream stream) {
-  if (const Status s = launch(pack_kernel<T>, element_blocks(count), kThreads, 0, stream, source, count, parameters, packed)) return s;
+  if (const Status s =
+          launch(pack_kernel<T>, element_blocks(count), kThreads, 0, stream, source, count, parameters, packed))
+    return s;
   if (program == nullptr || num_standardize == 0) return 0;
   return launch(pack_affine_kernel<T>, 1, kThreads, 0, stream, *program, parameters, packed);
 }
 
 template Status launch_adam(const AdamCall<float>&, Stream);
 template Status launch_adam(const AdamCall<double>&, Stream);
-template Status launch_pack(const Program<float>*, std::int32_t, const std::int64_t*, std::int64_t, const float*, float*,
-                            Stream);
+template Status launch_pack(const Program<float>*, std::int32_t, const std::int64_t*, std::int64_t, const float*,
+                            float*, Stream);
 template Status launch_pack(const Program<double>*, std::int32_t, const std::int64_t*, std::int64_t, const double*,
                             double*, Stream);
 

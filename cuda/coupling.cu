@@ -1,22 +1,25 @@
 // KERNEL: the layers of a flow on a tile of rows, in either direction, with their log-determinant, density and noise.
 //
-// A tile goes from the first layer to the last in shared memory and registers: one launch a call, no [B, H] array. A row
-// costs 2 sum(in * out) FLOPs of the dense layers and reads and writes 4 D bytes of device memory. Bound: the
+// A tile goes from the first layer to the last in shared memory and registers: one launch a call, no [B, H] array. A
+// row costs 2 sum(in * out) FLOPs of the dense layers and reads and writes 4 D bytes of device memory. Bound: the
 // multiply-adds of the path (dense.cuh) as long as the weights come from shared memory.
 //
-// resident    All weights lie in shared memory, loaded once per block; a block stays and takes tile after tile. Each warp
+// resident    All weights lie in shared memory, loaded once per block; a block stays and takes tile after tile. Each
+// warp
 //             takes 32 rows through the flow by itself, without barriers of the block. The last hidden layer never
 //             leaves the registers where the head is narrow enough: 32 of its outputs at a time are multiplied into the
 //             head's sums.
-// streamed    Weights pass through two stages of shared memory, copied from the L2 cache while the stage before is used:
+// streamed    Weights pass through two stages of shared memory, copied from the L2 cache while the stage before is
+// used:
 //             a tile of R rows reads all weights once, 4 sum(in * out) / R bytes a row. All warps of a block
 //             share the stages; `warps_across` warps share rows and split the outputs.
-// workspace   As streamed, with activations that are too wide for shared memory in a workspace of the block's own, which
+// workspace   As streamed, with activations that are too wide for shared memory in a workspace of the block's own,
+// which
 //             stays in the L1 and L2 caches.
 //
-// A row's bits depend on the row, the parameters and the plan's path alone: sums over inputs run in one order, those over
-// features (log-determinant, |z|^2) lane by lane in the order of the features, then over the four lanes, then over the
-// warps across.
+// A row's bits depend on the row, the parameters and the plan's path alone: sums over inputs run in one order, those
+// over features (log-determinant, |z|^2) lane by lane in the order of the features, then over the four lanes, then over
+// the warps across.
 
 #include <algorithm>
 #include <bit>
@@ -77,7 +80,7 @@ struct Walker {
   }
   /// The warp's rows of an array of activations `features` wide.
   NVPFLOW_DEVICE Rows rows_of(T* base, int features) const {
-    const int stride = activation_blocks(features) * kBlock;
+    const int stride = blocks_of(features) * kBlock;
     return Rows(base + row_block * stride, stride);
   }
 
@@ -85,7 +88,7 @@ struct Walker {
   template <int NB>
   NVPFLOW_DEVICE void transform_features(const Layer<T>& layer, int first_block, int valid,
                                          T (&sums)[kRowBlocks * NB][4]) {
-    const int half = 1 - layer.condition, count = tile.count(half), blocks = activation_blocks(count);
+    const int half = 1 - layer.condition, count = tile.count(half), blocks = blocks_of(count);
     NVPFLOW_UNROLL
     for (int nb = 0; nb < NB; ++nb) {
       const int j = 4 * (first_block + nb) + lane.t;
@@ -114,8 +117,8 @@ struct Walker {
   NVPFLOW_DEVICE void hidden_and_head(const Layer<T>& layer, const Rows& rows) {
     const Dense& hidden = program.dense[layer.first_dense + layer.num_dense - 2];
     const Dense& head = program.dense[layer.first_dense + layer.num_dense - 1];
-    const int in_blocks = (hidden.in + 15) / 16, outs = out_blocks(hidden.out);
-    const int head_blocks = (head.in + 15) / 16, head_outs = out_blocks(head.out);
+    const int in_blocks = (hidden.in + 15) / 16, outs = blocks_of(hidden.out);
+    const int head_blocks = (head.in + 15) / 16, head_outs = blocks_of(head.out);
     Sums<T, kHeadBlocks<T>> result;
     start_sums<T, kHeadBlocks<T>>(packed + head.bias, 0, head_outs, lane, result);
     for (int first = 0; first < outs; first += kOutBlocks) {
@@ -131,8 +134,8 @@ struct Walker {
       for (int pair = 0; pair < kOutBlocks / 2; ++pair) {
         if (2 * pair >= valid) continue;
         multiply16<M, T, kHeadBlocks<T>>(chunk, 2 * pair, 2 * pair + 1 < valid,
-                                      packed + head.weights + (first / 2 + pair) * kBlock, head_blocks * kBlock,
-                                      head_outs, lane, result);
+                                         packed + head.weights + (first / 2 + pair) * kBlock, head_blocks * kBlock,
+                                         head_outs, lane, result);
       }
     }
     transform_features<kHeadBlocks<T>>(layer, 0, head_outs, result);
@@ -140,7 +143,7 @@ struct Walker {
 
   template <class Finish>
   NVPFLOW_DEVICE void dense_resident(const Dense& d, const Rows& rows, Finish finish) {
-    const int in_blocks = (d.in + 15) / 16, outs = out_blocks(d.out);
+    const int in_blocks = (d.in + 15) / 16, outs = blocks_of(d.out);
     for (int first = 0; first < outs; first += kOutBlocks) {
       const int valid = outs - first < kOutBlocks ? outs - first : kOutBlocks;
       Sums<T> sums;
@@ -172,9 +175,8 @@ struct Walker {
     if (kResident && joined) {
       if constexpr (kResident) hidden_and_head(layer, rows);
     } else {
-      run(program.dense[layer.first_dense + last], rows, [&](int first, int valid, Sums<T>& sums) {
-        transform_features<kOutBlocks>(layer, first, valid, sums);
-      });
+      run(program.dense[layer.first_dense + last], rows,
+          [&](int first, int valid, Sums<T>& sums) { transform_features<kOutBlocks>(layer, first, valid, sums); });
     }
     if constexpr (kResident) barrier();
   }
@@ -235,46 +237,43 @@ struct Walker {
 template <class T, Multiply M>
 NVPFLOW_KERNEL((kMaxThreads<T, M, Storage::resident>))
 transform_resident(NVPFLOW_ARGUMENT TransformPlan plan, NVPFLOW_ARGUMENT Program<T> program,
- NVPFLOW_ARGUMENT TransformCall<T> call) {
+                   NVPFLOW_ARGUMENT TransformCall<T> call) {
   if constexpr (M != Multiply::fma && !kHasMatrixUnits) return;
   T* weights = reinterpret_cast<T*>(shared_memory());
   copy_to_shared(weights, program.packed, program.packed_size);
   Walker<T, M, Storage::resident> walker(plan, program, call);
   const int warp = thread_index() / kWarp, warps = num_threads() / kWarp;
   walker.packed = weights;
-  walker.tile.carve(reinterpret_cast<unsigned char*>(weights + program.packed_size) +
-                        warp * tile_bytes<T>(program.input_size, plan),
-                    nullptr, plan);
+  walker.tile.carve(
+      reinterpret_cast<unsigned char*>(weights + program.packed_size) + warp * tile_bytes<T>(program.input_size, plan),
+      nullptr, plan);
   copies_wait<0>();
   block_barrier();
   const std::int64_t tiles = ceil_div(call.rows, kWarpRows);
   for (std::int64_t i = static_cast<std::int64_t>(block_index()) * warps + warp; i < tiles;
        i += static_cast<std::int64_t>(num_blocks()) * warps) {
-    walker.walk(i, [&](const Dense& d, const auto& rows, auto finish) {
-      walker.dense_resident(d, rows, finish);
-    });
+    walker.walk(i, [&](const Dense& d, const auto& rows, auto finish) { walker.dense_resident(d, rows, finish); });
   }
 }
 
 template <class T, Multiply M, Storage S>
 NVPFLOW_KERNEL((kMaxThreads<T, M, S>))
 transform_streamed(NVPFLOW_ARGUMENT TransformPlan plan, NVPFLOW_ARGUMENT Program<T> program,
- NVPFLOW_ARGUMENT TransformCall<T> call, T* workspace) {
+                   NVPFLOW_ARGUMENT TransformCall<T> call, T* workspace) {
   if constexpr (M != Multiply::fma && !kHasMatrixUnits) return;
   const std::int64_t tiles = ceil_div(call.rows, plan.tile_rows);
   const std::int64_t mine = block_index() < tiles ? ceil_div(tiles - block_index(), num_blocks()) : 0;
   T* stages = reinterpret_cast<T*>(shared_memory());
   const bool one = call.conditioner >= 0;
   const int across_blocks = plan.warps_across * kOutBlocks;
-  WeightStream<T, false> stream(
-      Passes<T, false>(program, call.inverse && !one, one ? call.conditioner : 0,
-                       one ? call.conditioner + 1 : program.num_layers, false),
-      stages, across_blocks, plan.stage_inputs, mine);
+  WeightStream<T, false> stream(Passes<T, false>(program, call.inverse && !one, one ? call.conditioner : 0,
+                                                 one ? call.conditioner + 1 : program.num_layers, false),
+                                stages, across_blocks, plan.stage_inputs, mine);
   Walker<T, M, S> walker(plan, program, call);
-  walker.tile.carve(reinterpret_cast<unsigned char*>(stages + 2 * stream.stage_size()),
-                    S == Storage::workspace ? workspace + block_index() * workspace_elements(program.input_size, plan)
-                                            : nullptr,
-                    plan);
+  walker.tile.carve(
+      reinterpret_cast<unsigned char*>(stages + 2 * stream.stage_size()),
+      S == Storage::workspace ? workspace + block_index() * workspace_elements(program.input_size, plan) : nullptr,
+      plan);
   for (std::int64_t i = block_index(); i < tiles; i += num_blocks()) {
     walker.walk(i, [&](const Dense& d, const auto& rows, auto finish) {
       dense_streamed<M>(stream, d.in, d.out, program.packed + d.bias, rows, walker.across, plan.warps_across,
@@ -316,9 +315,8 @@ bool plan_resident(const Program<T>& program, const Device& device, std::int64_t
   const std::int64_t tile = tile_bytes<T>(program.input_size, plan);
   const int threads = plan.multiply == Multiply::fma ? kMaxThreads<T, Multiply::fma, Storage::resident>
                                                      : kMaxThreads<T, Multiply::tf32x3, Storage::resident>;
-  const std::int64_t most = std::min<std::int64_t>((device.shared_bytes_per_block - weights) / tile,
-                                                   threads / kWarp);
-  constexpr std::int64_t kFewest = 6;  // fewer warps do not hide each other's latency
+  const std::int64_t most = std::min<std::int64_t>((device.shared_bytes_per_block - weights) / tile, threads / kWarp);
+  constexpr std::int64_t kFewest = 4;  // one for each scheduler; its eight sums a lane hide some latency
   if (most < (forced ? 1 : kFewest)) return false;
   const std::int64_t tiles = std::max<std::int64_t>(1, ceil_div(rows, kWarpRows));
   plan.warps = static_cast<int>(std::clamp<std::int64_t>(ceil_div(tiles, device.multiprocessors), 1, most));
@@ -330,7 +328,8 @@ bool plan_resident(const Program<T>& program, const Device& device, std::int64_t
 /// Bytes of both stages.
 template <class T>
 std::int64_t stage_bytes(const TransformPlan& plan) {
-  return 2 * std::int64_t{plan.warps_across} * 8 * kOutBlocks * plan.stage_inputs * static_cast<std::int64_t>(sizeof(T));
+  return 2 * std::int64_t{plan.warps_across} * 8 * kOutBlocks * plan.stage_inputs *
+         static_cast<std::int64_t>(sizeof(T));
 }
 
 /// The largest tile whose activations fit beside the stages.
@@ -356,13 +355,14 @@ bool plan_streamed(const Program<T>& program, const Device& device, std::int64_t
       if (plan.shared_bytes > device.shared_bytes_per_block) continue;
       // Fewer rows a block keep more multiprocessors busy where the call is short; the warps across stay.
       const std::int64_t wanted = std::max<std::int64_t>(1, ceil_div(rows, kWarpRows * device.multiprocessors));
-      const int along = static_cast<int>(std::min<std::int64_t>(rows_warps, std::bit_ceil(static_cast<std::uint64_t>(wanted))));
+      const int along =
+          static_cast<int>(std::min<std::int64_t>(rows_warps, std::bit_ceil(static_cast<std::uint64_t>(wanted))));
       plan.tile_rows = along * kWarpRows;
       plan.warps = along * plan.warps_across;
       plan.shared_bytes = stage_bytes<T>(plan) + tile_bytes<T>(program.input_size, plan);
       plan.blocks = device.multiprocessors;
-      plan.workspace_bytes = plan.blocks * workspace_elements(program.input_size, plan) *
-                             static_cast<std::int64_t>(sizeof(T));
+      plan.workspace_bytes =
+          plan.blocks * workspace_elements(program.input_size, plan) * static_cast<std::int64_t>(sizeof(T));
       return true;
     }
   }
@@ -398,8 +398,8 @@ TransformPlan plan_transform(const Program<T>& program, const Device& device, st
 namespace {
 
 template <class T, Multiply M>
-Status launch_transform_with(const TransformPlan& plan, const Program<T>& program, const TransformCall<T>& call, void* workspace,
-                   Stream stream) {
+Status launch_transform_with(const TransformPlan& plan, const Program<T>& program, const TransformCall<T>& call,
+                             void* workspace, Stream stream) {
   const std::int64_t rows_of_block = plan.storage == Storage::resident ? plan.warps * kWarpRows : plan.tile_rows;
   const std::int64_t blocks = std::min<std::int64_t>(plan.blocks, ceil_div(call.rows, rows_of_block));
   const int threads = plan.warps * kWarp;
@@ -457,10 +457,12 @@ Status prepare_transform(const Device& device) {
   return prepare_transform_with<double, Multiply::fma>(bytes);
 }
 
-template TransformPlan plan_transform(const Program<float>&, const Device&, std::int64_t, const TransformOptions<float>&);
+template TransformPlan plan_transform(const Program<float>&, const Device&, std::int64_t,
+                                      const TransformOptions<float>&);
 template TransformPlan plan_transform(const Program<double>&, const Device&, std::int64_t,
                                       const TransformOptions<double>&);
-template Status launch_transform(const TransformPlan&, const Program<float>&, const TransformCall<float>&, void*, Stream);
+template Status launch_transform(const TransformPlan&, const Program<float>&, const TransformCall<float>&, void*,
+                                 Stream);
 template Status launch_transform(const TransformPlan&, const Program<double>&, const TransformCall<double>&, void*,
                                  Stream);
 

@@ -1,15 +1,16 @@
 // KERNEL PART: dense layers on a tile of rows, Y = X W + c, and the stream of weights through shared memory.
 //
-// A warp forms 32 rows x 32 outputs at a time: two blocks of 16 rows by four of 8 outputs, 4 sums a lane for each pair, in
-// the ownership of the matrix instructions' result: lane 4 g + t has rows g, g + 8 and outputs 2t, 2t + 1. Activations and
-// weights lie in the blocks of kernels.cuh, so that the result of one layer, stored with one 16-byte access a lane, is
-// read as the operand of the next with another; inputs of a block are numbered so that no lane needs another's numbers.
-// For 16 inputs a warp reads 16 x 512 bytes of shared memory and multiplies 16,384 times (three times that in tf32x3):
-// 64 cycles of reading at 128 bytes a cycle beside 48 to 80 of a Hopper multiprocessor's mma.sync rate in tf32x3. The fma
-// path reads the same bytes four chunks at a time, 48 broadcast accesses a warp for 128 cycles of multiply-adds.
+// A warp forms 32 rows x 32 outputs at a time: two blocks of 16 rows by four of 8 outputs, 4 sums a lane for each pair,
+// in the ownership of the matrix instructions' result: lane 4 g + t has rows g, g + 8 and outputs 2t, 2t + 1.
+// Activations and weights lie in the blocks of kernels.cuh, so that the result of one layer, stored with one 16-byte
+// access a lane, is read as the operand of the next with another; inputs of a block are numbered so that no lane needs
+// another's numbers. For 16 inputs a warp reads 16 x 512 bytes of shared memory and multiplies 16,384 times (three
+// times that in tf32x3): 64 cycles of reading at 128 bytes a cycle beside 48 to 80 of a Hopper multiprocessor's
+// mma.sync rate in tf32x3. The fma path reads the same bytes four chunks at a time, 48 broadcast accesses a warp for
+// 128 cycles of multiply-adds.
 //
-// tf32x3: a = hi + lo, both TF32; hi hi + hi lo + lo hi misses lo lo, 2^-22 of the product. The hardware cuts its sums off
-// instead of rounding them, so products of 16 inputs are summed from zero and then added with rounding.
+// tf32x3: a = hi + lo, both TF32; hi hi + hi lo + lo hi misses lo lo, 2^-22 of the product. The hardware cuts its sums
+// off instead of rounding them, so products of 16 inputs are summed from zero and then added with rounding.
 #pragma once
 
 #include "device.cuh"
@@ -33,14 +34,13 @@ struct Lane {
   NVPFLOW_DEVICE static int at(int g, int t) { return 16 * g + 4 * (t ^ (g >> 1)); }
 };
 
-/// activation_index for the sizes of a tile; blocks: of 8 features, even.
+/// activation_index for the sizes of a tile; blocks: of 8 features.
 NVPFLOW_DEVICE int place(int r, int f, int blocks) {
   return ((r >> 4) * blocks + (f >> 3)) * kBlock + Lane::at(r & 7, (f >> 1) & 3) + ((r >> 3) & 1) * 2 + (f & 1);
 }
 
-/// Blocks of 8 features of an array of activations, and of outputs.
-NVPFLOW_DEVICE int activation_blocks(int features) { return (features + 15) / 16 * 2; }
-NVPFLOW_DEVICE int out_blocks(int out) { return (out + 7) / 8; }
+/// Blocks of 8 features, or outputs.
+NVPFLOW_DEVICE int blocks_of(int features) { return (features + 7) / 8; }
 
 /// Rows of activations in memory: at the first block of the warp's rows. kShared: in shared memory for certain, kept as
 /// an offset, so that the compiler knows it too.
@@ -92,7 +92,8 @@ using Sums = T[kRowBlocks * NB][4];
 
 /// sums = bias for outputs from 8 * first_block; blocks past `valid` stay zero.
 template <class T, int NB>
-NVPFLOW_DEVICE void start_sums(const T* bias, int first_block, int valid, const Lane& lane, T (&sums)[kRowBlocks * NB][4]) {
+NVPFLOW_DEVICE void start_sums(const T* bias, int first_block, int valid, const Lane& lane,
+                               T (&sums)[kRowBlocks * NB][4]) {
   NVPFLOW_UNROLL
   for (int nb = 0; nb < NB; ++nb) {
     const bool there = bias != nullptr && nb < valid;
@@ -119,8 +120,8 @@ struct Split {
   Split() = default;
 };
 
-/// sums += x W for the inputs of two blocks of 8 (of the first alone, unless `both`). w: the weights' block of the first
-/// outputs; stride: to that of the next 8 outputs.
+/// sums += x W for the inputs of two blocks of 8 (of the first alone, unless `both`). w: the weights' block of the
+/// first outputs; stride: to that of the next 8 outputs.
 template <class T, int NB, class Rows>
 NVPFLOW_DEVICE void multiply_fma(const Rows& rows, int block, bool both, const T* w, int stride, int valid,
                                  const Lane& lane, T (&sums)[kRowBlocks * NB][4]) {
@@ -311,8 +312,7 @@ NVPFLOW_DEVICE void store_sums(const Sums<T>& sums, int first_block, int valid, 
     NVPFLOW_UNROLL
     for (int rb = 0; rb < kRowBlocks; ++rb) {
       const T(&sum)[4] = sums[rb * kOutBlocks + nb];
-      store4(to.at(rb * to.stride + (first_block + nb) * kBlock + lane.chunk),
-             Vec4<T>{sum[0], sum[1], sum[2], sum[3]});
+      store4(to.at(rb * to.stride + (first_block + nb) * kBlock + lane.chunk), Vec4<T>{sum[0], sum[1], sum[2], sum[3]});
     }
   }
 }
@@ -349,9 +349,7 @@ struct Passes {
     step = first_step;
     j = -1;
   }
-  NVPFLOW_DEVICE int num_dense(int s) const {
-    return layer_at(s).kind == Kind::coupling ? layer_at(s).num_dense : 0;
-  }
+  NVPFLOW_DEVICE int num_dense(int s) const { return layer_at(s).kind == Kind::coupling ? layer_at(s).num_dense : 0; }
   /// False at the end of the tile, from where restart() leads on.
   NVPFLOW_DEVICE bool next() {
     if (!backward) {
@@ -384,14 +382,14 @@ template <class T, bool kGradient>
 struct WeightStream {
   Passes<T, kGradient> passes;
   T* stages;
-  int across_blocks;  // output blocks of a stage: of all warps that share their rows
-  int stage_blocks;   // blocks of 16 inputs of a stage
+  int across_blocks;   // output blocks of a stage: of all warps that share their rows
+  int stage_blocks;    // blocks of 16 inputs of a stage
   std::int64_t tiles;  // still to begin
   int group = 0, block = 0, parity = 0;
   bool more;
 
-  NVPFLOW_DEVICE WeightStream(const Passes<T, kGradient>& order, T* memory, int out_blocks_of_stage, int inputs_of_stage,
-                              std::int64_t num_tiles)
+  NVPFLOW_DEVICE WeightStream(const Passes<T, kGradient>& order, T* memory, int out_blocks_of_stage,
+                              int inputs_of_stage, std::int64_t num_tiles)
       : passes(order),
         stages(memory),
         across_blocks(out_blocks_of_stage),
@@ -409,7 +407,7 @@ struct WeightStream {
   /// Starts the copy of the next stage into the memory that is free, and goes on to the one after it.
   NVPFLOW_DEVICE void issue() {
     if (more) {
-      const int blocks = (passes.in() + 15) / 16, outs = out_blocks(passes.out());
+      const int blocks = (passes.in() + 15) / 16, outs = blocks_of(passes.out());
       const int here = blocks - block < stage_blocks ? blocks - block : stage_blocks;
       const int first_out = group * across_blocks;
       const int outs_here = outs - first_out < across_blocks ? outs - first_out : across_blocks;
@@ -456,7 +454,7 @@ template <Multiply M, class T, bool kGradient, bool kShared, class Finish>
 NVPFLOW_DEVICE void dense_streamed(WeightStream<T, kGradient>& stream, int in, int out, const T* bias,
                                    const MemoryRows<T, kShared>& rows, int across, int num_across, const Lane& lane,
                                    Finish finish) {
-  const int blocks = (in + 15) / 16, outs = out_blocks(out);
+  const int blocks = (in + 15) / 16, outs = blocks_of(out);
   for (int first = 0; first < outs; first += num_across * kOutBlocks) {
     const int mine = first + across * kOutBlocks;
     const int valid = outs - mine < kOutBlocks ? outs - mine : kOutBlocks;  // may be negative

@@ -25,7 +25,7 @@
 namespace nvpflow::cuda {
 
 inline constexpr int kWarp = 32;
-inline constexpr int kThreads = 256;                // of a block of the kernels that go element by element
+inline constexpr int kThreads = 256;                 // of a block of the kernels that go element by element
 inline constexpr std::int64_t kMaxBlocks = 1 << 16;  // and blocks of them at most
 
 /// Four elements that move together: 16 bytes of float, twice 16 of double.
@@ -135,9 +135,7 @@ NVPFLOW_DEVICE unsigned pack_bf16(float low, float high) {
 
 NVPFLOW_DEVICE unsigned to_bits(float x) { return __float_as_uint(x); }
 NVPFLOW_DEVICE float from_bits(unsigned x) { return __uint_as_float(x); }
-NVPFLOW_DEVICE unsigned long long to_bits(double x) {
-  return static_cast<unsigned long long>(__double_as_longlong(x));
-}
+NVPFLOW_DEVICE unsigned long long to_bits(double x) { return static_cast<unsigned long long>(__double_as_longlong(x)); }
 NVPFLOW_DEVICE double from_bits(unsigned long long x) { return __longlong_as_double(static_cast<long long>(x)); }
 NVPFLOW_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 NVPFLOW_DEVICE double multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
@@ -162,9 +160,8 @@ Status launch(void (*kernel)(P...), std::int64_t blocks, int threads, std::int64
 /// Lets a kernel ask for that much dynamic shared memory.
 template <class... P>
 Status allow_shared(void (*kernel)(P...), std::int64_t bytes) {
-  return static_cast<Status>(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                  static_cast<int>(bytes)));
+  return static_cast<Status>(cudaFuncSetAttribute(
+      reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
 }
 
 #endif  // !NVPFLOW_SIMT

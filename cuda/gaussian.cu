@@ -2,8 +2,8 @@
 //
 // Noise: one Philox call gives 4 float or 2 double normals; about 30 integer and 40 floating-point operations a pair,
 // 4 bytes written a float: bound by arithmetic on recent devices, near the memory's rate. Sums: 4 bytes read a float,
-// bound by memory. A sum adds 4,096 values a block in a fixed tree, then the blocks' sums in another: its bits depend on
-// the values and their number alone.
+// bound by memory. A sum adds 4,096 values a block in a fixed tree, then the blocks' sums in another: its bits depend
+// on the values and their number alone.
 
 #include "gaussian.cuh"
 
@@ -71,7 +71,8 @@ Status launch_sum_of(const T* values, std::int64_t count, bool accumulate, doubl
   constexpr std::int64_t kShared = kThreads * sizeof(double);
   const std::int64_t blocks = ceil_div(count, kSumValues);
   auto* sums = static_cast<double*>(workspace);
-  if (const Status s = launch(sum_kernel<T, kSquares>, blocks, kThreads, kShared, stream, values, count, sums)) return s;
+  if (const Status s = launch(sum_kernel<T, kSquares>, blocks, kThreads, kShared, stream, values, count, sums))
+    return s;
   const double* partial = sums;
   return launch(total_kernel, 1, kThreads, kShared, stream, partial, blocks, accumulate, result);
 }
@@ -120,7 +121,8 @@ Status launch_noise(std::int64_t input_size, std::uint64_t seed, std::uint64_t f
 }
 
 std::int64_t sum_workspace_bytes(std::int64_t count) {
-  return static_cast<std::int64_t>(sizeof(double)) * std::max<std::int64_t>(2, round_up(ceil_div(count, kSumValues), 2));
+  return static_cast<std::int64_t>(sizeof(double)) *
+         std::max<std::int64_t>(2, round_up(ceil_div(count, kSumValues), 2));
 }
 
 template <class T>
@@ -140,10 +142,10 @@ Status launch_elementary(Function function, const T* in, T* out, std::int64_t co
   return launch(elementary_kernel<T>, element_blocks(count), kThreads, 0, stream, function, in, out, count);
 }
 
-#define NVPFLOW_INSTANTIATE(T)                                                                                        \
-  template Status launch_noise(std::int64_t, std::uint64_t, std::uint64_t, std::int64_t, T*, Stream);                 \
-  template Status launch_sum(const T*, std::int64_t, bool, double*, void*, Stream);                                   \
-  template Status launch_sum_of_squares(const T*, std::int64_t, bool, double*, void*, Stream);                        \
+#define NVPFLOW_INSTANTIATE(T)                                                                        \
+  template Status launch_noise(std::int64_t, std::uint64_t, std::uint64_t, std::int64_t, T*, Stream); \
+  template Status launch_sum(const T*, std::int64_t, bool, double*, void*, Stream);                   \
+  template Status launch_sum_of_squares(const T*, std::int64_t, bool, double*, void*, Stream);        \
   template Status launch_elementary(Function, const T*, T*, std::int64_t, Stream);
 NVPFLOW_INSTANTIATE(float)
 NVPFLOW_INSTANTIATE(double)

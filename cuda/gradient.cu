@@ -1,12 +1,15 @@
-// KERNEL: the reverse pass of a flow in three kernels over a chunk of tiles; a row costs 3 times the FLOPs of its forward.
+// KERNEL: the reverse pass of a flow in three kernels over a chunk of tiles; a row costs 3 times the FLOPs of its
+// forward.
 //
-// gradient_tiles   takes a tile forward and back. Its activations lie on the tape, global memory that stays in the L2 cache
+// gradient_tiles   takes a tile forward and back. Its activations lie on the tape, global memory that stays in the L2
+// cache
 //                  for narrow flows: the input of every dense layer, the cotangent of its output, and the scale and
-//                  shift's derivatives. Weights are streamed through shared memory (dense.cuh), transposed on the way back.
-//                  Bound: the multiply-adds, or writing 4 (a + 2 sum(hidden) + 5 b) bytes a row and coupling.
+//                  shift's derivatives. Weights are streamed through shared memory (dense.cuh), transposed on the way
+//                  back. Bound: the multiply-adds, or writing 4 (a + 2 sum(hidden) + 5 b) bytes a row and coupling.
 // weight_gradient  multiplies inputs and cotangents, X^T G over the rows: a block forms 64 inputs x 64 outputs of one
-//                  kernel and loops over the tiles of its part of the chunk in order, one accumulator a parameter. Reads
-//                  4 (in / 64 + out / 64) 64 bytes a row and layer. Few parameters: the tiles are cut in `splits` parts.
+//                  kernel and loops over the tiles of its part of the chunk in order, one accumulator a parameter.
+//                  Reads 4 (in / 64 + out / 64) 64 bytes a row and layer. Few parameters: the tiles are cut in `splits`
+//                  parts.
 // add_partials     adds the parts up in order. No atomics: gradients have the same bits from run to run.
 
 #include <algorithm>
@@ -33,7 +36,7 @@ constexpr int kTaskIn = 64, kTaskOut = 64, kTaskThreads = 128, kTaskRows = 32;
 NVPFLOW_HOST_DEVICE inline bool keeps_argument(Act act) { return act == Act::gelu || act == Act::silu; }
 
 NVPFLOW_HOST_DEVICE inline std::int64_t array_size(std::int64_t rows, std::int64_t features) {
-  return rows * round_up(features, 16);
+  return rows * round_up(features, 8);
 }
 
 /// Offsets within a coupling's part of the tape.
@@ -63,9 +66,7 @@ struct CouplingTape {
   NVPFLOW_HOST_DEVICE std::int64_t cotangent(int j) const {
     return j + 1 == layer.num_dense ? hidden(j) : argument(j) + array_size(rows, width(j));
   }
-  NVPFLOW_HOST_DEVICE std::int64_t log_scale() const {
-    return hidden(layer.num_dense - 1) + array_size(rows, 2 * b);
-  }
+  NVPFLOW_HOST_DEVICE std::int64_t log_scale() const { return hidden(layer.num_dense - 1) + array_size(rows, 2 * b); }
   NVPFLOW_HOST_DEVICE std::int64_t scale() const { return log_scale() + array_size(rows, b); }
   NVPFLOW_HOST_DEVICE std::int64_t product() const { return scale() + array_size(rows, b); }
   NVPFLOW_HOST_DEVICE std::int64_t size() const { return product() + array_size(rows, b); }
@@ -160,7 +161,7 @@ struct Reverse {
   }
   /// The warp's rows of an array on the tape.
   NVPFLOW_DEVICE MemoryRows<T, false> rows_of(T* base, std::int64_t features) const {
-    const int stride = activation_blocks(static_cast<int>(features)) * kBlock;
+    const int stride = blocks_of(static_cast<int>(features)) * kBlock;
     return {base + row_block * stride, stride};
   }
   NVPFLOW_DEVICE void copy(const T* from, T* to, std::int64_t count) const {
@@ -183,7 +184,7 @@ struct Reverse {
   /// From the sums of the head to the transformed half, with what the way back needs.
   NVPFLOW_DEVICE void transform_features(const CouplingTape<T>& keep, T* part, int first_block, int valid,
                                          const Sums<T>& sums) {
-    const int half = 1 - keep.layer.condition, count = tile.count(half), blocks = activation_blocks(count);
+    const int half = 1 - keep.layer.condition, count = tile.count(half), blocks = blocks_of(count);
     NVPFLOW_UNROLL
     for (int nb = 0; nb < kOutBlocks; ++nb) {
       const int j = 4 * (first_block + nb) + lane.t;
@@ -284,9 +285,9 @@ struct Reverse {
 
   /// From the cotangent of the layer's output to that of its input, in place, and to that of the head's sums.
   NVPFLOW_DEVICE void affine_backward(const CouplingTape<T>& keep, T* part) {
-    const int half = 1 - keep.layer.condition, count = tile.count(half), blocks = activation_blocks(count);
+    const int half = 1 - keep.layer.condition, count = tile.count(half), blocks = blocks_of(count);
     const auto head = rows_of(part + keep.cotangent(keep.layer.num_dense - 1), 2 * count);
-    for (int nb = across; nb < out_blocks(2 * count); nb += plan.warps_across) {
+    for (int nb = across; nb < blocks_of(2 * count); nb += plan.warps_across) {
       const int j = 4 * nb + lane.t;
       NVPFLOW_UNROLL
       for (int rb = 0; rb < kRowBlocks; ++rb) {
@@ -353,9 +354,8 @@ struct Reverse {
     for (int j = layer.num_dense - 1; j >= 0; --j) {
       if (j == 0 && !input_wanted) return;
       const Dense& d = program.dense[layer.first_dense + j];
-      dense_streamed<M>(stream, d.out, d.in, static_cast<const T*>(nullptr),
-                        rows_of(part + keep.cotangent(j), d.out), across, plan.warps_across, lane,
-                        [&](int first, int valid, Sums<T>& sums) {
+      dense_streamed<M>(stream, d.out, d.in, static_cast<const T*>(nullptr), rows_of(part + keep.cotangent(j), d.out),
+                        across, plan.warps_across, lane, [&](int first, int valid, Sums<T>& sums) {
                           if (j > 0) {
                             derive(keep, part, j - 1, first, valid, sums);
                           } else {
@@ -416,9 +416,8 @@ gradient_tiles(NVPFLOW_ARGUMENT GradientPlan plan, NVPFLOW_ARGUMENT Program<T> p
   if constexpr (M != Multiply::fma && !kHasMatrixUnits) return;
   T* stages = reinterpret_cast<T*>(shared_memory());
   const std::int64_t mine = block_index() < tiles ? ceil_div(tiles - block_index(), num_blocks()) : 0;
-  WeightStream<T, true> stream(
-      Passes<T, true>(program, call.inverse, 0, program.num_layers, call.grad_in != nullptr), stages,
-      plan.warps_across * kOutBlocks, plan.stage_inputs, mine);
+  WeightStream<T, true> stream(Passes<T, true>(program, call.inverse, 0, program.num_layers, call.grad_in != nullptr),
+                               stages, plan.warps_across * kOutBlocks, plan.stage_inputs, mine);
   Reverse<T, M> reverse(plan, program, call, stream, stages + 2 * stream.stage_size());
   TransformCall<T> density;
   density.log_prob = call.nll ? log_prob - first_tile * plan.tile_rows : nullptr;
@@ -534,7 +533,7 @@ struct TaskWorker {
   /// Copies 32 rows of one array, 64 features from first / 8 of its blocks on.
   NVPFLOW_DEVICE void copy_rows(const T* array, int features, int first, int row_block, T* to) const {
     constexpr int kCopy = 16 / static_cast<int>(sizeof(T));
-    const int blocks = activation_blocks(features), begin = first / 8;
+    const int blocks = blocks_of(features), begin = first / 8;
     const int here = blocks - begin < 8 ? blocks - begin : 8, run = here * kBlock / kCopy;
     for (int i = thread_index(); i < 2 * run; i += num_threads()) {
       const int rb = i >= run ? 1 : 0, at = (i - rb * run) * kCopy;
@@ -671,15 +670,14 @@ Status launch_chunk(const GradientPlan& plan, const Program<T>& program, const G
   T* partials = reinterpret_cast<T*>(workspace + plan.partials_at);
   T* log_prob = reinterpret_cast<T*>(workspace + plan.log_prob_at);
   const std::int64_t blocks = std::min<std::int64_t>(plan.blocks, tiles);
-  if (const Status s = launch(gradient_tiles<T, M>, blocks, plan.warps * kWarp, plan.shared_bytes, stream, plan, program,
-                              call, first, tiles, tape, log_prob)) {
+  if (const Status s = launch(gradient_tiles<T, M>, blocks, plan.warps * kWarp, plan.shared_bytes, stream, plan,
+                              program, call, first, tiles, tape, log_prob)) {
     return s;
   }
   if (call.nll && call.sum_log_prob != nullptr) {
     const std::int64_t rows = std::min(tiles * plan.tile_rows, call.rows - first * plan.tile_rows);
     const T* values = log_prob;
-    if (const Status s =
-            launch_sum(values, rows, first > 0, call.sum_log_prob, workspace + plan.sums_at, stream)) {
+    if (const Status s = launch_sum(values, rows, first > 0, call.sum_log_prob, workspace + plan.sums_at, stream)) {
       return s;
     }
   }
@@ -697,7 +695,7 @@ Status launch_chunk(const GradientPlan& plan, const Program<T>& program, const G
 
 template <class T, Multiply M>
 Status launch_gradient_with(const GradientPlan& plan, const Program<T>& program, const GradientTask* tasks,
-                   const GradientCall<T>& call, void* workspace, Stream stream) {
+                            const GradientCall<T>& call, void* workspace, Stream stream) {
   const std::int64_t tiles = ceil_div(call.rows, plan.tile_rows);
   for (std::int64_t first = 0; first < tiles; first += plan.chunk_tiles) {
     const std::int64_t here = std::min(plan.chunk_tiles, tiles - first);
@@ -762,16 +760,19 @@ GradientPlan plan_gradient(const Program<T>& program, const Device& device, std:
   std::int64_t widest = 1;
   for (int i = 0; i < program.num_dense; ++i) widest = std::max<std::int64_t>(widest, program.dense[i].out);
   constexpr int kWarps = kGradientThreads / kWarp;
-  plan.warps_across = widest <= 128 ? 1 : widest <= 256 ? 2 : widest <= 512 ? 4 : 8;
+  const int preferred = widest <= 128 ? 1 : widest <= 256 ? 2 : widest <= 512 ? 4 : 8;
   // Fewer rows a block keep more multiprocessors busy where the call is short.
   const std::int64_t wanted = std::max<std::int64_t>(1, rows / (kWarpRows * device.multiprocessors));
   const auto along = static_cast<int>(std::bit_floor(static_cast<std::uint64_t>(wanted)));
-  plan.warps = std::min(kWarps / plan.warps_across, std::max(1, along)) * plan.warps_across;
-  plan.tile_rows = plan.warps / plan.warps_across * kWarpRows;
   plan.stage_inputs = sizeof(T) == 4 ? 32 : 16;
   plan.blocks = device.multiprocessors;
-  plan.shared_bytes =
-      2 * std::int64_t{plan.warps_across} * 8 * kOutBlocks * plan.stage_inputs * kSize + row_bytes<T>(plan);
+  for (plan.warps_across = preferred; plan.warps_across > 0; plan.warps_across /= 2) {
+    plan.warps = std::min(kWarps / plan.warps_across, std::max(1, along)) * plan.warps_across;
+    plan.tile_rows = plan.warps / plan.warps_across * kWarpRows;
+    plan.shared_bytes =
+        2 * std::int64_t{plan.warps_across} * 8 * kOutBlocks * plan.stage_inputs * kSize + row_bytes<T>(plan);
+    if (plan.shared_bytes <= device.shared_bytes_per_block) break;
+  }
   plan.weight_shared_bytes = 2 * TaskWorker<T, Multiply::fma>::kStage * kSize;
 
   plan.tape_elements = layer_tape(program, program.num_layers, plan.tile_rows);
@@ -825,9 +826,9 @@ Status prepare_gradient(const Device& device) {
   return prepare_gradient_with<double, Multiply::fma>(bytes);
 }
 
-#define NVPFLOW_INSTANTIATE(T)                                                                                        \
-  template std::int32_t gradient_tasks(const Program<T>&, const GradientPlan&, GradientTask*);                        \
-  template GradientPlan plan_gradient(const Program<T>&, const Device&, std::int64_t, const GradientOptions<T>&);     \
+#define NVPFLOW_INSTANTIATE(T)                                                                                         \
+  template std::int32_t gradient_tasks(const Program<T>&, const GradientPlan&, GradientTask*);                         \
+  template GradientPlan plan_gradient(const Program<T>&, const Device&, std::int64_t, const GradientOptions<T>&);      \
   template Status launch_gradient(const GradientPlan&, const Program<T>&, const GradientTask*, const GradientCall<T>&, \
                                   void*, Stream);
 NVPFLOW_INSTANTIATE(float)

@@ -61,7 +61,7 @@ NVPFLOW_HOST_DEVICE constexpr std::int64_t bias_size(std::int64_t out) { return 
 /// Place of the feature f of row r in an array of activations that is `features` wide (tape, workspace, shared memory):
 /// blocks of 16 rows x 8 features, swizzled alike.
 NVPFLOW_HOST_DEVICE constexpr std::int64_t activation_index(std::int64_t r, std::int64_t f, std::int64_t features) {
-  const std::int64_t block = r / 16 * (2 * ceil_div(features, 16)) + f / 8;
+  const std::int64_t block = r / 16 * ceil_div(features, 8) + f / 8;
   return kBlockElements * block + 4 * swizzle(r % 8, f % 8 / 2) + r % 16 / 8 * 2 + f % 2;
 }
 

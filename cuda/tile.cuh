@@ -9,10 +9,10 @@ namespace nvpflow::cuda {
 // ---- sizes, on both sides of the launch ----------------------------------------------------------------------------
 
 NVPFLOW_HOST_DEVICE inline std::int64_t state_elements(std::int64_t input_size, std::int64_t rows) {
-  return rows * (round_up(input_size / 2, 16) + round_up(input_size - input_size / 2, 16));
+  return rows * (round_up(input_size / 2, 8) + round_up(input_size - input_size / 2, 8));
 }
 NVPFLOW_HOST_DEVICE inline std::int64_t hidden_elements(const TransformPlan& plan) {
-  return plan.hidden_buffers * plan.tile_rows * round_up(plan.hidden_width, 16);
+  return plan.hidden_buffers * plan.tile_rows * round_up(plan.hidden_width, 8);
 }
 /// Shared memory of one tile: state and hidden activations (where they lie there), sums of the warps across, poison.
 template <class T>
@@ -62,7 +62,7 @@ struct Tile {
   NVPFLOW_DEVICE explicit Tile(int input_size) : features(input_size), half(input_size / 2) {}
 
   NVPFLOW_DEVICE int count(int part) const { return part == 0 ? half : features - half; }
-  NVPFLOW_DEVICE T* state(int part) const { return state0 + part * rows * 8 * activation_blocks(half); }
+  NVPFLOW_DEVICE T* state(int part) const { return state0 + part * rows * 8 * blocks_of(half); }
   NVPFLOW_DEVICE T* hidden(int buffer) const { return hidden0 + buffer * hidden_size; }
 
   NVPFLOW_DEVICE void carve(unsigned char* shared, T* global, const TransformPlan& plan) {
@@ -75,7 +75,7 @@ struct Tile {
       global += state_elements(features, rows);
     }
     hidden0 = plan.hidden_shared ? next : global;
-    hidden_size = static_cast<int>(rows * round_up(plan.hidden_width, 16));
+    hidden_size = static_cast<int>(rows * round_up(plan.hidden_width, 8));
     if (plan.hidden_shared) next += hidden_elements(plan);
     sums = next;
     if (plan.warps_across > 1) next += 2 * plan.warps_across * rows;
@@ -89,7 +89,7 @@ struct Tile {
 
   NVPFLOW_DEVICE T& at(int r, int f) const {
     const int part = f < half ? 0 : 1;
-    return state(part)[place(r, f - part * half, activation_blocks(count(part)))];
+    return state(part)[place(r, f - part * half, blocks_of(count(part)))];
   }
 
   /// No poison; zeros in the features that pad a block.
@@ -97,8 +97,8 @@ struct Tile {
     for (int r = team.index; r < rows; r += team.size) {
       poison[r] = 0;
       for (int part = 0; part < 2; ++part) {
-        const int n = count(part), blocks = activation_blocks(n);
-        for (int f = n; f < 8 * out_blocks(n); ++f) state(part)[place(r, f, blocks)] = T(0);
+        const int n = count(part), blocks = blocks_of(n);
+        for (int f = n; f < 8 * blocks; ++f) state(part)[place(r, f, blocks)] = T(0);
       }
     }
   }
@@ -190,14 +190,14 @@ struct Tile {
   }
 };
 
-/// square[row block][upper, lower half] = the lane's part of |z|^2: of the blocks of 8 features that fall to this one of
-/// the warps across.
+/// square[row block][upper, lower half] = the lane's part of |z|^2: of the blocks of 8 features that fall to this one
+/// of the warps across.
 template <class T>
 NVPFLOW_DEVICE void sum_squares(const Tile<T>& tile, const Lane& lane, int row_block, int across, int num_across,
                                 T (&square)[kRowBlocks][2]) {
   for (int part = 0; part < 2; ++part) {
-    const int n = tile.count(part), blocks = activation_blocks(n);
-    for (int b = across; b < out_blocks(n); b += num_across) {
+    const int n = tile.count(part), blocks = blocks_of(n);
+    for (int b = across; b < blocks_of(n); b += num_across) {
       NVPFLOW_UNROLL
       for (int rb = 0; rb < kRowBlocks; ++rb) {
         const Vec4<T> v = load4(tile.state(part) + ((row_block + rb) * blocks + b) * kBlock + lane.chunk);

@@ -5,7 +5,8 @@
 // the points where fibers switch. What this finds, and says with the source lines:
 //   - threads that wait for each other at different barriers, or for threads that have ended;
 //   - reads of shared memory that nothing wrote: it holds NaN before each block;
-//   - accesses beyond the shared memory asked for, or beyond a GuardedArray: both end at a page that may not be touched;
+//   - accesses beyond the shared memory asked for, or beyond a GuardedArray: both end at a page that may not be
+//   touched;
 //   - missing barriers: fibers run in ascending, descending or mixed order, so a thread that reads what another has yet
 //     to write gets NaN or old numbers in one of the orders;
 //   - a missing wait for an asynchronous copy, or a copy over memory still being read: the target turns to NaN when the
@@ -226,9 +227,7 @@ class Machine {
     std::abort();
   }
 
-  std::string place() const {
-    return "block " + std::to_string(block_) + ", thread " + std::to_string(current_);
-  }
+  std::string place() const { return "block " + std::to_string(block_) + ", thread " + std::to_string(current_); }
 
  private:
   static std::string describe(const char* operation, const std::source_location& where) {
@@ -240,7 +239,9 @@ class Machine {
    public:
     Signals() {
       struct sigaction action = {};
-      action.sa_handler = [](int) { get().fail("out of bounds: " + get().place() + " touched memory beyond an array"); };
+      action.sa_handler = [](int) {
+        get().fail("out of bounds: " + get().place() + " touched memory beyond an array");
+      };
       action.sa_flags = SA_NODEFER;
       sigemptyset(&action.sa_mask);
       sigaction(SIGSEGV, &action, &segv_);
@@ -534,7 +535,8 @@ inline float square_root(float x) { return std::sqrt(x); }
 inline double square_root(double x) { return std::sqrt(x); }
 
 template <class... P, class... A>
-Status launch(void (*kernel)(P...), std::int64_t blocks, int threads, std::int64_t shared_bytes, Stream, A... arguments) {
+Status launch(void (*kernel)(P...), std::int64_t blocks, int threads, std::int64_t shared_bytes, Stream,
+              A... arguments) {
   simt::Machine::get().run([&] { kernel(static_cast<P>(arguments)...); }, blocks, threads, shared_bytes);
   return 0;
 }
