@@ -605,33 +605,46 @@ TEST_CASE_TEMPLATE("no rows are no launch, and outputs that are not wanted may b
 }
 
 TEST_CASE_TEMPLATE("a poisoned row yields NaN for itself alone", T, float, double) {
-  const std::int64_t rows = 70, width = 7;
+  const std::int64_t rows = 300, width = 7;
   const FlowSpec spec = spec_of<T>({width, 3, {33, 5}, Activation::relu, 1.0, true});
   const PackedFlow<T> flow(spec, random_parameters<T>(ParamLayout(spec), 1));
   const std::vector<T> clean = random_values<T>(rows * width, 2);
   const T inf = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
-  const std::vector<std::pair<std::size_t, T>> poisons = {{3 * 7 + 1, nan}, {17 * 7 + 6, inf}, {69 * 7, -inf}};
-  for (const int storage : {0, 1, 2}) {
+  const std::vector<std::pair<std::size_t, T>> poisons = {{1, nan}, {3, nan}, {17, inf}, {33, -inf}, {62, nan}, {255, inf}};
+  std::vector<T> x = clean;
+  std::vector<bool> poisoned(static_cast<std::size_t>(rows));
+  for (const auto& [row, value] : poisons) {
+    x[row * 7 + row % 7] = value;
+    poisoned[row] = true;
+  }
+  // One multiprocessor: several tiles one after the other in each block.
+  cuda::Device device = test_device();
+  device.multiprocessors = 1;
+  for (int i = 0; i < 18; ++i) {
+    const int storage = i / 6;
+    const InOrder in_order(static_cast<simt::Order>(i % 3));
     for (const bool fma : {true, false}) {
-      for (const bool inverse : {false, true}) {
-        const auto plan = cuda::plan_transform<T>(flow.program, test_device(), rows, {{}, fma, storage});
-        cuda::TransformCall<T> call;
-        call.inverse = inverse;
-        std::vector<T> x = clean;
-        for (const auto& [at, value] : poisons) x[at] = value;
-        const Results<T> expected = transform(flow, plan, call, clean), results = transform(flow, plan, call, x);
-        std::int64_t wrong = 0;
-        for (std::size_t r = 0; r < static_cast<std::size_t>(rows); ++r) {
-          const bool poisoned = r == 3 || r == 17 || r == 69;
-          const auto check = [&](T actual, T without) {
-            wrong += poisoned ? !std::isnan(actual) : std::memcmp(&actual, &without, sizeof(T)) != 0;
-          };
-          for (std::size_t d = 0; d < 7; ++d) check(results.out[r * 7 + d], expected.out[r * 7 + d]);
-          check(results.log_det[r], expected.log_det[r]);
-          check(results.log_prob[r], expected.log_prob[r]);
-        }
-        CHECK(wrong == 0);
+      auto plan = cuda::plan_transform<T>(flow.program, device, rows, {{}, fma, storage});
+      if (storage == 0) {
+        plan.shared_bytes -= (plan.warps - 1) * cuda::tile_bytes<T>(width, plan);
+        plan.warps = 1;
       }
+      cuda::TransformCall<T> call;
+      call.inverse = i / 3 % 2 == 1;
+      const Results<T> expected = transform(flow, plan, call, clean), results = transform(flow, plan, call, x);
+      std::int64_t wrong = 0;
+      for (std::size_t r = 0; r < static_cast<std::size_t>(rows); ++r) {
+        const auto check = [&](T actual, T without) {
+          wrong += poisoned[r] ? !std::isnan(actual) : std::memcmp(&actual, &without, sizeof(T)) != 0;
+        };
+        for (std::size_t d = 0; d < 7; ++d) check(results.out[r * 7 + d], expected.out[r * 7 + d]);
+        check(results.log_det[r], expected.log_det[r]);
+        check(results.log_prob[r], expected.log_prob[r]);
+      }
+      CAPTURE(storage);
+      CAPTURE(fma);
+      CAPTURE(i % 3);
+      CHECK(wrong == 0);
     }
   }
 }
@@ -911,16 +924,30 @@ TEST_CASE_TEMPLATE("gradients of gathered rows, and of a poisoned one", T, float
   CHECK(results.sum == expected.sum);
 
   call.index = nullptr;
-  const Gradients<T> clean = run_gradient(flow, plan, call, x);
-  x[40 * 6 + 2] = std::numeric_limits<T>::infinity();
-  const Gradients<T> poisoned = run_gradient(flow, plan, call, x);
-  CHECK(std::isnan(poisoned.sum));
-  std::int64_t wrong = 0;
-  for (const T value : poisoned.gradient) wrong += !std::isnan(value);
-  for (std::size_t i = 0; i < x.size(); ++i) {
-    wrong += i / 6 == 40 ? !std::isnan(poisoned.grad_in[i]) : poisoned.grad_in[i] != clean.grad_in[i];
+  cuda::Device device = test_device();
+  device.multiprocessors = 1;
+  auto small = cuda::plan_gradient<T>(flow.program, device, 32);  // tiles of 32 rows, one after the other
+  REQUIRE(small.tile_rows == 32);
+  small.chunk_tiles = 3;
+  small.log_prob_at = small.sums_at = small.workspace_bytes = 0;
+  small.partials_at = cuda::round_up(3 * small.tape_elements * static_cast<std::int64_t>(sizeof(T)), 256);
+  small.log_prob_at = small.partials_at + cuda::round_up(small.splits * flow.layout.size() * 8, 256);
+  small.sums_at = small.log_prob_at + 1024;
+  small.workspace_bytes = small.sums_at + 256;
+  std::vector<T> bad = x;
+  for (const std::size_t row : {1u, 9u, 40u}) bad[row * 6 + 2] = std::numeric_limits<T>::infinity();
+  for (const auto thread_order : {simt::Order::ascending, simt::Order::descending, simt::Order::mixed}) {
+    const InOrder in_order(thread_order);
+    const Gradients<T> clean = run_gradient(flow, small, call, x), poisoned = run_gradient(flow, small, call, bad);
+    CHECK(std::isnan(poisoned.sum));
+    std::int64_t wrong = 0;
+    for (const T value : poisoned.gradient) wrong += !std::isnan(value);
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      const bool is_bad = i / 6 == 1 || i / 6 == 9 || i / 6 == 40;
+      wrong += is_bad ? !std::isnan(poisoned.grad_in[i]) : poisoned.grad_in[i] != clean.grad_in[i];
+    }
+    CHECK(wrong == 0);
   }
-  CHECK(wrong == 0);
 }
 
 TEST_CASE("gradients of the benchmark's flows, in every precision") {
