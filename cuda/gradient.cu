@@ -763,21 +763,26 @@ GradientPlan plan_gradient(const Program<T>& program, const Device& device, std:
   const int preferred = widest <= 128 ? 1 : widest <= 256 ? 2 : widest <= 512 ? 4 : 8;
   // Fewer rows a block keep more multiprocessors busy where the call is short.
   const std::int64_t wanted = std::max<std::int64_t>(1, rows / (kWarpRows * device.multiprocessors));
-  const auto along = static_cast<int>(std::bit_floor(static_cast<std::uint64_t>(wanted)));
+  auto along = static_cast<int>(std::min<std::int64_t>(kWarps, std::bit_floor(static_cast<std::uint64_t>(wanted))));
   plan.stage_inputs = sizeof(T) == 4 ? 32 : 16;
   plan.blocks = device.multiprocessors;
-  for (plan.warps_across = preferred; plan.warps_across > 0; plan.warps_across /= 2) {
-    plan.warps = std::min(kWarps / plan.warps_across, std::max(1, along)) * plan.warps_across;
-    plan.tile_rows = plan.warps / plan.warps_across * kWarpRows;
-    plan.shared_bytes =
-        2 * std::int64_t{plan.warps_across} * 8 * kOutBlocks * plan.stage_inputs * kSize + row_bytes<T>(plan);
-    if (plan.shared_bytes <= device.shared_bytes_per_block) break;
-  }
   plan.weight_shared_bytes = 2 * TaskWorker<T, Multiply::fma>::kStage * kSize;
-
-  plan.tape_elements = layer_tape(program, program.num_layers, plan.tile_rows);
-  const std::int64_t tiles = std::max<std::int64_t>(1, ceil_div(rows, plan.tile_rows));
-  plan.chunk_tiles = std::clamp<std::int64_t>(device.workspace_bytes / (plan.tape_elements * kSize), 1, tiles);
+  std::int64_t tiles = 1;
+  for (;; along /= 2) {
+    for (plan.warps_across = preferred; plan.warps_across > 0; plan.warps_across /= 2) {
+      plan.warps = std::min(kWarps / plan.warps_across, along) * plan.warps_across;
+      plan.tile_rows = plan.warps / plan.warps_across * kWarpRows;
+      plan.shared_bytes =
+          2 * std::int64_t{plan.warps_across} * 8 * kOutBlocks * plan.stage_inputs * kSize + row_bytes<T>(plan);
+      if (plan.shared_bytes <= device.shared_bytes_per_block) break;
+    }
+    plan.tape_elements = layer_tape(program, program.num_layers, plan.tile_rows);
+    tiles = std::max<std::int64_t>(1, ceil_div(rows, plan.tile_rows));
+    plan.chunk_tiles = std::clamp<std::int64_t>(device.workspace_bytes / (plan.tape_elements * kSize), 1, tiles);
+    if (along == 1 || plan.chunk_tiles >= std::min<std::int64_t>(plan.blocks, tiles)) break;
+  }
+  // Whole rounds of the blocks, so that none waits for the last tiles of a chunk.
+  if (plan.chunk_tiles < tiles && plan.chunk_tiles > plan.blocks) plan.chunk_tiles -= plan.chunk_tiles % plan.blocks;
   if (options.force_chunk_tiles > 0) plan.chunk_tiles = std::min(tiles, options.force_chunk_tiles);
   plan.num_tasks = gradient_tasks<T>(program, plan, nullptr);
   // Two blocks of tasks for each multiprocessor, as far as there are tiles to share out.

@@ -254,7 +254,7 @@ struct GradientOptions {
 };
 
 /// rows: of the largest call. Gradients are sums over rows whose order depends on plan.chunk_tiles and plan.splits,
-/// functions of the flow, the device and `rows`. Call once per (flow, rows); the tasks do not depend on rows.
+/// functions of the flow, the device and `rows`. The tasks depend on the flow and plan.tile_rows.
 template <class T>
 GradientPlan plan_gradient(const Program<T>& program, const Device& device, std::int64_t rows,
                            const GradientOptions<T>& options = {});

@@ -610,7 +610,8 @@ TEST_CASE_TEMPLATE("a poisoned row yields NaN for itself alone", T, float, doubl
   const PackedFlow<T> flow(spec, random_parameters<T>(ParamLayout(spec), 1));
   const std::vector<T> clean = random_values<T>(rows * width, 2);
   const T inf = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
-  const std::vector<std::pair<std::size_t, T>> poisons = {{1, nan}, {3, nan}, {17, inf}, {33, -inf}, {62, nan}, {255, inf}};
+  const std::vector<std::pair<std::size_t, T>> poisons = {{1, nan},   {3, nan},  {17, inf},
+                                                          {33, -inf}, {62, nan}, {255, inf}};
   std::vector<T> x = clean;
   std::vector<bool> poisoned(static_cast<std::size_t>(rows));
   for (const auto& [row, value] : poisons) {
