@@ -6,6 +6,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <vector>
 
 #include <nvpflow/backend.hpp>
 #include <nvpflow/error.hpp>
@@ -29,22 +30,38 @@ class StreamWorkspaces {
  public:
   void* get(Stream stream, std::int64_t bytes) {
     if (bytes == 0) return nullptr;
+    const bool capturing = is_capturing(stream);
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (workspaces_.size() >= kMaxStreams && !workspaces_.contains(stream))
-      workspaces_.clear();  // waits for the device
-    Memory& memory = workspaces_.try_emplace(stream, Memory::Kind::device).first->second;
-    if (memory.capacity() < bytes && is_capturing(stream)) {
-      throw Error(ErrorCode::device,
-                  "the kernels need " + std::to_string(bytes) +
-                      " bytes of workspace, and nothing can be allocated while a stream is captured; make the same "
-                      "call once on this stream before you capture it");
+    if (workspaces_.size() >= kMaxStreams && !workspaces_.contains(stream)) {
+      std::erase_if(workspaces_, [](const auto& entry) { return !entry.second.captured; });
     }
-    return memory.reserve(bytes, "the kernels' workspace");
+    Workspace& own = workspaces_[stream];
+    if (own.memory.capacity() < bytes) {
+      if (capturing) refuse(bytes);
+      // A graph that was captured with it reads it for as long as the flow lives.
+      if (own.captured) retired_.push_back(std::move(own.memory));
+      own.captured = false;
+    }
+    own.captured = own.captured || capturing;
+    return own.memory.reserve(bytes, "the kernels' workspace");
   }
 
  private:
+  struct Workspace {
+    Memory memory{Memory::Kind::device};
+    bool captured = false;  // by a CUDA graph
+  };
+
+  [[noreturn]] static void refuse(std::int64_t bytes) {
+    throw Error(ErrorCode::device,
+                "the kernels need " + std::to_string(bytes) +
+                    " bytes of workspace, and nothing can be allocated while a stream is captured; make the same call "
+                    "once on this stream before you capture it");
+  }
+
   std::mutex mutex_;
-  std::map<Stream, Memory> workspaces_;
+  std::map<Stream, Workspace> workspaces_;
+  std::vector<Memory> retired_;
 };
 
 template <class T>
@@ -386,8 +403,14 @@ class CudaBackend final : public Backend {
 
 std::string cuda_why_unavailable() {
   try {
-    return cuda::why_unavailable();
-  } catch (const Error& error) {  // a forked child
+    std::string problem = cuda::driver_problem();
+    for (int i = 0; problem.empty() && i < cuda::device_count(); ++i) {
+      const std::string why = cuda::architecture_problem(i);
+      if (why.empty()) return {};
+      if (i + 1 == cuda::device_count()) problem = why;
+    }
+    return problem;
+  } catch (const Error& error) {  // a forked child, or a device that fails
     return error.what();
   }
 }
@@ -415,10 +438,12 @@ std::string cuda_device_name(int index) {
 std::unique_ptr<Backend> make_cuda_backend(const FlowSpec& spec, const ParamLayout& layout, int device_index,
                                            Precision precision) {
   cuda::enter_cuda();
-  if (const std::string why = cuda::why_unavailable(); !why.empty()) {
-    throw Error(ErrorCode::device, "CUDA cannot be used: " + why);
-  }
+  const auto refuse = [](const std::string& why) {
+    if (!why.empty()) throw Error(ErrorCode::device, "CUDA cannot be used: " + why);
+  };
+  refuse(cuda::driver_problem());
   check_index(device_index);
+  refuse(cuda::architecture_problem(device_index));
   if (spec.dtype == DType::float32) {
     return std::make_unique<cuda::CudaBackend<float>>(spec, layout, device_index, precision);
   }

@@ -2,10 +2,6 @@
 
 #include <vector>
 
-#include <nvpflow/error.hpp>
-
-#include "training.hpp"
-
 namespace nvpflow::cuda {
 namespace {
 
@@ -18,7 +14,6 @@ template <class T>
 DeviceFlow<T>::DeviceFlow(const FlowSpec& spec, const ParamLayout& layout, int index, nvpflow::Precision precision)
     : spec_(spec), layout_(layout), index_(index) {
   const OnDevice on(index);
-  check(probe_kernels(), "looking for code for this device's architecture");
   properties_ = device_properties(index);
   check(prepare_kernels(properties_), "preparing the kernels");
   transform_options_.precision = gradient_options_.precision = static_cast<Precision>(precision);

@@ -16,7 +16,7 @@ namespace nvpflow::cuda {
 template <class T>
 class DeviceFlow {
  public:
-  /// Throws Error(device) where this build has no code for the device. `index` exists.
+  /// On a device that exists and that this build has code for.
   DeviceFlow(const FlowSpec& spec, const ParamLayout& layout, int index, nvpflow::Precision precision);
 
   const FlowSpec& spec() const { return spec_; }

@@ -69,7 +69,7 @@ void enter_cuda() {
               "'spawn' (multiprocessing.get_context('spawn')), or use a flow on the CPU");
 }
 
-std::string why_unavailable() {
+std::string driver_problem() {
   enter_cuda();
   int driver = 0, runtime = 0, count = 0;
   (void)cudaRuntimeGetVersion(&runtime);
@@ -87,17 +87,18 @@ std::string why_unavailable() {
     return "the driver sees no CUDA device (CUDA_VISIBLE_DEVICES can hide them)";
   }
   if (status != cudaSuccess) return "the CUDA driver does not start: " + text_of(status);
-  std::string seen;
-  for (int i = 0; i < count; ++i) {
-    const OnDevice on(i);
-    const auto probe = static_cast<cudaError_t>(probe_kernels());
-    if (probe == cudaSuccess) return {};
-    (void)cudaGetLastError();
-    seen += (i > 0 ? ", " : "") + device_name(i) + " (compute capability " +
-            std::to_string(device_properties(i).compute_capability) + ", " + text_of(probe) + ")";
-  }
-  return "this build has code for compute capability " NVPFLOW_CUDA_ARCHITECTURES " and none for " + seen +
-         "; build nvpflow with NVPFLOW_CUDA_ARCHITECTURES=AUTO on that machine";
+  return {};
+}
+
+std::string architecture_problem(int index) {
+  const OnDevice on(index);
+  const auto probe = static_cast<cudaError_t>(probe_kernels());
+  if (probe == cudaSuccess) return {};
+  (void)cudaGetLastError();
+  const int capability = device_properties(index).compute_capability;
+  return "this build has code for compute capability " NVPFLOW_CUDA_ARCHITECTURES " and none for " +
+         device_name(index) + ", which is " + std::to_string(capability) + " (" + text_of(probe) +
+         "); build nvpflow with NVPFLOW_CUDA_ARCHITECTURES=AUTO on this machine";
 }
 
 int device_count() {

@@ -23,8 +23,10 @@ using Event = CUevent_st*;  // cudaEvent_t
 /// Throws Error(device) for a status that is not 0; `what` is what was tried.
 void check(Status status, const char* what);
 
-/// Why no CUDA device can be used, or empty.
-std::string why_unavailable();
+/// Why no CUDA device can be used at all, or empty; starts none.
+std::string driver_problem();
+/// Why this build cannot use a device, or empty; starts it.
+std::string architecture_problem(int index);
 /// 0 where there is no driver.
 int device_count();
 std::string device_name(int index);

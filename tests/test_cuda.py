@@ -201,6 +201,19 @@ class TestValues:
 
 
 @gpu
+@pytest.mark.skipif(
+    nvpflow.cuda.is_available() and nvpflow.cuda.device_name() == "emulated device", reason="slow on the emulator"
+)
+def test_many_full_chunks(pair):
+    cpu, flow, oracle, x = pair(rows=1_000_000)
+    together = flow.log_prob(x)
+    assert close(together, cpu.log_prob(x), "float32", 2)
+    assert np.array_equal(together[777_777:], flow.log_prob(x[777_777:]))
+    assert close(together[-50:], oracle.log_prob(x[-50:]), "float32")
+    assert np.array_equal(flow.log_prob(nvpflow.cuda.array(x)).numpy(), together)
+
+
+@gpu
 @pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
 def test_other_precisions_keep_their_budgets(pair, precision):
     cpu, _, oracle, x = pair()

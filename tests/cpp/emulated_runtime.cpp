@@ -159,10 +159,11 @@ void enter_cuda() {
               "'spawn' (multiprocessing.get_context('spawn')), or use a flow on the CPU");
 }
 
-std::string why_unavailable() {
+std::string driver_problem() {
   enter_cuda();
   return {};
 }
+std::string architecture_problem(int) { return {}; }
 int device_count() { return kDevices; }
 std::string device_name(int) { return "emulated device"; }
 
