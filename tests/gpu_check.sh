@@ -84,7 +84,7 @@ if wanted sanitizer; then
   fi
 fi
 if wanted benchmark; then
-  stage benchmark "${NVPFLOW_BENCHMARK_SECONDS:-130}" python3 tests/bench/gpu.py --json "$out/gpu.json" --seconds 100
+  stage benchmark "${NVPFLOW_BENCHMARK_SECONDS:-130}" python3 tests/bench/gpu.py --json "$out/gpu.json" --seconds 100 ${NVPFLOW_BENCHMARK_OPTIONS:-}
   [ -e "$out/benchmark.log" ] && tail -n 60 "$out/benchmark.log"
 fi
 printf '\n'
