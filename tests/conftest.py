@@ -13,12 +13,19 @@ TESTS = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked data where NVPFLOW_DATA does not say where the data sets are."""
-    if os.environ.get("NVPFLOW_DATA"):
-        return
+    """Skip the tests marked data and gpu where there are no data sets or no device, and say what is missing."""
+    missing = {}
+    if not os.environ.get("NVPFLOW_DATA"):
+        missing["data"] = "set NVPFLOW_DATA to the folder of the data sets"
+    if any(item.get_closest_marker("gpu") for item in items):
+        import nvpflow
+
+        if reason := nvpflow.cuda.why_unavailable():
+            missing["gpu"] = f"no CUDA device: {reason}"
     for item in items:
-        if item.get_closest_marker("data"):
-            item.add_marker(pytest.mark.skip(reason="set NVPFLOW_DATA to the folder of the data sets"))
+        for name, reason in missing.items():
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

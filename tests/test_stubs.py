@@ -7,7 +7,8 @@ import nvpflow
 from nvpflow import _core
 
 STUB = ast.parse((Path(nvpflow.__file__).parent / "_core.pyi").read_text(encoding="utf-8"))
-TYPES_ONLY = {"EpochRecord", "FitSummary", "Array"}  # shapes of dictionaries, and an alias: not objects of the module
+# Shapes of dictionaries, protocols and an alias: not objects of the module.
+TYPES_ONLY = {"EpochRecord", "FitSummary", "Array", "OnDevice", "CudaArray"}
 
 
 def names_in(body: list[ast.stmt]) -> set[str]:

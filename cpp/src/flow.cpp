@@ -56,11 +56,24 @@ auto* data_or_null(const Span& s) {
   return s.empty() ? nullptr : s.data();
 }
 
+std::unique_ptr<Backend> make_backend(const FlowSpec& spec, const ParamLayout& layout, Device device,
+                                      Precision precision) {
+  const std::string asked = "precision is '" + std::string(name_of(precision)) + "', ";
+  if (precision != Precision::float32 && spec.dtype == DType::float64) {
+    fail(asked + "which is for float32 flows; this one is float64, expected 'float32'");
+  }
+  if (device.kind == DeviceKind::cuda) return make_cuda_backend(spec, layout, device.index, precision);
+  if (precision != Precision::float32) fail(asked + "which only CUDA devices have; on the CPU expected 'float32'");
+  return make_cpu_backend(spec, layout);
+}
+
 }  // namespace
 
 struct Flow::State {
   FlowSpec spec;
   ParamLayout layout;
+  Device device;
+  Precision precision;
   // One buffer for the flow's whole life, so that views of it stay valid; bytes, because the dtype is known at run
   // time.
   std::vector<unsigned char> parameters;
@@ -68,11 +81,13 @@ struct Flow::State {
   ForkSafeMutex write_mutex;
   std::atomic<int> num_threads{0};
 
-  explicit State(FlowSpec s)
+  State(FlowSpec s, Device d, Precision p)
       : spec((s.validate(), std::move(s))),
         layout(spec),
+        device(d),
+        precision(p),
         parameters(static_cast<std::size_t>(layout.size() * size_of(spec.dtype))),
-        backend(make_cpu_backend(spec, layout)) {}
+        backend(make_backend(spec, layout, device, precision)) {}
 
   template <class T>
   void check_dtype() const {
@@ -100,12 +115,14 @@ struct Flow::State {
 
   void publish(const void* values) {
     const std::lock_guard<ForkSafeMutex> lock(write_mutex);
+    // The backend first: a device may refuse, and then nothing has changed.
+    backend->set_parameters(values);
     std::memmove(parameters.data(), values, parameters.size());
-    backend->set_parameters(parameters.data());
   }
 };
 
-Flow::Flow(FlowSpec spec, std::uint64_t seed) : state_(std::make_unique<State>(std::move(spec))) {
+Flow::Flow(FlowSpec spec, std::uint64_t seed, Device device, Precision precision)
+    : state_(std::make_unique<State>(std::move(spec), device, precision)) {
   void* parameters = state_->parameters.data();
   if (state_->spec.dtype == DType::float32) {
     initialize_parameters(state_->spec, state_->layout, seed, static_cast<float*>(parameters));
@@ -115,25 +132,30 @@ Flow::Flow(FlowSpec spec, std::uint64_t seed) : state_(std::make_unique<State>(s
   state_->backend->set_parameters(parameters);
 }
 
+Flow::Flow(std::unique_ptr<State> state) : state_(std::move(state)) {}
 Flow::~Flow() = default;
 Flow::Flow(Flow&&) noexcept = default;
 Flow& Flow::operator=(Flow&&) noexcept = default;
 
-Flow::Flow(const Flow& other) : state_(std::make_unique<State>(other.state_->spec)) {
-  state_->num_threads.store(other.num_threads());
-  const std::lock_guard<ForkSafeMutex> lock(other.state_->write_mutex);
-  state_->publish(other.state_->parameters.data());
-}
+Flow::Flow(const Flow& other) : Flow(other.to(other.device(), other.precision())) {}
 
 Flow& Flow::operator=(const Flow& other) {
   if (this != &other) *this = Flow(other);
   return *this;
 }
 
+Flow Flow::to(Device device, Precision precision) const {
+  Flow copy(std::make_unique<State>(spec(), device, precision));
+  copy.state_->num_threads.store(num_threads());
+  const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
+  copy.state_->publish(state_->parameters.data());
+  return copy;
+}
+
 namespace {
 
-Flow flow_from(LoadedModel&& model) {
-  Flow flow(std::move(model.spec));
+Flow flow_from(LoadedModel&& model, Device device, Precision precision) {
+  Flow flow(std::move(model.spec), 0, device, precision);
   const auto count = static_cast<std::size_t>(flow.num_parameters());
   const void* data = model.parameters.data();
   if (flow.spec().dtype == DType::float32) {
@@ -146,11 +168,13 @@ Flow flow_from(LoadedModel&& model) {
 
 }  // namespace
 
-Flow Flow::load(const std::string& path) { return flow_from(load_model(path, nullptr)); }
+Flow Flow::load(const std::string& path, Device device, Precision precision) {
+  return flow_from(load_model(path, nullptr), device, precision);
+}
 
-Flow Flow::load(const std::string& path, const FlowSpec& expected) {
+Flow Flow::load(const std::string& path, const FlowSpec& expected, Device device, Precision precision) {
   expected.validate();
-  return flow_from(load_model(path, &expected));
+  return flow_from(load_model(path, &expected), device, precision);
 }
 
 void Flow::save(const std::string& path) const {
@@ -164,6 +188,8 @@ void Flow::save(const std::string& path) const {
 }
 
 const FlowSpec& Flow::spec() const { return state_->spec; }
+Device Flow::device() const { return state_->device; }
+Precision Flow::precision() const { return state_->precision; }
 const ParamLayout& Flow::layout() const { return state_->layout; }
 std::int64_t Flow::num_parameters() const { return state_->layout.size(); }
 int Flow::num_threads() const { return state_->num_threads.load(); }

@@ -6,6 +6,13 @@
 
 #include <cstdint>
 
+// Functions that a device's compiler makes for the device too.
+#if defined(__CUDACC__)
+#define NVPFLOW_ANYWHERE __host__ __device__
+#else
+#define NVPFLOW_ANYWHERE
+#endif
+
 namespace nvpflow {
 
 inline constexpr std::uint32_t kStreamNoise = 0;       // sample(): standard normals
@@ -39,6 +46,7 @@ inline void philox4x32(std::uint64_t key, const std::uint32_t counter[4], std::u
 /// lands inside (Black and Rogaway 2002). The round function is the 64-bit finaliser of MurmurHash3 on half and key.
 class Permutation {
  public:
+  Permutation() = default;
   Permutation(std::uint64_t size, std::uint64_t seed, std::uint32_t stream, std::uint64_t epoch) : size_(size) {
     while (half_bits_ < 32 && (std::uint64_t{1} << (2 * half_bits_)) < size) ++half_bits_;
     mask_ = (std::uint64_t{1} << half_bits_) - 1;
@@ -52,7 +60,7 @@ class Permutation {
     }
   }
 
-  std::uint64_t operator()(std::uint64_t i) const {
+  NVPFLOW_ANYWHERE std::uint64_t operator()(std::uint64_t i) const {
     do {
       i = encrypt(i);
     } while (i >= size_);
@@ -62,7 +70,7 @@ class Permutation {
  private:
   static constexpr int kRounds = 6;
 
-  std::uint64_t encrypt(std::uint64_t value) const {
+  NVPFLOW_ANYWHERE std::uint64_t encrypt(std::uint64_t value) const {
     std::uint64_t left = value >> half_bits_;
     std::uint64_t right = value & mask_;
     for (const std::uint64_t key : keys_) {
@@ -76,7 +84,7 @@ class Permutation {
     return (left << half_bits_) | right;
   }
 
-  std::uint64_t size_;
+  std::uint64_t size_ = 0;
   std::uint64_t mask_ = 0;
   int half_bits_ = 1;
   std::uint64_t keys_[kRounds] = {};

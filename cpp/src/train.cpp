@@ -13,8 +13,8 @@
 #include <numbers>
 
 #include "checkpoint.hpp"
-#include "math.hpp"
 #include "parallel.hpp"
+#include "row_order.hpp"
 
 namespace nvpflow {
 namespace {
@@ -60,7 +60,7 @@ std::uint64_t fingerprint(const void* data, std::size_t bytes, Poll poll) {
   return hash;
 }
 
-/// Which rows of x train and which validate, and their order in each epoch; no array of the data's length.
+/// Which rows of x train and which validate, and their order in each epoch.
 class Rows {
  public:
   Rows(std::int64_t total, std::int64_t held_out, std::uint64_t seed)
@@ -71,16 +71,25 @@ class Rows {
 
   std::int64_t train() const { return train_; }
   std::int64_t held_out() const { return held_out_; }
-  Permutation order(std::int64_t epoch) const {
-    return {static_cast<std::uint64_t>(train_), seed_, kStreamShuffle, static_cast<std::uint64_t>(epoch)};
+  /// The training rows, as they lie.
+  RowOrder training() const {
+    RowOrder order;
+    if (held_out_ > 0) order.split = true, order.parts = split_;
+    order.first_of_part = static_cast<std::uint64_t>(held_out_);
+    return order;
   }
-  /// Row of x of training row i.
-  std::int64_t train_row(std::uint64_t i) const {
-    if (held_out_ == 0) return static_cast<std::int64_t>(i);
-    return static_cast<std::int64_t>(split_(i + static_cast<std::uint64_t>(held_out_)));
+  /// The training rows in the order of an epoch.
+  RowOrder shuffled(std::int64_t epoch) const {
+    RowOrder order = training();
+    order.shuffled = true;
+    order.shuffle = {static_cast<std::uint64_t>(train_), seed_, kStreamShuffle, static_cast<std::uint64_t>(epoch)};
+    return order;
   }
-  std::int64_t held_out_row(std::int64_t i) const {
-    return static_cast<std::int64_t>(split_(static_cast<std::uint64_t>(i)));
+  RowOrder validating() const {
+    RowOrder order;
+    order.split = true;
+    order.parts = split_;
+    return order;
   }
 
  private:
@@ -159,18 +168,11 @@ class Trainer {
     check_folder();
     check_finite("x", x_, features_, [this] { poll(); });
     check_finite("validation", validation_, features_, [this] { poll(); });
-    const auto size = static_cast<std::size_t>(flow_.num_parameters());
-    parameters_.resize(size);
-    flow_.template copy_parameters<T>(parameters_);
-    gradient_.resize(size);
-    first_moment_.resize(size);
-    second_moment_.resize(size);
-    index_.resize(static_cast<std::size_t>(slice_));
+    best_.resize(static_cast<std::size_t>(flow_.num_parameters()));
+    flow_.template copy_parameters<T>(best_);
     standardize_from_data();
-    best_ = parameters_;
-    // Training has packed parameters of its own: calls on the flow meanwhile see the old ones.
-    backend_ = make_cpu_backend(flow_.spec(), flow_.layout());
-    backend_->set_parameters(parameters_.data());
+    const TrainingData data = {x_.data(), total_rows(), validation_.data(), validation_rows()};
+    training_ = flow_.backend().begin_training(data, best_.data(), std::min(slice_, options_.batch_size), threads_);
   }
 
   /// A run that has not finished an epoch leaves the flow as it was.
@@ -237,23 +239,21 @@ class Trainer {
     }
   }
 
-  /// The frozen layers' tensors are left alone by Adam.
-  static bool trainable(const TensorInfo& t) { return t.role == TensorRole::kernel || t.role == TensorRole::bias; }
-
   void standardize_from_data() {
     const FlowSpec& spec = flow_.spec();
     if (spec.layers.empty() || spec.layers.front().kind != LayerKind::standardize) return;
     const TensorInfo& mean = flow_.layout().tensors()[0];
     const TensorInfo& log_std = flow_.layout().tensors()[1];
-    const auto begin = parameters_.begin();
+    const auto begin = best_.begin();
     if (std::any_of(begin, begin + mean.size + log_std.size, [](T v) { return v != T(0); })) return;
     const auto width = static_cast<std::size_t>(features_);
     std::vector<double> centre(width), square(width);
     std::vector<T> low(width, std::numeric_limits<T>::max()), high(width, std::numeric_limits<T>::lowest());
+    const RowOrder row_of = rows_.training();
     const auto each_row = [&](auto&& f) {
       for (std::int64_t i = 0; i < rows_.train(); ++i) {
         if (i % kPollRows == 0) poll();
-        f(x_.data() + rows_.train_row(static_cast<std::uint64_t>(i)) * features_);
+        f(x_.data() + row_of(i) * features_);
       }
     };
     const auto n = static_cast<double>(rows_.train());
@@ -270,8 +270,8 @@ class Trainer {
     std::string constant, wild;
     for (std::size_t j = 0; j < width; ++j) {
       const T log_deviation = static_cast<T>(0.5 * std::log(square[j]));
-      parameters_[static_cast<std::size_t>(mean.offset) + j] = static_cast<T>(centre[j]);
-      parameters_[static_cast<std::size_t>(log_std.offset) + j] = log_deviation;
+      best_[static_cast<std::size_t>(mean.offset) + j] = static_cast<T>(centre[j]);
+      best_[static_cast<std::size_t>(log_std.offset) + j] = log_deviation;
       if (low[j] == high[j]) {
         constant += (constant.empty() ? "" : ", ") + std::to_string(j);
       } else if (!std::isfinite(log_deviation) || !std::isfinite(centre[j])) {
@@ -299,15 +299,14 @@ class Trainer {
     const auto start = Clock::now();
     EpochRecord record;
     record.epoch = static_cast<std::int64_t>(history_.epochs.size()) + 1;
-    const Permutation order = rows_.order(record.epoch);
+    const RowOrder order = rows_.shuffled(record.epoch);
     double sum = 0;
     for (std::int64_t step = 0; step < steps_; ++step) {
       const std::int64_t first = step * options_.batch_size;
-      const std::int64_t count = std::min(options_.batch_size, rows_.train() - first);
-      const auto batch_sum = batch_gradient(order, first, count, record.epoch, step);
+      batch_gradient(order, first, std::min(options_.batch_size, rows_.train() - first), record.epoch, step);
       if (history_.stop_reason == "interrupted") return;
-      sum += batch_sum;
-      update(record, batch_sum / static_cast<double>(count), step);
+      update(record);
+      if ((step + 1) % training_->steps_per_report() == 0 || step + 1 == steps_) sum += collect(record);
       if (!observer_.on_progress(record.epoch, step + 1, steps_)) return interrupt();
     }
     record.train_loss = -sum / static_cast<double>(rows_.train());
@@ -320,52 +319,31 @@ class Trainer {
 
   void interrupt() { history_.stop_reason = "interrupted"; }
 
-  /// Fills index_ with the next rows of x, in the epoch's order.
-  template <class RowOf>
-  std::span<const std::int64_t> indices(std::int64_t first, std::int64_t count, RowOf row_of) {
-    for (std::int64_t i = 0; i < count; ++i) index_[static_cast<std::size_t>(i)] = row_of(first + i);
-    return {index_.data(), static_cast<std::size_t>(count)};
-  }
-
-  /// Sum of log p over the batch; gradient_ holds the gradient of its mean NLL. In slices, so that a stop comes
-  /// through.
-  double batch_gradient(const Permutation& order, std::int64_t first, std::int64_t count, std::int64_t epoch,
-                        std::int64_t step) {
-    double sum = 0;
+  /// The gradient of the batch's mean NLL. In slices, so that a stop comes through.
+  void batch_gradient(const RowOrder& order, std::int64_t first, std::int64_t count, std::int64_t epoch,
+                      std::int64_t step) {
     for (std::int64_t done = 0; done < count; done += slice_) {
-      if (done > 0 && !observer_.on_progress(epoch, step, steps_)) {
-        interrupt();
-        return sum;
-      }
-      const std::int64_t here = std::min(slice_, count - done);
-      indices(first + done, here,
-              [&](std::int64_t i) { return rows_.train_row(order(static_cast<std::uint64_t>(i))); });
-      sum += backend_->nll_gradient(x_.data(), index_.data(), here, count, gradient_.data(), done > 0, threads_);
+      if (done > 0 && !observer_.on_progress(epoch, step, steps_)) return interrupt();
+      training_->gradient(order, first + done, std::min(slice_, count - done), count, done > 0);
     }
-    return sum;
   }
 
-  void update(EpochRecord& record, double mean_log_prob, std::int64_t step) {
-    if (!std::isfinite(mean_log_prob)) diverged("loss", -mean_log_prob, record.epoch, step);
-    double square = 0;
-    for (const TensorInfo& t : flow_.layout().tensors()) {
-      if (trainable(t)) square += backend_->sum_of_squares(gradient_.data() + t.offset, t.size);
-    }
-    record.gradient_norm = std::sqrt(square);
-    if (!std::isfinite(record.gradient_norm)) diverged("gradient norm", record.gradient_norm, record.epoch, step);
+  void update(EpochRecord& record) {
     AdamStep adam;
     adam.step = ++adam_steps_;
     adam.learning_rate = record.learning_rate = learning_rate(adam_steps_ - 1);
-    if (options_.clip_norm > 0 && record.gradient_norm > options_.clip_norm) {
-      adam.gradient_factor = options_.clip_norm / record.gradient_norm;
+    adam.weight_decay = options_.weight_decay;
+    training_->update(adam, options_.clip_norm);
+  }
+
+  /// Sum of log p over the batches since the last call.
+  double collect(EpochRecord& record) {
+    const TrainingReport done = training_->report();
+    record.gradient_norm = done.gradient_norm;
+    if (done.bad_step != 0) {
+      diverged(done.bad_loss ? "loss" : "gradient norm", done.bad_value, record.epoch, (done.bad_step - 1) % steps_);
     }
-    for (const TensorInfo& t : flow_.layout().tensors()) {
-      if (!trainable(t)) continue;
-      adam.weight_decay = t.role == TensorRole::kernel ? options_.weight_decay : 0.0;
-      backend_->adam_step(adam, t.size, gradient_.data() + t.offset, first_moment_.data() + t.offset,
-                          second_moment_.data() + t.offset, parameters_.data() + t.offset);
-    }
-    backend_->set_parameters(parameters_.data());
+    return done.sum_log_prob;
   }
 
   [[noreturn]] void diverged(const char* what, double value, std::int64_t epoch, std::int64_t step) const {
@@ -378,33 +356,24 @@ class Trainer {
                                            "; try a lower learning_rate, clip_norm or a standardize layer");
   }
 
-  /// Mean NLL of `rows` rows that row_of names by their place in x, or in the validation array where there is one.
-  template <class RowOf>
-  double mean_nll(std::int64_t epoch, std::int64_t rows, RowOf row_of) {
-    const std::span<const T> from = has_array() ? validation_ : x_;
-    double sum = 0;
+  /// Mean NLL of the first `rows` rows of an order of x, or of the validation array where there is one.
+  double mean_nll(std::int64_t epoch, std::int64_t rows, const RowOrder& order) {
     for (std::int64_t done = 0; done < rows; done += slice_) {
       if (!observer_.on_progress(epoch, steps_, steps_)) {
         interrupt();
         return 0;
       }
-      const std::int64_t here = std::min(slice_, rows - done);
-      indices(done, here, row_of);
-      sum += backend_->sum_log_prob(from.data(), index_.data(), here, threads_);
+      training_->add_log_prob(has_array(), order, done, std::min(slice_, rows - done));
     }
-    return -sum / static_cast<double>(rows);
+    return -training_->report().sum_log_prob / static_cast<double>(rows);
   }
 
   /// What epochs are compared by: the validation loss; without validation data the loss of the same training rows each
   /// time. (The epoch's own mean will not do: it is that of the weights before each step, not of those at the end.)
   double selection_loss(std::int64_t epoch) {
-    if (has_array()) return mean_nll(epoch, validation_rows(), [](std::int64_t i) { return i; });
-    if (rows_.held_out() > 0) {
-      return mean_nll(epoch, rows_.held_out(), [&](std::int64_t i) { return rows_.held_out_row(i); });
-    }
-    const Permutation order = rows_.order(0);
-    return mean_nll(epoch, std::min(rows_.train(), kSelectionRows),
-                    [&](std::int64_t i) { return rows_.train_row(order(static_cast<std::uint64_t>(i))); });
+    if (has_array()) return mean_nll(epoch, validation_rows(), RowOrder());
+    if (rows_.held_out() > 0) return mean_nll(epoch, rows_.held_out(), rows_.validating());
+    return mean_nll(epoch, std::min(rows_.train(), kSelectionRows), rows_.shuffled(0));
   }
 
   void finish_epoch(const EpochRecord& record, double loss) {
@@ -414,7 +383,8 @@ class Trainer {
     if (loss < history_.best_loss) {
       history_.best_loss = loss;
       history_.best_epoch = record.epoch;
-      best_ = parameters_;
+      const T* now = static_cast<const T*>(training_->read(false).parameters);
+      std::copy_n(now, best_.size(), best_.data());
     }
     if (options_.patience > 0 && record.epoch - history_.best_epoch >= options_.patience) {
       history_.stop_reason = "patience";
@@ -435,7 +405,8 @@ class Trainer {
   }
 
   CheckpointArrays arrays() {
-    return {parameters_.data(), best_.data(), first_moment_.data(), second_moment_.data(), flow_.num_parameters()};
+    const Training::Arrays own = training_->read(true);
+    return {own.parameters, best_.data(), own.first_moment, own.second_moment, flow_.num_parameters()};
   }
 
   void write_checkpoint() {
@@ -449,7 +420,7 @@ class Trainer {
     struct stat status;
     if (::stat(options_.checkpoint.c_str(), &status) != 0) return;  // none yet; a real fault shows when it is written
     load_checkpoint(options_.checkpoint, *key_, history_, adam_steps_, arrays());
-    backend_->set_parameters(parameters_.data());
+    training_->write();
   }
 
   inline static FitObserver silent_;
@@ -461,9 +432,8 @@ class Trainer {
   std::span<const T> x_, validation_;
   Rows rows_;
   int threads_;
-  std::unique_ptr<Backend> backend_;
-  std::vector<T> parameters_, gradient_, first_moment_, second_moment_, best_;
-  std::vector<std::int64_t> index_;
+  std::unique_ptr<Training> training_;
+  std::vector<T> best_;  // before the first epoch is done, the parameters that training starts from
   std::int64_t slice_ = 0, steps_ = 0, adam_steps_ = 0;
   History history_;
   std::optional<CheckpointKey> key_;

@@ -10,7 +10,7 @@
 
 # Before everything else, so that a failure says what to do about it.
 try:
-    from nvpflow._core import FileFormatError, FlowSpec, TrainingError, __version__, cpu_isa
+    from nvpflow._core import CudaError, FileFormatError, FlowSpec, TrainingError, __version__, cpu_isa
 except ImportError as error:
     raise ImportError(
         f"{error}\nnvpflow's compiled part cannot be imported. Is it not built? Run `pip install .` in the project's "
@@ -19,11 +19,12 @@ except ImportError as error:
         path=error.path,
     ) from error
 
-from nvpflow import functional
+from nvpflow import cuda, functional
 from nvpflow.flow import Flow, build, load
 from nvpflow.training import History
 
 __all__ = [
+    "CudaError",
     "FileFormatError",
     "Flow",
     "FlowSpec",
@@ -32,6 +33,7 @@ __all__ = [
     "__version__",
     "build",
     "cpu_isa",
+    "cuda",
     "functional",
     "load",
 ]

@@ -110,6 +110,7 @@ def _add_training_options(group: Any) -> None:
     _add_option(group, "--validation", metavar="X", default="0.1", help=validation_help)
     _add_option(group, "--seed", type=int, metavar="S", default=0, help="of the weights, the split and the order")
     _add_threads(group)
+    _add_device(group)
     _add_option(
         group, "--max-time", type=float, metavar="SECONDS", help="start no epoch that would end later than this"
     )
@@ -123,6 +124,7 @@ def _add_score(commands: Any) -> None:
     score.add_argument("data", metavar="DATA", help=f"rows: {_TABLES}; converted to the model's dtype")
     _add_table_output(score)
     _add_threads(score)
+    _add_device(score)
 
 
 def _add_sample(commands: Any) -> None:
@@ -133,12 +135,19 @@ def _add_sample(commands: Any) -> None:
     _add_option(sample, "--start", type=int, metavar="I", default=0, help="first row, of the seed's endless sample")
     _add_table_output(sample)
     _add_threads(sample)
+    _add_device(sample)
 
 
 def _add_table_output(command: Any) -> None:
     _add_option(command, "-o", "--output", metavar="OUT", default="-", help=".npy or .csv file to write, - for stdout")
     _add_option(command, "--format", choices=("csv", "npy"), help="of OUT where its name does not say it; stdout: csv")
     _add_option(command, "--force", action="store_true", help="overwrite OUT")
+
+
+def _add_device(command: Any) -> None:
+    _add_option(command, "--device", metavar="DEVICE", default="cpu", help="cpu, cuda or cuda:N")
+    precision_help = "on CUDA: float32, or faster and less exact tf32 or bfloat16"
+    _add_option(command, "--precision", choices=("float32", "tf32", "bfloat16"), default="float32", help=precision_help)
 
 
 def _add_threads(command: Any) -> None:
@@ -188,6 +197,8 @@ def _run_fit(arguments: argparse.Namespace) -> None:
         standardize=not arguments.no_standardize,
         dtype=arguments.dtype,
         seed=arguments.seed,
+        device=arguments.device,
+        precision=arguments.precision,
     )
     say: Callable[..., None] = (lambda *_, **__: None) if arguments.quiet else print
     say(f"data: {arguments.data}, {rows.shape[0]:,} rows x {rows.shape[1]} columns")
@@ -288,7 +299,7 @@ def _validation(arguments: argparse.Namespace, columns: int) -> Any:
 
 def _run_score(arguments: argparse.Namespace) -> None:
     data_io.check_distinct(arguments.output, {"MODEL": arguments.model, "DATA": arguments.data})
-    flow = nvpflow.load(arguments.model)
+    flow = nvpflow.load(arguments.model, device=arguments.device, precision=arguments.precision)
     flow.num_threads = arguments.threads
     kind = data_io.output_format(arguments.output, arguments.format)
     with data_io.open_table(arguments.data) as table:
@@ -301,7 +312,7 @@ def _run_score(arguments: argparse.Namespace) -> None:
 
 
 def _run_sample(arguments: argparse.Namespace) -> None:
-    flow = nvpflow.load(arguments.model)
+    flow = nvpflow.load(arguments.model, device=arguments.device, precision=arguments.precision)
     flow.num_threads = arguments.threads
     columns = flow.spec.input_size
     total = arguments.rows

@@ -23,6 +23,8 @@ def build(
     standardize: bool = False,
     dtype: DTypeLike = "float32",
     seed: int = 0,
+    device: str = "cpu",
+    precision: str = "float32",
 ) -> Flow:
     """Build a RealNVP flow with new weights.
 
@@ -46,6 +48,11 @@ def build(
     seed
         Of the initial weights, in [0, 2**64): the same seed gives the same weights. The last layer of each network
         starts near zero, so that a new flow is near the identity.
+    device
+        "cpu", "cuda" or "cuda:N".
+    precision
+        Of a float32 flow on a CUDA device: "float32" keeps the accuracy of the CPU, "tf32" and "bfloat16" round the
+        factors of every product to 11 and 8 significant bits.
 
     Returns
     -------
@@ -56,6 +63,10 @@ def build(
     ------
     TypeError, ValueError
         Naming the argument, what was given and what was expected.
+    CudaError
+        CUDA cannot be used; the message says why (`nvpflow.cuda.why_unavailable`).
+    MemoryError
+        The device has no room; the message states the sizes.
 
     Notes
     -----
@@ -71,10 +82,17 @@ def build(
         standardize=_checks.boolean("standardize", standardize),
         dtype=_checks.dtype_name("dtype", dtype),
     )
-    return Flow(spec, _checks.integer("seed", seed, unsigned=True))
+    return Flow(
+        spec,
+        _checks.integer("seed", seed, unsigned=True),
+        device=_checks.text("device", device),
+        precision=_checks.text("precision", precision),
+    )
 
 
-def load(path: str | os.PathLike[str], *, spec: FlowSpec | None = None) -> Flow:
+def load(
+    path: str | os.PathLike[str], *, spec: FlowSpec | None = None, device: str = "cpu", precision: str = "float32"
+) -> Flow:
     """Read a model file, or a safetensors file that holds only a RealNVP's weights.
 
     Parameters
@@ -84,6 +102,8 @@ def load(path: str | os.PathLike[str], *, spec: FlowSpec | None = None) -> Flow:
     spec
         The model to expect. Needed only for a file of tensors without a description whose sizes leave the model
         open (the activation is in no tensor: relu is assumed). Otherwise it is compared with the file's own.
+    device, precision
+        As in `build`. A file holds neither: it is the same wherever it was written.
 
     Returns
     -------
@@ -97,22 +117,35 @@ def load(path: str | os.PathLike[str], *, spec: FlowSpec | None = None) -> Flow:
     FileFormatError
         The file is truncated, over-long, foreign, of a newer format, or contradicts itself or `spec`. Nothing in a
         file is executed, and every length is checked before memory is allocated for it.
+    CudaError
+        CUDA cannot be used; the message says why.
     """
     if spec is not None and not isinstance(spec, FlowSpec):
         raise TypeError(f"spec must be a FlowSpec or None, got {_checks.describe(spec)}")
     found, parameters = _core._load_model(_checks.path("path", path), spec)
-    return _restore(Flow, found, parameters, num_threads=0)
+    where = _checks.text("device", device), _checks.text("precision", precision)
+    return _restore(Flow, found, parameters, 0, *where)
 
 
-def _restore(cls: type[Flow], spec: FlowSpec, parameters: NDArray[Any], num_threads: int) -> Flow:
-    flow = cls(spec)
+def _restore(
+    cls: type[Flow], spec: FlowSpec, parameters: NDArray[Any], num_threads: int, device: str, precision: str
+) -> Flow:
+    # A subclass's constructor may take the spec alone, as Flow's did before there were devices.
+    flow = cls(spec) if (device, precision) == ("cpu", "float32") else cls(spec, device=device, precision=precision)
     flow._set_flat_parameters(parameters)
     flow.num_threads = num_threads
     return flow
 
 
-def _unpickle(cls: type[Flow], spec_json: str, parameters: NDArray[Any], num_threads: int) -> Flow:
-    return _restore(cls, FlowSpec.from_json(spec_json), parameters, num_threads)
+def _unpickle(
+    cls: type[Flow],
+    spec_json: str,
+    parameters: NDArray[Any],
+    num_threads: int,
+    device: str = "cpu",
+    precision: str = "float32",
+) -> Flow:
+    return _restore(cls, FlowSpec.from_json(spec_json), parameters, num_threads, device, precision)
 
 
 class Flow(_core.Flow):
@@ -126,6 +159,8 @@ class Flow(_core.Flow):
         What the model is.
     seed
         Of the initial weights, in [0, 2**64).
+    device, precision
+        As in `build`; read them back as ``flow.device`` and ``flow.precision``.
 
     Notes
     -----
@@ -134,6 +169,13 @@ class Flow(_core.Flow):
     calls it safe and refused otherwise. ``out=`` takes the result without an allocation. A row's result depends on
     that row alone, bit for bit: not on the batch, its size, or the number of threads. A row that holds NaN or
     infinity gives NaN. Every method may be called from many threads at once.
+
+    A flow on a CUDA device takes NumPy arrays as every flow does, in chunks, so that they may be larger than the
+    device's memory. It also takes arrays of its device, of PyTorch, CuPy, JAX and whatever else has ``__dlpack__`` or
+    ``__cuda_array_interface__``: C-contiguous, of the model's dtype, without a copy, on the caller's current stream.
+    The result is an array of the same library (`nvpflow.cuda.DeviceArray` for those unknown to nvpflow). With arrays
+    of PyTorch or CuPy and ``out=``, such a call neither allocates nor waits after the first of its size, so that it
+    can be captured in a CUDA graph; capture anew after the weights have changed.
 
     The methods that work on rows are those of the compiled extension itself, with nothing in between: `forward`,
     `inverse`, `log_probability` (also called `log_prob`), `sample`, `nll`, `nll_gradient`, `vjp` and `save`.
@@ -188,6 +230,35 @@ class Flow(_core.Flow):
             flat[at : at + values.size] = values.ravel()
         self._set_flat_parameters(flat)
 
+    def to(self, device: str, precision: str | None = None) -> Flow:
+        """Return a copy of the flow on a device; this one stays where it is.
+
+        Parameters
+        ----------
+        device
+            "cpu", "cuda" or "cuda:N".
+        precision
+            As in `build`. None: that of this flow on a CUDA device, "float32" on the CPU.
+
+        Returns
+        -------
+        Flow
+            With weights of its own, also where nothing changes.
+
+        Raises
+        ------
+        ValueError
+            There is no such device or precision.
+        CudaError
+            CUDA cannot be used; the message says why.
+        MemoryError
+            The device has no room; the message states the sizes.
+        """
+        if precision is None:
+            precision = "float32" if device == "cpu" else self.precision
+        where = _checks.text("device", device), _checks.text("precision", precision)
+        return _restore(type(self), self.spec, self._copy_flat_parameters(), self.num_threads, *where)
+
     def fit(
         self,
         x: ArrayLike,
@@ -217,7 +288,8 @@ class Flow(_core.Flow):
         ----------
         x
             Training rows [N, D], all finite, of the model's dtype or one that NumPy converts to it safely. A C-ordered
-            array of that dtype is read in place (also a memory-mapped one).
+            array of that dtype is read in place (also a memory-mapped one). On a CUDA device they are copied there once
+            and stay until training ends.
         validation
             A share of the rows in [0, 1) to set aside, drawn by `seed`; or rows [M, D] of their own; or None.
         epochs
@@ -297,6 +369,10 @@ class Flow(_core.Flow):
             fields.append(f"scale_bound={spec.scale_bound:g}")
         if spec.standardize:
             fields.append("standardize=True")
+        if self.device != "cpu":
+            fields.append(f"device={self.device!r}")
+        if self.precision != "float32":
+            fields.append(f"precision={self.precision!r}")
         return f"{type(self).__name__}({', '.join(fields)}, {self.num_parameters:,} parameters)"
 
     def __eq__(self, other: object) -> bool:
@@ -308,12 +384,13 @@ class Flow(_core.Flow):
     __hash__ = None  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as the spec's JSON and the weights."""
-        return _unpickle, (type(self), self.spec.to_json(), self._copy_flat_parameters(), self.num_threads)
+        """Pickle as the spec's JSON, the weights and the device, which must be there where it is unpickled."""
+        state = (type(self), self.spec.to_json(), self._copy_flat_parameters(), self.num_threads)
+        return _unpickle, (*state, self.device, self.precision)
 
     def __copy__(self) -> Flow:
         """Return a flow with weights of its own, which start equal to these."""
-        return _restore(type(self), self.spec, self._copy_flat_parameters(), self.num_threads)
+        return self.to(self.device, self.precision)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Flow:
         """As `copy.copy`: nothing is shared there either."""

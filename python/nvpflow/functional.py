@@ -114,7 +114,8 @@ def inverse_coupling_layer(
     rows = _rows("y", y)
     if half_size is not None and _checks.integer("half_size", half_size) != rows.shape[1] // 2:
         raise ValueError(f"half_size={half_size} for {rows.shape[1]} columns, expected {rows.shape[1] // 2}")
-    return _coupling(rows, hidden, scale, translation, even, activation, scale_bound).inverse(rows)
+    inverse: NDArray[Any] = _coupling(rows, hidden, scale, translation, even, activation, scale_bound).inverse(rows)
+    return inverse
 
 
 def log_det_jacobian(scale: ArrayLike) -> NDArray[Any]:

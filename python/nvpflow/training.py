@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nvpflow import _checks
+from nvpflow import _checks, _core
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -219,6 +219,7 @@ def _split(flow: Flow, validation: float | ArrayLike | None) -> tuple[NDArray[An
     if isinstance(validation, (str, bytes, bool)):
         expected = "expected a share of the rows in [0, 1), an array of rows or None"
         raise TypeError(f"validation is {_checks.describe(validation)}, {expected}")
+    validation = _core._host_array(validation)
     if np.ndim(validation) == 0:
         return None, _checks.real("validation", validation)
     return _checks.table("validation", validation, flow.spec.dtype, flow.spec.input_size), 0.0
@@ -236,7 +237,7 @@ def fit(
     """Train `flow`; `Flow.fit` documents the arguments."""
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable or None, got {_checks.describe(callback)}")
-    rows = _checks.table("x", x, flow.spec.dtype, flow.spec.input_size)
+    rows = _checks.table("x", _core._host_array(x), flow.spec.dtype, flow.spec.input_size)
     validation_rows, fraction = _split(flow, validation)
     checked = _checked_options(options) | {"validation_fraction": fraction}
 

@@ -5,6 +5,8 @@
 #include <cfloat>
 #include <functional>
 
+#include "device_arrays.hpp"
+
 namespace nvpflow::python {
 namespace {
 
@@ -142,7 +144,10 @@ void import_numpy() {
   if (_import_array() < 0) throw py::error_already_set();
 }
 
-InputArray input_rows(PyObject* object, const char* name, DType dtype, std::int64_t features) {
+InputArray input_rows(PyObject* object, const char* name, DType dtype, std::int64_t features, int device) {
+  if (!PyArray_CheckExact(object) && is_device_array(object)) {
+    return device_rows(object, name, dtype, features, device);
+  }
   InputArray in;
   in.owner = contiguous(object, name, dtype);
   auto* array = reinterpret_cast<PyArrayObject*>(in.owner.ptr());
@@ -158,7 +163,10 @@ InputArray input_rows(PyObject* object, const char* name, DType dtype, std::int6
   return in;
 }
 
-InputArray input_vector(PyObject* object, const char* name, DType dtype, std::int64_t rows, bool single) {
+InputArray input_vector(PyObject* object, const char* name, DType dtype, const InputArray& x) {
+  if (x.on_device) return device_vector(object, name, dtype, x);
+  const std::int64_t rows = x.rows;
+  const bool single = x.single;
   InputArray in;
   in.owner = contiguous(object, name, dtype);
   auto* array = reinterpret_cast<PyArrayObject*>(in.owner.ptr());
@@ -197,6 +205,11 @@ OutputArray output_array(PyObject* given, const char* name, DType dtype, std::in
   return out;
 }
 
+OutputArray output_array(PyObject* given, const char* name, DType dtype, std::int64_t columns, const InputArray& like) {
+  if (like.on_device) return device_output(given, name, dtype, like.rows, columns, like);
+  return output_array(given, name, dtype, like.rows, columns, like.single);
+}
+
 void refuse_overlap(const OutputArray& out, const char* out_name, const InputArray& in, const char* in_name,
                     std::int64_t in_bytes) {
   if (out.given && overlap(out.data, out.bytes, in.data, in_bytes)) raise_overlap(out_name, in_name);
@@ -207,6 +220,7 @@ void refuse_overlap(const OutputArray& a, const char* a_name, const OutputArray&
 }
 
 PyObject* result_of(OutputArray&& out) {
+  if (out.on_device) return device_result(std::move(out));
   PyObject* array = out.array.release().ptr();
   return out.given ? array : PyArray_Return(reinterpret_cast<PyArrayObject*>(array));
 }

@@ -18,6 +18,12 @@ namespace py = pybind11;
 /// Loads NumPy's C interface; called once, from the module's initialisation.
 void import_numpy();
 
+/// Where a flow is that runs on the CPU; else the index of its CUDA device.
+inline constexpr int kHost = -1;
+
+/// Whose arrays of a device a caller uses: results are of the same kind.
+enum class Library { numpy, torch, cupy, jax, nvpflow, other };
+
 /// A C-contiguous array of the flow's dtype: the caller's own memory where it already is one, else a copy that
 /// NumPy calls safe. Holds a reference.
 struct InputArray {
@@ -25,29 +31,39 @@ struct InputArray {
   void* data = nullptr;
   std::int64_t rows = 0;
   bool single = false;  // came as [D]: results lose the batch axis
+  // In the memory of a CUDA device (device_arrays.hpp): used as it is.
+  bool on_device = false;
+  Library library = Library::numpy;
+  int device = kHost;
+  void* stream = nullptr;  // the caller's
+  py::object source;       // the caller's object
 };
 
-/// [B, D] or [D].
-InputArray input_rows(PyObject* object, const char* name, DType dtype, std::int64_t features);
-/// [B], or a number where `single`.
-InputArray input_vector(PyObject* object, const char* name, DType dtype, std::int64_t rows, bool single);
+/// [B, D] or [D]; for a flow on a CUDA device arrays of that device, too.
+InputArray input_rows(PyObject* object, const char* name, DType dtype, std::int64_t features, int device);
+/// [B], or a number where x is a single row; where x is.
+InputArray input_vector(PyObject* object, const char* name, DType dtype, const InputArray& x);
 
 struct OutputArray {
   py::object array;
   void* data = nullptr;
   std::int64_t bytes = 0;
   bool given = false;
+  bool on_device = false;
+  Library library = Library::numpy;
 };
 
 /// Of shape [rows, columns], or [rows] where columns is 0; without the batch axis where `single`. `given`: null or None
 /// for a new array, else the caller's, which must have exactly this shape and dtype, be C-contiguous and writable.
 OutputArray output_array(PyObject* given, const char* name, DType dtype, std::int64_t rows, std::int64_t columns,
                          bool single);
+/// The same beside an input: single as it is, in the memory where it is, of its library.
+OutputArray output_array(PyObject* given, const char* name, DType dtype, std::int64_t columns, const InputArray& like);
 void refuse_overlap(const OutputArray& out, const char* out_name, const InputArray& in, const char* in_name,
                     std::int64_t in_bytes);
 void refuse_overlap(const OutputArray& a, const char* a_name, const OutputArray& b, const char* b_name);
 
-/// What the caller gets: `out` itself where given, a NumPy scalar for a new array without axes.
+/// What the caller gets: `out` itself where given, a NumPy scalar for a new array of the host without axes.
 PyObject* result_of(OutputArray&& out);
 
 /// A read-only array that looks at `data` and keeps `owner` alive.

@@ -18,6 +18,7 @@
 #include "../../cpp/src/file_format.hpp"
 #include "../../cpp/src/parallel.hpp"
 #include "bound_flow.hpp"
+#include "device_arrays.hpp"
 
 namespace nvpflow::python {
 namespace {
@@ -33,6 +34,7 @@ constexpr auto kProgressInterval = std::chrono::milliseconds(50);
 
 PyObject* file_format_error = nullptr;
 PyObject* training_error = nullptr;
+PyObject* cuda_error = nullptr;
 
 /// Messages may quote a path that is not UTF-8: such bytes come through as the surrogates that os.fsdecode gives.
 void set_text(PyObject* type, const char* message) {
@@ -65,6 +67,8 @@ void set_error(const Error& error) {
       return set_text(training_error, error.what());
     case ErrorCode::unavailable:
       return set_text(PyExc_RuntimeError, error.what());
+    case ErrorCode::device:
+      return set_text(cuda_error, error.what());
     case ErrorCode::io:
       return set_os_error(error);
   }
@@ -161,9 +165,34 @@ auto by_dtype(DType dtype, F&& f) {
   return dtype == DType::float32 ? f(float{}) : f(double{});
 }
 
+void require_some(const InputArray& in) {
+  if (in.rows > 0) return;
+  throw Error(ErrorCode::invalid_argument, "x has no rows: the mean over an empty batch is not defined");
+}
+
+/// What the caller gets, as an object; a new array of the host stays one also without axes.
+py::object taken(OutputArray&& out) {
+  return out.on_device ? py::reinterpret_steal<py::object>(result_of(std::move(out))) : out.array;
+}
+
+/// An array of the flow's parameters' size, in the memory and of the library of x.
+OutputArray parameter_array(const BoundFlow& self, const char* name, const InputArray& x) {
+  InputArray like = x;
+  like.rows = self.flow.num_parameters();
+  like.single = false;
+  return output_array(nullptr, name, self.dtype, 0, like);
+}
+
 double nll(const BoundFlow& self, const py::object& x) {
-  const InputArray in = input_rows(x.ptr(), "x", self.dtype, self.features);
+  const InputArray in = input_rows(x.ptr(), "x", self.dtype, self.features, self.device);
   double result = 0;
+  if (in.on_device) {
+    require_some(in);
+    run_beside(self, in, in.rows, [&](const Execution& how) {
+      result = -self.flow.backend().sum_log_prob(in.data, nullptr, in.rows, how) / static_cast<double>(in.rows);
+    });
+    return result;
+  }
   run_released(self, in.rows, [&] {
     result =
         by_dtype(self.dtype, [&](auto t) { return self.flow.nll(view<decltype(t)>(in, in.rows * self.features)); });
@@ -172,9 +201,18 @@ double nll(const BoundFlow& self, const py::object& x) {
 }
 
 py::tuple nll_gradient(const BoundFlow& self, const py::object& x) {
-  const InputArray in = input_rows(x.ptr(), "x", self.dtype, self.features);
-  OutputArray gradient = output_array(nullptr, "gradient", self.dtype, self.flow.num_parameters(), 0, false);
+  const InputArray in = input_rows(x.ptr(), "x", self.dtype, self.features, self.device);
+  OutputArray gradient = parameter_array(self, "gradient", in);
   double result = 0;
+  if (in.on_device) {
+    require_some(in);
+    run_beside(self, in, in.rows, [&](const Execution& how) {
+      const Backend& backend = self.flow.backend();
+      const double sum = backend.nll_gradient(in.data, nullptr, in.rows, in.rows, gradient.data, false, how);
+      result = -sum / static_cast<double>(in.rows);
+    });
+    return py::make_tuple(result, taken(std::move(gradient)));
+  }
   run_released(self, kGradientCost * in.rows, [&] {
     result = by_dtype(self.dtype, [&](auto t) {
       using T = decltype(t);
@@ -184,41 +222,42 @@ py::tuple nll_gradient(const BoundFlow& self, const py::object& x) {
   return py::make_tuple(result, gradient.array);
 }
 
+void require_beside(const InputArray& array, const char* name, const InputArray& x) {
+  if (array.on_device == x.on_device) return;
+  throw Error(ErrorCode::invalid_argument, std::string(x.on_device ? "x" : name) + " is on a CUDA device, " +
+                                               (x.on_device ? name : "x") +
+                                               " in the host's memory; expected both in one place");
+}
+
 py::tuple vjp(const BoundFlow& self, const py::object& x, const py::object& grad_out, const py::object& grad_log_det,
               const std::string& direction) {
   if (direction != "forward" && direction != "inverse") {
     throw Error(ErrorCode::invalid_argument, "direction is '" + direction + "', expected 'forward' or 'inverse'");
   }
-  const InputArray in = input_rows(x.ptr(), "x", self.dtype, self.features);
+  const Direction way = direction == "forward" ? Direction::forward : Direction::inverse;
+  const InputArray in = input_rows(x.ptr(), "x", self.dtype, self.features, self.device);
   InputArray g_out, g_log_det;
-  std::int64_t out_size = 0, log_det_size = 0;
   if (!grad_out.is_none()) {
-    g_out = input_rows(grad_out.ptr(), "grad_out", self.dtype, self.features);
+    g_out = input_rows(grad_out.ptr(), "grad_out", self.dtype, self.features, self.device);
+    require_beside(g_out, "grad_out", in);
     if (g_out.rows != in.rows || g_out.single != in.single) {
       throw Error(ErrorCode::invalid_argument, "grad_out has " + std::to_string(g_out.rows) +
                                                    " rows or another number of axes than x, expected the shape of x");
     }
-    out_size = in.rows * self.features;
   }
-  if (!grad_log_det.is_none()) {
-    g_log_det = input_vector(grad_log_det.ptr(), "grad_log_det", self.dtype, in.rows, in.single);
-    log_det_size = in.rows;
-  }
-  OutputArray grad_in = output_array(nullptr, "grad_x", self.dtype, in.rows, self.features, in.single);
-  OutputArray parameters = output_array(nullptr, "grad_parameters", self.dtype, self.flow.num_parameters(), 0, false);
-  run_released(self, kGradientCost * in.rows, [&] {
-    by_dtype(self.dtype, [&](auto t) {
-      using T = decltype(t);
-      self.flow.vjp(direction == "forward" ? Direction::forward : Direction::inverse,
-                    view<T>(in, in.rows * self.features), view<T>(g_out, out_size), view<T>(g_log_det, log_det_size),
-                    view<T>(grad_in), view<T>(parameters));
-    });
+  if (!grad_log_det.is_none()) g_log_det = input_vector(grad_log_det.ptr(), "grad_log_det", self.dtype, in);
+  OutputArray grad_in = output_array(nullptr, "grad_x", self.dtype, self.features, in);
+  OutputArray parameters = parameter_array(self, "grad_parameters", in);
+  // All arrays are checked or new: the backend needs no more.
+  run_beside(self, in, kGradientCost * in.rows, [&](const Execution& how) {
+    self.flow.backend().vjp(way, in.data, in.rows, g_out.data, g_log_det.data, grad_in.data, parameters.data, false,
+                            how);
   });
-  return py::make_tuple(grad_in.array, parameters.array);
+  return py::make_tuple(taken(std::move(grad_in)), taken(std::move(parameters)));
 }
 
 py::tuple conditioner(const BoundFlow& self, std::int64_t layer, const py::object& x) {
-  const InputArray in = input_rows(x.ptr(), "x", self.dtype, self.features);
+  const InputArray in = input_rows(x.ptr(), "x", self.dtype, self.features, kHost);
   const FlowSpec& spec = self.flow.spec();
   const bool known = layer >= 0 && layer < static_cast<std::int64_t>(spec.layers.size());
   const std::int64_t width = known ? spec.transformed(spec.layers[static_cast<std::size_t>(layer)]).count : 1;
@@ -234,7 +273,7 @@ py::tuple conditioner(const BoundFlow& self, std::int64_t layer, const py::objec
 }
 
 void set_flat_parameters(BoundFlow& self, const py::object& values) {
-  const InputArray in = input_rows(values.ptr(), "parameters", self.dtype, self.flow.num_parameters());
+  const InputArray in = input_rows(values.ptr(), "parameters", self.dtype, self.flow.num_parameters(), kHost);
   if (!in.single) throw Error(ErrorCode::invalid_argument, "parameters has two axes, expected one");
   const GilReleased released;
   by_dtype(self.dtype, [&](auto t) { self.flow.set_parameters(view<decltype(t)>(in, self.flow.num_parameters())); });
@@ -342,7 +381,7 @@ class PythonObserver final : public FitObserver {
 py::dict fit_flow(BoundFlow& self, const py::object& x, const py::object& validation, const py::dict& options,
                   const py::object& on_progress, const py::object& on_epoch) {
   const auto rows_of = [&](const py::object& array, const char* name) {
-    InputArray in = input_rows(array.ptr(), name, self.dtype, self.features);
+    InputArray in = input_rows(array.ptr(), name, self.dtype, self.features, kHost);
     if (in.single) {
       throw Error(ErrorCode::invalid_argument,
                   std::string(name) + " has one axis, expected (N, " + std::to_string(self.features) + ")");
@@ -406,13 +445,20 @@ void set_num_threads(BoundFlow& self, const py::object& threads) { self.flow.set
 
 void bind_flow(py::module_& module) {
   py::class_<BoundFlow> type(module, "Flow", "The compiled part of nvpflow.Flow.");
-  type.def(py::init([](const BoundSpec& spec, std::uint64_t seed) {
-             const GilReleased released;
-             return std::make_unique<BoundFlow>(spec, seed);
-           }),
-           py::arg("spec"), py::arg("seed") = 0)
+  type.def(py::init(
+               [](const BoundSpec& spec, std::uint64_t seed, const std::string& device, const std::string& precision) {
+                 const GilReleased released;
+                 return std::make_unique<BoundFlow>(spec, seed, parse_device(device), parse_precision(precision));
+               }),
+           py::arg("spec"), py::arg("seed") = 0, py::kw_only(), py::arg("device") = "cpu",
+           py::arg("precision") = "float32")
       .def_property_readonly("spec", on_ready(+[](const BoundFlow& f) { return BoundSpec(f.flow.spec()); }))
       .def_property_readonly("num_parameters", on_ready(+[](const BoundFlow& f) { return f.flow.num_parameters(); }))
+      .def_property_readonly("device", on_ready(+[](const BoundFlow& f) { return name_of(f.flow.device()); }),
+                             "Where the flow runs: 'cpu' or 'cuda:N'.")
+      .def_property_readonly("precision",
+                             on_ready(+[](const BoundFlow& f) { return std::string(name_of(f.flow.precision())); }),
+                             "How products of float32 numbers are formed: 'float32', 'tf32' or 'bfloat16'.")
       .def_property("num_threads", on_ready(+[](const BoundFlow& f) { return f.flow.num_threads(); }),
                     on_ready(&set_num_threads),
                     "Threads of a batch call; 0: as many as this process may use. Small batches use fewer.")
@@ -464,13 +510,18 @@ PyObject* new_exception(py::module_& module, const char* name, PyObject* base, c
 
 }  // namespace
 
-BoundFlow::BoundFlow(const FlowSpec& spec, std::uint64_t seed)
-    : flow(spec, seed), dtype(spec.dtype), features(spec.input_size) {
+BoundFlow::BoundFlow(const FlowSpec& spec, std::uint64_t seed, Device on, Precision precision)
+    : flow(spec, seed, on, precision),
+      dtype(spec.dtype),
+      features(spec.input_size),
+      device(on.kind == DeviceKind::cuda ? on.index : kHost) {
   double flops = kRowFlops;
   for (const TensorInfo& t : flow.layout().tensors()) {
     flops += (t.role == TensorRole::bias ? kOutputFlops : 2.0) * static_cast<double>(t.size);
   }
-  release_rows = std::max<std::int64_t>(1, static_cast<std::int64_t>(kReleaseFlops / flops));
+  // Calls to a device's driver may wait, however few the rows are.
+  const double least = device == kHost ? kReleaseFlops : 0;
+  release_rows = std::max<std::int64_t>(1, static_cast<std::int64_t>(least / flops));
 }
 
 void raise_uninitialised() {
@@ -532,6 +583,8 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   training_error =
       new_exception(module, "TrainingError", PyExc_ArithmeticError,
                     "Training met a NaN or infinite loss or gradient; the flow keeps the best weights so far.");
+  cuda_error =
+      new_exception(module, "CudaError", PyExc_RuntimeError, "CUDA cannot be used here, or a CUDA device failed.");
   py::register_exception_translator([](std::exception_ptr p) {
     try {
       if (p) std::rethrow_exception(p);
@@ -547,6 +600,10 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   module.def("activation_names", [] { return py::tuple(py::cast(activation_names())); });
   module.def("available_threads", &available_threads, "Threads this process may use (affinity and cgroup quota).");
   module.def("_load_model", &load_file, py::arg("path"), py::arg("expected") = py::none());
+  module.def("cuda_why_unavailable", &cuda_why_unavailable, py::call_guard<GilReleased>());
+  module.def("cuda_device_count", &cuda_device_count, py::call_guard<GilReleased>());
+  module.def("cuda_device_name", &cuda_device_name, py::arg("index"));
+  bind_device_array(module);
   bind_spec(module);
   bind_flow(module);
 }

@@ -27,11 +27,13 @@ struct BoundFlow : ZeroedMemory {
   Flow flow;
   DType dtype;
   std::int64_t features;
+  /// Index of the CUDA device, or kHost.
+  int device;
   /// From this many rows on a call is long enough (about five microseconds) to let other Python threads run.
   std::int64_t release_rows;
   bool ready = true;
 
-  BoundFlow(const FlowSpec& spec, std::uint64_t seed);
+  BoundFlow(const FlowSpec& spec, std::uint64_t seed, Device device, Precision precision);
   int threads() const;
   /// Throws where the object was never initialised.
   void require_ready() const;
@@ -72,6 +74,17 @@ void run_released(const BoundFlow& flow, std::int64_t rows, F&& f) {
   } else {
     f();
   }
+}
+
+/// Calls f(execution) on arrays that lie where x does.
+template <class F>
+void run_beside(const BoundFlow& flow, const InputArray& x, std::int64_t rows, F&& f) {
+  run_released(flow, rows, [&] {
+    if (!x.on_device) return f(Execution(flow.threads()));
+    f(Execution::on_stream(x.stream));
+    // These libraries know nothing of the stream: their arrays may go as soon as the call is over.
+    if (x.library == Library::jax || x.library == Library::other) cuda_synchronize(x.device, x.stream);
+  });
 }
 
 }  // namespace nvpflow::python

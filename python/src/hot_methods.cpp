@@ -3,6 +3,7 @@
 #include <random>
 
 #include "bound_flow.hpp"
+#include "device_arrays.hpp"
 
 namespace nvpflow::python {
 namespace {
@@ -93,10 +94,11 @@ PyObject* log_probability(PyObject* self, PyObject* const* args, Py_ssize_t coun
   return guarded([&] {
     const BoundFlow& flow = bound(self);
     const Arguments given("log_probability", 1, {names().x, names().out}, args, count, keywords);
-    const InputArray x = input_rows(given[0], "x", flow.dtype, flow.features);
-    OutputArray out = output_array(given[1], "out", flow.dtype, x.rows, 0, x.single);
+    const InputArray x = input_rows(given[0], "x", flow.dtype, flow.features, flow.device);
+    OutputArray out = output_array(given[1], "out", flow.dtype, 0, x);
     refuse_overlap(out, "out", x, "x", x.rows * flow.row_bytes());
-    run_released(flow, x.rows, [&] { flow.flow.backend().log_prob(x.data, x.rows, out.data, flow.threads()); });
+    run_beside(flow, x, x.rows,
+               [&](const Execution& how) { flow.flow.backend().log_prob(x.data, x.rows, out.data, how); });
     return result_of(std::move(out));
   });
 }
@@ -118,13 +120,13 @@ PyObject* transform_pair(const BoundFlow& flow, Direction direction, const Input
                          PyObject* out, const char* first) {
   constexpr const char* second = "out[1] (log_det)";
   const auto [out_first, out_second] = out_pair(out);
-  OutputArray value = output_array(out_first, first, flow.dtype, in.rows, flow.features, in.single);
-  OutputArray log_det = output_array(out_second, second, flow.dtype, in.rows, 0, in.single);
+  OutputArray value = output_array(out_first, first, flow.dtype, flow.features, in);
+  OutputArray log_det = output_array(out_second, second, flow.dtype, 0, in);
   refuse_overlap(value, first, in, in_name, in.rows * flow.row_bytes());
   refuse_overlap(log_det, second, in, in_name, in.rows * flow.row_bytes());
   refuse_overlap(value, first, log_det, second);
-  run_released(flow, in.rows, [&] {
-    flow.flow.backend().transform(direction, in.data, in.rows, value.data, log_det.data, flow.threads());
+  run_beside(flow, in, in.rows, [&](const Execution& how) {
+    flow.flow.backend().transform(direction, in.data, in.rows, value.data, log_det.data, how);
   });
   auto a = py::reinterpret_steal<py::object>(result_of(std::move(value)));
   auto b = py::reinterpret_steal<py::object>(result_of(std::move(log_det)));
@@ -138,7 +140,7 @@ PyObject* forward(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObj
   return guarded([&] {
     const BoundFlow& flow = bound(self);
     const Arguments given("forward", 1, {names().x, names().out}, args, count, keywords);
-    const InputArray x = input_rows(given[0], "x", flow.dtype, flow.features);
+    const InputArray x = input_rows(given[0], "x", flow.dtype, flow.features, flow.device);
     return transform_pair(flow, Direction::forward, x, "x", given[1], "out[0] (z)");
   });
 }
@@ -147,14 +149,14 @@ PyObject* inverse(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObj
   return guarded([&]() -> PyObject* {
     const BoundFlow& flow = bound(self);
     const Arguments given("inverse", 1, {names().z, names().with_log_det, names().out}, args, count, keywords);
-    const InputArray z = input_rows(given[0], "z", flow.dtype, flow.features);
+    const InputArray z = input_rows(given[0], "z", flow.dtype, flow.features, flow.device);
     const int with_log_det = given[1] == nullptr ? 0 : PyObject_IsTrue(given[1]);
     if (with_log_det < 0) throw py::error_already_set();
     if (with_log_det != 0) return transform_pair(flow, Direction::inverse, z, "z", given[2], "out[0] (x)");
-    OutputArray out = output_array(given[2], "out", flow.dtype, z.rows, flow.features, z.single);
+    OutputArray out = output_array(given[2], "out", flow.dtype, flow.features, z);
     refuse_overlap(out, "out", z, "z", z.rows * flow.row_bytes());
-    run_released(flow, z.rows, [&] {
-      flow.flow.backend().transform(Direction::inverse, z.data, z.rows, out.data, nullptr, flow.threads());
+    run_beside(flow, z, z.rows, [&](const Execution& how) {
+      flow.flow.backend().transform(Direction::inverse, z.data, z.rows, out.data, nullptr, how);
     });
     return result_of(std::move(out));
   });
@@ -209,8 +211,14 @@ PyObject* sample(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObje
                                              .c_str());
       throw py::error_already_set();
     }
-    OutputArray out = output_array(given[3], "out", flow.dtype, rows, flow.features, false);
-    run_released(flow, rows, [&] { flow.flow.backend().sample(seed, start, rows, out.data, flow.threads()); });
+    InputArray where;  // the host's memory, or that of `out`
+    if (flow.device != kHost && given.given(3) && is_device_array(given[3])) {
+      where = device_target(given[3], "out", flow.device);
+    }
+    where.rows = rows;
+    OutputArray out = output_array(given[3], "out", flow.dtype, flow.features, where);
+    run_beside(flow, where, rows,
+               [&](const Execution& how) { flow.flow.backend().sample(seed, start, rows, out.data, how); });
     return result_of(std::move(out));
   });
 }
@@ -222,11 +230,15 @@ PyMethodDef kMethods[] = {
      "Exact log-density log p(x) = log N(z; 0, I) + log|det dz/dx|, in nats.\n\n"
      "Parameters\n----------\n"
      "x : array, [B, D] or [D]\n    Rows. A C-contiguous array of the flow's dtype is used in place; others are\n"
-     "    converted where NumPy calls that safe.\n"
+     "    converted where NumPy calls that safe. A flow on a CUDA device also takes arrays of that device, of\n"
+     "    PyTorch, CuPy, JAX or anything with DLPack or ``__cuda_array_interface__``, as they are, on the caller's\n"
+     "    current stream; the result is an array of the same library.\n"
      "out : array, [B], optional\n    Where the result is written; must not overlap ``x``. ``()`` for one row.\n\n"
      "Returns\n-------\narray, [B], or a NumPy scalar for one row. NaN for a row that holds NaN or inf.\n\n"
      "Raises\n------\nTypeError\n    A dtype that would lose digits.\n"
-     "ValueError\n    A wrong shape, or an ``out`` that cannot be written in place.\n"},
+     "ValueError\n    A wrong shape or device, or an ``out`` that cannot be written in place.\n"
+     "MemoryError\n    With the size; the flow can be used on.\n"
+     "nvpflow.CudaError\n    The CUDA device failed, or this process was forked from one that used it.\n"},
     {"log_prob", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(log_probability)),
      METH_FASTCALL | METH_KEYWORDS,
      "log_prob($self, x, *, out=None)\n--\n\nThe same as `log_probability`, under the field's other name."},

@@ -1,11 +1,13 @@
 // The seam between a flow and the hardware that runs it. Few, fat calls on whole flows: fusion is each backend's
 // private matter. Arrays are row-major, of the flow's dtype, non-overlapping and already checked by the caller;
-// const calls may run concurrently with each other and with set_parameters.
+// const calls may run concurrently with each other and with set_parameters. They lie in the host's memory unless
+// Execution says otherwise.
 #pragma once
 
 #include <cstdint>
 #include <memory>
 
+#include <nvpflow/device.hpp>
 #include <nvpflow/spec.hpp>
 
 namespace nvpflow {
@@ -23,6 +25,77 @@ struct AdamStep {
   double gradient_factor = 1.0;  // multiplies every gradient first (norm clipping)
 };
 
+/// How a call runs and where its arrays are.
+struct Execution {
+  /// Of the host: the CPU backend's work, or a device's copies from and to arrays of the host.
+  int threads = 1;
+  /// All arrays of the call lie in the memory of the backend's device. The call is queued on `stream` (a cudaStream_t;
+  /// null: the legacy default stream) and returns at once, unless it returns a number. Once a call of that kind and
+  /// size was made on that stream it neither allocates nor synchronises, so that it can be captured in a CUDA graph;
+  /// the graph reads the parameters that were set when it was captured, until the second set_parameters after that.
+  bool device_arrays = false;
+  void* stream = nullptr;
+
+  Execution(int host_threads) : threads(host_threads) {}
+  static Execution on_stream(void* s) {
+    Execution how(1);
+    how.device_arrays = true;
+    how.stream = s;
+    return how;
+  }
+};
+
+struct RowOrder;
+
+/// Rows of a training run, in the host's memory; they outlive it.
+struct TrainingData {
+  const void* x = nullptr;
+  std::int64_t rows = 0;
+  const void* validation = nullptr;  // null: none of its own
+  std::int64_t validation_rows = 0;
+};
+
+/// What the work since the last report came to.
+struct TrainingReport {
+  double sum_log_prob = 0;    // over all rows since then, float64
+  double gradient_norm = 0;   // of the last update, before clipping
+  std::int64_t bad_step = 0;  // AdamStep::step of the first update that was refused; 0: none
+  bool bad_loss = false;      // because of its loss, else of its gradient's norm
+  double bad_value = 0;       // what that was: NaN or infinite
+};
+
+/// The optimiser's side of a training run: its data, parameters, gradient and moments, kept where the backend wants
+/// them, and packed parameters of its own, so that calls on the flow meanwhile see the old ones. One thread at a time.
+class Training {
+ public:
+  virtual ~Training() = default;
+
+  /// Forms the gradient of -(1 / total_rows) times the sum of log p over rows order(first), ...,
+  /// order(first + count - 1) of x; with `accumulate` adds to the one before: a batch may come in slices.
+  virtual void gradient(const RowOrder& order, std::int64_t first, std::int64_t count, std::int64_t total_rows,
+                        bool accumulate) = 0;
+  /// One Adam update of kernels and biases by that gradient, scaled down to clip_norm where it is longer (0: never);
+  /// weight_decay acts on kernels alone. Where the batch's loss or the gradient's norm is not finite it is refused, as
+  /// is every later one.
+  virtual void update(const AdamStep& step, double clip_norm) = 0;
+  /// Adds log p of rows of x, or of the validation rows, to the report's sum.
+  virtual void add_log_prob(bool validation, const RowOrder& order, std::int64_t first, std::int64_t count) = 0;
+
+  /// Waits for all of the above.
+  virtual TrainingReport report() = 0;
+  /// Updates worth queueing between two reports; 1: work is done when its call returns, a report costs nothing.
+  virtual std::int64_t steps_per_report() const = 0;
+
+  /// Flat arrays in the host's memory, valid until the next call. Changes of them count after write().
+  struct Arrays {
+    void* parameters;
+    void* first_moment;
+    void* second_moment;
+  };
+  virtual Arrays read(bool moments) = 0;
+  virtual void write() = 0;
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -33,40 +106,52 @@ class Backend {
 
   /// out [rows, D]; log_det [rows] may be null; it belongs to the direction that is run.
   virtual void transform(Direction direction, const void* in, std::int64_t rows, void* out, void* log_det,
-                         int threads) const = 0;
+                         const Execution& how) const = 0;
   /// out [rows] = log N(z; 0, I) + log|det dz/dx|, nats.
-  virtual void log_prob(const void* x, std::int64_t rows, void* out, int threads) const = 0;
+  virtual void log_prob(const void* x, std::int64_t rows, void* out, const Execution& how) const = 0;
   /// x [rows, D] = inverse(noise), row i from the noise of row first_row + i of `seed`.
-  virtual void sample(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* x, int threads) const = 0;
+  virtual void sample(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* x,
+                      const Execution& how) const = 0;
   /// noise [rows, D]: the standard normals that sample() starts from.
-  virtual void noise(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* z, int threads) const = 0;
+  virtual void noise(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* z,
+                     const Execution& how) const = 0;
   /// Log-scale s and shift t, each [rows, |b|], of coupling layer `layer` on its own input [rows, D].
   virtual void conditioner(std::int64_t layer, const void* in, std::int64_t rows, void* s, void* t,
-                           int threads) const = 0;
+                           const Execution& how) const = 0;
 
   /// Vector-Jacobian product of `direction`. Given grad_out [rows, D] and grad_log_det [rows] (either may be null:
   /// zero), writes grad_in [rows, D] (may be null) and writes or adds to grad_parameters (may be null), flat.
   virtual void vjp(Direction direction, const void* in, std::int64_t rows, const void* grad_out,
                    const void* grad_log_det, void* grad_in, void* grad_parameters, bool accumulate,
-                   int threads) const = 0;
+                   const Execution& how) const = 0;
   /// Sum over the rows of log p, nats. Writes or adds to grad_parameters, flat, the gradient of
   /// -(1 / total_rows) times that sum: a batch of total_rows may come in slices. index: null, or the rows of x to
   /// take, in order.
   virtual double nll_gradient(const void* x, const std::int64_t* index, std::int64_t rows, std::int64_t total_rows,
-                              void* grad_parameters, bool accumulate, int threads) const = 0;
+                              void* grad_parameters, bool accumulate, const Execution& how) const = 0;
   /// Sum over rows of log p, in float64, in a fixed order.
-  virtual double sum_log_prob(const void* x, const std::int64_t* index, std::int64_t rows, int threads) const = 0;
+  virtual double sum_log_prob(const void* x, const std::int64_t* index, std::int64_t rows,
+                              const Execution& how) const = 0;
 
   /// One Adam update of `count` elements; all arrays of the flow's dtype.
   virtual void adam_step(const AdamStep& step, std::int64_t count, const void* gradient, void* first_moment,
                          void* second_moment, void* parameters) const = 0;
   /// Sum of squares in float64, in a fixed order.
   virtual double sum_of_squares(const void* values, std::int64_t count) const = 0;
+
+  /// A training run that starts from the flat `parameters`.
+  virtual std::unique_ptr<Training> begin_training(const TrainingData& data, const void* parameters, std::int64_t batch,
+                                                   int threads) const = 0;
 };
 
 /// The CPU backend, on the instruction set that isa.cpp chose. Throws Error(unavailable) where NVPFLOW_ISA names an
 /// unknown or unsupported one.
 std::unique_ptr<Backend> make_cpu_backend(const FlowSpec& spec, const ParamLayout& layout);
+
+/// The CUDA backend on one device. Throws Error(device) where CUDA cannot be used, with the reason of
+/// cuda_why_unavailable(), and Error(invalid_argument) for a device that is not there.
+std::unique_ptr<Backend> make_cuda_backend(const FlowSpec& spec, const ParamLayout& layout, int device_index,
+                                           Precision precision);
 
 /// "baseline", "avx2", "avx512" or "neon": what the CPU kernels run on in this process.
 const char* cpu_isa();

@@ -13,7 +13,8 @@ enum class ErrorCode {
   io,                // the operating system refused; Error::system_error() holds errno
   file_format,       // a model file is damaged, foreign or newer than this library
   not_finite,        // training met a NaN or infinite loss or gradient
-  unavailable,       // the device or instruction set that was asked for is not here
+  unavailable,       // the instruction set that was asked for is not here
+  device,            // CUDA cannot be used here, or a CUDA device failed
 };
 
 /// Thrown by every function of the library that can fail. The message names the argument, what came and what

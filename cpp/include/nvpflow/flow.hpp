@@ -19,10 +19,15 @@ namespace nvpflow {
 ///
 /// Const members may be called from any number of threads at once, also while another thread replaces the parameters:
 /// each call sees the old or the new ones whole.
+///
+/// Spans are the host's memory on every device: a CUDA flow copies in chunks, so that they may be larger than the
+/// device's memory. Arrays in the device's memory go through backend() and Execution::on_stream. CUDA flows throw
+/// Error(device) where the device fails, and in a forked child; Error(out_of_memory), after which they can be used on.
 class Flow {
  public:
-  /// A new flow with initialize_parameters(spec, seed).
-  explicit Flow(FlowSpec spec, std::uint64_t seed = 0);
+  /// A new flow with initialize_parameters(spec, seed). Throws Error(device) where CUDA cannot be used, and
+  /// Error(invalid_argument) for a device that is not there or a precision that it does not have.
+  explicit Flow(FlowSpec spec, std::uint64_t seed = 0, Device device = {}, Precision precision = Precision::float32);
   ~Flow();
   Flow(Flow&&) noexcept;
   Flow& operator=(Flow&&) noexcept;
@@ -31,13 +36,19 @@ class Flow {
   Flow& operator=(const Flow&);
 
   /// The file formats of file_format.hpp. Throws Error(io) or Error(file_format).
-  static Flow load(const std::string& path);
+  static Flow load(const std::string& path, Device device = {}, Precision precision = Precision::float32);
   /// As load; for a file without a spec of its own (tensors alone) whose spec cannot be read off them, or to check it.
-  static Flow load(const std::string& path, const FlowSpec& expected);
+  static Flow load(const std::string& path, const FlowSpec& expected, Device device = {},
+                   Precision precision = Precision::float32);
   /// Atomic: writes beside `path`, syncs, renames. On failure the old file is as it was.
   void save(const std::string& path) const;
 
+  /// A copy on another device, or of another precision.
+  Flow to(Device device, Precision precision = Precision::float32) const;
+
   const FlowSpec& spec() const;
+  Device device() const;
+  Precision precision() const;
   const ParamLayout& layout() const;
   std::int64_t num_parameters() const;
   /// Threads of a batch call: 0, as many as this process may use; small batches use fewer.
@@ -88,6 +99,7 @@ class Flow {
 
  private:
   struct State;
+  explicit Flow(std::unique_ptr<State> state);
   std::unique_ptr<State> state_;
 };
 

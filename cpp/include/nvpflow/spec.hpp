@@ -82,6 +82,9 @@ struct TensorInfo {
   std::int64_t layer = 0;  // index into FlowSpec::layers
 };
 
+/// Whether training changes this tensor by its gradient: kernels and biases, not what is set from the data.
+inline bool is_trained(const TensorInfo& t) { return t.role == TensorRole::kernel || t.role == TensorRole::bias; }
+
 /// The flat parameter buffer: tensors in layer order without gaps. Per coupling k (counted over couplings only):
 /// flow_{k}_coupling_dense_{j}.kernel/.bias for each hidden layer, flow_{k}_scale.*, flow_{k}_translation.*.
 /// Per standardize layer i: standardize_{i}.mean, standardize_{i}.log_std.

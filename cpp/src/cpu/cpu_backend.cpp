@@ -1,17 +1,15 @@
 // The CPU backend: keeps the packed parameters, splits rows among threads, calls the kernel table.
 
 #include <algorithm>
-#include <array>
-#include <atomic>
 #include <cmath>
 #include <cstring>
-#include <mutex>
-#include <thread>
 #include <vector>
 
 #include <nvpflow/backend.hpp>
 #include <nvpflow/error.hpp>
 
+#include "../host_training.hpp"
+#include "../left_right.hpp"
 #include "../parallel.hpp"
 #include "isa.hpp"
 #include "packed.hpp"
@@ -42,83 +40,6 @@ T* thread_scratch(std::int64_t elements) {
   thread_local AlignedBuffer buffer;
   return static_cast<T*>(buffer.reserve(elements * static_cast<std::int64_t>(sizeof(T))));
 }
-
-/// A value in two copies, one of which readers use while the other is rewritten: readers never wait, lock or allocate
-/// (Ramalhete and Correia, Brief announcement: Left-Right, PODC 2015).
-template <class Value>
-class LeftRight {
- public:
-  /// What a reader holds while it reads.
-  class Reading {
-   public:
-    explicit Reading(const LeftRight& owner)
-        : slot_(owner.shared_.get().readers[static_cast<std::size_t>(owner.version_.load())][shard()].count) {
-      slot_.fetch_add(1);
-      value_ = owner.values_[static_cast<std::size_t>(owner.side_.load())].get();
-    }
-    ~Reading() { slot_.fetch_sub(1); }
-    Reading(const Reading&) = delete;
-    Reading& operator=(const Reading&) = delete;
-
-    const Value& operator*() const { return *value_; }
-    const Value* operator->() const { return value_; }
-
-   private:
-    std::atomic<std::int64_t>& slot_;
-    const Value* value_;
-  };
-
-  template <class Make>
-  explicit LeftRight(Make make) : values_{make(), nullptr} {}
-
-  /// make: a new Value, for the first rewrite; write: fills the side that no reader sees.
-  template <class Make, class Write>
-  void rewrite(Make make, Write write) {
-    Shared& shared = shared_.get();
-    const std::lock_guard<std::mutex> lock(shared.mutex);
-    const int hidden = 1 - side_.load();
-    std::unique_ptr<Value>& value = values_[static_cast<std::size_t>(hidden)];
-    if (value == nullptr) value = make();
-    write(*value);
-    side_.store(hidden);
-    const int version = version_.load();
-    wait_for_readers(shared, 1 - version);
-    version_.store(1 - version);
-    wait_for_readers(shared, version);
-  }
-
-  /// Fills the visible side; only before any reader exists.
-  Value& initial() { return *values_[0]; }
-
- private:
-  static constexpr std::size_t kShards = 16;
-  struct alignas(64) Count {
-    std::atomic<std::int64_t> count{0};
-  };
-
-  /// Threads count on different cache lines, so that readers do not slow each other down.
-  static std::size_t shard() {
-    static std::atomic<std::size_t> next{0};
-    thread_local const std::size_t mine = next.fetch_add(1) % kShards;
-    return mine;
-  }
-
-  struct Shared {
-    std::array<std::array<Count, kShards>, 2> readers{};
-    std::mutex mutex;
-  };
-
-  static void wait_for_readers(const Shared& shared, int version) {
-    for (const Count& c : shared.readers[static_cast<std::size_t>(version)]) {
-      while (c.count.load() != 0) std::this_thread::yield();
-    }
-  }
-
-  std::array<std::unique_ptr<Value>, 2> values_;
-  std::atomic<int> side_{0};
-  std::atomic<int> version_{0};
-  mutable PerProcess<Shared> shared_;
-};
 
 template <class T>
 const Kernels<T>& chosen_kernels() {
@@ -158,43 +79,45 @@ class CpuBackend final : public Backend {
   }
 
   void transform(Direction direction, const void* in, std::int64_t rows, void* out, void* log_det,
-                 int threads) const override {
+                 const Execution& how) const override {
     TransformCall<T> call;
     call.inverse = direction == Direction::inverse;
     call.in = static_cast<const T*>(in);
     call.out = static_cast<T*>(out);
     call.log_det = static_cast<T*>(log_det);
-    run(call, rows, threads);
+    run(call, rows, how.threads);
   }
 
-  void log_prob(const void* x, std::int64_t rows, void* out, int threads) const override {
+  void log_prob(const void* x, std::int64_t rows, void* out, const Execution& how) const override {
     TransformCall<T> call;
     call.in = static_cast<const T*>(x);
     call.log_prob = static_cast<T*>(out);
-    run(call, rows, threads);
+    run(call, rows, how.threads);
   }
 
-  void sample(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* x, int threads) const override {
+  void sample(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* x,
+              const Execution& how) const override {
     TransformCall<T> call;
     call.inverse = true;
     call.out = static_cast<T*>(x);
     call.seed = seed;
     call.first_row = first_row;
-    run(call, rows, threads);
+    run(call, rows, how.threads);
   }
 
-  void noise(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* z, int threads) const override {
+  void noise(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* z,
+             const Execution& how) const override {
     const Reading packed(packed_);
-    parallel_for(rows, grain_, threads, [&](std::int64_t begin, std::int64_t end) {
+    parallel_for(rows, grain_, how.threads, [&](std::int64_t begin, std::int64_t end) {
       T* scratch = thread_scratch<T>(transform_scratch_);
       kernels_.noise(packed->program(), seed, first_row, begin, end, static_cast<T*>(z), scratch);
     });
   }
 
   void conditioner(std::int64_t layer, const void* in, std::int64_t rows, void* s, void* t,
-                   int threads) const override {
+                   const Execution& how) const override {
     const Reading packed(packed_);
-    parallel_for(rows, grain_, threads, [&](std::int64_t begin, std::int64_t end) {
+    parallel_for(rows, grain_, how.threads, [&](std::int64_t begin, std::int64_t end) {
       T* scratch = thread_scratch<T>(transform_scratch_);
       kernels_.conditioner(packed->program(), layer, static_cast<const T*>(in), begin, end, static_cast<T*>(s),
                            static_cast<T*>(t), scratch);
@@ -202,34 +125,35 @@ class CpuBackend final : public Backend {
   }
 
   void vjp(Direction direction, const void* in, std::int64_t rows, const void* grad_out, const void* grad_log_det,
-           void* grad_in, void* grad_parameters, bool accumulate, int threads) const override {
+           void* grad_in, void* grad_parameters, bool accumulate, const Execution& how) const override {
     GradientCall<T> call;
     call.inverse = direction == Direction::inverse;
     call.in = static_cast<const T*>(in);
     call.grad_out = static_cast<const T*>(grad_out);
     call.grad_log_det = static_cast<const T*>(grad_log_det);
     call.grad_in = static_cast<T*>(grad_in);
-    run_gradient(call, rows, static_cast<T*>(grad_parameters), accumulate, threads);
+    run_gradient(call, rows, static_cast<T*>(grad_parameters), accumulate, how.threads);
   }
 
   double nll_gradient(const void* x, const std::int64_t* index, std::int64_t rows, std::int64_t total_rows,
-                      void* grad_parameters, bool accumulate, int threads) const override {
+                      void* grad_parameters, bool accumulate, const Execution& how) const override {
     GradientCall<T> call;
     call.in = static_cast<const T*>(x);
     call.index = index;
     call.nll = true;
     call.nll_factor = static_cast<T>(1.0 / static_cast<double>(total_rows));
-    return run_gradient(call, rows, static_cast<T*>(grad_parameters), accumulate, threads);
+    return run_gradient(call, rows, static_cast<T*>(grad_parameters), accumulate, how.threads);
   }
 
-  double sum_log_prob(const void* x, const std::int64_t* index, std::int64_t rows, int threads) const override {
+  double sum_log_prob(const void* x, const std::int64_t* index, std::int64_t rows,
+                      const Execution& how) const override {
     constexpr std::int64_t kParts = 64;
     const Reading packed(packed_);
     double total = 0;
     for (std::int64_t first = 0; first < rows; first += kParts * kSumRows) {
       double sums[kParts] = {};
       const std::int64_t here = std::min(rows - first, kParts * kSumRows);
-      parallel_for(here, kSumRows, threads_for(here, threads), [&](std::int64_t begin, std::int64_t end) {
+      parallel_for(here, kSumRows, threads_for(here, how.threads), [&](std::int64_t begin, std::int64_t end) {
         T* scratch = thread_scratch<T>(transform_scratch_ + kSumRows);
         for (std::int64_t r = begin; r < end; r += kSumRows) {
           const std::int64_t count = std::min(kSumRows, end - r);
@@ -263,6 +187,12 @@ class CpuBackend final : public Backend {
 
   double sum_of_squares(const void* values, std::int64_t count) const override {
     return kernels_.sum_of_squares(static_cast<const T*>(values), count);
+  }
+
+  std::unique_ptr<Training> begin_training(const TrainingData& data, const void* parameters, std::int64_t,
+                                           int threads) const override {
+    return std::make_unique<HostTraining<T>>(std::make_unique<CpuBackend>(spec_, layout_), layout_, data, parameters,
+                                             threads);
   }
 
  private:

@@ -1,0 +1,64 @@
+// Where a flow runs and how it rounds. Nothing here touches CUDA before a function whose name begins with cuda_ is
+// called or a CUDA device is named.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+
+namespace nvpflow {
+
+enum class DeviceKind { cpu, cuda };
+
+struct Device {
+  DeviceKind kind = DeviceKind::cpu;
+  int index = 0;  // of the CUDA device, in the driver's order (CUDA_VISIBLE_DEVICES applies); 0 for the CPU
+
+  bool operator==(const Device&) const = default;
+};
+
+/// How products of float32 values are formed on a CUDA device. float32 keeps the budget of the CPU; tf32 and bfloat16
+/// round the factors to 11 and 8 significant bits, sums are float32. A float64 flow knows float32, the default, alone:
+/// it computes in float64.
+enum class Precision { float32, tf32, bfloat16 };
+
+/// "cpu", "cuda:0"; "float32".
+std::string name_of(const Device& device);
+std::string_view name_of(Precision precision);
+/// "cpu", "cuda" (device 0) or "cuda:N". Throws Error(invalid_argument).
+Device parse_device(std::string_view name);
+Precision parse_precision(std::string_view name);
+
+/// Empty where at least one CUDA device can be used, else the one reason why not: built without CUDA, no driver, a
+/// driver that is too old (with versions), no device, or devices whose architecture this build has no code for.
+std::string cuda_why_unavailable();
+/// CUDA devices that the driver shows; 0 where there is no driver.
+int cuda_device_count();
+/// "NVIDIA H100 80GB HBM3". Throws Error(invalid_argument) for an index that cuda_device_count() does not know.
+std::string cuda_device_name(int index);
+
+/// Memory of a CUDA device, shared by its copies; the last one waits for the device and gives it back.
+class DeviceMemory {
+ public:
+  /// Throws Error(device) or Error(out_of_memory).
+  DeviceMemory(int device, std::int64_t bytes);
+  void* data() const;
+  int device() const;
+  /// Copies from the host's memory and waits.
+  void upload(const void* from, std::int64_t bytes);
+
+ private:
+  struct State;
+  std::shared_ptr<State> state_;
+};
+
+/// Copies to the host's memory, after what is queued on `stream`, and waits.
+void cuda_download(int device, void* to, const void* from, std::int64_t bytes, void* stream);
+/// What is queued on `waiting` from now on begins after what is queued on `for_stream` now.
+void cuda_wait(int device, void* waiting, void* for_stream);
+void cuda_synchronize(int device, void* stream);
+/// The index of the device whose memory a pointer points into; -1: none.
+int cuda_device_of(const void* pointer);
+
+}  // namespace nvpflow

@@ -1,0 +1,102 @@
+// KERNEL: one Adam update (Kingma and Ba 2015) with decoupled weight decay (Loshchilov and Hutter 2019), and the copy
+// of the parameters into the layout of the other kernels.
+//
+// Adam reads 4 and writes 3 arrays once, 28 bytes a float parameter and one more that says what to do with it; about 12
+// FLOPs: bound by memory, or by L2 where the arrays fit. Packing reads an index of 8 bytes and gathers 4 for each
+// element of 4 bytes.
+
+#include "device.cuh"
+
+namespace nvpflow::cuda {
+namespace {
+
+/// What the gradients are multiplied by: NaN where the norm is not finite, so that nothing is updated.
+template <class T>
+NVPFLOW_DEVICE double factor_of(const AdamCall<T>& call) {
+  const double factor = call.coefficients.gradient_factor;
+  if (call.norm_squared == nullptr) return factor;
+  const double norm = square_root(*call.norm_squared);
+  if (!(norm * 0 == 0)) return not_a_number<double>();
+  return call.clip_norm > 0 && norm > call.clip_norm ? factor * (call.clip_norm / norm) : factor;
+}
+
+template <class T>
+NVPFLOW_KERNEL(kThreads)
+adam_kernel(NVPFLOW_ARGUMENT AdamCall<T> call) {
+  const AdamCoefficients& c = call.coefficients;
+  const double scale = factor_of(call);
+  if (call.norm_squared != nullptr && scale != scale) return;
+  const T factor = static_cast<T>(scale);
+  const T beta1 = static_cast<T>(c.beta1), beta2 = static_cast<T>(c.beta2);
+  const T rest1 = static_cast<T>(1 - c.beta1), rest2 = static_cast<T>(1 - c.beta2);
+  const T correction = static_cast<T>(c.root_correction), epsilon = static_cast<T>(c.epsilon);
+  const T step = static_cast<T>(c.step_size), keep_decayed = static_cast<T>(1 - c.decay);
+  for (std::int64_t i = first_element(); i < call.count; i += element_step()) {
+    const Update update = call.updates == nullptr ? Update::decayed : call.updates[i];
+    if (update == Update::none) continue;
+    const T keep = update == Update::decayed ? keep_decayed : T(1);
+    const T g = call.gradient[i] * factor;
+    const T m = multiply_add(beta1, call.first_moment[i], rest1 * g);
+    const T v = multiply_add(beta2, call.second_moment[i], rest2 * (g * g));
+    const T change = step * m / multiply_add(square_root(v), correction, epsilon);
+    call.first_moment[i] = m;
+    call.second_moment[i] = v;
+    call.parameters[i] = multiply_add(call.parameters[i], keep, -change);
+  }
+}
+
+template <class T>
+NVPFLOW_KERNEL(kThreads)
+pack_kernel(const std::int64_t* source, const std::int64_t count, const T* parameters, T* packed) {
+  for (std::int64_t i = first_element(); i < count; i += element_step()) {
+    packed[i] = source[i] < 0 ? T(0) : parameters[source[i]];
+  }
+}
+
+/// One block: the affine numbers of all standardize layers, in the arithmetic of the CPU's packing.
+template <class T>
+NVPFLOW_KERNEL(kThreads)
+pack_affine_kernel(NVPFLOW_ARGUMENT Program<T> program, const T* parameters, T* packed) {
+  const int features = program.input_size;
+  for (int k = 0; k < program.num_layers; ++k) {
+    const Layer<T>& layer = program.layers[k];
+    if (layer.kind != Kind::standardize) continue;
+    T* to = packed + layer.affine;
+    for (int f = thread_index(); f < features; f += num_threads()) {
+      const double log_std = static_cast<double>(parameters[layer.log_std_offset + f]);
+      to[f] = parameters[layer.mean_offset + f];
+      to[features + f] = static_cast<T>(exponential(log_std));
+      to[2 * features + f] = static_cast<T>(exponential(-log_std));
+    }
+    if (thread_index() != 0) continue;
+    double sum = 0;
+    for (int f = 0; f < features; ++f) sum += static_cast<double>(parameters[layer.log_std_offset + f]);
+    to[3 * features] = static_cast<T>(-sum);
+  }
+}
+
+}  // namespace
+
+template <class T>
+Status launch_adam(const AdamCall<T>& call, Stream stream) {
+  return launch(adam_kernel<T>, element_blocks(call.count), kThreads, 0, stream, call);
+}
+
+template <class T>
+Status launch_pack(const Program<T>* program, std::int32_t num_standardize, const std::int64_t* source,
+                   std::int64_t count, const T* parameters, T* packed, Stream stream) {
+  if (const Status s =
+          launch(pack_kernel<T>, element_blocks(count), kThreads, 0, stream, source, count, parameters, packed))
+    return s;
+  if (program == nullptr || num_standardize == 0) return 0;
+  return launch(pack_affine_kernel<T>, 1, kThreads, 0, stream, *program, parameters, packed);
+}
+
+template Status launch_adam(const AdamCall<float>&, Stream);
+template Status launch_adam(const AdamCall<double>&, Stream);
+template Status launch_pack(const Program<float>*, std::int32_t, const std::int64_t*, std::int64_t, const float*,
+                            float*, Stream);
+template Status launch_pack(const Program<double>*, std::int32_t, const std::int64_t*, std::int64_t, const double*,
+                            double*, Stream);
+
+}  // namespace nvpflow::cuda

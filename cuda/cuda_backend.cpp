@@ -1,0 +1,453 @@
+// The CUDA backend: keeps the packed parameters on the device, brings rows to the kernels and results back, and queues
+// launches. Host code alone: the host's compiler builds it, with the host's warnings.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <vector>
+
+#include <nvpflow/backend.hpp>
+#include <nvpflow/error.hpp>
+
+#include "../cpp/src/left_right.hpp"
+#include "cuda_training.hpp"
+#include "device_flow.hpp"
+#include "staging.hpp"
+
+namespace nvpflow {
+namespace cuda {
+namespace {
+
+/// Rows of a device array whose log-densities are added up at a time.
+constexpr std::int64_t kSumRows = 1 << 20;
+/// Streams whose workspaces are kept.
+constexpr std::size_t kMaxStreams = 64;
+
+/// Memory that kernels on a caller's stream work in. Work on one stream runs in order, so that calls can share it.
+class StreamWorkspaces {
+ public:
+  void* get(Stream stream, std::int64_t bytes) {
+    if (bytes == 0) return nullptr;
+    const bool capturing = is_capturing(stream);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (workspaces_.size() >= kMaxStreams && !workspaces_.contains(stream)) {
+      std::erase_if(workspaces_, [](const auto& entry) { return !entry.second.captured; });
+    }
+    Workspace& own = workspaces_[stream];
+    if (own.memory.capacity() < bytes) {
+      if (capturing) refuse(bytes);
+      // A graph that was captured with it reads it for as long as the flow lives.
+      if (own.captured) retired_.push_back(std::move(own.memory));
+      own.captured = false;
+    }
+    own.captured = own.captured || capturing;
+    return own.memory.reserve(bytes, "the kernels' workspace");
+  }
+
+ private:
+  struct Workspace {
+    Memory memory{Memory::Kind::device};
+    bool captured = false;  // by a CUDA graph
+  };
+
+  [[noreturn]] static void refuse(std::int64_t bytes) {
+    throw Error(ErrorCode::device,
+                "the kernels need " + std::to_string(bytes) +
+                    " bytes of workspace, and nothing can be allocated while a stream is captured; make the same call "
+                    "once on this stream before you capture it");
+  }
+
+  std::mutex mutex_;
+  std::map<Stream, Workspace> workspaces_;
+  std::vector<Memory> retired_;
+};
+
+template <class T>
+class CudaBackend final : public Backend {
+ public:
+  CudaBackend(const FlowSpec& spec, const ParamLayout& layout, int index, nvpflow::Precision precision)
+      : flow_(std::make_shared<const DeviceFlow<T>>(spec, layout, index, precision)),
+        packed_([this] { return make(); }) {}
+
+  ~CudaBackend() override {
+    try {
+      const OnDevice on(flow_->index());
+      synchronize_device();   // kernels on callers' streams may still read the parameters
+    } catch (const Error&) {  // a failed device or a forked child: nothing to wait for
+    }
+  }
+
+  void set_parameters(const void* parameters) override {
+    const OnDevice on(flow_->index());
+    packed_.rewrite([this] { return make(); },
+                    [&](Packed<T>& packed) {
+                      // No call reads this side any more, but what calls have queued may.
+                      synchronize_device();
+                      const Lanes::Loan lane(lanes_);
+                      Memory flat(Memory::Kind::device);
+                      T* values = static_cast<T*>(flat.reserve(flow_->parameter_bytes(), "parameters"));
+                      lane->send(values, parameters, flow_->parameter_bytes());
+                      packed.pack(values, lane->stream());
+                      synchronize(lane->stream());
+                    });
+  }
+
+  void transform(Direction direction, const void* in, std::int64_t rows, void* out, void* log_det,
+                 const Execution& how) const override {
+    TransformCall<T> call;
+    call.inverse = direction == Direction::inverse;
+    call.in = static_cast<const T*>(in);
+    call.out = static_cast<T*>(out);
+    call.log_det = static_cast<T*>(log_det);
+    run(call, rows, how);
+  }
+
+  void log_prob(const void* x, std::int64_t rows, void* out, const Execution& how) const override {
+    TransformCall<T> call;
+    call.in = static_cast<const T*>(x);
+    call.log_prob = static_cast<T*>(out);
+    run(call, rows, how);
+  }
+
+  void sample(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* x,
+              const Execution& how) const override {
+    TransformCall<T> call;
+    call.inverse = true;
+    call.out = static_cast<T*>(x);
+    call.seed = seed;
+    call.first_row = first_row;
+    run(call, rows, how);
+  }
+
+  void conditioner(std::int64_t layer, const void* in, std::int64_t rows, void* s, void* t,
+                   const Execution& how) const override {
+    TransformCall<T> call;
+    call.in = static_cast<const T*>(in);
+    call.conditioner = static_cast<std::int32_t>(layer);
+    call.log_scale = static_cast<T*>(s);
+    call.shift = static_cast<T*>(t);
+    run(call, rows, how);
+  }
+
+  void noise(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* z,
+             const Execution& how) const override {
+    const OnDevice on(flow_->index());
+    const auto launch = [&](T* to, std::uint64_t first, std::int64_t count, Stream stream) {
+      launch_on(stream, "drawing noise", [features = flow_->features(), seed, first, count, to, stream] {
+        return launch_noise<T>(features, seed, first, count, to, stream);
+      });
+    };
+    if (how.device_arrays) return launch(static_cast<T*>(z), first_row, rows, stream_of(how));
+    const Lanes::Loan lane(lanes_);
+    lane->run({}, {HostOutput{z, flow_->row_bytes()}}, nullptr, rows, how.threads, [&](const Lane::Chunk& chunk) {
+      launch(static_cast<T*>(chunk.outputs[0]), first_row + static_cast<std::uint64_t>(chunk.first_row), chunk.rows,
+             lane->stream());
+    });
+  }
+
+  void vjp(Direction direction, const void* in, std::int64_t rows, const void* grad_out, const void* grad_log_det,
+           void* grad_in, void* grad_parameters, bool accumulate, const Execution& how) const override {
+    GradientCall<T> call;
+    call.inverse = direction == Direction::inverse;
+    call.in = static_cast<const T*>(in);
+    call.grad_out = static_cast<const T*>(grad_out);
+    call.grad_log_det = static_cast<const T*>(grad_log_det);
+    call.grad_in = static_cast<T*>(grad_in);
+    call.gradient = static_cast<T*>(grad_parameters);
+    call.accumulate = accumulate;
+    run_gradient(call, nullptr, rows, how);
+  }
+
+  double nll_gradient(const void* x, const std::int64_t* index, std::int64_t rows, std::int64_t total_rows,
+                      void* grad_parameters, bool accumulate, const Execution& how) const override {
+    GradientCall<T> call;
+    call.in = static_cast<const T*>(x);
+    call.nll = true;
+    call.nll_factor = static_cast<T>(1.0 / static_cast<double>(total_rows));
+    call.gradient = static_cast<T*>(grad_parameters);
+    call.accumulate = accumulate;
+    return run_gradient(call, index, rows, how);
+  }
+
+  double sum_log_prob(const void* x, const std::int64_t* index, std::int64_t rows,
+                      const Execution& how) const override {
+    if (rows == 0) return 0;
+    const OnDevice on(flow_->index());
+    const Lanes::Loan lane(lanes_);
+    const Reading packed(packed_);
+    const std::int64_t chunk =
+        how.device_arrays ? std::min(rows, kSumRows) : Lane::chunk_rows(rows, flow_->row_bytes());
+    const TransformPlan plan = flow_->plan(chunk);
+    const std::int64_t plan_bytes = round_up(plan.workspace_bytes, 256);
+    auto* workspace = static_cast<unsigned char*>(lane->workspace(plan_bytes + sum_workspace_bytes(chunk)));
+    T* log_prob = static_cast<T*>(lane->result(chunk * static_cast<std::int64_t>(sizeof(T))));
+    double* sum = lane->sum();
+    const auto add = [&](TransformCall<T> call, std::int64_t first, std::int64_t count, Stream stream) {
+      call.rows = count;
+      call.log_prob = log_prob;
+      flow_->transform(plan, packed->program(), call, workspace, stream);
+      launch_on(stream, "adding up log-densities", [log_prob, count, first, sum, workspace, plan_bytes, stream] {
+        return launch_sum<T>(log_prob, count, first > 0, sum, workspace + plan_bytes, stream);
+      });
+    };
+    TransformCall<T> call;
+    if (how.device_arrays) {
+      for (std::int64_t first = 0; first < rows; first += chunk) {
+        call.in = static_cast<const T*>(x) + (index == nullptr ? first * flow_->features() : 0);
+        call.index = index == nullptr ? nullptr : index + first;
+        add(call, first, std::min(chunk, rows - first), stream_of(how));
+      }
+      synchronize(stream_of(how));
+    } else {
+      lane->run({HostInput{x, flow_->row_bytes()}}, {}, index, rows, how.threads, [&](const Lane::Chunk& c) {
+        call.in = static_cast<const T*>(c.inputs[0]);
+        add(call, c.first_row, c.rows, lane->stream());
+      });
+    }
+    return lane->read_sum();
+  }
+
+  void adam_step(const AdamStep& step, std::int64_t count, const void* gradient, void* first_moment,
+                 void* second_moment, void* parameters) const override {
+    const OnDevice on(flow_->index());
+    const Lanes::Loan lane(lanes_);
+    const std::int64_t bytes = count * static_cast<std::int64_t>(sizeof(T)), stride = round_up(bytes, 256);
+    auto* memory = static_cast<unsigned char*>(lane->result(4 * stride));
+    void* const arrays[] = {parameters, first_moment, second_moment};
+    for (std::int64_t i = 0; i < 3; ++i) lane->send(memory + i * stride, arrays[i], bytes);
+    lane->send(memory + 3 * stride, gradient, bytes);
+    AdamCall<T> call;
+    const double t = static_cast<double>(step.step);
+    call.coefficients = {step.beta1,
+                         step.beta2,
+                         step.epsilon,
+                         step.gradient_factor,
+                         step.learning_rate / (1 - std::pow(step.beta1, t)),
+                         1 / std::sqrt(1 - std::pow(step.beta2, t)),
+                         step.learning_rate * step.weight_decay};
+    call.count = count;
+    const auto at = [&](std::int64_t i) { return static_cast<T*>(static_cast<void*>(memory + i * stride)); };
+    call.parameters = at(0), call.first_moment = at(1), call.second_moment = at(2), call.gradient = at(3);
+    launch_on(lane->stream(), "updating parameters", [call, s = lane->stream()] { return launch_adam(call, s); });
+    for (std::int64_t i = 0; i < 3; ++i) lane->receive(arrays[i], memory + i * stride, bytes);
+  }
+
+  double sum_of_squares(const void* values, std::int64_t count) const override {
+    const OnDevice on(flow_->index());
+    const Lanes::Loan lane(lanes_);
+    const std::int64_t bytes = count * static_cast<std::int64_t>(sizeof(T));
+    T* copy = static_cast<T*>(lane->result(bytes));
+    lane->send(copy, values, bytes);
+    void* workspace = lane->workspace(sum_workspace_bytes(count));
+    launch_on(lane->stream(), "adding up squares", [copy, count, sum = lane->sum(), workspace, s = lane->stream()] {
+      return launch_sum_of_squares<T>(copy, count, false, sum, workspace, s);
+    });
+    return lane->read_sum();
+  }
+
+  std::unique_ptr<Training> begin_training(const TrainingData& data, const void* parameters, std::int64_t batch,
+                                           int) const override {
+    return make_training<T>(flow_, data, parameters, batch);
+  }
+
+ private:
+  using Reading = typename LeftRight<Packed<T>>::Reading;
+
+  std::unique_ptr<Packed<T>> make() const {
+    const OnDevice on(flow_->index());
+    return std::make_unique<Packed<T>>(flow_->layers());
+  }
+
+  static Stream stream_of(const Execution& how) { return static_cast<Stream>(how.stream); }
+  static T* moved(void* to) { return static_cast<T*>(to); }
+
+  void run(const TransformCall<T>& call, std::int64_t rows, const Execution& how) const {
+    if (rows == 0) return;
+    const OnDevice on(flow_->index());
+    if (how.device_arrays) {
+      const TransformPlan plan = flow_->plan(rows);
+      void* workspace = workspaces_.get(stream_of(how), plan.workspace_bytes);
+      const Reading packed(packed_);
+      TransformCall<T> whole = call;
+      whole.rows = rows;
+      return flow_->transform(plan, packed->program(), whole, workspace, stream_of(how));
+    }
+    const Lanes::Loan lane(lanes_);
+    const Reading packed(packed_);
+    const auto element = static_cast<std::int64_t>(sizeof(T));
+    Lane::Outputs outputs{HostOutput{call.out, flow_->row_bytes()}, HostOutput{call.log_det, element},
+                          HostOutput{call.log_prob, element}};
+    if (call.conditioner >= 0) {
+      const LayerSpec& layer = flow_->spec().layers[static_cast<std::size_t>(call.conditioner)];
+      const std::int64_t width = flow_->spec().transformed(layer).count * element;
+      outputs = {HostOutput{call.log_scale, width}, HostOutput{call.shift, width}};
+    }
+    TransformPlan plan;
+    void* workspace = nullptr;
+    lane->run({HostInput{call.in, flow_->row_bytes()}}, outputs, nullptr, rows, how.threads,
+              [&](const Lane::Chunk& chunk) {
+                if (chunk.first_row == 0) {
+                  plan = flow_->plan(chunk.rows);
+                  workspace = lane->workspace(plan.workspace_bytes);
+                }
+                TransformCall<T> part = call;
+                part.rows = chunk.rows;
+                part.first_row += static_cast<std::uint64_t>(chunk.first_row);
+                part.in = static_cast<const T*>(chunk.inputs[0]);
+                if (call.conditioner >= 0) {
+                  part.log_scale = moved(chunk.outputs[0]), part.shift = moved(chunk.outputs[1]);
+                } else {
+                  part.out = moved(chunk.outputs[0]), part.log_det = moved(chunk.outputs[1]);
+                  part.log_prob = moved(chunk.outputs[2]);
+                }
+                flow_->transform(plan, packed->program(), part, workspace, lane->stream());
+              });
+  }
+
+  /// Sum of log p where the call is one of the NLL.
+  double run_gradient(const GradientCall<T>& call, const std::int64_t* index, std::int64_t rows,
+                      const Execution& how) const {
+    const OnDevice on(flow_->index());
+    if (rows == 0) {
+      clear_gradient(call, how);
+      return 0;
+    }
+    return how.device_arrays ? gradient_on_device(call, index, rows, how) : gradient_on_host(call, index, rows, how);
+  }
+
+  /// Of no rows.
+  void clear_gradient(const GradientCall<T>& call, const Execution& how) const {
+    if (call.gradient == nullptr || call.accumulate) return;
+    if (how.device_arrays) {
+      fill_zero(call.gradient, flow_->parameter_bytes(), stream_of(how));
+    } else {
+      std::memset(call.gradient, 0, static_cast<std::size_t>(flow_->parameter_bytes()));
+    }
+  }
+
+  double gradient_on_device(const GradientCall<T>& call, const std::int64_t* index, std::int64_t rows,
+                            const Execution& how) const {
+    const Stream stream = stream_of(how);
+    const GradientPlan plan = flow_->gradient_plan(rows);
+    void* workspace = workspaces_.get(stream, plan.workspace_bytes);
+    GradientCall<T> whole = call;
+    whole.index = index;
+    whole.rows = rows;
+    if (!call.nll) {
+      const Reading packed(packed_);
+      flow_->gradient(plan, packed->program(), whole, workspace, stream);
+      return 0;
+    }
+    const Lanes::Loan lane(lanes_);
+    whole.sum_log_prob = lane->sum();
+    {
+      const Reading packed(packed_);
+      flow_->gradient(plan, packed->program(), whole, workspace, stream);
+    }
+    synchronize(stream);
+    return lane->read_sum();
+  }
+
+  double gradient_on_host(const GradientCall<T>& call, const std::int64_t* index, std::int64_t rows,
+                          const Execution& how) const {
+    const Lanes::Loan lane(lanes_);
+    const Reading packed(packed_);
+    T* gradient = nullptr;
+    if (call.gradient != nullptr) {
+      gradient = static_cast<T*>(lane->result(flow_->parameter_bytes()));
+      if (call.accumulate) lane->send(gradient, call.gradient, flow_->parameter_bytes());
+    }
+    double* sum = lane->sum();
+    GradientPlan plan;
+    std::int64_t plan_bytes = 0;
+    unsigned char* workspace = nullptr;
+    const Lane::Inputs inputs{HostInput{call.in, flow_->row_bytes()}, HostInput{call.grad_out, flow_->row_bytes()},
+                              HostInput{call.grad_log_det, static_cast<std::int64_t>(sizeof(T))}};
+    lane->run(inputs, {HostOutput{call.grad_in, flow_->row_bytes()}}, index, rows, how.threads,
+              [&](const Lane::Chunk& chunk) {
+                if (chunk.first_row == 0) {
+                  plan = flow_->gradient_plan(chunk.rows);
+                  plan_bytes = round_up(plan.workspace_bytes, 256);
+                  workspace = static_cast<unsigned char*>(lane->workspace(plan_bytes + sum_workspace_bytes(1)));
+                }
+                GradientCall<T> part = call;
+                part.rows = chunk.rows;
+                part.in = static_cast<const T*>(chunk.inputs[0]);
+                part.grad_out = static_cast<const T*>(chunk.inputs[1]);
+                part.grad_log_det = static_cast<const T*>(chunk.inputs[2]);
+                part.grad_in = moved(chunk.outputs[0]);
+                part.gradient = gradient;
+                part.accumulate = call.accumulate || chunk.first_row > 0;
+                part.sum_log_prob = call.nll ? sum + 1 : nullptr;
+                flow_->gradient(plan, packed->program(), part, workspace, lane->stream());
+                if (!call.nll) return;
+                launch_on(lane->stream(), "adding up log-densities",
+                          [sum, first = chunk.first_row == 0, space = workspace + plan_bytes, s = lane->stream()] {
+                            return launch_sum<double>(sum + 1, 1, !first, sum, space, s);
+                          });
+              });
+    if (gradient != nullptr) lane->receive(call.gradient, gradient, flow_->parameter_bytes());
+    return call.nll ? lane->read_sum() : 0;
+  }
+
+  std::shared_ptr<const DeviceFlow<T>> flow_;
+  LeftRight<Packed<T>> packed_;
+  mutable Lanes lanes_;
+  mutable StreamWorkspaces workspaces_;
+};
+
+}  // namespace
+}  // namespace cuda
+
+std::string cuda_why_unavailable() {
+  try {
+    std::string problem = cuda::driver_problem();
+    for (int i = 0; problem.empty() && i < cuda::device_count(); ++i) {
+      const std::string why = cuda::architecture_problem(i);
+      if (why.empty()) return {};
+      if (i + 1 == cuda::device_count()) problem = why;
+    }
+    return problem;
+  } catch (const Error& error) {  // a forked child, or a device that fails
+    return error.what();
+  }
+}
+
+int cuda_device_count() { return cuda::device_count(); }
+
+namespace {
+
+void check_index(int index) {
+  const int count = cuda::device_count();
+  if (index >= 0 && index < count) return;
+  throw Error(ErrorCode::invalid_argument,
+              "device is 'cuda:" + std::to_string(index) + "', but this process sees " + std::to_string(count) +
+                  (count == 1 ? " CUDA device" : " CUDA devices") +
+                  (count == 0 ? "" : ", cuda:0" + (count == 1 ? "" : " to cuda:" + std::to_string(count - 1))));
+}
+
+}  // namespace
+
+std::string cuda_device_name(int index) {
+  check_index(index);
+  return cuda::device_name(index);
+}
+
+std::unique_ptr<Backend> make_cuda_backend(const FlowSpec& spec, const ParamLayout& layout, int device_index,
+                                           Precision precision) {
+  cuda::enter_cuda();
+  const auto refuse = [](const std::string& why) {
+    if (!why.empty()) throw Error(ErrorCode::device, "CUDA cannot be used: " + why);
+  };
+  refuse(cuda::driver_problem());
+  check_index(device_index);
+  refuse(cuda::architecture_problem(device_index));
+  if (spec.dtype == DType::float32) {
+    return std::make_unique<cuda::CudaBackend<float>>(spec, layout, device_index, precision);
+  }
+  return std::make_unique<cuda::CudaBackend<double>>(spec, layout, device_index, precision);
+}
+
+}  // namespace nvpflow

@@ -1,0 +1,435 @@
+// Everything that depends on the hardware: indices, barriers, shuffles, shared memory, asynchronous copies, matrix
+// fragments, and the elementary functions. Kernels use nothing else of CUDA, so that tests can put another
+// implementation (tests/cpp/simt.hpp, with NVPFLOW_SIMT defined) in its place and run them on a host.
+//
+// Kernels are compiled with -fmad=false: fused multiply-adds are written out, so that one formula gives the same bits
+// wherever the compiler inlines it.
+#pragma once
+
+#include "kernels.cuh"
+
+#if defined(NVPFLOW_SIMT)
+#include "simt.hpp"
+#define NVPFLOW_DEVICE inline
+#define NVPFLOW_KERNEL(threads) void
+#define NVPFLOW_UNROLL
+#define NVPFLOW_ARGUMENT const
+#else
+#include <cuda_runtime.h>
+#define NVPFLOW_DEVICE __device__ __forceinline__
+#define NVPFLOW_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+#define NVPFLOW_UNROLL _Pragma("unroll")
+#define NVPFLOW_ARGUMENT const __grid_constant__  // read where it is, not copied to a thread's local memory
+#endif
+
+namespace nvpflow::cuda {
+
+inline constexpr int kWarp = 32;
+inline constexpr int kThreads = 256;                 // of a block of the kernels that go element by element
+inline constexpr std::int64_t kMaxBlocks = 1 << 16;  // and blocks of them at most
+
+/// Four elements that move together: 16 bytes of float, twice 16 of double.
+template <class T>
+struct alignas(16) Vec4 {
+  T x, y, z, w;
+};
+
+#if !defined(NVPFLOW_SIMT)
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+inline constexpr bool kHasMatrixUnits = false;  // for TF32 and bfloat16
+#else
+inline constexpr bool kHasMatrixUnits = true;
+#endif
+
+// ---- the grid ----------------------------------------------------------------------------------------------------
+
+NVPFLOW_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+NVPFLOW_DEVICE int num_threads() { return static_cast<int>(blockDim.x); }
+NVPFLOW_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
+NVPFLOW_DEVICE int num_blocks() { return static_cast<int>(gridDim.x); }
+
+/// The block's dynamic shared memory.
+NVPFLOW_DEVICE unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char nvpflow_shared[];
+  return nvpflow_shared;
+}
+
+NVPFLOW_DEVICE void block_barrier() { __syncthreads(); }
+NVPFLOW_DEVICE void warp_barrier() { __syncwarp(); }
+
+template <class T>
+NVPFLOW_DEVICE T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+template <class T>
+NVPFLOW_DEVICE T shuffle(T value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+
+// ---- memory ------------------------------------------------------------------------------------------------------
+
+template <class T>
+NVPFLOW_DEVICE Vec4<T> load4(const T* p) {
+  return *reinterpret_cast<const Vec4<T>*>(p);
+}
+template <class T>
+NVPFLOW_DEVICE void store4(T* p, Vec4<T> v) {
+  *reinterpret_cast<Vec4<T>*>(p) = v;
+}
+
+/// 16 bytes from global to shared memory; they are there after copies_wait of their group (and a barrier, for others).
+NVPFLOW_DEVICE void copy16_async(void* shared, const void* global) {
+#if __CUDA_ARCH__ >= 800
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+#else
+  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+#endif
+}
+NVPFLOW_DEVICE void copies_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+/// Waits until all but the newest `pending` groups of this thread have arrived.
+template <int pending>
+NVPFLOW_DEVICE void copies_wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+#endif
+}
+
+// ---- matrix fragments --------------------------------------------------------------------------------------------
+
+/// d += a b, 16 x 8 x 8, TF32 operands (the hardware reads the upper 19 bits), float32 sums. Lane 4 g + t holds
+/// a (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4); b (t, g), (t + 4, g); d (g, 2t), (g, 2t + 1), (g + 8, 2t), ...
+NVPFLOW_DEVICE void multiply_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+/// d += a b, 16 x 8 x 16, bfloat16 pairs (lower half: the lower k). Lane 4 g + t holds a (g, 2t..), (g + 8, 2t..),
+/// (g, 2t + 8..), (g + 8, 2t + 8..); b (2t.., g), (2t + 8.., g); d as above.
+NVPFLOW_DEVICE void multiply_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+/// Two bfloat16, rounded to nearest even, `low` in the lower half.
+NVPFLOW_DEVICE unsigned pack_bf16(float low, float high) {
+  unsigned packed = 0;
+#if __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+#endif
+  return packed;
+}
+
+// ---- scalars -----------------------------------------------------------------------------------------------------
+
+NVPFLOW_DEVICE unsigned to_bits(float x) { return __float_as_uint(x); }
+NVPFLOW_DEVICE float from_bits(unsigned x) { return __uint_as_float(x); }
+NVPFLOW_DEVICE unsigned long long to_bits(double x) { return static_cast<unsigned long long>(__double_as_longlong(x)); }
+NVPFLOW_DEVICE double from_bits(unsigned long long x) { return __longlong_as_double(static_cast<long long>(x)); }
+NVPFLOW_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+NVPFLOW_DEVICE double multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
+NVPFLOW_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
+NVPFLOW_DEVICE double square_root(double x) { return __dsqrt_rn(x); }
+
+// ---- launching ---------------------------------------------------------------------------------------------------
+
+template <class... P, class... A>
+Status launch(void (*kernel)(P...), std::int64_t blocks, int threads, std::int64_t shared_bytes, Stream stream,
+              A... arguments) {
+  if (blocks == 0) return 0;
+  const auto call = [&](P... values) {
+    void* pointers[] = {const_cast<void*>(static_cast<const void*>(&values))...};
+    return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
+                            dim3(static_cast<unsigned>(threads)), pointers, static_cast<std::size_t>(shared_bytes),
+                            stream);
+  };
+  return static_cast<Status>(call(arguments...));
+}
+
+/// Lets a kernel ask for that much dynamic shared memory.
+template <class... P>
+Status allow_shared(void (*kernel)(P...), std::int64_t bytes) {
+  return static_cast<Status>(cudaFuncSetAttribute(
+      reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+}
+
+#endif  // !NVPFLOW_SIMT
+
+// ---- kernels that go element by element ----------------------------------------------------------------------------
+
+NVPFLOW_DEVICE std::int64_t first_element() {
+  return static_cast<std::int64_t>(block_index()) * num_threads() + thread_index();
+}
+NVPFLOW_DEVICE std::int64_t element_step() { return static_cast<std::int64_t>(num_blocks()) * num_threads(); }
+
+/// Blocks for so many elements.
+inline std::int64_t element_blocks(std::int64_t count) {
+  const std::int64_t blocks = ceil_div(count, kThreads);
+  return blocks < kMaxBlocks ? blocks : kMaxBlocks;
+}
+
+// ---- elementary functions ----------------------------------------------------------------------------------------
+// The formulas, coefficients and bounds of error are those of cpp/src/cpu/simd.hpp. NaN goes through all of them.
+
+template <class T>
+struct Real;
+
+template <>
+struct Real<float> {
+  using Int = int;
+  using Bits = unsigned;
+  static constexpr int kMantissaBits = 23;
+  static constexpr Int kExponentBias = 127;
+  static constexpr Int kRootHalf = 0x3f3504f3;
+  static constexpr Bits kSign = 0x80000000u;
+  static constexpr float kRoundMagic = 12582912.0f;
+  static constexpr float kLn2High = 0x1.62e400p-1f, kLn2Low = 0x1.7f7d1cp-20f;
+  static constexpr float kExpLow = -105.0f, kExpHigh = 89.5f, kExpm1Low = -26.0f, kTanhHigh = 10.0f;
+  static constexpr float kTailHigh = 14.5f;
+  static constexpr float kHalfPiLow = -0x1.777a5cp-25f;
+};
+
+template <>
+struct Real<double> {
+  using Int = long long;
+  using Bits = unsigned long long;
+  static constexpr int kMantissaBits = 52;
+  static constexpr Int kExponentBias = 1023;
+  static constexpr Int kRootHalf = 0x3fe6a09e667f3bcdll;
+  static constexpr Bits kSign = 0x8000000000000000ull;
+  static constexpr double kRoundMagic = 6755399441055744.0;
+  static constexpr double kLn2High = 0x1.62e42fee00000p-1, kLn2Low = 0x1.a39ef35793c76p-33;
+  static constexpr double kExpLow = -746.0, kExpHigh = 710.5, kExpm1Low = -46.0, kTanhHigh = 20.0;
+  static constexpr double kTailHigh = 39.0;
+  static constexpr double kHalfPiLow = 0x1.1a62633145c07p-54;
+};
+
+template <class T, int N>
+NVPFLOW_DEVICE T polynomial(T x, const T (&c)[N]) {
+  T sum = c[N - 1];
+  NVPFLOW_UNROLL
+  for (int i = N - 2; i >= 0; --i) sum = multiply_add(sum, x, c[i]);
+  return sum;
+}
+
+enum class Series { expm1_tail, atanh_tail_wide, atanh_tail, sin_tail, cos_tail, mills };
+
+/// One of the polynomials of coefficients.inl, which has to stand in a function: device code cannot read arrays of
+/// the host's namespaces.
+template <Series series>
+NVPFLOW_DEVICE float evaluate(float x) {
+#include "../cpp/src/cpu/coefficients.inl"
+  (void)kExpm1TailD, (void)kAtanhTailWideD, (void)kAtanhTailD, (void)kSinTailD, (void)kCosTailD, (void)kMillsD;
+  if constexpr (series == Series::expm1_tail) return polynomial(x, kExpm1TailF);
+  if constexpr (series == Series::atanh_tail_wide) return polynomial(x, kAtanhTailWideF);
+  if constexpr (series == Series::atanh_tail) return polynomial(x, kAtanhTailF);
+  if constexpr (series == Series::sin_tail) return polynomial(x, kSinTailF);
+  if constexpr (series == Series::cos_tail) return polynomial(x, kCosTailF);
+  return polynomial(x, kMillsF);
+}
+
+template <Series series>
+NVPFLOW_DEVICE double evaluate(double x) {
+#include "../cpp/src/cpu/coefficients.inl"
+  (void)kExpm1TailF, (void)kAtanhTailWideF, (void)kAtanhTailF, (void)kSinTailF, (void)kCosTailF, (void)kMillsF;
+  if constexpr (series == Series::expm1_tail) return polynomial(x, kExpm1TailD);
+  if constexpr (series == Series::atanh_tail_wide) return polynomial(x, kAtanhTailWideD);
+  if constexpr (series == Series::atanh_tail) return polynomial(x, kAtanhTailD);
+  if constexpr (series == Series::sin_tail) return polynomial(x, kSinTailD);
+  if constexpr (series == Series::cos_tail) return polynomial(x, kCosTailD);
+  return polynomial(x, kMillsD);
+}
+
+template <class T>
+NVPFLOW_DEVICE T absolute(T x) {
+  return from_bits(to_bits(x) & ~Real<T>::kSign);
+}
+template <class T>
+NVPFLOW_DEVICE T copy_sign(T magnitude, T sign) {
+  return from_bits((to_bits(magnitude) & ~Real<T>::kSign) | (to_bits(sign) & Real<T>::kSign));
+}
+template <class T>
+NVPFLOW_DEVICE T at_most(T x, T high) {
+  return x > high ? high : x;
+}
+template <class T>
+NVPFLOW_DEVICE T at_least(T x, T low) {
+  return x < low ? low : x;
+}
+template <class T>
+NVPFLOW_DEVICE T not_a_number() {
+  return from_bits(static_cast<typename Real<T>::Bits>(sizeof(T) == 4 ? 0x7fc00000ull : 0x7ff8000000000000ull));
+}
+
+/// 2^n for n in the range of normal numbers.
+template <class T>
+NVPFLOW_DEVICE T power_of_two(typename Real<T>::Int n) {
+  return from_bits(static_cast<typename Real<T>::Bits>(n + Real<T>::kExponentBias) << Real<T>::kMantissaBits);
+}
+
+/// e^x = 2^n (1 + p), |x - n ln 2| <= ln 2 / 2 (Cody and Waite 1980).
+template <class T>
+struct ExpParts {
+  T p;
+  typename Real<T>::Int n;
+};
+
+template <class T>
+NVPFLOW_DEVICE ExpParts<T> exp_parts(T x) {
+  using Int = typename Real<T>::Int;
+  const T magic = Real<T>::kRoundMagic;
+  const T shifted = multiply_add(x, static_cast<T>(1.4426950408889634074), magic);
+  const T n = shifted - magic;
+  const T high = multiply_add(n, -Real<T>::kLn2High, x);
+  const T r = multiply_add(n, -Real<T>::kLn2Low, high);
+  const T r_low = multiply_add(n, -Real<T>::kLn2Low, high - r);  // what rounding took from r
+  const T p = r + multiply_add(r * r, evaluate<Series::expm1_tail>(r), r_low);
+  return {p, static_cast<Int>(to_bits(shifted)) - static_cast<Int>(to_bits(magic))};
+}
+
+template <class T>
+NVPFLOW_DEVICE T exponential(T x) {
+  x = at_least(at_most(x, Real<T>::kExpHigh), Real<T>::kExpLow);
+  const ExpParts<T> parts = exp_parts(x);
+  // In two steps, so that results near both ends of the range neither overflow early nor round twice.
+  const typename Real<T>::Int half = parts.n >> 1;
+  const T scale = power_of_two<T>(half);
+  return multiply_add(parts.p, scale, scale) * power_of_two<T>(parts.n - half);
+}
+
+/// e^x - 1 for x <= 2 kTanhHigh.
+template <class T>
+NVPFLOW_DEVICE T expm1_bounded(T x) {
+  const ExpParts<T> parts = exp_parts(at_least(x, Real<T>::kExpm1Low));
+  const T scale = power_of_two<T>(parts.n);
+  return multiply_add(parts.p, scale, scale - T(1));
+}
+
+template <class T>
+NVPFLOW_DEVICE T hyperbolic_tangent(T x) {
+  const T magnitude = at_most(absolute(x), Real<T>::kTanhHigh);
+  const T e = expm1_bounded(magnitude + magnitude);
+  return copy_sign(e / (e + T(2)), x);
+}
+
+template <class T>
+NVPFLOW_DEVICE T sigmoid(T x) {
+  const T e = exponential(-absolute(x));
+  return (x < T(0) ? e : T(1)) / (e + T(1));
+}
+
+template <class T>
+NVPFLOW_DEVICE T softplus(T x) {
+  const T e = exponential(-absolute(x));
+  const T s = e / (e + T(2));  // log(1 + e) = 2 atanh(e / (2 + e))
+  const T w = s * s, twice = s + s;
+  return (x > T(0) ? x : T(0)) + multiply_add(twice * w, evaluate<Series::atanh_tail_wide>(w), twice);
+}
+
+/// Upper tail Q(|x|) of the standard normal and exp(-x^2 / 2), by Mills' ratio in (|x| - 4) / (|x| + 4).
+template <class T>
+struct NormalTail {
+  T q, bell;
+};
+
+template <class T>
+NVPFLOW_DEVICE NormalTail<T> normal_tail(T x) {
+  const T a = at_most(absolute(x), Real<T>::kTailHigh);
+  const T h = a * a;
+  T bell = exponential(h * T(-0.5));
+  bell = multiply_add(bell, multiply_add(a, a, -h) * T(-0.5), bell);
+  const T y = (a - T(4)) / (a + T(4));
+  return {bell * (evaluate<Series::mills>(y) / (a + T(4))), bell};
+}
+
+/// x Phi(x), the exact form (Hendrycks and Gimpel 2016).
+template <class T>
+NVPFLOW_DEVICE T gelu(T x) {
+  const T q = normal_tail(x).q;
+  return x > T(0) ? multiply_add(-x, q, x) : x * q;
+}
+
+template <class T>
+NVPFLOW_DEVICE T gelu_derivative(T x) {
+  const NormalTail<T> tail = normal_tail(x);
+  const T cdf = x > T(0) ? T(1) - tail.q : tail.q;
+  return multiply_add(x, tail.bell * static_cast<T>(0.39894228040143267794), cdf);
+}
+
+template <class T>
+NVPFLOW_DEVICE T silu_derivative(T x) {
+  const T s = sigmoid(x);
+  return multiply_add(x * s, T(1) - s, s);
+}
+
+template <class T>
+NVPFLOW_DEVICE T elu(T x) {
+  return x > T(0) ? x : expm1_bounded(at_most(x, T(0)));
+}
+
+/// log x for normal positive x.
+template <class T>
+NVPFLOW_DEVICE T logarithm(T x) {
+  using Int = typename Real<T>::Int;
+  using Bits = typename Real<T>::Bits;
+  const Int bits = static_cast<Int>(to_bits(x));
+  const Int exponent = (bits - Real<T>::kRootHalf) >> Real<T>::kMantissaBits;
+  const T f = from_bits(static_cast<Bits>(bits) - (static_cast<Bits>(exponent) << Real<T>::kMantissaBits)) - T(1);
+  const T n = static_cast<T>(exponent);
+  const T s = f / (f + T(2));
+  const T w = s * s;
+  // 2 atanh s = f - s (f - 2 w tail): the leading term is exact.
+  const T inner = multiply_add(w + w, evaluate<Series::atanh_tail>(w), -f);
+  const T low = multiply_add(s, inner, n * Real<T>::kLn2Low);
+  return multiply_add(n, Real<T>::kLn2High, f + low);
+}
+
+/// sin(pi f / 2) and cos(pi f / 2) for |f| <= 1/2.
+template <class T>
+NVPFLOW_DEVICE T sin_quarter(T f) {
+  const T w = f * f;
+  const T low = f * multiply_add(w, evaluate<Series::sin_tail>(w), Real<T>::kHalfPiLow);
+  return multiply_add(f, static_cast<T>(1.57079632679489661923), low);
+}
+template <class T>
+NVPFLOW_DEVICE T cos_quarter(T f) {
+  const T w = f * f;
+  return multiply_add(w, evaluate<Series::cos_tail>(w), T(1));
+}
+
+template <class T>
+NVPFLOW_DEVICE T activate(Act act, T x) {
+  switch (act) {
+    case Act::relu:
+      return x < T(0) ? T(0) : x;
+    case Act::leaky_relu:
+      return x < T(0) ? x * T(0.01) : x;
+    case Act::elu:
+      return elu(x);
+    case Act::gelu:
+      return gelu(x);
+    case Act::silu:
+      return x * sigmoid(x);
+    case Act::tanh:
+      return hyperbolic_tangent(x);
+    case Act::sigmoid:
+      return sigmoid(x);
+    case Act::softplus:
+      return softplus(x);
+    default:
+      return x;
+  }
+}
+
+}  // namespace nvpflow::cuda

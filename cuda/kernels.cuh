@@ -1,0 +1,307 @@
+// The list of CUDA kernels, the plain structures they read and the layout of packed weights. Launch functions allocate
+// nothing, never synchronise and pass everything on `stream`, so that callers can capture them in a CUDA graph. This
+// header needs no CUDA: backend, packing and tests include it.
+#pragma once
+
+#include <cstdint>
+
+struct CUstream_st;
+
+#if defined(__CUDACC__)
+#define NVPFLOW_HOST_DEVICE __host__ __device__
+#else
+#define NVPFLOW_HOST_DEVICE
+#endif
+
+namespace nvpflow::cuda {
+
+using Stream = CUstream_st*;  // cudaStream_t
+using Status = int;           // cudaError_t; 0: launched
+
+/// Order of nvpflow::Activation, plus `none` for the heads.
+enum class Act : std::int32_t { relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, none };
+
+enum class Kind : std::int32_t { coupling, standardize };
+
+/// What the caller asks for. float64 flows always compute in float64.
+enum class Precision : std::int32_t { float32, tf32, bfloat16 };
+
+/// How a dense layer multiplies. tf32x3 splits each float32 operand in two TF32 numbers and adds three of the four
+/// products, which keeps float32's budget; tf32 and bf16 round the operands and form one product.
+enum class Multiply : std::int32_t { fma, tf32x3, tf32, bf16 };
+
+// ---- packed weights ----------------------------------------------------------------------------------------------
+// Weights [in, out] lie in blocks of 16 inputs x 8 outputs, 128 elements, blocks of one group of 8 outputs one after
+// the other. A block is what one warp reads with one 16-byte access per lane: lane 4 g + t takes inputs 2t, 2t + 1,
+// 8 + 2t, 9 + 2t of output g, the fragment of the m16n8k8 and m16n8k16 matrix instructions when inputs are numbered so.
+// The 16-byte chunks of a block are permuted by swizzle() so that also lanes that share t hit different banks.
+
+inline constexpr std::int64_t kBlockElements = 128;
+
+NVPFLOW_HOST_DEVICE constexpr std::int64_t ceil_div(std::int64_t n, std::int64_t unit) { return (n + unit - 1) / unit; }
+NVPFLOW_HOST_DEVICE constexpr std::int64_t round_up(std::int64_t n, std::int64_t unit) {
+  return ceil_div(n, unit) * unit;
+}
+
+/// Chunk of (g, t), g in [0, 8), t in [0, 4).
+NVPFLOW_HOST_DEVICE constexpr std::int64_t swizzle(std::int64_t g, std::int64_t t) { return 4 * g + (t ^ (g >> 1)); }
+
+/// Place of the weight from input i to output o of a layer with `in` inputs.
+NVPFLOW_HOST_DEVICE constexpr std::int64_t weight_index(std::int64_t i, std::int64_t o, std::int64_t in) {
+  const std::int64_t block = o / 8 * ceil_div(in, 16) + i / 16;
+  return kBlockElements * block + 4 * swizzle(o % 8, i % 8 / 2) + i % 16 / 8 * 2 + i % 2;
+}
+/// Elements of packed weights; places that belong to no weight are zero.
+NVPFLOW_HOST_DEVICE constexpr std::int64_t weight_size(std::int64_t in, std::int64_t out) {
+  return kBlockElements * ceil_div(out, 8) * ceil_div(in, 16);
+}
+/// Elements of a packed bias, in the order of the outputs; zero where padded.
+NVPFLOW_HOST_DEVICE constexpr std::int64_t bias_size(std::int64_t out) { return round_up(out, 8); }
+
+/// Place of the feature f of row r in an array of activations that is `features` wide (tape, workspace, shared memory):
+/// blocks of 16 rows x 8 features, swizzled alike.
+NVPFLOW_HOST_DEVICE constexpr std::int64_t activation_index(std::int64_t r, std::int64_t f, std::int64_t features) {
+  const std::int64_t block = r / 16 * ceil_div(features, 8) + f / 8;
+  return kBlockElements * block + 4 * swizzle(r % 8, f % 8 / 2) + r % 16 / 8 * 2 + f % 2;
+}
+
+/// y = W^T x + c. The last dense layer of a coupling holds both heads interleaved: output 2j is u_s[j], 2j + 1 is t[j].
+struct Dense {
+  std::int32_t in = 0;
+  std::int32_t out = 0;
+  std::int64_t weights = 0;     // into Program::packed: weight_index(i, o, in)
+  std::int64_t bias = 0;        // into Program::packed: [bias_size(out)]
+  std::int64_t transposed = 0;  // into Program::transposed: weight_index(o, i, out)
+  // Into the flat gradient; hidden layers use [0] alone, the head scale [0] and translation [1].
+  std::int64_t kernel_offset[2] = {0, 0};  // [in, out], of a head [in, out / 2]
+  std::int64_t bias_offset[2] = {0, 0};
+};
+
+template <class T>
+struct Layer {
+  Kind kind = Kind::coupling;
+  // coupling
+  std::int32_t condition = 0;  // 0: features [0, D / 2) condition the others; 1: the other way round
+  Act activation = Act::relu;
+  std::int32_t first_dense = 0, num_dense = 0;  // into Program::dense: hidden layers, then the head
+  T bound = 1, inverse_bound = 1;
+  // standardize
+  std::int64_t affine = 0;  // into Program::packed: mean, std = exp(log_std), exp(-log_std), each [D], then
+                            // -sum(log_std) at 3 D; affine_size(D) elements, filled by launch_pack
+  std::int64_t mean_offset = 0, log_std_offset = 0;  // into the flat parameters and gradient
+};
+
+NVPFLOW_HOST_DEVICE constexpr std::int64_t affine_size(std::int64_t input_size) {
+  return round_up(3 * input_size + 1, 4);
+}
+
+/// Plans read a Program whose pointers are the host's (packed and transposed may be null), launches one whose pointers
+/// are the device's. Every offset into packed and transposed is a multiple of 4 elements, the arrays lie at multiples
+/// of 16 bytes.
+template <class T>
+struct Program {
+  std::int32_t input_size = 0;
+  std::int32_t num_layers = 0;
+  std::int32_t num_dense = 0;
+  const Layer<T>* layers = nullptr;
+  const Dense* dense = nullptr;
+  const T* packed = nullptr;
+  std::int64_t packed_size = 0;   // elements, a multiple of 4
+  const T* transposed = nullptr;  // only gradients read it
+  std::int64_t transposed_size = 0;
+  std::int64_t num_parameters = 0;  // of the flat buffer
+};
+
+/// packed[i] = source[i] < 0 ? 0 : parameters[source[i]] for i < count; then, where program is given, the affine
+/// numbers of its standardize layers (whose source is -1). Called for packed and for transposed (program: null).
+template <class T>
+Status launch_pack(const Program<T>* program, std::int32_t num_standardize, const std::int64_t* source,
+                   std::int64_t count, const T* parameters, T* packed, Stream stream);
+
+// ---- what the plans need to know of a device ------------------------------------------------------------------------
+
+struct Device {
+  std::int32_t multiprocessors = 0;
+  std::int32_t compute_capability = 0;                     // 10 * major + minor
+  std::int64_t shared_bytes_per_block = 0;                 // opt-in maximum
+  std::int64_t shared_bytes_per_processor = 0;             // of a multiprocessor
+  std::int64_t workspace_bytes = std::int64_t{512} << 20;  // plans stay below, as far as one tile lets them
+};
+
+/// Sets the attributes of all kernels on the current device; once per device, before the first launch.
+Status prepare_kernels(const Device& device);
+
+// ---- transform, log_prob, sample, conditioner
+// ------------------------------------------------------------------------
+
+/// Rows [0, rows) of one call. Any of out, log_det, log_prob may be null.
+template <class T>
+struct TransformCall {
+  bool inverse = false;
+  const T* in = nullptr;                // null: standard normals of `seed`, row first_row + r
+  const std::int64_t* index = nullptr;  // rows of `in` to take; null: all, in order
+  std::int64_t rows = 0;
+  T* out = nullptr;       // [rows, D]
+  T* log_det = nullptr;   // [rows]
+  T* log_prob = nullptr;  // [rows]
+  std::uint64_t seed = 0, first_row = 0;
+  // Where not negative: only the log-scale and shift [rows, |b|] of this coupling on its own input; out, log_det and
+  // log_prob must be null.
+  std::int32_t conditioner = -1;
+  T* log_scale = nullptr;
+  T* shift = nullptr;
+};
+
+/// Where the weights are while a tile goes through, and where its activations are.
+enum class Storage : std::int32_t {
+  resident,   // all weights and the activations in shared memory: one load of the weights per block
+  streamed,   // weights pass through two stages of shared memory, activations stay in it
+  workspace,  // weights as above, activations in a workspace of the block's own in global memory
+};
+
+struct TransformPlan {
+  Storage storage = Storage::resident;
+  Multiply multiply = Multiply::fma;
+  std::int32_t warps = 0;         // of a block
+  std::int32_t warps_across = 0;  // that share their rows and split the outputs; a function of the flow alone, since
+                                  // the order of summation of the log-determinant depends on it
+  std::int32_t tile_rows = 0;     // rows of a block at a time
+  std::int32_t stage_inputs = 0;  // inputs of a stage of weights, a multiple of 16
+  std::int32_t blocks = 0;        // most blocks that can be resident on the device together
+  std::int64_t hidden_width = 0;  // features of each buffer of hidden activations
+  std::int32_t hidden_buffers = 0;
+  bool state_shared = true, hidden_shared = true;  // Storage::workspace: what lies in shared memory all the same
+  std::int64_t shared_bytes = 0;                   // dynamic
+  std::int64_t workspace_bytes = 0;                // of all blocks
+};
+
+template <class T>
+struct TransformOptions {
+  Precision precision = Precision::float32;
+  bool force_fma = false;  // tests: the path of devices without TF32
+  int force_storage = -1;  // tests: a Storage, where it is possible at all
+};
+
+/// rows: of the largest call the plan serves. Plans for different numbers of rows give the same bits.
+template <class T>
+TransformPlan plan_transform(const Program<T>& program, const Device& device, std::int64_t rows,
+                             const TransformOptions<T>& options = {});
+/// workspace: plan.workspace_bytes at a multiple of 16 bytes, not shared with a call that may run at the same time.
+template <class T>
+Status launch_transform(const TransformPlan& plan, const Program<T>& program, const TransformCall<T>& call,
+                        void* workspace, Stream stream);
+
+/// z [rows, D]: standard normals of rows first_row .. first_row + rows of `seed`.
+template <class T>
+Status launch_noise(std::int64_t input_size, std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, T* z,
+                    Stream stream);
+
+// ---- sums in float64, in an order that `count` alone fixes ---------------------------------------------------------
+
+/// Bytes that launch_sum and launch_sum_of_squares need.
+std::int64_t sum_workspace_bytes(std::int64_t count);
+/// *result = sum(values), or += with accumulate.
+template <class T>
+Status launch_sum(const T* values, std::int64_t count, bool accumulate, double* result, void* workspace, Stream stream);
+template <class T>
+Status launch_sum_of_squares(const T* values, std::int64_t count, bool accumulate, double* result, void* workspace,
+                             Stream stream);
+
+// ---- gradients -----------------------------------------------------------------------------------------------------
+
+template <class T>
+struct GradientCall {
+  bool inverse = false;
+  const T* in = nullptr;
+  const std::int64_t* index = nullptr;
+  std::int64_t rows = 0;
+  bool nll = false;  // cotangents of nll_factor * -log p instead of grad_out, grad_log_det
+  T nll_factor = 0;
+  const T* grad_out = nullptr;      // null: zero
+  const T* grad_log_det = nullptr;  // null: zero
+  T* grad_in = nullptr;             // null: not wanted
+  T* gradient = nullptr;            // flat; null: not wanted
+  bool accumulate = false;          // adds to `gradient` instead of overwriting it
+  double* sum_log_prob = nullptr;   // nll only, may be null: = the sum over the rows, nats
+};
+
+/// A part of the gradient that one block forms: inputs x outputs of one dense layer, or a standardize layer.
+struct GradientTask {
+  std::int32_t layer = 0, dense = -1;  // dense: into Program::dense; -1: standardize
+  std::int32_t first_in = 0, first_out = 0;
+  std::int64_t input = 0, cotangent = 0;  // where the tape holds the layer's input and its output's cotangent
+};
+
+struct GradientPlan {
+  Multiply multiply = Multiply::fma;
+  std::int32_t warps = 0, warps_across = 0, tile_rows = 0, stage_inputs = 0;
+  std::int32_t blocks = 0;
+  std::int64_t chunk_tiles = 0;    // tiles between two passes over the parameters
+  std::int64_t tape_elements = 0;  // of one tile
+  std::int32_t splits = 0;         // parts into which the tiles of a chunk are cut for the parameters' gradient
+  std::int32_t num_tasks = 0;
+  std::int64_t shared_bytes = 0, weight_shared_bytes = 0;
+  // Parts of the workspace, bytes from its start.
+  std::int64_t partials_at = 0, log_prob_at = 0, sums_at = 0;
+  std::int64_t workspace_bytes = 0;
+};
+
+template <class T>
+struct GradientOptions {
+  Precision precision = Precision::float32;
+  bool force_fma = false;
+  std::int64_t force_chunk_tiles = 0;  // tests
+};
+
+/// rows: of the largest call. Gradients are sums over rows whose order depends on plan.chunk_tiles and plan.splits,
+/// functions of the flow, the device and `rows`. The tasks depend on the flow and plan.tile_rows.
+template <class T>
+GradientPlan plan_gradient(const Program<T>& program, const Device& device, std::int64_t rows,
+                           const GradientOptions<T>& options = {});
+/// Number of tasks and, where not null, the tasks themselves: the caller keeps a copy in device memory.
+template <class T>
+std::int32_t gradient_tasks(const Program<T>& program, const GradientPlan& plan, GradientTask* tasks);
+/// All rows of the call, chunk by chunk. tasks: in device memory.
+template <class T>
+Status launch_gradient(const GradientPlan& plan, const Program<T>& program, const GradientTask* tasks,
+                       const GradientCall<T>& call, void* workspace, Stream stream);
+
+// ---- Adam
+// ------------------------------------------------------------------------------------------------------------
+
+/// What an Adam update needs besides the arrays.
+struct AdamCoefficients {
+  double beta1 = 0, beta2 = 0, epsilon = 0, gradient_factor = 1;
+  double step_size = 0;        // learning_rate / (1 - beta1^t)
+  double root_correction = 0;  // 1 / sqrt(1 - beta2^t)
+  double decay = 0;            // learning_rate * weight_decay
+};
+
+/// What an update does to one parameter.
+enum class Update : std::uint8_t { none, plain, decayed };
+
+template <class T>
+struct AdamCall {
+  AdamCoefficients coefficients;
+  // Where norm_squared is given, gradients are also multiplied by min(1, clip_norm / sqrt(*norm_squared)): a clipping
+  // that needs no round trip to the host. Nothing is updated where *norm_squared is not finite.
+  const double* norm_squared = nullptr;
+  double clip_norm = 0;             // 0: no clipping
+  const Update* updates = nullptr;  // one per parameter; null: all `decayed`
+  std::int64_t count = 0;
+  const T* gradient = nullptr;
+  T* first_moment = nullptr;
+  T* second_moment = nullptr;
+  T* parameters = nullptr;
+};
+
+template <class T>
+Status launch_adam(const AdamCall<T>& call, Stream stream);
+
+/// Elementary functions, for the tests that measure their error.
+enum class Function : std::int32_t { exp, tanh, sigmoid, softplus, gelu, silu, elu, log, sin_quarter, cos_quarter };
+
+template <class T>
+Status launch_elementary(Function function, const T* in, T* out, std::int64_t count, Stream stream);
+
+}  // namespace nvpflow::cuda

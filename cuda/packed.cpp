@@ -1,0 +1,154 @@
+#include "packed.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+namespace nvpflow::cuda {
+namespace {
+
+constexpr std::int64_t kUploadBytes = 16 << 20;
+
+}  // namespace
+
+void upload(Memory& to, const void* from, std::int64_t bytes, const char* what, Stream stream) {
+  if (bytes == 0) return;
+  auto* target = static_cast<unsigned char*>(to.reserve(bytes, what));
+  const auto* source = static_cast<const unsigned char*>(from);
+  Memory staging(Memory::Kind::pinned);
+  void* pinned = staging.reserve(std::min(bytes, kUploadBytes), "a copy to the device");
+  for (std::int64_t done = 0; done < bytes; done += kUploadBytes) {
+    const std::int64_t here = std::min(kUploadBytes, bytes - done);
+    std::memcpy(pinned, source + done, static_cast<std::size_t>(here));
+    copy_to_device(target + done, pinned, here, stream);
+    synchronize(stream);
+  }
+}
+
+template <class T>
+Layers<T>::Layers(const FlowSpec& spec, const ParamLayout& layout, Stream stream) {
+  host_.input_size = static_cast<std::int32_t>(spec.input_size);
+  host_.num_parameters = layout.size();
+  for (std::size_t k = 0; k < spec.layers.size(); ++k) {
+    if (spec.layers[k].kind == LayerKind::coupling) {
+      add_coupling(spec, layout, k);
+    } else {
+      add_standardize(layout, k);
+    }
+  }
+  host_.num_layers = static_cast<std::int32_t>(layers_.size());
+  host_.num_dense = static_cast<std::int32_t>(dense_.size());
+  host_.layers = layers_.data();
+  host_.dense = dense_.data();
+  packed_from_.assign(static_cast<std::size_t>(host_.packed_size), -1);
+  transposed_from_.assign(static_cast<std::size_t>(host_.transposed_size), -1);
+  for (std::size_t i = 0; i < dense_.size(); ++i) fill_sources(dense_[i], heads_[i]);
+
+  const auto send = [&](Memory& to, const auto& from, const char* what) {
+    upload(to, from.data(), static_cast<std::int64_t>(from.size() * sizeof(from[0])), what, stream);
+  };
+  send(device_layers_, layers_, "the flow's layers");
+  send(device_dense_, dense_, "the flow's layers");
+  send(packed_source_, packed_from_, "the order of the packed parameters");
+  send(transposed_source_, transposed_from_, "the order of the packed parameters");
+  packed_from_ = {};
+  transposed_from_ = {};
+  device_ = host_;
+  device_.layers = static_cast<const Layer<T>*>(device_layers_.data());
+  device_.dense = static_cast<const Dense*>(device_dense_.data());
+}
+
+template <class T>
+void Layers<T>::add_dense(std::int64_t in, std::int64_t out, const TensorInfo* tensors, bool head) {
+  Dense dense;
+  dense.in = static_cast<std::int32_t>(in);
+  dense.out = static_cast<std::int32_t>(out);
+  for (std::size_t part = 0; part < (head ? 2u : 1u); ++part) {
+    dense.kernel_offset[part] = tensors[2 * part].offset;
+    dense.bias_offset[part] = tensors[2 * part + 1].offset;
+  }
+  dense.weights = host_.packed_size;
+  dense.bias = dense.weights + weight_size(in, out);
+  host_.packed_size = dense.bias + bias_size(out);
+  dense.transposed = host_.transposed_size;
+  host_.transposed_size += weight_size(out, in);
+  dense_.push_back(dense);
+  heads_.push_back(head);
+}
+
+template <class T>
+void Layers<T>::add_coupling(const FlowSpec& spec, const ParamLayout& layout, std::size_t index) {
+  const LayerSpec& from = spec.layers[index];
+  const TensorInfo* tensors = &layout.tensors()[layout.first_tensor(index)];
+  Layer<T> layer;
+  layer.kind = Kind::coupling;
+  layer.condition = from.swapped ? 1 : 0;
+  layer.activation = static_cast<Act>(from.activation);
+  layer.first_dense = static_cast<std::int32_t>(dense_.size());
+  layer.num_dense = static_cast<std::int32_t>(from.hidden_sizes.size()) + 1;
+  layer.bound = static_cast<T>(from.scale_bound);
+  layer.inverse_bound = static_cast<T>(1.0 / from.scale_bound);
+  std::int64_t in = spec.conditioning(from).count;
+  for (const std::int64_t width : from.hidden_sizes) {
+    add_dense(in, width, tensors, false);
+    tensors += 2;
+    in = width;
+  }
+  add_dense(in, 2 * spec.transformed(from).count, tensors, true);
+  layers_.push_back(layer);
+}
+
+template <class T>
+void Layers<T>::add_standardize(const ParamLayout& layout, std::size_t index) {
+  const TensorInfo* tensors = &layout.tensors()[layout.first_tensor(index)];
+  Layer<T> layer;
+  layer.kind = Kind::standardize;
+  layer.mean_offset = tensors[0].offset;
+  layer.log_std_offset = tensors[1].offset;
+  layer.affine = host_.packed_size;
+  host_.packed_size += affine_size(host_.input_size);
+  layers_.push_back(layer);
+  ++num_standardize_;
+}
+
+/// The head's outputs alternate between scale and translation.
+template <class T>
+void Layers<T>::fill_sources(const Dense& dense, bool head) {
+  const std::int64_t parts = head ? 2 : 1, columns = dense.out / parts;
+  for (std::int64_t o = 0; o < dense.out; ++o) {
+    const std::int64_t part = o % parts, column = o / parts;
+    packed_from_[static_cast<std::size_t>(dense.bias + o)] = dense.bias_offset[part] + column;
+    for (std::int64_t i = 0; i < dense.in; ++i) {
+      const std::int64_t from = dense.kernel_offset[part] + i * columns + column;
+      packed_from_[static_cast<std::size_t>(dense.weights + weight_index(i, o, dense.in))] = from;
+      transposed_from_[static_cast<std::size_t>(dense.transposed + weight_index(o, i, dense.out))] = from;
+    }
+  }
+}
+
+template <class T>
+Packed<T>::Packed(std::shared_ptr<const Layers<T>> layers)
+    : layers_(std::move(layers)), program_(layers_->on_device()) {
+  const auto bytes = [](std::int64_t elements) { return elements * static_cast<std::int64_t>(sizeof(T)); };
+  program_.packed = static_cast<const T*>(packed_.reserve(bytes(program_.packed_size), "packed parameters"));
+  program_.transposed =
+      static_cast<const T*>(transposed_.reserve(bytes(program_.transposed_size), "transposed parameters"));
+}
+
+template <class T>
+void Packed<T>::pack(const T* parameters, Stream stream) {
+  launch_on(stream, "packing parameters", [layers = layers_, program = program_, parameters, stream] {
+    return launch_pack(&program, layers->num_standardize(), layers->packed_source(), program.packed_size, parameters,
+                       const_cast<T*>(program.packed), stream);
+  });
+  launch_on(stream, "packing parameters", [layers = layers_, program = program_, parameters, stream] {
+    return launch_pack<T>(nullptr, 0, layers->transposed_source(), program.transposed_size, parameters,
+                          const_cast<T*>(program.transposed), stream);
+  });
+}
+
+template class Layers<float>;
+template class Layers<double>;
+template class Packed<float>;
+template class Packed<double>;
+
+}  // namespace nvpflow::cuda

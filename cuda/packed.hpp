@@ -1,0 +1,67 @@
+// The device's copy of a flow: its layers, and its parameters in the order that the kernels read. The layers never
+// change and are shared; the parameters are packed by the device from their flat form.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include <nvpflow/spec.hpp>
+
+#include "kernels.cuh"
+#include "runtime.hpp"
+
+namespace nvpflow::cuda {
+
+/// Layers of one flow on one device, and where each packed element comes from.
+template <class T>
+class Layers {
+ public:
+  /// On the current device, with `stream` for the copies; waits for them.
+  Layers(const FlowSpec& spec, const ParamLayout& layout, Stream stream);
+
+  /// With pointers of the host, for plans.
+  const Program<T>& on_host() const { return host_; }
+  /// With pointers of the device but for the parameters.
+  const Program<T>& on_device() const { return device_; }
+  std::int32_t num_standardize() const { return num_standardize_; }
+  /// For each packed or transposed element the flat parameter that it is, or -1. In device memory.
+  const std::int64_t* packed_source() const { return static_cast<const std::int64_t*>(packed_source_.data()); }
+  const std::int64_t* transposed_source() const { return static_cast<const std::int64_t*>(transposed_source_.data()); }
+
+ private:
+  void add_coupling(const FlowSpec& spec, const ParamLayout& layout, std::size_t index);
+  void add_dense(std::int64_t in, std::int64_t out, const TensorInfo* tensors, bool head);
+  void add_standardize(const ParamLayout& layout, std::size_t index);
+  void fill_sources(const Dense& dense, bool head);
+
+  std::vector<Layer<T>> layers_;
+  std::vector<Dense> dense_;
+  std::vector<bool> heads_;
+  std::vector<std::int64_t> packed_from_, transposed_from_;  // empty once they are on the device
+  Program<T> host_, device_;
+  std::int32_t num_standardize_ = 0;
+  Memory device_layers_{Memory::Kind::device}, device_dense_{Memory::Kind::device};
+  Memory packed_source_{Memory::Kind::device}, transposed_source_{Memory::Kind::device};
+};
+
+/// Parameters as the kernels read them.
+template <class T>
+class Packed {
+ public:
+  explicit Packed(std::shared_ptr<const Layers<T>> layers);
+
+  /// parameters: flat, in device memory.
+  void pack(const T* parameters, Stream stream);
+  const Program<T>& program() const { return program_; }
+
+ private:
+  std::shared_ptr<const Layers<T>> layers_;
+  Memory packed_{Memory::Kind::device}, transposed_{Memory::Kind::device};
+  Program<T> program_;
+};
+
+/// Copies to device memory and waits; for what is copied once.
+void upload(Memory& to, const void* from, std::int64_t bytes, const char* what, Stream stream);
+
+}  // namespace nvpflow::cuda

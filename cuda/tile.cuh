@@ -1,0 +1,247 @@
+// KERNEL PART: a tile of rows in shared memory: rows in and out, noise, poison, sums over features.
+#pragma once
+
+#include "dense.cuh"
+#include "gaussian.cuh"
+
+namespace nvpflow::cuda {
+
+// ---- sizes, on both sides of the launch ----------------------------------------------------------------------------
+
+NVPFLOW_HOST_DEVICE inline std::int64_t state_elements(std::int64_t input_size, std::int64_t rows) {
+  return rows * (round_up(input_size / 2, 8) + round_up(input_size - input_size / 2, 8));
+}
+NVPFLOW_HOST_DEVICE inline std::int64_t hidden_elements(const TransformPlan& plan) {
+  return plan.hidden_buffers * plan.tile_rows * round_up(plan.hidden_width, 8);
+}
+/// Shared memory of one tile: state and hidden activations (where they lie there), sums of the warps across, poison.
+template <class T>
+NVPFLOW_HOST_DEVICE std::int64_t tile_bytes(std::int64_t input_size, const TransformPlan& plan) {
+  std::int64_t elements = plan.warps_across > 1 ? 2 * plan.warps_across * plan.tile_rows : 0;
+  if (plan.state_shared) elements += state_elements(input_size, plan.tile_rows);
+  if (plan.hidden_shared) elements += hidden_elements(plan);
+  return elements * static_cast<std::int64_t>(sizeof(T)) + plan.tile_rows * static_cast<std::int64_t>(sizeof(int));
+}
+/// Global memory of one block's tile.
+NVPFLOW_HOST_DEVICE inline std::int64_t workspace_elements(std::int64_t input_size, const TransformPlan& plan) {
+  return (plan.state_shared ? 0 : state_elements(input_size, plan.tile_rows)) +
+         (plan.hidden_shared ? 0 : hidden_elements(plan));
+}
+
+// ---- the tile ------------------------------------------------------------------------------------------------------
+
+/// Threads that work on a tile together.
+struct Team {
+  int index, size;
+};
+
+/// Sum over the lanes that share g: the same bits in all of them.
+template <class T>
+NVPFLOW_DEVICE T sum_over_lanes(T value) {
+  value += shuffle_xor(value, 1);
+  return value + shuffle_xor(value, 2);
+}
+
+template <class T>
+NVPFLOW_DEVICE bool is_finite(T x) {
+  return x * T(0) == T(0);
+}
+
+template <class T>
+struct Tile {
+  int features, half;  // half: of the first part of the features, [0, half)
+  int rows = 0;        // of a full tile
+  int valid = 0;       // of them that are rows of the call
+  std::int64_t first = 0;
+  T* state0 = nullptr;  // the first part of the features, then the second
+  T* hidden0 = nullptr;
+  int hidden_size = 0;    // of one of the buffers of hidden activations
+  T* sums = nullptr;      // [2][warps across][rows]
+  int* poison = nullptr;  // [rows]: not 0 where the row holds NaN or inf
+
+  NVPFLOW_DEVICE explicit Tile(int input_size) : features(input_size), half(input_size / 2) {}
+
+  NVPFLOW_DEVICE int count(int part) const { return part == 0 ? half : features - half; }
+  NVPFLOW_DEVICE T* state(int part) const { return state0 + part * rows * 8 * blocks_of(half); }
+  NVPFLOW_DEVICE T* hidden(int buffer) const { return hidden0 + buffer * hidden_size; }
+
+  NVPFLOW_DEVICE void carve(unsigned char* shared, T* global, const TransformPlan& plan) {
+    rows = plan.tile_rows;
+    T* next = reinterpret_cast<T*>(shared);
+    state0 = plan.state_shared ? next : global;
+    if (plan.state_shared) {
+      next += state_elements(features, rows);
+    } else {
+      global += state_elements(features, rows);
+    }
+    hidden0 = plan.hidden_shared ? next : global;
+    hidden_size = static_cast<int>(rows * round_up(plan.hidden_width, 8));
+    if (plan.hidden_shared) next += hidden_elements(plan);
+    sums = next;
+    if (plan.warps_across > 1) next += 2 * plan.warps_across * rows;
+    poison = reinterpret_cast<int*>(next);
+  }
+
+  NVPFLOW_DEVICE void begin(std::int64_t index, std::int64_t total) {
+    first = index * rows;
+    valid = static_cast<int>(total - first < rows ? total - first : rows);
+  }
+
+  NVPFLOW_DEVICE T& at(int r, int f) const {
+    const int part = f < half ? 0 : 1;
+    return state(part)[place(r, f - part * half, blocks_of(count(part)))];
+  }
+
+  /// No poison; zeros in the features that pad a block.
+  NVPFLOW_DEVICE void clear(Team team) const {
+    for (int r = team.index; r < rows; r += team.size) {
+      poison[r] = 0;
+      for (int part = 0; part < 2; ++part) {
+        const int n = count(part), blocks = blocks_of(n);
+        for (int f = n; f < 8 * blocks; ++f) state(part)[place(r, f, blocks)] = T(0);
+      }
+    }
+  }
+
+  /// visit(r, f, value) for every feature of every row.
+  template <class Visit>
+  NVPFLOW_DEVICE void for_each(Team team, Visit visit) const {
+    const auto width = static_cast<unsigned>(features), size = static_cast<unsigned>(rows) * width;
+    for (auto e = static_cast<unsigned>(team.index); e < size; e += static_cast<unsigned>(team.size)) {
+      const auto r = static_cast<int>(e / width), f = static_cast<int>(e - static_cast<unsigned>(r) * width);
+      visit(r, f, at(r, f));
+    }
+  }
+
+  /// Runs of four features where rows of `array` begin at multiples of 16 bytes.
+  NVPFLOW_DEVICE bool in_quads(const T* array) const {
+    return features % 4 == 0 && reinterpret_cast<unsigned long long>(array) % 16 == 0;
+  }
+
+  /// Rows of `in`; past the end the last one again, whose numbers are as finite as they should be. Notes the poisoned.
+  NVPFLOW_DEVICE void load(Team team, const T* in, const std::int64_t* index) const {
+    const bool quads = in_quads(in);
+    const auto step = quads ? 4u : 1u, width = static_cast<unsigned>(features) / step;
+    const auto size = static_cast<unsigned>(rows) * width;
+    for (auto e = static_cast<unsigned>(team.index); e < size; e += static_cast<unsigned>(team.size)) {
+      const auto r = static_cast<int>(e / width);
+      const auto f = static_cast<int>((e - static_cast<unsigned>(r) * width) * step);
+      const std::int64_t row = first + (r < valid ? r : valid - 1);
+      const T* from = in + (index == nullptr ? row : index[row]) * features + f;
+      Vec4<T> v = {};
+      if (quads) {
+        v = load4(from);
+      } else {
+        v.x = *from;
+      }
+      if (!is_finite(v.x) || !is_finite(v.y) || !is_finite(v.z) || !is_finite(v.w)) poison[r] = 1;
+      at(r, f) = v.x;
+      if (!quads) continue;
+      at(r, f + 1) = v.y;
+      at(r, f + 2) = v.z;
+      at(r, f + 3) = v.w;
+    }
+  }
+
+  NVPFLOW_DEVICE T clean(int r, T value) const { return poison[r] != 0 ? not_a_number<T>() : value; }
+
+  NVPFLOW_DEVICE void store(Team team, T* out) const {
+    const bool quads = in_quads(out);
+    const auto step = quads ? 4u : 1u, width = static_cast<unsigned>(features) / step;
+    const auto size = static_cast<unsigned>(valid) * width;
+    for (auto e = static_cast<unsigned>(team.index); e < size; e += static_cast<unsigned>(team.size)) {
+      const auto r = static_cast<int>(e / width);
+      const auto f = static_cast<int>((e - static_cast<unsigned>(r) * width) * step);
+      T* to = out + (first + r) * features + f;
+      if (quads) {
+        store4(to, Vec4<T>{clean(r, at(r, f)), clean(r, at(r, f + 1)), clean(r, at(r, f + 2)), clean(r, at(r, f + 3))});
+      } else {
+        *to = clean(r, at(r, f));
+      }
+    }
+  }
+
+  NVPFLOW_DEVICE void store_row(const TransformCall<T>& call, int r, T log_det, T square) const {
+    if (r >= valid) return;
+    if (call.log_det != nullptr) call.log_det[first + r] = clean(r, log_det);
+    if (call.log_prob != nullptr) call.log_prob[first + r] = clean(r, log_prob_from(square, log_det, features));
+  }
+
+  NVPFLOW_DEVICE void store_conditioner(const TransformCall<T>& call, int r, int j, int width, T s, T t) const {
+    if (r >= valid) return;
+    call.log_scale[(first + r) * width + j] = clean(r, s);
+    call.shift[(first + r) * width + j] = clean(r, t);
+  }
+
+  /// Standard normals of the call's rows (gaussian.cuh); of rows past the end too, which nobody reads.
+  NVPFLOW_DEVICE void fill_noise(Team team, std::uint64_t seed, std::uint64_t first_row) const {
+    const unsigned width = static_cast<unsigned>((features + kNoiseColumns<T> - 1) / kNoiseColumns<T>);
+    const auto size = static_cast<unsigned>(rows) * width;
+    for (auto e = static_cast<unsigned>(team.index); e < size; e += static_cast<unsigned>(team.size)) {
+      const unsigned r = e / width, block = e - r * width;
+      T normals[kNoiseColumns<T>];
+      noise_block(seed, first_row + static_cast<std::uint64_t>(first + r), block, normals);
+      NVPFLOW_UNROLL
+      for (int i = 0; i < kNoiseColumns<T>; ++i) {
+        const int f = static_cast<int>(block) * kNoiseColumns<T> + i;
+        if (f < features) at(static_cast<int>(r), f) = normals[i];
+      }
+    }
+  }
+};
+
+/// square[row block][upper, lower half] = the lane's part of |z|^2: of the blocks of 8 features that fall to this one
+/// of the warps across.
+template <class T>
+NVPFLOW_DEVICE void sum_squares(const Tile<T>& tile, const Lane& lane, int row_block, int across, int num_across,
+                                T (&square)[kRowBlocks][2]) {
+  for (int part = 0; part < 2; ++part) {
+    const int n = tile.count(part), blocks = blocks_of(n);
+    for (int b = across; b < blocks_of(n); b += num_across) {
+      NVPFLOW_UNROLL
+      for (int rb = 0; rb < kRowBlocks; ++rb) {
+        const Vec4<T> v = load4(tile.state(part) + ((row_block + rb) * blocks + b) * kBlock + lane.chunk);
+        square[rb][0] = multiply_add(v.y, v.y, multiply_add(v.x, v.x, square[rb][0]));
+        square[rb][1] = multiply_add(v.w, v.w, multiply_add(v.z, v.z, square[rb][1]));
+      }
+    }
+  }
+}
+
+/// From the lanes' parts of the log-determinant to call.log_det and call.log_prob, for the rows of the tile. All
+/// threads of the team come here; barrier() is theirs.
+template <class T, class Barrier>
+NVPFLOW_DEVICE void write_row_sums(const Tile<T>& tile, const TransformCall<T>& call, Team team, const Lane& lane,
+                                   int row_block, int across, int num_across, const T (&log_det)[kRowBlocks][2],
+                                   Barrier barrier) {
+  if (call.log_det == nullptr && call.log_prob == nullptr) return;
+  T square[kRowBlocks][2] = {};
+  if (call.log_prob != nullptr) sum_squares(tile, lane, row_block, across, num_across, square);
+  NVPFLOW_UNROLL
+  for (int rb = 0; rb < kRowBlocks; ++rb) {
+    NVPFLOW_UNROLL
+    for (int low = 0; low < 2; ++low) {
+      const int r = 16 * (row_block + rb) + lane.g + 8 * low;
+      const T det = sum_over_lanes(log_det[rb][low]), squares = sum_over_lanes(square[rb][low]);
+      if (lane.t != 0) continue;
+      if (num_across == 1) {
+        tile.store_row(call, r, det, squares);
+      } else {
+        tile.sums[across * tile.rows + r] = det;
+        tile.sums[(num_across + across) * tile.rows + r] = squares;
+      }
+    }
+  }
+  if (num_across == 1) return;
+  barrier();
+  for (int r = team.index; r < tile.rows; r += team.size) {
+    T det = 0, squares = 0;
+    for (int a = 0; a < num_across; ++a) {
+      det += tile.sums[a * tile.rows + r];
+      squares += tile.sums[(num_across + a) * tile.rows + r];
+    }
+    tile.store_row(call, r, det, squares);
+  }
+}
+
+}  // namespace nvpflow::cuda

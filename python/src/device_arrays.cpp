@@ -1,0 +1,508 @@
+#include "device_arrays.hpp"
+
+#include <pybind11/stl.h>
+
+#include <nvpflow/device.hpp>
+
+#include <cstring>
+#include <vector>
+
+#include "dlpack.h"
+
+namespace nvpflow::python {
+namespace {
+
+using namespace dlpack;
+
+/// The legacy default stream, as DLPack and __cuda_array_interface__ write it; CUDA takes it for a stream, too.
+constexpr std::intptr_t kLegacyStream = 1;
+
+[[noreturn]] void raise(PyObject* type, const std::string& message) {
+  PyErr_SetString(type, message.c_str());
+  throw py::error_already_set();
+}
+
+std::string on_text(int device) { return device == kHost ? "the CPU" : "cuda:" + std::to_string(device); }
+
+std::string shape_text(const std::vector<std::int64_t>& shape) {
+  std::string text = "(";
+  for (std::size_t i = 0; i < shape.size(); ++i) text += (i > 0 ? ", " : "") + std::to_string(shape[i]);
+  return text + (shape.size() == 1 ? ",)" : ")");
+}
+
+std::intptr_t address(const void* stream) { return reinterpret_cast<std::intptr_t>(stream); }
+void* stream_at(std::intptr_t value) { return reinterpret_cast<void*>(value); }
+
+/// Memory of a device with a shape, for callers without a library of their own.
+struct DeviceArray {
+  DeviceMemory memory;
+  DType dtype;
+  std::vector<std::int64_t> shape;
+  void* stream;  // on which its contents are made
+
+  std::int64_t size() const {
+    std::int64_t count = 1;
+    for (const std::int64_t n : shape) count *= n;
+    return count;
+  }
+  std::int64_t bytes() const { return size() * size_of(dtype); }
+};
+
+/// Any device array, with what it says of itself.
+struct Found {
+  py::object owner;
+  void* data = nullptr;
+  int device = 0;
+  bool managed = false;
+  bool is_float = false;
+  std::int64_t item_bytes = 0;
+  std::vector<std::int64_t> shape;
+  bool contiguous = true, read_only = false;
+  Library library = Library::other;
+  void* stream = nullptr;
+};
+
+Library library_of(PyObject* object) {
+  const py::handle type(reinterpret_cast<PyObject*>(Py_TYPE(object)));
+  for (const py::handle base : type.attr("__mro__")) {
+    const auto name = py::str(base.attr("__module__")).cast<std::string>();
+    const std::string root = name.substr(0, name.find('.'));
+    if (root == "torch") return Library::torch;
+    if (root == "cupy") return Library::cupy;
+    if (root == "jax" || root == "jaxlib") return Library::jax;
+  }
+  return Library::other;
+}
+
+/// A library that the caller's object came from, and which is therefore imported already.
+py::module_ imported(const char* name) { return py::module_::import(name); }
+
+/// The stream on which the caller's library works now.
+void* current_stream(Library library, int device) {
+  if (library == Library::torch) {
+    const py::object stream = imported("torch").attr("cuda").attr("current_stream")(device);
+    return stream_at(stream.attr("cuda_stream").cast<std::intptr_t>());
+  }
+  if (library == Library::cupy) {
+    const py::object stream = imported("cupy").attr("cuda").attr("get_current_stream")(device);
+    return stream_at(stream.attr("ptr").cast<std::intptr_t>());
+  }
+  return stream_at(kLegacyStream);
+}
+
+// ---- DLPack ------------------------------------------------------------------------------------------------------
+
+/// Owns what a capsule held.
+template <class Managed>
+py::object owner_of(Managed* managed) {
+  return py::capsule(managed, [](void* p) {
+    auto* held = static_cast<Managed*>(p);
+    if (held->deleter != nullptr) held->deleter(held);
+  });
+}
+
+bool is_contiguous(const std::vector<std::int64_t>& shape, const std::int64_t* strides, std::int64_t unit) {
+  std::int64_t expected = unit;
+  for (const std::int64_t n : shape) {
+    if (n == 0) return true;
+  }
+  for (std::size_t i = shape.size(); i-- > 0;) {
+    if (shape[i] != 1 && strides[i] != expected) return false;
+    expected *= shape[i];
+  }
+  return true;
+}
+
+void read_tensor(const DLTensor& tensor, Found& found) {
+  found.data = static_cast<unsigned char*>(tensor.data) + tensor.byte_offset;
+  found.device = tensor.device.device_id;
+  found.managed = tensor.device.device_type == kCudaManaged;
+  found.is_float = tensor.dtype.code == kFloat && tensor.dtype.lanes == 1;
+  found.item_bytes = tensor.dtype.bits / 8;
+  found.shape.assign(tensor.shape, tensor.shape + tensor.ndim);
+  found.contiguous = tensor.strides == nullptr || is_contiguous(found.shape, tensor.strides, 1);
+}
+
+/// A versioned capsule where the producer knows them, else one of the form before 1.0.
+py::object capsule_of(PyObject* object, void* stream) {
+  const py::object method = py::handle(object).attr("__dlpack__");
+  const std::intptr_t wanted = stream == nullptr ? kLegacyStream : address(stream);
+  try {
+    return method(py::arg("stream") = wanted, py::arg("max_version") = py::make_tuple(kMajor, kMinor));
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_TypeError)) throw;
+  }
+  return method(py::arg("stream") = wanted);
+}
+
+void import_dlpack(PyObject* object, const char* name, Found& found) {
+  constexpr const char* kVersioned = "dltensor_versioned";
+  constexpr const char* kBare = "dltensor";
+  const py::object capsule = capsule_of(object, found.stream);
+  if (PyCapsule_IsValid(capsule.ptr(), kVersioned) != 0) {
+    auto* managed = static_cast<DLManagedTensorVersioned*>(PyCapsule_GetPointer(capsule.ptr(), kVersioned));
+    if (managed->version.major != kMajor) {  // the capsule still owns it
+      raise(PyExc_BufferError,
+            std::string(name) + " comes as DLPack " + std::to_string(managed->version.major) + ", expected version 1");
+    }
+    PyCapsule_SetName(capsule.ptr(), "used_dltensor_versioned");
+    found.owner = owner_of(managed);
+    found.read_only = (managed->flags & kReadOnly) != 0;
+    return read_tensor(managed->dl_tensor, found);
+  }
+  if (PyCapsule_IsValid(capsule.ptr(), kBare) == 0) {
+    raise(PyExc_TypeError, std::string(name) + ".__dlpack__() returned " + Py_TYPE(capsule.ptr())->tp_name +
+                               ", expected a DLPack capsule");
+  }
+  auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), kBare));
+  PyCapsule_SetName(capsule.ptr(), "used_dltensor");
+  found.owner = owner_of(managed);
+  read_tensor(managed->dl_tensor, found);
+}
+
+// ---- __cuda_array_interface__ (version 2 and 3) --------------------------------------------------------------------
+
+void import_interface(PyObject* object, int flow_device, Found& found) {
+  const py::dict says = py::handle(object).attr("__cuda_array_interface__");
+  const py::tuple data = says["data"];
+  found.owner = py::reinterpret_borrow<py::object>(object);
+  found.data = stream_at(data[0].cast<std::intptr_t>());
+  found.read_only = data[1].cast<bool>();
+  const auto type = says["typestr"].cast<std::string>();
+  found.is_float = type == "<f4" || type == "<f8" || type == "=f4" || type == "=f8";
+  found.item_bytes = found.is_float ? type[2] - '0' : 0;
+  for (const py::handle n : py::tuple(says["shape"])) found.shape.push_back(n.cast<std::int64_t>());
+  if (says.contains("strides") && !says["strides"].is_none()) {
+    const auto strides = says["strides"].cast<std::vector<std::int64_t>>();
+    found.contiguous =
+        strides.size() == found.shape.size() && is_contiguous(found.shape, strides.data(), found.item_bytes);
+  }
+  if (says.contains("stream") && !says["stream"].is_none()) {
+    found.stream = stream_at(says["stream"].cast<std::intptr_t>());
+  }
+  // An array without elements may point nowhere.
+  found.device = found.data == nullptr || flow_device == kHost ? flow_device : cuda_device_of(found.data);
+}
+
+// ---- checks ------------------------------------------------------------------------------------------------------
+
+bool has(PyObject* object, const char* attribute) { return PyObject_HasAttrString(object, attribute) != 0; }
+
+Found find(PyObject* object, const char* name, int device) {
+  Found found;
+  if (py::isinstance<DeviceArray>(object)) {
+    const auto& own = py::handle(object).cast<const DeviceArray&>();
+    found.owner = py::reinterpret_borrow<py::object>(object);
+    found.data = own.memory.data();
+    found.device = own.memory.device();
+    found.is_float = true;
+    found.item_bytes = size_of(own.dtype);
+    found.shape = own.shape;
+    found.library = Library::nvpflow;
+    found.stream = own.stream;
+    return found;
+  }
+  if (device == kHost) {
+    raise(PyExc_ValueError, std::string(name) +
+                                " is on a CUDA device, the flow on the CPU; move the flow with flow.to(\"cuda\"), or "
+                                "copy the array to the host");
+  }
+  found.library = library_of(object);
+  found.stream = current_stream(found.library, device);
+  if (has(object, "__dlpack__")) {
+    import_dlpack(object, name, found);
+  } else {
+    import_interface(object, device, found);
+  }
+  return found;
+}
+
+/// On the flow's device, of its dtype, C-contiguous.
+void check(const Found& found, const char* name, DType dtype, int device) {
+  if (device == kHost || (found.device != device && !found.managed)) {
+    raise(PyExc_ValueError, std::string(name) + " is on " + on_text(found.device) + ", the flow on " + on_text(device) +
+                                "; move one of them, the flow with flow.to(\"" +
+                                (found.device == kHost ? "cpu" : on_text(found.device)) + "\")");
+  }
+  if (!found.is_float || found.item_bytes != size_of(dtype)) {
+    const std::string came = found.is_float ? "float" + std::to_string(8 * found.item_bytes) : "another dtype";
+    raise(PyExc_TypeError, std::string(name) + " has " + (found.is_float ? "dtype " : "") + came + ", expected " +
+                               std::string(name_of(dtype)) +
+                               ", the flow's dtype; arrays on a device are not converted");
+  }
+  if (!found.contiguous) {
+    raise(
+        PyExc_ValueError,
+        std::string(name) + " is not C-contiguous; arrays on a device are used as they are, so make a contiguous copy");
+  }
+}
+
+InputArray input_of(Found&& found, PyObject* object) {
+  InputArray in;
+  in.owner = std::move(found.owner);
+  in.data = found.data;
+  in.on_device = true;
+  in.library = found.library;
+  in.device = found.device;
+  in.stream = found.stream;
+  in.source = py::reinterpret_borrow<py::object>(object);
+  return in;
+}
+
+std::vector<std::int64_t> shape_of(std::int64_t rows, std::int64_t columns, bool single) {
+  std::vector<std::int64_t> shape;
+  if (!single) shape.push_back(rows);
+  if (columns > 0) shape.push_back(columns);
+  return shape;
+}
+
+/// A new array on the device, by the caller's library where it can make one that is not filled yet.
+void allocate(OutputArray& out, DType dtype, const std::vector<std::int64_t>& shape, const InputArray& like) {
+  if (like.library == Library::torch) {
+    out.array = like.source.attr("new_empty")(py::tuple(py::cast(shape)));
+    out.data = stream_at(out.array.attr("data_ptr")().cast<std::intptr_t>());
+  } else if (like.library == Library::cupy) {
+    const py::object on = imported("cupy").attr("cuda").attr("Device")(like.device);
+    on.attr("__enter__")();
+    try {
+      out.array = imported("cupy").attr("empty")(py::tuple(py::cast(shape)), std::string(name_of(dtype)));
+    } catch (...) {
+      on.attr("__exit__")(py::none(), py::none(), py::none());
+      throw;
+    }
+    on.attr("__exit__")(py::none(), py::none(), py::none());
+    out.data = stream_at(out.array.attr("data").attr("ptr").cast<std::intptr_t>());
+  } else {
+    const std::int64_t bytes = std::max<std::int64_t>(1, out.bytes);
+    DeviceArray own{DeviceMemory(like.device, bytes), dtype, shape, like.stream};
+    out.data = own.memory.data();
+    out.array = py::cast(std::move(own));
+  }
+}
+
+// ---- nvpflow's own array -------------------------------------------------------------------------------------------
+
+py::object numpy_copy(const void* data, DType dtype, const std::vector<std::int64_t>& shape, int device, void* stream) {
+  const auto array =
+      py::module_::import("numpy").attr("empty")(py::tuple(py::cast(shape)), std::string(name_of(dtype)));
+  auto* to = stream_at(array.attr("ctypes").attr("data").cast<std::intptr_t>());
+  const auto bytes = array.attr("nbytes").cast<std::int64_t>();
+  const py::gil_scoped_release released;
+  cuda_download(device, to, data, bytes, stream);
+  return array;
+}
+
+py::dict array_interface(const DeviceArray& a) {
+  py::dict says;
+  says["version"] = 3;
+  says["shape"] = py::tuple(py::cast(a.shape));
+  says["typestr"] = a.dtype == DType::float32 ? "<f4" : "<f8";
+  says["data"] = py::make_tuple(address(a.memory.data()), false);
+  says["strides"] = py::none();
+  says["stream"] = a.stream == nullptr ? kLegacyStream : address(a.stream);
+  return says;
+}
+
+/// What a capsule of ours points at, in either form.
+template <class Managed>
+struct Export {
+  Managed managed{};
+  DeviceArray array;
+  explicit Export(const DeviceArray& a) : array(a) {}
+};
+
+template <class Managed>
+Managed* export_tensor(const DeviceArray& a) {
+  auto* made = new Export<Managed>(a);
+  made->managed.manager_ctx = made;
+  made->managed.deleter = [](Managed* self) { delete static_cast<Export<Managed>*>(self->manager_ctx); };
+  const auto bits = static_cast<std::uint8_t>(8 * size_of(a.dtype));
+  made->managed.dl_tensor = {a.memory.data(),
+                             {kCuda, a.memory.device()},
+                             static_cast<std::int32_t>(a.shape.size()),
+                             {kFloat, bits, 1},
+                             made->array.shape.data(),
+                             nullptr,
+                             0};
+  return &made->managed;
+}
+
+/// Frees what nobody took.
+template <class Managed>
+void free_capsule(PyObject* capsule) {
+  const char* name = PyCapsule_GetName(capsule);
+  if (name == nullptr || std::strncmp(name, "used_", 5) == 0) return;
+  auto* managed = static_cast<Managed*>(PyCapsule_GetPointer(capsule, name));
+  if (managed != nullptr) managed->deleter(managed);
+}
+
+template <class Managed>
+py::object new_capsule(const DeviceArray& a, const char* name) {
+  Managed* managed = export_tensor<Managed>(a);
+  if constexpr (requires { managed->version; }) managed->version = {kMajor, kMinor};
+  PyObject* capsule = PyCapsule_New(managed, name, free_capsule<Managed>);
+  if (capsule == nullptr) {
+    managed->deleter(managed);
+    throw py::error_already_set();
+  }
+  return py::reinterpret_steal<py::object>(capsule);
+}
+
+py::object to_dlpack(const DeviceArray& a, const py::object& stream, const py::object& max_version,
+                     const py::object& dl_device, const py::object& copy) {
+  if (!dl_device.is_none() && !dl_device.equal(py::make_tuple(kCuda, a.memory.device()))) {
+    raise(PyExc_BufferError, "dl_device is another device than the array's, cuda:" + std::to_string(a.memory.device()));
+  }
+  if (!copy.is_none() && copy.cast<bool>()) raise(PyExc_BufferError, "copy=True is not supported");
+  const std::intptr_t consumer = stream.is_none() ? kLegacyStream : stream.cast<std::intptr_t>();
+  if (consumer == 0) raise(PyExc_ValueError, "stream is 0, which DLPack does not allow; use 1 or 2");
+  const std::intptr_t own = a.stream == nullptr ? kLegacyStream : address(a.stream);
+  if (consumer != -1 && consumer != own) cuda_wait(a.memory.device(), stream_at(consumer), a.stream);
+  const bool versioned = !max_version.is_none() && max_version.cast<std::pair<int, int>>().first >= 1;
+  return versioned ? new_capsule<DLManagedTensorVersioned>(a, "dltensor_versioned")
+                   : new_capsule<DLManagedTensor>(a, "dltensor");
+}
+
+DeviceArray array_of(const py::object& values, const std::string& device) {
+  const Device on = parse_device(device);
+  if (on.kind != DeviceKind::cuda) raise(PyExc_ValueError, "device is '" + device + "', expected a CUDA device");
+  const py::object rows = py::module_::import("numpy").attr("ascontiguousarray")(values);
+  const auto dtype = py::str(rows.attr("dtype")).cast<std::string>();
+  DeviceArray array{DeviceMemory(on.index, std::max<std::int64_t>(1, rows.attr("nbytes").cast<std::int64_t>())),
+                    parse_dtype(dtype), rows.attr("shape").cast<std::vector<std::int64_t>>(), nullptr};
+  if (py::len(values.attr("shape")) == 0) array.shape.clear();  // which ascontiguousarray gives an axis
+  array.memory.upload(stream_at(rows.attr("ctypes").attr("data").cast<std::intptr_t>()), array.bytes());
+  return array;
+}
+
+}  // namespace
+
+bool is_device_array(PyObject* object) {
+  if (PyList_Check(object) || PyTuple_Check(object) || PyFloat_Check(object) || PyLong_Check(object)) return false;
+  if (has(object, "__dlpack_device__")) {
+    const py::tuple where = py::handle(object).attr("__dlpack_device__")();
+    const auto type = py::int_(py::object(where[0])).cast<int>();
+    return type == kCuda || type == kCudaManaged;
+  }
+  return has(object, "__cuda_array_interface__");
+}
+
+InputArray device_rows(PyObject* object, const char* name, DType dtype, std::int64_t features, int device) {
+  Found found = find(object, name, device);
+  check(found, name, dtype, device);
+  const std::size_t dims = found.shape.size();
+  if ((dims != 1 && dims != 2) || found.shape.back() != features) {
+    const std::string d = std::to_string(features);
+    raise(PyExc_ValueError, std::string(name) + " has shape " + shape_text(found.shape) + ", expected (B, " + d +
+                                ") or, for one row, (" + d + ",)");
+  }
+  const std::int64_t rows = dims == 1 ? 1 : found.shape[0];
+  InputArray in = input_of(std::move(found), object);
+  in.single = dims == 1;
+  in.rows = rows;
+  return in;
+}
+
+InputArray device_vector(PyObject* object, const char* name, DType dtype, const InputArray& like) {
+  if (!is_device_array(object)) {
+    raise(PyExc_ValueError, std::string(name) + " is on the CPU, x on " + on_text(like.device));
+  }
+  Found found = find(object, name, like.device);
+  check(found, name, dtype, like.device);
+  const std::vector<std::int64_t> expected = shape_of(like.rows, 0, like.single);
+  if (found.shape != expected) {
+    raise(PyExc_ValueError,
+          std::string(name) + " has shape " + shape_text(found.shape) + ", expected " + shape_text(expected));
+  }
+  InputArray in = input_of(std::move(found), object);
+  in.rows = like.rows;
+  in.single = like.single;
+  return in;
+}
+
+OutputArray device_output(PyObject* given, const char* name, DType dtype, std::int64_t rows, std::int64_t columns,
+                          const InputArray& like) {
+  OutputArray out;
+  out.on_device = true;
+  out.library = like.library;
+  const std::vector<std::int64_t> shape = shape_of(rows, columns, like.single);
+  out.bytes = size_of(dtype);
+  for (const std::int64_t n : shape) out.bytes *= n;
+  if (given == nullptr || given == Py_None) {
+    allocate(out, dtype, shape, like);
+    return out;
+  }
+  if (!is_device_array(given)) {
+    raise(PyExc_TypeError, std::string(name) + " is " + Py_TYPE(given)->tp_name +
+                               " in the host's memory, expected an " + "array on " + on_text(like.device) +
+                               " as the input");
+  }
+  const Found found = find(given, name, like.device);
+  check(found, name, dtype, like.device);
+  if (found.shape != shape) {
+    raise(PyExc_ValueError,
+          std::string(name) + " has shape " + shape_text(found.shape) + ", expected " + shape_text(shape));
+  }
+  if (found.read_only || found.library == Library::jax) raise(PyExc_ValueError, std::string(name) + " is read-only");
+  out.array = py::reinterpret_borrow<py::object>(given);
+  out.data = found.data;
+  out.given = true;
+  return out;
+}
+
+PyObject* device_result(OutputArray&& out) {
+  if (!out.given && out.library == Library::jax) {
+    return imported("jax").attr("dlpack").attr("from_dlpack")(out.array).release().ptr();
+  }
+  return out.array.release().ptr();
+}
+
+InputArray device_target(PyObject* object, const char* name, int device) {
+  return input_of(find(object, name, device), object);
+}
+
+py::object host_array(const py::object& object) {
+  if (!is_device_array(object.ptr())) return object;
+  int device = kHost;
+  if (has(object.ptr(), "__dlpack_device__")) {
+    device = py::tuple(object.attr("__dlpack_device__")())[1].cast<int>();
+  } else {
+    const py::dict says = object.attr("__cuda_array_interface__");
+    device = std::max(0, cuda_device_of(stream_at(py::tuple(says["data"])[0].cast<std::intptr_t>())));
+  }
+  const Found found = find(object.ptr(), "x", device);
+  if (!found.is_float || (found.item_bytes != 4 && found.item_bytes != 8)) {
+    raise(PyExc_TypeError, "an array on a device has another dtype than float32 or float64");
+  }
+  check(found, "x", found.item_bytes == 4 ? DType::float32 : DType::float64, found.device);
+  return numpy_copy(found.data, found.item_bytes == 4 ? DType::float32 : DType::float64, found.shape, found.device,
+                    found.stream);
+}
+
+void bind_device_array(py::module_& module) {
+  py::class_<DeviceArray>(module, "DeviceArray",
+                          "A C-contiguous array in the memory of a CUDA device, which any library takes by DLPack or\n"
+                          "__cuda_array_interface__. Made by nvpflow.cuda.array, and the result of calls on device\n"
+                          "arrays of libraries that cannot allocate one.")
+      .def_property_readonly("shape", [](const DeviceArray& a) { return py::tuple(py::cast(a.shape)); })
+      .def_property_readonly("dtype", [](const DeviceArray& a) { return std::string(name_of(a.dtype)); })
+      .def_property_readonly("device", [](const DeviceArray& a) { return "cuda:" + std::to_string(a.memory.device()); })
+      .def(
+          "numpy",
+          [](const DeviceArray& a) {
+            return numpy_copy(a.memory.data(), a.dtype, a.shape, a.memory.device(), a.stream);
+          },
+          "Copy to a NumPy array; waits for the contents.")
+      .def_property_readonly("__cuda_array_interface__", &array_interface)
+      .def("__dlpack__", &to_dlpack, py::kw_only(), py::arg("stream") = py::none(), py::arg("max_version") = py::none(),
+           py::arg("dl_device") = py::none(), py::arg("copy") = py::none())
+      .def("__dlpack_device__", [](const DeviceArray& a) { return py::make_tuple(kCuda, a.memory.device()); })
+      .def("__repr__", [](const DeviceArray& a) {
+        return "DeviceArray(shape=" + shape_text(a.shape) + ", dtype='" + std::string(name_of(a.dtype)) +
+               "', device='cuda:" + std::to_string(a.memory.device()) + "')";
+      });
+  module.def("_device_array", &array_of, py::arg("values"), py::arg("device"));
+  module.def("_host_array", &host_array, py::arg("object"));
+}
+
+}  // namespace nvpflow::python

@@ -1,0 +1,387 @@
+// The CUDA backend's host side on the emulated runtime (NVPFLOW_CUDA=EMULATED): a flow on "cuda" against the same flow
+// on the CPU, through nvpflow::Flow and fit, in chunks, in threads, after forks and without memory.
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <filesystem>
+#include <limits>
+#include <random>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#include <nvpflow/train.hpp>
+
+using namespace nvpflow;
+
+namespace {
+
+constexpr Device kCuda0 = {DeviceKind::cuda, 0}, kCuda1 = {DeviceKind::cuda, 1};
+
+template <class T>
+constexpr DType dtype_of = std::is_same_v<T, float> ? DType::float32 : DType::float64;
+/// Both sides keep 1e-5 and 1e-12 of the oracle, here a sum of them.
+template <class T>
+constexpr double kBudget = std::is_same_v<T, float> ? 2e-5 : 2e-12;
+
+template <class T>
+std::vector<T> normals(std::int64_t count, unsigned seed, double scale = 1) {
+  std::mt19937 engine(seed);
+  std::normal_distribution<double> normal(0, scale);
+  std::vector<T> values(static_cast<std::size_t>(count));
+  for (T& v : values) v = static_cast<T>(normal(engine));
+  return values;
+}
+
+template <class T>
+std::vector<T> zeros(std::int64_t count) {
+  return std::vector<T>(static_cast<std::size_t>(count));
+}
+
+/// A flow on the CPU, far from the identity.
+template <class T>
+Flow cpu_flow(std::int64_t d = 5, std::int64_t k = 3, std::vector<std::int64_t> hidden = {12},
+              Activation activation = Activation::silu, bool standardize = true) {
+  Flow flow(FlowSpec::real_nvp(d, k, std::move(hidden), activation, 1.0, standardize, dtype_of<T>), 3);
+  flow.set_parameters<T>(normals<T>(flow.num_parameters(), 4, 0.2));
+  return flow;
+}
+
+template <class T>
+double worst(const std::vector<T>& a, const std::vector<T>& b) {
+  REQUIRE(a.size() == b.size());
+  double worst = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    const auto x = static_cast<double>(a[i]), y = static_cast<double>(b[i]);
+    const double off = std::isnan(x) && std::isnan(y) ? 0 : std::abs(x - y) / (1 + std::abs(y));
+    worst = off <= worst ? worst : off;  // NaN stays
+  }
+  return worst;
+}
+
+template <class T>
+struct Results {
+  std::vector<T> z, log_det, x, inverse_log_det, log_prob, samples, gradient, grad_in, grad_parameters, s, t;
+  double nll = 0, nll_of_gradient = 0;
+};
+
+template <class T>
+Results<T> all_results(const Flow& flow, std::int64_t rows) {
+  const std::int64_t d = flow.spec().input_size, p = flow.num_parameters();
+  const std::vector<T> in = normals<T>(rows * d, 1), cotangent = normals<T>(rows * d, 2),
+                       log_det_cotangent = normals<T>(rows, 3);
+  Results<T> r;
+  r.z = r.x = r.grad_in = r.samples = zeros<T>(rows * d);
+  r.log_det = r.inverse_log_det = r.log_prob = zeros<T>(rows);
+  r.gradient = zeros<T>(p);
+  r.grad_parameters = std::vector<T>(static_cast<std::size_t>(p), T(1));
+  flow.forward<T>(in, r.z, r.log_det);
+  flow.inverse<T>(in, r.x, r.inverse_log_det);
+  flow.log_prob<T>(in, r.log_prob);
+  flow.sample<T>(9, r.samples, 100);
+  r.nll = flow.nll<T>(in);
+  r.nll_of_gradient = flow.nll_gradient<T>(in, r.gradient);
+  flow.vjp<T>(Direction::inverse, in, cotangent, log_det_cotangent, r.grad_in, r.grad_parameters, true);
+  const auto layer = static_cast<std::int64_t>(flow.spec().layers.size()) - 1;
+  const std::int64_t width = flow.spec().transformed(flow.spec().layers.back()).count;
+  r.s = r.t = zeros<T>(rows * width);
+  flow.conditioner<T>(layer, in, r.s, r.t);
+  return r;
+}
+
+template <class T>
+void check_equal(const Flow& cpu, const Flow& cuda, std::int64_t rows) {
+  CAPTURE(rows);
+  const Results<T> a = all_results<T>(cuda, rows), b = all_results<T>(cpu, rows);
+  CHECK(worst(a.z, b.z) < kBudget<T>);
+  CHECK(worst(a.log_det, b.log_det) < kBudget<T>);
+  CHECK(worst(a.x, b.x) < kBudget<T>);
+  CHECK(worst(a.inverse_log_det, b.inverse_log_det) < kBudget<T>);
+  CHECK(worst(a.log_prob, b.log_prob) < kBudget<T>);
+  CHECK(worst(a.samples, b.samples) < kBudget<T>);
+  CHECK(worst(a.s, b.s) < kBudget<T>);
+  CHECK(worst(a.t, b.t) < kBudget<T>);
+  CHECK(a.nll == doctest::Approx(b.nll).epsilon(kBudget<T>));
+  CHECK(a.nll_of_gradient == doctest::Approx(b.nll).epsilon(kBudget<T>));
+  CHECK(worst(a.gradient, b.gradient) < 10 * kBudget<T>);
+  CHECK(worst(a.grad_in, b.grad_in) < 10 * kBudget<T>);
+  CHECK(worst(a.grad_parameters, b.grad_parameters) < 10 * kBudget<T> * std::sqrt(static_cast<double>(rows)));
+}
+
+FitOptions short_fit() {
+  FitOptions options;
+  options.epochs = 3;
+  options.batch_size = 64;
+  options.learning_rate = 5e-3;
+  options.weight_decay = 0.01;
+  options.clip_norm = 1.0;
+  options.validation_fraction = 0.25;
+  return options;
+}
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("a flow on cuda gives what it gives on the CPU", T, float, double) {
+  const Flow cpu = cpu_flow<T>();
+  const Flow cuda = cpu.to(kCuda0);
+  CHECK(name_of(cuda.device()) == "cuda:0");
+  for (const std::int64_t rows : {1, 2, 17, 300}) check_equal<T>(cpu, cuda, rows);
+  check_equal<T>(cpu, cuda, 1500);  // chunks of 16 KiB
+}
+
+TEST_CASE("other shapes, and no rows") {
+  const Flow cpu = cpu_flow<float>(6, 2, {}, Activation::relu, false);
+  check_equal<float>(cpu, cpu.to(kCuda0), 40);
+  const Flow deep = cpu_flow<float>(9, 2, {20, 33}, Activation::gelu, true);
+  check_equal<float>(deep, deep.to(kCuda1), 40);
+  const Flow cuda = cpu.to(kCuda0);
+  std::vector<float> none;
+  cuda.log_prob<float>(none, none);
+  std::vector<float> gradient(static_cast<std::size_t>(cuda.num_parameters()), 5.0f);
+  cuda.vjp<float>(Direction::forward, none, none, none, none, gradient);
+  CHECK(gradient == zeros<float>(cuda.num_parameters()));
+}
+
+TEST_CASE("a row's bits do not depend on the batch") {
+  const Flow cuda = cpu_flow<float>().to(kCuda0);
+  const std::vector<float> x = normals<float>(1000 * 5, 7);
+  std::vector<float> together(1000), alone(1);
+  cuda.log_prob<float>(x, together);
+  for (const std::size_t row : {0u, 1u, 500u, 999u}) {
+    cuda.log_prob<float>(std::span(x).subspan(row * 5, 5), alone);
+    CHECK(alone[0] == together[row]);
+  }
+}
+
+TEST_CASE("parameters: set, copied, moved between devices") {
+  Flow cpu = cpu_flow<double>();
+  Flow cuda = cpu.to(kCuda1);
+  for (unsigned seed = 0; seed < 3; ++seed) {
+    const std::vector<double> parameters = normals<double>(cpu.num_parameters(), 20 + seed, 0.2);
+    cpu.set_parameters<double>(parameters);
+    cuda.set_parameters<double>(parameters);
+    check_equal<double>(cpu, cuda, 20);
+  }
+  const Flow copy = cuda;
+  CHECK(copy.device() == kCuda1);
+  check_equal<double>(cpu, copy, 20);
+  check_equal<double>(cuda, copy.to({}), 20);
+}
+
+TEST_CASE("calls from many threads while another replaces the parameters see one set or the other") {
+  Flow cuda = cpu_flow<float>(4, 2, {8}).to(kCuda0);
+  const std::vector<float> old(cuda.parameters<float>().begin(), cuda.parameters<float>().end());
+  const std::vector<float> other = normals<float>(cuda.num_parameters(), 30, 0.2);
+  const std::vector<float> x = normals<float>(40 * 4, 31);
+  const auto results_of = [&](const std::vector<float>& parameters) {
+    cuda.set_parameters<float>(parameters);
+    std::vector<float> out(40);
+    cuda.log_prob<float>(x, out);
+    return out;
+  };
+  const std::vector<float> first = results_of(old), second = results_of(other);
+  std::atomic<bool> stop{false};
+  std::atomic<int> mixed{0}, calls{0};
+  std::vector<std::thread> readers;
+  for (int i = 0; i < 3; ++i) {
+    readers.emplace_back([&] {
+      while (!stop.load()) {
+        std::vector<float> out(40);
+        cuda.log_prob<float>(x, out);
+        mixed += out != first && out != second;
+        ++calls;
+      }
+    });
+  }
+  for (int i = 0; i < 20 || calls.load() < 20; ++i) cuda.set_parameters<float>(i % 2 == 0 ? old : other);
+  stop = true;
+  for (std::thread& reader : readers) reader.join();
+  CHECK(mixed.load() == 0);
+}
+
+TEST_CASE_TEMPLATE("fit on cuda follows fit on the CPU", T, float, double) {
+  const std::vector<T> x = normals<T>(400 * 4, 40, 2.0);
+  Flow cpu(FlowSpec::real_nvp(4, 2, {16}, Activation::silu, 1.0, true, dtype_of<T>), 1);
+  Flow cuda = cpu.to(kCuda0);
+  const History a = fit<T>(cpu, x, {}, short_fit()), b = fit<T>(cuda, x, {}, short_fit());
+  REQUIRE(a.epochs.size() == b.epochs.size());
+  const double budget = std::is_same_v<T, float> ? 1e-4 : 1e-10;
+  for (std::size_t i = 0; i < a.epochs.size(); ++i) {
+    CHECK(b.epochs[i].train_loss == doctest::Approx(a.epochs[i].train_loss).epsilon(budget));
+    CHECK(b.epochs[i].validation_loss == doctest::Approx(a.epochs[i].validation_loss).epsilon(budget));
+    CHECK(b.epochs[i].gradient_norm == doctest::Approx(a.epochs[i].gradient_norm).epsilon(100 * budget));
+    CHECK(b.epochs[i].learning_rate == a.epochs[i].learning_rate);
+  }
+  CHECK(a.best_epoch == b.best_epoch);
+  const std::vector<T> pa(cpu.parameters<T>().begin(), cpu.parameters<T>().end());
+  const std::vector<T> pb(cuda.parameters<T>().begin(), cuda.parameters<T>().end());
+  CHECK(worst(pb, pa) < 100 * budget);
+}
+
+TEST_CASE("fit with validation rows, without any, and twice the same") {
+  const std::vector<float> x = normals<float>(300 * 4, 41), held_out = normals<float>(50 * 4, 42);
+  const Flow start(FlowSpec::real_nvp(4, 2, {8}), 1);
+  FitOptions options = short_fit();
+  options.validation_fraction = 0;
+  for (const bool with_rows : {true, false}) {
+    Flow cpu = start, cuda = start.to(kCuda1), again = start.to(kCuda0);
+    const std::span<const float> validation = with_rows ? std::span<const float>(held_out) : std::span<const float>();
+    const History a = fit<float>(cpu, x, validation, options), b = fit<float>(cuda, x, validation, options);
+    fit<float>(again, x, validation, options);
+    CHECK(b.best_loss == doctest::Approx(a.best_loss).epsilon(1e-4));
+    CHECK(std::equal(cuda.parameters<float>().begin(), cuda.parameters<float>().end(),
+                     again.parameters<float>().begin()));
+  }
+}
+
+TEST_CASE("a training run that goes on from a checkpoint ends where an uninterrupted one does") {
+  const std::vector<float> x = normals<float>(300 * 4, 43);
+  const Flow start = Flow(FlowSpec::real_nvp(4, 2, {8}), 1).to(kCuda0);
+  const std::string path =
+      (std::filesystem::temp_directory_path() / ("nvpflow_cuda_" + std::to_string(getpid()))).string();
+  FitOptions options = short_fit();
+  options.schedule = Schedule::constant;
+  Flow whole = start, halves = start;
+  fit<float>(whole, x, {}, options);
+  options.checkpoint = path;
+  options.epochs = 1;
+  fit<float>(halves, x, {}, options);
+  options.epochs = 3;
+  fit<float>(halves, x, {}, options);
+  std::filesystem::remove(path);
+  CHECK(std::equal(whole.parameters<float>().begin(), whole.parameters<float>().end(),
+                   halves.parameters<float>().begin()));
+}
+
+TEST_CASE("training that diverges says where, as on the CPU") {
+  const std::vector<float> x = normals<float>(200 * 4, 44);
+  FitOptions options = short_fit();
+  options.learning_rate = 1e30;
+  options.clip_norm = 0;
+  const auto message = [&](Flow flow) {
+    try {
+      fit<float>(flow, x, {}, options);
+    } catch (const Error& error) {
+      CHECK(error.code() == ErrorCode::not_finite);
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  const Flow flow(FlowSpec::real_nvp(4, 2, {8}), 1);
+  CHECK(!message(flow).empty());
+  CHECK(message(flow.to(kCuda0)) == message(flow));
+}
+
+TEST_CASE("rows with NaN touch no other") {
+  const Flow cuda = cpu_flow<float>().to(kCuda0);
+  std::vector<float> x = normals<float>(30 * 5, 45), clean(30), out(30);
+  cuda.log_prob<float>(x, clean);
+  x[7 * 5 + 2] = std::numeric_limits<float>::quiet_NaN();
+  cuda.log_prob<float>(x, out);
+  for (std::size_t i = 0; i < 30; ++i) CHECK((i == 7 ? std::isnan(out[i]) : out[i] == clean[i]));
+}
+
+TEST_CASE("the optimiser's calls on arrays of the host") {
+  const Flow cpu = cpu_flow<float>();
+  const Flow cuda = cpu.to(kCuda0);
+  const std::vector<float> gradient = normals<float>(1000, 50);
+  std::vector<float> m = normals<float>(1000, 51, 0.1), v(1000, 0.1f), p = normals<float>(1000, 52);
+  std::vector<float> m2 = m, v2 = v, p2 = p;
+  AdamStep step;
+  step.weight_decay = 0.1;
+  step.step = 3;
+  step.gradient_factor = 0.5;
+  cpu.backend().adam_step(step, 1000, gradient.data(), m.data(), v.data(), p.data());
+  cuda.backend().adam_step(step, 1000, gradient.data(), m2.data(), v2.data(), p2.data());
+  CHECK(worst(p2, p) < 1e-6);
+  CHECK(worst(m2, m) < 1e-6);
+  CHECK(worst(v2, v) < 1e-6);
+  CHECK(cuda.backend().sum_of_squares(p.data(), 1000) ==
+        doctest::Approx(cpu.backend().sum_of_squares(p.data(), 1000)).epsilon(1e-12));
+  std::vector<float> z(60), z2(60);
+  cpu.backend().noise(3, 5, 12, z.data(), 1);
+  cuda.backend().noise(3, 5, 12, z2.data(), 1);
+  CHECK(worst(z2, z) < 1e-6);
+}
+
+TEST_CASE("out of memory says how much, and leaves the flow as it was") {
+  const std::vector<float> x = normals<float>(2000 * 5, 60);
+  Flow cuda = cpu_flow<float>().to(kCuda0);
+  std::vector<float> before(2000), after(2000);
+  cuda.log_prob<float>(x, before);
+  setenv("NVPFLOW_EMULATED_BYTES", "1000", 1);
+  const auto code_of = [](auto f) {
+    try {
+      f();
+    } catch (const Error& error) {
+      CHECK(std::string(error.what()).find("bytes") != std::string::npos);
+      return error.code();
+    }
+    return ErrorCode::io;
+  };
+  CHECK(code_of([&] { fit<float>(cuda, x, {}, short_fit()); }) == ErrorCode::out_of_memory);
+  const std::vector<float> parameters = normals<float>(cuda.num_parameters(), 61);
+  CHECK(code_of([&] { cuda.set_parameters<float>(parameters); }) == ErrorCode::out_of_memory);
+  CHECK(code_of([&] { (void)cuda.to(kCuda1); }) == ErrorCode::out_of_memory);
+  unsetenv("NVPFLOW_EMULATED_BYTES");
+  cuda.log_prob<float>(x, after);
+  CHECK(before == after);
+  CHECK(cuda.parameters<float>()[0] != parameters[0]);
+  cuda.set_parameters<float>(parameters);
+  CHECK(cuda.parameters<float>()[0] == parameters[0]);
+}
+
+TEST_CASE("devices and precisions that are not there") {
+  const Flow flow = cpu_flow<double>();
+  const auto message = [](auto f) {
+    try {
+      f();
+    } catch (const Error& error) {
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  CHECK(message([&] { (void)flow.to({DeviceKind::cuda, 7}); }).find("cuda:0 to cuda:1") != std::string::npos);
+  CHECK(message([&] { (void)flow.to(kCuda0, Precision::tf32); }).find("float64") != std::string::npos);
+  CHECK(message([&] { (void)cpu_flow<float>().to({}, Precision::bfloat16); }).find("CUDA") != std::string::npos);
+  for (const char* bad : {"gpu", "cuda:", "cuda:-1", "cuda:x", "cuda:1 "}) {
+    CHECK(message([&] { (void)parse_device(bad); }).find(bad) != std::string::npos);
+  }
+  CHECK(parse_device("cuda:3").index == 3);
+}
+
+TEST_CASE("after a fork the CPU goes on and CUDA says why it does not") {
+  const Flow cpu = cpu_flow<float>();
+  const std::vector<float> x = normals<float>(5, 70);
+  std::vector<float> out(1);
+  Flow cuda = cpu.to(kCuda0);
+  cuda.log_prob<float>(x, out);
+  const pid_t child = fork();
+  if (child == 0) {
+    int bad = 0;
+    try {
+      cuda.log_prob<float>(x, out);
+      bad = 1;
+    } catch (const Error& error) {
+      bad = error.code() == ErrorCode::device ? 0 : 2;
+    }
+    try {
+      (void)cpu.to(kCuda0);
+      bad = 3;
+    } catch (const Error&) {
+    }
+    cpu.log_prob<float>(x, out);
+    {
+      const Flow gone = std::move(cuda);
+    }
+    _exit(bad);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  CHECK(WIFEXITED(status));
+  CHECK(WEXITSTATUS(status) == 0);
+}

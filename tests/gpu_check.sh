@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# What only a machine with a GPU can tell: tests/gpu_check.sh OUTDIR [STAGE...]
+#
+# Builds the extension with the nvcc that is there, runs the tests marked gpu, compute-sanitizer, then the benchmark, in
+# under nine minutes, and leaves logs and gpu.json in OUTDIR. Needs nvcc, cmake, ninja and a python3 with numpy, pytest,
+# pybind11 and scikit-build-core (PyTorch, CuPy and JAX where they are); no network. Where something of that is missing,
+# a folder of wheels named by NVPFLOW_WHEELS (default: .whl in the checkout) is installed first; nlohmann/json.hpp may
+# also lie in the include folder of PyTorch, or in NVPFLOW_JSON_INCLUDE. Stages: build tests sanitizer benchmark.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:?usage: tests/gpu_check.sh OUTDIR [STAGE...]}
+shift
+stages=${*:-build tests sanitizer benchmark}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+site=${NVPFLOW_SITE:-/tmp/nvpflow_gpu_site}
+export PYTHONUNBUFFERED=1 PYTHONPATH="$site/nvpflow:$site/wheels${PYTHONPATH:+:$PYTHONPATH}"
+summary=$out/summary.txt
+: > "$summary"
+failed=0
+
+# stage NAME SECONDS COMMAND...: with a time limit, output to NAME.log, a line in the summary.
+stage() {
+  local name=$1 limit=$2 start=$SECONDS code=0
+  shift 2
+  printf '=== %s (at %ss)\n' "$name" "$SECONDS"
+  timeout --kill-after=10 "$limit" "$@" > "$out/$name.log" 2>&1 || code=$?
+  local verdict=passed
+  if [ "$code" = 124 ] || [ "$code" = 137 ]; then verdict="OUT OF TIME after ${limit}s"; elif [ "$code" != 0 ]; then verdict="FAILED ($code)"; fi
+  printf '%-22s %-24s %4ss\n' "$name" "$verdict" "$((SECONDS - start))" >> "$summary"
+  [ "$code" = 0 ] || { failed=1; tail -n 15 "$out/$name.log"; }
+  return "$code"
+}
+
+wanted() { case " $stages " in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
+
+install_wheels() {
+  local wheels=${NVPFLOW_WHEELS:-.whl}
+  ls "$wheels"/*.whl > /dev/null 2>&1 || return 0
+  python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site/wheels" "$wheels"/*.whl
+}
+
+json_include() {
+  python3 - <<'PYTHON'
+import importlib.util as u, os, pathlib as p
+def folders():
+    yield os.environ.get("NVPFLOW_JSON_INCLUDE", "")
+    for package in ("nlohmann_json", "torch"):
+        spec = u.find_spec(package)
+        for place in (spec.submodule_search_locations if spec else None) or []:
+            yield p.Path(place) / "include"
+    yield "/usr/include"
+print(next((str(f) for f in folders() if f and (p.Path(f) / "nlohmann/json.hpp").exists()), ""))
+PYTHON
+}
+
+build() {
+  nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total,clocks.max.sm --format=csv || true
+  nvcc --version
+  install_wheels || return 1
+  local json
+  json=$(json_include)
+  [ -n "$json" ] || { echo "nlohmann/json.hpp not found: set NVPFLOW_JSON_INCLUDE"; return 1; }
+  CMAKE_BUILD_PARALLEL_LEVEL=$(nproc) python3 -m pip install . --no-build-isolation --no-deps --no-index --upgrade \
+    --target "$site/nvpflow" -C build-dir="$site/build" -C cmake.define.NVPFLOW_CUDA="${NVPFLOW_CUDA:-ON}" \
+    -C cmake.define.NVPFLOW_JSON_INCLUDE="$json" -v
+}
+
+# The sanitizer slows kernels down a hundredfold: a script that touches every kernel once, not the tests.
+sanitizer() { compute-sanitizer --tool "$1" --error-exitcode 9 --require-cuda-init=no python3 tests/gpu_touch.py; }
+export -f build install_wheels json_include sanitizer
+export site
+
+if wanted build; then stage build 170 bash -c build || { cat "$summary"; exit 1; }; fi
+if wanted tests; then
+  stage tests 100 python3 -m pytest -q -p no:cacheprovider -m gpu tests
+  stage why 20 python3 -c "import nvpflow; print(nvpflow.cuda.why_unavailable()); print(nvpflow.cuda.device_name())"
+fi
+if wanted sanitizer; then
+  if command -v compute-sanitizer > /dev/null; then
+    for tool in memcheck racecheck initcheck; do stage "$tool" 40 bash -c "sanitizer $tool"; done
+  else
+    printf '%-22s %s\n' sanitizer 'skipped: no compute-sanitizer' >> "$summary"
+  fi
+fi
+if wanted benchmark; then
+  stage benchmark "${NVPFLOW_BENCHMARK_SECONDS:-130}" python3 tests/bench/gpu.py --json "$out/gpu.json" --seconds 100 ${NVPFLOW_BENCHMARK_OPTIONS:-}
+  [ -e "$out/benchmark.log" ] && tail -n 60 "$out/benchmark.log"
+fi
+printf '\n'
+cat "$summary"
+exit "$failed"
