@@ -14,7 +14,9 @@ stages=${*:-build tests sanitizer benchmark}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 site=${NVPFLOW_SITE:-/tmp/nvpflow_gpu_site}
-export PYTHONUNBUFFERED=1 PYTHONPATH="$site/nvpflow:$site/wheels${PYTHONPATH:+:$PYTHONPATH}"
+# JAX would take three quarters of the device's memory for itself.
+export PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_PREALLOCATE=false
+export PYTHONPATH="$site/nvpflow:$site/wheels${PYTHONPATH:+:$PYTHONPATH}"
 summary=$out/summary.txt
 : > "$summary"
 failed=0
@@ -73,7 +75,7 @@ export site
 
 if wanted build; then stage build 170 bash -c build || { cat "$summary"; exit 1; }; fi
 if wanted tests; then
-  stage tests 100 python3 -m pytest -q -p no:cacheprovider -m gpu tests
+  stage tests 100 python3 -m pytest -q -p no:cacheprovider -W default -m gpu tests  # other libraries may warn
   stage why 20 python3 -c "import nvpflow; print(nvpflow.cuda.why_unavailable()); print(nvpflow.cuda.device_name())"
 fi
 if wanted sanitizer; then

@@ -357,7 +357,7 @@ def test_a_forked_child_has_the_cpu_alone(pair):
 
 
 @gpu
-def test_out_of_memory_says_how_much_and_harms_nothing(pair, monkeypatch):
+def test_out_of_memory_says_how_much_and_harms_nothing(pair, monkeypatch, tmp_path):
     _, flow, _, x = pair()
     before = flow.log_prob(x)
     if nvpflow.cuda.device_name() == "emulated device":
@@ -367,8 +367,11 @@ def test_out_of_memory_says_how_much_and_harms_nothing(pair, monkeypatch):
         with pytest.raises(MemoryError, match="bytes"):
             nvpflow.cuda.array(np.zeros((10_000, 6), np.float32))
     else:
+        with (tmp_path / "holes").open("wb") as file:
+            file.truncate(1 << 40)  # takes no room on the disk
+        rows = np.memmap(tmp_path / "holes", np.float32, "r")
         with pytest.raises(MemoryError, match="bytes"):
-            nvpflow.build(2000, 8, (60_000, 60_000), device="cuda")
+            nvpflow.cuda.array(rows)
     assert np.array_equal(flow.log_prob(x), before)
 
 
