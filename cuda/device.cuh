@@ -195,7 +195,7 @@ struct Real<float> {
   static constexpr Bits kSign = 0x80000000u;
   static constexpr float kRoundMagic = 12582912.0f;
   static constexpr float kLn2High = 0x1.62e400p-1f, kLn2Low = 0x1.7f7d1cp-20f;
-  static constexpr float kExpLow = -105.0f, kExpHigh = 89.5f, kExpm1Low = -26.0f, kTanhHigh = 10.0f;
+  static constexpr float kExpLow = -110.0f, kExpHigh = 89.5f, kExpm1Low = -26.0f, kTanhHigh = 10.0f;
   static constexpr float kTailHigh = 14.5f;
   static constexpr float kHalfPiLow = -0x1.777a5cp-25f;
 };
@@ -210,7 +210,7 @@ struct Real<double> {
   static constexpr Bits kSign = 0x8000000000000000ull;
   static constexpr double kRoundMagic = 6755399441055744.0;
   static constexpr double kLn2High = 0x1.62e42fee00000p-1, kLn2Low = 0x1.a39ef35793c76p-33;
-  static constexpr double kExpLow = -746.0, kExpHigh = 710.5, kExpm1Low = -46.0, kTanhHigh = 20.0;
+  static constexpr double kExpLow = -755.0, kExpHigh = 710.5, kExpm1Low = -46.0, kTanhHigh = 20.0;
   static constexpr double kTailHigh = 39.0;
   static constexpr double kHalfPiLow = 0x1.1a62633145c07p-54;
 };
@@ -278,6 +278,34 @@ NVPFLOW_DEVICE T power_of_two(typename Real<T>::Int n) {
   return from_bits(static_cast<typename Real<T>::Bits>(n + Real<T>::kExponentBias) << Real<T>::kMantissaBits);
 }
 
+/// x 2^n in two steps, so that results near both ends of the range neither overflow early nor round twice.
+template <class T>
+NVPFLOW_DEVICE T scaled(T x, typename Real<T>::Int n) {
+  const typename Real<T>::Int half = n >> 1;
+  return x * power_of_two<T>(half) * power_of_two<T>(n - half);
+}
+
+/// A number in two parts: the rounded value, and what rounding took from it.
+template <class T>
+struct Two {
+  T high, low;
+};
+
+/// a b + c for |a b| <= |c| / 2: c - high is exact (Sterbenz 1974).
+template <class T>
+NVPFLOW_DEVICE Two<T> two_multiply_add(T a, T b, T c) {
+  const T high = multiply_add(a, b, c);
+  return {high, multiply_add(a, b, c - high)};
+}
+
+/// a / b rounded about once (Dekker 1971).
+template <class T>
+NVPFLOW_DEVICE T quotient(Two<T> a, Two<T> b) {
+  const T inverse = T(1) / b.high;
+  const T q = a.high * inverse;
+  return multiply_add(multiply_add(-q, b.high, a.high) + multiply_add(-q, b.low, a.low), inverse, q);
+}
+
 /// e^x = 2^n (1 + p), |x - n ln 2| <= ln 2 / 2 (Cody and Waite 1980).
 template <class T>
 struct ExpParts {
@@ -308,7 +336,7 @@ NVPFLOW_DEVICE T exponential(T x) {
   return multiply_add(parts.p, scale, scale) * power_of_two<T>(parts.n - half);
 }
 
-/// e^x - 1 for x <= 2 kTanhHigh.
+/// e^x - 1 for x <= 0.
 template <class T>
 NVPFLOW_DEVICE T expm1_bounded(T x) {
   const ExpParts<T> parts = exp_parts(at_least(x, Real<T>::kExpm1Low));
@@ -316,55 +344,91 @@ NVPFLOW_DEVICE T expm1_bounded(T x) {
   return multiply_add(parts.p, scale, scale - T(1));
 }
 
+/// h / (1 + h) with h = (e^2|x| - 1) / 2, the quotient corrected by its remainder (why the weight: simd.hpp).
 template <class T>
 NVPFLOW_DEVICE T hyperbolic_tangent(T x) {
-  const T magnitude = at_most(absolute(x), Real<T>::kTanhHigh);
-  const T e = expm1_bounded(magnitude + magnitude);
-  return copy_sign(e / (e + T(2)), x);
+  const ExpParts<T> parts = exp_parts(T(2) * at_most(absolute(x), Real<T>::kTanhHigh));
+  const T half_scale = power_of_two<T>(parts.n - 1);
+  const T h = multiply_add(parts.p, half_scale, half_scale - T(0.5));
+  const T q = h / (h + T(1));
+  const T weight = T(1) - q;
+  return copy_sign(multiply_add(multiply_add(-q, h, h - q), weight * weight, q), x);
+}
+
+/// 1 / (1 + e) for e in [0, 1] to an eighth: the chord.
+template <class T>
+NVPFLOW_DEVICE T near_inverse(T e) {
+  return multiply_add(e, T(-0.5), T(1));
 }
 
 template <class T>
 NVPFLOW_DEVICE T sigmoid(T x) {
   const T e = exponential(-absolute(x));
-  return (x < T(0) ? e : T(1)) / (e + T(1));
+  const T numerator = x < T(0) ? e : T(1);
+  const T q = numerator / (e + T(1));
+  return multiply_add(multiply_add(-q, e, numerator - q), near_inverse(e), q);
 }
 
+/// x sigmoid(x) = max(x, 0) - |x| e / (1 + e), e = e^-|x| = 2^n (1 + p).
+template <class T>
+NVPFLOW_DEVICE T silu(T x) {
+  const T magnitude = at_most(absolute(x), -Real<T>::kExpLow);
+  const ExpParts<T> parts = exp_parts(-magnitude);
+  const T e = scaled(parts.p + T(1), parts.n);
+  const Two<T> numerator = two_multiply_add(magnitude, parts.p, magnitude);
+  const T q = numerator.high / (e + T(1));
+  const T rest = multiply_add(-q, e, numerator.high - q) + numerator.low;
+  return (x < T(0) ? T(-0.0) : x) - scaled(multiply_add(rest, near_inverse(e), q), parts.n);
+}
+
+/// max(x, 0) + log(1 + e), e = e^-|x|, by 2 atanh s, s = e / (2 + e), with the remainder of the quotient.
 template <class T>
 NVPFLOW_DEVICE T softplus(T x) {
   const T e = exponential(-absolute(x));
-  const T s = e / (e + T(2));  // log(1 + e) = 2 atanh(e / (2 + e))
+  const T s = e / (e + T(2));
   const T w = s * s, twice = s + s;
-  return (x > T(0) ? x : T(0)) + multiply_add(twice * w, evaluate<Series::atanh_tail_wide>(w), twice);
+  const T correction = multiply_add(-s, e, e - twice) * (T(1) - s);
+  const T log1p = twice + multiply_add(twice * w, evaluate<Series::atanh_tail_wide>(w), correction);
+  return (x > T(0) ? x : T(0)) + log1p;
 }
 
-/// Upper tail Q(|x|) of the standard normal and exp(-x^2 / 2), by Mills' ratio in (|x| - 4) / (|x| + 4).
+/// Upper tail of the standard normal in factors, Q(a) = (1/2 + mills) / (a + 5/4) e^(-a^2 / 2), a = |x|, with the
+/// bell e^(-a^2 / 2) = 2^n (1 + p) (1 + low).
 template <class T>
 struct NormalTail {
-  T q, bell;
+  T a, mills;
+  ExpParts<T> bell;
+  T low;
 };
 
 template <class T>
 NVPFLOW_DEVICE NormalTail<T> normal_tail(T x) {
   const T a = at_most(absolute(x), Real<T>::kTailHigh);
   const T h = a * a;
-  T bell = exponential(h * T(-0.5));
-  bell = multiply_add(bell, multiply_add(a, a, -h) * T(-0.5), bell);
   const T y = (a - T(4)) / (a + T(4));
-  return {bell * (evaluate<Series::mills>(y) / (a + T(4))), bell};
+  return {a, evaluate<Series::mills>(y), exp_parts(h * T(-0.5)), multiply_add(a, a, -h) * T(-0.5)};
 }
 
-/// x Phi(x), the exact form (Hendrycks and Gimpel 2016).
+/// x Phi(x), the exact form (Hendrycks and Gimpel 2016): x or 0, less |x| Q(|x|).
 template <class T>
 NVPFLOW_DEVICE T gelu(T x) {
-  const T q = normal_tail(x).q;
-  return x > T(0) ? multiply_add(-x, q, x) : x * q;
+  const NormalTail<T> tail = normal_tail(x);
+  const Two<T> m = two_multiply_add(tail.a, tail.mills, tail.a * T(0.5));
+  const T m_low = multiply_add(m.high, tail.low, m.low);
+  const Two<T> b = two_multiply_add(m.high, tail.bell.p, m.high);
+  const Two<T> numerator = {b.high, multiply_add(m_low, tail.bell.p, m_low) + b.low};
+  const T d = tail.a + T(1.25);
+  const Two<T> denominator = {d, tail.a - (d - T(1.25))};
+  return (x < T(0) ? T(-0.0) : x) - scaled(quotient(numerator, denominator), tail.bell.n);
 }
 
 template <class T>
 NVPFLOW_DEVICE T gelu_derivative(T x) {
   const NormalTail<T> tail = normal_tail(x);
-  const T cdf = x > T(0) ? T(1) - tail.q : tail.q;
-  return multiply_add(x, tail.bell * static_cast<T>(0.39894228040143267794), cdf);
+  const T bell = scaled(T(1) + (tail.bell.p + tail.low), tail.bell.n);
+  const T q = bell * ((tail.mills + T(0.5)) / (tail.a + T(1.25)));
+  const T cdf = x > T(0) ? T(1) - q : q;
+  return multiply_add(x, bell * static_cast<T>(0.39894228040143267794), cdf);
 }
 
 template <class T>

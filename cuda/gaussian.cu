@@ -91,7 +91,7 @@ NVPFLOW_DEVICE T evaluate_function(Function function, T x) {
     case Function::gelu:
       return gelu(x);
     case Function::silu:
-      return x * sigmoid(x);
+      return silu(x);
     case Function::elu:
       return elu(x);
     case Function::log:
