@@ -60,8 +60,13 @@ struct Task {
 template <class T>
 class CpuBackend final : public Backend {
  public:
-  CpuBackend(const FlowSpec& spec, const ParamLayout& layout)
-      : spec_(spec), layout_(layout), kernels_(chosen_kernels<T>()), packed_([this] { return make_packed(); }) {
+  /// alone: nobody calls while the parameters are set, so that one packed copy of them is enough.
+  CpuBackend(const FlowSpec& spec, const ParamLayout& layout, bool alone)
+      : spec_(spec),
+        layout_(layout),
+        alone_(alone),
+        kernels_(chosen_kernels<T>()),
+        packed_([this] { return make_packed(); }) {
     const Program<T>& program = packed_.initial().program();
     tile_rows_ = program.tile_rows;
     gradient_rows_ = program.gradient_rows;
@@ -74,6 +79,7 @@ class CpuBackend final : public Backend {
   }
 
   void set_parameters(const void* parameters) override {
+    if (alone_) return packed_.initial().pack(static_cast<const T*>(parameters));
     packed_.rewrite([this] { return make_packed(); },
                     [&](Packed<T>& packed) { packed.pack(static_cast<const T*>(parameters)); });
   }
@@ -191,7 +197,7 @@ class CpuBackend final : public Backend {
 
   std::unique_ptr<Training> begin_training(const TrainingData& data, const void* parameters, std::int64_t,
                                            int threads) const override {
-    return std::make_unique<HostTraining<T>>(std::make_unique<CpuBackend>(spec_, layout_), layout_, data, parameters,
+    return std::make_unique<HostTraining<T>>(std::make_unique<CpuBackend>(spec_, layout_, true), layout_, data, parameters,
                                              threads);
   }
 
@@ -294,6 +300,7 @@ class CpuBackend final : public Backend {
 
   const FlowSpec spec_;
   const ParamLayout layout_;
+  const bool alone_;
   const Kernels<T>& kernels_;
   LeftRight<Packed<T>> packed_;
   std::int64_t tile_rows_ = 0, gradient_rows_ = 0, grain_ = 0;
@@ -305,8 +312,8 @@ class CpuBackend final : public Backend {
 }  // namespace
 
 std::unique_ptr<Backend> make_cpu_backend(const FlowSpec& spec, const ParamLayout& layout) {
-  if (spec.dtype == DType::float32) return std::make_unique<CpuBackend<float>>(spec, layout);
-  return std::make_unique<CpuBackend<double>>(spec, layout);
+  if (spec.dtype == DType::float32) return std::make_unique<CpuBackend<float>>(spec, layout, false);
+  return std::make_unique<CpuBackend<double>>(spec, layout, false);
 }
 
 }  // namespace nvpflow
