@@ -56,7 +56,7 @@ class LeftRight {
     wait_for_readers(shared, version);
   }
 
-  /// Fills the visible side; only before any reader exists.
+  /// The visible side, to be changed only while nobody reads.
   Value& initial() { return *values_[0]; }
 
  private:

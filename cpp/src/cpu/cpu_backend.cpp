@@ -62,11 +62,9 @@ class CpuBackend final : public Backend {
  public:
   /// alone: nobody calls while the parameters are set, so that one packed copy of them is enough.
   CpuBackend(const FlowSpec& spec, const ParamLayout& layout, bool alone)
-      : spec_(spec),
-        layout_(layout),
-        alone_(alone),
-        kernels_(chosen_kernels<T>()),
-        packed_([this] { return make_packed(); }) {
+      : spec_(spec), layout_(layout), alone_(alone), kernels_(chosen_kernels<T>()), packed_([this] {
+          return make_packed();
+        }) {
     const Program<T>& program = packed_.initial().program();
     tile_rows_ = program.tile_rows;
     gradient_rows_ = program.gradient_rows;
@@ -197,8 +195,8 @@ class CpuBackend final : public Backend {
 
   std::unique_ptr<Training> begin_training(const TrainingData& data, const void* parameters, std::int64_t,
                                            int threads) const override {
-    return std::make_unique<HostTraining<T>>(std::make_unique<CpuBackend>(spec_, layout_, true), layout_, data, parameters,
-                                             threads);
+    return std::make_unique<HostTraining<T>>(std::make_unique<CpuBackend>(spec_, layout_, true), layout_, data,
+                                             parameters, threads);
   }
 
  private:
