@@ -448,7 +448,18 @@ template <class T>
 struct Quad {
   static constexpr int n = 16 / static_cast<int>(sizeof(T));
   typedef T V __attribute__((vector_size(16)));
+  typedef typename Simd<T>::Int I __attribute__((vector_size(16)));
 };
+
+/// The named elements of a and b, counted through both.
+template <class T, int... elements>
+NVPFLOW_INLINE typename Quad<T>::V shuffle(typename Quad<T>::V a, typename Quad<T>::V b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, elements...);
+#else  // g++ 11 has only the older name
+  return __builtin_shuffle(a, b, typename Quad<T>::I{elements...});
+#endif
+}
 
 /// in[Q rows][Q] with strides to out[Q][Q rows].
 template <class T>
@@ -459,15 +470,15 @@ NVPFLOW_INLINE void transpose_quad(const T* const (&in)[Quad<T>::n], T* out, int
   for (int q = 0; q < Q; ++q) __builtin_memcpy(&a[q], in[q], sizeof(V));
   V b[Q];
   if constexpr (Q == 4) {
-    const V t0 = __builtin_shufflevector(a[0], a[1], 0, 4, 1, 5), t1 = __builtin_shufflevector(a[2], a[3], 0, 4, 1, 5);
-    const V t2 = __builtin_shufflevector(a[0], a[1], 2, 6, 3, 7), t3 = __builtin_shufflevector(a[2], a[3], 2, 6, 3, 7);
-    b[0] = __builtin_shufflevector(t0, t1, 0, 1, 4, 5);
-    b[1] = __builtin_shufflevector(t0, t1, 2, 3, 6, 7);
-    b[2] = __builtin_shufflevector(t2, t3, 0, 1, 4, 5);
-    b[3] = __builtin_shufflevector(t2, t3, 2, 3, 6, 7);
+    const V t0 = shuffle<T, 0, 4, 1, 5>(a[0], a[1]), t1 = shuffle<T, 0, 4, 1, 5>(a[2], a[3]);
+    const V t2 = shuffle<T, 2, 6, 3, 7>(a[0], a[1]), t3 = shuffle<T, 2, 6, 3, 7>(a[2], a[3]);
+    b[0] = shuffle<T, 0, 1, 4, 5>(t0, t1);
+    b[1] = shuffle<T, 2, 3, 6, 7>(t0, t1);
+    b[2] = shuffle<T, 0, 1, 4, 5>(t2, t3);
+    b[3] = shuffle<T, 2, 3, 6, 7>(t2, t3);
   } else {
-    b[0] = __builtin_shufflevector(a[0], a[1], 0, 2);
-    b[1] = __builtin_shufflevector(a[0], a[1], 1, 3);
+    b[0] = shuffle<T, 0, 2>(a[0], a[1]);
+    b[1] = shuffle<T, 1, 3>(a[0], a[1]);
   }
   for (int q = 0; q < Q; ++q) __builtin_memcpy(out + q * out_stride, &b[q], sizeof(V));
 }
