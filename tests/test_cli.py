@@ -161,11 +161,15 @@ def test_interrupted_fit_keeps_the_best_weights(folder):
     process = subprocess.Popen(
         [*COMMAND, *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    while not process.stdout.readline().startswith("model:"):
-        assert process.poll() is None
-    time.sleep(1)  # some epochs
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    try:
+        while not process.stdout.readline().startswith("model:"):
+            assert process.poll() is None
+        time.sleep(1)  # some epochs
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
     assert process.returncode == 130
     assert errors.splitlines() == [
         "nvpflow: the best weights so far are in new.safetensors",
