@@ -152,8 +152,10 @@ def _npy_stream_table(name: str, stream: BinaryIO) -> Table:
     """Read a `.npy` that cannot be mapped or sought in (format: numpy.lib.format)."""
     try:
         version = np.lib.format.read_magic(stream)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, column_major, dtype = read_header(stream)
+        if version == (1, 0):
+            shape, column_major, dtype = np.lib.format.read_array_header_1_0(stream)
+        else:
+            shape, column_major, dtype = np.lib.format.read_array_header_2_0(stream)
     except ValueError as error:
         raise DataError(f"{name}: not a readable .npy stream: {error}") from error
     _check_array(name, dtype, shape)
