@@ -595,3 +595,91 @@ class TestTorch:
         rows = torch.from_numpy(x).cuda().requires_grad_()
         with pytest.raises((BufferError, RuntimeError), match="grad"):
             flow.log_prob(rows)
+
+
+class SaysOtherwise:
+    """DLPack that says a device, and then hands out an array of the host."""
+
+    def __dlpack_device__(self):
+        return (2, 0)
+
+    def __dlpack__(self, **_):
+        return np.zeros((4, 6), np.float32).__dlpack__()
+
+
+@gpu
+class TestArraysThatLie:
+    @pytest.fixture
+    def flow(self):
+        return nvpflow.build(6, 2, (8,), device="cuda")
+
+    @pytest.fixture
+    def array(self):
+        return nvpflow.cuda.array(unit_data(4, 6, 0, "float32"))
+
+    @pytest.mark.parametrize(
+        ("changes", "error", "message"),
+        [
+            ({"shape": (-1, 6)}, ValueError, "shape"),
+            ({"shape": (2**62, 6)}, ValueError, "shape"),
+            ({"data": (0, False)}, ValueError, "nowhere"),
+            ({"mask": object()}, TypeError, "mask"),
+        ],
+    )
+    def test_interface(self, flow, array, changes, error, message):
+        with pytest.raises(error, match=f"^x has .*{message}"):
+            flow.log_prob(InterfaceAlone(array, **changes))
+
+    def test_misaligned(self, flow, array):
+        pointer, _ = array.__cuda_array_interface__["data"]
+        with pytest.raises(ValueError, match="between two"):
+            flow.log_prob(InterfaceAlone(array, data=(pointer + 2, False), shape=(3, 6)))
+
+    def test_dlpack_of_the_host(self, flow):
+        with pytest.raises(ValueError, match="x is on the CPU"):
+            flow.log_prob(SaysOtherwise())
+
+    def test_an_output_on_another_device(self, flow):
+        if nvpflow.cuda.device_count() < 2:
+            pytest.skip("needs two devices")
+        out = nvpflow.cuda.array(np.zeros((4, 6), np.float32), "cuda:1")
+        with pytest.raises(ValueError, match="out is on cuda:1"):
+            flow.sample(4, seed=1, out=out)
+
+    def test_no_array_without_memory(self):
+        with pytest.raises(TypeError, match=r"made by nvpflow\.cuda\.array"):
+            nvpflow.cuda.DeviceArray()
+        with pytest.raises(TypeError):
+            nvpflow.cuda.DeviceArray.__new__(nvpflow.cuda.DeviceArray)
+
+    def test_numpy_does_not_wrap_it(self, array):
+        with pytest.raises(TypeError, match=r"copy it with \.numpy\(\)"):
+            np.asarray(array)
+
+    def test_a_device_that_is_not_there(self):
+        with pytest.raises(ValueError, match="device is 'cuda:99', but this process sees"):
+            nvpflow.cuda.array(np.zeros(3, np.float32), device="cuda:99")
+
+
+@gpu
+class TestStreamsOfSeveralArrays:
+    """Work of the emulated device runs only when somebody waits, so that an order nobody asked for shows as poison."""
+
+    @pytest.fixture(autouse=True)
+    def _emulator(self):
+        if nvpflow.cuda.device_name() != "emulated device":
+            pytest.skip("a stream that is any number is the emulator's")
+
+    def test_a_second_input_is_waited_for(self):
+        flow = nvpflow.build(6, 2, (8,), device="cuda")
+        x = nvpflow.cuda.array(unit_data(20, 6, 0, "float32"))
+        gradient, log_det = flow.forward(InterfaceAlone(x, stream=777))
+        assert np.all(np.isfinite(flow.vjp(x, gradient)[0].numpy()))
+        assert np.all(np.isfinite(flow.vjp(x, None, log_det)[0].numpy()))
+
+    def test_an_output_is_seen_by_its_own_stream(self):
+        flow = nvpflow.build(6, 2, (8,), device="cuda")
+        x = nvpflow.cuda.array(unit_data(20, 6, 0, "float32"))
+        out = nvpflow.cuda.array(np.full(20, 7, np.float32))
+        flow.log_prob(InterfaceAlone(x, stream=777), out=out)
+        assert np.array_equal(out.numpy(), flow.log_prob(x).numpy())

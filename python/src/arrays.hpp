@@ -51,6 +51,9 @@ struct OutputArray {
   bool given = false;
   bool on_device = false;
   Library library = Library::numpy;
+  // A given array of a device: whose stream must see what the call's stream writes.
+  int device = kHost;
+  void *stream = nullptr, *call_stream = nullptr;
 };
 
 /// Of shape [rows, columns], or [rows] where columns is 0; without the batch axis where `single`. `given`: null or None

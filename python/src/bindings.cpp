@@ -223,7 +223,10 @@ py::tuple nll_gradient(const BoundFlow& self, const py::object& x) {
 }
 
 void require_beside(const InputArray& array, const char* name, const InputArray& x) {
-  if (array.on_device == x.on_device) return;
+  if (array.on_device == x.on_device) {
+    if (x.on_device) wait_beside(array, x);
+    return;
+  }
   throw Error(ErrorCode::invalid_argument, std::string(x.on_device ? "x" : name) + " is on a CUDA device, " +
                                                (x.on_device ? name : "x") +
                                                " in the host's memory; expected both in one place");

@@ -40,6 +40,9 @@ struct DeviceArray {
   std::vector<std::int64_t> shape;
   void* stream;  // on which its contents are made
 
+  DeviceArray(DeviceMemory m, DType t, std::vector<std::int64_t> s, void* on)
+      : memory(std::move(m)), dtype(t), shape(std::move(s)), stream(on) {}
+
   std::int64_t size() const {
     std::int64_t count = 1;
     for (const std::int64_t n : shape) count *= n;
@@ -114,9 +117,10 @@ bool is_contiguous(const std::vector<std::int64_t>& shape, const std::int64_t* s
 }
 
 void read_tensor(const DLTensor& tensor, Found& found) {
-  found.data = static_cast<unsigned char*>(tensor.data) + tensor.byte_offset;
-  found.device = tensor.device.device_id;
-  found.managed = tensor.device.device_type == kCudaManaged;
+  const auto type = tensor.device.device_type;  // which may be another than __dlpack_device__ said
+  found.data = tensor.data == nullptr ? nullptr : static_cast<unsigned char*>(tensor.data) + tensor.byte_offset;
+  found.device = type == kCuda || type == kCudaManaged ? tensor.device.device_id : kHost;
+  found.managed = type == kCudaManaged;
   found.is_float = tensor.dtype.code == kFloat && tensor.dtype.lanes == 1;
   found.item_bytes = tensor.dtype.bits / 8;
   found.shape.assign(tensor.shape, tensor.shape + tensor.ndim);
@@ -162,8 +166,12 @@ void import_dlpack(PyObject* object, const char* name, Found& found) {
 
 // ---- __cuda_array_interface__ (version 2 and 3) --------------------------------------------------------------------
 
-void import_interface(PyObject* object, int flow_device, Found& found) {
+void import_interface(PyObject* object, const char* name, int flow_device, Found& found) {
   const py::dict says = py::handle(object).attr("__cuda_array_interface__");
+  if (says.contains("mask") && !says["mask"].is_none()) {
+    raise(PyExc_TypeError,
+          std::string(name) + " has a mask, which nvpflow does not take; fill or drop the masked values");
+  }
   const py::tuple data = says["data"];
   found.owner = py::reinterpret_borrow<py::object>(object);
   found.data = stream_at(data[0].cast<std::intptr_t>());
@@ -212,9 +220,20 @@ Found find(PyObject* object, const char* name, int device) {
   if (has(object, "__dlpack__")) {
     import_dlpack(object, name, found);
   } else {
-    import_interface(object, device, found);
+    import_interface(object, name, device, found);
   }
   return found;
+}
+
+/// Elements of an array that says it has this shape; -1 where no array can have it.
+std::int64_t elements_of(const std::vector<std::int64_t>& shape) {
+  constexpr std::int64_t kMost = std::int64_t{1} << 59;
+  std::int64_t count = 1;
+  for (const std::int64_t n : shape) {
+    if (n < 0 || (n > 0 && count > kMost / n)) return -1;
+    count *= n;
+  }
+  return count;
 }
 
 /// On the flow's device, of its dtype, C-contiguous.
@@ -235,6 +254,22 @@ void check(const Found& found, const char* name, DType dtype, int device) {
         PyExc_ValueError,
         std::string(name) + " is not C-contiguous; arrays on a device are used as they are, so make a contiguous copy");
   }
+  const std::int64_t elements = elements_of(found.shape);
+  if (elements < 0) raise(PyExc_ValueError, std::string(name) + " has shape " + shape_text(found.shape));
+  if (elements > 0 && (found.data == nullptr || address(found.data) % found.item_bytes != 0)) {
+    raise(PyExc_ValueError, std::string(name) + " has elements but points " +
+                                (found.data == nullptr ? "nowhere" : "between two of them"));
+  }
+}
+
+bool same_stream(const void* a, const void* b) {
+  const auto value = [](const void* s) { return s == nullptr ? kLegacyStream : address(s); };
+  return value(a) == value(b);
+}
+
+/// The call, which runs on the stream of x, begins after what makes `found`.
+void wait_for(const Found& found, const InputArray& x) {
+  if (!same_stream(found.stream, x.stream)) cuda_wait(x.device, x.stream, found.stream);
 }
 
 InputArray input_of(Found&& found, PyObject* object) {
@@ -366,6 +401,7 @@ py::object to_dlpack(const DeviceArray& a, const py::object& stream, const py::o
 DeviceArray array_of(const py::object& values, const std::string& device) {
   const Device on = parse_device(device);
   if (on.kind != DeviceKind::cuda) raise(PyExc_ValueError, "device is '" + device + "', expected a CUDA device");
+  (void)cuda_device_name(on.index);  // which refuses one that is not there
   const py::object rows = py::module_::import("numpy").attr("ascontiguousarray")(values);
   const auto dtype = py::str(rows.attr("dtype")).cast<std::string>();
   DeviceArray array{DeviceMemory(on.index, std::max<std::int64_t>(1, rows.attr("nbytes").cast<std::int64_t>())),
@@ -414,6 +450,7 @@ InputArray device_vector(PyObject* object, const char* name, DType dtype, const 
     raise(PyExc_ValueError,
           std::string(name) + " has shape " + shape_text(found.shape) + ", expected " + shape_text(expected));
   }
+  wait_for(found, like);
   InputArray in = input_of(std::move(found), object);
   in.rows = like.rows;
   in.single = like.single;
@@ -447,18 +484,29 @@ OutputArray device_output(PyObject* given, const char* name, DType dtype, std::i
   out.array = py::reinterpret_borrow<py::object>(given);
   out.data = found.data;
   out.given = true;
+  out.device = like.device;
+  out.stream = found.stream;
+  out.call_stream = like.stream;
+  wait_for(found, like);
   return out;
 }
 
+void wait_beside(const InputArray& in, const InputArray& x) {
+  if (!same_stream(in.stream, x.stream)) cuda_wait(x.device, x.stream, in.stream);
+}
+
 PyObject* device_result(OutputArray&& out) {
+  if (out.given && !same_stream(out.stream, out.call_stream)) cuda_wait(out.device, out.stream, out.call_stream);
   if (!out.given && out.library == Library::jax) {
     return imported("jax").attr("dlpack").attr("from_dlpack")(out.array).release().ptr();
   }
   return out.array.release().ptr();
 }
 
-InputArray device_target(PyObject* object, const char* name, int device) {
-  return input_of(find(object, name, device), object);
+InputArray device_target(PyObject* object, const char* name, DType dtype, int device) {
+  Found found = find(object, name, device);
+  check(found, name, dtype, device);
+  return input_of(std::move(found), object);
 }
 
 py::object host_array(const py::object& object) {
@@ -480,11 +528,17 @@ py::object host_array(const py::object& object) {
 }
 
 void bind_device_array(py::module_& module) {
-  py::class_<DeviceArray>(module, "DeviceArray",
-                          "A C-contiguous array in the memory of a CUDA device, which any library takes by DLPack or\n"
-                          "__cuda_array_interface__. Made by nvpflow.cuda.array, and the result of calls on device\n"
-                          "arrays of libraries that cannot allocate one.")
-      .def_property_readonly("shape", [](const DeviceArray& a) { return py::tuple(py::cast(a.shape)); })
+  py::class_<DeviceArray> type(
+      module, "DeviceArray",
+      "A C-contiguous array in the memory of a CUDA device, which any library takes by DLPack or\n"
+      "__cuda_array_interface__. Made by nvpflow.cuda.array, and the result of calls on device\n"
+      "arrays of libraries that cannot allocate one.");
+  // An object without an array, which DeviceArray.__new__ would make, has no sound members.
+  reinterpret_cast<PyTypeObject*>(type.ptr())->tp_new = [](PyTypeObject*, PyObject*, PyObject*) -> PyObject* {
+    PyErr_SetString(PyExc_TypeError, "DeviceArray is made by nvpflow.cuda.array");
+    return nullptr;
+  };
+  type.def_property_readonly("shape", [](const DeviceArray& a) { return py::tuple(py::cast(a.shape)); })
       .def_property_readonly("dtype", [](const DeviceArray& a) { return std::string(name_of(a.dtype)); })
       .def_property_readonly("device", [](const DeviceArray& a) { return "cuda:" + std::to_string(a.memory.device()); })
       .def(
@@ -496,6 +550,11 @@ void bind_device_array(py::module_& module) {
       .def_property_readonly("__cuda_array_interface__", &array_interface)
       .def("__dlpack__", &to_dlpack, py::kw_only(), py::arg("stream") = py::none(), py::arg("max_version") = py::none(),
            py::arg("dl_device") = py::none(), py::arg("copy") = py::none())
+      .def("__array__",
+           [](const DeviceArray& a, const py::args&, const py::kwargs&) -> py::object {
+             raise(PyExc_TypeError,
+                   "this array is on cuda:" + std::to_string(a.memory.device()) + "; copy it with .numpy()");
+           })
       .def("__dlpack_device__", [](const DeviceArray& a) { return py::make_tuple(kCuda, a.memory.device()); })
       .def("__repr__", [](const DeviceArray& a) {
         return "DeviceArray(shape=" + shape_text(a.shape) + ", dtype='" + std::string(name_of(a.dtype)) +

@@ -19,10 +19,12 @@ InputArray device_vector(PyObject* object, const char* name, DType dtype, const 
 /// As output_array, on the device of `like` and of its library; `given` must be there, too.
 OutputArray device_output(PyObject* given, const char* name, DType dtype, std::int64_t rows, std::int64_t columns,
                           const InputArray& like);
+/// The call, which runs on the stream of x, begins after what makes `in`, another of its arrays.
+void wait_beside(const InputArray& in, const InputArray& x);
 /// What the caller gets: an array of its own library.
 PyObject* device_result(OutputArray&& out);
 /// The caller's array as one to write rows to, for calls without an input.
-InputArray device_target(PyObject* object, const char* name, int device);
+InputArray device_target(PyObject* object, const char* name, DType dtype, int device);
 
 /// nvpflow.cuda's own array, for callers without a library of their own.
 void bind_device_array(py::module_& module);

@@ -213,7 +213,7 @@ PyObject* sample(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObje
     }
     InputArray where;  // the host's memory, or that of `out`
     if (flow.device != kHost && given.given(3) && is_device_array(given[3])) {
-      where = device_target(given[3], "out", flow.device);
+      where = device_target(given[3], "out", flow.dtype, flow.device);
     }
     where.rows = rows;
     OutputArray out = output_array(given[3], "out", flow.dtype, flow.features, where);
