@@ -431,6 +431,8 @@ void check_index(int index) {
 }  // namespace
 
 std::string cuda_device_name(int index) {
+  const std::string problem = cuda::driver_problem();
+  if (!problem.empty()) throw Error(ErrorCode::device, "CUDA cannot be used: " + problem);
   check_index(index);
   return cuda::device_name(index);
 }
