@@ -1,4 +1,4 @@
-// Names of devices and precisions.
+// Names of devices, precisions and ways to store weights.
 
 #include <nvpflow/device.hpp>
 
@@ -23,6 +23,8 @@ std::string_view name_of(Precision precision) {
   }
 }
 
+std::string_view name_of(Weights weights) { return weights == Weights::bfloat16 ? "bfloat16" : "full"; }
+
 Device parse_device(std::string_view name) {
   if (name == "cpu") return {};
   if (name == "cuda") return {DeviceKind::cuda, 0};
@@ -43,6 +45,13 @@ Precision parse_precision(std::string_view name) {
   }
   throw Error(ErrorCode::invalid_argument,
               "precision is '" + std::string(name) + "', expected 'float32', 'tf32' or 'bfloat16'");
+}
+
+Weights parse_weights(std::string_view name) {
+  for (const Weights w : {Weights::full, Weights::bfloat16}) {
+    if (name == name_of(w)) return w;
+  }
+  throw Error(ErrorCode::invalid_argument, "weights is '" + std::string(name) + "', expected 'full' or 'bfloat16'");
 }
 
 }  // namespace nvpflow

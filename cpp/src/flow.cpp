@@ -57,14 +57,20 @@ auto* data_or_null(const Span& s) {
 }
 
 std::unique_ptr<Backend> make_backend(const FlowSpec& spec, const ParamLayout& layout, Device device,
-                                      Precision precision) {
+                                      Precision precision, Weights weights) {
   const std::string asked = "precision is '" + std::string(name_of(precision)) + "', ";
   if (precision != Precision::float32 && spec.dtype == DType::float64) {
     fail(asked + "which is for float32 flows; this one is float64, expected 'float32'");
   }
+  if (weights == Weights::bfloat16 && spec.dtype == DType::float64) {
+    fail("weights is 'bfloat16', which is for float32 flows; this one is float64, expected 'full'");
+  }
+  if (weights == Weights::bfloat16 && device.kind == DeviceKind::cuda) {
+    fail("weights is 'bfloat16', which only the CPU has; on a CUDA device see precision='bfloat16'");
+  }
   if (device.kind == DeviceKind::cuda) return make_cuda_backend(spec, layout, device.index, precision);
   if (precision != Precision::float32) fail(asked + "which only CUDA devices have; on the CPU expected 'float32'");
-  return make_cpu_backend(spec, layout);
+  return make_cpu_backend(spec, layout, weights);
 }
 
 }  // namespace
@@ -74,6 +80,7 @@ struct Flow::State {
   ParamLayout layout;
   Device device;
   Precision precision;
+  Weights weights;
   // One buffer for the flow's whole life, so that views of it stay valid; bytes, because the dtype is known at run
   // time.
   std::vector<unsigned char> parameters;
@@ -81,13 +88,14 @@ struct Flow::State {
   ForkSafeMutex write_mutex;
   std::atomic<int> num_threads{0};
 
-  State(FlowSpec s, Device d, Precision p)
+  State(FlowSpec s, Device d, Precision p, Weights w)
       : spec((s.validate(), std::move(s))),
         layout(spec),
         device(d),
         precision(p),
+        weights(w),
         parameters(static_cast<std::size_t>(layout.size() * size_of(spec.dtype))),
-        backend(make_backend(spec, layout, device, precision)) {}
+        backend(make_backend(spec, layout, device, precision, weights)) {}
 
   template <class T>
   void check_dtype() const {
@@ -121,8 +129,8 @@ struct Flow::State {
   }
 };
 
-Flow::Flow(FlowSpec spec, std::uint64_t seed, Device device, Precision precision)
-    : state_(std::make_unique<State>(std::move(spec), device, precision)) {
+Flow::Flow(FlowSpec spec, std::uint64_t seed, Device device, Precision precision, Weights weights)
+    : state_(std::make_unique<State>(std::move(spec), device, precision, weights)) {
   void* parameters = state_->parameters.data();
   if (state_->spec.dtype == DType::float32) {
     initialize_parameters(state_->spec, state_->layout, seed, static_cast<float*>(parameters));
@@ -137,44 +145,35 @@ Flow::~Flow() = default;
 Flow::Flow(Flow&&) noexcept = default;
 Flow& Flow::operator=(Flow&&) noexcept = default;
 
-Flow::Flow(const Flow& other) : Flow(other.to(other.device(), other.precision())) {}
+Flow::Flow(const Flow& other) : Flow(other.to(other.device(), other.precision(), other.weights())) {}
 
 Flow& Flow::operator=(const Flow& other) {
   if (this != &other) *this = Flow(other);
   return *this;
 }
 
-Flow Flow::to(Device device, Precision precision) const {
-  Flow copy(std::make_unique<State>(spec(), device, precision));
+Flow Flow::to(Device device, Precision precision, Weights weights) const {
+  Flow copy(std::make_unique<State>(spec(), device, precision, weights));
   copy.state_->num_threads.store(num_threads());
   const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
   copy.state_->publish(state_->parameters.data());
   return copy;
 }
 
-namespace {
-
-Flow flow_from(LoadedModel&& model, Device device, Precision precision) {
-  Flow flow(std::move(model.spec), 0, device, precision);
-  const auto count = static_cast<std::size_t>(flow.num_parameters());
-  const void* data = model.parameters.data();
-  if (flow.spec().dtype == DType::float32) {
-    flow.set_parameters(std::span(static_cast<const float*>(data), count));
-  } else {
-    flow.set_parameters(std::span(static_cast<const double*>(data), count));
-  }
-  return flow;
+Flow Flow::load(const std::string& path, Device device, Precision precision, Weights weights) {
+  return from_model(load_model(path, nullptr), device, precision, weights);
 }
 
-}  // namespace
-
-Flow Flow::load(const std::string& path, Device device, Precision precision) {
-  return flow_from(load_model(path, nullptr), device, precision);
-}
-
-Flow Flow::load(const std::string& path, const FlowSpec& expected, Device device, Precision precision) {
+Flow Flow::load(const std::string& path, const FlowSpec& expected, Device device, Precision precision,
+                Weights weights) {
   expected.validate();
-  return flow_from(load_model(path, &expected), device, precision);
+  return from_model(load_model(path, &expected), device, precision, weights);
+}
+
+Flow Flow::from_model(LoadedModel&& model, Device device, Precision precision, Weights weights) {
+  Flow flow(std::make_unique<State>(std::move(model.spec), device, precision, weights));
+  flow.state_->publish(model.parameters.data());
+  return flow;
 }
 
 void Flow::save(const std::string& path) const {
@@ -190,6 +189,7 @@ void Flow::save(const std::string& path) const {
 const FlowSpec& Flow::spec() const { return state_->spec; }
 Device Flow::device() const { return state_->device; }
 Precision Flow::precision() const { return state_->precision; }
+Weights Flow::weights() const { return state_->weights; }
 const ParamLayout& Flow::layout() const { return state_->layout; }
 std::int64_t Flow::num_parameters() const { return state_->layout.size(); }
 int Flow::num_threads() const { return state_->num_threads.load(); }

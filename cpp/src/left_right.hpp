@@ -40,11 +40,17 @@ class LeftRight {
   template <class Make>
   explicit LeftRight(Make make) : values_{make(), nullptr} {}
 
-  /// make: a new Value, for the first rewrite; write: fills the side that no reader sees.
+  /// write: fills the side that no reader sees. make: a new Value, for the second rewrite; the first one fills the
+  /// constructor's, which nobody reads before, so that a value that never changes is kept once.
   template <class Make, class Write>
   void rewrite(Make make, Write write) {
     Shared& shared = shared_.get();
     const std::lock_guard<std::mutex> lock(shared.mutex);
+    if (!written_) {
+      write(*values_[0]);
+      written_ = true;
+      return;
+    }
     const int hidden = 1 - side_.load();
     std::unique_ptr<Value>& value = values_[static_cast<std::size_t>(hidden)];
     if (value == nullptr) value = make();
@@ -86,6 +92,7 @@ class LeftRight {
   std::array<std::unique_ptr<Value>, 2> values_;
   std::atomic<int> side_{0};
   std::atomic<int> version_{0};
+  bool written_ = false;
   mutable PerProcess<Shared> shared_;
 };
 

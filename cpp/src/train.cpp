@@ -177,6 +177,7 @@ class Trainer {
 
   /// A run that has not finished an epoch leaves the flow as it was.
   void publish() {
+    training_.reset();  // its memory first: the flow may need room for a second copy
     if (history_.best_epoch > 0) flow_.template set_parameters<T>(best_);
   }
 

@@ -106,13 +106,23 @@ class FitSummary(TypedDict):
     validation_rows: int
 
 class Flow:
-    def __init__(self, spec: FlowSpec, seed: int = 0, *, device: str = "cpu", precision: str = "float32") -> None: ...
+    def __init__(
+        self,
+        spec: FlowSpec,
+        seed: int = 0,
+        *,
+        device: str = "cpu",
+        precision: str = "float32",
+        weights: str = "full",
+    ) -> None: ...
     @property
     def spec(self) -> FlowSpec: ...
     @property
     def device(self) -> str: ...
     @property
     def precision(self) -> str: ...
+    @property
+    def weights(self) -> str: ...
     @property
     def num_parameters(self) -> int: ...
     @property

@@ -25,6 +25,7 @@ def build(
     seed: int = 0,
     device: str = "cpu",
     precision: str = "float32",
+    weights: str = "full",
 ) -> Flow:
     """Build a RealNVP flow with new weights.
 
@@ -53,6 +54,12 @@ def build(
     precision
         Of a float32 flow on a CUDA device: "float32" keeps the accuracy of the CPU, "tf32" and "bfloat16" round the
         factors of every product to 11 and 8 significant bits.
+    weights
+        Of a float32 flow on the CPU: "bfloat16" rounds the kernels (not the biases) to 8 significant bits as it
+        computes, so that calls of a few rows read half the bytes. It is for flows whose weights exceed the second-level
+        cache and are called row by row; arithmetic stays float32. The rounded flow is a flow of its own, with an
+        exact inverse and a density that integrates to one; `Flow.parameters`, `Flow.save` and `Flow.fit` keep the
+        weights in full.
 
     Returns
     -------
@@ -87,11 +94,17 @@ def build(
         _checks.integer("seed", seed, unsigned=True),
         device=_checks.text("device", device),
         precision=_checks.text("precision", precision),
+        weights=_checks.text("weights", weights),
     )
 
 
 def load(
-    path: str | os.PathLike[str], *, spec: FlowSpec | None = None, device: str = "cpu", precision: str = "float32"
+    path: str | os.PathLike[str],
+    *,
+    spec: FlowSpec | None = None,
+    device: str = "cpu",
+    precision: str = "float32",
+    weights: str = "full",
 ) -> Flow:
     """Read a model file, or a safetensors file that holds only a RealNVP's weights.
 
@@ -102,8 +115,8 @@ def load(
     spec
         The model to expect. Needed only for a file of tensors without a description whose sizes leave the model
         open (the activation is in no tensor: relu is assumed). Otherwise it is compared with the file's own.
-    device, precision
-        As in `build`. A file holds neither: it is the same wherever it was written.
+    device, precision, weights
+        As in `build`. A file holds none of them: it is the same wherever it was written.
 
     Returns
     -------
@@ -123,15 +136,22 @@ def load(
     if spec is not None and not isinstance(spec, FlowSpec):
         raise TypeError(f"spec must be a FlowSpec or None, got {_checks.describe(spec)}")
     found, parameters = _core._load_model(_checks.path("path", path), spec)
-    where = _checks.text("device", device), _checks.text("precision", precision)
-    return _restore(Flow, found, parameters, 0, *where)
+    return _restore(Flow, found, parameters, 0, _where(device, precision, weights))
+
+
+_DEFAULT_WHERE = {"device": "cpu", "precision": "float32", "weights": "full"}
+
+
+def _where(device: str, precision: str, weights: str) -> dict[str, str]:
+    given = zip(_DEFAULT_WHERE, (device, precision, weights), strict=True)
+    return {name: _checks.text(name, value) for name, value in given}
 
 
 def _restore(
-    cls: type[Flow], spec: FlowSpec, parameters: NDArray[Any], num_threads: int, device: str, precision: str
+    cls: type[Flow], spec: FlowSpec, parameters: NDArray[Any], num_threads: int, where: dict[str, str]
 ) -> Flow:
     # A subclass's constructor may take the spec alone, as Flow's did before there were devices.
-    flow = cls(spec) if (device, precision) == ("cpu", "float32") else cls(spec, device=device, precision=precision)
+    flow = cls(spec, **{name: value for name, value in where.items() if value != _DEFAULT_WHERE[name]})
     flow._set_flat_parameters(parameters)
     flow.num_threads = num_threads
     return flow
@@ -144,8 +164,9 @@ def _unpickle(
     num_threads: int,
     device: str = "cpu",
     precision: str = "float32",
+    weights: str = "full",
 ) -> Flow:
-    return _restore(cls, FlowSpec.from_json(spec_json), parameters, num_threads, device, precision)
+    return _restore(cls, FlowSpec.from_json(spec_json), parameters, num_threads, _where(device, precision, weights))
 
 
 class Flow(_core.Flow):
@@ -159,8 +180,8 @@ class Flow(_core.Flow):
         What the model is.
     seed
         Of the initial weights, in [0, 2**64).
-    device, precision
-        As in `build`; read them back as ``flow.device`` and ``flow.precision``.
+    device, precision, weights
+        As in `build`; read them back as ``flow.device``, ``flow.precision`` and ``flow.weights``.
 
     Notes
     -----
@@ -230,8 +251,8 @@ class Flow(_core.Flow):
             flat[at : at + values.size] = values.ravel()
         self._set_flat_parameters(flat)
 
-    def to(self, device: str, precision: str | None = None) -> Flow:
-        """Return a copy of the flow on a device; this one stays where it is.
+    def to(self, device: str, precision: str | None = None, weights: str | None = None) -> Flow:
+        """Return a copy of the flow on a device; this one stays where and as it is.
 
         Parameters
         ----------
@@ -239,6 +260,8 @@ class Flow(_core.Flow):
             "cpu", "cuda" or "cuda:N".
         precision
             As in `build`. None: that of this flow on a CUDA device, "float32" on the CPU.
+        weights
+            As in `build`. None: that of this flow on the CPU, "full" on a CUDA device.
 
         Returns
         -------
@@ -248,7 +271,7 @@ class Flow(_core.Flow):
         Raises
         ------
         ValueError
-            There is no such device or precision.
+            There is no such device, or it has no such precision or weights.
         CudaError
             CUDA cannot be used; the message says why.
         MemoryError
@@ -256,8 +279,10 @@ class Flow(_core.Flow):
         """
         if precision is None:
             precision = "float32" if device == "cpu" else self.precision
-        where = _checks.text("device", device), _checks.text("precision", precision)
-        return _restore(type(self), self.spec, self._copy_flat_parameters(), self.num_threads, *where)
+        if weights is None:
+            weights = self.weights if device == "cpu" else "full"
+        where = _where(device, precision, weights)
+        return _restore(type(self), self.spec, self._copy_flat_parameters(), self.num_threads, where)
 
     def fit(
         self,
@@ -373,6 +398,8 @@ class Flow(_core.Flow):
             fields.append(f"device={self.device!r}")
         if self.precision != "float32":
             fields.append(f"precision={self.precision!r}")
+        if self.weights != "full":
+            fields.append(f"weights={self.weights!r}")
         return f"{type(self).__name__}({', '.join(fields)}, {self.num_parameters:,} parameters)"
 
     def __eq__(self, other: object) -> bool:
@@ -386,11 +413,11 @@ class Flow(_core.Flow):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the spec's JSON, the weights and the device, which must be there where it is unpickled."""
         state = (type(self), self.spec.to_json(), self._copy_flat_parameters(), self.num_threads)
-        return _unpickle, (*state, self.device, self.precision)
+        return _unpickle, (*state, self.device, self.precision, self.weights)
 
     def __copy__(self) -> Flow:
         """Return a flow with weights of its own, which start equal to these."""
-        return self.to(self.device, self.precision)
+        return self.to(self.device, self.precision, self.weights)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Flow:
         """As `copy.copy`: nothing is shared there either."""

@@ -448,13 +448,14 @@ void set_num_threads(BoundFlow& self, const py::object& threads) { self.flow.set
 
 void bind_flow(py::module_& module) {
   py::class_<BoundFlow> type(module, "Flow", "The compiled part of nvpflow.Flow.");
-  type.def(py::init(
-               [](const BoundSpec& spec, std::uint64_t seed, const std::string& device, const std::string& precision) {
-                 const GilReleased released;
-                 return std::make_unique<BoundFlow>(spec, seed, parse_device(device), parse_precision(precision));
-               }),
+  type.def(py::init([](const BoundSpec& spec, std::uint64_t seed, const std::string& device,
+                       const std::string& precision, const std::string& weights) {
+             const GilReleased released;
+             return std::make_unique<BoundFlow>(spec, seed, parse_device(device), parse_precision(precision),
+                                                parse_weights(weights));
+           }),
            py::arg("spec"), py::arg("seed") = 0, py::kw_only(), py::arg("device") = "cpu",
-           py::arg("precision") = "float32")
+           py::arg("precision") = "float32", py::arg("weights") = "full")
       .def_property_readonly("spec", on_ready(+[](const BoundFlow& f) { return BoundSpec(f.flow.spec()); }))
       .def_property_readonly("num_parameters", on_ready(+[](const BoundFlow& f) { return f.flow.num_parameters(); }))
       .def_property_readonly("device", on_ready(+[](const BoundFlow& f) { return name_of(f.flow.device()); }),
@@ -462,6 +463,9 @@ void bind_flow(py::module_& module) {
       .def_property_readonly("precision",
                              on_ready(+[](const BoundFlow& f) { return std::string(name_of(f.flow.precision())); }),
                              "How products of float32 numbers are formed: 'float32', 'tf32' or 'bfloat16'.")
+      .def_property_readonly("weights",
+                             on_ready(+[](const BoundFlow& f) { return std::string(name_of(f.flow.weights())); }),
+                             "How the kernels are stored for computing: 'full' or 'bfloat16'.")
       .def_property("num_threads", on_ready(+[](const BoundFlow& f) { return f.flow.num_threads(); }),
                     on_ready(&set_num_threads),
                     "Threads of a batch call; 0: as many as this process may use. Small batches use fewer.")
@@ -513,8 +517,8 @@ PyObject* new_exception(py::module_& module, const char* name, PyObject* base, c
 
 }  // namespace
 
-BoundFlow::BoundFlow(const FlowSpec& spec, std::uint64_t seed, Device on, Precision precision)
-    : flow(spec, seed, on, precision),
+BoundFlow::BoundFlow(const FlowSpec& spec, std::uint64_t seed, Device on, Precision precision, Weights weights)
+    : flow(spec, seed, on, precision, weights),
       dtype(spec.dtype),
       features(spec.input_size),
       device(on.kind == DeviceKind::cuda ? on.index : kHost) {

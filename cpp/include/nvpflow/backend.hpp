@@ -146,7 +146,7 @@ class Backend {
 
 /// The CPU backend, on the instruction set that isa.cpp chose. Throws Error(unavailable) where NVPFLOW_ISA names an
 /// unknown or unsupported one.
-std::unique_ptr<Backend> make_cpu_backend(const FlowSpec& spec, const ParamLayout& layout);
+std::unique_ptr<Backend> make_cpu_backend(const FlowSpec& spec, const ParamLayout& layout, Weights weights);
 
 /// The CUDA backend on one device. Throws Error(device) where CUDA cannot be used, with the reason of
 /// cuda_why_unavailable(), and Error(invalid_argument) for a device that is not there.

@@ -23,12 +23,21 @@ struct Device {
 /// it computes in float64.
 enum class Precision { float32, tf32, bfloat16 };
 
+/// How the CPU stores the kernels that it computes with: as the parameters are, or, for float32 flows, rounded to
+/// bfloat16 (8 significant bits, ties to even), which calls of a few rows read in half the bytes. Arithmetic is float32
+/// either way. The rounded flow is a flow of its own: its density integrates to one and its inverse is exact, the same
+/// bits for every batch size; its gradients are those at the rounded kernels. Biases, standardize layers, the
+/// parameters that are read, saved and trained stay as they are.
+enum class Weights { full, bfloat16 };
+
 /// "cpu", "cuda:0"; "float32".
 std::string name_of(const Device& device);
 std::string_view name_of(Precision precision);
+std::string_view name_of(Weights weights);
 /// "cpu", "cuda" (device 0) or "cuda:N". Throws Error(invalid_argument).
 Device parse_device(std::string_view name);
 Precision parse_precision(std::string_view name);
+Weights parse_weights(std::string_view name);
 
 /// Empty where at least one CUDA device can be used, else the one reason why not: built without CUDA, no driver, a
 /// driver that is too old (with versions), no device, or devices whose architecture this build has no code for.

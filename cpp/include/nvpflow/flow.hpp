@@ -13,6 +13,8 @@
 
 namespace nvpflow {
 
+struct LoadedModel;
+
 /// Wherever `T` appears it must be the flow's dtype (float or double), else Error(type_mismatch). Arrays are row-major
 /// [B, D]; B is what the spans say. A span of the wrong length, or an output that overlaps an input or another output,
 /// is Error(invalid_argument). A row that holds NaN or inf gives NaN in all of that row's results and touches no other.
@@ -26,8 +28,9 @@ namespace nvpflow {
 class Flow {
  public:
   /// A new flow with initialize_parameters(spec, seed). Throws Error(device) where CUDA cannot be used, and
-  /// Error(invalid_argument) for a device that is not there or a precision that it does not have.
-  explicit Flow(FlowSpec spec, std::uint64_t seed = 0, Device device = {}, Precision precision = Precision::float32);
+  /// Error(invalid_argument) for a device that is not there or a precision or storage of weights that it does not have.
+  explicit Flow(FlowSpec spec, std::uint64_t seed = 0, Device device = {}, Precision precision = Precision::float32,
+                Weights weights = Weights::full);
   ~Flow();
   Flow(Flow&&) noexcept;
   Flow& operator=(Flow&&) noexcept;
@@ -36,19 +39,21 @@ class Flow {
   Flow& operator=(const Flow&);
 
   /// The file formats of file_format.hpp. Throws Error(io) or Error(file_format).
-  static Flow load(const std::string& path, Device device = {}, Precision precision = Precision::float32);
+  static Flow load(const std::string& path, Device device = {}, Precision precision = Precision::float32,
+                   Weights weights = Weights::full);
   /// As load; for a file without a spec of its own (tensors alone) whose spec cannot be read off them, or to check it.
   static Flow load(const std::string& path, const FlowSpec& expected, Device device = {},
-                   Precision precision = Precision::float32);
+                   Precision precision = Precision::float32, Weights weights = Weights::full);
   /// Atomic: writes beside `path`, syncs, renames. On failure the old file is as it was.
   void save(const std::string& path) const;
 
-  /// A copy on another device, or of another precision.
-  Flow to(Device device, Precision precision = Precision::float32) const;
+  /// A copy on another device, or of another precision or storage of weights.
+  Flow to(Device device, Precision precision = Precision::float32, Weights weights = Weights::full) const;
 
   const FlowSpec& spec() const;
   Device device() const;
   Precision precision() const;
+  Weights weights() const;
   const ParamLayout& layout() const;
   std::int64_t num_parameters() const;
   /// Threads of a batch call: 0, as many as this process may use; small batches use fewer.
@@ -100,6 +105,7 @@ class Flow {
  private:
   struct State;
   explicit Flow(std::unique_ptr<State> state);
+  static Flow from_model(LoadedModel&& model, Device device, Precision precision, Weights weights);
   std::unique_ptr<State> state_;
 };
 

@@ -82,6 +82,14 @@ NVPFLOW_INLINE int64_t padded(int64_t n) {
   return round_up(n, kLanes<T>);
 }
 
+/// Distance between rows of n numbers: whole vectors, and never a multiple of 4096 bytes, or the rows of a block would
+/// fight for the same few places of the first-level cache.
+template <class T>
+NVPFLOW_INLINE int64_t row_stride(int64_t n) {
+  const int64_t stride = padded<T>(n);
+  return stride % static_cast<int64_t>(4096 / sizeof(T)) == 0 ? stride + kLanes<T> : stride;
+}
+
 /// Hands out consecutive parts of one piece of memory; without memory it only counts them.
 template <class T>
 struct Carver {
@@ -101,6 +109,8 @@ struct DenseView {
   const T* bias;     // null: zero
   int64_t in, out;
   int64_t segment;  // inputs of a segment
+  const uint32_t* narrow = nullptr;
+  int64_t narrow_words = 0;
 };
 
 /// sum[m][n] += W[i][m] x[i][n] for inputs i in [begin, end), in order.
@@ -198,7 +208,7 @@ void dense_tile(const DenseView<T>& d, const T* x, T* y, int64_t rows, Act act) 
 
 template <class T>
 NVPFLOW_INLINE DenseView<T> view(const Dense<T>& d) {
-  return {d.weights, d.bias, d.in, d.out, d.segment};
+  return {d.weights, d.bias, d.in, d.out, d.segment, d.narrow, d.narrow_words};
 }
 
 // ---- dense layers on rows ------------------------------------------------------------------------------------------
@@ -217,44 +227,6 @@ NVPFLOW_INLINE void accumulate_rows(const T* w, int64_t stride, const T* x, int6
     for (int m = 0; m < MR; ++m) {
       const Vec<T> input = set1(xi[m * x_stride]);
       for (int n = 0; n < NV; ++n) sum[m][n] = fma(weight[n], input, sum[m][n]);
-    }
-  }
-}
-
-/// The same for all S segments at once; total holds the first segment's start and ends with the sum of all.
-template <class T, int MR, int NV, int S>
-NVPFLOW_INLINE void accumulate_segments(const DenseView<T>& d, const T* w, const T* x, int64_t x_stride,
-                                        Vec<T> (&total)[MR][NV]) {
-  constexpr int L = kLanes<T>;
-  const int64_t stride = d.in * L;
-  Vec<T> sum[S][MR][NV];
-  for (int m = 0; m < MR; ++m) {
-    for (int n = 0; n < NV; ++n) {
-      sum[0][m][n] = total[m][n];
-      for (int s = 1; s < S; ++s) sum[s][m][n] = Vec<T>{};
-    }
-  }
-  const auto add = [&](int s, int64_t i) __attribute__((always_inline)) {
-    Vec<T> weight[NV];
-    for (int n = 0; n < NV; ++n) weight[n] = load<T>(w + n * stride + i * L);
-    for (int m = 0; m < MR; ++m) {
-      const Vec<T> input = set1(x[m * x_stride + i]);
-      for (int n = 0; n < NV; ++n) sum[s][m][n] = fma(weight[n], input, sum[s][m][n]);
-    }
-  };
-  const int64_t last = d.in - (S - 1) * d.segment;  // the last segment may be shorter
-  for (int64_t i = 0; i < last; ++i) {
-#pragma GCC unroll 4
-    for (int s = 0; s < S; ++s) add(s, s * d.segment + i);
-  }
-  for (int64_t i = last; i < d.segment; ++i) {
-#pragma GCC unroll 4
-    for (int s = 0; s + 1 < S; ++s) add(s, s * d.segment + i);
-  }
-  for (int m = 0; m < MR; ++m) {
-    for (int n = 0; n < NV; ++n) {
-      for (int s = 1; s < S; ++s) sum[0][m][n] = sum[0][m][n] + sum[s][m][n];
-      total[m][n] = sum[0][m][n];
     }
   }
 }
@@ -586,28 +558,135 @@ constexpr int kFewSums = 2 * kRowsBlock;
 /// Vectors of outputs of a wide block.
 constexpr int few_vectors(int rows) { return rows == 1 ? 8 : rows > kFewSums / 2 ? 1 : rows > 4 ? kFewSums / rows : 4; }
 
+/// The weights of a layer as few rows read them, with the sums over a segment or a step of several segments.
+template <class T>
+struct FullWeights {
+  const DenseView<T>& d;
+
+  const T* block(int64_t o) const { return d.weights + o * d.in; }
+  int64_t stride() const { return d.in * kLanes<T>; }
+
+  /// sum[m][n] += x[m][i] W[i][n] for the inputs i of segment s, in order.
+  template <int MR, int NV>
+  NVPFLOW_INLINE void segment(const T* w, int64_t s, const T* x, int64_t x_stride, Vec<T> (&sum)[MR][NV]) const {
+    const int64_t begin = s * d.segment;
+    accumulate_rows<T, MR, NV>(w, stride(), x, x_stride, begin, smaller(begin + d.segment, d.in), sum);
+  }
+
+  static constexpr int64_t kStep = 1;
+  /// The same for inputs i, ..., i + kStep - 1 of segment s.
+  template <int MR, int NV>
+  NVPFLOW_INLINE void step(const T* w, int64_t s, int64_t i, const T* x, int64_t x_stride,
+                           Vec<T> (&sum)[MR][NV]) const {
+    accumulate_rows<T, MR, NV>(w, stride(), x, x_stride, s * d.segment + i, s * d.segment + i + 1, sum);
+  }
+  template <int MR, int NV>
+  NVPFLOW_INLINE void one(const T* w, int64_t s, int64_t i, const T* x, int64_t x_stride, Vec<T> (&sum)[MR][NV]) const {
+    step<MR, NV>(w, s, i, x, x_stride, sum);
+  }
+};
+
+/// Dense::narrow.
+struct NarrowWeights {
+  using T = float;
+  const DenseView<T>& d;
+
+  const uint32_t* block(int64_t o) const { return d.narrow + o * d.narrow_words; }
+  int64_t stride() const { return d.narrow_words * kLanes<T>; }
+  const uint32_t* words(const uint32_t* w, int64_t s, int64_t i) const {
+    return w + (s * ((d.segment + 1) / 2) + i / 2) * kLanes<T>;
+  }
+
+  template <int MR, int NV>
+  NVPFLOW_INLINE void segment(const uint32_t* w, int64_t s, const T* x, int64_t x_stride, Vec<T> (&sum)[MR][NV]) const {
+    const int64_t count = smaller(d.segment, d.in - s * d.segment);
+    int64_t i = 0;
+    for (; i + 2 <= count; i += 2) step<MR, NV>(w, s, i, x, x_stride, sum);
+    if (i < count) one<MR, NV>(w, s, i, x, x_stride, sum);
+  }
+
+  static constexpr int64_t kStep = 2;
+  /// i: even.
+  template <int MR, int NV>
+  NVPFLOW_INLINE void step(const uint32_t* w, int64_t s, int64_t i, const T* x, int64_t x_stride,
+                           Vec<T> (&sum)[MR][NV]) const {
+    Vec<T> first[NV], second[NV];
+    for (int n = 0; n < NV; ++n) load_pairs(words(w, s, i) + n * stride(), first[n], second[n]);
+    x += s * d.segment + i;
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+      const Vec<T> input0 = set1(x[m * x_stride]), input1 = set1(x[m * x_stride + 1]);
+      for (int n = 0; n < NV; ++n) sum[m][n] = fma(second[n], input1, fma(first[n], input0, sum[m][n]));
+    }
+  }
+  /// Any one input.
+  template <int MR, int NV>
+  NVPFLOW_INLINE void one(const uint32_t* w, int64_t s, int64_t i, const T* x, int64_t x_stride,
+                          Vec<T> (&sum)[MR][NV]) const {
+    for (int n = 0; n < NV; ++n) {
+      Vec<T> first, second;
+      load_pairs(words(w, s, i) + n * stride(), first, second);
+      const Vec<T> weight = i % 2 == 0 ? first : second;
+      for (int m = 0; m < MR; ++m) sum[m][n] = fma(weight, set1(x[m * x_stride + s * d.segment + i]), sum[m][n]);
+    }
+  }
+};
+
+/// All S segments at once; total holds the first segment's start and ends with the sum of all.
+template <class T, int MR, int NV, int S, class W>
+NVPFLOW_INLINE void accumulate_segments(const W& weights, int64_t o, const T* x, int64_t x_stride,
+                                        Vec<T> (&total)[MR][NV]) {
+  const DenseView<T>& d = weights.d;
+  const auto* w = weights.block(o);
+  Vec<T> sum[S][MR][NV];
+  for (int m = 0; m < MR; ++m) {
+    for (int n = 0; n < NV; ++n) {
+      sum[0][m][n] = total[m][n];
+      for (int s = 1; s < S; ++s) sum[s][m][n] = Vec<T>{};
+    }
+  }
+  const int64_t last = d.in - (S - 1) * d.segment;  // the last segment may be shorter
+  int64_t i = 0;
+  for (; i + W::kStep <= last; i += W::kStep) {
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) weights.template step<MR, NV>(w, s, i, x, x_stride, sum[s]);
+  }
+  for (; i < d.segment; ++i) {
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) {
+      if (s + 1 < S || i < last) weights.template one<MR, NV>(w, s, i, x, x_stride, sum[s]);
+    }
+  }
+  for (int m = 0; m < MR; ++m) {
+    for (int n = 0; n < NV; ++n) {
+      for (int s = 1; s < S; ++s) sum[0][m][n] = sum[0][m][n] + sum[s][m][n];
+      total[m][n] = sum[0][m][n];
+    }
+  }
+}
+
 /// MR rows x NV vectors of outputs from o. S: segments at once, all or (1) one after the other.
-template <class T, int MR, int NV, int S>
-NVPFLOW_INLINE void few_block(const DenseView<T>& d, int64_t o, const T* x, int64_t x_stride, T* y, int64_t y_stride,
+template <class T, int MR, int NV, int S, class W>
+NVPFLOW_INLINE void few_block(const W& weights, int64_t o, const T* x, int64_t x_stride, T* y, int64_t y_stride,
                               Act act) {
   constexpr int L = kLanes<T>;
-  const T* w = d.weights + o * d.in;
-  const int64_t stride = d.in * L;
+  const DenseView<T>& d = weights.d;
   Vec<T> total[MR][NV];
   for (int n = 0; n < NV; ++n) {
     for (int m = 0; m < MR; ++m) total[m][n] = load<T>(d.bias + o + n * L);
   }
   if constexpr (S == 1) {
-    accumulate_rows<T, MR, NV>(w, stride, x, x_stride, 0, d.segment, total);
-    for (int64_t begin = d.segment; begin < d.in; begin += d.segment) {
+    const auto* w = weights.block(o);
+    weights.template segment<MR, NV>(w, 0, x, x_stride, total);
+    for (int64_t s = 1; s * d.segment < d.in; ++s) {
       Vec<T> sum[MR][NV] = {};
-      accumulate_rows<T, MR, NV>(w, stride, x, x_stride, begin, smaller(begin + d.segment, d.in), sum);
+      weights.template segment<MR, NV>(w, s, x, x_stride, sum);
       for (int m = 0; m < MR; ++m) {
         for (int n = 0; n < NV; ++n) total[m][n] = total[m][n] + sum[m][n];
       }
     }
   } else {
-    accumulate_segments<T, MR, NV, S>(d, w, x, x_stride, total);
+    accumulate_segments<T, MR, NV, S>(weights, o, x, x_stride, total);
   }
   const auto put = [&](auto&& finish) __attribute__((always_inline)) {
     for (int m = 0; m < MR; ++m) {
@@ -619,33 +698,36 @@ NVPFLOW_INLINE void few_block(const DenseView<T>& d, int64_t o, const T* x, int6
 }
 
 /// MR rows; S: the layer's segments. Not inlined: in one large function gcc leaves the blocks' sums in memory.
-template <class T, int MR, int S>
-NVPFLOW_NOINLINE void few_rows(const DenseView<T>& d, const T* x, int64_t x_stride, T* y, int64_t y_stride, Act act) {
+template <class T, int MR, int S, class W>
+NVPFLOW_NOINLINE void few_rows(const W& weights, const T* x, int64_t x_stride, T* y, int64_t y_stride, Act act) {
+  const DenseView<T>& d = weights.d;
   constexpr int L = kLanes<T>, kWide = few_vectors(MR);
   constexpr int kParallel = MR * S <= kFewSums ? S : 1;
   constexpr int kFitting = kFewSums / (MR * S);  // vectors of which all segments can be under way
   constexpr int kMiddle = kFitting < kWide / 2 ? kFitting : kWide / 2;
   int64_t o = 0;
-  for (; o + (kWide - 1) * L < d.out; o += kWide * L) few_block<T, MR, kWide, 1>(d, o, x, x_stride, y, y_stride, act);
+  for (; o + (kWide - 1) * L < d.out; o += kWide * L) {
+    few_block<T, MR, kWide, 1>(weights, o, x, x_stride, y, y_stride, act);
+  }
   if constexpr (kMiddle > 1) {
     for (; o + (kMiddle - 1) * L < d.out; o += kMiddle * L) {
-      few_block<T, MR, kMiddle, kParallel>(d, o, x, x_stride, y, y_stride, act);
+      few_block<T, MR, kMiddle, kParallel>(weights, o, x, x_stride, y, y_stride, act);
     }
   }
-  for (; o < d.out; o += L) few_block<T, MR, 1, kParallel>(d, o, x, x_stride, y, y_stride, act);
+  for (; o < d.out; o += L) few_block<T, MR, 1, kParallel>(weights, o, x, x_stride, y, y_stride, act);
 }
 
 /// y[rows][out] = rectify(W^T x[rows][in] + c), row-major, for MR <= rows <= kMaxFewRows; whole vectors of y are
 /// written.
-template <class T, int MR = 1>
-void dense_few_rows(const DenseView<T>& d, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t rows,
-                    Act act) {
+template <class T, int MR = 1, class W>
+void dense_few_rows(const W& weights, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t rows, Act act) {
   if constexpr (MR < kMaxFewRows<T>) {
-    if (rows > MR) return dense_few_rows<T, MR + 1>(d, x, x_stride, y, y_stride, rows, act);
+    if (rows > MR) return dense_few_rows<T, MR + 1>(weights, x, x_stride, y, y_stride, rows, act);
   }
-  if (d.segment == d.in) return few_rows<T, MR, 1>(d, x, x_stride, y, y_stride, act);
-  if (2 * d.segment >= d.in) return few_rows<T, MR, 2>(d, x, x_stride, y, y_stride, act);
-  few_rows<T, MR, 4>(d, x, x_stride, y, y_stride, act);
+  const DenseView<T>& d = weights.d;
+  if (d.segment == d.in) return few_rows<T, MR, 1>(weights, x, x_stride, y, y_stride, act);
+  if (2 * d.segment >= d.in) return few_rows<T, MR, 2>(weights, x, x_stride, y, y_stride, act);
+  few_rows<T, MR, 4>(weights, x, x_stride, y, y_stride, act);
 }
 
 /// Row-major numbers of a few rows on their way through the flow.
@@ -665,9 +747,14 @@ const T* conditioner_rows(const Layer<T>& layer, const RowState<T>& s) {
   for (int32_t j = 0; j < layer.num_dense; ++j) {
     const Dense<T>& d = layer.dense[j];
     const Act act = j + 1 == layer.num_dense ? Act::none : layer.activation;
-    const int64_t y_stride = padded<T>(d.out);
+    const int64_t y_stride = row_stride<T>(d.out);
     T* y = j % 2 == 0 ? s.buffer0 : s.buffer1;
-    dense_few_rows<T>(view(d), x, stride, y, y_stride, s.rows, act);
+    const DenseView<T> v = view(d);
+    if (d.narrow == nullptr) {
+      dense_few_rows<T>(FullWeights<T>{v}, x, stride, y, y_stride, s.rows, act);
+    } else if constexpr (sizeof(T) == 4) {
+      dense_few_rows<T>(NarrowWeights{v}, x, stride, y, y_stride, s.rows, act);
+    }
     if (needs_pass(act)) activate<T>(act, y, y, s.rows * y_stride);
     x = y;
     stride = y_stride;
@@ -678,7 +765,7 @@ const T* conditioner_rows(const Layer<T>& layer, const RowState<T>& s) {
 template <class T>
 void coupling_rows(const Layer<T>& layer, bool inverse, const RowState<T>& s) {
   constexpr int64_t L = kLanes<T>, kStep = kVectors<Steps<T>>;
-  const int64_t n = layer.b_count, u_stride = padded<T>(2 * n);
+  const int64_t n = layer.b_count, u_stride = row_stride<T>(2 * n);
   const T* u = conditioner_rows<T>(layer, s);
   T* b = s.state + layer.b_begin;
   const Affine<T> affine = {layer, inverse, u_stride, s.stride, L};

@@ -60,9 +60,8 @@ struct Task {
 template <class T>
 class CpuBackend final : public Backend {
  public:
-  /// alone: nobody calls while the parameters are set, so that one packed copy of them is enough.
-  CpuBackend(const FlowSpec& spec, const ParamLayout& layout, bool alone)
-      : spec_(spec), layout_(layout), alone_(alone), kernels_(chosen_kernels<T>()), packed_([this] {
+  CpuBackend(const FlowSpec& spec, const ParamLayout& layout, Weights weights)
+      : spec_(spec), layout_(layout), weights_(weights), kernels_(chosen_kernels<T>()), packed_([this] {
           return make_packed();
         }) {
     const Program<T>& program = packed_.initial().program();
@@ -195,14 +194,18 @@ class CpuBackend final : public Backend {
 
   std::unique_ptr<Training> begin_training(const TrainingData& data, const void* parameters, std::int64_t,
                                            int threads) const override {
-    return std::make_unique<HostTraining<T>>(std::make_unique<CpuBackend>(spec_, layout_, true), layout_, data,
-                                             parameters, threads);
+    // In full also where the flow's own weights are rounded: small steps would be lost.
+    auto backend = std::make_unique<CpuBackend>(spec_, layout_, Weights::full);
+    backend->alone_ = true;
+    return std::make_unique<HostTraining<T>>(std::move(backend), layout_, data, parameters, threads);
   }
 
  private:
   using Reading = typename LeftRight<Packed<T>>::Reading;
 
-  std::unique_ptr<Packed<T>> make_packed() const { return std::make_unique<Packed<T>>(spec_, layout_, kernels_); }
+  std::unique_ptr<Packed<T>> make_packed() const {
+    return std::make_unique<Packed<T>>(spec_, layout_, kernels_, weights_);
+  }
 
   void plan_tasks(const Program<T>& program) {
     for (std::int64_t k = 0; k < program.num_layers; ++k) {
@@ -298,7 +301,8 @@ class CpuBackend final : public Backend {
 
   const FlowSpec spec_;
   const ParamLayout layout_;
-  const bool alone_;
+  const Weights weights_;
+  bool alone_ = false;  // nobody calls while the parameters are set: one packed copy of them is enough
   const Kernels<T>& kernels_;
   LeftRight<Packed<T>> packed_;
   std::int64_t tile_rows_ = 0, gradient_rows_ = 0, grain_ = 0;
@@ -309,9 +313,9 @@ class CpuBackend final : public Backend {
 
 }  // namespace
 
-std::unique_ptr<Backend> make_cpu_backend(const FlowSpec& spec, const ParamLayout& layout) {
-  if (spec.dtype == DType::float32) return std::make_unique<CpuBackend<float>>(spec, layout, false);
-  return std::make_unique<CpuBackend<double>>(spec, layout, false);
+std::unique_ptr<Backend> make_cpu_backend(const FlowSpec& spec, const ParamLayout& layout, Weights weights) {
+  if (spec.dtype == DType::float32) return std::make_unique<CpuBackend<float>>(spec, layout, weights);
+  return std::make_unique<CpuBackend<double>>(spec, layout, Weights::full);
 }
 
 }  // namespace nvpflow

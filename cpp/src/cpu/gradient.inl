@@ -73,8 +73,8 @@ struct FixedTape {
     state = carver.take(p.input_size * rows);
     partial = carver.take(kLanes<T> * rows);
     log_prob = carver.take(rows);
-    buffer0 = carver.take(padded<T>(p.max_width) * rows);
-    buffer1 = carver.take(padded<T>(p.max_width) * rows);
+    buffer0 = carver.take(row_stride<T>(p.max_width) * rows);
+    buffer1 = carver.take(row_stride<T>(p.max_width) * rows);
     cotangent = carver.take(p.input_size * rows);
     log_det_cotangent = carver.take(rows);
     layers = carver.take(0);
@@ -85,15 +85,15 @@ struct FixedTape {
 /// Elements of a row of hidden layer j: its value and, where kept, its argument.
 template <class T>
 int64_t hidden_tape(const Layer<T>& layer, int32_t j) {
-  return padded<T>(layer.dense[j].out) * (keeps_argument(layer.activation) ? 2 : 1);
+  return row_stride<T>(layer.dense[j].out) * (keeps_argument(layer.activation) ? 2 : 1);
 }
 
 template <class T>
 int64_t layer_tape(const Program<T>& program, const Layer<T>& layer, int64_t rows) {
-  if (layer.kind == Kind::standardize) return program.input_size * rows + padded<T>(2 * program.input_size);
-  int64_t n = 3 * layer.b_count + padded<T>(layer.a_count);
+  if (layer.kind == Kind::standardize) return program.input_size * rows + row_stride<T>(2 * program.input_size);
+  int64_t n = 3 * layer.b_count + row_stride<T>(layer.a_count);
   for (int32_t j = 0; j < layer.num_dense; ++j) {
-    n += padded<T>(layer.dense[j].out);
+    n += row_stride<T>(layer.dense[j].out);
     if (j + 1 < layer.num_dense) n += hidden_tape(layer, j);
   }
   return n * rows;
@@ -119,7 +119,7 @@ struct CouplingTape {
     scale = s + layer.b_count * rows;
     product = scale + layer.b_count * rows;
     input = product + layer.b_count * rows;
-    hidden = input + padded<T>(layer.a_count) * rows;
+    hidden = input + row_stride<T>(layer.a_count) * rows;
     cotangents = hidden;
     for (int32_t j = 0; j + 1 < layer.num_dense; ++j) cotangents += hidden_tape(layer, j) * rows;
   }
@@ -131,7 +131,7 @@ struct CouplingTape {
   }
   T* argument(const Layer<T>& layer, int32_t j, int64_t rows) const {
     T* p = value(layer, j, rows);
-    return keeps_argument(layer.activation) ? p + padded<T>(layer.dense[j].out) * rows : p;
+    return keeps_argument(layer.activation) ? p + row_stride<T>(layer.dense[j].out) * rows : p;
   }
   /// What dense layer j reads.
   const T* input_of(const Layer<T>& layer, int32_t j, int64_t rows) const {
@@ -139,7 +139,7 @@ struct CouplingTape {
   }
   T* cotangent(const Layer<T>& layer, int32_t j, int64_t rows) const {
     T* p = cotangents;
-    for (int32_t i = 0; i < j; ++i) p += padded<T>(layer.dense[i].out) * rows;
+    for (int32_t i = 0; i < j; ++i) p += row_stride<T>(layer.dense[i].out) * rows;
     return p;
   }
 };
@@ -159,9 +159,9 @@ void conditioner_taped(const Layer<T>& layer, const CouplingTape<T>& keep, T* he
     const Dense<T>& d = layer.dense[j];
     const bool last = j + 1 == layer.num_dense;
     const Act act = last ? Act::none : layer.activation;
-    const int64_t stride = padded<T>(d.out);
+    const int64_t stride = row_stride<T>(d.out);
     T* y = last ? head : keep.argument(layer, j, rows);
-    dense_rows<T>(view(d), keep.input_of(layer, j, rows), padded<T>(d.in), y, stride, count, act);
+    dense_rows<T>(view(d), keep.input_of(layer, j, rows), row_stride<T>(d.in), y, stride, count, act);
     if (needs_pass(act)) activate<T>(act, y, keep.value(layer, j, rows), count * stride);
   }
 }
@@ -192,10 +192,11 @@ void coupling_forward_taped(const Layer<T>& layer, bool inverse, const FixedTape
                             int64_t rows) {
   const CouplingTape<T> keep(layer, tape, rows);
   const int64_t n = layer.b_count;
-  scatter_tile<T>(fixed.state + layer.a_begin * rows, rows, count, layer.a_count, keep.input, padded<T>(layer.a_count));
+  scatter_tile<T>(fixed.state + layer.a_begin * rows, rows, count, layer.a_count, keep.input,
+                  row_stride<T>(layer.a_count));
   conditioner_taped<T>(layer, keep, fixed.buffer0, count, rows);
   T* head = fixed.buffer1;
-  const int64_t stride = padded<T>(2 * n);
+  const int64_t stride = row_stride<T>(2 * n);
   gather_tile<T>([&](int64_t r) { return fixed.buffer0 + r * stride; }, count, 2 * n, head, rows);
   const TapedAffine<T> affine = {layer, inverse};
   constexpr int64_t L = kLanes<T>, kStep = kVectors<Steps<T>> * L;
@@ -342,8 +343,12 @@ void coupling_weight_gradient(const Layer<T>& layer, int32_t j, int64_t first, i
   const DenseGradient& one = layer.gradients[j];
   const DenseGradient& two = layer.gradients[heads ? j + 1 : j];
   const int64_t n[2] = {one.out, heads ? two.out : 0};
-  const OuterProduct<T> p = {
-      keep.input_of(layer, j, rows), padded<T>(d.in), keep.cotangent(layer, j, rows), padded<T>(d.out), count, d.out};
+  const OuterProduct<T> p = {keep.input_of(layer, j, rows),
+                             row_stride<T>(d.in),
+                             keep.cotangent(layer, j, rows),
+                             row_stride<T>(d.out),
+                             count,
+                             d.out};
   outer_product<T>(p, first, last,
                    {{{gradient + one.kernel_offset, gradient + two.kernel_offset}, {n[0], n[1]}},
                     {{gradient + one.bias_offset, gradient + two.bias_offset}, {n[0], n[1]}}});
@@ -400,7 +405,7 @@ void dense_backward(const Layer<T>& layer, const CouplingTape<T>& keep, int32_t 
                     int64_t count, int64_t rows) {
   const Dense<T>& d = layer.dense[j];
   const DenseView<T> transposed = {d.transposed, nullptr, d.out, d.in, d.out};
-  const int64_t out_stride = padded<T>(d.out), in_stride = padded<T>(d.in);
+  const int64_t out_stride = row_stride<T>(d.out), in_stride = row_stride<T>(d.in);
   if (j == 0) return dense_rows<T>(transposed, g_out, out_stride, g_in, in_stride, count, Act::none);
   const T* value = keep.value(layer, j - 1, rows);
   if (layer.activation == Act::relu) {
@@ -423,7 +428,7 @@ void coupling_backward(const Layer<T>& layer, bool inverse, bool input_wanted, T
                        int64_t count, int64_t rows) {
   const CouplingTape<T> keep(layer, tape, rows);
   const int32_t last = layer.num_dense - 1;
-  const int64_t a_stride = padded<T>(layer.a_count), head_stride = padded<T>(layer.dense[last].out);
+  const int64_t a_stride = row_stride<T>(layer.a_count), head_stride = row_stride<T>(layer.dense[last].out);
   affine_backward<T>(layer, inverse, keep, fixed, fixed.buffer0, rows);
   scatter_tile<T>(fixed.buffer0, rows, count, layer.dense[last].out, keep.cotangent(layer, last, rows), head_stride);
   for (int32_t j = last; j > 0; --j) {

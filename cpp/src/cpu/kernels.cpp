@@ -19,10 +19,10 @@ struct TransformScratch {
 
   TransformScratch(const Program<T>& p, T* scratch, int64_t rows) {
     Carver<T> carver{scratch};
-    state = carver.take(padded<T>(p.input_size) * rows);
+    state = carver.take(row_stride<T>(p.input_size) * rows);
     partial = carver.take(kLanes<T> * rows);
-    buffer0 = carver.take(padded<T>(p.max_width) * rows);
-    buffer1 = carver.take(padded<T>(p.max_width) * rows);
+    buffer0 = carver.take(row_stride<T>(p.max_width) * rows);
+    buffer1 = carver.take(row_stride<T>(p.max_width) * rows);
     poison = carver.take(rows);
     log_det = carver.take(rows);
     size = carver.used;
@@ -65,7 +65,7 @@ void transform_tile(const Program<T>& program, const TransformCall<T>& call, int
 /// A few rows of call.in, which is given.
 template <class T>
 void transform_rows(const Program<T>& program, const TransformCall<T>& call, int64_t begin, int64_t count, T* scratch) {
-  const int64_t features = program.input_size, stride = padded<T>(features);
+  const int64_t features = program.input_size, stride = row_stride<T>(features);
   const TransformScratch<T> s(program, scratch, count);
   for (int64_t r = 0; r < count; ++r) {
     const T* in = call.in + (call.index == nullptr ? begin + r : call.index[begin + r]) * features;

@@ -22,6 +22,10 @@ struct Dense {
   int64_t in = 0;
   int64_t out = 0;
   int64_t segment = 0;  // inputs of a segment; the last may have fewer
+  // `weights`, where they are bfloat16 numbers, stored as such, else null: [ceil(out / lanes)][narrow_words][lanes].
+  // A word holds an output's weights of two consecutive inputs of a segment, the first in its lower half.
+  const uint32_t* narrow = nullptr;
+  int64_t narrow_words = 0;
 };
 
 /// Where the gradient of a hidden layer, or of one of the heads, lies in the flat gradient.

@@ -1,6 +1,7 @@
 #include "packed.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -29,6 +30,13 @@ std::int64_t segment_of(std::int64_t in) {
   return (in + segments - 1) / segments;
 }
 
+/// To the nearest bfloat16 number, ties to the even one; NaN stays NaN.
+std::uint16_t to_bfloat16(float value) {
+  const auto bits = std::bit_cast<std::uint32_t>(value);
+  if (std::isnan(value)) return static_cast<std::uint16_t>(bits >> 16 | 0x40);
+  return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 }  // namespace
 
 void AlignedBuffer::Free::operator()(void* p) const noexcept { ::operator delete(p, std::align_val_t{kAlignment}); }
@@ -48,7 +56,7 @@ void* AlignedBuffer::reserve(std::int64_t bytes) {
 }
 
 template <class T>
-Packed<T>::Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels<T>& kernels)
+Packed<T>::Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels<T>& kernels, Weights weights)
     : lanes_(kernels.lanes), transpose_(kernels.transpose) {
   // Sized first: the program holds pointers into these.
   std::size_t num_dense = 0, num_gradients = 0;
@@ -91,6 +99,23 @@ Packed<T>::Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels
     layer.std = next + round_up(spec.input_size, lanes_);
     layer.inverse_std = next + 2 * round_up(spec.input_size, lanes_);
     next += 3 * round_up(spec.input_size, lanes_);
+  }
+  if (weights == Weights::bfloat16) keep_narrow();
+}
+
+template <class T>
+void Packed<T>::keep_narrow() {
+  std::int64_t size = 0;
+  for (Dense<T>& d : dense_) {
+    const std::int64_t whole = (d.in - 1) / d.segment;  // segments before the last
+    d.narrow_words = whole * ((d.segment + 1) / 2) + (d.in - whole * d.segment + 1) / 2;
+    size += round_up(d.out, lanes_) * d.narrow_words;
+  }
+  auto* next = static_cast<std::uint32_t*>(narrow_.reserve(size * static_cast<std::int64_t>(sizeof(std::uint32_t))));
+  std::memset(next, 0, static_cast<std::size_t>(size) * sizeof(std::uint32_t));
+  for (Dense<T>& d : dense_) {
+    d.narrow = next;
+    next += round_up(d.out, lanes_) * d.narrow_words;
   }
 }
 
@@ -153,7 +178,12 @@ void Packed<T>::choose_tiles(const Kernels<T>& kernels) {
 
 template <class T>
 void Packed<T>::pack(const T* parameters) {
-  for (std::size_t i = 0; i < dense_.size(); ++i) pack_dense(sources_[i], dense_[i], parameters);
+  for (std::size_t i = 0; i < dense_.size(); ++i) {
+    pack_dense(sources_[i], dense_[i], parameters);
+    if constexpr (sizeof(T) == 4) {
+      if (dense_[i].narrow != nullptr) narrow(dense_[i]);
+    }
+  }
   for (Layer<T>& layer : layers_) {
     if (layer.kind == Kind::standardize) pack_standardize(layer, parameters);
   }
@@ -178,6 +208,24 @@ void Packed<T>::pack_dense(const DenseSource& source, Dense<T>& dense, const T* 
       begin = end;
     }
     first += n;
+  }
+}
+
+template <class T>
+void Packed<T>::narrow(Dense<T>& d) {
+  const std::int64_t segment_words = (d.segment + 1) / 2;
+  T* from = const_cast<T*>(d.weights);
+  for (std::int64_t block = 0; block < d.out; block += lanes_) {
+    auto* words = const_cast<std::uint32_t*>(d.narrow) + block * d.narrow_words;
+    for (std::int64_t i = 0; i < d.in; ++i) {
+      const std::int64_t within = i % d.segment;
+      std::uint32_t* to = words + (i / d.segment * segment_words + within / 2) * lanes_;
+      for (std::int64_t lane = 0; lane < lanes_; ++lane, ++from) {
+        const std::uint32_t rounded = to_bfloat16(static_cast<float>(*from));
+        to[lane] = within % 2 == 0 ? rounded : to[lane] | rounded << 16;
+        *from = std::bit_cast<float>(rounded << 16);
+      }
+    }
   }
 }
 

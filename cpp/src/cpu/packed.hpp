@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include <nvpflow/device.hpp>
 #include <nvpflow/spec.hpp>
 
 #include "../parallel.hpp"
@@ -30,7 +31,8 @@ class AlignedBuffer {
 template <class T>
 class Packed {
  public:
-  Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels<T>& kernels);
+  /// weights: bfloat16 rounds the kernels (Dense::narrow).
+  Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels<T>& kernels, Weights weights);
   Packed(const Packed&) = delete;
   Packed& operator=(const Packed&) = delete;
 
@@ -49,6 +51,8 @@ class Packed {
   void add_coupling(const FlowSpec& spec, const ParamLayout& layout, std::size_t index);
   void add_standardize(const ParamLayout& layout, std::size_t index);
   void pack_dense(const DenseSource& source, Dense<T>& dense, const T* parameters);
+  void keep_narrow();
+  void narrow(Dense<T>& d);
   void pack_standardize(Layer<T>& layer, const T* parameters);
   void choose_tiles(const Kernels<T>& kernels);
 
@@ -59,7 +63,7 @@ class Packed {
   std::vector<DenseGradient> gradients_;
   std::vector<Layer<T>> layers_;
   Program<T> program_;
-  AlignedBuffer weights_;
+  AlignedBuffer weights_, narrow_;
   mutable AlignedBuffer transposed_;
   std::int64_t transposed_size_ = 0;  // elements
   mutable ForkSafeMutex transpose_mutex_;

@@ -162,6 +162,15 @@ NVPFLOW_INLINE Vec<T> load(const T* p) {
   return v;
 }
 
+/// Pairs of bfloat16 numbers, which are the upper halves of float32 numbers.
+NVPFLOW_INLINE void load_pairs(const uint32_t* p, Vec<float>& first, Vec<float>& second) {
+  typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+  Words words;
+  __builtin_memcpy(&words, p, sizeof words);
+  first = (Vec<float>)(words << 16);
+  second = (Vec<float>)(words & 0xffff0000u);
+}
+
 template <class T>
 NVPFLOW_INLINE void store(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, sizeof v);

@@ -132,9 +132,10 @@ void dense_layer(std::int64_t in, std::int64_t out, std::int64_t rows) {
           [&](auto xs, auto ys) { dense_rows<float>(d, x, xs, y, ys, rows, Act::relu); });
   if (rows <= kMaxFewRows<float>) {
     by_rows("row-major, one block for all rows (library)",
-            [&](auto xs, auto ys) { dense_few_rows<float>(d, x, xs, y, ys, rows, Act::relu); });
+            [&](auto xs, auto ys) { dense_few_rows<float>(FullWeights<float>{d}, x, xs, y, ys, rows, Act::relu); });
     by_rows("row-major, row after row (reads weights each time)", [&](auto xs, auto ys) {
-      for (std::int64_t r = 0; r < rows; ++r) dense_few_rows<float>(d, x + r * xs, xs, y + r * ys, ys, 1, Act::relu);
+      for (std::int64_t r = 0; r < rows; ++r)
+        dense_few_rows<float>(FullWeights<float>{d}, x + r * xs, xs, y + r * ys, ys, 1, Act::relu);
     });
   }
 }
