@@ -151,7 +151,8 @@ def _restore(
     cls: type[Flow], spec: FlowSpec, parameters: NDArray[Any], num_threads: int, where: dict[str, str]
 ) -> Flow:
     # A subclass's constructor may take the spec alone, as Flow's did before there were devices.
-    flow = cls(spec, **{name: value for name, value in where.items() if value != _DEFAULT_WHERE[name]})
+    given: dict[str, Any] = {name: value for name, value in where.items() if value != _DEFAULT_WHERE[name]}
+    flow = cls(spec, **given)
     flow._set_flat_parameters(parameters)
     flow.num_threads = num_threads
     return flow

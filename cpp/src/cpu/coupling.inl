@@ -18,17 +18,21 @@ namespace {
 // kRowsVectors vectors of outputs where the numbers lie row-major.
 #if defined(__AVX512F__)
 constexpr int kBlockOut = 8, kBlockRows = 2;  // of 32 registers: 16 sums under way, and room for the segments' totals
-constexpr int kRowsBlock = 8, kRowsVectors = 2;
+constexpr int kRowsBlock = 8, kRowsVectors = 2, kRegisters = 32;
 #elif defined(__AVX2__)
 constexpr int kBlockOut = 4, kBlockRows = 3;  // of 16: 12 sums, 3 inputs, 1 weight; totals wait in memory
-constexpr int kRowsBlock = 4, kRowsVectors = 3;
+constexpr int kRowsBlock = 4, kRowsVectors = 3, kRegisters = 16;
 #elif defined(__aarch64__)
 constexpr int kBlockOut = 4, kBlockRows = 4;
-constexpr int kRowsBlock = 4, kRowsVectors = 4;
+constexpr int kRowsBlock = 4, kRowsVectors = 4, kRegisters = 32;
 #else
 constexpr int kBlockOut = 4, kBlockRows = 2;
-constexpr int kRowsBlock = 4, kRowsVectors = 2;
+constexpr int kRowsBlock = 4, kRowsVectors = 2, kRegisters = 16;
 #endif
+
+// Vectors of weights from one that is used to one that is fetched meanwhile, where they may come from afar: the
+// processor's own prefetching ends with each page of memory.
+constexpr int64_t kAhead = 64;
 
 // Rows left over after whole vectors take the row path up to this many; more fill a padded vector.
 template <class T>
@@ -103,6 +107,11 @@ struct Carver {
   }
 };
 
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+
 template <class T>
 struct DenseView {
   const T* weights;  // packed blocks
@@ -111,6 +120,7 @@ struct DenseView {
   int64_t segment;  // inputs of a segment
   const uint32_t* narrow = nullptr;
   int64_t narrow_words = 0;
+  bool far = false;
 };
 
 /// sum[m][n] += W[i][m] x[i][n] for inputs i in [begin, end), in order.
@@ -122,6 +132,7 @@ NVPFLOW_INLINE void accumulate(const T* w, const T* x, int64_t begin, int64_t en
   const T* wi = w + begin * L;
   for (int64_t i = begin; i < end; ++i, xi += rows, wi += L) {
     Vec<T> input[NV];
+    if constexpr (NV > 1) __builtin_prefetch(wi + kAhead * L);  // with one vector the loads are the bottleneck
     for (int n = 0; n < NV; ++n) input[n] = load<T>(xi + n * L);
 #pragma GCC unroll 16
     for (int m = 0; m < MO; ++m) {
@@ -151,46 +162,60 @@ NVPFLOW_INLINE void dense_block(const DenseView<T>& d, const T* w, const T* bias
   }
 }
 
-/// All rows of the tile for MO consecutive outputs.
+/// Rows [begin, end) of the tile for MO consecutive outputs.
 template <class T, int MO, Act act>
-void dense_strip(const DenseView<T>& d, const T* w, const T* bias, const T* x, T* y, int64_t rows) {
+void dense_strip(const DenseView<T>& d, const T* w, const T* bias, const T* x, T* y, int64_t rows, int64_t begin,
+                 int64_t end) {
   constexpr int L = kLanes<T>;
-  int64_t r = 0;
-  for (; r + kBlockRows * L <= rows; r += kBlockRows * L) {
-    dense_block<T, MO, kBlockRows, act>(d, w, bias, x + r, y + r, rows);
-  }
-  if constexpr (kBlockRows > 2) {
-    if (r + 2 * L <= rows) {
-      dense_block<T, MO, 2, act>(d, w, bias, x + r, y + r, rows);
-      r += 2 * L;
+  int64_t r = begin;
+  if constexpr (MO <= kBlockOut) {
+    for (; r + kBlockRows * L <= end; r += kBlockRows * L) {
+      dense_block<T, MO, kBlockRows, act>(d, w, bias, x + r, y + r, rows);
+    }
+    if constexpr (kBlockRows > 2) {
+      if (r + 2 * L <= end) {
+        dense_block<T, MO, 2, act>(d, w, bias, x + r, y + r, rows);
+        r += 2 * L;
+      }
     }
   }
-  for (; r < rows; r += L) dense_block<T, MO, 1, act>(d, w, bias, x + r, y + r, rows);
+  for (; r < end; r += L) dense_block<T, MO, 1, act>(d, w, bias, x + r, y + r, rows);
 }
 
-template <class T, Act act>
-void dense_strips(const DenseView<T>& d, const T* x, T* y, int64_t rows) {
+/// Rows [begin, end) of the tile, by strips of MO outputs.
+template <class T, Act act, int MO>
+void dense_strips(const DenseView<T>& d, const T* x, T* y, int64_t rows, int64_t begin, int64_t end) {
   constexpr int L = kLanes<T>;
   for (int64_t block = 0; block < d.out; block += L) {
     const T* w = d.weights + block * d.in;
-    const int64_t end = smaller(L, d.out - block);
+    const int64_t last = smaller(L, d.out - block);
     int64_t o = 0;
-    const auto bias = [&] { return d.bias == nullptr ? nullptr : d.bias + block + o; };
-    for (; o + kBlockOut <= end; o += kBlockOut) {
-      dense_strip<T, kBlockOut, act>(d, w + o, bias(), x, y + (block + o) * rows, rows);
-    }
-    if constexpr (kBlockOut > 4) {
-      if (o + 4 <= end) {
-        dense_strip<T, 4, act>(d, w + o, bias(), x, y + (block + o) * rows, rows);
-        o += 4;
+    const auto strips = [&](auto outputs) __attribute__((always_inline)) {
+      constexpr int n = decltype(outputs)::value;
+      if constexpr (n <= MO && n <= L) {
+        for (; o + n <= last; o += n) {
+          const T* bias = d.bias == nullptr ? nullptr : d.bias + block + o;
+          dense_strip<T, n, act>(d, w + o, bias, x, y + (block + o) * rows, rows, begin, end);
+        }
       }
-    }
-    if (o + 2 <= end) {
-      dense_strip<T, 2, act>(d, w + o, bias(), x, y + (block + o) * rows, rows);
-      o += 2;
-    }
-    if (o < end) dense_strip<T, 1, act>(d, w + o, bias(), x, y + (block + o) * rows, rows);
+    };
+    strips(Count<16>{});
+    strips(Count<8>{});
+    strips(Count<4>{});
+    strips(Count<2>{});
+    strips(Count<1>{});
   }
+}
+
+template <class T, Act act>
+void dense_tile_act(const DenseView<T>& d, const T* x, T* y, int64_t rows) {
+  constexpr int64_t L = kLanes<T>;
+  // A last single vector of rows wants more outputs under way than a strip has, in a pass of its own; where a strip has
+  // enough of them to hide the latency of the sums, reading the weights twice costs more than it brings.
+  const bool alone = rows == L, again = kBlockOut < 8 && !d.far && rows % (kBlockRows * L) == L;
+  const int64_t main = alone || again ? rows - L : rows;
+  if (main > 0) dense_strips<T, act, kBlockOut>(d, x, y, rows, 0, main);
+  if (main < rows) dense_strips<T, act, 2 * kBlockOut>(d, x, y, rows, main, rows);
 }
 
 /// y[out][rows] = rectify(W^T x[in][rows] + c). rows: a multiple of the lanes.
@@ -198,23 +223,23 @@ template <class T>
 void dense_tile(const DenseView<T>& d, const T* x, T* y, int64_t rows, Act act) {
   switch (act) {
     case Act::relu:
-      return dense_strips<T, Act::relu>(d, x, y, rows);
+      return dense_tile_act<T, Act::relu>(d, x, y, rows);
     case Act::leaky_relu:
-      return dense_strips<T, Act::leaky_relu>(d, x, y, rows);
+      return dense_tile_act<T, Act::leaky_relu>(d, x, y, rows);
     default:
-      return dense_strips<T, Act::none>(d, x, y, rows);
+      return dense_tile_act<T, Act::none>(d, x, y, rows);
   }
 }
 
 template <class T>
 NVPFLOW_INLINE DenseView<T> view(const Dense<T>& d) {
-  return {d.weights, d.bias, d.in, d.out, d.segment, d.narrow, d.narrow_words};
+  return {d.weights, d.bias, d.in, d.out, d.segment, d.narrow, d.narrow_words, d.far};
 }
 
 // ---- dense layers on rows ------------------------------------------------------------------------------------------
 
 /// sum[m][n] += x[m][i] W[i][n] for inputs i in [begin, end), in order. w: first of the blocks, `stride` apart.
-template <class T, int MR, int NV>
+template <class T, int MR, int NV, bool fetch_ahead = false>
 NVPFLOW_INLINE void accumulate_rows(const T* w, int64_t stride, const T* x, int64_t x_stride, int64_t begin,
                                     int64_t end, Vec<T> (&sum)[MR][NV]) {
   constexpr int L = kLanes<T>;
@@ -222,7 +247,10 @@ NVPFLOW_INLINE void accumulate_rows(const T* w, int64_t stride, const T* x, int6
   const T* xi = x + begin;
   for (int64_t i = begin; i < end; ++i, wi += L, ++xi) {
     Vec<T> weight[NV];
-    for (int n = 0; n < NV; ++n) weight[n] = load<T>(wi + n * stride);
+    for (int n = 0; n < NV; ++n) {
+      weight[n] = load<T>(wi + n * stride);
+      if constexpr (fetch_ahead) __builtin_prefetch(wi + n * stride + kAhead * L);
+    }
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
       const Vec<T> input = set1(xi[m * x_stride]);
@@ -555,12 +583,17 @@ void spread_poison(const T* poison, T* values, int64_t features, int64_t rows) {
 
 /// Sums that one block has under way.
 constexpr int kFewSums = 2 * kRowsBlock;
-/// Vectors of outputs of a wide block.
-constexpr int few_vectors(int rows) { return rows == 1 ? 8 : rows > kFewSums / 2 ? 1 : rows > 4 ? kFewSums / rows : 4; }
+/// Vectors of outputs of a wide block: its sums, a vector of weights for each and one of inputs stay in registers.
+constexpr int few_vectors(int rows) {
+  const int fitting = (kRegisters - 1) / (rows + 1);
+  return rows == 1 ? 8 : fitting > 4 ? 4 : fitting;
+}
 
 /// The weights of a layer as few rows read them, with the sums over a segment or a step of several segments.
-template <class T>
+/// fetch_ahead: pays where the rows are so many that a block reads one stream of weights.
+template <class T, bool fetch_ahead = false>
 struct FullWeights {
+  static constexpr bool kCanFetchAhead = true;
   const DenseView<T>& d;
 
   const T* block(int64_t o) const { return d.weights + o * d.in; }
@@ -570,7 +603,7 @@ struct FullWeights {
   template <int MR, int NV>
   NVPFLOW_INLINE void segment(const T* w, int64_t s, const T* x, int64_t x_stride, Vec<T> (&sum)[MR][NV]) const {
     const int64_t begin = s * d.segment;
-    accumulate_rows<T, MR, NV>(w, stride(), x, x_stride, begin, smaller(begin + d.segment, d.in), sum);
+    accumulate_rows<T, MR, NV, fetch_ahead>(w, stride(), x, x_stride, begin, smaller(begin + d.segment, d.in), sum);
   }
 
   static constexpr int64_t kStep = 1;
@@ -588,6 +621,7 @@ struct FullWeights {
 
 /// Dense::narrow.
 struct NarrowWeights {
+  static constexpr bool kCanFetchAhead = false;
   using T = float;
   const DenseView<T>& d;
 
@@ -725,9 +759,14 @@ void dense_few_rows(const W& weights, const T* x, int64_t x_stride, T* y, int64_
     if (rows > MR) return dense_few_rows<T, MR + 1>(weights, x, x_stride, y, y_stride, rows, act);
   }
   const DenseView<T>& d = weights.d;
-  if (d.segment == d.in) return few_rows<T, MR, 1>(weights, x, x_stride, y, y_stride, act);
-  if (2 * d.segment >= d.in) return few_rows<T, MR, 2>(weights, x, x_stride, y, y_stride, act);
-  few_rows<T, MR, 4>(weights, x, x_stride, y, y_stride, act);
+  if constexpr (W::kCanFetchAhead && MR >= kFewSums / 2) {
+    if (d.far) return few_rows<T, MR, 1>(FullWeights<T, true>{d}, x, x_stride, y, y_stride, act);
+  }
+  if constexpr (MR <= kFewSums / 2) {
+    if (2 * d.segment < d.in) return few_rows<T, MR, 4>(weights, x, x_stride, y, y_stride, act);
+    if (d.segment < d.in) return few_rows<T, MR, 2>(weights, x, x_stride, y, y_stride, act);
+  }
+  few_rows<T, MR, 1>(weights, x, x_stride, y, y_stride, act);
 }
 
 /// Row-major numbers of a few rows on their way through the flow.

@@ -100,7 +100,13 @@ void transform(const Program<T>& program, const TransformCall<T>& call, int64_t 
   for (int64_t r = begin; r < end;) {
     int64_t count = smaller(program.tile_rows, end - r);
     const int64_t few = count % kLanes<T>;
-    if (call.in == nullptr || few > kMaxFewRows<T>) {
+    if (program.few_at_once && call.in != nullptr && count >= kLanes<T> && count < 2 * kLanes<T>) {
+      const int64_t parts = (count + kMaxFewRows<T> - 1) / kMaxFewRows<T>;
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t first = part * count / parts;
+        transform_rows<T>(program, call, r + first, (part + 1) * count / parts - first, scratch);
+      }
+    } else if (call.in == nullptr || few > kMaxFewRows<T>) {
       transform_tile<T>(program, call, r, count, scratch);
     } else {
       if (count > few) transform_tile<T>(program, call, r, count - few, scratch);

@@ -26,6 +26,7 @@ struct Dense {
   // A word holds an output's weights of two consecutive inputs of a segment, the first in its lower half.
   const uint32_t* narrow = nullptr;
   int64_t narrow_words = 0;
+  bool far = false;  // the flow's weights come from beyond the caches
 };
 
 /// Where the gradient of a hidden layer, or of one of the heads, lies in the flat gradient.
@@ -61,6 +62,7 @@ struct Program {
   int64_t num_layers = 0;
   const Layer<T>* layers = nullptr;
   int64_t max_width = 0;      // widest dense output or input
+  bool few_at_once = false;   // less than two vectors of rows are faster as few rows twice: the weights are many
   int64_t tile_rows = 0;      // rows of an inference tile: results do not depend on it
   int64_t gradient_rows = 0;  // rows of a gradient tile: sums over rows are formed tile by tile
 };

@@ -19,7 +19,12 @@ constexpr std::size_t kAlignment = 64;
 // by tile: more rows save more of that than a smaller tape saves of traffic.
 constexpr std::int64_t kTileBytes = 320 << 10;
 constexpr std::int64_t kTapeBytes = 800 << 10;
+// Every tile reads all the weights. Where they are large, and come from afar, that has to be worth while: these parts
+// of their size are the aim then.
+constexpr std::int64_t kWeightsPerTile = 16, kWeightsPerTape = 2;
 constexpr std::int64_t kMaxRowUnits = 8;
+// Weights that are more than this are taken to lie outside the second-level cache, and outside all of them.
+constexpr std::int64_t kNearBytes = 1 << 20, kFarBytes = 16 << 20;
 
 std::int64_t round_up(std::int64_t n, std::int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -171,9 +176,13 @@ void Packed<T>::choose_tiles(const Kernels<T>& kernels) {
     return std::clamp<std::int64_t>(target / bytes_of_unit, 1, kMaxRowUnits) * unit;
   };
   program_.tile_rows = program_.gradient_rows = unit;
-  program_.tile_rows = units(kTileBytes, kernels.transform_scratch(program_) * size);
-  program_.gradient_rows = units(kTapeBytes, kernels.tape_size(program_) * size);
   for (const Dense<T>& d : dense_) transposed_size_ += round_up(d.in, lanes_) * d.out;
+  const std::int64_t weights = transposed_size_ * size;
+  program_.few_at_once = weights > kNearBytes;
+  for (Dense<T>& d : dense_) d.far = weights > kFarBytes;
+  program_.tile_rows =
+      units(std::max(kTileBytes, weights / kWeightsPerTile), kernels.transform_scratch(program_) * size);
+  program_.gradient_rows = units(std::max(kTapeBytes, weights / kWeightsPerTape), kernels.tape_size(program_) * size);
 }
 
 template <class T>
