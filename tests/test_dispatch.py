@@ -19,6 +19,8 @@ for dtype in ("float32", "float64"):
         (2, 2, (), "relu"), (7, 3, (7, 5), "gelu"), (16, 4, (128,), "relu"), (17, 2, (33,), "softplus"),
         (31, 2, (64,), "elu"), (6, 2, (9,), "silu"), (9, 2, (20,), "tanh"), (5, 3, (11,), "sigmoid"),
         (8, 2, (65,), "leaky_relu"),
+        (64, 2, (512, 512), "relu"),  # weights beyond the second-level cache
+        (9, 1, (2100, 2100), "leaky_relu"),  # and beyond all of them
     ]:
         flow = nvpflow.build(size, flows, hidden, activation, dtype=dtype, standardize=True)
         shapes = {name: value.shape for name, value in flow.parameters().items()}
@@ -27,7 +29,7 @@ for dtype in ("float32", "float64"):
         x = unit_data(257, size, 2, dtype)
         log_prob = oracle.log_prob(x)
         back, inverse_log_det = oracle.inverse(x)
-        for rows in (1, 3, 16, 31, 64, 257):
+        for rows in (1, 3, 8, 16, 23, 31, 33, 64, 257):
             assert_within_budget(flow.log_prob(x[:rows]), log_prob[:rows], dtype, "log_prob")
             got_back, got_log_det = flow.inverse(x[:rows], with_log_det=True)
             assert_within_budget(got_back, back[:rows], dtype, "inverse")

@@ -140,6 +140,9 @@ TEST_CASE("names of enumerators go both ways and unknown ones list the known") {
                 [] { parse_activation("Relu"); });
   check_refused(ErrorCode::invalid_argument, "dtype is 'half', expected one of float32, float64",
                 [] { parse_dtype("half"); });
+  for (const Weights weights : {Weights::full, Weights::bfloat16}) CHECK(parse_weights(name_of(weights)) == weights);
+  check_refused(ErrorCode::invalid_argument, "weights is 'float16', expected 'full' or 'bfloat16'",
+                [] { parse_weights("float16"); });
   check_refused(ErrorCode::invalid_argument, "kind is '', expected one of coupling, standardize",
                 [] { parse_layer_kind(""); });
 }

@@ -60,6 +60,7 @@ const std::vector<Shape> kShapes = {
     {64, 2, {}, Activation::tanh, 1.5},
     {101, 2, {65}, Activation::gelu, 1.0, true},
     {257, 1, {1025}, Activation::leaky_relu},
+    {64, 2, {512, 512}, Activation::relu},  // in float32 already beyond the second-level cache
 };
 const std::vector<std::int64_t> kBatches = {0,  1,  2,  3,  5,  7,  8,  15, 16, 17, 31,
                                             32, 33, 47, 48, 49, 63, 64, 65, 97, 129};
@@ -363,6 +364,41 @@ TEST_CASE_TEMPLATE("a row keeps its bits wherever it stands in whatever batch", 
       CHECK(same_bits<T>(part, std::span<const T>(log_prob).subspan(static_cast<std::size_t>(first), rows)));
     }
   }
+}
+
+TEST_CASE("weights stored as bfloat16 give the bits of full weights that are rounded so") {
+  const auto rounded = [](float value) {  // to 8 significant bits, ties to even, by the processor's own rounding
+    int exponent = 0;
+    const double fraction = std::frexp(static_cast<double>(value), &exponent);
+    return static_cast<float>(std::ldexp(std::nearbyint(std::ldexp(fraction, 8)), exponent - 8));
+  };
+  for (const Shape& shape : kShapes) {
+    const FlowSpec spec = spec_of<float>(shape);
+    Flow narrow(spec, 0, {}, nvpflow::Precision::float32, nvpflow::Weights::bfloat16), full(spec);
+    REQUIRE(narrow.weights() == nvpflow::Weights::bfloat16);
+    REQUIRE(full.weights() == nvpflow::Weights::full);
+    std::vector<float> parameters = random_parameters<float>(narrow.layout(), 4);
+    narrow.set_parameters<float>(parameters);
+    for (const nvpflow::TensorInfo& tensor : narrow.layout().tensors()) {
+      if (tensor.role != nvpflow::TensorRole::kernel) continue;
+      for (std::int64_t i = tensor.offset; i < tensor.offset + tensor.size; ++i) {
+        parameters[static_cast<std::size_t>(i)] = rounded(parameters[static_cast<std::size_t>(i)]);
+      }
+    }
+    full.set_parameters<float>(parameters);
+    for (const std::int64_t batch : kBatches) {
+      const std::vector<float> x = random_values<float>(batch * shape.input_size, 5);
+      std::vector<float> got(static_cast<std::size_t>(batch), kPoison<float>), expected(got);
+      narrow.log_prob<float>(x, got);
+      full.log_prob<float>(x, expected);
+      CAPTURE(batch);
+      CHECK(same_bits<float>(got, expected));
+    }
+    CHECK(narrow.to({}, nvpflow::Precision::float32, nvpflow::Weights::bfloat16).weights() == narrow.weights());
+  }
+  check_throws_code(ErrorCode::invalid_argument, "weights", [] {
+    Flow(spec_of<double>(kShapes[0]), 0, {}, nvpflow::Precision::float32, nvpflow::Weights::bfloat16);
+  });
 }
 
 TEST_CASE_TEMPLATE("a row of NaN or inf is NaN in all its results and leaves the others alone", T, float, double) {
