@@ -6,9 +6,8 @@
 namespace nvpflow {
 
 std::string cuda_why_unavailable() {
-  return "this nvpflow was built without CUDA; on a machine with a CUDA device install it with the environment "
-         "variable "
-         "NVPFLOW_CUDA=ON, which fetches CUDA's compiler for the build: NVPFLOW_CUDA=ON pip install .";
+  return "this nvpflow was built without CUDA (" NVPFLOW_CUDA_LEFT_OUT
+         "); `NVPFLOW_CUDA=ON pip install .` builds it with CUDA, and fetches its compiler";
 }
 
 int cuda_device_count() { return 0; }

@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         import nvpflow
 
         if reason := nvpflow.cuda.why_unavailable():
-            missing["gpu"] = f"no CUDA device: {reason}"
+            missing["gpu"] = f"no CUDA device: {reason.split(';')[0]}"
     for item in items:
         for name, reason in missing.items():
             if item.get_closest_marker(name):

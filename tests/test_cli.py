@@ -62,7 +62,13 @@ def error_of(result):
 def test_help_and_version(run):
     assert "fit" in run("--help").stdout
     assert "--max-time" in run("fit", "--help").stdout
-    assert run("--version").stdout == f"nvpflow {nvpflow.__version__} ({nvpflow.cpu_isa()})\n"
+    name, cpu, cuda = run("--version").stdout.splitlines()
+    assert name == f"nvpflow {nvpflow.__version__}"
+    assert cpu == f"CPU   {nvpflow.cpu_isa()}"
+    assert cuda.removeprefix("CUDA  ") in (
+        nvpflow.cuda.why_unavailable(),
+        nvpflow.cuda.is_available() and nvpflow.cuda.device_name(0),
+    )
 
 
 @pytest.mark.parametrize(
@@ -261,6 +267,18 @@ def test_empty_tables(run, folder):
         run("score", "model.safetensors", name, "-o", "scores.npy", "--force")
         assert np.load(folder / "scores.npy").shape == (0,)
         assert f"{name}: no rows" in error_of(run("fit", name, "-o", "new.safetensors", fails=1))
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_other_separators_are_recognised(run, folder, mark):
+    (folder / "other.csv").write_text(f"a{mark}b\n1{mark}2\n")
+    error = error_of(run("fit", "other.csv", "-o", "other.safetensors", fails=1))
+    assert f"is not a number; columns are separated by commas here, not by {mark!r}" in error
+
+
+def test_a_device_is_asked_for_before_the_data_are_read(run, folder):
+    error = error_of(run("fit", "missing.csv", "-o", "m.safetensors", "--device", "tpu", fails=1))
+    assert "device is 'tpu'" in error
 
 
 @pytest.mark.parametrize(

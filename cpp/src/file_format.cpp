@@ -337,15 +337,15 @@ class ContainerReader {
 
   void read_header() {
     if (file_size() < kLengthBytes) {
-      fail_format(path_, "the file holds " + std::to_string(file_size()) +
-                             " bytes, expected at least 8: truncated, or not a safetensors file");
+      fail_format(path_, "not a safetensors file, or a truncated one: it holds " + std::to_string(file_size()) +
+                             " bytes, expected at least 8");
     }
     std::uint64_t length = 0;
     read_at(0, kLengthBytes, &length);
     const std::uint64_t longest = std::min(file_size() - kLengthBytes, kMaxHeaderBytes);
     if (length > longest) {
-      fail_format(path_, "the header's length is given as " + std::to_string(length) + " bytes, expected at most " +
-                             std::to_string(longest) + ": truncated, or not a safetensors file");
+      fail_format(path_, "not a safetensors file, or a truncated one: the header's length is given as " +
+                             std::to_string(length) + " bytes, expected at most " + std::to_string(longest));
     }
     std::string text(length, '\0');
     read_at(kLengthBytes, length, text.data());

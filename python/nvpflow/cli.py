@@ -57,8 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nvpflow", description="Train RealNVP normalizing flows on tables of numbers; score and sample with them."
     )
-    version = f"nvpflow {nvpflow.__version__} ({nvpflow.cpu_isa()})"
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--version", action=_Version, nargs=0, help="show what this is and runs on, and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_fit(commands)
     _add_score(commands)
@@ -66,6 +65,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_info(commands)
     _add_demo(commands)
     return parser
+
+
+class _Version(argparse.Action):
+    """Prints what a report of a fault should say. Devices are looked for only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        count = nvpflow.cuda.device_count()
+        devices = ", ".join(nvpflow.cuda.device_name(i) for i in range(count))
+        print(f"nvpflow {nvpflow.__version__}")
+        print(f"CPU   {nvpflow.cpu_isa()}")
+        print(f"CUDA  {devices or nvpflow.cuda.why_unavailable()}")
+        parser.exit()
 
 
 def _add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str) -> Any:
@@ -169,6 +180,7 @@ def _add_demo(commands: Any) -> None:
     _add_option(demo, "--force", action="store_true", help="overwrite the results of an earlier demo in DIR")
     _add_option(demo, "--epochs", type=int, metavar="N", help="passes over the data (default: enough to converge)")
     _add_threads(demo)
+    _add_option(demo, "--device", metavar="DEVICE", default="cpu", help="cpu, cuda or cuda:N")
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -186,6 +198,8 @@ def _sizes(text: str) -> tuple[int, ...]:
 def _run_fit(arguments: argparse.Namespace) -> None:
     _check_fit_paths(arguments)
     data_io.check_target(arguments.output, force=arguments.force)
+    # Before minutes go into reading the data: is the device there?
+    nvpflow.build(2, 1, (), dtype=arguments.dtype, device=arguments.device, precision=arguments.precision)
     rows = _read(arguments.data, arguments.dtype)
     validation = _validation(arguments, rows.shape[1])
     flow = nvpflow.build(
@@ -345,4 +359,10 @@ def _run_info(arguments: argparse.Namespace) -> None:
 def _run_demo(arguments: argparse.Namespace) -> None:
     from nvpflow import demo
 
-    demo.run(arguments.output, force=arguments.force, epochs=arguments.epochs, threads=arguments.threads)
+    demo.run(
+        arguments.output,
+        force=arguments.force,
+        epochs=arguments.epochs,
+        threads=arguments.threads,
+        device=arguments.device,
+    )

@@ -266,7 +266,9 @@ class _CsvParser:
                 if not _is_number(field):
                     named = f" ({self.header[i]})" if self.header else ""
                     what = f"{field.strip()!r} is not a number" if field.strip() else "no value"
-                    raise DataError(f"{where}, column {i + 1}{named}: {what}")
+                    other = next((mark for mark in ";\t|" if mark in field), None)
+                    hint = f"; columns are separated by commas here, not by {other!r}" if other else ""
+                    raise DataError(f"{where}, column {i + 1}{named}: {what}{hint}")
 
 
 # --------------------------------------------------------------------------------------------------------- writing

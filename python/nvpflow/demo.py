@@ -66,7 +66,14 @@ def gaussian_log_prob(train: Array, rows: Array) -> NDArray[np.float64]:
     return np.asarray(density, dtype=np.float64)
 
 
-def run(folder: str | None = None, *, force: bool = False, epochs: int | None = None, threads: int = 0) -> Path:
+def run(
+    folder: str | None = None,
+    *,
+    force: bool = False,
+    epochs: int | None = None,
+    threads: int = 0,
+    device: str = "cpu",
+) -> Path:
     """Run the demo and print what it finds.
 
     Parameters
@@ -80,6 +87,8 @@ def run(folder: str | None = None, *, force: bool = False, epochs: int | None = 
         Passes over the training rows; None: enough to converge.
     threads
         0: all that this process may use.
+    device
+        "cpu", "cuda" or "cuda:N".
 
     Returns
     -------
@@ -91,11 +100,13 @@ def run(folder: str | None = None, *, force: bool = False, epochs: int | None = 
     FileExistsError
         `folder` holds one of the three files and `force` is False.
     ValueError
-        `epochs` or `threads` is out of range.
+        `epochs` or `threads` is out of range, or there is no such `device`.
+    CudaError
+        CUDA cannot be used; the message says why.
     """
     target = _claim_folder(folder, force=force)
     try:
-        _run_in(target, EPOCHS if epochs is None else epochs, threads)
+        _run_in(target, EPOCHS if epochs is None else epochs, threads, device)
     except BaseException:
         if folder is None:
             with suppress(OSError):
@@ -104,7 +115,7 @@ def run(folder: str | None = None, *, force: bool = False, epochs: int | None = 
     return target
 
 
-def _run_in(target: Path, epochs: int, threads: int) -> None:
+def _run_in(target: Path, epochs: int, threads: int, device: str) -> None:
     data = load_data()
     split = split_data(data)
     print(f"Data       {len(data):,} minutes of one household's electricity, {data.shape[1]} columns (UCI, CC BY 4.0)")
@@ -113,13 +124,13 @@ def _run_in(target: Path, epochs: int, threads: int) -> None:
         f"{len(split.test):,} to test"
     )
 
-    flow = nvpflow.build(data.shape[1], **MODEL)
+    flow = nvpflow.build(data.shape[1], **MODEL, device=device)
     flow.num_threads = threads
+    where = nvpflow.cpu_isa() if device == "cpu" else flow.device
     print(f"Model      {flow}", flush=True)
     history = flow.fit(split.train, validation=split.validation, epochs=epochs, **TRAINING)
     print(
-        f"Training   {len(history)} epochs in {history.seconds.sum():.1f} s ({nvpflow.cpu_isa()}); "
-        f"best epoch {history.best_epoch}"
+        f"Training   {len(history)} epochs in {history.seconds.sum():.1f} s ({where}); best epoch {history.best_epoch}"
     )
 
     gaussian = _report_density(flow, split)
