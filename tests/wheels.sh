@@ -36,8 +36,12 @@ for python in "${pythons[@]}"; do
   "$python" -m venv "$place/venv"
   "$place/venv/bin/pip" wheel -q --no-deps --wheel-dir "$place/built" "$sdist"
   built=$(ls "$place"/built/*.whl)
-  shown=$("$work/tools/bin/python" -m auditwheel show "$built")
-  echo "$shown"
+  if [ "$python" = "${pythons[0]}" ]; then
+    say "the same files come from the checkout itself"
+    "$place/venv/bin/pip" wheel -q --no-deps --wheel-dir "$place/checkout" "$here"
+    diff <(unzip -Z1 "$built" | sort) <(unzip -Z1 "$place"/checkout/*.whl | sort)
+  fi
+  "$work/tools/bin/python" -m auditwheel show "$built"
   # All that it needs of the system is in the platform tag: nothing has to be grafted in.
   PATH="$work/tools/bin:$PATH" "$work/tools/bin/python" -m auditwheel repair --wheel-dir "$place/repaired" "$built"
   wheel=$(ls "$place"/repaired/*.whl)
