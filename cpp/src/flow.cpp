@@ -7,6 +7,7 @@
 #include <cstring>
 #include <functional>
 #include <mutex>
+#include <utility>
 
 #include "file_format.hpp"
 #include "parallel.hpp"
@@ -87,6 +88,7 @@ struct Flow::State {
   std::unique_ptr<Backend> backend;
   ForkSafeMutex write_mutex;
   std::atomic<int> num_threads{0};
+  std::atomic<std::int64_t> prepared_rows{0};
 
   State(FlowSpec s, Device d, Precision p, Weights w)
       : spec((s.validate(), std::move(s))),
@@ -116,6 +118,11 @@ struct Flow::State {
     return size / spec.input_size;
   }
 
+  /// Of a call of so many rows that prepare() speaks of.
+  int threads_for(std::int64_t rows) const {
+    return rows <= prepared_rows.load(std::memory_order_relaxed) ? 1 : threads();
+  }
+
   int threads() const {
     const int wanted = num_threads.load(std::memory_order_relaxed);
     return wanted > 0 ? wanted : available_threads();
@@ -123,6 +130,11 @@ struct Flow::State {
 
   void publish(const void* values) {
     const std::lock_guard<ForkSafeMutex> lock(write_mutex);
+    publish_locked(values);
+  }
+
+  /// The caller holds write_mutex.
+  void publish_locked(const void* values) {
     // The backend first: a device may refuse, and then nothing has changed.
     backend->set_parameters(values);
     std::memmove(parameters.data(), values, parameters.size());
@@ -201,6 +213,42 @@ void Flow::set_num_threads(int threads) {
   state_->num_threads.store(threads);
 }
 
+void Flow::prepare(std::int64_t max_rows) const {
+  if (device().kind != DeviceKind::cpu) {
+    fail("prepare is for flows on the CPU, this one is on " + name_of(device()) + "; Flow::to makes a copy there");
+  }
+  if (max_rows < 0) fail("max_rows is " + std::to_string(max_rows) + ", expected 0 or more");
+  backend().prepare();
+  if (max_rows == 0) return state_->prepared_rows.store(0);
+  std::int64_t before = state_->prepared_rows.load();
+  while (before < max_rows && !state_->prepared_rows.compare_exchange_weak(before, max_rows)) {
+  }
+}
+
+void Flow::reload(const std::string& path) {
+  const LoadedModel model = load_model(path, &spec());
+  state_->publish(model.parameters.data());
+}
+
+void Flow::swap(Flow& other) {
+  if (spec() != other.spec()) {
+    fail("other has another spec: " + spec_to_json(other.spec()) + ", expected " + spec_to_json(spec()));
+  }
+  if (state_ == other.state_) return;
+  State *a = state_.get(), *b = other.state_.get();
+  if (std::less<>()(b, a)) std::swap(a, b);  // one order for all: two swaps at once must not wait for each other
+  const std::lock_guard<ForkSafeMutex> first(a->write_mutex);
+  const std::lock_guard<ForkSafeMutex> second(b->write_mutex);
+  const std::vector<unsigned char> kept = a->parameters;
+  a->publish_locked(b->parameters.data());
+  try {
+    b->publish_locked(kept.data());
+  } catch (...) {
+    a->publish_locked(kept.data());
+    throw;
+  }
+}
+
 template <class T>
 std::span<const T> Flow::parameters() const {
   state_->check_dtype<T>();
@@ -241,14 +289,14 @@ template <class T>
 void Flow::forward(std::span<const T> x, std::span<T> z, std::span<T> log_det) const {
   const std::int64_t rows = state_->check_rows(Named{"x", x});
   check_transform(rows, Named{"x", x}, Named{"z", z}, Named{"log_det", log_det});
-  backend().transform(Direction::forward, x.data(), rows, z.data(), data_or_null(log_det), state_->threads());
+  backend().transform(Direction::forward, x.data(), rows, z.data(), data_or_null(log_det), state_->threads_for(rows));
 }
 
 template <class T>
 void Flow::inverse(std::span<const T> z, std::span<T> x, std::span<T> log_det) const {
   const std::int64_t rows = state_->check_rows(Named{"z", z});
   check_transform(rows, Named{"z", z}, Named{"x", x}, Named{"log_det", log_det});
-  backend().transform(Direction::inverse, z.data(), rows, x.data(), data_or_null(log_det), state_->threads());
+  backend().transform(Direction::inverse, z.data(), rows, x.data(), data_or_null(log_det), state_->threads_for(rows));
 }
 
 template <class T>
@@ -256,20 +304,20 @@ void Flow::log_prob(std::span<const T> x, std::span<T> out) const {
   const std::int64_t rows = state_->check_rows(Named{"x", x});
   check_length(Named{"out", out}, rows, "[B]");
   refuse_overlap(Named{"out", out}, Named{"x", x});
-  backend().log_prob(x.data(), rows, out.data(), state_->threads());
+  backend().log_prob(x.data(), rows, out.data(), state_->threads_for(rows));
 }
 
 template <class T>
 void Flow::sample(std::uint64_t seed, std::span<T> x, std::uint64_t first_row) const {
   const std::int64_t rows = state_->check_rows(Named{"x", std::span<const T>(x)});
-  backend().sample(seed, first_row, rows, x.data(), state_->threads());
+  backend().sample(seed, first_row, rows, x.data(), state_->threads_for(rows));
 }
 
 template <class T>
 double Flow::nll(std::span<const T> x) const {
   const std::int64_t rows = state_->check_rows(Named{"x", x});
   if (rows == 0) fail("x has no rows: the mean over an empty batch is not defined");
-  return -backend().sum_log_prob(x.data(), nullptr, rows, state_->threads()) / static_cast<double>(rows);
+  return -backend().sum_log_prob(x.data(), nullptr, rows, state_->threads_for(rows)) / static_cast<double>(rows);
 }
 
 template <class T>

@@ -66,7 +66,7 @@ struct TrainingReport {
 
 /// The optimiser's side of a training run: its data, parameters, gradient and moments, kept where the backend wants
 /// them, and packed parameters of its own, so that calls on the flow meanwhile see the old ones. One thread at a time.
-class Training {
+class NVPFLOW_API Training {
  public:
   virtual ~Training() = default;
 
@@ -96,7 +96,7 @@ class Training {
   virtual void write() = 0;
 };
 
-class Backend {
+class NVPFLOW_API Backend {
  public:
   virtual ~Backend() = default;
 
@@ -139,6 +139,10 @@ class Backend {
   /// Sum of squares in float64, in a fixed order.
   virtual double sum_of_squares(const void* values, std::int64_t count) const = 0;
 
+  /// Makes the calling thread's working memory for every const call of any number of rows but those that form
+  /// gradients, so that they allocate nothing from then on. Backends whose calls allocate all the same do nothing.
+  virtual void prepare() const {}
+
   /// A training run that starts from the flat `parameters`.
   virtual std::unique_ptr<Training> begin_training(const TrainingData& data, const void* parameters, std::int64_t batch,
                                                    int threads) const = 0;
@@ -146,16 +150,16 @@ class Backend {
 
 /// The CPU backend, on the instruction set that isa.cpp chose. Throws Error(unavailable) where NVPFLOW_ISA names an
 /// unknown or unsupported one.
-std::unique_ptr<Backend> make_cpu_backend(const FlowSpec& spec, const ParamLayout& layout, Weights weights);
+NVPFLOW_API std::unique_ptr<Backend> make_cpu_backend(const FlowSpec& spec, const ParamLayout& layout, Weights weights);
 
 /// The CUDA backend on one device. Throws Error(device) where CUDA cannot be used, with the reason of
 /// cuda_why_unavailable(), and Error(invalid_argument) for a device that is not there.
-std::unique_ptr<Backend> make_cuda_backend(const FlowSpec& spec, const ParamLayout& layout, int device_index,
+NVPFLOW_API std::unique_ptr<Backend> make_cuda_backend(const FlowSpec& spec, const ParamLayout& layout, int device_index,
                                            Precision precision);
 
 /// "baseline", "avx2", "avx512" or "neon": what the CPU kernels run on in this process.
-const char* cpu_isa();
+NVPFLOW_API const char* cpu_isa();
 /// Instruction sets built in and supported by this processor, best first, comma-separated.
-const char* cpu_isas_available();
+NVPFLOW_API const char* cpu_isas_available();
 
 }  // namespace nvpflow

@@ -4,6 +4,8 @@
 #include <stdexcept>
 #include <string>
 
+#include <nvpflow/export.h>
+
 namespace nvpflow {
 
 enum class ErrorCode {
@@ -19,7 +21,7 @@ enum class ErrorCode {
 
 /// Thrown by every function of the library that can fail. The message names the argument, what came and what
 /// was expected.
-class Error : public std::runtime_error {
+class NVPFLOW_API Error : public std::runtime_error {
  public:
   Error(ErrorCode code, const std::string& message, int system_error = 0)
       : std::runtime_error(message), code_(code), system_error_(system_error) {}

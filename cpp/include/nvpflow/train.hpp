@@ -12,7 +12,7 @@ namespace nvpflow {
 
 enum class Schedule { constant, cosine };
 
-struct FitOptions {
+struct NVPFLOW_API FitOptions {
   std::int64_t epochs = 100;
   std::int64_t batch_size = 256;
   double learning_rate = 1e-3;
@@ -58,7 +58,7 @@ struct History {
 
 /// Told of progress from the thread that called fit(). Every member may return false to stop; the flow then keeps
 /// the best weights so far. An exception passes through fit() after the same restoration.
-class FitObserver {
+class NVPFLOW_API FitObserver {
  public:
   virtual ~FitObserver() = default;
   /// After every slice of work of well under a second. `step` of `steps` minibatches of epoch `epoch` are done; epoch 0
@@ -86,7 +86,7 @@ class FitObserver {
 /// Error(not_finite), naming the step, where the loss or gradient stops being finite; the flow then holds the best
 /// weights.
 template <class T>
-History fit(Flow& flow, std::span<const T> x, std::span<const T> validation, const FitOptions& options,
+NVPFLOW_API History fit(Flow& flow, std::span<const T> x, std::span<const T> validation, const FitOptions& options,
             FitObserver* observer = nullptr);
 
 }  // namespace nvpflow

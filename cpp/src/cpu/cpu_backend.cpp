@@ -192,6 +192,15 @@ class CpuBackend final : public Backend {
     return kernels_.sum_of_squares(static_cast<const T*>(values), count);
   }
 
+  void prepare() const override {
+    const std::int64_t elements = transform_scratch_ + kSumRows;
+    T* scratch = thread_scratch<T>(elements);
+    // Written, so that the pages are there, and used, so that whatever is made on first use has been made.
+    std::memset(scratch, 0, static_cast<std::size_t>(elements) * sizeof(T));
+    const std::vector<T> x(static_cast<std::size_t>(tile_rows_ * spec_.input_size));
+    sum_log_prob(x.data(), nullptr, tile_rows_, Execution(1));
+  }
+
   std::unique_ptr<Training> begin_training(const TrainingData& data, const void* parameters, std::int64_t,
                                            int threads) const override {
     // In full also where the flow's own weights are rounded: small steps would be lost.
