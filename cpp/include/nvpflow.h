@@ -16,8 +16,9 @@
  *
  * Real time. After nvpflow_prepare(flow, max_rows) on a thread, the calls with at most max_rows rows that this thread
  * makes and that succeed neither allocate, nor lock, nor make a system call, nor use another thread. Their work is
- * fixed: one multiply-add per row and weight (nvpflow_num_parameters() bounds the weights)
- * and one activation per row and hidden unit, every weight read once per tile of rows, whatever the values are.
+ * fixed, whatever the values are: one multiply-add per row and weight (nvpflow_num_parameters() bounds the weights),
+ * one activation per row and hidden unit, a tanh and an exp per row and transformed feature; every weight is read once
+ * per tile of rows. A call that fails also formats its message, which allocates.
  */
 #ifndef NVPFLOW_H
 #define NVPFLOW_H
@@ -87,11 +88,11 @@ NVPFLOW_API nvpflow_status nvpflow_load_on(const char* path, const char* device,
 NVPFLOW_API void nvpflow_free(nvpflow_flow* flow);
 
 /** @name What a flow is. No work; -1 where `flow` is NULL. @{ */
-NVPFLOW_API int64_t nvpflow_input_size(const nvpflow_flow* flow);       /**< D, the columns of a row */
-NVPFLOW_API nvpflow_dtype nvpflow_dtype_of(const nvpflow_flow* flow);   /**< NVPFLOW_FLOAT32 or NVPFLOW_FLOAT64 */
-NVPFLOW_API int64_t nvpflow_num_layers(const nvpflow_flow* flow);       /**< couplings and standardize layers */
-NVPFLOW_API int64_t nvpflow_num_couplings(const nvpflow_flow* flow);    /**< affine coupling layers */
-NVPFLOW_API int64_t nvpflow_num_parameters(const nvpflow_flow* flow);   /**< elements of all parameters */
+NVPFLOW_API int64_t nvpflow_input_size(const nvpflow_flow* flow);     /**< D, the columns of a row */
+NVPFLOW_API nvpflow_dtype nvpflow_dtype_of(const nvpflow_flow* flow); /**< NVPFLOW_FLOAT32 or NVPFLOW_FLOAT64 */
+NVPFLOW_API int64_t nvpflow_num_layers(const nvpflow_flow* flow);     /**< couplings and standardize layers */
+NVPFLOW_API int64_t nvpflow_num_couplings(const nvpflow_flow* flow);  /**< affine coupling layers */
+NVPFLOW_API int64_t nvpflow_num_parameters(const nvpflow_flow* flow); /**< elements of all parameters */
 /** @} */
 
 /**
@@ -133,7 +134,8 @@ NVPFLOW_API nvpflow_status nvpflow_reload(nvpflow_flow* flow, const char* path);
 NVPFLOW_API nvpflow_status nvpflow_swap(nvpflow_flow* a, nvpflow_flow* b);
 
 /** @name log p(x) = log N(z; 0, I) + log|det dz/dx| of each row, in nats. @{ */
-NVPFLOW_API nvpflow_status nvpflow_log_prob_f32(const nvpflow_flow* flow, const float* x, int64_t rows, float* log_prob);
+NVPFLOW_API nvpflow_status nvpflow_log_prob_f32(const nvpflow_flow* flow, const float* x, int64_t rows,
+                                                float* log_prob);
 NVPFLOW_API nvpflow_status nvpflow_log_prob_f64(const nvpflow_flow* flow, const double* x, int64_t rows,
                                                 double* log_prob);
 /** @} */

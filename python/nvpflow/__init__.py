@@ -20,6 +20,7 @@ except ImportError as error:
     ) from error
 
 from nvpflow import cuda, functional
+from nvpflow._paths import get_cmake_dir, get_include
 from nvpflow.flow import Flow, build, load
 from nvpflow.training import History
 
@@ -35,5 +36,7 @@ __all__ = [
     "cpu_isa",
     "cuda",
     "functional",
+    "get_cmake_dir",
+    "get_include",
     "load",
 ]

@@ -58,6 +58,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="nvpflow", description="Train RealNVP normalizing flows on tables of numbers; score and sample with them."
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show what this is and runs on, and exit")
+    for option, folder, text in (
+        ("--cmake-dir", nvpflow.get_cmake_dir(), "show the folder of the CMake package, and exit"),
+        ("--include-dir", nvpflow.get_include(), "show the folder of the headers for C and C++, and exit"),
+    ):
+        parser.add_argument(option, action="version", version=folder, help=text)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_fit(commands)
     _add_score(commands)

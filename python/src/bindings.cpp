@@ -490,11 +490,13 @@ void bind_flow(py::module_& module) {
            "[B] (None: zero) to those of x [B, D] and of the flat parameters [num_parameters].")
       .def("save", on_ready(&save), py::arg("path"),
            "Write the flow to one safetensors file, atomically: on failure an old file stays as it was.")
-      .def("reload", on_ready(&reload), py::arg("path"),
-           "Replace the weights by those of a model file of the same spec, while other threads may call the flow: each\n"
-           "call sees the old or the new ones whole. On an error (OSError, FileFormatError) nothing has changed.")
+      .def(
+          "reload", on_ready(&reload), py::arg("path"),
+          "Replace the weights by those of a model file of the same spec, while other threads may call the flow: each\n"
+          "call sees the old or the new ones whole. On an error (OSError, FileFormatError) nothing has changed.")
       .def("swap", on_ready(&swap), py::arg("other"),
-           "Exchange the weights of two flows of the same spec, while other threads may call both. Each flow changes at\n"
+           "Exchange the weights of two flows of the same spec, while other threads may call both. Each flow changes "
+           "at\n"
            "one moment; the two moments differ. On an error nothing has changed.")
       .def("_layout", on_ready(&layout))
       .def("_flat_parameters", &flat_parameters)

@@ -154,8 +154,8 @@ NVPFLOW_API std::unique_ptr<Backend> make_cpu_backend(const FlowSpec& spec, cons
 
 /// The CUDA backend on one device. Throws Error(device) where CUDA cannot be used, with the reason of
 /// cuda_why_unavailable(), and Error(invalid_argument) for a device that is not there.
-NVPFLOW_API std::unique_ptr<Backend> make_cuda_backend(const FlowSpec& spec, const ParamLayout& layout, int device_index,
-                                           Precision precision);
+NVPFLOW_API std::unique_ptr<Backend> make_cuda_backend(const FlowSpec& spec, const ParamLayout& layout,
+                                                       int device_index, Precision precision);
 
 /// "baseline", "avx2", "avx512" or "neon": what the CPU kernels run on in this process.
 NVPFLOW_API const char* cpu_isa();

@@ -25,6 +25,11 @@ struct LoadedModel;
 /// Spans are the host's memory on every device: a CUDA flow copies in chunks, so that they may be larger than the
 /// device's memory. Arrays in the device's memory go through backend() and Execution::on_stream. CUDA flows throw
 /// Error(device) where the device fails, and in a forked child; Error(out_of_memory), after which they can be used on.
+///
+/// Work of forward, inverse, log_prob, sample and nll, whatever the values are: one multiply-add per row and weight
+/// (num_parameters() bounds the weights), one activation per row and hidden unit, a tanh and an exp per row and
+/// transformed feature; each weight is read once per tile of rows. Gradients take three times as much. Memory: the
+/// scratch of one tile per thread, which is allocated by its first call and stays. See prepare() for real-time use.
 class NVPFLOW_API Flow {
  public:
   /// A new flow with initialize_parameters(spec, seed). Throws Error(device) where CUDA cannot be used, and
@@ -62,8 +67,9 @@ class NVPFLOW_API Flow {
   /// For real-time use: from now on calls of at most max_rows rows (forward, inverse, log_prob, sample, nll) stay on
   /// their caller's thread, and those that this thread makes, if they do not throw, neither allocate nor lock nor make
   /// a system call, on this flow and on every flow of its dtype that is no larger. Each thread that is to make such
-  /// calls prepares by itself; the largest max_rows counts. 0: calls may use threads again. set_parameters, reload and swap on other threads
-  /// leave all that as it is. Throws Error(invalid_argument) on a CUDA device, whose driver promises nothing.
+  /// calls prepares by itself; the largest max_rows counts. 0: calls may use threads again. set_parameters, reload and
+  /// swap on other threads leave all that as it is. Throws Error(invalid_argument) on a CUDA device, whose driver
+  /// promises nothing.
   ///
   /// Work: allocates the calling thread's scratch, which does not depend on max_rows and stays until the thread ends,
   /// writes it, and scores one tile of rows.

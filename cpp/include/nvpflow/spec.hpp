@@ -111,7 +111,9 @@ class NVPFLOW_API ParamLayout {
 /// Initial parameters, a function of (spec, seed) alone: kernels U(-1, 1) sqrt(6 / (in + out)) (Glorot and Bengio
 /// 2010, what Axon uses by default), the two heads' kernels a hundredth of that so that a new flow is near the
 /// identity, biases, means and log_stds zero. `parameters` holds ParamLayout::size() elements.
-NVPFLOW_API void initialize_parameters(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t seed, float* parameters);
-NVPFLOW_API void initialize_parameters(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t seed, double* parameters);
+NVPFLOW_API void initialize_parameters(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t seed,
+                                       float* parameters);
+NVPFLOW_API void initialize_parameters(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t seed,
+                                       double* parameters);
 
 }  // namespace nvpflow

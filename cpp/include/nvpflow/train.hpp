@@ -87,6 +87,6 @@ class NVPFLOW_API FitObserver {
 /// weights.
 template <class T>
 NVPFLOW_API History fit(Flow& flow, std::span<const T> x, std::span<const T> validation, const FitOptions& options,
-            FitObserver* observer = nullptr);
+                        FitObserver* observer = nullptr);
 
 }  // namespace nvpflow
