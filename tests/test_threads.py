@@ -7,6 +7,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import sysconfig
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -67,6 +68,122 @@ def test_calls_see_the_old_or_the_new_parameters_whole(make_flow, rows) -> None:
     for mine in seen:
         assert mine <= answers, "a result that belongs to neither set of parameters"
     assert set().union(*seen) == answers, "the readers never met the other set: the test says nothing"
+
+
+@pytest.mark.parametrize("seconds", [1, pytest.param(60, marks=pytest.mark.slow)])
+def test_swap_and_reload_under_load_show_one_model_or_the_other(make_flow, tmp_path, seconds) -> None:
+    flow, _ = make_flow(12, 4, (48,), "relu", dtype="float32", seed=1)
+    other, _ = make_flow(12, 4, (48,), "relu", dtype="float32", seed=2)
+    flow.num_threads = 2
+    paths = [tmp_path / "a", tmp_path / "b"]
+    inputs = {rows: unit_data(rows, 12, rows, "float32") for rows in (1, 64, 3000)}
+    answers: dict[int, set[bytes]] = {rows: set() for rows in inputs}
+    for model, path in zip((flow, other), paths, strict=True):
+        model.save(path)
+        for rows, x in inputs.items():
+            answers[rows].add(model.log_prob(x).tobytes())
+    done = threading.Event()
+    seen: list[tuple[int, set[bytes]]] = []
+
+    def reader(rows: int) -> None:
+        mine = set()
+        while not done.is_set():
+            mine.add(flow.log_prob(inputs[rows]).tobytes())
+        seen.append((rows, mine))
+
+    readers = [threading.Thread(target=reader, args=(rows,)) for rows in inputs]
+    for thread in readers:
+        thread.start()
+    deadline = time.monotonic() + seconds
+    replaced = 0
+    try:
+        while time.monotonic() < deadline:
+            if replaced % 3 == 0:
+                flow.reload(paths[replaced // 3 % 2])
+                # What is not there, or damaged, changes nothing.
+                with pytest.raises(FileNotFoundError):
+                    flow.reload(tmp_path / "missing")
+            else:
+                flow.swap(other)
+            replaced += 1
+    finally:
+        done.set()
+        for thread in readers:
+            thread.join()
+    assert len(seen) == len(readers), "a reader raised"
+    assert replaced >= 10
+    for rows, mine in seen:
+        assert mine <= answers[rows], f"{rows} rows: a result that belongs to neither model"
+        assert mine == answers[rows], f"{rows} rows: the reader met one model alone: the test says nothing"
+
+
+def test_swap_exchanges_and_reload_replaces_or_nothing_changes(make_flow, tmp_path) -> None:
+    a, _ = make_flow(5, 2, (7,), dtype="float32", seed=1)
+    b, _ = make_flow(5, 2, (7,), dtype="float32", seed=2)
+    x = unit_data(9, 5, 1, "float32")
+    of_a, of_b = a.log_prob(x), b.log_prob(x)
+    a.swap(b)
+    assert_same_bits(a.log_prob(x), of_b, "a")
+    assert_same_bits(b.log_prob(x), of_a, "b")
+    a.swap(a)
+    b.save(tmp_path / "b")
+    a.reload(tmp_path / "b")
+    assert a == b
+    wider = nvpflow.build(5, 2, (8,))
+    wider.save(tmp_path / "wider")
+    (tmp_path / "broken").write_bytes((tmp_path / "b").read_bytes()[:-1])
+    with pytest.raises(ValueError, match="other has another spec"):
+        a.swap(wider)
+    with pytest.raises(nvpflow.FileFormatError, match=r"hidden_sizes is \[8\] in the file, expected \[7\]"):
+        a.reload(tmp_path / "wider")
+    with pytest.raises(nvpflow.FileFormatError):
+        a.reload(tmp_path / "broken")
+    with pytest.raises(TypeError):
+        a.swap(None)
+    assert_same_bits(a.log_prob(x), of_a, "a after what failed")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(nvpflow._core.available_threads() < 2, reason="needs two processors")
+def test_two_threads_on_one_flow_do_at_least_1_8_times_the_work_of_one(make_flow) -> None:
+    flow, _ = make_flow(16, 4, (128,), dtype="float32")
+    flow.num_threads = 1
+
+    def calls_per_second(threads: int, seconds: float = 0.3) -> float:
+        ready = threading.Barrier(threads + 1)
+        counts = []
+
+        def work(seed: int) -> None:
+            x, out = unit_data(200, 16, seed, "float32"), np.empty(200, np.float32)
+            ready.wait()
+            count, end = 0, time.perf_counter() + seconds
+            while time.perf_counter() < end:
+                flow.log_prob(x, out=out)
+                count += 1
+            counts.append(count)
+
+        workers = [threading.Thread(target=work, args=(seed,)) for seed in range(threads)]
+        for worker in workers:
+            worker.start()
+        ready.wait()
+        for worker in workers:
+            worker.join()
+        return sum(counts) / seconds
+
+    # Others may be computing here, which can only lower what two threads reach: a median of three, tried for a while.
+    best = 0.0
+    for _ in range(40):
+        ratios = sorted(calls_per_second(2) / calls_per_second(1) for _ in range(3))
+        best = max(best, ratios[1])
+        if best >= 1.8:
+            break
+    assert best >= 1.8
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python always has its GIL")
+def test_a_free_threaded_python_stays_free_threaded(run_python) -> None:
+    # run_python makes the warning that a module needs the GIL an error.
+    assert run_python("import sys, nvpflow; print(sys._is_gil_enabled())").strip() == "False"
 
 
 def test_parameters_are_views_that_outlive_the_flow(make_flow) -> None:
@@ -198,6 +315,27 @@ if child == 0:
 _, status = os.waitpid(child, 0)
 after = np.array_equal(flow.forward(x)[0], expected[0])
 print(status, after)
+"""
+    )
+    assert output.split() == ["0", "True"]
+
+
+@needs_fork
+def test_a_child_can_be_the_first_to_compute(run_python) -> None:
+    output = run_python(
+        """
+import os, signal, numpy as np, nvpflow
+flow = nvpflow.build(input_size=16, num_flows=4, hidden_sizes=(64,), seed=1)
+flow.num_threads = 2
+x = np.random.default_rng(0).normal(size=(20_000, 16)).astype(np.float32)
+child = os.fork()  # before any call: no thread has been started yet
+if child == 0:
+    signal.alarm(40)
+    flow.log_prob(x)
+    flow.nll_gradient(x)
+    flow.swap(nvpflow.build(input_size=16, num_flows=4, hidden_sizes=(64,), seed=2))
+    os._exit(0)
+print(os.waitpid(child, 0)[1], np.isfinite(flow.log_prob(x)).all())
 """
     )
     assert output.split() == ["0", "True"]

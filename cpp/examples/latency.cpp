@@ -24,9 +24,9 @@ class Histogram {
  public:
   void add(std::int64_t nanoseconds) {
     const auto time = static_cast<std::uint64_t>(std::max<std::int64_t>(nanoseconds, 1));
-    const int octave = std::bit_width(time) - 1;
+    const auto octave = static_cast<unsigned>(std::bit_width(time)) - 1;
     const std::uint64_t within = (octave >= 2 ? time >> (octave - 2) : time << (2 - octave)) & 3;
-    ++counts_[static_cast<std::size_t>(4 * octave) + within];
+    ++counts_[4 * octave + within];
     ++total_;
     longest_ = std::max(longest_, nanoseconds);
   }
