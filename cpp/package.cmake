@@ -20,7 +20,8 @@ set(package_folder ${library_folder}/cmake/nvpflow)
 
 install(DIRECTORY ${PROJECT_SOURCE_DIR}/cpp/include/ DESTINATION ${include_folder} FILES_MATCHING PATTERN "*.h" PATTERN "*.hpp")
 # Two export files, because the shared library needs nothing of what the static one's users must find.
-if(NVPFLOW_STATIC)
+# A wheel with CUDA has no static library: whoever links it needs CUDA's toolkit, and the kernels weigh more than all else.
+if(NOT (NVPFLOW_PYTHON AND NVPFLOW_WITH_CUDA))
   install(TARGETS nvpflow EXPORT nvpflow-static ARCHIVE DESTINATION ${library_folder} INCLUDES DESTINATION ${include_folder})
   install(EXPORT nvpflow-static NAMESPACE nvpflow:: DESTINATION ${package_folder})
 endif()

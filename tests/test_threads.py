@@ -10,7 +10,7 @@ import pickle
 import sysconfig
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 import nvpflow
@@ -143,41 +143,41 @@ def test_swap_exchanges_and_reload_replaces_or_nothing_changes(make_flow, tmp_pa
     assert_same_bits(a.log_prob(x), of_a, "a after what failed")
 
 
+def _calls(flow, seed: int, seconds: float) -> int:
+    x, out = unit_data(200, 16, seed, "float32"), np.empty(200, np.float32)
+    count, end = 0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        flow.log_prob(x, out=out)
+        count += 1
+    return count
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(nvpflow._core.available_threads() < 2, reason="needs two processors")
 def test_two_threads_on_one_flow_do_at_least_1_8_times_the_work_of_one(make_flow) -> None:
     flow, _ = make_flow(16, 4, (128,), dtype="float32")
     flow.num_threads = 1
+    # The most calls of several tries: others may be computing here, and can only take away from each.
+    alone = threads = processes = 0
+    with (
+        ThreadPoolExecutor(2) as pool,
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as elsewhere,
+    ):
 
-    def calls_per_second(threads: int, seconds: float = 0.3) -> float:
-        ready = threading.Barrier(threads + 1)
-        counts = []
+        def together(first, second) -> int:
+            futures = [executor.submit(_calls, flow, seed, 0.3) for seed, executor in enumerate((first, second))]
+            return sum(future.result() for future in futures)
 
-        def work(seed: int) -> None:
-            x, out = unit_data(200, 16, seed, "float32"), np.empty(200, np.float32)
-            ready.wait()
-            count, end = 0, time.perf_counter() + seconds
-            while time.perf_counter() < end:
-                flow.log_prob(x, out=out)
-                count += 1
-            counts.append(count)
-
-        workers = [threading.Thread(target=work, args=(seed,)) for seed in range(threads)]
-        for worker in workers:
-            worker.start()
-        ready.wait()
-        for worker in workers:
-            worker.join()
-        return sum(counts) / seconds
-
-    # Others may be computing here, which can only lower what two threads reach: a median of three, tried for a while.
-    best = 0.0
-    for _ in range(40):
-        ratios = sorted(calls_per_second(2) / calls_per_second(1) for _ in range(3))
-        best = max(best, ratios[1])
-        if best >= 1.8:
-            break
-    assert best >= 1.8
+        together(elsewhere, pool)  # starts the process
+        for _ in range(60):
+            alone = max(alone, _calls(flow, 0, 0.3))
+            threads = max(threads, together(pool, pool))
+            processes = max(processes, together(elsewhere, pool))  # which share nothing: what this machine gives
+            if threads >= 1.8 * alone:
+                break
+    if max(threads, processes) < 1.8 * alone:
+        pytest.skip(f"no two processors are free: two processes do {processes / alone:.2f} times the work of one")
+    assert threads >= 1.8 * alone
 
 
 @pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python always has its GIL")
