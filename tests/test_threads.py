@@ -58,7 +58,8 @@ def test_calls_see_the_old_or_the_new_parameters_whole(make_flow, rows) -> None:
     deadline = time.monotonic() + 1.5
     turn = 0
     while time.monotonic() < deadline:
-        flow.set_parameters(sets[turn % 2])
+        # Each set twice: the flow keeps two copies and writes them in turn, which would else hold one set each, always.
+        flow.set_parameters(sets[turn // 2 % 2])
         turn += 1
     done.set()
     for thread in readers:
@@ -98,6 +99,7 @@ def test_swap_and_reload_under_load_show_one_model_or_the_other(make_flow, tmp_p
     replaced = 0
     try:
         while time.monotonic() < deadline:
+            # In threes, so that each of the two copies that a flow keeps holds now one model and now the other.
             if replaced % 3 == 0:
                 flow.reload(paths[replaced // 3 % 2])
                 # What is not there, or damaged, changes nothing.

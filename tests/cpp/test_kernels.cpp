@@ -465,7 +465,8 @@ TEST_CASE("const calls from many threads while another replaces the parameters")
       }
     });
   }
-  for (int turn = 0; turn < 300; ++turn) pair.flow.set_parameters<float>(turn % 2 == 0 ? second : first);
+  // Each set twice: the flow keeps two copies and writes them in turn, which would otherwise always hold the same set.
+  for (int turn = 0; turn < 300; ++turn) pair.flow.set_parameters<float>(turn / 2 % 2 == 0 ? second : first);
   done = true;
   for (std::thread& reader : readers) reader.join();
   CHECK(torn == 0);

@@ -106,6 +106,11 @@ TEST_CASE("swap under load") {
     const long count = repeat([&](long i) {
       served.swap(other);
       if (answer_of(served, x) != (i % 2 == 0 ? b : a)) load.neither.fetch_add(1);  // it counts once swap has returned
+      // A flow keeps two copies of its parameters and writes them in turn: the same ones once more, so that each copy
+      // holds now one model and now the other, and a reader that is still there would see it change.
+      std::vector<float> same(static_cast<std::size_t>(served.num_parameters()));
+      served.copy_parameters<float>(same);
+      served.set_parameters<float>(same);
     });
     load.finish();
     CHECK(answer_of(served, x) == (count % 2 == 0 ? a : b));
@@ -123,7 +128,7 @@ TEST_CASE("reload under load") {
   next.save(paths[1]);
   Load load;
   load.start(served, x, a, b);
-  repeat([&](long i) { served.reload(paths[(i + 1) % 2]); });
+  repeat([&](long i) { served.reload(paths[(i / 2 + 1) % 2]); });  // each twice: as above
   load.finish();
   for (const std::string& path : paths) std::remove(path.c_str());
 }
