@@ -431,6 +431,26 @@ def test_ctypes_gets_statuses_and_messages(library, model, tmp_path) -> None:
     library.c.nvpflow_free(handle)
 
 
+@pytest.mark.gpu
+def test_the_c_interface_on_a_cuda_device(library, model, tmp_path) -> None:
+    flow, path = model
+    handle, other = ctypes.c_void_p(), library.load(path)
+    assert library.call("load_on", os.fsencode(path), b"cuda", b"float32", None, ctypes.byref(handle)) == 0
+    x, n = unit_data(20, 6, 3, "float32"), ctypes.c_int64(20)
+    out = np.empty(20, np.float32)
+    nvpflow.Flow(flow.spec, 5).save(tmp_path / "new")
+    new = nvpflow.load(tmp_path / "new")
+    assert library.call("reload", handle, os.fsencode(tmp_path / "new")) == 0
+    for served in (new, flow):
+        assert library.call("log_prob_f32", handle, _pointer(x), n, _pointer(out)) == 0
+        np.testing.assert_allclose(out, served.log_prob(x), rtol=1e-5, atol=1e-5)
+        assert library.call("swap", handle, other) == 0  # between a device and the host
+    assert library.call("prepare", handle, n) == 1
+    assert b"on cuda:0" in library.c.nvpflow_last_error()
+    library.c.nvpflow_free(handle)
+    library.c.nvpflow_free(other)
+
+
 @linux
 def test_the_library_can_be_closed_while_its_threads_sleep(model, run_python) -> None:
     """Its code stays: the pool's threads, and fork handlers, would otherwise run into nothing."""
