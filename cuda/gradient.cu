@@ -266,6 +266,7 @@ struct Reverse {
       T g = 0;
       if (r < tile.valid) {
         if (call.nll) g = tile.at(r, f) * call.nll_factor;
+        if (call.density) g = -tile.at(r, f) * call.grad_log_det[tile.first + r];
         if (!call.nll && call.grad_out != nullptr) g = call.grad_out[(tile.first + r) * program.input_size + f];
         g = tile.clean(r, g);
       }
