@@ -160,12 +160,13 @@ class CudaBackend final : public Backend {
     run_gradient(call, nullptr, rows, how);
   }
 
-  void log_prob_vjp(const void* x, std::int64_t rows, const void* grad_log_prob, void* grad_x, void* grad_parameters,
-                    bool accumulate, const Execution& how) const override {
+  void log_prob_vjp(const void* x, std::int64_t rows, const void* grad_log_prob, void* log_prob, void* grad_x,
+                    void* grad_parameters, bool accumulate, const Execution& how) const override {
     GradientCall<T> call;
     call.in = static_cast<const T*>(x);
     call.density = true;
     call.grad_log_det = static_cast<const T*>(grad_log_prob);
+    call.log_prob = static_cast<T*>(log_prob);
     call.grad_in = static_cast<T*>(grad_x);
     call.gradient = static_cast<T*>(grad_parameters);
     call.accumulate = accumulate;
@@ -377,7 +378,9 @@ class CudaBackend final : public Backend {
     unsigned char* workspace = nullptr;
     const Lane::Inputs inputs{HostInput{call.in, flow_->row_bytes()}, HostInput{call.grad_out, flow_->row_bytes()},
                               HostInput{call.grad_log_det, static_cast<std::int64_t>(sizeof(T))}};
-    lane->run(inputs, {HostOutput{call.grad_in, flow_->row_bytes()}}, index, rows, how.threads,
+    const Lane::Outputs outputs{HostOutput{call.grad_in, flow_->row_bytes()},
+                                HostOutput{call.log_prob, static_cast<std::int64_t>(sizeof(T))}};
+    lane->run(inputs, outputs, index, rows, how.threads,
               [&](const Lane::Chunk& chunk) {
                 if (chunk.first_row == 0) {
                   plan = flow_->gradient_plan(chunk.rows);
@@ -390,6 +393,7 @@ class CudaBackend final : public Backend {
                 part.grad_out = static_cast<const T*>(chunk.inputs[1]);
                 part.grad_log_det = static_cast<const T*>(chunk.inputs[2]);
                 part.grad_in = moved(chunk.outputs[0]);
+                part.log_prob = moved(chunk.outputs[1]);
                 part.gradient = gradient;
                 part.accumulate = call.accumulate || chunk.first_row > 0;
                 part.sum_log_prob = call.nll ? sum + 1 : nullptr;

@@ -12,11 +12,12 @@ Needs the extra ``torch``: ``pip install "nvpflow[torch]"``.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 try:
@@ -63,6 +64,55 @@ class _Packed:
         self.stamp: object = None
         self.kept: list[torch.Tensor] = []  # their memory cannot become somebody else's while the stamp counts
         self.users = 0
+        self.generation = 0  # how often the parameters were found changed
+
+
+class _Forecast:
+    """A gradient of log_prob that was formed together with its value, because its cotangent could be foreseen.
+
+    A mean over the rows, the usual loss, gives every row the same cotangent, and the same one as in the step before.
+    With it a training step passes forward once instead of twice. What was foreseen counts only where everything it
+    came from turns out to be the same, bit for bit: it changes when gradients are formed, never what they are.
+    """
+
+    def __init__(self) -> None:
+        self.rows = -1  # none
+        self.cotangent = 0.0
+        self._made_from: tuple[object, ...] | None = None
+        self._x: torch.Tensor | None = None  # its memory cannot become another tensor's meanwhile
+        self._gradient: Any = None
+
+    def expects(self, x: torch.Tensor) -> bool:
+        return self.rows == x.shape[0] > 0
+
+    def keep(self, x: torch.Tensor, packed: _Packed, gradient: Any) -> None:
+        self._x, self._gradient = x.detach(), gradient
+        self._made_from = _identity(x, packed)
+        self.rows = -1  # until a backward pass bears it out
+
+    def take(self, x: torch.Tensor, packed: _Packed, cotangent: torch.Tensor) -> Any:
+        """Return the gradient, once, or None where it is not the one."""
+        made_from, gradient = self._made_from, self._gradient
+        self._made_from = self._x = self._gradient = None
+        value = _common_value(cotangent)
+        if value is None:
+            return None
+        foreseen, self.cotangent, self.rows = self.cotangent, value, x.shape[0]
+        return gradient if made_from == _identity(x, packed) and foreseen == value else None
+
+
+def _identity(x: torch.Tensor, packed: _Packed) -> tuple[object, ...]:
+    """What x and the parameters are, as long as both are kept."""
+    return id(packed), packed.generation, x.data_ptr(), x._version, x.shape, x.stride()
+
+
+def _common_value(values: torch.Tensor) -> float | None:
+    """The value of all elements, where it is one that is not NaN or zero; on the CPU alone, where to look is cheap."""
+    if values.device.type != "cpu" or values.numel() == 0:
+        return None
+    first = float(values[0])
+    same = values.stride() == (0,) or bool((values == first).all())
+    return first if same and first == first and first != 0 else None
 
 
 class _Engine:
@@ -82,16 +132,48 @@ class _Engine:
         self._addresses: tuple[int, list[int]] = (0, [])
         self._lock = threading.Lock()
         self._packed: _Packed | None = None
+        self._forecast = _Forecast()
         self.handle = next(_handles)
         _engines[self.handle] = self
 
     def run(self, parameters: Sequence[torch.Tensor], checked: bool, call: Callable[[Flow], _Result]) -> _Result:
         """Return call(flow), where the flow has these parameters until the call is over."""
+        with self._using(parameters, checked) as packed:
+            return call(packed.flow)
+
+    def log_prob(self, x: torch.Tensor, parameters: Sequence[torch.Tensor], checked: bool) -> torch.Tensor:
+        """As Flow.log_prob; where its gradient can be foreseen, forms that, too."""
+        with self._using(parameters, checked) as packed:
+            with self._lock:
+                foreseen = checked and self._forecast.expects(x) and not x.requires_grad
+                cotangent = self._forecast.cotangent
+            if not foreseen or not any(p.requires_grad for p in parameters):
+                return packed.flow.log_prob(x.detach().contiguous())  # type: ignore[no-any-return]
+            log_prob, gradient = packed.flow._log_prob_and_vjp(x.detach().contiguous(), x.new_full(x.shape[:1], cotangent))
+            with self._lock:
+                self._forecast.keep(x, packed, gradient)
+            return log_prob  # type: ignore[no-any-return]
+
+    def log_prob_vjp(
+        self, x: torch.Tensor, cotangent: torch.Tensor, parameters: Sequence[torch.Tensor], wrt: str
+    ) -> tuple[Any, Any]:
+        """As Flow.log_prob_vjp."""
+        with self._using(parameters, True) as packed:
+            if wrt == "parameters":
+                with self._lock:
+                    gradient = self._forecast.take(x, packed, cotangent)
+                if gradient is not None:
+                    return None, gradient
+            rows, cotangent = x.detach().contiguous(), cotangent.detach().contiguous()
+            return packed.flow.log_prob_vjp(rows, cotangent, wrt=wrt)  # type: ignore[arg-type]
+
+    @contextlib.contextmanager
+    def _using(self, parameters: Sequence[torch.Tensor], checked: bool) -> Iterator[_Packed]:
         with self._lock:
             packed = self._refreshed(parameters, checked)
             packed.users += 1
         try:
-            return call(packed.flow)
+            yield packed
         finally:
             with self._lock:
                 packed.users -= 1
@@ -110,7 +192,8 @@ class _Engine:
             packed = self._packed = _Packed(self._new_flow(flat))
         packed.stamp = None  # whatever fails from here on
         packed.flow.num_threads = self.num_threads
-        packed.flow._update_flat_parameters(flat.numpy() if flat.device.type == "cpu" else flat.cpu().numpy())
+        if packed.flow._update_flat_parameters(flat.numpy() if flat.device.type == "cpu" else flat.cpu().numpy()):
+            packed.generation += 1
         packed.stamp = stamp
         packed.kept = [] if flat is self.flat else [p.detach() for p in parameters]
         return packed
@@ -173,9 +256,7 @@ def _inverse(
 
 @torch.library.custom_op("nvpflow::log_prob", mutates_args=())
 def _log_prob(x: torch.Tensor, parameters: list[torch.Tensor], engine: int, checked: bool) -> torch.Tensor:
-    rows = x.detach().contiguous()
-    result: torch.Tensor = _engines[engine].run(parameters, checked, lambda flow: flow.log_prob(rows))
-    return result
+    return _engines[engine].log_prob(x, parameters, checked)
 
 
 @torch.library.custom_op("nvpflow::vjp", mutates_args=())
@@ -189,15 +270,17 @@ def _vjp(
     wrt: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cotangents of x and of all parameters in one vector; what is not wanted comes as an empty tensor."""
-    rows = x.detach().contiguous()
-    given = [None if g is None else g.detach().contiguous() for g in (grad_out, grad_log_det)]
-
-    def call(flow: Flow) -> tuple[Any, Any]:
-        if kind == "log_prob":
-            return flow.log_prob_vjp(rows, given[1], wrt=wrt)  # type: ignore[arg-type]
-        return flow.vjp(rows, given[0], given[1], direction=kind, wrt=wrt)  # type: ignore[arg-type]
-
-    grad_x, grad_parameters = _engines[engine].run(parameters, True, call)
+    if kind == "log_prob":
+        assert grad_log_det is not None
+        grad_x, grad_parameters = _engines[engine].log_prob_vjp(x, grad_log_det, parameters, wrt)
+    else:
+        rows = x.detach().contiguous()
+        given = [None if g is None else g.detach().contiguous() for g in (grad_out, grad_log_det)]
+        grad_x, grad_parameters = _engines[engine].run(
+            parameters,
+            True,
+            lambda flow: flow.vjp(rows, *given, direction=kind, wrt=wrt),  # type: ignore[arg-type]
+        )
     none = x.new_empty(0)
     return none if grad_x is None else grad_x, none if grad_parameters is None else grad_parameters
 

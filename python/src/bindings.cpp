@@ -280,8 +280,20 @@ py::tuple log_prob_vjp(const BoundFlow& self, const py::object& x, const py::obj
   const InputArray in = input_rows(x.ptr(), "x", self.dtype, self.features, self.device);
   const InputArray g = input_vector(grad_log_prob.ptr(), "grad_log_prob", self.dtype, in);
   return gradients(self, in, wrt, [&](void* grad_in, void* parameters, const Execution& how) {
-    self.flow.backend().log_prob_vjp(in.data, in.rows, g.data, grad_in, parameters, false, how);
+    self.flow.backend().log_prob_vjp(in.data, in.rows, g.data, nullptr, grad_in, parameters, false, how);
   });
+}
+
+/// log_prob, and what log_prob_vjp gives for the parameters, in one pass.
+py::tuple log_prob_and_vjp(const BoundFlow& self, const py::object& x, const py::object& grad_log_prob) {
+  const InputArray in = input_rows(x.ptr(), "x", self.dtype, self.features, self.device);
+  const InputArray g = input_vector(grad_log_prob.ptr(), "grad_log_prob", self.dtype, in);
+  OutputArray log_prob = output_array(nullptr, "log_prob", self.dtype, 0, in);
+  OutputArray parameters = parameter_array(self, "grad_parameters", in);
+  run_beside(self, in, kGradientCost * in.rows, [&](const Execution& how) {
+    self.flow.backend().log_prob_vjp(in.data, in.rows, g.data, log_prob.data, nullptr, parameters.data, false, how);
+  });
+  return py::make_tuple(object_of(std::move(log_prob)), object_of(std::move(parameters)));
 }
 
 py::object noise(const BoundFlow& self, std::int64_t rows, std::uint64_t seed) {
@@ -531,6 +543,7 @@ void bind_flow(py::module_& module) {
       .def("_flat_parameters", &flat_parameters)
       .def("_copy_flat_parameters", on_ready(&copy_flat_parameters))
       .def("_set_flat_parameters", on_ready(&set_flat_parameters))
+      .def("_log_prob_and_vjp", on_ready(&log_prob_and_vjp))
       .def("_update_flat_parameters", on_ready(&update_flat_parameters))
       .def("_noise", on_ready(&noise), py::arg("n"), py::arg("seed"))
       .def("_conditioner", on_ready(&conditioner))

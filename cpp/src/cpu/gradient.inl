@@ -516,11 +516,12 @@ double gradient_tile(const Program<T>& program, const GradientCall<T>& call, int
     spread_poison<T>(poison, fixed.log_det_cotangent, 1, rows);
   }
   double sum = 0;
-  if (call.nll) {
+  if (call.nll || call.log_prob != nullptr) {
     T* log_det = fixed.buffer0;
     sum_partials_tile<T>(fixed.partial, log_det, rows);
     log_prob_tile<T>(fixed.state, features, log_det, fixed.log_prob, rows);
     sum = sum_rows<T>(fixed.log_prob, count);
+    for (int64_t r = 0; call.log_prob != nullptr && r < count; ++r) call.log_prob[begin + r] = fixed.log_prob[r];
   }
   for (int64_t k = program.num_layers - 1; k >= 0; --k) {
     const int64_t index = call.inverse ? program.num_layers - 1 - k : k;
