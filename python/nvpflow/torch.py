@@ -15,10 +15,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
+
+import numpy as np
 
 try:
     import torch
@@ -115,6 +118,30 @@ def _common_value(values: torch.Tensor) -> float | None:
     return first if same and first == first and first != 0 else None
 
 
+class _GradientMemory:
+    """Memory for the parameters' gradient that the next step finds where the last one left it.
+
+    The system hands out memory of megabytes as pages that each cost a fault when first written: a tenth of a training
+    step of a large flow. NumPy owns the memory here, because its count of references tells when the last tensor that
+    looked at it is gone. On a device PyTorch keeps memory itself.
+    """
+
+    def __init__(self) -> None:
+        self._array: Any = None
+        self._idle = 0
+
+    def take(self, size: int, dtype: torch.dtype) -> Any:
+        """Return an array [size] that no tensor looks at, nothing else does, and that holds anything."""
+        name = _DTYPES[dtype]
+        if self._array is None or self._array.shape != (size,) or self._array.dtype != name or self._count() != self._idle:
+            self._array = np.empty(size, name)
+            self._idle = self._count()
+        return self._array
+
+    def _count(self) -> int:
+        return sys.getrefcount(self._array)
+
+
 class _Engine:
     """Runs nvpflow's kernels on parameters that PyTorch owns.
 
@@ -133,6 +160,7 @@ class _Engine:
         self._lock = threading.Lock()
         self._packed: _Packed | None = None
         self._forecast = _Forecast()
+        self._gradient_memory = _GradientMemory()
         self.handle = next(_handles)
         _engines[self.handle] = self
 
@@ -149,7 +177,10 @@ class _Engine:
                 cotangent = self._forecast.cotangent
             if not foreseen or not any(p.requires_grad for p in parameters):
                 return packed.flow.log_prob(x.detach().contiguous())  # type: ignore[no-any-return]
-            log_prob, gradient = packed.flow._log_prob_and_vjp(x.detach().contiguous(), x.new_full(x.shape[:1], cotangent))
+            memory = self._memory(packed, x)
+            cotangents = x.new_full(x.shape[:1], cotangent)
+            log_prob, gradient = packed.flow._log_prob_and_vjp(x.detach().contiguous(), cotangents, memory)
+            gradient = gradient if memory is None else torch.from_numpy(gradient)
             with self._lock:
                 self._forecast.keep(x, packed, gradient)
             return log_prob  # type: ignore[no-any-return]
@@ -164,8 +195,37 @@ class _Engine:
                     gradient = self._forecast.take(x, packed, cotangent)
                 if gradient is not None:
                     return None, gradient
-            rows, cotangent = x.detach().contiguous(), cotangent.detach().contiguous()
-            return packed.flow.log_prob_vjp(rows, cotangent, wrt=wrt)  # type: ignore[arg-type]
+            return self._vjp(packed, x, wrt, lambda rows, out: packed.flow.log_prob_vjp(
+                rows, cotangent.detach().contiguous(), wrt=wrt, out=out  # type: ignore[arg-type]
+            ))
+
+    def vjp(
+        self,
+        direction: str,
+        x: torch.Tensor,
+        grad_out: torch.Tensor | None,
+        grad_log_det: torch.Tensor | None,
+        parameters: Sequence[torch.Tensor],
+        wrt: str,
+    ) -> tuple[Any, Any]:
+        """As Flow.vjp."""
+        given = [None if g is None else g.detach().contiguous() for g in (grad_out, grad_log_det)]
+        with self._using(parameters, True) as packed:
+            return self._vjp(packed, x, wrt, lambda rows, out: packed.flow.vjp(
+                rows, *given, direction=direction, wrt=wrt, out=out  # type: ignore[arg-type]
+            ))
+
+    def _vjp(self, packed: _Packed, x: torch.Tensor, wrt: str, call: Callable[..., tuple[Any, Any]]) -> tuple[Any, Any]:
+        memory = None if wrt == "x" else self._memory(packed, x)
+        grad_x, gradient = call(x.detach().contiguous(), (None, memory))
+        return grad_x, gradient if memory is None else torch.from_numpy(gradient)
+
+    def _memory(self, packed: _Packed, x: torch.Tensor) -> Any:
+        """Where the parameters' gradient goes; None: a new tensor."""
+        if x.device.type != "cpu":
+            return None
+        with self._lock:
+            return self._gradient_memory.take(packed.flow.num_parameters, x.dtype)
 
     @contextlib.contextmanager
     def _using(self, parameters: Sequence[torch.Tensor], checked: bool) -> Iterator[_Packed]:
@@ -274,13 +334,7 @@ def _vjp(
         assert grad_log_det is not None
         grad_x, grad_parameters = _engines[engine].log_prob_vjp(x, grad_log_det, parameters, wrt)
     else:
-        rows = x.detach().contiguous()
-        given = [None if g is None else g.detach().contiguous() for g in (grad_out, grad_log_det)]
-        grad_x, grad_parameters = _engines[engine].run(
-            parameters,
-            True,
-            lambda flow: flow.vjp(rows, *given, direction=kind, wrt=wrt),  # type: ignore[arg-type]
-        )
+        grad_x, grad_parameters = _engines[engine].vjp(kind, x, grad_out, grad_log_det, parameters, wrt)
     none = x.new_empty(0)
     return none if grad_x is None else grad_x, none if grad_parameters is None else grad_parameters
 

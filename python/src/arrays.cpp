@@ -364,6 +364,15 @@ OutputArray output_array(PyObject* given, const char* name, DType dtype, std::in
   return output_array(given, name, dtype, columns, like);
 }
 
+std::pair<PyObject*, PyObject*> out_pair(PyObject* out, const char* second_name) {
+  if (out == nullptr || out == Py_None) return {nullptr, nullptr};
+  if (!PyTuple_Check(out) || PyTuple_GET_SIZE(out) != 2) {
+    raise(PyExc_TypeError, "out is " + std::string(Py_TYPE(out)->tp_name) +
+                               ", expected a tuple of two arrays, the second for " + second_name);
+  }
+  return {PyTuple_GET_ITEM(out, 0), PyTuple_GET_ITEM(out, 1)};
+}
+
 void refuse_overlap(const OutputArray& out, const char* out_name, const InputArray& in, const char* in_name,
                     std::int64_t in_bytes) {
   if (out.given && overlap(out.data, out.bytes, in.data, in_bytes)) raise_overlap(out_name, in_name);

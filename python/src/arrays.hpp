@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 
 #include <nvpflow/spec.hpp>
 
@@ -63,6 +64,8 @@ OutputArray output_array(PyObject* given, const char* name, DType dtype, std::in
                          bool single);
 /// The same beside an input: single as it is, in the memory where it is, of its library.
 OutputArray output_array(PyObject* given, const char* name, DType dtype, std::int64_t columns, const InputArray& like);
+/// The two members of out=(first, second), or null ones; second_name: what the second takes.
+std::pair<PyObject*, PyObject*> out_pair(PyObject* out, const char* second_name);
 void refuse_overlap(const OutputArray& out, const char* out_name, const InputArray& in, const char* in_name,
                     std::int64_t in_bytes);
 void refuse_overlap(const OutputArray& a, const char* a_name, const OutputArray& b, const char* b_name);

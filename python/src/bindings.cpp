@@ -171,11 +171,11 @@ void require_some(const InputArray& in) {
 }
 
 /// An array of the flow's parameters' size, in the memory and of the library of x.
-OutputArray parameter_array(const BoundFlow& self, const char* name, const InputArray& x) {
+OutputArray parameter_array(const BoundFlow& self, const char* name, const InputArray& x, PyObject* given = nullptr) {
   InputArray like = x;
   like.rows = self.flow.num_parameters();
   like.single = false;
-  return output_array(nullptr, name, self.dtype, 0, like);
+  return output_array(given, name, self.dtype, 0, like);
 }
 
 double nll(const BoundFlow& self, const py::object& x) {
@@ -239,14 +239,28 @@ Wanted wanted_of(const std::string& wrt) {
   return {wrt != "parameters", wrt != "x"};
 }
 
-/// New arrays for the wanted ones; the call f(grad_x, grad_parameters) fills them. None for what is not wanted.
+struct NamedInput {
+  const InputArray& array;
+  const char* name;
+  std::int64_t bytes;
+};
+
+/// Arrays for the wanted ones, new or given in out=(grad_x, grad_parameters); the call f(grad_x, grad_parameters) fills
+/// them. None for what is not wanted.
 template <class F>
-py::tuple gradients(const BoundFlow& self, const InputArray& in, const std::string& wrt, F&& f) {
+py::tuple gradients(const BoundFlow& self, const InputArray& in, const std::string& wrt, const py::object& out,
+                    std::initializer_list<NamedInput> inputs, F&& f) {
+  constexpr const char *first = "out[0] (grad_x)", *second = "out[1] (grad_parameters)";
   const Wanted wanted = wanted_of(wrt);
+  const auto [out_first, out_second] = out_pair(out.ptr(), "grad_parameters");
   OutputArray grad_in, parameters;
-  if (wanted.x) grad_in = output_array(nullptr, "grad_x", self.dtype, self.features, in);
-  if (wanted.parameters) parameters = parameter_array(self, "grad_parameters", in);
-  // All arrays are checked or new: the backend needs no more.
+  if (wanted.x) grad_in = output_array(out_first, first, self.dtype, self.features, in);
+  if (wanted.parameters) parameters = parameter_array(self, second, in, out_second);
+  for (const NamedInput& input : inputs) {
+    refuse_overlap(grad_in, first, input.array, input.name, input.bytes);
+    refuse_overlap(parameters, second, input.array, input.name, input.bytes);
+  }
+  refuse_overlap(grad_in, first, parameters, second);
   run_beside(self, in, kGradientCost * in.rows,
              [&](const Execution& how) { f(grad_in.data, parameters.data, how); });
   return py::make_tuple(wanted.x ? object_of(std::move(grad_in)) : py::none(),
@@ -254,7 +268,7 @@ py::tuple gradients(const BoundFlow& self, const InputArray& in, const std::stri
 }
 
 py::tuple vjp(const BoundFlow& self, const py::object& x, const py::object& grad_out, const py::object& grad_log_det,
-              const std::string& direction, const std::string& wrt) {
+              const std::string& direction, const std::string& wrt, const py::object& out) {
   if (direction != "forward" && direction != "inverse") {
     throw Error(ErrorCode::invalid_argument, "direction is '" + direction + "', expected 'forward' or 'inverse'");
   }
@@ -270,26 +284,33 @@ py::tuple vjp(const BoundFlow& self, const py::object& x, const py::object& grad
     }
   }
   if (!grad_log_det.is_none()) g_log_det = input_vector(grad_log_det.ptr(), "grad_log_det", self.dtype, in);
-  return gradients(self, in, wrt, [&](void* grad_in, void* parameters, const Execution& how) {
+  const std::int64_t matrix = in.rows * self.row_bytes(), vector = in.rows * size_of(self.dtype);
+  const std::initializer_list<NamedInput> inputs = {
+      {in, "x", matrix}, {g_out, "grad_out", matrix}, {g_log_det, "grad_log_det", vector}};
+  return gradients(self, in, wrt, out, inputs, [&](void* grad_in, void* parameters, const Execution& how) {
     self.flow.backend().vjp(way, in.data, in.rows, g_out.data, g_log_det.data, grad_in, parameters, false, how);
   });
 }
 
 py::tuple log_prob_vjp(const BoundFlow& self, const py::object& x, const py::object& grad_log_prob,
-                       const std::string& wrt) {
+                       const std::string& wrt, const py::object& out) {
   const InputArray in = input_rows(x.ptr(), "x", self.dtype, self.features, self.device);
   const InputArray g = input_vector(grad_log_prob.ptr(), "grad_log_prob", self.dtype, in);
-  return gradients(self, in, wrt, [&](void* grad_in, void* parameters, const Execution& how) {
+  const std::initializer_list<NamedInput> inputs = {{in, "x", in.rows * self.row_bytes()},
+                                                    {g, "grad_log_prob", in.rows * size_of(self.dtype)}};
+  return gradients(self, in, wrt, out, inputs, [&](void* grad_in, void* parameters, const Execution& how) {
     self.flow.backend().log_prob_vjp(in.data, in.rows, g.data, nullptr, grad_in, parameters, false, how);
   });
 }
 
-/// log_prob, and what log_prob_vjp gives for the parameters, in one pass.
-py::tuple log_prob_and_vjp(const BoundFlow& self, const py::object& x, const py::object& grad_log_prob) {
+/// log_prob, and what log_prob_vjp gives for the parameters, in one pass; `out` (None: a new array) takes the latter and must not
+/// overlap the others.
+py::tuple log_prob_and_vjp(const BoundFlow& self, const py::object& x, const py::object& grad_log_prob,
+                           const py::object& out) {
   const InputArray in = input_rows(x.ptr(), "x", self.dtype, self.features, self.device);
   const InputArray g = input_vector(grad_log_prob.ptr(), "grad_log_prob", self.dtype, in);
   OutputArray log_prob = output_array(nullptr, "log_prob", self.dtype, 0, in);
-  OutputArray parameters = parameter_array(self, "grad_parameters", in);
+  OutputArray parameters = parameter_array(self, "grad_parameters", in, out.ptr());
   run_beside(self, in, kGradientCost * in.rows, [&](const Execution& how) {
     self.flow.backend().log_prob_vjp(in.data, in.rows, g.data, log_prob.data, nullptr, parameters.data, false, how);
   });
@@ -530,13 +551,15 @@ void bind_flow(py::module_& module) {
            "Mean negative log-likelihood of x [B, D], nats, and its gradient [num_parameters] (order of parameters()).")
       .def("vjp", on_ready(&vjp), py::arg("x"), py::arg("grad_out") = py::none(), py::arg("grad_log_det") = py::none(),
            py::kw_only(), py::arg("direction") = "forward", py::arg("wrt") = "both",
+           py::arg("out") = py::none(),
            "Vector-Jacobian product of forward (or inverse): from the cotangents of the output [B, D] and of log_det\n"
            "[B] (None: zero) to those of x [B, D] and of the flat parameters [num_parameters]. wrt: 'both', or 'x' or\n"
-           "'parameters' where the other is not wanted (None), which saves up to half of the work.")
+           "'parameters' where the other is not wanted (None), which saves up to half of the work. out: a tuple\n"
+           "(grad_x, grad_parameters) of arrays to write to.")
       .def("log_prob_vjp", on_ready(&log_prob_vjp), py::arg("x"), py::arg("grad_log_prob"), py::kw_only(),
-           py::arg("wrt") = "both",
+           py::arg("wrt") = "both", py::arg("out") = py::none(),
            "Vector-Jacobian product of log_prob: from its cotangent [B] to those of x [B, D] and of the flat parameters\n"
-           "[num_parameters]; wrt as in vjp. With ones, wrt='x' is the score, the gradient of log p(x) by x.")
+           "[num_parameters]; wrt and out as in vjp. With ones, wrt='x' is the score, the gradient of log p(x) by x.")
       .def("save", on_ready(&save), py::arg("path"),
            "Write the flow to one safetensors file, atomically: on failure an old file stays as it was.")
       .def("_layout", on_ready(&layout))

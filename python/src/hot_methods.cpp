@@ -104,23 +104,11 @@ PyObject* log_probability(PyObject* self, PyObject* const* args, Py_ssize_t coun
   });
 }
 
-/// The two members of out=(first, second).
-std::pair<PyObject*, PyObject*> out_pair(PyObject* out) {
-  if (out == nullptr || out == Py_None) return {nullptr, nullptr};
-  if (!PyTuple_Check(out) || PyTuple_GET_SIZE(out) != 2) {
-    PyErr_SetString(PyExc_TypeError, ("out is " + std::string(Py_TYPE(out)->tp_name) +
-                                      ", expected a tuple of two arrays, the second for log_det")
-                                         .c_str());
-    throw py::error_already_set();
-  }
-  return {PyTuple_GET_ITEM(out, 0), PyTuple_GET_ITEM(out, 1)};
-}
-
 /// Both results of one direction, as a tuple.
 PyObject* transform_pair(const BoundFlow& flow, Direction direction, const InputArray& in, const char* in_name,
                          PyObject* out, const char* first) {
   constexpr const char* second = "out[1] (log_det)";
-  const auto [out_first, out_second] = out_pair(out);
+  const auto [out_first, out_second] = out_pair(out, "log_det");
   OutputArray value = output_array(out_first, first, flow.dtype, flow.features, in);
   OutputArray log_det = output_array(out_second, second, flow.dtype, 0, in);
   refuse_overlap(value, first, in, in_name, in.rows * flow.row_bytes());
