@@ -13,6 +13,7 @@ Needs the extra ``torch``: ``pip install "nvpflow[torch]"``.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import sys
@@ -113,8 +114,9 @@ def _common_value(values: torch.Tensor) -> float | None:
     """The value of all elements, where it is one that is not NaN or zero; on the CPU alone, where to look is cheap."""
     if values.device.type != "cpu" or values.numel() == 0:
         return None
-    first = float(values[0])
-    same = values.stride() == (0,) or bool((values == first).all())
+    array = values.detach().numpy()
+    first = float(array[0])
+    same = array.strides == (0,) or bool((array == first).all())
     return first if same and first == first and first != 0 else None
 
 
@@ -133,7 +135,12 @@ class _GradientMemory:
     def take(self, size: int, dtype: torch.dtype) -> Any:
         """Return an array [size] that no tensor looks at, nothing else does, and that holds anything."""
         name = _DTYPES[dtype]
-        if self._array is None or self._array.shape != (size,) or self._array.dtype != name or self._count() != self._idle:
+        if (
+            self._array is None
+            or self._array.shape != (size,)
+            or self._array.dtype != name
+            or self._count() != self._idle
+        ):
             self._array = np.empty(size, name)
             self._idle = self._count()
         return self._array
@@ -169,6 +176,18 @@ class _Engine:
         with self._using(parameters, checked) as packed:
             return call(packed.flow)
 
+    def forward(
+        self, x: torch.Tensor, parameters: Sequence[torch.Tensor], checked: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As Flow.forward."""
+        return self.run(parameters, checked, lambda flow: flow.forward(x.detach().contiguous()))
+
+    def inverse(
+        self, z: torch.Tensor, parameters: Sequence[torch.Tensor], checked: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As Flow.inverse with log_det."""
+        return self.run(parameters, checked, lambda flow: flow.inverse(z.detach().contiguous(), with_log_det=True))
+
     def log_prob(self, x: torch.Tensor, parameters: Sequence[torch.Tensor], checked: bool) -> torch.Tensor:
         """As Flow.log_prob; where its gradient can be foreseen, forms that, too."""
         with self._using(parameters, checked) as packed:
@@ -185,40 +204,30 @@ class _Engine:
                 self._forecast.keep(x, packed, gradient)
             return log_prob  # type: ignore[no-any-return]
 
-    def log_prob_vjp(
-        self, x: torch.Tensor, cotangent: torch.Tensor, parameters: Sequence[torch.Tensor], wrt: str
-    ) -> tuple[Any, Any]:
-        """As Flow.log_prob_vjp."""
-        with self._using(parameters, True) as packed:
-            if wrt == "parameters":
-                with self._lock:
-                    gradient = self._forecast.take(x, packed, cotangent)
-                if gradient is not None:
-                    return None, gradient
-            return self._vjp(packed, x, wrt, lambda rows, out: packed.flow.log_prob_vjp(
-                rows, cotangent.detach().contiguous(), wrt=wrt, out=out  # type: ignore[arg-type]
-            ))
-
     def vjp(
         self,
-        direction: str,
+        kind: str,
         x: torch.Tensor,
         grad_out: torch.Tensor | None,
         grad_log_det: torch.Tensor | None,
         parameters: Sequence[torch.Tensor],
         wrt: str,
     ) -> tuple[Any, Any]:
-        """As Flow.vjp."""
+        """As Flow.vjp of kind "forward" or "inverse", or Flow.log_prob_vjp, whose cotangent is `grad_log_det`."""
         given = [None if g is None else g.detach().contiguous() for g in (grad_out, grad_log_det)]
         with self._using(parameters, True) as packed:
-            return self._vjp(packed, x, wrt, lambda rows, out: packed.flow.vjp(
-                rows, *given, direction=direction, wrt=wrt, out=out  # type: ignore[arg-type]
-            ))
-
-    def _vjp(self, packed: _Packed, x: torch.Tensor, wrt: str, call: Callable[..., tuple[Any, Any]]) -> tuple[Any, Any]:
-        memory = None if wrt == "x" else self._memory(packed, x)
-        grad_x, gradient = call(x.detach().contiguous(), (None, memory))
-        return grad_x, gradient if memory is None else torch.from_numpy(gradient)
+            if kind == "log_prob" and wrt == "parameters" and grad_log_det is not None:
+                with self._lock:
+                    gradient = self._forecast.take(x, packed, grad_log_det)
+                if gradient is not None:
+                    return None, gradient
+            rows, memory = x.detach().contiguous(), None if wrt == "x" else self._memory(packed, x)
+            options: dict[str, Any] = {"wrt": wrt, "out": (None, memory)}
+            if kind == "log_prob":
+                grad_x, gradient = packed.flow.log_prob_vjp(rows, given[1], **options)  # type: ignore[arg-type]
+            else:
+                grad_x, gradient = packed.flow.vjp(rows, *given, direction=kind, **options)
+            return grad_x, gradient if memory is None else torch.from_numpy(gradient)
 
     def _memory(self, packed: _Packed, x: torch.Tensor) -> Any:
         """Where the parameters' gradient goes; None: a new tensor."""
@@ -300,18 +309,14 @@ def _place(device: torch.device) -> str:
 def _forward(
     x: torch.Tensor, parameters: list[torch.Tensor], engine: int, checked: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = x.detach().contiguous()
-    z, log_det = _engines[engine].run(parameters, checked, lambda flow: flow.forward(rows))
-    return z, log_det
+    return _engines[engine].forward(x, parameters, checked)
 
 
 @torch.library.custom_op("nvpflow::inverse", mutates_args=())
 def _inverse(
     z: torch.Tensor, parameters: list[torch.Tensor], engine: int, checked: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = z.detach().contiguous()
-    x, log_det = _engines[engine].run(parameters, checked, lambda flow: flow.inverse(rows, with_log_det=True))
-    return x, log_det
+    return _engines[engine].inverse(z, parameters, checked)
 
 
 @torch.library.custom_op("nvpflow::log_prob", mutates_args=())
@@ -330,11 +335,7 @@ def _vjp(
     wrt: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cotangents of x and of all parameters in one vector; what is not wanted comes as an empty tensor."""
-    if kind == "log_prob":
-        assert grad_log_det is not None
-        grad_x, grad_parameters = _engines[engine].log_prob_vjp(x, grad_log_det, parameters, wrt)
-    else:
-        grad_x, grad_parameters = _engines[engine].vjp(kind, x, grad_out, grad_log_det, parameters, wrt)
+    grad_x, grad_parameters = _engines[engine].vjp(kind, x, grad_out, grad_log_det, parameters, wrt)
     none = x.new_empty(0)
     return none if grad_x is None else grad_x, none if grad_parameters is None else grad_parameters
 
@@ -373,30 +374,48 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, kind: str, grad_out: torch.Tensor | None, grad_log_det: torch.Tensor | None) -> tuple[Any, ...]:
+def _gradients(
+    kind: str, ctx: Any, engine: int, wanted: Sequence[bool], grad_out: Any, grad_log_det: Any
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """Cotangents of the saved rows and parameters; wanted: which of them."""
     x, *parameters = ctx.saved_tensors
-    wanted_x, wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    nothing: list[torch.Tensor | None] = [None] * len(parameters)
     if grad_out is None and grad_log_det is None:
-        return None, [None] * len(parameters), None, None
-    wrt = "both" if wanted_x and any(wanted) else "x" if wanted_x else "parameters"
-    grad_x, flat = _vjp(kind, x, grad_out, grad_log_det, parameters, ctx.engine, wrt)
-    grads: list[torch.Tensor | None] = [None] * len(parameters)
-    if wrt != "x":
-        parts = flat.split([p.numel() for p in parameters])
-        grads = [part.view(p.shape) if w else None for part, p, w in zip(parts, parameters, wanted, strict=True)]
-    return grad_x if wanted_x else None, grads, None, None
+        return None, nothing
+    wrt = "both" if wanted[0] and any(wanted[1:]) else "x" if wanted[0] else "parameters"
+    # Under create_graph the operator is what refuses second derivatives.
+    direct = not torch.is_grad_enabled() and _is_plain(x)
+    call = functools.partial(_engines[engine].vjp, kind) if direct else functools.partial(_vjp_operator, engine, kind)
+    grad_x, flat = call(x, grad_out, grad_log_det, parameters, wrt)
+    if wrt == "x":
+        return grad_x, nothing
+    parts = flat.split([p.numel() for p in parameters])
+    grads = [
+        (part if p.dim() == 1 else part.view(p.shape)) if w else None
+        for part, p, w in zip(parts, parameters, wanted[1:], strict=True)
+    ]
+    return grad_x if wanted[0] else None, grads
 
 
-def _forward_backward(ctx: Any, grad_z: torch.Tensor | None, grad_log_det: torch.Tensor | None) -> tuple[Any, ...]:
-    return _gradients(ctx, "forward", grad_z, grad_log_det)
+def _vjp_operator(engine: int, kind: str, x: Any, grad_out: Any, grad_log_det: Any, parameters: Any, wrt: str) -> Any:
+    return _vjp(kind, x, grad_out, grad_log_det, parameters, engine, wrt)
 
 
-def _inverse_backward(ctx: Any, grad_x: torch.Tensor | None, grad_log_det: torch.Tensor | None) -> tuple[Any, ...]:
-    return _gradients(ctx, "inverse", grad_x, grad_log_det)
+def _operator_backward(kind: str, ctx: Any, grad_out: Any, grad_log_det: Any) -> tuple[Any, ...]:
+    wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
+    return *_gradients(kind, ctx, ctx.engine, wanted, grad_out, grad_log_det), None, None
 
 
-def _log_prob_backward(ctx: Any, grad: torch.Tensor | None) -> tuple[Any, ...]:
-    return _gradients(ctx, "log_prob", None, grad)
+def _forward_backward(ctx: Any, grad_z: Any, grad_log_det: Any) -> tuple[Any, ...]:
+    return _operator_backward("forward", ctx, grad_z, grad_log_det)
+
+
+def _inverse_backward(ctx: Any, grad_x: Any, grad_log_det: Any) -> tuple[Any, ...]:
+    return _operator_backward("inverse", ctx, grad_x, grad_log_det)
+
+
+def _log_prob_backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
+    return _operator_backward("log_prob", ctx, None, grad)
 
 
 def _no_second_derivatives(ctx: Any, *grads: object) -> None:
@@ -410,6 +429,33 @@ _forward.register_autograd(_forward_backward, setup_context=_setup_context)
 _inverse.register_autograd(_inverse_backward, setup_context=_setup_context)
 _log_prob.register_autograd(_log_prob_backward, setup_context=_setup_context)
 _vjp.register_autograd(_no_second_derivatives)
+
+_OPERATORS: dict[str, Any] = {"forward": _forward, "inverse": _inverse, "log_prob": _log_prob}
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has memory, as those that stand for one in a trace do not."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
+class _Eager(torch.autograd.Function):
+    """The same for autograd alone, in a third of an operator's time."""
+
+    @staticmethod
+    def forward(kind: str, engine: int, x: torch.Tensor, *parameters: torch.Tensor) -> Any:
+        return getattr(_engines[engine], kind)(x, parameters, True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+        ctx.kind, ctx.engine, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad_out, grad_log_det = grads if len(grads) == 2 else (None, *grads)
+        grad_x, others = _gradients(ctx.kind, ctx, ctx.engine, ctx.needs_input_grad[2:], grad_out, grad_log_det)
+        return None, None, grad_x, *others
 
 
 # ---- the module -----------------------------------------------------------------------------------------------------
@@ -481,18 +527,18 @@ class FlowModule(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return z [..., D] and log|det dz/dx| [...], nats: data to latent."""
-        z, log_det = self._call(_forward, "x", x)
+        z, log_det = self._call("forward", "x", x)
         return z.reshape(x.shape), log_det.reshape(x.shape[:-1])
 
     def inverse(self, z: torch.Tensor, *, with_log_det: bool = False) -> Any:
         """Return x [..., D], latent to data; with `with_log_det`, (x, log|det dx/dz| [...], nats)."""
-        x, log_det = self._call(_inverse, "z", z)
+        x, log_det = self._call("inverse", "z", z)
         x = x.reshape(z.shape)
         return (x, log_det.reshape(z.shape[:-1])) if with_log_det else x
 
     def log_prob(self, x: torch.Tensor) -> torch.Tensor:
         """Return log p(x) [...], nats."""
-        result: torch.Tensor = self._call(_log_prob, "x", x)
+        result: torch.Tensor = self._call("log_prob", "x", x)
         return result.reshape(x.shape[:-1])
 
     def sample(self, n: int, *, seed: int | None = None) -> torch.Tensor:
@@ -548,13 +594,21 @@ class FlowModule(torch.nn.Module):
 
     def _tensors(self) -> list[torch.Tensor]:
         """All parameters, in the order of the flow's flat buffer."""
-        modules = self._modules
-        return [getattr(modules[layer], tensor) for layer, tensor in self._names]
+        modules: Any = self._modules
+        try:
+            return [modules[layer]._parameters[tensor] for layer, tensor in self._names]
+        except KeyError:  # parametrized: no parameter any more, but a property
+            return [getattr(modules[layer], tensor) for layer, tensor in self._names]
 
-    def _call(self, operator: Any, name: str, rows: torch.Tensor) -> Any:
+    def _call(self, kind: str, name: str, rows: torch.Tensor) -> Any:
         parameters = self._tensors()
         rows = self._checked(name, rows, parameters[0])
-        return operator(rows, parameters, self._engine.handle, torch.is_grad_enabled())
+        engine, followed = self._engine, torch.is_grad_enabled()
+        if not _is_plain(rows):
+            return _OPERATORS[kind](rows, parameters, engine.handle, followed)
+        if followed:
+            return _Eager.apply(kind, engine.handle, rows, *parameters)
+        return getattr(engine, kind)(rows, parameters, False)
 
     def _checked(self, name: str, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Return the rows as [B, D] of the parameters' dtype."""
