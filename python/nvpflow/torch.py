@@ -1,4 +1,4 @@
-"""PyTorch: a flow as an ``nn.Module``, a ``Transform`` and a ``Distribution``, differentiable by nvpflow's own gradients.
+"""PyTorch: a flow as an ``nn.Module``, a ``Transform`` and a ``Distribution``, with nvpflow's own gradients.
 
 >>> import nvpflow, nvpflow.torch, torch
 >>> module = nvpflow.torch.FlowModule(nvpflow.build(input_size=16, num_flows=4, hidden_sizes=(128,)))
@@ -13,21 +13,19 @@ Needs the extra ``torch``: ``pip install "nvpflow[torch]"``.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import json
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 try:
     import torch
     from torch.distributions import constraints
-    from torch.optim.optimizer import register_optimizer_step_post_hook
 except ImportError as error:
     raise ImportError('nvpflow.torch needs PyTorch 2.4 or newer: pip install "nvpflow[torch]"') from error
 
@@ -37,7 +35,6 @@ from nvpflow.flow import Flow
 
 __all__ = ["FlowDistribution", "FlowModule", "FlowTransform"]
 
-_Result = TypeVar("_Result")
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 # What converts to a flow's dtype without loss.
 _NARROWER = {
@@ -48,70 +45,36 @@ _NARROWER = {
 
 # ---- the packed parameters ------------------------------------------------------------------------------------------
 
-# Steps of any optimizer in this process. The fused ones write to parameters without a trace in Tensor._version.
-_optimizer_steps = 0
-
-
-def _count_optimizer_step(*_: object) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
-
-
-register_optimizer_step_post_hook(_count_optimizer_step)
-
 
 class _Packed:
-    """A flow that holds a copy of some parameters, and what tells that they are still the same."""
+    """A flow that holds a copy of some parameters; it is not changed while it has users."""
 
     def __init__(self, flow: Flow) -> None:
         self.flow = flow
-        self.stamp: object = None
-        self.kept: list[torch.Tensor] = []  # their memory cannot become somebody else's while the stamp counts
+        self.copy: torch.Tensor | None = None  # of its parameters, where they are on a CUDA device
         self.users = 0
-        self.generation = 0  # how often the parameters were found changed
 
 
-class _Forecast:
-    """A gradient of log_prob that was formed together with its value, because its cotangent could be foreseen.
+class _Foreseen:
+    """The parameters' gradient of one call of log_prob, formed with the value because its cotangent could be foreseen.
 
     A mean over the rows, the usual loss, gives every row the same cotangent, and the same one as in the step before.
-    With it a training step passes forward once instead of twice. What was foreseen counts only where everything it
-    came from turns out to be the same, bit for bit: it changes when gradients are formed, never what they are.
+    With it a training step passes forward once instead of twice. It belongs to one call and counts only where the
+    cotangent turns out to be that one: it changes when a gradient is formed, never what it is.
     """
 
-    def __init__(self) -> None:
-        self.rows = -1  # none
-        self.cotangent = 0.0
-        self._made_from: tuple[object, ...] | None = None
-        self._x: torch.Tensor | None = None  # its memory cannot become another tensor's meanwhile
-        self._gradient: Any = None
+    def __init__(self, cotangent: float, gradient: torch.Tensor) -> None:
+        self.cotangent = cotangent
+        self.gradient: torch.Tensor | None = gradient
 
-    def expects(self, x: torch.Tensor) -> bool:
-        return self.rows == x.shape[0] > 0
-
-    def keep(self, x: torch.Tensor, packed: _Packed, gradient: Any) -> None:
-        self._x, self._gradient = x.detach(), gradient
-        self._made_from = _identity(x, packed)
-        self.rows = -1  # until a backward pass bears it out
-
-    def take(self, x: torch.Tensor, packed: _Packed, cotangent: torch.Tensor) -> Any:
-        """Return the gradient, once, or None where it is not the one."""
-        made_from, gradient = self._made_from, self._gradient
-        self._made_from = self._x = self._gradient = None
-        value = _common_value(cotangent)
-        if value is None:
-            return None
-        foreseen, self.cotangent, self.rows = self.cotangent, value, x.shape[0]
-        return gradient if made_from == _identity(x, packed) and foreseen == value else None
-
-
-def _identity(x: torch.Tensor, packed: _Packed) -> tuple[object, ...]:
-    """What x and the parameters are, as long as both are kept."""
-    return id(packed), packed.generation, x.data_ptr(), x._version, x.shape, x.stride()
+    def take(self) -> torch.Tensor | None:
+        """Return the gradient, once: the caller owns it from then on and may add to it."""
+        gradient, self.gradient = self.gradient, None
+        return gradient
 
 
 def _common_value(values: torch.Tensor) -> float | None:
-    """The value of all elements, where it is one that is not NaN or zero; on the CPU alone, where to look is cheap."""
+    """Return the value of all elements, if one that is not NaN or zero; on the CPU alone, where to look is cheap."""
     if values.device.type != "cpu" or values.numel() == 0:
         return None
     array = values.detach().numpy()
@@ -152,57 +115,76 @@ class _GradientMemory:
 class _Engine:
     """Runs nvpflow's kernels on parameters that PyTorch owns.
 
-    The kernels read a packed copy of the parameters. It is made anew exactly when they have changed. What PyTorch does
-    to a tensor shows in its address, its version or the count of optimizer steps, which cost a microsecond to look at.
-    Where a call is `checked`, as all are that autograd follows, their bytes are compared besides.
+    The kernels read a packed copy of the parameters, made anew when they have changed. Every call compares all their
+    bytes: what PyTorch knows of changes leaves out ``parameter.data.add_``, NumPy's views and fused optimizers.
     """
 
-    def __init__(self, spec: FlowSpec, precision: str, num_threads: int) -> None:
-        self.spec = spec
-        self.precision = precision
-        self.num_threads = num_threads
-        self.flat: torch.Tensor | None = None  # the buffer whose parts the parameters are, unless somebody moved them
-        self.offsets: list[int] = []
-        self._addresses: tuple[int, list[int]] = (0, [])
+    def __init__(self, flow: Flow) -> None:
+        self.spec = flow.spec
+        self.precision = flow.precision
+        self.flat: torch.Tensor | None = None  # the memory that the parameters lie in, unless somebody moved them
+        self._layout = [(name, torch.Size(shape), offset) for name, shape, offset in flow._layout()]
+        self._places: tuple[int, list[tuple[int, torch.Size]]] = (0, [])
         self._lock = threading.Lock()
-        self._packed: _Packed | None = None
-        self._forecast = _Forecast()
+        self._packed = _Packed(flow)
         self._gradient_memory = _GradientMemory()
+        # Rows and cotangent of the last backward pass of log_prob; none between a prediction and its confirmation.
+        self._expected: tuple[int, float] | None = None
         self.handle = next(_handles)
         _engines[self.handle] = self
 
-    def run(self, parameters: Sequence[torch.Tensor], checked: bool, call: Callable[[Flow], _Result]) -> _Result:
-        """Return call(flow), where the flow has these parameters until the call is over."""
-        with self._using(parameters, checked) as packed:
-            return call(packed.flow)
+    @property
+    def num_threads(self) -> int:
+        return self._packed.flow.num_threads
 
-    def forward(
-        self, x: torch.Tensor, parameters: Sequence[torch.Tensor], checked: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    @num_threads.setter
+    def num_threads(self, value: int) -> None:
+        with self._lock:
+            self._packed.flow.num_threads = value
+
+    # -- calls --------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def using(self, parameters: Sequence[torch.Tensor]) -> Iterator[Flow]:
+        """Give a flow that has these parameters until the end of the block."""
+        packed = self._acquire(parameters)
+        try:
+            yield packed.flow
+        finally:
+            with self._lock:
+                packed.users -= 1
+
+    def forward(self, x: torch.Tensor, parameters: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """As Flow.forward."""
-        return self.run(parameters, checked, lambda flow: flow.forward(x.detach().contiguous()))
+        with self.using(parameters) as flow:
+            return flow.forward(x.detach().contiguous())
 
-    def inverse(
-        self, z: torch.Tensor, parameters: Sequence[torch.Tensor], checked: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def inverse(self, z: torch.Tensor, parameters: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """As Flow.inverse with log_det."""
-        return self.run(parameters, checked, lambda flow: flow.inverse(z.detach().contiguous(), with_log_det=True))
+        with self.using(parameters) as flow:
+            result: tuple[torch.Tensor, torch.Tensor] = flow.inverse(z.detach().contiguous(), with_log_det=True)
+            return result
 
-    def log_prob(self, x: torch.Tensor, parameters: Sequence[torch.Tensor], checked: bool) -> torch.Tensor:
-        """As Flow.log_prob; where its gradient can be foreseen, forms that, too."""
-        with self._using(parameters, checked) as packed:
-            with self._lock:
-                foreseen = checked and self._forecast.expects(x) and not x.requires_grad
-                cotangent = self._forecast.cotangent
-            if not foreseen or not any(p.requires_grad for p in parameters):
-                return packed.flow.log_prob(x.detach().contiguous())  # type: ignore[no-any-return]
-            memory = self._memory(packed, x)
-            cotangents = x.new_full(x.shape[:1], cotangent)
-            log_prob, gradient = packed.flow._log_prob_and_vjp(x.detach().contiguous(), cotangents, memory)
-            gradient = gradient if memory is None else torch.from_numpy(gradient)
-            with self._lock:
-                self._forecast.keep(x, packed, gradient)
-            return log_prob  # type: ignore[no-any-return]
+    def log_prob(self, x: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+        """As Flow.log_prob."""
+        with self.using(parameters) as flow:
+            result: torch.Tensor = flow.log_prob(x.detach().contiguous())
+            return result
+
+    def log_prob_foreseeing(
+        self, x: torch.Tensor, parameters: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, _Foreseen | None]:
+        """As Flow.log_prob, with the parameters' gradient where its cotangent can be foreseen."""
+        wanted = not x.requires_grad and any(p.requires_grad for p in parameters)
+        cotangent = self._expectation(x.shape[0]) if wanted else None
+        if cotangent is None:
+            return self.log_prob(x, parameters), None
+        with self.using(parameters) as flow:
+            memory = self._memory(flow, x)
+            log_prob, gradient = flow._log_prob_and_vjp(
+                x.detach().contiguous(), x.new_full(x.shape[:1], cotangent), memory
+            )
+            return log_prob, _Foreseen(cotangent, gradient if memory is None else torch.from_numpy(gradient))
 
     def vjp(
         self,
@@ -214,75 +196,110 @@ class _Engine:
         wrt: str,
     ) -> tuple[Any, Any]:
         """As Flow.vjp of kind "forward" or "inverse", or Flow.log_prob_vjp, whose cotangent is `grad_log_det`."""
-        given = [None if g is None else g.detach().contiguous() for g in (grad_out, grad_log_det)]
-        with self._using(parameters, True) as packed:
-            if kind == "log_prob" and wrt == "parameters" and grad_log_det is not None:
-                with self._lock:
-                    gradient = self._forecast.take(x, packed, grad_log_det)
-                if gradient is not None:
-                    return None, gradient
-            rows, memory = x.detach().contiguous(), None if wrt == "x" else self._memory(packed, x)
+        given: list[Any] = [None if g is None else g.detach().contiguous() for g in (grad_out, grad_log_det)]
+        with self.using(parameters) as flow:
+            memory = None if wrt == "x" else self._memory(flow, x)
             options: dict[str, Any] = {"wrt": wrt, "out": (None, memory)}
+            rows = x.detach().contiguous()
             if kind == "log_prob":
-                grad_x, gradient = packed.flow.log_prob_vjp(rows, given[1], **options)  # type: ignore[arg-type]
+                grad_x, gradient = flow.log_prob_vjp(rows, given[1], **options)
             else:
-                grad_x, gradient = packed.flow.vjp(rows, *given, direction=kind, **options)
+                grad_x, gradient = flow.vjp(rows, *given, **{**options, "direction": kind})
             return grad_x, gradient if memory is None else torch.from_numpy(gradient)
 
-    def _memory(self, packed: _Packed, x: torch.Tensor) -> Any:
-        """Where the parameters' gradient goes; None: a new tensor."""
+    def take_foreseen(self, foreseen: _Foreseen | None, cotangent: torch.Tensor) -> torch.Tensor | None:
+        """Return the foreseen gradient if its cotangent is this one, and learn what to foresee next."""
+        value = _common_value(cotangent)
+        with self._lock:
+            self._expected = None if value is None else (cotangent.shape[0], value)
+        return foreseen.take() if foreseen is not None and foreseen.cotangent == value else None
+
+    def _expectation(self, rows: int) -> float | None:
+        with self._lock:
+            if self._expected is None or self._expected[0] != rows:
+                return None
+            cotangent, self._expected = self._expected[1], None
+            return cotangent
+
+    def _memory(self, flow: Flow, x: torch.Tensor) -> Any:
+        """Return where the parameters' gradient goes; None: a new tensor."""
         if x.device.type != "cpu":
             return None
         with self._lock:
-            return self._gradient_memory.take(packed.flow.num_parameters, x.dtype)
+            return self._gradient_memory.take(flow.num_parameters, x.dtype)
 
-    @contextlib.contextmanager
-    def _using(self, parameters: Sequence[torch.Tensor], checked: bool) -> Iterator[_Packed]:
+    # -- parameters ---------------------------------------------------------------------------------------------------
+
+    def flatten(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Lay the parameters out in one piece of the host's memory, in the order of the flow's.
+
+        Each has a storage of its own there: one that is a view of a larger storage is refused by safetensors and
+        others. On a device they stay where they are, where joining them costs little.
+        """
+        self.flat = None
+        first = parameters[0]
+        if first.device.type != "cpu" or any((p.device, p.dtype) != (first.device, first.dtype) for p in parameters):
+            return
+        values = np.concatenate([p.detach().numpy().reshape(-1) for p in parameters])
+        for (_, shape, offset), parameter in zip(self._layout, parameters, strict=True):
+            parameter.data = torch.from_numpy(values[offset : offset + shape.numel()].reshape(shape))
+        self.flat = torch.from_numpy(values)
+
+    def are_flat(self, parameters: Sequence[torch.Tensor]) -> bool:
+        """Whether the parameters are the parts of `flat`."""
+        if self.flat is None:
+            return False
+        start, size = self.flat.data_ptr(), self.flat.element_size()
+        if self._places[0] != start:
+            self._places = (start, [(start + size * offset, shape) for _, shape, offset in self._layout])
+        return all(
+            p.data_ptr() == address and p.shape == shape and p.is_contiguous()
+            for p, (address, shape) in zip(parameters, self._places[1], strict=True)
+        )
+
+    def _acquire(self, parameters: Sequence[torch.Tensor]) -> _Packed:
+        flat = self.flat if self.flat is not None and self.are_flat(parameters) else self._gather(parameters)
         with self._lock:
-            packed = self._refreshed(parameters, checked)
+            packed = self._packed
             packed.users += 1
-        try:
-            yield packed
-        finally:
-            with self._lock:
-                packed.users -= 1
-
-    def _refreshed(self, parameters: Sequence[torch.Tensor], checked: bool) -> _Packed:
-        addresses = [p.data_ptr() for p in parameters]
-        try:
-            stamp: object = (_optimizer_steps, addresses, [p._version for p in parameters])
-        except RuntimeError:  # made in inference mode: they have no version
-            stamp, checked = None, True
-        packed = self._packed
-        if packed is not None and not checked and packed.stamp == stamp:
+        if self._holds(packed, flat):
             return packed
-        flat = self._gather(parameters, addresses)
-        if packed is None or packed.users > 0 or not self._fits(packed.flow, flat):
-            packed = self._packed = _Packed(self._new_flow(flat))
-        packed.stamp = None  # whatever fails from here on
-        packed.flow.num_threads = self.num_threads
-        if packed.flow._update_flat_parameters(flat.numpy() if flat.device.type == "cpu" else flat.cpu().numpy()):
-            packed.generation += 1
-        packed.stamp = stamp
-        packed.kept = [] if flat is self.flat else [p.detach() for p in parameters]
-        return packed
+        with self._lock:
+            packed.users -= 1
+            packed = self._packed
+            if packed.users > 0 or not self._fits(packed.flow, flat):
+                packed = self._packed = _Packed(self._new_flow(flat, packed.flow.num_threads))
+            packed.copy = None if flat.device.type == "cpu" else flat.clone()
+            packed.flow._set_flat_parameters(flat.cpu().numpy())
+            packed.users += 1
+            return packed
 
-    def _gather(self, parameters: Sequence[torch.Tensor], addresses: list[int]) -> torch.Tensor:
-        """All parameters in one vector: their own memory, where they lie in one."""
-        if self.flat is not None and addresses == self._flat_addresses(self.flat):
-            return self.flat
+    def _gather(self, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Copy all parameters into one vector."""
+        first = parameters[0]
+        for (name, shape, _), p in zip(self._layout, parameters, strict=True):
+            if p.shape != shape:
+                raise ValueError(f"the parameter {name} has shape {tuple(p.shape)}, expected {tuple(shape)}")
+            if p.dtype not in _DTYPES:
+                raise TypeError(f"the parameter {name} has dtype {p.dtype}, expected torch.float32 or torch.float64")
+            if (p.dtype, p.device) != (first.dtype, first.device):
+                raise ValueError(
+                    f"the parameter {name} is {p.dtype} on '{p.device}', {self._layout[0][0]} {first.dtype} on "
+                    f"'{first.device}'; expected all of one dtype on one device, as module.to() leaves them"
+                )
         return torch.cat([p.detach().reshape(-1) for p in parameters])
 
-    def _flat_addresses(self, flat: torch.Tensor) -> list[int]:
-        start = flat.data_ptr()
-        if self._addresses[0] != start:
-            self._addresses = (start, [start + offset * flat.element_size() for offset in self.offsets])
-        return self._addresses[1]
+    def _holds(self, packed: _Packed, flat: torch.Tensor) -> bool:
+        if not self._fits(packed.flow, flat):
+            return False
+        if flat.device.type == "cpu":
+            return packed.flow._has_flat_parameters(flat.numpy())
+        return packed.copy is not None and torch.equal(packed.copy, flat)
 
     def _fits(self, flow: Flow, flat: torch.Tensor) -> bool:
-        return flow.spec.dtype == _DTYPES.get(flat.dtype) and flow.device == _place(flat.device)
+        return flow.spec.dtype == _DTYPES[flat.dtype] and flow.device == _place(flat.device)
 
-    def _new_flow(self, flat: torch.Tensor) -> Flow:
+    def _new_flow(self, flat: torch.Tensor, num_threads: int) -> Flow:
         if flat.device.type not in ("cpu", "cuda"):
             raise ValueError(f"the parameters are on device '{flat.device}', expected the CPU or a CUDA device")
         spec = json.loads(self.spec.to_json())
@@ -290,7 +307,9 @@ class _Engine:
         # Modes of lower precision are for float32 on a CUDA device.
         lower = flat.device.type == "cuda" and flat.dtype == torch.float32
         precision = self.precision if lower else "float32"
-        return Flow(FlowSpec.from_json(json.dumps(spec)), device=_place(flat.device), precision=precision)
+        flow = Flow(FlowSpec.from_json(json.dumps(spec)), device=_place(flat.device), precision=precision)
+        flow.num_threads = num_threads
+        return flow
 
 
 _handles = itertools.count()
@@ -306,22 +325,18 @@ def _place(device: torch.device) -> str:
 
 
 @torch.library.custom_op("nvpflow::forward", mutates_args=())
-def _forward(
-    x: torch.Tensor, parameters: list[torch.Tensor], engine: int, checked: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _engines[engine].forward(x, parameters, checked)
+def _forward(x: torch.Tensor, parameters: list[torch.Tensor], engine: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return _engines[engine].forward(x, parameters)
 
 
 @torch.library.custom_op("nvpflow::inverse", mutates_args=())
-def _inverse(
-    z: torch.Tensor, parameters: list[torch.Tensor], engine: int, checked: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _engines[engine].inverse(z, parameters, checked)
+def _inverse(z: torch.Tensor, parameters: list[torch.Tensor], engine: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return _engines[engine].inverse(z, parameters)
 
 
 @torch.library.custom_op("nvpflow::log_prob", mutates_args=())
-def _log_prob(x: torch.Tensor, parameters: list[torch.Tensor], engine: int, checked: bool) -> torch.Tensor:
-    return _engines[engine].log_prob(x, parameters, checked)
+def _log_prob(x: torch.Tensor, parameters: list[torch.Tensor], engine: int) -> torch.Tensor:
+    return _engines[engine].log_prob(x, parameters)
 
 
 @torch.library.custom_op("nvpflow::vjp", mutates_args=())
@@ -341,15 +356,17 @@ def _vjp(
 
 
 @_forward.register_fake
-@_inverse.register_fake
-def _transform_shapes(
-    x: torch.Tensor, parameters: list[torch.Tensor], engine: int, checked: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward_shapes(x: torch.Tensor, parameters: list[torch.Tensor], engine: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[:1])
 
 
+@_inverse.register_fake
+def _inverse_shapes(z: torch.Tensor, parameters: list[torch.Tensor], engine: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return z.new_empty(z.shape), z.new_empty(z.shape[:1])
+
+
 @_log_prob.register_fake
-def _log_prob_shape(x: torch.Tensor, parameters: list[torch.Tensor], engine: int, checked: bool) -> torch.Tensor:
+def _log_prob_shape(x: torch.Tensor, parameters: list[torch.Tensor], engine: int) -> torch.Tensor:
     return x.new_empty(x.shape[:1])
 
 
@@ -368,42 +385,35 @@ def _vjp_shapes(
     return grad_x, x.new_empty(0 if wrt == "x" else size)
 
 
+def _wrt(wanted: Sequence[bool]) -> str:
+    return "both" if wanted[0] and any(wanted[1:]) else "x" if wanted[0] else "parameters"
+
+
+def _parts(flat: torch.Tensor, parameters: Sequence[torch.Tensor], wanted: Sequence[bool]) -> list[torch.Tensor | None]:
+    """Split the gradient of all parameters into those of each."""
+    parts: Any = torch.split(flat, [p.numel() for p in parameters])
+    return [
+        (part if p.dim() == 1 else part.view(p.shape)) if w else None
+        for part, p, w in zip(parts, parameters, wanted, strict=True)
+    ]
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
-    x, parameters, ctx.engine, _ = inputs
+    x, parameters, ctx.engine = inputs
+    ctx.owner = _engines.get(ctx.engine)  # which the graph may outlive otherwise
     ctx.save_for_backward(x, *parameters)
     ctx.set_materialize_grads(False)
 
 
-def _gradients(
-    kind: str, ctx: Any, engine: int, wanted: Sequence[bool], grad_out: Any, grad_log_det: Any
-) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-    """Cotangents of the saved rows and parameters; wanted: which of them."""
-    x, *parameters = ctx.saved_tensors
-    nothing: list[torch.Tensor | None] = [None] * len(parameters)
-    if grad_out is None and grad_log_det is None:
-        return None, nothing
-    wrt = "both" if wanted[0] and any(wanted[1:]) else "x" if wanted[0] else "parameters"
-    # Under create_graph the operator is what refuses second derivatives.
-    direct = not torch.is_grad_enabled() and _is_plain(x)
-    call = functools.partial(_engines[engine].vjp, kind) if direct else functools.partial(_vjp_operator, engine, kind)
-    grad_x, flat = call(x, grad_out, grad_log_det, parameters, wrt)
-    if wrt == "x":
-        return grad_x, nothing
-    parts = flat.split([p.numel() for p in parameters])
-    grads = [
-        (part if p.dim() == 1 else part.view(p.shape)) if w else None
-        for part, p, w in zip(parts, parameters, wanted[1:], strict=True)
-    ]
-    return grad_x if wanted[0] else None, grads
-
-
-def _vjp_operator(engine: int, kind: str, x: Any, grad_out: Any, grad_log_det: Any, parameters: Any, wrt: str) -> Any:
-    return _vjp(kind, x, grad_out, grad_log_det, parameters, engine, wrt)
-
-
 def _operator_backward(kind: str, ctx: Any, grad_out: Any, grad_log_det: Any) -> tuple[Any, ...]:
+    x, *parameters = ctx.saved_tensors
+    if grad_out is None and grad_log_det is None:
+        return None, [None] * len(parameters), None
     wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
-    return *_gradients(kind, ctx, ctx.engine, wanted, grad_out, grad_log_det), None, None
+    wrt = _wrt(wanted)
+    grad_x, flat = _vjp(kind, x, grad_out, grad_log_det, parameters, ctx.engine, wrt)
+    grads = [None] * len(parameters) if wrt == "x" else _parts(flat, parameters, wanted[1:])
+    return grad_x if wanted[0] else None, grads, None
 
 
 def _forward_backward(ctx: Any, grad_z: Any, grad_log_det: Any) -> tuple[Any, ...]:
@@ -433,29 +443,73 @@ _vjp.register_autograd(_no_second_derivatives)
 _OPERATORS: dict[str, Any] = {"forward": _forward, "inverse": _inverse, "log_prob": _log_prob}
 
 
+# ---- the same for autograd alone, in a third of an operator's time ---------------------------------------------------
+
+
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor has memory, as those that stand for one in a trace do not."""
-    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
+    return plain and not torch.compiler.is_compiling()
+
+
+def _no_vmap(info: Any, in_dims: Any, *arguments: object) -> Any:
+    raise NotImplementedError(
+        "FlowModule does not support torch.func.vmap; its methods take rows [..., D] with any leading axes at once, "
+        "and torch.autograd.functional.jacobian gives Jacobians"
+    )
+
+
+class _EagerVjp(torch.autograd.Function):
+    """_Engine.vjp where somebody may want to differentiate it again, and must hear that this cannot be."""
+
+    @staticmethod
+    def forward(
+        engine: _Engine, kind: str, wrt: str, x: Any, grad_out: Any, grad_log_det: Any, *parameters: torch.Tensor
+    ) -> Any:
+        return engine.vjp(kind, x, grad_out, grad_log_det, parameters, wrt)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    backward = staticmethod(_no_second_derivatives)
+    vmap = staticmethod(_no_vmap)
 
 
 class _Eager(torch.autograd.Function):
-    """The same for autograd alone, in a third of an operator's time."""
+    @staticmethod
+    def forward(kind: str, engine: _Engine, x: torch.Tensor, *parameters: torch.Tensor) -> Any:
+        if kind == "log_prob":
+            return engine.log_prob_foreseeing(x, parameters)
+        return getattr(engine, kind)(x, parameters)
 
     @staticmethod
-    def forward(kind: str, engine: int, x: torch.Tensor, *parameters: torch.Tensor) -> Any:
-        return getattr(_engines[engine], kind)(x, parameters, True)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.kind, ctx.engine, *tensors = inputs
+        ctx.foreseen = output[1] if ctx.kind == "log_prob" else None
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        grad_out, grad_log_det = grads if len(grads) == 2 else (None, *grads)
-        grad_x, others = _gradients(ctx.kind, ctx, ctx.engine, ctx.needs_input_grad[2:], grad_out, grad_log_det)
-        return None, None, grad_x, *others
+        kind, engine, foreseen, wanted = ctx.kind, ctx.engine, ctx.foreseen, ctx.needs_input_grad[2:]
+        x, *parameters = ctx.saved_tensors
+        grad_out, grad_log_det = (None, grads[0]) if kind == "log_prob" else grads
+        if grad_out is None and grad_log_det is None:
+            return None, None, *[None] * len(wanted)
+        wrt, flat, grad_x = _wrt(wanted), None, None
+        if torch.is_grad_enabled():  # create_graph
+            arguments = (engine, kind, wrt, x, grad_out, grad_log_det, *parameters)
+            grad_x, flat = _EagerVjp.apply(*arguments)  # type: ignore[no-untyped-call]
+        else:
+            if kind == "log_prob" and wrt == "parameters":
+                flat = engine.take_foreseen(foreseen, grad_log_det)
+            if flat is None:
+                grad_x, flat = engine.vjp(kind, x, grad_out, grad_log_det, parameters, wrt)
+        others = [None] * len(parameters) if wrt == "x" else _parts(flat, parameters, wanted[1:])
+        return None, None, grad_x if wanted[0] else None, *others
+
+    vmap = staticmethod(_no_vmap)
 
 
 # ---- the module -----------------------------------------------------------------------------------------------------
@@ -474,7 +528,8 @@ class FlowModule(torch.nn.Module):
     Parameters
     ----------
     flow
-        The model and its weights, which are copied; later changes of either do not reach the other.
+        The model and its weights, which are copied; later changes of either do not reach the other. What it rounds on
+        the CPU (``weights="bfloat16"``) the module does not: gradients want the weights in full.
 
     Raises
     ------
@@ -490,12 +545,12 @@ class FlowModule(torch.nn.Module):
     Parameters have the names of `nvpflow.Flow.parameters` (``flow_0_scale.kernel``, ...), and ``state_dict``, ``.to``,
     ``copy.deepcopy``, pickling, ``requires_grad_`` and ``torch.func.functional_call`` do with them what they do
     elsewhere. Those of a standardize layer start with ``requires_grad=False``, as `nvpflow.Flow.fit` keeps them, too.
-    They are views of one buffer, so that reading them costs no copy, and ``.to`` keeps them so.
+    On the CPU they lie one after the other in memory, so that reading them costs no copy, and ``.to`` keeps them so.
 
-    The kernels run on a packed copy that is made anew when the parameters have changed. Calls that autograd follows
-    compare every byte. Others trust PyTorch's own account of changes: in-place operations, assignments, optimizers.
-    What writes behind it (``parameter.data.add_``, ``parameter.detach().numpy()``, a CUDA graph, another process) must
-    be followed by `refresh`. Any number of threads may call one module.
+    The kernels run on a packed copy of the parameters. Every call compares all their bytes with it, so that no change
+    is missed, also one that PyTorch does not count (``parameter.data.add_``). That takes as long as reading the weights
+    once. For calls of single rows without gradients, `to_flow` has no such cost. Any number of threads may call one
+    module, with the parameters as they are when the call begins.
 
     Examples
     --------
@@ -509,7 +564,7 @@ class FlowModule(torch.nn.Module):
         super().__init__()
         if not isinstance(flow, Flow):
             raise TypeError(f"flow must be an nvpflow.Flow, got {_checks.describe(flow)}")
-        self._engine = _Engine(flow.spec, flow.precision, flow.num_threads)
+        self._engine = _Engine(flow.to(flow.device, flow.precision, "full"))
         flat = torch.from_numpy(flow._copy_flat_parameters()).to(flow.device)
         self._names: list[tuple[str, str]] = []
         for name, shape, offset in flow._layout():
@@ -519,9 +574,9 @@ class FlowModule(torch.nn.Module):
             size = torch.Size(shape).numel()
             trained = not layer.startswith("standardize")
             parameter = torch.nn.Parameter(flat[offset : offset + size].view(shape), requires_grad=trained)
-            self._modules[layer].register_parameter(tensor, parameter)
+            self.get_submodule(layer).register_parameter(tensor, parameter)
             self._names.append((layer, tensor))
-        self._flatten()
+        self._engine.flatten(self._tensors())
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
@@ -571,20 +626,12 @@ class FlowModule(torch.nn.Module):
 
     @num_threads.setter
     def num_threads(self, value: int) -> None:
-        self._engine.num_threads = _checks.integer("num_threads", value)
-        self.refresh()
+        self._engine.num_threads = value
 
     def to_flow(self) -> Flow:
         """Return an `nvpflow.Flow` with a copy of the parameters, on their device: to save, to fit, to call fast."""
-        flow = self._engine.run(self._tensors(), True, lambda flow: flow.to(flow.device, flow.precision))
-        flow.num_threads = self.num_threads
-        return flow
-
-    def refresh(self) -> None:
-        """Read the parameters anew at the next call; needed after they were written behind PyTorch's back only."""
-        packed = self._engine._packed
-        if packed is not None:
-            packed.stamp = None
+        with self._engine.using(self._tensors()) as flow:
+            return flow.to(flow.device, flow.precision)
 
     def extra_repr(self) -> str:
         """Return the model in one line."""
@@ -603,18 +650,21 @@ class FlowModule(torch.nn.Module):
     def _call(self, kind: str, name: str, rows: torch.Tensor) -> Any:
         parameters = self._tensors()
         rows = self._checked(name, rows, parameters[0])
-        engine, followed = self._engine, torch.is_grad_enabled()
+        engine = self._engine
         if not _is_plain(rows):
-            return _OPERATORS[kind](rows, parameters, engine.handle, followed)
-        if followed:
-            return _Eager.apply(kind, engine.handle, rows, *parameters)
-        return getattr(engine, kind)(rows, parameters, False)
+            return _OPERATORS[kind](rows, parameters, engine.handle)
+        if not torch.is_grad_enabled() and not torch._C._functorch.is_functorch_wrapped_tensor(rows):
+            return getattr(engine, kind)(rows, parameters)
+        result: Any = _Eager.apply(kind, engine, rows, *parameters)  # type: ignore[no-untyped-call]
+        return result[0] if kind == "log_prob" else result
 
     def _checked(self, name: str, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Return the rows as [B, D] of the parameters' dtype."""
         size = self._engine.spec.input_size
         if not isinstance(rows, torch.Tensor):
             raise TypeError(f"{name} is {type(rows).__name__}, expected a torch.Tensor")
+        if rows.layout != torch.strided:
+            raise TypeError(f"{name} has layout {rows.layout}, expected torch.strided; convert it with .to_dense()")
         if rows.dim() == 0 or rows.shape[-1] != size:
             raise ValueError(f"{name} has shape {tuple(rows.shape)}, expected (..., {size})")
         if rows.device != like.device:
@@ -629,23 +679,8 @@ class FlowModule(torch.nn.Module):
 
     def _noise(self, n: int, seed: int) -> torch.Tensor:
         parameters = self._tensors()
-        noise = self._engine.run(parameters, False, lambda flow: flow._noise(n, seed))
-        return torch.from_numpy(noise).to(parameters[0].device)
-
-    def _flatten(self) -> None:
-        """Make the parameters views of one buffer, in the order of the flow's."""
-        parameters = self._tensors()
-        engine = self._engine
-        engine.flat = None
-        engine.offsets = list(itertools.accumulate((p.numel() for p in parameters[:-1]), initial=0))
-        first = parameters[0]
-        if first.device.type == "meta" or any((p.device, p.dtype) != (first.device, first.dtype) for p in parameters):
-            return
-        with torch.no_grad():
-            flat = torch.cat([p.detach().reshape(-1) for p in parameters])
-            for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-                parameter.data = part.view(parameter.shape)
-        engine.flat = flat
+        with self._engine.using(parameters) as flow:
+            return torch.from_numpy(flow._noise(n, seed)).to(parameters[0].device)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FlowModule:
         """As nn.Module: what .to(), .double(), .cuda() and others do to every tensor."""
@@ -653,11 +688,10 @@ class FlowModule(torch.nn.Module):
         dtype = fn(torch.empty(0, dtype=first.dtype, device=first.device)).dtype
         if dtype not in _DTYPES:
             raise TypeError(f"the parameters cannot be {dtype}: nvpflow computes in float32 and float64")
-        super()._apply(fn, recurse)
-        engine, tensors = self._engine, self._tensors()
-        moved = engine.flat is None or [p.data_ptr() for p in tensors] != engine._flat_addresses(engine.flat)
-        if moved:
-            self._flatten()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        tensors = self._tensors()
+        if not self._engine.are_flat(tensors):
+            self._engine.flatten(tensors)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -667,10 +701,13 @@ class FlowModule(torch.nn.Module):
         return {**state, "_settings": (engine.spec, engine.precision, engine.num_threads)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        settings = state.pop("_settings")
-        super().__setstate__(state)
-        self._engine = _Engine(*settings)
-        self._flatten()
+        spec, precision, num_threads = state.pop("_settings")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        flow = Flow(spec)
+        flow.num_threads = num_threads
+        self._engine = _Engine(flow)
+        self._engine.precision = precision
+        self._engine.flatten(self._tensors())
 
 
 def _seed(seed: int | None) -> int:
@@ -690,7 +727,8 @@ class FlowTransform(torch.distributions.Transform):
     module
         The flow; the transform's gradients reach its parameters.
     cache_size
-        As of every transform: 1 keeps the last pair (x, z).
+        As of every transform: 1 keeps the last pair (x, z) and its log-determinant, so that a log_prob of a
+        ``TransformedDistribution`` passes through the flow once instead of twice.
     """
 
     domain = constraints.real_vector
@@ -700,6 +738,8 @@ class FlowTransform(torch.distributions.Transform):
     def __init__(self, module: FlowModule, cache_size: int = 0) -> None:
         super().__init__(cache_size=cache_size)
         self.module = module
+        # The last rows of _inverse and their log-determinant, which log_abs_det_jacobian is asked for next.
+        self._cached_log_det: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
 
     def __eq__(self, other: object) -> bool:
         """Two transforms are equal where they are of one module."""
@@ -715,11 +755,19 @@ class FlowTransform(torch.distributions.Transform):
         return self.module.inverse(x)  # type: ignore[no-any-return]
 
     def _inverse(self, y: torch.Tensor) -> torch.Tensor:
-        return self.module.forward(y)[0]
+        z, log_det = self.module.forward(y)
+        if self._cache_size > 0:
+            self._cached_log_det = y, log_det
+        return z
 
     def log_abs_det_jacobian(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Return log|det dy/dx| [...], nats; x is the latent here, y the data, as transforms call them."""
-        return -self.module.forward(y)[1]
+        rows, log_det = self._cached_log_det
+        return -log_det if rows is y and log_det is not None else -self.module.forward(y)[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what the cache holds."""
+        return {**super().__getstate__(), "_cached_log_det": (None, None)}  # type: ignore[no-untyped-call]
 
 
 class FlowDistribution(torch.distributions.Distribution):
@@ -743,7 +791,7 @@ class FlowDistribution(torch.distributions.Distribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> FlowDistribution:
         """Return the distribution of independent rows of a batch."""
-        new = self._get_checked_instance(FlowDistribution, _instance)
+        new: Any = self._get_checked_instance(FlowDistribution, _instance)  # type: ignore[no-untyped-call]
         new.module = self.module
         super(FlowDistribution, new).__init__(torch.Size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
@@ -758,5 +806,5 @@ class FlowDistribution(torch.distributions.Distribution):
         """Return log p(value) [..., *batch_shape], nats."""
         if self._validate_args:
             self._validate_sample(value)
-        shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)  # type: ignore[no-untyped-call]
         return self.module.log_prob(value).expand(shape)

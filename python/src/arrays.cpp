@@ -110,7 +110,11 @@ int type_number(const dlpack::DLDataType& type) {
   const int bits = type.bits;
   switch (type.code) {
     case 0:
-      return bits == 8 ? NPY_INT8 : bits == 16 ? NPY_INT16 : bits == 32 ? NPY_INT32 : bits == 64 ? NPY_INT64 : NPY_NOTYPE;
+      return bits == 8    ? NPY_INT8
+             : bits == 16 ? NPY_INT16
+             : bits == 32 ? NPY_INT32
+             : bits == 64 ? NPY_INT64
+                          : NPY_NOTYPE;
     case 1:
       return bits == 8    ? NPY_UINT8
              : bits == 16 ? NPY_UINT16
@@ -159,9 +163,9 @@ py::object host_view(PyObject* object, const char* name, Library library) {
   }
   // JAX hands out its immutable arrays in capsules that cannot say so.
   const bool read_only = imported.read_only || library == Library::jax;
-  auto view = py::reinterpret_steal<py::object>(
-      PyArray_New(&PyArray_Type, tensor.ndim, shape.data(), number, strides.data(),
-                  static_cast<char*>(tensor.data) + tensor.byte_offset, 0, read_only ? 0 : NPY_ARRAY_WRITEABLE, nullptr));
+  auto view = py::reinterpret_steal<py::object>(PyArray_New(
+      &PyArray_Type, tensor.ndim, shape.data(), number, strides.data(),
+      static_cast<char*>(tensor.data) + tensor.byte_offset, 0, read_only ? 0 : NPY_ARRAY_WRITEABLE, nullptr));
   if (!view) throw py::error_already_set();
   if (PyArray_SetBaseObject(reinterpret_cast<PyArrayObject*>(view.ptr()), imported.owner.release().ptr()) < 0) {
     throw py::error_already_set();
@@ -173,16 +177,17 @@ py::object host_view(PyObject* object, const char* name, Library library) {
 void refuse_rounding(const char* name, DType dtype, Library library) {
   if (library != Library::jax || dtype != DType::float64) return;
   if (imported("jax").attr("config").attr("jax_enable_x64").cast<bool>()) return;
-  raise(PyExc_TypeError, std::string(name) +
-                             " is an array of JAX, which has float64 switched off, and the flow is float64: switch it on "
-                             "with jax.config.update(\"jax_enable_x64\", True), or pass a NumPy array");
+  raise(PyExc_TypeError,
+        std::string(name) +
+            " is an array of JAX, which has float64 switched off, and the flow is float64: switch it on "
+            "with jax.config.update(\"jax_enable_x64\", True), or pass a NumPy array");
 }
 
 /// What is no array of NumPy's, as one that NumPy knows to read; notes in `in` whose it was.
 py::object from_outside(PyObject* object, const char* name, DType dtype, InputArray& in) {
   if (place_of(object, name) != Place::host) return convert(object, name, dtype);
   const Library library = library_of(object);
-  const py::object view = host_view(object, name, library);
+  const py::object view = host_view(settled(object, library).ptr(), name, library);
   refuse_rounding(name, dtype, library);
   if (library == Library::torch || library == Library::jax) {
     in.library = library;
@@ -238,8 +243,11 @@ void check_given(PyArrayObject* array, const char* name, DType dtype, int dims, 
 py::object given_view(PyObject* given, const char* name) {
   if (PyArray_Check(given)) return py::reinterpret_borrow<py::object>(given);
   switch (place_of(given, name)) {
-    case Place::host:
-      return host_view(given, name, library_of(given));
+    case Place::host: {
+      const Library library = library_of(given);
+      refuse_unsettled(given, name, library);
+      return host_view(given, name, library);
+    }
     case Place::device:
       raise(PyExc_ValueError, std::string(name) + " is " + Py_TYPE(given)->tp_name +
                                   " on a CUDA device, the input in the host's memory; expected both in one place");
@@ -273,10 +281,11 @@ void allocate(OutputArray& out, DType dtype, int dims, npy_intp* shape, const In
   if (!memory) throw py::error_already_set();
   const auto at = reinterpret_cast<std::uintptr_t>(PyArray_DATA(reinterpret_cast<PyArrayObject*>(memory.ptr())));
   out.data = reinterpret_cast<void*>((at + kAlignment - 1) / kAlignment * kAlignment);
-  out.array = py::reinterpret_steal<py::object>(PyArray_New(&PyArray_Type, dims, shape, type_number(dtype), nullptr,
-                                                            out.data, 0, NPY_ARRAY_CARRAY, nullptr));
+  out.array = py::reinterpret_steal<py::object>(
+      PyArray_New(&PyArray_Type, dims, shape, type_number(dtype), nullptr, out.data, 0, NPY_ARRAY_CARRAY, nullptr));
   if (!out.array) throw py::error_already_set();
-  if (PyArray_SetBaseObject(reinterpret_cast<PyArrayObject*>(out.array.ptr()), py::object(memory).release().ptr()) < 0) {
+  if (PyArray_SetBaseObject(reinterpret_cast<PyArrayObject*>(out.array.ptr()), py::object(memory).release().ptr()) <
+      0) {
     throw py::error_already_set();
   }
 }
@@ -311,7 +320,8 @@ InputArray input_vector(PyObject* object, const char* name, DType dtype, const I
   const std::int64_t rows = x.rows;
   const bool single = x.single;
   if (!PyArray_Check(object) && place_of(object, name) == Place::device) {
-    raise(PyExc_ValueError, std::string(name) + " is on a CUDA device, x in the host's memory; expected both in one place");
+    raise(PyExc_ValueError,
+          std::string(name) + " is on a CUDA device, x in the host's memory; expected both in one place");
   }
   InputArray in;
   read_host(object, name, dtype, in);

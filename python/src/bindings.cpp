@@ -261,8 +261,7 @@ py::tuple gradients(const BoundFlow& self, const InputArray& in, const std::stri
     refuse_overlap(parameters, second, input.array, input.name, input.bytes);
   }
   refuse_overlap(grad_in, first, parameters, second);
-  run_beside(self, in, kGradientCost * in.rows,
-             [&](const Execution& how) { f(grad_in.data, parameters.data, how); });
+  run_beside(self, in, kGradientCost * in.rows, [&](const Execution& how) { f(grad_in.data, parameters.data, how); });
   return py::make_tuple(wanted.x ? object_of(std::move(grad_in)) : py::none(),
                         wanted.parameters ? object_of(std::move(parameters)) : py::none());
 }
@@ -303,8 +302,8 @@ py::tuple log_prob_vjp(const BoundFlow& self, const py::object& x, const py::obj
   });
 }
 
-/// log_prob, and what log_prob_vjp gives for the parameters, in one pass; `out` (None: a new array) takes the latter and must not
-/// overlap the others.
+/// log_prob, and what log_prob_vjp gives for the parameters, in one pass; `out` (None: a new array) takes the latter
+/// and must not overlap the others.
 py::tuple log_prob_and_vjp(const BoundFlow& self, const py::object& x, const py::object& grad_log_prob,
                            const py::object& out) {
   const InputArray in = input_rows(x.ptr(), "x", self.dtype, self.features, self.device);
@@ -346,17 +345,17 @@ void set_flat_parameters(BoundFlow& self, const py::object& values) {
   by_dtype(self.dtype, [&](auto t) { self.flow.set_parameters(view<decltype(t)>(in, self.flow.num_parameters())); });
 }
 
-/// Sets them where a byte of them is another; tells whether. One caller at a time.
-bool update_flat_parameters(BoundFlow& self, const py::object& values) {
+/// Whether the flow's parameters are these, bit for bit.
+bool has_flat_parameters(const BoundFlow& self, const py::object& values) {
   const InputArray in = input_rows(values.ptr(), "parameters", self.dtype, self.flow.num_parameters(), kHost);
   if (!in.single) throw Error(ErrorCode::invalid_argument, "parameters has two axes, expected one");
+  const auto bytes = static_cast<std::size_t>(self.flow.num_parameters() * size_of(self.dtype));
+  const void* own = by_dtype(
+      self.dtype, [&](auto t) { return static_cast<const void*>(self.flow.parameters<decltype(t)>().data()); });
+  constexpr std::size_t kLong = 1 << 17;  // some microseconds: from here on other threads may run
+  if (bytes < kLong) return std::memcmp(own, in.data, bytes) == 0;
   const GilReleased released;
-  return by_dtype(self.dtype, [&](auto t) {
-    const auto given = view<decltype(t)>(in, self.flow.num_parameters());
-    if (std::memcmp(self.flow.parameters<decltype(t)>().data(), in.data, given.size_bytes()) == 0) return false;
-    self.flow.set_parameters(given);
-    return true;
-  });
+  return std::memcmp(own, in.data, bytes) == 0;
 }
 
 py::object flat_parameters(const py::object& self) {
@@ -550,15 +549,15 @@ void bind_flow(py::module_& module) {
       .def("nll_gradient", on_ready(&nll_gradient), py::arg("x"),
            "Mean negative log-likelihood of x [B, D], nats, and its gradient [num_parameters] (order of parameters()).")
       .def("vjp", on_ready(&vjp), py::arg("x"), py::arg("grad_out") = py::none(), py::arg("grad_log_det") = py::none(),
-           py::kw_only(), py::arg("direction") = "forward", py::arg("wrt") = "both",
-           py::arg("out") = py::none(),
+           py::kw_only(), py::arg("direction") = "forward", py::arg("wrt") = "both", py::arg("out") = py::none(),
            "Vector-Jacobian product of forward (or inverse): from the cotangents of the output [B, D] and of log_det\n"
            "[B] (None: zero) to those of x [B, D] and of the flat parameters [num_parameters]. wrt: 'both', or 'x' or\n"
            "'parameters' where the other is not wanted (None), which saves up to half of the work. out: a tuple\n"
            "(grad_x, grad_parameters) of arrays to write to.")
       .def("log_prob_vjp", on_ready(&log_prob_vjp), py::arg("x"), py::arg("grad_log_prob"), py::kw_only(),
            py::arg("wrt") = "both", py::arg("out") = py::none(),
-           "Vector-Jacobian product of log_prob: from its cotangent [B] to those of x [B, D] and of the flat parameters\n"
+           "Vector-Jacobian product of log_prob: from its cotangent [B] to those of x [B, D] and of the flat "
+           "parameters\n"
            "[num_parameters]; wrt and out as in vjp. With ones, wrt='x' is the score, the gradient of log p(x) by x.")
       .def("save", on_ready(&save), py::arg("path"),
            "Write the flow to one safetensors file, atomically: on failure an old file stays as it was.")
@@ -567,7 +566,7 @@ void bind_flow(py::module_& module) {
       .def("_copy_flat_parameters", on_ready(&copy_flat_parameters))
       .def("_set_flat_parameters", on_ready(&set_flat_parameters))
       .def("_log_prob_and_vjp", on_ready(&log_prob_and_vjp))
-      .def("_update_flat_parameters", on_ready(&update_flat_parameters))
+      .def("_has_flat_parameters", on_ready(&has_flat_parameters))
       .def("_noise", on_ready(&noise), py::arg("n"), py::arg("seed"))
       .def("_conditioner", on_ready(&conditioner))
       .def("_fit", on_ready(&fit_flow));

@@ -170,7 +170,7 @@ Found find(PyObject* object, const char* name, int device) {
   found.stream = current_stream(found.library, device);
   if (has(object, "__dlpack__")) {
     const std::intptr_t stream = found.stream == nullptr ? kLegacyStream : address(found.stream);
-    read_tensor(import_dlpack(object, name, stream), found);
+    read_tensor(import_dlpack(settled(object, found.library).ptr(), name, stream), found);
   } else {
     import_interface(object, name, device, found);
   }
@@ -412,9 +412,11 @@ OutputArray device_output(PyObject* given, const char* name, DType dtype, std::i
     return out;
   }
   if (place_of(given, name) != Place::device) {
-    raise(PyExc_TypeError, std::string(name) + " is " + Py_TYPE(given)->tp_name + " in the host's memory, the input on " +
-                               on_text(like.device) + "; expected both in one place");
+    raise(PyExc_TypeError, std::string(name) + " is " + Py_TYPE(given)->tp_name +
+                               " in the host's memory, the input on " + on_text(like.device) +
+                               "; expected both in one place");
   }
+  refuse_unsettled(given, name, library_of(given));
   const Found found = find(given, name, like.device);
   check(found, name, dtype, like.device);
   if (found.shape != shape) {

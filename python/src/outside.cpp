@@ -1,5 +1,7 @@
 #include "outside.hpp"
 
+#include <algorithm>
+
 namespace nvpflow::python {
 namespace {
 
@@ -37,8 +39,14 @@ py::object capsule_of(PyObject* object, std::optional<std::intptr_t> stream) {
 }
 
 void check_form(const DLTensor& tensor, const char* name) {
-  bool good = tensor.ndim >= 0 && (tensor.ndim == 0 || tensor.shape != nullptr) && tensor.dtype.lanes == 1;
-  for (std::int32_t i = 0; good && i < tensor.ndim; ++i) good = tensor.shape[i] >= 0;
+  constexpr std::int32_t kMostAxes = 32;  // more than any library's arrays have that NumPy reads
+  bool good = tensor.ndim >= 0 && tensor.ndim <= kMostAxes && (tensor.ndim == 0 || tensor.shape != nullptr) &&
+              tensor.dtype.lanes == 1;
+  std::int64_t most = std::int64_t{1} << 59;  // elements
+  for (std::int32_t i = 0; good && i < tensor.ndim; ++i) {
+    most /= std::max<std::int64_t>(1, tensor.shape[i]);
+    good = tensor.shape[i] >= 0 && most > 0;
+  }
   if (!good) raise(PyExc_TypeError, std::string(name) + ".__dlpack__() gave a tensor of an impossible form");
 }
 
@@ -85,11 +93,23 @@ Place place_of(PyObject* object, const char* name) {
 
 void refuse_grad(PyObject* object, const char* name, Library library) {
   if (library != Library::torch || !py::handle(object).attr("requires_grad").cast<bool>()) return;
-  raise(PyExc_ValueError,
-        std::string(name) +
-            " requires grad, which a Flow does not follow; wrap the flow in nvpflow.torch.FlowModule, whose methods are "
-            "differentiable, or pass " +
-            name + ".detach()");
+  raise(
+      PyExc_ValueError,
+      std::string(name) +
+          " requires grad, which a Flow does not follow; wrap the flow in nvpflow.torch.FlowModule, whose methods are "
+          "differentiable, or pass " +
+          name + ".detach()");
+}
+
+py::object settled(PyObject* object, Library library) {
+  const auto same = py::reinterpret_borrow<py::object>(object);
+  return library == Library::torch && same.attr("is_neg")().cast<bool>() ? same.attr("resolve_neg")() : same;
+}
+
+void refuse_unsettled(PyObject* object, const char* name, Library library) {
+  if (library != Library::torch || !py::handle(object).attr("is_neg")().cast<bool>()) return;
+  raise(PyExc_ValueError, std::string(name) + " is a view whose sign PyTorch changes later (" + name +
+                              ".is_neg()), which cannot be written to; pass a tensor of its own");
 }
 
 Imported import_dlpack(PyObject* object, const char* name, std::optional<std::intptr_t> stream) {

@@ -27,6 +27,12 @@ Place place_of(PyObject* object, const char* name);
 /// A tensor of PyTorch that autograd follows must not come in: results would leave its graph without a word.
 void refuse_grad(PyObject* object, const char* name, Library library);
 
+/// The object, or a copy where PyTorch has put off a change of sign that is not in memory yet (x.conj().imag), which
+/// its capsules do not tell.
+py::object settled(PyObject* object, Library library);
+/// Such a view is no place for results.
+void refuse_unsettled(PyObject* object, const char* name, Library library);
+
 /// What a capsule held, and what keeps it alive; its deleter runs with the GIL.
 struct Imported {
   py::object owner;
