@@ -342,6 +342,7 @@ def _in_child(flow, cpu, x, queue):
 
 @gpu
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_has_the_cpu_alone(pair):
     cpu, flow, _, x = pair()
@@ -593,7 +594,7 @@ class TestTorch:
             pytest.skip("PyTorch sees no CUDA device")
         _, flow, _, x = pair()
         rows = torch.from_numpy(x).cuda().requires_grad_()
-        with pytest.raises((BufferError, RuntimeError), match="grad"):
+        with pytest.raises(ValueError, match="^x requires grad"):
             flow.log_prob(rows)
 
 
