@@ -594,7 +594,7 @@ class TestTorch:
             pytest.skip("PyTorch sees no CUDA device")
         _, flow, _, x = pair()
         rows = torch.from_numpy(x).cuda().requires_grad_()
-        with pytest.raises(ValueError, match="^x requires grad"):
+        with pytest.raises(ValueError, match=r"^x requires grad"):
             flow.log_prob(rows)
 
 
@@ -630,6 +630,64 @@ class TestArraysThatLie:
     def test_interface(self, flow, array, changes, error, message):
         with pytest.raises(error, match=f"^x has .*{message}"):
             flow.log_prob(InterfaceAlone(array, **changes))
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"shape": None},
+            {"shape": 24},
+            {"shape": ("4", 6)},
+            {"shape": (2**70, 6)},
+            {"typestr": None},
+            {"typestr": 4},
+            {"typestr": ">f4"},
+            {"typestr": "<f"},
+            {"typestr": "<i4"},
+            {"typestr": "<f16"},
+            {"data": None},
+            {"data": ()},
+            {"data": (1,)},
+            {"data": ("address", False)},
+            {"data": (2**80, False)},
+            {"strides": 4},
+            {"strides": (4,)},
+            {"strides": ("a", "b")},
+            {"stream": 0},
+            {"stream": "one"},
+            {"stream": 2**80},
+            {"stream": 1.5},
+        ],
+        ids=str,
+    )
+    def test_interface_of_wrong_types(self, flow, array, changes):
+        with pytest.raises((TypeError, ValueError), match=r"^x\b"):
+            flow.log_prob(InterfaceAlone(array, **changes))
+
+    @pytest.mark.parametrize("says", [None, 3, [], {}, {"shape": (4, 6)}], ids=str)
+    def test_no_interface(self, flow, says):
+        class Odd:
+            __cuda_array_interface__ = says
+
+        with pytest.raises(TypeError, match=r"^x\b"):
+            flow.log_prob(Odd())
+
+    @pytest.mark.parametrize("stream", [0, -2, -5])
+    def test_streams_that_dlpack_has_not(self, array, stream):
+        with pytest.raises(ValueError, match=rf"^stream is {stream},"):
+            array.__dlpack__(stream=stream)
+
+    @pytest.mark.parametrize(
+        "options", [{"stream": "1"}, {"stream": 1.5}, {"max_version": 1}, {"max_version": ("a", 0)}], ids=str
+    )
+    def test_dlpack_options_of_wrong_types(self, array, options):
+        (name,) = options
+        with pytest.raises(TypeError, match=rf"^{name} is"):
+            array.__dlpack__(**options)
+
+    @pytest.mark.parametrize("dtype", [">f4", ">f8", "float16", "int32", "complex64"])
+    def test_dtypes_that_no_flow_has(self, dtype):
+        with pytest.raises(TypeError, match=r"^values has dtype"):
+            nvpflow.cuda.array(np.zeros(3, dtype))
 
     def test_misaligned(self, flow, array):
         pointer, _ = array.__cuda_array_interface__["data"]

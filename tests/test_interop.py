@@ -321,10 +321,10 @@ def test_read_only_outputs(flow):
     locked.flags.writeable = False
     assert_same_bits(flow.log_prob(Counting(x)), flow.log_prob(x))
     if tuple(map(int, np.__version__.split(".")[:2])) >= (2, 1):  # whose capsules can say so
-        with pytest.raises(ValueError, match="^out is read-only"):
+        with pytest.raises(ValueError, match=r"^out is read-only"):
             flow.log_prob(x, out=Counting(locked))
     jax = library("jax")
-    with pytest.raises(ValueError, match="^out is read-only"):
+    with pytest.raises(ValueError, match=r"^out is read-only"):
         flow.log_prob(x, out=jax.numpy.zeros(3))
 
 
@@ -452,7 +452,7 @@ def test_capsules_are_deleted_once_when_the_call_is_over(flow, versioned):
 def test_the_read_only_flag_is_honoured(flow):
     x = unit_data(3, SIZE, 16, "float32")
     out = Capsule(np.zeros(3, np.float32), versioned=True, flags=1)
-    with pytest.raises(ValueError, match="^out is read-only"):
+    with pytest.raises(ValueError, match=r"^out is read-only"):
         flow.log_prob(x, out=out)
     assert len(out.deleted_by) == 1
     writable = Capsule(np.zeros(3, np.float32), versioned=True)
@@ -516,6 +516,6 @@ def test_errors_of_the_producer_keep_their_cause(flow):
         def __dlpack__(self, **options):
             raise RuntimeError("the tensor is on strike")
 
-    with pytest.raises(TypeError, match="^x cannot be read by DLPack") as raised:
+    with pytest.raises(TypeError, match=r"^x cannot be read by DLPack") as raised:
         flow.log_prob(Broken())
     assert "on strike" in str(raised.value.__cause__)

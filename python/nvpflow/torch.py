@@ -804,7 +804,7 @@ class FlowDistribution(torch.distributions.Distribution):
 
     def log_prob(self, value: torch.Tensor) -> torch.Tensor:
         """Return log p(value) [..., *batch_shape], nats."""
-        if self._validate_args:
+        if self._validate_args and value.numel() > 0:  # PyTorch's check of vectors fails on none
             self._validate_sample(value)
         shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)  # type: ignore[no-untyped-call]
         return self.module.log_prob(value).expand(shape)

@@ -340,14 +340,22 @@ py::object to_dlpack(const DeviceArray& a, const py::object& stream, const py::o
   if (!dl_device.is_none() && !dl_device.equal(py::make_tuple(kCuda, a.memory.device()))) {
     raise(PyExc_BufferError, "dl_device is another device than the array's, cuda:" + std::to_string(a.memory.device()));
   }
-  if (!copy.is_none() && copy.cast<bool>()) raise(PyExc_BufferError, "copy=True is not supported");
-  const std::intptr_t consumer = stream.is_none() ? kLegacyStream : stream.cast<std::intptr_t>();
-  if (consumer == 0) raise(PyExc_ValueError, "stream is 0, which DLPack does not allow; use 1 or 2");
+  if (!copy.is_none() && PyObject_IsTrue(copy.ptr()) == 1) raise(PyExc_BufferError, "copy=True is not supported");
+  const auto consumer =
+      well_formed("stream is " + py::repr(stream).cast<std::string>() + ", expected None or an integer",
+                  [&] { return stream.is_none() ? kLegacyStream : stream.cast<std::intptr_t>(); });
+  if (consumer == 0 || consumer < -1) {
+    raise(PyExc_ValueError, "stream is " + std::to_string(consumer) +
+                                ", which DLPack does not allow; expected -1 (do not wait), 1 (the legacy default "
+                                "stream), 2 (the per-thread one) or a stream's address");
+  }
+  const auto versions =
+      well_formed("max_version is " + py::repr(max_version).cast<std::string>() + ", expected None or (major, minor)",
+                  [&] { return max_version.is_none() ? std::pair(0, 0) : max_version.cast<std::pair<int, int>>(); });
   const std::intptr_t own = a.stream == nullptr ? kLegacyStream : address(a.stream);
   if (consumer != -1 && consumer != own) cuda_wait(a.memory.device(), stream_at(consumer), a.stream);
-  const bool versioned = !max_version.is_none() && max_version.cast<std::pair<int, int>>().first >= 1;
-  return versioned ? new_capsule<DLManagedTensorVersioned>(a, "dltensor_versioned")
-                   : new_capsule<DLManagedTensor>(a, "dltensor");
+  return versions.first >= 1 ? new_capsule<DLManagedTensorVersioned>(a, "dltensor_versioned")
+                             : new_capsule<DLManagedTensor>(a, "dltensor");
 }
 
 DeviceArray array_of(const py::object& values, const std::string& device) {
