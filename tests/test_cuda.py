@@ -483,9 +483,11 @@ class TestDeviceArrayErrors:
         rows = nvpflow.cuda.array(x)
         with pytest.raises(ValueError, match="flow on the CPU"):
             cpu.log_prob(rows)
-        with pytest.raises(TypeError, match="host's memory"):
+        with pytest.raises(ValueError, match="host's memory"):
             flow.log_prob(rows, out=np.zeros(len(x), np.float32))
-        with pytest.raises(TypeError, match="expected a NumPy array"):
+        with pytest.raises(TypeError, match=r"^out is list, expected an array on cuda:0"):
+            flow.log_prob(rows, out=[0.0] * len(x))
+        with pytest.raises(ValueError, match=r"^out is .* on a CUDA device, the input in the host's memory"):
             flow.log_prob(x, out=nvpflow.cuda.array(np.zeros(len(x), np.float32)))
         with pytest.raises(ValueError, match="in one place"):
             flow.vjp(rows, x)

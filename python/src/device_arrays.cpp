@@ -419,10 +419,12 @@ OutputArray device_output(PyObject* given, const char* name, DType dtype, std::i
     allocate(out, dtype, shape, like);
     return out;
   }
-  if (place_of(given, name) != Place::device) {
-    raise(PyExc_TypeError, std::string(name) + " is " + Py_TYPE(given)->tp_name +
-                               " in the host's memory, the input on " + on_text(like.device) +
-                               "; expected both in one place");
+  const Place place = place_of(given, name);
+  if (place != Place::device) {
+    const std::string type = std::string(name) + " is " + Py_TYPE(given)->tp_name;
+    if (place == Place::unknown) raise(PyExc_TypeError, type + ", expected an array on " + on_text(like.device));
+    raise(PyExc_ValueError,
+          type + " in the host's memory, the input on " + on_text(like.device) + "; expected both in one place");
   }
   refuse_unsettled(given, name, library_of(given));
   const Found found = find(given, name, like.device);
