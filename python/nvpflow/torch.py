@@ -443,7 +443,7 @@ _vjp.register_autograd(_no_second_derivatives)
 _OPERATORS: dict[str, Any] = {"forward": _forward, "inverse": _inverse, "log_prob": _log_prob}
 
 
-# ---- the same for autograd alone, in a third of an operator's time ---------------------------------------------------
+# ---- the same for autograd alone, without what an operator costs -----------------------------------------------------
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

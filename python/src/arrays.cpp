@@ -184,8 +184,8 @@ void refuse_rounding(const char* name, DType dtype, Library library) {
 }
 
 /// What is no array of NumPy's, as one that NumPy knows to read; notes in `in` whose it was.
-py::object from_outside(PyObject* object, const char* name, DType dtype, InputArray& in) {
-  if (place_of(object, name) != Place::host) return convert(object, name, dtype);
+py::object from_outside(PyObject* object, const char* name, DType dtype, Place place, InputArray& in) {
+  if (place != Place::host) return convert(object, name, dtype);
   const Library library = library_of(object);
   const py::object view = host_view(settled(object, library).ptr(), name, library);
   refuse_rounding(name, dtype, library);
@@ -197,14 +197,14 @@ py::object from_outside(PyObject* object, const char* name, DType dtype, InputAr
   return convert(view.ptr(), name, dtype, library);
 }
 
-/// Sets in.owner to a C-contiguous array of the host.
-void read_host(PyObject* object, const char* name, DType dtype, InputArray& in) {
+/// Sets in.owner to a C-contiguous array of the host. place: of what is no array of NumPy's.
+void read_host(PyObject* object, const char* name, DType dtype, Place place, InputArray& in) {
   if (PyArray_CheckExact(object)) {
     in.owner = usable_as_is(reinterpret_cast<PyArrayObject*>(object), dtype)
                    ? py::reinterpret_borrow<py::object>(object)
                    : convert(object, name, dtype);
   } else {
-    in.owner = PyArray_Check(object) ? convert(object, name, dtype) : from_outside(object, name, dtype, in);
+    in.owner = PyArray_Check(object) ? convert(object, name, dtype) : from_outside(object, name, dtype, place, in);
   }
 }
 
@@ -297,11 +297,10 @@ void import_numpy() {
 }
 
 InputArray input_rows(PyObject* object, const char* name, DType dtype, std::int64_t features, int device) {
-  if (!PyArray_Check(object) && place_of(object, name) == Place::device) {
-    return device_rows(object, name, dtype, features, device);
-  }
+  const Place place = PyArray_Check(object) ? Place::host : place_of(object, name);
+  if (place == Place::device) return device_rows(object, name, dtype, features, device);
   InputArray in;
-  read_host(object, name, dtype, in);
+  read_host(object, name, dtype, place, in);
   auto* array = reinterpret_cast<PyArrayObject*>(in.owner.ptr());
   const int dims = PyArray_NDIM(array);
   if ((dims != 1 && dims != 2) || PyArray_DIM(array, dims - 1) != features) {
@@ -319,12 +318,13 @@ InputArray input_vector(PyObject* object, const char* name, DType dtype, const I
   if (x.on_device) return device_vector(object, name, dtype, x);
   const std::int64_t rows = x.rows;
   const bool single = x.single;
-  if (!PyArray_Check(object) && place_of(object, name) == Place::device) {
+  const Place place = PyArray_Check(object) ? Place::host : place_of(object, name);
+  if (place == Place::device) {
     raise(PyExc_ValueError,
           std::string(name) + " is on a CUDA device, x in the host's memory; expected both in one place");
   }
   InputArray in;
-  read_host(object, name, dtype, in);
+  read_host(object, name, dtype, place, in);
   auto* array = reinterpret_cast<PyArrayObject*>(in.owner.ptr());
   const bool good = single ? PyArray_NDIM(array) == 0 : PyArray_NDIM(array) == 1 && PyArray_DIM(array, 0) == rows;
   if (!good) {

@@ -76,9 +76,8 @@ Place place_of(PyObject* object, const char* name) {
       PyUnicode_Check(object)) {
     return Place::unknown;
   }
-  const bool interface = has(object, "__cuda_array_interface__");
-  if (!has(object, "__dlpack__") || !has(object, "__dlpack_device__")) {
-    return interface ? Place::device : Place::unknown;
+  if (!has(object, "__dlpack_device__") || !has(object, "__dlpack__")) {
+    return has(object, "__cuda_array_interface__") ? Place::device : Place::unknown;
   }
   const auto type = well_formed(
       std::string(name) + ".__dlpack_device__() does not say where the data are, expected (device type, index)", [&] {
