@@ -201,6 +201,34 @@ class TestValues:
 
 
 @gpu
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_vector_jacobian_products_of_what_is_wanted(pair, dtype):
+    cpu, flow, _, x = pair(dtype)
+    cotangent = np.linspace(-1, 1, len(x)).astype(dtype)
+    calls = {
+        "log_prob": lambda f, **options: f.log_prob_vjp(x, cotangent, **options),
+        "forward": lambda f, **options: f.vjp(x, x, cotangent, **options),
+        "inverse": lambda f, **options: f.vjp(x, x, cotangent, direction="inverse", **options),
+    }
+    for call in calls.values():
+        both, expected = call(flow), call(cpu)
+        for got, want in zip(both, expected, strict=True):
+            assert np.abs(got - want).max() <= 100 * BUDGET[dtype] * np.abs(want).max()
+        only_x, none = call(flow, wrt="x")
+        assert none is None
+        assert np.array_equal(only_x, both[0])
+        none, only_parameters = call(flow, wrt="parameters")
+        assert none is None
+        assert np.array_equal(only_parameters, both[1])
+        out = np.full_like(x, np.nan), np.full(flow.num_parameters, np.nan, dtype)
+        assert call(flow, out=out)[1] is out[1]
+        assert np.array_equal(out[0], both[0])
+    value, gradient = flow._log_prob_and_vjp(x, cotangent, None)
+    assert np.array_equal(value, flow.log_prob(x))
+    assert np.array_equal(gradient, flow.log_prob_vjp(x, cotangent)[1])
+
+
+@gpu
 @pytest.mark.skipif(
     nvpflow.cuda.is_available() and nvpflow.cuda.device_name() == "emulated device", reason="slow on the emulator"
 )
