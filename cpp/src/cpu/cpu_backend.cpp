@@ -138,6 +138,17 @@ class CpuBackend final : public Backend {
     run_gradient(call, rows, static_cast<T*>(grad_parameters), accumulate, how.threads);
   }
 
+  void log_prob_vjp(const void* x, std::int64_t rows, const void* grad_log_prob, void* log_prob, void* grad_x,
+                    void* grad_parameters, bool accumulate, const Execution& how) const override {
+    GradientCall<T> call;
+    call.in = static_cast<const T*>(x);
+    call.density = true;
+    call.grad_log_det = static_cast<const T*>(grad_log_prob);
+    call.log_prob = static_cast<T*>(log_prob);
+    call.grad_in = static_cast<T*>(grad_x);
+    run_gradient(call, rows, static_cast<T*>(grad_parameters), accumulate, how.threads);
+  }
+
   double nll_gradient(const void* x, const std::int64_t* index, std::int64_t rows, std::int64_t total_rows,
                       void* grad_parameters, bool accumulate, const Execution& how) const override {
     GradientCall<T> call;
