@@ -20,10 +20,12 @@ except ImportError as error:
     ) from error
 
 from nvpflow import cuda, functional
+from nvpflow.certificate import Certificate
 from nvpflow.flow import Flow, build, load
 from nvpflow.training import History
 
 __all__ = [
+    "Certificate",
     "CudaError",
     "FileFormatError",
     "Flow",

@@ -23,7 +23,8 @@ class FileFormatError(ValueError):
     """A model file is damaged, foreign, or newer than this library."""
 
 class TrainingError(ArithmeticError):
-    """Training met a NaN or infinite loss or gradient; the flow keeps the best weights so far."""
+    """Training met a NaN or infinite loss or gradient, and the flow keeps the best weights so far; or no epoch was inside
+    max_round_trip, and the flow is as it was."""
 
 class CudaError(RuntimeError):
     """CUDA cannot be used here, or a CUDA device failed."""
@@ -96,6 +97,7 @@ class EpochRecord(TypedDict):
     learning_rate: float
     gradient_norm: float
     seconds: float
+    round_trip: float
 
 class FitSummary(TypedDict):
     epochs: list[EpochRecord]
