@@ -48,8 +48,9 @@ class _Dense:
         self.inputs, self.outputs = kernel.shape
 
     def rounding(self, size: float, error: float, eps: float) -> float:
-        """Error of the result for an input of norm `size` with error `error`: n + 1 roundings of each sum."""
-        return self.norm * error + (self.inputs + 1) * eps / 2 * (self.sums_norm * size + self.bias)
+        """Return the error of the result for an input of norm `size` and this `error`: n + 1 roundings of a sum."""
+        of_sums: float = (self.inputs + 1) * eps / 2 * (self.sums_norm * size + self.bias)
+        return self.norm * error + of_sums
 
 
 class _Coupling:
@@ -84,7 +85,7 @@ class _Coupling:
         return y, s.sum(axis=1)
 
     def pull_back(self, errors: list[float], eps: float) -> list[float]:
-        """From the errors of the two parts after the layer to those before it, on the way back."""
+        """Return the errors of the two parts before the layer from those after it, on the way back."""
         error = errors[self.a]
         rounding_s, rounding_t = self._conditioner_roundings(eps) if error > 0 else (0.0, 0.0)
         width = 2 * self._limit * math.sqrt(self._scale.outputs)
@@ -100,7 +101,7 @@ class _Coupling:
         return before
 
     def _conditioner_roundings(self, eps: float) -> tuple[float, float]:
-        """Rounding errors of the computed s and t, as Euclidean norms."""
+        """Return the rounding errors of the computed s and t, as Euclidean norms."""
         size, error = self._norm_a, 0.0
         for dense in self._hidden:
             error = dense.rounding(size, error, eps) * _LIPSCHITZ[self._activation]
@@ -130,7 +131,7 @@ class _Standardize:
         self._local = [0.0, 0.0]  # roundings there and back, of each part
 
     def walk(self, x: Array) -> tuple[Array, Array]:
-        y = (x - self._mean) / self._std
+        y: Array = (x - self._mean) / self._std
         roundings = 5 * np.abs(x - self._mean) + np.abs(x)
         if self._first:  # relative to std + |x|, as the errors are
             roundings = roundings / (self._std + np.abs(x))
@@ -172,7 +173,8 @@ class Walk:
         for layer in self._layers:
             x, step = layer.walk(x)
             log_det += step
-        return log_det - 0.5 * (x.shape[1] * math.log(2 * math.pi) + np.square(x).sum(axis=1))
+        log_normal: Array = -0.5 * (x.shape[1] * math.log(2 * math.pi) + np.square(x).sum(axis=1))
+        return log_normal + log_det
 
     def bound(self, eps: float) -> float | None:
         """Bound the relative error of a round trip in arithmetic of `eps`; None where there is no finite bound."""

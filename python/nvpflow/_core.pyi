@@ -23,8 +23,7 @@ class FileFormatError(ValueError):
     """A model file is damaged, foreign, or newer than this library."""
 
 class TrainingError(ArithmeticError):
-    """Training met a NaN or infinite loss or gradient, and the flow keeps the best weights so far; or no epoch was inside
-    max_round_trip, and the flow is as it was."""
+    """Training met a NaN or infinite loss or gradient (the best weights are kept), or kept no epoch."""
 
 class CudaError(RuntimeError):
     """CUDA cannot be used here, or a CUDA device failed."""

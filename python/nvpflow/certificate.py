@@ -86,8 +86,8 @@ class Certificate:
     jacobian_rows
         Rows whose Jacobian was formed: drawn at random, and the row with the worst round trip.
     jacobian_resolution
-        Relative error of those determinants themselves, D times float64's epsilon times the Jacobian's condition number;
-        a `log_det` below it says nothing against the flow. None where one of them is beyond float64's range.
+        Relative error of those determinants themselves: D times float64's epsilon times the Jacobian's condition
+        number; a `log_det` below it says nothing against the flow. None where one of them is beyond float64's range.
     stretch, shrink
         Largest singular values of dz/dx and dx/dz among those rows: how much a rounding of x can move z, and a rounding
         of z x. None where no Jacobian was formed, or beyond float64's range.
@@ -157,7 +157,8 @@ class Certificate:
             f"Certificate: {self.verdict}; {self.dtype} promises {self.promised:.0e}, tolerated {self.tolerance:.0e}",
             f"  {self.flow}",
             f"  {_counted(self.rows, 'row')}; {self.nonfinite_rows:,} with NaN or inf"
-            f"{_first(self.first_nonfinite_row)}; {self.failed_rows:,} finite ones failed{_first(self.first_failed_row)}",
+            f"{_first(self.first_nonfinite_row)}; {self.failed_rows:,} finite ones failed"
+            f"{_first(self.first_failed_row)}",
             f"  {'largest error':<32}  relative  absolute  worst row",
             *(f"    {name:<30}  {_columns(error)}" for name, error in errors.items()),
             f"  {'x -> z -> x of those in float64':<32}  {double}",
@@ -400,7 +401,7 @@ class Certifier:
                 shrink = max(shrink, float(1 / singular[-1]))
                 resolution = max(resolution, columns * float(np.finfo(np.float64).eps * singular[0] / singular[-1]))
                 error = np.array([abs(float(log_det) - expected)])
-                worst.add(error / (1 + abs(expected)), error, number[None])
+                worst.add(error / (1 + abs(expected)), error, np.array([number]))
             back = self._reference.inverse(self._reference.forward(wide)[0])
             errors = self._round_trip_errors(wide, back)[0]
         return {
@@ -454,8 +455,8 @@ class Certifier:
         if verdict == "unreliable":
             advice.append(
                 f"The model is ill-conditioned on these rows. Train it with a lower scale_bound (now "
-                f"{spec.scale_bound:g}), weight_decay, fewer couplings (now {spec.num_flows}), or max_round_trip, which "
-                "keeps the best epoch that can be inverted."
+                f"{spec.scale_bound:g}), weight_decay, fewer couplings (now {spec.num_flows}), or max_round_trip, "
+                "which keeps the best epoch that can be inverted."
             )
         return advice
 

@@ -1,7 +1,7 @@
 """The command ``nvpflow``: fit, score, sample, check, info and demo.
 
-Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 3 check finds a model unreliable, 130 Ctrl-C, 141 the
-reader of a pipe went away.
+Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 3 `check` finds a model unreliable, 130 Ctrl-C,
+141 the reader of a pipe went away.
 """
 
 import argparse

@@ -591,10 +591,9 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   import_numpy();
   file_format_error = new_exception(module, "FileFormatError", PyExc_ValueError,
                                     "A model file is damaged, foreign, or newer than this library.");
-  training_error = new_exception(
-      module, "TrainingError", PyExc_ArithmeticError,
-      "Training met a NaN or infinite loss or gradient, and the flow keeps the best weights so far; or no "
-      "epoch was inside max_round_trip, and the flow is as it was.");
+  training_error =
+      new_exception(module, "TrainingError", PyExc_ArithmeticError,
+                    "Training met a NaN or infinite loss or gradient (the best weights are kept), or kept no epoch.");
   cuda_error =
       new_exception(module, "CudaError", PyExc_RuntimeError, "CUDA cannot be used here, or a CUDA device failed.");
   py::register_exception_translator([](std::exception_ptr p) {
