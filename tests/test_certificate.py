@@ -1,4 +1,4 @@
-"""Certificates: every figure against the oracle or by hand, good and bad models told apart, and fit's max_round_trip."""
+"""Certificates: each figure against the oracle or by hand, good and bad models told apart; fit's max_round_trip."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_trained_flow_is_accurate() -> None:
     flow.fit(x * 100 + 1000, epochs=4, progress=False)
     found = flow.certify(x * 100 + 1000)
     assert found.verdict == "accurate"
-    # Data far from zero in units of their spread: x' has no room for the last digits of z, which is not the flow's fault.
+    # Data far from zero in units of their spread: x' has no room for the last digits of z.
     assert found.round_trip.absolute > 3e-7
 
 
@@ -420,7 +420,7 @@ def test_a_flow_in_another_dtype(make_flow) -> None:
 def test_weights_that_float32_does_not_hold() -> None:
     flow = nvpflow.build(2, 1, (), dtype="float64")
     flow.set_parameters({name: np.full_like(value, 1e39) for name, value in flow.parameters().items()})
-    with pytest.raises(ValueError, match="dtype is 'float32'.*beyond its range"):
+    with pytest.raises(ValueError, match=r"dtype is 'float32'.*beyond its range"):
         flow.astype("float32")
     with pytest.raises(ValueError, match="float16"):
         flow.astype("float16")
@@ -496,10 +496,6 @@ def test_epochs_outside_the_bound_are_not_the_best() -> None:
     assert history.best_loss == free.validation_loss[within].min()
     assert history.best_epoch == int(free.epoch[within][np.argmin(free.validation_loss[within])])
     assert flow.certify(validation).round_trip.relative <= bound
-    # An epoch outside is no better, however low its loss: patience counts it.
-    waiting = train(trainee(), x, validation=validation, max_round_trip=bound, patience=2, epochs=6)
-    assert waiting.stop_reason in ("patience", "epochs")
-    assert len(waiting) <= max(waiting.best_epoch + 2, 2)
 
 
 def test_a_run_without_an_epoch_inside_says_so_and_leaves_the_flow_alone(tmp_path) -> None:
@@ -515,7 +511,8 @@ def test_a_run_without_an_epoch_inside_says_so_and_leaves_the_flow_alone(tmp_pat
         assert_same_bits(flat(flow), before)
     with pytest.raises(nvpflow.TrainingError, match="1 epochs"):
         train(trainee(), x, max_round_trip=1e-10, callback=lambda record: False)
-    # A stop of patience is one, too.
+    # For patience an epoch outside is no better, however low its loss.
+    assert len(train(trainee(), x, max_round_trip=1.0, patience=3)) == 6
     with pytest.raises(nvpflow.TrainingError, match="of 3 epochs"):
         train(trainee(), x, max_round_trip=1e-10, patience=3)
 

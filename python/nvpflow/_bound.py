@@ -1,6 +1,6 @@
 """A bound on the rounding error of a round trip, from the weights and from what the rows reach on their way.
 
-The derivation is in docs/certify.md of the sources (python/docs/certify.md); its letters are used here.
+The derivation is in python/docs/certify.md of the sources; its letters are used here.
 """
 
 from __future__ import annotations

@@ -338,7 +338,7 @@ class Flow(_core.Flow):
         Returns
         -------
         Certificate
-            It prints as a table, and `Certificate.to_json` keeps it.
+            It prints as a table, and `Certificate.to_json` keeps it. python/docs/certify.md of the sources explains it.
 
         Raises
         ------
