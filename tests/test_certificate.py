@@ -102,6 +102,24 @@ def test_rounding_on_purpose_is_named() -> None:
     assert any("weights='bfloat16'" in sentence for sentence in found.advice)
 
 
+@pytest.mark.gpu
+def test_a_flow_on_cuda_is_measured_there() -> None:
+    flow = random_flow(0.5, num_flows=2, hidden=(16,))
+    x = unit_data(200, 16, 1, "float32")
+    x[5] = np.nan
+    found, on_cpu = flow.to("cuda").certify(x, jacobian_rows=3), flow.certify(x, jacobian_rows=3)
+    assert (found.verdict, found.device) == ("accurate", "cuda:0")
+    assert found.round_trip.relative <= found.round_trip_bound == on_cpu.round_trip_bound
+    assert found.parameters_sha256 == on_cpu.parameters_sha256
+    assert found.float64_round_trip == pytest.approx(on_cpu.float64_round_trip, abs=1e-15)
+    double = flow.to("cuda").astype("float64")
+    assert (double.device, double.certify(x.astype(np.float64), jacobian_rows=1).verdict) == ("cuda:0", "accurate")
+    rounded = flow.to("cuda", "tf32").certify(x, jacobian_rows=1)
+    assert (rounded.precision, rounded.round_trip_bound) == ("tf32", None)
+    assert rounded.log_prob.relative > 1e-5
+    assert any("precision='tf32'" in sentence for sentence in rounded.advice)
+
+
 # ---------------------------------------------------------------------------------------------- each figure
 
 
