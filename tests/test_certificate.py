@@ -458,7 +458,7 @@ def curved(rows: int, seed: int = 0) -> np.ndarray:
 
 def train(flow, x, **options):
     shared = {"progress": False, "epochs": 6, "batch_size": 64, "seed": 3, "learning_rate": 1e-2}
-    return flow.fit(x, **(shared | options))
+    return flow.fit(x, **{**shared, **options})
 
 
 def trainee(seed: int = 1):
@@ -474,7 +474,7 @@ def test_fit_measures_what_a_certificate_would() -> None:
     for options, rows in (({"validation": validation}, validation), ({"validation": None}, x)):
         flow = trainee()
         history = train(flow, x, epochs=1, max_round_trip=1e-3, **options)
-        assert history.round_trip[0] == flow.certify(rows).round_trip.relative
+        assert history.round_trip[0] == pytest.approx(flow.certify(rows).round_trip.relative, rel=1e-12)
     # Rows held out by fit: at most the worst of all.
     flow = trainee()
     history = train(flow, x, epochs=1, max_round_trip=1e-3, validation=0.2)
@@ -495,20 +495,24 @@ def test_measuring_changes_nothing_else() -> None:
         assert_same_bits(train(trainee(), x, max_round_trip=1.0, num_threads=threads).round_trip, second.round_trip)
 
 
-def separating_bound(history) -> float:
-    """A bound that the best epoch is outside of and the first one within."""
-    order = np.sort(history.round_trip)
-    bound = float(np.sqrt(order[0] * order[1]))
-    assert history.round_trip[history.best_epoch - 1] > bound, "the test needs a best epoch that is not the smoothest"
-    return bound
+def separated(x, validation) -> tuple[dict[str, object], nvpflow.History]:
+    """Options of a run whose lowest loss is outside the bound and which has epochs within; and the run without it."""
+    for seed in range(8):  # the errors of good flows are noise: in one run of six the best epoch has the smallest
+        free = train(trainee(), x, validation=validation, seed=seed, max_round_trip=1.0)
+        of_best = free.round_trip[free.best_epoch - 1]
+        smaller = free.round_trip[free.round_trip < of_best]
+        if len(smaller):
+            bound = float(np.sqrt(smaller.max() * of_best))
+            return {"validation": validation, "seed": seed, "max_round_trip": bound}, free
+    raise AssertionError("no run of eight has an epoch with a smaller error than the best")
 
 
 def test_epochs_outside_the_bound_are_not_the_best() -> None:
     x, validation = curved(500), curved(300, seed=2)
-    free = train(trainee(), x, validation=validation, max_round_trip=1.0)
-    bound = separating_bound(free)
+    options, free = separated(x, validation)
+    bound = options["max_round_trip"]
     flow = trainee()
-    history = train(flow, x, validation=validation, max_round_trip=bound)
+    history = train(flow, x, **options)
     within = free.round_trip <= bound
     assert_same_bits(history.round_trip, free.round_trip)
     assert history.best_loss == free.validation_loss[within].min()
@@ -538,22 +542,23 @@ def test_a_run_without_an_epoch_inside_says_so_and_leaves_the_flow_alone(tmp_pat
 @pytest.mark.parametrize("stop_after", [1, 4])
 def test_a_resumed_run_remembers_the_bound(tmp_path, stop_after) -> None:
     x, validation = curved(500), curved(300, seed=2)
-    bound = separating_bound(train(trainee(), x, validation=validation, max_round_trip=1.0))
+    options, free = separated(x, validation)
     whole = trainee()
-    expected = train(whole, x, validation=validation, max_round_trip=bound)
-    options = {"validation": validation, "checkpoint": tmp_path / "run.checkpoint"}
+    expected = train(whole, x, **options)
+    assert expected.best_epoch != free.best_epoch
+    options["checkpoint"] = tmp_path / "run.checkpoint"
     try:
-        train(trainee(), x, max_round_trip=bound, callback=lambda record: record["epoch"] < stop_after, **options)
+        train(trainee(), x, callback=lambda record: record["epoch"] < stop_after, **options)
     except nvpflow.TrainingError:  # no epoch was inside yet
         assert expected.best_epoch > stop_after
     resumed = trainee(seed=99)
-    history = train(resumed, x, max_round_trip=bound, **options)
+    history = train(resumed, x, **options)
     assert_same_bits(flat(resumed), flat(whole))
     assert_same_bits(history.round_trip, expected.round_trip)
     assert (history.best_epoch, history.best_loss) == (expected.best_epoch, expected.best_loss)
-    for other in (None, 2 * bound):
+    for other in (None, 2 * options["max_round_trip"]):
         with pytest.raises(ValueError, match="max_round_trip"):
-            train(trainee(), x, max_round_trip=other, **options)
+            train(trainee(), x, **(options | {"max_round_trip": other}))
 
 
 def test_the_callback_hears_of_the_round_trip() -> None:

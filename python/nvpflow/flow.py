@@ -322,7 +322,7 @@ class Flow(_core.Flow):
 
         Every row goes there and back in both directions, its log p is compared with that of a float64 copy, and the
         log-determinant of some rows with the determinant of the float64 Jacobian. A bound on the round trip is derived
-        from the weights. It takes about ten times as long as `log_probability`, and memory for a block of rows.
+        from the weights. It takes ten to twenty times as long as `log_probability`, and memory for a block of rows.
 
         Parameters
         ----------

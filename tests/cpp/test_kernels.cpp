@@ -18,6 +18,7 @@
 #include <vector>
 
 #include <nvpflow/flow.hpp>
+#include <nvpflow/train.hpp>
 
 #include "oracle.hpp"
 
