@@ -374,6 +374,32 @@ def test_rows_for_jacobians_are_drawn_evenly() -> None:
     assert_same_bits(certifier._drawn[:, 0], (certifier._drawn_rows // 100).astype(np.float32))
 
 
+def test_no_jacobian_where_one_takes_minutes_or_none_is_wanted() -> None:
+    wide = nvpflow.build(7000, 1, (2,))
+    row = np.zeros((1, 7000), np.float32)
+    small = nvpflow.build(16, 2, (8,))
+    for found in (wide.certify(row), small.certify(row[:, :16], jacobian_rows=0)):
+        assert found.verdict == "accurate"
+        assert found.jacobian_rows == 0
+        assert found.log_det is found.stretch is found.shrink is found.jacobian_resolution is None
+        assert found.float64_round_trip == 0
+        assert nvpflow.Certificate.from_json(found.to_json()) == found
+        assert re.search(r"log_det against 0 Jacobians +not measured", str(found))
+    assert 1 <= certificate.Certifier(nvpflow.build(784, 2, (512,)))._wanted < 64
+
+
+def test_determinants_that_float64_does_not_hold_are_left_out() -> None:
+    flow = nvpflow.build(400, 1, (), dtype="float64", scale_bound=4.0)
+    parameters = {name: np.zeros_like(value) for name, value in flow.parameters().items()}
+    parameters["flow_0_scale.bias"][:] = -100.0
+    flow.set_parameters(parameters)
+    found = flow.certify(unit_data(3, 400, 0))
+    # 200 columns shrink by e^-4: the determinant, e^-800, is below float64, its logarithm is not.
+    assert found.jacobian_rows == 3
+    assert found.log_det.relative < 1e-12
+    assert found.shrink == pytest.approx(math.exp(4))
+
+
 def test_the_flow_is_left_alone_and_may_change_meanwhile() -> None:
     flow = random_flow(0.5, num_flows=2)
     before = {name: value.copy() for name, value in flow.parameters().items()}

@@ -178,7 +178,7 @@ def _add_check(commands: Any) -> None:
     _add_option(check, "--json", action="store_true", help="print JSON")
     tolerance_help = "largest relative error that is not called unreliable"
     _add_option(check, "--tolerance", type=float, metavar="X", default=certificate.TOLERANCE, help=tolerance_help)
-    jacobian_help = "rows whose Jacobian is formed in float64 (default: up to 64, fewer for large flows)"
+    jacobian_help = "rows whose Jacobian is formed in float64 (default: up to 64, fewer or none for large flows)"
     _add_option(check, "--jacobian-rows", type=int, metavar="N", help=jacobian_help)
     _add_threads(check)
     _add_device(check)

@@ -333,7 +333,8 @@ class Flow(_core.Flow):
             The largest relative error that is not called unreliable, at least what the dtype promises.
         jacobian_rows
             Rows, drawn at random by a fixed seed, whose Jacobian is formed, D vector-Jacobian products each; the row
-            with the worst round trip comes on top. None: up to 64, fewer where a flow is large.
+            with the worst round trip comes on top. 0: none. None: up to 64, fewer where a flow is large, and none where
+            one takes minutes.
 
         Returns
         -------
