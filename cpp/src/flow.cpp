@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <mutex>
 #include <utility>
 
@@ -126,6 +128,18 @@ struct Flow::State {
   int threads() const {
     const int wanted = num_threads.load(std::memory_order_relaxed);
     return wanted > 0 ? wanted : available_threads();
+  }
+
+  /// Standard deviations [D] of the first layer where it is a standardize layer, else ones.
+  template <class T>
+  std::vector<double> column_scales() {
+    std::vector<double> scales(static_cast<std::size_t>(spec.input_size), 1.0);
+    if (spec.layers.front().kind != LayerKind::standardize) return scales;
+    const std::lock_guard<ForkSafeMutex> lock(write_mutex);
+    const void* flat = parameters.data();
+    const T* log_std = static_cast<const T*>(flat) + layout.tensors()[1].offset;
+    for (std::size_t j = 0; j < scales.size(); ++j) scales[j] = std::exp(static_cast<double>(log_std[j]));
+    return scales;
   }
 
   void publish(const void* values) {
@@ -299,6 +313,48 @@ void Flow::inverse(std::span<const T> z, std::span<T> x, std::span<T> log_det) c
   backend().transform(Direction::inverse, z.data(), rows, x.data(), data_or_null(log_det), state_->threads_for(rows));
 }
 
+namespace {
+
+/// Elements of the arrays that a round trip needs beside its input.
+constexpr std::int64_t kRoundTripElements = 1 << 18;
+
+/// Largest error of one row that came back as `back`; infinite where it did not come back finite.
+template <class T>
+double row_error(const T* x, const T* back, const std::vector<double>& scales) {
+  double largest = 0;
+  for (std::size_t j = 0; j < scales.size(); ++j) {
+    const auto from = static_cast<double>(x[j]);
+    const double error = std::abs(static_cast<double>(back[j]) - from) / (scales[j] + std::abs(from));
+    if (!std::isfinite(error)) return std::numeric_limits<double>::infinity();
+    largest = std::max(largest, error);
+  }
+  return largest;
+}
+
+}  // namespace
+
+template <class T>
+double Flow::round_trip_error(std::span<const T> x) const {
+  const std::int64_t rows = state_->check_rows(Named{"x", x}), features = spec().input_size;
+  const std::vector<double> scales = state_->template column_scales<T>();
+  const std::int64_t chunk =
+      std::clamp<std::int64_t>(kRoundTripElements / features, 1, std::max<std::int64_t>(1, rows));
+  std::vector<T> latents(static_cast<std::size_t>(chunk * features)), back(latents.size());
+  double largest = 0;
+  for (std::int64_t first = 0; first < rows; first += chunk) {
+    const T* from = x.data() + first * features;
+    const std::int64_t count = std::min(chunk, rows - first);
+    backend().transform(Direction::forward, from, count, latents.data(), nullptr, state_->threads());
+    backend().transform(Direction::inverse, latents.data(), count, back.data(), nullptr, state_->threads());
+    for (std::int64_t r = 0; r < count; ++r) {
+      const T* row = from + r * features;
+      if (!std::all_of(row, row + features, [](T v) { return std::isfinite(v); })) continue;
+      largest = std::max(largest, row_error(row, back.data() + r * features, scales));
+    }
+  }
+  return largest;
+}
+
 template <class T>
 void Flow::log_prob(std::span<const T> x, std::span<T> out) const {
   const std::int64_t rows = state_->check_rows(Named{"x", x});
@@ -376,6 +432,7 @@ void Flow::conditioner(std::int64_t layer, std::span<const T> in, std::span<T> s
   template void Flow::set_parameters(std::span<const T>);                                                      \
   template void Flow::forward(std::span<const T>, std::span<T>, std::span<T>) const;                           \
   template void Flow::inverse(std::span<const T>, std::span<T>, std::span<T>) const;                           \
+  template double Flow::round_trip_error(std::span<const T>) const;                                            \
   template void Flow::log_prob(std::span<const T>, std::span<T>) const;                                        \
   template void Flow::sample(std::uint64_t, std::span<T>, std::uint64_t) const;                                \
   template double Flow::nll(std::span<const T>) const;                                                         \

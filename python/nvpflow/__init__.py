@@ -21,10 +21,12 @@ except ImportError as error:
 
 from nvpflow import cuda, functional
 from nvpflow._paths import get_cmake_dir, get_include
+from nvpflow.certificate import Certificate
 from nvpflow.flow import Flow, build, load
 from nvpflow.training import History
 
 __all__ = [
+    "Certificate",
     "CudaError",
     "FileFormatError",
     "Flow",

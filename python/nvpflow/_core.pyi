@@ -23,7 +23,7 @@ class FileFormatError(ValueError):
     """A model file is damaged, foreign, or newer than this library."""
 
 class TrainingError(ArithmeticError):
-    """Training met a NaN or infinite loss or gradient; the flow keeps the best weights so far."""
+    """Training met a NaN or infinite loss or gradient (the best weights are kept), or kept no epoch."""
 
 class CudaError(RuntimeError):
     """CUDA cannot be used here, or a CUDA device failed."""
@@ -96,6 +96,7 @@ class EpochRecord(TypedDict):
     learning_rate: float
     gradient_norm: float
     seconds: float
+    round_trip: float
 
 class FitSummary(TypedDict):
     epochs: list[EpochRecord]

@@ -1,6 +1,7 @@
-"""The command ``nvpflow``: fit, score, sample, info and demo.
+"""The command ``nvpflow``: fit, score, sample, check, info and demo.
 
-Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 Ctrl-C, 141 the reader of a pipe went away.
+Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 3 `check` finds a model unreliable, 130 Ctrl-C,
+141 the reader of a pipe went away.
 """
 
 import argparse
@@ -14,13 +15,14 @@ from dataclasses import replace
 from typing import Any
 
 import nvpflow
-from nvpflow import data_io
+from nvpflow import certificate, data_io
 
 # Errors that the user can act on. Anything else is a bug of ours and keeps its traceback.
 _EXPECTED_ERRORS = (OSError, ValueError, MemoryError, ImportError, RuntimeError, nvpflow.TrainingError)
 
 _ACTIVATIONS = ", ".join(nvpflow._core.activation_names())
 _SECONDS_BETWEEN_LINES = 10.0
+_UNRELIABLE = 3  # exit code
 
 _TABLES = "a .npy (memory-mapped), .csv (header or not) or .parquet (needs pyarrow) file, or - for CSV or .npy on stdin"
 
@@ -29,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     try:
         arguments = _parser().parse_args(argv)
-        arguments.run(arguments)
+        code: int = arguments.run(arguments) or 0
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("nvpflow: interrupted", file=sys.stderr)
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _EXPECTED_ERRORS as error:
         print(f"nvpflow: error: {_one_line(error)}", file=sys.stderr)
         return 1
-    return 0
+    return code
 
 
 def _one_line(error: BaseException) -> str:
@@ -67,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_fit(commands)
     _add_score(commands)
     _add_sample(commands)
+    _add_check(commands)
     _add_info(commands)
     _add_demo(commands)
     return parser
@@ -84,7 +87,7 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str) -> Any:
+def _add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], summary: str) -> Any:
     command = commands.add_parser(name, help=summary, description=summary)
     command.set_defaults(run=run)
     return command
@@ -122,6 +125,8 @@ def _add_training_options(group: Any) -> None:
     _add_option(group, "--weight-decay", type=float, metavar="X", default=0.0, help="decoupled, on kernels only")
     _add_option(group, "--clip-norm", type=float, metavar="X", help="scale longer gradients down to this norm")
     _add_option(group, "--patience", type=int, metavar="N", help="stop after N epochs without a better one")
+    round_trip_help = "keep no epoch whose validation rows come back from the latents with a larger relative error"
+    _add_option(group, "--max-round-trip", type=float, metavar="X", help=round_trip_help)
     validation_help = "share of the rows to hold out, or a table of its own"
     _add_option(group, "--validation", metavar="X", default="0.1", help=validation_help)
     _add_option(group, "--seed", type=int, metavar="S", default=0, help="of the weights, the split and the order")
@@ -168,6 +173,20 @@ def _add_device(command: Any) -> None:
 
 def _add_threads(command: Any) -> None:
     _add_option(command, "--threads", type=int, metavar="N", default=0, help="0: all that this process may use")
+
+
+def _add_check(commands: Any) -> None:
+    summary = "Measure how exactly a flow computes on a table, and say whether to rely on it (exit code 3: no)."
+    check = _add_command(commands, "check", _run_check, summary)
+    check.add_argument("model", metavar="MODEL", help="model file")
+    check.add_argument("data", metavar="DATA", help=f"rows: {_TABLES}; converted to the model's dtype")
+    _add_option(check, "--json", action="store_true", help="print JSON")
+    tolerance_help = "largest relative error that is not called unreliable"
+    _add_option(check, "--tolerance", type=float, metavar="X", default=certificate.TOLERANCE, help=tolerance_help)
+    jacobian_help = "rows whose Jacobian is formed in float64 (default: up to 64, fewer or none for large flows)"
+    _add_option(check, "--jacobian-rows", type=int, metavar="N", help=jacobian_help)
+    _add_threads(check)
+    _add_device(check)
 
 
 def _add_info(commands: Any) -> None:
@@ -247,12 +266,12 @@ def _train(arguments: argparse.Namespace, flow: nvpflow.Flow, rows: Any, validat
     started = reported = time.monotonic()
     # The progress bar is for terminals; a log gets a line now and then.
     log = not arguments.quiet and not sys.stderr.isatty()
-    epochs_done = 0
+    kept = False  # an epoch whose weights the flow will have
     out_of_time = False
 
     def after_epoch(record: Any) -> bool:
-        nonlocal epochs_done, out_of_time, reported
-        epochs_done += 1
+        nonlocal kept, out_of_time, reported
+        kept = kept or not arguments.max_round_trip or record["round_trip"] <= arguments.max_round_trip
         now = time.monotonic()
         if log and now - reported >= _SECONDS_BETWEEN_LINES:
             reported = now
@@ -272,6 +291,7 @@ def _train(arguments: argparse.Namespace, flow: nvpflow.Flow, rows: Any, validat
             weight_decay=arguments.weight_decay,
             clip_norm=arguments.clip_norm,
             patience=arguments.patience,
+            max_round_trip=arguments.max_round_trip,
             seed=arguments.seed,
             progress=False if arguments.quiet else None,
             callback=after_epoch,
@@ -279,7 +299,7 @@ def _train(arguments: argparse.Namespace, flow: nvpflow.Flow, rows: Any, validat
             num_threads=arguments.threads,
         )
     except (KeyboardInterrupt, nvpflow.TrainingError):
-        if epochs_done:
+        if kept:
             flow.save(arguments.output)
             print(f"nvpflow: the best weights so far are in {arguments.output}", file=sys.stderr)
         raise
@@ -288,9 +308,9 @@ def _train(arguments: argparse.Namespace, flow: nvpflow.Flow, rows: Any, validat
 
 def _epoch_line(record: Any, epochs: int, seconds: float) -> str:
     line = f"epoch {record['epoch']}/{epochs}, {seconds:.0f} s: training nll {record['train_loss']:.4f}"
-    if math.isnan(record["validation_loss"]):
-        return line
-    return f"{line}, validation nll {record['validation_loss']:.4f}"
+    if not math.isnan(record["validation_loss"]):
+        line += f", validation nll {record['validation_loss']:.4f}"
+    return line if math.isnan(record["round_trip"]) else f"{line}, round trip {record['round_trip']:.1e}"
 
 
 def _read(source: str, dtype: str, columns: int | None = None) -> Any:
@@ -345,6 +365,21 @@ def _run_sample(arguments: argparse.Namespace) -> None:
         for first in range(0, total, step):
             count = min(step, total - first)
             write(flow.sample(count, seed=arguments.seed, start=arguments.start + first))
+
+
+def _run_check(arguments: argparse.Namespace) -> int:
+    flow = nvpflow.load(arguments.model, device=arguments.device, precision=arguments.precision)
+    flow.num_threads = arguments.threads
+    certifier = certificate.Certifier(flow, tolerance=arguments.tolerance, jacobian_rows=arguments.jacobian_rows)
+    with data_io.open_table(arguments.data) as table:
+        _check_columns(table, flow.spec.input_size)
+        for rows in table.chunks(flow.spec.dtype):
+            certifier.add(rows)
+    if certifier.rows == 0:
+        raise data_io.DataError(f"{arguments.data}: no rows")
+    found = certifier.certificate()
+    print(found.to_json() if arguments.json else found)
+    return 0 if found.ok else _UNRELIABLE
 
 
 def _run_info(arguments: argparse.Namespace) -> None:

@@ -64,6 +64,7 @@ void set_error(const Error& error) {
     case ErrorCode::file_format:
       return set_text(file_format_error, error.what());
     case ErrorCode::not_finite:
+    case ErrorCode::none_kept:
       return set_text(training_error, error.what());
     case ErrorCode::unavailable:
       return set_text(PyExc_RuntimeError, error.what());
@@ -406,6 +407,8 @@ FitOptions options_from(const py::dict& dict) {
       o.patience = value.cast<std::int64_t>();
     else if (name == "validation_fraction")
       o.validation_fraction = value.cast<double>();
+    else if (name == "max_round_trip")
+      o.max_round_trip = value.cast<double>();
     else if (name == "seed")
       o.seed = value.cast<std::uint64_t>();
     else if (name == "threads")
@@ -421,7 +424,8 @@ FitOptions options_from(const py::dict& dict) {
 py::dict record_dict(const EpochRecord& r) {
   using namespace py::literals;
   return py::dict("epoch"_a = r.epoch, "train_loss"_a = r.train_loss, "validation_loss"_a = r.validation_loss,
-                  "learning_rate"_a = r.learning_rate, "gradient_norm"_a = r.gradient_norm, "seconds"_a = r.seconds);
+                  "learning_rate"_a = r.learning_rate, "gradient_norm"_a = r.gradient_norm, "seconds"_a = r.seconds,
+                  "round_trip"_a = r.round_trip);
 }
 
 /// Takes the GIL a few times a second: for signals, for the progress bar, for the caller's callback.
@@ -695,7 +699,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
                                     "A model file is damaged, foreign, or newer than this library.");
   training_error =
       new_exception(module, "TrainingError", PyExc_ArithmeticError,
-                    "Training met a NaN or infinite loss or gradient; the flow keeps the best weights so far.");
+                    "Training met a NaN or infinite loss or gradient (the best weights are kept), or kept no epoch.");
   cuda_error =
       new_exception(module, "CudaError", PyExc_RuntimeError, "CUDA cannot be used here, or a CUDA device failed.");
   py::register_exception_translator([](std::exception_ptr p) {

@@ -17,6 +17,7 @@ enum class ErrorCode {
   not_finite,        // training met a NaN or infinite loss or gradient
   unavailable,       // the instruction set that was asked for is not here
   device,            // CUDA cannot be used here, or a CUDA device failed
+  none_kept,         // training had no epoch inside FitOptions::max_round_trip
 };
 
 /// Thrown by every function of the library that can fail. The message names the argument, what came and what

@@ -99,6 +99,11 @@ class NVPFLOW_API Flow {
   /// x [B, D] and log|det dx/dz| [B] (may be empty).
   template <class T>
   void inverse(std::span<const T> z, std::span<T> x, std::span<T> log_det = {}) const;
+  /// How far x is from inverse(forward(x)): the largest |x' - x| / (sigma + |x|) over all elements, in float64. sigma
+  /// is the standard deviation of the column where the flow begins with a standardize layer, else 1. Rows of x with NaN
+  /// or inf do not count; infinite where a finite row does not come back finite; 0 without rows.
+  template <class T>
+  double round_trip_error(std::span<const T> x) const;
   /// log p(x) [B], nats.
   template <class T>
   void log_prob(std::span<const T> x, std::span<T> out) const;
