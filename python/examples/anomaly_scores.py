@@ -85,8 +85,10 @@ def draw(path: Path, stream: Stream, scores: np.ndarray, limit: float, took: np.
     left.plot(at[false], scores[at][false], "o", color=FLOW_COLOUR, markersize=4.5, label="false reading")
     left.axhline(limit, color="black", linewidth=1, linestyle="--", label=f"alarm limit, {limit:.1f} nats")
     left.set_title("Score of each reading, -log p", fontsize=10, loc="left")
-    left.set(xlabel="reading", ylabel="nats", xlim=(at[0], at[-1]))
-    left.legend(frameon=False, fontsize=8, loc="upper right", ncols=3, bbox_to_anchor=(1.0, 1.12), borderpad=0)
+    left.set(xlabel="reading", ylabel="nats", xlim=(at[0], at[-1]), ylim=(min(scores[at].min(), 0) - 2, 20_000))
+    left.set_yscale("symlog", linthresh=40)  # linear where the true readings are, then logarithmic
+    left.set_yticks([0, 20, 40, 100, 1000], ["0", "20", "40", "100", "1000"])
+    left.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.0, 0.9))
 
     low, high = took.min() / 1e3, max(quantiles["max"], 2 * quantiles["p99.9"])
     right.hist(took / 1e3, bins=np.geomspace(0.9 * low, high, 120), color=INK)
