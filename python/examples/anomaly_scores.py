@@ -88,14 +88,14 @@ def draw(path: Path, stream: Stream, scores: np.ndarray, limit: float, took: np.
     left.set(xlabel="reading", ylabel="nats", xlim=(at[0], at[-1]), ylim=(min(scores[at].min(), 0) - 2, 20_000))
     left.set_yscale("symlog", linthresh=40)  # linear where the true readings are, then logarithmic
     left.set_yticks([0, 20, 40, 100, 1000], ["0", "20", "40", "100", "1000"])
-    left.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.0, 0.9))
+    left.legend(frameon=False, fontsize=8, loc="upper right", ncols=3, borderpad=0)
 
     low, high = took.min() / 1e3, max(quantiles["max"], 2 * quantiles["p99.9"])
     right.hist(took / 1e3, bins=np.geomspace(0.9 * low, high, 120), color=INK)
-    for name in ("p50", "p99", "p99.9"):
+    for name, height in (("p50", 0.99), ("p99", 0.84), ("p99.9", 0.69)):
         right.axvline(quantiles[name], color=FLOW_COLOUR, linewidth=1)
         right.annotate(
-            f" {name}", (quantiles[name], 0.99), xycoords=("data", "axes fraction"), rotation=90, va="top", fontsize=8
+            f" {name}", (quantiles[name], height), xycoords=("data", "axes fraction"), rotation=90, va="top", fontsize=8
         )
     right.set_title(f"Time of each of {len(took):,} calls", fontsize=10, loc="left")
     right.set(xscale="log", yscale="log", xlabel="us", ylabel="calls")
