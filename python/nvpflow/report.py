@@ -1,0 +1,622 @@
+"""A page about a flow: how well it explains data, how normal its latents are, how exactly it inverts.
+
+`html` returns the page and ``nvpflow report`` writes it. It is one file with everything in it: no script, no address, the
+pictures inline, each once for light and once for dark ground. Needs Matplotlib (``pip install "nvpflow[plot]"``).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import partial
+from html import escape
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from nvpflow import _checks
+from nvpflow._core import FlowSpec, __version__, cpu_isa
+from nvpflow.flow import Flow
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from nvpflow.training import History
+
+__all__ = ["gaussian_log_prob", "html"]
+
+Array = NDArray[Any]
+
+EXAMINED = 100_000  # rows for everything but the likelihood, which all rows have
+SAMPLES = 20_000
+LEAST_ROWS = 10
+CORNER_COLUMNS = 8
+OUTLIERS = 10
+SMALL, SQUARE = (4.5, 3.5), (4.5, 4.1)  # inches; nearly the width they are shown at, so that letters keep their size
+
+
+def gaussian_log_prob(train: Array, rows: Array) -> NDArray[np.float64]:
+    """Return log p [B] in nats under the Gaussian with the training rows' mean and full covariance.
+
+    Parameters
+    ----------
+    train
+        Rows [N, D] to take mean and covariance from.
+    rows
+        Rows [B, D].
+
+    Raises
+    ------
+    numpy.linalg.LinAlgError
+        The covariance of `train` is singular.
+    """
+    train, rows = train.astype(np.float64), rows.astype(np.float64)
+    factor = np.linalg.cholesky(np.cov(train, rowvar=False))
+    white = np.linalg.solve(factor, (rows - train.mean(axis=0)).T)
+    log_det = 2 * np.log(np.diag(factor)).sum()
+    density = -0.5 * (rows.shape[1] * np.log(2 * np.pi) + log_det + np.square(white).sum(axis=0))
+    return np.asarray(density, dtype=np.float64)
+
+
+def html(
+    flow: Flow,
+    data: ArrayLike,
+    *,
+    train: ArrayLike | None = None,
+    history: History | None = None,
+    names: Sequence[str] | None = None,
+    title: str = "A flow and its data",
+    details: Mapping[str, str] | None = None,
+) -> str:
+    """Return a page about a flow and rows of data, best rows that it was not trained on.
+
+    Parameters
+    ----------
+    flow
+        The flow.
+    data
+        Rows [N, D], of the flow's dtype or one that NumPy converts to it safely; at least 10 of them finite. Rows with NaN or
+        infinite values are counted on the page and left out.
+    train
+        The rows [M, D] that the flow was trained on: what the Gaussian beside it is fitted to. None: it is fitted to one half
+        of `data` and scored on the other, in turns.
+    history
+        What `nvpflow.Flow.fit` returned, for the learning curve.
+    names
+        Of the D columns.
+    title
+        Of the page.
+    details
+        More lines of the model card, such as the names of files.
+
+    Returns
+    -------
+    str
+        HTML 5, self-contained.
+
+    Raises
+    ------
+    ValueError, TypeError
+        An argument is not as described; the message names it.
+    ImportError
+        Matplotlib is not installed.
+    """
+    columns = flow.spec.input_size
+    rows = _checks.table("data", data, flow.spec.dtype, columns)
+    reference = None if train is None else _finite(_checks.table("train", train, flow.spec.dtype, columns))
+    given = getattr(data, "columns", None) if names is None else names
+    if given is not None and (isinstance(given, str) or len(given) != columns):
+        raise ValueError(f"names is {_checks.describe(given)}, expected {columns} names, one for each column")
+    findings = _examine(flow, rows, reference, None if given is None else [str(name) for name in given])
+    return _page(flow, findings, history, title, details or {})
+
+
+# -------------------------------------------------------------------------------------------------------- findings
+
+
+@dataclass
+class Findings:
+    """What the page tells, and the arrays that its pictures show."""
+
+    rows: Array  # [N, D], the finite ones
+    numbers: NDArray[np.int64]  # [N], of these among all rows
+    total: int
+    names: list[str]
+    log_p: NDArray[np.float64]  # [N]
+    gaussian: NDArray[np.float64] | None  # [N]
+    gaussian_source: str
+    samples: Array
+    samples_log_p: NDArray[np.float64]
+    latents: NDArray[np.float64]  # of the rows examined
+    distance: NDArray[np.float64]  # [D], Kolmogorov-Smirnov, data and samples
+    accuracy: list[tuple[str, str, str]]
+    round_trip: float
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def scored(self) -> NDArray[np.bool_]:
+        """Tell the rows whose log-density is a finite number."""
+        return np.isfinite(self.log_p)
+
+
+def _finite(rows: Array) -> Array:
+    return rows[np.isfinite(rows).all(axis=1)]
+
+
+def _examine(flow: Flow, data: Array, train: Array | None, names: list[str] | None) -> Findings:
+    finite = np.isfinite(data).all(axis=1)
+    rows = data if finite.all() else data[finite]
+    if len(rows) < LEAST_ROWS:
+        raise ValueError(f"data has {len(rows)} rows of finite numbers, a report needs at least {LEAST_ROWS}")
+    notices = []
+    if len(rows) < len(data):
+        bad = np.flatnonzero(~finite)
+        notices.append(
+            f"{_count(len(bad), 'row')} of {len(data):,} with NaN or infinite values left out "
+            f"(row {', '.join(map(str, bad[:5]))}{', …' if len(bad) > 5 else ''}, counted from 0)."
+        )
+    log_p = flow.log_probability(rows).astype(np.float64)
+    if not np.isfinite(log_p).any():
+        raise ValueError("no row of data has a finite log-density under this flow; are they on the scale of its training data?")
+    if wild := int(np.sum(~np.isfinite(log_p))):
+        notices.append(f"{_count(wild, 'row')} so far out that the log-density is not a finite number; not in the means.")
+    samples = flow.sample(SAMPLES, seed=0)
+    if wild := len(samples) - len(_finite(samples)):
+        notices.append(f"{_count(wild, 'sample')} of {SAMPLES:,} not finite, and left out.")
+        samples = _finite(samples)
+    gaussian, source = _gaussian(rows, train)
+    some = _some(rows, EXAMINED)
+    latents = flow.forward(some)[0].astype(np.float64)
+    accuracy, round_trip = _accuracy(flow, some)
+    return Findings(
+        rows=rows,
+        numbers=np.flatnonzero(finite),
+        total=len(data),
+        names=names or [f"column {i}" for i in range(data.shape[1])],
+        log_p=log_p,
+        gaussian=gaussian,
+        gaussian_source=source,
+        samples=samples,
+        samples_log_p=flow.log_probability(samples).astype(np.float64),
+        latents=latents[np.isfinite(latents).all(axis=1)],
+        distance=np.array([_kolmogorov_smirnov(some[:, i], samples[:, i]) for i in range(data.shape[1])]),
+        accuracy=accuracy,
+        round_trip=round_trip,
+        notices=notices,
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _some(rows: Array, count: int) -> Array:
+    if len(rows) <= count:
+        return np.ascontiguousarray(rows)
+    return rows[np.sort(np.random.default_rng(0).choice(len(rows), count, replace=False))]
+
+
+def _gaussian(rows: Array, train: Array | None) -> tuple[NDArray[np.float64] | None, str]:
+    """Return log p of the rows under a Gaussian that was not fitted to them, and how that was done."""
+    try:
+        if train is not None:
+            return gaussian_log_prob(train, rows), "fitted to the training rows"
+        first = np.random.default_rng(0).permutation(len(rows)) < len(rows) // 2
+        density = np.empty(len(rows))
+        density[first] = gaussian_log_prob(rows[~first], rows[first])
+        density[~first] = gaussian_log_prob(rows[first], rows[~first])
+        return density, "fitted to one half of the rows and scored on the other, in turns"
+    except np.linalg.LinAlgError:
+        return None, "not defined: the covariance is singular (a constant or redundant column, or too few rows)"
+
+
+def _kolmogorov_smirnov(data: Array, samples: Array) -> float:
+    """Return the largest difference between two empirical distribution functions."""
+    if not len(samples):
+        return math.nan
+    data, samples = np.sort(data), np.sort(samples)
+    both = np.concatenate([data, samples])
+    cdfs = [np.searchsorted(part, both, side="right") / len(part) for part in (data, samples)]
+    return float(np.max(np.abs(cdfs[0] - cdfs[1])))
+
+
+def _accuracy(flow: Flow, rows: Array) -> tuple[list[tuple[str, str, str]], float]:
+    """Return lines of name, typical and largest value; and the largest error of the way to the latents and back."""
+    z, log_det = flow.forward(rows)
+    back, log_det_back = flow.inverse(z, with_log_det=True)
+    std = rows.std(axis=0, dtype=np.float64)
+    std[std == 0] = 1
+    with np.errstate(invalid="ignore"):
+        there = np.abs(back.astype(np.float64) - rows) / std
+        dets = np.abs(log_det.astype(np.float64) + log_det_back)
+        noise = np.random.default_rng(0).standard_normal((len(rows), rows.shape[1])).astype(rows.dtype)
+        other = np.abs(flow.forward(flow.inverse(noise))[0].astype(np.float64) - noise)
+    lines = [
+        ("data → latent → data, in standard deviations of the column", there),
+        ("latent → data → latent, standard normal noise", other),
+        ("log-determinants there and back, their sum (nats)", dets),
+    ]
+    if flow.spec.dtype == "float32":
+        exact = _in_float64(flow).log_probability(rows.astype(np.float64))
+        ours = flow.log_probability(rows).astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            rounding = np.abs(ours - exact) / (1 + np.abs(exact))
+        lines.append(("log p beside float64 arithmetic, relative to 1 + |log p|", rounding))
+    return [(name, _scientific(_median(e)), _scientific(_largest(e))) for name, e in lines], _largest(there)
+
+
+def _median(errors: Array) -> float:
+    finite = errors[np.isfinite(errors)]
+    return float(np.median(finite)) if finite.size else math.nan
+
+
+def _largest(errors: Array) -> float:
+    return math.inf if not np.isfinite(errors).all() else float(errors.max())
+
+
+def _in_float64(flow: Flow) -> Flow:
+    spec = flow.spec
+    wide = Flow(
+        FlowSpec(
+            spec.input_size,
+            spec.num_flows,
+            spec.hidden_sizes,
+            spec.activation,
+            spec.scale_bound,
+            spec.standardize,
+            "float64",
+        )
+    )
+    wide.num_threads = flow.num_threads
+    wide.set_parameters({name: values.astype(np.float64) for name, values in flow.parameters().items()})
+    return wide
+
+
+# -------------------------------------------------------------------------------------------------------- pictures
+
+
+@dataclass
+class Picture:
+    """A drawing, what it is called, what it shows in words, and how to read it."""
+
+    title: str
+    alt: str
+    caption: str
+    size: tuple[float, float]
+    draw: Callable[[Any], object]
+    grid: int = 1  # panels on a side
+
+    def figure(self) -> str:
+        """Return the HTML of both renderings, of which the page's style shows one."""
+        try:
+            light, dark = (_svg(self, dark=dark) for dark in (False, True))
+        except ValueError as error:  # of nvpflow.plot: what this data cannot show
+            return f'<p class="note">{escape(self.title)}: not drawn. {escape(str(error))}.</p>'
+        kind = "wide" if self.grid > 1 else "plain"
+        scroll = f' role="region" tabindex="0" aria-label="{escape(self.title)}, scrollable"' if self.grid > 1 else ""
+        images = "".join(
+            f'<img class="{ground}" alt="{escape(self.alt)}" src="data:image/svg+xml;base64,{data}">'
+            for ground, data in (("light", light), ("dark", dark))
+        )
+        heading = f"<strong>{escape(self.title)}.</strong> {escape(self.caption)}"
+        return f'<figure class="{kind}"><div class="frame"{scroll}>{images}</div><figcaption>{heading}</figcaption></figure>'
+
+
+def _svg(picture: Picture, *, dark: bool) -> str:
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    from nvpflow import plot
+
+    with plot.style(dark=dark), matplotlib.rc_context({"svg.hashsalt": "nvpflow"}):
+        figure: Figure = Figure(figsize=picture.size, dpi=170, layout=None if picture.grid > 1 else "constrained")
+        FigureCanvasSVG(figure)
+        picture.draw(_panels(figure, picture.grid) if picture.grid > 1 else figure.subplots())
+        text = io.BytesIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return base64.b64encode(text.getvalue()).decode("ascii")
+
+
+def _panels(figure: Figure, count: int) -> NDArray[np.object_]:
+    side = figure.get_figwidth()
+    grid = figure.add_gridspec(
+        count, count, left=0.75 / side, right=1 - 0.1 / side, bottom=0.6 / side, top=1 - 0.3 / side, hspace=0.09, wspace=0.09
+    )
+    panels = np.full((count, count), None, dtype=object)
+    for i, j in zip(*np.tril_indices(count), strict=True):
+        panels[i, j] = figure.add_subplot(grid[i, j])
+    return panels
+
+
+def _likelihood_picture(found: Findings) -> Picture:
+    from nvpflow import plot
+
+    names = [f"row {number}" for number in found.numbers[plot.least_likely(found.log_p, 5)]]
+    finite = found.log_p[found.scored]
+
+    def draw(ax: Axes) -> None:
+        reference = {"samples of the flow": found.samples_log_p} if np.isfinite(found.samples_log_p).any() else {}
+        plot.log_likelihood(found.log_p, reference=reference, names=_Numbered(found.numbers), ax=ax)
+
+    return Picture(
+        "Log-likelihood of the rows",
+        f"Histogram of log p of {len(found.log_p):,} rows: median {_nats(np.median(finite), 2)}, from "
+        f"{_nats(finite.min(), 2)} to {_nats(finite.max(), 2)} nats. Least likely are {', '.join(names)}.",
+        "Where the flow has learnt the distribution of the data, the histogram of the data and that of the flow’s own "
+        "samples agree.",
+        SMALL,
+        draw,
+    )
+
+
+class _Numbered(Sequence[str]):
+    """Names of rows, made when they are asked for: there may be millions."""
+
+    def __init__(self, numbers: NDArray[np.int64]) -> None:
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        return f"row {self._numbers[index]}"
+
+
+def _corner_picture(found: Findings) -> Picture:
+    from nvpflow import plot
+
+    count = len(found.names)
+    worst = np.argsort(-found.distance, kind="stable")
+    chosen = sorted(worst[:CORNER_COLUMNS].tolist())
+    which = "" if len(chosen) == count else f" The {len(chosen)} of {count} columns in which they differ most."
+    draw = partial(plot.corner, found.rows, found.samples, names=found.names, columns=chosen)
+    return Picture(
+        "Data and samples, column against column",
+        f"Scatter plots of every pair of {len(chosen)} columns, data and samples of the flow over each other, and histograms "
+        f"on the diagonal. The distributions differ most in {found.names[worst[0]]}, by {found.distance[worst[0]]:.3f} "
+        "(Kolmogorov-Smirnov distance).",
+        "Up to 2,000 points of each kind; histograms count all rows, on a logarithmic scale." + which,
+        (1.0 + 1.35 * len(chosen),) * 2,
+        lambda panels: draw(ax=panels),
+        grid=len(chosen),
+    )
+
+
+def _latent_pictures(found: Findings) -> list[Picture]:
+    from nvpflow import plot
+
+    count = len(found.names)
+    spread = f"Standard deviations of the {count} latent dimensions lie between "
+    std = found.latents.std(axis=0) if len(found.latents) else np.zeros(1)
+    spread += f"{std.min():.3f} and {std.max():.3f}, means between "
+    mean = found.latents.mean(axis=0) if len(found.latents) else np.zeros(1)
+    spread += f"{_nats(mean.min(), 3)} and {_nats(mean.max(), 3)}."
+    return [
+        Picture(
+            "Latents beside a normal distribution",
+            f"Worm plot of the quantiles of {len(found.latents):,} latents. {spread}",
+            "Distance of the latents’ quantiles from the standard normal ones. Lines that leave the band show what the flow has not "
+            "learnt: a slope a wrong width, a bow a skew, an S heavy or light tails.",
+            SMALL,
+            lambda ax: plot.latent_qq(found.latents, names=found.names, ax=ax),
+        ),
+        Picture(
+            "Correlations between latents",
+            f"Matrix of the correlations between {count} latent dimensions.",
+            "Independent where the flow is right; “by chance” is the 95 % point of the largest of them then.",
+            SQUARE,
+            lambda ax: plot.latent_correlation(found.latents, names=found.names, ax=ax),
+        ),
+    ]
+
+
+def _curve_picture(history: History, gaussian: float | None) -> Picture:
+    from nvpflow import plot
+
+    reference = {} if gaussian is None else {"Gaussian, these rows": gaussian}
+    return Picture(
+        "Learning curve",
+        f"Log-likelihood over {len(history)} epochs; the best is {_nats(-history.best_loss, 3)} nats per row at epoch "
+        f"{history.best_epoch}.",
+        "The flow has the weights of its best epoch.",
+        SMALL,
+        lambda ax: plot.learning_curve(history, reference=reference, ax=ax),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ page
+
+
+def _page(flow: Flow, found: Findings, history: History | None, title: str, details: Mapping[str, str]) -> str:
+    gaussian = None if found.gaussian is None else float(found.gaussian[found.scored].mean())
+    training = "" if history is None else _section("Training", _curve_picture(history, gaussian).figure())
+    latents = "".join(picture.figure() for picture in _latent_pictures(found))
+    body = [
+        f"<header><h1>{escape(title)}</h1><p>{escape(repr(flow))}</p></header>",
+        "".join(f'<p class="note">{escape(notice)}</p>' for notice in found.notices),
+        _headline(found),
+        _section("Model card", _card(flow, found, history, details)),
+        _section("Likelihood", f'<div class="pair">{_likelihood_picture(found).figure()}{_comparison(found)}</div>'),
+        _section("Least likely rows", _outliers(found)),
+        _section("Samples beside the data", _corner_picture(found).figure() + _summary(found)),
+        _section("Latents", f'<div class="pair">{latents}</div>'),
+        training,
+        _section("Invertibility", _invertibility(flow, found)),
+        f"<footer><p>Made by nvpflow {escape(__version__)} ({escape(cpu_isa())}). Log-likelihoods are natural logarithms, in "
+        "nats; higher is better.</p></footer>",
+    ]
+    style = resources.files("nvpflow").joinpath("report.css").read_text(encoding="utf-8")
+    # The policy makes sure of what is promised: nothing is fetched and no script runs.
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(part for part in body if part)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{content}</section>"
+
+
+def _headline(found: Findings) -> str:
+    ours = found.log_p[found.scored]
+    tiles = [(_nats(ours.mean(), 3), f"nats per row, ± {_error(ours)}", "mean log-likelihood")]
+    if found.gaussian is not None:
+        gain = ours - found.gaussian[found.scored]
+        sign = "+" if gain.mean() > 0 else ""
+        tiles.append((sign + _nats(gain.mean(), 3), f"nats per row, ± {_error(gain)}", "beside a full-covariance Gaussian"))
+    tiles.append((_scientific(found.round_trip), "standard deviations", "largest round-trip error"))
+    tiles.append((f"{len(found.rows):,}", f"rows of {len(found.names)} columns", "data"))
+    items = "".join(
+        f"<div><dt>{escape(name)}</dt><dd><b>{escape(value)}</b> <span>{escape(unit)}</span></dd></div>"
+        for value, unit, name in tiles
+    )
+    return f'<dl class="headline">{items}</dl>'
+
+
+def _card(flow: Flow, found: Findings, history: History | None, details: Mapping[str, str]) -> str:
+    spec = flow.spec
+    hidden = " × ".join(map(str, spec.hidden_sizes)) or "none"
+    lines = {
+        "Model": f"RealNVP, {_count(spec.num_flows, 'affine coupling')}",
+        "Conditioner networks": f"hidden layers {hidden}, {spec.activation}",
+        "Log-scale bound": f"{spec.scale_bound:g}",
+        "Standardize layer": "yes" if spec.standardize else "no",
+        "Parameters": f"{flow.num_parameters:,}, {spec.dtype}",
+        **details,
+        "Training": _training_line(history),
+        "Data": f"{_count(len(found.rows), 'row')} of {found.total:,}, {len(found.names)} columns",
+        "Date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+    }
+    return '<dl class="card">' + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in lines.items()) + "</dl>"
+
+
+def _training_line(history: History | None) -> str:
+    if history is None:
+        return "not recorded in the model file; give the history for the learning curve"
+    held_out = f"{history.validation_rows:,} validation rows" if history.validation_rows else "no validation rows"
+    return (
+        f"{_count(len(history), 'epoch')} in {history.seconds.sum():.1f} s on {history.train_rows:,} rows, {held_out}; best epoch "
+        f"{history.best_epoch} with {_nats(-history.best_loss, 3)} nats per row; stop reason: {history.stop_reason}"
+    )
+
+
+def _comparison(found: Findings) -> str:
+    ours = found.log_p[found.scored]
+    lines = [("flow", ours)]
+    if found.gaussian is not None:
+        theirs = found.gaussian[found.scored]
+        lines += [("full-covariance Gaussian", theirs), ("difference", ours - theirs)]
+    cells = [(name, _nats(v.mean(), 3), _error(v), _nats(np.median(v), 3)) for name, v in lines]
+    table = _table("Log-likelihood in nats per row", ("", "mean", "± standard error", "median"), cells)
+    note = (
+        f"The Gaussian: {found.gaussian_source}. These are held-out figures if the flow was trained on none of these rows; the page "
+        "cannot tell."
+    )
+    return f'<div>{table}<p class="caption">{escape(note)}</p></div>'
+
+
+def _outliers(found: Findings) -> str:
+    from nvpflow import plot
+
+    mean = found.rows.mean(axis=0, dtype=np.float64)
+    std = found.rows.std(axis=0, dtype=np.float64)
+    lines = []
+    for at in plot.least_likely(found.log_p, OUTLIERS):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            scores = np.nan_to_num((found.rows[at].astype(np.float64) - mean) / std)
+        far = np.argsort(-np.abs(scores), kind="stable")[:3]
+        reading = "; ".join(f"{found.names[i]} {_plain(found.rows[at, i])} ({_nats(scores[i], 1, '+')})" for i in far)
+        lines.append((str(found.numbers[at]), _nats(found.log_p[at], 2), reading))
+    head = ("row", "log p (nats)", "farthest from the mean (in standard deviations)")
+    return _table("The rows of least likelihood, counted from 0", head, lines, text_from=2)
+
+
+def _summary(found: Findings) -> str:
+    head = ("column", "mean", "of samples", "std", "of samples", "least", "median", "largest", "distance")
+    data, samples = found.rows, found.samples
+    statistics = [
+        *(part.mean(axis=0, dtype=np.float64) for part in (data, samples)),
+        *(part.std(axis=0, dtype=np.float64) for part in (data, samples)),
+        data.min(axis=0),
+        np.median(data, axis=0),
+        data.max(axis=0),
+    ]
+    lines = [
+        (name, *(_plain(value[i]) for value in statistics), f"{found.distance[i]:.3f}")
+        for i, name in enumerate(found.names)
+    ]
+    note = "Distance: Kolmogorov-Smirnov, between the column in the data and in the samples; from 0 to 1, less is better."
+    return _table("Columns of the data, and of the flow’s samples", head, lines) + f'<p class="caption">{note}</p>'
+
+
+def _invertibility(flow: Flow, found: Findings) -> str:
+    epsilon = _scientific(float(np.finfo(flow.spec.dtype).eps))
+    note = (
+        f"A flow is invertible in exact arithmetic; these are the roundings of {flow.spec.dtype}, whose numbers are {epsilon} "
+        "apart at 1."
+    )
+    table = _table("Errors of going there and back", ("", "median", "largest"), found.accuracy)
+    return f'{table}<p class="caption">{escape(note)}</p>'
+
+
+def _table(caption: str, head: Sequence[str], lines: Sequence[Sequence[str]], text_from: int = 99) -> str:
+    """Return a table whose first column names its lines; columns from `text_from` on are text, the others numbers."""
+
+    def kind(i: int) -> str:
+        return ' class="text"' if i >= text_from else ""
+
+    top = "".join(f'<th scope="col"{kind(i)}>{escape(cell)}</th>' if cell else "<td></td>" for i, cell in enumerate(head))
+    body = "".join(
+        f'<tr><th scope="row">{escape(line[0])}</th>'
+        + "".join(f"<td{kind(i)}>{escape(cell)}</td>" for i, cell in enumerate(line[1:], 1))
+        + "</tr>"
+        for line in lines
+    )
+    region = f'class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}"'
+    return f"<div {region}><table><caption>{escape(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _nats(value: Any, digits: int, sign: str = "") -> str:
+    """Write a number with so many decimals and the minus sign of typography."""
+    number = float(value)
+    if not math.isfinite(number):
+        return "not a number" if math.isnan(number) else "∞" if number > 0 else "\N{MINUS SIGN}∞"
+    text = f"{number:{sign},.{digits}f}"
+    if float(text.replace(",", "")) == 0:
+        text = text.lstrip("+-")
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def _plain(value: Any) -> str:
+    """Write a measurement with four significant digits."""
+    number = float(value)
+    if number != 0 and not 1e-3 <= abs(number) < 1e6:
+        return _scientific(number)
+    decimals = 3 if number == 0 else max(0, 3 - math.floor(math.log10(abs(number))))
+    text = _nats(number, decimals)
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _scientific(value: float) -> str:
+    if not math.isfinite(value) or value == 0:
+        return "0" if value == 0 else _nats(value, 1)
+    mantissa, exponent = f"{value:.1e}".split("e")
+    powers = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+    return f"{mantissa.replace('-', chr(0x2212))} × 10{str(int(exponent)).translate(powers)}"
+
+
+def _error(values: Array) -> str:
+    return f"{values.std() / math.sqrt(len(values)):.3f}"
