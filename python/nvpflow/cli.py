@@ -278,7 +278,9 @@ def _check_fit_paths(arguments: argparse.Namespace) -> None:
 def _write_history(target: str, history: nvpflow.History, *, force: bool) -> None:
     """Write a history as JSON, which has no NaN: null stands for it."""
     values = {
-        name: [None if isinstance(v, float) and math.isnan(v) else v for v in value] if isinstance(value, list) else value
+        name: [None if isinstance(v, float) and math.isnan(v) else v for v in value]
+        if isinstance(value, list)
+        else value
         for name, value in history.to_dict().items()
     }
     data_io.write_text(target, json.dumps(values, indent=1, allow_nan=False) + "\n", force=force)

@@ -208,9 +208,11 @@ def draw(path: Path, data: Array, samples: Array, history: nvpflow.History, gaus
     with plot.style():
         figure = Figure(figsize=(12, 12), dpi=120)
         FigureCanvasAgg(figure)
-        grid = figure.add_gridspec(count, count, left=0.065, right=0.985, bottom=0.065, top=0.92, hspace=0.09, wspace=0.09)
+        grid = figure.add_gridspec(
+            count, count, left=0.065, right=0.985, bottom=0.065, top=0.92, hspace=0.09, wspace=0.09
+        )
         panels = np.full((count, count), None, dtype=object)
-        for i, j in zip(*np.tril_indices(count), strict=True):
+        for i, j in np.argwhere(np.tri(count)).tolist():
             panels[i, j] = figure.add_subplot(grid[i, j])
         labels = (f"{len(data):,} held-out rows", f"{len(samples):,} samples of the flow")
         plot.corner(data, samples, names=names, labels=labels, ax=panels)

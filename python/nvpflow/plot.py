@@ -1,8 +1,8 @@
 """Pictures of a flow: its samples beside the data, its latents beside a normal distribution, its training, its scores.
 
 Every function takes arrays that a flow's methods return (or NumPy reads), draws with Matplotlib
-(``pip install "nvpflow[plot]"``) and returns the Axes. ``ax=`` says where to draw; without it there is a new figure. The
-first two colours of the current style stand for the data and the flow; `style` is a look that suits them, on white
+(``pip install "nvpflow[plot]"``) and returns the Axes. ``ax=`` says where to draw; without it there is a new figure.
+The first two colours of the current style stand for the data and the flow; `style` is a look that suits them, on white
 or on dark ground. Rows that hold NaN or infinity are refused, not left out in silence.
 """
 
@@ -28,8 +28,18 @@ __all__ = ["corner", "latent_correlation", "latent_qq", "learning_curve", "log_l
 Array = NDArray[np.float64]
 
 _DATA, _FLOW = "C0", "C1"
-_LIGHT = {"ink": "#1d2530", "muted": "#5d6875", "ground": "#ffffff", "colours": ["#30435f", "#e8743b", "#2a8c82", "#a2436f"]}
-_DARK = {"ink": "#e8ebef", "muted": "#a3adb9", "ground": "#15191f", "colours": ["#9fb8dc", "#f5904f", "#56c2b4", "#e08bb4"]}
+_LIGHT = {
+    "ink": "#1d2530",
+    "muted": "#5d6875",
+    "ground": "#ffffff",
+    "colours": ["#30435f", "#e8743b", "#2a8c82", "#a2436f"],
+}
+_DARK = {
+    "ink": "#e8ebef",
+    "muted": "#a3adb9",
+    "ground": "#15191f",
+    "colours": ["#9fb8dc", "#f5904f", "#56c2b4", "#e08bb4"],
+}
 
 _MOST_COLUMNS = 12  # of a corner plot that nobody asked to be larger
 _MOST_POINTS = 2000  # of either kind in one panel: more hide each other
@@ -54,13 +64,14 @@ def style(*, dark: bool = False) -> AbstractContextManager[None]:
     ImportError
         Matplotlib is not installed (``pip install "nvpflow[plot]"``).
     """
-    matplotlib = _matplotlib()
     look: dict[str, Any] = _DARK if _checks.boolean("dark", dark) else _LIGHT
     settings = {
-        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.labelcolor", "ytick.labelcolor"), look["ink"]),
+        **dict.fromkeys(
+            ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.labelcolor", "ytick.labelcolor"), look["ink"]
+        ),
         **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), look["muted"]),
         **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), look["ground"]),
-        "axes.prop_cycle": matplotlib.cycler(color=look["colours"]),
+        "axes.prop_cycle": _matplotlib().cycler(color=look["colours"]),
         "font.family": "sans-serif",
         "font.size": 9.5,
         "axes.titlesize": 10.5,
@@ -72,7 +83,8 @@ def style(*, dark: bool = False) -> AbstractContextManager[None]:
         "legend.fontsize": 8.5,
         "svg.fonttype": "path",
     }
-    return matplotlib.rc_context(settings)  # type: ignore[no-any-return]
+    context: AbstractContextManager[None] = _matplotlib().rc_context(settings)
+    return context
 
 
 def _matplotlib() -> Any:
@@ -89,7 +101,8 @@ def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
         _matplotlib()
         import matplotlib.pyplot as plt
 
-        return plt.subplots(figsize=size, layout="constrained")[1]  # type: ignore[no-any-return]
+        made: Axes = plt.subplots(figsize=size, layout="constrained")[1]
+        return made
     if not hasattr(ax, "plot"):
         raise TypeError(f"ax must be Axes of Matplotlib or None, got {_checks.describe(ax)}")
     return ax
@@ -234,12 +247,16 @@ def _corner_axes(ax: Any, count: int) -> NDArray[np.object_]:
 
         side = 1.2 + 1.55 * count
         given = np.asarray(plt.subplots(count, count, figsize=(side, side), squeeze=False)[1])
-        given[0, 0].figure.subplots_adjust(left=0.8 / side, right=1 - 0.2 / side, bottom=0.6 / side, top=1 - 0.35 / side)
+        given[0, 0].figure.subplots_adjust(
+            left=0.8 / side, right=1 - 0.2 / side, bottom=0.6 / side, top=1 - 0.35 / side
+        )
         given[0, 0].figure.subplots_adjust(hspace=0.09, wspace=0.09)
     else:
         given = np.asarray(ax, dtype=object)
         if given.shape != (count, count):
-            raise ValueError(f"ax has shape {given.shape}, expected Axes [{count}, {count}], one for each pair of columns")
+            raise ValueError(
+                f"ax has shape {given.shape}, expected Axes [{count}, {count}], one for each pair of columns"
+            )
     for i in range(count):
         for j in range(count):
             if j <= i:
@@ -309,7 +326,9 @@ def _draw_corner_legend(ax: Axes, labels: Sequence[str]) -> None:
     patches = [Patch(color=_DATA, alpha=0.75, label=labels[0])]
     if len(labels) > 1:
         patches.append(Patch(color=_FLOW, alpha=0.9, label=labels[1]))
-    ax.legend(handles=patches, loc="upper left", bbox_to_anchor=(1.04, 1.0), frameon=False, borderaxespad=0, handlelength=1.1)
+    ax.legend(
+        handles=patches, loc="upper left", bbox_to_anchor=(1.04, 1.0), frameon=False, borderaxespad=0, handlelength=1.1
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- latents
@@ -318,9 +337,9 @@ def _draw_corner_legend(ax: Axes, labels: Sequence[str]) -> None:
 def latent_qq(z: ArrayLike, *, names: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
     """Draw how far the quantiles of every latent dimension lie from those of the standard normal distribution.
 
-    A Q-Q plot with its diagonal laid level (a worm plot: van Buuren and Fredriks, Statistics in Medicine 20, 2001), where
-    small departures can be seen. Where the flow is right, the latents of data are standard normal and the lines stay
-    in the band, as far as chance goes.
+    A Q-Q plot with its diagonal laid level (a worm plot: van Buuren and Fredriks, Statistics in Medicine 20, 2001),
+    where small departures can be seen. Where the flow is right, the latents of data are standard normal and the lines
+    stay in the band, as far as chance goes.
 
     Parameters
     ----------
@@ -428,7 +447,7 @@ def latent_correlation(z: ArrayLike, *, names: Sequence[str] | None = None, ax: 
         raise ValueError(f"z has shape {latents.shape}, expected [N, D] with N at least 3 and D at least 2")
     titles = _names(names, z, count, "z")
     with np.errstate(invalid="ignore"):
-        r = np.corrcoef(latents, rowvar=False)
+        r: Array = np.asarray(np.corrcoef(latents, rowvar=False))
     if not np.isfinite(r).all():
         raise ValueError("z has a column that does not vary, whose correlations are not defined")
     below = np.tril_indices(count, -1)
@@ -440,18 +459,22 @@ def latent_correlation(z: ArrayLike, *, names: Sequence[str] | None = None, ax: 
     shown = np.ma.masked_array(r, mask=np.triu(np.ones_like(r, dtype=bool)))[1:, :-1]
     picture = ax.imshow(shown, cmap=_diverging(), vmin=-scale, vmax=scale)
     if count <= _MOST_COLUMNS:
-        for i, j in zip(*below, strict=True):
+        for i, j in np.stack(below, axis=1).tolist():
             ax.text(j, i - 1, _signed(r[i, j], 2), ha="center", va="center", fontsize="small")
     ticks = np.arange(count - 1) if count <= 30 else np.linspace(0, count - 2, 8).astype(int)
     long_names = max(map(len, titles)) > 6
-    ax.set_xticks(ticks, [titles[i] for i in ticks], rotation=40 if long_names else 0, ha="right" if long_names else "center")
+    ax.set_xticks(
+        ticks, [titles[i] for i in ticks], rotation=40 if long_names else 0, ha="right" if long_names else "center"
+    )
     ax.set_yticks(ticks, [titles[i + 1] for i in ticks])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    bar = ax.figure.colorbar(picture, ax=ax, shrink=0.75, pad=0.02, aspect=25)
-    bar.outline.set_visible(False)  # type: ignore[operator]
-    bar.set_label("correlation")
-    ax.set_title(f"largest |r| {largest:.3f}; by chance up to {chance:.3f}", loc="left")
+    bar: Any = ax.figure.colorbar(
+        picture, ax=ax, shrink=0.75, pad=0.02, aspect=25, ticks=[-scale, -scale / 2, 0, scale / 2, scale]
+    )
+    bar.outline.set_visible(False)
+    bar.set_label("correlation r")
+    ax.set_title(f"largest |r|: {largest:.3f}\nby chance, up to {chance:.3f}", loc="left", fontsize="medium")
     return ax
 
 
@@ -473,9 +496,7 @@ def _diverging() -> Any:
 # ------------------------------------------------------------------------------------------ training and likelihoods
 
 
-def learning_curve(
-    history: History, *, reference: Mapping[str, float] | None = None, ax: Axes | None = None
-) -> Axes:
+def learning_curve(history: History, *, reference: Mapping[str, float] | None = None, ax: Axes | None = None) -> Axes:
     """Draw the log-likelihood over the epochs of a training run.
 
     Parameters
@@ -502,7 +523,9 @@ def learning_curve(
     """
     if len(history) == 0:
         raise ValueError("history has no epochs to draw")
-    levels = {} if reference is None else {name: _checks.real(f"reference[{name!r}]", v) for name, v in reference.items()}
+    levels = (
+        {} if reference is None else {name: _checks.real(f"reference[{name!r}]", v) for name, v in reference.items()}
+    )
     ax = _axes(ax, (5.2, 3.6))
     marker: dict[str, Any] = {"marker": "o", "markersize": 3} if len(history) < 3 else {}
     ax.plot(history.epoch, -history.train_loss, color=_muted(), linewidth=1.3, label="training rows", **marker)
@@ -616,12 +639,9 @@ def _vector(name: str, values: ArrayLike) -> Array:
 
 def _histogram_limits(sets: list[Array], lowest: Array) -> tuple[float, float]:
     """Return a frame for the bulk of all sets and the lowest rows, where these would not press it into a few bins."""
-    low = high = None
-    for values in sets:
-        finite = values[np.isfinite(values)]
-        at = float(np.quantile(finite, 0.002)), float(finite.max())
-        low, high = (at if low is None or high is None else (min(low, at[0]), max(high, at[1])))
-    assert low is not None and high is not None
+    finite = [values[np.isfinite(values)] for values in sets]
+    low = min(float(np.quantile(values, 0.002)) for values in finite)
+    high = max(float(values.max()) for values in finite)
     near = lowest[np.isfinite(lowest) & (lowest > low - 0.5 * (high - low))]
     low = min([low, *near.tolist()])
     margin = 0.04 * (high - low) or 0.5
@@ -632,7 +652,9 @@ def _shares(values: Array, edges: Array) -> Array:
     return np.histogram(values, edges)[0] / len(values)
 
 
-def _mark_outliers(ax: Axes, values: Array, names: Sequence[str] | None, count: int, limits: tuple[float, float]) -> None:
+def _mark_outliers(
+    ax: Axes, values: Array, names: Sequence[str] | None, count: int, limits: tuple[float, float]
+) -> None:
     lowest = least_likely(values, count)
     at = values[lowest]
     inside = at[np.isfinite(at) & (at >= limits[0])]

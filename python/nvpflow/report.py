@@ -1,7 +1,7 @@
 """A page about a flow: how well it explains data, how normal its latents are, how exactly it inverts.
 
-`html` returns the page and ``nvpflow report`` writes it. It is one file with everything in it: no script, no address, the
-pictures inline, each once for light and once for dark ground. Needs Matplotlib (``pip install "nvpflow[plot]"``).
+`html` returns the page and ``nvpflow report`` writes it. It is one file with everything in it: no script, no address,
+the pictures inline, each once for light and once for dark ground. Needs Matplotlib (``pip install "nvpflow[plot]"``).
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ SAMPLES = 20_000
 LEAST_ROWS = 10
 CORNER_COLUMNS = 8
 OUTLIERS = 10
+_TIMES = "\N{MULTIPLICATION SIGN}"
 SMALL, SQUARE = (4.5, 3.5), (4.5, 4.1)  # inches; nearly the width they are shown at, so that letters keep their size
 
 
@@ -82,11 +83,11 @@ def html(
     flow
         The flow.
     data
-        Rows [N, D], of the flow's dtype or one that NumPy converts to it safely; at least 10 of them finite. Rows with NaN or
-        infinite values are counted on the page and left out.
+        Rows [N, D], of the flow's dtype or one that NumPy converts to it safely; at least 10 of them finite. Rows with
+        NaN or infinite values are counted on the page and left out.
     train
-        The rows [M, D] that the flow was trained on: what the Gaussian beside it is fitted to. None: it is fitted to one half
-        of `data` and scored on the other, in turns.
+        The rows [M, D] that the flow was trained on: what the Gaussian beside it is fitted to. None: it is fitted to
+        one half of `data` and scored on the other, in turns.
     history
         What `nvpflow.Flow.fit` returned, for the learning curve.
     names
@@ -164,9 +165,13 @@ def _examine(flow: Flow, data: Array, train: Array | None, names: list[str] | No
         )
     log_p = flow.log_probability(rows).astype(np.float64)
     if not np.isfinite(log_p).any():
-        raise ValueError("no row of data has a finite log-density under this flow; are they on the scale of its training data?")
+        raise ValueError(
+            "no row of data has a finite log-density under this flow; are they on the scale of its training data?"
+        )
     if wild := int(np.sum(~np.isfinite(log_p))):
-        notices.append(f"{_count(wild, 'row')} so far out that the log-density is not a finite number; not in the means.")
+        notices.append(
+            f"{_count(wild, 'row')} so far out that the log-density is not a finite number; not in the means."
+        )
     samples = flow.sample(SAMPLES, seed=0)
     if wild := len(samples) - len(_finite(samples)):
         notices.append(f"{_count(wild, 'sample')} of {SAMPLES:,} not finite, and left out.")
@@ -306,7 +311,8 @@ class Picture:
             for ground, data in (("light", light), ("dark", dark))
         )
         heading = f"<strong>{escape(self.title)}.</strong> {escape(self.caption)}"
-        return f'<figure class="{kind}"><div class="frame"{scroll}>{images}</div><figcaption>{heading}</figcaption></figure>'
+        frame = f'<div class="frame"{scroll}>{images}</div>'
+        return f'<figure class="{kind}">{frame}<figcaption>{heading}</figcaption></figure>'
 
 
 def _svg(picture: Picture, *, dark: bool) -> str:
@@ -328,10 +334,17 @@ def _svg(picture: Picture, *, dark: bool) -> str:
 def _panels(figure: Figure, count: int) -> NDArray[np.object_]:
     side = figure.get_figwidth()
     grid = figure.add_gridspec(
-        count, count, left=0.75 / side, right=1 - 0.1 / side, bottom=0.6 / side, top=1 - 0.3 / side, hspace=0.09, wspace=0.09
+        count,
+        count,
+        left=0.75 / side,
+        right=1 - 0.1 / side,
+        bottom=0.6 / side,
+        top=1 - 0.3 / side,
+        hspace=0.09,
+        wspace=0.09,
     )
     panels = np.full((count, count), None, dtype=object)
-    for i, j in zip(*np.tril_indices(count), strict=True):
+    for i, j in np.argwhere(np.tri(count)).tolist():
         panels[i, j] = figure.add_subplot(grid[i, j])
     return panels
 
@@ -350,7 +363,7 @@ def _likelihood_picture(found: Findings) -> Picture:
         "Log-likelihood of the rows",
         f"Histogram of log p of {len(found.log_p):,} rows: median {_nats(np.median(finite), 2)}, from "
         f"{_nats(finite.min(), 2)} to {_nats(finite.max(), 2)} nats. Least likely are {', '.join(names)}.",
-        "Where the flow has learnt the distribution of the data, the histogram of the data and that of the flow’s own "
+        "Where the flow has learnt the distribution of the data, the histogram of the data and that of the flow's own "
         "samples agree.",
         SMALL,
         draw,
@@ -380,8 +393,8 @@ def _corner_picture(found: Findings) -> Picture:
     draw = partial(plot.corner, found.rows, found.samples, names=found.names, columns=chosen)
     return Picture(
         "Data and samples, column against column",
-        f"Scatter plots of every pair of {len(chosen)} columns, data and samples of the flow over each other, and histograms "
-        f"on the diagonal. The distributions differ most in {found.names[worst[0]]}, by {found.distance[worst[0]]:.3f} "
+        f"Scatter plots of every pair of {len(chosen)} columns, data and samples of the flow over each other, and "
+        f"histograms on the diagonal. The distributions differ most in {found.names[worst[0]]}, by {found.distance[worst[0]]:.3f} "
         "(Kolmogorov-Smirnov distance).",
         "Up to 2,000 points of each kind; histograms count all rows, on a logarithmic scale." + which,
         (1.0 + 1.35 * len(chosen),) * 2,
@@ -399,18 +412,21 @@ def _latent_pictures(found: Findings) -> list[Picture]:
     spread += f"{std.min():.3f} and {std.max():.3f}, means between "
     mean = found.latents.mean(axis=0) if len(found.latents) else np.zeros(1)
     spread += f"{_nats(mean.min(), 3)} and {_nats(mean.max(), 3)}."
+    with np.errstate(all="ignore"):
+        r = np.abs(np.corrcoef(found.latents, rowvar=False)) if len(found.latents) > 2 else np.eye(count)
+    strongest = float(np.nan_to_num(r[np.tril_indices(count, -1)]).max())
     return [
         Picture(
             "Latents beside a normal distribution",
             f"Worm plot of the quantiles of {len(found.latents):,} latents. {spread}",
-            "Distance of the latents’ quantiles from the standard normal ones. Lines that leave the band show what the flow has not "
-            "learnt: a slope a wrong width, a bow a skew, an S heavy or light tails.",
+            "Distance of the latents' quantiles from the standard normal ones. Lines that leave the band show what the "
+            "flow has not learnt: a slope a wrong width, a bow a skew, an S heavy or light tails.",
             SMALL,
             lambda ax: plot.latent_qq(found.latents, names=found.names, ax=ax),
         ),
         Picture(
             "Correlations between latents",
-            f"Matrix of the correlations between {count} latent dimensions.",
+            f"Matrix of the correlations between {count} latent dimensions; the largest in size is {strongest:.3f}.",
             "Independent where the flow is right; “by chance” is the 95 % point of the largest of them then.",
             SQUARE,
             lambda ax: plot.latent_correlation(found.latents, names=found.names, ax=ax),
@@ -445,19 +461,20 @@ def _page(flow: Flow, found: Findings, history: History | None, title: str, deta
         _headline(found),
         _section("Model card", _card(flow, found, history, details)),
         _section("Likelihood", f'<div class="pair">{_likelihood_picture(found).figure()}{_comparison(found)}</div>'),
-        _section("Least likely rows", _outliers(found)),
+        _section("Least likely rows", _outliers(flow, found)),
         _section("Samples beside the data", _corner_picture(found).figure() + _summary(found)),
         _section("Latents", f'<div class="pair">{latents}</div>'),
         training,
         _section("Invertibility", _invertibility(flow, found)),
-        f"<footer><p>Made by nvpflow {escape(__version__)} ({escape(cpu_isa())}). Log-likelihoods are natural logarithms, in "
-        "nats; higher is better.</p></footer>",
+        f"<footer><p>Made by nvpflow {escape(__version__)} ({escape(cpu_isa())}). Log-likelihoods are natural "
+        "logarithms, in nats; higher is better.</p></footer>",
     ]
     style = resources.files("nvpflow").joinpath("report.css").read_text(encoding="utf-8")
-    # The policy makes sure of what is promised: nothing is fetched and no script runs.
+    # Makes sure of what is promised: nothing is fetched and no script runs.
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
         f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
@@ -476,7 +493,7 @@ def _headline(found: Findings) -> str:
     if found.gaussian is not None:
         gain = ours - found.gaussian[found.scored]
         sign = "+" if gain.mean() > 0 else ""
-        tiles.append((sign + _nats(gain.mean(), 3), f"nats per row, ± {_error(gain)}", "beside a full-covariance Gaussian"))
+        tiles.append((sign + _nats(gain.mean(), 3), f"nats per row, ± {_error(gain)}", "gain over a Gaussian"))
     tiles.append((_scientific(found.round_trip), "standard deviations", "largest round-trip error"))
     tiles.append((f"{len(found.rows):,}", f"rows of {len(found.names)} columns", "data"))
     items = "".join(
@@ -488,7 +505,7 @@ def _headline(found: Findings) -> str:
 
 def _card(flow: Flow, found: Findings, history: History | None, details: Mapping[str, str]) -> str:
     spec = flow.spec
-    hidden = " × ".join(map(str, spec.hidden_sizes)) or "none"
+    hidden = f" {_TIMES} ".join(map(str, spec.hidden_sizes)) or "none"
     lines = {
         "Model": f"RealNVP, {_count(spec.num_flows, 'affine coupling')}",
         "Conditioner networks": f"hidden layers {hidden}, {spec.activation}",
@@ -500,7 +517,9 @@ def _card(flow: Flow, found: Findings, history: History | None, details: Mapping
         "Data": f"{_count(len(found.rows), 'row')} of {found.total:,}, {len(found.names)} columns",
         "Date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
-    return '<dl class="card">' + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in lines.items()) + "</dl>"
+    return (
+        '<dl class="card">' + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in lines.items()) + "</dl>"
+    )
 
 
 def _training_line(history: History | None) -> str:
@@ -508,8 +527,8 @@ def _training_line(history: History | None) -> str:
         return "not recorded in the model file; give the history for the learning curve"
     held_out = f"{history.validation_rows:,} validation rows" if history.validation_rows else "no validation rows"
     return (
-        f"{_count(len(history), 'epoch')} in {history.seconds.sum():.1f} s on {history.train_rows:,} rows, {held_out}; best epoch "
-        f"{history.best_epoch} with {_nats(-history.best_loss, 3)} nats per row; stop reason: {history.stop_reason}"
+        f"{_count(len(history), 'epoch')} in {history.seconds.sum():.1f} s on {history.train_rows:,} rows, {held_out}; "
+        f"best epoch {history.best_epoch} with {_nats(-history.best_loss, 3)} nats per row; stop reason: {history.stop_reason}"
     )
 
 
@@ -518,34 +537,47 @@ def _comparison(found: Findings) -> str:
     lines = [("flow", ours)]
     if found.gaussian is not None:
         theirs = found.gaussian[found.scored]
-        lines += [("full-covariance Gaussian", theirs), ("difference", ours - theirs)]
+        lines += [("Gaussian", theirs), ("difference", ours - theirs)]
     cells = [(name, _nats(v.mean(), 3), _error(v), _nats(np.median(v), 3)) for name, v in lines]
-    table = _table("Log-likelihood in nats per row", ("", "mean", "± standard error", "median"), cells)
+    table = _table("Log-likelihood in nats per row", ("", "mean", "± s.e.", "median"), cells)
     note = (
-        f"The Gaussian: {found.gaussian_source}. These are held-out figures if the flow was trained on none of these rows; the page "
-        "cannot tell."
+        f"s.e.: standard error of the mean. Gaussian: with full covariance, {found.gaussian_source}. These are held-out "
+        "figures if the flow was trained on none of these rows, which this page cannot know."
     )
     return f'<div>{table}<p class="caption">{escape(note)}</p></div>'
 
 
-def _outliers(found: Findings) -> str:
+def _outliers(flow: Flow, found: Findings) -> str:
     from nvpflow import plot
 
     mean = found.rows.mean(axis=0, dtype=np.float64)
     std = found.rows.std(axis=0, dtype=np.float64)
+    std[std == 0] = 1
     lines = []
     for at in plot.least_likely(found.log_p, OUTLIERS):
-        with np.errstate(divide="ignore", invalid="ignore"):
-            scores = np.nan_to_num((found.rows[at].astype(np.float64) - mean) / std)
-        far = np.argsort(-np.abs(scores), kind="stable")[:3]
-        reading = "; ".join(f"{found.names[i]} {_plain(found.rows[at, i])} ({_nats(scores[i], 1, '+')})" for i in far)
-        lines.append((str(found.numbers[at]), _nats(found.log_p[at], 2), reading))
-    head = ("row", "log p (nats)", "farthest from the mean (in standard deviations)")
-    return _table("The rows of least likelihood, counted from 0", head, lines, text_from=2)
+        row = found.rows[at]
+        scores = (row.astype(np.float64) - mean) / std
+        values = [f"{found.names[i]} {_plain(row[i], std[i])} ({_nats(scores[i], 1, '+')})" for i in _farthest(scores)]
+        z = flow.forward(row)[0]
+        latents = [f"{found.names[i]} {_nats(z[i], 1, '+')}" for i in _farthest(z)]
+        lines.append((str(found.numbers[at]), _nats(found.log_p[at], 2), "; ".join(values), "; ".join(latents)))
+    head = ("row", "log p", "values farthest from the mean (in standard deviations)", "largest latents")
+    note = (
+        "A latent is what is left of a column once the flow has taken into account the columns it depends on: standard "
+        "normal, if the row is like the data."
+    )
+    table = _table("Rows counted from 0, log p in nats", head, lines, text_from=2)
+    return f'{table}<p class="caption">{note}</p>'
+
+
+def _farthest(scores: Array) -> list[int]:
+    """Return the two largest in size, NaN first."""
+    size = np.where(np.isnan(scores), np.inf, np.abs(scores))
+    return np.argsort(-size, kind="stable")[:2].tolist()  # type: ignore[no-any-return]
 
 
 def _summary(found: Findings) -> str:
-    head = ("column", "mean", "of samples", "std", "of samples", "least", "median", "largest", "distance")
+    head = ("column", "mean", "mean, samples", "std", "std, samples", "least", "median", "largest", "distance")
     data, samples = found.rows, found.samples
     statistics = [
         *(part.mean(axis=0, dtype=np.float64) for part in (data, samples)),
@@ -555,18 +587,20 @@ def _summary(found: Findings) -> str:
         data.max(axis=0),
     ]
     lines = [
-        (name, *(_plain(value[i]) for value in statistics), f"{found.distance[i]:.3f}")
+        (name, *(_plain(value[i], statistics[2][i]) for value in statistics), f"{found.distance[i]:.3f}")
         for i, name in enumerate(found.names)
     ]
-    note = "Distance: Kolmogorov-Smirnov, between the column in the data and in the samples; from 0 to 1, less is better."
-    return _table("Columns of the data, and of the flow’s samples", head, lines) + f'<p class="caption">{note}</p>'
+    note = (
+        "Distance: Kolmogorov-Smirnov, between the column in the data and in the samples; from 0 to 1, less is better."
+    )
+    return _table("Columns of the data, and of the flow's samples", head, lines) + f'<p class="caption">{note}</p>'
 
 
 def _invertibility(flow: Flow, found: Findings) -> str:
     epsilon = _scientific(float(np.finfo(flow.spec.dtype).eps))
     note = (
-        f"A flow is invertible in exact arithmetic; these are the roundings of {flow.spec.dtype}, whose numbers are {epsilon} "
-        "apart at 1."
+        f"A flow is invertible in exact arithmetic; these are the roundings of {flow.spec.dtype}, whose numbers are "
+        f"{epsilon} apart at 1."
     )
     table = _table("Errors of going there and back", ("", "median", "largest"), found.accuracy)
     return f'{table}<p class="caption">{escape(note)}</p>'
@@ -578,7 +612,9 @@ def _table(caption: str, head: Sequence[str], lines: Sequence[Sequence[str]], te
     def kind(i: int) -> str:
         return ' class="text"' if i >= text_from else ""
 
-    top = "".join(f'<th scope="col"{kind(i)}>{escape(cell)}</th>' if cell else "<td></td>" for i, cell in enumerate(head))
+    top = "".join(
+        f'<th scope="col"{kind(i)}>{escape(cell)}</th>' if cell else "<td></td>" for i, cell in enumerate(head)
+    )
     body = "".join(
         f'<tr><th scope="row">{escape(line[0])}</th>'
         + "".join(f"<td{kind(i)}>{escape(cell)}</td>" for i, cell in enumerate(line[1:], 1))
@@ -586,7 +622,8 @@ def _table(caption: str, head: Sequence[str], lines: Sequence[Sequence[str]], te
         for line in lines
     )
     region = f'class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}"'
-    return f"<div {region}><table><caption>{escape(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+    rows = f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody>"
+    return f"<div {region}><table><caption>{escape(caption)}</caption>{rows}</table></div>"
 
 
 def _nats(value: Any, digits: int, sign: str = "") -> str:
@@ -600,14 +637,12 @@ def _nats(value: Any, digits: int, sign: str = "") -> str:
     return text.replace("-", "\N{MINUS SIGN}")
 
 
-def _plain(value: Any) -> str:
-    """Write a measurement with four significant digits."""
-    number = float(value)
-    if number != 0 and not 1e-3 <= abs(number) < 1e6:
+def _plain(value: Any, scale: Any) -> str:
+    """Write a measurement to about a hundredth of the spread of its column."""
+    number, spread = float(value), abs(float(scale))
+    if not 1e-4 <= spread < 1e7 or abs(number) >= 1e9:
         return _scientific(number)
-    decimals = 3 if number == 0 else max(0, 3 - math.floor(math.log10(abs(number))))
-    text = _nats(number, decimals)
-    return text.rstrip("0").rstrip(".") if "." in text else text
+    return _nats(number, max(0, 2 - math.floor(math.log10(spread))))
 
 
 def _scientific(value: float) -> str:
@@ -615,7 +650,7 @@ def _scientific(value: float) -> str:
         return "0" if value == 0 else _nats(value, 1)
     mantissa, exponent = f"{value:.1e}".split("e")
     powers = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-    return f"{mantissa.replace('-', chr(0x2212))} × 10{str(int(exponent)).translate(powers)}"
+    return f"{mantissa.replace('-', chr(0x2212))} {_TIMES} 10{str(int(exponent)).translate(powers)}"
 
 
 def _error(values: Array) -> str:

@@ -112,13 +112,15 @@ class History:
             `values` is not what `to_dict` returns.
         """
         arrays: dict[str, Any] = dict.fromkeys(("epoch",), np.int64)
-        arrays |= dict.fromkeys(("train_loss", "validation_loss", "learning_rate", "gradient_norm", "seconds"), np.float64)
+        arrays |= dict.fromkeys(
+            ("train_loss", "validation_loss", "learning_rate", "gradient_norm", "seconds"), np.float64
+        )
         scalars: dict[str, Any] = {"best_epoch": int, "best_loss": float, "stop_reason": str}
         scalars |= {"train_rows": int, "validation_rows": int}
         if set(values) != {*arrays, *scalars}:
             raise ValueError(f"a history holds {', '.join([*arrays, *scalars])}; got {', '.join(map(str, values))}")
         try:
-            given = {name: np.array(values[name], dtype=dtype) for name, dtype in arrays.items()}
+            given: dict[str, Any] = {name: np.array(values[name], dtype=dtype) for name, dtype in arrays.items()}
             given |= {name: kind(values[name]) for name, kind in scalars.items()}
         except (TypeError, ValueError) as error:
             raise ValueError(f"a history's values are lists of numbers of one length: {error}") from error
