@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import nvpflow
-from nvpflow.report import gaussian_log_prob
+from nvpflow._findings import gaussian_log_prob
 
 Array = NDArray[Any]
 

@@ -213,7 +213,7 @@ def corner(
     grid = _corner_axes(ax, len(chosen))
     limits = [_limits(rows[:, c]) for c in chosen]
     sets = [rows] if drawn is None else [rows, drawn]
-    points = [_some(table, min(map(len, sets))) for table in sets]
+    points = [some_rows(table, min(_MOST_POINTS, *map(len, sets))) for table in sets]
     for i, row in enumerate(chosen):
         for j, column in enumerate(chosen[: i + 1]):
             panel = grid[i, j]
@@ -266,10 +266,10 @@ def _corner_axes(ax: Any, count: int) -> NDArray[np.object_]:
     return grid
 
 
-def _some(rows: Array, count: int) -> Array:
-    count = min(count, _MOST_POINTS)
-    if len(rows) == count:
-        return rows
+def some_rows(rows: NDArray[Any], count: int) -> NDArray[Any]:
+    """Return so many of the rows, in their order, chosen at random but always alike; all where there are no more."""
+    if len(rows) <= count:
+        return np.ascontiguousarray(rows)
     return rows[np.sort(np.random.default_rng(0).choice(len(rows), count, replace=False))]
 
 

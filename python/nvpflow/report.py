@@ -10,7 +10,7 @@ import base64
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from html import escape
@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nvpflow import _checks
-from nvpflow._core import FlowSpec, __version__, cpu_isa
+from nvpflow._core import __version__, cpu_isa
+from nvpflow._findings import Findings, counted, examine, finite_rows
 from nvpflow.flow import Flow
 
 if TYPE_CHECKING:
@@ -30,40 +31,14 @@ if TYPE_CHECKING:
 
     from nvpflow.training import History
 
-__all__ = ["gaussian_log_prob", "html"]
+__all__ = ["html"]
 
 Array = NDArray[Any]
 
-EXAMINED = 100_000  # rows for everything but the likelihood, which all rows have
-SAMPLES = 20_000
-LEAST_ROWS = 10
 CORNER_COLUMNS = 8
 OUTLIERS = 10
 _TIMES = "\N{MULTIPLICATION SIGN}"
 SMALL, SQUARE = (4.5, 3.5), (4.5, 4.1)  # inches; nearly the width they are shown at, so that letters keep their size
-
-
-def gaussian_log_prob(train: Array, rows: Array) -> NDArray[np.float64]:
-    """Return log p [B] in nats under the Gaussian with the training rows' mean and full covariance.
-
-    Parameters
-    ----------
-    train
-        Rows [N, D] to take mean and covariance from.
-    rows
-        Rows [B, D].
-
-    Raises
-    ------
-    numpy.linalg.LinAlgError
-        The covariance of `train` is singular.
-    """
-    train, rows = train.astype(np.float64), rows.astype(np.float64)
-    factor = np.linalg.cholesky(np.cov(train, rowvar=False))
-    white = np.linalg.solve(factor, (rows - train.mean(axis=0)).T)
-    log_det = 2 * np.log(np.diag(factor)).sum()
-    density = -0.5 * (rows.shape[1] * np.log(2 * np.pi) + log_det + np.square(white).sum(axis=0))
-    return np.asarray(density, dtype=np.float64)
 
 
 def html(
@@ -111,177 +86,12 @@ def html(
     """
     columns = flow.spec.input_size
     rows = _checks.table("data", data, flow.spec.dtype, columns)
-    reference = None if train is None else _finite(_checks.table("train", train, flow.spec.dtype, columns))
+    reference = None if train is None else finite_rows(_checks.table("train", train, flow.spec.dtype, columns))
     given = getattr(data, "columns", None) if names is None else names
     if given is not None and (isinstance(given, str) or len(given) != columns):
         raise ValueError(f"names is {_checks.describe(given)}, expected {columns} names, one for each column")
-    findings = _examine(flow, rows, reference, None if given is None else [str(name) for name in given])
+    findings = examine(flow, rows, reference, None if given is None else [str(name) for name in given])
     return _page(flow, findings, history, title, details or {})
-
-
-# -------------------------------------------------------------------------------------------------------- findings
-
-
-@dataclass
-class Findings:
-    """What the page tells, and the arrays that its pictures show."""
-
-    rows: Array  # [N, D], the finite ones
-    numbers: NDArray[np.int64]  # [N], of these among all rows
-    total: int
-    names: list[str]
-    log_p: NDArray[np.float64]  # [N]
-    gaussian: NDArray[np.float64] | None  # [N]
-    gaussian_source: str
-    samples: Array
-    samples_log_p: NDArray[np.float64]
-    latents: NDArray[np.float64]  # of the rows examined
-    distance: NDArray[np.float64]  # [D], Kolmogorov-Smirnov, data and samples
-    accuracy: list[tuple[str, str, str]]
-    round_trip: float
-    notices: list[str] = field(default_factory=list)
-
-    @property
-    def scored(self) -> NDArray[np.bool_]:
-        """Tell the rows whose log-density is a finite number."""
-        return np.isfinite(self.log_p)
-
-
-def _finite(rows: Array) -> Array:
-    return rows[np.isfinite(rows).all(axis=1)]
-
-
-def _examine(flow: Flow, data: Array, train: Array | None, names: list[str] | None) -> Findings:
-    finite = np.isfinite(data).all(axis=1)
-    rows = data if finite.all() else data[finite]
-    if len(rows) < LEAST_ROWS:
-        raise ValueError(f"data has {len(rows)} rows of finite numbers, a report needs at least {LEAST_ROWS}")
-    notices = []
-    if len(rows) < len(data):
-        bad = np.flatnonzero(~finite)
-        notices.append(
-            f"{_count(len(bad), 'row')} of {len(data):,} with NaN or infinite values left out "
-            f"(row {', '.join(map(str, bad[:5]))}{', …' if len(bad) > 5 else ''}, counted from 0)."
-        )
-    log_p = flow.log_probability(rows).astype(np.float64)
-    if not np.isfinite(log_p).any():
-        raise ValueError(
-            "no row of data has a finite log-density under this flow; are they on the scale of its training data?"
-        )
-    if wild := int(np.sum(~np.isfinite(log_p))):
-        notices.append(
-            f"{_count(wild, 'row')} so far out that the log-density is not a finite number; not in the means."
-        )
-    samples = flow.sample(SAMPLES, seed=0)
-    if wild := len(samples) - len(_finite(samples)):
-        notices.append(f"{_count(wild, 'sample')} of {SAMPLES:,} not finite, and left out.")
-        samples = _finite(samples)
-    gaussian, source = _gaussian(rows, train)
-    some = _some(rows, EXAMINED)
-    latents = flow.forward(some)[0].astype(np.float64)
-    accuracy, round_trip = _accuracy(flow, some)
-    return Findings(
-        rows=rows,
-        numbers=np.flatnonzero(finite),
-        total=len(data),
-        names=names or [f"column {i}" for i in range(data.shape[1])],
-        log_p=log_p,
-        gaussian=gaussian,
-        gaussian_source=source,
-        samples=samples,
-        samples_log_p=flow.log_probability(samples).astype(np.float64),
-        latents=latents[np.isfinite(latents).all(axis=1)],
-        distance=np.array([_kolmogorov_smirnov(some[:, i], samples[:, i]) for i in range(data.shape[1])]),
-        accuracy=accuracy,
-        round_trip=round_trip,
-        notices=notices,
-    )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _some(rows: Array, count: int) -> Array:
-    if len(rows) <= count:
-        return np.ascontiguousarray(rows)
-    return rows[np.sort(np.random.default_rng(0).choice(len(rows), count, replace=False))]
-
-
-def _gaussian(rows: Array, train: Array | None) -> tuple[NDArray[np.float64] | None, str]:
-    """Return log p of the rows under a Gaussian that was not fitted to them, and how that was done."""
-    try:
-        if train is not None:
-            return gaussian_log_prob(train, rows), "fitted to the training rows"
-        first = np.random.default_rng(0).permutation(len(rows)) < len(rows) // 2
-        density = np.empty(len(rows))
-        density[first] = gaussian_log_prob(rows[~first], rows[first])
-        density[~first] = gaussian_log_prob(rows[first], rows[~first])
-        return density, "fitted to one half of the rows and scored on the other, in turns"
-    except np.linalg.LinAlgError:
-        return None, "not defined: the covariance is singular (a constant or redundant column, or too few rows)"
-
-
-def _kolmogorov_smirnov(data: Array, samples: Array) -> float:
-    """Return the largest difference between two empirical distribution functions."""
-    if not len(samples):
-        return math.nan
-    data, samples = np.sort(data), np.sort(samples)
-    both = np.concatenate([data, samples])
-    cdfs = [np.searchsorted(part, both, side="right") / len(part) for part in (data, samples)]
-    return float(np.max(np.abs(cdfs[0] - cdfs[1])))
-
-
-def _accuracy(flow: Flow, rows: Array) -> tuple[list[tuple[str, str, str]], float]:
-    """Return lines of name, typical and largest value; and the largest error of the way to the latents and back."""
-    z, log_det = flow.forward(rows)
-    back, log_det_back = flow.inverse(z, with_log_det=True)
-    std = rows.std(axis=0, dtype=np.float64)
-    std[std == 0] = 1
-    with np.errstate(invalid="ignore"):
-        there = np.abs(back.astype(np.float64) - rows) / std
-        dets = np.abs(log_det.astype(np.float64) + log_det_back)
-        noise = np.random.default_rng(0).standard_normal((len(rows), rows.shape[1])).astype(rows.dtype)
-        other = np.abs(flow.forward(flow.inverse(noise))[0].astype(np.float64) - noise)
-    lines = [
-        ("data → latent → data, in standard deviations of the column", there),
-        ("latent → data → latent, standard normal noise", other),
-        ("log-determinants there and back, their sum (nats)", dets),
-    ]
-    if flow.spec.dtype == "float32":
-        exact = _in_float64(flow).log_probability(rows.astype(np.float64))
-        ours = flow.log_probability(rows).astype(np.float64)
-        with np.errstate(invalid="ignore"):
-            rounding = np.abs(ours - exact) / (1 + np.abs(exact))
-        lines.append(("log p beside float64 arithmetic, relative to 1 + |log p|", rounding))
-    return [(name, _scientific(_median(e)), _scientific(_largest(e))) for name, e in lines], _largest(there)
-
-
-def _median(errors: Array) -> float:
-    finite = errors[np.isfinite(errors)]
-    return float(np.median(finite)) if finite.size else math.nan
-
-
-def _largest(errors: Array) -> float:
-    return math.inf if not np.isfinite(errors).all() else float(errors.max())
-
-
-def _in_float64(flow: Flow) -> Flow:
-    spec = flow.spec
-    wide = Flow(
-        FlowSpec(
-            spec.input_size,
-            spec.num_flows,
-            spec.hidden_sizes,
-            spec.activation,
-            spec.scale_bound,
-            spec.standardize,
-            "float64",
-        )
-    )
-    wide.num_threads = flow.num_threads
-    wide.set_parameters({name: values.astype(np.float64) for name, values in flow.parameters().items()})
-    return wide
 
 
 # -------------------------------------------------------------------------------------------------------- pictures
@@ -301,34 +111,53 @@ class Picture:
     def figure(self) -> str:
         """Return the HTML of both renderings, of which the page's style shows one."""
         try:
-            light, dark = (_svg(self, dark=dark) for dark in (False, True))
+            light, dark = (_drawn(self, dark=dark) for dark in (False, True))
         except ValueError as error:  # of nvpflow.plot: what this data cannot show
             return f'<p class="note">{escape(self.title)}: not drawn. {escape(str(error))}.</p>'
         kind = "wide" if self.grid > 1 else "plain"
         scroll = f' role="region" tabindex="0" aria-label="{escape(self.title)}, scrollable"' if self.grid > 1 else ""
         images = "".join(
-            f'<img class="{ground}" alt="{escape(self.alt)}" src="data:image/svg+xml;base64,{data}">'
-            for ground, data in (("light", light), ("dark", dark))
+            f'<img class="{ground}" alt="{escape(self.alt)}" src="{address}">'
+            for ground, address in (("light", light), ("dark", dark))
         )
         heading = f"<strong>{escape(self.title)}.</strong> {escape(self.caption)}"
         frame = f'<div class="frame"{scroll}>{images}</div>'
         return f'<figure class="{kind}">{frame}<figcaption>{heading}</figcaption></figure>'
 
 
-def _svg(picture: Picture, *, dark: bool) -> str:
+def _drawn(picture: Picture, *, dark: bool) -> str:
+    """Return a drawing as the address of an inline picture."""
     import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from nvpflow import plot
 
     with plot.style(dark=dark), matplotlib.rc_context({"svg.hashsalt": "nvpflow"}):
-        figure: Figure = Figure(figsize=picture.size, dpi=170, layout=None if picture.grid > 1 else "constrained")
-        FigureCanvasSVG(figure)
+        figure: Figure = Figure(figsize=picture.size, dpi=190, layout=None if picture.grid > 1 else "constrained")
+        FigureCanvasAgg(figure)
         picture.draw(_panels(figure, picture.grid) if picture.grid > 1 else figure.subplots())
-        text = io.BytesIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return base64.b64encode(text.getvalue()).decode("ascii")
+        file = io.BytesIO()
+        if picture.grid > 1:
+            figure.savefig(file, format="png")
+            return _address("image/png", _with_few_colours(file))
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        return _address("image/svg+xml", file.getvalue())
+
+
+def _address(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _with_few_colours(png: io.BytesIO) -> bytes:
+    """Return a PNG of thousands of points in 64 colours: a fifth of the size, and no difference to be seen."""
+    from PIL import Image  # Matplotlib brings it
+
+    with Image.open(png) as image:
+        few = image.convert("RGB").quantize(64, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    file = io.BytesIO()
+    few.save(file, "png", optimize=True)
+    return file.getvalue()
 
 
 def _panels(figure: Figure, count: int) -> NDArray[np.object_]:
@@ -394,8 +223,8 @@ def _corner_picture(found: Findings) -> Picture:
     return Picture(
         "Data and samples, column against column",
         f"Scatter plots of every pair of {len(chosen)} columns, data and samples of the flow over each other, and "
-        f"histograms on the diagonal. The distributions differ most in {found.names[worst[0]]}, by {found.distance[worst[0]]:.3f} "
-        "(Kolmogorov-Smirnov distance).",
+        f"histograms on the diagonal. The distributions differ most in {found.names[worst[0]]}, by "
+        f"{found.distance[worst[0]]:.3f} (Kolmogorov-Smirnov distance).",
         "Up to 2,000 points of each kind; histograms count all rows, on a logarithmic scale." + which,
         (1.0 + 1.35 * len(chosen),) * 2,
         lambda panels: draw(ax=panels),
@@ -507,14 +336,14 @@ def _card(flow: Flow, found: Findings, history: History | None, details: Mapping
     spec = flow.spec
     hidden = f" {_TIMES} ".join(map(str, spec.hidden_sizes)) or "none"
     lines = {
-        "Model": f"RealNVP, {_count(spec.num_flows, 'affine coupling')}",
+        "Model": f"RealNVP, {counted(spec.num_flows, 'affine coupling')}",
         "Conditioner networks": f"hidden layers {hidden}, {spec.activation}",
         "Log-scale bound": f"{spec.scale_bound:g}",
         "Standardize layer": "yes" if spec.standardize else "no",
         "Parameters": f"{flow.num_parameters:,}, {spec.dtype}",
         **details,
         "Training": _training_line(history),
-        "Data": f"{_count(len(found.rows), 'row')} of {found.total:,}, {len(found.names)} columns",
+        "Data": f"{counted(len(found.rows), 'row')} of {found.total:,}, {len(found.names)} columns",
         "Date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
     return (
@@ -527,8 +356,9 @@ def _training_line(history: History | None) -> str:
         return "not recorded in the model file; give the history for the learning curve"
     held_out = f"{history.validation_rows:,} validation rows" if history.validation_rows else "no validation rows"
     return (
-        f"{_count(len(history), 'epoch')} in {history.seconds.sum():.1f} s on {history.train_rows:,} rows, {held_out}; "
-        f"best epoch {history.best_epoch} with {_nats(-history.best_loss, 3)} nats per row; stop reason: {history.stop_reason}"
+        f"{counted(len(history), 'epoch')} in {history.seconds.sum():.1f} s on {history.train_rows:,} rows, "
+        f"{held_out}; best epoch {history.best_epoch} with {_nats(-history.best_loss, 3)} nats per row; "
+        f"stop reason: {history.stop_reason}"
     )
 
 
@@ -541,8 +371,8 @@ def _comparison(found: Findings) -> str:
     cells = [(name, _nats(v.mean(), 3), _error(v), _nats(np.median(v), 3)) for name, v in lines]
     table = _table("Log-likelihood in nats per row", ("", "mean", "± s.e.", "median"), cells)
     note = (
-        f"s.e.: standard error of the mean. Gaussian: with full covariance, {found.gaussian_source}. These are held-out "
-        "figures if the flow was trained on none of these rows, which this page cannot know."
+        f"s.e.: standard error of the mean. Gaussian: with full covariance, {found.gaussian_source}. "
+        "These are held-out figures if the flow was trained on none of these rows, which this page cannot know."
     )
     return f'<div>{table}<p class="caption">{escape(note)}</p></div>'
 
@@ -602,7 +432,8 @@ def _invertibility(flow: Flow, found: Findings) -> str:
         f"A flow is invertible in exact arithmetic; these are the roundings of {flow.spec.dtype}, whose numbers are "
         f"{epsilon} apart at 1."
     )
-    table = _table("Errors of going there and back", ("", "median", "largest"), found.accuracy)
+    lines = [(name, _scientific(median), _scientific(largest)) for name, median, largest in found.accuracy]
+    table = _table("Errors of going there and back", ("", "median", "largest"), lines)
     return f'{table}<p class="caption">{escape(note)}</p>'
 
 

@@ -156,6 +156,11 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         rows = self._training_rows(X)
         validation: Any = self._validation(len(rows)) if X_val is None else self._rows(X_val)
         held_out = 0 if X_val is not None or validation is None else math.floor(validation * len(rows))
+        if len(rows) - held_out < 2:
+            raise ValueError(
+                f"Found array with {len(rows)} sample(s), of which {held_out} set aside for validation, while a minimum "
+                "of 2 is required to train on; give validation_fraction=None, or X_val"
+            )
         batch_size = _checks.integer("batch_size", self.batch_size)
         seed = _seed_of(self.random_state)
         flow = build(
@@ -230,16 +235,20 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
                 f"X is constant in {self._named(constant)} (in {rows.dtype}): what does not vary has no density; "
                 "leave it out"
             )
-        rounding = np.finfo(rows.dtype).eps * np.abs(X).max(axis=0)
-        coarse = np.flatnonzero(rounding > _COARSE * X.std(axis=0, dtype=np.float64))
-        if coarse.size and X.dtype != rows.dtype:
+        if rows.dtype != X.dtype:
+            self._warn_of_rounding(X, rows.dtype)
+        return rows
+
+    def _warn_of_rounding(self, X: NDArray[Any], dtype: np.dtype[Any]) -> None:
+        rounding = np.finfo(dtype).eps * np.abs(X).max(axis=0)
+        coarse = np.flatnonzero(rounding > _COARSE * X.std(axis=0))
+        if coarse.size:
             warnings.warn(
-                f"rounding to {rows.dtype} blurs {self._named(coarse)}, whose values are large beside their spread; "
+                f"rounding to {dtype} blurs {self._named(coarse)}, whose values are large beside their spread; "
                 "subtract an offset, or give dtype='float64'",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
-        return rows
 
     def _rows(self, X: Any) -> NDArray[Any]:
         """Return X in the flow's dtype, with the features that `fit` has seen."""
@@ -247,6 +256,8 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
 
     def _rounded(self, X: NDArray[Any]) -> NDArray[Any]:
         dtype = _checks.dtype_name("dtype", self.dtype)
+        if dtype not in ("float32", "float64"):
+            raise ValueError(f"dtype is {dtype!r}, expected 'float32' or 'float64'")
         with np.errstate(over="ignore"):
             rows = X.astype(dtype, copy=False)
         beyond = np.flatnonzero(~np.isfinite(rows).all(axis=0)) if X.dtype != rows.dtype else np.empty(0, np.int64)
@@ -358,8 +369,11 @@ class FlowDensity(DensityMixin, _FlowEstimator):  # type: ignore[misc]
             Of `dtype`, as `sklearn.neighbors.KernelDensity.sample` returns them.
         """
         check_is_fitted(self)
+        count = _checks.integer("n_samples", n_samples)
+        if count < 0:
+            raise ValueError(f"n_samples is {count}, expected at least 0")
         self.flow_.num_threads = effective_n_jobs(self.n_jobs)
-        drawn: NDArray[Any] = self.flow_.sample(n_samples, seed=_seed_of(random_state))
+        drawn: NDArray[Any] = self.flow_.sample(count, seed=_seed_of(random_state))
         return drawn
 
 
