@@ -204,7 +204,7 @@ def corner(
     Panels show up to 2,000 points of each kind, chosen at random but always alike, in turns so that neither hides the
     other. Histograms count all rows, on a logarithmic scale, where rare modes and tails can be seen; counts of the
     samples are scaled to the number of rows of the data. The 0.1 % of the data farthest out on either side of a column
-    may lie outside the panel.
+    may lie outside the panel, and so may what is beyond three times the range of the inner 98 %.
     """
     rows = _table("data", data)
     drawn = None if samples is None else _table("samples", samples, rows.shape[1])
@@ -275,7 +275,10 @@ def some_rows(rows: NDArray[Any], count: int) -> NDArray[Any]:
 
 def _limits(values: Array) -> tuple[float, float]:
     """Return an interval that holds all but the most extreme values, with a margin."""
-    low, high = np.quantile(values, [0.001, 0.999])
+    low, inner_low, inner_high, high = np.quantile(values, [0.001, 0.01, 0.99, 0.999])
+    if inner_low < inner_high:  # among few rows one that is very far out is within any quantile
+        reach = 3 * (inner_high - inner_low)
+        low, high = max(low, inner_low - reach), min(high, inner_high + reach)
     if low == high:
         low, high = values.min(), values.max()
     margin = 0.06 * (high - low) or 0.5
@@ -480,7 +483,9 @@ def latent_correlation(z: ArrayLike, *, names: Sequence[str] | None = None, ax: 
 
 def _signed(value: float, digits: int) -> str:
     """Write a number with the minus sign of typography, and none before a nought."""
-    text = f"{value:,.{digits}f}"
+    if not np.isfinite(value):
+        return "NaN" if np.isnan(value) else "\N{INFINITY}" if value > 0 else "\N{MINUS SIGN}\N{INFINITY}"
+    text = f"{value:,.{digits}f}" if abs(value) < 1e7 else f"{value:.1e}"
     return text.lstrip("-") if float(text.replace(",", "")) == 0 else text.replace("-", "\N{MINUS SIGN}")
 
 
@@ -593,7 +598,7 @@ def log_likelihood(
     Returns
     -------
     matplotlib.axes.Axes
-        Share of the rows in each bin. An arrow at the edge stands for rows below the frame, at most 0.2 %.
+        Share of the rows in each bin. An arrow at the edge stands for rows below the frame.
 
     Raises
     ------
@@ -640,12 +645,17 @@ def _vector(name: str, values: ArrayLike) -> Array:
 def _histogram_limits(sets: list[Array], lowest: Array) -> tuple[float, float]:
     """Return a frame for the bulk of all sets and the lowest rows, where these would not press it into a few bins."""
     finite = [values[np.isfinite(values)] for values in sets]
-    low = min(float(np.quantile(values, 0.002)) for values in finite)
+    low = min(_lower_edge(values) for values in finite)
     high = max(float(values.max()) for values in finite)
     near = lowest[np.isfinite(lowest) & (lowest > low - 0.5 * (high - low))]
     low = min([low, *near.tolist()])
     margin = 0.04 * (high - low) or 0.5
     return low - margin, high + margin
+
+
+def _lower_edge(values: Array) -> float:
+    low, inner_low, inner_high = np.quantile(values, [0.002, 0.05, 0.95])
+    return float(max(low, inner_low - 5 * (inner_high - inner_low)) if inner_low < inner_high else low)
 
 
 def _shares(values: Array, edges: Array) -> Array:
@@ -658,8 +668,10 @@ def _mark_outliers(
     lowest = least_likely(values, count)
     at = values[lowest]
     inside = at[np.isfinite(at) & (at >= limits[0])]
+    outside = int(np.sum(~(values >= limits[0])))
+    title = f"least likely ({outside:,} outside):" if outside else "least likely:"
     mark: dict[str, Any] = {"color": "C3", "linestyle": "", "markeredgewidth": 0, "transform": ax.get_xaxis_transform()}
-    ax.plot(inside, np.full(len(inside), 0.025), marker="v", markersize=5, label="least likely:", **mark)
+    ax.plot(inside, np.full(len(inside), 0.025), marker="v", markersize=5, label=title, **mark)
     if len(inside) < len(lowest):
         ax.plot(limits[0], 0.025, marker="<", markersize=7, clip_on=False, **mark)
     for row, value in zip(lowest, at, strict=True):

@@ -116,8 +116,9 @@ class Picture:
             return f'<p class="note">{escape(self.title)}: not drawn. {escape(str(error))}.</p>'
         kind = "wide" if self.grid > 1 else "plain"
         scroll = f' role="region" tabindex="0" aria-label="{escape(self.title)}, scrollable"' if self.grid > 1 else ""
+        width = f"max-width:{self.size[0] * 6:.1f}rem"  # where letters have their size
         images = "".join(
-            f'<img class="{ground}" alt="{escape(self.alt)}" src="{address}">'
+            f'<img class="{ground}" style="{width}" alt="{escape(self.alt)}" src="{address}">'
             for ground, address in (("light", light), ("dark", dark))
         )
         heading = f"<strong>{escape(self.title)}.</strong> {escape(self.caption)}"
@@ -226,7 +227,7 @@ def _corner_picture(found: Findings) -> Picture:
         f"histograms on the diagonal. The distributions differ most in {found.names[worst[0]]}, by "
         f"{found.distance[worst[0]]:.3f} (Kolmogorov-Smirnov distance).",
         "Up to 2,000 points of each kind; histograms count all rows, on a logarithmic scale." + which,
-        (1.0 + 1.35 * len(chosen),) * 2,
+        (1.0 + len(chosen) * min(2.0, max(1.35, 9 / len(chosen))),) * 2,
         lambda panels: draw(ax=panels),
         grid=len(chosen),
     )
@@ -462,6 +463,8 @@ def _nats(value: Any, digits: int, sign: str = "") -> str:
     number = float(value)
     if not math.isfinite(number):
         return "not a number" if math.isnan(number) else "∞" if number > 0 else "\N{MINUS SIGN}∞"
+    if abs(number) >= 1e7:
+        return _scientific(number)
     text = f"{number:{sign},.{digits}f}"
     if float(text.replace(",", "")) == 0:
         text = text.lstrip("+-")
@@ -470,10 +473,11 @@ def _nats(value: Any, digits: int, sign: str = "") -> str:
 
 def _plain(value: Any, scale: Any) -> str:
     """Write a measurement to about a hundredth of the spread of its column."""
-    number, spread = float(value), abs(float(scale))
+    number = float(value)
+    spread = abs(float(scale)) or abs(number) or 1.0
     if not 1e-4 <= spread < 1e7 or abs(number) >= 1e9:
         return _scientific(number)
-    return _nats(number, max(0, 2 - math.floor(math.log10(spread))))
+    return _nats(number, max(0, 3 - round(math.log10(spread))))
 
 
 def _scientific(value: float) -> str:

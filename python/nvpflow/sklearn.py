@@ -158,8 +158,8 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         held_out = 0 if X_val is not None or validation is None else math.floor(validation * len(rows))
         if len(rows) - held_out < 2:
             raise ValueError(
-                f"Found array with {len(rows)} sample(s), of which {held_out} set aside for validation, while a minimum "
-                "of 2 is required to train on; give validation_fraction=None, or X_val"
+                f"Found array with {len(rows)} sample(s), of which {held_out} set aside for validation, while a "
+                "minimum of 2 is required to train on; give validation_fraction=None, or X_val"
             )
         batch_size = _checks.integer("batch_size", self.batch_size)
         seed = _seed_of(self.random_state)
