@@ -82,9 +82,7 @@ def examine(flow: Flow, data: Array, train: Array | None, names: list[str] | Non
     finite = np.isfinite(data).all(axis=1)
     rows = data if finite.all() else data[finite]
     if len(rows) < LEAST_ROWS:
-        raise ValueError(
-            f"data has {counted(len(rows), 'row')} of finite numbers, a report needs at least {LEAST_ROWS}"
-        )
+        raise ValueError(f"data has {counted(len(rows), 'row')} of finite numbers, expected at least {LEAST_ROWS}")
     notices = []
     if len(rows) < len(data):
         bad = np.flatnonzero(~finite)

@@ -148,9 +148,8 @@ def _real(name: str, values: ArrayLike) -> Array:
 def _names(names: Sequence[str] | None, source: object, count: int, letter: str) -> list[str]:
     """Return a name for each column: those given, those of a DataFrame, or a letter with an index."""
     if names is None:
-        columns = getattr(source, "columns", None)
-        if columns is not None and len(columns) == count:
-            return [str(column) for column in columns]
+        names = getattr(source, "columns", None)
+    if names is None:
         return [f"{letter}$_{{{i}}}$" for i in range(count)]
     if isinstance(names, str) or len(names) != count:
         raise ValueError(f"names is {_checks.describe(names)}, expected {count} names, one for each column")
