@@ -217,7 +217,10 @@ def test_names_that_are_refused(trained, data):
         report.html(trained[0], data.astype(np.float32), names=["a", "b"])
 
 
-@pytest.mark.parametrize("kind", ["constant", "duplicates", "ten", "two columns", "many columns", "float64"])
+SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("duplicates", "ten", "float64", "two columns")]
+
+
+@pytest.mark.parametrize("kind", ["constant", "many columns", *SLOW_KINDS])
 def test_odd_data_makes_a_page(kind, trained, data, monkeypatch):
     flow, rows = trained[0], data.astype(np.float32)
     if kind == "constant":

@@ -136,12 +136,12 @@ def _drawn(picture: Picture, *, dark: bool) -> str:
 
     with plot.style(dark=dark), matplotlib.rc_context({"svg.hashsalt": "nvpflow"}):
         figure: Figure = Figure(figsize=picture.size, dpi=190, layout=None if picture.grid > 1 else "constrained")
-        FigureCanvasAgg(figure)
+        canvas = FigureCanvasAgg(figure)
         picture.draw(_panels(figure, picture.grid) if picture.grid > 1 else figure.subplots())
-        file = io.BytesIO()
         if picture.grid > 1:
-            figure.savefig(file, format="png")
-            return _address("image/png", _with_few_colours(file))
+            canvas.draw()
+            return _address("image/png", _png(np.asarray(canvas.buffer_rgba())))
+        file = io.BytesIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         return _address("image/svg+xml", file.getvalue())
 
@@ -150,12 +150,12 @@ def _address(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def _with_few_colours(png: io.BytesIO) -> bytes:
-    """Return a PNG of thousands of points in 64 colours: a fifth of the size, and no difference to be seen."""
+def _png(pixels: Array) -> bytes:
+    """Return a PNG of 64 colours: a fifth of the size, where thousands of points lie, and no difference to be seen."""
     from PIL import Image  # Matplotlib brings it
 
-    with Image.open(png) as image:
-        few = image.convert("RGB").quantize(64, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    image = Image.fromarray(np.ascontiguousarray(pixels[:, :, :3]))
+    few = image.quantize(64, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     file = io.BytesIO()
     few.save(file, "png", optimize=True)
     return file.getvalue()
