@@ -461,8 +461,9 @@ def latent_correlation(z: ArrayLike, *, names: Sequence[str] | None = None, ax: 
     shown = np.ma.masked_array(r, mask=np.triu(np.ones_like(r, dtype=bool)))[1:, :-1]
     picture = ax.imshow(shown, cmap=_diverging(), vmin=-scale, vmax=scale)
     if count <= _MOST_COLUMNS:
+        size = "small" if count <= 7 else "xx-small"
         for i, j in np.stack(below, axis=1).tolist():
-            ax.text(j, i - 1, _signed(r[i, j], 2), ha="center", va="center", fontsize="small")
+            ax.text(j, i - 1, _signed(r[i, j], 2), ha="center", va="center", fontsize=size)
     ticks = np.arange(count - 1) if count <= 30 else np.linspace(0, count - 2, 8).astype(int)
     long_names = max(map(len, titles)) > 6
     ax.set_xticks(

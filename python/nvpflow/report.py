@@ -136,7 +136,7 @@ def _drawn(picture: Picture, *, dark: bool) -> str:
 
     with plot.style(dark=dark), matplotlib.rc_context({"svg.hashsalt": "nvpflow"}):
         figure: Figure = Figure(figsize=picture.size, dpi=190, layout=None if picture.grid > 1 else "constrained")
-        canvas = FigureCanvasAgg(figure)
+        canvas: Any = FigureCanvasAgg(figure)
         picture.draw(_panels(figure, picture.grid) if picture.grid > 1 else figure.subplots())
         if picture.grid > 1:
             canvas.draw()
