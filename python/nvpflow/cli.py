@@ -1,10 +1,12 @@
-"""The command ``nvpflow``: fit, score, sample, check, info and demo.
+"""The command ``nvpflow``: fit, score, sample, check, info, report and demo.
 
 Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 3 `check` finds a model unreliable, 130 Ctrl-C,
 141 the reader of a pipe went away.
 """
 
 import argparse
+import csv
+import hashlib
 import json
 import math
 import os
@@ -64,15 +66,24 @@ def _parser() -> argparse.ArgumentParser:
         ("--cmake-dir", nvpflow.get_cmake_dir(), "show the folder of the CMake package, and exit"),
         ("--include-dir", nvpflow.get_include(), "show the folder of the headers for C and C++, and exit"),
     ):
-        parser.add_argument(option, action="version", version=folder, help=text)
+        parser.add_argument(option, action=_Folder, nargs=0, const=folder, help=text)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_fit(commands)
     _add_score(commands)
     _add_sample(commands)
     _add_check(commands)
     _add_info(commands)
+    _add_report(commands)
     _add_demo(commands)
     return parser
+
+
+class _Folder(argparse.Action):
+    """Prints a path as it is; argparse's own "version" would wrap a long one."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(self.const)
+        parser.exit()
 
 
 class _Version(argparse.Action):
@@ -135,6 +146,8 @@ def _add_training_options(group: Any) -> None:
     _add_option(
         group, "--max-time", type=float, metavar="SECONDS", help="start no epoch that would end later than this"
     )
+    history_help = "JSON file to write the losses of every epoch to, which report draws"
+    _add_option(group, "--history", metavar="FILE", help=history_help)
     checkpoint_help = "written after every epoch; where it exists, training goes on from it"
     _add_option(group, "--checkpoint", metavar="FILE", help=checkpoint_help)
 
@@ -195,6 +208,27 @@ def _add_info(commands: Any) -> None:
     _add_option(info, "--json", action="store_true", help="print JSON")
 
 
+def _add_report(commands: Any) -> None:
+    summary = "Write a page about a model and a table it was not trained on: likelihood, samples, latents, exactness."
+    report = _add_command(commands, "report", _run_report, summary)
+    report.add_argument("model", metavar="MODEL", help="model file")
+    report.add_argument("data", metavar="DATA", help=f"rows: {_TABLES}; converted to the model's dtype")
+    _add_option(report, "-o", "--output", metavar="PAGE", required=True, help="HTML file to write, - for stdout")
+    _add_option(report, "--force", action="store_true", help="overwrite PAGE")
+    train_help = "training rows, to fit the Gaussian to (default: to halves of DATA in turns)"
+    _add_option(report, "--train", metavar="TABLE", help=train_help)
+    _add_option(report, "--history", metavar="FILE", help="what fit --history wrote, for the learning curve")
+    names_help = "of the columns (default: those in DATA, where it has some)"
+    _add_option(report, "--names", metavar="NAME,NAME", type=_listed_names, help=names_help)
+    _add_option(report, "--title", metavar="TEXT", help="of the page (default: names of MODEL and DATA)")
+    _add_threads(report)
+    _add_device(report)
+
+
+def _listed_names(text: str) -> list[str]:
+    return next(csv.reader([text]))
+
+
 def _add_demo(commands: Any) -> None:
     summary = "Train on a real data set that comes with the package, and show what the flow can do."
     demo = _add_command(commands, "demo", _run_demo, summary)
@@ -244,6 +278,8 @@ def _run_fit(arguments: argparse.Namespace) -> None:
 
     history = _train(arguments, flow, rows, validation)
     flow.save(arguments.output)
+    if arguments.history is not None:
+        _write_history(arguments.history, history, force=arguments.force)
     say(history)
     kind, count = ("held-out", history.validation_rows) if history.validation_rows else ("training", history.train_rows)
     say(f"{kind} log-likelihood: {-history.best_loss:.4f} nats per row (epoch {history.best_epoch}, {count:,} rows)")
@@ -258,8 +294,39 @@ def _check_fit_paths(arguments: argparse.Namespace) -> None:
         raise data_io.DataError(f"--max-time is {arguments.max_time}, expected a number of seconds above 0")
     data_io.check_distinct(
         arguments.output,
-        {"DATA": arguments.data, "--validation": arguments.validation, "--checkpoint": arguments.checkpoint},
+        {
+            "DATA": arguments.data,
+            "--validation": arguments.validation,
+            "--checkpoint": arguments.checkpoint,
+            "--history": arguments.history,
+        },
     )
+    if arguments.history is not None:
+        data_io.check_target(arguments.history, force=arguments.force)
+        sources = {"DATA": arguments.data, "--validation": arguments.validation, "--checkpoint": arguments.checkpoint}
+        data_io.check_distinct(arguments.history, sources, option="--history")
+
+
+def _write_history(target: str, history: nvpflow.History, *, force: bool) -> None:
+    """Write a history as JSON, which has no NaN: null stands for it."""
+    values = {
+        name: [None if isinstance(v, float) and math.isnan(v) else v for v in value]
+        if isinstance(value, list)
+        else value
+        for name, value in history.to_dict().items()
+    }
+    data_io.write_text(target, json.dumps(values, indent=1, allow_nan=False) + "\n", force=force)
+
+
+def _read_history(source: str) -> nvpflow.History:
+    with open(source, encoding="utf-8") as file:
+        try:
+            values = json.load(file)
+            return nvpflow.History.from_dict(values if isinstance(values, dict) else {})
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise data_io.DataError(f"{source}: not JSON: {error}") from error
+        except ValueError as error:
+            raise data_io.DataError(f"{source}: not a file of fit --history: {error}") from error
 
 
 def _train(arguments: argparse.Namespace, flow: nvpflow.Flow, rows: Any, validation: Any) -> nvpflow.History:
@@ -314,13 +381,18 @@ def _epoch_line(record: Any, epochs: int, seconds: float) -> str:
 
 
 def _read(source: str, dtype: str, columns: int | None = None) -> Any:
+    return _read_named(source, dtype, columns)[0]
+
+
+def _read_named(source: str, dtype: str, columns: int | None = None) -> tuple[Any, list[str] | None]:
+    """Return the rows of a table, and the names of its columns where it has some."""
     with data_io.open_table(source) as table:
         if columns is not None:
             _check_columns(table, columns)
         rows = table.read(dtype)
     if len(rows) == 0:
         raise data_io.DataError(f"{source}: no rows")
-    return rows
+    return rows, table.names
 
 
 def _check_columns(table: data_io.Table, columns: int) -> None:
@@ -394,6 +466,39 @@ def _run_info(arguments: argparse.Namespace) -> None:
     width = max(map(len, tensors))
     for name, shape in tensors.items():
         print(f"  {name:<{width}}  {flow.spec.dtype} {shape}")
+
+
+def _run_report(arguments: argparse.Namespace) -> None:
+    from nvpflow import report
+
+    sources = {"MODEL": arguments.model, "DATA": arguments.data, "--train": arguments.train}
+    data_io.check_distinct(arguments.output, sources | {"--history": arguments.history})
+    if arguments.output != "-":
+        data_io.check_target(arguments.output, force=arguments.force)
+    flow = nvpflow.load(arguments.model, device=arguments.device, precision=arguments.precision)
+    flow.num_threads = arguments.threads
+    columns = flow.spec.input_size
+    history = None if arguments.history is None else _read_history(arguments.history)
+    rows, names = _read_named(arguments.data, flow.spec.dtype, columns)
+    if arguments.names is not None:
+        names = arguments.names
+        if len(names) != columns:
+            raise data_io.DataError(f"--names: {len(names)} names, the model takes {columns} columns")
+    details = {"Model file": _identified(arguments.model), "Data file": arguments.data}
+    train = None
+    if arguments.train is not None:
+        train = _read(arguments.train, flow.spec.dtype, columns)
+        details["Training file"] = arguments.train
+    title = arguments.title or f"{os.path.basename(arguments.model)} on {os.path.basename(arguments.data)}"
+    page = report.html(flow, rows, train=train, history=history, names=names, title=title, details=details)
+    data_io.write_text(arguments.output, page, force=arguments.force)
+    if arguments.output != "-":
+        print(f"{len(rows):,} rows; page written to {arguments.output}")
+
+
+def _identified(path: str) -> str:
+    with open(path, "rb") as file:
+        return f"{path}, SHA-256 {hashlib.sha256(file.read()).hexdigest()[:16]}…"
 
 
 def _run_demo(arguments: argparse.Namespace) -> None:

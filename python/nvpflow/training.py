@@ -110,8 +110,34 @@ class History:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in values.items()}
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> History:
+        """Return the history that `to_dict` has made `values` of, also by way of JSON (None stands for NaN).
+
+        Raises
+        ------
+        ValueError
+            `values` is not what `to_dict` returns.
+        """
+        arrays: dict[str, Any] = dict.fromkeys(("epoch",), np.int64)
+        arrays |= dict.fromkeys(
+            ("train_loss", "validation_loss", "learning_rate", "gradient_norm", "seconds"), np.float64
+        )
+        scalars: dict[str, Any] = {"best_epoch": int, "best_loss": float, "stop_reason": str}
+        scalars |= {"train_rows": int, "validation_rows": int}
+        if set(values) != {*arrays, *scalars}:
+            raise ValueError(f"a history holds {', '.join([*arrays, *scalars])}; got {', '.join(map(str, values))}")
+        try:
+            given: dict[str, Any] = {name: np.array(values[name], dtype=dtype) for name, dtype in arrays.items()}
+            given |= {name: kind(values[name]) for name, kind in scalars.items()}
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"a history's values are lists of numbers of one length: {error}") from error
+        if any(given[name].shape != (len(given["epoch"]),) for name in arrays):
+            raise ValueError("a history's lists have different lengths")
+        return cls(**given)
+
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the losses over the epochs.
+        """Draw the log-likelihood over the epochs: `nvpflow.plot.learning_curve`.
 
         Parameters
         ----------
@@ -128,20 +154,9 @@ class History:
         ImportError
             Matplotlib is not installed (``pip install "nvpflow[plot]"``).
         """
-        try:
-            import matplotlib.pyplot as plt
-        except ImportError as error:
-            raise ImportError('History.plot needs matplotlib: pip install "nvpflow[plot]"') from error
-        if ax is None:
-            ax = plt.subplots(figsize=(6, 4), layout="constrained")[1]
-        ax.plot(self.epoch, self.train_loss, color="C0", label="training")
-        if self.validation_rows:
-            ax.plot(self.epoch, self.validation_loss, color="C1", label="validation")
-        if self.best_epoch and self.validation_rows:
-            ax.plot(self.best_epoch, self.best_loss, "o", color="C3", label=f"best: {self.best_loss:.3f}")
-        ax.set(xlabel="epoch", ylabel="negative log-likelihood (nats per row)")
-        ax.legend(frameon=False)
-        return ax
+        from nvpflow import plot
+
+        return plot.learning_curve(self, ax=ax)
 
 
 class _Bar:
