@@ -53,6 +53,7 @@ nvpflow_status status_of(ErrorCode code) {
     case ErrorCode::device:
       return NVPFLOW_DEVICE;
     case ErrorCode::not_finite:  // of training, which is not here
+    case ErrorCode::none_kept:
       break;
   }
   return NVPFLOW_INTERNAL;

@@ -121,7 +121,7 @@ class History:
         """
         arrays: dict[str, Any] = dict.fromkeys(("epoch",), np.int64)
         arrays |= dict.fromkeys(
-            ("train_loss", "validation_loss", "learning_rate", "gradient_norm", "seconds"), np.float64
+            ("train_loss", "validation_loss", "learning_rate", "gradient_norm", "round_trip", "seconds"), np.float64
         )
         scalars: dict[str, Any] = {"best_epoch": int, "best_loss": float, "stop_reason": str}
         scalars |= {"train_rows": int, "validation_rows": int}
