@@ -170,6 +170,7 @@ def sources() -> str:
 
 
 def occurs(message: str, text: str) -> bool:
-    """Tell whether all fixed parts of a message, between its dots, occur in the sources."""
-    parts = [part.strip() for part in message.strip().split("...")]
-    return all(part in text for part in parts if part)
+    """Tell whether the fixed parts of a message, between its dots, follow one another closely in the sources."""
+    message = re.sub(r"^\w+(Error|Exception|Interrupt): ", "", message.strip())
+    parts = [re.escape(part.strip()) for part in message.split("...") if part.strip()]
+    return re.search(r"[\s\S]{0,300}?".join(parts), text) is not None
