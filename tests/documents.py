@@ -144,7 +144,8 @@ def run_shell(block: Block, where: str, folder: Path, namespace: dict[str, objec
         timeout=300,
         check=False,
     )
-    return done.stdout, done.stderr or f"exit status {done.returncode}" if done.returncode else ""
+    failed = done.returncode not in (0, 141)  # 141: a writer whose reader had enough, `head` for example
+    return done.stdout, done.stderr or f"exit status {done.returncode}" if failed else ""
 
 
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")

@@ -236,6 +236,17 @@ struct Columns {
   T* to[2];      // element 0 of each
   int64_t n[2];  // columns of each; the second may be 0
 
+  /// Fetches what add() will change: MI rows from i, NO vectors from column o. A block's rows lie a page or so apart,
+  /// where the processor fetches nothing by itself.
+  template <int MI, int NO>
+  NVPFLOW_INLINE void fetch(int64_t i, int64_t o) const {
+    for (int k = 0; k < NO; ++k, o += kLanes<T>) {
+      const int64_t width = o < n[0] ? n[0] : n[1];
+      const T* p = o < n[0] ? to[0] + i * width + o : to[1] + i * width + (o - n[0]);
+      for (int m = 0; m < MI; ++m) __builtin_prefetch(p + m * width, 1);
+    }
+  }
+
   /// Adds the first `valid` lanes of v[m][k] to columns o, o + 1, ... of row i + m.
   template <int MI, int NO>
   NVPFLOW_INLINE void add(int64_t i, int64_t o, int64_t valid, const Vec<T> (&v)[MI][NO], int k) const {
@@ -279,6 +290,7 @@ struct DenseColumns {
 template <class T, int MI, int NO, bool bias>
 NVPFLOW_INLINE void outer_block(const OuterProduct<T>& p, int64_t i, int64_t o, const DenseColumns<T>& to) {
   constexpr int L = kLanes<T>;
+  to.kernel.template fetch<MI, NO>(i, o);
   Vec<T> sum[MI][NO] = {}, bias_sum[1][NO] = {};
   const T* x = p.x + i;
   const T* g = p.g + o;
