@@ -19,6 +19,7 @@
 #include "../../cpp/src/parallel.hpp"
 #include "bound_flow.hpp"
 #include "device_arrays.hpp"
+#include "xla_handlers.hpp"
 
 namespace nvpflow::python {
 namespace {
@@ -610,6 +611,8 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   module.def("cuda_why_unavailable", &cuda_why_unavailable, py::call_guard<GilReleased>());
   module.def("cuda_device_count", &cuda_device_count, py::call_guard<GilReleased>());
   module.def("cuda_device_name", &cuda_device_name, py::arg("index"));
+  module.def("_xla_handlers", &xla_handlers);
+  module.def("_release_xla_memory", &release_xla_memory, py::call_guard<GilReleased>());
   bind_device_array(module);
   bind_spec(module);
   bind_flow(module);
