@@ -160,6 +160,19 @@ class CudaBackend final : public Backend {
     run_gradient(call, nullptr, rows, how);
   }
 
+  void log_prob_vjp(const void* x, std::int64_t rows, const void* grad_log_prob, void* log_prob, void* grad_x,
+                    void* grad_parameters, bool accumulate, const Execution& how) const override {
+    GradientCall<T> call;
+    call.in = static_cast<const T*>(x);
+    call.density = true;
+    call.grad_log_det = static_cast<const T*>(grad_log_prob);
+    call.log_prob = static_cast<T*>(log_prob);
+    call.grad_in = static_cast<T*>(grad_x);
+    call.gradient = static_cast<T*>(grad_parameters);
+    call.accumulate = accumulate;
+    run_gradient(call, nullptr, rows, how);
+  }
+
   double nll_gradient(const void* x, const std::int64_t* index, std::int64_t rows, std::int64_t total_rows,
                       void* grad_parameters, bool accumulate, const Execution& how) const override {
     GradientCall<T> call;
@@ -365,29 +378,31 @@ class CudaBackend final : public Backend {
     unsigned char* workspace = nullptr;
     const Lane::Inputs inputs{HostInput{call.in, flow_->row_bytes()}, HostInput{call.grad_out, flow_->row_bytes()},
                               HostInput{call.grad_log_det, static_cast<std::int64_t>(sizeof(T))}};
-    lane->run(inputs, {HostOutput{call.grad_in, flow_->row_bytes()}}, index, rows, how.threads,
-              [&](const Lane::Chunk& chunk) {
-                if (chunk.first_row == 0) {
-                  plan = flow_->gradient_plan(chunk.rows);
-                  plan_bytes = round_up(plan.workspace_bytes, 256);
-                  workspace = static_cast<unsigned char*>(lane->workspace(plan_bytes + sum_workspace_bytes(1)));
-                }
-                GradientCall<T> part = call;
-                part.rows = chunk.rows;
-                part.in = static_cast<const T*>(chunk.inputs[0]);
-                part.grad_out = static_cast<const T*>(chunk.inputs[1]);
-                part.grad_log_det = static_cast<const T*>(chunk.inputs[2]);
-                part.grad_in = moved(chunk.outputs[0]);
-                part.gradient = gradient;
-                part.accumulate = call.accumulate || chunk.first_row > 0;
-                part.sum_log_prob = call.nll ? sum + 1 : nullptr;
-                flow_->gradient(plan, packed->program(), part, workspace, lane->stream());
-                if (!call.nll) return;
-                launch_on(lane->stream(), "adding up log-densities",
-                          [sum, first = chunk.first_row == 0, space = workspace + plan_bytes, s = lane->stream()] {
-                            return launch_sum<double>(sum + 1, 1, !first, sum, space, s);
-                          });
-              });
+    const Lane::Outputs outputs{HostOutput{call.grad_in, flow_->row_bytes()},
+                                HostOutput{call.log_prob, static_cast<std::int64_t>(sizeof(T))}};
+    lane->run(inputs, outputs, index, rows, how.threads, [&](const Lane::Chunk& chunk) {
+      if (chunk.first_row == 0) {
+        plan = flow_->gradient_plan(chunk.rows);
+        plan_bytes = round_up(plan.workspace_bytes, 256);
+        workspace = static_cast<unsigned char*>(lane->workspace(plan_bytes + sum_workspace_bytes(1)));
+      }
+      GradientCall<T> part = call;
+      part.rows = chunk.rows;
+      part.in = static_cast<const T*>(chunk.inputs[0]);
+      part.grad_out = static_cast<const T*>(chunk.inputs[1]);
+      part.grad_log_det = static_cast<const T*>(chunk.inputs[2]);
+      part.grad_in = moved(chunk.outputs[0]);
+      part.log_prob = moved(chunk.outputs[1]);
+      part.gradient = gradient;
+      part.accumulate = call.accumulate || chunk.first_row > 0;
+      part.sum_log_prob = call.nll ? sum + 1 : nullptr;
+      flow_->gradient(plan, packed->program(), part, workspace, lane->stream());
+      if (!call.nll) return;
+      launch_on(lane->stream(), "adding up log-densities",
+                [sum, first = chunk.first_row == 0, space = workspace + plan_bytes, s = lane->stream()] {
+                  return launch_sum<double>(sum + 1, 1, !first, sum, space, s);
+                });
+    });
     if (gradient != nullptr) lane->receive(call.gradient, gradient, flow_->parameter_bytes());
     return call.nll ? lane->read_sum() : 0;
   }

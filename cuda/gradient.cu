@@ -266,6 +266,7 @@ struct Reverse {
       T g = 0;
       if (r < tile.valid) {
         if (call.nll) g = tile.at(r, f) * call.nll_factor;
+        if (call.density) g = -tile.at(r, f) * call.grad_log_det[tile.first + r];
         if (!call.nll && call.grad_out != nullptr) g = call.grad_out[(tile.first + r) * program.input_size + f];
         g = tile.clean(r, g);
       }
@@ -420,7 +421,7 @@ gradient_tiles(NVPFLOW_ARGUMENT GradientPlan plan, NVPFLOW_ARGUMENT Program<T> p
                                stages, plan.warps_across * kOutBlocks, plan.stage_inputs, mine);
   Reverse<T, M> reverse(plan, program, call, stream, stages + 2 * stream.stage_size());
   TransformCall<T> density;
-  density.log_prob = call.nll ? log_prob - first_tile * plan.tile_rows : nullptr;
+  density.log_prob = call.nll ? log_prob - first_tile * plan.tile_rows : call.log_prob;
   for (std::int64_t i = block_index(); i < tiles; i += num_blocks()) {
     reverse.begin(first_tile + i, tape + i * plan.tape_elements);
     block_barrier();

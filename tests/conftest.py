@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +20,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def chromium() -> str | None:
+    """Path of a Chromium that the system brings, if there is one."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked data and gpu where there are no data sets or no device, and say what is missing."""
+    """Skip the tests marked data, gpu and browser where there is no such thing, and say what is missing."""
     missing = {}
     if not os.environ.get("NVPFLOW_DATA"):
         missing["data"] = "set NVPFLOW_DATA to the folder of the data sets"
@@ -28,6 +36,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
         if reason := nvpflow.cuda.why_unavailable():
             missing["gpu"] = f"no CUDA device: {reason.split(';')[0]}"
+    if importlib.util.find_spec("playwright") is None:
+        missing["browser"] = "playwright is not installed (pip install playwright)"
+    elif chromium() is None:
+        missing["browser"] = "there is no chromium or google-chrome on PATH"
     for item in items:
         for name, reason in missing.items():
             if item.get_closest_marker(name):

@@ -28,7 +28,7 @@ def use_sklearn():
     from sklearn.ensemble import IsolationForest
     x = np.random.default_rng(0).normal(size=(2000, 4))
     centres = KMeans(4, n_init=1, random_state=0).fit(x).cluster_centers_
-    return centres.shape, len(IsolationForest(20, n_jobs=2, random_state=0).fit(x).predict(x[:5]))
+    return centres.shape, len(IsolationForest(n_estimators=20, n_jobs=2, random_state=0).fit(x).predict(x[:5]))
 
 def use_numba():
     import numba, numpy as np

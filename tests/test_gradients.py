@@ -278,3 +278,40 @@ def test_oracle_of_a_flow_holds_its_parameters(make_flow) -> None:
     for name, value in flow.parameters().items():
         assert_same_bits(again.parameters[name].astype(np.float32), value, name)
         assert_same_bits(again.parameters[name], oracle.parameters[name], name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_what_is_not_wanted_changes_nothing_else(make_flow, dtype) -> None:
+    """wrt= and out= of both vector-Jacobian products, and log_prob's against the chain rule through forward."""
+    flow, _ = make_flow(6, 3, (9,), dtype=dtype, standardize=True)
+    x = unit_data(21, 6, 1, dtype)
+    cotangent = np.linspace(-1, 1, len(x)).astype(dtype)
+    z, _ = flow.forward(x)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == "float32" else {"rtol": 1e-11, "atol": 1e-11}
+    by_rows = flow.log_prob_vjp(x, cotangent)
+    for got, chained in zip(by_rows, flow.vjp(x, -z * cotangent[:, None], cotangent), strict=True):
+        np.testing.assert_allclose(got, chained, **tolerance)
+    value, gradient = flow._log_prob_and_vjp(x, cotangent, None)
+    assert np.array_equal(value, flow.log_prob(x))
+    assert np.array_equal(gradient, by_rows[1])
+    calls = {
+        "log_prob": lambda **options: flow.log_prob_vjp(x, cotangent, **options),
+        "forward": lambda **options: flow.vjp(x, z, cotangent, **options),
+        "inverse": lambda **options: flow.vjp(x, z, cotangent, direction="inverse", **options),
+    }
+    for call in calls.values():
+        both = call()
+        (only_x, none), (nothing, only_parameters) = call(wrt="x"), call(wrt="parameters")
+        assert none is nothing is None
+        assert np.array_equal(only_x, both[0])
+        assert np.array_equal(only_parameters, both[1])
+        out = np.full_like(x, np.nan), np.full(flow.num_parameters, np.nan, dtype)
+        given = call(out=out)
+        assert given[0] is out[0]
+        assert given[1] is out[1]
+        assert np.array_equal(out[0], both[0])
+        assert np.array_equal(out[1], both[1])
+        with pytest.raises(ValueError, match=r"^wrt is 'y', expected"):
+            call(wrt="y")
+        with pytest.raises(ValueError, match=r"^out\[0\] .*overlap"):
+            call(out=(x, None))

@@ -40,7 +40,7 @@ print(json.dumps(sorted(new - set(sys.stdlib_module_names))))
 
 def test_the_installed_package_is_whole() -> None:
     folder = Path(nvpflow.__file__).parent
-    for name in ("py.typed", "_core.pyi", "data/household_power.npy", "data/README.md"):
+    for name in ("py.typed", "_core.pyi", "data/household_power.npy", "data/README.md", "report.css"):
         assert (folder / name).is_file(), name
     distribution = importlib.metadata.distribution("nvpflow")
     assert distribution.version == nvpflow.__version__

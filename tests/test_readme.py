@@ -43,7 +43,7 @@ def test_signature_of_build_is_the_one_documented():
     assert (flow.spec.num_flows, flow.spec.hidden_sizes, flow.spec.activation) == (4, (256,), "relu")
 
 
-@pytest.mark.parametrize("command", ["fit", "score", "sample", "info", "demo"])
+@pytest.mark.parametrize("command", ["fit", "score", "sample", "check", "info", "report", "demo"])
 def test_documented_commands_exist(command):
     done = subprocess.run(
         [sys.executable, "-m", "nvpflow", command, "--help"], capture_output=True, text=True, check=False

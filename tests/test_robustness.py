@@ -102,6 +102,7 @@ def _wait_for_child(pid: int, seconds: float) -> int:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Python 3.12 on forks beside threads: that is the test
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # JAX on the same, where a test has imported it
 @pytest.mark.parametrize("busy_with", ["log_prob", "set_parameters"])
 def test_a_child_forked_while_others_work_can_do_everything(busy_with):
     flow = nvpflow.build(4, 2, (16,), seed=3)

@@ -7,9 +7,10 @@ import gc
 import multiprocessing
 import os
 import pickle
+import sysconfig
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 import nvpflow
@@ -57,7 +58,8 @@ def test_calls_see_the_old_or_the_new_parameters_whole(make_flow, rows) -> None:
     deadline = time.monotonic() + 1.5
     turn = 0
     while time.monotonic() < deadline:
-        flow.set_parameters(sets[turn % 2])
+        # Each set twice: the flow keeps two copies and writes them in turn, which would else hold one set each, always.
+        flow.set_parameters(sets[turn // 2 % 2])
         turn += 1
     done.set()
     for thread in readers:
@@ -67,6 +69,123 @@ def test_calls_see_the_old_or_the_new_parameters_whole(make_flow, rows) -> None:
     for mine in seen:
         assert mine <= answers, "a result that belongs to neither set of parameters"
     assert set().union(*seen) == answers, "the readers never met the other set: the test says nothing"
+
+
+@pytest.mark.parametrize("seconds", [1, pytest.param(60, marks=pytest.mark.slow)])
+def test_swap_and_reload_under_load_show_one_model_or_the_other(make_flow, tmp_path, seconds) -> None:
+    flow, _ = make_flow(12, 4, (48,), "relu", dtype="float32", seed=1)
+    other, _ = make_flow(12, 4, (48,), "relu", dtype="float32", seed=2)
+    flow.num_threads = 2
+    paths = [tmp_path / "a", tmp_path / "b"]
+    inputs = {rows: unit_data(rows, 12, rows, "float32") for rows in (1, 64, 3000)}
+    answers: dict[int, set[bytes]] = {rows: set() for rows in inputs}
+    for model, path in zip((flow, other), paths, strict=True):
+        model.save(path)
+        for rows, x in inputs.items():
+            answers[rows].add(model.log_prob(x).tobytes())
+    done = threading.Event()
+    seen: list[tuple[int, set[bytes]]] = []
+
+    def reader(rows: int) -> None:
+        mine = set()
+        while not done.is_set():
+            mine.add(flow.log_prob(inputs[rows]).tobytes())
+        seen.append((rows, mine))
+
+    readers = [threading.Thread(target=reader, args=(rows,)) for rows in inputs]
+    for thread in readers:
+        thread.start()
+    deadline = time.monotonic() + seconds
+    replaced = 0
+    try:
+        while time.monotonic() < deadline:
+            # In threes, so that each of the two copies that a flow keeps holds now one model and now the other.
+            if replaced % 3 == 0:
+                flow.reload(paths[replaced // 3 % 2])
+                # What is not there, or damaged, changes nothing.
+                with pytest.raises(FileNotFoundError):
+                    flow.reload(tmp_path / "missing")
+            else:
+                flow.swap(other)
+            replaced += 1
+    finally:
+        done.set()
+        for thread in readers:
+            thread.join()
+    assert len(seen) == len(readers), "a reader raised"
+    assert replaced >= 10
+    for rows, mine in seen:
+        assert mine <= answers[rows], f"{rows} rows: a result that belongs to neither model"
+        assert mine == answers[rows], f"{rows} rows: the reader met one model alone: the test says nothing"
+
+
+def test_swap_exchanges_and_reload_replaces_or_nothing_changes(make_flow, tmp_path) -> None:
+    a, _ = make_flow(5, 2, (7,), dtype="float32", seed=1)
+    b, _ = make_flow(5, 2, (7,), dtype="float32", seed=2)
+    x = unit_data(9, 5, 1, "float32")
+    of_a, of_b = a.log_prob(x), b.log_prob(x)
+    a.swap(b)
+    assert_same_bits(a.log_prob(x), of_b, "a")
+    assert_same_bits(b.log_prob(x), of_a, "b")
+    a.swap(a)
+    b.save(tmp_path / "b")
+    a.reload(tmp_path / "b")
+    assert a == b
+    wider = nvpflow.build(5, 2, (8,))
+    wider.save(tmp_path / "wider")
+    (tmp_path / "broken").write_bytes((tmp_path / "b").read_bytes()[:-1])
+    with pytest.raises(ValueError, match="other has another spec"):
+        a.swap(wider)
+    with pytest.raises(nvpflow.FileFormatError, match=r"hidden_sizes is \[8\] in the file, expected \[7\]"):
+        a.reload(tmp_path / "wider")
+    with pytest.raises(nvpflow.FileFormatError):
+        a.reload(tmp_path / "broken")
+    with pytest.raises(TypeError):
+        a.swap(None)
+    assert_same_bits(a.log_prob(x), of_a, "a after what failed")
+
+
+def _calls(flow, seed: int, seconds: float) -> int:
+    x, out = unit_data(200, 16, seed, "float32"), np.empty(200, np.float32)
+    count, end = 0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        flow.log_prob(x, out=out)
+        count += 1
+    return count
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(nvpflow._core.available_threads() < 2, reason="needs two processors")
+def test_two_threads_on_one_flow_do_at_least_1_8_times_the_work_of_one(make_flow) -> None:
+    flow, _ = make_flow(16, 4, (128,), dtype="float32")
+    flow.num_threads = 1
+    # The most calls of several tries: others may be computing here, and can only take away from each.
+    alone = threads = processes = 0
+    with (
+        ThreadPoolExecutor(2) as pool,
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as elsewhere,
+    ):
+
+        def together(first, second) -> int:
+            futures = [executor.submit(_calls, flow, seed, 0.3) for seed, executor in enumerate((first, second))]
+            return sum(future.result() for future in futures)
+
+        together(elsewhere, pool)  # starts the process
+        for _ in range(60):
+            alone = max(alone, _calls(flow, 0, 0.3))
+            threads = max(threads, together(pool, pool))
+            processes = max(processes, together(elsewhere, pool))  # which share nothing: what this machine gives
+            if threads >= 1.8 * alone:
+                break
+    if max(threads, processes) < 1.8 * alone:
+        pytest.skip(f"no two processors are free: two processes do {processes / alone:.2f} times the work of one")
+    assert threads >= 1.8 * alone
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python always has its GIL")
+def test_a_free_threaded_python_stays_free_threaded(run_python) -> None:
+    # run_python makes the warning that a module needs the GIL an error.
+    assert run_python("import sys, nvpflow; print(sys._is_gil_enabled())").strip() == "False"
 
 
 def test_parameters_are_views_that_outlive_the_flow(make_flow) -> None:
@@ -198,6 +317,27 @@ if child == 0:
 _, status = os.waitpid(child, 0)
 after = np.array_equal(flow.forward(x)[0], expected[0])
 print(status, after)
+"""
+    )
+    assert output.split() == ["0", "True"]
+
+
+@needs_fork
+def test_a_child_can_be_the_first_to_compute(run_python) -> None:
+    output = run_python(
+        """
+import os, signal, numpy as np, nvpflow
+flow = nvpflow.build(input_size=16, num_flows=4, hidden_sizes=(64,), seed=1)
+flow.num_threads = 2
+x = np.random.default_rng(0).normal(size=(20_000, 16)).astype(np.float32)
+child = os.fork()  # before any call: no thread has been started yet
+if child == 0:
+    signal.alarm(40)
+    flow.log_prob(x)
+    flow.nll_gradient(x)
+    flow.swap(nvpflow.build(input_size=16, num_flows=4, hidden_sizes=(64,), seed=2))
+    os._exit(0)
+print(os.waitpid(child, 0)[1], np.isfinite(flow.log_prob(x)).all())
 """
     )
     assert output.split() == ["0", "True"]

@@ -288,7 +288,7 @@ def test_the_record_of_an_epoch() -> None:
     records = []
     history = fit(new_flow(), curved(500), callback=records.append)
     assert [sorted(record) for record in records] == [
-        sorted(["epoch", "train_loss", "validation_loss", "learning_rate", "gradient_norm", "seconds"])
+        sorted(["epoch", "train_loss", "validation_loss", "learning_rate", "gradient_norm", "seconds", "round_trip"])
     ] * 4
     assert [record["train_loss"] for record in records] == list(history.train_loss)
     assert [record["gradient_norm"] for record in records] == list(history.gradient_norm)

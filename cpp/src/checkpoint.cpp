@@ -13,7 +13,7 @@ namespace {
 using nlohmann::json;
 
 constexpr const char* kTrainingKey = "nvpflow.training";
-constexpr std::int64_t kRecordFields = 6;
+constexpr std::int64_t kRecordFields = 7;
 
 std::string hex(std::uint64_t value) {
   constexpr char kDigits[] = "0123456789abcdef";
@@ -35,6 +35,7 @@ json describe(const CheckpointKey& key) {
                {"clip_norm", o.clip_norm},
                {"patience", o.patience},
                {"validation", o.validation_fraction},
+               {"max_round_trip", o.max_round_trip},
                {"seed", o.seed}};
   // The cosine's length is part of the schedule; a constant rate may go on for longer.
   if (o.schedule == Schedule::cosine) text["epochs"] = o.epochs;
@@ -89,7 +90,7 @@ std::vector<EpochRecord> records_of(const std::string& path, const TensorFile& f
     double r[kRecordFields];
     std::memcpy(r, static_cast<const unsigned char*>(tensor.data) + static_cast<std::size_t>(i) * sizeof r, sizeof r);
     if (r[0] != static_cast<double>(i + 1)) damaged(path, "the epochs of its history do not count from 1");
-    records.push_back({i + 1, r[1], r[2], r[3], r[4], r[5]});
+    records.push_back({i + 1, r[1], r[2], r[3], r[4], r[5], r[6]});
   }
   return records;
 }
@@ -112,7 +113,7 @@ void save_checkpoint(const std::string& path, const CheckpointKey& key, const Hi
   std::vector<double> records;
   for (const EpochRecord& r : history.epochs) {
     records.insert(records.end(), {static_cast<double>(r.epoch), r.train_loss, r.validation_loss, r.learning_rate,
-                                   r.gradient_norm, r.seconds});
+                                   r.gradient_norm, r.seconds, r.round_trip});
   }
   const json training = {{"key", describe(key)}, {"adam_steps", adam_steps}, {"best_epoch", history.best_epoch}};
   const DType dtype = key.spec.dtype;

@@ -4,9 +4,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <mutex>
+#include <utility>
 
 #include "file_format.hpp"
 #include "parallel.hpp"
@@ -87,6 +90,7 @@ struct Flow::State {
   std::unique_ptr<Backend> backend;
   ForkSafeMutex write_mutex;
   std::atomic<int> num_threads{0};
+  std::atomic<std::int64_t> prepared_rows{0};
 
   State(FlowSpec s, Device d, Precision p, Weights w)
       : spec((s.validate(), std::move(s))),
@@ -116,13 +120,35 @@ struct Flow::State {
     return size / spec.input_size;
   }
 
+  /// Of a call of so many rows that prepare() speaks of.
+  int threads_for(std::int64_t rows) const {
+    return rows <= prepared_rows.load(std::memory_order_relaxed) ? 1 : threads();
+  }
+
   int threads() const {
     const int wanted = num_threads.load(std::memory_order_relaxed);
     return wanted > 0 ? wanted : available_threads();
   }
 
+  /// Standard deviations [D] of the first layer where it is a standardize layer, else ones.
+  template <class T>
+  std::vector<double> column_scales() {
+    std::vector<double> scales(static_cast<std::size_t>(spec.input_size), 1.0);
+    if (spec.layers.front().kind != LayerKind::standardize) return scales;
+    const std::lock_guard<ForkSafeMutex> lock(write_mutex);
+    const void* flat = parameters.data();
+    const T* log_std = static_cast<const T*>(flat) + layout.tensors()[1].offset;
+    for (std::size_t j = 0; j < scales.size(); ++j) scales[j] = std::exp(static_cast<double>(log_std[j]));
+    return scales;
+  }
+
   void publish(const void* values) {
     const std::lock_guard<ForkSafeMutex> lock(write_mutex);
+    publish_locked(values);
+  }
+
+  /// The caller holds write_mutex.
+  void publish_locked(const void* values) {
     // The backend first: a device may refuse, and then nothing has changed.
     backend->set_parameters(values);
     std::memmove(parameters.data(), values, parameters.size());
@@ -201,6 +227,42 @@ void Flow::set_num_threads(int threads) {
   state_->num_threads.store(threads);
 }
 
+void Flow::prepare(std::int64_t max_rows) const {
+  if (device().kind != DeviceKind::cpu) {
+    fail("prepare is for flows on the CPU, this one is on " + name_of(device()) + "; Flow::to makes a copy there");
+  }
+  if (max_rows < 0) fail("max_rows is " + std::to_string(max_rows) + ", expected 0 or more");
+  backend().prepare();
+  if (max_rows == 0) return state_->prepared_rows.store(0);
+  std::int64_t before = state_->prepared_rows.load();
+  while (before < max_rows && !state_->prepared_rows.compare_exchange_weak(before, max_rows)) {
+  }
+}
+
+void Flow::reload(const std::string& path) {
+  const LoadedModel model = load_model(path, &spec());
+  state_->publish(model.parameters.data());
+}
+
+void Flow::swap(Flow& other) {
+  if (spec() != other.spec()) {
+    fail("other has another spec: " + spec_to_json(other.spec()) + ", expected " + spec_to_json(spec()));
+  }
+  if (state_ == other.state_) return;
+  State *a = state_.get(), *b = other.state_.get();
+  if (std::less<>()(b, a)) std::swap(a, b);  // one order for all: two swaps at once must not wait for each other
+  const std::lock_guard<ForkSafeMutex> first(a->write_mutex);
+  const std::lock_guard<ForkSafeMutex> second(b->write_mutex);
+  const std::vector<unsigned char> kept = a->parameters;
+  a->publish_locked(b->parameters.data());
+  try {
+    b->publish_locked(kept.data());
+  } catch (...) {
+    a->publish_locked(kept.data());
+    throw;
+  }
+}
+
 template <class T>
 std::span<const T> Flow::parameters() const {
   state_->check_dtype<T>();
@@ -241,14 +303,56 @@ template <class T>
 void Flow::forward(std::span<const T> x, std::span<T> z, std::span<T> log_det) const {
   const std::int64_t rows = state_->check_rows(Named{"x", x});
   check_transform(rows, Named{"x", x}, Named{"z", z}, Named{"log_det", log_det});
-  backend().transform(Direction::forward, x.data(), rows, z.data(), data_or_null(log_det), state_->threads());
+  backend().transform(Direction::forward, x.data(), rows, z.data(), data_or_null(log_det), state_->threads_for(rows));
 }
 
 template <class T>
 void Flow::inverse(std::span<const T> z, std::span<T> x, std::span<T> log_det) const {
   const std::int64_t rows = state_->check_rows(Named{"z", z});
   check_transform(rows, Named{"z", z}, Named{"x", x}, Named{"log_det", log_det});
-  backend().transform(Direction::inverse, z.data(), rows, x.data(), data_or_null(log_det), state_->threads());
+  backend().transform(Direction::inverse, z.data(), rows, x.data(), data_or_null(log_det), state_->threads_for(rows));
+}
+
+namespace {
+
+/// Elements of the arrays that a round trip needs beside its input.
+constexpr std::int64_t kRoundTripElements = 1 << 18;
+
+/// Largest error of one row that came back as `back`; infinite where it did not come back finite.
+template <class T>
+double row_error(const T* x, const T* back, const std::vector<double>& scales) {
+  double largest = 0;
+  for (std::size_t j = 0; j < scales.size(); ++j) {
+    const auto from = static_cast<double>(x[j]);
+    const double error = std::abs(static_cast<double>(back[j]) - from) / (scales[j] + std::abs(from));
+    if (!std::isfinite(error)) return std::numeric_limits<double>::infinity();
+    largest = std::max(largest, error);
+  }
+  return largest;
+}
+
+}  // namespace
+
+template <class T>
+double Flow::round_trip_error(std::span<const T> x) const {
+  const std::int64_t rows = state_->check_rows(Named{"x", x}), features = spec().input_size;
+  const std::vector<double> scales = state_->template column_scales<T>();
+  const std::int64_t chunk =
+      std::clamp<std::int64_t>(kRoundTripElements / features, 1, std::max<std::int64_t>(1, rows));
+  std::vector<T> latents(static_cast<std::size_t>(chunk * features)), back(latents.size());
+  double largest = 0;
+  for (std::int64_t first = 0; first < rows; first += chunk) {
+    const T* from = x.data() + first * features;
+    const std::int64_t count = std::min(chunk, rows - first);
+    backend().transform(Direction::forward, from, count, latents.data(), nullptr, state_->threads());
+    backend().transform(Direction::inverse, latents.data(), count, back.data(), nullptr, state_->threads());
+    for (std::int64_t r = 0; r < count; ++r) {
+      const T* row = from + r * features;
+      if (!std::all_of(row, row + features, [](T v) { return std::isfinite(v); })) continue;
+      largest = std::max(largest, row_error(row, back.data() + r * features, scales));
+    }
+  }
+  return largest;
 }
 
 template <class T>
@@ -256,20 +360,20 @@ void Flow::log_prob(std::span<const T> x, std::span<T> out) const {
   const std::int64_t rows = state_->check_rows(Named{"x", x});
   check_length(Named{"out", out}, rows, "[B]");
   refuse_overlap(Named{"out", out}, Named{"x", x});
-  backend().log_prob(x.data(), rows, out.data(), state_->threads());
+  backend().log_prob(x.data(), rows, out.data(), state_->threads_for(rows));
 }
 
 template <class T>
 void Flow::sample(std::uint64_t seed, std::span<T> x, std::uint64_t first_row) const {
   const std::int64_t rows = state_->check_rows(Named{"x", std::span<const T>(x)});
-  backend().sample(seed, first_row, rows, x.data(), state_->threads());
+  backend().sample(seed, first_row, rows, x.data(), state_->threads_for(rows));
 }
 
 template <class T>
 double Flow::nll(std::span<const T> x) const {
   const std::int64_t rows = state_->check_rows(Named{"x", x});
   if (rows == 0) fail("x has no rows: the mean over an empty batch is not defined");
-  return -backend().sum_log_prob(x.data(), nullptr, rows, state_->threads()) / static_cast<double>(rows);
+  return -backend().sum_log_prob(x.data(), nullptr, rows, state_->threads_for(rows)) / static_cast<double>(rows);
 }
 
 template <class T>
@@ -328,6 +432,7 @@ void Flow::conditioner(std::int64_t layer, std::span<const T> in, std::span<T> s
   template void Flow::set_parameters(std::span<const T>);                                                      \
   template void Flow::forward(std::span<const T>, std::span<T>, std::span<T>) const;                           \
   template void Flow::inverse(std::span<const T>, std::span<T>, std::span<T>) const;                           \
+  template double Flow::round_trip_error(std::span<const T>) const;                                            \
   template void Flow::log_prob(std::span<const T>, std::span<T>) const;                                        \
   template void Flow::sample(std::uint64_t, std::span<T>, std::uint64_t) const;                                \
   template double Flow::nll(std::span<const T>) const;                                                         \

@@ -11,6 +11,8 @@
 #include <cstring>
 #include <limits>
 #include <numbers>
+#include <optional>
+#include <sstream>
 
 #include "checkpoint.hpp"
 #include "parallel.hpp"
@@ -25,6 +27,13 @@ using Clock = std::chrono::steady_clock;
 
 void require(bool good, const char* field, const std::string& value, const char* expected) {
   if (!good) fail(std::string(field) + " is " + value + ", expected " + expected);
+}
+
+std::string short_text(double value) {
+  std::ostringstream text;
+  text.precision(3);
+  text << value;
+  return text.str();
 }
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
@@ -160,6 +169,7 @@ class Trainer {
       throw;
     }
     publish();
+    require_one_kept();
     return std::move(history_);
   }
 
@@ -173,12 +183,29 @@ class Trainer {
     standardize_from_data();
     const TrainingData data = {x_.data(), total_rows(), validation_.data(), validation_rows()};
     training_ = flow_.backend().begin_training(data, best_.data(), std::min(slice_, options_.batch_size), threads_);
+    if (options_.max_round_trip == 0) return;
+    probe_.emplace(flow_);
+    probe_->set_num_threads(threads_);
   }
 
   /// A run that has not finished an epoch leaves the flow as it was.
   void publish() {
     training_.reset();  // its memory first: the flow may need room for a second copy
+    probe_.reset();
     if (history_.best_epoch > 0) flow_.template set_parameters<T>(best_);
+  }
+
+  void require_one_kept() const {
+    if (options_.max_round_trip == 0 || history_.best_epoch > 0 || history_.epochs.empty()) return;
+    if (history_.stop_reason == "interrupted") return;
+    const auto closest = std::min_element(history_.epochs.begin(), history_.epochs.end(),
+                                          [](const auto& a, const auto& b) { return a.round_trip < b.round_trip; });
+    throw Error(ErrorCode::none_kept,
+                "no epoch was inside max_round_trip " + short_text(options_.max_round_trip) +
+                    ": the smallest error of " + std::to_string(history_.epochs.size()) + " epochs was " +
+                    short_text(closest->round_trip) + ", after epoch " + std::to_string(closest->epoch) +
+                    "; the flow is left as it was; try float64, a lower scale_bound or learning_rate, weight_decay, " +
+                    "fewer couplings or a larger max_round_trip");
   }
 
   void poll() {
@@ -314,6 +341,8 @@ class Trainer {
     const double loss = selection_loss(record.epoch);
     if (history_.stop_reason == "interrupted") return;
     record.validation_loss = history_.validation_rows > 0 ? loss : std::numeric_limits<double>::quiet_NaN();
+    record.round_trip = round_trip(record.epoch);
+    if (history_.stop_reason == "interrupted") return;
     record.seconds = seconds_since(start);
     finish_epoch(record, loss);
   }
@@ -357,31 +386,60 @@ class Trainer {
                                            "; try a lower learning_rate, clip_norm or a standardize layer");
   }
 
-  /// Mean NLL of the first `rows` rows of an order of x, or of the validation array where there is one.
-  double mean_nll(std::int64_t epoch, std::int64_t rows, const RowOrder& order) {
-    for (std::int64_t done = 0; done < rows; done += slice_) {
-      if (!observer_.on_progress(epoch, steps_, steps_)) {
-        interrupt();
-        return 0;
-      }
-      training_->add_log_prob(has_array(), order, done, std::min(slice_, rows - done));
-    }
-    return -training_->report().sum_log_prob / static_cast<double>(rows);
+  /// The rows that epochs are compared by: of the validation array where there is one, else of x.
+  struct Selection {
+    std::int64_t rows;
+    RowOrder order;
+  };
+  /// The validation rows; without them the same training rows each time. (The epoch's own mean will not do: it is that
+  /// of the weights before each step, not of those at the end.)
+  Selection selection() const {
+    if (has_array()) return {validation_rows(), RowOrder()};
+    if (rows_.held_out() > 0) return {rows_.held_out(), rows_.validating()};
+    return {std::min(rows_.train(), kSelectionRows), rows_.shuffled(0)};
   }
 
-  /// What epochs are compared by: the validation loss; without validation data the loss of the same training rows each
-  /// time. (The epoch's own mean will not do: it is that of the weights before each step, not of those at the end.)
-  double selection_loss(std::int64_t epoch) {
-    if (has_array()) return mean_nll(epoch, validation_rows(), RowOrder());
-    if (rows_.held_out() > 0) return mean_nll(epoch, rows_.held_out(), rows_.validating());
-    return mean_nll(epoch, std::min(rows_.train(), kSelectionRows), rows_.shuffled(0));
+  /// Calls f(first, count) for the rows of a selection in slices, until the observer asks to stop.
+  template <class F>
+  void each_slice(std::int64_t epoch, std::int64_t rows, F&& f) {
+    for (std::int64_t done = 0; done < rows; done += slice_) {
+      if (!observer_.on_progress(epoch, steps_, steps_)) return interrupt();
+      f(done, std::min(slice_, rows - done));
+    }
   }
+
+  double selection_loss(std::int64_t epoch) {
+    const Selection of = selection();
+    each_slice(epoch, of.rows, [&](std::int64_t first, std::int64_t count) {
+      training_->add_log_prob(has_array(), of.order, first, count);
+    });
+    return -training_->report().sum_log_prob / static_cast<double>(of.rows);
+  }
+
+  /// Flow::round_trip_error of the selection, by the flow as it would compute with the weights of now.
+  double round_trip(std::int64_t epoch) {
+    if (!probe_) return std::numeric_limits<double>::quiet_NaN();
+    const auto size = static_cast<std::size_t>(flow_.num_parameters());
+    probe_->template set_parameters<T>({static_cast<const T*>(training_->read(false).parameters), size});
+    const Selection of = selection();
+    const std::span<const T> x = has_array() ? validation_ : x_;
+    double largest = 0;
+    each_slice(epoch, of.rows, [&](std::int64_t first, std::int64_t count) {
+      probe_rows_.resize(static_cast<std::size_t>(count * features_));
+      for (std::int64_t i = 0; i < count; ++i)
+        std::copy_n(x.data() + of.order(first + i) * features_, features_, probe_rows_.data() + i * features_);
+      largest = std::max(largest, probe_->template round_trip_error<T>(probe_rows_));
+    });
+    return largest;
+  }
+
+  bool within_bound(const EpochRecord& record) const { return !probe_ || record.round_trip <= options_.max_round_trip; }
 
   void finish_epoch(const EpochRecord& record, double loss) {
     if (!std::isfinite(loss))
       diverged(history_.validation_rows > 0 ? "validation loss" : "loss", loss, record.epoch, steps_ - 1);
     history_.epochs.push_back(record);
-    if (loss < history_.best_loss) {
+    if (loss < history_.best_loss && within_bound(record)) {
       history_.best_loss = loss;
       history_.best_epoch = record.epoch;
       const T* now = static_cast<const T*>(training_->read(false).parameters);
@@ -434,6 +492,8 @@ class Trainer {
   Rows rows_;
   int threads_;
   std::unique_ptr<Training> training_;
+  std::optional<Flow> probe_;  // where max_round_trip is set
+  std::vector<T> probe_rows_;
   std::vector<T> best_;  // before the first epoch is done, the parameters that training starts from
   std::int64_t slice_ = 0, steps_ = 0, adam_steps_ = 0;
   History history_;
@@ -453,6 +513,8 @@ void FitOptions::validate() const {
   require(patience >= 0, "patience", std::to_string(patience), "at least 0 (0: never stop early)");
   require(validation_fraction >= 0 && validation_fraction < 1, "validation", std::to_string(validation_fraction),
           "a share of the rows, at least 0 and below 1");
+  require(non_negative(max_round_trip), "max_round_trip", short_text(max_round_trip),
+          "a finite number, at least 0 (0: no bound)");
   require(threads >= 0 && threads <= 4096, "threads", std::to_string(threads), "0 (automatic) to 4096");
 }
 

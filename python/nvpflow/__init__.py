@@ -20,10 +20,13 @@ except ImportError as error:
     ) from error
 
 from nvpflow import cuda, functional
+from nvpflow._paths import get_cmake_dir, get_include
+from nvpflow.certificate import Certificate
 from nvpflow.flow import Flow, build, load
 from nvpflow.training import History
 
 __all__ = [
+    "Certificate",
     "CudaError",
     "FileFormatError",
     "Flow",
@@ -35,5 +38,7 @@ __all__ = [
     "cpu_isa",
     "cuda",
     "functional",
+    "get_cmake_dir",
+    "get_include",
     "load",
 ]

@@ -23,7 +23,7 @@ class FileFormatError(ValueError):
     """A model file is damaged, foreign, or newer than this library."""
 
 class TrainingError(ArithmeticError):
-    """Training met a NaN or infinite loss or gradient; the flow keeps the best weights so far."""
+    """Training met a NaN or infinite loss or gradient (the best weights are kept), or kept no epoch."""
 
 class CudaError(RuntimeError):
     """CUDA cannot be used here, or a CUDA device failed."""
@@ -96,6 +96,7 @@ class EpochRecord(TypedDict):
     learning_rate: float
     gradient_norm: float
     seconds: float
+    round_trip: float
 
 class FitSummary(TypedDict):
     epochs: list[EpochRecord]
@@ -148,12 +149,27 @@ class Flow:
         grad_log_det: Rows | None = None,
         *,
         direction: Literal["forward", "inverse"] = "forward",
+        wrt: Literal["both", "x", "parameters"] = "both",
+        out: tuple[Any, Any] | None = None,
+    ) -> tuple[Any, Any]: ...
+    def log_prob_vjp(
+        self,
+        x: Rows,
+        grad_log_prob: Rows,
+        *,
+        wrt: Literal["both", "x", "parameters"] = "both",
+        out: tuple[Any, Any] | None = None,
     ) -> tuple[Any, Any]: ...
     def save(self, path: str | os.PathLike[str]) -> None: ...
+    def reload(self, path: str | os.PathLike[str]) -> None: ...
+    def swap(self, other: Flow) -> None: ...
     def _layout(self) -> list[tuple[str, tuple[int, ...], int]]: ...
     def _flat_parameters(self) -> Array: ...
     def _copy_flat_parameters(self) -> Array: ...
     def _set_flat_parameters(self, values: Array) -> None: ...
+    def _has_flat_parameters(self, values: Any) -> bool: ...
+    def _log_prob_and_vjp(self, x: Rows, grad_log_prob: Rows, grad_parameters: Any) -> tuple[Any, Any]: ...
+    def _noise(self, n: int, seed: int) -> Array: ...
     def _conditioner(self, layer: int, x: Array) -> tuple[Array, Array]: ...
     def _fit(
         self,

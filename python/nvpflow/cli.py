@@ -1,9 +1,12 @@
-"""The command ``nvpflow``: fit, score, sample, info and demo.
+"""The command ``nvpflow``: fit, score, sample, check, info, report and demo.
 
-Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 Ctrl-C, 141 the reader of a pipe went away.
+Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 3 `check` finds a model unreliable, 130 Ctrl-C,
+141 the reader of a pipe went away.
 """
 
 import argparse
+import csv
+import hashlib
 import json
 import math
 import os
@@ -14,13 +17,14 @@ from dataclasses import replace
 from typing import Any
 
 import nvpflow
-from nvpflow import data_io
+from nvpflow import certificate, data_io
 
 # Errors that the user can act on. Anything else is a bug of ours and keeps its traceback.
 _EXPECTED_ERRORS = (OSError, ValueError, MemoryError, ImportError, RuntimeError, nvpflow.TrainingError)
 
 _ACTIVATIONS = ", ".join(nvpflow._core.activation_names())
 _SECONDS_BETWEEN_LINES = 10.0
+_UNRELIABLE = 3  # exit code
 
 _TABLES = "a .npy (memory-mapped), .csv (header or not) or .parquet (needs pyarrow) file, or - for CSV or .npy on stdin"
 
@@ -29,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     try:
         arguments = _parser().parse_args(argv)
-        arguments.run(arguments)
+        code: int = arguments.run(arguments) or 0
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("nvpflow: interrupted", file=sys.stderr)
@@ -41,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _EXPECTED_ERRORS as error:
         print(f"nvpflow: error: {_one_line(error)}", file=sys.stderr)
         return 1
-    return 0
+    return code
 
 
 def _one_line(error: BaseException) -> str:
@@ -58,13 +62,28 @@ def _parser() -> argparse.ArgumentParser:
         prog="nvpflow", description="Train RealNVP normalizing flows on tables of numbers; score and sample with them."
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show what this is and runs on, and exit")
+    for option, folder, text in (
+        ("--cmake-dir", nvpflow.get_cmake_dir(), "show the folder of the CMake package, and exit"),
+        ("--include-dir", nvpflow.get_include(), "show the folder of the headers for C and C++, and exit"),
+    ):
+        parser.add_argument(option, action=_Folder, nargs=0, const=folder, help=text)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_fit(commands)
     _add_score(commands)
     _add_sample(commands)
+    _add_check(commands)
     _add_info(commands)
+    _add_report(commands)
     _add_demo(commands)
     return parser
+
+
+class _Folder(argparse.Action):
+    """Prints a path as it is; argparse's own "version" would wrap a long one."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(self.const)
+        parser.exit()
 
 
 class _Version(argparse.Action):
@@ -79,7 +98,7 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str) -> Any:
+def _add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], summary: str) -> Any:
     command = commands.add_parser(name, help=summary, description=summary)
     command.set_defaults(run=run)
     return command
@@ -117,6 +136,8 @@ def _add_training_options(group: Any) -> None:
     _add_option(group, "--weight-decay", type=float, metavar="X", default=0.0, help="decoupled, on kernels only")
     _add_option(group, "--clip-norm", type=float, metavar="X", help="scale longer gradients down to this norm")
     _add_option(group, "--patience", type=int, metavar="N", help="stop after N epochs without a better one")
+    round_trip_help = "keep no epoch whose validation rows come back from the latents with a larger relative error"
+    _add_option(group, "--max-round-trip", type=float, metavar="X", help=round_trip_help)
     validation_help = "share of the rows to hold out, or a table of its own"
     _add_option(group, "--validation", metavar="X", default="0.1", help=validation_help)
     _add_option(group, "--seed", type=int, metavar="S", default=0, help="of the weights, the split and the order")
@@ -125,6 +146,8 @@ def _add_training_options(group: Any) -> None:
     _add_option(
         group, "--max-time", type=float, metavar="SECONDS", help="start no epoch that would end later than this"
     )
+    history_help = "JSON file to write the losses of every epoch to, which report draws"
+    _add_option(group, "--history", metavar="FILE", help=history_help)
     checkpoint_help = "written after every epoch; where it exists, training goes on from it"
     _add_option(group, "--checkpoint", metavar="FILE", help=checkpoint_help)
 
@@ -165,10 +188,45 @@ def _add_threads(command: Any) -> None:
     _add_option(command, "--threads", type=int, metavar="N", default=0, help="0: all that this process may use")
 
 
+def _add_check(commands: Any) -> None:
+    summary = "Measure how exactly a flow computes on a table, and say whether to rely on it (exit code 3: no)."
+    check = _add_command(commands, "check", _run_check, summary)
+    check.add_argument("model", metavar="MODEL", help="model file")
+    check.add_argument("data", metavar="DATA", help=f"rows: {_TABLES}; converted to the model's dtype")
+    _add_option(check, "--json", action="store_true", help="print JSON")
+    tolerance_help = "largest relative error that is not called unreliable"
+    _add_option(check, "--tolerance", type=float, metavar="X", default=certificate.TOLERANCE, help=tolerance_help)
+    jacobian_help = "rows whose Jacobian is formed in float64 (default: up to 64, fewer or none for large flows)"
+    _add_option(check, "--jacobian-rows", type=int, metavar="N", help=jacobian_help)
+    _add_threads(check)
+    _add_device(check)
+
+
 def _add_info(commands: Any) -> None:
     info = _add_command(commands, "info", _run_info, "Show what a model file holds.")
     info.add_argument("model", metavar="MODEL", help="model file")
     _add_option(info, "--json", action="store_true", help="print JSON")
+
+
+def _add_report(commands: Any) -> None:
+    summary = "Write a page about a model and a table it was not trained on: likelihood, samples, latents, exactness."
+    report = _add_command(commands, "report", _run_report, summary)
+    report.add_argument("model", metavar="MODEL", help="model file")
+    report.add_argument("data", metavar="DATA", help=f"rows: {_TABLES}; converted to the model's dtype")
+    _add_option(report, "-o", "--output", metavar="PAGE", required=True, help="HTML file to write, - for stdout")
+    _add_option(report, "--force", action="store_true", help="overwrite PAGE")
+    train_help = "training rows, to fit the Gaussian to (default: to halves of DATA in turns)"
+    _add_option(report, "--train", metavar="TABLE", help=train_help)
+    _add_option(report, "--history", metavar="FILE", help="what fit --history wrote, for the learning curve")
+    names_help = "of the columns (default: those in DATA, where it has some)"
+    _add_option(report, "--names", metavar="NAME,NAME", type=_listed_names, help=names_help)
+    _add_option(report, "--title", metavar="TEXT", help="of the page (default: names of MODEL and DATA)")
+    _add_threads(report)
+    _add_device(report)
+
+
+def _listed_names(text: str) -> list[str]:
+    return next(csv.reader([text]))
 
 
 def _add_demo(commands: Any) -> None:
@@ -220,6 +278,8 @@ def _run_fit(arguments: argparse.Namespace) -> None:
 
     history = _train(arguments, flow, rows, validation)
     flow.save(arguments.output)
+    if arguments.history is not None:
+        _write_history(arguments.history, history, force=arguments.force)
     say(history)
     kind, count = ("held-out", history.validation_rows) if history.validation_rows else ("training", history.train_rows)
     say(f"{kind} log-likelihood: {-history.best_loss:.4f} nats per row (epoch {history.best_epoch}, {count:,} rows)")
@@ -234,20 +294,51 @@ def _check_fit_paths(arguments: argparse.Namespace) -> None:
         raise data_io.DataError(f"--max-time is {arguments.max_time}, expected a number of seconds above 0")
     data_io.check_distinct(
         arguments.output,
-        {"DATA": arguments.data, "--validation": arguments.validation, "--checkpoint": arguments.checkpoint},
+        {
+            "DATA": arguments.data,
+            "--validation": arguments.validation,
+            "--checkpoint": arguments.checkpoint,
+            "--history": arguments.history,
+        },
     )
+    if arguments.history is not None:
+        data_io.check_target(arguments.history, force=arguments.force)
+        sources = {"DATA": arguments.data, "--validation": arguments.validation, "--checkpoint": arguments.checkpoint}
+        data_io.check_distinct(arguments.history, sources, option="--history")
+
+
+def _write_history(target: str, history: nvpflow.History, *, force: bool) -> None:
+    """Write a history as JSON, which has no NaN: null stands for it."""
+    values = {
+        name: [None if isinstance(v, float) and math.isnan(v) else v for v in value]
+        if isinstance(value, list)
+        else value
+        for name, value in history.to_dict().items()
+    }
+    data_io.write_text(target, json.dumps(values, indent=1, allow_nan=False) + "\n", force=force)
+
+
+def _read_history(source: str) -> nvpflow.History:
+    with open(source, encoding="utf-8") as file:
+        try:
+            values = json.load(file)
+            return nvpflow.History.from_dict(values if isinstance(values, dict) else {})
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise data_io.DataError(f"{source}: not JSON: {error}") from error
+        except ValueError as error:
+            raise data_io.DataError(f"{source}: not a file of fit --history: {error}") from error
 
 
 def _train(arguments: argparse.Namespace, flow: nvpflow.Flow, rows: Any, validation: Any) -> nvpflow.History:
     started = reported = time.monotonic()
     # The progress bar is for terminals; a log gets a line now and then.
     log = not arguments.quiet and not sys.stderr.isatty()
-    epochs_done = 0
+    kept = False  # an epoch whose weights the flow will have
     out_of_time = False
 
     def after_epoch(record: Any) -> bool:
-        nonlocal epochs_done, out_of_time, reported
-        epochs_done += 1
+        nonlocal kept, out_of_time, reported
+        kept = kept or not arguments.max_round_trip or record["round_trip"] <= arguments.max_round_trip
         now = time.monotonic()
         if log and now - reported >= _SECONDS_BETWEEN_LINES:
             reported = now
@@ -267,6 +358,7 @@ def _train(arguments: argparse.Namespace, flow: nvpflow.Flow, rows: Any, validat
             weight_decay=arguments.weight_decay,
             clip_norm=arguments.clip_norm,
             patience=arguments.patience,
+            max_round_trip=arguments.max_round_trip,
             seed=arguments.seed,
             progress=False if arguments.quiet else None,
             callback=after_epoch,
@@ -274,7 +366,7 @@ def _train(arguments: argparse.Namespace, flow: nvpflow.Flow, rows: Any, validat
             num_threads=arguments.threads,
         )
     except (KeyboardInterrupt, nvpflow.TrainingError):
-        if epochs_done:
+        if kept:
             flow.save(arguments.output)
             print(f"nvpflow: the best weights so far are in {arguments.output}", file=sys.stderr)
         raise
@@ -283,19 +375,24 @@ def _train(arguments: argparse.Namespace, flow: nvpflow.Flow, rows: Any, validat
 
 def _epoch_line(record: Any, epochs: int, seconds: float) -> str:
     line = f"epoch {record['epoch']}/{epochs}, {seconds:.0f} s: training nll {record['train_loss']:.4f}"
-    if math.isnan(record["validation_loss"]):
-        return line
-    return f"{line}, validation nll {record['validation_loss']:.4f}"
+    if not math.isnan(record["validation_loss"]):
+        line += f", validation nll {record['validation_loss']:.4f}"
+    return line if math.isnan(record["round_trip"]) else f"{line}, round trip {record['round_trip']:.1e}"
 
 
 def _read(source: str, dtype: str, columns: int | None = None) -> Any:
+    return _read_named(source, dtype, columns)[0]
+
+
+def _read_named(source: str, dtype: str, columns: int | None = None) -> tuple[Any, list[str] | None]:
+    """Return the rows of a table, and the names of its columns where it has some."""
     with data_io.open_table(source) as table:
         if columns is not None:
             _check_columns(table, columns)
         rows = table.read(dtype)
     if len(rows) == 0:
         raise data_io.DataError(f"{source}: no rows")
-    return rows
+    return rows, table.names
 
 
 def _check_columns(table: data_io.Table, columns: int) -> None:
@@ -342,6 +439,21 @@ def _run_sample(arguments: argparse.Namespace) -> None:
             write(flow.sample(count, seed=arguments.seed, start=arguments.start + first))
 
 
+def _run_check(arguments: argparse.Namespace) -> int:
+    flow = nvpflow.load(arguments.model, device=arguments.device, precision=arguments.precision)
+    flow.num_threads = arguments.threads
+    certifier = certificate.Certifier(flow, tolerance=arguments.tolerance, jacobian_rows=arguments.jacobian_rows)
+    with data_io.open_table(arguments.data) as table:
+        _check_columns(table, flow.spec.input_size)
+        for rows in table.chunks(flow.spec.dtype):
+            certifier.add(rows)
+    if certifier.rows == 0:
+        raise data_io.DataError(f"{arguments.data}: no rows")
+    found = certifier.certificate()
+    print(found.to_json() if arguments.json else found)
+    return 0 if found.ok else _UNRELIABLE
+
+
 def _run_info(arguments: argparse.Namespace) -> None:
     flow = nvpflow.load(arguments.model)
     tensors = {name: list(values.shape) for name, values in flow.parameters().items()}
@@ -354,6 +466,39 @@ def _run_info(arguments: argparse.Namespace) -> None:
     width = max(map(len, tensors))
     for name, shape in tensors.items():
         print(f"  {name:<{width}}  {flow.spec.dtype} {shape}")
+
+
+def _run_report(arguments: argparse.Namespace) -> None:
+    from nvpflow import report
+
+    sources = {"MODEL": arguments.model, "DATA": arguments.data, "--train": arguments.train}
+    data_io.check_distinct(arguments.output, sources | {"--history": arguments.history})
+    if arguments.output != "-":
+        data_io.check_target(arguments.output, force=arguments.force)
+    flow = nvpflow.load(arguments.model, device=arguments.device, precision=arguments.precision)
+    flow.num_threads = arguments.threads
+    columns = flow.spec.input_size
+    history = None if arguments.history is None else _read_history(arguments.history)
+    rows, names = _read_named(arguments.data, flow.spec.dtype, columns)
+    if arguments.names is not None:
+        names = arguments.names
+        if len(names) != columns:
+            raise data_io.DataError(f"--names: {len(names)} names, the model takes {columns} columns")
+    details = {"Model file": _identified(arguments.model), "Data file": arguments.data}
+    train = None
+    if arguments.train is not None:
+        train = _read(arguments.train, flow.spec.dtype, columns)
+        details["Training file"] = arguments.train
+    title = arguments.title or f"{os.path.basename(arguments.model)} on {os.path.basename(arguments.data)}"
+    page = report.html(flow, rows, train=train, history=history, names=names, title=title, details=details)
+    data_io.write_text(arguments.output, page, force=arguments.force)
+    if arguments.output != "-":
+        print(f"{len(rows):,} rows; page written to {arguments.output}")
+
+
+def _identified(path: str) -> str:
+    with open(path, "rb") as file:
+        return f"{path}, SHA-256 {hashlib.sha256(file.read()).hexdigest()[:16]}…"
 
 
 def _run_demo(arguments: argparse.Namespace) -> None:

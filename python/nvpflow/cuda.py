@@ -73,6 +73,6 @@ def array(values: ArrayLike, device: str = "cuda") -> DeviceArray:
         CUDA cannot be used here.
     """
     rows = np.asarray(values)
-    if rows.dtype.name not in ("float32", "float64"):
-        raise TypeError(f"values has dtype {rows.dtype}, expected float32 or float64")
+    if rows.dtype not in (np.dtype("float32"), np.dtype("float64")):  # which a byte-swapped one is not, either
+        raise TypeError(f"values has dtype {rows.dtype}, expected float32 or float64 of this machine's byte order")
     return _core._device_array(rows, _checks.text("device", device))

@@ -47,6 +47,8 @@ class Table:
         The rows in order, in arrays [n, columns] of the file's own dtype. Can be consumed once.
     mapped
         All rows as one memory-mapped array, where the file allows it.
+    names
+        Of the columns, where the file has them.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Table:
     rows: int | None
     blocks: Iterator[Array]
     mapped: Array | None = None
+    names: list[str] | None = None
 
     def chunks(self, dtype: str) -> Iterator[Array]:
         """Yield the rows in C-contiguous arrays of `dtype`, of bounded size."""
@@ -187,7 +190,7 @@ def _parquet_table(name: str) -> Table:
         raise DataError(f"{name}: not a readable .parquet file: {error}") from error
     names = [field.name for field in file.schema_arrow]
     rows = file.metadata.num_rows
-    return Table(name, len(names), rows, _parquet_blocks(name, file, names))
+    return Table(name, len(names), rows, _parquet_blocks(name, file, names), names=names)
 
 
 def _parquet_blocks(name: str, file: Any, names: list[str]) -> Iterator[Array]:
@@ -220,7 +223,7 @@ def _csv_table(name: str, text: IO[str]) -> Table:
     fields = next(csv.reader([first[1]]))
     header = None if any(_is_number(field) for field in fields) else [field.strip() for field in fields]
     parser = _CsvParser(name, len(fields), first[0], header)
-    return Table(name, len(fields), None, parser.blocks(lines if header else _prepended(first, lines)))
+    return Table(name, len(fields), None, parser.blocks(lines if header else _prepended(first, lines)), names=header)
 
 
 def _decoded(name: str, text: IO[str]) -> Iterator[str]:
@@ -304,11 +307,17 @@ def check_target(target: str, *, force: bool) -> None:
         raise PermissionError(f"{target}: no permission to write there")
 
 
-def check_distinct(target: str, sources: dict[str, str | None]) -> None:
+def check_distinct(target: str, sources: dict[str, str | None], option: str = "-o") -> None:
     """Refuse to write over a file that the same command reads, also with --force."""
     for name, source in sources.items():
         if source is not None and "-" not in (source, target) and os.path.realpath(source) == os.path.realpath(target):
-            raise DataError(f"-o: {target} is {name} too; give the output a file of its own")
+            raise DataError(f"{option}: {target} is {name} too; give the output a file of its own")
+
+
+def write_text(target: str, text: str, *, force: bool) -> None:
+    """Write a whole file of UTF-8 text, or to standard output for `-`."""
+    with _open_target(target, force=force) as file:
+        file.write(text.encode())
 
 
 @contextmanager

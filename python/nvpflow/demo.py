@@ -11,16 +11,13 @@ import timeit
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 import nvpflow
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from nvpflow._findings import gaussian_log_prob
 
 Array = NDArray[Any]
 
@@ -31,7 +28,6 @@ MODEL: dict[str, Any] = {"num_flows": 8, "hidden_sizes": (64, 64), "standardize"
 EPOCHS = 80
 TRAINING: dict[str, Any] = {"batch_size": 256, "learning_rate": 3e-3, "clip_norm": 5.0}
 SAMPLES = 10_000
-DATA_COLOUR, FLOW_COLOUR = "#30435f", "#e8743b"
 
 
 class Split(NamedTuple):
@@ -54,16 +50,6 @@ def split_data(data: Array) -> Split:
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(data))
     train, validation, test = np.split(data[order], [len(data) * 8 // 10, len(data) * 9 // 10])
     return Split(train, validation, test)
-
-
-def gaussian_log_prob(train: Array, rows: Array) -> NDArray[np.float64]:
-    """Return log p [B] in nats under the Gaussian with the training rows' mean and full covariance."""
-    train, rows = train.astype(np.float64), rows.astype(np.float64)
-    factor = np.linalg.cholesky(np.cov(train, rowvar=False))
-    white = np.linalg.solve(factor, (rows - train.mean(axis=0)).T)
-    log_det = 2 * np.log(np.diag(factor)).sum()
-    density = -0.5 * (rows.shape[1] * np.log(2 * np.pi) + log_det + np.square(white).sum(axis=0))
-    return np.asarray(density, dtype=np.float64)
 
 
 def run(
@@ -206,7 +192,7 @@ def draw(path: Path, data: Array, samples: Array, history: nvpflow.History, gaus
     path
         Where to.
     data, samples
-        Rows [N, D]; as many of each are shown as the shorter one has.
+        Rows [N, D] and [M, D].
     history
         Of the training.
     gaussian
@@ -215,82 +201,24 @@ def draw(path: Path, data: Array, samples: Array, history: nvpflow.History, gaus
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = min(len(data), len(samples))
-    data, samples = data[:shown], samples[:shown]
+    from nvpflow import plot
+
     count = data.shape[1]
-    figure = Figure(figsize=(13, 13), dpi=110)
-    FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(count, count, left=0.065, right=0.985, bottom=0.06, top=0.935, hspace=0.1, wspace=0.1)
-    limits = [_limits(data[:, i]) for i in range(count)]
-    for i in range(count):
-        for j in range(i + 1):
-            axes = figure.add_subplot(grid[i, j])
-            if i == j:
-                _draw_histogram(axes, data[:, i], samples[:, i], limits[i])
-            else:
-                _draw_pair(axes, data[:, [j, i]], samples[:, [j, i]], (limits[j], limits[i]))
-            _label(axes, i, j, count)
-    _draw_learning_curve(figure.add_subplot(grid[0 : count // 2 - 1, count // 2 :]), history, gaussian)
-    _draw_legend(figure, shown)
-    figure.savefig(path)
-
-
-def _limits(values: Array) -> tuple[float, float]:
-    """Return an interval that holds all but the most extreme values, with a margin."""
-    low, high = np.quantile(values, [0.001, 0.999])
-    margin = 0.06 * (high - low)
-    return float(low - margin), float(high + margin)
-
-
-def _draw_pair(axes: Axes, data: Array, samples: Array, limits: tuple[tuple[float, float], ...]) -> None:
-    points = np.stack([data, samples], axis=1).reshape(-1, 2)  # in turns, so that neither hides the other
-    colours = [DATA_COLOUR, FLOW_COLOUR] * len(data)
-    axes.scatter(points[:, 0], points[:, 1], c=colours, s=3.5, linewidths=0, alpha=0.6)
-    axes.set(xlim=limits[0], ylim=limits[1])
-
-
-def _draw_histogram(axes: Axes, data: Array, samples: Array, limits: tuple[float, float]) -> None:
-    bins = np.linspace(*limits, 49)
-    axes.hist(data, bins=bins.tolist(), color=DATA_COLOUR, alpha=0.4)
-    axes.hist(samples, bins=bins.tolist(), color=FLOW_COLOUR, histtype="step", linewidth=1.5)
-    axes.set(xlim=limits, yscale="log", ylim=(0.7, None))  # rare modes would be invisible on a linear scale
-
-
-def _label(axes: Axes, row: int, column: int, count: int) -> None:
-    """Name the axes at the grid's outer edges only."""
-    axes.tick_params(labelsize=8, length=2.5, color="0.6")
-    axes.locator_params(axis="x", nbins=4)
-    for side in axes.spines.values():
-        side.set(color="0.75", linewidth=0.8)
-    if row == count - 1:
-        axes.set_xlabel(f"{COLUMNS[column]} ({UNITS[column]})", fontsize=10)
-    else:
-        axes.tick_params(labelbottom=False)
-    if row == column:
-        axes.tick_params(axis="y", which="both", left=False, labelleft=False)
-        axes.set_title(COLUMNS[column], fontsize=10, pad=4)
-    elif column == 0:
-        axes.set_ylabel(f"{COLUMNS[row]} ({UNITS[row]})", fontsize=10)
-    else:
-        axes.tick_params(labelleft=False)
-
-
-def _draw_learning_curve(axes: Axes, history: nvpflow.History, gaussian: float) -> None:
-    axes.plot(history.epoch, -history.train_loss, color="0.55", linewidth=1.5, label="flow, training rows")
-    axes.plot(history.epoch, -history.validation_loss, color=FLOW_COLOUR, linewidth=2, label="flow, validation rows")
-    axes.axhline(
-        gaussian, color=DATA_COLOUR, linestyle="--", linewidth=1.2, label="full-covariance Gaussian, test rows"
-    )
-    axes.set_title("Learning curve: log-likelihood, nats per row", fontsize=11, loc="left")
-    axes.set_xlabel("epoch", fontsize=10)
-    axes.tick_params(labelsize=9)
-    axes.grid(color="0.92")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc="center right")
-
-
-def _draw_legend(figure: Figure, shown: int) -> None:
-    figure.text(0.065, 0.972, "One household's electricity, minute by minute", fontsize=17, weight="bold")
-    figure.text(0.065, 0.953, f"{shown:,} held-out rows", fontsize=12, color=DATA_COLOUR, weight="bold")
-    figure.text(0.245, 0.953, f"{shown:,} samples of the flow", fontsize=12, color=FLOW_COLOUR, weight="bold")
-    figure.text(0.065, 0.013, "Diagonal: counts on a logarithmic scale.", fontsize=9, color="0.4")
+    names = [f"{name} ({unit})" for name, unit in zip(COLUMNS, UNITS, strict=True)]
+    with plot.style():
+        figure = Figure(figsize=(12, 12), dpi=120)
+        FigureCanvasAgg(figure)
+        grid = figure.add_gridspec(
+            count, count, left=0.065, right=0.985, bottom=0.065, top=0.92, hspace=0.09, wspace=0.09
+        )
+        panels = np.full((count, count), None, dtype=object)
+        for i, j in np.argwhere(np.tri(count)).tolist():
+            panels[i, j] = figure.add_subplot(grid[i, j])
+        labels = (f"{len(data):,} held-out rows", f"{len(samples):,} samples of the flow")
+        plot.corner(data, samples, names=names, labels=labels, ax=panels)
+        curve = figure.add_subplot(grid[0 : count // 2 - 1, count // 2 + 1 :])
+        plot.learning_curve(history, reference={"full-covariance Gaussian, test rows": gaussian}, ax=curve)
+        curve.set_title("Learning curve", loc="left")
+        figure.text(0.065, 0.965, "One household's electricity, minute by minute", fontsize=17, weight="bold")
+        figure.text(0.065, 0.012, "Diagonal: counts on a logarithmic scale.", fontsize=9, alpha=0.7)
+        figure.savefig(path)

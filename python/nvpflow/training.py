@@ -38,6 +38,9 @@ class History:
         Of the epoch's last update; the norm before clipping.
     seconds
         Wall time of the epoch, validation included.
+    round_trip
+        Largest relative error of a round trip after the epoch, over the rows that epochs are compared by (see
+        `Certificate`); NaN where `Flow.fit` was given no ``max_round_trip``.
     best_epoch
         The epoch whose weights the flow now has; 0 for the weights it started from.
     best_loss
@@ -54,6 +57,7 @@ class History:
     learning_rate: NDArray[np.float64]
     gradient_norm: NDArray[np.float64]
     seconds: NDArray[np.float64]
+    round_trip: NDArray[np.float64]
     best_epoch: int
     best_loss: float
     stop_reason: str
@@ -70,6 +74,7 @@ class History:
             learning_rate=np.array([record["learning_rate"] for record in records], dtype=np.float64),
             gradient_norm=np.array([record["gradient_norm"] for record in records], dtype=np.float64),
             seconds=np.array([record["seconds"] for record in records], dtype=np.float64),
+            round_trip=np.array([record["round_trip"] for record in records], dtype=np.float64),
             best_epoch=summary["best_epoch"],
             best_loss=summary["best_loss"],
             stop_reason=summary["stop_reason"],
@@ -88,12 +93,15 @@ class History:
             f"{self.train_rows:,} training and {self.validation_rows:,} validation rows",
             "         epoch    train nll  validation nll  learning rate  gradient norm  seconds",
         ]
+        measured = len(self) > 0 and not np.isnan(self.round_trip).all()
+        lines[1] += "  round trip" if measured else ""
         at_best = np.flatnonzero(self.epoch == self.best_epoch)
         marks = [("first", 0), *(("best", int(i)) for i in at_best), ("last", len(self) - 1)]
         for mark, i in marks if len(self) else []:
             lines.append(
                 f"  {mark:<5}  {self.epoch[i]:>5}  {self.train_loss[i]:>11.4f}  {self.validation_loss[i]:>14.4f}  "
                 f"{self.learning_rate[i]:>13.3g}  {self.gradient_norm[i]:>13.3g}  {self.seconds[i]:>7.2f}"
+                + (f"  {self.round_trip[i]:>10.2e}" if measured else "")
             )
         return "\n".join(lines)
 
@@ -102,8 +110,34 @@ class History:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in values.items()}
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> History:
+        """Return the history that `to_dict` has made `values` of, also by way of JSON (None stands for NaN).
+
+        Raises
+        ------
+        ValueError
+            `values` is not what `to_dict` returns.
+        """
+        arrays: dict[str, Any] = dict.fromkeys(("epoch",), np.int64)
+        arrays |= dict.fromkeys(
+            ("train_loss", "validation_loss", "learning_rate", "gradient_norm", "round_trip", "seconds"), np.float64
+        )
+        scalars: dict[str, Any] = {"best_epoch": int, "best_loss": float, "stop_reason": str}
+        scalars |= {"train_rows": int, "validation_rows": int}
+        if set(values) != {*arrays, *scalars}:
+            raise ValueError(f"a history holds {', '.join([*arrays, *scalars])}; got {', '.join(map(str, values))}")
+        try:
+            given: dict[str, Any] = {name: np.array(values[name], dtype=dtype) for name, dtype in arrays.items()}
+            given |= {name: kind(values[name]) for name, kind in scalars.items()}
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"a history's values are lists of numbers of one length: {error}") from error
+        if any(given[name].shape != (len(given["epoch"]),) for name in arrays):
+            raise ValueError("a history's lists have different lengths")
+        return cls(**given)
+
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the losses over the epochs.
+        """Draw the log-likelihood over the epochs: `nvpflow.plot.learning_curve`.
 
         Parameters
         ----------
@@ -120,20 +154,9 @@ class History:
         ImportError
             Matplotlib is not installed (``pip install "nvpflow[plot]"``).
         """
-        try:
-            import matplotlib.pyplot as plt
-        except ImportError as error:
-            raise ImportError('History.plot needs matplotlib: pip install "nvpflow[plot]"') from error
-        if ax is None:
-            ax = plt.subplots(figsize=(6, 4), layout="constrained")[1]
-        ax.plot(self.epoch, self.train_loss, color="C0", label="training")
-        if self.validation_rows:
-            ax.plot(self.epoch, self.validation_loss, color="C1", label="validation")
-        if self.best_epoch and self.validation_rows:
-            ax.plot(self.best_epoch, self.best_loss, "o", color="C3", label=f"best: {self.best_loss:.3f}")
-        ax.set(xlabel="epoch", ylabel="negative log-likelihood (nats per row)")
-        ax.legend(frameon=False)
-        return ax
+        from nvpflow import plot
+
+        return plot.learning_curve(self, ax=ax)
 
 
 class _Bar:
@@ -199,11 +222,12 @@ def _open_bar(progress: Any, epochs: int) -> _Bar | None:
 def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Check the types of fit's options; the extension checks their ranges."""
     given = dict(options)
-    for name in ("clip_norm", "patience", "num_threads"):
+    for name in ("clip_norm", "max_round_trip", "patience", "num_threads"):
         given[name] = 0 if given[name] is None else given[name]
     integers = ("epochs", "batch_size", "patience")
     checked: dict[str, Any] = {name: _checks.integer(name, given[name]) for name in integers}
-    checked |= {name: _checks.real(name, given[name]) for name in ("learning_rate", "weight_decay", "clip_norm")}
+    reals = ("learning_rate", "weight_decay", "clip_norm", "max_round_trip")
+    checked |= {name: _checks.real(name, given[name]) for name in reals}
     checked["threads"] = _checks.integer("num_threads", given["num_threads"], bits=32)
     checked["schedule"] = _checks.text("schedule", given["schedule"])
     checked["seed"] = _checks.integer("seed", given["seed"], unsigned=True)

@@ -1,11 +1,14 @@
 #include "arrays.hpp"
 
 #include <numpy/arrayobject.h>
+#include <pybind11/stl.h>
 
 #include <cfloat>
 #include <functional>
+#include <vector>
 
 #include "device_arrays.hpp"
+#include "outside.hpp"
 
 namespace nvpflow::python {
 namespace {
@@ -23,11 +26,6 @@ std::string shape_text(PyArrayObject* array) {
 }
 
 std::string dtype_text(PyArrayObject* array) { return text_of(reinterpret_cast<PyObject*>(PyArray_DESCR(array))); }
-
-[[noreturn]] void raise(PyObject* type, const std::string& message) {
-  PyErr_SetString(type, message.c_str());
-  throw py::error_already_set();
-}
 
 bool usable_as_is(PyArrayObject* array, DType dtype) {
   return PyArray_TYPE(array) == type_number(dtype) && PyArray_ISCARRAY_RO(array);
@@ -67,8 +65,15 @@ void refuse_overflow(const py::object& array, DType dtype, const char* name) {
   }
 }
 
+/// How the caller's library writes a conversion to the dtype.
+std::string conversion_text(const char* name, DType dtype, Library library) {
+  const std::string to(name_of(dtype));
+  if (library == Library::torch) return std::string(name) + ".to(torch." + to + ")";
+  return std::string(name) + ".astype(" + (library == Library::jax ? "jnp." : "np.") + to + ")";
+}
+
 /// Any object as a C-contiguous array of the dtype, if NumPy calls the conversion safe.
-py::object convert(PyObject* object, const char* name, DType dtype) {
+py::object convert(PyObject* object, const char* name, DType dtype, Library library = Library::numpy) {
   if (PyArray_Check(object)) refuse_masked(object, name);
   auto array = py::reinterpret_steal<py::object>(PyArray_FromAny(object, nullptr, 0, 0, 0, nullptr));
   if (!array) {
@@ -87,7 +92,7 @@ py::object convert(PyObject* object, const char* name, DType dtype) {
     std::string message = std::string(name) + " has dtype " + dtype_text(from) + ", expected " + model +
                           ", the flow's dtype, or one that converts to it without loss";
     if (real) {
-      message += "; convert it with " + std::string(name) + ".astype(np." + model + ")";
+      message += "; convert it with " + conversion_text(name, dtype, library);
       if (dtype == DType::float32) message += ", or build the flow with dtype=\"float64\"";
     }
     raise(PyExc_TypeError, message);
@@ -100,11 +105,107 @@ py::object convert(PyObject* object, const char* name, DType dtype) {
   return result;
 }
 
-py::object contiguous(PyObject* object, const char* name, DType dtype) {
-  if (PyArray_CheckExact(object) && usable_as_is(reinterpret_cast<PyArrayObject*>(object), dtype)) {
-    return py::reinterpret_borrow<py::object>(object);
+/// NumPy's number of a DLPack type; NPY_NOTYPE for those it has none for, bfloat16 among them.
+int type_number(const dlpack::DLDataType& type) {
+  const int bits = type.bits;
+  switch (type.code) {
+    case 0:
+      return bits == 8    ? NPY_INT8
+             : bits == 16 ? NPY_INT16
+             : bits == 32 ? NPY_INT32
+             : bits == 64 ? NPY_INT64
+                          : NPY_NOTYPE;
+    case 1:
+      return bits == 8    ? NPY_UINT8
+             : bits == 16 ? NPY_UINT16
+             : bits == 32 ? NPY_UINT32
+             : bits == 64 ? NPY_UINT64
+                          : NPY_NOTYPE;
+    case dlpack::kFloat:
+      return bits == 16 ? NPY_FLOAT16 : bits == 32 ? NPY_FLOAT : bits == 64 ? NPY_DOUBLE : NPY_NOTYPE;
+    case 5:
+      return bits == 64 ? NPY_COMPLEX64 : bits == 128 ? NPY_COMPLEX128 : NPY_NOTYPE;
+    case 6:
+      return bits == 8 ? NPY_BOOL : NPY_NOTYPE;
+    default:
+      return NPY_NOTYPE;
   }
-  return convert(object, name, dtype);
+}
+
+/// An array that comes by DLPack from the host's memory, as a NumPy array that looks at it.
+py::object host_view(PyObject* object, const char* name, Library library) {
+  refuse_grad(object, name, library);
+  Imported imported = import_dlpack(object, name, std::nullopt);
+  const dlpack::DLTensor& tensor = imported.tensor;
+  const auto type = tensor.device.device_type;  // which may be another than __dlpack_device__ said
+  if (type != dlpack::kCpu && type != dlpack::kCudaHost) {
+    raise(PyExc_ValueError, std::string(name) + " said it is in the host's memory, but its DLPack tensor is not");
+  }
+  const int number = type_number(tensor.dtype);
+  if (number == NPY_NOTYPE) {
+    const std::string bits = std::to_string(tensor.dtype.bits);
+    raise(PyExc_TypeError, std::string(name) + " has " +
+                               (tensor.dtype.code == 4 ? "dtype bfloat" + bits : "a dtype that NumPy lacks") +
+                               ", expected float32 or float64, or a dtype that converts to the flow's without loss");
+  }
+  const auto item = static_cast<npy_intp>(tensor.dtype.bits / 8);
+  std::vector<npy_intp> shape(tensor.shape, tensor.shape + tensor.ndim), strides(shape.size());
+  npy_intp elements = 1;
+  for (std::size_t i = shape.size(); i-- > 0;) {
+    strides[i] = item * (tensor.strides == nullptr ? elements : static_cast<npy_intp>(tensor.strides[i]));
+    elements *= shape[i];
+  }
+  if (elements > 0 && tensor.data == nullptr) {
+    raise(PyExc_TypeError, std::string(name) + ".__dlpack__() gave a tensor of an impossible form");
+  }
+  if (tensor.data == nullptr) {  // which NumPy would take for a wish of new memory
+    return py::reinterpret_steal<py::object>(PyArray_SimpleNew(tensor.ndim, shape.data(), number));
+  }
+  // JAX hands out its immutable arrays in capsules that cannot say so.
+  const bool read_only = imported.read_only || library == Library::jax;
+  auto view = py::reinterpret_steal<py::object>(PyArray_New(
+      &PyArray_Type, tensor.ndim, shape.data(), number, strides.data(),
+      static_cast<char*>(tensor.data) + tensor.byte_offset, 0, read_only ? 0 : NPY_ARRAY_WRITEABLE, nullptr));
+  if (!view) throw py::error_already_set();
+  if (PyArray_SetBaseObject(reinterpret_cast<PyArrayObject*>(view.ptr()), imported.owner.release().ptr()) < 0) {
+    throw py::error_already_set();
+  }
+  return view;
+}
+
+/// JAX without float64 would round the results of a float64 flow.
+void refuse_rounding(const char* name, DType dtype, Library library) {
+  if (library != Library::jax || dtype != DType::float64) return;
+  if (imported("jax").attr("config").attr("jax_enable_x64").cast<bool>()) return;
+  raise(PyExc_TypeError,
+        std::string(name) +
+            " is an array of JAX, which has float64 switched off, and the flow is float64: switch it on "
+            "with jax.config.update(\"jax_enable_x64\", True), or pass a NumPy array");
+}
+
+/// What is no array of NumPy's, as one that NumPy knows to read; notes in `in` whose it was.
+py::object from_outside(PyObject* object, const char* name, DType dtype, Place place, InputArray& in) {
+  if (place != Place::host) return convert(object, name, dtype);
+  const Library library = library_of(object);
+  const py::object view = host_view(settled(object, library).ptr(), name, library);
+  refuse_rounding(name, dtype, library);
+  if (library == Library::torch || library == Library::jax) {
+    in.library = library;
+    in.source = py::reinterpret_borrow<py::object>(object);
+  }
+  if (usable_as_is(reinterpret_cast<PyArrayObject*>(view.ptr()), dtype)) return view;
+  return convert(view.ptr(), name, dtype, library);
+}
+
+/// Sets in.owner to a C-contiguous array of the host. place: of what is no array of NumPy's.
+void read_host(PyObject* object, const char* name, DType dtype, Place place, InputArray& in) {
+  if (PyArray_CheckExact(object)) {
+    in.owner = usable_as_is(reinterpret_cast<PyArrayObject*>(object), dtype)
+                   ? py::reinterpret_borrow<py::object>(object)
+                   : convert(object, name, dtype);
+  } else {
+    in.owner = PyArray_Check(object) ? convert(object, name, dtype) : from_outside(object, name, dtype, place, in);
+  }
 }
 
 bool overlap(const void* a, std::int64_t a_bytes, const void* b, std::int64_t b_bytes) {
@@ -138,6 +239,57 @@ void check_given(PyArrayObject* array, const char* name, DType dtype, int dims, 
   if (!PyArray_ISWRITEABLE(array)) raise(PyExc_ValueError, std::string(name) + " is read-only");
 }
 
+/// The caller's `out` as a NumPy array that looks at its memory.
+py::object given_view(PyObject* given, const char* name) {
+  if (PyArray_Check(given)) return py::reinterpret_borrow<py::object>(given);
+  switch (place_of(given, name)) {
+    case Place::host: {
+      const Library library = library_of(given);
+      refuse_unsettled(given, name, library);
+      return host_view(given, name, library);
+    }
+    case Place::device:
+      raise(PyExc_ValueError, std::string(name) + " is " + Py_TYPE(given)->tp_name +
+                                  " on a CUDA device, the input in the host's memory; expected both in one place");
+    case Place::unknown:
+      break;
+  }
+  if (PyObject_CheckBuffer(given) == 0) {
+    raise(PyExc_TypeError, std::string(name) + " is " + Py_TYPE(given)->tp_name +
+                               ", expected an array (of NumPy, or anything with DLPack or the buffer protocol)");
+  }
+  auto view = py::reinterpret_steal<py::object>(PyArray_FromAny(given, nullptr, 0, 0, 0, nullptr));
+  if (!view) throw py::error_already_set();
+  return view;
+}
+
+/// A new array of the host, of the library; JAX's is made from NumPy's when it is filled (result_of).
+void allocate(OutputArray& out, DType dtype, int dims, npy_intp* shape, const InputArray& like) {
+  const std::string type(name_of(dtype));
+  out.bytes = size_of(dtype);
+  for (int i = 0; i < dims; ++i) out.bytes *= shape[i];
+  if (like.library == Library::torch) {
+    out.array = like.source.attr("new_empty")(py::tuple(py::cast(std::vector<std::int64_t>(shape, shape + dims))),
+                                              py::arg("dtype") = imported("torch").attr(type.c_str()));
+    out.data = reinterpret_cast<void*>(out.array.attr("data_ptr")().cast<std::intptr_t>());
+    return;
+  }
+  // JAX takes over what begins at a multiple of 64 bytes, and copies what does not.
+  constexpr npy_intp kAlignment = 64;
+  npy_intp room = out.bytes + kAlignment;
+  const auto memory = py::reinterpret_steal<py::object>(PyArray_SimpleNew(1, &room, NPY_UINT8));
+  if (!memory) throw py::error_already_set();
+  const auto at = reinterpret_cast<std::uintptr_t>(PyArray_DATA(reinterpret_cast<PyArrayObject*>(memory.ptr())));
+  out.data = reinterpret_cast<void*>((at + kAlignment - 1) / kAlignment * kAlignment);
+  out.array = py::reinterpret_steal<py::object>(
+      PyArray_New(&PyArray_Type, dims, shape, type_number(dtype), nullptr, out.data, 0, NPY_ARRAY_CARRAY, nullptr));
+  if (!out.array) throw py::error_already_set();
+  if (PyArray_SetBaseObject(reinterpret_cast<PyArrayObject*>(out.array.ptr()), py::object(memory).release().ptr()) <
+      0) {
+    throw py::error_already_set();
+  }
+}
+
 }  // namespace
 
 void import_numpy() {
@@ -145,11 +297,10 @@ void import_numpy() {
 }
 
 InputArray input_rows(PyObject* object, const char* name, DType dtype, std::int64_t features, int device) {
-  if (!PyArray_CheckExact(object) && is_device_array(object)) {
-    return device_rows(object, name, dtype, features, device);
-  }
+  const Place place = PyArray_Check(object) ? Place::host : place_of(object, name);
+  if (place == Place::device) return device_rows(object, name, dtype, features, device);
   InputArray in;
-  in.owner = contiguous(object, name, dtype);
+  read_host(object, name, dtype, place, in);
   auto* array = reinterpret_cast<PyArrayObject*>(in.owner.ptr());
   const int dims = PyArray_NDIM(array);
   if ((dims != 1 && dims != 2) || PyArray_DIM(array, dims - 1) != features) {
@@ -167,8 +318,13 @@ InputArray input_vector(PyObject* object, const char* name, DType dtype, const I
   if (x.on_device) return device_vector(object, name, dtype, x);
   const std::int64_t rows = x.rows;
   const bool single = x.single;
+  const Place place = PyArray_Check(object) ? Place::host : place_of(object, name);
+  if (place == Place::device) {
+    raise(PyExc_ValueError,
+          std::string(name) + " is on a CUDA device, x in the host's memory; expected both in one place");
+  }
   InputArray in;
-  in.owner = contiguous(object, name, dtype);
+  read_host(object, name, dtype, place, in);
   auto* array = reinterpret_cast<PyArrayObject*>(in.owner.ptr());
   const bool good = single ? PyArray_NDIM(array) == 0 : PyArray_NDIM(array) == 1 && PyArray_DIM(array, 0) == rows;
   if (!good) {
@@ -181,33 +337,50 @@ InputArray input_vector(PyObject* object, const char* name, DType dtype, const I
   return in;
 }
 
-OutputArray output_array(PyObject* given, const char* name, DType dtype, std::int64_t rows, std::int64_t columns,
-                         bool single) {
+OutputArray output_array(PyObject* given, const char* name, DType dtype, std::int64_t columns, const InputArray& like) {
+  if (like.on_device) return device_output(given, name, dtype, like.rows, columns, like);
   npy_intp shape[2];
   int dims = 0;
-  if (!single) shape[dims++] = rows;
+  if (!like.single) shape[dims++] = like.rows;
   if (columns > 0) shape[dims++] = columns;
   OutputArray out;
-  if (given == nullptr || given == Py_None) {
-    out.array = py::reinterpret_steal<py::object>(PyArray_SimpleNew(dims, shape, type_number(dtype)));
-    if (!out.array) throw py::error_already_set();
-  } else {
-    if (!PyArray_Check(given)) {
-      raise(PyExc_TypeError, std::string(name) + " is " + Py_TYPE(given)->tp_name + ", expected a NumPy array");
-    }
-    check_given(reinterpret_cast<PyArrayObject*>(given), name, dtype, dims, shape);
+  PyArrayObject* array = nullptr;
+  if (given != nullptr && given != Py_None) {
+    out.view = given_view(given, name);
+    array = reinterpret_cast<PyArrayObject*>(out.view.ptr());
+    check_given(array, name, dtype, dims, shape);
     out.array = py::reinterpret_borrow<py::object>(given);
     out.given = true;
+  } else {
+    out.library = like.library;
+    if (like.library == Library::torch || like.library == Library::jax) {
+      allocate(out, dtype, dims, shape, like);
+      return out;
+    }
+    out.array = py::reinterpret_steal<py::object>(PyArray_SimpleNew(dims, shape, type_number(dtype)));
+    if (!out.array) throw py::error_already_set();
+    array = reinterpret_cast<PyArrayObject*>(out.array.ptr());
   }
-  auto* array = reinterpret_cast<PyArrayObject*>(out.array.ptr());
   out.data = PyArray_DATA(array);
   out.bytes = PyArray_NBYTES(array);
   return out;
 }
 
-OutputArray output_array(PyObject* given, const char* name, DType dtype, std::int64_t columns, const InputArray& like) {
-  if (like.on_device) return device_output(given, name, dtype, like.rows, columns, like);
-  return output_array(given, name, dtype, like.rows, columns, like.single);
+OutputArray output_array(PyObject* given, const char* name, DType dtype, std::int64_t rows, std::int64_t columns,
+                         bool single) {
+  InputArray like;
+  like.rows = rows;
+  like.single = single;
+  return output_array(given, name, dtype, columns, like);
+}
+
+std::pair<PyObject*, PyObject*> out_pair(PyObject* out, const char* second_name) {
+  if (out == nullptr || out == Py_None) return {nullptr, nullptr};
+  if (!PyTuple_Check(out) || PyTuple_GET_SIZE(out) != 2) {
+    raise(PyExc_TypeError, "out is " + std::string(Py_TYPE(out)->tp_name) +
+                               ", expected a tuple of two arrays, the second for " + second_name);
+  }
+  return {PyTuple_GET_ITEM(out, 0), PyTuple_GET_ITEM(out, 1)};
 }
 
 void refuse_overlap(const OutputArray& out, const char* out_name, const InputArray& in, const char* in_name,
@@ -220,9 +393,16 @@ void refuse_overlap(const OutputArray& a, const char* a_name, const OutputArray&
 }
 
 PyObject* result_of(OutputArray&& out) {
-  if (out.on_device) return device_result(std::move(out));
-  PyObject* array = out.array.release().ptr();
-  return out.given ? array : PyArray_Return(reinterpret_cast<PyArrayObject*>(array));
+  if (out.library == Library::numpy && !out.on_device && !out.given) {
+    return PyArray_Return(reinterpret_cast<PyArrayObject*>(out.array.release().ptr()));
+  }
+  return object_of(std::move(out)).release().ptr();
+}
+
+py::object object_of(OutputArray&& out) {
+  if (out.on_device) return py::reinterpret_steal<py::object>(device_result(std::move(out)));
+  if (out.library == Library::jax && !out.given) return imported("jax").attr("dlpack").attr("from_dlpack")(out.array);
+  return std::move(out.array);
 }
 
 py::object readonly_view(const void* data, DType dtype, std::int64_t size, py::handle owner) {

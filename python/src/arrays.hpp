@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 
 #include <nvpflow/spec.hpp>
 
@@ -21,7 +22,7 @@ void import_numpy();
 /// Where a flow is that runs on the CPU; else the index of its CUDA device.
 inline constexpr int kHost = -1;
 
-/// Whose arrays of a device a caller uses: results are of the same kind.
+/// Whose arrays a caller uses: results are of the same kind. Those of the host that are of no kind below are NumPy's.
 enum class Library { numpy, torch, cupy, jax, nvpflow, other };
 
 /// A C-contiguous array of the flow's dtype: the caller's own memory where it already is one, else a copy that
@@ -31,12 +32,12 @@ struct InputArray {
   void* data = nullptr;
   std::int64_t rows = 0;
   bool single = false;  // came as [D]: results lose the batch axis
+  Library library = Library::numpy;
+  py::object source;  // the caller's object, where it is not NumPy's
   // In the memory of a CUDA device (device_arrays.hpp): used as it is.
   bool on_device = false;
-  Library library = Library::numpy;
   int device = kHost;
   void* stream = nullptr;  // the caller's
-  py::object source;       // the caller's object
 };
 
 /// [B, D] or [D]; for a flow on a CUDA device arrays of that device, too.
@@ -46,6 +47,7 @@ InputArray input_vector(PyObject* object, const char* name, DType dtype, const I
 
 struct OutputArray {
   py::object array;
+  py::object view;  // NumPy's of a given array: while it is there, nobody resizes the memory
   void* data = nullptr;
   std::int64_t bytes = 0;
   bool given = false;
@@ -62,12 +64,17 @@ OutputArray output_array(PyObject* given, const char* name, DType dtype, std::in
                          bool single);
 /// The same beside an input: single as it is, in the memory where it is, of its library.
 OutputArray output_array(PyObject* given, const char* name, DType dtype, std::int64_t columns, const InputArray& like);
+/// The two members of out=(first, second), or null ones; second_name: what the second takes.
+std::pair<PyObject*, PyObject*> out_pair(PyObject* out, const char* second_name);
 void refuse_overlap(const OutputArray& out, const char* out_name, const InputArray& in, const char* in_name,
                     std::int64_t in_bytes);
 void refuse_overlap(const OutputArray& a, const char* a_name, const OutputArray& b, const char* b_name);
 
-/// What the caller gets: `out` itself where given, a NumPy scalar for a new array of the host without axes.
+/// What the caller gets: `out` itself where given, an array of their library, a NumPy scalar instead of a new array of
+/// NumPy's without axes.
 PyObject* result_of(OutputArray&& out);
+/// The same, with an array of NumPy's also where it has no axes.
+py::object object_of(OutputArray&& out);
 
 /// A read-only array that looks at `data` and keeps `owner` alive.
 py::object readonly_view(const void* data, DType dtype, std::int64_t size, py::handle owner);

@@ -65,6 +65,7 @@ void set_error(const Error& error) {
     case ErrorCode::file_format:
       return set_text(file_format_error, error.what());
     case ErrorCode::not_finite:
+    case ErrorCode::none_kept:
       return set_text(training_error, error.what());
     case ErrorCode::unavailable:
       return set_text(PyExc_RuntimeError, error.what());
@@ -171,17 +172,12 @@ void require_some(const InputArray& in) {
   throw Error(ErrorCode::invalid_argument, "x has no rows: the mean over an empty batch is not defined");
 }
 
-/// What the caller gets, as an object; a new array of the host stays one also without axes.
-py::object taken(OutputArray&& out) {
-  return out.on_device ? py::reinterpret_steal<py::object>(result_of(std::move(out))) : out.array;
-}
-
 /// An array of the flow's parameters' size, in the memory and of the library of x.
-OutputArray parameter_array(const BoundFlow& self, const char* name, const InputArray& x) {
+OutputArray parameter_array(const BoundFlow& self, const char* name, const InputArray& x, PyObject* given = nullptr) {
   InputArray like = x;
   like.rows = self.flow.num_parameters();
   like.single = false;
-  return output_array(nullptr, name, self.dtype, 0, like);
+  return output_array(given, name, self.dtype, 0, like);
 }
 
 double nll(const BoundFlow& self, const py::object& x) {
@@ -212,7 +208,7 @@ py::tuple nll_gradient(const BoundFlow& self, const py::object& x) {
       const double sum = backend.nll_gradient(in.data, nullptr, in.rows, in.rows, gradient.data, false, how);
       result = -sum / static_cast<double>(in.rows);
     });
-    return py::make_tuple(result, taken(std::move(gradient)));
+    return py::make_tuple(result, object_of(std::move(gradient)));
   }
   run_released(self, kGradientCost * in.rows, [&] {
     result = by_dtype(self.dtype, [&](auto t) {
@@ -220,7 +216,7 @@ py::tuple nll_gradient(const BoundFlow& self, const py::object& x) {
       return self.flow.nll_gradient(view<T>(in, in.rows * self.features), view<T>(gradient));
     });
   });
-  return py::make_tuple(result, gradient.array);
+  return py::make_tuple(result, object_of(std::move(gradient)));
 }
 
 void require_beside(const InputArray& array, const char* name, const InputArray& x) {
@@ -233,8 +229,47 @@ void require_beside(const InputArray& array, const char* name, const InputArray&
                                                " in the host's memory; expected both in one place");
 }
 
+/// The cotangents that a vector-Jacobian product is asked for.
+struct Wanted {
+  bool x, parameters;
+};
+
+Wanted wanted_of(const std::string& wrt) {
+  if (wrt != "both" && wrt != "x" && wrt != "parameters") {
+    throw Error(ErrorCode::invalid_argument, "wrt is '" + wrt + "', expected 'both', 'x' or 'parameters'");
+  }
+  return {wrt != "parameters", wrt != "x"};
+}
+
+struct NamedInput {
+  const InputArray& array;
+  const char* name;
+  std::int64_t bytes;
+};
+
+/// Arrays for the wanted ones, new or given in out=(grad_x, grad_parameters); the call f(grad_x, grad_parameters) fills
+/// them. None for what is not wanted.
+template <class F>
+py::tuple gradients(const BoundFlow& self, const InputArray& in, const std::string& wrt, const py::object& out,
+                    std::initializer_list<NamedInput> inputs, F&& f) {
+  constexpr const char *first = "out[0] (grad_x)", *second = "out[1] (grad_parameters)";
+  const Wanted wanted = wanted_of(wrt);
+  const auto [out_first, out_second] = out_pair(out.ptr(), "grad_parameters");
+  OutputArray grad_in, parameters;
+  if (wanted.x) grad_in = output_array(out_first, first, self.dtype, self.features, in);
+  if (wanted.parameters) parameters = parameter_array(self, second, in, out_second);
+  for (const NamedInput& input : inputs) {
+    refuse_overlap(grad_in, first, input.array, input.name, input.bytes);
+    refuse_overlap(parameters, second, input.array, input.name, input.bytes);
+  }
+  refuse_overlap(grad_in, first, parameters, second);
+  run_beside(self, in, kGradientCost * in.rows, [&](const Execution& how) { f(grad_in.data, parameters.data, how); });
+  return py::make_tuple(wanted.x ? object_of(std::move(grad_in)) : py::none(),
+                        wanted.parameters ? object_of(std::move(parameters)) : py::none());
+}
+
 py::tuple vjp(const BoundFlow& self, const py::object& x, const py::object& grad_out, const py::object& grad_log_det,
-              const std::string& direction) {
+              const std::string& direction, const std::string& wrt, const py::object& out) {
   if (direction != "forward" && direction != "inverse") {
     throw Error(ErrorCode::invalid_argument, "direction is '" + direction + "', expected 'forward' or 'inverse'");
   }
@@ -250,14 +285,43 @@ py::tuple vjp(const BoundFlow& self, const py::object& x, const py::object& grad
     }
   }
   if (!grad_log_det.is_none()) g_log_det = input_vector(grad_log_det.ptr(), "grad_log_det", self.dtype, in);
-  OutputArray grad_in = output_array(nullptr, "grad_x", self.dtype, self.features, in);
-  OutputArray parameters = parameter_array(self, "grad_parameters", in);
-  // All arrays are checked or new: the backend needs no more.
-  run_beside(self, in, kGradientCost * in.rows, [&](const Execution& how) {
-    self.flow.backend().vjp(way, in.data, in.rows, g_out.data, g_log_det.data, grad_in.data, parameters.data, false,
-                            how);
+  const std::int64_t matrix = in.rows * self.row_bytes(), vector = in.rows * size_of(self.dtype);
+  const std::initializer_list<NamedInput> inputs = {
+      {in, "x", matrix}, {g_out, "grad_out", matrix}, {g_log_det, "grad_log_det", vector}};
+  return gradients(self, in, wrt, out, inputs, [&](void* grad_in, void* parameters, const Execution& how) {
+    self.flow.backend().vjp(way, in.data, in.rows, g_out.data, g_log_det.data, grad_in, parameters, false, how);
   });
-  return py::make_tuple(taken(std::move(grad_in)), taken(std::move(parameters)));
+}
+
+py::tuple log_prob_vjp(const BoundFlow& self, const py::object& x, const py::object& grad_log_prob,
+                       const std::string& wrt, const py::object& out) {
+  const InputArray in = input_rows(x.ptr(), "x", self.dtype, self.features, self.device);
+  const InputArray g = input_vector(grad_log_prob.ptr(), "grad_log_prob", self.dtype, in);
+  const std::initializer_list<NamedInput> inputs = {{in, "x", in.rows * self.row_bytes()},
+                                                    {g, "grad_log_prob", in.rows * size_of(self.dtype)}};
+  return gradients(self, in, wrt, out, inputs, [&](void* grad_in, void* parameters, const Execution& how) {
+    self.flow.backend().log_prob_vjp(in.data, in.rows, g.data, nullptr, grad_in, parameters, false, how);
+  });
+}
+
+/// log_prob, and what log_prob_vjp gives for the parameters, in one pass; `out` (None: a new array) takes the latter
+/// and must not overlap the others.
+py::tuple log_prob_and_vjp(const BoundFlow& self, const py::object& x, const py::object& grad_log_prob,
+                           const py::object& out) {
+  const InputArray in = input_rows(x.ptr(), "x", self.dtype, self.features, self.device);
+  const InputArray g = input_vector(grad_log_prob.ptr(), "grad_log_prob", self.dtype, in);
+  OutputArray log_prob = output_array(nullptr, "log_prob", self.dtype, 0, in);
+  OutputArray parameters = parameter_array(self, "grad_parameters", in, out.ptr());
+  run_beside(self, in, kGradientCost * in.rows, [&](const Execution& how) {
+    self.flow.backend().log_prob_vjp(in.data, in.rows, g.data, log_prob.data, nullptr, parameters.data, false, how);
+  });
+  return py::make_tuple(object_of(std::move(log_prob)), object_of(std::move(parameters)));
+}
+
+py::object noise(const BoundFlow& self, std::int64_t rows, std::uint64_t seed) {
+  OutputArray z = output_array(nullptr, "z", self.dtype, rows, self.features, false);
+  run_released(self, rows, [&] { self.flow.backend().noise(seed, 0, rows, z.data, Execution(self.threads())); });
+  return object_of(std::move(z));
 }
 
 py::tuple conditioner(const BoundFlow& self, std::int64_t layer, const py::object& x) {
@@ -281,6 +345,19 @@ void set_flat_parameters(BoundFlow& self, const py::object& values) {
   if (!in.single) throw Error(ErrorCode::invalid_argument, "parameters has two axes, expected one");
   const GilReleased released;
   by_dtype(self.dtype, [&](auto t) { self.flow.set_parameters(view<decltype(t)>(in, self.flow.num_parameters())); });
+}
+
+/// Whether the flow's parameters are these, bit for bit.
+bool has_flat_parameters(const BoundFlow& self, const py::object& values) {
+  const InputArray in = input_rows(values.ptr(), "parameters", self.dtype, self.flow.num_parameters(), kHost);
+  if (!in.single) throw Error(ErrorCode::invalid_argument, "parameters has two axes, expected one");
+  const auto bytes = static_cast<std::size_t>(self.flow.num_parameters() * size_of(self.dtype));
+  const void* own = by_dtype(
+      self.dtype, [&](auto t) { return static_cast<const void*>(self.flow.parameters<decltype(t)>().data()); });
+  constexpr std::size_t kLong = 1 << 17;  // some microseconds: from here on other threads may run
+  if (bytes < kLong) return std::memcmp(own, in.data, bytes) == 0;
+  const GilReleased released;
+  return std::memcmp(own, in.data, bytes) == 0;
 }
 
 py::object flat_parameters(const py::object& self) {
@@ -331,6 +408,8 @@ FitOptions options_from(const py::dict& dict) {
       o.patience = value.cast<std::int64_t>();
     else if (name == "validation_fraction")
       o.validation_fraction = value.cast<double>();
+    else if (name == "max_round_trip")
+      o.max_round_trip = value.cast<double>();
     else if (name == "seed")
       o.seed = value.cast<std::uint64_t>();
     else if (name == "threads")
@@ -346,7 +425,8 @@ FitOptions options_from(const py::dict& dict) {
 py::dict record_dict(const EpochRecord& r) {
   using namespace py::literals;
   return py::dict("epoch"_a = r.epoch, "train_loss"_a = r.train_loss, "validation_loss"_a = r.validation_loss,
-                  "learning_rate"_a = r.learning_rate, "gradient_norm"_a = r.gradient_norm, "seconds"_a = r.seconds);
+                  "learning_rate"_a = r.learning_rate, "gradient_norm"_a = r.gradient_norm, "seconds"_a = r.seconds,
+                  "round_trip"_a = r.round_trip);
 }
 
 /// Takes the GIL a few times a second: for signals, for the progress bar, for the caller's callback.
@@ -445,6 +525,18 @@ void save(const BoundFlow& self, const py::object& path) {
   self.flow.save(text);
 }
 
+void reload(BoundFlow& self, const py::object& path) {
+  const std::string text = path_of(path);
+  const GilReleased released;
+  self.flow.reload(text);
+}
+
+void swap(BoundFlow& self, BoundFlow& other) {
+  other.require_ready();
+  const GilReleased released;
+  self.flow.swap(other.flow);
+}
+
 void set_num_threads(BoundFlow& self, const py::object& threads) { self.flow.set_num_threads(thread_count(threads)); }
 
 void bind_flow(py::module_& module) {
@@ -474,15 +566,33 @@ void bind_flow(py::module_& module) {
       .def("nll_gradient", on_ready(&nll_gradient), py::arg("x"),
            "Mean negative log-likelihood of x [B, D], nats, and its gradient [num_parameters] (order of parameters()).")
       .def("vjp", on_ready(&vjp), py::arg("x"), py::arg("grad_out") = py::none(), py::arg("grad_log_det") = py::none(),
-           py::kw_only(), py::arg("direction") = "forward",
+           py::kw_only(), py::arg("direction") = "forward", py::arg("wrt") = "both", py::arg("out") = py::none(),
            "Vector-Jacobian product of forward (or inverse): from the cotangents of the output [B, D] and of log_det\n"
-           "[B] (None: zero) to those of x [B, D] and of the flat parameters [num_parameters].")
+           "[B] (None: zero) to those of x [B, D] and of the flat parameters [num_parameters]. wrt: 'both', or 'x' or\n"
+           "'parameters' where the other is not wanted (None), which saves up to half of the work. out: a tuple\n"
+           "(grad_x, grad_parameters) of arrays to write to.")
+      .def("log_prob_vjp", on_ready(&log_prob_vjp), py::arg("x"), py::arg("grad_log_prob"), py::kw_only(),
+           py::arg("wrt") = "both", py::arg("out") = py::none(),
+           "Vector-Jacobian product of log_prob: from its cotangent [B] to those of x [B, D] and of the flat "
+           "parameters\n"
+           "[num_parameters]; wrt and out as in vjp. With ones, wrt='x' is the score, the gradient of log p(x) by x.")
       .def("save", on_ready(&save), py::arg("path"),
            "Write the flow to one safetensors file, atomically: on failure an old file stays as it was.")
+      .def(
+          "reload", on_ready(&reload), py::arg("path"),
+          "Replace the weights by those of a model file of the same spec, while other threads may call the flow: each\n"
+          "call sees the old or the new ones whole. On an error (OSError, FileFormatError) nothing has changed.")
+      .def("swap", on_ready(&swap), py::arg("other"),
+           "Exchange the weights of two flows of the same spec, while other threads may call both. Each flow changes "
+           "at\n"
+           "one moment; the two moments differ. On an error nothing has changed.")
       .def("_layout", on_ready(&layout))
       .def("_flat_parameters", &flat_parameters)
       .def("_copy_flat_parameters", on_ready(&copy_flat_parameters))
       .def("_set_flat_parameters", on_ready(&set_flat_parameters))
+      .def("_log_prob_and_vjp", on_ready(&log_prob_and_vjp))
+      .def("_has_flat_parameters", on_ready(&has_flat_parameters))
+      .def("_noise", on_ready(&noise), py::arg("n"), py::arg("seed"))
       .def("_conditioner", on_ready(&conditioner))
       .def("_fit", on_ready(&fit_flow));
   add_hot_methods(type);
@@ -590,7 +700,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
                                     "A model file is damaged, foreign, or newer than this library.");
   training_error =
       new_exception(module, "TrainingError", PyExc_ArithmeticError,
-                    "Training met a NaN or infinite loss or gradient; the flow keeps the best weights so far.");
+                    "Training met a NaN or infinite loss or gradient (the best weights are kept), or kept no epoch.");
   cuda_error =
       new_exception(module, "CudaError", PyExc_RuntimeError, "CUDA cannot be used here, or a CUDA device failed.");
   py::register_exception_translator([](std::exception_ptr p) {

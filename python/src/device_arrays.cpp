@@ -7,7 +7,7 @@
 #include <cstring>
 #include <vector>
 
-#include "dlpack.h"
+#include "outside.hpp"
 
 namespace nvpflow::python {
 namespace {
@@ -16,11 +16,6 @@ using namespace dlpack;
 
 /// The legacy default stream, as DLPack and __cuda_array_interface__ write it; CUDA takes it for a stream, too.
 constexpr std::intptr_t kLegacyStream = 1;
-
-[[noreturn]] void raise(PyObject* type, const std::string& message) {
-  PyErr_SetString(type, message.c_str());
-  throw py::error_already_set();
-}
 
 std::string on_text(int device) { return device == kHost ? "the CPU" : "cuda:" + std::to_string(device); }
 
@@ -65,21 +60,6 @@ struct Found {
   void* stream = nullptr;
 };
 
-Library library_of(PyObject* object) {
-  const py::handle type(reinterpret_cast<PyObject*>(Py_TYPE(object)));
-  for (const py::handle base : type.attr("__mro__")) {
-    const auto name = py::str(base.attr("__module__")).cast<std::string>();
-    const std::string root = name.substr(0, name.find('.'));
-    if (root == "torch") return Library::torch;
-    if (root == "cupy") return Library::cupy;
-    if (root == "jax" || root == "jaxlib") return Library::jax;
-  }
-  return Library::other;
-}
-
-/// A library that the caller's object came from, and which is therefore imported already.
-py::module_ imported(const char* name) { return py::module_::import(name); }
-
 /// The stream on which the caller's library works now.
 void* current_stream(Library library, int device) {
   if (library == Library::torch) {
@@ -95,15 +75,6 @@ void* current_stream(Library library, int device) {
 
 // ---- DLPack ------------------------------------------------------------------------------------------------------
 
-/// Owns what a capsule held.
-template <class Managed>
-py::object owner_of(Managed* managed) {
-  return py::capsule(managed, [](void* p) {
-    auto* held = static_cast<Managed*>(p);
-    if (held->deleter != nullptr) held->deleter(held);
-  });
-}
-
 bool is_contiguous(const std::vector<std::int64_t>& shape, const std::int64_t* strides, std::int64_t unit) {
   std::int64_t expected = unit;
   for (const std::int64_t n : shape) {
@@ -116,7 +87,10 @@ bool is_contiguous(const std::vector<std::int64_t>& shape, const std::int64_t* s
   return true;
 }
 
-void read_tensor(const DLTensor& tensor, Found& found) {
+void read_tensor(Imported&& imported, Found& found) {
+  const DLTensor& tensor = imported.tensor;
+  found.owner = std::move(imported.owner);
+  found.read_only = imported.read_only;
   const auto type = tensor.device.device_type;  // which may be another than __dlpack_device__ said
   found.data = tensor.data == nullptr ? nullptr : static_cast<unsigned char*>(tensor.data) + tensor.byte_offset;
   found.device = type == kCuda || type == kCudaManaged ? tensor.device.device_id : kHost;
@@ -127,51 +101,10 @@ void read_tensor(const DLTensor& tensor, Found& found) {
   found.contiguous = tensor.strides == nullptr || is_contiguous(found.shape, tensor.strides, 1);
 }
 
-/// A versioned capsule where the producer knows them, else one of the form before 1.0.
-py::object capsule_of(PyObject* object, void* stream) {
-  const py::object method = py::handle(object).attr("__dlpack__");
-  const std::intptr_t wanted = stream == nullptr ? kLegacyStream : address(stream);
-  try {
-    return method(py::arg("stream") = wanted, py::arg("max_version") = py::make_tuple(kMajor, kMinor));
-  } catch (py::error_already_set& error) {
-    if (!error.matches(PyExc_TypeError)) throw;
-  }
-  return method(py::arg("stream") = wanted);
-}
-
-void import_dlpack(PyObject* object, const char* name, Found& found) {
-  constexpr const char* kVersioned = "dltensor_versioned";
-  constexpr const char* kBare = "dltensor";
-  const py::object capsule = capsule_of(object, found.stream);
-  if (PyCapsule_IsValid(capsule.ptr(), kVersioned) != 0) {
-    auto* managed = static_cast<DLManagedTensorVersioned*>(PyCapsule_GetPointer(capsule.ptr(), kVersioned));
-    if (managed->version.major != kMajor) {  // the capsule still owns it
-      raise(PyExc_BufferError,
-            std::string(name) + " comes as DLPack " + std::to_string(managed->version.major) + ", expected version 1");
-    }
-    PyCapsule_SetName(capsule.ptr(), "used_dltensor_versioned");
-    found.owner = owner_of(managed);
-    found.read_only = (managed->flags & kReadOnly) != 0;
-    return read_tensor(managed->dl_tensor, found);
-  }
-  if (PyCapsule_IsValid(capsule.ptr(), kBare) == 0) {
-    raise(PyExc_TypeError, std::string(name) + ".__dlpack__() returned " + Py_TYPE(capsule.ptr())->tp_name +
-                               ", expected a DLPack capsule");
-  }
-  auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), kBare));
-  PyCapsule_SetName(capsule.ptr(), "used_dltensor");
-  found.owner = owner_of(managed);
-  read_tensor(managed->dl_tensor, found);
-}
-
 // ---- __cuda_array_interface__ (version 2 and 3) --------------------------------------------------------------------
 
-void import_interface(PyObject* object, const char* name, int flow_device, Found& found) {
+void read_interface(PyObject* object, Found& found) {
   const py::dict says = py::handle(object).attr("__cuda_array_interface__");
-  if (says.contains("mask") && !says["mask"].is_none()) {
-    raise(PyExc_TypeError,
-          std::string(name) + " has a mask, which nvpflow does not take; fill or drop the masked values");
-  }
   const py::tuple data = says["data"];
   found.owner = py::reinterpret_borrow<py::object>(object);
   found.data = stream_at(data[0].cast<std::intptr_t>());
@@ -187,6 +120,23 @@ void import_interface(PyObject* object, const char* name, int flow_device, Found
   }
   if (says.contains("stream") && !says["stream"].is_none()) {
     found.stream = stream_at(says["stream"].cast<std::intptr_t>());
+  }
+}
+
+void import_interface(PyObject* object, const char* name, int flow_device, Found& found) {
+  well_formed(std::string(name) +
+                  ".__cuda_array_interface__ has another form than the protocol's, expected a dict with shape, typestr "
+                  "and data=(address, read_only), and stream None or an integer",
+              [&] { read_interface(object, found); });
+  const py::dict says = py::handle(object).attr("__cuda_array_interface__");
+  if (says.contains("mask") && !says["mask"].is_none()) {
+    raise(PyExc_TypeError,
+          std::string(name) + " has a mask, which nvpflow does not take; fill or drop the masked values");
+  }
+  if (says.contains("stream") && !says["stream"].is_none() && found.stream == nullptr) {
+    raise(PyExc_ValueError, std::string(name) +
+                                ".__cuda_array_interface__ names stream 0, which the protocol does not allow; expected "
+                                "None, 1 (the legacy default stream), 2 (the per-thread one) or a stream's address");
   }
   // An array without elements may point nowhere.
   found.device = found.data == nullptr || flow_device == kHost ? flow_device : cuda_device_of(found.data);
@@ -216,9 +166,11 @@ Found find(PyObject* object, const char* name, int device) {
                                 "copy the array to the host");
   }
   found.library = library_of(object);
+  refuse_grad(object, name, found.library);
   found.stream = current_stream(found.library, device);
   if (has(object, "__dlpack__")) {
-    import_dlpack(object, name, found);
+    const std::intptr_t stream = found.stream == nullptr ? kLegacyStream : address(found.stream);
+    read_tensor(import_dlpack(settled(object, found.library).ptr(), name, stream), found);
   } else {
     import_interface(object, name, device, found);
   }
@@ -388,14 +340,22 @@ py::object to_dlpack(const DeviceArray& a, const py::object& stream, const py::o
   if (!dl_device.is_none() && !dl_device.equal(py::make_tuple(kCuda, a.memory.device()))) {
     raise(PyExc_BufferError, "dl_device is another device than the array's, cuda:" + std::to_string(a.memory.device()));
   }
-  if (!copy.is_none() && copy.cast<bool>()) raise(PyExc_BufferError, "copy=True is not supported");
-  const std::intptr_t consumer = stream.is_none() ? kLegacyStream : stream.cast<std::intptr_t>();
-  if (consumer == 0) raise(PyExc_ValueError, "stream is 0, which DLPack does not allow; use 1 or 2");
+  if (!copy.is_none() && PyObject_IsTrue(copy.ptr()) == 1) raise(PyExc_BufferError, "copy=True is not supported");
+  const auto consumer =
+      well_formed("stream is " + py::repr(stream).cast<std::string>() + ", expected None or an integer",
+                  [&] { return stream.is_none() ? kLegacyStream : stream.cast<std::intptr_t>(); });
+  if (consumer == 0 || consumer < -1) {
+    raise(PyExc_ValueError, "stream is " + std::to_string(consumer) +
+                                ", which DLPack does not allow; expected -1 (do not wait), 1 (the legacy default "
+                                "stream), 2 (the per-thread one) or a stream's address");
+  }
+  const auto versions =
+      well_formed("max_version is " + py::repr(max_version).cast<std::string>() + ", expected None or (major, minor)",
+                  [&] { return max_version.is_none() ? std::pair(0, 0) : max_version.cast<std::pair<int, int>>(); });
   const std::intptr_t own = a.stream == nullptr ? kLegacyStream : address(a.stream);
   if (consumer != -1 && consumer != own) cuda_wait(a.memory.device(), stream_at(consumer), a.stream);
-  const bool versioned = !max_version.is_none() && max_version.cast<std::pair<int, int>>().first >= 1;
-  return versioned ? new_capsule<DLManagedTensorVersioned>(a, "dltensor_versioned")
-                   : new_capsule<DLManagedTensor>(a, "dltensor");
+  return versions.first >= 1 ? new_capsule<DLManagedTensorVersioned>(a, "dltensor_versioned")
+                             : new_capsule<DLManagedTensor>(a, "dltensor");
 }
 
 DeviceArray array_of(const py::object& values, const std::string& device) {
@@ -412,16 +372,6 @@ DeviceArray array_of(const py::object& values, const std::string& device) {
 }
 
 }  // namespace
-
-bool is_device_array(PyObject* object) {
-  if (PyList_Check(object) || PyTuple_Check(object) || PyFloat_Check(object) || PyLong_Check(object)) return false;
-  if (has(object, "__dlpack_device__")) {
-    const py::tuple where = py::handle(object).attr("__dlpack_device__")();
-    const auto type = py::int_(py::object(where[0])).cast<int>();
-    return type == kCuda || type == kCudaManaged;
-  }
-  return has(object, "__cuda_array_interface__");
-}
 
 InputArray device_rows(PyObject* object, const char* name, DType dtype, std::int64_t features, int device) {
   Found found = find(object, name, device);
@@ -440,7 +390,7 @@ InputArray device_rows(PyObject* object, const char* name, DType dtype, std::int
 }
 
 InputArray device_vector(PyObject* object, const char* name, DType dtype, const InputArray& like) {
-  if (!is_device_array(object)) {
+  if (place_of(object, name) != Place::device) {
     raise(PyExc_ValueError, std::string(name) + " is on the CPU, x on " + on_text(like.device));
   }
   Found found = find(object, name, like.device);
@@ -469,11 +419,14 @@ OutputArray device_output(PyObject* given, const char* name, DType dtype, std::i
     allocate(out, dtype, shape, like);
     return out;
   }
-  if (!is_device_array(given)) {
-    raise(PyExc_TypeError, std::string(name) + " is " + Py_TYPE(given)->tp_name +
-                               " in the host's memory, expected an " + "array on " + on_text(like.device) +
-                               " as the input");
+  const Place place = place_of(given, name);
+  if (place != Place::device) {
+    const std::string type = std::string(name) + " is " + Py_TYPE(given)->tp_name;
+    if (place == Place::unknown) raise(PyExc_TypeError, type + ", expected an array on " + on_text(like.device));
+    raise(PyExc_ValueError,
+          type + " in the host's memory, the input on " + on_text(like.device) + "; expected both in one place");
   }
+  refuse_unsettled(given, name, library_of(given));
   const Found found = find(given, name, like.device);
   check(found, name, dtype, like.device);
   if (found.shape != shape) {
@@ -510,7 +463,10 @@ InputArray device_target(PyObject* object, const char* name, DType dtype, int de
 }
 
 py::object host_array(const py::object& object) {
-  if (!is_device_array(object.ptr())) return object;
+  if (place_of(object.ptr(), "x") != Place::device) {
+    refuse_grad(object.ptr(), "x", library_of(object.ptr()));
+    return object;
+  }
   int device = kHost;
   if (has(object.ptr(), "__dlpack_device__")) {
     device = py::tuple(object.attr("__dlpack_device__")())[1].cast<int>();

@@ -7,9 +7,6 @@
 
 namespace nvpflow::python {
 
-/// Whether an object that is no NumPy array says that its data are on a CUDA device. Asks the object, not CUDA.
-bool is_device_array(PyObject* object);
-
 /// [B, D] or [D] on cuda:`device`, which is where the flow is (kHost: on the CPU, which is an error), used where it is:
 /// it must be C-contiguous and of the dtype. InputArray::stream is the caller's: the current one of PyTorch or CuPy,
 /// the one __cuda_array_interface__ names, else the legacy default stream.

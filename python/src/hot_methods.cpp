@@ -4,6 +4,7 @@
 
 #include "bound_flow.hpp"
 #include "device_arrays.hpp"
+#include "outside.hpp"
 
 namespace nvpflow::python {
 namespace {
@@ -103,23 +104,11 @@ PyObject* log_probability(PyObject* self, PyObject* const* args, Py_ssize_t coun
   });
 }
 
-/// The two members of out=(first, second).
-std::pair<PyObject*, PyObject*> out_pair(PyObject* out) {
-  if (out == nullptr || out == Py_None) return {nullptr, nullptr};
-  if (!PyTuple_Check(out) || PyTuple_GET_SIZE(out) != 2) {
-    PyErr_SetString(PyExc_TypeError, ("out is " + std::string(Py_TYPE(out)->tp_name) +
-                                      ", expected a tuple of two arrays, the second for log_det")
-                                         .c_str());
-    throw py::error_already_set();
-  }
-  return {PyTuple_GET_ITEM(out, 0), PyTuple_GET_ITEM(out, 1)};
-}
-
 /// Both results of one direction, as a tuple.
 PyObject* transform_pair(const BoundFlow& flow, Direction direction, const InputArray& in, const char* in_name,
                          PyObject* out, const char* first) {
   constexpr const char* second = "out[1] (log_det)";
-  const auto [out_first, out_second] = out_pair(out);
+  const auto [out_first, out_second] = out_pair(out, "log_det");
   OutputArray value = output_array(out_first, first, flow.dtype, flow.features, in);
   OutputArray log_det = output_array(out_second, second, flow.dtype, 0, in);
   refuse_overlap(value, first, in, in_name, in.rows * flow.row_bytes());
@@ -212,7 +201,7 @@ PyObject* sample(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObje
       throw py::error_already_set();
     }
     InputArray where;  // the host's memory, or that of `out`
-    if (flow.device != kHost && given.given(3) && is_device_array(given[3])) {
+    if (flow.device != kHost && given.given(3) && place_of(given[3], "out") == Place::device) {
       where = device_target(given[3], "out", flow.dtype, flow.device);
     }
     where.rows = rows;
@@ -229,10 +218,10 @@ PyMethodDef kMethods[] = {
      "log_probability($self, x, *, out=None)\n--\n\n"
      "Exact log-density log p(x) = log N(z; 0, I) + log|det dz/dx|, in nats.\n\n"
      "Parameters\n----------\n"
-     "x : array, [B, D] or [D]\n    Rows. A C-contiguous array of the flow's dtype is used in place; others are\n"
-     "    converted where NumPy calls that safe. A flow on a CUDA device also takes arrays of that device, of\n"
-     "    PyTorch, CuPy, JAX or anything with DLPack or ``__cuda_array_interface__``, as they are, on the caller's\n"
-     "    current stream; the result is an array of the same library.\n"
+     "x : array, [B, D] or [D]\n    Rows, of NumPy, PyTorch, JAX or anything with DLPack or the buffer protocol. A\n"
+     "    C-contiguous array of the flow's dtype is used in place; others are converted where NumPy calls that safe.\n"
+     "    A flow on a CUDA device also takes arrays of that device, by DLPack or ``__cuda_array_interface__``, as\n"
+     "    they are, on the caller's current stream. The result is an array of the same library.\n"
      "out : array, [B], optional\n    Where the result is written; must not overlap ``x``. ``()`` for one row.\n\n"
      "Returns\n-------\narray, [B], or a NumPy scalar for one row. NaN for a row that holds NaN or inf.\n\n"
      "Raises\n------\nTypeError\n    A dtype that would lose digits.\n"

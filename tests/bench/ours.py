@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from typing import Any, ClassVar
 
 import numpy as np
 from configurations import Configuration, reference
-from peers import LEARNING_RATE, Peer
+from peers import LEARNING_RATE, Peer, TorchPeer
 from timing import Call, Function
 
 # An epoch of training is about this much arithmetic, a fraction of a second, in 4 to 128 steps.
@@ -96,8 +97,24 @@ class NvpflowFloat64(Nvpflow):
     dtype = "float64"
 
 
-OURS: dict[str, type[Nvpflow]] = {
+class NvpflowTorch(TorchPeer):
+    """A training step as one writes it in PyTorch, with FlowModule in place of PyTorch's own operations."""
+
+    adam_options: ClassVar[dict[str, Any]] = {"fused": True}
+
+    def __init__(self, configuration: Configuration, threads: int) -> None:
+        super().__init__(configuration, threads)
+        self.module.num_threads = threads
+
+    def build(self, configuration):
+        from nvpflow.torch import FlowModule
+
+        return FlowModule(Nvpflow(configuration, 1).flow)
+
+
+OURS: dict[str, type[Peer]] = {
     "nvpflow": Nvpflow,
     "nvpflow_new_array": NvpflowAllocating,
     "nvpflow_float64": NvpflowFloat64,
+    "nvpflow_torch": NvpflowTorch,
 }

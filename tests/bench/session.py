@@ -144,6 +144,8 @@ def takes_part(label: str, cell: Cell) -> bool:
         return (cell.op, cell.batch) == ("log_prob", 1)
     if label == "nvpflow_float64":
         return cell.op == "log_prob" and cell.batch >= LARGE_BATCH
+    if label == "nvpflow_torch":
+        return cell.op == "train"
     if label.startswith("nvpflow"):
         return True
     peer = PEERS[label.removesuffix("_chunks")]

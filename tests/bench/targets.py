@@ -15,6 +15,7 @@ OPS = ("log_prob", "forward", "inverse")
 # The batch curve may dip by this much before it is called a cliff: what repeated measurements differ by.
 NOISE = 0.03
 NO_FALL = "never falls"
+PLAIN_PYTORCH = ("torch_eager", "torch_fused")
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,16 @@ def training(r: Results) -> list[Target]:
     return rows
 
 
+def pytorch(r: Results) -> list[Target]:
+    rows = []
+    for name in r.configurations:
+        for batch in r.batches(name, "train", "nvpflow_torch"):
+            plain = r.rival(name, "train", batch, PLAIN_PYTORCH)
+            lead = plain and plain.seconds / r.seconds(name, "train", batch, "nvpflow_torch")
+            rows.append(at_least("training step in PyTorch, ahead of its own operations", f"{name} {batch:,}", lead, 1))
+    return rows
+
+
 def avx2(r: Results) -> list[Target]:
     contender = "nvpflow" if r.native_isa() == "avx2" else "nvpflow_avx2"
     rows = []
@@ -147,6 +158,6 @@ def float64(r: Results) -> list[Target]:
 
 def evaluate(results: Results) -> list[Target]:
     """Every target for the configurations that were asked for, in their order."""
-    groups = (one_row, large_batches, small_batches, threads, training, avx2, float64)
+    groups = (one_row, large_batches, small_batches, threads, training, pytorch, avx2, float64)
     every = [target for group in groups for target in group(results)]
     return [target for target in every if target.case.split()[0] in results.configurations]

@@ -594,7 +594,7 @@ TEST_CASE("a header that lies is refused with what is wrong") {
                     [&] { load_model(path, nullptr); });
     }
     write_bytes(path, "1234567");
-    check_refused(ErrorCode::file_format, "the file holds 7 bytes", [&] { load_model(path, nullptr); });
+    check_refused(ErrorCode::file_format, "it holds 7 bytes", [&] { load_model(path, nullptr); });
   }
 }
 

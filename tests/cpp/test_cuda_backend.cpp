@@ -120,6 +120,7 @@ FitOptions short_fit() {
   options.weight_decay = 0.01;
   options.clip_norm = 1.0;
   options.validation_fraction = 0.25;
+  options.max_round_trip = 1;
   return options;
 }
 
@@ -215,6 +216,8 @@ TEST_CASE_TEMPLATE("fit on cuda follows fit on the CPU", T, float, double) {
     CHECK(b.epochs[i].validation_loss == doctest::Approx(a.epochs[i].validation_loss).epsilon(budget));
     CHECK(b.epochs[i].gradient_norm == doctest::Approx(a.epochs[i].gradient_norm).epsilon(100 * budget));
     CHECK(b.epochs[i].learning_rate == a.epochs[i].learning_rate);
+    CHECK(b.epochs[i].round_trip > 0);
+    CHECK(b.epochs[i].round_trip < kBudget<T>);
   }
   CHECK(a.best_epoch == b.best_epoch);
   const std::vector<T> pa(cpu.parameters<T>().begin(), cpu.parameters<T>().end());

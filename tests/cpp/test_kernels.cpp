@@ -18,6 +18,7 @@
 #include <vector>
 
 #include <nvpflow/flow.hpp>
+#include <nvpflow/train.hpp>
 
 #include "oracle.hpp"
 
@@ -191,6 +192,66 @@ TEST_CASE_TEMPLATE("forward, inverse and log_prob agree with the oracle", T, flo
       CHECK(same_bits<T>(alone, z));
     }
   }
+}
+
+TEST_CASE_TEMPLATE("round_trip_error is the largest relative error of any element", T, float, double) {
+  for (const Shape& shape : {kShapes[3], kShapes[4], kShapes[11]}) {
+    Pair<T> pair(shape);
+    const auto width = static_cast<std::size_t>(pair.width);
+    // More rows than one block of it holds for the widest shape.
+    const std::int64_t rows = 3000;
+    std::vector<T> x = random_values<T>(rows * pair.width, 21), z(x.size()), back(x.size());
+    pair.flow.template forward<T>(x, z);
+    pair.flow.template inverse<T>(z, back);
+    const nvpflow::TensorInfo* log_std = pair.flow.layout().find("standardize_0.log_std");
+    double expected = 0;
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      const double scale =
+          log_std == nullptr
+              ? 1
+              : std::exp(static_cast<double>(
+                    pair.flow.template parameters<T>()[static_cast<std::size_t>(log_std->offset) + i % width]));
+      const double from = static_cast<double>(x[i]);
+      expected = std::max(expected, std::fabs(static_cast<double>(back[i]) - from) / (scale + std::fabs(from)));
+    }
+    CHECK(expected > 0);
+    CHECK(pair.flow.template round_trip_error<T>(x) == expected);
+
+    // Rows that are not finite do not count; rows that do not come back do.
+    std::vector<T> holed = x;
+    holed.insert(holed.begin(), x.begin(), x.begin() + pair.width);
+    holed[0] = std::numeric_limits<T>::quiet_NaN();
+    CHECK(pair.flow.template round_trip_error<T>(holed) == expected);
+    holed[0] = std::numeric_limits<T>::max();
+    holed[width - 1] = std::numeric_limits<T>::max();
+    CHECK(std::isinf(pair.flow.template round_trip_error<T>(holed)));
+    CHECK(pair.flow.template round_trip_error<T>({}) == 0);
+    check_throws_code(ErrorCode::invalid_argument, "multiple of input_size",
+                      [&] { pair.flow.template round_trip_error<T>(std::span<const T>(x).first(width + 1)); });
+  }
+}
+
+TEST_CASE("fit keeps no epoch outside max_round_trip") {
+  const std::vector<float> x = random_values<float>(600 * 5, 22);
+  const Flow start(FlowSpec::real_nvp(5, 4, {16}, Activation::tanh), 1);
+  nvpflow::FitOptions options;
+  options.epochs = 3;
+  options.batch_size = 60;
+  Flow free = start, bounded = start, refused = start;
+  const nvpflow::History unmeasured = nvpflow::fit<float>(free, x, {}, options);
+  CHECK(std::isnan(unmeasured.epochs[0].round_trip));
+  options.max_round_trip = 1e-5;
+  const nvpflow::History history = nvpflow::fit<float>(bounded, x, {}, options);
+  CHECK(same_bits(free.parameters<float>(), bounded.parameters<float>()));
+  CHECK(history.epochs[2].round_trip > 0);
+  CHECK(history.epochs[2].round_trip <= 1e-5);
+  options.max_round_trip = 1e-12;  // no float32 flow comes back so well
+  check_throws_code(ErrorCode::none_kept, "max_round_trip 1e-12",
+                    [&] { nvpflow::fit<float>(refused, x, {}, options); });
+  CHECK(same_bits(refused.parameters<float>(), start.parameters<float>()));
+  options.max_round_trip = -1;
+  check_throws_code(ErrorCode::invalid_argument, "max_round_trip is -1",
+                    [&] { nvpflow::fit<float>(refused, x, {}, options); });
 }
 
 TEST_CASE_TEMPLATE("conditioner gives the log-scale and shift of one layer", T, float, double) {
@@ -465,7 +526,8 @@ TEST_CASE("const calls from many threads while another replaces the parameters")
       }
     });
   }
-  for (int turn = 0; turn < 300; ++turn) pair.flow.set_parameters<float>(turn % 2 == 0 ? second : first);
+  // Each set twice: the flow keeps two copies and writes them in turn, which would otherwise always hold the same set.
+  for (int turn = 0; turn < 300; ++turn) pair.flow.set_parameters<float>(turn / 2 % 2 == 0 ? second : first);
   done = true;
   for (std::thread& reader : readers) reader.join();
   CHECK(torn == 0);

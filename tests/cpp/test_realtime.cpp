@@ -1,21 +1,39 @@
-// One-row calls after the first allocate nothing and take no lock: malloc and pthread_mutex_lock are interposed and
-// counted.
+// Real-time use: after prepare() calls allocate nothing, take no lock, start no thread and make no system call. What
+// could is interposed and counted; system calls are counted by the kernel, which refuses each of them while a test
+// counts.
 
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <dlfcn.h>
 #include <doctest/doctest.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <pthread.h>
+#include <semaphore.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
+#include <array>
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
+#include <functional>
+#include <memory>
+#include <string>
+#include <thread>
 #include <vector>
 
+#include <nvpflow.h>
 #include <nvpflow/flow.hpp>
 
 namespace {
 
-std::atomic<long> allocations{0};
-std::atomic<long> locks{0};
+// Of each thread.
+thread_local constinit long allocations = 0;  // also what gives memory back
+thread_local constinit long locks = 0;        // mutexes, conditions, semaphores
+thread_local constinit long threads = 0;
 
 template <class F>
 F* next(const char* name) {
@@ -33,29 +51,56 @@ void* __libc_malloc(std::size_t size);
 void* __libc_calloc(std::size_t count, std::size_t size);
 void* __libc_realloc(void* p, std::size_t size);
 void* __libc_memalign(std::size_t alignment, std::size_t size);
+void __libc_free(void* p);
 
 void* malloc(std::size_t size) {
-  allocations.fetch_add(1);
+  ++allocations;
   return __libc_malloc(size);
 }
 void* calloc(std::size_t count, std::size_t size) {
-  allocations.fetch_add(1);
+  ++allocations;
   return __libc_calloc(count, size);
 }
 void* realloc(void* p, std::size_t size) {
-  allocations.fetch_add(1);
+  ++allocations;
   return __libc_realloc(p, size);
 }
 void* aligned_alloc(std::size_t alignment, std::size_t size) {
-  allocations.fetch_add(1);
+  ++allocations;
   return __libc_memalign(alignment, size);
 }
-
-int pthread_mutex_lock(pthread_mutex_t* mutex) {
-  locks.fetch_add(1);
-  static auto* const real = next<int(pthread_mutex_t*)>("pthread_mutex_lock");
-  return real(mutex);
+void* memalign(std::size_t alignment, std::size_t size) {
+  ++allocations;
+  return __libc_memalign(alignment, size);
 }
+int posix_memalign(void** p, std::size_t alignment, std::size_t size) {
+  ++allocations;
+  *p = __libc_memalign(alignment, size);
+  return *p == nullptr ? ENOMEM : 0;
+}
+void free(void* p) {
+  if (p != nullptr) ++allocations;
+  __libc_free(p);
+}
+
+#define NVPFLOW_COUNTED(counter, name, parameters, arguments) \
+  int name parameters {                                       \
+    ++(counter);                                              \
+    static auto* const real = next<int parameters>(#name);    \
+    return real arguments;                                    \
+  }
+NVPFLOW_COUNTED(locks, pthread_mutex_lock, (pthread_mutex_t * m), (m))
+NVPFLOW_COUNTED(locks, pthread_mutex_trylock, (pthread_mutex_t * m), (m))
+NVPFLOW_COUNTED(locks, pthread_rwlock_rdlock, (pthread_rwlock_t * l), (l))
+NVPFLOW_COUNTED(locks, pthread_rwlock_wrlock, (pthread_rwlock_t * l), (l))
+NVPFLOW_COUNTED(locks, pthread_spin_lock, (pthread_spinlock_t * l), (l))
+NVPFLOW_COUNTED(locks, pthread_cond_wait, (pthread_cond_t * c, pthread_mutex_t* m), (c, m))
+NVPFLOW_COUNTED(locks, pthread_cond_signal, (pthread_cond_t * c), (c))
+NVPFLOW_COUNTED(locks, pthread_cond_broadcast, (pthread_cond_t * c), (c))
+NVPFLOW_COUNTED(locks, sem_wait, (sem_t * s), (s))
+NVPFLOW_COUNTED(locks, sem_post, (sem_t * s), (s))
+NVPFLOW_COUNTED(threads, pthread_create, (pthread_t * t, const pthread_attr_t* a, void* (*f)(void*), void* argument),
+                (t, a, f, argument))
 
 }  // extern "C"
 #pragma GCC visibility pop
@@ -63,33 +108,108 @@ int pthread_mutex_lock(pthread_mutex_t* mutex) {
 namespace {
 
 struct Counts {
-  long allocations, locks;
+  long allocations, locks, threads;
 };
 
 template <class F>
 Counts counted(F f) {
-  const Counts before = {allocations.load(), locks.load()};
+  const Counts before = {allocations, locks, threads};
   for (int i = 0; i < 100; ++i) f();
-  return {allocations.load() - before.allocations, locks.load() - before.locks};
+  return {allocations - before.allocations, locks - before.locks, threads - before.threads};
 }
 
+void check_none(const Counts& counts) {
+  CHECK(counts.allocations == 0);
+  CHECK(counts.locks == 0);
+  CHECK(counts.threads == 0);
+}
+
+// ---- system calls ------------------------------------------------------------------------------------------------
+
+volatile sig_atomic_t refused_calls = 0;
+void count_refused(int) { refused_calls = refused_calls + 1; }
+
+/// From now on every system call of this thread but exit_group and the return from a signal's handler is refused, with
+/// SIGSYS, for ever. Calls of the vDSO (clock_gettime) are none. False: this kernel has no such filters.
+bool refuse_system_calls() {
+  struct sigaction action = {};
+  action.sa_handler = count_refused;
+  sigaction(SIGSYS, &action, nullptr);
+  std::array<sock_filter, 5> program = {{
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, 0),  // offsetof(seccomp_data, nr)
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, __NR_exit_group, 2, 0),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, __NR_rt_sigreturn, 1, 0),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_TRAP),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+  }};
+  sock_fprog filter = {static_cast<unsigned short>(program.size()), program.data()};
+  return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 && prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter) == 0;
+}
+
+constexpr int kNoFilter = 255;
+
+/// How many system calls 100 times f() makes on its thread, up to 250, or kNoFilter. before() runs first and is not
+/// counted. In a child process, for the refusal is for ever.
+int system_calls(const std::function<void()>& before, const std::function<void()>& f) {
+  const pid_t child = fork();
+  REQUIRE(child >= 0);
+  if (child == 0) {
+    before();
+    if (!refuse_system_calls()) _exit(kNoFilter);
+    for (int i = 0; i < 100; ++i) f();
+    syscall(SYS_exit_group, refused_calls < 250 ? static_cast<int>(refused_calls) : 250);
+  }
+  int status = 0;
+  REQUIRE(waitpid(child, &status, 0) == child);
+  REQUIRE(WIFEXITED(status));
+  return WEXITSTATUS(status);
+}
+
+// ---- what is called ------------------------------------------------------------------------------------------------
+
 template <class T>
-void check_calls(std::int64_t rows, nvpflow::DType dtype) {
-  const nvpflow::FlowSpec spec = nvpflow::FlowSpec::real_nvp(16, 4, {128}, nvpflow::Activation::silu, 1.0, true, dtype);
-  nvpflow::Flow flow(spec, 1);
-  flow.set_num_threads(1);
-  const std::vector<T> x(static_cast<std::size_t>(rows * 16), T(0.5));
-  std::vector<T> z(x.size()), out(static_cast<std::size_t>(rows));
-  const auto calls = [&] {
+struct Calls {
+  nvpflow::Flow flow;
+  std::int64_t rows;
+  std::vector<T> x, z, out;
+
+  Calls(std::int64_t n, nvpflow::DType dtype, nvpflow::Weights weights = nvpflow::Weights::full)
+      : flow(nvpflow::FlowSpec::real_nvp(16, 4, {128}, nvpflow::Activation::silu, 1.0, true, dtype), 1, {},
+             nvpflow::Precision::float32, weights),
+        rows(n),
+        x(static_cast<std::size_t>(n * 16), T(0.5)),
+        z(x.size()),
+        out(static_cast<std::size_t>(n)) {
+    flow.set_num_threads(4);
+  }
+
+  void operator()() {
     flow.log_prob<T>(x, out);
     flow.forward<T>(x, z, out);
     flow.inverse<T>(x, z, out);
     flow.sample<T>(7, z);
-  };
-  calls();  // the first call of a thread makes its scratch
-  const Counts counts = counted(calls);
-  CHECK(counts.allocations == 0);
-  CHECK(counts.locks == 0);
+    sum += flow.nll<T>(x);
+  }
+  double sum = 0;
+};
+
+template <class T>
+void check_calls(std::int64_t rows, nvpflow::DType dtype, nvpflow::Weights weights = nvpflow::Weights::full) {
+  Calls<T> calls(rows, dtype, weights);
+  Counts counts{};
+  std::thread([&] {  // a thread that has called nothing yet
+    calls.flow.prepare(rows);
+    counts = counted(std::ref(calls));
+  })
+      .join();
+  check_none(counts);
+  int found = -1;
+  std::thread([&] { found = system_calls([&] { calls.flow.prepare(rows); }, std::ref(calls)); }).join();
+  if (found == kNoFilter) {
+    MESSAGE("system calls not counted: this kernel has no seccomp filters");
+  } else {
+    CHECK(found == 0);
+  }
 }
 
 }  // namespace
@@ -98,23 +218,91 @@ TEST_CASE("the counters count") {
   // Through volatile pointers, or the compiler would leave the pairs out (clang does).
   void* (*volatile allocate)(std::size_t) = std::malloc;
   void (*volatile release)(void*) = std::free;
-  CHECK(counted([&] { release(allocate(100)); }).allocations == 100);
+  CHECK(counted([&] { release(allocate(100)); }).allocations == 200);
   std::vector<int>* volatile kept;
   CHECK(counted([&] {
           kept = new std::vector<int>(10);
           delete kept;
-        }).allocations >= 100);
+        }).allocations >= 200);
   pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
   CHECK(counted([&] {
           pthread_mutex_lock(&mutex);
           pthread_mutex_unlock(&mutex);
         }).locks == 100);
+  CHECK(counted([] { std::thread([] {}).join(); }).threads == 100);
+  const int found = system_calls([] {}, [] { syscall(SYS_getppid); });
+  CHECK((found == 100 || found == kNoFilter));
 }
 
-TEST_CASE("calls on one thread neither allocate nor lock") {
+TEST_CASE("after prepare, calls neither allocate nor lock nor make a system call nor use a thread") {
   for (const std::int64_t rows : {1, 3, 16, 100, 1000}) {
     CAPTURE(rows);
     check_calls<float>(rows, nvpflow::DType::float32);
+    check_calls<float>(rows, nvpflow::DType::float32, nvpflow::Weights::bfloat16);
     check_calls<double>(rows, nvpflow::DType::float64);
   }
+}
+
+#ifndef NVPFLOW_OPENMP  // whose runtime is not interposed
+TEST_CASE("without prepare a large batch does use threads: the test above is none that cannot fail") {
+  Calls<float> calls(4000, nvpflow::DType::float32);
+  calls();
+  const Counts counts = counted(std::ref(calls));
+  CHECK(counts.locks > 0);
+  calls.flow.prepare(4000);
+  check_none(counted(std::ref(calls)));
+  calls.flow.prepare(0);
+  CHECK(counted(std::ref(calls)).locks > 0);
+}
+#endif
+
+TEST_CASE("a prepared thread stays real-time while another replaces the parameters") {
+  Calls<float> calls(1, nvpflow::DType::float32);
+  nvpflow::Flow other(calls.flow.spec(), 2);
+  std::atomic<bool> stop{false};
+  std::atomic<long> swaps{0};
+  std::thread writer;
+  const auto start = [&] {
+    calls.flow.prepare(1);
+    writer = std::thread([&] {
+      while (!stop.load()) {
+        calls.flow.swap(other);
+        swaps.fetch_add(1);
+      }
+    });
+  };
+  const auto calls_across_a_swap = [&] {
+    const long before = swaps.load();
+    do calls();
+    while (swaps.load() < before + 2);
+  };
+  const int found = system_calls(start, calls_across_a_swap);
+  CHECK((found == 0 || found == kNoFilter));
+  start();
+  const Counts counts = counted(calls_across_a_swap);
+  stop.store(true);
+  writer.join();
+  check_none(counts);
+}
+
+TEST_CASE("the C interface") {
+  const std::string path = "test_realtime.safetensors";
+  nvpflow::Flow(nvpflow::FlowSpec::real_nvp(5, 2, {32}), 3).save(path);
+  nvpflow_flow* flow = nullptr;
+  REQUIRE(nvpflow_load(path.c_str(), &flow) == NVPFLOW_OK);
+  std::remove(path.c_str());
+  REQUIRE(nvpflow_prepare(flow, 8) == NVPFLOW_OK);
+  std::vector<float> x(40, 0.25f), z(40), out(8);
+  long bad = 0;
+  const auto calls = [&] {
+    bad += nvpflow_log_prob_f32(flow, x.data(), 8, out.data());
+    bad += nvpflow_forward_f32(flow, x.data(), 8, z.data(), out.data());
+    bad += nvpflow_inverse_f32(flow, x.data(), 8, z.data(), nullptr);
+    bad += nvpflow_sample_f32(flow, 1, 0, 8, z.data());
+  };
+  check_none(counted(calls));
+  const int found = system_calls([&] { nvpflow_prepare(flow, 8); }, calls);
+  CHECK((found == 0 || found == kNoFilter));
+  CHECK(bad == 0);
+  nvpflow_free(flow);
 }

@@ -66,7 +66,7 @@ struct TrainingReport {
 
 /// The optimiser's side of a training run: its data, parameters, gradient and moments, kept where the backend wants
 /// them, and packed parameters of its own, so that calls on the flow meanwhile see the old ones. One thread at a time.
-class Training {
+class NVPFLOW_API Training {
  public:
   virtual ~Training() = default;
 
@@ -96,7 +96,7 @@ class Training {
   virtual void write() = 0;
 };
 
-class Backend {
+class NVPFLOW_API Backend {
  public:
   virtual ~Backend() = default;
 
@@ -124,6 +124,10 @@ class Backend {
   virtual void vjp(Direction direction, const void* in, std::int64_t rows, const void* grad_out,
                    const void* grad_log_det, void* grad_in, void* grad_parameters, bool accumulate,
                    const Execution& how) const = 0;
+  /// The same for log_prob: from grad_log_prob [rows]; also writes log_prob [rows] (may be null), the bits of
+  /// log_prob().
+  virtual void log_prob_vjp(const void* x, std::int64_t rows, const void* grad_log_prob, void* log_prob, void* grad_x,
+                            void* grad_parameters, bool accumulate, const Execution& how) const = 0;
   /// Sum over the rows of log p, nats. Writes or adds to grad_parameters, flat, the gradient of
   /// -(1 / total_rows) times that sum: a batch of total_rows may come in slices. index: null, or the rows of x to
   /// take, in order.
@@ -139,6 +143,10 @@ class Backend {
   /// Sum of squares in float64, in a fixed order.
   virtual double sum_of_squares(const void* values, std::int64_t count) const = 0;
 
+  /// Makes the calling thread's working memory for every const call of any number of rows but those that form
+  /// gradients, so that they allocate nothing from then on. Backends whose calls allocate all the same do nothing.
+  virtual void prepare() const {}
+
   /// A training run that starts from the flat `parameters`.
   virtual std::unique_ptr<Training> begin_training(const TrainingData& data, const void* parameters, std::int64_t batch,
                                                    int threads) const = 0;
@@ -146,16 +154,16 @@ class Backend {
 
 /// The CPU backend, on the instruction set that isa.cpp chose. Throws Error(unavailable) where NVPFLOW_ISA names an
 /// unknown or unsupported one.
-std::unique_ptr<Backend> make_cpu_backend(const FlowSpec& spec, const ParamLayout& layout, Weights weights);
+NVPFLOW_API std::unique_ptr<Backend> make_cpu_backend(const FlowSpec& spec, const ParamLayout& layout, Weights weights);
 
 /// The CUDA backend on one device. Throws Error(device) where CUDA cannot be used, with the reason of
 /// cuda_why_unavailable(), and Error(invalid_argument) for a device that is not there.
-std::unique_ptr<Backend> make_cuda_backend(const FlowSpec& spec, const ParamLayout& layout, int device_index,
-                                           Precision precision);
+NVPFLOW_API std::unique_ptr<Backend> make_cuda_backend(const FlowSpec& spec, const ParamLayout& layout,
+                                                       int device_index, Precision precision);
 
 /// "baseline", "avx2", "avx512" or "neon": what the CPU kernels run on in this process.
-const char* cpu_isa();
+NVPFLOW_API const char* cpu_isa();
 /// Instruction sets built in and supported by this processor, best first, comma-separated.
-const char* cpu_isas_available();
+NVPFLOW_API const char* cpu_isas_available();
 
 }  // namespace nvpflow

@@ -7,6 +7,8 @@
 #include <string>
 #include <string_view>
 
+#include <nvpflow/export.h>
+
 namespace nvpflow {
 
 enum class DeviceKind { cpu, cuda };
@@ -31,24 +33,24 @@ enum class Precision { float32, tf32, bfloat16 };
 enum class Weights { full, bfloat16 };
 
 /// "cpu", "cuda:0"; "float32".
-std::string name_of(const Device& device);
-std::string_view name_of(Precision precision);
-std::string_view name_of(Weights weights);
+NVPFLOW_API std::string name_of(const Device& device);
+NVPFLOW_API std::string_view name_of(Precision precision);
+NVPFLOW_API std::string_view name_of(Weights weights);
 /// "cpu", "cuda" (device 0) or "cuda:N". Throws Error(invalid_argument).
-Device parse_device(std::string_view name);
-Precision parse_precision(std::string_view name);
-Weights parse_weights(std::string_view name);
+NVPFLOW_API Device parse_device(std::string_view name);
+NVPFLOW_API Precision parse_precision(std::string_view name);
+NVPFLOW_API Weights parse_weights(std::string_view name);
 
 /// Empty where at least one CUDA device can be used, else the one reason why not: built without CUDA, no driver, a
 /// driver that is too old (with versions), no device, or devices whose architecture this build has no code for.
-std::string cuda_why_unavailable();
+NVPFLOW_API std::string cuda_why_unavailable();
 /// CUDA devices that the driver shows; 0 where there is no driver.
-int cuda_device_count();
+NVPFLOW_API int cuda_device_count();
 /// "NVIDIA H100 80GB HBM3". Throws Error(invalid_argument) for an index that cuda_device_count() does not know.
-std::string cuda_device_name(int index);
+NVPFLOW_API std::string cuda_device_name(int index);
 
 /// Memory of a CUDA device, shared by its copies; the last one waits for the device and gives it back.
-class DeviceMemory {
+class NVPFLOW_API DeviceMemory {
  public:
   /// Throws Error(device) or Error(out_of_memory).
   DeviceMemory(int device, std::int64_t bytes);
@@ -63,11 +65,11 @@ class DeviceMemory {
 };
 
 /// Copies to the host's memory, after what is queued on `stream`, and waits.
-void cuda_download(int device, void* to, const void* from, std::int64_t bytes, void* stream);
+NVPFLOW_API void cuda_download(int device, void* to, const void* from, std::int64_t bytes, void* stream);
 /// What is queued on `waiting` from now on begins after what is queued on `for_stream` now.
-void cuda_wait(int device, void* waiting, void* for_stream);
-void cuda_synchronize(int device, void* stream);
+NVPFLOW_API void cuda_wait(int device, void* waiting, void* for_stream);
+NVPFLOW_API void cuda_synchronize(int device, void* stream);
 /// The index of the device whose memory a pointer points into; -1: none.
-int cuda_device_of(const void* pointer);
+NVPFLOW_API int cuda_device_of(const void* pointer);
 
 }  // namespace nvpflow

@@ -4,6 +4,8 @@
 #include <stdexcept>
 #include <string>
 
+#include <nvpflow/export.h>
+
 namespace nvpflow {
 
 enum class ErrorCode {
@@ -15,11 +17,12 @@ enum class ErrorCode {
   not_finite,        // training met a NaN or infinite loss or gradient
   unavailable,       // the instruction set that was asked for is not here
   device,            // CUDA cannot be used here, or a CUDA device failed
+  none_kept,         // training had no epoch inside FitOptions::max_round_trip
 };
 
 /// Thrown by every function of the library that can fail. The message names the argument, what came and what
 /// was expected.
-class Error : public std::runtime_error {
+class NVPFLOW_API Error : public std::runtime_error {
  public:
   Error(ErrorCode code, const std::string& message, int system_error = 0)
       : std::runtime_error(message), code_(code), system_error_(system_error) {}

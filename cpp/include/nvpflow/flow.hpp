@@ -25,7 +25,12 @@ struct LoadedModel;
 /// Spans are the host's memory on every device: a CUDA flow copies in chunks, so that they may be larger than the
 /// device's memory. Arrays in the device's memory go through backend() and Execution::on_stream. CUDA flows throw
 /// Error(device) where the device fails, and in a forked child; Error(out_of_memory), after which they can be used on.
-class Flow {
+///
+/// Work of forward, inverse, log_prob, sample and nll, whatever the values are: one multiply-add per row and weight
+/// (num_parameters() bounds the weights), one activation per row and hidden unit, a tanh and an exp per row and
+/// transformed feature; each weight is read once per tile of rows. Gradients take three times as much. Memory: the
+/// scratch of one tile per thread, which is allocated by its first call and stays. See prepare() for real-time use.
+class NVPFLOW_API Flow {
  public:
   /// A new flow with initialize_parameters(spec, seed). Throws Error(device) where CUDA cannot be used, and
   /// Error(invalid_argument) for a device that is not there or a precision or storage of weights that it does not have.
@@ -59,6 +64,16 @@ class Flow {
   /// Threads of a batch call: 0, as many as this process may use; small batches use fewer.
   int num_threads() const;
   void set_num_threads(int threads);
+  /// For real-time use: from now on calls of at most max_rows rows (forward, inverse, log_prob, sample, nll) stay on
+  /// their caller's thread, and those that this thread makes, if they do not throw, neither allocate nor lock nor make
+  /// a system call, on this flow and on every flow of its dtype that is no larger. Each thread that is to make such
+  /// calls prepares by itself; the largest max_rows counts. 0: calls may use threads again. set_parameters, reload and
+  /// swap on other threads leave all that as it is. Throws Error(invalid_argument) on a CUDA device, whose driver
+  /// promises nothing.
+  ///
+  /// Work: allocates the calling thread's scratch, which does not depend on max_rows and stays until the thread ends,
+  /// writes it, and scores one tile of rows.
+  void prepare(std::int64_t max_rows) const;
 
   /// The flat parameters (ParamLayout), replaced only through set_parameters: the flow's own buffer, which a thread
   /// that reads it meanwhile may see half replaced.
@@ -69,6 +84,14 @@ class Flow {
   void copy_parameters(std::span<T> out) const;
   template <class T>
   void set_parameters(std::span<const T> parameters);
+  /// Replaces them by those of a model file of this very spec (else Error(file_format), naming the difference), while
+  /// other threads may call the flow: each call sees the old or the new ones whole. On failure nothing has changed.
+  /// Work: that of load; waits for calls under way on the old parameters, without making them wait.
+  void reload(const std::string& path);
+  /// Exchanges the parameters of two flows of the same spec (else Error(invalid_argument)), whatever their devices,
+  /// while other threads may call both. Each flow changes at one moment, for all callers; the two moments differ.
+  /// On failure nothing has changed. Work: packs both sets of parameters.
+  void swap(Flow& other);
 
   /// z [B, D] and log|det dz/dx| [B] (may be empty: not wanted), nats.
   template <class T>
@@ -76,6 +99,11 @@ class Flow {
   /// x [B, D] and log|det dx/dz| [B] (may be empty).
   template <class T>
   void inverse(std::span<const T> z, std::span<T> x, std::span<T> log_det = {}) const;
+  /// How far x is from inverse(forward(x)): the largest |x' - x| / (sigma + |x|) over all elements, in float64. sigma
+  /// is the standard deviation of the column where the flow begins with a standardize layer, else 1. Rows of x with NaN
+  /// or inf do not count; infinite where a finite row does not come back finite; 0 without rows.
+  template <class T>
+  double round_trip_error(std::span<const T> x) const;
   /// log p(x) [B], nats.
   template <class T>
   void log_prob(std::span<const T> x, std::span<T> out) const;
@@ -110,6 +138,6 @@ class Flow {
 };
 
 /// Library version, "MAJOR.MINOR.PATCH".
-const char* version();
+NVPFLOW_API const char* version();
 
 }  // namespace nvpflow

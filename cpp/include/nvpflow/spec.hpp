@@ -7,6 +7,8 @@
 #include <string_view>
 #include <vector>
 
+#include <nvpflow/export.h>
+
 namespace nvpflow {
 
 enum class DType { float32, float64 };
@@ -14,17 +16,17 @@ enum class Activation { relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softpl
 enum class LayerKind { coupling, standardize };
 
 /// "float32", "relu", "coupling"; the parsers throw Error(invalid_argument) that lists the known names.
-std::string_view name_of(DType dtype);
-std::string_view name_of(Activation activation);
-std::string_view name_of(LayerKind kind);
-DType parse_dtype(std::string_view name);
-Activation parse_activation(std::string_view name);
-LayerKind parse_layer_kind(std::string_view name);
+NVPFLOW_API std::string_view name_of(DType dtype);
+NVPFLOW_API std::string_view name_of(Activation activation);
+NVPFLOW_API std::string_view name_of(LayerKind kind);
+NVPFLOW_API DType parse_dtype(std::string_view name);
+NVPFLOW_API Activation parse_activation(std::string_view name);
+NVPFLOW_API LayerKind parse_layer_kind(std::string_view name);
 /// Every activation's name, in the order of the enum.
-std::vector<std::string> activation_names();
+NVPFLOW_API std::vector<std::string> activation_names();
 
 /// Bytes of one element: 4 or 8.
-std::int64_t size_of(DType dtype);
+NVPFLOW_API std::int64_t size_of(DType dtype);
 
 /// A run of consecutive features.
 struct FeatureRange {
@@ -49,7 +51,7 @@ struct LayerSpec {
 };
 
 /// A whole flow: ordered layers, first applied to data first.
-struct FlowSpec {
+struct NVPFLOW_API FlowSpec {
   std::int64_t input_size = 0;  // D
   DType dtype = DType::float32;
   std::vector<LayerSpec> layers;
@@ -88,7 +90,7 @@ inline bool is_trained(const TensorInfo& t) { return t.role == TensorRole::kerne
 /// The flat parameter buffer: tensors in layer order without gaps. Per coupling k (counted over couplings only):
 /// flow_{k}_coupling_dense_{j}.kernel/.bias for each hidden layer, flow_{k}_scale.*, flow_{k}_translation.*.
 /// Per standardize layer i: standardize_{i}.mean, standardize_{i}.log_std.
-class ParamLayout {
+class NVPFLOW_API ParamLayout {
  public:
   explicit ParamLayout(const FlowSpec& spec);
 
@@ -109,7 +111,9 @@ class ParamLayout {
 /// Initial parameters, a function of (spec, seed) alone: kernels U(-1, 1) sqrt(6 / (in + out)) (Glorot and Bengio
 /// 2010, what Axon uses by default), the two heads' kernels a hundredth of that so that a new flow is near the
 /// identity, biases, means and log_stds zero. `parameters` holds ParamLayout::size() elements.
-void initialize_parameters(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t seed, float* parameters);
-void initialize_parameters(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t seed, double* parameters);
+NVPFLOW_API void initialize_parameters(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t seed,
+                                       float* parameters);
+NVPFLOW_API void initialize_parameters(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t seed,
+                                       double* parameters);
 
 }  // namespace nvpflow

@@ -12,7 +12,7 @@ namespace nvpflow {
 
 enum class Schedule { constant, cosine };
 
-struct FitOptions {
+struct NVPFLOW_API FitOptions {
   std::int64_t epochs = 100;
   std::int64_t batch_size = 256;
   double learning_rate = 1e-3;
@@ -26,6 +26,9 @@ struct FitOptions {
   std::int64_t patience = 0;
   /// Share of the rows set aside for validation where no validation array is given, in [0, 1).
   double validation_fraction = 0.1;
+  /// An epoch after which Flow::round_trip_error exceeds this, over the rows that epochs are compared by, is never the
+  /// best one. 0: not measured. It says nothing of other rows.
+  double max_round_trip = 0.0;
   std::uint64_t seed = 0;
   /// 0: what the flow says.
   int threads = 0;
@@ -43,6 +46,7 @@ struct EpochRecord {
   double learning_rate = 0;    // of the epoch's last step
   double gradient_norm = 0;    // of the epoch's last step, before clipping
   double seconds = 0;          // wall time of this epoch, validation included
+  double round_trip = 0;       // Flow::round_trip_error after the epoch; NaN where max_round_trip is 0
 
   bool operator==(const EpochRecord&) const = default;
 };
@@ -58,7 +62,7 @@ struct History {
 
 /// Told of progress from the thread that called fit(). Every member may return false to stop; the flow then keeps
 /// the best weights so far. An exception passes through fit() after the same restoration.
-class FitObserver {
+class NVPFLOW_API FitObserver {
  public:
   virtual ~FitObserver() = default;
   /// After every slice of work of well under a second. `step` of `steps` minibatches of epoch `epoch` are done; epoch 0
@@ -80,13 +84,15 @@ class FitObserver {
 /// Rows are visited in a new order each epoch, given by `seed` alone; the same data, options and seed give the same
 /// weights bit for bit on one instruction set, for any number of threads, also across a stop and a resume from a
 /// checkpoint. The flow ends with the weights of the epoch with the lowest validation loss, or, without validation
-/// data, the lowest loss of up to 65,536 training rows.
+/// data, the lowest loss of up to 65,536 training rows. With max_round_trip, only epochs whose round trip error is
+/// within it count; for patience, too, the others are no better.
 ///
 /// Throws Error(invalid_argument) for data or options that cannot be used (rows with NaN or inf are counted and named),
 /// Error(not_finite), naming the step, where the loss or gradient stops being finite; the flow then holds the best
-/// weights.
+/// weights. Error(none_kept) where training has ended, other than by an interruption, and no epoch was inside
+/// max_round_trip; the flow is then as it was.
 template <class T>
-History fit(Flow& flow, std::span<const T> x, std::span<const T> validation, const FitOptions& options,
-            FitObserver* observer = nullptr);
+NVPFLOW_API History fit(Flow& flow, std::span<const T> x, std::span<const T> validation, const FitOptions& options,
+                        FitObserver* observer = nullptr);
 
 }  // namespace nvpflow

@@ -138,6 +138,17 @@ class CpuBackend final : public Backend {
     run_gradient(call, rows, static_cast<T*>(grad_parameters), accumulate, how.threads);
   }
 
+  void log_prob_vjp(const void* x, std::int64_t rows, const void* grad_log_prob, void* log_prob, void* grad_x,
+                    void* grad_parameters, bool accumulate, const Execution& how) const override {
+    GradientCall<T> call;
+    call.in = static_cast<const T*>(x);
+    call.density = true;
+    call.grad_log_det = static_cast<const T*>(grad_log_prob);
+    call.log_prob = static_cast<T*>(log_prob);
+    call.grad_in = static_cast<T*>(grad_x);
+    run_gradient(call, rows, static_cast<T*>(grad_parameters), accumulate, how.threads);
+  }
+
   double nll_gradient(const void* x, const std::int64_t* index, std::int64_t rows, std::int64_t total_rows,
                       void* grad_parameters, bool accumulate, const Execution& how) const override {
     GradientCall<T> call;
@@ -190,6 +201,15 @@ class CpuBackend final : public Backend {
 
   double sum_of_squares(const void* values, std::int64_t count) const override {
     return kernels_.sum_of_squares(static_cast<const T*>(values), count);
+  }
+
+  void prepare() const override {
+    const std::int64_t elements = transform_scratch_ + kSumRows;
+    T* scratch = thread_scratch<T>(elements);
+    // Written, so that the pages are there, and used, so that whatever is made on first use has been made.
+    std::memset(scratch, 0, static_cast<std::size_t>(elements) * sizeof(T));
+    const std::vector<T> x(static_cast<std::size_t>(tile_rows_ * spec_.input_size));
+    sum_log_prob(x.data(), nullptr, tile_rows_, Execution(1));
   }
 
   std::unique_ptr<Training> begin_training(const TrainingData& data, const void* parameters, std::int64_t,

@@ -474,18 +474,23 @@ template <class T>
 void start_cotangents(const Program<T>& program, const GradientCall<T>& call, const FixedTape<T>& fixed, int64_t begin,
                       int64_t count, int64_t rows) {
   const int64_t features = program.input_size;
+  for (int64_t r = 0; r < rows; ++r) {
+    const bool given = call.grad_log_det != nullptr && r < count;
+    fixed.log_det_cotangent[r] = call.nll ? -call.nll_factor : given ? call.grad_log_det[begin + r] : T(0);
+  }
   if (call.nll) {
     for (int64_t i = 0; i < features * rows; i += kLanes<T>) {
       store<T>(fixed.cotangent + i, load<T>(fixed.state + i) * call.nll_factor);
+    }
+  } else if (call.density) {
+    for (int64_t i = 0; i < features * rows; i += kLanes<T>) {
+      const Vec<T> g = load<T>(fixed.log_det_cotangent + i % rows);
+      store<T>(fixed.cotangent + i, -load<T>(fixed.state + i) * g);
     }
   } else if (call.grad_out != nullptr) {
     load_tile<T>(call.grad_out, nullptr, begin, count, features, fixed.cotangent, rows);
   } else {
     for (int64_t i = 0; i < features * rows; i += kLanes<T>) store<T>(fixed.cotangent + i, Vec<T>{});
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    const bool given = call.grad_log_det != nullptr && r < count;
-    fixed.log_det_cotangent[r] = call.nll ? -call.nll_factor : given ? call.grad_log_det[begin + r] : T(0);
   }
 }
 
@@ -511,11 +516,12 @@ double gradient_tile(const Program<T>& program, const GradientCall<T>& call, int
     spread_poison<T>(poison, fixed.log_det_cotangent, 1, rows);
   }
   double sum = 0;
-  if (call.nll) {
+  if (call.nll || call.log_prob != nullptr) {
     T* log_det = fixed.buffer0;
     sum_partials_tile<T>(fixed.partial, log_det, rows);
     log_prob_tile<T>(fixed.state, features, log_det, fixed.log_prob, rows);
     sum = sum_rows<T>(fixed.log_prob, count);
+    for (int64_t r = 0; call.log_prob != nullptr && r < count; ++r) call.log_prob[begin + r] = fixed.log_prob[r];
   }
   for (int64_t k = program.num_layers - 1; k >= 0; --k) {
     const int64_t index = call.inverse ? program.num_layers - 1 - k : k;

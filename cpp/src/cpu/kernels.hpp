@@ -88,6 +88,8 @@ struct GradientCall {
   T nll_factor = 0;
   const T* grad_out = nullptr;      // null: zero
   const T* grad_log_det = nullptr;  // null: zero
+  bool density = false;             // grad_log_det is the cotangent of log p: that of z is -z times it
+  T* log_prob = nullptr;            // density only, may be null: = log p of the rows
   T* grad_in = nullptr;             // null: not wanted
   T* gradient = nullptr;            // flat; each tile's part is added. null: left to weight_gradient, or not wanted
 };

@@ -1,0 +1,171 @@
+/**
+ * @file nvpflow.h
+ * @brief The C interface of nvpflow: load a trained RealNVP flow, score rows, run both directions, sample.
+ *
+ * Arrays are the caller's, row-major and contiguous: x and z are [rows, D] with D = nvpflow_input_size(), log_prob and
+ * log_det are [rows], in nats. Functions that end in _f32 are for flows of dtype float32, those in _f64 for float64;
+ * the other kind is refused. An output must not overlap an input or another output. A row that holds NaN or inf gives
+ * NaN in all of that row's results and touches no other.
+ *
+ * Errors. Every function that can fail returns a status; no C++ exception leaves the library. After a status other
+ * than NVPFLOW_OK nvpflow_last_error() says in one sentence what was wrong, and outputs hold nothing useful.
+ *
+ * Threads. Any number of threads may call the functions that take a `const nvpflow_flow*` on one flow at once, also
+ * while one other calls nvpflow_reload() or nvpflow_swap(): each call sees the old or the new parameters whole.
+ * nvpflow_free() must be the last call on its flow.
+ *
+ * Real time. After nvpflow_prepare(flow, max_rows) on a thread, the calls with at most max_rows rows that this thread
+ * makes and that succeed neither allocate, nor lock, nor make a system call, nor use another thread. Their work is
+ * fixed, whatever the values are: one multiply-add per row and weight (nvpflow_num_parameters() bounds the weights),
+ * one activation per row and hidden unit, a tanh and an exp per row and transformed feature; every weight is read once
+ * per tile of rows. A call that fails also formats its message, which allocates.
+ */
+#ifndef NVPFLOW_H
+#define NVPFLOW_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include <nvpflow/export.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/** A trained flow. */
+typedef struct nvpflow_flow nvpflow_flow;
+
+/** What a call came to. Numbers are part of the interface and stay. */
+typedef int32_t nvpflow_status;
+enum {
+  NVPFLOW_OK = 0,
+  NVPFLOW_INVALID_ARGUMENT = 1, /**< a value, size or pointer is not acceptable */
+  NVPFLOW_TYPE_MISMATCH = 2,    /**< _f32 on a float64 flow, or _f64 on a float32 flow */
+  NVPFLOW_OUT_OF_MEMORY = 3,    /**< the flow can be used on */
+  NVPFLOW_IO = 4,               /**< the operating system refused; nvpflow_system_error() holds errno */
+  NVPFLOW_FILE_FORMAT = 5,      /**< a model file is damaged, foreign or newer than this library */
+  NVPFLOW_UNAVAILABLE = 6,      /**< the instruction set that NVPFLOW_ISA asks for is not here */
+  NVPFLOW_DEVICE = 7,           /**< CUDA cannot be used here, or a CUDA device failed */
+  NVPFLOW_INTERNAL = 8          /**< a defect of the library: please report it with the message */
+};
+
+/** The type of parameters, arrays and arithmetic. */
+typedef int32_t nvpflow_dtype;
+enum { NVPFLOW_FLOAT32 = 0, NVPFLOW_FLOAT64 = 1 };
+
+/** @return The library's version, "MAJOR.MINOR.PATCH". Never fails. */
+NVPFLOW_API const char* nvpflow_version(void);
+
+/**
+ * @return The message of the last call on this thread that did not return NVPFLOW_OK, in UTF-8 but for what it quotes
+ * of a path; "" if there was none. The text lies in memory of this thread, until its next failure. Over-long messages
+ * are cut off at 1023 bytes.
+ */
+NVPFLOW_API const char* nvpflow_last_error(void);
+
+/** @return errno of the last failure on this thread where it was NVPFLOW_IO, else 0. */
+NVPFLOW_API int nvpflow_system_error(void);
+
+/**
+ * @brief Reads a model file that nvpflow has written, for the CPU.
+ * @param path  of a regular file
+ * @param flow  receives the flow, to be given back by nvpflow_free(); NULL where loading fails
+ *
+ * Work: reads the file once, allocates about three times its size, of which twice the parameters' size stays.
+ */
+NVPFLOW_API nvpflow_status nvpflow_load(const char* path, nvpflow_flow** flow);
+
+/**
+ * @brief Reads a model file for a device.
+ * @param device     "cpu", "cuda" or "cuda:N"; NULL: "cpu"
+ * @param precision  of a float32 flow on a CUDA device: "float32", "tf32" or "bfloat16"; NULL: "float32"
+ * @param weights    of a float32 flow on the CPU: "full" or "bfloat16"; NULL: "full"
+ */
+NVPFLOW_API nvpflow_status nvpflow_load_on(const char* path, const char* device, const char* precision,
+                                           const char* weights, nvpflow_flow** flow);
+
+/** @brief Gives a flow back. NULL is allowed. No call on the flow may be under way. */
+NVPFLOW_API void nvpflow_free(nvpflow_flow* flow);
+
+/** @name What a flow is. No work; -1 where `flow` is NULL. @{ */
+NVPFLOW_API int64_t nvpflow_input_size(const nvpflow_flow* flow);     /**< D, the columns of a row */
+NVPFLOW_API nvpflow_dtype nvpflow_dtype_of(const nvpflow_flow* flow); /**< NVPFLOW_FLOAT32 or NVPFLOW_FLOAT64 */
+NVPFLOW_API int64_t nvpflow_num_layers(const nvpflow_flow* flow);     /**< couplings and standardize layers */
+NVPFLOW_API int64_t nvpflow_num_couplings(const nvpflow_flow* flow);  /**< affine coupling layers */
+NVPFLOW_API int64_t nvpflow_num_parameters(const nvpflow_flow* flow); /**< elements of all parameters */
+/** @} */
+
+/**
+ * @brief Writes the whole specification as JSON text, as it stands in the model file.
+ * @param text      receives at most `capacity` bytes, with a zero at the end; may be NULL where capacity is 0
+ * @param needed    receives the bytes of the whole text with its zero; may be NULL
+ * @return NVPFLOW_INVALID_ARGUMENT where the text does not fit, unless capacity is 0
+ */
+NVPFLOW_API nvpflow_status nvpflow_spec_json(const nvpflow_flow* flow, char* text, size_t capacity, size_t* needed);
+
+/**
+ * @brief Threads that a call with many rows may use: 0, the default, as many as this process may use; small batches
+ * use fewer. 1 keeps every call on its caller's thread.
+ */
+NVPFLOW_API nvpflow_status nvpflow_set_num_threads(nvpflow_flow* flow, int threads);
+
+/**
+ * @brief Prepares real-time use; see the head of this file. To be called on each thread that is to make such calls.
+ * @param max_rows  calls of at most so many rows stay on their caller's thread; of several threads' numbers the largest
+ *                  counts, for all of them; 0: calls may use threads again
+ *
+ * Work: allocates the calling thread's working memory (it stays until the thread ends, and serves every flow that needs
+ * no more), writes all of it, and scores one tile of rows.
+ */
+NVPFLOW_API nvpflow_status nvpflow_prepare(const nvpflow_flow* flow, int64_t max_rows);
+
+/**
+ * @brief Replaces the parameters by those of a model file of the same specification, while other threads call the flow.
+ * On failure the flow is as it was.
+ *
+ * Work: that of nvpflow_load(); waits, without blocking them, for calls under way on the old parameters.
+ */
+NVPFLOW_API nvpflow_status nvpflow_reload(nvpflow_flow* flow, const char* path);
+
+/**
+ * @brief Exchanges the parameters of two flows of the same specification, while other threads call them.
+ * Each flow by itself changes at one moment; the two moments differ.
+ */
+NVPFLOW_API nvpflow_status nvpflow_swap(nvpflow_flow* a, nvpflow_flow* b);
+
+/** @name log p(x) = log N(z; 0, I) + log|det dz/dx| of each row, in nats. @{ */
+NVPFLOW_API nvpflow_status nvpflow_log_prob_f32(const nvpflow_flow* flow, const float* x, int64_t rows,
+                                                float* log_prob);
+NVPFLOW_API nvpflow_status nvpflow_log_prob_f64(const nvpflow_flow* flow, const double* x, int64_t rows,
+                                                double* log_prob);
+/** @} */
+
+/** @name Data to latent: z and log|det dz/dx|; log_det may be NULL. @{ */
+NVPFLOW_API nvpflow_status nvpflow_forward_f32(const nvpflow_flow* flow, const float* x, int64_t rows, float* z,
+                                               float* log_det);
+NVPFLOW_API nvpflow_status nvpflow_forward_f64(const nvpflow_flow* flow, const double* x, int64_t rows, double* z,
+                                               double* log_det);
+/** @} */
+
+/** @name Latent to data: x and log|det dx/dz|; log_det may be NULL. @{ */
+NVPFLOW_API nvpflow_status nvpflow_inverse_f32(const nvpflow_flow* flow, const float* z, int64_t rows, float* x,
+                                               float* log_det);
+NVPFLOW_API nvpflow_status nvpflow_inverse_f64(const nvpflow_flow* flow, const double* z, int64_t rows, double* x,
+                                               double* log_det);
+/** @} */
+
+/**
+ * @name Rows first_row, first_row + 1, ... of the endless sample that `seed` names. Row i depends on (seed, i) alone.
+ * @{
+ */
+NVPFLOW_API nvpflow_status nvpflow_sample_f32(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row, int64_t rows,
+                                              float* x);
+NVPFLOW_API nvpflow_status nvpflow_sample_f64(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row, int64_t rows,
+                                              double* x);
+/** @} */
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

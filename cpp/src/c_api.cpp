@@ -1,0 +1,238 @@
+// The C interface: pointers to spans, exceptions to statuses.
+
+#include <nvpflow.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <span>
+#include <string>
+
+#include <nvpflow/flow.hpp>
+
+#include "file_format.hpp"
+
+/// What a handle points at.
+struct nvpflow_flow {
+  nvpflow::Flow flow;
+};
+
+namespace nvpflow {
+namespace {
+
+/// Of the calling thread's last failure. Fixed memory: reporting an error must not fail.
+struct LastError {
+  char message[1024];
+  int system_error;
+};
+thread_local constinit LastError last_error = {};
+
+nvpflow_status failed(nvpflow_status status, const char* message, int system_error = 0) noexcept {
+  const std::size_t length = std::min(std::strlen(message), sizeof last_error.message - 1);
+  std::memcpy(last_error.message, message, length);
+  last_error.message[length] = '\0';
+  last_error.system_error = system_error;
+  return status;
+}
+
+nvpflow_status status_of(ErrorCode code) {
+  switch (code) {
+    case ErrorCode::invalid_argument:
+      return NVPFLOW_INVALID_ARGUMENT;
+    case ErrorCode::type_mismatch:
+      return NVPFLOW_TYPE_MISMATCH;
+    case ErrorCode::out_of_memory:
+      return NVPFLOW_OUT_OF_MEMORY;
+    case ErrorCode::io:
+      return NVPFLOW_IO;
+    case ErrorCode::file_format:
+      return NVPFLOW_FILE_FORMAT;
+    case ErrorCode::unavailable:
+      return NVPFLOW_UNAVAILABLE;
+    case ErrorCode::device:
+      return NVPFLOW_DEVICE;
+    case ErrorCode::not_finite:  // of training, which is not here
+    case ErrorCode::none_kept:
+      break;
+  }
+  return NVPFLOW_INTERNAL;
+}
+
+/// Runs f; what it throws becomes a status.
+template <class F>
+nvpflow_status guarded(F&& f) noexcept {
+  try {
+    f();
+    return NVPFLOW_OK;
+  } catch (const Error& error) {
+    return failed(status_of(error.code()), error.what(), error.system_error());
+  } catch (const std::bad_alloc&) {
+    return failed(NVPFLOW_OUT_OF_MEMORY, "out of memory");
+  } catch (const std::exception& error) {
+    return failed(NVPFLOW_INTERNAL, error.what());
+  } catch (...) {
+    return failed(NVPFLOW_INTERNAL, "an exception that is no std::exception");
+  }
+}
+
+[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::invalid_argument, message); }
+
+template <class P>
+P* required(P* pointer, const char* name) {
+  if (pointer == nullptr) refuse(std::string(name) + " is NULL");
+  return pointer;
+}
+
+/// [rows, columns] at `data`, which may be NULL where it has no elements.
+template <class T>
+std::span<T> array(T* data, const char* name, std::int64_t rows, std::int64_t columns) {
+  if (rows < 0 || rows > std::numeric_limits<std::int64_t>::max() / columns / static_cast<std::int64_t>(sizeof(T))) {
+    refuse("rows is " + std::to_string(rows) + ", expected 0 or more, and fewer than can be addressed");
+  }
+  return {rows == 0 ? data : required(data, name), static_cast<std::size_t>(rows * columns)};
+}
+
+template <class T>
+std::span<T> wanted(T* data, std::int64_t rows) {
+  return data == nullptr ? std::span<T>() : array(data, "log_det", rows, 1);
+}
+
+template <class T>
+nvpflow_status log_prob(const nvpflow_flow* handle, const T* x, std::int64_t rows, T* out) {
+  return guarded([&] {
+    const Flow& flow = required(handle, "flow")->flow;
+    flow.log_prob<T>(array(x, "x", rows, flow.spec().input_size), array(out, "log_prob", rows, 1));
+  });
+}
+
+template <class T>
+nvpflow_status forward(const nvpflow_flow* handle, const T* x, std::int64_t rows, T* z, T* log_det) {
+  return guarded([&] {
+    const Flow& flow = required(handle, "flow")->flow;
+    const std::int64_t columns = flow.spec().input_size;
+    flow.forward<T>(array(x, "x", rows, columns), array(z, "z", rows, columns), wanted(log_det, rows));
+  });
+}
+
+template <class T>
+nvpflow_status inverse(const nvpflow_flow* handle, const T* z, std::int64_t rows, T* x, T* log_det) {
+  return guarded([&] {
+    const Flow& flow = required(handle, "flow")->flow;
+    const std::int64_t columns = flow.spec().input_size;
+    flow.inverse<T>(array(z, "z", rows, columns), array(x, "x", rows, columns), wanted(log_det, rows));
+  });
+}
+
+template <class T>
+nvpflow_status sample(const nvpflow_flow* handle, std::uint64_t seed, std::uint64_t first_row, std::int64_t rows,
+                      T* x) {
+  return guarded([&] {
+    const Flow& flow = required(handle, "flow")->flow;
+    flow.sample<T>(seed, array(x, "x", rows, flow.spec().input_size), first_row);
+  });
+}
+
+}  // namespace
+}  // namespace nvpflow
+
+extern "C" {
+
+const char* nvpflow_version(void) { return nvpflow::version(); }
+const char* nvpflow_last_error(void) { return nvpflow::last_error.message; }
+int nvpflow_system_error(void) { return nvpflow::last_error.system_error; }
+
+nvpflow_status nvpflow_load(const char* path, nvpflow_flow** flow) {
+  return nvpflow_load_on(path, nullptr, nullptr, nullptr, flow);
+}
+
+nvpflow_status nvpflow_load_on(const char* path, const char* device, const char* precision, const char* weights,
+                               nvpflow_flow** flow) {
+  using namespace nvpflow;
+  return guarded([&] {
+    *required(flow, "flow") = nullptr;
+    const Device on = device == nullptr ? Device{} : parse_device(device);
+    const Precision rounding = precision == nullptr ? Precision::float32 : parse_precision(precision);
+    const Weights storage = weights == nullptr ? Weights::full : parse_weights(weights);
+    *flow = new nvpflow_flow{Flow::load(required(path, "path"), on, rounding, storage)};
+  });
+}
+
+void nvpflow_free(nvpflow_flow* flow) { delete flow; }
+
+int64_t nvpflow_input_size(const nvpflow_flow* flow) { return flow == nullptr ? -1 : flow->flow.spec().input_size; }
+nvpflow_dtype nvpflow_dtype_of(const nvpflow_flow* flow) {
+  if (flow == nullptr) return -1;
+  return flow->flow.spec().dtype == nvpflow::DType::float32 ? NVPFLOW_FLOAT32 : NVPFLOW_FLOAT64;
+}
+int64_t nvpflow_num_layers(const nvpflow_flow* flow) {
+  return flow == nullptr ? -1 : static_cast<int64_t>(flow->flow.spec().layers.size());
+}
+int64_t nvpflow_num_couplings(const nvpflow_flow* flow) {
+  return flow == nullptr ? -1 : flow->flow.spec().num_couplings();
+}
+int64_t nvpflow_num_parameters(const nvpflow_flow* flow) { return flow == nullptr ? -1 : flow->flow.num_parameters(); }
+
+nvpflow_status nvpflow_spec_json(const nvpflow_flow* flow, char* text, size_t capacity, size_t* needed) {
+  using namespace nvpflow;
+  return guarded([&] {
+    const std::string json = spec_to_json(required(flow, "flow")->flow.spec());
+    const std::size_t bytes = json.size() + 1;
+    if (needed != nullptr) *needed = bytes;
+    if (capacity == 0) return;
+    if (capacity < bytes) {
+      refuse("capacity is " + std::to_string(capacity) + ", expected " + std::to_string(bytes) + " or more");
+    }
+    std::memcpy(required(text, "text"), json.c_str(), bytes);
+  });
+}
+
+nvpflow_status nvpflow_set_num_threads(nvpflow_flow* flow, int threads) {
+  using namespace nvpflow;
+  return guarded([&] { required(flow, "flow")->flow.set_num_threads(threads); });
+}
+
+nvpflow_status nvpflow_prepare(const nvpflow_flow* flow, int64_t max_rows) {
+  using namespace nvpflow;
+  return guarded([&] { required(flow, "flow")->flow.prepare(max_rows); });
+}
+
+nvpflow_status nvpflow_reload(nvpflow_flow* flow, const char* path) {
+  using namespace nvpflow;
+  return guarded([&] { required(flow, "flow")->flow.reload(required(path, "path")); });
+}
+
+nvpflow_status nvpflow_swap(nvpflow_flow* a, nvpflow_flow* b) {
+  using namespace nvpflow;
+  return guarded([&] { required(a, "a")->flow.swap(required(b, "b")->flow); });
+}
+
+nvpflow_status nvpflow_log_prob_f32(const nvpflow_flow* flow, const float* x, int64_t rows, float* log_prob) {
+  return nvpflow::log_prob(flow, x, rows, log_prob);
+}
+nvpflow_status nvpflow_log_prob_f64(const nvpflow_flow* flow, const double* x, int64_t rows, double* log_prob) {
+  return nvpflow::log_prob(flow, x, rows, log_prob);
+}
+nvpflow_status nvpflow_forward_f32(const nvpflow_flow* flow, const float* x, int64_t rows, float* z, float* log_det) {
+  return nvpflow::forward(flow, x, rows, z, log_det);
+}
+nvpflow_status nvpflow_forward_f64(const nvpflow_flow* flow, const double* x, int64_t rows, double* z,
+                                   double* log_det) {
+  return nvpflow::forward(flow, x, rows, z, log_det);
+}
+nvpflow_status nvpflow_inverse_f32(const nvpflow_flow* flow, const float* z, int64_t rows, float* x, float* log_det) {
+  return nvpflow::inverse(flow, z, rows, x, log_det);
+}
+nvpflow_status nvpflow_inverse_f64(const nvpflow_flow* flow, const double* z, int64_t rows, double* x,
+                                   double* log_det) {
+  return nvpflow::inverse(flow, z, rows, x, log_det);
+}
+nvpflow_status nvpflow_sample_f32(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row, int64_t rows, float* x) {
+  return nvpflow::sample(flow, seed, first_row, rows, x);
+}
+nvpflow_status nvpflow_sample_f64(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row, int64_t rows,
+                                  double* x) {
+  return nvpflow::sample(flow, seed, first_row, rows, x);
+}
+
+}  // extern "C"

@@ -1,0 +1,516 @@
+"""Flows as scikit-learn estimators: `FlowDensity` and `FlowOutlierDetector` (``pip install "nvpflow[sklearn]"``)."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+try:
+    from joblib import effective_n_jobs
+    from sklearn.base import BaseEstimator, DensityMixin, OutlierMixin
+    from sklearn.utils import check_random_state
+    from sklearn.utils.validation import check_is_fitted, validate_data
+except ImportError as error:
+    raise ImportError('nvpflow.sklearn needs scikit-learn 1.6 or newer: pip install "nvpflow[sklearn]"') from error
+
+from nvpflow import _checks
+from nvpflow.flow import Flow, build
+
+if TYPE_CHECKING:
+    from nvpflow._core import EpochRecord
+
+__all__ = ["FlowDensity", "FlowOutlierDetector"]
+
+# A feature whose rounding error exceeds this share of its standard deviation has lost what a density could show.
+_COARSE = 1e-2
+
+_PARAMETERS = """num_flows, hidden_sizes, activation, scale_bound, dtype
+        The model, as in `nvpflow.build`. A layer that standardizes the features comes first, so that raw data will do;
+        its log-determinant counts, and densities are those of the data as given. X of another dtype is rounded to
+        `dtype`, with a warning where that blurs a feature.
+    epochs, learning_rate, schedule, weight_decay, clip_norm
+        Training, as in `nvpflow.Flow.fit`.
+    batch_size
+        Rows per update; all training rows where there are fewer.
+    validation_fraction
+        Share of the rows, in (0, 1), that `fit` sets aside, at least one row. The epoch that explains them best gives
+        the weights. None: no rows are set aside, and the epoch that explains the training rows best gives the weights.
+        Not used where `fit` is given ``X_val``.
+    patience
+        Stop after this many epochs without a better one on the validation rows. None: train all epochs.
+    device, precision, weights
+        Where and in what arithmetic, as in `nvpflow.build`.
+    random_state
+        Of the initial weights, the validation rows and the order of the rows. An int makes `fit` repeatable, bit for
+        bit, for any `n_jobs`, and the same as ``nvpflow.build(seed=random_state)`` and ``Flow.fit(seed=random_state)``.
+    n_jobs
+        Threads: None is 1 (unless in a joblib context), -1 all processors.
+    verbose
+        Print the losses of every `verbose`-th epoch; 0 or False: print nothing."""
+
+_ATTRIBUTES = """flow_ : nvpflow.Flow
+        The trained flow, with everything that a flow can do: ``flow_.forward(X)``, ``flow_.save(path)``.
+    history_ : nvpflow.History
+        Losses of every epoch in nats per row, the best epoch, and why training stopped.
+    n_iter_ : int
+        Epochs trained.
+    n_features_in_ : int
+        Features seen in `fit`.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Their names, where X had some (a DataFrame with strings for columns)."""
+
+
+def _documented(cls: type) -> type:
+    """Fill the lists that both estimators share into a class's docstring, if it has not been stripped (-OO)."""
+    if cls.__doc__:
+        cls.__doc__ = cls.__doc__.replace("{parameters}", _PARAMETERS).replace("{attributes}", _ATTRIBUTES)
+    return cls
+
+
+def _seed_of(random_state: int | np.random.RandomState | None) -> int:
+    """Return an int itself, and otherwise a seed drawn from the generator that scikit-learn takes."""
+    if isinstance(random_state, numbers.Integral):
+        return _checks.integer("random_state", random_state, unsigned=True)
+    return int(check_random_state(random_state).randint(2**63 - 1, dtype=np.int64))
+
+
+class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
+    """What both estimators share: parameters, training and `score_samples`."""
+
+    def __init__(
+        self,
+        *,
+        num_flows: int = 4,
+        hidden_sizes: Sequence[int] = (256,),
+        activation: str = "relu",
+        scale_bound: float = 1.0,
+        dtype: str = "float32",
+        epochs: int = 100,
+        batch_size: int = 256,
+        learning_rate: float = 1e-3,
+        schedule: str = "cosine",
+        weight_decay: float = 0.0,
+        clip_norm: float | None = None,
+        validation_fraction: float | None = 0.1,
+        patience: int | None = None,
+        device: str = "cpu",
+        precision: str = "float32",
+        weights: str = "full",
+        random_state: int | np.random.RandomState | None = None,
+        n_jobs: int | None = None,
+        verbose: int = 0,
+    ) -> None:
+        self.num_flows = num_flows
+        self.hidden_sizes = hidden_sizes
+        self.activation = activation
+        self.scale_bound = scale_bound
+        self.dtype = dtype
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.schedule = schedule
+        self.weight_decay = weight_decay
+        self.clip_norm = clip_norm
+        self.validation_fraction = validation_fraction
+        self.patience = patience
+        self.device = device
+        self.precision = precision
+        self.weights = weights
+        self.random_state = random_state
+        self.n_jobs = n_jobs
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: object = None, *, X_val: Any = None) -> Any:
+        """Train a new flow on the rows of X by maximum likelihood.
+
+        Parameters
+        ----------
+        X : array-like or DataFrame of shape (n_samples, n_features)
+            At least two rows and two features, all finite.
+        y : ignored
+            There by scikit-learn's convention.
+        X_val : array-like or DataFrame of shape (n_validation, n_features), default=None
+            Rows of their own to choose the epoch by, in place of a share of X.
+
+        Returns
+        -------
+        self
+            The fitted estimator.
+
+        Raises
+        ------
+        ValueError
+            X has NaN or infinite values, a constant feature, or too few rows or features; or a parameter is out of
+            range. The message names it.
+        TypeError
+            A parameter is of the wrong type.
+        nvpflow.TrainingError
+            The loss became NaN or infinite.
+        """
+        rows = self._training_rows(X)
+        validation: Any = self._validation(len(rows)) if X_val is None else self._rows(X_val)
+        held_out = 0 if X_val is not None or validation is None else math.floor(validation * len(rows))
+        if len(rows) - held_out < 2:
+            raise ValueError(
+                f"Found array with {len(rows)} sample(s), of which {held_out} set aside for validation, while a "
+                "minimum of 2 is required to train on; give validation_fraction=None, or X_val"
+            )
+        batch_size = _checks.integer("batch_size", self.batch_size)
+        seed = _seed_of(self.random_state)
+        flow = build(
+            rows.shape[1],
+            self.num_flows,
+            self.hidden_sizes,
+            self.activation,
+            scale_bound=self.scale_bound,
+            standardize=True,
+            dtype=self.dtype,
+            seed=seed,
+            device=self.device,
+            precision=self.precision,
+            weights=self.weights,
+        )
+        flow.num_threads = effective_n_jobs(self.n_jobs)
+        history = flow.fit(
+            rows,
+            validation=validation,
+            epochs=self.epochs,
+            batch_size=min(batch_size, len(rows) - held_out),
+            learning_rate=self.learning_rate,
+            schedule=self.schedule,  # type: ignore[arg-type]  # checked by fit
+            weight_decay=self.weight_decay,
+            clip_norm=self.clip_norm,
+            patience=self.patience,
+            seed=seed,
+            progress=False,
+            callback=self._printer(),
+        )
+        self.flow_: Flow = flow
+        self.history_ = history
+        self.n_iter_ = len(history)
+        return self
+
+    def score_samples(self, X: Any) -> NDArray[np.float64]:
+        """Return the log-density of every row.
+
+        Parameters
+        ----------
+        X : array-like or DataFrame of shape (n_samples, n_features)
+            All finite.
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+            log p in nats. A row's value does not depend on the other rows. ``-inf`` where a row is so far out that
+            the arithmetic of `dtype` overflows.
+        """
+        check_is_fitted(self)
+        rows = self._rows(X)
+        # Another n_jobs may have been set since, and a process of a pool has other processors than the one that fitted.
+        self.flow_.num_threads = effective_n_jobs(self.n_jobs)
+        log_p = self.flow_.log_probability(rows).astype(np.float64)
+        # The rows are finite: what is NaN here has met infinity minus infinity on the way to a latent without bound.
+        log_p[np.isnan(log_p)] = -np.inf
+        return np.asarray(log_p)
+
+    def _training_rows(self, X: Any) -> NDArray[Any]:
+        """Return X in the flow's dtype, without features that have no density."""
+        X = validate_data(self, X, dtype=(np.float64, np.float32), order="C", ensure_min_samples=2)
+        if X.shape[1] < 2:
+            raise ValueError(
+                f"Found array with 1 feature(s) (shape={X.shape}) while a minimum of 2 is required by "
+                f"{type(self).__name__}: each layer transforms some features given the others. For one feature take "
+                "sklearn.neighbors.KernelDensity."
+            )
+        rows = self._rounded(X)
+        constant = np.flatnonzero(np.all(rows == rows[0], axis=0))
+        if constant.size:
+            raise ValueError(
+                f"X is constant in {self._named(constant)} (in {rows.dtype}): what does not vary has no density; "
+                "leave it out"
+            )
+        if rows.dtype != X.dtype:
+            self._warn_of_rounding(X, rows.dtype)
+        return rows
+
+    def _warn_of_rounding(self, X: NDArray[Any], dtype: np.dtype[Any]) -> None:
+        rounding = np.finfo(dtype).eps * np.abs(X).max(axis=0)
+        coarse = np.flatnonzero(rounding > _COARSE * X.std(axis=0))
+        if coarse.size:
+            warnings.warn(
+                f"rounding to {dtype} blurs {self._named(coarse)}, whose values are large beside their spread; "
+                "subtract an offset, or give dtype='float64'",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _rows(self, X: Any) -> NDArray[Any]:
+        """Return X in the flow's dtype, with the features that `fit` has seen."""
+        return self._rounded(validate_data(self, X, reset=False, dtype=(np.float64, np.float32), order="C"))
+
+    def _rounded(self, X: NDArray[Any]) -> NDArray[Any]:
+        dtype = _checks.dtype_name("dtype", self.dtype)
+        if dtype not in ("float32", "float64"):
+            raise ValueError(f"dtype is {dtype!r}, expected 'float32' or 'float64'")
+        with np.errstate(over="ignore"):
+            rows = X.astype(dtype, copy=False)
+        beyond = np.flatnonzero(~np.isfinite(rows).all(axis=0)) if X.dtype != rows.dtype else np.empty(0, np.int64)
+        if beyond.size:
+            raise ValueError(
+                f"X has a value too large for {dtype} in {self._named(beyond)}; rescale it, or give dtype='float64'"
+            )
+        return rows
+
+    def _named(self, features: NDArray[np.int64]) -> str:
+        names = getattr(self, "feature_names_in_", None)
+        shown = ", ".join(f"{i}" if names is None else f"{names[i]!r}" for i in features[:5])
+        more = f" and {features.size - 5} more" if features.size > 5 else ""
+        return f"feature{'s' if features.size > 1 else ''} {shown}{more}"
+
+    def _validation(self, rows: int) -> float | None:
+        if self.validation_fraction is None:
+            if self.patience is not None:
+                raise ValueError(
+                    f"patience is {self.patience}, which needs validation rows: give validation_fraction, or X_val"
+                )
+            return None
+        fraction = _checks.real("validation_fraction", self.validation_fraction)
+        if not 0 < fraction < 1:
+            raise ValueError(f"validation_fraction is {fraction}, expected a share of the rows in (0, 1), or None")
+        return max(fraction, 1.5 / rows)  # the flow takes whole rows below it: one, and not none for want of rounding
+
+    def _printer(self) -> Callable[[EpochRecord], None] | None:
+        every = self.verbose
+        if not isinstance(every, (bool, np.bool_)):
+            every = _checks.integer("verbose", every)
+        if every < 0:
+            raise ValueError(f"verbose is {every}, expected at least 0")
+        if not every:
+            return None
+
+        def after_epoch(record: EpochRecord) -> None:
+            if record["epoch"] % every:
+                return
+            validation = record["validation_loss"]
+            held_out = "" if math.isnan(validation) else f", validation {validation:.4f}"
+            print(
+                f"{type(self).__name__} epoch {record['epoch']}/{self.epochs}: "
+                f"training nll {record['train_loss']:.4f}{held_out} nats",
+                flush=True,
+            )
+
+        return after_epoch
+
+
+@_documented
+class FlowDensity(DensityMixin, _FlowEstimator):  # type: ignore[misc]
+    """Density estimation with a RealNVP flow: exact log-densities and samples.
+
+    Used as `sklearn.neighbors.KernelDensity` and `sklearn.mixture.GaussianMixture` are; needs two features or more.
+
+    Parameters
+    ----------
+    {parameters}
+
+    Attributes
+    ----------
+    {attributes}
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from nvpflow.sklearn import FlowDensity
+    >>> X = np.random.default_rng(0).normal(size=(500, 2))
+    >>> density = FlowDensity(hidden_sizes=(32,), epochs=5, random_state=0).fit(X)
+    >>> density.score_samples(X[:3]).shape
+    (3,)
+    >>> density.sample(4, random_state=1).shape
+    (4, 2)
+    """
+
+    def score(self, X: Any, y: object = None) -> float:
+        """Return the mean log-density of the rows of X, in nats per row (higher is better).
+
+        Parameters
+        ----------
+        X : array-like or DataFrame of shape (n_samples, n_features)
+            All finite.
+        y : ignored
+            There by scikit-learn's convention.
+
+        Returns
+        -------
+        float
+            The mean, as `sklearn.mixture.GaussianMixture.score` returns (`KernelDensity.score` is a sum).
+        """
+        return float(self.score_samples(X).mean())
+
+    def sample(
+        self, n_samples: int = 1, random_state: int | np.random.RandomState | None = None
+    ) -> NDArray[np.float32] | NDArray[np.float64]:
+        """Draw rows from the density.
+
+        Parameters
+        ----------
+        n_samples : int, default=1
+            How many.
+        random_state : int, RandomState instance or None, default=None
+            An int gives the same rows every time, those of ``flow_.sample(n_samples, seed=random_state)``.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_features)
+            Of `dtype`, as `sklearn.neighbors.KernelDensity.sample` returns them.
+        """
+        check_is_fitted(self)
+        count = _checks.integer("n_samples", n_samples)
+        if count < 0:
+            raise ValueError(f"n_samples is {count}, expected at least 0")
+        self.flow_.num_threads = effective_n_jobs(self.n_jobs)
+        drawn: NDArray[Any] = self.flow_.sample(count, seed=_seed_of(random_state))
+        return drawn
+
+
+@_documented
+class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
+    """Outlier detection with a RealNVP flow: a row is an outlier where its density is low.
+
+    Used as `sklearn.ensemble.IsolationForest` is; needs two features or more.
+
+    Parameters
+    ----------
+    contamination
+        Share of outliers among the rows of `fit`, in (0, 0.5]: that many of them lie below the threshold `offset_`.
+    {parameters}
+
+    Attributes
+    ----------
+    offset_ : float
+        The threshold in nats: ``decision_function(X) = score_samples(X) - offset_``. The `contamination` quantile of
+        the log-densities of all rows given to `fit`. A flow explains rows it was trained on a little better than new
+        ones, of which a larger share may lie below; set `offset_` from new rows where that share matters.
+    {attributes}
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from nvpflow.sklearn import FlowOutlierDetector
+    >>> X = np.random.default_rng(0).normal(size=(500, 2))
+    >>> detector = FlowOutlierDetector(contamination=0.02, hidden_sizes=(32,), epochs=5, random_state=0).fit(X)
+    >>> detector.predict([[0.0, 0.0], [9.0, -9.0]])
+    array([ 1, -1])
+    """
+
+    def __init__(
+        self,
+        *,
+        contamination: float = 0.1,
+        num_flows: int = 4,
+        hidden_sizes: Sequence[int] = (256,),
+        activation: str = "relu",
+        scale_bound: float = 1.0,
+        dtype: str = "float32",
+        epochs: int = 100,
+        batch_size: int = 256,
+        learning_rate: float = 1e-3,
+        schedule: str = "cosine",
+        weight_decay: float = 0.0,
+        clip_norm: float | None = None,
+        validation_fraction: float | None = 0.1,
+        patience: int | None = None,
+        device: str = "cpu",
+        precision: str = "float32",
+        weights: str = "full",
+        random_state: int | np.random.RandomState | None = None,
+        n_jobs: int | None = None,
+        verbose: int = 0,
+    ) -> None:
+        # Named one by one: scikit-learn reads an estimator's parameters off this signature.
+        super().__init__(
+            num_flows=num_flows,
+            hidden_sizes=hidden_sizes,
+            activation=activation,
+            scale_bound=scale_bound,
+            dtype=dtype,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            schedule=schedule,
+            weight_decay=weight_decay,
+            clip_norm=clip_norm,
+            validation_fraction=validation_fraction,
+            patience=patience,
+            device=device,
+            precision=precision,
+            weights=weights,
+            random_state=random_state,
+            n_jobs=n_jobs,
+            verbose=verbose,
+        )
+        self.contamination = contamination
+
+    def fit(self, X: Any, y: object = None, *, X_val: Any = None) -> Any:
+        """Train a new flow on the rows of X and set the threshold.
+
+        Parameters
+        ----------
+        X : array-like or DataFrame of shape (n_samples, n_features)
+            At least two rows and two features, all finite.
+        y : ignored
+            There by scikit-learn's convention.
+        X_val : array-like or DataFrame of shape (n_validation, n_features), default=None
+            Rows of their own to choose the epoch by, in place of a share of X. They do not move the threshold.
+
+        Returns
+        -------
+        self
+            The fitted estimator.
+
+        Raises
+        ------
+        ValueError, TypeError, nvpflow.TrainingError
+            As `FlowDensity.fit`; and where `contamination` is out of range.
+        """
+        contamination = _checks.real("contamination", self.contamination)
+        if not 0 < contamination <= 0.5:
+            raise ValueError(f"contamination is {contamination}, expected a share of the rows in (0, 0.5]")
+        super().fit(X, y, X_val=X_val)
+        self.offset_ = float(np.quantile(self.score_samples(X), contamination))
+        return self
+
+    def decision_function(self, X: Any) -> NDArray[np.float64]:
+        """Return how far every row's log-density lies above the threshold.
+
+        Parameters
+        ----------
+        X : array-like or DataFrame of shape (n_samples, n_features)
+            All finite.
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+            ``score_samples(X) - offset_`` in nats; negative for outliers.
+        """
+        log_p = self.score_samples(X)
+        return np.asarray(log_p - self.offset_)
+
+    def predict(self, X: Any) -> NDArray[np.int64]:
+        """Tell outliers from inliers.
+
+        Parameters
+        ----------
+        X : array-like or DataFrame of shape (n_samples, n_features)
+            All finite.
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+            -1 for outliers, 1 for inliers.
+        """
+        return np.where(self.decision_function(X) >= 0, 1, -1)

@@ -1,0 +1,142 @@
+#include "outside.hpp"
+
+#include <algorithm>
+
+namespace nvpflow::python {
+namespace {
+
+using namespace dlpack;
+
+bool has(PyObject* object, const char* attribute) { return PyObject_HasAttrString(object, attribute) != 0; }
+
+/// Owns what a capsule held.
+template <class Managed>
+py::object owner_of(Managed* managed) {
+  return py::capsule(managed, [](void* p) {
+    auto* held = static_cast<Managed*>(p);
+    if (held->deleter != nullptr) held->deleter(held);
+  });
+}
+
+/// Takes over the tensor of a capsule of this name, whose consumer renames it.
+template <class Managed>
+Managed* take(const py::object& capsule, const char* name, const char* used) {
+  auto* managed = static_cast<Managed*>(PyCapsule_GetPointer(capsule.ptr(), name));
+  PyCapsule_SetName(capsule.ptr(), used);
+  return managed;
+}
+
+py::object capsule_of(PyObject* object, std::optional<std::intptr_t> stream) {
+  const py::object method = py::handle(object).attr("__dlpack__");
+  py::dict options;
+  if (stream.has_value()) options["stream"] = *stream;
+  try {
+    return method(**options, py::arg("max_version") = py::make_tuple(kMajor, kMinor));
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_TypeError)) throw;
+  }
+  return method(**options);
+}
+
+void check_form(const DLTensor& tensor, const char* name) {
+  constexpr std::int32_t kMostAxes = 32;  // more than any library's arrays have that NumPy reads
+  bool good = tensor.ndim >= 0 && tensor.ndim <= kMostAxes && (tensor.ndim == 0 || tensor.shape != nullptr) &&
+              tensor.dtype.lanes == 1;
+  std::int64_t most = std::int64_t{1} << 59;  // elements
+  for (std::int32_t i = 0; good && i < tensor.ndim; ++i) {
+    most /= std::max<std::int64_t>(1, tensor.shape[i]);
+    good = tensor.shape[i] >= 0 && most > 0;
+  }
+  if (!good) raise(PyExc_TypeError, std::string(name) + ".__dlpack__() gave a tensor of an impossible form");
+}
+
+}  // namespace
+
+[[noreturn]] void raise(PyObject* type, const std::string& message) {
+  PyErr_SetString(type, message.c_str());
+  throw py::error_already_set();
+}
+
+Library library_of(PyObject* object) {
+  const py::handle type(reinterpret_cast<PyObject*>(Py_TYPE(object)));
+  for (const py::handle base : type.attr("__mro__")) {
+    const py::object module = base.attr("__module__");
+    if (PyUnicode_Check(module.ptr()) == 0) continue;
+    const auto name = module.cast<std::string>();
+    const std::string root = name.substr(0, name.find('.'));
+    if (root == "torch") return Library::torch;
+    if (root == "cupy") return Library::cupy;
+    if (root == "jax" || root == "jaxlib") return Library::jax;
+  }
+  return Library::other;
+}
+
+Place place_of(PyObject* object, const char* name) {
+  if (PyList_Check(object) || PyTuple_Check(object) || PyFloat_Check(object) || PyLong_Check(object) ||
+      PyUnicode_Check(object)) {
+    return Place::unknown;
+  }
+  if (!has(object, "__dlpack_device__") || !has(object, "__dlpack__")) {
+    return has(object, "__cuda_array_interface__") ? Place::device : Place::unknown;
+  }
+  const auto type = well_formed(
+      std::string(name) + ".__dlpack_device__() does not say where the data are, expected (device type, index)", [&] {
+        const py::tuple where = py::handle(object).attr("__dlpack_device__")();
+        return py::int_(py::object(where[0])).cast<std::int32_t>();
+      });
+  if (type == kCpu || type == kCudaHost) return Place::host;
+  if (type == kCuda || type == kCudaManaged) return Place::device;
+  raise(PyExc_TypeError, std::string(name) + " is on a device of DLPack's type " + std::to_string(type) +
+                             ", expected the host's memory or a CUDA device");
+}
+
+void refuse_grad(PyObject* object, const char* name, Library library) {
+  if (library != Library::torch || !py::handle(object).attr("requires_grad").cast<bool>()) return;
+  raise(
+      PyExc_ValueError,
+      std::string(name) +
+          " requires grad, which a Flow does not follow; wrap the flow in nvpflow.torch.FlowModule, whose methods are "
+          "differentiable, or pass " +
+          name + ".detach()");
+}
+
+py::object settled(PyObject* object, Library library) {
+  const auto same = py::reinterpret_borrow<py::object>(object);
+  return library == Library::torch && same.attr("is_neg")().cast<bool>() ? same.attr("resolve_neg")() : same;
+}
+
+void refuse_unsettled(PyObject* object, const char* name, Library library) {
+  if (library != Library::torch || !py::handle(object).attr("is_neg")().cast<bool>()) return;
+  raise(PyExc_ValueError, std::string(name) + " is a view whose sign PyTorch changes later (" + name +
+                              ".is_neg()), which cannot be written to; pass a tensor of its own");
+}
+
+Imported import_dlpack(PyObject* object, const char* name, std::optional<std::intptr_t> stream) {
+  constexpr const char* kVersioned = "dltensor_versioned";
+  constexpr const char* kBare = "dltensor";
+  const py::object capsule =
+      well_formed(std::string(name) + " cannot be read by DLPack", [&] { return capsule_of(object, stream); });
+  Imported result;
+  if (PyCapsule_IsValid(capsule.ptr(), kVersioned) != 0) {
+    const auto* seen = static_cast<DLManagedTensorVersioned*>(PyCapsule_GetPointer(capsule.ptr(), kVersioned));
+    if (seen->version.major != kMajor) {  // the capsule still owns it
+      raise(PyExc_BufferError,
+            std::string(name) + " comes as DLPack " + std::to_string(seen->version.major) + ", expected version 1");
+    }
+    auto* managed = take<DLManagedTensorVersioned>(capsule, kVersioned, "used_dltensor_versioned");
+    result.owner = owner_of(managed);
+    result.read_only = (managed->flags & kReadOnly) != 0;
+    result.tensor = managed->dl_tensor;
+  } else if (PyCapsule_IsValid(capsule.ptr(), kBare) != 0) {
+    auto* managed = take<DLManagedTensor>(capsule, kBare, "used_dltensor");
+    result.owner = owner_of(managed);
+    result.tensor = managed->dl_tensor;
+  } else {
+    raise(PyExc_TypeError, std::string(name) + ".__dlpack__() returned " + Py_TYPE(capsule.ptr())->tp_name +
+                               ", expected a DLPack capsule");
+  }
+  check_form(result.tensor, name);
+  return result;
+}
+
+}  // namespace nvpflow::python

@@ -1,0 +1,22 @@
+# Run as: cmake -DNM=... -DLIBRARY=libnvpflow.so -DVERSION=NVPFLOW_0.1 -P check_exports.cmake
+# The shared library offers nvpflow's own names alone, each with the version of the ABI: nothing of the standard library or of
+# nlohmann/json, which another library of the same process might have in another version.
+execute_process(COMMAND ${NM} -D --defined-only --with-symbol-versions ${LIBRARY} OUTPUT_VARIABLE symbols RESULT_VARIABLE failed)
+if(failed)
+  message(FATAL_ERROR "${NM} could not read ${LIBRARY}")
+endif()
+string(REGEX REPLACE "\n$" "" symbols "${symbols}")
+string(REPLACE "\n" ";" symbols "${symbols}")
+list(LENGTH symbols count)
+foreach(symbol IN LISTS symbols)
+  if(NOT symbol MATCHES " [A-Za-z] (nvpflow_[a-z0-9_]+|_ZN?K?T?[A-Z]?N?K?7nvpflow.*)@@${VERSION}$" AND NOT symbol MATCHES " A ${VERSION}")
+    message(FATAL_ERROR "${LIBRARY} offers ${symbol}")
+  endif()
+  if(symbol MATCHES "nlohmann|3cpu")
+    message(FATAL_ERROR "${LIBRARY} offers ${symbol}")
+  endif()
+endforeach()
+if(count LESS 60)
+  message(FATAL_ERROR "${LIBRARY} offers ${count} symbols, expected more: are the headers' names marked?")
+endif()
+message(STATUS "${LIBRARY}: ${count} symbols")

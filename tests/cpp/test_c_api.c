@@ -1,0 +1,143 @@
+/* The C interface from C: every function, every status, and the numbers against those of a file made by Python.
+ * test_c_api MODEL_F32 MODEL_F64: golden models of one spec. Prints log p of one row; exit code 0 where all holds. */
+#include <math.h>
+#include <nvpflow.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static int failures = 0;
+
+static void check(int holds, const char* what, int line) {
+  if (holds) return;
+  ++failures;
+  fprintf(stderr, "line %d: %s does not hold; last error: %s\n", line, what, nvpflow_last_error());
+}
+#define CHECK(condition) check((condition), #condition, __LINE__)
+
+enum { MAX_ELEMENTS = 4096 };
+
+static void check_errors(const char* path, nvpflow_flow* flow) {
+  nvpflow_flow* none = flow;
+  float x[MAX_ELEMENTS] = {0}, out[64];
+  double wide[MAX_ELEMENTS] = {0};
+  const int64_t columns = nvpflow_input_size(flow);
+  CHECK(nvpflow_load(NULL, &none) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(none == NULL);
+  CHECK(strstr(nvpflow_last_error(), "path is NULL") != NULL);
+  CHECK(nvpflow_load(path, NULL) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(nvpflow_load("there/is/no/such/file", &none) == NVPFLOW_IO);
+  CHECK(nvpflow_system_error() == 2);
+  CHECK(strstr(nvpflow_last_error(), "there/is/no/such/file") != NULL);
+  CHECK(nvpflow_load(__FILE__, &none) == NVPFLOW_FILE_FORMAT);
+  CHECK(nvpflow_system_error() == 0);
+  CHECK(nvpflow_load_on(path, "abacus", NULL, NULL, &none) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(strstr(nvpflow_last_error(), "abacus") != NULL);
+  CHECK(nvpflow_load_on(path, "cpu", "float32", "octal", &none) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(nvpflow_load_on(path, NULL, "tf32", NULL, &none) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(none == NULL);
+
+  CHECK(nvpflow_log_prob_f32(NULL, x, 1, out) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(nvpflow_log_prob_f32(flow, NULL, 1, out) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(nvpflow_log_prob_f32(flow, x, 1, NULL) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(nvpflow_log_prob_f32(flow, x, -1, out) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(nvpflow_log_prob_f32(flow, x, INT64_MAX, out) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(nvpflow_log_prob_f32(flow, x, INT64_MAX / columns, out) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(nvpflow_log_prob_f32(flow, x, 1, x) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(strstr(nvpflow_last_error(), "overlaps") != NULL);
+  CHECK(nvpflow_log_prob_f32(flow, NULL, 0, NULL) == NVPFLOW_OK);
+  CHECK(nvpflow_log_prob_f64(flow, wide, 1, wide + columns) == NVPFLOW_TYPE_MISMATCH);
+  CHECK(nvpflow_forward_f32(flow, x, 1, x, NULL) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(nvpflow_sample_f32(flow, 0, 0, 1, NULL) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(nvpflow_set_num_threads(flow, -1) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(nvpflow_prepare(flow, -1) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(nvpflow_reload(flow, "there/is/no/such/file") == NVPFLOW_IO);
+  CHECK(nvpflow_swap(flow, NULL) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(nvpflow_input_size(NULL) == -1 && nvpflow_dtype_of(NULL) == -1 && nvpflow_num_parameters(NULL) == -1);
+  CHECK(nvpflow_num_layers(NULL) == -1 && nvpflow_num_couplings(NULL) == -1);
+  nvpflow_free(NULL);
+}
+
+static void check_spec(nvpflow_flow* flow) {
+  size_t needed = 0;
+  char* text;
+  CHECK(nvpflow_spec_json(flow, NULL, 0, &needed) == NVPFLOW_OK);
+  CHECK(needed > 20);
+  text = malloc(needed);
+  CHECK(nvpflow_spec_json(flow, text, needed - 1, NULL) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(nvpflow_spec_json(flow, text, needed, NULL) == NVPFLOW_OK);
+  CHECK(strlen(text) == needed - 1);
+  CHECK(strstr(text, "\"input_size\":") != NULL);
+  free(text);
+  CHECK(nvpflow_num_layers(flow) >= nvpflow_num_couplings(flow) && nvpflow_num_couplings(flow) > 0);
+  CHECK(nvpflow_num_parameters(flow) > 0);
+}
+
+static void check_numbers(nvpflow_flow* flow, nvpflow_flow* wide) {
+  enum { ROWS = 3 };
+  const int64_t d = nvpflow_input_size(flow);
+  float x[MAX_ELEMENTS], z[MAX_ELEMENTS], back[MAX_ELEMENTS], log_det[ROWS], inverse[ROWS], log_prob[ROWS];
+  double x64[MAX_ELEMENTS], z64[MAX_ELEMENTS], back64[MAX_ELEMENTS], log_det64[ROWS], log_prob64[ROWS];
+  int64_t i, r;
+  CHECK(d == nvpflow_input_size(wide) && ROWS * d <= MAX_ELEMENTS);
+  CHECK(nvpflow_sample_f32(flow, 7, 10, ROWS, x) == NVPFLOW_OK);
+  CHECK(nvpflow_sample_f32(flow, 7, 11, 1, z) == NVPFLOW_OK);
+  CHECK(memcmp(x + d, z, (size_t)d * sizeof(float)) == 0);
+  CHECK(nvpflow_forward_f32(flow, x, ROWS, z, log_det) == NVPFLOW_OK);
+  CHECK(nvpflow_inverse_f32(flow, z, ROWS, back, inverse) == NVPFLOW_OK);
+  CHECK(nvpflow_log_prob_f32(flow, x, ROWS, log_prob) == NVPFLOW_OK);
+  for (i = 0; i < ROWS * d; ++i) {
+    CHECK(fabsf(back[i] - x[i]) <= 1e-4f * (1 + fabsf(x[i])));
+    x64[i] = x[i];
+  }
+  CHECK(nvpflow_forward_f64(wide, x64, ROWS, z64, log_det64) == NVPFLOW_OK);
+  CHECK(nvpflow_inverse_f64(wide, z64, ROWS, back64, NULL) == NVPFLOW_OK);
+  CHECK(nvpflow_log_prob_f64(wide, x64, ROWS, log_prob64) == NVPFLOW_OK);
+  for (i = 0; i < ROWS * d; ++i) CHECK(fabs(back64[i] - x64[i]) <= 1e-11 * (1 + fabs(x64[i])));
+  for (r = 0; r < ROWS; ++r) {
+    double by_hand = log_det64[r] - 0.9189385332046727 * (double)d; /* log(2 pi) / 2 */
+    for (i = 0; i < d; ++i) by_hand -= 0.5 * z64[r * d + i] * z64[r * d + i];
+    CHECK(fabs(by_hand - log_prob64[r]) <= 1e-11 * (1 + fabs(by_hand)));
+    CHECK(fabsf(log_det[r] + inverse[r]) <= 1e-4f);
+    CHECK(isfinite(log_prob[r]));
+  }
+  CHECK(nvpflow_sample_f64(wide, 7, 10, ROWS, z64) == NVPFLOW_OK);
+  x[0] = NAN;
+  CHECK(nvpflow_log_prob_f32(flow, x, ROWS, log_det) == NVPFLOW_OK);
+  CHECK(isnan(log_det[0]) && log_det[1] == log_prob[1]);
+}
+
+static void check_replacing(const char* path, nvpflow_flow* flow, nvpflow_flow* wide) {
+  float x[MAX_ELEMENTS], before, after;
+  nvpflow_flow* other = NULL;
+  CHECK(nvpflow_load_on(path, "cpu", "float32", "bfloat16", &other) == NVPFLOW_OK);
+  CHECK(nvpflow_sample_f32(flow, 1, 0, 1, x) == NVPFLOW_OK);
+  CHECK(nvpflow_log_prob_f32(flow, x, 1, &before) == NVPFLOW_OK);
+  CHECK(nvpflow_swap(flow, wide) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(nvpflow_swap(flow, other) == NVPFLOW_OK);
+  CHECK(nvpflow_swap(flow, flow) == NVPFLOW_OK);
+  CHECK(nvpflow_reload(flow, path) == NVPFLOW_OK);
+  CHECK(nvpflow_prepare(flow, 1) == NVPFLOW_OK && nvpflow_prepare(flow, 0) == NVPFLOW_OK);
+  CHECK(nvpflow_set_num_threads(flow, 1) == NVPFLOW_OK);
+  CHECK(nvpflow_log_prob_f32(flow, x, 1, &after) == NVPFLOW_OK);
+  CHECK(before == after);
+  nvpflow_free(other);
+}
+
+int main(int argc, char** argv) {
+  nvpflow_flow *flow = NULL, *wide = NULL;
+  if (argc != 3) return 2;
+  CHECK(strcmp(nvpflow_last_error(), "") == 0);
+  CHECK(strlen(nvpflow_version()) >= 5);
+  CHECK(nvpflow_load(argv[1], &flow) == NVPFLOW_OK);
+  CHECK(nvpflow_load(argv[2], &wide) == NVPFLOW_OK);
+  if (flow == NULL || wide == NULL) return 1;
+  CHECK(nvpflow_dtype_of(flow) == NVPFLOW_FLOAT32 && nvpflow_dtype_of(wide) == NVPFLOW_FLOAT64);
+  check_errors(argv[1], flow);
+  check_spec(flow);
+  check_numbers(flow, wide);
+  check_replacing(argv[1], flow, wide);
+  nvpflow_free(flow);
+  nvpflow_free(wide);
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,152 @@
+"""The documentation: every block of every page runs, quoted messages are real, the site builds without a warning."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import documents
+import numpy as np
+import pytest
+
+DOCS = documents.ROOT / "python" / "docs"
+PAGES = {str(path.relative_to(DOCS).with_suffix("")): documents.read(path) for path in sorted(DOCS.rglob("*.md"))}
+# Its programs are compiled by another test, where there is one.
+COMPILED = {"cpp"}
+LANGUAGES = {"python", "sh", "pytb", "console", "cmake", "cpp", "c"}
+
+
+def run(page: documents.Page, folder: Path, monkeypatch: pytest.MonkeyPatch, *marks: str) -> None:
+    """Run a page where its examples and the tables of its commands are."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    (folder / "python").symlink_to(documents.ROOT / "python")
+    rows = np.random.default_rng(0).normal(size=(600, 3)).astype(np.float32)
+    np.save("train.npy", rows[:500])
+    np.save("test.npy", rows[500:])
+    try:
+        documents.run(page, folder, marks)
+    except documents.NotHere as missing:
+        pytest.skip(str(missing))
+    finally:
+        if "matplotlib.pyplot" in sys.modules:
+            sys.modules["matplotlib.pyplot"].close("all")
+        if "torch._dynamo" in sys.modules:
+            sys.modules["torch"].compiler.reset()
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if name not in COMPILED])
+def test_blocks_run_in_order(name, tmp_path, monkeypatch):
+    run(PAGES[name], tmp_path, monkeypatch)
+
+
+def marked(slow: bool) -> list[tuple[str, str]]:
+    return [(name, mark) for name, page in PAGES.items() for mark in page.marks() if (mark == "slow") == slow]
+
+
+@pytest.mark.parametrize(("name", "mark"), marked(slow=False))
+def test_blocks_about_other_libraries_run(name, mark, tmp_path, monkeypatch):
+    module = mark.removeprefix("needs ")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONWARNINGS", "ignore")
+        pytest.importorskip(module, reason=f"{module} is not installed")
+    run(PAGES[name], tmp_path, monkeypatch, mark)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, _ in marked(slow=True)])
+def test_slow_blocks_run(name, tmp_path, monkeypatch):
+    run(PAGES[name], tmp_path, monkeypatch, "slow")
+
+
+def test_no_block_is_left_out():
+    for name, page in PAGES.items():
+        for block in page.blocks:
+            assert block.language in LANGUAGES, f"{name}, line {block.line}: a block of {block.language!r} is not run"
+            assert block.mark in ("", "slow") or block.mark.startswith("needs "), f"{name}, line {block.line}"
+
+
+def test_quoted_messages_are_in_the_sources():
+    text = documents.sources()
+    quoted = [(name, block) for name, page in PAGES.items() for block in page.blocks if block.language == "pytb"]
+    assert len(quoted) >= 5
+    for name, block in quoted:
+        assert documents.occurs(block.text, text), f"{name}, line {block.line}: not in the sources: {block.text}"
+
+
+def test_every_entry_of_troubleshooting_quotes_its_message():
+    text = PAGES["troubleshooting"].path.read_text(encoding="utf-8")
+    entries = re.split(r"^### ", text, flags=re.M)[1:]
+    assert len(entries) >= 25
+    for entry in entries:
+        heading, body = entry.split("\n", 1)
+        part = re.search(r"`(.+?)`", heading)[1]
+        message = re.search(r"```pytb\n(.*?)```", body, flags=re.S)
+        assert message, f"no message under {heading}"
+        for piece in part.split("..."):
+            assert piece.strip() in message[1], f"{piece!r} of the heading is not in the message: {message[1]}"
+    assert sum("```python" in entry or "```sh" in entry for entry in entries) >= 20  # provoked, not only found
+
+
+def test_a_result_that_differs_is_noticed(tmp_path):
+    """The comparison itself: numbers, dots, failures that do not come or are others."""
+
+    def passes(text: str) -> bool:
+        (tmp_path / "page.md").write_text(text, encoding="utf-8")
+        try:
+            documents.run(documents.read(tmp_path / "page.md"), tmp_path)
+        except AssertionError:
+            return False
+        return True
+
+    assert passes("```python\nprint(12)\n```\n\n```text\n12\n```\n")
+    assert not passes("```python\nprint(12)\n```\n\n```text\n13\n```\n")
+    assert passes("```python\nprint(1.5, 'us')\n```\n\n<!-- numbers differ -->\n```text\n20 us\n```\n")
+    assert not passes("```python\nprint(1.5, 'ms')\n```\n\n<!-- numbers differ -->\n```text\n20 us\n```\n")
+    assert passes("```python\nprint('a b c')\n```\n```text\na ... c\n```\n")
+    assert not passes("```python\nprint('a b c')\n```\n```text\na ... d\n```\n")
+    assert passes("```python\nint('x')\n```\n```pytb\nValueError: invalid literal ...\n```\n")
+    assert not passes("```python\nint('1')\n```\n```pytb\nValueError: invalid literal ...\n```\n")
+    assert not passes("```python\nint('x')\n```\n```pytb\nTypeError: invalid literal ...\n```\n")
+    assert passes("```sh\necho a; exit 0\n```\n```text\na\n```\n")
+    assert not passes("```sh\nfalse\n```\n")
+    assert not documents.occurs("no such ... message", documents.sources())
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    for module in ("mkdocs", "material", "mkdocstrings"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f'{module} is not installed (pip install ".[docs]")')
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "mkdocs",
+            "build",
+            "--strict",
+            "-f",
+            DOCS.parent / "mkdocs.yml",
+            "-d",
+            tmp_path / "site",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr, done.stderr
+    reference = (tmp_path / "site" / "reference" / "flow" / "index.html").read_text(encoding="utf-8")
+    for method in ("forward", "inverse", "log_probability", "sample", "fit", "vjp", "save", "parameters"):
+        assert f'id="nvpflow.Flow.{method}"' in reference, f"{method} is missing from the reference"
+
+
+def test_pictures_are_few_and_small():
+    pictures = [path for path in (DOCS / "pictures").iterdir() if path.is_file()]
+    assert sum(path.stat().st_size for path in pictures) < 400_000
+    text = "".join(page.path.read_text(encoding="utf-8") for page in PAGES.values())
+    for path in pictures:
+        assert f"pictures/{path.name}" in text, f"{path.name} is shown nowhere"

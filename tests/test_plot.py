@@ -1,0 +1,292 @@
+"""Pictures: what is drawn is what was given, and what cannot be drawn is refused by name."""
+
+from __future__ import annotations
+
+import numpy as np
+import nvpflow
+import pytest
+
+pytest.importorskip("matplotlib", reason="Matplotlib is not installed (pip install matplotlib)")
+
+import matplotlib
+import matplotlib.pyplot as plt
+from nvpflow import plot
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    plt.switch_backend("Agg")
+    yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return np.random.default_rng(0).normal(size=(500, 3)) * [1, 2, 3] + [0, 10, -5]
+
+
+@pytest.fixture(scope="module")
+def history(rows):
+    flow = nvpflow.build(3, 2, (8,), standardize=True)
+    return flow.fit(rows.astype(np.float32), epochs=4, progress=False, num_threads=1)
+
+
+def labels(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def draw_all(rows, history, axes):
+    plot.latent_qq(rows, ax=axes[0])
+    plot.latent_correlation(rows, ax=axes[1])
+    plot.learning_curve(history, ax=axes[2])
+    plot.log_likelihood(rows[:, 0], ax=axes[3])
+
+
+def test_every_function_draws_on_the_axes_it_is_given(rows, history):
+    axes = plt.subplots(1, 4)[1]
+    assert plot.latent_qq(rows, ax=axes[0]) is axes[0]
+    assert plot.latent_correlation(rows, ax=axes[1]) is axes[1]
+    assert plot.learning_curve(history, ax=axes[2]) is axes[2]
+    assert plot.log_likelihood(rows[:, 0], ax=axes[3]) is axes[3]
+    grid = plt.subplots(3, 3)[1]
+    drawn = plot.corner(rows, ax=grid)
+    assert all(drawn[i, j] is grid[i, j] for i in range(3) for j in range(i + 1))
+    assert not any(grid[i, j].axison for i in range(3) for j in range(i + 1, 3))
+    assert len(plt.get_fignums()) == 2
+
+
+def test_without_axes_there_is_a_new_figure(rows, history):
+    for count, draw in enumerate(
+        (
+            lambda: plot.latent_qq(rows),
+            lambda: plot.latent_correlation(rows),
+            lambda: plot.learning_curve(history),
+            lambda: history.plot(),
+            lambda: plot.log_likelihood(rows[:, 0]),
+            lambda: plot.corner(rows)[0, 0],
+        ),
+        1,
+    ):
+        ax = draw()
+        assert len(plt.get_fignums()) == count
+        ax.figure.canvas.draw()
+
+
+def test_style_is_undone_and_has_two_grounds(rows, history):
+    before = dict(matplotlib.rcParams)
+    for dark in (False, True):
+        with plot.style(dark=dark):
+            figure, axes = plt.subplots(1, 4)
+            draw_all(rows, history, axes)
+            figure.canvas.draw()
+            ink, ground = (
+                sum(matplotlib.colors.to_rgb(matplotlib.rcParams[k])) for k in ("text.color", "axes.facecolor")
+            )
+            assert (ink > ground) is dark
+    assert dict(matplotlib.rcParams) == before
+    with pytest.raises(TypeError, match="dark must be True or False"):
+        plot.style(dark="yes")
+
+
+# ------------------------------------------------------------------------------------------------------- corner
+
+
+def test_corner_counts_all_rows_and_scales_the_samples(rows):
+    samples = np.repeat(rows, 3, axis=0)
+    grid = plot.corner(rows, samples, names=["a", "b", "c (V)"], labels=("ours", "theirs"))
+    data, drawn = (stairs.get_data() for stairs in grid[1, 1].patches)
+    inside = (rows[:, 1] >= data.edges[0]) & (rows[:, 1] <= data.edges[-1])
+    assert data.values.sum() == inside.sum()
+    assert np.allclose(drawn.values, data.values)
+    points = grid[2, 0].collections[0].get_offsets()
+    assert len(points) == 1000
+    assert np.array_equal(points[::2], rows[:, [0, 2]])  # column across, row up
+    assert grid[2, 0].get_ylabel() == grid[2, 2].get_title() == "c (V)"
+    assert grid[2, 0].get_xlabel() == "a"
+    assert labels(grid[0, 0]) == ["ours", "theirs"]
+    assert grid[0, 1] is None
+
+
+def test_corner_thins_out_points(rows):
+    grid = plot.corner(np.tile(rows, (10, 1)), columns=[2, 0])
+    assert grid.shape == (2, 2)
+    assert len(grid[1, 0].collections[0].get_offsets()) == 2000
+
+
+def test_corner_frame_holds_against_one_wild_row(rows):
+    wild = rows.copy()
+    wild[7] = 1e30
+    low, high = plot.corner(wild)[1, 1].get_xlim()
+    assert low < rows[:, 1].min()
+    assert high < 100
+
+
+def test_corner_of_constant_and_binary_columns():
+    rows = np.column_stack([np.ones(50), np.arange(50) % 2, np.arange(50.0)])
+    grid = plot.corner(rows, rows)
+    assert grid[0, 0].get_xlim()[0] < 1 < grid[0, 0].get_xlim()[1]
+    grid[0, 0].figure.canvas.draw()
+
+
+def test_names_come_from_frames_and_dollars_are_not_formulas(rows):
+    frame = pytest.importorskip("pandas", reason="pandas is not installed").DataFrame(rows, columns=["a", "b$", "$c$"])
+    grid = plot.corner(frame)
+    grid[0, 0].figure.canvas.draw()
+    assert grid[2, 2].get_title() == r"\$c\$"
+    assert plot.corner(rows)[2, 2].get_title() == "x$_{2}$"
+
+
+# ------------------------------------------------------------------------------------------------------ latents
+
+
+def test_qq_of_normal_latents_stays_in_the_band():
+    z = np.random.default_rng(1).normal(size=(4000, 5))
+    ax = plot.latent_qq(z, names=list("abcde"))
+    band = ax.collections[0].get_datalim(ax.transData)
+    assert band.y0 < 0 < band.y1
+    normal, off = ax.lines[1].get_data()
+    probability, _ = plot._qq_positions(4000)
+    low, high = (edge - normal for edge in plot._qq_band(4000, probability))
+    share = np.mean([(line.get_ydata() >= low) & (line.get_ydata() <= high) for line in ax.lines[1:6]])
+    assert share > 0.85  # 95 % of points that depend on each other
+    assert np.abs(off).max() < 1
+
+
+def test_qq_names_the_dimensions_that_are_off():
+    z = np.random.default_rng(2).normal(size=(4000, 5))
+    z[:, 3] *= 1.5
+    z[:, 1] += 0.3
+    shown = labels(plot.latent_qq(z, names=["p", "q", "r", "s", "t"]))
+    assert shown[1].startswith("s: up to 1.")
+    assert shown[2].startswith("q: up to 0.")
+    assert shown[-1] == "2 more, nearer"
+
+
+def test_qq_line_is_the_difference_of_quantiles():
+    z = np.random.default_rng(3).normal(size=(1000, 1)) * 2
+    normal, off = plot.latent_qq(z).lines[1].get_data()
+    middle = np.abs(normal) < 1.5
+    slope = np.polyfit(normal[middle], off[middle], 1)[0]
+    assert slope == pytest.approx(1.0, abs=0.15)  # twice as wide: a slope of one more
+
+
+def test_correlation_writes_r_and_the_level_of_chance():
+    z = np.random.default_rng(4).normal(size=(1000, 3))
+    z[:, 2] = 0.6 * z[:, 0] + 0.8 * z[:, 2]
+    ax = plot.latent_correlation(z, names=["a", "b", "c"])
+    r = np.corrcoef(z, rowvar=False)
+    written = [float(text.get_text().replace("\N{MINUS SIGN}", "-")) for text in ax.texts]
+    assert written == [round(r[1, 0], 2), round(r[2, 0], 2), round(r[2, 1], 2)]
+    assert f"largest |r|: {abs(r[2, 0]):.3f}" in ax.get_title(loc="left")
+    # Sidak for 3 pairs: the normal 0.5 + 0.5 * 0.95 ** (1/3) point, 2.388, over the root of 1000
+    assert "up to 0.076" in ax.get_title(loc="left")
+
+
+# -------------------------------------------------------------------------------------- training and likelihoods
+
+
+def test_learning_curve_is_minus_the_losses(history):
+    ax = plot.learning_curve(history, reference={"other": -7.5})
+    assert np.array_equal(ax.lines[0].get_ydata(), -history.train_loss)
+    assert np.array_equal(ax.lines[1].get_ydata(), -history.validation_loss)
+    assert ax.lines[2].get_xdata()[0] == history.best_epoch
+    assert "other: \N{MINUS SIGN}7.500" in labels(ax)
+    assert ax.get_ylim()[0] < -7.5
+
+
+def test_learning_curve_leaves_a_plunge_out_and_says_so(history):
+    from dataclasses import replace
+
+    losses = np.concatenate([[1e6], np.linspace(5, 4, 29)])
+    values = dict.fromkeys(("train_loss", "validation_loss"), losses)
+    same = dict.fromkeys(("learning_rate", "gradient_norm", "seconds"), np.ones(30))
+    long = replace(history, epoch=np.arange(1, 31), **values, **same, best_epoch=30, best_loss=4.0)
+    ax = plot.learning_curve(long)
+    assert ax.get_ylim()[0] > -10
+    assert any("1 epoch below" in text.get_text() for text in ax.texts)
+
+
+def test_learning_curve_without_validation(rows):
+    flow = nvpflow.build(3, 2, (8,), standardize=True)
+    history = flow.fit(rows.astype(np.float32), validation=None, epochs=1, progress=False)
+    assert labels(plot.learning_curve(history)) == ["training rows"]
+
+
+def test_log_likelihood_names_the_least_likely_rows():
+    log_p = np.random.default_rng(5).normal(size=1000)
+    log_p[[17, 400, 3]] = [np.nan, -np.inf, -8.0]
+    ax = plot.log_likelihood(log_p, outliers=3)
+    outside = 1 + int(np.sum(log_p < ax.get_xlim()[0]))  # NaN is one, too
+    title, *lowest = labels(ax)[1:]
+    assert title == f"least likely ({outside} outside):"
+    assert lowest == ["row 17 (NaN)", "row 400 (\N{MINUS SIGN}\N{INFINITY})", "row 3 (\N{MINUS SIGN}8.0)"]
+    shares = ax.patches[0].get_data().values
+    assert 3 <= outside < 6
+    assert shares.sum() == pytest.approx(1 - outside / 1000)
+    assert plot.log_likelihood(log_p, outliers=0).get_legend() is None
+    named = plot.log_likelihood(log_p, names=[f"id{i}" for i in range(1000)], reference={"other": log_p})
+    assert "other" in labels(named)
+    assert "id17 (NaN)" in labels(named)
+
+
+def test_log_likelihood_frame_holds_against_one_wild_row():
+    log_p = np.append(np.random.default_rng(6).normal(size=400), -1e30)
+    ax = plot.log_likelihood(log_p)
+    assert ax.get_xlim()[0] > -50
+    assert "least likely (1 outside):" in labels(ax)
+
+
+# ------------------------------------------------------------------------------------------------------ refusals
+
+
+def damaged(rows):
+    changed = rows.copy()
+    changed[4, 1] = np.nan
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("draw", "kind", "message"),
+    [
+        (lambda x: plot.corner(damaged(x)), ValueError, "data has 1 of 500 rows with NaN.*first is row 4"),
+        (lambda x: plot.corner(x, damaged(x)), ValueError, "samples has 1 of 500"),
+        (lambda x: plot.corner(x, x[:, :2]), ValueError, r"samples has shape \(500, 2\), expected \[N, 3\]"),
+        (lambda x: plot.corner(x[0]), ValueError, r"data has shape \(3,\)"),
+        (lambda x: plot.corner(x[:0]), ValueError, "at least one row"),
+        (lambda x: plot.corner(np.array([["a"]])), TypeError, "data has dtype <U1, expected real numbers"),
+        (lambda x: plot.corner(x, names=["a"]), ValueError, "expected 3 names"),
+        (lambda x: plot.corner(x, names="abc"), ValueError, "expected 3 names"),
+        (lambda x: plot.corner(x, columns=[0, 3]), ValueError, "expected indices from 0 to 2"),
+        (lambda x: plot.corner(x, columns=[]), ValueError, "expected indices"),
+        (lambda x: plot.corner(np.tile(x, 5)), ValueError, "15 columns.*choose some by columns="),
+        (lambda x: plot.corner(x, ax=np.empty((2, 2), object)), ValueError, r"expected Axes \[3, 3\]"),
+        (lambda x: plot.latent_qq(damaged(x)), ValueError, "z has 1 of 500"),
+        (lambda x: plot.latent_qq(x, ax=3), TypeError, "ax must be Axes"),
+        (lambda x: plot.latent_correlation(x[:2]), ValueError, "N at least 3"),
+        (lambda x: plot.latent_correlation(x[:, :1]), ValueError, "D at least 2"),
+        (lambda x: plot.latent_correlation(x * [0, 1, 1]), ValueError, "does not vary"),
+        (lambda x: plot.log_likelihood(x), ValueError, r"log_p has shape \(500, 3\), expected \[N\]"),
+        (lambda x: plot.log_likelihood(x[:, 0] * np.nan), ValueError, "no finite value among 500"),
+        (lambda x: plot.log_likelihood(x[:, 0], outliers=-1), ValueError, "outliers is -1"),
+        (lambda x: plot.log_likelihood(x[:, 0], names=["a"]), ValueError, "expected 500 names"),
+    ],
+)
+def test_arguments_that_are_refused(rows, draw, kind, message):
+    with pytest.raises(kind, match=message):
+        draw(rows)
+    assert not plt.get_fignums()
+
+
+def test_absence_of_matplotlib_names_the_extra(run_python):
+    script = """
+import sys
+sys.modules["matplotlib"] = None
+import numpy as np
+from nvpflow import plot
+for draw in (plot.corner, plot.latent_qq, plot.latent_correlation, plot.style):
+    try:
+        draw(np.random.default_rng(0).normal(size=(9, 2))) if draw is not plot.style else draw()
+    except ImportError as error:
+        print(error)
+"""
+    assert run_python(script).count('pip install "nvpflow[plot]"') == 4

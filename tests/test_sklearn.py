@@ -1,0 +1,312 @@
+"""The estimators keep scikit-learn's conventions, and are the flow that they wrap, bit for bit."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+
+import numpy as np
+import nvpflow
+import pytest
+
+pytest.importorskip("sklearn", reason="scikit-learn is not installed (pip install scikit-learn)")
+
+from nvpflow.sklearn import FlowDensity, FlowOutlierDetector
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import check_estimator
+
+SMALL = {"num_flows": 2, "hidden_sizes": (16,), "epochs": 3, "random_state": 0}
+BOTH = pytest.mark.parametrize("estimator", [FlowDensity, FlowOutlierDetector])
+
+
+@pytest.fixture(scope="module")
+def x():
+    return np.random.default_rng(0).normal(size=(300, 3))
+
+
+@pytest.fixture(scope="module")
+def frame(x):
+    return pytest.importorskip("pandas", reason="pandas is not installed").DataFrame(x, columns=["a", "b", "c"])
+
+
+@BOTH
+@pytest.mark.parametrize("options", [{}, {"hidden_sizes": (8,), "epochs": 2}], ids=["defaults", "small"])
+def test_check_estimator(estimator, options):
+    results = check_estimator(estimator(**options), on_skip=None)
+    passed = [result for result in results if result["status"] == "passed"]
+    # One check runs only where SciPy's array API is switched on.
+    assert {r["check_name"] for r in results if r["status"] != "passed"} <= {"check_array_api_input"}
+    assert len(passed) > 35
+
+
+# ---------------------------------------------------------------------------------------------------- density
+
+
+def test_density_is_the_flow_bit_for_bit(x):
+    density = FlowDensity(**SMALL, learning_rate=3e-3, clip_norm=1.0).fit(x)
+    flow = nvpflow.build(3, 2, (16,), standardize=True, seed=0)
+    history = flow.fit(
+        x.astype(np.float32), batch_size=256, epochs=3, learning_rate=3e-3, clip_norm=1.0, seed=0, progress=False
+    )
+    assert density.flow_ == flow
+    assert (density.n_iter_, density.n_features_in_) == (3, 3)
+    assert np.array_equal(density.history_.validation_loss, history.validation_loss)
+    expected = flow.log_probability(x.astype(np.float32))
+    assert np.array_equal(density.score_samples(x), expected.astype(np.float64))
+    assert density.score(x) == expected.astype(np.float64).mean()
+    assert np.array_equal(density.sample(5, random_state=3), flow.sample(5, seed=3))
+
+
+def test_density_of_a_gaussian_is_found(x):
+    held_out = np.random.default_rng(1).normal(size=(2000, 3))
+    density = FlowDensity(**SMALL | {"epochs": 20}).fit(10 + 5 * x)
+    entropy = 1.5 * (1 + np.log(2 * np.pi)) + 3 * np.log(5)
+    assert density.score(10 + 5 * held_out) == pytest.approx(-entropy, abs=0.25)
+    drawn = density.sample(4000, random_state=0)
+    assert np.allclose(drawn.mean(axis=0), 10, atol=0.8)
+    assert np.allclose(drawn.std(axis=0), 5, atol=0.8)
+
+
+def test_random_state(x):
+    def fitted(state):
+        return FlowDensity(**SMALL | {"random_state": state}).fit(x).flow_
+
+    assert fitted(1) == fitted(1)
+    assert fitted(1) != fitted(2)
+    assert fitted(np.random.RandomState(5)) == fitted(np.random.RandomState(5))
+    np.random.seed(3)  # noqa: NPY002  # what None means to scikit-learn
+    first = fitted(None)
+    assert first != fitted(None)
+    np.random.seed(3)  # noqa: NPY002
+    assert first == fitted(None)
+    density = FlowDensity(**SMALL).fit(x)
+    generator = np.random.RandomState(0)
+    assert not np.array_equal(density.sample(3, generator), density.sample(3, generator))
+
+
+def test_n_jobs_changes_nothing_but_threads(x):
+    one = FlowDensity(**SMALL).fit(x)
+    two = FlowDensity(**SMALL, n_jobs=2).fit(x)
+    assert (one.flow_.num_threads, two.flow_.num_threads) == (1, 2)
+    assert one.flow_ == two.flow_
+    one.set_params(n_jobs=2).score_samples(x)
+    assert one.flow_.num_threads == 2
+
+
+def test_validation_rows(x):
+    assert FlowDensity(**SMALL).fit(x).history_.validation_rows == 30
+    assert FlowDensity(**SMALL, validation_fraction=0.001).fit(x).history_.validation_rows == 1
+    assert FlowDensity(**SMALL, validation_fraction=None).fit(x).history_.validation_rows == 0
+    # Steps so large that an epoch soon makes things worse.
+    wild = {"learning_rate": 0.1, "schedule": "constant", "epochs": 200, "patience": 1}
+    density = FlowDensity(**SMALL | wild, validation_fraction=None).fit(x, X_val=x[:50])
+    assert (density.history_.train_rows, density.history_.validation_rows) == (300, 50)
+    assert density.history_.stop_reason == "patience"
+    assert density.n_iter_ == len(density.history_) < 200
+
+
+def test_small_data_takes_smaller_batches(x):
+    assert FlowDensity(**SMALL).fit(x[:3]).history_.train_rows == 2
+    assert FlowDensity(**SMALL, validation_fraction=None).fit(x[:2]).history_.train_rows == 2
+
+
+def test_verbose_prints_every_so_many_epochs(x, capsys):
+    FlowDensity(**SMALL | {"epochs": 5}, verbose=2).fit(x)
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in out] == ["FlowDensity epoch 2/5", "FlowDensity epoch 4/5"]
+    assert "validation" in out[0]
+    FlowDensity(**SMALL, verbose=True, validation_fraction=None).fit(x)
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 3
+    assert "validation" not in out[0]
+
+
+# --------------------------------------------------------------------------------------------------- outliers
+
+
+def test_outliers_are_found(x):
+    planted = np.vstack([x, np.full((6, 3), 6.0) * np.array([1, -1, 1])])
+    detector = FlowOutlierDetector(**SMALL, contamination=6 / 306)
+    verdict = detector.fit_predict(planted)
+    assert np.flatnonzero(verdict == -1).tolist() == list(range(300, 306))
+    scores = detector.score_samples(planted)
+    assert np.array_equal(detector.decision_function(planted), scores - detector.offset_)
+    assert detector.offset_ == np.quantile(scores, 6 / 306)
+    assert np.array_equal(detector.predict(planted), np.where(scores < detector.offset_, -1, 1))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5])
+def test_contamination_is_the_share_of_outliers(x, share):
+    verdict = FlowOutlierDetector(**SMALL, contamination=share).fit_predict(x)
+    assert (verdict == -1).mean() == pytest.approx(share, abs=1 / 300)
+
+
+def test_a_row_that_overflows_is_an_outlier(x):
+    far = np.array([[3e38, 3e38, 3e38], [0, 0, 0]])
+    detector = FlowOutlierDetector(**SMALL).fit(x)
+    assert detector.score_samples(far)[0] == -np.inf
+    assert detector.predict(far).tolist() == [-1, 1]
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 0.6, float("nan")])
+def test_contamination_out_of_range(x, share):
+    with pytest.raises(ValueError, match=r"contamination is .*, expected a share of the rows in \(0, 0.5\]"):
+        FlowOutlierDetector(contamination=share).fit(x)
+
+
+@pytest.mark.parametrize("share", ["auto", None, True])
+def test_contamination_of_a_wrong_type(x, share):
+    with pytest.raises(TypeError, match="contamination must be a real number"):
+        FlowOutlierDetector(contamination=share).fit(x)
+
+
+# ----------------------------------------------------------------------------------------------- conventions
+
+
+@BOTH
+def test_clone_and_pickle(estimator, x):
+    fitted = estimator(**SMALL).fit(x)
+    again = pickle.loads(pickle.dumps(fitted))
+    assert np.array_equal(again.score_samples(x), fitted.score_samples(x))
+    assert not hasattr(clone(fitted), "flow_")
+    assert clone(fitted).fit(x).flow_ == fitted.flow_
+
+
+def test_grid_search(x):
+    grid = {"num_flows": [1, 2], "hidden_sizes": [(4,), (8, 8)]}
+    search = GridSearchCV(FlowDensity(**SMALL), grid, cv=3).fit(x)
+    scores = search.cv_results_["mean_test_score"]
+    assert len(scores) == 4
+    assert len(set(scores)) == 4
+    assert search.best_score_ == scores.max()
+    assert search.best_estimator_.flow_.spec.hidden_sizes == search.best_params_["hidden_sizes"]
+
+
+def test_pipeline_with_frames(frame):
+    pipeline = make_pipeline(StandardScaler().set_output(transform="pandas"), FlowDensity(**SMALL)).fit(frame)
+    assert pipeline[-1].feature_names_in_.tolist() == ["a", "b", "c"]
+    assert np.isfinite(pipeline.score(frame))
+    assert isinstance(pipeline[-1].sample(2), np.ndarray)
+
+
+def test_feature_names(frame):
+    density = FlowDensity(**SMALL).fit(frame)
+    assert density.feature_names_in_.tolist() == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="must be in the same order"):
+        density.score_samples(frame[["b", "a", "c"]])
+    with pytest.raises(ValueError, match="feature names should match"):
+        FlowDensity(**SMALL).fit(frame, X_val=frame.rename(columns={"a": "d"}))
+    with pytest.warns(UserWarning, match="does not have valid feature names"):
+        density.score_samples(frame.to_numpy())
+    assert not hasattr(density.fit(frame.to_numpy()), "feature_names_in_")
+
+
+def test_docstrings_name_every_parameter_and_attribute(x):
+    for estimator in (FlowDensity, FlowOutlierDetector):
+        fitted = estimator(**SMALL).fit(x)
+        assert "{" not in estimator.__doc__
+        for name in [*fitted.get_params(), *(n for n in vars(fitted) if n.endswith("_"))]:
+            assert name in estimator.__doc__, name
+
+
+@BOTH
+@pytest.mark.parametrize("method", ["score_samples", "sample", "decision_function", "predict"])
+def test_unfitted(estimator, method, x):
+    if hasattr(estimator, method):
+        with pytest.raises(NotFittedError):
+            getattr(estimator(), method)(3 if method == "sample" else x)
+
+
+# ------------------------------------------------------------------------------------------------------ refusals
+
+
+def with_values(x, row, column, value):
+    changed = x.copy()
+    changed[row, column] = value
+    return changed
+
+
+def constant(x):
+    return np.column_stack([x[:, 0], np.full(len(x), 5.0)])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda x: with_values(x, 3, 1, np.nan), "contains NaN"),
+        (lambda x: with_values(x, 3, 1, np.inf), "contains infinity"),
+        (lambda x: x[:1], "1 sample"),
+        (lambda x: x[:2], "of which 1 set aside for validation.*validation_fraction=None"),
+        (lambda x: x[:0], "0 sample"),
+        (lambda x: x[:, :1], r"1 feature\(s\).*minimum of 2.*KernelDensity"),
+        (constant, "X is constant in feature 1"),
+        (lambda x: x + 1.7e9, "X is constant in features 0, 1, 2 .in float32"),
+        (lambda x: x * 1e300, "too large for float32 in features 0, 1, 2"),
+        (lambda x: [["a", "b"]] * 20, "could not convert string to float"),
+    ],
+)
+def test_data_that_is_refused(x, damage, message):
+    with pytest.raises(ValueError, match=message):
+        FlowDensity(**SMALL).fit(damage(x))
+
+
+def test_constant_feature_is_named(frame):
+    with pytest.raises(ValueError, match="X is constant in feature 'b'"):
+        FlowDensity(**SMALL).fit(frame.assign(b=1.0))
+
+
+def test_rounding_that_blurs_is_warned_of(x):
+    with pytest.warns(UserWarning, match="rounding to float32 blurs features 0, 1, 2"):
+        FlowDensity(**SMALL).fit(x + 1e6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FlowDensity(**SMALL).fit(x + 100)
+        wide = FlowDensity(**SMALL, dtype="float64").fit(x + 1e6)
+    assert wide.score(x + 1e6) == pytest.approx(FlowDensity(**SMALL, dtype="float64").fit(x).score(x), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"epochs": 0}, ValueError, "epochs is 0"),
+        ({"batch_size": 0}, ValueError, "batch_size is 0"),
+        ({"batch_size": 2.5}, TypeError, "batch_size must be an integer"),
+        ({"hidden_sizes": 5}, TypeError, "hidden_sizes must be a sequence"),
+        ({"activation": "x"}, ValueError, "activation is 'x'"),
+        ({"dtype": "int32"}, ValueError, "dtype is 'int32', expected 'float32' or 'float64'"),
+        ({"validation_fraction": 0}, ValueError, r"validation_fraction is 0.0, expected .* \(0, 1\), or None"),
+        ({"validation_fraction": 1}, ValueError, "validation_fraction is 1.0"),
+        ({"validation_fraction": "x"}, TypeError, "validation_fraction must be a real number"),
+        ({"validation_fraction": None, "patience": 3}, ValueError, "patience is 3, which needs validation rows"),
+        ({"random_state": -1}, ValueError, "random_state is -1"),
+        ({"verbose": "loud"}, TypeError, "verbose must be an integer"),
+        ({"verbose": -1}, ValueError, "verbose is -1"),
+        ({"device": "tpu"}, ValueError, "device is 'tpu'"),
+        ({"precision": "tf32"}, ValueError, "precision is 'tf32'"),
+    ],
+)
+def test_options_that_are_refused(x, options, kind, message):
+    with pytest.raises(kind, match=message):
+        FlowDensity(**SMALL | options).fit(x)
+
+
+@pytest.mark.parametrize(("count", "kind"), [(-1, ValueError), (2.5, TypeError), (True, TypeError)])
+def test_sample_sizes_that_are_refused(x, count, kind):
+    with pytest.raises(kind, match="n_samples"):
+        FlowDensity(**SMALL).fit(x).sample(count)
+
+
+def test_absence_of_scikit_learn_names_the_extra(run_python):
+    script = """
+import sys
+sys.modules["sklearn"] = None
+try:
+    import nvpflow.sklearn
+except ImportError as error:
+    print(error)
+"""
+    assert 'pip install "nvpflow[sklearn]"' in run_python(script)
