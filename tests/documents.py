@@ -162,14 +162,15 @@ def matches(printed: str, expected: Block) -> bool:
 
 def sources() -> str:
     """Return the sources in one string, literals that the compiler joins joined and escapes undone."""
-    files = [p for folder in ("cpp", "cuda", "python") for p in (ROOT / folder).rglob("*")]
-    kinds = {".cpp", ".hpp", ".cu", ".cuh", ".h", ".py"}
+    files = [ROOT / "CMakeLists.txt", *(p for folder in ("cpp", "cuda", "python") for p in (ROOT / folder).rglob("*"))]
+    kinds = {".cpp", ".hpp", ".cu", ".cuh", ".h", ".py", ".txt"}
     text = "\n".join(p.read_text(encoding="utf-8") for p in files if p.suffix in kinds)
     text = re.sub(r'"\s*\n\s*f?"', "", text)
     return text.replace('\\"', '"')
 
 
 def occurs(message: str, text: str) -> bool:
-    """Tell whether all fixed parts of a message, between its dots, occur in the sources."""
-    parts = [part.strip() for part in message.strip().split("...")]
-    return all(part in text for part in parts if part)
+    """Tell whether the fixed parts of a message, between its dots, follow one another closely in the sources."""
+    message = re.sub(r"^(CMake )?\w*(Error|Exception|Interrupt): ", "", message.strip())
+    parts = [re.escape(part.strip()) for part in message.split("...") if part.strip()]
+    return re.search(r"[\s\S]{0,300}?".join(parts), text) is not None
