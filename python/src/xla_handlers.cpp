@@ -301,18 +301,9 @@ void transform_vjp(const xla::CallFrame& frame) {
 /// x, grad_log_prob -> grad_x, grad_parameters
 void log_prob_vjp(const xla::CallFrame& frame) {
   const Call call(frame, 2, 2);
-  const void* x = call.input(0, call.matrix());
-  const void* grad = call.input(1, call.vector());
-  by_dtype(call.dtype(), [&](auto t) {
-    using T = decltype(t);
-    // d log N(z; 0, I) = -z dz: the cotangent of z is -z times that of log_prob.
-    std::vector<T> z(static_cast<std::size_t>(call.rows() * call.features()));
-    call.backend().transform(Direction::forward, x, call.rows(), z.data(), nullptr, call.how());
-    const auto* g = static_cast<const T*>(grad);
-    for (std::size_t i = 0; i < z.size(); ++i) z[i] *= -g[i / static_cast<std::size_t>(call.features())];
-    call.backend().vjp(Direction::forward, x, call.rows(), z.data(), grad, call.optional_output(0, call.matrix()),
-                       call.optional_output(1, call.flat()), false, call.how());
-  });
+  call.backend().log_prob_vjp(call.input(0, call.matrix()), call.rows(), call.input(1, call.vector()), nullptr,
+                              call.optional_output(0, call.matrix()), call.optional_output(1, call.flat()), false,
+                              call.how());
 }
 
 /// x -> nll, its gradient by the parameters
