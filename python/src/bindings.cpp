@@ -374,13 +374,15 @@ py::object copy_flat_parameters(const BoundFlow& self) {
   return copy.array;
 }
 
-py::list layout(const BoundFlow& self) {
+py::list tensors_of(const ParamLayout& layout) {
   py::list list;
-  for (const TensorInfo& t : self.flow.layout().tensors()) {
+  for (const TensorInfo& t : layout.tensors()) {
     list.append(py::make_tuple(t.name, py::tuple(py::cast(t.shape)), t.offset));
   }
   return list;
 }
+
+py::list layout(const BoundFlow& self) { return tensors_of(self.flow.layout()); }
 
 // ---- training ----------------------------------------------------------------------------------------------------
 
@@ -721,11 +723,11 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   module.def("cuda_why_unavailable", &cuda_why_unavailable, py::call_guard<GilReleased>());
   module.def("cuda_device_count", &cuda_device_count, py::call_guard<GilReleased>());
   module.def("cuda_device_name", &cuda_device_name, py::arg("index"));
-  module.def("_xla_handlers", &xla_handlers);
-  module.def("_release_xla_memory", &release_xla_memory, py::call_guard<GilReleased>());
   bind_device_array(module);
   bind_spec(module);
   bind_flow(module);
+  module.def("_layout_of", [](const FlowSpec& spec) { return tensors_of(ParamLayout(spec)); });
+  module.def("_xla_handlers", &xla_handlers);
 }
 
 }  // namespace nvpflow::python

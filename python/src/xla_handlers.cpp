@@ -5,20 +5,22 @@
 // stands in attributes: a handler is a function of what XLA hands it, so that programs can be cached on disk, exported
 // and run in another process.
 //
-// The kernels read parameters in a packed form. XLA's buffers change hands without notice, so an address proves nothing,
-// and every call compares all bytes of its parameters with those that were packed.
+// The kernels read parameters in a packed form. XLA's buffers change hands without notice, so an address proves
+// nothing, and every call compares all bytes of its parameters with those that were packed.
 
 #include "xla_handlers.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cfenv>
+#include <cstddef>
 #include <cstring>
 #include <initializer_list>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include <nvpflow/backend.hpp>
@@ -70,11 +72,6 @@ class Model {
     return copy;
   }
 
-  void release() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    copies_.clear();
-  }
-
  private:
   /// Two, so that a program that goes back and forth between two sets (an average beside the weights that are trained)
   /// does not pack them every time.
@@ -114,6 +111,7 @@ class Model {
     if (copies_.size() < kCopies) return nullptr;
     for (auto copy = copies_.end(); copy-- != copies_.begin();) {
       if (copy->use_count() > 1) continue;
+      std::atomic_thread_fence(std::memory_order_acquire);  // whoever let it go has read it
       std::shared_ptr<Packed> idle = std::move(*copy);
       copies_.erase(copy);
       return idle;
@@ -125,9 +123,13 @@ class Model {
   std::vector<std::shared_ptr<Packed>> copies_;  // the last used first
 };
 
+/// The models that were called last, the latest first: a process that goes through many keeps the memory of these
+/// alone.
 struct Models {
+  static constexpr std::size_t kKept = 8;
+
   std::mutex mutex;
-  std::map<std::string, std::unique_ptr<Model>, std::less<>> by_spec;
+  std::vector<std::pair<std::string, std::shared_ptr<Model>>> kept;
 };
 
 /// Never destroyed: XLA's threads may outlive static objects.
@@ -136,13 +138,17 @@ Models& models() {
   return all->get();
 }
 
-Model& model_of(std::string_view spec) {
+std::shared_ptr<Model> model_of(std::string_view spec) {
   Models& all = models();
   const std::lock_guard<std::mutex> lock(all.mutex);
-  const auto found = all.by_spec.find(spec);
-  if (found != all.by_spec.end()) return *found->second;
-  auto made = std::make_unique<Model>(spec_from_json(std::string(spec)));
-  return *all.by_spec.emplace(std::string(spec), std::move(made)).first->second;
+  auto found = std::find_if(all.kept.begin(), all.kept.end(), [&](const auto& entry) { return entry.first == spec; });
+  if (found == all.kept.end()) {
+    auto made = std::make_shared<Model>(spec_from_json(std::string(spec)));
+    if (all.kept.size() == Models::kKept) all.kept.pop_back();
+    found = all.kept.emplace(all.kept.end(), std::string(spec), std::move(made));
+  }
+  std::rotate(all.kept.begin(), found, found + 1);
+  return all.kept.front().second;
 }
 
 // ---- one call -------------------------------------------------------------------------------------------------------
@@ -170,7 +176,7 @@ class Call {
         model_(model_of(text("spec"))),
         how_(static_cast<int>(std::clamp<std::int64_t>(number("num_threads"), 0, 4096))) {
     if (how_.threads == 0) how_.threads = available_threads();
-    const std::size_t tensors = model_.layout.tensors().size();
+    const std::size_t tensors = model_->layout.tensors().size();
     if (frame.args.size != static_cast<std::int64_t>(inputs + tensors) ||
         frame.rets.size != static_cast<std::int64_t>(outputs)) {
       fail("the call has " + std::to_string(frame.args.size) + " arguments and " + std::to_string(frame.rets.size) +
@@ -182,24 +188,24 @@ class Call {
     std::vector<const unsigned char*> parameters(tensors);
     for (std::size_t i = 0; i < tensors; ++i) {
       const xla::Buffer& tensor = argument(inputs + i);
-      check(tensor, model_.layout.tensors()[i].shape, model_.layout.tensors()[i].name);
+      check(tensor, model_->layout.tensors()[i].shape, model_->layout.tensors()[i].name);
       parameters[i] = static_cast<const unsigned char*>(tensor.data);
     }
-    packed_ = model_.packed(parameters);
+    packed_ = model_->packed(parameters);
   }
 
   const Backend& backend() const { return *packed_->backend; }
   const Execution& how() const { return how_; }
-  DType dtype() const { return model_.spec.dtype; }
+  DType dtype() const { return model_->spec.dtype; }
   std::int64_t rows() const { return rows_; }
-  std::int64_t features() const { return model_.spec.input_size; }
+  std::int64_t features() const { return model_->spec.input_size; }
 
   Direction direction() const { return number("inverse") == 0 ? Direction::forward : Direction::inverse; }
 
   using Shape = std::vector<std::int64_t>;
   Shape matrix() const { return {rows_, features()}; }
   Shape vector() const { return {rows_}; }
-  Shape flat() const { return {model_.layout.size()}; }
+  Shape flat() const { return {model_->layout.size()}; }
 
   const void* input(std::size_t i, const Shape& shape) const {
     return check(argument(i), shape, "argument " + std::to_string(i));
@@ -264,7 +270,7 @@ class Call {
   }
 
   const xla::CallFrame& frame_;
-  Model& model_;
+  std::shared_ptr<Model> model_;
   Execution how_;
   std::int64_t rows_ = 0;
   std::shared_ptr<const Packed> packed_;
@@ -293,9 +299,9 @@ void transform(const xla::CallFrame& frame) {
 /// in, grad_out, grad_log_det -> grad_in, grad_parameters
 void transform_vjp(const xla::CallFrame& frame) {
   const Call call(frame, 3, 2);
-  call.backend().vjp(call.direction(), call.input(0, call.matrix()), call.rows(),
-                     call.optional_input(1, call.matrix()), call.optional_input(2, call.vector()),
-                     call.optional_output(0, call.matrix()), call.optional_output(1, call.flat()), false, call.how());
+  call.backend().vjp(call.direction(), call.input(0, call.matrix()), call.rows(), call.optional_input(1, call.matrix()),
+                     call.optional_input(2, call.vector()), call.optional_output(0, call.matrix()),
+                     call.optional_output(1, call.flat()), false, call.how());
 }
 
 /// x, grad_log_prob -> grad_x, grad_parameters
@@ -313,10 +319,9 @@ void nll(const xla::CallFrame& frame) {
   void* value = call.output(0, {});
   void* gradient = call.optional_output(1, call.flat());
   if (call.rows() == 0) fail("x has no rows: the mean over an empty batch is not defined");
-  const double sum =
-      gradient == nullptr
-          ? call.backend().sum_log_prob(x, nullptr, call.rows(), call.how())
-          : call.backend().nll_gradient(x, nullptr, call.rows(), call.rows(), gradient, false, call.how());
+  const double sum = gradient == nullptr ? call.backend().sum_log_prob(x, nullptr, call.rows(), call.how())
+                                         : call.backend().nll_gradient(x, nullptr, call.rows(), call.rows(), gradient,
+                                                                       false, call.how());
   by_dtype(call.dtype(), [&](auto t) {
     *static_cast<decltype(t)*>(value) = static_cast<decltype(t)>(-sum / static_cast<double>(call.rows()));
   });
@@ -329,22 +334,43 @@ xla::Error* error_of(const xla::CallFrame& frame, xla::ErrorCode code, const cha
   return frame.api->error_create(&args);
 }
 
-/// Before it registers a handler, XLA asks for the interface that it was written for.
+/// Before it registers a handler, XLA asks for the version of the interface that the handler was written for, and
+/// refuses what it does not support. The answer is XLA's own version where the two fit.
 bool answers_for_metadata(const xla::CallFrame& frame) {
   for (xla::Extension* extension = frame.extension_start; extension != nullptr; extension = extension->next) {
     if (extension->type != xla::ExtensionType::metadata) continue;
+    const xla::ApiVersion& theirs = frame.api->api_version;
+    const int minor = theirs.major_version == xla::kMajor
+                          ? std::clamp(theirs.minor_version, xla::kOldestMinor, xla::kNewestMinor)
+                          : xla::kNewestMinor;
     xla::Metadata& metadata = *reinterpret_cast<xla::MetadataExtension*>(extension)->metadata;
-    metadata.api_version = {sizeof(xla::ApiVersion), nullptr, xla::kMajor, xla::kMinor};
+    metadata.api_version = {sizeof(xla::ApiVersion), nullptr, xla::kMajor, minor};
     metadata.traits = 0;
     return true;
   }
   return false;
 }
 
+/// Whether everything that is read of a call is there. What has been registered is called by the XLA that registered
+/// it, so this holds unless the description in xla_ffi.h is wrong.
+void check_layout(const xla::CallFrame& frame) {
+  const xla::ApiVersion& theirs = frame.api->api_version;
+  if (theirs.major_version == xla::kMajor && theirs.minor_version >= xla::kOldestMinor &&
+      frame.struct_size >= offsetof(xla::CallFrame, future) && frame.args.struct_size >= sizeof(xla::Arguments) &&
+      frame.rets.struct_size >= sizeof(xla::Results) && frame.attrs.struct_size >= sizeof(xla::Attributes)) {
+    return;
+  }
+  fail(
+      "nvpflow was written for versions 0.1 to 0.3 of XLA's foreign-function interface and what follows them; this "
+      "is " +
+      std::to_string(theirs.major_version) + "." + std::to_string(theirs.minor_version));
+}
+
 template <void (*run)(const xla::CallFrame&)>
 xla::Error* handler(xla::CallFrame* frame) {
   if (answers_for_metadata(*frame)) return nullptr;
   try {
+    check_layout(*frame);
     const DefaultFloatingPoint mode;
     run(*frame);
     return nullptr;
@@ -370,12 +396,6 @@ pybind11::dict xla_handlers() {
   pybind11::dict capsules;
   for (const auto& [name, address] : handlers) capsules[name] = pybind11::capsule(reinterpret_cast<void*>(address));
   return capsules;
-}
-
-void release_xla_memory() {
-  Models& all = models();
-  const std::lock_guard<std::mutex> lock(all.mutex);
-  for (const auto& [spec, model] : all.by_spec) model->release();
 }
 
 }  // namespace nvpflow::python

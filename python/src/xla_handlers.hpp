@@ -8,7 +8,4 @@ namespace nvpflow::python {
 /// A dict from the name of each handler to a capsule with its address, which jax.ffi.register_ffi_target takes.
 pybind11::dict xla_handlers();
 
-/// Gives the packed parameters back that no call is using.
-void release_xla_memory();
-
 }  // namespace nvpflow::python
