@@ -162,9 +162,7 @@ def nll(spec: FlowSpec, parameters: Mapping[str, Any], x: Any, *, num_threads: i
     return _nll(call, rows, tensors)  # type: ignore[no-any-return]
 
 
-def sample(
-    spec: FlowSpec, parameters: Mapping[str, Any], key: jax.Array, n: int, *, num_threads: int = 0
-) -> jax.Array:
+def sample(spec: FlowSpec, parameters: Mapping[str, Any], key: jax.Array, n: int, *, num_threads: int = 0) -> jax.Array:
     """Return n rows [n, D], differentiable by the parameters: the inverse of ``jax.random.normal(key, (n, D))``.
 
     Parameters
@@ -421,6 +419,4 @@ def _unpacked(rows: Any, tensors: Any) -> tuple[Any, Any, Any, Any]:
 
 def _parts(call: _Call, flat: jax.Array) -> tuple[jax.Array, ...]:
     """Split the gradient of all parameters into those of each."""
-    return tuple(
-        flat[offset : offset + math.prod(shape)].reshape(shape) for _, shape, offset in _layout(call.spec)
-    )
+    return tuple(flat[offset : offset + math.prod(shape)].reshape(shape) for _, shape, offset in _layout(call.spec))

@@ -726,7 +726,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   bind_device_array(module);
   bind_spec(module);
   bind_flow(module);
-  module.def("_layout_of", [](const FlowSpec& spec) { return tensors_of(ParamLayout(spec)); });
+  module.def("_layout_of", [](const BoundSpec& spec) { return tensors_of(ParamLayout(spec)); });
   module.def("_xla_handlers", &xla_handlers);
 }
 
