@@ -201,7 +201,7 @@ def _check_spec(spec: Any) -> None:
 
 
 def _check_x64(spec: FlowSpec) -> None:
-    if spec.dtype == "float64" and jnp.zeros(0, np.float64).dtype != np.float64:
+    if spec.dtype == "float64" and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
         raise TypeError(
             'the flow is a float64 one, and JAX makes float32 of its arrays; jax.config.update("jax_enable_x64", True) '
             'ends that, flow.astype("float32") gives a flow without the need'
@@ -261,18 +261,18 @@ class _Call:
     results: tuple[str, ...] = ()
 
     def of_kind(self, kind: str) -> _Call:
-        """The function itself: "forward", "inverse" or "log_prob"."""
+        """Return the call of "forward", "inverse" or "log_prob"."""
         if kind == "log_prob":
             return self._of("log_prob", False, "row")
         return self._of("transform", kind == "inverse", "rows", "row")
 
     def vjp(self, of_rows: bool, of_parameters: bool) -> _Call:
-        """Its vector-Jacobian product."""
+        """Return the call of its vector-Jacobian product."""
         wanted = ("rows" if of_rows else "absent", "parameters" if of_parameters else "absent")
         return self._of(f"{self.handler.removeprefix('nvpflow_')}_vjp", self.inverse, *wanted)
 
     def nll(self, of_parameters: bool) -> _Call:
-        """The mean of -log p and its gradient."""
+        """Return the call of the mean of -log p and its gradient."""
         return self._of("nll", False, "mean", "parameters" if of_parameters else "absent")
 
     def _of(self, handler: str, inverse: bool, *results: str) -> _Call:
@@ -284,7 +284,7 @@ class _Call:
         return all(result in ("rows", "row", "absent") for result in self.results)
 
     def shapes(self, rows: int) -> list[jax.ShapeDtypeStruct]:
-        """Shapes of the results of a call on so many rows."""
+        """Return the shapes of the results of a call on so many rows."""
         _, last, offset = _layout(self.spec)[-1]
         shapes: dict[str, tuple[int, ...]] = {
             "rows": (rows, self.spec.input_size),
@@ -296,6 +296,7 @@ class _Call:
         return [jax.ShapeDtypeStruct(shapes[result], self.spec.dtype) for result in self.results]
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _run(call: _Call, inputs: tuple[jax.Array, ...], tensors: tuple[jax.Array, ...]) -> list[jax.Array]:
     """Call a handler; under vmap once with all rows, or as often as there are sets of parameters."""
 
@@ -326,6 +327,14 @@ def _run(call: _Call, inputs: tuple[jax.Array, ...], tensors: tuple[jax.Array, .
     return run(inputs, tensors)  # type: ignore[no-any-return]
 
 
+@_run.defjvp
+def _no_second_derivatives(call: _Call, primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(
+        "nvpflow.jax has first derivatives only, by reverse mode: a gradient of its functions cannot be differentiated "
+        "again"
+    )
+
+
 def _run_one_by_one(
     call: _Call, batched: Any, inputs: tuple[jax.Array, ...], tensors: tuple[jax.Array, ...]
 ) -> list[jax.Array]:
@@ -338,19 +347,6 @@ def _run_one_by_one(
         return _run(call, tuple(every[: len(inputs)]), tuple(every[len(inputs) :]))
 
     return jax.lax.map(one, [array for flag, array in zip(flags, arrays, strict=True) if flag])  # type: ignore[no-any-return]
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _run_gradient(call: _Call, inputs: tuple[jax.Array, ...], tensors: tuple[jax.Array, ...]) -> list[jax.Array]:
-    return _run(call, inputs, tensors)
-
-
-@_run_gradient.defjvp
-def _no_second_derivatives(call: _Call, primals: Any, tangents: Any) -> Any:
-    raise NotImplementedError(
-        "nvpflow.jax has first derivatives only, by reverse mode: a gradient of its functions cannot be differentiated "
-        "again"
-    )
 
 
 # ---- derivatives -----------------------------------------------------------------------------------------------------
@@ -377,7 +373,7 @@ def _values_backward(call: _Call, residuals: Any, cotangents: list[Any]) -> tupl
     if all(c is zero for c in given):
         return None, None
     gradient_call = call.vjp(of_rows is not None, of_parameters is not None)
-    of_rows_value, flat = _run_gradient(gradient_call, (rows, *given), tensors)
+    of_rows_value, flat = _run(gradient_call, (rows, *given), tensors)
     return of_rows_value if of_rows is not None else None, _parts(call, flat) if of_parameters is not None else None
 
 
@@ -392,7 +388,7 @@ def _nll(call: _Call, rows: jax.Array, tensors: tuple[jax.Array, ...]) -> jax.Ar
 def _nll_forward(call: _Call, rows: Any, tensors: Any) -> Any:
     rows, of_rows, tensors, of_parameters = _unpacked(rows, tensors)
     if of_rows is None and of_parameters is not None:
-        value, flat = _run_gradient(call.nll(of_parameters=True), (rows,), tensors)
+        value, flat = _run(call.nll(of_parameters=True), (rows,), tensors)
         return value, flat
     value, _ = _run(call.nll(of_parameters=False), (rows,), tensors)
     return value, (rows, of_rows, tensors, of_parameters)
