@@ -627,14 +627,15 @@ def handler_of(name):
 
 
 @pytest.mark.parametrize(
-    ("theirs", "answer"), [((0, 1), (0, 1)), ((0, 2), (0, 2)), ((0, 3), (0, 3)), ((0, 9), (0, 3)), ((1, 0), (0, 3))]
+    ("theirs", "answer"),
+    [((0, 1), (0, 1)), ((0, 2), (0, 2)), ((0, 3), (0, 3)), ((0, 9), (0, 3)), ((1, 0), (0, 3)), (None, (0, 1))],
 )
 def test_versions_of_the_interface(theirs, answer):
     """XLA asks which version a handler speaks, and refuses to register what it does not support."""
     metadata = Metadata(ctypes.sizeof(Metadata))
     extension = Extension(ctypes.sizeof(Extension), 1, None, ctypes.addressof(metadata))
-    api = Api(ctypes.sizeof(Api), None, Version(ctypes.sizeof(Version), None, *theirs))
-    frame = Frame(ctypes.sizeof(Frame), ctypes.addressof(extension), ctypes.addressof(api))
+    api = Api(ctypes.sizeof(Api), None, Version(ctypes.sizeof(Version), None, *(theirs or (0, 0))))
+    frame = Frame(ctypes.sizeof(Frame), ctypes.addressof(extension), ctypes.addressof(api) if theirs else None)
     assert handler_of("nvpflow_log_prob")(ctypes.addressof(frame)) is None
     assert (metadata.version.major, metadata.version.minor) == answer
 

@@ -45,8 +45,8 @@ def _register() -> None:
             jax.ffi.register_ffi_target(name, handler, platform="cpu")
         except Exception as error:
             raise ImportError(
-                f"jaxlib {jaxlib.__version__} does not take nvpflow's functions, which were written for versions 0.1 to "
-                f"0.3 of XLA's foreign-function interface: {error}. Install another jaxlib or a newer nvpflow"
+                f"jaxlib {jaxlib.__version__} does not take nvpflow's functions, written for versions 0.1 to 0.3 of "
+                f"XLA's foreign-function interface: {error}. Install another jaxlib or a newer nvpflow"
             ) from error
 
 
@@ -316,7 +316,7 @@ def _run(call: _Call, inputs: tuple[jax.Array, ...], tensors: tuple[jax.Array, .
             if not is_batched and array.shape != _ABSENT:
                 array = jnp.broadcast_to(array, (count, *array.shape))
             merged.append(array.reshape(count * rows, *array.shape[2:]) if array.shape != _ABSENT else array)
-        results = _run(call, tuple(merged), tensors)
+        results: list[jax.Array] = _run(call, tuple(merged), tensors)
         are_batched = [result != "absent" for result in call.results]
         split = [
             result.reshape(count, rows, *result.shape[1:]) if is_batched else result
@@ -344,7 +344,7 @@ def _run_one_by_one(
     def one(moving: list[jax.Array]) -> list[jax.Array]:
         left = iter(moving)
         every = [next(left) if flag else array for flag, array in zip(flags, arrays, strict=True)]
-        return _run(call, tuple(every[: len(inputs)]), tuple(every[len(inputs) :]))
+        return _run(call, tuple(every[: len(inputs)]), tuple(every[len(inputs) :]))  # type: ignore[no-any-return]
 
     return jax.lax.map(one, [array for flag, array in zip(flags, arrays, strict=True) if flag])  # type: ignore[no-any-return]
 
@@ -358,7 +358,7 @@ _WANTED = ()
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _values(call: _Call, rows: jax.Array, tensors: tuple[jax.Array, ...]) -> list[jax.Array]:
-    return _run(call, (rows,), tensors)
+    return _run(call, (rows,), tensors)  # type: ignore[no-any-return]
 
 
 def _values_forward(call: _Call, rows: Any, tensors: Any) -> Any:

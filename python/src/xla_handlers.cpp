@@ -334,17 +334,20 @@ xla::Error* error_of(const xla::CallFrame& frame, xla::ErrorCode code, const cha
   return frame.api->error_create(&args);
 }
 
-/// Before it registers a handler, XLA asks for the version of the interface that the handler was written for, and
-/// refuses what it does not support. The answer is XLA's own version where the two fit.
+/// The version that a handler says it was written for: XLA's own, where the two fit. XLA refuses what it does not
+/// support. Of the jaxlibs that send no functions along with the question (api is null), 0.5 takes 0.1 alone.
+int spoken_minor(const xla::Api* api) {
+  if (api == nullptr) return xla::kOldestMinor;
+  if (api->api_version.major_version != xla::kMajor) return xla::kNewestMinor;
+  return std::clamp(api->api_version.minor_version, xla::kOldestMinor, xla::kNewestMinor);
+}
+
+/// Before it registers a handler, XLA asks for the version of the interface that it was written for.
 bool answers_for_metadata(const xla::CallFrame& frame) {
   for (xla::Extension* extension = frame.extension_start; extension != nullptr; extension = extension->next) {
     if (extension->type != xla::ExtensionType::metadata) continue;
-    const xla::ApiVersion& theirs = frame.api->api_version;
-    const int minor = theirs.major_version == xla::kMajor
-                          ? std::clamp(theirs.minor_version, xla::kOldestMinor, xla::kNewestMinor)
-                          : xla::kNewestMinor;
     xla::Metadata& metadata = *reinterpret_cast<xla::MetadataExtension*>(extension)->metadata;
-    metadata.api_version = {sizeof(xla::ApiVersion), nullptr, xla::kMajor, minor};
+    metadata.api_version = {sizeof(xla::ApiVersion), nullptr, xla::kMajor, spoken_minor(frame.api)};
     metadata.traits = 0;
     return true;
   }
