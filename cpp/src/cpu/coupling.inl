@@ -42,7 +42,7 @@ constexpr int64_t kMaxFewRows = kLanes<T> - 1;
 
 template <class T>
 NVPFLOW_INLINE Vec<T> rectify(Vec<T> x, Act act) {
-  if (act == Act::relu) return x < T(0) ? set1(T(0)) : x;
+  if (act == Act::relu) return at_least(x, T(0));
   if (act == Act::leaky_relu) return x < T(0) ? x * T(0.01) : x;
   return x;
 }
