@@ -2,7 +2,7 @@
 
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,3 +88,17 @@ def table(name: str, value: ArrayLike, dtype: DTypeLike, columns: int) -> NDArra
     if rows.ndim != 2 or rows.shape[1] != columns:
         raise ValueError(f"{name} has shape {rows.shape}, expected [N, {columns}]")
     return rows
+
+
+def names(name: str, given: Iterable[str], expected: Sequence[str]) -> None:
+    """Check that `given` holds the names that a flow's parameters have."""
+    found, known = dict.fromkeys(given), frozenset(expected)
+    if missing := [key for key in expected if key not in found]:
+        raise ValueError(f"{name} lacks {_listed(missing)}")
+    if unknown := [key for key in found if key not in known]:
+        raise ValueError(f"{name} holds names this flow does not have: {_listed(unknown)}")
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(map(repr, names[:5]))
+    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown

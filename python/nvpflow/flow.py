@@ -241,11 +241,7 @@ class Flow(_core.Flow):
             A dtype does not convert safely.
         """
         layout = self._layout()
-        names = {name for name, _, _ in layout}
-        if missing := [name for name, _, _ in layout if name not in parameters]:
-            raise ValueError(f"parameters lacks {_listed(missing)}")
-        if unknown := [name for name in parameters if name not in names]:
-            raise ValueError(f"parameters holds names this flow does not have: {_listed(unknown)}")
+        _checks.names("parameters", parameters, [name for name, _, _ in layout])
         flat = np.empty(self.num_parameters, dtype=self.spec.dtype)
         for name, shape, at in layout:
             values = _checks.array(f"parameters[{name!r}]", parameters[name], flat.dtype)
@@ -508,8 +504,3 @@ def _of_dtype(spec: FlowSpec, dtype: str) -> FlowSpec:
 
 def _size(shape: tuple[int, ...]) -> int:
     return int(np.prod(shape, dtype=np.int64))
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(map(repr, names[:5]))
-    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown

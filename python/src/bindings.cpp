@@ -19,6 +19,7 @@
 #include "../../cpp/src/parallel.hpp"
 #include "bound_flow.hpp"
 #include "device_arrays.hpp"
+#include "xla_handlers.hpp"
 
 namespace nvpflow::python {
 namespace {
@@ -373,13 +374,15 @@ py::object copy_flat_parameters(const BoundFlow& self) {
   return copy.array;
 }
 
-py::list layout(const BoundFlow& self) {
+py::list tensors_of(const ParamLayout& layout) {
   py::list list;
-  for (const TensorInfo& t : self.flow.layout().tensors()) {
+  for (const TensorInfo& t : layout.tensors()) {
     list.append(py::make_tuple(t.name, py::tuple(py::cast(t.shape)), t.offset));
   }
   return list;
 }
+
+py::list layout(const BoundFlow& self) { return tensors_of(self.flow.layout()); }
 
 // ---- training ----------------------------------------------------------------------------------------------------
 
@@ -723,6 +726,8 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   bind_device_array(module);
   bind_spec(module);
   bind_flow(module);
+  module.def("_layout_of", [](const BoundSpec& spec) { return tensors_of(ParamLayout(spec)); });
+  module.def("_xla_handlers", &xla_handlers);
 }
 
 }  // namespace nvpflow::python

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from configurations import Configuration, reference
-from peers import LEARNING_RATE, Peer, TorchPeer
+from peers import LEARNING_RATE, Jax, Peer, TorchPeer
 from timing import Call, Function
 
 # An epoch of training is about this much arithmetic, a fraction of a second, in 4 to 128 steps.
@@ -112,9 +112,34 @@ class NvpflowTorch(TorchPeer):
         return FlowModule(Nvpflow(configuration, 1).flow)
 
 
+class NvpflowJax(Jax):
+    """nvpflow.jax under jit, parameters as arguments; a training step as one writes it with optax."""
+
+    chunks = False
+
+    def __init__(self, configuration: Configuration, threads: int) -> None:
+        import nvpflow.jax
+
+        super().__init__(configuration, threads)
+        flow = Nvpflow(configuration, 1).flow
+        self.functions, self.spec, self.threads = nvpflow.jax, flow.spec, threads
+        self.parameters = nvpflow.jax.parameters(flow)
+
+    def function(self, op, x):
+        method, parameters = getattr(self.functions, op), self.parameters
+        compiled = self.jax.jit(lambda parameters, x: method(self.spec, parameters, x, num_threads=self.threads))
+        if op == "forward":
+            return lambda x: tuple(map(np.asarray, compiled(parameters, x)))
+        return lambda x: np.asarray(compiled(parameters, x))
+
+    def nll(self, parameters, x):
+        return self.functions.nll(self.spec, parameters, x, num_threads=self.threads)
+
+
 OURS: dict[str, type[Peer]] = {
     "nvpflow": Nvpflow,
     "nvpflow_new_array": NvpflowAllocating,
     "nvpflow_float64": NvpflowFloat64,
     "nvpflow_torch": NvpflowTorch,
+    "nvpflow_jax": NvpflowJax,
 }

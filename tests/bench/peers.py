@@ -137,7 +137,7 @@ class Jax(Peer):
     def __init__(self, configuration: Configuration, threads: int) -> None:
         import jax
 
-        self.layers = fused_layers(configuration)
+        self.layers = self.parameters = fused_layers(configuration)
         self.jax = jax
 
     def function(self, op, x):
@@ -149,20 +149,22 @@ class Jax(Peer):
             return lambda x: tuple(map(np.asarray, compiled(x)))
         return lambda x: np.asarray(compiled(x))
 
+    def nll(self, parameters, x):
+        import jax.numpy as jnp
+
+        return -_run_flow(jnp, parameters, "log_prob", x).mean()
+
     def train(self, x):
         import jax.numpy as jnp
         import optax
 
         adam = optax.adam(LEARNING_RATE)
-        parameters = self.jax.tree.map(jnp.asarray, self.layers)
+        parameters = self.jax.tree.map(jnp.array, self.parameters)  # copies: a step overwrites them
         state = (parameters, adam.init(parameters))
         x = jnp.asarray(x)
 
         def update(state, x):
-            def nll(parameters):
-                return -_run_flow(jnp, parameters, "log_prob", x).mean()
-
-            loss, gradient = self.jax.value_and_grad(nll)(state[0])
+            loss, gradient = self.jax.value_and_grad(self.nll)(state[0], x)
             updates, moments = adam.update(gradient, state[1])
             return (optax.apply_updates(state[0], updates), moments), loss
 

@@ -146,6 +146,8 @@ def takes_part(label: str, cell: Cell) -> bool:
         return cell.op == "log_prob" and cell.batch >= LARGE_BATCH
     if label == "nvpflow_torch":
         return cell.op == "train"
+    if label == "nvpflow_jax":
+        return cell.op == "train" or cell.batch in BATCHES_OF_SLOW_BUILDERS
     if label.startswith("nvpflow"):
         return True
     peer = PEERS[label.removesuffix("_chunks")]

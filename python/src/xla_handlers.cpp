@@ -1,0 +1,404 @@
+// XLA calls these on threads of its own, without the GIL, and nothing here takes it or touches Python, so that neither
+// can wait for the other.
+//
+// Arguments are the rows and cotangents of a call, then every parameter in the order of ParamLayout. What the call is
+// stands in attributes: a handler is a function of what XLA hands it, so that programs can be cached on disk, exported
+// and run in another process.
+//
+// The kernels read parameters in a packed form. XLA's buffers change hands without notice, so an address proves
+// nothing, and every call compares all bytes of its parameters with those that were packed.
+
+#include "xla_handlers.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cfenv>
+#include <cstddef>
+#include <cstring>
+#include <initializer_list>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include <nvpflow/backend.hpp>
+#include <nvpflow/error.hpp>
+#include <nvpflow/spec.hpp>
+
+#include "../../cpp/src/file_format.hpp"
+#include "../../cpp/src/parallel.hpp"
+#include "xla_ffi.h"
+
+namespace nvpflow::python {
+namespace {
+
+[[noreturn]] void fail(const std::string& message) { throw Error(ErrorCode::invalid_argument, message); }
+
+// ---- packed parameters ----------------------------------------------------------------------------------------------
+
+/// Parameters and what the kernels made of them; not changed while anybody else holds it.
+struct Packed {
+  std::vector<unsigned char> flat;
+  std::unique_ptr<Backend> backend;
+};
+
+/// One model of the process, with the parameters that it was last called with.
+class Model {
+ public:
+  explicit Model(FlowSpec s) : spec((s.validate(), std::move(s))), layout(spec) {}
+
+  const FlowSpec spec;
+  const ParamLayout layout;
+
+  /// Tensors in the order of the layout, of its sizes. The result may be used until it is let go.
+  std::shared_ptr<const Packed> packed(const std::vector<const unsigned char*>& tensors) {
+    for (const std::shared_ptr<Packed>& copy : copies()) {
+      if (holds(*copy, tensors)) {
+        put_first(copy);
+        return copy;
+      }
+    }
+    std::shared_ptr<Packed> copy = take_idle();
+    if (copy == nullptr) {
+      copy = std::make_shared<Packed>();
+      copy->flat.resize(static_cast<std::size_t>(layout.size() * size_of(spec.dtype)));
+      copy->backend = make_cpu_backend(spec, layout, Weights::full);
+    }
+    for (std::size_t i = 0; i < tensors.size(); ++i) std::memcpy(&copy->flat[place(i)], tensors[i], bytes(i));
+    copy->backend->set_parameters(copy->flat.data());
+    put_first(copy);
+    return copy;
+  }
+
+ private:
+  /// Two, so that a program that goes back and forth between two sets (an average beside the weights that are trained)
+  /// does not pack them every time.
+  static constexpr std::size_t kCopies = 2;
+
+  std::size_t place(std::size_t tensor) const {
+    return static_cast<std::size_t>(layout.tensors()[tensor].offset * size_of(spec.dtype));
+  }
+  std::size_t bytes(std::size_t tensor) const {
+    return static_cast<std::size_t>(layout.tensors()[tensor].size * size_of(spec.dtype));
+  }
+
+  bool holds(const Packed& copy, const std::vector<const unsigned char*>& tensors) const {
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      if (std::memcmp(&copy.flat[place(i)], tensors[i], bytes(i)) != 0) return false;
+    }
+    return true;
+  }
+
+  std::vector<std::shared_ptr<Packed>> copies() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return copies_;
+  }
+
+  void put_first(const std::shared_ptr<Packed>& copy) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = std::find(copies_.begin(), copies_.end(), copy);
+    if (found != copies_.end()) copies_.erase(found);
+    copies_.insert(copies_.begin(), copy);
+    if (copies_.size() > kCopies) copies_.pop_back();
+  }
+
+  /// Takes a copy that nobody uses out of the list, where that is full: the one used longest ago. References are only
+  /// handed out under the mutex, so a count of one stays one.
+  std::shared_ptr<Packed> take_idle() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (copies_.size() < kCopies) return nullptr;
+    for (auto copy = copies_.end(); copy-- != copies_.begin();) {
+      if (copy->use_count() > 1) continue;
+      std::atomic_thread_fence(std::memory_order_acquire);  // whoever let it go has read it
+      std::shared_ptr<Packed> idle = std::move(*copy);
+      copies_.erase(copy);
+      return idle;
+    }
+    return nullptr;
+  }
+
+  std::mutex mutex_;
+  std::vector<std::shared_ptr<Packed>> copies_;  // the last used first
+};
+
+/// The models that were called last, the latest first: a process that goes through many keeps the memory of these
+/// alone.
+struct Models {
+  static constexpr std::size_t kKept = 8;
+
+  std::mutex mutex;
+  std::vector<std::pair<std::string, std::shared_ptr<Model>>> kept;
+};
+
+/// Never destroyed: XLA's threads may outlive static objects.
+Models& models() {
+  static auto* all = new PerProcess<Models>;
+  return all->get();
+}
+
+std::shared_ptr<Model> model_of(std::string_view spec) {
+  Models& all = models();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  auto found = std::find_if(all.kept.begin(), all.kept.end(), [&](const auto& entry) { return entry.first == spec; });
+  if (found == all.kept.end()) {
+    auto made = std::make_shared<Model>(spec_from_json(std::string(spec)));
+    if (all.kept.size() == Models::kKept) all.kept.pop_back();
+    found = all.kept.emplace(all.kept.end(), std::string(spec), std::move(made));
+  }
+  std::rotate(all.kept.begin(), found, found + 1);
+  return all.kept.front().second;
+}
+
+// ---- one call -------------------------------------------------------------------------------------------------------
+
+/// XLA's threads flush subnormal numbers to zero; a flow has the same bits whoever calls it.
+class DefaultFloatingPoint {
+ public:
+  DefaultFloatingPoint() {
+    std::fegetenv(&callers_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~DefaultFloatingPoint() { std::fesetenv(&callers_); }
+  DefaultFloatingPoint(const DefaultFloatingPoint&) = delete;
+  DefaultFloatingPoint& operator=(const DefaultFloatingPoint&) = delete;
+
+ private:
+  std::fenv_t callers_;
+};
+
+/// What XLA hands over, checked: the sizes come from a program, which nvpflow.jax need not have written.
+class Call {
+ public:
+  Call(const xla::CallFrame& frame, std::size_t inputs, std::size_t outputs)
+      : frame_(frame),
+        model_(model_of(text("spec"))),
+        how_(static_cast<int>(std::clamp<std::int64_t>(number("num_threads"), 0, 4096))) {
+    if (how_.threads == 0) how_.threads = available_threads();
+    const std::size_t tensors = model_->layout.tensors().size();
+    if (frame.args.size != static_cast<std::int64_t>(inputs + tensors) ||
+        frame.rets.size != static_cast<std::int64_t>(outputs)) {
+      fail("the call has " + std::to_string(frame.args.size) + " arguments and " + std::to_string(frame.rets.size) +
+           " results, expected " + std::to_string(inputs + tensors) + " and " + std::to_string(outputs));
+    }
+    const xla::Buffer& x = argument(0);
+    if (x.rank != 2) fail("argument 0 has " + std::to_string(x.rank) + " axes, expected 2");
+    rows_ = x.dims[0];
+    std::vector<const unsigned char*> parameters(tensors);
+    for (std::size_t i = 0; i < tensors; ++i) {
+      const xla::Buffer& tensor = argument(inputs + i);
+      check(tensor, model_->layout.tensors()[i].shape, model_->layout.tensors()[i].name);
+      parameters[i] = static_cast<const unsigned char*>(tensor.data);
+    }
+    packed_ = model_->packed(parameters);
+  }
+
+  const Backend& backend() const { return *packed_->backend; }
+  const Execution& how() const { return how_; }
+  DType dtype() const { return model_->spec.dtype; }
+  std::int64_t rows() const { return rows_; }
+  std::int64_t features() const { return model_->spec.input_size; }
+
+  Direction direction() const { return number("inverse") == 0 ? Direction::forward : Direction::inverse; }
+
+  using Shape = std::vector<std::int64_t>;
+  Shape matrix() const { return {rows_, features()}; }
+  Shape vector() const { return {rows_}; }
+  Shape flat() const { return {model_->layout.size()}; }
+
+  const void* input(std::size_t i, const Shape& shape) const {
+    return check(argument(i), shape, "argument " + std::to_string(i));
+  }
+  /// Null for an argument of shape [0], which says zero.
+  const void* optional_input(std::size_t i, const Shape& shape) const {
+    return is_absent(argument(i)) ? nullptr : input(i, shape);
+  }
+  void* output(std::size_t i, const Shape& shape) const {
+    return check(result(i), shape, "result " + std::to_string(i));
+  }
+  /// Null for a result of shape [0], which says not wanted.
+  void* optional_output(std::size_t i, const Shape& shape) const {
+    return is_absent(result(i)) ? nullptr : output(i, shape);
+  }
+
+ private:
+  const void* attribute(std::string_view name, xla::AttributeType type) const {
+    const xla::Attributes& all = frame_.attrs;
+    for (std::int64_t i = 0; i < all.size; ++i) {
+      if (std::string_view(all.names[i]->ptr, all.names[i]->len) == name && all.types[i] == type) return all.attrs[i];
+    }
+    fail("the call has no attribute " + std::string(name) + " of the expected type");
+  }
+
+  std::string_view text(std::string_view name) const {
+    const auto& span = *static_cast<const xla::ByteSpan*>(attribute(name, xla::AttributeType::string));
+    return {span.ptr, span.len};
+  }
+
+  std::int64_t number(std::string_view name) const {
+    const auto& scalar = *static_cast<const xla::Scalar*>(attribute(name, xla::AttributeType::scalar));
+    if (scalar.dtype != xla::DataType::s64) fail("the attribute " + std::string(name) + " is not a 64-bit integer");
+    return *static_cast<const std::int64_t*>(scalar.value);
+  }
+
+  const xla::Buffer& argument(std::size_t i) const {
+    if (frame_.args.types[i] != xla::ArgumentType::buffer) fail("argument " + std::to_string(i) + " is no buffer");
+    return *static_cast<const xla::Buffer*>(frame_.args.args[i]);
+  }
+  const xla::Buffer& result(std::size_t i) const {
+    if (frame_.rets.types[i] != xla::ResultType::buffer) fail("result " + std::to_string(i) + " is no buffer");
+    return *static_cast<const xla::Buffer*>(frame_.rets.rets[i]);
+  }
+
+  static bool is_absent(const xla::Buffer& buffer) { return buffer.rank == 1 && buffer.dims[0] == 0; }
+
+  void* check(const xla::Buffer& buffer, const Shape& shape, const std::string& name) const {
+    if (buffer.dtype != (dtype() == DType::float32 ? xla::DataType::f32 : xla::DataType::f64)) {
+      fail(name + " has another dtype than the flow, " + std::string(name_of(dtype())));
+    }
+    if (!std::equal(shape.begin(), shape.end(), buffer.dims, buffer.dims + buffer.rank)) {
+      const auto shown = [](const std::int64_t* begin, const std::int64_t* end) {
+        std::string text;
+        for (; begin != end; ++begin) text += (text.empty() ? "" : ", ") + std::to_string(*begin);
+        return "[" + text + "]";
+      };
+      fail(name + " has shape " + shown(buffer.dims, buffer.dims + buffer.rank) + ", expected " +
+           shown(shape.data(), shape.data() + shape.size()));
+    }
+    return buffer.data;
+  }
+
+  const xla::CallFrame& frame_;
+  std::shared_ptr<Model> model_;
+  Execution how_;
+  std::int64_t rows_ = 0;
+  std::shared_ptr<const Packed> packed_;
+};
+
+template <class F>
+void by_dtype(DType dtype, F&& f) {
+  dtype == DType::float32 ? f(float{}) : f(double{});
+}
+
+// ---- the calls ------------------------------------------------------------------------------------------------------
+
+/// x -> log_prob
+void log_prob(const xla::CallFrame& frame) {
+  const Call call(frame, 1, 1);
+  call.backend().log_prob(call.input(0, call.matrix()), call.rows(), call.output(0, call.vector()), call.how());
+}
+
+/// in -> out, log_det
+void transform(const xla::CallFrame& frame) {
+  const Call call(frame, 1, 2);
+  call.backend().transform(call.direction(), call.input(0, call.matrix()), call.rows(), call.output(0, call.matrix()),
+                           call.output(1, call.vector()), call.how());
+}
+
+/// in, grad_out, grad_log_det -> grad_in, grad_parameters
+void transform_vjp(const xla::CallFrame& frame) {
+  const Call call(frame, 3, 2);
+  call.backend().vjp(call.direction(), call.input(0, call.matrix()), call.rows(), call.optional_input(1, call.matrix()),
+                     call.optional_input(2, call.vector()), call.optional_output(0, call.matrix()),
+                     call.optional_output(1, call.flat()), false, call.how());
+}
+
+/// x, grad_log_prob -> grad_x, grad_parameters
+void log_prob_vjp(const xla::CallFrame& frame) {
+  const Call call(frame, 2, 2);
+  call.backend().log_prob_vjp(call.input(0, call.matrix()), call.rows(), call.input(1, call.vector()), nullptr,
+                              call.optional_output(0, call.matrix()), call.optional_output(1, call.flat()), false,
+                              call.how());
+}
+
+/// x -> nll, its gradient by the parameters
+void nll(const xla::CallFrame& frame) {
+  const Call call(frame, 1, 2);
+  const void* x = call.input(0, call.matrix());
+  void* value = call.output(0, {});
+  void* gradient = call.optional_output(1, call.flat());
+  if (call.rows() == 0) fail("x has no rows: the mean over an empty batch is not defined");
+  const double sum = gradient == nullptr ? call.backend().sum_log_prob(x, nullptr, call.rows(), call.how())
+                                         : call.backend().nll_gradient(x, nullptr, call.rows(), call.rows(), gradient,
+                                                                       false, call.how());
+  by_dtype(call.dtype(), [&](auto t) {
+    *static_cast<decltype(t)*>(value) = static_cast<decltype(t)>(-sum / static_cast<double>(call.rows()));
+  });
+}
+
+// ---- handlers -------------------------------------------------------------------------------------------------------
+
+xla::Error* error_of(const xla::CallFrame& frame, xla::ErrorCode code, const char* message) {
+  xla::ErrorCreateArgs args{sizeof(xla::ErrorCreateArgs), nullptr, message, code};
+  return frame.api->error_create(&args);
+}
+
+/// The version that a handler says it was written for: XLA's own, where the two fit. XLA refuses what it does not
+/// support. Of the jaxlibs that send no functions along with the question (api is null), 0.5 takes 0.1 alone.
+int spoken_minor(const xla::Api* api) {
+  if (api == nullptr) return xla::kOldestMinor;
+  if (api->api_version.major_version != xla::kMajor) return xla::kNewestMinor;
+  return std::clamp(api->api_version.minor_version, xla::kOldestMinor, xla::kNewestMinor);
+}
+
+/// Before it registers a handler, XLA asks for the version of the interface that it was written for.
+bool answers_for_metadata(const xla::CallFrame& frame) {
+  for (xla::Extension* extension = frame.extension_start; extension != nullptr; extension = extension->next) {
+    if (extension->type != xla::ExtensionType::metadata) continue;
+    xla::Metadata& metadata = *reinterpret_cast<xla::MetadataExtension*>(extension)->metadata;
+    metadata.api_version = {sizeof(xla::ApiVersion), nullptr, xla::kMajor, spoken_minor(frame.api)};
+    metadata.traits = 0;
+    return true;
+  }
+  return false;
+}
+
+/// Whether everything that is read of a call is there. What has been registered is called by the XLA that registered
+/// it, so this holds unless the description in xla_ffi.h is wrong.
+void check_layout(const xla::CallFrame& frame) {
+  const xla::ApiVersion& theirs = frame.api->api_version;
+  if (theirs.major_version == xla::kMajor && theirs.minor_version >= xla::kOldestMinor &&
+      frame.struct_size >= offsetof(xla::CallFrame, future) && frame.args.struct_size >= sizeof(xla::Arguments) &&
+      frame.rets.struct_size >= sizeof(xla::Results) && frame.attrs.struct_size >= sizeof(xla::Attributes)) {
+    return;
+  }
+  fail(
+      "nvpflow was written for versions 0.1 to 0.3 of XLA's foreign-function interface and what follows them; this "
+      "is " +
+      std::to_string(theirs.major_version) + "." + std::to_string(theirs.minor_version));
+}
+
+template <void (*run)(const xla::CallFrame&)>
+xla::Error* handler(xla::CallFrame* frame) {
+  if (answers_for_metadata(*frame)) return nullptr;
+  try {
+    check_layout(*frame);
+    const DefaultFloatingPoint mode;
+    run(*frame);
+    return nullptr;
+  } catch (const Error& error) {
+    return error_of(*frame, xla::ErrorCode::invalid_argument, error.what());
+  } catch (const std::bad_alloc&) {
+    return error_of(*frame, xla::ErrorCode::resource_exhausted, "nvpflow: out of memory");
+  } catch (const std::exception& error) {
+    return error_of(*frame, xla::ErrorCode::internal, error.what());
+  }
+}
+
+}  // namespace
+
+pybind11::dict xla_handlers() {
+  const std::initializer_list<std::pair<const char*, xla::Handler*>> handlers = {
+      {"nvpflow_log_prob", &handler<&log_prob>},
+      {"nvpflow_transform", &handler<&transform>},
+      {"nvpflow_transform_vjp", &handler<&transform_vjp>},
+      {"nvpflow_log_prob_vjp", &handler<&log_prob_vjp>},
+      {"nvpflow_nll", &handler<&nll>},
+  };
+  pybind11::dict capsules;
+  for (const auto& [name, address] : handlers) capsules[name] = pybind11::capsule(reinterpret_cast<void*>(address));
+  return capsules;
+}
+
+}  // namespace nvpflow::python
