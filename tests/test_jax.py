@@ -174,7 +174,7 @@ def _cases():
             yield pytest.param(activation, kind, marks=[] if quick else [pytest.mark.slow])
 
 
-@pytest.mark.parametrize(("activation", "kind"), _cases())
+@pytest.mark.parametrize(("activation", "kind"), list(_cases()))
 def test_gradients_against_jaxs_own(make, kind, activation):
     flow, parameters, oracle = make(activation=activation, scale_bound=1.5)
     x = rows(8)
