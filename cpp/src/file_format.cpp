@@ -435,7 +435,8 @@ class TemporaryFile {
 
   /// Syncs, closes and renames.
   void become_target() {
-    if (uninterrupted([&] { return ::fsync(file_.number()); }) != 0) fail_io(target_, "cannot be synced to the disk", errno);
+    if (uninterrupted([&] { return ::fsync(file_.number()); }) != 0)
+      fail_io(target_, "cannot be synced to the disk", errno);
     if (file_.close() != 0) fail_io(target_, "cannot be closed", errno);
     if (::rename(path_.c_str(), target_.c_str()) != 0) fail_io(target_, "cannot be replaced", errno);
     path_.clear();

@@ -40,8 +40,8 @@ inline std::int64_t elements_of(std::span<const std::int64_t> shape) {
   return count;
 }
 
-/// Whether elements `unit` apart (1: strides in elements) lie one after the other, the last axis fastest. shape: one that
-/// elements_of knows; strides of axes of length 1 mean nothing.
+/// Whether elements `unit` apart (1: strides in elements) lie one after the other, the last axis fastest. shape: one
+/// that elements_of knows; strides of axes of length 1 mean nothing.
 inline bool is_c_contiguous(std::span<const std::int64_t> shape, std::span<const std::int64_t> strides,
                             std::int64_t unit) {
   if (strides.size() != shape.size()) return false;
@@ -54,9 +54,9 @@ inline bool is_c_contiguous(std::span<const std::int64_t> shape, std::span<const
   return true;
 }
 
-/// Strides in bytes of an array whose strides are given in elements, or not at all (null: C-contiguous). Nothing where an
-/// element would lie further from the first one than an address can tell. shape: one that elements_of knows, item_bytes
-/// up to 16.
+/// Strides in bytes of an array whose strides are given in elements, or not at all (null: C-contiguous). Nothing where
+/// an element would lie further from the first one than an address can tell. shape: one that elements_of knows,
+/// item_bytes up to 16.
 inline std::optional<std::vector<std::int64_t>> byte_strides(std::span<const std::int64_t> shape,
                                                              const std::int64_t* strides, std::int64_t item_bytes) {
   std::vector<std::int64_t> bytes(shape.size());

@@ -42,8 +42,7 @@ py::object capsule_of(PyObject* object, std::optional<std::intptr_t> stream) {
 
 void check_form(const DLTensor& tensor, const char* name) {
   const bool good = tensor.ndim >= 0 && tensor.ndim <= kMostAxes && (tensor.ndim == 0 || tensor.shape != nullptr) &&
-                    tensor.dtype.lanes == 1 &&
-                    elements_of({tensor.shape, static_cast<std::size_t>(tensor.ndim)}) >= 0;
+                    tensor.dtype.lanes == 1 && elements_of({tensor.shape, static_cast<std::size_t>(tensor.ndim)}) >= 0;
   if (!good) raise(PyExc_TypeError, std::string(name) + ".__dlpack__() gave a tensor of an impossible form");
 }
 

@@ -44,9 +44,7 @@ inline void* take_aligned(std::size_t size, std::align_val_t alignment) {
 #pragma GCC visibility push(default)
 void* operator new(std::size_t size) { return allocations::take(size); }
 void* operator new[](std::size_t size) { return allocations::take(size); }
-void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
-  return allocations::counted(std::malloc(size));
-}
+void* operator new(std::size_t size, const std::nothrow_t&) noexcept { return allocations::counted(std::malloc(size)); }
 void* operator new(std::size_t size, std::align_val_t alignment) {
   void* const p = allocations::take_aligned(size, alignment);
   if (p == nullptr) throw std::bad_alloc();

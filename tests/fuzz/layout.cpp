@@ -22,7 +22,10 @@ class Source {
   std::int64_t number() {
     const std::uint8_t kind = byte();
     if (kind < 200) return static_cast<std::int8_t>(kind - 60) / 8;
-    if (kind < 225) return static_cast<std::int64_t>((std::uint64_t{1} << (byte() % 64)) - (kind % 3)) * (kind % 2 ? 1 : -1);
+    if (kind < 225) {
+      const std::uint64_t size = (std::uint64_t{1} << (byte() % 64)) - kind % 3;
+      return static_cast<std::int64_t>(kind % 2 == 0 ? size : ~size + 1);
+    }
     std::uint64_t bits = 0;
     for (int i = 0; i < 8; ++i) bits = bits << 8 | byte();
     return static_cast<std::int64_t>(bits);
