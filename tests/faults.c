@@ -62,9 +62,9 @@ __attribute__((visibility("default"))) const char* faults_names(void) { return n
   do {                                                \
     const int here = chosen(#name);                   \
     if (here && action == FAIL) return (type)-1;      \
-    const type result = NEXT(name) arguments;         \
+    const type came = NEXT(name) arguments;           \
     if (here && action == KILL_AFTER) die();          \
-    return result;                                    \
+    return came;                                      \
   } while (0)
 
 #define MODE                                  \

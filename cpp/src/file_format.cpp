@@ -19,6 +19,7 @@
 #include <set>
 #include <string_view>
 #include <system_error>
+#include <tuple>
 #include <unordered_map>
 #include <unordered_set>
 #include <utility>
@@ -371,8 +372,9 @@ class ContainerReader {
     metadata_ = std::move(parser.metadata);
     tensors_ = std::move(parser.tensors);
     data_start_ = kLengthBytes + length;
+    // Tensors without elements share their places: their names make the order one.
     std::sort(tensors_.begin(), tensors_.end(), [](const StoredTensor& left, const StoredTensor& right) {
-      return std::pair(left.begin, left.end) < std::pair(right.begin, right.end);
+      return std::tie(left.begin, left.end, left.name) < std::tie(right.begin, right.end, right.name);
     });
     check_unique_names(path_, tensors_);
     check_places(path_, tensors_, data_size());

@@ -22,6 +22,8 @@ std::span<const npy_intp> shape_of(PyArrayObject* array) {
   return {PyArray_DIMS(array), static_cast<std::size_t>(PyArray_NDIM(array))};
 }
 
+using python::shape_text;  // beside the one below
+
 std::string shape_text(PyArrayObject* array) { return shape_text(shape_of(array)); }
 
 std::string dtype_text(PyArrayObject* array) { return text_of(reinterpret_cast<PyObject*>(PyArray_DESCR(array))); }

@@ -31,7 +31,7 @@ inline std::string shape_text(const std::vector<std::int64_t>& shape) {
 /// Elements of an array of this shape; -1 where no array can have it. Sizes that could not even stand beside each other
 /// without the axis of length 0 are refused, too: their strides would overflow.
 inline std::int64_t elements_of(std::span<const std::int64_t> shape) {
-  constexpr std::int64_t kMost = std::int64_t{1} << 59;
+  constexpr std::int64_t kMost = std::int64_t{1} << 58;  // of 16 bytes, and a sign
   std::int64_t room = kMost, count = 1;
   for (const std::int64_t extent : shape) {
     if (extent < 0 || (room /= std::max<std::int64_t>(1, extent)) == 0) return -1;

@@ -45,7 +45,7 @@ using Wide = __int128;
 
 /// What elements_of promises, in numbers too wide to overflow.
 std::int64_t slow_elements(const std::vector<std::int64_t>& shape) {
-  constexpr Wide kMost = Wide{1} << 59;
+  constexpr Wide kMost = Wide{1} << 58;
   Wide count = 1, beside = 1;
   for (const std::int64_t extent : shape) {
     if (extent < 0) return -1;
@@ -159,7 +159,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     }
   }
   constexpr std::int64_t kFew = 4096;
-  std::int64_t beside = 1;  // no more than 2^59, as `elements` is known
+  std::int64_t beside = 1;  // no more than 2^58, as `elements` is known
   for (const std::int64_t extent : shape) beside *= std::max<std::int64_t>(1, extent);
   const bool enumerable = beside <= kFew;
   check_strides(shape, strides.data(), item, enumerable);
