@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "file_format.hpp"
+#include "metadata.hpp"
 
 namespace nvpflow {
 namespace {

@@ -27,6 +27,8 @@
 #include <nlohmann/json.hpp>
 #include <nvpflow/flow.hpp>
 
+#include "metadata.hpp"
+
 namespace nvpflow {
 namespace {
 
@@ -479,7 +481,11 @@ std::filesystem::path follow_links(const std::string& path) {
   constexpr int kMostLinks = 40;  // as Linux itself
   for (int i = 0; i < kMostLinks; ++i) {
     std::error_code error;
-    if (!std::filesystem::is_symlink(std::filesystem::symlink_status(target, error))) return target;
+    const std::filesystem::file_status status = std::filesystem::symlink_status(target, error);
+    if (error && status.type() != std::filesystem::file_type::not_found) {
+      fail_io(path, "cannot be examined", error.value());
+    }
+    if (!std::filesystem::is_symlink(status)) return target;
     const std::filesystem::path next = std::filesystem::read_symlink(target, error);
     if (error) fail_io(path, "its symbolic link cannot be read", error.value());
     target = target.parent_path() / next;  // `next` alone where it is absolute

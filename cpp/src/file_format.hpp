@@ -44,7 +44,6 @@
 #include <string>
 #include <vector>
 
-#include <nlohmann/json_fwd.hpp>
 #include <nvpflow/error.hpp>
 #include <nvpflow/spec.hpp>
 
@@ -73,10 +72,6 @@ void write_tensor_file(const std::string& path, const std::map<std::string, std:
                        const std::vector<FileTensor>& tensors);
 /// Throws Error(io), Error(file_format) or Error(out_of_memory).
 TensorFile read_tensor_file(const std::string& path);
-
-/// The document that a metadata value holds. Error(file_format) where it is no JSON, repeats a key, is longer than 16 MiB
-/// or deeper than eight levels: what walks through it may then do so by recursion.
-nlohmann::json parse_metadata_json(const std::string& text);
 
 /// The spec as the JSON text that goes into the metadata, and back (Error(file_format) naming the field).
 std::string spec_to_json(const FlowSpec& spec);
