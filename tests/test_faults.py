@@ -170,7 +170,7 @@ for error in (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS):
         _, came, number = attempt(n, FAIL, error)
         found, name = state(), names[n - 1]
         assert not litter(), (name, n, litter())
-        if number == 0:  # what is of no use any more, a file that was read or the folder that was synced, may fail to close
+        if number == 0:  # a file that was read, or the folder that was synced, is of no use any more
             assert found == "new" and name == "close", (name, n)
         else:
             assert number == error, (name, n, number)
