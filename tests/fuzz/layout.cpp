@@ -158,7 +158,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
       step *= shape[i] > 1 ? shape[i] : 1;
     }
   }
-  constexpr std::int64_t kFew = 4096;
+  constexpr std::int64_t kFew = 256;
   std::int64_t beside = 1;  // no more than 2^58, as `elements` is known
   for (const std::int64_t extent : shape) beside *= std::max<std::int64_t>(1, extent);
   const bool enumerable = beside <= kFew;
