@@ -329,6 +329,28 @@ def test_deep_and_wide_json_is_refused_without_harm(tmp_path) -> None:
         assert_refused(path)
 
 
+@pytest.mark.parametrize(
+    ("training", "error", "message"),
+    [
+        (
+            '{"key": {"flow": ' + "[" * 300_000 + "]" * 300_000 + '}, "adam_steps": 0, "best_epoch": 0}',
+            None,
+            "too deeply",
+        ),
+        ('{"key": {"flow": "' + "x" * 3_000_000 + '"}, "adam_steps": 0, "best_epoch": 0}', ValueError, "another run"),
+        ('{"key": {}, "key": {}, "adam_steps": 0, "best_epoch": 0}', None, "twice"),
+    ],
+    ids=["deep", "endless", "repeated"],
+)
+def test_a_hostile_checkpoint_is_refused_in_a_few_words(tmp_path, training, error, message) -> None:
+    path = tmp_path / "checkpoint"
+    write_container(path, {"__metadata__": {"nvpflow.training": training}}, b"")
+    rows = np.zeros((20, 2), np.float32) + np.arange(20, dtype=np.float32)[:, None]
+    with pytest.raises(error or nvpflow.FileFormatError, match=message) as raised:
+        nvpflow.build(2, 1, (2,)).fit(rows, batch_size=10, epochs=1, checkpoint=path, progress=False)
+    assert len(str(raised.value)) < 4000
+
+
 # ---------------------------------------------------------------------------------------------- the operating system
 
 

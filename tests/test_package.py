@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +59,29 @@ def test_the_extension_needs_the_systems_own_libraries_alone() -> None:
     names = {line.split()[0].rpartition("/")[2] for line in found.splitlines() if line.strip()}
     own = r"linux-vdso|libstdc\+\+|libm|libgcc_s|libc|libpthread|libdl|librt|ld-linux-[\w-]+|libc\.musl-\w+|ld-musl-\w+"
     assert not [name for name in names if not re.fullmatch(rf"({own})\.so[.\d]*", name)]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads ELF files")
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="there is no readelf on PATH (binutils)")
+@pytest.mark.skipif(bool(os.environ.get("NVPFLOW_SANITIZED")), reason="a build with sanitizers goes without hardening")
+def test_the_compiled_parts_are_hardened() -> None:
+    module = Path(nvpflow._core.__file__)
+    shared = sorted((module.parent / "lib").glob("libnvpflow.so*"))
+    assert shared, "the shared library is part of the package"
+    for path in (module, *shared):
+        found = subprocess.run(
+            ["readelf", "-lWd", "--dyn-syms", path], capture_output=True, text=True, check=True
+        ).stdout
+        assert "GNU_RELRO" in found, path
+        assert re.search(r"\(FLAGS(_1)?\).*\bNOW\b", found), path  # with it, the whole table of addresses is read-only
+        (stack,) = re.findall(r"GNU_STACK .*? (R\w*) +0x", found)
+        assert stack == "RW", path
+        assert "TEXTREL" not in found, path
+        assert "__stack_chk_fail" in found or "__stack_chk_guard" in found, path
+        # What std::vector's operator[] says where its check fails.
+        assert b"__n < this->size()" in path.read_bytes(), path
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the fortified functions are glibc's")
+def test_the_extension_calls_the_fortified_functions_of_libc() -> None:
+    assert re.search(rb"\0__\w+_chk\0", Path(nvpflow._core.__file__).read_bytes().replace(b"__stack_chk_fail", b""))

@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "file_format.hpp"
+#include "metadata.hpp"
 
 namespace nvpflow {
 namespace {
@@ -64,7 +65,12 @@ const FileTensor& find(const std::string& path, const TensorFile& file, const ch
 json training_of(const std::string& path, const TensorFile& file) {
   const auto text = file.metadata.find(kTrainingKey);
   if (text == file.metadata.end()) damaged(path, "not a checkpoint: it has no " + std::string(kTrainingKey));
-  json training = json::parse(text->second, nullptr, /*allow_exceptions=*/false);
+  json training;
+  try {
+    training = parse_metadata_json(text->second);
+  } catch (const Error& error) {
+    damaged(path, std::string(kTrainingKey) + ": " + error.what());
+  }
   const bool good = training.is_object() && training.contains("key") && training["key"].is_object() &&
                     training.contains("adam_steps") && training["adam_steps"].is_number_integer() &&
                     training.contains("best_epoch") && training["best_epoch"].is_number_integer();
@@ -72,12 +78,19 @@ json training_of(const std::string& path, const TensorFile& file) {
   return training;
 }
 
+/// A value for a message: ASCII, one line, not endless.
+std::string shown(const json& value) {
+  constexpr std::size_t kLongest = 400;
+  const std::string text = value.dump(-1, ' ', /*ensure_ascii=*/true);
+  return text.size() > kLongest ? text.substr(0, kLongest) + ".." : text;
+}
+
 void check_key(const std::string& path, const json& came, const json& expected) {
   for (const auto& [name, value] : expected.items()) {
     const json other = came.contains(name) ? came[name] : json();
     if (other == value) continue;
     throw Error(ErrorCode::invalid_argument, "checkpoint " + path + " belongs to another run: its " + name + " is " +
-                                                 other.dump() + ", this run's is " + value.dump() +
+                                                 shown(other) + ", this run's is " + shown(value) +
                                                  "; give another file, or delete this one to start over");
   }
 }

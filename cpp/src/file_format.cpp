@@ -19,12 +19,15 @@
 #include <set>
 #include <string_view>
 #include <system_error>
+#include <tuple>
 #include <unordered_map>
 #include <unordered_set>
 #include <utility>
 
 #include <nlohmann/json.hpp>
 #include <nvpflow/flow.hpp>
+
+#include "metadata.hpp"
 
 namespace nvpflow {
 namespace {
@@ -35,10 +38,10 @@ using nlohmann::json;
 
 constexpr std::uint64_t kLengthBytes = 8;
 constexpr std::uint64_t kMaxHeaderBytes = 100'000'000;  // the limit of the reference implementation
-constexpr std::size_t kMaxSpecBytes = std::size_t{1} << 24;
+constexpr std::size_t kMaxJsonBytes = std::size_t{1} << 24;
 constexpr std::uint64_t kDataAlignment = 64;
 constexpr std::size_t kMaxRank = 8;
-constexpr int kMaxSpecDepth = 8;
+constexpr int kMaxJsonDepth = 8;
 constexpr std::size_t kMaxTransfer = std::size_t{1} << 30;  // bytes per read or write; Linux stops short of 2^31
 
 constexpr const char* kMetadataKey = "__metadata__";
@@ -93,6 +96,15 @@ void check_regular(const std::string& path, const struct stat& status) {
   if (!S_ISREG(status.st_mode)) fail_io(path, "is a pipe, socket or device, expected a regular file", EINVAL);
 }
 
+/// The call's result, once no signal interrupts it.
+template <class Call>
+auto uninterrupted(Call call) {
+  for (;;) {
+    const auto result = call();
+    if (result >= 0 || errno != EINTR) return result;
+  }
+}
+
 /// An open file; closed with it.
 class Descriptor {
  public:
@@ -102,8 +114,12 @@ class Descriptor {
   Descriptor& operator=(const Descriptor&) = delete;
 
   int number() const { return number_; }
-  /// 0, or -1 and errno.
-  int close() { return number_ < 0 ? 0 : ::close(std::exchange(number_, -1)); }
+  /// 0, or -1 and errno. A signal does no harm: Linux has given the number back by then, and a second try might close a
+  /// file that another thread has just opened.
+  int close() {
+    if (number_ < 0 || ::close(std::exchange(number_, -1)) == 0 || errno == EINTR) return 0;
+    return -1;
+  }
 
  private:
   int number_;
@@ -328,7 +344,7 @@ class ContainerReader {
   // O_NONBLOCK: opening a pipe without a writer must come back, to be refused.
   static int open_for_reading(const std::string& path) {
     check_path(path);
-    const int number = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    const int number = uninterrupted([&] { return ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK); });
     if (number < 0) fail_io(path, "cannot be opened", errno);
     return number;
   }
@@ -358,8 +374,9 @@ class ContainerReader {
     metadata_ = std::move(parser.metadata);
     tensors_ = std::move(parser.tensors);
     data_start_ = kLengthBytes + length;
+    // Tensors without elements share their places: their names make the order one.
     std::sort(tensors_.begin(), tensors_.end(), [](const StoredTensor& left, const StoredTensor& right) {
-      return std::pair(left.begin, left.end) < std::pair(right.begin, right.end);
+      return std::tie(left.begin, left.end, left.name) < std::tie(right.begin, right.end, right.name);
     });
     check_unique_names(path_, tensors_);
     check_places(path_, tensors_, data_size());
@@ -369,8 +386,8 @@ class ContainerReader {
     auto* bytes = static_cast<unsigned char*>(destination);
     while (size > 0) {
       const std::size_t wanted = std::min<std::uint64_t>(size, kMaxTransfer);
-      const ssize_t got = ::pread(file_.number(), bytes, wanted, static_cast<off_t>(offset));
-      if (got < 0 && errno == EINTR) continue;
+      const ssize_t got =
+          uninterrupted([&] { return ::pread(file_.number(), bytes, wanted, static_cast<off_t>(offset)); });
       if (got < 0) fail_io(path_, "cannot be read", errno);
       if (got == 0) fail_format(path_, "the file became shorter while it was being read");
       bytes += got;
@@ -412,9 +429,9 @@ class TemporaryFile {
     const auto* bytes = static_cast<const unsigned char*>(data);
     while (size > 0) {
       const std::size_t wanted = std::min<std::uint64_t>(size, kMaxTransfer);
-      const ssize_t written = ::write(file_.number(), bytes, wanted);
-      if (written < 0 && errno == EINTR) continue;
-      if (written < 0) fail_io(target_, "cannot be written", errno);
+      const ssize_t written = uninterrupted([&] { return ::write(file_.number(), bytes, wanted); });
+      // No progress and no error: no file system should say so, and none may keep us here for ever.
+      if (written <= 0) fail_io(target_, "cannot be written", written < 0 ? errno : EIO);
       bytes += written;
       size -= static_cast<std::uint64_t>(written);
     }
@@ -422,7 +439,8 @@ class TemporaryFile {
 
   /// Syncs, closes and renames.
   void become_target() {
-    if (::fsync(file_.number()) != 0) fail_io(target_, "cannot be synced to the disk", errno);
+    if (uninterrupted([&] { return ::fsync(file_.number()); }) != 0)
+      fail_io(target_, "cannot be synced to the disk", errno);
     if (file_.close() != 0) fail_io(target_, "cannot be closed", errno);
     if (::rename(path_.c_str(), target_.c_str()) != 0) fail_io(target_, "cannot be replaced", errno);
     path_.clear();
@@ -441,7 +459,8 @@ class TemporaryFile {
     int error = EEXIST;
     for (int attempt = 0; attempt < 100 && error == EEXIST; ++attempt) {
       std::string path = (folder / unique_name()).string();
-      const int number = ::open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, mode);
+      const int number =
+          uninterrupted([&] { return ::open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, mode); });
       if (number >= 0) {
         path_ = std::move(path);
         return number;
@@ -462,7 +481,11 @@ std::filesystem::path follow_links(const std::string& path) {
   constexpr int kMostLinks = 40;  // as Linux itself
   for (int i = 0; i < kMostLinks; ++i) {
     std::error_code error;
-    if (!std::filesystem::is_symlink(std::filesystem::symlink_status(target, error))) return target;
+    const std::filesystem::file_status status = std::filesystem::symlink_status(target, error);
+    if (error && status.type() != std::filesystem::file_type::not_found) {
+      fail_io(path, "cannot be examined", error.value());
+    }
+    if (!std::filesystem::is_symlink(status)) return target;
     const std::filesystem::path next = std::filesystem::read_symlink(target, error);
     if (error) fail_io(path, "its symbolic link cannot be read", error.value());
     target = target.parent_path() / next;  // `next` alone where it is absolute
@@ -470,12 +493,15 @@ std::filesystem::path follow_links(const std::string& path) {
   fail_io(path, "cannot be resolved", ELOOP);
 }
 
-/// Makes the rename durable. File systems and folders that offer no such thing are let pass.
+/// Makes the rename durable. File systems and folders that offer no such thing are let pass: those that may be written
+/// to and not read, and those that cannot be synced.
 void sync_folder(const std::string& path, const std::filesystem::path& folder) {
-  Descriptor file(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-  if (file.number() < 0) return;
-  if (::fsync(file.number()) != 0 && errno != EINVAL && errno != ENOTSUP) {
-    fail_io(path, "was written, but its folder cannot be synced to the disk", errno);
+  const auto fail = [&] { fail_io(path, "was written, but its folder cannot be synced to the disk", errno); };
+  Descriptor file(uninterrupted([&] { return ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); }));
+  if (file.number() < 0) {
+    if (errno != EACCES && errno != EPERM) fail();
+  } else if (uninterrupted([&] { return ::fsync(file.number()); }) != 0 && errno != EINVAL && errno != ENOTSUP) {
+    fail();
   }
 }
 
@@ -529,16 +555,17 @@ std::string make_header(const std::map<std::string, std::string>& metadata, cons
   throw Error(ErrorCode::file_format, field + " is " + quote(value.dump(-1, ' ', true)) + ", expected " + expected);
 }
 
-/// The document of `text`; repeated keys and deep nesting are refused while it is parsed.
-json parse_spec_text(const std::string& text) {
-  if (text.size() > kMaxSpecBytes) {
+}  // namespace
+
+json parse_metadata_json(const std::string& text) {
+  if (text.size() > kMaxJsonBytes) {
     throw Error(ErrorCode::file_format, "the text is " + std::to_string(text.size()) +
-                                            " bytes long, expected at most " + std::to_string(kMaxSpecBytes));
+                                            " bytes long, expected at most " + std::to_string(kMaxJsonBytes));
   }
   std::vector<std::set<std::string>> keys;  // of the objects that are open
   const auto check = [&](int depth, json::parse_event_t event, json& parsed) {
     using Event = json::parse_event_t;
-    if ((event == Event::object_start || event == Event::array_start) && depth > kMaxSpecDepth) {
+    if ((event == Event::object_start || event == Event::array_start) && depth > kMaxJsonDepth) {
       throw Error(ErrorCode::file_format, "the JSON is nested too deeply");
     }
     if (event == Event::object_start) keys.emplace_back();
@@ -555,6 +582,8 @@ json parse_spec_text(const std::string& text) {
     throw Error(ErrorCode::file_format, "the text is not valid JSON");
   return document;
 }
+
+namespace {
 
 /// `where` is empty for the spec itself, else "layers[3]".
 void check_keys(const json& object, const std::string& where, std::initializer_list<std::string_view> keys) {
@@ -748,6 +777,17 @@ FlowSpec spec_of(const ContainerReader& file, const TensorsByName& tensors, cons
   return spec;
 }
 
+/// A few bytes of description can ask for thousands of tensors, each with a name, a shape and an offset: no layout is
+/// made for a file that does not hold about as many.
+void check_count(const std::string& path, const FlowSpec& spec, std::size_t held) {
+  std::int64_t wanted = 0;
+  for (const LayerSpec& layer : spec.layers) wanted += layer.num_tensors();
+  constexpr std::size_t kAlwaysListed = 64;  // so that a message can name the one that is missing
+  if (static_cast<std::size_t>(wanted) <= 2 * held + kAlwaysListed) return;
+  fail_format(path, "the file holds " + std::to_string(held) + " tensors, expected the " + std::to_string(wanted) +
+                        " of its description");
+}
+
 /// The file holds the layout's tensors, each of the right shape and dtype, and no other.
 void check_tensors(const ContainerReader& file, const TensorsByName& tensors, const ParamLayout& layout, DType dtype) {
   std::unordered_set<std::string_view> known;
@@ -854,7 +894,7 @@ std::string spec_to_json(const FlowSpec& spec) {
 }
 
 FlowSpec spec_from_json(const std::string& text) {
-  const json document = parse_spec_text(text);
+  const json document = parse_metadata_json(text);
   check_keys(document, "", {"input_size", "dtype", "layers"});
   FlowSpec spec;
   spec.input_size = integer_of(document["input_size"], "input_size");
@@ -897,6 +937,7 @@ LoadedModel load_model(const std::string& path, const FlowSpec* expected) {
   LoadedModel model;
   model.spec = spec_of(file, tensors, expected);
   const DType dtype = model.spec.dtype;
+  check_count(path, model.spec, file.tensors().size());
   const ParamLayout layout(model.spec);
   check_tensors(file, tensors, layout, dtype);
 

@@ -34,8 +34,9 @@
 //
 // Limits and memory. Reading executes nothing and checks every length, shape and offset before memory is taken for
 // tensors; that memory is at most the size of the file. The header is parsed without a document tree, at up to about 10
-// times its own size; the spec's text with one, at up to about 30 times that text. Models that hold NaN or infinity are
-// refused, when saved as well. Only regular files are read or replaced.
+// times its own size; the spec's text with one, at up to about 30 times that text. All in all, and with the flow
+// that is made of it, at most 64 times the file's size and 64 KiB: SECURITY.md says so, tests/fuzz/file.cpp checks it.
+// Models that hold NaN or infinity are refused, when saved as well. Only regular files are read or replaced.
 #pragma once
 
 #include <cstdint>

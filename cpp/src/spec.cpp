@@ -107,10 +107,6 @@ void check_standardize(const std::string& prefix, const LayerSpec& layer) {
          "activation and scale_bound at their defaults: a standardize layer has no network");
 }
 
-std::int64_t tensors_of(const LayerSpec& layer) {
-  return layer.kind == LayerKind::standardize ? 2 : 2 * static_cast<std::int64_t>(layer.hidden_sizes.size()) + 4;
-}
-
 void check_num_tensors(std::int64_t tensors) {
   if (tensors <= kMaxTensors) return;
   refuse("layers and hidden_sizes give more than " + std::to_string(kMaxTensors) +
@@ -129,7 +125,7 @@ void check_totals(const FlowSpec& spec) {
   std::int64_t parameters = 0;
   const auto add = [&](std::int64_t count) { check_num_parameters(parameters += count); };
   for (const LayerSpec& layer : spec.layers) {
-    check_num_tensors(tensors += tensors_of(layer));
+    check_num_tensors(tensors += layer.num_tensors());
     if (layer.kind == LayerKind::standardize) {
       add(2 * spec.input_size);
       continue;
@@ -191,6 +187,10 @@ std::vector<std::string> activation_names() {
 
 std::int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 8; }
 
+std::int64_t LayerSpec::num_tensors() const {
+  return kind == LayerKind::standardize ? 2 : 2 * static_cast<std::int64_t>(hidden_sizes.size()) + 4;
+}
+
 void FlowSpec::validate() const {
   check_input_size(input_size);
   find_name(kDTypes, dtype, "dtype");
@@ -227,7 +227,7 @@ FlowSpec FlowSpec::real_nvp(std::int64_t input_size, std::int64_t num_flows, std
   check_range("num_flows", num_flows, 1, kMaxLayers - (standardize ? 1 : 0));
   find_name(kDTypes, dtype, "dtype");
   check_coupling("", coupling, dtype);
-  check_num_tensors(num_flows * tensors_of(coupling));
+  check_num_tensors(num_flows * coupling.num_tensors());
 
   spec.layers.reserve(static_cast<std::size_t>(num_flows) + 1);
   if (standardize) spec.layers.emplace_back().kind = LayerKind::standardize;

@@ -477,7 +477,12 @@ class Trainer {
     if (options_.checkpoint.empty()) return;
     key_ = key();
     struct stat status;
-    if (::stat(options_.checkpoint.c_str(), &status) != 0) return;  // none yet; a real fault shows when it is written
+    if (::stat(options_.checkpoint.c_str(), &status) != 0) {
+      if (errno == ENOENT) return;  // none yet
+      // Starting over would replace a checkpoint that only could not be seen.
+      throw Error(ErrorCode::io, "checkpoint " + options_.checkpoint + ": cannot be examined: " + std::strerror(errno),
+                  errno);
+    }
     load_checkpoint(options_.checkpoint, *key_, history_, adam_steps_, arrays());
     training_->write();
   }

@@ -4,10 +4,11 @@
 #include <pybind11/stl.h>
 
 #include <cfloat>
-#include <functional>
+#include <span>
 #include <vector>
 
 #include "device_arrays.hpp"
+#include "layout.hpp"
 #include "outside.hpp"
 
 namespace nvpflow::python {
@@ -17,13 +18,13 @@ int type_number(DType dtype) { return dtype == DType::float32 ? NPY_FLOAT : NPY_
 
 std::string text_of(PyObject* object) { return py::str(py::handle(object)).cast<std::string>(); }
 
-std::string shape_text(PyArrayObject* array) {
-  std::string text = "(";
-  for (int i = 0; i < PyArray_NDIM(array); ++i) {
-    text += (i > 0 ? ", " : "") + std::to_string(PyArray_DIM(array, i));
-  }
-  return text + (PyArray_NDIM(array) == 1 ? ",)" : ")");
+std::span<const npy_intp> shape_of(PyArrayObject* array) {
+  return {PyArray_DIMS(array), static_cast<std::size_t>(PyArray_NDIM(array))};
 }
+
+using python::shape_text;  // beside the one below
+
+std::string shape_text(PyArrayObject* array) { return shape_text(shape_of(array)); }
 
 std::string dtype_text(PyArrayObject* array) { return text_of(reinterpret_cast<PyObject*>(PyArray_DESCR(array))); }
 
@@ -148,16 +149,12 @@ py::object host_view(PyObject* object, const char* name, Library library) {
                                (tensor.dtype.code == 4 ? "dtype bfloat" + bits : "a dtype that NumPy lacks") +
                                ", expected float32 or float64, or a dtype that converts to the flow's without loss");
   }
-  const auto item = static_cast<npy_intp>(tensor.dtype.bits / 8);
-  std::vector<npy_intp> shape(tensor.shape, tensor.shape + tensor.ndim), strides(shape.size());
-  npy_intp elements = 1;
-  for (std::size_t i = shape.size(); i-- > 0;) {
-    strides[i] = item * (tensor.strides == nullptr ? elements : static_cast<npy_intp>(tensor.strides[i]));
-    elements *= shape[i];
-  }
-  if (elements > 0 && tensor.data == nullptr) {
+  const std::span<const std::int64_t> extents(tensor.shape, static_cast<std::size_t>(tensor.ndim));
+  const auto steps = byte_strides(extents, tensor.strides, tensor.dtype.bits / 8);
+  if (!steps.has_value() || (elements_of(extents) > 0 && tensor.data == nullptr)) {
     raise(PyExc_TypeError, std::string(name) + ".__dlpack__() gave a tensor of an impossible form");
   }
+  std::vector<npy_intp> shape(extents.begin(), extents.end()), strides(steps->begin(), steps->end());
   if (tensor.data == nullptr) {  // which NumPy would take for a wish of new memory
     return py::reinterpret_steal<py::object>(PyArray_SimpleNew(tensor.ndim, shape.data(), number));
   }
@@ -208,13 +205,6 @@ void read_host(PyObject* object, const char* name, DType dtype, Place place, Inp
   }
 }
 
-bool overlap(const void* a, std::int64_t a_bytes, const void* b, std::int64_t b_bytes) {
-  const auto* pa = static_cast<const char*>(a);
-  const auto* pb = static_cast<const char*>(b);
-  const std::less<> before;
-  return a_bytes > 0 && b_bytes > 0 && before(pa, pb + b_bytes) && before(pb, pa + a_bytes);
-}
-
 [[noreturn]] void raise_overlap(const char* a, const char* b) {
   raise(PyExc_ValueError, std::string(a) + " overlaps " + b + "; they must not share memory");
 }
@@ -225,10 +215,8 @@ void check_given(PyArrayObject* array, const char* name, DType dtype, int dims, 
           std::string(name) + " has dtype " + dtype_text(array) + ", expected " + std::string(name_of(dtype)));
   }
   if (PyArray_NDIM(array) != dims || !PyArray_CompareLists(PyArray_DIMS(array), shape, dims)) {
-    std::string expected = "(";
-    for (int i = 0; i < dims; ++i) expected += (i > 0 ? ", " : "") + std::to_string(shape[i]);
-    raise(PyExc_ValueError,
-          std::string(name) + " has shape " + shape_text(array) + ", expected " + expected + (dims == 1 ? ",)" : ")"));
+    raise(PyExc_ValueError, std::string(name) + " has shape " + shape_text(array) + ", expected " +
+                                shape_text(std::span(shape, static_cast<std::size_t>(dims))));
   }
   if (!PyArray_ISALIGNED(array)) raise(PyExc_ValueError, std::string(name) + " is not aligned to its elements' size");
   if (!PyArray_IS_C_CONTIGUOUS(array)) {
@@ -303,7 +291,7 @@ InputArray input_rows(PyObject* object, const char* name, DType dtype, std::int6
   read_host(object, name, dtype, place, in);
   auto* array = reinterpret_cast<PyArrayObject*>(in.owner.ptr());
   const int dims = PyArray_NDIM(array);
-  if ((dims != 1 && dims != 2) || PyArray_DIM(array, dims - 1) != features) {
+  if (!are_rows(shape_of(array), features)) {
     const std::string d = std::to_string(features);
     raise(PyExc_ValueError, std::string(name) + " has shape " + shape_text(array) + ", expected (B, " + d +
                                 ") or, for one row, (" + d + ",)");

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <vector>
 
+#include "layout.hpp"
 #include "outside.hpp"
 
 namespace nvpflow::python {
@@ -18,12 +19,6 @@ using namespace dlpack;
 constexpr std::intptr_t kLegacyStream = 1;
 
 std::string on_text(int device) { return device == kHost ? "the CPU" : "cuda:" + std::to_string(device); }
-
-std::string shape_text(const std::vector<std::int64_t>& shape) {
-  std::string text = "(";
-  for (std::size_t i = 0; i < shape.size(); ++i) text += (i > 0 ? ", " : "") + std::to_string(shape[i]);
-  return text + (shape.size() == 1 ? ",)" : ")");
-}
 
 std::intptr_t address(const void* stream) { return reinterpret_cast<std::intptr_t>(stream); }
 void* stream_at(std::intptr_t value) { return reinterpret_cast<void*>(value); }
@@ -75,18 +70,6 @@ void* current_stream(Library library, int device) {
 
 // ---- DLPack ------------------------------------------------------------------------------------------------------
 
-bool is_contiguous(const std::vector<std::int64_t>& shape, const std::int64_t* strides, std::int64_t unit) {
-  std::int64_t expected = unit;
-  for (const std::int64_t n : shape) {
-    if (n == 0) return true;
-  }
-  for (std::size_t i = shape.size(); i-- > 0;) {
-    if (shape[i] != 1 && strides[i] != expected) return false;
-    expected *= shape[i];
-  }
-  return true;
-}
-
 void read_tensor(Imported&& imported, Found& found) {
   const DLTensor& tensor = imported.tensor;
   found.owner = std::move(imported.owner);
@@ -98,7 +81,7 @@ void read_tensor(Imported&& imported, Found& found) {
   found.is_float = tensor.dtype.code == kFloat && tensor.dtype.lanes == 1;
   found.item_bytes = tensor.dtype.bits / 8;
   found.shape.assign(tensor.shape, tensor.shape + tensor.ndim);
-  found.contiguous = tensor.strides == nullptr || is_contiguous(found.shape, tensor.strides, 1);
+  found.contiguous = tensor.strides == nullptr || is_c_contiguous(found.shape, {tensor.strides, found.shape.size()}, 1);
 }
 
 // ---- __cuda_array_interface__ (version 2 and 3) --------------------------------------------------------------------
@@ -115,8 +98,8 @@ void read_interface(PyObject* object, Found& found) {
   for (const py::handle n : py::tuple(says["shape"])) found.shape.push_back(n.cast<std::int64_t>());
   if (says.contains("strides") && !says["strides"].is_none()) {
     const auto strides = says["strides"].cast<std::vector<std::int64_t>>();
-    found.contiguous =
-        strides.size() == found.shape.size() && is_contiguous(found.shape, strides.data(), found.item_bytes);
+    // A shape that no array can have is refused below, whatever its strides.
+    found.contiguous = elements_of(found.shape) < 0 || is_c_contiguous(found.shape, strides, found.item_bytes);
   }
   if (says.contains("stream") && !says["stream"].is_none()) {
     found.stream = stream_at(says["stream"].cast<std::intptr_t>());
@@ -175,17 +158,6 @@ Found find(PyObject* object, const char* name, int device) {
     import_interface(object, name, device, found);
   }
   return found;
-}
-
-/// Elements of an array that says it has this shape; -1 where no array can have it.
-std::int64_t elements_of(const std::vector<std::int64_t>& shape) {
-  constexpr std::int64_t kMost = std::int64_t{1} << 59;
-  std::int64_t count = 1;
-  for (const std::int64_t n : shape) {
-    if (n < 0 || (n > 0 && count > kMost / n)) return -1;
-    count *= n;
-  }
-  return count;
 }
 
 /// On the flow's device, of its dtype, C-contiguous.

@@ -1,6 +1,8 @@
 #include "outside.hpp"
 
-#include <algorithm>
+#include <span>
+
+#include "layout.hpp"
 
 namespace nvpflow::python {
 namespace {
@@ -39,14 +41,8 @@ py::object capsule_of(PyObject* object, std::optional<std::intptr_t> stream) {
 }
 
 void check_form(const DLTensor& tensor, const char* name) {
-  constexpr std::int32_t kMostAxes = 32;  // more than any library's arrays have that NumPy reads
-  bool good = tensor.ndim >= 0 && tensor.ndim <= kMostAxes && (tensor.ndim == 0 || tensor.shape != nullptr) &&
-              tensor.dtype.lanes == 1;
-  std::int64_t most = std::int64_t{1} << 59;  // elements
-  for (std::int32_t i = 0; good && i < tensor.ndim; ++i) {
-    most /= std::max<std::int64_t>(1, tensor.shape[i]);
-    good = tensor.shape[i] >= 0 && most > 0;
-  }
+  const bool good = tensor.ndim >= 0 && tensor.ndim <= kMostAxes && (tensor.ndim == 0 || tensor.shape != nullptr) &&
+                    tensor.dtype.lanes == 1 && elements_of({tensor.shape, static_cast<std::size_t>(tensor.ndim)}) >= 0;
   if (!good) raise(PyExc_TypeError, std::string(name) + ".__dlpack__() gave a tensor of an impossible form");
 }
 

@@ -48,6 +48,9 @@ struct LayerSpec {
   double scale_bound = 1.0;
 
   bool operator==(const LayerSpec&) const = default;
+
+  /// Parameter tensors of the layer in ParamLayout.
+  NVPFLOW_API std::int64_t num_tensors() const;
 };
 
 /// A whole flow: ordered layers, first applied to data first.

@@ -1,0 +1,116 @@
+// Preloaded into a process whose file operations are to fail or to end it: tests/test_faults.py.
+//
+// faults_arm(n, action, limit) lets the n-th call from then on of this thread, counted from 1, go wrong; every later one of
+// the same kind, too, where `sticky`. faults_disarm() gives the number of calls seen since, and the log of their names.
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+enum { NOTHING = 0, KILL_BEFORE = 1, KILL_AFTER = 2, FAIL = 3, SHORT = 4, KILL_HALFWAY = 5 };
+
+static __thread int armed = 0, action = NOTHING, error = 0;
+static __thread long calls = 0, target = 0;
+static __thread char names[65536];
+
+#define NEXT(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+
+static void note(const char* name) {
+  const size_t used = strlen(names), more = strlen(name);
+  if (used + more + 2 > sizeof names) return;
+  memcpy(names + used, name, more);
+  names[used + more] = ' ';
+  names[used + more + 1] = 0;
+}
+
+static void die(void) { kill(getpid(), SIGKILL); }
+
+// Whether this call is the one, which then has died or is to fail.
+static int chosen(const char* name) {
+  if (!armed) return 0;
+  note(name);
+  if (++calls != target) return 0;
+  if (action == KILL_BEFORE) die();
+  if (action == FAIL) errno = error;
+  return 1;
+}
+
+__attribute__((visibility("default"))) void faults_arm(long n, int what, int number) {
+  calls = 0;
+  target = n;
+  action = what;
+  error = number;
+  names[0] = 0;
+  armed = 1;
+}
+
+__attribute__((visibility("default"))) long faults_disarm(void) {
+  armed = 0;
+  return calls;
+}
+
+__attribute__((visibility("default"))) const char* faults_names(void) { return names; }
+
+// The call itself, unless it is the one; the process ends after it where it is to.
+#define CALL(type, name, arguments)                   \
+  do {                                                \
+    const int here = chosen(#name);                   \
+    if (here && action == FAIL) return (type)-1;      \
+    const type came = NEXT(name) arguments;           \
+    if (here && action == KILL_AFTER) die();          \
+    return came;                                      \
+  } while (0)
+
+#define MODE                                  \
+  mode_t mode = 0;                            \
+  if (flags & (O_CREAT | O_TMPFILE)) {        \
+    va_list list;                             \
+    va_start(list, flags);                    \
+    mode = (mode_t)va_arg(list, unsigned);    \
+    va_end(list);                             \
+  }
+
+int open(const char* path, int flags, ...) {
+  MODE;
+  CALL(int, open, (path, flags, mode));
+}
+int open64(const char* path, int flags, ...) {
+  MODE;
+  CALL(int, open64, (path, flags, mode));
+}
+
+static ssize_t part(ssize_t (*next)(int, const void*, size_t), int file, const void* bytes, size_t size) {
+  const int here = chosen("write");
+  if (here && action == FAIL) return -1;
+  const ssize_t result = next(file, bytes, here && (action == SHORT || action == KILL_HALFWAY) ? (size + 1) / 2 : size);
+  if (here && (action == KILL_AFTER || action == KILL_HALFWAY)) die();
+  return result;
+}
+ssize_t write(int file, const void* bytes, size_t size) { return part(NEXT(write), file, bytes, size); }
+
+int fsync(int file) { CALL(int, fsync, (file)); }
+int fdatasync(int file) { CALL(int, fdatasync, (file)); }
+int fchmod(int file, mode_t mode) { CALL(int, fchmod, (file, mode)); }
+int rename(const char* from, const char* to) { CALL(int, rename, (from, to)); }
+int unlink(const char* path) { CALL(int, unlink, (path)); }
+int access(const char* path, int mode) { CALL(int, access, (path, mode)); }
+int stat(const char* path, struct stat* result) { CALL(int, stat, (path, result)); }
+int lstat(const char* path, struct stat* result) { CALL(int, lstat, (path, result)); }
+
+// Linux has closed the file when close fails.
+int close(int file) {
+  const int here = chosen("close");
+  const int result = NEXT(close)(file);
+  if (here && action == KILL_AFTER) die();
+  if (here && action == FAIL) {
+    errno = error;
+    return -1;
+  }
+  return result;
+}
