@@ -13,6 +13,7 @@ import time
 import numpy as np
 import nvpflow
 import pytest
+from nvpflow import cli
 
 COMMAND = [sys.executable, "-m", "nvpflow"]
 QUICK = ["--epochs", "2", "--num-flows", "2", "--hidden-sizes", "8", "--threads", "1"]
@@ -452,3 +453,29 @@ def test_a_model_does_not_go_to_stdout(run, folder):
 
 def test_time_must_be_positive(run):
     assert "--max-time" in error_of(run("fit", "data.npy", "-o", "m.st", "--max-time", "-1", fails=1))
+
+
+@pytest.mark.parametrize("header", ["{'descr': '<f4', 'fortran_order': False, 'shape': (10**29, 3), }", "(((("])
+def test_a_lying_npy_header_is_one_line(header, tmp_path, capsys):
+    nvpflow.build(3, 2, (8,)).save(tmp_path / "m.safetensors")
+    text = header.replace("10**29", str(10**29)).encode().ljust(117) + b"\n"
+    (tmp_path / "x.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
+    assert cli.main(["score", str(tmp_path / "m.safetensors"), str(tmp_path / "x.npy")]) == 1
+    assert re.fullmatch(r"nvpflow: error: [^\n]*x.npy: not a readable .npy file: [^\n]*\n", capsys.readouterr().err)
+
+
+def test_a_field_that_never_ends_is_one_line(tmp_path, capsys):
+    nvpflow.build(3, 2, (8,)).save(tmp_path / "m.safetensors")
+    (tmp_path / "x.csv").write_text("1" * 200_000 + ",2,3\n")
+    assert cli.main(["score", str(tmp_path / "m.safetensors"), str(tmp_path / "x.csv")]) == 1
+    assert re.fullmatch(r"nvpflow: error: [^\n]*x.csv, line 1: [^\n]*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("closed", "code"), [("1>&-", 1), ("2>&-", 0), ("<&-", 0)])
+def test_closed_streams(closed, code, tmp_path):
+    nvpflow.build(3, 2, (8,)).save(tmp_path / "m.safetensors")
+    done = subprocess.run(
+        ["bash", "-c", f'"{sys.executable}" -m nvpflow info m.safetensors {closed}'], cwd=tmp_path, capture_output=True
+    )
+    assert done.returncode == code
+    assert b"Traceback" not in done.stderr

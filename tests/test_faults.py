@@ -240,6 +240,7 @@ def open_folder(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # of JAX, where another test has imported it
 def test_a_folder_that_may_not_be_written_to(open_folder) -> None:
     old, new = nvpflow.build(4, seed=1), nvpflow.build(4, seed=2)
     path = open_folder / "flow.safetensors"
@@ -257,6 +258,7 @@ def test_a_folder_that_may_not_be_written_to(open_folder) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # of JAX, where another test has imported it
 def test_a_file_that_may_not_be_written_to_is_not_replaced(open_folder) -> None:
     old, new = nvpflow.build(4, seed=1), nvpflow.build(4, seed=2)
     path = open_folder / "flow.safetensors"
@@ -268,6 +270,7 @@ def test_a_file_that_may_not_be_written_to_is_not_replaced(open_folder) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # of JAX, where another test has imported it
 def test_a_folder_that_may_be_written_to_and_not_read(open_folder) -> None:
     flow = nvpflow.build(4, seed=1)
     path = open_folder / "flow.safetensors"

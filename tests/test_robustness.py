@@ -188,3 +188,47 @@ def test_snapshots_are_whole_while_another_thread_replaces_the_parameters():
     finally:
         stop.set()
         thread.join()
+
+
+# ------------------------------------------------------------------------------------------------- what is not taken
+
+
+def test_masked_values_are_nowhere_taken_for_data() -> None:
+    flow = nvpflow.build(3, 2, (8,), standardize=True)
+    rows = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32)
+    hidden = np.ma.array(rows, mask=np.zeros(rows.shape, bool))
+    flow.fit(hidden, epochs=1, batch_size=50, progress=False)  # nothing is masked yet
+    hidden[3, 1] = np.ma.masked
+    hidden.data[3, 1] = 1e6
+    parameters = {name: np.ma.array(value, mask=True) for name, value in flow.parameters().items()}
+    for call in (
+        lambda: flow.fit(hidden, epochs=1, batch_size=50, progress=False),
+        lambda: flow.fit(rows, validation=hidden, epochs=1, batch_size=50, progress=False),
+        lambda: flow.log_prob(hidden),
+        lambda: flow.certify(hidden),
+        lambda: flow.set_parameters(parameters),
+    ):
+        with pytest.raises(ValueError, match="masked"):
+            call()
+
+
+def test_what_is_not_about_the_argument_comes_through() -> None:
+    class Interrupted:
+        def __init__(self, error: type[BaseException]) -> None:
+            self.error = error
+
+        def __array__(self, *_: object, **__: object) -> np.ndarray:
+            raise self.error("while converting")
+
+    flow = nvpflow.build(4, 2, (8,))
+    for error in (KeyboardInterrupt, SystemExit, MemoryError):
+        with pytest.raises(error, match="while converting"):
+            flow.log_prob(Interrupted(error))
+
+
+def test_an_empty_path_is_no_checkpoint() -> None:
+    flow = nvpflow.build(4, 2, (8,))
+    with pytest.raises(ValueError, match="checkpoint is an empty path"):
+        flow.fit(np.zeros((50, 4), np.float32), batch_size=10, checkpoint="", progress=False)
+    with pytest.raises(ValueError, match=r"learning_rate is an integer of \d+ bits"):
+        flow.fit(np.zeros((50, 4), np.float32), batch_size=10, learning_rate=10**400, progress=False)

@@ -310,3 +310,10 @@ except ImportError as error:
     print(error)
 """
     assert 'pip install "nvpflow[sklearn]"' in run_python(script)
+
+
+def test_a_dtype_set_after_fitting_waits_for_the_next_fit() -> None:
+    X = np.random.default_rng(0).normal(size=(200, 3))
+    density = FlowDensity(hidden_sizes=(8,), epochs=1, random_state=0).fit(X)
+    before = density.score(X)
+    assert density.set_params(dtype="float64").score(X) == before

@@ -866,3 +866,25 @@ except ImportError as error:
 """
     )
     assert 'pip install "nvpflow[torch]"' in output
+
+
+def test_a_trace_computes_anew_or_is_refused() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    module = FlowModule(nvpflow.build(4, 2, (8,), seed=1))
+    first, second = torch.randn(10, 4), torch.randn(10, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(make_fx(module.log_prob)(first)(second), module.log_prob(second))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's own, on torch.jit.trace
+            with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace cannot record"):
+                torch.jit.trace(module.log_prob, first)
+
+
+def test_shared_parameters_stay_shared() -> None:
+    module = FlowModule(nvpflow.build(4, 2, (8,), seed=1))
+    x = torch.randn(10, 4)
+    before = module.log_prob(x)
+    module.share_memory()
+    assert all(parameter.is_shared() for parameter in module.parameters())
+    torch.testing.assert_close(module.log_prob(x), before)

@@ -30,7 +30,10 @@ def real(name: str, value: Any) -> float:
     """Return `value`, any real number but a bool, as a float."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a real number, got {describe(value)}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is an integer of {int(value).bit_length()} bits, more than a float holds") from None
 
 
 def boolean(name: str, value: Any) -> bool:
@@ -75,11 +78,18 @@ def path(name: str, value: str | os.PathLike[str]) -> str:
 def array(name: str, value: ArrayLike, dtype: DTypeLike) -> NDArray[Any]:
     """Return `value` as a C-contiguous array of `dtype`: itself where it is one, a copy where NumPy calls that safe."""
     wanted = np.dtype(dtype)
+    unmasked(name, value)
     given = np.asarray(value)
     if not np.can_cast(given.dtype, wanted, "safe"):
         hint = f"; convert it yourself: np.asarray(..., dtype=np.{wanted})" if given.dtype.kind in "fiu" else ""
         raise TypeError(f"{name} has dtype {given.dtype}, which NumPy does not convert to {wanted} safely{hint}")
     return np.asarray(given, dtype=wanted, order="C")
+
+
+def unmasked(name: str, value: object) -> None:
+    """Check that no value is hidden by a mask: NumPy's conversions would bring it back."""
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        raise ValueError(f"{name} is a masked array with masked values; fill or remove them")
 
 
 def table(name: str, value: ArrayLike, dtype: DTypeLike, columns: int) -> NDArray[Any]:

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
+import tokenize
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -88,6 +89,8 @@ def open_table(source: str) -> Iterator[Table]:
     """Open `source`: a `.npy`, `.csv` or `.parquet` file, or `-` (or a pipe) that brings CSV or `.npy`."""
     with ExitStack() as stack:
         if source == "-":
+            if sys.stdin is None:
+                raise DataError("standard input is closed")
             yield _stream_table("standard input", sys.stdin.buffer, stack)
             return
         path = Path(source)
@@ -105,6 +108,10 @@ def open_table(source: str) -> Iterator[Table]:
             raise DataError(f"{source}: unknown kind of table {path.suffix!r}, expected .npy, .csv or .parquet")
 
 
+# What NumPy raises for headers that are damaged or lie.
+_BAD_NPY = (ValueError, EOFError, OverflowError, TypeError, SyntaxError, tokenize.TokenError)
+
+
 def _check_array(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
     if dtype.kind not in "fiu":
         raise DataError(f"{name}: dtype {dtype}, expected real numbers")
@@ -115,7 +122,7 @@ def _check_array(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Non
 def _npy_table(name: str) -> Table:
     try:
         mapped = np.load(name, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except _BAD_NPY as error:
         raise DataError(f"{name}: not a readable .npy file: {error}") from error
     if not isinstance(mapped, np.ndarray):
         mapped.close()
@@ -159,7 +166,7 @@ def _npy_stream_table(name: str, stream: BinaryIO) -> Table:
             shape, column_major, dtype = np.lib.format.read_array_header_1_0(stream)
         else:
             shape, column_major, dtype = np.lib.format.read_array_header_2_0(stream)
-    except ValueError as error:
+    except _BAD_NPY as error:
         raise DataError(f"{name}: not a readable .npy stream: {error}") from error
     _check_array(name, dtype, shape)
     if column_major:
@@ -220,10 +227,17 @@ def _csv_table(name: str, text: IO[str]) -> Table:
     first = next(lines, None)
     if first is None:
         raise DataError(f"{name}: empty")
-    fields = next(csv.reader([first[1]]))
+    fields = _fields(f"{name}, line {first[0]}", first[1])
     header = None if any(_is_number(field) for field in fields) else [field.strip() for field in fields]
     parser = _CsvParser(name, len(fields), first[0], header)
     return Table(name, len(fields), None, parser.blocks(lines if header else _prepended(first, lines)), names=header)
+
+
+def _fields(where: str, line: str) -> list[str]:
+    try:
+        return next(csv.reader([line]))
+    except csv.Error as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def _decoded(name: str, text: IO[str]) -> Iterator[str]:
@@ -262,7 +276,7 @@ class _CsvParser:
     def _explain(self, block: list[tuple[int, str]]) -> None:
         for number, line in block:
             where = f"{self.name}, line {number}"
-            fields = next(csv.reader([line]))
+            fields = _fields(where, line)
             if len(fields) != self.columns:
                 raise DataError(f"{where}: {len(fields)} columns, expected {self.columns} as in line {self.first_line}")
             for i, field in enumerate(fields):

@@ -304,9 +304,10 @@ class Flow(_core.Flow):
         """
         name = _checks.dtype_name("dtype", dtype)
         spec = _of_dtype(self.spec, name)
+        given = self._copy_flat_parameters()
         with np.errstate(over="ignore"):
-            parameters = self._copy_flat_parameters().astype(name)
-        if not np.isfinite(parameters).all():
+            parameters = given.astype(name)
+        if not np.isfinite(parameters[np.isfinite(given)]).all():
             raise ValueError(f"dtype is {name!r}, but the flow has weights beyond its range")
         same = name == self.spec.dtype
         where = _where(self.device, self.precision, self.weights) if same else _DEFAULT_WHERE | {"device": self.device}

@@ -139,6 +139,7 @@ def _table(name: str, values: ArrayLike, columns: int | None = None) -> Array:
 
 
 def _real(name: str, values: ArrayLike) -> Array:
+    _checks.unmasked(name, values)
     given = np.asarray(values)
     if given.dtype.kind not in "fiu":
         raise TypeError(f"{name} has dtype {given.dtype}, expected real numbers")

@@ -154,7 +154,9 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
             The loss became NaN or infinite.
         """
         rows = self._training_rows(X)
-        validation: Any = self._validation(len(rows)) if X_val is None else self._rows(X_val)
+        validation: Any = (
+            self._validation(len(rows)) if X_val is None else self._rounded(self._checked_rows(X_val), rows.dtype.name)
+        )
         held_out = 0 if X_val is not None or validation is None else math.floor(validation * len(rows))
         if len(rows) - held_out < 2:
             raise ValueError(
@@ -228,7 +230,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
                 f"{type(self).__name__}: each layer transforms some features given the others. For one feature take "
                 "sklearn.neighbors.KernelDensity."
             )
-        rows = self._rounded(X)
+        rows = self._rounded(X, _checks.dtype_name("dtype", self.dtype))
         constant = np.flatnonzero(np.all(rows == rows[0], axis=0))
         if constant.size:
             raise ValueError(
@@ -252,10 +254,14 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
 
     def _rows(self, X: Any) -> NDArray[Any]:
         """Return X in the flow's dtype, with the features that `fit` has seen."""
-        return self._rounded(validate_data(self, X, reset=False, dtype=(np.float64, np.float32), order="C"))
+        return self._rounded(self._checked_rows(X), self.flow_.spec.dtype)
 
-    def _rounded(self, X: NDArray[Any]) -> NDArray[Any]:
-        dtype = _checks.dtype_name("dtype", self.dtype)
+    def _checked_rows(self, X: Any) -> NDArray[Any]:
+        """Return X as scikit-learn checks it, in its own dtype, with the features that `fit` has seen."""
+        rows: NDArray[Any] = validate_data(self, X, reset=False, dtype=(np.float64, np.float32), order="C")
+        return rows
+
+    def _rounded(self, X: NDArray[Any], dtype: str) -> NDArray[Any]:
         if dtype not in ("float32", "float64"):
             raise ValueError(f"dtype is {dtype!r}, expected 'float32' or 'float64'")
         with np.errstate(over="ignore"):

@@ -447,9 +447,15 @@ _OPERATORS: dict[str, Any] = {"forward": _forward, "inverse": _inverse, "log_pro
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has memory, as those that stand for one in a trace do not."""
+    """Whether a tensor has memory and nobody writes down what becomes of it: a trace sees operators alone."""
     plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
-    return plain and not torch.compiler.is_compiling()
+    recorded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return plain and not recorded
+
+
+def _are_shared(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether other processes see them (`share_memory`): then they stay where they are."""
+    return any(tensor.device.type == "cpu" and tensor.is_shared() for tensor in tensors)
 
 
 def _no_vmap(info: Any, in_dims: Any, *arguments: object) -> Any:
@@ -648,6 +654,8 @@ class FlowModule(torch.nn.Module):
             return [getattr(modules[layer], tensor) for layer, tensor in self._names]
 
     def _call(self, kind: str, name: str, rows: torch.Tensor) -> Any:
+        if torch.jit.is_tracing():
+            raise NotImplementedError("torch.jit.trace cannot record a FlowModule; use torch.compile or torch.export")
         parameters = self._tensors()
         rows = self._checked(name, rows, parameters[0])
         engine = self._engine
@@ -690,7 +698,7 @@ class FlowModule(torch.nn.Module):
             raise TypeError(f"the parameters cannot be {dtype}: nvpflow computes in float32 and float64")
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         tensors = self._tensors()
-        if not self._engine.are_flat(tensors):
+        if not self._engine.are_flat(tensors) and not _are_shared(tensors):
             self._engine.flatten(tensors)
         return self
 
@@ -707,7 +715,8 @@ class FlowModule(torch.nn.Module):
         flow.num_threads = num_threads
         self._engine = _Engine(flow)
         self._engine.precision = precision
-        self._engine.flatten(self._tensors())
+        if not _are_shared(tensors := self._tensors()):
+            self._engine.flatten(tensors)
 
 
 def _seed(seed: int | None) -> int:

@@ -233,6 +233,8 @@ def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
     checked["seed"] = _checks.integer("seed", given["seed"], unsigned=True)
     checkpoint = given["checkpoint"]
     checked["checkpoint"] = "" if checkpoint is None else _checks.path("checkpoint", checkpoint)
+    if checkpoint is not None and not checked["checkpoint"]:
+        raise ValueError("checkpoint is an empty path, expected that of a file, or None for no checkpoint")
     return checked
 
 

@@ -78,6 +78,10 @@ py::object convert(PyObject* object, const char* name, DType dtype, Library libr
   if (PyArray_Check(object)) refuse_masked(object, name);
   auto array = py::reinterpret_steal<py::object>(PyArray_FromAny(object, nullptr, 0, 0, 0, nullptr));
   if (!array) {
+    // Ctrl-C while a slow object converts itself, and the want of memory, are not about the argument.
+    if (PyErr_ExceptionMatches(PyExc_Exception) == 0 || PyErr_ExceptionMatches(PyExc_MemoryError) != 0) {
+      throw py::error_already_set();
+    }
     // Ragged lists and the like; NumPy's reason is kept as the cause.
     py::raise_from(PyExc_TypeError, (std::string(name) + " cannot be read as an array of numbers").c_str());
     throw py::error_already_set();
