@@ -878,7 +878,7 @@ def test_a_trace_computes_anew_or_is_refused() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch's own, on torch.jit.trace
             with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace cannot record"):
-                torch.jit.trace(module.log_prob, first)
+                torch.jit.trace(lambda x: module.log_prob(x), first)
 
 
 def test_shared_parameters_stay_shared() -> None:

@@ -32,7 +32,7 @@ _TABLES = "a .npy (memory-mapped), .csv (header or not) or .parquet (needs pyarr
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     if sys.stderr is None:  # closed by the caller, as is standard output below
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115: for the rest of the process
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if sys.stdout is None:
         print("nvpflow: error: standard output is closed; send it to /dev/null if it is not wanted", file=sys.stderr)
         return 1
