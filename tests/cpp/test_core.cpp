@@ -761,7 +761,11 @@ TEST_CASE("paths that cannot hold a model are refused for what they are") {
   both(ErrorCode::io, "No such file or directory", folder / "none/model.safetensors");
   REQUIRE(::mkfifo((folder / "pipe").c_str(), 0600) == 0);
   both(ErrorCode::io, "is a pipe, socket or device, expected a regular file", folder / "pipe");
-  both(ErrorCode::io, "expected a regular file", "/dev/null");
+  // A device of our own, which root alone can make: a save that broke the promise would replace the system's.
+  struct stat null {};
+  REQUIRE(::stat("/dev/null", &null) == 0);
+  const bool device = ::mknod((folder / "device").c_str(), S_IFCHR | 0600, null.st_rdev) == 0;
+  if (device) both(ErrorCode::io, "is a pipe, socket or device, expected a regular file", folder / "device");
   fs::create_symlink("loop", folder / "loop");
   both(ErrorCode::io, "Too many levels of symbolic links", folder / "loop");
   try {
@@ -769,7 +773,7 @@ TEST_CASE("paths that cannot hold a model are refused for what they are") {
   } catch (const Error& error) {
     CHECK(error.system_error() == ENOENT);
   }
-  CHECK(folder.entries() == 2);
+  CHECK(folder.entries() == (device ? 3 : 2));
 }
 
 TEST_CASE("a name as long as the file system allows can be saved") {
