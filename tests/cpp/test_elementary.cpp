@@ -45,6 +45,7 @@ Real gelu(Real x) {
 // Ranges reach past the last finite or non-zero result where the function has one.
 const Case kCases[] = {
     {"exp", Function::exp, [](Real x) { return std::exp(x); }, -110, 90, -750, 711, 1},
+    {"exp_within_1", Function::exp_within_one, [](Real x) { return std::exp(x); }, -1, 1, -1, 1, 1},
     {"tanh", Function::tanh, [](Real x) { return std::tanh(x); }, -12, 12, -25, 25, 2},
     {"sigmoid", Function::sigmoid, sigmoid, -110, 110, -750, 750, 2},
     {"softplus", Function::softplus, [](Real x) { return std::fmax(x, 0.0L) + std::log1p(std::exp(-std::fabs(x))); },

@@ -367,10 +367,24 @@ NVPFLOW_INLINE V log_scale(const Layer<T>& layer, V u) {
   return tanh<T>(u * set1(layer.inverse_bound)) * set1(layer.bound);
 }
 
+/// e^s of a log-scale, or of its negative. |s| <= bound, and 1 is what nearly all flows have.
+template <class T, class V>
+NVPFLOW_INLINE V scale_of(const Layer<T>& layer, V s) {
+  return layer.bound <= T(1) ? exp_within_one<T>(s) : exp<T>(s);
+}
+
 /// The vectors that the transformed part is taken through in step: what fits in the registers.
 #if defined(__AVX512F__)
 template <class T>
-using Steps = Pair<Pair<Pair<Vec<T>>>>;
+constexpr auto steps_of() {
+  if constexpr (sizeof(T) == 4) {
+    return Pair<Pair<Vec<T>>>{};  // short chains, from tables
+  } else {
+    return Pair<Pair<Pair<Vec<T>>>>{};
+  }
+}
+template <class T>
+using Steps = decltype(steps_of<T>());
 #else
 template <class T>
 using Steps = Pair<Vec<T>>;
@@ -390,7 +404,8 @@ struct Affine {
     const V s = log_scale<T>(layer, load_steps<T, V>(u, u_stride, n));
     const V in = load_steps<T, V>(b, b_stride, n), shift = load_steps<T, V>(t, u_stride, n);
     const V sum = load_steps<T, V>(log_det, log_det_stride, n);
-    store_steps<T>(b, b_stride, inverse ? (in - shift) * exp<T>(-s) : fma(in, exp<T>(s), shift), n);
+    store_steps<T>(b, b_stride, inverse ? (in - shift) * scale_of<T>(layer, -s) : fma(in, scale_of<T>(layer, s), shift),
+                   n);
     store_steps<T>(log_det, log_det_stride, inverse ? sum - s : sum + s, n);
   }
 };

@@ -177,7 +177,7 @@ struct TapedAffine {
     constexpr int64_t L = kLanes<T>;
     const V s = log_scale<T>(layer, load_steps<T, V>(u + i, L, L)), t = load_steps<T, V>(u + size + i, L, L);
     const V in = load_steps<T, V>(b + i, L, L), sum = load_steps<T, V>(log_det + i, L, L);
-    const V scale = exp<T>(inverse ? -s : s);
+    const V scale = scale_of<T>(layer, inverse ? -s : s);
     const V out = inverse ? (in - t) * scale : fma(in, scale, t);
     store_steps<T>(log_det + i, L, inverse ? sum - s : sum + s, L);
     store_steps<T>(b + i, L, out, L);

@@ -150,6 +150,8 @@ Vec<T> elementary_vector(Function function, Vec<T> x) {
   switch (function) {
     case Function::exp:
       return exp<T>(x);
+    case Function::exp_within_one:
+      return exp_within_one<T>(x);
     case Function::tanh:
       return tanh<T>(x);
     case Function::sigmoid:

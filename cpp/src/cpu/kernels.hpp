@@ -103,7 +103,19 @@ struct AdamCoefficients {
 };
 
 /// Elementary functions, for the tests that measure their error.
-enum class Function : int32_t { exp, tanh, sigmoid, softplus, gelu, silu, elu, log, sin_quarter, cos_quarter };
+enum class Function : int32_t {
+  exp,
+  exp_within_one,
+  tanh,
+  sigmoid,
+  softplus,
+  gelu,
+  silu,
+  elu,
+  log,
+  sin_quarter,
+  cos_quarter
+};
 
 template <class T>
 struct Kernels {

@@ -1,7 +1,7 @@
-"""Writes coefficients.inl: the polynomials of simd.hpp, fitted in 60-digit arithmetic (needs mpmath).
+"""Writes coefficients.inl: polynomials and tables of simd.hpp, fitted in 60-digit arithmetic (needs mpmath and NumPy).
 
-Each is the Chebyshev interpolant of a smooth function, which is within a small factor of the minimax polynomial; the
-tests measure the error of the finished functions in ulp. Run: python cpp/src/cpu/make_coefficients.py
+Each polynomial is the Chebyshev interpolant of a smooth function, which is within a small factor of the minimax
+polynomial; the tests measure the error of the finished functions in ulp. Run: python cpp/src/cpu/make_coefficients.py
 """
 
 import textwrap
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mpmath as mp
+import numpy as np
 
 mp.mp.dps = 60
 
@@ -73,16 +74,83 @@ FITS = [
 ]
 
 
+# ---- tables of 32 numbers, which AVX-512 looks up in one instruction -------------------------------------------------
+
+ENTRIES = 32
+TANH_LOWEST = -4  # binary exponent of the first interval; four intervals to an octave
+TANH_DEGREE = 5
+
+
+def nearly_exact(function: Callable[[mp.mpf], mp.mpf], near: mp.mpf) -> tuple[mp.mpf, mp.mpf]:
+    """Find a float near `near` at which the function is all but a float (Gal 1986); return both."""
+    if near == 0:
+        return near, function(near)
+    below = above = np.float32(float(near))
+    candidates = [below]
+    for _ in range(100):
+        below, above = np.nextafter(below, np.float32(-100)), np.nextafter(above, np.float32(100))
+        candidates += [below, above]
+
+    def rounded(x: np.float32) -> mp.mpf:
+        return mp.mpf(float(np.float32(float(function(mp.mpf(float(x)))))))
+
+    best = min(candidates, key=lambda x: abs(rounded(x) / function(mp.mpf(float(x))) - 1))
+    return mp.mpf(float(best)), rounded(best)
+
+
+def tanh_tables() -> list[list[mp.mpf]]:
+    """Centre and coefficients of tanh in the distance from it, by the low five bits of (bits of |x|) >> 21."""
+    rows: list[list[mp.mpf]] = [[] for _ in range(ENTRIES)]
+    for interval in range(ENTRIES):
+        octave = mp.mpf(2) ** (TANH_LOWEST + interval // 4)
+        low = octave * (1 + mp.mpf(interval % 4) / 4)
+        high = low + octave / 4
+        if interval == 0:
+            low = mp.mpf(0)  # all that is smaller, too: the centre is 0 there, and the error relative
+        centre, value = nearly_exact(mp.tanh, (low + high) / 2 if interval > 0 else low)
+
+        def slope(d: mp.mpf, x: mp.mpf = centre) -> mp.mpf:
+            return (mp.tanh(x + d) - mp.tanh(x)) / d if abs(d) > mp.mpf(10) ** -20 else mp.sech(x) ** 2
+
+        first = int(np.float32(2.0**TANH_LOWEST).view(np.int32)) >> 21
+        fitted = interpolate(slope, low - centre, high - centre, TANH_DEGREE - 1)
+        rows[(first + interval) % ENTRIES] = [centre, value, *fitted]
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def exp_tables() -> list[list[mp.mpf]]:
+    """Arguments near k / 15 and their exponentials, by the low five bits of k = -15 .. 15."""
+    rows = [nearly_exact(mp.exp, mp.mpf(k if k < 16 else k - ENTRIES) / 15) for k in range(ENTRIES)]
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+TABLES = [
+    ("kTanhTable", "tanh: centre of the interval, value there, coefficients of the distance from it", tanh_tables),
+    ("kExpTable", "e^x: x near k / 15, and its exponential", exp_tables),
+]
+
+
+def literal(value: mp.mpf, kind: str, digits: int) -> str:
+    text = mp.nstr(value, digits)
+    return (text if ("." in text or "e" in text) else text + ".0") + ("f" if kind == "float" else "")
+
+
 def main() -> None:
     lines = ["// Written by make_coefficients.py; lowest power first.", ""]
     for name, what, function, low, high, degree_float, degree_double in FITS:
         lines.append(f"// {what}")
         for suffix, kind, degree, digits in (("F", "float", degree_float, 10), ("D", "double", degree_double, 18)):
-            values = [mp.nstr(c, digits) for c in interpolate(function, low, high, degree)]
-            ending = "f" if kind == "float" else ""
-            text = ", ".join((v if ("." in v or "e" in v) else v + ".0") + ending for v in values)
+            text = ", ".join(literal(c, kind, digits) for c in interpolate(function, low, high, degree))
             lines += textwrap.wrap(f"constexpr {kind} {name}{suffix}[] = {{{text}}};", 120, subsequent_indent="    ")
         lines.append("")
+    for name, what, make in TABLES:
+        lines.append(f"// {what}")
+        rows = make()
+        lines.append(f"alignas(64) constexpr float {name}[][{ENTRIES}] = {{")
+        for row in rows:
+            text = "{" + ", ".join(literal(value, "float", 10) for value in row) + "},"
+            lines += textwrap.wrap(text, 120, initial_indent="    ", subsequent_indent="     ")
+        lines += ["};", ""]
     Path(__file__).with_name("coefficients.inl").write_text("\n".join(lines))
 
 
