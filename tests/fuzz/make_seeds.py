@@ -50,6 +50,7 @@ def main() -> None:
         "deep": nvpflow.build(5, 3, (4, 3), "gelu", standardize=True),
         "float64": nvpflow.build(3, 2, (2,), "tanh", dtype="float64", scale_bound=0.5),
     }
+    models["float64"].column_names = ("a", "", "\u00f6")
     for name, flow in models.items():
         flow.save(folder / name)
         dtype = "F32" if flow.spec.dtype == "float32" else "F64"
