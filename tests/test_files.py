@@ -92,7 +92,7 @@ def test_names_of_columns_go_where_the_flow_goes(saved, tmp_path) -> None:
         (
             ["x" * (1 << 24), "b", "c", "d", "e"],
             ValueError,
-            "column_names takes 16777234 bytes as JSON, expected at most",
+            "column_names takes 16777236 bytes as JSON, expected at most",
         ),
     ],
 )
@@ -111,7 +111,7 @@ def test_wrong_names_of_columns_change_nothing(saved, names, error, message) -> 
         ('["a","b","c","d",5]', "value 4 is no string"),
         ('{"a":1}', "the text is no array"),
         ('["a","b"', "the text is not valid JSON"),
-        ("[[[[[[[[[[]]]]]]]]]]", "nested too deeply"),
+        ("[[[[[[[[[[]]]]]]]]]]", "the JSON is nested too deeply"),
     ],
 )
 def test_damaged_names_of_columns_are_refused(saved, text, message) -> None:
