@@ -70,7 +70,10 @@ def main() -> None:
     write(folder / "many_tensors", metadata, [])
     write(folder / "many_objects", metadata | {"nvpflow.spec": "[" + ",".join(["{}"] * 1000) + "]"}, [])
     tensors = [(name, "F32", list(values.shape)) for name, values in models["plain"].parameters().items()]
-    small = {"nvpflow.spec": models["plain"].spec.to_json(), "nvpflow.column_names": "[" + ",".join(['""'] * 4000) + "]"}
+    small = {
+        "nvpflow.spec": models["plain"].spec.to_json(),
+        "nvpflow.column_names": "[" + ",".join(['""'] * 4000) + "]",
+    }
     write(folder / "many_names", metadata | small, tensors)
     deep = json.dumps({"key": {"flow": "DEEP"}, "adam_steps": 0, "best_epoch": 0})
     write(folder / "deep_checkpoint", {"nvpflow.training": deep.replace('"DEEP"', "[" * 2000 + "]" * 2000)}, [])
