@@ -413,7 +413,7 @@ def test_failed_output_leaves_the_old_file(run, folder):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_full_disk(run):
     message = error_of(run("score", "model.safetensors", "data.npy", "-o", "/dev/full", fails=1))
-    assert "No space left on device" in message
+    assert message == "nvpflow: error: /dev/full: No space left on device\n"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
