@@ -239,6 +239,49 @@ def test_score_writes_csv_that_reads_back_exactly(run, folder, rows, flow):
     assert np.array_equal(np.loadtxt(folder / "scores.csv", dtype=np.float32), flow.log_probability(rows))
 
 
+@pytest.fixture
+def named(run, folder, rows):
+    save_csv(folder / "named.csv", rows, header="east,north,up")
+    run("fit", "named.csv", "-o", "named.safetensors", "--quiet", *QUICK)
+    return nvpflow.load(folder / "named.safetensors")
+
+
+def test_fit_keeps_the_names_of_columns(run, named):
+    assert named.column_names == ("east", "north", "up")
+    assert "columns: east, north, up" in run("info", "named.safetensors").stdout
+    assert json.loads(run("info", "named.safetensors", "--json").stdout)["column_names"] == ["east", "north", "up"]
+    assert json.loads(run("info", "model.safetensors", "--json").stdout)["column_names"] is None
+    assert "columns:" not in run("info", "model.safetensors").stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("score", "named.safetensors", "other.csv", "-o", "out.csv"),
+        ("check", "named.safetensors", "other.csv"),
+        ("report", "named.safetensors", "other.csv", "-o", "out.html"),
+        ("report", "named.safetensors", "named.csv", "--train", "other.csv", "-o", "out.html"),
+        ("fit", "named.csv", "--validation", "other.csv", "-o", "out.safetensors", *QUICK),
+    ],
+    ids=["score", "check", "report", "report --train", "fit --validation"],
+)
+def test_columns_in_another_order_are_refused(run, folder, rows, named, arguments):
+    if arguments[0] == "report":
+        pytest.importorskip("matplotlib")
+    save_csv(folder / "other.csv", rows[:, [0, 2, 1]], header="east,up,north")
+    message = error_of(run(*arguments, fails=1))
+    assert "other.csv: column 2 is 'up', the model was trained with 'north' there" in message
+    assert not list(folder.glob("out.*"))
+    assert run(*arguments, "--ignore-names").returncode == 0
+
+
+def test_tables_that_agree_or_have_no_names_are_scored(run, folder, rows, named):
+    expected = named.log_probability(rows)
+    for table in ("named.csv", "data.npy"):
+        run("score", "named.safetensors", table, "-o", f"{table}.scores.npy")
+        assert np.array_equal(np.load(folder / f"{table}.scores.npy"), expected), table
+
+
 def test_score_in_a_pipe(run, folder, rows, flow):
     expected = flow.log_probability(rows)
     save_csv(folder / "plain.csv", rows)
@@ -370,7 +413,7 @@ def test_failed_output_leaves_the_old_file(run, folder):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_full_disk(run):
     message = error_of(run("score", "model.safetensors", "data.npy", "-o", "/dev/full", fails=1))
-    assert "No space left on device" in message
+    assert message == "nvpflow: error: /dev/full: No space left on device\n"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
+import pickle
 import struct
 import sys
 from pathlib import Path
@@ -58,6 +60,85 @@ def test_saving_twice_gives_the_same_bytes(saved, tmp_path) -> None:
     second = tmp_path / "second.safetensors"
     nvpflow.load(path).save(second)
     assert second.read_bytes() == path.read_bytes()
+
+
+def test_names_of_columns_go_where_the_flow_goes(saved, tmp_path) -> None:
+    flow, path = saved
+    assert flow.column_names is None
+    assert "nvpflow.column_names" not in read_container(path)[0]["__metadata__"]
+    before = flow.log_prob(unit_data(9, 5, 1, flow.spec.dtype))
+    names = ("east", "Höhe, m", "", 'a "b"', "east")
+    flow.column_names = names
+    flow.save(path)
+    assert json.loads(read_container(path)[0]["__metadata__"]["nvpflow.column_names"]) == list(names)
+    others = [nvpflow.load(path), copy.copy(flow), copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))]
+    for other in [*others, flow.to("cpu"), flow.astype("float64")]:
+        assert other.column_names == names
+    assert_same_bits(others[0].log_prob(unit_data(9, 5, 1, flow.spec.dtype)), before, "log_prob")
+    others[0].column_names = None
+    assert others[0].column_names is None
+    assert flow.column_names == names
+    assert others[0] == flow
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        ("abcde", TypeError, "column_names must be a sequence of strings or None, got 'abcde'"),
+        (5, TypeError, "column_names must be a sequence of strings or None, got 5"),
+        (["a", "b", 3, "d", "e"], TypeError, r"column_names\[2\] must be a string, got 3"),
+        (["a", "b"], ValueError, "column_names holds 2 names, expected 5 or none"),
+        (["a", "b", "c", "d", "\ud800"], ValueError, r"column_names\[4\] is .* not valid Unicode"),
+        (
+            ["x" * (1 << 24), "b", "c", "d", "e"],
+            ValueError,
+            "column_names takes 16777236 bytes as JSON, expected at most",
+        ),
+    ],
+)
+def test_wrong_names_of_columns_change_nothing(saved, names, error, message) -> None:
+    flow, _ = saved
+    flow.column_names = tuple("abcde")
+    with pytest.raises(error, match=message):
+        flow.column_names = names
+    assert flow.column_names == tuple("abcde")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('["a","b","c","d"]', "the array holds 4 values, expected an array of 5 strings"),
+        ('["a","b","c","d",5]', "value 4 is no string"),
+        ('{"a":1}', "the text is no array"),
+        ('["a","b"', "the text is not valid JSON"),
+        ("[[[[[[[[[[]]]]]]]]]]", "the JSON is nested too deeply"),
+    ],
+)
+def test_damaged_names_of_columns_are_refused(saved, text, message) -> None:
+    _, path = saved
+    header, data = read_container(path)
+    header["__metadata__"]["nvpflow.column_names"] = text
+    write_container(path, header, data)
+    with pytest.raises(nvpflow.FileFormatError, match=f"nvpflow.column_names: {message}"):
+        nvpflow.load(path)
+
+
+def test_reload_compares_names_of_columns_where_both_have_some(saved, tmp_path) -> None:
+    flow, unnamed = saved
+    other = nvpflow.Flow(flow.spec, seed=5)
+    other.column_names = tuple("abcde")
+    other.save(tmp_path / "named")
+    flow.column_names = tuple("abdce")
+    kept = nvpflow.load(unnamed)
+    with pytest.raises(nvpflow.FileFormatError, match="named: column 3 is 'c', expected 'd'"):
+        flow.reload(tmp_path / "named")
+    assert flow == kept
+    flow.column_names = tuple("abcde")
+    flow.reload(tmp_path / "named")
+    assert flow == other
+    flow.reload(unnamed)
+    assert flow == kept
+    assert flow.column_names == tuple("abcde")
 
 
 def test_saving_replaces_and_leaves_nothing_else(saved) -> None:

@@ -402,6 +402,8 @@ def test_set_parameters_names_what_is_wrong(make_flow) -> None:
         flow.set_parameters({**good, "flow_0_scale.kernel": np.zeros((2, 3))})
     with pytest.raises(TypeError, match=r"flow_0_scale\.bias.*complex128"):
         flow.set_parameters({**good, "flow_0_scale.bias": np.zeros(2, dtype=complex)})
+    with pytest.raises(TypeError, match=r"parameters must be a mapping of names to arrays, got 5 \(int\)"):
+        flow.set_parameters(5)
     assert_same_bits(flow.log_prob(unit_data(5, 4, 1)), before, "after refused parameters")
 
 

@@ -196,6 +196,7 @@ def test_pipeline_with_frames(frame):
 def test_feature_names(frame):
     density = FlowDensity(**SMALL).fit(frame)
     assert density.feature_names_in_.tolist() == ["a", "b", "c"]
+    assert density.flow_.column_names == ("a", "b", "c")
     with pytest.raises(ValueError, match="must be in the same order"):
         density.score_samples(frame[["b", "a", "c"]])
     with pytest.raises(ValueError, match="feature names should match"):
@@ -203,6 +204,7 @@ def test_feature_names(frame):
     with pytest.warns(UserWarning, match="does not have valid feature names"):
         density.score_samples(frame.to_numpy())
     assert not hasattr(density.fit(frame.to_numpy()), "feature_names_in_")
+    assert density.flow_.column_names is None
 
 
 def test_docstrings_name_every_parameter_and_attribute(x):

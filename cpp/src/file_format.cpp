@@ -49,6 +49,7 @@ constexpr const char* kVersionKey = "nvpflow.format_version";
 constexpr const char* kLibraryKey = "nvpflow.library_version";
 constexpr const char* kDTypeKey = "nvpflow.dtype";
 constexpr const char* kSpecKey = "nvpflow.spec";
+constexpr const char* kColumnNamesKey = "nvpflow.column_names";
 constexpr std::uint32_t kMajorVersion = 1;
 constexpr const char* kFormatVersion = "1.0";
 
@@ -777,6 +778,48 @@ FlowSpec spec_of(const ContainerReader& file, const TensorsByName& tensors, cons
   return spec;
 }
 
+/// Empty where the file has none.
+std::vector<std::string> column_names_of(const ContainerReader& file, std::int64_t input_size) {
+  const auto text = file.metadata().find(kColumnNamesKey);
+  if (text == file.metadata().end()) return {};
+  const auto fail = [&](const std::string& what) {
+    fail_format(file.path(), std::string(kColumnNamesKey) + ": " + what);
+  };
+  json document;
+  try {
+    document = parse_metadata_json(text->second);
+  } catch (const Error& error) {
+    fail(error.what());
+  }
+  const std::string expected = "expected an array of " + std::to_string(input_size) + " strings";
+  if (!document.is_array()) fail("the text is no array, " + expected);
+  if (static_cast<std::int64_t>(document.size()) != input_size) {
+    fail("the array holds " + std::to_string(document.size()) + " values, " + expected);
+  }
+  std::vector<std::string> names;
+  names.reserve(document.size());
+  for (json& name : document) {
+    if (!name.is_string()) fail("value " + std::to_string(names.size()) + " is no string, " + expected);
+    names.push_back(std::move(name.get_ref<std::string&>()));
+  }
+  return names;
+}
+
+/// As JSON text; Error(invalid_argument) where that cannot be.
+std::string names_to_json(const std::vector<std::string>& column_names) {
+  std::string text;
+  try {
+    text = json(column_names).dump();
+  } catch (const json::exception&) {
+    throw Error(ErrorCode::invalid_argument, "column_names holds a name that is not UTF-8");
+  }
+  if (text.size() > kMaxJsonBytes) {
+    throw Error(ErrorCode::invalid_argument, "column_names takes " + std::to_string(text.size()) +
+                                                 " bytes as JSON, expected at most " + std::to_string(kMaxJsonBytes));
+  }
+  return text;
+}
+
 /// A few bytes of description can ask for thousands of tensors, each with a name, a shape and an offset: no layout is
 /// made for a file that does not hold about as many.
 void check_count(const std::string& path, const FlowSpec& spec, std::size_t held) {
@@ -912,7 +955,26 @@ FlowSpec spec_from_json(const std::string& text) {
   return spec;
 }
 
-void save_model(const std::string& path, const FlowSpec& spec, const ParamLayout& layout, const void* parameters) {
+void check_column_names(const std::vector<std::string>& names, std::int64_t input_size) {
+  if (!names.empty() && static_cast<std::int64_t>(names.size()) != input_size) {
+    throw Error(ErrorCode::invalid_argument, "column_names holds " + std::to_string(names.size()) +
+                                                 " names, expected " + std::to_string(input_size) + " or none");
+  }
+  names_to_json(names);
+}
+
+std::string difference(const std::vector<std::string>& names, const std::vector<std::string>& expected) {
+  if (names.empty() || expected.empty()) return "";
+  for (std::size_t i = 0; i < std::min(names.size(), expected.size()); ++i) {
+    if (names[i] != expected[i]) {
+      return "column " + std::to_string(i + 1) + " is " + quote(names[i]) + ", expected " + quote(expected[i]);
+    }
+  }
+  return "";
+}
+
+void save_model(const std::string& path, const FlowSpec& spec, const ParamLayout& layout, const void* parameters,
+                const std::vector<std::string>& column_names) {
   std::vector<FileTensor> tensors;
   for (const TensorInfo& tensor : layout.tensors()) {
     const auto* values = static_cast<const unsigned char*>(parameters) + byte_offset(tensor, spec.dtype);
@@ -920,12 +982,15 @@ void save_model(const std::string& path, const FlowSpec& spec, const ParamLayout
     if (!wrong.empty()) throw Error(ErrorCode::invalid_argument, path + ": not saved: " + wrong);
     tensors.push_back({tensor.name, spec.dtype, tensor.shape, values});
   }
-  write_tensor_file(path,
-                    {{kVersionKey, kFormatVersion},
-                     {kLibraryKey, version()},
-                     {kDTypeKey, std::string(name_of(spec.dtype))},
-                     {kSpecKey, spec_to_json(spec)}},
-                    tensors);
+  std::map<std::string, std::string> metadata = {{kVersionKey, kFormatVersion},
+                                                 {kLibraryKey, version()},
+                                                 {kDTypeKey, std::string(name_of(spec.dtype))},
+                                                 {kSpecKey, spec_to_json(spec)}};
+  if (!column_names.empty()) {
+    check_column_names(column_names, spec.input_size);
+    metadata[kColumnNamesKey] = names_to_json(column_names);
+  }
+  write_tensor_file(path, metadata, tensors);
 }
 
 LoadedModel load_model(const std::string& path, const FlowSpec* expected) {
@@ -940,6 +1005,7 @@ LoadedModel load_model(const std::string& path, const FlowSpec* expected) {
   check_count(path, model.spec, file.tensors().size());
   const ParamLayout layout(model.spec);
   check_tensors(file, tensors, layout, dtype);
+  model.column_names = column_names_of(file, model.spec.input_size);
 
   // Not before here: the tensors are all in the file, so the size asked for is the file's own.
   try {

@@ -87,6 +87,7 @@ struct Flow::State {
   // One buffer for the flow's whole life, so that views of it stay valid; bytes, because the dtype is known at run
   // time.
   std::vector<unsigned char> parameters;
+  std::vector<std::string> column_names;
   std::unique_ptr<Backend> backend;
   ForkSafeMutex write_mutex;
   std::atomic<int> num_threads{0};
@@ -182,6 +183,7 @@ Flow Flow::to(Device device, Precision precision, Weights weights) const {
   Flow copy(std::make_unique<State>(spec(), device, precision, weights));
   copy.state_->num_threads.store(num_threads());
   const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
+  copy.state_->column_names = state_->column_names;
   copy.state_->publish(state_->parameters.data());
   return copy;
 }
@@ -199,17 +201,20 @@ Flow Flow::load(const std::string& path, const FlowSpec& expected, Device device
 Flow Flow::from_model(LoadedModel&& model, Device device, Precision precision, Weights weights) {
   Flow flow(std::make_unique<State>(std::move(model.spec), device, precision, weights));
   flow.state_->publish(model.parameters.data());
+  flow.state_->column_names = std::move(model.column_names);
   return flow;
 }
 
 void Flow::save(const std::string& path) const {
   // A snapshot: the file must not mix two sets of parameters, and writers must not wait for the disk.
   std::vector<unsigned char> snapshot;
+  std::vector<std::string> names;
   {
     const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
     snapshot = state_->parameters;
+    names = state_->column_names;
   }
-  save_model(path, state_->spec, state_->layout, snapshot.data());
+  save_model(path, state_->spec, state_->layout, snapshot.data(), names);
 }
 
 const FlowSpec& Flow::spec() const { return state_->spec; }
@@ -220,6 +225,17 @@ const ParamLayout& Flow::layout() const { return state_->layout; }
 std::int64_t Flow::num_parameters() const { return state_->layout.size(); }
 int Flow::num_threads() const { return state_->num_threads.load(); }
 const Backend& Flow::backend() const { return *state_->backend; }
+
+std::vector<std::string> Flow::column_names() const {
+  const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
+  return state_->column_names;
+}
+
+void Flow::set_column_names(std::vector<std::string> names) {
+  check_column_names(names, spec().input_size);
+  const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
+  state_->column_names = std::move(names);
+}
 
 void Flow::set_num_threads(int threads) {
   if (threads < 0 || threads > 4096)
@@ -241,6 +257,8 @@ void Flow::prepare(std::int64_t max_rows) const {
 
 void Flow::reload(const std::string& path) {
   const LoadedModel model = load_model(path, &spec());
+  const std::string differs = difference(model.column_names, column_names());
+  if (!differs.empty()) throw Error(ErrorCode::file_format, path + ": " + differs);
   state_->publish(model.parameters.data());
 }
 

@@ -57,6 +57,23 @@ def sizes(name: str, value: Any) -> tuple[int, ...]:
     return tuple(integer(f"{name}[{i}]", item) for i, item in enumerate(value))
 
 
+def column_names(name: str, value: Any) -> list[str]:
+    """Return a sequence of strings as a list, empty for None; a single string is refused, not taken apart."""
+    if value is None:
+        return []
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a sequence of strings or None, got {describe(value)}")
+    return [_unicode(f"{name}[{i}]", item) for i, item in enumerate(value)]
+
+
+def _unicode(name: str, value: Any) -> str:
+    try:
+        text(name, value).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} is {describe(value)}, which is not valid Unicode") from None
+    return str(value)
+
+
 def dtype_name(name: str, value: DTypeLike) -> str:
     """Return the name NumPy gives to a dtype: np.float32 and "f4" both give "float32"."""
     message = f"{name} must be a dtype, 'float32' or 'float64', got {describe(value)}"

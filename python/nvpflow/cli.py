@@ -145,6 +145,7 @@ def _add_training_options(group: Any) -> None:
     _add_option(group, "--max-round-trip", type=float, metavar="X", help=round_trip_help)
     validation_help = "share of the rows to hold out, or a table of its own"
     _add_option(group, "--validation", metavar="X", default="0.1", help=validation_help)
+    _add_ignore_names(group, "a validation table whose columns are called otherwise than those of DATA")
     _add_option(group, "--seed", type=int, metavar="S", default=0, help="of the weights, the split and the order")
     _add_threads(group)
     _add_device(group)
@@ -161,6 +162,7 @@ def _add_score(commands: Any) -> None:
     score = _add_command(commands, "score", _run_score, "Write log p of every row of a table, in nats, one per line.")
     score.add_argument("model", metavar="MODEL", help="model file")
     score.add_argument("data", metavar="DATA", help=f"rows: {_TABLES}; converted to the model's dtype")
+    _add_ignore_names(score)
     _add_table_output(score)
     _add_threads(score)
     _add_device(score)
@@ -183,6 +185,10 @@ def _add_table_output(command: Any) -> None:
     _add_option(command, "--force", action="store_true", help="overwrite OUT")
 
 
+def _add_ignore_names(command: Any, what: str = "a table whose columns are called otherwise than the model's") -> None:
+    _add_option(command, "--ignore-names", action="store_true", help=f"take {what}, in the order they have")
+
+
 def _add_device(command: Any) -> None:
     _add_option(command, "--device", metavar="DEVICE", default="cpu", help="cpu, cuda or cuda:N")
     precision_help = "on CUDA: float32, or faster and less exact tf32 or bfloat16"
@@ -198,6 +204,7 @@ def _add_check(commands: Any) -> None:
     check = _add_command(commands, "check", _run_check, summary)
     check.add_argument("model", metavar="MODEL", help="model file")
     check.add_argument("data", metavar="DATA", help=f"rows: {_TABLES}; converted to the model's dtype")
+    _add_ignore_names(check)
     _add_option(check, "--json", action="store_true", help="print JSON")
     tolerance_help = "largest relative error that is not called unreliable"
     _add_option(check, "--tolerance", type=float, metavar="X", default=certificate.TOLERANCE, help=tolerance_help)
@@ -220,10 +227,11 @@ def _add_report(commands: Any) -> None:
     report.add_argument("data", metavar="DATA", help=f"rows: {_TABLES}; converted to the model's dtype")
     _add_option(report, "-o", "--output", metavar="PAGE", required=True, help="HTML file to write, - for stdout")
     _add_option(report, "--force", action="store_true", help="overwrite PAGE")
+    _add_ignore_names(report)
     train_help = "training rows, to fit the Gaussian to (default: to halves of DATA in turns)"
     _add_option(report, "--train", metavar="TABLE", help=train_help)
     _add_option(report, "--history", metavar="FILE", help="what fit --history wrote, for the learning curve")
-    names_help = "of the columns (default: those in DATA, where it has some)"
+    names_help = "of the columns (default: those in DATA or else in MODEL, where it has some)"
     _add_option(report, "--names", metavar="NAME,NAME", type=_listed_names, help=names_help)
     _add_option(report, "--title", metavar="TEXT", help="of the page (default: names of MODEL and DATA)")
     _add_threads(report)
@@ -263,8 +271,8 @@ def _run_fit(arguments: argparse.Namespace) -> None:
     data_io.check_target(arguments.output, force=arguments.force)
     # Before minutes go into reading the data: is the device there?
     nvpflow.build(2, 1, (), dtype=arguments.dtype, device=arguments.device, precision=arguments.precision)
-    rows = _read(arguments.data, arguments.dtype)
-    validation = _validation(arguments, rows.shape[1])
+    rows, names = _read(arguments.data, arguments.dtype)
+    validation = _validation(arguments, rows.shape[1], names)
     flow = nvpflow.build(
         rows.shape[1],
         arguments.num_flows,
@@ -277,6 +285,7 @@ def _run_fit(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         precision=arguments.precision,
     )
+    flow.column_names = names
     say: Callable[..., None] = (lambda *_, **__: None) if arguments.quiet else print
     say(f"data: {arguments.data}, {rows.shape[0]:,} rows x {rows.shape[1]} columns")
     say(f"model: {flow}", flush=True)
@@ -385,32 +394,40 @@ def _epoch_line(record: Any, epochs: int, seconds: float) -> str:
     return line if math.isnan(record["round_trip"]) else f"{line}, round trip {record['round_trip']:.1e}"
 
 
-def _read(source: str, dtype: str, columns: int | None = None) -> Any:
-    return _read_named(source, dtype, columns)[0]
-
-
-def _read_named(source: str, dtype: str, columns: int | None = None) -> tuple[Any, list[str] | None]:
-    """Return the rows of a table, and the names of its columns where it has some."""
+def _read(
+    source: str, dtype: str, columns: int | None = None, names: Sequence[str] | None = None
+) -> tuple[Any, list[str] | None]:
+    """Return the rows of a table, which must have so many columns of these names, and the names that it has."""
     with data_io.open_table(source) as table:
         if columns is not None:
-            _check_columns(table, columns)
+            _check_columns(table, columns, names)
         rows = table.read(dtype)
     if len(rows) == 0:
         raise data_io.DataError(f"{source}: no rows")
     return rows, table.names
 
 
-def _check_columns(table: data_io.Table, columns: int) -> None:
+def _check_columns(table: data_io.Table, columns: int, names: Sequence[str] | None) -> None:
     if table.columns != columns:
         raise data_io.DataError(f"{table.name}: {table.columns} columns, the model takes {columns}")
+    for i, (found, expected) in enumerate(zip(table.names or (), names or (), strict=False)):
+        if found != expected:
+            hint = "reorder the columns, or give --ignore-names if only their names differ"
+            raise data_io.DataError(
+                f"{table.name}: column {i + 1} is {found!r}, the model was trained with {expected!r} there; {hint}"
+            )
 
 
-def _validation(arguments: argparse.Namespace, columns: int) -> Any:
+def _expected_names(arguments: argparse.Namespace, flow: nvpflow.Flow) -> Sequence[str] | None:
+    return None if arguments.ignore_names else flow.column_names
+
+
+def _validation(arguments: argparse.Namespace, columns: int, names: Sequence[str] | None) -> Any:
     """Return the share of rows to hold out, or the rows of the table that --validation names."""
     try:
         return float(arguments.validation)
     except ValueError:
-        return _read(arguments.validation, arguments.dtype, columns)
+        return _read(arguments.validation, arguments.dtype, columns, None if arguments.ignore_names else names)[0]
 
 
 def _run_score(arguments: argparse.Namespace) -> None:
@@ -419,7 +436,7 @@ def _run_score(arguments: argparse.Namespace) -> None:
     flow.num_threads = arguments.threads
     kind = data_io.output_format(arguments.output, arguments.format)
     with data_io.open_table(arguments.data) as table:
-        _check_columns(table, flow.spec.input_size)
+        _check_columns(table, flow.spec.input_size, _expected_names(arguments, flow))
         with data_io.create_table(
             arguments.output, kind=kind, dtype=flow.spec.dtype, columns=None, rows=table.rows, force=arguments.force
         ) as write:
@@ -449,7 +466,7 @@ def _run_check(arguments: argparse.Namespace) -> int:
     flow.num_threads = arguments.threads
     certifier = certificate.Certifier(flow, tolerance=arguments.tolerance, jacobian_rows=arguments.jacobian_rows)
     with data_io.open_table(arguments.data) as table:
-        _check_columns(table, flow.spec.input_size)
+        _check_columns(table, flow.spec.input_size, _expected_names(arguments, flow))
         for rows in table.chunks(flow.spec.dtype):
             certifier.add(rows)
     if certifier.rows == 0:
@@ -463,11 +480,18 @@ def _run_info(arguments: argparse.Namespace) -> None:
     flow = nvpflow.load(arguments.model)
     tensors = {name: list(values.shape) for name, values in flow.parameters().items()}
     if arguments.json:
-        info = {"spec": json.loads(flow.spec.to_json()), "num_parameters": flow.num_parameters, "tensors": tensors}
+        info = {
+            "spec": json.loads(flow.spec.to_json()),
+            "column_names": flow.column_names,
+            "num_parameters": flow.num_parameters,
+            "tensors": tensors,
+        }
         print(json.dumps(info, indent=2))
         return
     print(f"{arguments.model}: {os.path.getsize(arguments.model):,} bytes")
     print(flow)
+    if flow.column_names is not None:
+        print(f"columns: {', '.join(flow.column_names)}")
     width = max(map(len, tensors))
     for name, shape in tensors.items():
         print(f"  {name:<{width}}  {flow.spec.dtype} {shape}")
@@ -484,15 +508,17 @@ def _run_report(arguments: argparse.Namespace) -> None:
     flow.num_threads = arguments.threads
     columns = flow.spec.input_size
     history = None if arguments.history is None else _read_history(arguments.history)
-    rows, names = _read_named(arguments.data, flow.spec.dtype, columns)
+    expected = _expected_names(arguments, flow)
+    rows, found = _read(arguments.data, flow.spec.dtype, columns, expected)
+    names: Sequence[str] | None = found or flow.column_names
     if arguments.names is not None:
         names = arguments.names
-        if len(names) != columns:
-            raise data_io.DataError(f"--names: {len(names)} names, the model takes {columns} columns")
+        if len(arguments.names) != columns:
+            raise data_io.DataError(f"--names: {len(arguments.names)} names, the model takes {columns} columns")
     details = {"Model file": _identified(arguments.model), "Data file": arguments.data}
     train = None
     if arguments.train is not None:
-        train = _read(arguments.train, flow.spec.dtype, columns)
+        train, _ = _read(arguments.train, flow.spec.dtype, columns, expected)
         details["Training file"] = arguments.train
     title = arguments.title or f"{os.path.basename(arguments.model)} on {os.path.basename(arguments.data)}"
     page = report.html(flow, rows, train=train, history=history, names=names, title=title, details=details)

@@ -367,6 +367,27 @@ def create_table(
 
 
 @contextmanager
+def _naming(target: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        error.filename = target
+        raise
+
+
+class _TargetFile(io.FileIO):
+    """A file whose failing writes name the target: Python names a file where opening it fails, and there alone."""
+
+    def __init__(self, path: str, mode: str, target: str) -> None:
+        super().__init__(path, mode)
+        self._target = target
+
+    def write(self, data: Any, /) -> int:
+        with _naming(self._target):
+            return super().write(data)
+
+
+@contextmanager
 def _open_target(target: str, *, force: bool) -> Iterator[BinaryIO]:
     if target == "-":
         yield sys.stdout.buffer
@@ -374,16 +395,17 @@ def _open_target(target: str, *, force: bool) -> Iterator[BinaryIO]:
         return
     check_target(target, force=force)
     if _is_special(target):
-        with open(target, "wb") as file:
+        with io.BufferedWriter(_TargetFile(target, "w", target)) as file:
             yield file
         return
     final = os.path.realpath(target)  # a symbolic link keeps pointing where it does
     unfinished = f"{final}.{os.getpid()}.tmp"
     try:
-        with open(unfinished, "xb") as file:
+        with io.BufferedWriter(_TargetFile(unfinished, "x", target)) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            with _naming(target):
+                os.fsync(file.fileno())
         if not force and os.path.exists(final):
             raise FileExistsError(f"{target} was created by someone else in the meantime (--force overwrites it)")
         os.replace(unfinished, final)

@@ -111,6 +111,7 @@ def _run_in(target: Path, epochs: int, threads: int, device: str) -> None:
     )
 
     flow = nvpflow.build(data.shape[1], **MODEL, device=device)
+    flow.column_names = COLUMNS
     flow.num_threads = threads
     where = nvpflow.cpu_isa() if device == "cpu" else flow.device
     print(f"Model      {flow}", flush=True)

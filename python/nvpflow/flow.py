@@ -136,8 +136,8 @@ def load(
     """
     if spec is not None and not isinstance(spec, FlowSpec):
         raise TypeError(f"spec must be a FlowSpec or None, got {_checks.describe(spec)}")
-    found, parameters = _core._load_model(_checks.path("path", path), spec)
-    return _restore(Flow, found, parameters, 0, _where(device, precision, weights))
+    found, parameters, names = _core._load_model(_checks.path("path", path), spec)
+    return _restore(Flow, found, parameters, 0, _where(device, precision, weights), names)
 
 
 _DEFAULT_WHERE = {"device": "cpu", "precision": "float32", "weights": "full"}
@@ -149,13 +149,19 @@ def _where(device: str, precision: str, weights: str) -> dict[str, str]:
 
 
 def _restore(
-    cls: type[Flow], spec: FlowSpec, parameters: NDArray[Any], num_threads: int, where: dict[str, str]
+    cls: type[Flow],
+    spec: FlowSpec,
+    parameters: NDArray[Any],
+    num_threads: int,
+    where: dict[str, str],
+    column_names: list[str],
 ) -> Flow:
     # A subclass's constructor may take the spec alone, as Flow's did before there were devices.
     given: dict[str, Any] = {name: value for name, value in where.items() if value != _DEFAULT_WHERE[name]}
     flow = cls(spec, **given)
     flow._set_flat_parameters(parameters)
     flow.num_threads = num_threads
+    flow._set_column_names(column_names)
     return flow
 
 
@@ -167,8 +173,10 @@ def _unpickle(
     device: str = "cpu",
     precision: str = "float32",
     weights: str = "full",
+    column_names: Sequence[str] = (),
 ) -> Flow:
-    return _restore(cls, FlowSpec.from_json(spec_json), parameters, num_threads, _where(device, precision, weights))
+    where = _where(device, precision, weights)
+    return _restore(cls, FlowSpec.from_json(spec_json), parameters, num_threads, where, list(column_names))
 
 
 class Flow(_core.Flow):
@@ -209,6 +217,20 @@ class Flow(_core.Flow):
 
     __slots__ = ()  # a misspelt attribute is an error, not a new attribute
 
+    @property
+    def column_names(self) -> tuple[str, ...] | None:
+        """Names of the columns, in their order, or None; settable. `save` keeps them, and so do copies.
+
+        Methods take arrays, which have no names, and look at none. The command line does: ``nvpflow fit`` keeps those
+        of a table that has some, and later commands refuse one whose columns are called otherwise or come in another
+        order.
+        """
+        return tuple(self._column_names()) or None
+
+    @column_names.setter
+    def column_names(self, names: Sequence[str] | None) -> None:
+        self._set_column_names(_checks.column_names("column_names", names))
+
     def parameters(self) -> dict[str, NDArray[Any]]:
         """Return every parameter under its name.
 
@@ -238,8 +260,10 @@ class Flow(_core.Flow):
         ValueError
             Names are missing or unknown, or a shape is wrong; the message names them.
         TypeError
-            A dtype does not convert safely.
+            `parameters` is no mapping, or a dtype does not convert safely.
         """
+        if not isinstance(parameters, Mapping):
+            raise TypeError(f"parameters must be a mapping of names to arrays, got {_checks.describe(parameters)}")
         layout = self._layout()
         _checks.names("parameters", parameters, [name for name, _, _ in layout])
         flat = np.empty(self.num_parameters, dtype=self.spec.dtype)
@@ -281,7 +305,8 @@ class Flow(_core.Flow):
         if weights is None:
             weights = self.weights if device == "cpu" else "full"
         where = _where(device, precision, weights)
-        return _restore(type(self), self.spec, self._copy_flat_parameters(), self.num_threads, where)
+        names = self._column_names()
+        return _restore(type(self), self.spec, self._copy_flat_parameters(), self.num_threads, where, names)
 
     def astype(self, dtype: DTypeLike) -> Flow:
         """Return a copy of the flow that computes in another dtype, on the same device; this one stays as it is.
@@ -311,7 +336,7 @@ class Flow(_core.Flow):
             raise ValueError(f"dtype is {name!r}, but the flow has weights beyond its range")
         same = name == self.spec.dtype
         where = _where(self.device, self.precision, self.weights) if same else _DEFAULT_WHERE | {"device": self.device}
-        return _restore(type(self), spec, parameters, self.num_threads, where)
+        return _restore(type(self), spec, parameters, self.num_threads, where, self._column_names())
 
     def certify(
         self, x: ArrayLike, *, tolerance: float = certificate.TOLERANCE, jacobian_rows: int | None = None
@@ -488,7 +513,7 @@ class Flow(_core.Flow):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the spec's JSON, the weights and the device, which must be there where it is unpickled."""
         state = (type(self), self.spec.to_json(), self._copy_flat_parameters(), self.num_threads)
-        return _unpickle, (*state, self.device, self.precision, self.weights)
+        return _unpickle, (*state, self.device, self.precision, self.weights, self._column_names())
 
     def __copy__(self) -> Flow:
         """Return a flow with weights of its own, which start equal to these."""

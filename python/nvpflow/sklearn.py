@@ -179,6 +179,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
             weights=self.weights,
         )
         flow.num_threads = effective_n_jobs(self.n_jobs)
+        flow.column_names = getattr(self, "feature_names_in_", None)
         history = flow.fit(
             rows,
             validation=validation,

@@ -228,7 +228,8 @@ void check_given(PyArrayObject* array, const char* name, DType dtype, int dims, 
                                 " is not C-contiguous; results are written in place only into a "
                                 "C-contiguous array");
   }
-  if (!PyArray_ISWRITEABLE(array)) raise(PyExc_ValueError, std::string(name) + " is read-only");
+  if (!PyArray_ISWRITEABLE(array))
+    raise(PyExc_ValueError, std::string(name) + " is read-only, expected a writable array");
 }
 
 /// The caller's `out` as a NumPy array that looks at its memory.

@@ -541,6 +541,8 @@ void swap(BoundFlow& self, BoundFlow& other) {
 
 void set_num_threads(BoundFlow& self, const py::object& threads) { self.flow.set_num_threads(thread_count(threads)); }
 
+void set_column_names(BoundFlow& self, const std::vector<std::string>& names) { self.flow.set_column_names(names); }
+
 void bind_flow(py::module_& module) {
   py::class_<BoundFlow> type(module, "Flow", "The compiled part of nvpflow.Flow.");
   type.def(py::init([](const BoundSpec& spec, std::uint64_t seed, const std::string& device,
@@ -588,6 +590,8 @@ void bind_flow(py::module_& module) {
            "Exchange the weights of two flows of the same spec, while other threads may call both. Each flow changes "
            "at\n"
            "one moment; the two moments differ. On an error nothing has changed.")
+      .def("_column_names", on_ready(+[](const BoundFlow& f) { return f.flow.column_names(); }))
+      .def("_set_column_names", on_ready(&set_column_names))
       .def("_layout", on_ready(&layout))
       .def("_flat_parameters", &flat_parameters)
       .def("_copy_flat_parameters", on_ready(&copy_flat_parameters))
@@ -611,7 +615,7 @@ py::tuple load_file(const py::object& from, const py::object& expected) {
   const std::int64_t count = static_cast<std::int64_t>(model.parameters.size()) / size_of(model.spec.dtype);
   const OutputArray flat = output_array(nullptr, "parameters", model.spec.dtype, count, 0, false);
   std::memcpy(flat.data, model.parameters.data(), model.parameters.size());
-  return py::make_tuple(BoundSpec(model.spec), flat.array);
+  return py::make_tuple(BoundSpec(model.spec), flat.array, model.column_names);
 }
 
 py::tuple isas_available() {

@@ -405,7 +405,8 @@ OutputArray device_output(PyObject* given, const char* name, DType dtype, std::i
     raise(PyExc_ValueError,
           std::string(name) + " has shape " + shape_text(found.shape) + ", expected " + shape_text(shape));
   }
-  if (found.read_only || found.library == Library::jax) raise(PyExc_ValueError, std::string(name) + " is read-only");
+  if (found.read_only || found.library == Library::jax)
+    raise(PyExc_ValueError, std::string(name) + " is read-only, expected a writable array");
   out.array = py::reinterpret_borrow<py::object>(given);
   out.data = found.data;
   out.given = true;

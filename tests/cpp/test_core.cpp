@@ -343,6 +343,32 @@ TEST_CASE("a model comes back as it was saved") {
   CHECK(read_bytes(path) == bytes);
 }
 
+TEST_CASE("names of columns come back with the model and its copies") {
+  const Folder folder;
+  const std::string path = folder / "model.safetensors";
+  Flow flow(FlowSpec::real_nvp(3, 2, {4}));
+  CHECK(flow.column_names().empty());
+  const std::vector<std::string> names = {"east", "", "H\xc3\xb6he \"m\""};
+  flow.set_column_names(names);
+  CHECK(flow.column_names() == names);
+  CHECK(Flow(flow).column_names() == names);
+  flow.save(path);
+  CHECK(Flow::load(path).column_names() == names);
+  CHECK(load_model(path, nullptr).column_names == names);
+
+  Flow other(flow.spec(), 1);
+  other.set_column_names({"east", "up", "north"});
+  check_refused(ErrorCode::file_format, "model.safetensors: column 2 is '', expected 'up'",
+                [&] { other.reload(path); });
+  other.set_column_names({});
+  other.reload(path);
+  CHECK(other.column_names().empty());
+  check_refused(ErrorCode::invalid_argument, "column_names holds 2 names, expected 3 or none",
+                [&] { flow.set_column_names({"a", "b"}); });
+  check_refused(ErrorCode::invalid_argument, "not UTF-8", [&] { flow.set_column_names({"a", "b", "\xff"}); });
+  CHECK(flow.column_names() == names);
+}
+
 TEST_CASE("a float64 model without hidden layers comes back as it was saved") {
   const Folder folder;
   const std::string path = folder / "model.safetensors";

@@ -95,7 +95,7 @@ const FlowSpec kSpec = FlowSpec::real_nvp(12, 3, {40}, nvpflow::Activation::tanh
 }  // namespace
 
 TEST_CASE("swap under load") {
-  for (const std::size_t rows : {1, 64}) {
+  for (const std::size_t rows : {1u, 64u}) {
     CAPTURE(rows);
     Flow served = model(kSpec, 1), other = model(kSpec, 2);
     const std::vector<float> x(rows * 12, 0.3f);

@@ -116,9 +116,10 @@ void check_model(const Place& place, std::size_t size, bool save) {
   const bool built = loads(size, "Flow::load", [&] { (void)Flow::load(place.path); });
   require(built, "what load_model reads makes a flow");
   if (!save) return;
-  save_model(place.saved, model.spec, ParamLayout(model.spec), model.parameters.data());
+  save_model(place.saved, model.spec, ParamLayout(model.spec), model.parameters.data(), model.column_names);
   const LoadedModel again = load_model(place.saved, &model.spec);
-  require(again.spec == model.spec && again.parameters == model.parameters, "a model comes back");
+  require(again.spec == model.spec && again.parameters == model.parameters && again.column_names == model.column_names,
+          "a model comes back");
 }
 
 /// The run that a checkpoint is read for. The corpus holds one that belongs to it.

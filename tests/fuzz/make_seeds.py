@@ -50,6 +50,8 @@ def main() -> None:
         "deep": nvpflow.build(5, 3, (4, 3), "gelu", standardize=True),
         "float64": nvpflow.build(3, 2, (2,), "tanh", dtype="float64", scale_bound=0.5),
     }
+    models["named"] = nvpflow.build(3, 1, (), dtype="float64")
+    models["named"].column_names = ("a", "", "\u00f6")
     for name, flow in models.items():
         flow.save(folder / name)
         dtype = "F32" if flow.spec.dtype == "float32" else "F64"
@@ -67,6 +69,12 @@ def main() -> None:
     metadata = {"nvpflow.format_version": "1.0", "nvpflow.dtype": "float32", "nvpflow.spec": spec}
     write(folder / "many_tensors", metadata, [])
     write(folder / "many_objects", metadata | {"nvpflow.spec": "[" + ",".join(["{}"] * 1000) + "]"}, [])
+    tensors = [(name, "F32", list(values.shape)) for name, values in models["plain"].parameters().items()]
+    small = {
+        "nvpflow.spec": models["plain"].spec.to_json(),
+        "nvpflow.column_names": "[" + ",".join(['""'] * 4000) + "]",
+    }
+    write(folder / "many_names", metadata | small, tensors)
     deep = json.dumps({"key": {"flow": "DEEP"}, "adam_steps": 0, "best_epoch": 0})
     write(folder / "deep_checkpoint", {"nvpflow.training": deep.replace('"DEEP"', "[" * 2000 + "]" * 2000)}, [])
 

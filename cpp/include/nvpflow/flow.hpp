@@ -61,6 +61,11 @@ class NVPFLOW_API Flow {
   Weights weights() const;
   const ParamLayout& layout() const;
   std::int64_t num_parameters() const;
+  /// Names of the columns, in their order, or empty: for people and for those who read tables, no call looks at them. A
+  /// file keeps them, and so do copies.
+  std::vector<std::string> column_names() const;
+  /// One for each column, or none; else Error(invalid_argument).
+  void set_column_names(std::vector<std::string> names);
   /// Threads of a batch call: 0, as many as this process may use; small batches use fewer.
   int num_threads() const;
   void set_num_threads(int threads);
@@ -84,9 +89,10 @@ class NVPFLOW_API Flow {
   void copy_parameters(std::span<T> out) const;
   template <class T>
   void set_parameters(std::span<const T> parameters);
-  /// Replaces them by those of a model file of this very spec (else Error(file_format), naming the difference), while
-  /// other threads may call the flow: each call sees the old or the new ones whole. On failure nothing has changed.
-  /// Work: that of load; waits for calls under way on the old parameters, without making them wait.
+  /// Replaces them by those of a model file of this very spec (else Error(file_format), naming the difference; of the
+  /// same column names, too, where both have some), while other threads may call the flow: each call sees the old or
+  /// the new ones whole. On failure nothing has changed. Work: that of load; waits for calls under way on the old
+  /// parameters, without making them wait.
   void reload(const std::string& path);
   /// Exchanges the parameters of two flows of the same spec (else Error(invalid_argument)), whatever their devices,
   /// while other threads may call both. Each flow changes at one moment, for all callers; the two moments differ.
