@@ -110,8 +110,8 @@ void synchronize(Event event);
 void synchronize(Stream stream);
 void synchronize_device();
 bool is_capturing(Stream stream);
-/// The default stream "of each thread": the value by which cudaStreamPerThread, DLPack and __cuda_array_interface__ name
-/// it is another stream in every thread.
+/// The default stream "of each thread": the value by which cudaStreamPerThread, DLPack and __cuda_array_interface__
+/// name it is another stream in every thread.
 inline bool is_per_thread(Stream stream) { return reinterpret_cast<std::uintptr_t>(stream) == 2; }
 
 /// Bytes of a chunk of rows on its way to or from the device: long enough that the link runs at its full rate, short
