@@ -109,9 +109,6 @@ struct Walker {
         }
       }
     }
-    // The next layer reads what has been written here. And lanes past the last feature have gone another way: matrix
-    // instructions want the warp together, which no barrier of the block (acquire) brings about here.
-    if constexpr (kResident) warp_barrier();
   }
 
   // ---- weights in shared memory ------------------------------------------------------------------------------------
@@ -181,6 +178,7 @@ struct Walker {
       run(program.dense[layer.first_dense + last], rows,
           [&](int first, int valid, Sums<T>& sums) { transform_features<kOutBlocks>(layer, first, valid, sums); });
     }
+    if constexpr (kResident) barrier();
   }
 
   NVPFLOW_DEVICE void standardize(const Layer<T>& layer) {
@@ -192,15 +190,13 @@ struct Walker {
       value = call.inverse ? multiply_add(value, factor[f], mean[f]) : (value - mean[f]) * factor[f];
     });
     barrier();
-    if (lane.t == 0 && across == 0) {
-      const T total = mean[3 * features];
+    if (lane.t != 0 || across != 0) return;
+    const T total = mean[3 * features];
+    NVPFLOW_UNROLL
+    for (int rb = 0; rb < kRowBlocks; ++rb) {
       NVPFLOW_UNROLL
-      for (int rb = 0; rb < kRowBlocks; ++rb) {
-        NVPFLOW_UNROLL
-        for (int low = 0; low < 2; ++low) log_det[rb][low] += call.inverse ? -total : total;
-      }
+      for (int low = 0; low < 2; ++low) log_det[rb][low] += call.inverse ? -total : total;
     }
-    if constexpr (kResident) warp_barrier();  // as at the end of transform_features
   }
 
   template <class Run>
