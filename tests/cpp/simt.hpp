@@ -484,7 +484,7 @@ inline void require_aligned(const void* p) {
   if (reinterpret_cast<std::uintptr_t>(p) % 16 == 0) return;
   simt::Machine::get().fail("misaligned: " + simt::Machine::get().place() + " accesses 16 bytes at an odd address");
 }
-/// What memory holds that nothing wrote. Of shared memory a block may read such numbers, for outputs that it does not have.
+/// Fails where nothing wrote. Of shared memory a block may read such numbers, for outputs that it does not have.
 template <std::size_t bytes>
 void require_written(const void* p) {
   static const std::vector<unsigned char> poison(bytes, 0xff);
