@@ -6,6 +6,8 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include <nvpflow/backend.hpp>
@@ -31,11 +33,13 @@ class StreamWorkspaces {
   void* get(Stream stream, std::int64_t bytes) {
     if (bytes == 0) return nullptr;
     const bool capturing = is_capturing(stream);
+    const Key key = key_of(stream);
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (workspaces_.size() >= kMaxStreams && !workspaces_.contains(stream)) {
+    if (workspaces_.size() >= kMaxStreams && !workspaces_.contains(key)) {
+      if (capturing) refuse(bytes);
       std::erase_if(workspaces_, [](const auto& entry) { return !entry.second.captured; });
     }
-    Workspace& own = workspaces_[stream];
+    Workspace& own = workspaces_[key];
     if (own.memory.capacity() < bytes) {
       if (capturing) refuse(bytes);
       // A graph that was captured with it reads it for as long as the flow lives.
@@ -51,6 +55,12 @@ class StreamWorkspaces {
     Memory memory{Memory::Kind::device};
     bool captured = false;  // by a CUDA graph
   };
+  using Key = std::pair<Stream, std::thread::id>;
+
+  /// One handle is another stream in every thread; all others belong to no thread.
+  static Key key_of(Stream stream) {
+    return {stream, is_per_thread(stream) ? std::this_thread::get_id() : std::thread::id()};
+  }
 
   [[noreturn]] static void refuse(std::int64_t bytes) {
     throw Error(ErrorCode::device,
@@ -60,7 +70,7 @@ class StreamWorkspaces {
   }
 
   std::mutex mutex_;
-  std::map<Stream, Workspace> workspaces_;
+  std::map<Key, Workspace> workspaces_;
   std::vector<Memory> retired_;
 };
 
@@ -454,7 +464,6 @@ std::string cuda_device_name(int index) {
 
 std::unique_ptr<Backend> make_cuda_backend(const FlowSpec& spec, const ParamLayout& layout, int device_index,
                                            Precision precision) {
-  cuda::enter_cuda();
   const auto refuse = [](const std::string& why) {
     if (!why.empty()) throw Error(ErrorCode::device, "CUDA cannot be used: " + why);
   };

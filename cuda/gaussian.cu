@@ -32,7 +32,7 @@ noise_kernel(const std::int64_t features, const std::uint64_t seed, const std::u
   }
 }
 
-/// Sum over the block's threads, in a fixed tree; in thread 0.
+/// Sum over the block's threads, in a fixed tree; in thread 0, which alone may read it without another barrier.
 NVPFLOW_DEVICE double sum_over_block(double value) {
   double* partial = reinterpret_cast<double*>(shared_memory());
   partial[thread_index()] = value;
@@ -40,7 +40,7 @@ NVPFLOW_DEVICE double sum_over_block(double value) {
     block_barrier();
     if (thread_index() < width) partial[thread_index()] += partial[thread_index() + width];
   }
-  return partial[0];
+  return thread_index() == 0 ? partial[0] : 0.0;
 }
 
 template <class T, bool kSquares>

@@ -426,6 +426,7 @@ gradient_tiles(NVPFLOW_ARGUMENT GradientPlan plan, NVPFLOW_ARGUMENT Program<T> p
     reverse.begin(first_tile + i, tape + i * plan.tape_elements);
     block_barrier();
     reverse.tile.clear(reverse.team());
+    reverse.cotangents.clear_padding(reverse.team());
     block_barrier();
     reverse.tile.load(reverse.team(), call.in, call.index);
     reverse.forward();

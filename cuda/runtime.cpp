@@ -44,6 +44,14 @@ std::string mebibytes(std::int64_t bytes) { return std::to_string((bytes + (1 <<
   throw Error(ErrorCode::out_of_memory, message);
 }
 
+/// The newest CUDA that the driver serves, as 13000; 0 without a driver. Starts nothing, so a forked child may ask.
+int driver_version() {
+  int version = 0;
+  if (cudaDriverGetVersion(&version) == cudaSuccess) return version;
+  (void)cudaGetLastError();
+  return 0;
+}
+
 int current_device() {
   int device = 0;
   check(cudaGetDevice(&device), "asking for the current device");
@@ -70,13 +78,11 @@ void enter_cuda() {
 }
 
 std::string driver_problem() {
+  const int driver = driver_version();
+  if (driver == 0) return "no CUDA driver is installed (libcuda.so.1 of the NVIDIA driver was not found)";
   enter_cuda();
-  int driver = 0, runtime = 0, count = 0;
+  int runtime = 0, count = 0;
   (void)cudaRuntimeGetVersion(&runtime);
-  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
-    (void)cudaGetLastError();
-    return "no CUDA driver is installed (libcuda.so.1 of the NVIDIA driver was not found)";
-  }
   const cudaError_t status = cudaGetDeviceCount(&count);
   (void)cudaGetLastError();
   if (status == cudaErrorInsufficientDriver) {
@@ -102,6 +108,7 @@ std::string architecture_problem(int index) {
 }
 
 int device_count() {
+  if (driver_version() == 0) return 0;
   enter_cuda();
   int count = 0;
   if (cudaGetDeviceCount(&count) == cudaSuccess) return count;

@@ -23,11 +23,11 @@ using Event = CUevent_st*;  // cudaEvent_t
 /// Throws Error(device) for a status that is not 0; `what` is what was tried.
 void check(Status status, const char* what);
 
-/// Why no CUDA device can be used at all, or empty; starts none.
+/// Why no CUDA device can be used at all, or empty; starts none. Without a driver it says so in a forked child, too.
 std::string driver_problem();
 /// Why this build cannot use a device, or empty; starts it.
 std::string architecture_problem(int index);
-/// 0 where there is no driver.
+/// 0 where there is no driver; throws Error(device) in a forked child where there is one that the parent has used.
 int device_count();
 std::string device_name(int index);
 /// What the plans of the kernels need to know.
@@ -110,6 +110,9 @@ void synchronize(Event event);
 void synchronize(Stream stream);
 void synchronize_device();
 bool is_capturing(Stream stream);
+/// The default stream "of each thread": the value by which cudaStreamPerThread, DLPack and __cuda_array_interface__
+/// name it is another stream in every thread.
+inline bool is_per_thread(Stream stream) { return reinterpret_cast<std::uintptr_t>(stream) == 2; }
 
 /// Bytes of a chunk of rows on its way to or from the device: long enough that the link runs at its full rate, short
 /// enough that the first and the last chunk, which nothing overlaps, do not count.

@@ -96,10 +96,18 @@ struct Tile {
   NVPFLOW_DEVICE void clear(Team team) const {
     for (int r = team.index; r < rows; r += team.size) {
       poison[r] = 0;
-      for (int part = 0; part < 2; ++part) {
-        const int n = count(part), blocks = blocks_of(n);
-        for (int f = n; f < 8 * blocks; ++f) state(part)[place(r, f, blocks)] = T(0);
-      }
+      clear_padding(r);
+    }
+  }
+
+  /// Vector accesses read padding with the features beside it: what lies there must be somebody's.
+  NVPFLOW_DEVICE void clear_padding(Team team) const {
+    for (int r = team.index; r < rows; r += team.size) clear_padding(r);
+  }
+  NVPFLOW_DEVICE void clear_padding(int r) const {
+    for (int part = 0; part < 2; ++part) {
+      const int n = count(part), blocks = blocks_of(n);
+      for (int f = n; f < 8 * blocks; ++f) state(part)[place(r, f, blocks)] = T(0);
     }
   }
 

@@ -2,10 +2,14 @@
 # What only a machine with a GPU can tell: tests/gpu_check.sh OUTDIR [STAGE...]
 #
 # Builds the extension with the nvcc that is there, runs the tests marked gpu, compute-sanitizer, then the benchmark, in
-# under nine minutes, and leaves logs and gpu.json in OUTDIR. Needs nvcc, cmake, ninja and a python3 with numpy, pytest,
-# pybind11 and scikit-build-core (PyTorch, CuPy and JAX where they are); no network. Where something of that is missing,
-# a folder of wheels named by NVPFLOW_WHEELS (default: .whl in the checkout) is installed first; nlohmann/json.hpp may
-# also lie in the include folder of PyTorch, or in NVPFLOW_JSON_INCLUDE. Stages: build tests sanitizer benchmark.
+# under nine minutes, and leaves logs and gpu.json in OUTDIR. Needs nvcc, cmake, ninja, a python3 with numpy, pytest,
+# hypothesis, pybind11 and scikit-build-core (PyTorch, CuPy and JAX where they are), and nlohmann/json.hpp; no network.
+# Where something of that is missing, a folder of wheels named by NVPFLOW_WHEELS (default: .whl in the checkout) is
+# installed first; a bare machine has no nlohmann-json, so bring it, from one with a network:
+#
+#   python3 -m pip download --no-deps -d .whl nlohmann-json
+#
+# NVPFLOW_JSON_INCLUDE names a folder with nlohmann/json.hpp instead. Stages: build tests sanitizer benchmark.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?usage: tests/gpu_check.sh OUTDIR [STAGE...]}
@@ -62,25 +66,33 @@ build() {
   install_wheels || return 1
   local json
   json=$(json_include)
-  [ -n "$json" ] || { echo "nlohmann/json.hpp not found: set NVPFLOW_JSON_INCLUDE"; return 1; }
+  [ -n "$json" ] || {
+    echo "nlohmann/json.hpp not found: set NVPFLOW_JSON_INCLUDE, or bring its wheel ('pip download --no-deps -d .whl nlohmann-json')"
+    return 1
+  }
   CMAKE_BUILD_PARALLEL_LEVEL=$(nproc) python3 -m pip install . --no-build-isolation --no-deps --no-index --upgrade \
     --target "$site/nvpflow" -C build-dir="$site/build" -C cmake.define.NVPFLOW_CUDA="${NVPFLOW_CUDA:-ON}" \
     -C cmake.define.NVPFLOW_JSON_INCLUDE="$json" -v
 }
 
-# The sanitizer slows kernels down a hundredfold: a script that touches every kernel once, not the tests.
-sanitizer() { compute-sanitizer --tool "$1" --error-exitcode 9 --require-cuda-init=no python3 tests/gpu_touch.py; }
+# The sanitizer slows kernels down a hundredfold: a script that touches every kernel once, not the tests, and stops in time.
+sanitizer() { compute-sanitizer --tool "$1" --error-exitcode 9 --require-cuda-init=no python3 tests/gpu_touch.py 28; }
 export -f build install_wheels json_include sanitizer
 export site
 
-if wanted build; then stage build 170 bash -c build || { cat "$summary"; exit 1; }; fi
+if wanted build; then stage build 150 bash -c build || { cat "$summary"; exit 1; }; fi
 if wanted tests; then
-  stage tests 100 python3 -m pytest -q -p no:cacheprovider -W default -m gpu tests  # other libraries may warn
+  # The files that have any, so that nobody else's imports count. Other libraries may warn.
+  mapfile -t files < <(grep -l 'mark\.gpu' tests/test_*.py)
+  stage tests 120 python3 -m pytest -q -p no:cacheprovider -W default -m gpu "${files[@]}"
   stage why 20 python3 -c "import nvpflow; print(nvpflow.cuda.why_unavailable()); print(nvpflow.cuda.device_name())"
 fi
 if wanted sanitizer; then
   if command -v compute-sanitizer > /dev/null; then
-    for tool in memcheck racecheck initcheck; do stage "$tool" 40 bash -c "sanitizer $tool"; done
+    for tool in memcheck racecheck initcheck; do
+      stage "$tool" 40 bash -c "sanitizer $tool"
+      grep 'NOT REACHED' "$out/$tool.log" >> "$summary"
+    done
   else
     printf '%-22s %s\n' sanitizer 'skipped: no compute-sanitizer' >> "$summary"
   fi

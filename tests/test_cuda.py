@@ -79,6 +79,15 @@ def pair(make_flow):
 # ---- without a device ------------------------------------------------------------------------------------------------
 
 
+def _reasons_in_child(queue):
+    try:
+        nvpflow.build(4, device="cuda")
+        error = None
+    except nvpflow.CudaError as raised:
+        error = str(raised)
+    queue.put((nvpflow.cuda.why_unavailable(), nvpflow.cuda.device_count(), error))
+
+
 @pytest.mark.skipif(nvpflow.cuda.is_available(), reason="there is a device")
 class TestWithoutDevice:
     def test_reason_is_given_once_and_everywhere(self):
@@ -101,6 +110,19 @@ class TestWithoutDevice:
         ):
             with pytest.raises(nvpflow.CudaError):
                 call()
+
+    @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+    def test_a_forked_child_hears_the_same_reason(self):
+        reason = nvpflow.cuda.why_unavailable()
+        context = multiprocessing.get_context("fork")
+        queue = context.SimpleQueue()
+        child = context.Process(target=_reasons_in_child, args=(queue,))
+        child.start()
+        assert queue.get() == (reason, 0, f"CUDA cannot be used: {reason}")
+        child.join()
+        assert child.exitcode == 0
 
     def test_command_line_says_so(self, tmp_path):
         flow = nvpflow.build(4)
@@ -365,6 +387,11 @@ def _in_child(flow, cpu, x, queue):
         queue.put("no error")
     except nvpflow.CudaError as error:
         queue.put(str(error))
+    try:
+        queue.put(f"no error, {nvpflow.cuda.device_count()} devices")
+    except nvpflow.CudaError as error:
+        queue.put(str(error))
+    queue.put(nvpflow.cuda.why_unavailable())
     queue.put(cpu.log_prob(x).tolist())
 
 
@@ -379,7 +406,8 @@ def test_a_forked_child_has_the_cpu_alone(pair):
     queue = context.SimpleQueue()
     child = context.Process(target=_in_child, args=(flow, cpu, x[:3], queue))
     child.start()
-    assert "fork" in queue.get()
+    for _ in ("a call", "device_count", "why_unavailable"):
+        assert "CUDA was used before this process was forked" in queue.get()
     assert queue.get() == cpu.log_prob(x[:3]).tolist()
     child.join()
     assert child.exitcode == 0
@@ -617,6 +645,33 @@ class TestTorch:
         flow.log_prob(x)
         assert torch.cuda.current_device() == last
         torch.cuda.set_device(0)
+
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
+    def test_module_trains_as_on_the_cpu(self, pair, dtype):
+        torch = pytest.importorskip("torch")
+        if not torch.cuda.is_available():
+            pytest.skip("PyTorch sees no CUDA device")
+        from nvpflow.torch import FlowModule
+
+        cpu, _, _, x = pair(dtype)
+        modules = FlowModule(cpu), FlowModule(cpu).cuda()
+        optimizers = [torch.optim.SGD(module.parameters(), lr=1e-3) for module in modules]
+        for turn in range(3):  # the gradient is formed alone, with the value, and together with that of the rows
+            rows = [torch.from_numpy(x).to(next(m.parameters()).device).requires_grad_(turn == 2) for m in modules]
+            for module, optimizer, some in zip(modules, optimizers, rows, strict=True):
+                optimizer.zero_grad()
+                log_prob = module.log_prob(some)
+                assert log_prob.device == some.device
+                (-log_prob.mean()).backward()
+            assert close(host(log_prob), modules[0].log_prob(rows[0]).detach().numpy(), dtype, 10)
+            if turn == 2:
+                assert close(host(rows[1].grad), rows[0].grad.numpy(), dtype, 10)
+            trained = ([p for p in module.parameters() if p.requires_grad] for module in modules)
+            for on_cpu, on_cuda in zip(*trained, strict=True):
+                assert on_cuda.grad.device == on_cuda.device
+                assert close(host(on_cuda.grad), on_cpu.grad.numpy(), dtype, 10)
+            for optimizer in optimizers:
+                optimizer.step()
 
     def test_gradients_wanted_by_torch_are_refused_by_torch(self, pair):
         torch = pytest.importorskip("torch")

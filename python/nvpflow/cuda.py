@@ -31,7 +31,13 @@ def why_unavailable() -> str | None:
 
 
 def device_count() -> int:
-    """Return how many CUDA devices the driver shows (``CUDA_VISIBLE_DEVICES`` applies); 0 without a driver."""
+    """Return how many CUDA devices the driver shows (``CUDA_VISIBLE_DEVICES`` applies); 0 without a driver.
+
+    Raises
+    ------
+    CudaError
+        This process was forked from one that used CUDA.
+    """
     return _core.cuda_device_count()
 
 

@@ -72,8 +72,12 @@ std::atomic<std::int64_t> cuda_process{-1};
 
 [[noreturn]] void fail(const std::string& message) { throw Error(ErrorCode::device, "emulator: " + message); }
 
-/// The legacy default stream has two names.
-CUstream_st* canonical(CUstream_st* stream) { return reinterpret_cast<std::uintptr_t>(stream) <= 1 ? nullptr : stream; }
+/// The legacy default stream has two names, and one name is another stream in every thread.
+CUstream_st* canonical(CUstream_st* stream) {
+  thread_local CUstream_st of_this_thread;
+  if (is_per_thread(stream)) return &of_this_thread;
+  return reinterpret_cast<std::uintptr_t>(stream) <= 1 ? nullptr : stream;
+}
 
 void protect(const Driver& d, int protection) {
   for (const auto& [begin, block] : d.blocks) {
@@ -164,7 +168,10 @@ std::string driver_problem() {
   return {};
 }
 std::string architecture_problem(int) { return {}; }
-int device_count() { return kDevices; }
+int device_count() {
+  enter_cuda();
+  return kDevices;
+}
 std::string device_name(int) { return "emulated device"; }
 
 Device device_properties(int) {
@@ -317,6 +324,12 @@ void synchronize_device() {
 }
 
 bool is_capturing(Stream) { return false; }
+
+std::int64_t emulated_bytes_in_use(int device) {
+  Driver& d = driver();
+  const std::lock_guard<std::recursive_mutex> lock(d.mutex);
+  return d.used[device];
+}
 
 /// Short, so that tests see many chunks.
 std::int64_t chunk_bytes() { return 16 << 10; }

@@ -5,6 +5,8 @@
 // the points where fibers switch. What this finds, and says with the source lines:
 //   - threads that wait for each other at different barriers, or for threads that have ended;
 //   - reads of shared memory that nothing wrote: it holds NaN before each block;
+//   - accesses of 16 bytes that read numbers of global memory which nothing wrote, also where nobody uses them:
+//   compute-sanitizer's initcheck would call them errors;
 //   - accesses beyond the shared memory asked for, or beyond a GuardedArray: both end at a page that may not be
 //   touched;
 //   - missing barriers: fibers run in ascending, descending or mixed order, so a thread that reads what another has yet
@@ -197,6 +199,7 @@ class Machine {
     for (block_ = 0; block_ < num_blocks_; ++block_) {
       const GuardedBytes shared(static_cast<std::size_t>(shared_bytes));
       shared_ = shared.data();
+      shared_bytes_ = shared_bytes;
       run_block(threads);
       if (!shared.intact()) throw Failure("block " + std::to_string(block_) + " wrote outside its shared memory");
     }
@@ -207,6 +210,7 @@ class Machine {
   int block() const { return block_; }
   int blocks() const { return num_blocks_; }
   unsigned char* shared() const { return shared_; }
+  bool is_shared(const void* p) const { return p >= shared_ && p < shared_ + shared_bytes_; }
   Thread& me() { return threads_[current_]; }
 
   /// Waits until all threads of the block are here.
@@ -348,6 +352,7 @@ class Machine {
   std::size_t current_ = 0, ended_ = 0;
   int block_ = 0, num_blocks_ = 0;
   unsigned char* shared_ = nullptr;
+  std::int64_t shared_bytes_ = 0;
   std::string failure_;
 };
 
@@ -479,9 +484,18 @@ inline void require_aligned(const void* p) {
   if (reinterpret_cast<std::uintptr_t>(p) % 16 == 0) return;
   simt::Machine::get().fail("misaligned: " + simt::Machine::get().place() + " accesses 16 bytes at an odd address");
 }
+/// Fails where nothing wrote. Of shared memory a block may read such numbers, for outputs that it does not have.
+template <std::size_t bytes>
+void require_written(const void* p) {
+  static const std::vector<unsigned char> poison(bytes, 0xff);
+  simt::Machine& machine = simt::Machine::get();
+  if (machine.is_shared(p) || std::memcmp(p, poison.data(), bytes) != 0) return;
+  machine.fail("unwritten: " + machine.place() + " reads memory that nothing wrote");
+}
 template <class T>
 Vec4<T> load4(const T* p) {
   require_aligned(p);
+  for (int i = 0; i < 4; ++i) require_written<sizeof(T)>(p + i);
   return *reinterpret_cast<const Vec4<T>*>(p);
 }
 template <class T>
@@ -493,6 +507,7 @@ void store4(T* p, Vec4<T> v) {
 inline void copy16_async(void* shared, const void* global) {
   require_aligned(shared);
   require_aligned(global);
+  require_written<16>(global);
   std::memset(shared, 0xff, 16);
   simt::Machine::get().me().open.push_back({shared, global});
 }

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <cmath>
+#include <cstdint>
 #include <cstdlib>
 #include <filesystem>
 #include <limits>
@@ -17,6 +18,10 @@
 #include <nvpflow/train.hpp>
 
 using namespace nvpflow;
+
+namespace nvpflow::cuda {
+std::int64_t emulated_bytes_in_use(int device);  // emulated_runtime.cpp
+}
 
 namespace {
 
@@ -338,6 +343,41 @@ TEST_CASE("out of memory says how much, and leaves the flow as it was") {
   CHECK(cuda.parameters<float>()[0] == parameters[0]);
 }
 
+TEST_CASE("threads share a stream's workspace, but not that of the stream which is another one in each of them") {
+  const std::int64_t rows = 64;
+  const Flow flow = cpu_flow<float>().to(kCuda0);
+  const std::vector<float> values = normals<float>(rows * 5, 62);
+  const auto bytes_of = [](std::int64_t count) { return count * static_cast<std::int64_t>(sizeof(float)); };
+  DeviceMemory x(0, bytes_of(rows * 5)), gradient(0, bytes_of(flow.num_parameters()));
+  x.upload(values.data(), bytes_of(rows * 5));
+  const auto growth = [&](std::uintptr_t stream) {
+    const std::int64_t before = cuda::emulated_bytes_in_use(0);
+    std::thread([&] {
+      void* const on = reinterpret_cast<void*>(stream);
+      flow.backend().vjp(Direction::forward, x.data(), rows, x.data(), nullptr, nullptr, gradient.data(), false,
+                         Execution::on_stream(on));
+      cuda_synchronize(0, on);
+    }).join();
+    return cuda::emulated_bytes_in_use(0) - before;
+  };
+  CHECK(growth(777) > 0);
+  CHECK(growth(777) == 0);
+  CHECK(growth(2) > 0);
+  std::int64_t in_this_thread = 0, here_again = 0;
+  const auto here = [&] {
+    const std::int64_t before = cuda::emulated_bytes_in_use(0);
+    void* const on = reinterpret_cast<void*>(std::uintptr_t{2});
+    flow.backend().vjp(Direction::forward, x.data(), rows, x.data(), nullptr, nullptr, gradient.data(), false,
+                       Execution::on_stream(on));
+    cuda_synchronize(0, on);
+    return cuda::emulated_bytes_in_use(0) - before;
+  };
+  in_this_thread = here();
+  here_again = here();
+  CHECK(in_this_thread > 0);
+  CHECK(here_again == 0);
+}
+
 TEST_CASE("devices and precisions that are not there") {
   const Flow flow = cpu_flow<double>();
   const auto message = [](auto f) {
@@ -375,6 +415,11 @@ TEST_CASE("after a fork the CPU goes on and CUDA says why it does not") {
     try {
       (void)cpu.to(kCuda0);
       bad = 3;
+    } catch (const Error&) {
+    }
+    try {
+      (void)cuda_device_count();
+      bad = 4;
     } catch (const Error&) {
     }
     cpu.log_prob<float>(x, out);

@@ -1093,7 +1093,7 @@ TEST_CASE("the machine finds missing and divergent barriers") {
   }
 }
 
-TEST_CASE("the machine finds accesses out of bounds and copies nobody waited for") {
+TEST_CASE("the machine finds accesses out of bounds or of what nothing wrote, and copies nobody waited for") {
   const GuardedArray<float> p(64);
   const auto touching = [&](int at, int kind) {
     return failure_of([&] { cuda::launch(touch, 2, 32, 128, {}, p.data(), at, kind); });
@@ -1106,6 +1106,9 @@ TEST_CASE("the machine finds accesses out of bounds and copies nobody waited for
   CHECK(touching(-2000, 1).find("out of bounds") != std::string::npos);
   CHECK(touching(64, 2).find("out of bounds") != std::string::npos);
   CHECK(touching(2, 3).find("misaligned") != std::string::npos);
+  CHECK(touching(60, 3).find("unwritten") != std::string::npos);
+  for (int i = 60; i < 64; ++i) CHECK(touching(i, 1) == "none");
+  CHECK(touching(60, 3) == "none");
   CHECK(p.intact());
   CHECK(touching(-1, 1) == "none");
   CHECK_FALSE(p.intact());  // found afterwards

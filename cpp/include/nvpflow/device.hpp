@@ -44,7 +44,7 @@ NVPFLOW_API Weights parse_weights(std::string_view name);
 /// Empty where at least one CUDA device can be used, else the one reason why not: built without CUDA, no driver, a
 /// driver that is too old (with versions), no device, or devices whose architecture this build has no code for.
 NVPFLOW_API std::string cuda_why_unavailable();
-/// CUDA devices that the driver shows; 0 where there is no driver.
+/// CUDA devices that the driver shows; 0 without a driver. Throws Error(device) in a child forked after CUDA was used.
 NVPFLOW_API int cuda_device_count();
 /// "NVIDIA H100 80GB HBM3". Throws Error(invalid_argument) for an index that cuda_device_count() does not know.
 NVPFLOW_API std::string cuda_device_name(int index);
