@@ -194,8 +194,8 @@ class Flow(_core.Flow):
     infinity gives NaN. Every method may be called from many threads at once.
 
     The same holds for arrays of other libraries that have ``__dlpack__`` or the buffer protocol. Results for arrays of
-    PyTorch, JAX and libraries of the array API standard (those with ``__array_namespace__``) are arrays of that library,
-    by its ``from_dlpack``; for all others they are NumPy's.
+    PyTorch, JAX and libraries of the array API standard (with ``__array_namespace__``) are arrays of that library, by
+    its ``from_dlpack``; for all others they are NumPy's.
 
     A flow on a CUDA device takes NumPy arrays as every flow does, in chunks, so that they may be larger than the
     device's memory. It also takes arrays of its device, of PyTorch, CuPy, JAX and whatever else has ``__dlpack__`` or
