@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib.util
 import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import documents
@@ -144,9 +146,23 @@ def test_the_site_builds_without_a_warning(tmp_path):
     reference = (tmp_path / "site" / "reference" / "flow" / "index.html").read_text(encoding="utf-8")
     for method in ("forward", "inverse", "log_probability", "sample", "fit", "vjp", "save", "parameters"):
         assert f'id="nvpflow.Flow.{method}"' in reference, f"{method} is missing from the reference"
+    for page in (tmp_path / "site" / "reference").rglob("index.html"):  # an example outside its section is a quotation
+        assert "<blockquote>" not in page.read_text(encoding="utf-8"), page
     estimators = (tmp_path / "site" / "reference" / "sklearn" / "index.html").read_text(encoding="utf-8")
     assert "{parameters}" not in estimators
     assert "num_flows" in estimators
+
+
+@pytest.mark.parametrize("name", ["nvpflow", *documents.OPTIONAL])
+def test_examples_of_docstrings_run(name):
+    """Those of the reference; what has none passes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the libraries themselves
+        pytest.importorskip(documents.OPTIONAL.get(name, name))
+        module = importlib.import_module(name)
+    failed, run = doctest.testmod(module)
+    assert failed == 0
+    assert run > 0 or name in ("nvpflow.plot", "nvpflow.report")
 
 
 def test_pictures_are_few_and_small():

@@ -5,9 +5,14 @@ from __future__ import annotations
 import array
 import ctypes
 import gc
+import os
+import platform
+import shutil
+import subprocess
 import threading
 import tracemalloc
 import weakref
+from pathlib import Path
 
 import numpy as np
 import nvpflow
@@ -15,7 +20,7 @@ import pytest
 from oracle import assert_same_bits, unit_data
 
 SIZE = 6
-LIBRARIES = ("torch", "jax", "cupy")
+LIBRARIES = ("torch", "jax", "cupy", "array_api_strict")  # the last: nothing but the array API standard
 
 
 @pytest.fixture
@@ -35,6 +40,8 @@ def to_library(name: str, x: np.ndarray):
         return module.from_numpy(x)
     if name == "jax":
         return module.numpy.asarray(x)
+    if name == "array_api_strict":
+        return module.asarray(x)
     try:  # CuPy has arrays of the host as pinned memory alone, which NumPy wraps
         return module.asarray(x)
     except module.cuda.runtime.CUDARuntimeError:
@@ -114,6 +121,79 @@ def test_rows_are_read_where_they_are(flow, name):
         given = library("torch").from_numpy(strided) if name == "torch" else None
     if given is not None:
         assert peak_of(lambda: flow.log_prob(given, out=out)) > x.nbytes
+
+
+COUNTING = """
+import ctypes, sys
+import numpy as np
+import nvpflow
+
+class Foreign:
+    def __init__(self, values): self.values = values
+    def __dlpack_device__(self): return (1, 0)
+    def __dlpack__(self, **options): return self.values.__dlpack__(**options)
+
+def array_of(name, values):
+    if name == "numpy":
+        return values
+    if name == "dlpack":
+        return Foreign(values)
+    if name == "buffer":
+        return memoryview(values)
+    import warnings; warnings.simplefilter("ignore")
+    module = __import__(name)
+    if name == "torch":
+        return module.from_numpy(values)
+    return module.numpy.asarray(values) if name == "jax" else module.asarray(values)
+
+preloaded = ctypes.CDLL(None)
+preloaded.allocations_disarm.restype = ctypes.c_long
+
+def allocations(call):
+    "Requests of 20 kB or more in a call that is not the first of its kind."
+    call(), call()
+    preloaded.allocations_arm(ctypes.c_size_t(20_000))
+    result = call()
+    count = preloaded.allocations_disarm()
+    del result
+    return count
+
+name = sys.argv[1]
+flow = nvpflow.build(6, 3, (9,))
+flow.num_threads = 1
+rows = np.random.default_rng(0).normal(size=(20_000, 6)).astype(np.float32)
+x, out, z = array_of(name, rows), np.empty(20_000, np.float32), np.empty_like(rows)
+assert allocations(lambda: np.empty(5000, np.float32)) == 1  # it counts
+print("in place", allocations(lambda: flow.log_prob(x, out=out)), allocations(lambda: flow.forward(x, out=(z, out))))
+print("results", allocations(lambda: flow.log_prob(x)), allocations(lambda: flow.forward(x)))
+if name != "jax":  # whose arrays have one layout
+    strided = array_of(name, np.asfortranarray(rows))
+    print("copied", allocations(lambda: flow.log_prob(strided, out=out)))
+"""
+
+
+@pytest.fixture(scope="session")
+def count_allocations(tmp_path_factory, run_python):
+    """Runs COUNTING for a library, with every allocation of the process counted."""
+    if platform.libc_ver()[0] != "glibc" or shutil.which("cc") is None:
+        pytest.skip("preloads a library made by cc under the functions of glibc")
+    if os.environ.get("NVPFLOW_SANITIZED"):
+        pytest.skip("a sanitizer's own library is preloaded")
+    library = tmp_path_factory.mktemp("allocations") / "allocations.so"
+    source = Path(__file__).with_name("allocations.c")
+    subprocess.run(["cc", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", library, source], check=True)
+    return lambda name: run_python(COUNTING, name, env={"LD_PRELOAD": str(library)}).splitlines()
+
+
+@pytest.mark.parametrize("name", ["numpy", "dlpack", "buffer", "torch", "jax", "array_api_strict"])
+def test_no_memory_is_taken_but_that_of_the_results(count_allocations, name):
+    """Of all the process's allocators: a result is one allocation, a layout that must be copied is one more."""
+    if name in LIBRARIES:
+        library(name)
+    in_place, results, *copied = count_allocations(name)
+    assert in_place == "in place 0 0"
+    assert results == "results 1 2"
+    assert copied == ([] if name == "jax" else ["copied 1"])
 
 
 def test_results_for_torch_are_memory_of_torch(flow):

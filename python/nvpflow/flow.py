@@ -201,6 +201,10 @@ class Flow(_core.Flow):
     that row alone, bit for bit: not on the batch, its size, or the number of threads. A row that holds NaN or
     infinity gives NaN. Every method may be called from many threads at once.
 
+    The same holds for arrays of other libraries that have ``__dlpack__`` or the buffer protocol. Results for arrays of
+    PyTorch, JAX and libraries of the array API standard (with ``__array_namespace__``) are arrays of that library, by
+    its ``from_dlpack``; for all others they are NumPy's.
+
     A flow on a CUDA device takes NumPy arrays as every flow does, in chunks, so that they may be larger than the
     device's memory. It also takes arrays of its device, of PyTorch, CuPy, JAX and whatever else has ``__dlpack__`` or
     ``__cuda_array_interface__``: C-contiguous, of the model's dtype, without a copy, on the caller's current stream.

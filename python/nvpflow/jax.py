@@ -1,15 +1,17 @@
 """JAX: a flow's functions under ``jit``, ``grad`` and ``vmap`` on the CPU, with nvpflow's own kernels and gradients.
 
+Each function is a custom call of XLA: compiled programs go straight into nvpflow's kernels, without Python. All of them
+are pure functions of the arrays they get; a `FlowSpec` says what model these belong to, and no `Flow` is kept.
+
+Needs the extra ``jax``: ``pip install "nvpflow[jax]"``.
+
+Examples
+--------
 >>> import jax, nvpflow, nvpflow.jax
 >>> flow = nvpflow.build(input_size=16, num_flows=4, hidden_sizes=(128,))
 >>> parameters = nvpflow.jax.parameters(flow)  # a dict of arrays: a pytree
 >>> loss = jax.jit(lambda parameters, x: -nvpflow.jax.log_prob(flow.spec, parameters, x).mean())
 >>> value, gradient = jax.value_and_grad(loss)(parameters, jax.random.normal(jax.random.key(0), (256, 16)))
-
-Each function is a custom call of XLA: compiled programs go straight into nvpflow's kernels, without Python. All of them
-are pure functions of the arrays they get; a `FlowSpec` says what model these belong to, and no `Flow` is kept.
-
-Needs the extra ``jax``: ``pip install "nvpflow[jax]"``.
 """
 
 from __future__ import annotations
@@ -44,8 +46,9 @@ def _register() -> None:
         try:
             jax.ffi.register_ffi_target(name, handler, platform="cpu")
         except Exception as error:
+            version = jaxlib.__version__  # type: ignore[attr-defined]
             raise ImportError(
-                f"jaxlib {jaxlib.__version__} does not take nvpflow's functions, written for versions 0.1 to 0.3 of "
+                f"jaxlib {version} does not take nvpflow's functions, written for versions 0.1 to 0.3 of "
                 f"XLA's foreign-function interface: {error}. Install another jaxlib or a newer nvpflow"
             ) from error
 
@@ -293,7 +296,8 @@ class _Call:
             "parameters": (offset + math.prod(last),),
             "absent": _ABSENT,
         }
-        return [jax.ShapeDtypeStruct(shapes[result], self.spec.dtype) for result in self.results]
+        dtype = self.spec.dtype
+        return [jax.ShapeDtypeStruct(shapes[r], dtype) for r in self.results]  # type: ignore[no-untyped-call]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

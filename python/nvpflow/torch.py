@@ -1,13 +1,15 @@
 """PyTorch: a flow as an ``nn.Module``, a ``Transform`` and a ``Distribution``, with nvpflow's own gradients.
 
+Needs the extra ``torch``: ``pip install "nvpflow[torch]"``.
+
+Examples
+--------
 >>> import nvpflow, nvpflow.torch, torch
 >>> module = nvpflow.torch.FlowModule(nvpflow.build(input_size=16, num_flows=4, hidden_sizes=(128,)))
 >>> optimizer = torch.optim.Adam(module.parameters(), lr=1e-3, fused=True)
 >>> loss = -module.log_prob(torch.randn(256, 16)).mean()
 >>> loss.backward()
 >>> optimizer.step()
-
-Needs the extra ``torch``: ``pip install "nvpflow[torch]"``.
 """
 
 from __future__ import annotations
@@ -455,7 +457,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 def _are_shared(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether other processes see them (`share_memory`): then they stay where they are."""
-    return any(tensor.device.type == "cpu" and tensor.is_shared() for tensor in tensors)
+    return any(tensor.device.type == "cpu" and tensor.is_shared() for tensor in tensors)  # type: ignore[no-untyped-call]
 
 
 def _no_vmap(info: Any, in_dims: Any, *arguments: object) -> Any:
@@ -654,7 +656,7 @@ class FlowModule(torch.nn.Module):
             return [getattr(modules[layer], tensor) for layer, tensor in self._names]
 
     def _call(self, kind: str, name: str, rows: torch.Tensor) -> Any:
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise NotImplementedError("torch.jit.trace cannot record a FlowModule; use torch.compile or torch.export")
         parameters = self._tensors()
         rows = self._checked(name, rows, parameters[0])

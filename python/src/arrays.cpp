@@ -184,16 +184,21 @@ void refuse_rounding(const char* name, DType dtype, Library library) {
             "with jax.config.update(\"jax_enable_x64\", True), or pass a NumPy array");
 }
 
+/// Whose arrays the results for an array of the host are: its library's, where there is a way to make them.
+Library kind_of_results(PyObject* object, Library library) {
+  if (library == Library::torch || library == Library::jax) return library;
+  const bool standard = library == Library::other && PyObject_HasAttrString(object, "__array_namespace__") != 0;
+  return standard ? Library::standard : Library::numpy;
+}
+
 /// What is no array of NumPy's, as one that NumPy knows to read; notes in `in` whose it was.
 py::object from_outside(PyObject* object, const char* name, DType dtype, Place place, InputArray& in) {
   if (place != Place::host) return convert(object, name, dtype);
   const Library library = library_of(object);
   const py::object view = host_view(settled(object, library).ptr(), name, library);
   refuse_rounding(name, dtype, library);
-  if (library == Library::torch || library == Library::jax) {
-    in.library = library;
-    in.source = py::reinterpret_borrow<py::object>(object);
-  }
+  in.library = kind_of_results(object, library);
+  if (in.library != Library::numpy) in.source = py::reinterpret_borrow<py::object>(object);
   if (usable_as_is(reinterpret_cast<PyArrayObject*>(view.ptr()), dtype)) return view;
   return convert(view.ptr(), name, dtype, library);
 }
@@ -256,7 +261,13 @@ py::object given_view(PyObject* given, const char* name) {
   return view;
 }
 
-/// A new array of the host, of the library; JAX's is made from NumPy's when it is filled (result_of).
+/// The library's function that takes over an array of NumPy's.
+py::object from_dlpack_of(const InputArray& like) {
+  if (like.library == Library::jax) return imported("jax").attr("dlpack").attr("from_dlpack");
+  return like.source.attr("__array_namespace__")().attr("from_dlpack");
+}
+
+/// A new array of the host, of the library; all but PyTorch's are made from NumPy's when it is filled (object_of).
 void allocate(OutputArray& out, DType dtype, int dims, npy_intp* shape, const InputArray& like) {
   const std::string type(name_of(dtype));
   out.bytes = size_of(dtype);
@@ -267,6 +278,7 @@ void allocate(OutputArray& out, DType dtype, int dims, npy_intp* shape, const In
     out.data = reinterpret_cast<void*>(out.array.attr("data_ptr")().cast<std::intptr_t>());
     return;
   }
+  out.from_dlpack = from_dlpack_of(like);
   // JAX takes over what begins at a multiple of 64 bytes, and copies what does not.
   constexpr npy_intp kAlignment = 64;
   npy_intp room = out.bytes + kAlignment;
@@ -346,7 +358,7 @@ OutputArray output_array(PyObject* given, const char* name, DType dtype, std::in
     out.given = true;
   } else {
     out.library = like.library;
-    if (like.library == Library::torch || like.library == Library::jax) {
+    if (like.library != Library::numpy) {
       allocate(out, dtype, dims, shape, like);
       return out;
     }
@@ -394,7 +406,7 @@ PyObject* result_of(OutputArray&& out) {
 
 py::object object_of(OutputArray&& out) {
   if (out.on_device) return py::reinterpret_steal<py::object>(device_result(std::move(out)));
-  if (out.library == Library::jax && !out.given) return imported("jax").attr("dlpack").attr("from_dlpack")(out.array);
+  if (out.from_dlpack) return out.from_dlpack(out.array);
   return std::move(out.array);
 }
 

@@ -22,8 +22,9 @@ void import_numpy();
 /// Where a flow is that runs on the CPU; else the index of its CUDA device.
 inline constexpr int kHost = -1;
 
-/// Whose arrays a caller uses: results are of the same kind. Those of the host that are of no kind below are NumPy's.
-enum class Library { numpy, torch, cupy, jax, nvpflow, other };
+/// Whose arrays a caller uses: results are of the same kind. `standard`: those of the host whose library follows the
+/// array API standard, and so has a from_dlpack. Those of the host that are of no kind below are NumPy's.
+enum class Library { numpy, torch, cupy, jax, nvpflow, standard, other };
 
 /// A C-contiguous array of the flow's dtype: the caller's own memory where it already is one, else a copy that
 /// NumPy calls safe. Holds a reference.
@@ -47,7 +48,8 @@ InputArray input_vector(PyObject* object, const char* name, DType dtype, const I
 
 struct OutputArray {
   py::object array;
-  py::object view;  // NumPy's of a given array: while it is there, nobody resizes the memory
+  py::object view;         // NumPy's of a given array: while it is there, nobody resizes the memory
+  py::object from_dlpack;  // of a library that takes the filled array over from NumPy
   void* data = nullptr;
   std::int64_t bytes = 0;
   bool given = false;
