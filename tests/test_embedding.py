@@ -125,6 +125,15 @@ def test_the_shared_library_has_a_soname_and_needs_the_system_alone() -> None:
     }
 
 
+@pytest.mark.skipif(not shutil.which("doxygen"), reason="needs doxygen")
+def test_everything_that_headers_offer_is_documented(tmp_path) -> None:
+    settings = (ROOT / "cpp" / "Doxyfile").read_text() + f"OUTPUT_DIRECTORY = {tmp_path}\n"
+    run("doxygen", "-", cwd=ROOT, input=settings)  # what is not documented is an error
+    pages = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "html").glob("*.html")}
+    assert "nvpflow_sample_f64" in pages["nvpflow_8h.html"]
+    assert "round_trip_error" in pages["classnvpflow_1_1Flow.html"]
+
+
 # ---------------------------------------------------------------------------------------------- CMake, pkg-config
 
 
