@@ -320,6 +320,7 @@ def test_installed_from_the_sources_the_examples_find_it(tmp_path, model) -> Non
     run(CMAKE, "--build", tmp_path / "b")
     run(CMAKE, "--install", tmp_path / "b")
     moved = (tmp_path / "prefix").rename(tmp_path / "elsewhere")  # nothing in it knows where it was
+    assert (moved / "share" / "doc" / "nvpflow" / "nlohmann-json.txt").is_file()
     for kind in ("OFF", "ON"):
         build = tmp_path / f"examples-{kind}"
         prefix = f"-DCMAKE_PREFIX_PATH={moved}"
