@@ -1,7 +1,7 @@
 // Preloaded into a process whose file operations are to fail or to end it: tests/test_faults.py.
 //
-// faults_arm(n, action, limit) lets the n-th call from then on of this thread, counted from 1, go wrong; every later one of
-// the same kind, too, where `sticky`. faults_disarm() gives the number of calls seen since, and the log of their names.
+// faults_arm(n, action, error) lets the n-th call from then on of this thread, counted from 1, go wrong: `action` says how, `error` is
+// its errno where it fails. faults_disarm() gives the number of calls seen since, faults_names() their names.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>

@@ -50,7 +50,8 @@ def test_the_installed_package_is_whole() -> None:
     requires = [text for text in distribution.requires or [] if "extra ==" not in text]
     assert [re.split(r"[<>=! ]", text)[0] for text in requires] == ["numpy"]
     files = [str(path) for path in distribution.files or []]
-    assert any(name.endswith("LICENSE") for name in files)
+    for name in ("LICENSE", "nlohmann-json.txt", "pybind11.txt"):  # and those of what is compiled in
+        assert any(path.endswith(f"licenses/{name}") for path in files), name
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads ELF files")

@@ -9,6 +9,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <csignal>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -26,6 +27,9 @@
 namespace {
 
 using Clock = std::chrono::steady_clock;
+
+/// SIGTERM ends the loop; requests that have arrived are still answered.
+volatile std::sig_atomic_t terminated = 0;
 
 struct Request {
   std::vector<float> rows;
@@ -143,6 +147,7 @@ void run(const std::string& path, double seconds, int workers) {
   std::vector<Served> served(static_cast<std::size_t>(workers));
   std::vector<std::thread> threads;
   for (Served& one : served) threads.emplace_back(work, std::cref(flow), std::ref(queue), std::ref(one));
+  std::printf("serving %s\n", path.c_str());
 
   // In place of a network: requests of 1 to 32 rows, as fast as the queue takes them up to one in 100 us.
   const auto columns = static_cast<std::size_t>(flow.spec().input_size);
@@ -151,7 +156,7 @@ void run(const std::string& path, double seconds, int workers) {
   std::int64_t refused = 0;
   const auto start = Clock::now();
   const std::chrono::duration<double> duration(seconds);
-  for (std::size_t i = 0; Clock::now() - start < duration; ++i) {
+  for (std::size_t i = 0; terminated == 0 && Clock::now() - start < duration; ++i) {
     const std::size_t count = 1 + i % 32;
     const auto end = rows.begin() + static_cast<std::ptrdiff_t>(count * columns);
     if (!queue.push({std::vector<float>(rows.begin(), end), Clock::now()})) ++refused;
@@ -160,7 +165,8 @@ void run(const std::string& path, double seconds, int workers) {
   }
   queue.close();
   for (std::thread& thread : threads) thread.join();
-  report(served, refused, watcher.reloads, seconds);
+  const std::chrono::duration<double> took = Clock::now() - start;
+  report(served, refused, watcher.reloads, took.count());
 }
 
 }  // namespace
@@ -177,6 +183,7 @@ int main(int argc, char** argv) {
     return 2;
   }
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  std::signal(SIGTERM, [](int) { terminated = 1; });
   try {
     run(argv[1], seconds, workers);
   } catch (const std::exception& error) {

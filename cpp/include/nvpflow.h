@@ -77,9 +77,11 @@ NVPFLOW_API nvpflow_status nvpflow_load(const char* path, nvpflow_flow** flow);
 
 /**
  * @brief Reads a model file for a device.
+ * @param path       of a regular file
  * @param device     "cpu", "cuda" or "cuda:N"; NULL: "cpu"
  * @param precision  of a float32 flow on a CUDA device: "float32", "tf32" or "bfloat16"; NULL: "float32"
  * @param weights    of a float32 flow on the CPU: "full" or "bfloat16"; NULL: "full"
+ * @param flow       as of nvpflow_load()
  */
 NVPFLOW_API nvpflow_status nvpflow_load_on(const char* path, const char* device, const char* precision,
                                            const char* weights, nvpflow_flow** flow);
@@ -87,7 +89,8 @@ NVPFLOW_API nvpflow_status nvpflow_load_on(const char* path, const char* device,
 /** @brief Gives a flow back. NULL is allowed. No call on the flow may be under way. */
 NVPFLOW_API void nvpflow_free(nvpflow_flow* flow);
 
-/** @name What a flow is. No work; -1 where `flow` is NULL. @{ */
+/** @name What a flow is. No work; -1 where `flow` is NULL.
+ * @{ */
 NVPFLOW_API int64_t nvpflow_input_size(const nvpflow_flow* flow);     /**< D, the columns of a row */
 NVPFLOW_API nvpflow_dtype nvpflow_dtype_of(const nvpflow_flow* flow); /**< NVPFLOW_FLOAT32 or NVPFLOW_FLOAT64 */
 NVPFLOW_API int64_t nvpflow_num_layers(const nvpflow_flow* flow);     /**< couplings and standardize layers */
@@ -97,7 +100,9 @@ NVPFLOW_API int64_t nvpflow_num_parameters(const nvpflow_flow* flow); /**< eleme
 
 /**
  * @brief Writes the whole specification as JSON text, as it stands in the model file.
+ * @param flow      whose specification
  * @param text      receives at most `capacity` bytes, with a zero at the end; may be NULL where capacity is 0
+ * @param capacity  bytes that `text` has room for
  * @param needed    receives the bytes of the whole text with its zero; may be NULL
  * @return NVPFLOW_INVALID_ARGUMENT where the text does not fit, unless capacity is 0
  */
@@ -111,6 +116,7 @@ NVPFLOW_API nvpflow_status nvpflow_set_num_threads(nvpflow_flow* flow, int threa
 
 /**
  * @brief Prepares real-time use; see the head of this file. To be called on each thread that is to make such calls.
+ * @param flow      that the calls will use, or a larger one
  * @param max_rows  calls of at most so many rows stay on their caller's thread; of several threads' numbers the largest
  *                  counts, for all of them; 0: calls may use threads again
  *
@@ -133,31 +139,36 @@ NVPFLOW_API nvpflow_status nvpflow_reload(nvpflow_flow* flow, const char* path);
  */
 NVPFLOW_API nvpflow_status nvpflow_swap(nvpflow_flow* a, nvpflow_flow* b);
 
-/** @name log p(x) = log N(z; 0, I) + log|det dz/dx| of each row, in nats. @{ */
+/** @name log p(x) = log N(z; 0, I) + log|det dz/dx| of each row, in nats.
+ * @{ */
+/** @brief Writes log_prob [rows] of x [rows, D]. */
 NVPFLOW_API nvpflow_status nvpflow_log_prob_f32(const nvpflow_flow* flow, const float* x, int64_t rows,
                                                 float* log_prob);
 NVPFLOW_API nvpflow_status nvpflow_log_prob_f64(const nvpflow_flow* flow, const double* x, int64_t rows,
                                                 double* log_prob);
 /** @} */
 
-/** @name Data to latent: z and log|det dz/dx|; log_det may be NULL. @{ */
+/** @name Data to latent: z and log|det dz/dx|; log_det may be NULL.
+ * @{ */
+/** @brief Writes z [rows, D] and log_det [rows] of x [rows, D]. */
 NVPFLOW_API nvpflow_status nvpflow_forward_f32(const nvpflow_flow* flow, const float* x, int64_t rows, float* z,
                                                float* log_det);
 NVPFLOW_API nvpflow_status nvpflow_forward_f64(const nvpflow_flow* flow, const double* x, int64_t rows, double* z,
                                                double* log_det);
 /** @} */
 
-/** @name Latent to data: x and log|det dx/dz|; log_det may be NULL. @{ */
+/** @name Latent to data: x and log|det dx/dz|; log_det may be NULL.
+ * @{ */
+/** @brief Writes x [rows, D] and log_det [rows] of z [rows, D]. */
 NVPFLOW_API nvpflow_status nvpflow_inverse_f32(const nvpflow_flow* flow, const float* z, int64_t rows, float* x,
                                                float* log_det);
 NVPFLOW_API nvpflow_status nvpflow_inverse_f64(const nvpflow_flow* flow, const double* z, int64_t rows, double* x,
                                                double* log_det);
 /** @} */
 
-/**
- * @name Rows first_row, first_row + 1, ... of the endless sample that `seed` names. Row i depends on (seed, i) alone.
- * @{
- */
+/** @name Rows first_row, first_row + 1, ... of the endless sample that `seed` names. Row i depends on (seed, i) alone.
+ * @{ */
+/** @brief Writes x [rows, D]. */
 NVPFLOW_API nvpflow_status nvpflow_sample_f32(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row, int64_t rows,
                                               float* x);
 NVPFLOW_API nvpflow_status nvpflow_sample_f64(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row, int64_t rows,

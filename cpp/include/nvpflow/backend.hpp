@@ -1,7 +1,8 @@
-// The seam between a flow and the hardware that runs it. Few, fat calls on whole flows: fusion is each backend's
-// private matter. Arrays are row-major, of the flow's dtype, non-overlapping and already checked by the caller;
-// const calls may run concurrently with each other and with set_parameters. They lie in the host's memory unless
-// Execution says otherwise.
+/// @file
+/// The seam between a flow and the hardware that runs it. Few, fat calls on whole flows: fusion is each backend's
+/// private matter. Arrays are row-major, of the flow's dtype, non-overlapping and already checked by the caller;
+/// const calls may run concurrently with each other and with set_parameters. They lie in the host's memory unless
+/// Execution says otherwise.
 #pragma once
 
 #include <cstdint>
@@ -12,17 +13,18 @@
 
 namespace nvpflow {
 
-enum class Direction { forward, inverse };  // data -> latent, latent -> data
+/// data -> latent, latent -> data.
+enum class Direction { forward, inverse };
 
 /// Adam with decoupled weight decay (Kingma and Ba 2015; Loshchilov and Hutter 2019).
 struct AdamStep {
-  double learning_rate = 1e-3;
-  double beta1 = 0.9;
-  double beta2 = 0.999;
-  double epsilon = 1e-8;
-  double weight_decay = 0.0;
-  std::int64_t step = 1;         // 1 for the first update: bias correction
-  double gradient_factor = 1.0;  // multiplies every gradient first (norm clipping)
+  double learning_rate = 1e-3;   ///< the schedule's, at this step
+  double beta1 = 0.9;            ///< decay of the first moment
+  double beta2 = 0.999;          ///< decay of the second moment
+  double epsilon = 1e-8;         ///< added to the root of the second moment
+  double weight_decay = 0.0;     ///< share of each kernel that is taken off, times learning_rate
+  std::int64_t step = 1;         ///< 1 for the first update: bias correction
+  double gradient_factor = 1.0;  ///< multiplies every gradient first (norm clipping)
 };
 
 /// How a call runs and where its arrays are.
@@ -34,9 +36,12 @@ struct Execution {
   /// size was made on that stream it neither allocates nor synchronises, so that it can be captured in a CUDA graph;
   /// the graph reads the parameters that were set when it was captured, until the second set_parameters after that.
   bool device_arrays = false;
+  /// A cudaStream_t, where device_arrays is true.
   void* stream = nullptr;
 
+  /// Arrays of the host.
   Execution(int host_threads) : threads(host_threads) {}
+  /// Arrays of the device, on a cudaStream_t.
   static Execution on_stream(void* s) {
     Execution how(1);
     how.device_arrays = true;
@@ -49,19 +54,19 @@ struct RowOrder;
 
 /// Rows of a training run, in the host's memory; they outlive it.
 struct TrainingData {
-  const void* x = nullptr;
-  std::int64_t rows = 0;
-  const void* validation = nullptr;  // null: none of its own
-  std::int64_t validation_rows = 0;
+  const void* x = nullptr;           ///< [rows, D]
+  std::int64_t rows = 0;             ///< of x
+  const void* validation = nullptr;  ///< null: none of its own
+  std::int64_t validation_rows = 0;  ///< of validation
 };
 
 /// What the work since the last report came to.
 struct TrainingReport {
-  double sum_log_prob = 0;    // over all rows since then, float64
-  double gradient_norm = 0;   // of the last update, before clipping
-  std::int64_t bad_step = 0;  // AdamStep::step of the first update that was refused; 0: none
-  bool bad_loss = false;      // because of its loss, else of its gradient's norm
-  double bad_value = 0;       // what that was: NaN or infinite
+  double sum_log_prob = 0;    ///< over all rows since then, float64
+  double gradient_norm = 0;   ///< of the last update, before clipping
+  std::int64_t bad_step = 0;  ///< AdamStep::step of the first update that was refused; 0: none
+  bool bad_loss = false;      ///< because of its loss, else of its gradient's norm
+  double bad_value = 0;       ///< what that was: NaN or infinite
 };
 
 /// The optimiser's side of a training run: its data, parameters, gradient and moments, kept where the backend wants
@@ -88,14 +93,17 @@ class NVPFLOW_API Training {
 
   /// Flat arrays in the host's memory, valid until the next call. Changes of them count after write().
   struct Arrays {
-    void* parameters;
-    void* first_moment;
-    void* second_moment;
+    void* parameters;     ///< [ParamLayout::size()]
+    void* first_moment;   ///< the same; of no meaning where moments were not asked for
+    void* second_moment;  ///< the same
   };
+  /// The parameters, with `moments` also what Adam remembers.
   virtual Arrays read(bool moments) = 0;
+  /// Takes over what was changed in the arrays of the last read().
   virtual void write() = 0;
 };
 
+/// What a device can do with a whole flow. Made by make_cpu_backend and make_cuda_backend, used by Flow and bindings.
 class NVPFLOW_API Backend {
  public:
   virtual ~Backend() = default;

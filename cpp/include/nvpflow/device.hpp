@@ -1,5 +1,6 @@
-// Where a flow runs and how it rounds. Nothing here touches CUDA before a function whose name begins with cuda_ is
-// called or a CUDA device is named.
+/// @file
+/// Where a flow runs and how it rounds. Nothing here touches CUDA before a function whose name begins with cuda_ is
+/// called or a CUDA device is named.
 #pragma once
 
 #include <cstdint>
@@ -11,12 +12,15 @@
 
 namespace nvpflow {
 
+/// The processors that flows run on.
 enum class DeviceKind { cpu, cuda };
 
+/// One of the machine's processors: the CPU, all of it, or a CUDA device.
 struct Device {
-  DeviceKind kind = DeviceKind::cpu;
-  int index = 0;  // of the CUDA device, in the driver's order (CUDA_VISIBLE_DEVICES applies); 0 for the CPU
+  DeviceKind kind = DeviceKind::cpu;  ///< which of the two
+  int index = 0;  ///< of the CUDA device, in the driver's order (CUDA_VISIBLE_DEVICES applies); 0 for the CPU
 
+  /// The same device.
   bool operator==(const Device&) const = default;
 };
 
@@ -32,14 +36,19 @@ enum class Precision { float32, tf32, bfloat16 };
 /// parameters that are read, saved and trained stay as they are.
 enum class Weights { full, bfloat16 };
 
-/// "cpu", "cuda:0"; "float32".
+/// @{
+/// "cpu", "cuda:0"; "float32"; "full".
 NVPFLOW_API std::string name_of(const Device& device);
 NVPFLOW_API std::string_view name_of(Precision precision);
 NVPFLOW_API std::string_view name_of(Weights weights);
+/// @}
 /// "cpu", "cuda" (device 0) or "cuda:N". Throws Error(invalid_argument).
 NVPFLOW_API Device parse_device(std::string_view name);
+/// @{
+/// The name of one of the enum's values. Throws Error(invalid_argument).
 NVPFLOW_API Precision parse_precision(std::string_view name);
 NVPFLOW_API Weights parse_weights(std::string_view name);
+/// @}
 
 /// Empty where at least one CUDA device can be used, else the one reason why not: built without CUDA, no driver, a
 /// driver that is too old (with versions), no device, or devices whose architecture this build has no code for.
@@ -54,7 +63,9 @@ class NVPFLOW_API DeviceMemory {
  public:
   /// Throws Error(device) or Error(out_of_memory).
   DeviceMemory(int device, std::int64_t bytes);
+  /// The first byte, on the device.
   void* data() const;
+  /// The device's index.
   int device() const;
   /// Copies from the host's memory and waits.
   void upload(const void* from, std::int64_t bytes);
@@ -68,6 +79,7 @@ class NVPFLOW_API DeviceMemory {
 NVPFLOW_API void cuda_download(int device, void* to, const void* from, std::int64_t bytes, void* stream);
 /// What is queued on `waiting` from now on begins after what is queued on `for_stream` now.
 NVPFLOW_API void cuda_wait(int device, void* waiting, void* for_stream);
+/// Waits for what is queued on `stream` now.
 NVPFLOW_API void cuda_synchronize(int device, void* stream);
 /// The index of the device whose memory a pointer points into; -1: none.
 NVPFLOW_API int cuda_device_of(const void* pointer);

@@ -1,4 +1,5 @@
-// A RealNVP normalizing flow on caller-owned memory: exact density, both directions, sampling and gradients.
+/// @file
+/// A RealNVP normalizing flow on caller-owned memory: exact density, both directions, sampling and gradients.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +12,7 @@
 #include <nvpflow/error.hpp>
 #include <nvpflow/spec.hpp>
 
+/// The C++ interface: Flow, FlowSpec, fit() and what they need.
 namespace nvpflow {
 
 struct LoadedModel;
@@ -37,10 +39,13 @@ class NVPFLOW_API Flow {
   explicit Flow(FlowSpec spec, std::uint64_t seed = 0, Device device = {}, Precision precision = Precision::float32,
                 Weights weights = Weights::full);
   ~Flow();
+  /// What was moved from can be assigned to and destroyed, nothing else.
   Flow(Flow&&) noexcept;
+  /// As above.
   Flow& operator=(Flow&&) noexcept;
   /// A copy owns its parameters.
   Flow(const Flow&);
+  /// As above.
   Flow& operator=(const Flow&);
 
   /// The file formats of file_format.hpp. Throws Error(io) or Error(file_format).
@@ -55,11 +60,17 @@ class NVPFLOW_API Flow {
   /// A copy on another device, or of another precision or storage of weights.
   Flow to(Device device, Precision precision = Precision::float32, Weights weights = Weights::full) const;
 
+  /// What the flow is; never changes.
   const FlowSpec& spec() const;
+  /// Where it runs.
   Device device() const;
+  /// How a CUDA device forms products.
   Precision precision() const;
+  /// How the CPU stores the kernels that it computes with.
   Weights weights() const;
+  /// Names, shapes and places of the parameters.
   const ParamLayout& layout() const;
+  /// Elements of all parameters.
   std::int64_t num_parameters() const;
   /// Names of the columns, in their order, or empty: for people and for those who read tables, no call looks at them. A
   /// file keeps them, and so do copies.
@@ -68,6 +79,7 @@ class NVPFLOW_API Flow {
   void set_column_names(std::vector<std::string> names);
   /// Threads of a batch call: 0, as many as this process may use; small batches use fewer.
   int num_threads() const;
+  /// See num_threads(); negative: Error(invalid_argument).
   void set_num_threads(int threads);
   /// For real-time use: from now on calls of at most max_rows rows (forward, inverse, log_prob, sample, nll) stay on
   /// their caller's thread, and those that this thread makes, if they do not throw, neither allocate nor lock nor make
@@ -87,6 +99,7 @@ class NVPFLOW_API Flow {
   /// A copy of them, whole also while another thread replaces them.
   template <class T>
   void copy_parameters(std::span<T> out) const;
+  /// Replaces them while other threads may call the flow: each call sees the old or the new ones whole.
   template <class T>
   void set_parameters(std::span<const T> parameters);
   /// Replaces them by those of a model file of this very spec (else Error(file_format), naming the difference; of the

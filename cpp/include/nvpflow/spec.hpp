@@ -1,5 +1,6 @@
-// What a flow is: FlowSpec names the layers, ParamLayout gives every parameter its name, shape and place in one
-// flat buffer. Nothing else in the library knows either.
+/// @file
+/// What a flow is: FlowSpec names the layers, ParamLayout gives every parameter its name, shape and place in one
+/// flat buffer. Nothing else in the library knows either.
 #pragma once
 
 #include <cstdint>
@@ -11,10 +12,14 @@
 
 namespace nvpflow {
 
+/// The type of parameters, arrays and arithmetic.
 enum class DType { float32, float64 };
+/// What follows each hidden dense layer; leaky_relu has slope 0.01 and elu alpha 1, gelu is the exact one.
 enum class Activation { relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus };
+/// LayerSpec says what each of them computes.
 enum class LayerKind { coupling, standardize };
 
+/// @{
 /// "float32", "relu", "coupling"; the parsers throw Error(invalid_argument) that lists the known names.
 NVPFLOW_API std::string_view name_of(DType dtype);
 NVPFLOW_API std::string_view name_of(Activation activation);
@@ -22,6 +27,7 @@ NVPFLOW_API std::string_view name_of(LayerKind kind);
 NVPFLOW_API DType parse_dtype(std::string_view name);
 NVPFLOW_API Activation parse_activation(std::string_view name);
 NVPFLOW_API LayerKind parse_layer_kind(std::string_view name);
+/// @}
 /// Every activation's name, in the order of the enum.
 NVPFLOW_API std::vector<std::string> activation_names();
 
@@ -30,8 +36,8 @@ NVPFLOW_API std::int64_t size_of(DType dtype);
 
 /// A run of consecutive features.
 struct FeatureRange {
-  std::int64_t begin = 0;
-  std::int64_t count = 0;
+  std::int64_t begin = 0;  ///< the first one's index
+  std::int64_t count = 0;  ///< how many
 };
 
 /// One invertible layer, read in the data -> latent direction.
@@ -40,13 +46,14 @@ struct FeatureRange {
 ///              (Dinh et al., Density estimation using Real NVP, 2017, eq. 7-8).
 /// standardize  y = (x - mean) * exp(-log_std), one mean and log_std per feature.
 struct LayerSpec {
-  LayerKind kind = LayerKind::coupling;
+  LayerKind kind = LayerKind::coupling;  ///< the fields below are a coupling's
   /// Coupling: false, the first half [0, D/2) conditions the second; true, the second half conditions the first.
   bool swapped = false;
-  std::vector<std::int64_t> hidden_sizes;
-  Activation activation = Activation::relu;
-  double scale_bound = 1.0;
+  std::vector<std::int64_t> hidden_sizes;    ///< units of each hidden layer; none: linear heads
+  Activation activation = Activation::relu;  ///< after each hidden layer
+  double scale_bound = 1.0;                  ///< B, the largest |s|
 
+  /// Every field is equal.
   bool operator==(const LayerSpec&) const = default;
 
   /// Parameter tensors of the layer in ParamLayout.
@@ -55,10 +62,11 @@ struct LayerSpec {
 
 /// A whole flow: ordered layers, first applied to data first.
 struct NVPFLOW_API FlowSpec {
-  std::int64_t input_size = 0;  // D
-  DType dtype = DType::float32;
-  std::vector<LayerSpec> layers;
+  std::int64_t input_size = 0;    ///< D
+  DType dtype = DType::float32;   ///< of parameters and arrays
+  std::vector<LayerSpec> layers;  ///< first applied to data first
 
+  /// Every field is equal.
   bool operator==(const FlowSpec&) const = default;
 
   /// Throws Error(invalid_argument) naming the field that is wrong. Sizes are checked before anything is allocated.
@@ -69,22 +77,25 @@ struct NVPFLOW_API FlowSpec {
                            std::vector<std::int64_t> hidden_sizes = {256}, Activation activation = Activation::relu,
                            double scale_bound = 1.0, bool standardize = false, DType dtype = DType::float32);
 
+  /// Layers of kind coupling.
   std::int64_t num_couplings() const;
-  /// Features that condition (a) and that are transformed (b) by a coupling layer of this flow.
+  /// Features that condition a coupling layer of this flow, a.
   FeatureRange conditioning(const LayerSpec& layer) const;
+  /// Features that a coupling layer of this flow transforms, b.
   FeatureRange transformed(const LayerSpec& layer) const;
 };
 
+/// What a parameter is to its layer.
 enum class TensorRole { kernel, bias, mean, log_std };
 
 /// One named parameter. Kernels are [in, out], row-major.
 struct TensorInfo {
-  std::string name;                 // "flow_0_coupling_dense_0.kernel"
-  std::vector<std::int64_t> shape;  // [in, out], [out] or [D]
-  std::int64_t offset = 0;          // elements from the start of the flat buffer
-  std::int64_t size = 0;            // elements
-  TensorRole role = TensorRole::kernel;
-  std::int64_t layer = 0;  // index into FlowSpec::layers
+  std::string name;                      ///< "flow_0_coupling_dense_0.kernel"
+  std::vector<std::int64_t> shape;       ///< [in, out], [out] or [D]
+  std::int64_t offset = 0;               ///< elements from the start of the flat buffer
+  std::int64_t size = 0;                 ///< elements
+  TensorRole role = TensorRole::kernel;  ///< what it is to its layer
+  std::int64_t layer = 0;                ///< index into FlowSpec::layers
 };
 
 /// Whether training changes this tensor by its gradient: kernels and biases, not what is set from the data.
@@ -95,8 +106,10 @@ inline bool is_trained(const TensorInfo& t) { return t.role == TensorRole::kerne
 /// Per standardize layer i: standardize_{i}.mean, standardize_{i}.log_std.
 class NVPFLOW_API ParamLayout {
  public:
+  /// Of a valid spec.
   explicit ParamLayout(const FlowSpec& spec);
 
+  /// All parameters, in the buffer's order.
   const std::vector<TensorInfo>& tensors() const { return tensors_; }
   /// Tensors of layer `layer` start at this index of tensors().
   std::size_t first_tensor(std::size_t layer) const { return first_of_layer_[layer]; }
@@ -111,6 +124,7 @@ class NVPFLOW_API ParamLayout {
   std::int64_t size_ = 0;
 };
 
+/// @{
 /// Initial parameters, a function of (spec, seed) alone: kernels U(-1, 1) sqrt(6 / (in + out)) (Glorot and Bengio
 /// 2010, what Axon uses by default), the two heads' kernels a hundredth of that so that a new flow is near the
 /// identity, biases, means and log_stds zero. `parameters` holds ParamLayout::size() elements.
@@ -118,5 +132,6 @@ NVPFLOW_API void initialize_parameters(const FlowSpec& spec, const ParamLayout& 
                                        float* parameters);
 NVPFLOW_API void initialize_parameters(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t seed,
                                        double* parameters);
+/// @}
 
 }  // namespace nvpflow

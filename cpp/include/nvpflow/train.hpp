@@ -1,4 +1,5 @@
-// Maximum-likelihood training: minibatches, Adam, schedule, validation, early stopping, checkpoints.
+/// @file
+/// Maximum-likelihood training: minibatches, Adam, schedule, validation, early stopping, checkpoints.
 #pragma once
 
 #include <cstdint>
@@ -10,11 +11,16 @@
 
 namespace nvpflow {
 
+/// How the learning rate goes on; FitOptions::schedule.
 enum class Schedule { constant, cosine };
 
+/// How to train.
 struct NVPFLOW_API FitOptions {
+  /// Passes over the training rows.
   std::int64_t epochs = 100;
+  /// Rows of a step; the last step of an epoch takes what is left.
   std::int64_t batch_size = 256;
+  /// Adam's, where the schedule begins.
   double learning_rate = 1e-3;
   /// cosine: learning_rate * (1 + cos(pi step / total_steps)) / 2, from the first step to the last of all epochs.
   Schedule schedule = Schedule::cosine;
@@ -29,6 +35,7 @@ struct NVPFLOW_API FitOptions {
   /// An epoch after which Flow::round_trip_error exceeds this, over the rows that epochs are compared by, is never the
   /// best one. 0: not measured. It says nothing of other rows.
   double max_round_trip = 0.0;
+  /// Of the order of rows and of the validation split.
   std::uint64_t seed = 0;
   /// 0: what the flow says.
   int threads = 0;
@@ -39,25 +46,28 @@ struct NVPFLOW_API FitOptions {
   void validate() const;
 };
 
+/// What one epoch came to.
 struct EpochRecord {
-  std::int64_t epoch = 0;      // 1 for the first
-  double train_loss = 0;       // mean NLL over the epoch's steps, nats per row
-  double validation_loss = 0;  // NaN without validation data
-  double learning_rate = 0;    // of the epoch's last step
-  double gradient_norm = 0;    // of the epoch's last step, before clipping
-  double seconds = 0;          // wall time of this epoch, validation included
-  double round_trip = 0;       // Flow::round_trip_error after the epoch; NaN where max_round_trip is 0
+  std::int64_t epoch = 0;      ///< 1 for the first
+  double train_loss = 0;       ///< mean NLL over the epoch's steps, nats per row
+  double validation_loss = 0;  ///< NaN without validation data
+  double learning_rate = 0;    ///< of the epoch's last step
+  double gradient_norm = 0;    ///< of the epoch's last step, before clipping
+  double seconds = 0;          ///< wall time of this epoch, validation included
+  double round_trip = 0;       ///< Flow::round_trip_error after the epoch; NaN where max_round_trip is 0
 
+  /// Every field is equal.
   bool operator==(const EpochRecord&) const = default;
 };
 
+/// What a run came to.
 struct History {
-  std::vector<EpochRecord> epochs;
-  std::int64_t best_epoch = 0;  // whose weights the flow holds now; 0: the initial ones
-  double best_loss = 0;         // its validation loss; without validation data, of up to 65,536 training rows
-  std::string stop_reason;      // "epochs", "patience", "callback" or "interrupted"
-  std::int64_t train_rows = 0;
-  std::int64_t validation_rows = 0;
+  std::vector<EpochRecord> epochs;   ///< in order
+  std::int64_t best_epoch = 0;       ///< whose weights the flow holds now; 0: the initial ones
+  double best_loss = 0;              ///< its validation loss; without validation data, of up to 65,536 training rows
+  std::string stop_reason;           ///< "epochs", "patience", "callback" or "interrupted"
+  std::int64_t train_rows = 0;       ///< rows of x that were trained on
+  std::int64_t validation_rows = 0;  ///< rows of the validation array, or set aside from x
 };
 
 /// Told of progress from the thread that called fit(). Every member may return false to stop; the flow then keeps
