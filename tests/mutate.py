@@ -108,7 +108,6 @@ def configure(scratch: Path) -> None:
     pybind11 = subprocess.run([sys.executable, "-m", "pybind11", "--cmakedir"], capture_output=True, text=True, check=True)
     options = {
         "CMAKE_BUILD_TYPE": "Debug",
-        "CMAKE_CXX_FLAGS": f"-w -include {PARTS / 'mutant.hpp'}",
         "CMAKE_EXPORT_COMPILE_COMMANDS": "ON",
         "NVPFLOW_CUDA": "OFF",
         "NVPFLOW_PYTHON": "ON",
@@ -143,9 +142,9 @@ def write_mutants(scratch: Path, file: str, mutants: list[Mutant]) -> list[Mutan
     for _ in range(8):
         text = instrument(source, mutants, python=python)
         if python:
-            head = '"""Mutated."""\nfrom nvpflow._mutant import _raise, mutant\n'
-            copy.write_text(head + text)
+            copy.write_text('"""Mutated."""\nfrom nvpflow._mutant import _raise, mutant\n' + text)
             return mutants
+        text = f'#include "{PARTS / "mutant.hpp"}"\n#line 1 "{copy}"\n{text}'
         if not copy.exists() or copy.read_text() != text:
             copy.write_text(text)
         lines = compile_errors(scratch, file)

@@ -3,7 +3,9 @@
 #include <nvpflow.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
+#include <exception>
 #include <limits>
 #include <new>
 #include <span>
@@ -12,6 +14,9 @@
 #include <nvpflow/flow.hpp>
 
 #include "file_format.hpp"
+#include "nvpflow/error.hpp"
+#include "nvpflow/device.hpp"
+#include "nvpflow/spec.hpp"
 
 /// What a handle points at.
 struct nvpflow_flow {

@@ -1,12 +1,20 @@
 #include "checkpoint.hpp"
 
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 
 #include <nlohmann/json.hpp>
+#include <nlohmann/json_fwd.hpp>
+#include <string>
+#include <vector>
+#include <utility>
 
 #include "file_format.hpp"
 #include "metadata.hpp"
+#include "nvpflow/train.hpp"
+#include "nvpflow/error.hpp"
+#include "nvpflow/spec.hpp"
 
 namespace nvpflow {
 namespace {

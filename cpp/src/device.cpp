@@ -5,6 +5,9 @@
 #include <charconv>
 
 #include <nvpflow/error.hpp>
+#include <string>
+#include <string_view>
+#include <system_error>
 
 namespace nvpflow {
 

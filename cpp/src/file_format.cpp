@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/stat.h>
+#include <sys/types.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -10,13 +11,19 @@
 #include <cerrno>
 #include <charconv>
 #include <cmath>
+#include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <initializer_list>
 #include <limits>
+#include <map>
+#include <memory>
 #include <new>
+#include <nlohmann/json_fwd.hpp>
 #include <random>
 #include <set>
+#include <string>
 #include <string_view>
 #include <system_error>
 #include <tuple>
@@ -26,8 +33,11 @@
 
 #include <nlohmann/json.hpp>
 #include <nvpflow/flow.hpp>
+#include <vector>
 
 #include "metadata.hpp"
+#include "nvpflow/error.hpp"
+#include "nvpflow/spec.hpp"
 
 namespace nvpflow {
 namespace {

@@ -1,5 +1,7 @@
 // Flow: owns the parameters, checks arguments, calls the backend.
 
+#include <cstdint>
+#include <memory>
 #include <nvpflow/flow.hpp>
 
 #include <algorithm>
@@ -9,9 +11,16 @@
 #include <functional>
 #include <limits>
 #include <mutex>
+#include <string>
+#include <span>
 #include <utility>
+#include <vector>
 
 #include "file_format.hpp"
+#include "nvpflow/spec.hpp"
+#include "nvpflow/error.hpp"
+#include "nvpflow/backend.hpp"
+#include "nvpflow/device.hpp"
 #include "parallel.hpp"
 
 namespace nvpflow {

@@ -1,5 +1,6 @@
 #include "parallel.hpp"
 
+#include <bits/types/sigset_t.h>
 #include <pthread.h>
 #include <signal.h>
 
@@ -7,6 +8,7 @@
 #include <atomic>
 #include <chrono>
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <exception>
 #include <mutex>

@@ -1,12 +1,17 @@
+#include <cstdint>
+#include <cstddef>
 #include <nvpflow/spec.hpp>
 
 #include <array>
 #include <charconv>
 #include <cmath>
 #include <limits>
+#include <string_view>
+#include <string>
 #include <utility>
 
 #include <nvpflow/error.hpp>
+#include <vector>
 
 #include "math.hpp"
 

@@ -1,5 +1,7 @@
 // The training loop: independent of the backend, which forms the gradients and the updates.
 
+#include <cstdint>
+#include <memory>
 #include <nvpflow/train.hpp>
 
 #include <sys/stat.h>
@@ -12,9 +14,18 @@
 #include <limits>
 #include <numbers>
 #include <optional>
+#include <span>
 #include <sstream>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "checkpoint.hpp"
+#include "nvpflow/error.hpp"
+#include "nvpflow/spec.hpp"
+#include "math.hpp"
+#include "nvpflow/flow.hpp"
+#include "nvpflow/backend.hpp"
 #include "parallel.hpp"
 #include "row_order.hpp"
 

@@ -1,16 +1,46 @@
 // The module nvpflow._core: everything but the hot methods, by pybind11.
 
-#include <pybind11/stl.h>
+#include <object.h>
+#include <abstract.h>
+#include <pybind11/pytypes.h>
+#include <pybind11/cast.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/gil.h>
+#include <boolobject.h>
+#include <pybind11/detail/common.h>
+#include <Python.h>
+#include <ceval.h>
+#include <bits/cxxabi_forced.h>
+#include <pybind11/attr.h>
+#include <pytypedefs.h>
+#include <unicodeobject.h>
+#include <pyerrors.h>
+#include <pyport.h>
+#include <pylifecycle.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
+#include <initializer_list>
+#include <exception>
 #include <limits>
+#include <memory>
 #include <new>
+#include <span>
 #include <sstream>
+#include <string>
 #include <thread>
+#include "nvpflow/error.hpp"
+#include "nvpflow/spec.hpp"
+#include <vector>
+#include <utility>
+#include "arrays.hpp"
+#include "nvpflow/backend.hpp"
+#include "nvpflow/device.hpp"
+#include "nvpflow/flow.hpp"
 #ifdef __GLIBCXX__
-#include <cxxabi.h>
 #endif
 
 #include <nvpflow/train.hpp>

@@ -36,7 +36,7 @@ struct Execution {
   bool device_arrays = false;
   void* stream = nullptr;
 
-  Execution(int host_threads) : threads(host_threads) {}
+  Execution(int host_threads) : threads(host_threads) {}  // NOLINT(misc-explicit-constructor): a number is one
   static Execution on_stream(void* s) {
     Execution how(1);
     how.device_arrays = true;

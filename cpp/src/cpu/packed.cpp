@@ -1,14 +1,21 @@
 #include "packed.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cmath>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <new>
 #include <string>
 
 #include <nvpflow/error.hpp>
+#include "nvpflow/spec.hpp"
+#include "kernels.hpp"
+#include "nvpflow/device.hpp"
+#include "/tmp/wt/house/cpp/src/parallel.hpp"
 
 namespace nvpflow::cpu {
 namespace {
