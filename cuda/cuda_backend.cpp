@@ -3,13 +3,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
 #include <map>
-#include <memory>
 #include <mutex>
-#include <utility>
-#include <string>
 #include <vector>
 
 #include <nvpflow/backend.hpp>
@@ -18,11 +14,6 @@
 #include "../cpp/src/left_right.hpp"
 #include "cuda_training.hpp"
 #include "device_flow.hpp"
-#include "kernels.cuh"
-#include "runtime.hpp"
-#include "nvpflow/spec.hpp"
-#include "nvpflow/device.hpp"
-#include "packed.hpp"
 #include "staging.hpp"
 
 namespace nvpflow {

@@ -2,20 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
-#include <memory>
-#include <utility>
 #include <vector>
 
 #include <nvpflow/error.hpp>
 
-#include "nvpflow/backend.hpp"
-#include "device_flow.hpp"
-#include "runtime.hpp"
-#include "kernels.cuh"
-#include "/tmp/wt/house/cpp/src/row_order.hpp"
-#include "nvpflow/spec.hpp"
 #include "training.hpp"
 
 namespace nvpflow::cuda {

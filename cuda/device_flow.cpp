@@ -1,13 +1,6 @@
 #include "device_flow.hpp"
 
-#include <cstdint>
-#include <cstddef>
 #include <vector>
-#include "nvpflow/spec.hpp"
-#include "nvpflow/device.hpp"
-#include "runtime.hpp"
-#include "kernels.cuh"
-#include "packed.hpp"
 
 namespace nvpflow::cuda {
 namespace {

@@ -1,12 +1,7 @@
 #include "packed.hpp"
 
 #include <algorithm>
-#include <cstdint>
 #include <cstring>
-#include "runtime.hpp"
-#include "kernels.cuh"
-#include "nvpflow/spec.hpp"
-#include <memory>
 
 namespace nvpflow::cuda {
 namespace {

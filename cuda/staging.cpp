@@ -1,20 +1,12 @@
 #include "staging.hpp"
 
 #include <algorithm>
-#include <array>
 #include <bit>
-#include <cstdint>
 #include <cstring>
 
-#include <functional>
-#include <mutex>
-#include <memory>
 #include <nvpflow/error.hpp>
-#include <utility>
 
 #include "../cpp/src/parallel.hpp"
-#include "kernels.cuh"
-#include "runtime.hpp"
 
 namespace nvpflow::cuda {
 namespace {

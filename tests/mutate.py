@@ -300,7 +300,7 @@ def numbered(mutants: list[Mutant]) -> dict[tuple[str, str, str, int], Mutant]:
 
 
 def known_equivalent() -> dict[tuple[str, str, str, int], str]:
-    entries = tomllib.loads(EQUIVALENT.read_text())["mutant"] if EQUIVALENT.exists() else []
+    entries = tomllib.loads(EQUIVALENT.read_text()).get("mutant", [])
     return {(e["file"], e["line"], e["change"], e.get("nth", 1)): e["reason"] for e in entries}
 
 
@@ -374,6 +374,8 @@ def run(arguments, scratch: Path, files: list[str], mutants: list[Mutant], by_ke
         outcomes = pool.map(lambda mutant: try_mutant(runner, mutant, programs, tests), chosen)
         for done, (mutant, noticed) in enumerate(zip(chosen, outcomes, strict=True), 1):
             results[mutant.number] = noticed
+            if not noticed:
+                print(f"\ralive: {mutant.file}:{mutant.line}: {mutant.what}{'':20}\n    {mutant.source}")
             alive = sum(not result for result in results.values())
             print(f"\r{done} of {len(chosen)} mutants, {alive} alive, {time.monotonic() - began:.0f} s", end="", flush=True)
     print()
@@ -395,9 +397,10 @@ def report(arguments, files, compiled, chosen, results, by_key, tests) -> int:
         alive += mine
         counts = (sum(m.file == file for m in compiled), len(tried), len(tried) - len(survivors))
         print(f"{file:<28}{counts[0]:>9}{counts[1]:>7}{counts[2]:>8}{len(survivors) - len(mine):>12}{len(mine):>7}")
+    print("\nalive, and not listed as equivalent:" if alive else "")
     for mutant in sorted(alive, key=lambda mutant: (mutant.file, mutant.line)):
         note = "" if mutant.number in reached else "  (no test comes here)"
-        print(f"alive: {mutant.file}:{mutant.line}: {mutant.what}{note}\n    {mutant.source}")
+        print(f"{mutant.file}:{mutant.line}: {mutant.what}{note}\n    {mutant.source}")
     if arguments.survivors:
         arguments.survivors.write_text("\n".join(entry_text(keys[mutant.number]) for mutant in alive))
     useless = []

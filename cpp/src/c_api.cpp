@@ -11,12 +11,12 @@
 #include <span>
 #include <string>
 
+#include <nvpflow/device.hpp>
+#include <nvpflow/error.hpp>
 #include <nvpflow/flow.hpp>
+#include <nvpflow/spec.hpp>
 
 #include "file_format.hpp"
-#include "nvpflow/error.hpp"
-#include "nvpflow/device.hpp"
-#include "nvpflow/spec.hpp"
 
 /// What a handle points at.
 struct nvpflow_flow {

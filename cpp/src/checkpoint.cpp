@@ -3,18 +3,17 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include <nlohmann/json.hpp>
-#include <nlohmann/json_fwd.hpp>
-#include <string>
-#include <vector>
-#include <utility>
+#include <nvpflow/error.hpp>
+#include <nvpflow/spec.hpp>
+#include <nvpflow/train.hpp>
 
 #include "file_format.hpp"
 #include "metadata.hpp"
-#include "nvpflow/train.hpp"
-#include "nvpflow/error.hpp"
-#include "nvpflow/spec.hpp"
 
 namespace nvpflow {
 namespace {

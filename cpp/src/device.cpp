@@ -3,11 +3,11 @@
 #include <nvpflow/device.hpp>
 
 #include <charconv>
-
-#include <nvpflow/error.hpp>
 #include <string>
 #include <string_view>
 #include <system_error>
+
+#include <nvpflow/error.hpp>
 
 namespace nvpflow {
 

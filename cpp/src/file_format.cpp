@@ -20,7 +20,6 @@
 #include <map>
 #include <memory>
 #include <new>
-#include <nlohmann/json_fwd.hpp>
 #include <random>
 #include <set>
 #include <string>
@@ -30,14 +29,14 @@
 #include <unordered_map>
 #include <unordered_set>
 #include <utility>
-
-#include <nlohmann/json.hpp>
-#include <nvpflow/flow.hpp>
 #include <vector>
 
+#include <nlohmann/json.hpp>
+#include <nvpflow/error.hpp>
+#include <nvpflow/flow.hpp>
+#include <nvpflow/spec.hpp>
+
 #include "metadata.hpp"
-#include "nvpflow/error.hpp"
-#include "nvpflow/spec.hpp"
 
 namespace nvpflow {
 namespace {

@@ -1,26 +1,27 @@
 // Flow: owns the parameters, checks arguments, calls the backend.
 
-#include <cstdint>
-#include <memory>
 #include <nvpflow/flow.hpp>
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <mutex>
-#include <string>
 #include <span>
+#include <string>
 #include <utility>
 #include <vector>
 
+#include <nvpflow/backend.hpp>
+#include <nvpflow/device.hpp>
+#include <nvpflow/error.hpp>
+#include <nvpflow/spec.hpp>
+
 #include "file_format.hpp"
-#include "nvpflow/spec.hpp"
-#include "nvpflow/error.hpp"
-#include "nvpflow/backend.hpp"
-#include "nvpflow/device.hpp"
 #include "parallel.hpp"
 
 namespace nvpflow {

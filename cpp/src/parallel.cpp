@@ -1,6 +1,5 @@
 #include "parallel.hpp"
 
-#include <bits/types/sigset_t.h>
 #include <pthread.h>
 #include <signal.h>
 

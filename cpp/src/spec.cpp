@@ -1,17 +1,17 @@
-#include <cstdint>
-#include <cstddef>
 #include <nvpflow/spec.hpp>
 
 #include <array>
 #include <charconv>
 #include <cmath>
+#include <cstddef>
+#include <cstdint>
 #include <limits>
-#include <string_view>
 #include <string>
+#include <string_view>
 #include <utility>
+#include <vector>
 
 #include <nvpflow/error.hpp>
-#include <vector>
 
 #include "math.hpp"
 

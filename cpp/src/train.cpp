@@ -1,7 +1,5 @@
 // The training loop: independent of the backend, which forms the gradients and the updates.
 
-#include <cstdint>
-#include <memory>
 #include <nvpflow/train.hpp>
 
 #include <sys/stat.h>
@@ -10,8 +8,10 @@
 #include <cerrno>
 #include <chrono>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <numbers>
 #include <optional>
 #include <span>
@@ -20,12 +20,13 @@
 #include <utility>
 #include <vector>
 
+#include <nvpflow/backend.hpp>
+#include <nvpflow/error.hpp>
+#include <nvpflow/flow.hpp>
+#include <nvpflow/spec.hpp>
+
 #include "checkpoint.hpp"
-#include "nvpflow/error.hpp"
-#include "nvpflow/spec.hpp"
 #include "math.hpp"
-#include "nvpflow/flow.hpp"
-#include "nvpflow/backend.hpp"
 #include "parallel.hpp"
 #include "row_order.hpp"
 

@@ -1,34 +1,22 @@
 #include "arrays.hpp"
 
-#include <listobject.h>
-#include <abstract.h>
-#include <floatobject.h>
-#include <longobject.h>
-#include <numpy/ndarraytypes.h>
-#include <pybind11/pytypes.h>
-#include <numpy/npy_common.h>
-#include <object.h>
-#include <pybind11/cast.h>
-#include <numpy/ndarrayobject.h>
-#include <pytypedefs.h>
-#include <tupleobject.h>
-#include <pyport.h>
-#include <pyerrors.h>
-#include <pybuffer.h>
+#include <numpy/arrayobject.h>
+#include <pybind11/stl.h>
 
 #include <cfloat>
 #include <cstddef>
-#include <optional>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include <nvpflow/spec.hpp>
+
 #include "device_arrays.hpp"
 #include "dlpack.h"
 #include "layout.hpp"
-#include "nvpflow/spec.hpp"
 #include "outside.hpp"
 
 namespace nvpflow::python {

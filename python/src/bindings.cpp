@@ -1,30 +1,14 @@
 // The module nvpflow._core: everything but the hot methods, by pybind11.
 
-#include <object.h>
-#include <abstract.h>
-#include <pybind11/pytypes.h>
-#include <pybind11/cast.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/gil.h>
-#include <boolobject.h>
-#include <pybind11/detail/common.h>
-#include <Python.h>
-#include <ceval.h>
-#include <bits/cxxabi_forced.h>
-#include <pybind11/attr.h>
-#include <pytypedefs.h>
-#include <unicodeobject.h>
-#include <pyerrors.h>
-#include <pyport.h>
-#include <pylifecycle.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <initializer_list>
 #include <exception>
+#include <initializer_list>
 #include <limits>
 #include <memory>
 #include <new>
@@ -32,21 +16,22 @@
 #include <sstream>
 #include <string>
 #include <thread>
-#include "nvpflow/error.hpp"
-#include "nvpflow/spec.hpp"
-#include <vector>
 #include <utility>
-#include "arrays.hpp"
-#include "nvpflow/backend.hpp"
-#include "nvpflow/device.hpp"
-#include "nvpflow/flow.hpp"
+#include <vector>
 #ifdef __GLIBCXX__
+#include <cxxabi.h>
 #endif
 
+#include <nvpflow/backend.hpp>
+#include <nvpflow/device.hpp>
+#include <nvpflow/error.hpp>
+#include <nvpflow/flow.hpp>
+#include <nvpflow/spec.hpp>
 #include <nvpflow/train.hpp>
 
 #include "../../cpp/src/file_format.hpp"
 #include "../../cpp/src/parallel.hpp"
+#include "arrays.hpp"
 #include "bound_flow.hpp"
 #include "device_arrays.hpp"
 #include "xla_handlers.hpp"

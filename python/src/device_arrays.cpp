@@ -1,27 +1,20 @@
 #include "device_arrays.hpp"
 
-#include <pybind11/pytypes.h>
-#include <object.h>
-#include <pybind11/cast.h>
-#include <pybind11/gil.h>
-#include <pybind11/pybind11.h>
-#include <pytypedefs.h>
-#include <pyerrors.h>
-#include <pycapsule.h>
+#include <pybind11/stl.h>
 
-#include <cstdint>
 #include <algorithm>
-#include <nvpflow/device.hpp>
-
+#include <cstdint>
 #include <cstring>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include <nvpflow/device.hpp>
+#include <nvpflow/spec.hpp>
+
 #include "arrays.hpp"
 #include "dlpack.h"
 #include "layout.hpp"
-#include "nvpflow/spec.hpp"
 #include "outside.hpp"
 
 namespace nvpflow::python {

@@ -1,29 +1,16 @@
 // forward, inverse, log_probability and sample, with the vectorcall convention.
 
-#include <pytypedefs.h>
-#include <pybind11/detail/common.h>
-#include <initializer_list>
-#include <pyport.h>
-#include <pyerrors.h>
-#include <unicodeobject.h>
-#include <pybind11/pytypes.h>
-#include <tupleobject.h>
-#include <object.h>
 #include <cstdint>
-#include <boolobject.h>
-#include <abstract.h>
-#include <longobject.h>
-#include <methodobject.h>
-#include <pybind11/pybind11.h>
-#include <descrobject.h>
+#include <initializer_list>
 #include <random>
 #include <string>
 #include <utility>
 
+#include <nvpflow/backend.hpp>
+
 #include "arrays.hpp"
 #include "bound_flow.hpp"
 #include "device_arrays.hpp"
-#include "nvpflow/backend.hpp"
 #include "outside.hpp"
 
 namespace nvpflow::python {

@@ -1,24 +1,13 @@
 #include "outside.hpp"
-#include <pytypedefs.h>
-#include <object.h>
-#include <pybind11/pytypes.h>
-#include <pycapsule.h>
-#include <pybind11/cast.h>
-#include <pyerrors.h>
-#include <unicodeobject.h>
-#include <listobject.h>
-#include <tupleobject.h>
-#include <floatobject.h>
-#include <longobject.h>
 
-#include <optional>
-#include <cstdint>
 #include <cstddef>
+#include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 
-#include "dlpack.h"
 #include "arrays.hpp"
+#include "dlpack.h"
 #include "layout.hpp"
 
 namespace nvpflow::python {

@@ -1,5 +1,5 @@
-// The switch of tests/mutate.py: whether a mutant is on. One file, mapped into every process of a run, says which one that is
-// and takes notes of those that a program came past.
+// The switch of tests/mutate.py: whether a mutant is on. One file, mapped into every process of a run, says which one
+// that is and takes notes of those that a program came past.
 #pragma once
 
 #include <fcntl.h>

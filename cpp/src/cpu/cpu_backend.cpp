@@ -8,14 +8,14 @@
 #include <vector>
 
 #include <nvpflow/backend.hpp>
+#include <nvpflow/device.hpp>
+#include <nvpflow/spec.hpp>
 
 #include "../host_training.hpp"
 #include "../left_right.hpp"
 #include "../parallel.hpp"
 #include "isa.hpp"
 #include "kernels.hpp"
-#include "nvpflow/spec.hpp"
-#include "nvpflow/device.hpp"
 #include "packed.hpp"
 
 namespace nvpflow {

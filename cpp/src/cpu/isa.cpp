@@ -8,6 +8,7 @@
 
 #include <nvpflow/backend.hpp>
 #include <nvpflow/error.hpp>
+
 #include "kernels.hpp"
 
 namespace nvpflow {

@@ -11,11 +11,12 @@
 #include <new>
 #include <string>
 
+#include <nvpflow/device.hpp>
 #include <nvpflow/error.hpp>
-#include "nvpflow/spec.hpp"
-#include "kernels.hpp"
-#include "nvpflow/device.hpp"
+#include <nvpflow/spec.hpp>
+
 #include "/tmp/wt/house/cpp/src/parallel.hpp"
+#include "kernels.hpp"
 
 namespace nvpflow::cpu {
 namespace {
