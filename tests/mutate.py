@@ -4,21 +4,21 @@
     python tests/mutate.py --file cpp/src/file_format.cpp --limit 50 --seed 1
     python tests/mutate.py --scratch FOLDER                   # keeps the build there, for the next time
 
-A mutant is one operator, number, condition or statement changed (tests/mutation/mutators.py). All of them are compiled into one
-build of a copy of the tree and switched on one at a time, by an environment variable. A first run notes which tests come past
-which mutant; then only those are run on it, quickest first. A mutant that no test fails for survives. It is a
-hole in the tests, or it changes nothing that anybody can see: then it stands, with the reason, in
+A mutant is one operator, number, condition or statement changed (tests/mutation/mutators.py). All of them are compiled
+into one build of a copy of the tree and switched on one at a time, by an environment variable. A first run notes which
+tests come past which mutant; then only those are run on it, quickest first. A mutant that no test fails for survives.
+It is a hole in the tests, or it changes nothing that anybody can see: then it stands, with the reason, in
 tests/mutation/equivalent.toml. The command fails where a survivor is not there, and where an entry there is of no use.
 
-Mutants of code that writes files can write anywhere. So they run where the whole file system can only be read, but for a
-folder of their own (Linux: namespaces of `unshare`, as root or where users may make them), with limits of time and memory.
+Mutants of code that writes files can write anywhere. So they run where the whole file system can only be read, but for
+a folder of their own (Linux: namespaces of `unshare`, as root or where users may make them), with limits of time and
+memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import mmap
 import os
 import random
 import re
@@ -28,12 +28,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import tomllib
 from mutation.mutators import Mutant, instrument, mutants_of
 
 HERE = Path(__file__).resolve().parent
@@ -52,7 +52,6 @@ FILES = (
 )
 PROGRAMS = (("test_core",), ("replay_layout", str(HERE / "fuzz/corpus_layout")))
 TESTS = ("arrays", "faults", "files", "flow", "functional", "properties", "robustness", "weights")
-# Beside the module that is mutated: what its fixed place in the world is tested with.
 MEMORY_BYTES = 12 << 30  # of addresses; the libraries of Python reserve some gigabytes
 
 SANDBOX = r"""
@@ -63,7 +62,8 @@ awk '{print $5}' /proc/self/mountinfo | while read -r point; do
   [ "$point" = "$1" ] || mount -o remount,bind,ro "$point" 2> /dev/null || true
 done
 # The last line of a place is what lies on top there.
-open=$(awk -v own="$1" '$5 != own {how[$5] = $6} END {for (place in how) if (how[place] ~ /^rw/) print place}' /proc/self/mountinfo)
+open=$(awk -v own="$1" '$5 != own {how[$5] = $6} END {for (at in how) if (how[at] ~ /^rw/) print at}' \
+  /proc/self/mountinfo)
 [ -z "$open" ] || { echo "can still be written to: $open" >&2; exit 99; }
 shift
 exec "$@"
@@ -95,7 +95,10 @@ def check_sandbox(scratch: Path) -> None:
 def copy_tree(target: Path) -> None:
     """What git tracks or would track, with its times, so that a second build has little to do."""
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
     )
     for name in filter(None, listed.stdout.decode().split("\0")):
         source, copy = ROOT / name, target / name
@@ -105,7 +108,9 @@ def copy_tree(target: Path) -> None:
 
 
 def configure(scratch: Path) -> None:
-    pybind11 = subprocess.run([sys.executable, "-m", "pybind11", "--cmakedir"], capture_output=True, text=True, check=True)
+    pybind11 = subprocess.run(
+        [sys.executable, "-m", "pybind11", "--cmakedir"], capture_output=True, text=True, check=True
+    )
     options = {
         "CMAKE_BUILD_TYPE": "Debug",
         "CMAKE_EXPORT_COMPILE_COMMANDS": "ON",
@@ -238,7 +243,9 @@ def first_run(runner: Runner, python: bool) -> tuple[list[Test], list[Test]]:
     for name, *_ in PROGRAMS:
         reached.write_bytes(bytes(NOTES_BYTES))
         began = time.monotonic()
-        status = runner.run(folder, runner.program(name), 600, writable=runner.scratch, NVPFLOW_MUTANTS_REACHED=str(reached))
+        status = runner.run(
+            folder, runner.program(name), 600, writable=runner.scratch, NVPFLOW_MUTANTS_REACHED=str(reached)
+        )
         if status != 0:
             fail(name)
         notes = reached.read_bytes()
@@ -278,7 +285,9 @@ def try_mutant(runner: Runner, mutant: Mutant, programs: list[Test], tests: list
             names.write_text("\n".join(str(runner.scratch / "tree" / test.name) for test in chosen))
             status = runner.run(folder, runner.pytest(f"@{names}"), 60 + 10 * sum(t.seconds for t in chosen), **switch)
             if status != 0:
-                found = re.findall(r"^(?:FAILED|ERROR) (\S+)", folder.with_suffix(".log").read_text(errors="replace"), re.M)
+                found = re.findall(
+                    r"^(?:FAILED|ERROR) (\S+)", folder.with_suffix(".log").read_text(errors="replace"), re.M
+                )
                 return found[0].split("/")[-1] if found else f"pytest, status {status}"
         return ""
     finally:
@@ -314,11 +323,15 @@ def entry_text(key: tuple[str, str, str, int]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--file", action="append", choices=FILES, help="a file to mutate, more than once (default: all)")
+    parser.add_argument(
+        "--file", action="append", choices=FILES, help="a file to mutate, more than once (default: all)"
+    )
     parser.add_argument("--limit", type=int, help="so many mutants of each file, drawn at random")
     parser.add_argument("--lines", help="only the mutants of lines FIRST-LAST")
     parser.add_argument("--seed", type=int, default=0, help="of that draw (default: 0)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="mutants at a time (default: the processors)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="mutants at a time (default: the processors)"
+    )
     parser.add_argument("--scratch", type=Path, help="where the copy is built and kept (default: a temporary folder)")
     parser.add_argument("--no-python", action="store_true", help="the C++ tests alone")
     parser.add_argument("--survivors", type=Path, help="write them there, as entries for equivalent.toml")
@@ -377,7 +390,11 @@ def run(arguments, scratch: Path, files: list[str], mutants: list[Mutant], by_ke
             if not noticed:
                 print(f"\ralive: {mutant.file}:{mutant.line}: {mutant.what}{'':20}\n    {mutant.source}")
             alive = sum(not result for result in results.values())
-            print(f"\r{done} of {len(chosen)} mutants, {alive} alive, {time.monotonic() - began:.0f} s", end="", flush=True)
+            print(
+                f"\r{done} of {len(chosen)} mutants, {alive} alive, {time.monotonic() - began:.0f} s",
+                end="",
+                flush=True,
+            )
     print()
     if not Path("/dev/null").is_char_device():
         sys.exit("/dev/null is no device any more: a mutant broke out of its sandbox")
@@ -407,7 +424,9 @@ def report(arguments, files, compiled, chosen, results, by_key, tests) -> int:
     if not arguments.no_python:
         useless = [m for m in chosen if results[m.number] and keys[m.number] in equivalent]
     for mutant in useless:
-        print(f"equivalent.toml lists a mutant that {results[mutant.number]} notices: {mutant.file}:{mutant.line}: {mutant.what}")
+        print(
+            f"in equivalent.toml, but {results[mutant.number]} notices: {mutant.file}:{mutant.line}: {mutant.what}"
+        )
     return 1 if alive or useless else 0
 
 

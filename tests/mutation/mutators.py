@@ -1,8 +1,8 @@
 """Mutants of a source file, all in one text: each is switched on while the program runs.
 
-`mutants_of` finds them and `instrument` writes them into the text: `a < b` becomes `(mutant(17) ? (a <= b) : (a < b))`, so that
-one build serves all mutants. C++ is read token by token, as clang-format leaves it: binary operators stand between blanks
-and the brackets of templates do not. Python is read by `ast`.
+`mutants_of` finds them and `instrument` writes them into the text: `a < b` becomes `(mutant(17) ? (a <= b) : (a < b))`,
+so that one build serves all mutants. C++ is read token by token, as clang-format leaves it: binary operators stand
+between blanks and the brackets of templates do not. Python is read by `ast`.
 """
 
 from __future__ import annotations
@@ -105,7 +105,18 @@ CALCULATED = {"+": "-", "-": "+", "*": "/", "/": "*", "%": "*"}
 JOINED = {"&&": "||", "||": "&&"}
 # What ends an operand, by how tightly the operator binds.
 LOOSEST = {",", ";", "?", ":", "=", "+=", "-=", "*=", "/=", "%=", "&=", "|=", "^=", "<<=", ">>=", "return", "throw"}
-STRENGTHS = [{"||"}, {"&&"}, {"|"}, {"^"}, {"&"}, {"==", "!="}, {"<", ">", "<=", ">="}, {"<<", ">>"}, {"+", "-"}, {"*", "/", "%"}]
+STRENGTHS = [
+    {"||"},
+    {"&&"},
+    {"|"},
+    {"^"},
+    {"&"},
+    {"==", "!="},
+    {"<", ">", "<=", ">="},
+    {"<<", ">>"},
+    {"+", "-"},
+    {"*", "/", "%"},
+]
 OPEN, CLOSE = "([{", ")]}"
 
 
@@ -146,12 +157,19 @@ def _operand(tokens: list[Token], at: int, step: int, stop: set[str]) -> int:
         bracket = CLOSE if step < 0 else OPEN
         if token.kind == "mark" and token.text in bracket:
             # A block is no operand, unless a type or a lambda's head stands before it.
-            if step < 0 and token.text == "}" and tokens[i + 1].text not in (".", ")", ",", ";") and not tokens[i + 1].spaced:
+            if (
+                step < 0
+                and token.text == "}"
+                and tokens[i + 1].text not in (".", ")", ",", ";")
+                and not tokens[i + 1].spaced
+            ):
                 break
             i = token.partner
-        elif token.text in OPEN + CLOSE and token.kind == "mark":
-            break
-        elif token.text in LOOSEST or (token.text in stop and token.spaced):
+        elif (
+            (token.text in OPEN + CLOSE and token.kind == "mark")
+            or token.text in LOOSEST
+            or (token.text in stop and token.spaced)
+        ):
             break
         i += step
     return i - step
@@ -253,7 +271,11 @@ def _deleted(source: str, tokens: list[Token], i: int) -> Iterator[Mutant]:
         return
     end = i
     while tokens[end].text != ";" or tokens[end].within != token.within:
-        if tokens[end].text == "{" and tokens[end].within == token.within and tokens[end - 1].text in (")", "const", "override"):
+        if (
+            tokens[end].text == "{"
+            and tokens[end].within == token.within
+            and tokens[end - 1].text in (")", "const", "override")
+        ):
             return  # a function or a block
         end = tokens[end].partner if tokens[end].text in OPEN and tokens[end].partner > end else end
         end += 1
@@ -263,13 +285,27 @@ def _deleted(source: str, tokens: list[Token], i: int) -> Iterator[Mutant]:
     level = [word for word in words if word.within == token.within]
     if token.text in ("throw", "continue", "break") or [word.text for word in words] == ["return"]:
         shown = token.text
-    elif token.text in ("return", "using", "case", "default", "if", "else", "for", "while", "do", "try", "static", "const", "constexpr"):
+    elif token.text in (
+        "return",
+        "using",
+        "case",
+        "default",
+        "if",
+        "else",
+        "for",
+        "while",
+        "do",
+        "try",
+        "static",
+        "const",
+        "constexpr",
+    ):
         return
     elif any(a.kind == "name" and b.kind == "name" for a, b in pairwise(level)):
         return  # a declaration
-    elif any(word.text in ("&", "*", ">") and not word.spaced for word in level) or "(" not in [word.text for word in level] + [
-        "(" if any(word.text in ("=", "+=", "-=", "++", "--") for word in level) else ""
-    ]:
+    elif any(word.text in ("&", "*", ">") and not word.spaced for word in level) or "(" not in [
+        word.text for word in level
+    ] + ["(" if any(word.text in ("=", "+=", "-=", "++", "--") for word in level) else ""]:
         return
     else:
         shown = source[token.begin : tokens[end].end].split("(")[0].split("\n")[0]
@@ -307,7 +343,8 @@ def _python(source: str) -> Iterator[Mutant]:
     assert source.isascii(), "positions of ast are bytes"
 
     def span(node: ast.expr | ast.stmt) -> tuple[int, int]:
-        assert node.end_lineno is not None and node.end_col_offset is not None
+        assert node.end_lineno is not None
+        assert node.end_col_offset is not None
         return starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
 
     left_out: set[ast.AST] = set()  # annotations, defaults that nobody evaluates anew, and text
@@ -335,7 +372,9 @@ def _python(source: str) -> Iterator[Mutant]:
             yield Mutant(*span(node), f"{node.value} + 1", f"{node.value} -> {node.value} + 1")
         elif isinstance(node, ast.Constant) and type(node.value) is bool:
             yield Mutant(*span(node), str(not node.value), f"{node.value} -> {not node.value}")
-        elif isinstance(node, (ast.If, ast.IfExp)) and not isinstance(node.test, (ast.Compare, ast.BoolOp, ast.NamedExpr)):
+        elif isinstance(node, (ast.If, ast.IfExp)) and not isinstance(
+            node.test, (ast.Compare, ast.BoolOp, ast.NamedExpr)
+        ):
             yield Mutant(*span(node.test), "", "if a -> if not a", form="negation")
         elif isinstance(node, ast.Raise) and node.exc is not None and node.cause is None:
             yield Mutant(*span(node), "", "without raise", form="statement")

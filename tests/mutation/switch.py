@@ -1,4 +1,4 @@
-"""The switch of tests/mutate.py for Python, as mutant.hpp is for C++; copied into the package under test as _mutant.py."""
+"""The switch of tests/mutate.py for Python, as mutant.hpp is for C++; in the package under test it is _mutant.py."""
 
 import mmap
 import os
