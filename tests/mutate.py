@@ -424,9 +424,7 @@ def report(arguments, files, compiled, chosen, results, by_key, tests) -> int:
     if not arguments.no_python:
         useless = [m for m in chosen if results[m.number] and keys[m.number] in equivalent]
     for mutant in useless:
-        print(
-            f"in equivalent.toml, but {results[mutant.number]} notices: {mutant.file}:{mutant.line}: {mutant.what}"
-        )
+        print(f"in equivalent.toml, but {results[mutant.number]} notices: {mutant.file}:{mutant.line}: {mutant.what}")
     return 1 if alive or useless else 0
 
 
