@@ -3,13 +3,18 @@
 #include <nvpflow.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
+#include <exception>
 #include <limits>
 #include <new>
 #include <span>
 #include <string>
 
+#include <nvpflow/device.hpp>
+#include <nvpflow/error.hpp>
 #include <nvpflow/flow.hpp>
+#include <nvpflow/spec.hpp>
 
 #include "file_format.hpp"
 

@@ -1,9 +1,16 @@
 #include "checkpoint.hpp"
 
 #include <cmath>
+#include <cstdint>
 #include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include <nlohmann/json.hpp>
+#include <nvpflow/error.hpp>
+#include <nvpflow/spec.hpp>
+#include <nvpflow/train.hpp>
 
 #include "file_format.hpp"
 #include "metadata.hpp"

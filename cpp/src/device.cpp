@@ -3,6 +3,9 @@
 #include <nvpflow/device.hpp>
 
 #include <charconv>
+#include <string>
+#include <string_view>
+#include <system_error>
 
 #include <nvpflow/error.hpp>
 

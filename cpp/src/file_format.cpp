@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/stat.h>
+#include <sys/types.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -10,22 +11,30 @@
 #include <cerrno>
 #include <charconv>
 #include <cmath>
+#include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <initializer_list>
 #include <limits>
+#include <map>
+#include <memory>
 #include <new>
 #include <random>
 #include <set>
+#include <string>
 #include <string_view>
 #include <system_error>
 #include <tuple>
 #include <unordered_map>
 #include <unordered_set>
 #include <utility>
+#include <vector>
 
 #include <nlohmann/json.hpp>
+#include <nvpflow/error.hpp>
 #include <nvpflow/flow.hpp>
+#include <nvpflow/spec.hpp>
 
 #include "metadata.hpp"
 

@@ -5,11 +5,21 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <mutex>
+#include <span>
+#include <string>
 #include <utility>
+#include <vector>
+
+#include <nvpflow/backend.hpp>
+#include <nvpflow/device.hpp>
+#include <nvpflow/error.hpp>
+#include <nvpflow/spec.hpp>
 
 #include "file_format.hpp"
 #include "parallel.hpp"

@@ -8,13 +8,25 @@
 #include <cerrno>
 #include <chrono>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <numbers>
 #include <optional>
+#include <span>
 #include <sstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <nvpflow/backend.hpp>
+#include <nvpflow/error.hpp>
+#include <nvpflow/flow.hpp>
+#include <nvpflow/spec.hpp>
 
 #include "checkpoint.hpp"
+#include "math.hpp"
 #include "parallel.hpp"
 #include "row_order.hpp"
 

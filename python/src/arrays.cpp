@@ -4,10 +4,18 @@
 #include <pybind11/stl.h>
 
 #include <cfloat>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
 #include <span>
+#include <string>
+#include <utility>
 #include <vector>
 
+#include <nvpflow/spec.hpp>
+
 #include "device_arrays.hpp"
+#include "dlpack.h"
 #include "layout.hpp"
 #include "outside.hpp"
 

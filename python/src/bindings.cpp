@@ -2,21 +2,36 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
+#include <exception>
+#include <initializer_list>
 #include <limits>
+#include <memory>
 #include <new>
+#include <span>
 #include <sstream>
+#include <string>
 #include <thread>
+#include <utility>
+#include <vector>
 #ifdef __GLIBCXX__
 #include <cxxabi.h>
 #endif
 
+#include <nvpflow/backend.hpp>
+#include <nvpflow/device.hpp>
+#include <nvpflow/error.hpp>
+#include <nvpflow/flow.hpp>
+#include <nvpflow/spec.hpp>
 #include <nvpflow/train.hpp>
 
 #include "../../cpp/src/file_format.hpp"
 #include "../../cpp/src/parallel.hpp"
+#include "arrays.hpp"
 #include "bound_flow.hpp"
 #include "device_arrays.hpp"
 #include "xla_handlers.hpp"

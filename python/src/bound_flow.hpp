@@ -19,7 +19,7 @@ struct ZeroedMemory {
 
 /// nvpflow._core.FlowSpec: zeroed, an empty spec that validate() refuses.
 struct BoundSpec : ZeroedMemory, FlowSpec {
-  BoundSpec(FlowSpec spec) : FlowSpec(std::move(spec)) {}
+  BoundSpec(FlowSpec spec) : FlowSpec(std::move(spec)) {}  // NOLINT(misc-explicit-constructor): it is one
 };
 
 /// nvpflow._core.Flow.

@@ -2,11 +2,18 @@
 
 #include <pybind11/stl.h>
 
-#include <nvpflow/device.hpp>
-
+#include <algorithm>
+#include <cstdint>
 #include <cstring>
+#include <string>
+#include <utility>
 #include <vector>
 
+#include <nvpflow/device.hpp>
+#include <nvpflow/spec.hpp>
+
+#include "arrays.hpp"
+#include "dlpack.h"
 #include "layout.hpp"
 #include "outside.hpp"
 
@@ -435,19 +442,23 @@ InputArray device_target(PyObject* object, const char* name, DType dtype, int de
   return input_of(std::move(found), object);
 }
 
+namespace {
+
+/// The device that an object says its array is on.
+int device_index(const py::object& object) {
+  if (has(object.ptr(), "__dlpack_device__")) return py::tuple(object.attr("__dlpack_device__")())[1].cast<int>();
+  const py::dict says = object.attr("__cuda_array_interface__");
+  return std::max(0, cuda_device_of(stream_at(py::tuple(says["data"])[0].cast<std::intptr_t>())));
+}
+
+}  // namespace
+
 py::object host_array(const py::object& object) {
   if (place_of(object.ptr(), "x") != Place::device) {
     refuse_grad(object.ptr(), "x", library_of(object.ptr()));
     return object;
   }
-  int device = kHost;
-  if (has(object.ptr(), "__dlpack_device__")) {
-    device = py::tuple(object.attr("__dlpack_device__")())[1].cast<int>();
-  } else {
-    const py::dict says = object.attr("__cuda_array_interface__");
-    device = std::max(0, cuda_device_of(stream_at(py::tuple(says["data"])[0].cast<std::intptr_t>())));
-  }
-  const Found found = find(object.ptr(), "x", device);
+  const Found found = find(object.ptr(), "x", device_index(object));
   if (!found.is_float || (found.item_bytes != 4 && found.item_bytes != 8)) {
     raise(PyExc_TypeError, "an array on a device has another dtype than float32 or float64");
   }

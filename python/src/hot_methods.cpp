@@ -1,7 +1,14 @@
 // forward, inverse, log_probability and sample, with the vectorcall convention.
 
+#include <cstdint>
+#include <initializer_list>
 #include <random>
+#include <string>
+#include <utility>
 
+#include <nvpflow/backend.hpp>
+
+#include "arrays.hpp"
 #include "bound_flow.hpp"
 #include "device_arrays.hpp"
 #include "outside.hpp"

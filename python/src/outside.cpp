@@ -1,7 +1,13 @@
 #include "outside.hpp"
 
+#include <cstddef>
+#include <cstdint>
+#include <optional>
 #include <span>
+#include <string>
 
+#include "arrays.hpp"
+#include "dlpack.h"
 #include "layout.hpp"
 
 namespace nvpflow::python {

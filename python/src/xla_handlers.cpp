@@ -14,16 +14,20 @@
 #include <atomic>
 #include <cfenv>
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
+#include <exception>
 #include <initializer_list>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
 
 #include <nvpflow/backend.hpp>
+#include <nvpflow/device.hpp>
 #include <nvpflow/error.hpp>
 #include <nvpflow/spec.hpp>
 

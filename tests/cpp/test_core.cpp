@@ -788,7 +788,7 @@ TEST_CASE("paths that cannot hold a model are refused for what they are") {
   REQUIRE(::mkfifo((folder / "pipe").c_str(), 0600) == 0);
   both(ErrorCode::io, "is a pipe, socket or device, expected a regular file", folder / "pipe");
   // A device of our own, which root alone can make: a save that broke the promise would replace the system's.
-  struct stat null;
+  struct stat null{};
   REQUIRE(::stat("/dev/null", &null) == 0);
   const bool device = ::mknod((folder / "device").c_str(), S_IFCHR | 0600, null.st_rdev) == 0;
   if (device) both(ErrorCode::io, "is a pipe, socket or device, expected a regular file", folder / "device");

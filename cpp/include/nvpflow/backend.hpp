@@ -40,7 +40,7 @@ struct Execution {
   void* stream = nullptr;
 
   /// Arrays of the host.
-  Execution(int host_threads) : threads(host_threads) {}
+  Execution(int host_threads) : threads(host_threads) {}  // NOLINT(misc-explicit-constructor): a number is one
   /// Arrays of the device, on a cudaStream_t.
   static Execution on_stream(void* s) {
     Execution how(1);

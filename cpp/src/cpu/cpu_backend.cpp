@@ -2,16 +2,20 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include <nvpflow/backend.hpp>
-#include <nvpflow/error.hpp>
+#include <nvpflow/device.hpp>
+#include <nvpflow/spec.hpp>
 
 #include "../host_training.hpp"
 #include "../left_right.hpp"
 #include "../parallel.hpp"
 #include "isa.hpp"
+#include "kernels.hpp"
 #include "packed.hpp"
 
 namespace nvpflow {
@@ -60,10 +64,12 @@ struct Task {
 template <class T>
 class CpuBackend final : public Backend {
  public:
-  CpuBackend(const FlowSpec& spec, const ParamLayout& layout, Weights weights)
-      : spec_(spec), layout_(layout), weights_(weights), kernels_(chosen_kernels<T>()), packed_([this] {
-          return make_packed();
-        }) {
+  CpuBackend(FlowSpec spec, ParamLayout layout, Weights weights)
+      : spec_(std::move(spec)),
+        layout_(std::move(layout)),
+        weights_(weights),
+        kernels_(chosen_kernels<T>()),
+        packed_([this] { return make_packed(); }) {
     const Program<T>& program = packed_.initial().program();
     tile_rows_ = program.tile_rows;
     gradient_rows_ = program.gradient_rows;
@@ -187,7 +193,7 @@ class CpuBackend final : public Backend {
 
   void adam_step(const AdamStep& step, std::int64_t count, const void* gradient, void* first_moment,
                  void* second_moment, void* parameters) const override {
-    const double t = static_cast<double>(step.step);
+    const auto t = static_cast<double>(step.step);
     const cpu::AdamCoefficients c = {step.beta1,
                                      step.beta2,
                                      step.epsilon,

@@ -9,6 +9,8 @@
 #include <nvpflow/backend.hpp>
 #include <nvpflow/error.hpp>
 
+#include "kernels.hpp"
+
 namespace nvpflow {
 namespace cpu {
 
@@ -52,25 +54,25 @@ std::string names(bool supported_only) {
   std::string text;
   for (const Candidate& c : candidates()) {
     if (supported_only && !c.supported) continue;
-    if (!text.empty()) text += ",";
+    if (!text.empty()) text += ',';
     text += c.entry->name;
   }
   return text;
 }
 
 const IsaEntry& choose() {
-  const char* wanted = std::getenv("NVPFLOW_ISA");
+  const char* value = std::getenv("NVPFLOW_ISA");  // NOLINT(concurrency-mt-unsafe): nothing here sets variables
+  const std::string wanted = value == nullptr ? "" : value;
   for (const Candidate& c : candidates()) {
-    if (wanted == nullptr || *wanted == '\0') {
+    if (wanted.empty()) {
       if (c.supported) return *c.entry;
-    } else if (std::string(wanted) == c.entry->name) {
+    } else if (wanted == c.entry->name) {
       if (c.supported) return *c.entry;
-      throw Error(ErrorCode::unavailable, "NVPFLOW_ISA is \"" + std::string(wanted) +
+      throw Error(ErrorCode::unavailable, "NVPFLOW_ISA is \"" + wanted +
                                               "\", which this processor does not support; it supports " + names(true));
     }
   }
-  throw Error(ErrorCode::unavailable,
-              "NVPFLOW_ISA is \"" + std::string(wanted) + "\", expected one of " + names(false));
+  throw Error(ErrorCode::unavailable, "NVPFLOW_ISA is \"" + wanted + "\", expected one of " + names(false));
 }
 
 }  // namespace

@@ -1,14 +1,22 @@
 #include "packed.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cmath>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <new>
 #include <string>
 
+#include <nvpflow/device.hpp>
 #include <nvpflow/error.hpp>
+#include <nvpflow/spec.hpp>
+
+#include "/tmp/wt/house/cpp/src/parallel.hpp"
+#include "kernels.hpp"
 
 namespace nvpflow::cpu {
 namespace {

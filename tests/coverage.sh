@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Which lines the tests run: tests/coverage.sh [build|test|report]... (default: all three, an hour on two processors)
+#
+# One instrumented build serves the C++ tests and the Python tests. The report lies in NVPFLOW_COVERAGE_DIR (build-coverage beside
+# the checkout's files) as text and HTML; the command fails where less than 95 % of the lines of the core are run: of C++
+# (cpp/src, cpp/include, python/src) by gcov, of Python (python/nvpflow) by coverage.py. PYTEST_ARGS: what to run instead of
+# all that says something about the package's own code. Needs what `pip install ".[test,lint]"` brings, and the build's own.
+set -euo pipefail
+here=$(cd "$(dirname "$0")/.." && pwd)
+out=${NVPFLOW_COVERAGE_DIR:-$here/build-coverage}
+least=95
+say() { printf '\n=== %s (%ss)\n' "$*" "$SECONDS"; }
+
+build() {
+  # With the emulated device, or the code that takes a device's arrays would have nothing to take.
+  say "an instrumented build"
+  mkdir -p "$out"
+  python -m pip install -q --no-build-isolation --no-deps --upgrade --target "$out/site" -C build-dir="$out/build" \
+    -C cmake.define.NVPFLOW_CUDA=EMULATED -C cmake.define.NVPFLOW_TESTS=ON -C cmake.define.CMAKE_CXX_FLAGS=--coverage \
+    -C cmake.build-type=Debug -C install.strip=false "$here"
+}
+
+run_tests() {
+  find "$out" -name '*.gcda' -delete
+  rm -f "$out"/.coverage*
+  say "C++ tests"
+  # test_realtime counts system calls and locks, of which the counters have some of their own; valgrind's numbers are another build's.
+  ctest --test-dir "$out/build" --output-on-failure -j "$(nproc)" -E 'realtime|instructions|symbols|cuda_kernels'
+  say "Python tests"
+  # Left out: what installs, builds or measures other copies of the package, and its hardening, which a debug build lacks.
+  local tests=()
+  for file in "$here"/tests/test_*.py; do
+    case $file in
+      */test_bench.py | */test_coexistence.py | */test_docs.py | */test_embedding.py | */test_memory.py | */test_readme.py) ;;
+      *) tests+=("$file") ;;
+    esac
+  done
+  cd "$out"
+  # shellcheck disable=SC2086
+  PYTHONPATH=$out/site COVERAGE_FILE=$out/.coverage python -m coverage run --rcfile "$here/pyproject.toml" \
+    -m pytest -q -k "not hardened" -p no:cacheprovider -c "$here/pyproject.toml" --rootdir "$here" ${PYTEST_ARGS:-"${tests[@]}"}
+  cd "$here"
+}
+
+report() {
+  say "report"
+  cd "$here"
+  COVERAGE_FILE=$out/.coverage python -m coverage combine --rcfile pyproject.toml -q --keep "$out"
+  local failed=0
+  COVERAGE_FILE=$out/.coverage python -m coverage html --rcfile pyproject.toml -q -d "$out/python" || true
+  COVERAGE_FILE=$out/.coverage python -m coverage report --rcfile pyproject.toml --fail-under "$least" | tee "$out/python.txt" || failed=1
+  mkdir -p "$out/cpp"
+  # A template's line counts once, however many instances and instruction sets there are of it.
+  # Threads count without waiting for each other, and lose some: whether a line was run is right, how often is not.
+  python -m gcovr --root "$here" --filter cpp/src/ --filter cpp/include/ --filter python/src/ --merge-lines \
+    --merge-mode-functions=merge-use-line-max --gcov-ignore-parse-errors=suspicious_hits.warn_once_per_file \
+    --gcov-ignore-parse-errors=negative_hits.warn_once_per_file --fail-under-line "$least" --html-details "$out/cpp/index.html" \
+    --txt "$out/cpp.txt" "$out/build" || failed=1
+  cat "$out/cpp.txt"
+  return "$failed"
+}
+
+[ $# != 0 ] || set -- build test report
+for what in "$@"; do
+  case $what in
+    build) build ;;
+    test) run_tests ;;
+    report) report ;;
+    *) echo "usage: tests/coverage.sh [build|test|report]..." >&2; exit 2 ;;
+  esac
+done
+say "covered: at least $least % of the lines"
