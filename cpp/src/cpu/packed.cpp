@@ -15,7 +15,7 @@
 #include <nvpflow/error.hpp>
 #include <nvpflow/spec.hpp>
 
-#include "/tmp/wt/house/cpp/src/parallel.hpp"
+#include "../parallel.hpp"
 #include "kernels.hpp"
 
 namespace nvpflow::cpu {
