@@ -26,6 +26,10 @@ constexpr int kGradientIn = 8, kGradientOut = 3, kNarrowIn = 16;
 constexpr int kGradientIn = 4, kGradientOut = 2, kNarrowIn = 8;
 #endif
 
+// Rows of the tape from the one that is multiplied to those that are fetched meanwhile: each row of a block lies in a
+// page of its own where layers are wide, and the processor's own prefetching ends with the page.
+constexpr int64_t kRowsAhead = 16;
+
 /// gelu and silu need their argument for the derivative; the others' derivative follows from their value.
 NVPFLOW_INLINE bool keeps_argument(Act act) { return act == Act::gelu || act == Act::silu; }
 
@@ -296,7 +300,9 @@ NVPFLOW_INLINE void outer_block(const OuterProduct<T>& p, int64_t i, int64_t o, 
   const T* g = p.g + o;
   for (int64_t r = 0; r < p.count; ++r, x += p.x_stride, g += p.g_stride) {
     Vec<T> cotangent[NO];
+    __builtin_prefetch(x + kRowsAhead * p.x_stride);
     for (int n = 0; n < NO; ++n) {
+      __builtin_prefetch(g + kRowsAhead * p.g_stride + n * L);
       cotangent[n] = load<T>(g + n * L);
       if constexpr (bias) bias_sum[0][n] = bias_sum[0][n] + cotangent[n];
     }

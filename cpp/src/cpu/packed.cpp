@@ -1,5 +1,9 @@
 #include "packed.hpp"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <bit>
@@ -27,12 +31,15 @@ constexpr std::size_t kAlignment = 64;
 // by tile: more rows save more of that than a smaller tape saves of traffic.
 constexpr std::int64_t kTileBytes = 320 << 10;
 constexpr std::int64_t kTapeBytes = 800 << 10;
-// Every tile reads all the weights. Where they are large, and come from afar, that has to be worth while: these parts
-// of their size are the aim then.
-constexpr std::int64_t kWeightsPerTile = 16, kWeightsPerTape = 2;
+// Every tile reads all the weights, and one with a tape reads and writes their gradient as well. Where they are large,
+// and come from afar, that has to be worth while: this part of their size is the aim then, and this multiple of it.
+constexpr std::int64_t kWeightsPerTile = 16, kTapePerWeights = 2;
 constexpr std::int64_t kMaxRowUnits = 8;
 // Weights that are more than this are taken to lie outside the second-level cache, and outside all of them.
 constexpr std::int64_t kNearBytes = 1 << 20, kFarBytes = 16 << 20;
+// Memory of more than a few huge pages asks for them: tiles, tape and weights are read across so many small ones that
+// the processor would spend more time on finding their addresses than on waiting for their content.
+constexpr std::size_t kHugePage = 2 << 20;
 
 std::int64_t round_up(std::int64_t n, std::int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -43,11 +50,32 @@ std::int64_t segment_of(std::int64_t in) {
   return (in + segments - 1) / segments;
 }
 
+/// A wish: where the system does not grant it, small pages do.
+void ask_for_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] std::size_t size) {
+#if defined(__linux__)
+  if (size < 2 * kHugePage) return;
+  const auto begin = reinterpret_cast<std::uintptr_t>(p);
+  const std::uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, end = begin + size;
+  ::madvise(reinterpret_cast<void*>(first), (end - first) / kHugePage * kHugePage, MADV_HUGEPAGE);
+#endif
+}
+
 /// To the nearest bfloat16 number, ties to the even one; NaN stays NaN.
 std::uint16_t to_bfloat16(float value) {
   const auto bits = std::bit_cast<std::uint32_t>(value);
   if (std::isnan(value)) return static_cast<std::uint16_t>(bits >> 16 | 0x40);
   return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/// rows of `count` elements, whose distances are given; `whole`: what count usually is.
+template <int whole, class T>
+void copy_rows(const T* from, std::int64_t from_stride, T* to, std::int64_t to_stride, std::int64_t rows,
+               std::int64_t count) {
+  if (count == whole) {  // a size known here is a few moves instead of a call
+    for (std::int64_t i = 0; i < rows; ++i) std::memcpy(to + i * to_stride, from + i * from_stride, whole * sizeof(T));
+  } else {
+    for (std::int64_t i = 0; i < rows; ++i) std::copy_n(from + i * from_stride, count, to + i * to_stride);
+  }
 }
 
 }  // namespace
@@ -58,10 +86,12 @@ void* AlignedBuffer::reserve(std::int64_t bytes) {
   if (bytes > capacity_) {
     memory_.reset();
     capacity_ = 0;
-    void* p = ::operator new(static_cast<std::size_t>(bytes), std::align_val_t{kAlignment}, std::nothrow);
+    const auto size = static_cast<std::size_t>(bytes);
+    void* p = ::operator new(size, std::align_val_t{kAlignment}, std::nothrow);
     if (p == nullptr) {
       throw Error(ErrorCode::out_of_memory, "out of memory: " + std::to_string(bytes) + " bytes of working memory");
     }
+    ask_for_huge_pages(p, size);
     memory_.reset(p);
     capacity_ = bytes;
   }
@@ -190,7 +220,7 @@ void Packed<T>::choose_tiles(const Kernels<T>& kernels) {
   for (Dense<T>& d : dense_) d.far = weights > kFarBytes;
   program_.tile_rows =
       units(std::max(kTileBytes, weights / kWeightsPerTile), kernels.transform_scratch(program_) * size);
-  program_.gradient_rows = units(std::max(kTapeBytes, weights / kWeightsPerTape), kernels.tape_size(program_) * size);
+  program_.gradient_rows = units(std::max(kTapeBytes, weights * kTapePerWeights), kernels.tape_size(program_) * size);
 }
 
 template <class T>
@@ -207,23 +237,37 @@ void Packed<T>::pack(const T* parameters) {
   transposed_ready_.store(false, std::memory_order_relaxed);
 }
 
+/// kernel [in][n] to outputs first .. first + n of the packed weights. In bands of a few inputs: each is read from its
+/// beginning to its end, as the processor expects it.
+template <class T>
+void Packed<T>::pack_kernel(const Dense<T>& dense, const T* kernel, std::int64_t first, std::int64_t n) {
+  constexpr std::int64_t kBand = 16;
+  T* weights = const_cast<T*>(dense.weights);
+  for (std::int64_t i = 0; i < dense.in; i += kBand) {
+    const std::int64_t rows = std::min(kBand, dense.in - i);
+    for (std::int64_t begin = first; begin < first + n;) {
+      // Outputs [begin, end) of this tensor lie in one block of the packed weights.
+      const std::int64_t block = begin / lanes_, end = std::min(first + n, (block + 1) * lanes_);
+      T* to = weights + (block * dense.in + i) * lanes_ + begin % lanes_;
+      const T* from = kernel + i * n + (begin - first);
+      if (lanes_ * static_cast<std::int64_t>(sizeof(T)) == 64) {
+        copy_rows<64 / sizeof(T)>(from, n, to, lanes_, rows, end - begin);
+      } else {
+        copy_rows<32 / sizeof(T)>(from, n, to, lanes_, rows, end - begin);
+      }
+      begin = end;
+    }
+  }
+}
+
 template <class T>
 void Packed<T>::pack_dense(const DenseSource& source, Dense<T>& dense, const T* parameters) {
-  T* weights = const_cast<T*>(dense.weights);
   T* bias = const_cast<T*>(dense.bias);
   std::int64_t first = 0;  // output where this tensor begins
   for (int part = 0; part < 2; ++part) {
     const std::int64_t n = source.columns[part];
     if (n > 0) std::copy_n(parameters + source.bias[part], n, bias + first);
-    const T* kernel = parameters + source.kernel[part];
-    for (std::int64_t begin = first; begin < first + n;) {
-      // Outputs [begin, end) of this tensor lie in one block of the packed weights.
-      const std::int64_t block = begin / lanes_, end = std::min(first + n, (block + 1) * lanes_);
-      T* to = weights + block * lanes_ * dense.in + begin % lanes_;
-      const T* from = kernel + (begin - first);
-      for (std::int64_t i = 0; i < dense.in; ++i, to += lanes_, from += n) std::copy_n(from, end - begin, to);
-      begin = end;
-    }
+    pack_kernel(dense, parameters + source.kernel[part], first, n);
     first += n;
   }
 }

@@ -50,6 +50,7 @@ class Packed {
 
   void add_coupling(const FlowSpec& spec, const ParamLayout& layout, std::size_t index);
   void add_standardize(const ParamLayout& layout, std::size_t index);
+  void pack_kernel(const Dense<T>& dense, const T* kernel, std::int64_t first, std::int64_t n);
   void pack_dense(const DenseSource& source, Dense<T>& dense, const T* parameters);
   void keep_narrow();
   void narrow(Dense<T>& d);
