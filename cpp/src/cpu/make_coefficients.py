@@ -1,4 +1,4 @@
-"""Writes coefficients.inl: polynomials and tables of simd.hpp, fitted in 60-digit arithmetic (needs mpmath and NumPy).
+"""Writes coefficients.inl and tables.inl: polynomials and tables of simd.hpp, in 60-digit arithmetic (mpmath, NumPy).
 
 Each polynomial is the Chebyshev interpolant of a smooth function, which is within a small factor of the minimax
 polynomial; the tests measure the error of the finished functions in ulp. Run: python cpp/src/cpu/make_coefficients.py
@@ -135,23 +135,35 @@ def literal(value: mp.mpf, kind: str, digits: int) -> str:
     return (text if ("." in text or "e" in text) else text + ".0") + ("f" if kind == "float" else "")
 
 
-def main() -> None:
-    lines = ["// Written by make_coefficients.py; lowest power first.", ""]
+FIRST_LINE = "// Written by make_coefficients.py; lowest power first."
+
+
+def polynomials() -> list[str]:
+    lines = [FIRST_LINE, ""]
     for name, what, function, low, high, degree_float, degree_double in FITS:
         lines.append(f"// {what}")
         for suffix, kind, degree, digits in (("F", "float", degree_float, 10), ("D", "double", degree_double, 18)):
             text = ", ".join(literal(c, kind, digits) for c in interpolate(function, low, high, degree))
             lines += textwrap.wrap(f"constexpr {kind} {name}{suffix}[] = {{{text}}};", 120, subsequent_indent="    ")
         lines.append("")
+    return lines
+
+
+def tables() -> list[str]:
+    lines = [FIRST_LINE, ""]
     for name, what, make in TABLES:
         lines.append(f"// {what}")
-        rows = make()
         lines.append(f"alignas(64) constexpr float {name}[][{ENTRIES}] = {{")
-        for row in rows:
+        for row in make():
             text = "{" + ", ".join(literal(value, "float", 10) for value in row) + "},"
             lines += textwrap.wrap(text, 120, initial_indent="    ", subsequent_indent="     ")
         lines += ["};", ""]
-    Path(__file__).with_name("coefficients.inl").write_text("\n".join(lines))
+    return lines
+
+
+def main() -> None:
+    for name, lines in (("coefficients.inl", polynomials()), ("tables.inl", tables())):
+        Path(__file__).with_name(name).write_text("\n".join(lines))
 
 
 if __name__ == "__main__":

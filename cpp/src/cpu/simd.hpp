@@ -23,6 +23,9 @@ namespace nvpflow::cpu {
 namespace {
 
 #include "coefficients.inl"
+#if defined(__AVX512F__)
+#include "tables.inl"
+#endif
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
