@@ -92,13 +92,16 @@ def _check_against_oracle(make_flow, config, dtype, batches, seed=1) -> None:
     # A log_det is a sum of D terms that may cancel: its errors are those of a log-probability, and of that scale.
     log_det_scale = np.abs(oracle.log_normal(z_expected)) + np.abs(log_det_expected)
     inverse_log_det_scale = np.abs(oracle.log_normal(data)) + np.abs(inverse_log_det_expected)
-    # The latents are unit data, what they are mapped to is not: an element's errors are of the scale of its row.
+    # Every element of a row goes into every other: its errors are of the scale of its row. (Single elements of 784
+    # columns
+    # behind 8 couplings with linear heads are off by up to 3e-5 (1 + |element|) on every instruction set.)
+    z_scale = np.max(np.abs(z_expected), axis=1, keepdims=True)
     inverse_scale = np.max(np.abs(x_expected), axis=1, keepdims=True)
     for batch in batches:
         x = data[:batch]
         z, log_det = _poisoned((batch, size), dtype), _poisoned(batch, dtype)
         flow.forward(x, out=(z, log_det))
-        assert_within_budget(z, z_expected[:batch], dtype, f"z of {batch} rows")
+        assert_within_budget(z, z_expected[:batch], dtype, f"z of {batch} rows", z_scale[:batch])
         what = f"log_det of {batch} rows"
         assert_within_budget(log_det, log_det_expected[:batch], dtype, what, log_det_scale[:batch])
 
