@@ -93,8 +93,7 @@ def _check_against_oracle(make_flow, config, dtype, batches, seed=1) -> None:
     log_det_scale = np.abs(oracle.log_normal(z_expected)) + np.abs(log_det_expected)
     inverse_log_det_scale = np.abs(oracle.log_normal(data)) + np.abs(inverse_log_det_expected)
     # Every element of a row goes into every other: its errors are of the scale of its row. (Single elements of 784
-    # columns
-    # behind 8 couplings with linear heads are off by up to 3e-5 (1 + |element|) on every instruction set.)
+    # columns behind 8 couplings with linear heads are off by up to 3e-5 (1 + |element|) on every instruction set.)
     z_scale = np.max(np.abs(z_expected), axis=1, keepdims=True)
     inverse_scale = np.max(np.abs(x_expected), axis=1, keepdims=True)
     for batch in batches:
