@@ -27,7 +27,10 @@ cpp() {  # NAME SANITIZER...
   # ThreadSanitizer's shadow memory needs the addresses that it expects: old ones fail on kernels with much randomisation.
   local run=()
   if [ "$*" = thread ] && setarch -R true 2> /dev/null; then run=(setarch -R); fi
-  ASAN_OPTIONS=detect_leaks=1:detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 \
+  # The frames that detect_stack_use_after_return makes are aligned to 32 bytes under g++ 12, and vectors of AVX-512 to 64.
+  local frames=0
+  if "${CXX:-g++}" --version | grep -q clang; then frames=1; fi
+  ASAN_OPTIONS=detect_leaks=1:detect_stack_use_after_return=$frames UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 \
     "${run[@]}" ctest --test-dir "$folder" --output-on-failure -E "$left_out"
 }
 

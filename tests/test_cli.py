@@ -248,10 +248,28 @@ def named(run, folder, rows):
 
 def test_fit_keeps_the_names_of_columns(run, named):
     assert named.column_names == ("east", "north", "up")
-    assert "columns: east, north, up" in run("info", "named.safetensors").stdout
+    assert "columns: 'east', 'north', 'up'" in run("info", "named.safetensors").stdout
     assert json.loads(run("info", "named.safetensors", "--json").stdout)["column_names"] == ["east", "north", "up"]
     assert json.loads(run("info", "model.safetensors", "--json").stdout)["column_names"] is None
     assert "columns:" not in run("info", "model.safetensors").stdout
+
+
+def test_names_of_a_stranger_cannot_write_to_the_terminal(run, folder, rows):
+    flow = nvpflow.build(3, 1, (4,))
+    flow.column_names = ("a\nfake", "\x1b[2J", "x" * 100_000)
+    flow.save(folder / "stranger.safetensors")
+    save_csv(folder / "other.csv", rows, header="a,b,c")
+    shown = run("info", "stranger.safetensors").stdout
+    assert r"columns: 'a\nfake', '\x1b[2J', 'xxx" in shown
+    assert "\x1b" not in shown
+    assert len(shown) < 1000
+    message = error_of(run("score", "stranger.safetensors", "other.csv", fails=1))
+    assert r"the model was trained with 'a\nfake' there" in message
+
+
+def test_a_first_line_without_a_value_is_no_header(run, folder):
+    (folder / "missing.csv").write_text(",,\n1,2,3\n")
+    assert "missing.csv, line 1" in error_of(run("score", "model.safetensors", "missing.csv", fails=1))
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,7 @@ def test_names_of_columns_go_where_the_flow_goes(saved, tmp_path) -> None:
     [
         ("abcde", TypeError, "column_names must be a sequence of strings or None, got 'abcde'"),
         (5, TypeError, "column_names must be a sequence of strings or None, got 5"),
+        ({"a", "b"}, TypeError, "column_names must be a sequence of strings or None, got {"),
         (["a", "b", 3, "d", "e"], TypeError, r"column_names\[2\] must be a string, got 3"),
         (["a", "b"], ValueError, "column_names holds 2 names, expected 5 or none"),
         (["a", "b", "c", "d", "\ud800"], ValueError, r"column_names\[4\] is .* not valid Unicode"),

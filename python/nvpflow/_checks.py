@@ -2,7 +2,7 @@
 
 import operator
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,12 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 def describe(value: object) -> str:
     """Return the value and its type for a message, cut to a length that a message can bear."""
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+    return f"{shortened(repr(value))} ({type(value).__name__})"
+
+
+def shortened(text: str) -> str:
+    """Return the text, cut to a length that a message can bear."""
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def integer(name: str, value: Any, *, bits: int = 64, unsigned: bool = False) -> int:
@@ -61,7 +65,7 @@ def column_names(name: str, value: Any) -> list[str]:
     """Return a sequence of strings as a list, empty for None; a single string is refused, not taken apart."""
     if value is None:
         return []
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+    if isinstance(value, (str, bytes, Set, Mapping)) or not isinstance(value, Iterable):  # those have no order
         raise TypeError(f"{name} must be a sequence of strings or None, got {describe(value)}")
     return [_unicode(f"{name}[{i}]", item) for i, item in enumerate(value)]
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import nvpflow
-from nvpflow import certificate, data_io
+from nvpflow import _checks, certificate, data_io
 
 # Errors that the user can act on. Anything else is a bug of ours and keeps its traceback.
 _EXPECTED_ERRORS = (OSError, ValueError, MemoryError, ImportError, RuntimeError, nvpflow.TrainingError)
@@ -413,9 +413,15 @@ def _check_columns(table: data_io.Table, columns: int, names: Sequence[str] | No
     for i, (found, expected) in enumerate(zip(table.names or (), names or (), strict=False)):
         if found != expected:
             hint = "reorder the columns, or give --ignore-names if only their names differ"
+            here, there = _quoted(found), _quoted(expected)
             raise data_io.DataError(
-                f"{table.name}: column {i + 1} is {found!r}, the model was trained with {expected!r} there; {hint}"
+                f"{table.name}: column {i + 1} is {here}, the model was trained with {there} there; {hint}"
             )
+
+
+def _quoted(name: str) -> str:
+    """Return a name as a terminal can show it: it may be a stranger's. Letters outside ASCII stay as they are."""
+    return _checks.shortened(repr(name))
 
 
 def _expected_names(arguments: argparse.Namespace, flow: nvpflow.Flow) -> Sequence[str] | None:
@@ -491,7 +497,7 @@ def _run_info(arguments: argparse.Namespace) -> None:
     print(f"{arguments.model}: {os.path.getsize(arguments.model):,} bytes")
     print(flow)
     if flow.column_names is not None:
-        print(f"columns: {', '.join(flow.column_names)}")
+        print(f"columns: {', '.join(map(_quoted, flow.column_names))}")
     width = max(map(len, tensors))
     for name, shape in tensors.items():
         print(f"  {name:<{width}}  {flow.spec.dtype} {shape}")

@@ -222,13 +222,14 @@ def _is_number(field: str) -> bool:
 
 
 def _csv_table(name: str, text: IO[str]) -> Table:
-    """Read comma-separated numbers; the first line is a header if none of its fields is a number."""
+    """Read comma-separated numbers; the first line is a header if no field of it is a number and not all are empty."""
     lines = ((number, line) for number, line in enumerate(_decoded(name, text), 1) if line.strip())
     first = next(lines, None)
     if first is None:
         raise DataError(f"{name}: empty")
     fields = _fields(f"{name}, line {first[0]}", first[1])
-    header = None if any(_is_number(field) for field in fields) else [field.strip() for field in fields]
+    named = not any(_is_number(field) for field in fields) and any(field.strip() for field in fields)
+    header = [field.strip() for field in fields] if named else None
     parser = _CsvParser(name, len(fields), first[0], header)
     return Table(name, len(fields), None, parser.blocks(lines if header else _prepended(first, lines)), names=header)
 

@@ -600,11 +600,13 @@ void bind_flow(py::module_& module) {
       .def(
           "reload", on_ready(&reload), py::arg("path"),
           "Replace the weights by those of a model file of the same spec, while other threads may call the flow: each\n"
-          "call sees the old or the new ones whole. On an error (OSError, FileFormatError) nothing has changed.")
+          "call sees the old or the new ones whole. A file whose column names differ from the flow's is refused; the "
+          "flow's\n"
+          "stay. On an error (OSError, FileFormatError) nothing has changed.")
       .def("swap", on_ready(&swap), py::arg("other"),
            "Exchange the weights of two flows of the same spec, while other threads may call both. Each flow changes "
            "at\n"
-           "one moment; the two moments differ. On an error nothing has changed.")
+           "one moment; the two moments differ. Column names stay where they are. On an error nothing has changed.")
       .def("_column_names", on_ready(+[](const BoundFlow& f) { return f.flow.column_names(); }))
       .def("_set_column_names", on_ready(&set_column_names))
       .def("_layout", on_ready(&layout))
