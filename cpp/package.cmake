@@ -19,8 +19,8 @@ set(include_folder ${within}${CMAKE_INSTALL_INCLUDEDIR})
 set(package_folder ${library_folder}/cmake/nvpflow)
 
 if(NOT NVPFLOW_PYTHON)  # a wheel has them beside its metadata
-  install(FILES ${PROJECT_SOURCE_DIR}/LICENSE ${PROJECT_SOURCE_DIR}/licenses/README.md
-                ${PROJECT_SOURCE_DIR}/licenses/nlohmann-json.txt DESTINATION ${CMAKE_INSTALL_DOCDIR})
+  install(FILES ${PROJECT_SOURCE_DIR}/LICENSE ${PROJECT_SOURCE_DIR}/cpp/licenses/README.md
+                ${PROJECT_SOURCE_DIR}/cpp/licenses/nlohmann-json.txt DESTINATION ${CMAKE_INSTALL_DOCDIR})
 endif()
 install(DIRECTORY ${PROJECT_SOURCE_DIR}/cpp/include/ DESTINATION ${include_folder} FILES_MATCHING PATTERN "*.h" PATTERN "*.hpp")
 # Two export files, because the shared library needs nothing of what the static one's users must find.
