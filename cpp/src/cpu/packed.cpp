@@ -56,7 +56,7 @@ void ask_for_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] std::size_t s
   if (size < 2 * kHugePage) return;
   const auto begin = reinterpret_cast<std::uintptr_t>(p);
   const std::uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, end = begin + size;
-  ::madvise(reinterpret_cast<void*>(first), (end - first) / kHugePage * kHugePage, MADV_HUGEPAGE);
+  ::madvise(static_cast<char*>(p) + (first - begin), (end - first) / kHugePage * kHugePage, MADV_HUGEPAGE);
 #endif
 }
 
@@ -294,7 +294,7 @@ template <class T>
 void Packed<T>::pack_standardize(Layer<T>& layer, const T* parameters) {
   double sum = 0;
   for (std::int64_t j = 0; j < program_.input_size; ++j) {
-    const double log_std = static_cast<double>(parameters[layer.log_std_offset + j]);
+    const auto log_std = static_cast<double>(parameters[layer.log_std_offset + j]);
     const_cast<T*>(layer.mean)[j] = parameters[layer.mean_offset + j];
     const_cast<T*>(layer.std)[j] = static_cast<T>(std::exp(log_std));
     const_cast<T*>(layer.inverse_std)[j] = static_cast<T>(std::exp(-log_std));
