@@ -259,7 +259,7 @@ class CudaBackend final : public Backend {
                          1 / std::sqrt(1 - std::pow(step.beta2, t)),
                          step.learning_rate * step.weight_decay};
     call.count = count;
-    const auto at = [&](std::int64_t i) { return reinterpret_cast<T*>(memory + i * stride); };
+    const auto at = [&](std::int64_t i) { return static_cast<T*>(static_cast<void*>(memory + i * stride)); };
     call.parameters = at(0), call.first_moment = at(1), call.second_moment = at(2), call.gradient = at(3);
     launch_on(lane->stream(), "updating parameters", [call, s = lane->stream()] { return launch_adam(call, s); });
     for (std::int64_t i = 0; i < 3; ++i) lane->receive(arrays[i], memory + i * stride, bytes);
