@@ -241,7 +241,7 @@ class CudaBackend final : public Backend {
   }
 
   void adam_step(const AdamStep& step, std::int64_t count, const void* gradient, void* first_moment,
-                 void* second_moment, void* parameters) const override {
+                 void* second_moment, void* parameters, int) const override {
     const OnDevice on(flow_->index());
     const Lanes::Loan lane(lanes_);
     const std::int64_t bytes = count * static_cast<std::int64_t>(sizeof(T)), stride = round_up(bytes, 256);
@@ -265,7 +265,7 @@ class CudaBackend final : public Backend {
     for (std::int64_t i = 0; i < 3; ++i) lane->receive(arrays[i], memory + i * stride, bytes);
   }
 
-  double sum_of_squares(const void* values, std::int64_t count) const override {
+  double sum_of_squares(const void* values, std::int64_t count, int) const override {
     const OnDevice on(flow_->index());
     const Lanes::Loan lane(lanes_);
     const std::int64_t bytes = count * static_cast<std::int64_t>(sizeof(T));

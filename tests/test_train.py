@@ -133,17 +133,19 @@ def test_every_row_is_used_once_per_epoch() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_same_seed_same_bits_for_any_number_of_threads(dtype) -> None:
+@pytest.mark.parametrize("hidden_sizes", [(16,), (300, 200)], ids=["narrow", "updates shared by threads"])
+def test_same_seed_same_bits_for_any_number_of_threads(hidden_sizes, dtype) -> None:
     x = curved(2000, dtype=dtype)
-    reference = new_flow(dtype, standardize=True)
+    shape = {"hidden_sizes": hidden_sizes, "standardize": True}
+    reference = new_flow(dtype, **shape)
     first = fit(reference, x, batch_size=512, weight_decay=0.01, clip_norm=1.0, num_threads=1)
     for threads in (1, 2, 3, 4):
-        flow = new_flow(dtype, standardize=True)
+        flow = new_flow(dtype, **shape)
         history = fit(flow, x, batch_size=512, weight_decay=0.01, clip_norm=1.0, num_threads=threads)
         assert_same_bits(flat(flow), flat(reference), f"{threads} threads")
         assert_same_bits(history.train_loss, first.train_loss, f"{threads} threads: losses")
         assert_same_bits(history.validation_loss, first.validation_loss, f"{threads} threads: validation")
-    other = new_flow(dtype, standardize=True)
+    other = new_flow(dtype, **shape)
     fit(other, x, batch_size=512, weight_decay=0.01, clip_norm=1.0, seed=4)
     assert np.any(flat(other) != flat(reference))
 

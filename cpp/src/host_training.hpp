@@ -9,6 +9,7 @@
 
 #include <nvpflow/backend.hpp>
 
+#include "memory.hpp"
 #include "row_order.hpp"
 
 namespace nvpflow {
@@ -43,7 +44,7 @@ class HostTraining final : public Training {
     if (!std::isfinite(loss)) return refuse(step, true, loss);
     double square = 0;
     for (const TensorInfo& t : layout_.tensors()) {
-      if (is_trained(t)) square += backend_->sum_of_squares(gradient_.data() + t.offset, t.size);
+      if (is_trained(t)) square += backend_->sum_of_squares(gradient_.data() + t.offset, t.size, threads_);
     }
     report_.gradient_norm = std::sqrt(square);
     if (!std::isfinite(report_.gradient_norm)) return refuse(step, false, report_.gradient_norm);
@@ -54,7 +55,7 @@ class HostTraining final : public Training {
       if (!is_trained(t)) continue;
       adam.weight_decay = t.role == TensorRole::kernel ? step.weight_decay : 0.0;
       backend_->adam_step(adam, t.size, gradient_.data() + t.offset, first_moment_.data() + t.offset,
-                          second_moment_.data() + t.offset, parameters_.data() + t.offset);
+                          second_moment_.data() + t.offset, parameters_.data() + t.offset, threads_);
     }
     backend_->set_parameters(parameters_.data());
   }
@@ -91,7 +92,7 @@ class HostTraining final : public Training {
   const ParamLayout layout_;
   TrainingData data_;
   int threads_;
-  std::vector<T> parameters_, gradient_, first_moment_, second_moment_;
+  AlignedVector<T> parameters_, gradient_, first_moment_, second_moment_;
   std::vector<std::int64_t> index_;
   double batch_sum_ = 0;
   std::int64_t batch_rows_ = 1;

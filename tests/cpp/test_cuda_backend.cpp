@@ -303,13 +303,13 @@ TEST_CASE("the optimiser's calls on arrays of the host") {
   step.weight_decay = 0.1;
   step.step = 3;
   step.gradient_factor = 0.5;
-  cpu.backend().adam_step(step, 1000, gradient.data(), m.data(), v.data(), p.data());
-  cuda.backend().adam_step(step, 1000, gradient.data(), m2.data(), v2.data(), p2.data());
+  cpu.backend().adam_step(step, 1000, gradient.data(), m.data(), v.data(), p.data(), 1);
+  cuda.backend().adam_step(step, 1000, gradient.data(), m2.data(), v2.data(), p2.data(), 1);
   CHECK(worst(p2, p) < 1e-6);
   CHECK(worst(m2, m) < 1e-6);
   CHECK(worst(v2, v) < 1e-6);
-  CHECK(cuda.backend().sum_of_squares(p.data(), 1000) ==
-        doctest::Approx(cpu.backend().sum_of_squares(p.data(), 1000)).epsilon(1e-12));
+  CHECK(cuda.backend().sum_of_squares(p.data(), 1000, 1) ==
+        doctest::Approx(cpu.backend().sum_of_squares(p.data(), 1000, 1)).epsilon(1e-12));
   std::vector<float> z(60), z2(60);
   cpu.backend().noise(3, 5, 12, z.data(), 1);
   cuda.backend().noise(3, 5, 12, z2.data(), 1);

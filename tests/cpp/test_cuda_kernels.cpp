@@ -762,7 +762,7 @@ TEST_CASE_TEMPLATE("Adam is the CPU's, clips by a norm in memory, and leaves alo
     for (const T g : gradient) norm += static_cast<double>(g) * static_cast<double>(g);
     if (clip > 0) step.gradient_factor = clip / std::sqrt(norm);
     std::vector<T> m = moment, v = second, p = parameters;
-    reference.backend().adam_step(step, count, gradient.data(), m.data(), v.data(), p.data());
+    reference.backend().adam_step(step, count, gradient.data(), m.data(), v.data(), p.data(), 1);
 
     std::vector<cuda::Update> updates(n, cuda::Update::decayed);
     updates[5] = cuda::Update::none;

@@ -407,6 +407,33 @@ TEST_CASE_TEMPLATE("results and gradients keep their bits for every thread count
   }
 }
 
+TEST_CASE_TEMPLATE("threads that share a gradient tile leave the bits of one", T, float, double) {
+  // Wide enough that so few rows are worth the threads, and are one tile or two.
+  Pair<T> pair({17, 2, {600, 300}, Activation::silu, 1.0, true});
+  for (const std::int64_t rows : {31, 33, 100, 256, 290}) {
+    CAPTURE(rows);
+    const std::vector<T> x = random_values<T>(rows * pair.width, 21),
+                         grad_out = random_values<T>(rows * pair.width, 22);
+    const auto run = [&](int threads) {
+      pair.flow.set_num_threads(threads);
+      std::vector<T> gradient(static_cast<std::size_t>(pair.flow.num_parameters()), kPoison<T>), inverse = gradient;
+      std::vector<T> grad_x(x.size(), kPoison<T>);
+      const double nll = pair.flow.template nll_gradient<T>(x, gradient);
+      pair.flow.template vjp<T>(Direction::inverse, x, grad_out, {}, grad_x, inverse);
+      gradient.insert(gradient.end(), inverse.begin(), inverse.end());
+      gradient.insert(gradient.end(), grad_x.begin(), grad_x.end());
+      return std::pair{nll, gradient};
+    };
+    const auto [nll, gradient] = run(1);
+    for (const int threads : {2, 3, 5, 8, 13}) {
+      CAPTURE(threads);
+      const auto [other_nll, other] = run(threads);
+      CHECK(other_nll == nll);
+      CHECK(same_bits<T>(other, gradient));
+    }
+  }
+}
+
 TEST_CASE_TEMPLATE("a row keeps its bits wherever it stands in whatever batch", T, float, double) {
   for (const Shape& shape : {Shape{7, 3, {7, 5}, Activation::tanh}, Shape{16, 2, {128}, Activation::relu}}) {
     Pair<T> pair(shape);

@@ -145,11 +145,11 @@ class NVPFLOW_API Backend {
   virtual double sum_log_prob(const void* x, const std::int64_t* index, std::int64_t rows,
                               const Execution& how) const = 0;
 
-  /// One Adam update of `count` elements; all arrays of the flow's dtype.
+  /// One Adam update of `count` elements; all arrays of the flow's dtype. threads: of the host.
   virtual void adam_step(const AdamStep& step, std::int64_t count, const void* gradient, void* first_moment,
-                         void* second_moment, void* parameters) const = 0;
-  /// Sum of squares in float64, in a fixed order.
-  virtual double sum_of_squares(const void* values, std::int64_t count) const = 0;
+                         void* second_moment, void* parameters, int threads) const = 0;
+  /// Sum of squares in float64, in a fixed order. threads: of the host.
+  virtual double sum_of_squares(const void* values, std::int64_t count, int threads) const = 0;
 
   /// Makes the calling thread's working memory for every const call of any number of rows but those that form
   /// gradients, so that they allocate nothing from then on. Backends whose calls allocate all the same do nothing.

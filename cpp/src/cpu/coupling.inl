@@ -17,8 +17,8 @@ namespace {
 // Register blocks: kBlockOut single outputs x kBlockRows vectors of rows on a tile, kRowsBlock single rows x
 // kRowsVectors vectors of outputs where the numbers lie row-major.
 #if defined(__AVX512F__)
-constexpr int kBlockOut = 8, kBlockRows = 2;  // of 32 registers: 16 sums under way, and room for the segments' totals
-constexpr int kRowsBlock = 8, kRowsVectors = 2, kRegisters = 32;
+constexpr int kBlockOut = 8, kBlockRows = 3;  // of 32 registers: 24 sums, 3 inputs, 1 weight
+constexpr int kRowsBlock = 8, kRowsVectors = 3, kRegisters = 32;
 #elif defined(__AVX2__)
 constexpr int kBlockOut = 4, kBlockRows = 3;  // of 16: 12 sums, 3 inputs, 1 weight; totals wait in memory
 constexpr int kRowsBlock = 4, kRowsVectors = 3, kRegisters = 16;
@@ -33,6 +33,7 @@ constexpr int kRowsBlock = 4, kRowsVectors = 2, kRegisters = 16;
 // Vectors of weights from one that is used to one that is fetched meanwhile, where they may come from afar: the
 // processor's own prefetching ends with each page of memory.
 constexpr int64_t kAhead = 64;
+constexpr int64_t kLongSum = 200;
 
 // Rows left over after whole vectors take the row path up to this many; more fill a padded vector.
 template <class T>
@@ -145,20 +146,25 @@ NVPFLOW_INLINE void accumulate(const T* w, const T* x, int64_t begin, int64_t en
 /// MO outputs x NV vectors of rows. w: weight of input 0 and the first output; x, y: first row of the block.
 template <class T, int MO, int NV, Act act>
 NVPFLOW_INLINE void dense_block(const DenseView<T>& d, const T* w, const T* bias, const T* x, T* y, int64_t rows) {
-  Vec<T> total[MO][NV];
+  Vec<T> sum[MO][NV];
   for (int m = 0; m < MO; ++m) {
-    for (int n = 0; n < NV; ++n) total[m][n] = set1(bias == nullptr ? T(0) : bias[m]);
+    for (int n = 0; n < NV; ++n) sum[m][n] = set1(bias == nullptr ? T(0) : bias[m]);
   }
-  accumulate<T, MO, NV>(w, x, 0, d.segment, rows, total);
-  for (int64_t begin = d.segment; begin < d.in; begin += d.segment) {
-    Vec<T> sum[MO][NV] = {};
+  for (int64_t begin = 0;; begin += d.segment) {
     accumulate<T, MO, NV>(w, x, begin, smaller(begin + d.segment, d.in), rows, sum);
+    if (begin > 0) {
+      for (int m = 0; m < MO; ++m) {
+        for (int n = 0; n < NV; ++n) sum[m][n] = load<T>(y + m * rows + n * kLanes<T>) + sum[m][n];
+      }
+    }
+    if (begin + d.segment >= d.in) break;
+    // The total waits where the outputs go: the sums need the registers.
     for (int m = 0; m < MO; ++m) {
-      for (int n = 0; n < NV; ++n) total[m][n] = total[m][n] + sum[m][n];
+      for (int n = 0; n < NV; ++n) store<T>(y + m * rows + n * kLanes<T>, sum[m][n]), sum[m][n] = Vec<T>{};
     }
   }
   for (int m = 0; m < MO; ++m) {
-    for (int n = 0; n < NV; ++n) store<T>(y + m * rows + n * kLanes<T>, rectify<T>(total[m][n], act));
+    for (int n = 0; n < NV; ++n) store<T>(y + m * rows + n * kLanes<T>, rectify<T>(sum[m][n], act));
   }
 }
 
@@ -314,14 +320,15 @@ void dense_rows_finish(const DenseView<T>& d, const T* x, int64_t x_stride, T* y
                        Finish finish) {
   constexpr int L = kLanes<T>;
   int64_t o = 0;
-  for (; o + (kRowsVectors - 1) * L < d.out; o += kRowsVectors * L) {
-    rows_strip<T, kRowsVectors>(d, o, x, x_stride, y, y_stride, rows, finish);
+  if (kRowsVectors <= 2 || d.in >= kLongSum) {
+    // Not down to one vector, whose strip reads twice as much for each multiply-add.
+    for (; o + (kRowsVectors - 1) * L < d.out && (o + kRowsVectors * L >= d.out || o + (kRowsVectors + 1) * L < d.out);
+         o += kRowsVectors * L) {
+      rows_strip<T, kRowsVectors>(d, o, x, x_stride, y, y_stride, rows, finish);
+    }
   }
   if constexpr (kRowsVectors > 2) {
-    if (o + L < d.out) {
-      rows_strip<T, 2>(d, o, x, x_stride, y, y_stride, rows, finish);
-      o += 2 * L;
-    }
+    for (; o + L < d.out; o += 2 * L) rows_strip<T, 2>(d, o, x, x_stride, y, y_stride, rows, finish);
   }
   for (; o < d.out; o += L) rows_strip<T, 1>(d, o, x, x_stride, y, y_stride, rows, finish);
 }
@@ -551,11 +558,13 @@ void load_tile(const T* in, const int64_t* index, int64_t first, int64_t count, 
   }
 }
 
-/// to [ceil(in / lanes)][out][lanes]: the weights of `d` with inputs and outputs exchanged (Dense::transposed).
+/// to [ceil(in / lanes)][out][lanes]: the weights of `d` with inputs and outputs exchanged (Dense::transposed), of
+/// inputs [first, last).
 template <class T>
-void transpose_weights(const Dense<T>& d, T* to) {
+void transpose_weights(const Dense<T>& d, int64_t first, int64_t last, T* to) {
   constexpr int L = kLanes<T>;
-  for (int64_t i = 0; i < d.in; i += L) {
+  to += first * d.out;
+  for (int64_t i = first; i < last; i += L) {
     for (int64_t o = 0; o < d.out; o += L) {
       const int64_t columns = smaller(L, d.out - o);
       gather_tile<T>([&](int64_t l) { return d.weights + o * d.in + (i + l) * L; }, smaller(L, d.in - i), columns, to,

@@ -14,6 +14,7 @@
 
 #include "../host_training.hpp"
 #include "../left_right.hpp"
+#include "../memory.hpp"
 #include "../parallel.hpp"
 #include "isa.hpp"
 #include "kernels.hpp"
@@ -22,7 +23,6 @@
 namespace nvpflow {
 namespace {
 
-using cpu::AlignedBuffer;
 using cpu::GradientCall;
 using cpu::Kernels;
 using cpu::Packed;
@@ -38,6 +38,8 @@ constexpr std::int64_t kTaskRows = 16;  // whole register blocks
 constexpr std::int64_t kTapeBytesPerThread = 3 << 19;
 /// Rows whose log-probabilities are added up in one sum.
 constexpr std::int64_t kSumRows = 1024;
+/// Parameters that one thread updates at a time.
+constexpr std::int64_t kUpdateSize = 1 << 14;
 
 /// Working memory of the calling thread, kept for its next call.
 template <class T>
@@ -53,6 +55,21 @@ const Kernels<T>& chosen_kernels() {
   } else {
     return *cpu::chosen_isa().float64;
   }
+}
+
+/// The sum of f(begin, end) over parts of [0, count), each of `size` but the last, in order whatever the threads.
+template <std::int64_t size, class F>
+double sum_of_parts(std::int64_t count, int threads, F f) {
+  constexpr std::int64_t kParts = 64;
+  double total = 0;
+  for (std::int64_t first = 0; first < count; first += kParts * size) {
+    double sums[kParts] = {};
+    parallel_for(std::min(count - first, kParts * size), size, threads, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; i += size) sums[i / size] = f(first + i, first + std::min(i + size, end));
+    });
+    for (const double sum : sums) total += sum;
+  }
+  return total;
 }
 
 /// A part of the parameters whose gradient one thread forms at a time.
@@ -75,7 +92,7 @@ class CpuBackend final : public Backend {
     tile_rows_ = program.tile_rows;
     gradient_rows_ = program.gradient_rows;
     transform_scratch_ = kernels_.transform_scratch(program);
-    tape_size_ = kernels_.tape_size(program);
+    tape_size_ = kernels_.tape_size(program, gradient_rows_);
     plan_tasks(program);
     const double rows = std::ceil(kFlopsPerThread / flops_per_row_);
     grain_ = std::max<std::int64_t>(1, static_cast<std::int64_t>(std::ceil(rows / static_cast<double>(tile_rows_)))) *
@@ -83,7 +100,7 @@ class CpuBackend final : public Backend {
   }
 
   void set_parameters(const void* parameters) override {
-    if (alone_) return packed_.initial().pack(static_cast<const T*>(parameters));
+    if (alone_ > 0) return packed_.initial().pack_to_train(static_cast<const T*>(parameters), alone_);
     packed_.rewrite([this] { return make_packed(); },
                     [&](Packed<T>& packed) { packed.pack(static_cast<const T*>(parameters)); });
   }
@@ -168,32 +185,23 @@ class CpuBackend final : public Backend {
 
   double sum_log_prob(const void* x, const std::int64_t* index, std::int64_t rows,
                       const Execution& how) const override {
-    constexpr std::int64_t kParts = 64;
     const Reading packed(packed_);
-    double total = 0;
-    for (std::int64_t first = 0; first < rows; first += kParts * kSumRows) {
-      double sums[kParts] = {};
-      const std::int64_t here = std::min(rows - first, kParts * kSumRows);
-      parallel_for(here, kSumRows, threads_for(here, how.threads), [&](std::int64_t begin, std::int64_t end) {
-        T* scratch = thread_scratch<T>(transform_scratch_ + kSumRows);
-        for (std::int64_t r = begin; r < end; r += kSumRows) {
-          const std::int64_t count = std::min(kSumRows, end - r);
-          T* log_prob = scratch + transform_scratch_;
-          TransformCall<T> call;
-          call.in = static_cast<const T*>(x) + (index == nullptr ? (first + r) * spec_.input_size : 0);
-          call.index = index == nullptr ? nullptr : index + first + r;
-          call.log_prob = log_prob;
-          kernels_.transform(packed->program(), call, 0, count, scratch);
-          for (std::int64_t i = 0; i < count; ++i) sums[r / kSumRows] += static_cast<double>(log_prob[i]);
-        }
-      });
-      for (const double sum : sums) total += sum;
-    }
-    return total;
+    return sum_of_parts<kSumRows>(rows, threads_for(rows, how.threads), [&](std::int64_t begin, std::int64_t end) {
+      T* scratch = thread_scratch<T>(transform_scratch_ + kSumRows);
+      T* log_prob = scratch + transform_scratch_;
+      TransformCall<T> call;
+      call.in = static_cast<const T*>(x) + (index == nullptr ? begin * spec_.input_size : 0);
+      call.index = index == nullptr ? nullptr : index + begin;
+      call.log_prob = log_prob;
+      kernels_.transform(packed->program(), call, 0, end - begin, scratch);
+      double sum = 0;
+      for (std::int64_t i = 0; i < end - begin; ++i) sum += static_cast<double>(log_prob[i]);
+      return sum;
+    });
   }
 
   void adam_step(const AdamStep& step, std::int64_t count, const void* gradient, void* first_moment,
-                 void* second_moment, void* parameters) const override {
+                 void* second_moment, void* parameters, int threads) const override {
     const auto t = static_cast<double>(step.step);
     const cpu::AdamCoefficients c = {step.beta1,
                                      step.beta2,
@@ -202,12 +210,16 @@ class CpuBackend final : public Backend {
                                      step.learning_rate / (1 - std::pow(step.beta1, t)),
                                      1 / std::sqrt(1 - std::pow(step.beta2, t)),
                                      step.learning_rate * step.weight_decay};
-    kernels_.adam(c, count, static_cast<const T*>(gradient), static_cast<T*>(first_moment),
-                  static_cast<T*>(second_moment), static_cast<T*>(parameters));
+    parallel_for(count, kUpdateSize, threads, [&](std::int64_t begin, std::int64_t end) {
+      kernels_.adam(c, end - begin, static_cast<const T*>(gradient) + begin, static_cast<T*>(first_moment) + begin,
+                    static_cast<T*>(second_moment) + begin, static_cast<T*>(parameters) + begin);
+    });
   }
 
-  double sum_of_squares(const void* values, std::int64_t count) const override {
-    return kernels_.sum_of_squares(static_cast<const T*>(values), count);
+  double sum_of_squares(const void* values, std::int64_t count, int threads) const override {
+    return sum_of_parts<kUpdateSize>(count, threads, [&](std::int64_t begin, std::int64_t end) {
+      return kernels_.sum_of_squares(static_cast<const T*>(values) + begin, end - begin);
+    });
   }
 
   void prepare() const override {
@@ -223,7 +235,7 @@ class CpuBackend final : public Backend {
                                            int threads) const override {
     // In full also where the flow's own weights are rounded: small steps would be lost.
     auto backend = std::make_unique<CpuBackend>(spec_, layout_, Weights::full);
-    backend->alone_ = true;
+    backend->alone_ = threads;
     return std::make_unique<HostTraining<T>>(std::move(backend), layout_, data, parameters, threads);
   }
 
@@ -276,49 +288,65 @@ class CpuBackend final : public Backend {
   double run_gradient(GradientCall<T> call, std::int64_t rows, T* gradient, bool accumulate, int threads) const {
     const Reading packed(packed_);
     packed->ensure_transposed();
-    if (gradient != nullptr && !accumulate) {
+    if (rows == 0 && gradient != nullptr && !accumulate) {
       std::memset(gradient, 0, static_cast<std::size_t>(layout_.size()) * sizeof(T));
     }
     const int team = threads_for(rows, threads);
-    if (team > 1) return run_gradient_team(packed->program(), call, rows, gradient, team);
+    if (team > 1) return run_gradient_team(packed->program(), call, rows, gradient, accumulate, team);
     T* tape = thread_scratch<T>(tape_size_);
     call.gradient = gradient;
     double total = 0;
     for (std::int64_t row = 0; row < rows; row += gradient_rows_) {
-      total += kernels_.gradient_tile(packed->program(), call, row, std::min(rows, row + gradient_rows_), tape);
+      call.add = accumulate || row > 0;
+      double sums[cpu::kMaxGradientUnits] = {};
+      const std::int64_t count = std::min(gradient_rows_, rows - row);
+      const std::int64_t tape_rows = (count + kernels_.lanes - 1) / kernels_.lanes * kernels_.lanes;
+      kernels_.gradient_tile(packed->program(), call, row, row + count, tape_rows, tape, sums);
+      for (const double sum : sums) total += sum;
     }
     return total;
   }
 
+  /// How the threads share the tiles: rows of the parts that a tile is cut into where there are more threads than
+  /// tiles.
+  std::int64_t part_rows(std::int64_t tiles, int team) const {
+    const std::int64_t units = gradient_rows_ / cpu::kGradientUnit, parts = std::min(units, (team + tiles - 1) / tiles);
+    return (units + parts - 1) / parts * cpu::kGradientUnit;
+  }
+
   /// The threads share a few tiles, meet, and share the parameters: the same sums in the same order as one thread's.
   double run_gradient_team(const Program<T>& program, const GradientCall<T>& call, std::int64_t rows, T* gradient,
-                           int team) const {
+                           bool accumulate, int team) const {
     const std::int64_t tiles = (rows + gradient_rows_ - 1) / gradient_rows_;
+    const std::int64_t tape_rows = part_rows(tiles, team), parts = (gradient_rows_ + tape_rows - 1) / tape_rows;
+    const std::int64_t tape_size = kernels_.tape_size(program, tape_rows);
     const std::int64_t group = std::min<std::int64_t>(tiles, team * tiles_per_thread());
-    T* tapes = thread_scratch<T>(group * tape_size_);
-    std::vector<double> sums(static_cast<std::size_t>(group));
+    T* tapes = thread_scratch<T>(group * parts * tape_size);
+    std::vector<double> sums(static_cast<std::size_t>(group * parts * cpu::kMaxGradientUnits));
     double total = 0;
     for (std::int64_t first = 0; first < tiles; first += group) {
       const std::int64_t here = std::min(group, tiles - first);
-      const auto rows_of = [&](std::int64_t tile) {
-        return std::min(gradient_rows_, rows - (first + tile) * gradient_rows_);
-      };
-      parallel_for(here, 1, team, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t tile = begin; tile < end; ++tile) {
-          const std::int64_t row = (first + tile) * gradient_rows_;
-          sums[static_cast<std::size_t>(tile)] =
-              kernels_.gradient_tile(program, call, row, row + rows_of(tile), tapes + tile * tape_size_);
+      std::fill(sums.begin(), sums.end(), 0.0);
+      parallel_for(here * parts, 1, team, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i) {
+          const std::int64_t tile = (first + i / parts) * gradient_rows_, row = tile + i % parts * tape_rows;
+          const std::int64_t last = std::min({rows, tile + gradient_rows_, row + tape_rows});
+          if (row >= last) continue;
+          kernels_.gradient_tile(program, call, row, last, tape_rows, tapes + i * tape_size,
+                                 sums.data() + i * cpu::kMaxGradientUnits);
         }
       });
-      for (std::int64_t tile = 0; tile < here; ++tile) total += sums[static_cast<std::size_t>(tile)];
+      for (const double sum : sums) total += sum;
       if (gradient == nullptr) continue;
-      const auto count = static_cast<std::int64_t>(tasks_.size());
-      parallel_for(count, 1, team, [&](std::int64_t begin, std::int64_t end) {
+      parallel_for(static_cast<std::int64_t>(tasks_.size()), 1, team, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t i = begin; i < end; ++i) {
           const Task& task = tasks_[static_cast<std::size_t>(i)];
           for (std::int64_t tile = 0; tile < here; ++tile) {
-            kernels_.weight_gradient(program, task.layer, task.dense, task.first, task.last, rows_of(tile),
-                                     tapes + tile * tape_size_, gradient);
+            const std::int64_t row = (first + tile) * gradient_rows_;
+            kernels_.weight_gradient(
+                program, task.layer, task.dense, task.first, task.last,
+                {tapes + tile * parts * tape_size, tape_size, tape_rows, std::min(gradient_rows_, rows - row)},
+                gradient, accumulate || row > 0);
           }
         }
       });
@@ -329,7 +357,9 @@ class CpuBackend final : public Backend {
   const FlowSpec spec_;
   const ParamLayout layout_;
   const Weights weights_;
-  bool alone_ = false;  // nobody calls while the parameters are set: one packed copy of them is enough
+  // Threads of a training run, of which this is the own backend: nobody calls while the parameters are set, and one
+  // packed copy of them is enough. 0: any other backend.
+  int alone_ = 0;
   const Kernels<T>& kernels_;
   LeftRight<Packed<T>> packed_;
   std::int64_t tile_rows_ = 0, gradient_rows_ = 0, grain_ = 0;

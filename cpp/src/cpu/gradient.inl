@@ -65,7 +65,7 @@ NVPFLOW_INLINE Vec<T> activation_derivative(Act act, Vec<T> value, Vec<T> argume
 //                     cotangent [D][rows], log_det cotangent [rows]
 //   per coupling      s, exp(+-s), product [b][rows] each; input [rows][a]; per hidden layer value [rows][H] and, where
 //                     kept, argument [rows][H]; cotangents per hidden layer [rows][H], of both heads [rows][2 b]
-//   per standardize   output [D][rows]; sums over the tile's rows of the gradients of mean and log_std, [2 D] numbers
+//   per standardize   output [D][rows]; per unit of rows, sums of the gradients of mean and log_std, [2 D]
 
 template <class T>
 struct FixedTape {
@@ -92,9 +92,13 @@ int64_t hidden_tape(const Layer<T>& layer, int32_t j) {
   return row_stride<T>(layer.dense[j].out) * (keeps_argument(layer.activation) ? 2 : 1);
 }
 
+NVPFLOW_INLINE int64_t units_of(int64_t rows) { return (rows + kGradientUnit - 1) / kGradientUnit; }
+
 template <class T>
 int64_t layer_tape(const Program<T>& program, const Layer<T>& layer, int64_t rows) {
-  if (layer.kind == Kind::standardize) return program.input_size * rows + row_stride<T>(2 * program.input_size);
+  if (layer.kind == Kind::standardize) {
+    return program.input_size * rows + row_stride<T>(2 * program.input_size) * units_of(rows);
+  }
   int64_t n = 3 * layer.b_count + row_stride<T>(layer.a_count);
   for (int32_t j = 0; j < layer.num_dense; ++j) {
     n += row_stride<T>(layer.dense[j].out);
@@ -104,8 +108,7 @@ int64_t layer_tape(const Program<T>& program, const Layer<T>& layer, int64_t row
 }
 
 template <class T>
-int64_t tape_size(const Program<T>& program) {
-  const int64_t rows = program.gradient_rows;
+int64_t tape_size(const Program<T>& program, int64_t rows) {
   int64_t n = FixedTape<T>(program, nullptr, rows).size;
   for (int64_t k = 0; k < program.num_layers; ++k) n += layer_tape(program, program.layers[k], rows);
   return n;
@@ -239,8 +242,9 @@ template <class T>
 struct Columns {
   T* to[2];      // element 0 of each
   int64_t n[2];  // columns of each; the second may be 0
+  bool add;      // to what is there; else what is there is replaced
 
-  /// Fetches what add() will change: MI rows from i, NO vectors from column o. A block's rows lie a page or so apart,
+  /// Fetches what put() will change: MI rows from i, NO vectors from column o. A block's rows lie a page or so apart,
   /// where the processor fetches nothing by itself.
   template <int MI, int NO>
   NVPFLOW_INLINE void fetch(int64_t i, int64_t o) const {
@@ -251,37 +255,54 @@ struct Columns {
     }
   }
 
-  /// Adds the first `valid` lanes of v[m][k] to columns o, o + 1, ... of row i + m.
+  /// v[m][k] to NO vectors of columns from o of row i + m; of the last ones those columns that there are.
   template <int MI, int NO>
-  NVPFLOW_INLINE void add(int64_t i, int64_t o, int64_t valid, const Vec<T> (&v)[MI][NO], int k) const {
-    valid = smaller(valid, kLanes<T>);
-    const int64_t first = n[0] - o;  // lanes that belong to the first tensor
-    T* one = to[0] + i * n[0] + o;
-    T* two = to[1] + i * n[1] - first;  // where lane 0 would go
-    if (first >= valid) {
-      for (int m = 0; m < MI; ++m) add_lanes(one + m * n[0], v[m][k], 0, valid);
-    } else if (first <= 0) {
-      for (int m = 0; m < MI; ++m) add_lanes(two + m * n[1], v[m][k], 0, valid);
-    } else {
-      for (int m = 0; m < MI; ++m) {
-        add_lanes(one + m * n[0], v[m][k], 0, first);
-        add_lanes(two + m * n[1], v[m][k], first, valid);
+  NVPFLOW_INLINE void put(int64_t i, int64_t o, const Vec<T> (&v)[MI][NO]) const {
+    constexpr int64_t kColumns = NO * kLanes<T>;
+    if (o + kColumns <= n[0]) return put_whole(to[0] + i * n[0] + o, n[0], v);
+    if (o >= n[0] && o + kColumns <= n[0] + n[1]) return put_whole(to[1] + i * n[1] + (o - n[0]), n[1], v);
+    Vec<T> waiting[MI][NO];  // a copy, or the sums would have to be in memory all the time
+#pragma GCC unroll 16
+    for (int m = 0; m < MI; ++m) {
+      for (int k = 0; k < NO; ++k) waiting[m][k] = v[m][k];
+    }
+    for (int m = 0; m < MI; ++m) {
+      for (int k = 0; k < NO; ++k) put_lanes(i + m, o + k * kLanes<T>, waiting[m][k]);
+    }
+  }
+
+ private:
+  template <int MI, int NO>
+  NVPFLOW_INLINE void put_whole(T* p, int64_t stride, const Vec<T> (&v)[MI][NO]) const {
+#pragma GCC unroll 16
+    for (int m = 0; m < MI; ++m) {
+      for (int k = 0; k < NO; ++k) {
+        T* at = p + m * stride + k * kLanes<T>;
+        store<T>(at, add ? load<T>(at) + v[m][k] : v[m][k]);
       }
     }
   }
-  static NVPFLOW_INLINE void add_lanes(T* p, Vec<T> v, int64_t begin, int64_t end) {
-    store_lanes<T>(p, load_lanes<T>(p, begin, end) + v, begin, end);
+
+  void put_lanes(int64_t i, int64_t o, Vec<T> v) const {
+    const int64_t valid = smaller(kLanes<T>, n[0] + n[1] - o);
+    const int64_t first = smaller(valid, n[0] > o ? n[0] - o : 0);  // lanes that belong to the first tensor
+    if (first > 0) put_part(to[0] + i * n[0] + o, v, 0, first);
+    if (first < valid) put_part(to[1] + i * n[1] + (o - n[0]), v, first, valid);
+  }
+  void put_part(T* p, Vec<T> v, int64_t begin, int64_t end) const {
+    store_lanes<T>(p, add ? load_lanes<T>(p, begin, end) + v : v, begin, end);
   }
 };
 
-/// Rows x and g of a tile: x [count][in] and g [count][out], row-major.
+/// Rows x and g of a tile: x [count][in] and g [count][out], row-major; every `rows` of them lie `tape_stride` further.
 template <class T>
 struct OuterProduct {
   const T* x;
   int64_t x_stride;
   const T* g;
   int64_t g_stride;
-  int64_t count, out;
+  int64_t count, rows, tape_stride;
+  int64_t out;
 };
 
 /// Where a dense layer's two gradients go.
@@ -294,28 +315,30 @@ struct DenseColumns {
 template <class T, int MI, int NO, bool bias>
 NVPFLOW_INLINE void outer_block(const OuterProduct<T>& p, int64_t i, int64_t o, const DenseColumns<T>& to) {
   constexpr int L = kLanes<T>;
-  to.kernel.template fetch<MI, NO>(i, o);
+  if (to.kernel.add) to.kernel.template fetch<MI, NO>(i, o);
   Vec<T> sum[MI][NO] = {}, bias_sum[1][NO] = {};
-  const T* x = p.x + i;
-  const T* g = p.g + o;
-  for (int64_t r = 0; r < p.count; ++r, x += p.x_stride, g += p.g_stride) {
-    Vec<T> cotangent[NO];
-    __builtin_prefetch(x + kRowsAhead * p.x_stride);
-    for (int n = 0; n < NO; ++n) {
-      __builtin_prefetch(g + kRowsAhead * p.g_stride + n * L);
-      cotangent[n] = load<T>(g + n * L);
-      if constexpr (bias) bias_sum[0][n] = bias_sum[0][n] + cotangent[n];
-    }
+  int64_t tape = 0;
+  for (int64_t first = 0; first < p.count; first += p.rows, tape += p.tape_stride) {
+    const T* x = p.x + tape + i;
+    const T* g = p.g + tape + o;
+    const int64_t here = smaller(p.rows, p.count - first);
+    for (int64_t r = 0; r < here; ++r, x += p.x_stride, g += p.g_stride) {
+      Vec<T> cotangent[NO];
+      __builtin_prefetch(x + kRowsAhead * p.x_stride);
+      for (int n = 0; n < NO; ++n) {
+        __builtin_prefetch(g + kRowsAhead * p.g_stride + n * L);
+        cotangent[n] = load<T>(g + n * L);
+        if constexpr (bias) bias_sum[0][n] = bias_sum[0][n] + cotangent[n];
+      }
 #pragma GCC unroll 16
-    for (int m = 0; m < MI; ++m) {
-      const Vec<T> input = set1(x[m]);
-      for (int n = 0; n < NO; ++n) sum[m][n] = fma(input, cotangent[n], sum[m][n]);
+      for (int m = 0; m < MI; ++m) {
+        const Vec<T> input = set1(x[m]);
+        for (int n = 0; n < NO; ++n) sum[m][n] = fma(input, cotangent[n], sum[m][n]);
+      }
     }
   }
-  for (int n = 0; n < NO; ++n) {
-    to.kernel.add(i, o + n * L, p.out - o - n * L, sum, n);
-    if constexpr (bias) to.bias.add(0, o + n * L, p.out - o - n * L, bias_sum, n);
-  }
+  to.kernel.put(i, o, sum);
+  if constexpr (bias) to.bias.put(0, o, bias_sum);
 }
 
 template <class T, int MI, int NO>
@@ -353,9 +376,10 @@ void outer_product(const OuterProduct<T>& p, int64_t first, int64_t last, const 
 }
 
 template <class T>
-void coupling_weight_gradient(const Layer<T>& layer, int32_t j, int64_t first, int64_t last, int64_t count, T* tape,
-                              int64_t rows, T* gradient) {
-  const CouplingTape<T> keep(layer, tape, rows);
+void coupling_weight_gradient(const Layer<T>& layer, int32_t j, int64_t first, int64_t last, const TileTapes<T>& tapes,
+                              T* gradient, bool add) {
+  const int64_t rows = tapes.rows;
+  const CouplingTape<T> keep(layer, const_cast<T*>(tapes.first), rows);
   const Dense<T>& d = layer.dense[j];
   const bool heads = j + 1 == layer.num_dense;
   const DenseGradient& one = layer.gradients[j];
@@ -365,32 +389,42 @@ void coupling_weight_gradient(const Layer<T>& layer, int32_t j, int64_t first, i
                              row_stride<T>(d.in),
                              keep.cotangent(layer, j, rows),
                              row_stride<T>(d.out),
-                             count,
+                             tapes.count,
+                             rows,
+                             tapes.stride,
                              d.out};
   outer_product<T>(p, first, last,
-                   {{{gradient + one.kernel_offset, gradient + two.kernel_offset}, {n[0], n[1]}},
-                    {{gradient + one.bias_offset, gradient + two.bias_offset}, {n[0], n[1]}}});
+                   {{{gradient + one.kernel_offset, gradient + two.kernel_offset}, {n[0], n[1]}, add},
+                    {{gradient + one.bias_offset, gradient + two.bias_offset}, {n[0], n[1]}, add}});
 }
 
 template <class T>
-void standardize_gradient(const Layer<T>& layer, int64_t features, int64_t first, int64_t last, int64_t rows,
-                          const T* tape, T* gradient) {
-  const T* sums = tape + features * rows;
+void standardize_gradient(const Layer<T>& layer, int64_t features, int64_t first, int64_t last,
+                          const TileTapes<T>& tapes, T* gradient, bool add) {
+  const int64_t unit_stride = row_stride<T>(2 * features);
   for (int64_t j = first; j < last; ++j) {
-    gradient[layer.mean_offset + j] += sums[j];
-    gradient[layer.log_std_offset + j] += sums[features + j];
+    T mean = 0, log_std = 0;
+    for (int64_t row = 0; row < tapes.count; row += kGradientUnit) {
+      const T* tape = tapes.first + row / tapes.rows * tapes.stride;
+      const T* sums = tape + features * tapes.rows + row % tapes.rows / kGradientUnit * unit_stride;
+      mean += sums[j];
+      log_std += sums[features + j];
+    }
+    T* to_mean = gradient + layer.mean_offset + j;
+    T* to_log_std = gradient + layer.log_std_offset + j;
+    *to_mean = add ? *to_mean + mean : mean;
+    *to_log_std = add ? *to_log_std + log_std : log_std;
   }
 }
 
 /// All of one layer's gradient, while its part of the tape is in the cache.
 template <class T>
-void layer_gradient(const Program<T>& program, const Layer<T>& layer, T* tape, int64_t count, T* gradient) {
-  const int64_t rows = round_up(count, kLanes<T>), features = program.input_size;
+void layer_gradient(const Program<T>& program, const Layer<T>& layer, const TileTapes<T>& tape, T* gradient, bool add) {
   if (layer.kind == Kind::standardize) {
-    return standardize_gradient<T>(layer, features, 0, features, rows, tape, gradient);
+    return standardize_gradient<T>(layer, program.input_size, 0, program.input_size, tape, gradient, add);
   }
   for (int32_t j = 0; j < layer.num_dense; ++j) {
-    coupling_weight_gradient<T>(layer, j, 0, layer.dense[j].in, count, tape, rows, gradient);
+    coupling_weight_gradient<T>(layer, j, 0, layer.dense[j].in, tape, gradient, add);
   }
 }
 
@@ -461,16 +495,15 @@ void coupling_backward(const Layer<T>& layer, bool inverse, bool input_wanted, T
   for (int64_t i = 0; i < layer.a_count * rows; i += kLanes<T>) store<T>(a + i, load<T>(a + i) + load<T>(g + i));
 }
 
-/// tape: the layer's output, then room for the sums over the tile's rows, mean [D] and log_std [D].
+/// Sums of the gradients of mean [D] and log_std [D] over rows [begin, end); tape: the layer's output.
 template <class T>
-void standardize_backward(const Layer<T>& layer, bool inverse, int64_t features, T* tape, const FixedTape<T>& fixed,
-                          int64_t count, int64_t rows) {
-  T* sums = tape + features * rows;
+void standardize_sums(const Layer<T>& layer, bool inverse, int64_t features, const T* tape, const FixedTape<T>& fixed,
+                      int64_t begin, int64_t end, int64_t rows, T* sums) {
   for (int64_t j = 0; j < features; ++j) {
     T g_mean = 0, g_log_std = 0;
     const T* out = tape + j * rows;
-    T* g = fixed.cotangent + j * rows;
-    for (int64_t r = 0; r < count; ++r) {
+    const T* g = fixed.cotangent + j * rows;
+    for (int64_t r = begin; r < end; ++r) {
       const T g_log_det = fixed.log_det_cotangent[r];
       if (inverse) {  // out = in * std + mean, log_det = +sum log_std
         g_mean += g[r];
@@ -482,6 +515,19 @@ void standardize_backward(const Layer<T>& layer, bool inverse, int64_t features,
     }
     sums[j] = g_mean;
     sums[features + j] = g_log_std;
+  }
+}
+
+/// tape: the layer's output, then room for the sums over each unit's rows.
+template <class T>
+void standardize_backward(const Layer<T>& layer, bool inverse, int64_t features, T* tape, const FixedTape<T>& fixed,
+                          int64_t count, int64_t rows) {
+  T* sums = tape + features * rows;
+  for (int64_t r = 0; r < count; r += kGradientUnit, sums += row_stride<T>(2 * features)) {
+    standardize_sums<T>(layer, inverse, features, tape, fixed, r, smaller(r + kGradientUnit, count), rows, sums);
+  }
+  for (int64_t j = 0; j < features; ++j) {
+    T* g = fixed.cotangent + j * rows;
     const Vec<T> factor = set1(inverse ? layer.std[j] : layer.inverse_std[j]);
     for (int64_t r = 0; r < rows; r += kLanes<T>) store<T>(g + r, load<T>(g + r) * factor);
   }
@@ -513,15 +559,17 @@ void start_cotangents(const Program<T>& program, const GradientCall<T>& call, co
 }
 
 template <class T>
-double sum_rows(const T* values, int64_t count) {
-  double sum = 0;
-  for (int64_t r = 0; r < count; ++r) sum += static_cast<double>(values[r]);
-  return sum;
+void sum_units(const T* values, int64_t count, double* sums) {
+  for (int64_t r = 0; r < count; ++r) {
+    double& sum = sums[r / kGradientUnit];
+    sum = (r % kGradientUnit == 0 ? 0 : sum) + static_cast<double>(values[r]);
+  }
 }
 
 template <class T>
-double gradient_tile(const Program<T>& program, const GradientCall<T>& call, int64_t begin, int64_t end, T* tape) {
-  const int64_t count = end - begin, rows = round_up(count, kLanes<T>), features = program.input_size;
+void gradient_tile(const Program<T>& program, const GradientCall<T>& call, int64_t begin, int64_t end, int64_t rows,
+                   T* tape, double* sums) {
+  const int64_t count = end - begin, features = program.input_size;
   const FixedTape<T> fixed(program, tape, rows);
   load_tile<T>(call.in, call.index, begin, count, features, fixed.state, rows);
   T* poison = fixed.log_prob;  // free until the densities are written
@@ -533,12 +581,11 @@ double gradient_tile(const Program<T>& program, const GradientCall<T>& call, int
     spread_poison<T>(poison, fixed.cotangent, features, rows);
     spread_poison<T>(poison, fixed.log_det_cotangent, 1, rows);
   }
-  double sum = 0;
   if (call.nll || call.log_prob != nullptr) {
     T* log_det = fixed.buffer0;
     sum_partials_tile<T>(fixed.partial, log_det, rows);
     log_prob_tile<T>(fixed.state, features, log_det, fixed.log_prob, rows);
-    sum = sum_rows<T>(fixed.log_prob, count);
+    if (call.nll) sum_units<T>(fixed.log_prob, count, sums);
     for (int64_t r = 0; call.log_prob != nullptr && r < count; ++r) call.log_prob[begin + r] = fixed.log_prob[r];
   }
   for (int64_t k = program.num_layers - 1; k >= 0; --k) {
@@ -551,25 +598,25 @@ double gradient_tile(const Program<T>& program, const GradientCall<T>& call, int
     } else {
       standardize_backward<T>(layer, call.inverse, features, layer_tape, fixed, count, rows);
     }
-    if (call.gradient != nullptr) layer_gradient<T>(program, layer, layer_tape, count, call.gradient);
+    if (call.gradient == nullptr) continue;
+    layer_gradient<T>(program, layer, {layer_tape, 0, rows, count}, call.gradient, call.add);
   }
   if (call.grad_in != nullptr) {
     scatter_tile<T>(fixed.cotangent, rows, count, features, call.grad_in + begin * features, features);
   }
-  return sum;
 }
 
 template <class T>
 void weight_gradient(const Program<T>& program, int64_t index, int32_t dense, int64_t first, int64_t last,
-                     int64_t count, const T* tape_begin, T* gradient) {
+                     const TileTapes<T>& tapes, T* gradient, bool add) {
   const Layer<T>& layer = program.layers[index];
-  const int64_t rows = round_up(count, kLanes<T>);
-  const FixedTape<T> fixed(program, const_cast<T*>(tape_begin), rows);
-  T* tape = layer_tape_at(program, index, fixed.layers, rows);
+  const FixedTape<T> fixed(program, const_cast<T*>(tapes.first), tapes.rows);
+  TileTapes<T> of_layer = tapes;
+  of_layer.first = layer_tape_at(program, index, fixed.layers, tapes.rows);
   if (layer.kind == Kind::coupling) {
-    return coupling_weight_gradient<T>(layer, dense, first, last, count, tape, rows, gradient);
+    return coupling_weight_gradient<T>(layer, dense, first, last, of_layer, gradient, add);
   }
-  standardize_gradient<T>(layer, program.input_size, first, last, rows, tape, gradient);
+  standardize_gradient<T>(layer, program.input_size, first, last, of_layer, gradient, add);
 }
 
 }  // namespace

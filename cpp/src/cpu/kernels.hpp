@@ -56,6 +56,11 @@ struct Layer {
   int64_t mean_offset = 0, log_std_offset = 0;
 };
 
+/// Rows of a unit of a gradient tile. Threads share a tile by whole units, and what is added up row by row is added up
+/// by units, so that no sum depends on the threads.
+constexpr int64_t kGradientUnit = 32;
+constexpr int64_t kMaxGradientUnits = 8;
+
 template <class T>
 struct Program {
   int64_t input_size = 0;
@@ -91,7 +96,15 @@ struct GradientCall {
   bool density = false;             // grad_log_det is the cotangent of log p: that of z is -z times it
   T* log_prob = nullptr;            // density only, may be null: = log p of the rows
   T* grad_in = nullptr;             // null: not wanted
-  T* gradient = nullptr;            // flat; each tile's part is added. null: left to weight_gradient, or not wanted
+  T* gradient = nullptr;            // flat; null: left to weight_gradient, or not wanted
+  bool add = false;                 // to the gradient; else it is replaced
+};
+
+/// The `count` rows of a gradient tile on tapes of `rows` each (the last may hold fewer), `stride` elements apart.
+template <class T>
+struct TileTapes {
+  const T* first;
+  int64_t stride, rows, count;
 };
 
 /// What an Adam update needs besides the arrays, in the arithmetic of the arrays.
@@ -128,17 +141,19 @@ struct Kernels {
                       T* scratch);
   void (*noise)(const Program<T>&, uint64_t seed, uint64_t first_row, int64_t begin, int64_t end, T* z, T* scratch);
 
-  /// Fills Dense::transposed.
-  void (*transpose)(const Dense<T>&, T* transposed);
-  /// Elements of one gradient tile's tape.
-  int64_t (*tape_size)(const Program<T>&);
-  /// Forward and backward of rows [begin, end), at most gradient_rows of them; leaves on the tape what weight_gradient
-  /// needs. Returns the sum of log p over the rows (nll only).
-  double (*gradient_tile)(const Program<T>&, const GradientCall<T>&, int64_t begin, int64_t end, T* tape);
-  /// Adds one tile's part of the gradient of dense layer `dense` of a coupling (of a standardize layer: all of it),
-  /// kernel rows [first, last), and of the bias with the first of them.
-  void (*weight_gradient)(const Program<T>&, int64_t layer, int32_t dense, int64_t first, int64_t last, int64_t rows,
-                          const T* tape, T* gradient);
+  /// Inputs [first, last) of Dense::transposed; first: a multiple of the lanes, last: another or all of them.
+  void (*transpose)(const Dense<T>&, int64_t first, int64_t last, T* transposed);
+  /// Elements of a tape for so many rows.
+  int64_t (*tape_size)(const Program<T>&, int64_t rows);
+  /// Forward and backward of rows [begin, end), a gradient tile or a part of one from one of its units on; leaves what
+  /// weight_gradient needs on the tape, which is laid out for `rows`: a multiple of the lanes. sums: of log p over the
+  /// rows of each unit (nll only).
+  void (*gradient_tile)(const Program<T>&, const GradientCall<T>&, int64_t begin, int64_t end, int64_t rows, T* tape,
+                        double* sums);
+  /// One tile's part of the gradient of dense layer `dense` of a coupling (of a standardize layer: all of it), kernel
+  /// rows [first, last), and of the bias with the first of them: added to what is there, or in its place.
+  void (*weight_gradient)(const Program<T>&, int64_t layer, int32_t dense, int64_t first, int64_t last,
+                          const TileTapes<T>&, T* gradient, bool add);
 
   void (*adam)(const AdamCoefficients&, int64_t count, const T* gradient, T* first_moment, T* second_moment,
                T* parameters);

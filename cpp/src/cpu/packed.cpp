@@ -1,9 +1,5 @@
 #include "packed.hpp"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <atomic>
 #include <bit>
@@ -25,7 +21,6 @@
 namespace nvpflow::cpu {
 namespace {
 
-constexpr std::size_t kAlignment = 64;
 // Bytes that one inference tile's scratch and one gradient tile's tape aim for: in a second-level cache of today, with
 // room for the weights beside the scratch. The tape is written once and read once, its weights' gradients added up tile
 // by tile: more rows save more of that than a smaller tape saves of traffic.
@@ -35,11 +30,11 @@ constexpr std::int64_t kTapeBytes = 800 << 10;
 // and come from afar, that has to be worth while: this part of their size is the aim then, and this multiple of it.
 constexpr std::int64_t kWeightsPerTile = 16, kTapePerWeights = 2;
 constexpr std::int64_t kMaxRowUnits = 8;
+// Inputs that are packed in one go: a multiple of every vector's lanes. Parameters that are worth a thread of their
+// own.
+constexpr std::int64_t kBand = 16, kPackSize = 1 << 14;
 // Weights that are more than this are taken to lie outside the second-level cache, and outside all of them.
 constexpr std::int64_t kNearBytes = 1 << 20, kFarBytes = 16 << 20;
-// Memory of more than a few huge pages asks for them: tiles, tape and weights are read across so many small ones that
-// the processor would spend more time on finding their addresses than on waiting for their content.
-constexpr std::size_t kHugePage = 2 << 20;
 
 std::int64_t round_up(std::int64_t n, std::int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -48,16 +43,6 @@ std::int64_t round_up(std::int64_t n, std::int64_t unit) { return (n + unit - 1)
 std::int64_t segment_of(std::int64_t in) {
   const std::int64_t segments = in >= 64 ? 4 : in >= 32 ? 2 : 1;
   return (in + segments - 1) / segments;
-}
-
-/// A wish: where the system does not grant it, small pages do.
-void ask_for_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] std::size_t size) {
-#if defined(__linux__)
-  if (size < 2 * kHugePage) return;
-  const auto begin = reinterpret_cast<std::uintptr_t>(p);
-  const std::uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, end = begin + size;
-  ::madvise(static_cast<char*>(p) + (first - begin), (end - first) / kHugePage * kHugePage, MADV_HUGEPAGE);
-#endif
 }
 
 /// To the nearest bfloat16 number, ties to the even one; NaN stays NaN.
@@ -79,24 +64,6 @@ void copy_rows(const T* from, std::int64_t from_stride, T* to, std::int64_t to_s
 }
 
 }  // namespace
-
-void AlignedBuffer::Free::operator()(void* p) const noexcept { ::operator delete(p, std::align_val_t{kAlignment}); }
-
-void* AlignedBuffer::reserve(std::int64_t bytes) {
-  if (bytes > capacity_) {
-    memory_.reset();
-    capacity_ = 0;
-    const auto size = static_cast<std::size_t>(bytes);
-    void* p = ::operator new(size, std::align_val_t{kAlignment}, std::nothrow);
-    if (p == nullptr) {
-      throw Error(ErrorCode::out_of_memory, "out of memory: " + std::to_string(bytes) + " bytes of working memory");
-    }
-    ask_for_huge_pages(p, size);
-    memory_.reset(p);
-    capacity_ = bytes;
-  }
-  return memory_.get();
-}
 
 template <class T>
 Packed<T>::Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels<T>& kernels, Weights weights)
@@ -208,67 +175,95 @@ void Packed<T>::add_standardize(const ParamLayout& layout, std::size_t index) {
 
 template <class T>
 void Packed<T>::choose_tiles(const Kernels<T>& kernels) {
-  const auto size = static_cast<std::int64_t>(sizeof(T));
-  const std::int64_t unit = kernels.row_unit;
-  const auto units = [&](std::int64_t target, std::int64_t bytes_of_unit) {
-    return std::clamp<std::int64_t>(target / bytes_of_unit, 1, kMaxRowUnits) * unit;
+  const auto units = [](std::int64_t target, std::int64_t elements_of_unit, std::int64_t most) {
+    return std::clamp<std::int64_t>(target / (elements_of_unit * static_cast<std::int64_t>(sizeof(T))), 1, most);
   };
-  program_.tile_rows = program_.gradient_rows = unit;
+  program_.tile_rows = kernels.row_unit;
   for (const Dense<T>& d : dense_) transposed_size_ += round_up(d.in, lanes_) * d.out;
-  const std::int64_t weights = transposed_size_ * size;
+  const std::int64_t weights = transposed_size_ * static_cast<std::int64_t>(sizeof(T));
   program_.few_at_once = weights > kNearBytes;
   for (Dense<T>& d : dense_) d.far = weights > kFarBytes;
-  program_.tile_rows =
-      units(std::max(kTileBytes, weights / kWeightsPerTile), kernels.transform_scratch(program_) * size);
-  program_.gradient_rows = units(std::max(kTapeBytes, weights * kTapePerWeights), kernels.tape_size(program_) * size);
+  program_.tile_rows = kernels.row_unit * units(std::max(kTileBytes, weights / kWeightsPerTile),
+                                                kernels.transform_scratch(program_), kMaxRowUnits);
+  program_.gradient_rows = kGradientUnit * units(std::max(kTapeBytes, weights * kTapePerWeights),
+                                                 kernels.tape_size(program_, kGradientUnit), kMaxGradientUnits);
 }
 
 template <class T>
 void Packed<T>::pack(const T* parameters) {
   for (std::size_t i = 0; i < dense_.size(); ++i) {
-    pack_dense(sources_[i], dense_[i], parameters);
+    pack_bias(sources_[i], dense_[i], parameters);
+    pack_inputs(sources_[i], dense_[i], parameters, 0, dense_[i].in, nullptr);
     if constexpr (sizeof(T) == 4) {
       if (dense_[i].narrow != nullptr) narrow(dense_[i]);
     }
   }
-  for (Layer<T>& layer : layers_) {
-    if (layer.kind == Kind::standardize) pack_standardize(layer, parameters);
-  }
+  pack_standardize_layers(parameters);
   transposed_ready_.store(false, std::memory_order_relaxed);
 }
 
-/// kernel [in][n] to outputs first .. first + n of the packed weights. In bands of a few inputs: each is read from its
-/// beginning to its end, as the processor expects it.
 template <class T>
-void Packed<T>::pack_kernel(const Dense<T>& dense, const T* kernel, std::int64_t first, std::int64_t n) {
-  constexpr std::int64_t kBand = 16;
-  T* weights = const_cast<T*>(dense.weights);
-  for (std::int64_t i = 0; i < dense.in; i += kBand) {
-    const std::int64_t rows = std::min(kBand, dense.in - i);
-    for (std::int64_t begin = first; begin < first + n;) {
-      // Outputs [begin, end) of this tensor lie in one block of the packed weights.
-      const std::int64_t block = begin / lanes_, end = std::min(first + n, (block + 1) * lanes_);
-      T* to = weights + (block * dense.in + i) * lanes_ + begin % lanes_;
-      const T* from = kernel + i * n + (begin - first);
-      if (lanes_ * static_cast<std::int64_t>(sizeof(T)) == 64) {
-        copy_rows<64 / sizeof(T)>(from, n, to, lanes_, rows, end - begin);
-      } else {
-        copy_rows<32 / sizeof(T)>(from, n, to, lanes_, rows, end - begin);
-      }
-      begin = end;
+void Packed<T>::pack_to_train(const T* parameters, int threads) {
+  place_transposed();
+  for (std::size_t i = 0; i < dense_.size(); ++i) {
+    Dense<T>& d = dense_[i];
+    pack_bias(sources_[i], d, parameters);
+    const std::int64_t inputs = round_up(kPackSize / d.out + 1, kBand);  // that are worth a thread
+    parallel_for(d.in, inputs, threads, [&](std::int64_t begin, std::int64_t end) {
+      pack_inputs(sources_[i], d, parameters, begin, end, const_cast<T*>(d.transposed));
+    });
+  }
+  pack_standardize_layers(parameters);
+  transposed_ready_.store(true, std::memory_order_relaxed);
+}
+
+template <class T>
+void Packed<T>::pack_standardize_layers(const T* parameters) {
+  for (Layer<T>& layer : layers_) {
+    if (layer.kind == Kind::standardize) pack_standardize(layer, parameters);
+  }
+}
+
+template <class T>
+void Packed<T>::pack_bias(const DenseSource& source, Dense<T>& dense, const T* parameters) {
+  T* bias = const_cast<T*>(dense.bias);
+  for (int part = 0; part < 2; ++part) {
+    if (source.columns[part] > 0) {
+      std::copy_n(parameters + source.bias[part], source.columns[part], bias + part * source.columns[0]);
     }
   }
 }
 
+/// Inputs [begin, end); transposed: where Dense::transposed goes as well, or null. In bands of a few inputs: each is
+/// read from its beginning to its end, as the processor expects it, and transposed while it is in the cache.
 template <class T>
-void Packed<T>::pack_dense(const DenseSource& source, Dense<T>& dense, const T* parameters) {
-  T* bias = const_cast<T*>(dense.bias);
-  std::int64_t first = 0;  // output where this tensor begins
-  for (int part = 0; part < 2; ++part) {
-    const std::int64_t n = source.columns[part];
-    if (n > 0) std::copy_n(parameters + source.bias[part], n, bias + first);
-    pack_kernel(dense, parameters + source.kernel[part], first, n);
-    first += n;
+void Packed<T>::pack_inputs(const DenseSource& source, Dense<T>& dense, const T* parameters, std::int64_t begin,
+                            std::int64_t end, T* transposed) {
+  for (std::int64_t i = begin; i < end; i += kBand) {
+    const std::int64_t last = std::min(end, i + kBand);
+    for (int part = 0; part < 2; ++part) {
+      pack_kernel(dense, parameters + source.kernel[part], part * source.columns[0], source.columns[part], i, last);
+    }
+    if (transposed != nullptr) transpose_(dense, i, last, transposed);
+  }
+}
+
+/// Inputs [begin, end) of kernel [in][n] to outputs first .. first + n of the packed weights.
+template <class T>
+void Packed<T>::pack_kernel(const Dense<T>& dense, const T* kernel, std::int64_t first, std::int64_t n,
+                            std::int64_t begin, std::int64_t end) {
+  T* weights = const_cast<T*>(dense.weights);
+  for (std::int64_t o = first; o < first + n;) {
+    // Outputs [o, last) of this tensor lie in one block of the packed weights.
+    const std::int64_t block = o / lanes_, last = std::min(first + n, (block + 1) * lanes_);
+    T* to = weights + (block * dense.in + begin) * lanes_ + o % lanes_;
+    const T* from = kernel + begin * n + (o - first);
+    if (lanes_ * static_cast<std::int64_t>(sizeof(T)) == 64) {
+      copy_rows<64 / sizeof(T)>(from, n, to, lanes_, end - begin, last - o);
+    } else {
+      copy_rows<32 / sizeof(T)>(from, n, to, lanes_, end - begin, last - o);
+    }
+    o = last;
   }
 }
 
@@ -303,18 +298,23 @@ void Packed<T>::pack_standardize(Layer<T>& layer, const T* parameters) {
   layer.log_det = static_cast<T>(-sum);
 }
 
+/// Readers that do not want gradients never look at these pointers.
+template <class T>
+void Packed<T>::place_transposed() const {
+  T* next = static_cast<T*>(transposed_.reserve(transposed_size_ * static_cast<std::int64_t>(sizeof(T))));
+  for (const Dense<T>& d : dense_) {
+    const_cast<Dense<T>&>(d).transposed = next;
+    next += round_up(d.in, lanes_) * d.out;
+  }
+}
+
 template <class T>
 void Packed<T>::ensure_transposed() const {
   if (transposed_ready_.load(std::memory_order_acquire)) return;
   const std::lock_guard<ForkSafeMutex> lock(transpose_mutex_);
   if (transposed_ready_.load(std::memory_order_relaxed)) return;
-  T* next = static_cast<T*>(transposed_.reserve(transposed_size_ * static_cast<std::int64_t>(sizeof(T))));
-  for (const Dense<T>& d : dense_) {
-    // Readers that do not want gradients never look at this pointer.
-    const_cast<Dense<T>&>(d).transposed = next;
-    transpose_(d, next);
-    next += round_up(d.in, lanes_) * d.out;
-  }
+  place_transposed();
+  for (const Dense<T>& d : dense_) transpose_(d, 0, d.in, const_cast<T*>(d.transposed));
   transposed_ready_.store(true, std::memory_order_release);
 }
 

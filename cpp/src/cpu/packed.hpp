@@ -4,29 +4,16 @@
 
 #include <atomic>
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include <nvpflow/device.hpp>
 #include <nvpflow/spec.hpp>
 
+#include "../memory.hpp"
 #include "../parallel.hpp"
 #include "kernels.hpp"
 
 namespace nvpflow::cpu {
-
-/// Memory at 64 bytes, kept when it is large enough. Throws Error(out_of_memory) with the size.
-class AlignedBuffer {
- public:
-  void* reserve(std::int64_t bytes);
-
- private:
-  struct Free {
-    void operator()(void* p) const noexcept;
-  };
-  std::unique_ptr<void, Free> memory_;
-  std::int64_t capacity_ = 0;
-};
 
 template <class T>
 class Packed {
@@ -38,6 +25,8 @@ class Packed {
 
   /// parameters: the flat buffer. Nobody else may use this object meanwhile.
   void pack(const T* parameters);
+  /// The same with the transposed weights, in one go, where weights are not rounded.
+  void pack_to_train(const T* parameters, int threads);
   /// The transposed weights, built on first use after pack(); safe from several threads.
   void ensure_transposed() const;
   const Program<T>& program() const { return program_; }
@@ -50,15 +39,20 @@ class Packed {
 
   void add_coupling(const FlowSpec& spec, const ParamLayout& layout, std::size_t index);
   void add_standardize(const ParamLayout& layout, std::size_t index);
-  void pack_kernel(const Dense<T>& dense, const T* kernel, std::int64_t first, std::int64_t n);
-  void pack_dense(const DenseSource& source, Dense<T>& dense, const T* parameters);
+  void pack_kernel(const Dense<T>& dense, const T* kernel, std::int64_t first, std::int64_t n, std::int64_t begin,
+                   std::int64_t end);
+  void pack_bias(const DenseSource& source, Dense<T>& dense, const T* parameters);
+  void pack_inputs(const DenseSource& source, Dense<T>& dense, const T* parameters, std::int64_t begin,
+                   std::int64_t end, T* transposed);
+  void pack_standardize_layers(const T* parameters);
   void keep_narrow();
   void narrow(Dense<T>& d);
   void pack_standardize(Layer<T>& layer, const T* parameters);
   void choose_tiles(const Kernels<T>& kernels);
+  void place_transposed() const;
 
   std::int64_t lanes_;
-  void (*const transpose_)(const Dense<T>&, T*);
+  void (*const transpose_)(const Dense<T>&, std::int64_t, std::int64_t, T*);
   std::vector<Dense<T>> dense_;
   std::vector<DenseSource> sources_;
   std::vector<DenseGradient> gradients_;
