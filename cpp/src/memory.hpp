@@ -38,7 +38,7 @@ struct AlignedAllocator {
   using value_type = T;
   AlignedAllocator() = default;
   template <class U>
-  AlignedAllocator(const AlignedAllocator<U>&) {}
+  AlignedAllocator(const AlignedAllocator<U>&) noexcept {}  // NOLINT(misc-explicit-constructor): as allocators must be
 
   T* allocate(std::size_t count) {
     return static_cast<T*>(allocate_aligned(static_cast<std::int64_t>(count * sizeof(T))));

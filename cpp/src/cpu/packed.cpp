@@ -8,11 +8,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
-#include <new>
-#include <string>
 
 #include <nvpflow/device.hpp>
-#include <nvpflow/error.hpp>
 #include <nvpflow/spec.hpp>
 
 #include "../parallel.hpp"
