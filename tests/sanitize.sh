@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sanitizers over the tests: tests/sanitize.sh [asan|ubsan|tsan|python|fuzz]... (default: the first four; a quarter of an hour)
+# Sanitizers over the tests: tests/sanitize.sh [asan|ubsan|tsan|python|fuzz]... (default: the first four; ubsan alone takes
+# eleven minutes of a processor, most of them for compiling the kernels)
 #
 #   asan, ubsan, tsan  the C++ tests under AddressSanitizer (with leaks), UndefinedBehaviorSanitizer, ThreadSanitizer
 #   python             the Python tests on an extension built with AddressSanitizer; PYTEST_ARGS: what to run, else the tests
@@ -37,7 +38,7 @@ cpp() {  # NAME SANITIZER...
 python_tests() {
   say "Python tests: address"
   local site=$build/python/site
-  python -m pip install -q --no-build-isolation --no-deps --upgrade --target "$site" -C build-dir="$build/python/build" \
+  CMAKE_BUILD_PARALLEL_LEVEL=$jobs python -m pip install -q --no-build-isolation --no-deps --upgrade --target "$site" -C build-dir="$build/python/build" \
     -C cmake.define.NVPFLOW_CUDA=OFF -C cmake.define.NVPFLOW_SANITIZE=address -C cmake.build-type=RelWithDebInfo \
     -C install.strip=false "$here"
   local compiler=${CXX:-g++}
