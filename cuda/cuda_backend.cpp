@@ -3,19 +3,27 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
 
 #include <nvpflow/backend.hpp>
+#include <nvpflow/device.hpp>
 #include <nvpflow/error.hpp>
+#include <nvpflow/spec.hpp>
 
 #include "../cpp/src/left_right.hpp"
 #include "cuda_training.hpp"
 #include "device_flow.hpp"
+#include "kernels.cuh"
+#include "packed.hpp"
+#include "runtime.hpp"
 #include "staging.hpp"
 
 namespace nvpflow {
@@ -242,7 +250,7 @@ class CudaBackend final : public Backend {
     for (std::int64_t i = 0; i < 3; ++i) lane->send(memory + i * stride, arrays[i], bytes);
     lane->send(memory + 3 * stride, gradient, bytes);
     AdamCall<T> call;
-    const double t = static_cast<double>(step.step);
+    const auto t = static_cast<double>(step.step);
     call.coefficients = {step.beta1,
                          step.beta2,
                          step.epsilon,

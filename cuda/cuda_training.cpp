@@ -2,11 +2,20 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
+#include <memory>
+#include <utility>
 #include <vector>
 
+#include <nvpflow/backend.hpp>
 #include <nvpflow/error.hpp>
+#include <nvpflow/spec.hpp>
 
+#include "../cpp/src/row_order.hpp"
+#include "device_flow.hpp"
+#include "kernels.cuh"
+#include "runtime.hpp"
 #include "training.hpp"
 
 namespace nvpflow::cuda {
@@ -79,7 +88,7 @@ class CudaTraining final : public Training {
       return launch_judge(state, sums(), slices, rows, number, stream_);
     });
     AdamCall<T> call;
-    const double t = static_cast<double>(step.step);
+    const auto t = static_cast<double>(step.step);
     call.coefficients = {step.beta1,
                          step.beta2,
                          step.epsilon,

@@ -1,6 +1,15 @@
 #include "device_flow.hpp"
 
+#include <cstddef>
+#include <cstdint>
 #include <vector>
+
+#include <nvpflow/device.hpp>
+#include <nvpflow/spec.hpp>
+
+#include "kernels.cuh"
+#include "packed.hpp"
+#include "runtime.hpp"
 
 namespace nvpflow::cuda {
 namespace {

@@ -1,10 +1,11 @@
 // Device memory and streams for callers that have no CUDA of their own: the Python bindings.
 
+#include <cstdint>
 #include <memory>
 
 #include <nvpflow/device.hpp>
-#include <nvpflow/error.hpp>
 
+#include "kernels.cuh"
 #include "packed.hpp"
 #include "runtime.hpp"
 #include "staging.hpp"

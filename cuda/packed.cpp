@@ -1,7 +1,14 @@
 #include "packed.hpp"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
+#include <memory>
+
+#include <nvpflow/spec.hpp>
+
+#include "kernels.cuh"
+#include "runtime.hpp"
 
 namespace nvpflow::cuda {
 namespace {

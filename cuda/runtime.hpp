@@ -83,7 +83,7 @@ class OwnedStream {
   ~OwnedStream();
   OwnedStream(const OwnedStream&) = delete;
   OwnedStream& operator=(const OwnedStream&) = delete;
-  operator Stream() const { return stream_; }
+  operator Stream() const { return stream_; }  // NOLINT(misc-explicit-constructor): it is one
 
  private:
   Stream stream_ = nullptr;
@@ -96,7 +96,7 @@ class OwnedEvent {
   ~OwnedEvent();
   OwnedEvent(const OwnedEvent&) = delete;
   OwnedEvent& operator=(const OwnedEvent&) = delete;
-  operator Event() const { return event_; }
+  operator Event() const { return event_; }  // NOLINT(misc-explicit-constructor): it is one
 
  private:
   Event event_ = nullptr;

@@ -1,12 +1,20 @@
 #include "staging.hpp"
 
 #include <algorithm>
+#include <array>
 #include <bit>
+#include <cstdint>
 #include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <utility>
 
 #include <nvpflow/error.hpp>
 
 #include "../cpp/src/parallel.hpp"
+#include "kernels.cuh"
+#include "runtime.hpp"
 
 namespace nvpflow::cuda {
 namespace {
@@ -58,7 +66,7 @@ std::int64_t Lane::chunk_rows(std::int64_t rows, std::int64_t bytes_per_row) {
   return std::min(rows, most / 256 * 256);
 }
 
-void Lane::reserve(Slot& slot, const Call& call) const {
+void Lane::reserve(Slot& slot, const Call& call) {
   // In powers of two, so that calls that grow row by row do not allocate each time.
   const auto rounded = [](std::int64_t bytes) {
     return bytes == 0 ? 0

@@ -67,9 +67,9 @@ class Lane {
   };
   struct Call;
 
-  void reserve(Slot& slot, const Call& call) const;
+  static void reserve(Slot& slot, const Call& call);
   void start(Slot& slot, const Call& call, bool alone);
-  void finish(Slot& slot, const Call& call);
+  static void finish(Slot& slot, const Call& call);
   void abandon() noexcept;
 
   OwnedStream send_, compute_, receive_;

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Linters for C++: tests/lint.sh [tidy|includes|cppcheck]... (default: tidy, which covers includes, and cppcheck)
 #
-#   tidy      clang-tidy with the checks of .clang-tidy; NVPFLOW_LINT_FILES: a pattern of the files' names, else all
+#   tidy      clang-tidy with the checks of .clang-tidy, three minutes of one processor in all; NVPFLOW_LINT_FILES: a pattern of
+#             the files' names, else all
 #   includes  its misc-include-cleaner alone: each file includes what it uses and nothing else; --fix mends it
 #   cppcheck  with what tests/cppcheck.txt lets pass
 #
@@ -31,8 +32,11 @@ SCRIPT
 }
 
 tidy() {  # ARGUMENT...
+  local version
+  version=$(clang-tidy --version | grep -oE '[0-9]+' | head -1)
+  [ "$version" -ge 21 ] || { echo "clang-tidy $version cannot read .clang-tidy: pip install \".[lint]\"" >&2; return 1; }
   sources
-  grep -E "${NVPFLOW_LINT_FILES:-.}" "$build/sources" | xargs -P "$jobs" -n 1 clang-tidy --quiet -p "$build" "$@" 2> "$build/errors" || {
+  grep -E "${NVPFLOW_LINT_FILES:-.}" "$build/sources" | xargs -r -P "$jobs" -n 1 clang-tidy --quiet -p "$build" "$@" 2> "$build/errors" || {
     grep -E 'error:' "$build/errors" || true
     return 1
   }
@@ -55,8 +59,11 @@ for what in "$@"; do
     includes)
       say "includes"
       tidy '--checks=-*,misc-include-cleaner' "${fix[@]}" || [ ${#fix[@]} != 0 ]
-      # It writes our own public headers between quotes.
-      [ ${#fix[@]} = 0 ] || xargs sed -i -E 's|#include "(nvpflow/[a-z]+\.hpp)"|#include <\1>|' < "$build/sources"
+      if [ ${#fix[@]} != 0 ]; then
+        # It writes our own public headers between quotes, and other folders' headers with their whole path.
+        xargs sed -i -E 's|#include "(nvpflow/[a-z]+\.hpp)"|#include <\1>|' < "$build/sources"
+        if xargs grep -n '#include "/' < "$build/sources"; then echo "make these paths relative" >&2; exit 1; fi
+      fi
       ;;
     cppcheck) say "cppcheck" && run_cppcheck ;;
     *) echo "usage: tests/lint.sh [--fix] [tidy|includes|cppcheck]..." >&2; exit 2 ;;

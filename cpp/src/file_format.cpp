@@ -423,8 +423,8 @@ class ContainerReader {
 /// A new file in `folder` under a name of its own, removed again unless it becomes the target.
 class TemporaryFile {
  public:
-  TemporaryFile(const std::string& target, const std::filesystem::path& folder, mode_t mode)
-      : target_(target), file_(create(folder, mode)) {}
+  TemporaryFile(std::string target, const std::filesystem::path& folder, mode_t mode)
+      : target_(std::move(target)), file_(create(folder, mode)) {}
   ~TemporaryFile() {
     if (!path_.empty()) ::unlink(path_.c_str());
   }

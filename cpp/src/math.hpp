@@ -4,6 +4,7 @@
 // the streams below keep the uses of one seed apart.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 // Functions that a device's compiler makes for the device too.
@@ -55,8 +56,8 @@ class Permutation {
                                         pair, stream};
       std::uint32_t word[4];
       philox4x32(seed, counter, word);
-      keys_[2 * pair] = (std::uint64_t{word[1]} << 32) | word[0];
-      keys_[2 * pair + 1] = (std::uint64_t{word[3]} << 32) | word[2];
+      keys_[std::size_t{2} * pair] = (std::uint64_t{word[1]} << 32) | word[0];
+      keys_[std::size_t{2} * pair + 1] = (std::uint64_t{word[3]} << 32) | word[2];
     }
   }
 

@@ -70,7 +70,7 @@ class Job {
 
   /// Works until no part is left to claim.
   void work() {
-    for (std::int64_t part; (part = next_.fetch_add(1, std::memory_order_relaxed)) < parts_;) {
+    for (std::int64_t part = 0; (part = next_.fetch_add(1, std::memory_order_relaxed)) < parts_;) {
       const std::int64_t begin = units_ * part / parts_ * grain_;
       const std::int64_t end = std::min(count_, units_ * (part + 1) / parts_ * grain_);
       try {
@@ -157,7 +157,7 @@ class Pool {
       job_ = nullptr;  // nobody joins any more
     }
     if (!spin_until([this] { return working_.load() == 0; })) {
-      for (int n; (n = working_.load()) != 0;) working_.wait(n);
+      for (int n = working_.load(); n != 0; n = working_.load()) working_.wait(n);
     }
     busy_.store(false, std::memory_order_release);
     return true;

@@ -17,6 +17,7 @@
 #include <span>
 #include <sstream>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -71,7 +72,7 @@ std::uint64_t fingerprint(const void* data, std::size_t bytes, Poll poll) {
   while (bytes >= 8) {
     poll();
     for (std::size_t words = std::min(bytes, kPollBytes) / 8; words > 0; --words, bytes -= 8, p += 8) {
-      std::uint64_t word;
+      std::uint64_t word = 0;
       std::memcpy(&word, p, 8);
       hash = (hash ^ word) * 0x100000001B3ull;
       hash ^= hash >> 29;
@@ -231,8 +232,11 @@ class Trainer {
     const std::string folder = options_.checkpoint.substr(0, slash + 1);
     struct stat status;
     if (::stat(folder.c_str(), &status) != 0) {
+      const int error = errno;
       throw Error(ErrorCode::io,
-                  "checkpoint " + options_.checkpoint + ": its folder cannot be used: " + std::strerror(errno), errno);
+                  "checkpoint " + options_.checkpoint +
+                      ": its folder cannot be used: " + std::generic_category().message(error),
+                  error);
     }
   }
 
@@ -481,7 +485,7 @@ class Trainer {
   }
 
   void write_checkpoint() {
-    if (options_.checkpoint.empty()) return;
+    if (!key_.has_value()) return;  // no checkpoint was asked for
     save_checkpoint(options_.checkpoint, *key_, history_, adam_steps_, arrays());
   }
 
@@ -490,10 +494,13 @@ class Trainer {
     key_ = key();
     struct stat status;
     if (::stat(options_.checkpoint.c_str(), &status) != 0) {
-      if (errno == ENOENT) return;  // none yet
+      const int error = errno;
+      if (error == ENOENT) return;  // none yet
       // Starting over would replace a checkpoint that only could not be seen.
-      throw Error(ErrorCode::io, "checkpoint " + options_.checkpoint + ": cannot be examined: " + std::strerror(errno),
-                  errno);
+      throw Error(
+          ErrorCode::io,
+          "checkpoint " + options_.checkpoint + ": cannot be examined: " + std::generic_category().message(error),
+          error);
     }
     load_checkpoint(options_.checkpoint, *key_, history_, adam_steps_, arrays());
     training_->write();

@@ -120,29 +120,29 @@ py::object convert(PyObject* object, const char* name, DType dtype, Library libr
 
 /// NumPy's number of a DLPack type; NPY_NOTYPE for those it has none for, bfloat16 among them.
 int type_number(const dlpack::DLDataType& type) {
-  const int bits = type.bits;
-  switch (type.code) {
-    case 0:
-      return bits == 8    ? NPY_INT8
-             : bits == 16 ? NPY_INT16
-             : bits == 32 ? NPY_INT32
-             : bits == 64 ? NPY_INT64
-                          : NPY_NOTYPE;
-    case 1:
-      return bits == 8    ? NPY_UINT8
-             : bits == 16 ? NPY_UINT16
-             : bits == 32 ? NPY_UINT32
-             : bits == 64 ? NPY_UINT64
-                          : NPY_NOTYPE;
-    case dlpack::kFloat:
-      return bits == 16 ? NPY_FLOAT16 : bits == 32 ? NPY_FLOAT : bits == 64 ? NPY_DOUBLE : NPY_NOTYPE;
-    case 5:
-      return bits == 64 ? NPY_COMPLEX64 : bits == 128 ? NPY_COMPLEX128 : NPY_NOTYPE;
-    case 6:
-      return bits == 8 ? NPY_BOOL : NPY_NOTYPE;
-    default:
-      return NPY_NOTYPE;
+  struct Known {
+    int code, bits, number;
+  };
+  constexpr Known kKnown[] = {
+      {0, 8, NPY_INT8},
+      {0, 16, NPY_INT16},
+      {0, 32, NPY_INT32},
+      {0, 64, NPY_INT64},
+      {1, 8, NPY_UINT8},
+      {1, 16, NPY_UINT16},
+      {1, 32, NPY_UINT32},
+      {1, 64, NPY_UINT64},
+      {5, 64, NPY_COMPLEX64},
+      {5, 128, NPY_COMPLEX128},
+      {6, 8, NPY_BOOL},
+      {dlpack::kFloat, 16, NPY_FLOAT16},
+      {dlpack::kFloat, 32, NPY_FLOAT},
+      {dlpack::kFloat, 64, NPY_DOUBLE},
+  };
+  for (const Known& known : kKnown) {
+    if (known.code == type.code && known.bits == type.bits) return known.number;
   }
+  return NPY_NOTYPE;
 }
 
 /// An array that comes by DLPack from the host's memory, as a NumPy array that looks at it.
@@ -203,7 +203,7 @@ Library kind_of_results(PyObject* object, Library library) {
 py::object from_outside(PyObject* object, const char* name, DType dtype, Place place, InputArray& in) {
   if (place != Place::host) return convert(object, name, dtype);
   const Library library = library_of(object);
-  const py::object view = host_view(settled(object, library).ptr(), name, library);
+  py::object view = host_view(settled(object, library).ptr(), name, library);
   refuse_rounding(name, dtype, library);
   in.library = kind_of_results(object, library);
   if (in.library != Library::numpy) in.source = py::reinterpret_borrow<py::object>(object);
@@ -289,7 +289,7 @@ void allocate(OutputArray& out, DType dtype, int dims, npy_intp* shape, const In
   out.from_dlpack = from_dlpack_of(like);
   // JAX takes over what begins at a multiple of 64 bytes, and copies what does not.
   constexpr npy_intp kAlignment = 64;
-  npy_intp room = out.bytes + kAlignment;
+  const npy_intp room = out.bytes + kAlignment;
   const auto memory = py::reinterpret_steal<py::object>(PyArray_SimpleNew(1, &room, NPY_UINT8));
   if (!memory) throw py::error_already_set();
   const auto at = reinterpret_cast<std::uintptr_t>(PyArray_DATA(reinterpret_cast<PyArrayObject*>(memory.ptr())));

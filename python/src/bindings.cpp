@@ -94,7 +94,7 @@ void set_error(const Error& error) {
 /// The bytes of a str, bytes or os.PathLike, as the file system wants them.
 std::string path_of(const py::object& path) {
   PyObject* bytes = nullptr;
-  if (PyUnicode_FSConverter(path.ptr(), &bytes) == 0) throw py::error_already_set();
+  if (PyUnicode_FSConverter(path.ptr(), static_cast<void*>(&bytes)) == 0) throw py::error_already_set();
   return py::reinterpret_steal<py::bytes>(bytes);
 }
 
@@ -108,10 +108,8 @@ const LayerSpec& first_coupling(const FlowSpec& spec) {
 }
 
 bool has_standardize(const FlowSpec& spec) {
-  for (const LayerSpec& layer : spec.layers) {
-    if (layer.kind == LayerKind::standardize) return true;
-  }
-  return false;
+  return std::any_of(spec.layers.begin(), spec.layers.end(),
+                     [](const LayerSpec& layer) { return layer.kind == LayerKind::standardize; });
 }
 
 std::string spec_repr(const FlowSpec& spec) {
@@ -475,7 +473,7 @@ class PythonObserver final : public FitObserver {
   static bool goes_on(const py::object& answer) { return answer.ptr() != Py_False; }
 
   py::object on_progress_, on_epoch_;
-  std::chrono::steady_clock::time_point last_{};
+  std::chrono::steady_clock::time_point last_;
   bool training_ = false;  // the preparation is over
 };
 
@@ -685,7 +683,8 @@ void park_if_finalizing() {
 #else
   const bool finalizing = _Py_IsFinalizing() != 0;
 #endif
-  while (finalizing) std::this_thread::sleep_for(std::chrono::hours(1));
+  if (!finalizing) return;
+  for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
 }
 
 GilReleased::~GilReleased() {
@@ -726,6 +725,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
                     "Training met a NaN or infinite loss or gradient (the best weights are kept), or kept no epoch.");
   cuda_error =
       new_exception(module, "CudaError", PyExc_RuntimeError, "CUDA cannot be used here, or a CUDA device failed.");
+  // NOLINTNEXTLINE(performance-unnecessary-value-param): pybind11 says what its translators take
   py::register_exception_translator([](std::exception_ptr p) {
     try {
       if (p) std::rethrow_exception(p);

@@ -274,7 +274,7 @@ template <class Managed>
 struct Export {
   Managed managed{};
   DeviceArray array;
-  explicit Export(const DeviceArray& a) : array(a) {}
+  explicit Export(DeviceArray a) : array(std::move(a)) {}
 };
 
 template <class Managed>
@@ -304,7 +304,7 @@ void free_capsule(PyObject* capsule) {
 
 template <class Managed>
 py::object new_capsule(const DeviceArray& a, const char* name) {
-  Managed* managed = export_tensor<Managed>(a);
+  auto* managed = export_tensor<Managed>(a);
   if constexpr (requires { managed->version; }) managed->version = {kMajor, kMinor};
   PyObject* capsule = PyCapsule_New(managed, name, free_capsule<Managed>);
   if (capsule == nullptr) {
@@ -433,7 +433,7 @@ PyObject* device_result(OutputArray&& out) {
   if (!out.given && out.library == Library::jax) {
     return imported("jax").attr("dlpack").attr("from_dlpack")(out.array).release().ptr();
   }
-  return out.array.release().ptr();
+  return std::move(out.array).release().ptr();
 }
 
 InputArray device_target(PyObject* object, const char* name, DType dtype, int device) {

@@ -69,17 +69,17 @@ double worst(const std::vector<T>& a, const std::vector<T>& b) {
 }
 
 template <class T>
-struct Results {
+struct AllResults {
   std::vector<T> z, log_det, x, inverse_log_det, log_prob, samples, gradient, grad_in, grad_parameters, s, t;
   double nll = 0, nll_of_gradient = 0;
 };
 
 template <class T>
-Results<T> all_results(const Flow& flow, std::int64_t rows) {
+AllResults<T> all_results(const Flow& flow, std::int64_t rows) {
   const std::int64_t d = flow.spec().input_size, p = flow.num_parameters();
   const std::vector<T> in = normals<T>(rows * d, 1), cotangent = normals<T>(rows * d, 2),
                        log_det_cotangent = normals<T>(rows, 3);
-  Results<T> r;
+  AllResults<T> r;
   r.z = r.x = r.grad_in = r.samples = zeros<T>(rows * d);
   r.log_det = r.inverse_log_det = r.log_prob = zeros<T>(rows);
   r.gradient = zeros<T>(p);
@@ -101,7 +101,7 @@ Results<T> all_results(const Flow& flow, std::int64_t rows) {
 template <class T>
 void check_equal(const Flow& cpu, const Flow& cuda, std::int64_t rows) {
   CAPTURE(rows);
-  const Results<T> a = all_results<T>(cuda, rows), b = all_results<T>(cpu, rows);
+  const AllResults<T> a = all_results<T>(cuda, rows), b = all_results<T>(cpu, rows);
   CHECK(worst(a.z, b.z) < kBudget<T>);
   CHECK(worst(a.log_det, b.log_det) < kBudget<T>);
   CHECK(worst(a.x, b.x) < kBudget<T>);

@@ -563,7 +563,7 @@ NVPFLOW_INLINE void gather_tile(RowPointer row, int64_t count, int64_t columns, 
   }
   for (; r < rows; ++r) {
     const T* in = r < count ? row(r) : nullptr;
-    for (int64_t j = 0; j < columns; ++j) out[j * rows + r] = in == nullptr ? T(0) : in[j];
+    for (int64_t j = 0; j < columns; ++j) out[j * rows + r] = r < count ? in[j] : T(0);
   }
 }
 

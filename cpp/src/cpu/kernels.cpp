@@ -1,6 +1,8 @@
 // Built once per instruction set, with its flags and NVPFLOW_ISA_NAME set to its name. Includes only what emits no
 // shared symbol; offers one table.
 
+#include <cstdint>
+
 #include "kernels.hpp"
 #include "simd.hpp"
 // The kernels, in the order in which they build on each other.
@@ -82,7 +84,7 @@ void transform_rows(const Program<T>& program, const TransformCall<T>& call, int
     T* state = s.state + r * stride;
     T log_det = sum_lanes<T>(load<T>(s.partial + r * kLanes<T>));
     const T poison = s.poison[r];
-    if (poison != poison) {
+    if (__builtin_isnan(poison)) {
       for (int64_t j = 0; j < features; ++j) state[j] = poison;
       log_det = poison;
     }
@@ -98,7 +100,7 @@ void transform_rows(const Program<T>& program, const TransformCall<T>& call, int
 template <class T>
 void transform(const Program<T>& program, const TransformCall<T>& call, int64_t begin, int64_t end, T* scratch) {
   for (int64_t r = begin; r < end;) {
-    int64_t count = smaller(program.tile_rows, end - r);
+    const int64_t count = smaller(program.tile_rows, end - r);
     const int64_t few = count % kLanes<T>;
     if (program.few_at_once && call.in != nullptr && count >= kLanes<T> && count < 2 * kLanes<T>) {
       const int64_t parts = (count + kMaxFewRows<T> - 1) / kMaxFewRows<T>;

@@ -291,7 +291,7 @@ template <class T>
 void Packed<T>::pack_standardize(Layer<T>& layer, const T* parameters) {
   double sum = 0;
   for (std::int64_t j = 0; j < program_.input_size; ++j) {
-    const double log_std = static_cast<double>(parameters[layer.log_std_offset + j]);
+    const auto log_std = static_cast<double>(parameters[layer.log_std_offset + j]);
     const_cast<T*>(layer.mean)[j] = parameters[layer.mean_offset + j];
     const_cast<T*>(layer.std)[j] = static_cast<T>(std::exp(log_std));
     const_cast<T*>(layer.inverse_std)[j] = static_cast<T>(std::exp(-log_std));

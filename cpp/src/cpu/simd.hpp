@@ -731,7 +731,7 @@ template <class T>
 NVPFLOW_INLINE Vec<T> log(Vec<T> x) {
   using Int = typename Simd<T>::Int;
   constexpr Int kRootHalf = sizeof(T) == 4 ? Int(0x3f3504f3) : Int(0x3fe6a09e667f3bcdll);
-  const IntVec<T> bits = (IntVec<T>)x;
+  const auto bits = (IntVec<T>)x;
   const IntVec<T> exponent = (bits - kRootHalf) >> Simd<T>::kMantissaBits;
   const Vec<T> f = (Vec<T>)(bits - (exponent << Simd<T>::kMantissaBits)) - T(1);  // in [sqrt 1/2 - 1, sqrt 2 - 1)
   const Vec<T> n = (Vec<T>)(exponent + (IntVec<T>)set1(Simd<T>::kRoundMagic)) - Simd<T>::kRoundMagic;
