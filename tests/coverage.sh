@@ -37,7 +37,7 @@ cpp_tests() {
 python_tests() {
   say "Python tests"
   # Left out: what installs, builds or measures other copies of the package, what repeats calls by the thousand to see that
-  # they keep no memory, and its hardening, which a debug build lacks.
+  # they keep no memory, how long an import takes, and the hardening, which a debug build lacks.
   local tests=()
   for file in "$here"/tests/test_*.py; do
     case $file in
@@ -48,7 +48,7 @@ python_tests() {
   cd "$out"
   # shellcheck disable=SC2086
   PYTHONPATH=$out/site COVERAGE_FILE=$out/.coverage python -m coverage run --rcfile "$here/pyproject.toml" -m pytest -q \
-    -k "not hardened and not memory_does_not_grow" -p no:cacheprovider -c "$here/pyproject.toml" --rootdir "$here" \
+    -k "not hardened and not fortified and not memory_does_not_grow and not takes_less_than" -p no:cacheprovider -c "$here/pyproject.toml" --rootdir "$here" \
     ${PYTEST_ARGS:-"${tests[@]}"}
   cd "$here"
 }

@@ -304,10 +304,10 @@ def try_mutant(runner: Runner, mutant: Mutant, programs: list[Test], tests: list
     try:
         chosen = quickest(programs, mutant.number, seconds)
         if chosen:
-            # In one world: it takes longer to make than most of these to run.
-            script = "\n".join(
-                f"echo {shlex.quote(test.name)}; {shlex.join(test.command)} > log || exit" for test in chosen
-            )
+            # In one world, which takes longer to make than most of these to run.
+            log = shlex.quote(str(folder / "log"))
+            lines = (f"echo {shlex.quote(test.name)}; {shlex.join(test.command)} > {log} || exit" for test in chosen)
+            script = "\n".join(lines)
             status = runner.run(folder, ["sh", "-c", script], 20 + 10 * sum(t.seconds for t in chosen), **switch)
             if status != 0:
                 name = folder.with_suffix(".log").read_text().split("\n")[-2]
