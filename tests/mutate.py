@@ -308,7 +308,7 @@ def try_mutant(runner: Runner, mutant: Mutant, programs: list[Test], tests: list
             log = shlex.quote(str(folder / "log"))
             lines = (f"echo {shlex.quote(test.name)}; {shlex.join(test.command)} > {log} || exit" for test in chosen)
             script = "\n".join(lines)
-            status = runner.run(folder, ["sh", "-c", script], 20 + 10 * sum(t.seconds for t in chosen), **switch)
+            status = runner.run(folder, ["sh", "-c", script], 20 + 3 * sum(t.seconds for t in chosen), **switch)
             if status != 0:
                 name = folder.with_suffix(".log").read_text().split("\n")[-2]
                 return name if status is not None else f"{name}, which did not end"
@@ -317,7 +317,7 @@ def try_mutant(runner: Runner, mutant: Mutant, programs: list[Test], tests: list
             folder.mkdir(exist_ok=True)
             names = folder / "tests.txt"
             names.write_text("\n".join(str(runner.scratch / "tree" / test.name) for test in chosen))
-            status = runner.run(folder, runner.pytest(f"@{names}"), 60 + 10 * sum(t.seconds for t in chosen), **switch)
+            status = runner.run(folder, runner.pytest(f"@{names}"), 30 + 3 * sum(t.seconds for t in chosen), **switch)
             if status != 0:
                 found = re.findall(
                     r"^(?:FAILED|ERROR) (\S+)", folder.with_suffix(".log").read_text(errors="replace"), re.M

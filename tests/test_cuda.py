@@ -554,6 +554,23 @@ class TestDeviceArrayErrors:
             with pytest.raises(ValueError, match="x is on cuda:1, the flow on cuda:0"):
                 flow.log_prob(nvpflow.cuda.array(x, "cuda:1"))
 
+    def test_the_second_of_two_inputs(self, pair):
+        _, flow, _, x = pair()
+        rows, ones = nvpflow.cuda.array(x), np.ones(len(x), np.float32)
+        with pytest.raises(ValueError, match=r"^grad_log_det is on the CPU, x on cuda:0"):
+            flow.vjp(rows, None, ones)
+        with pytest.raises(ValueError, match=r"^grad_log_det has shape \(3,\), expected \(200,\)"):
+            flow.vjp(rows, None, nvpflow.cuda.array(ones[:3]))
+        with pytest.raises(ValueError, match=r"^grad_log_det is on a CUDA device, x in the host's memory"):
+            flow.vjp(x, None, nvpflow.cuda.array(ones))
+
+    def test_what_an_array_says_of_itself(self, pair):
+        _, _, _, x = pair()
+        array = nvpflow.cuda.array(x)
+        assert repr(array) == "DeviceArray(shape=(200, 6), dtype='float32', device='cuda:0')"
+        with pytest.raises(TypeError, match="another dtype than float32 or float64"):
+            _core._host_array(InterfaceAlone(array, typestr="<i4"))
+
     def test_wrong_dtype_and_shape(self, pair):
         _, flow, _, x = pair()
         with pytest.raises(TypeError, match="x has dtype float64, expected float32"):

@@ -15,6 +15,7 @@
 #include <iterator>
 #include <limits>
 #include <map>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -414,6 +415,40 @@ TEST_CASE("names of columns come back with the model and its copies") {
   CHECK_NOTHROW(flow.set_column_names({"", "", std::string(kLongest, 'n')}));
   check_refused(ErrorCode::invalid_argument, "column_names takes 16777217 bytes as JSON, expected at most 16777216",
                 [&] { flow.set_column_names({"", "", std::string(kLongest + 1, 'n')}); });
+}
+
+TEST_CASE("a flow is assigned with all it has, and loaded under the spec that is expected") {
+  const Folder folder;
+  const std::string path = folder / "model.safetensors";
+  const std::vector<float> x = {0.5f, -1.0f, 2.0f};
+  const auto log_prob = [&](const Flow& flow) {
+    std::vector<float> out(1);
+    flow.log_prob(std::span<const float>(x), std::span<float>(out));
+    return out[0];
+  };
+  Flow flow(FlowSpec::real_nvp(3, 2, {4}), 1);
+  flow.set_column_names({"a", "b", "c"});
+  flow.set_num_threads(2);
+  flow.save(path);
+
+  Flow copy(FlowSpec::real_nvp(5));
+  copy = flow;
+  CHECK(copy.spec() == flow.spec());
+  CHECK(copy.column_names() == flow.column_names());
+  CHECK(copy.num_threads() == 2);
+  CHECK(log_prob(copy) == log_prob(flow));
+  const Flow& itself = copy;
+  copy = itself;
+  CHECK(log_prob(copy) == log_prob(flow));
+  copy.set_parameters<float>(std::vector<float>(static_cast<std::size_t>(flow.num_parameters())));
+  CHECK(log_prob(copy) != log_prob(flow));
+  copy = Flow(flow);
+  CHECK(log_prob(copy) == log_prob(flow));
+
+  CHECK(log_prob(Flow::load(path, flow.spec())) == log_prob(flow));
+  check_refused(ErrorCode::file_format, "layers[0].hidden_sizes is [4] in the file, expected [5]",
+                [&] { Flow::load(path, FlowSpec::real_nvp(3, 2, {5})); });
+  check_refused(ErrorCode::invalid_argument, "input_size is 0", [&] { Flow::load(path, FlowSpec()); });
 }
 
 TEST_CASE("a float64 model without hidden layers comes back as it was saved") {
@@ -1026,6 +1061,23 @@ class PreparationOnly final : public FitObserver {
 };
 
 }  // namespace
+
+TEST_CASE("data that no fit can use are refused") {
+  Flow flow(FlowSpec::real_nvp(3, 1, {}));
+  const std::vector<float> x(30);
+  const std::vector<double> wide(30);
+  const auto rows = [&](std::size_t elements) { return std::span<const float>(x).first(elements); };
+  FitOptions options;
+  options.batch_size = 4;
+  check_refused(ErrorCode::type_mismatch, "x is not float32 as the flow is",
+                [&] { fit<double>(flow, wide, {}, options); });
+  check_refused(ErrorCode::invalid_argument, "x holds 29 elements, expected a multiple of input_size 3",
+                [&] { fit<float>(flow, rows(29), {}, options); });
+  check_refused(ErrorCode::invalid_argument, "validation holds 4 elements, expected a multiple of input_size 3",
+                [&] { fit<float>(flow, rows(30), rows(4), options); });
+  check_refused(ErrorCode::invalid_argument, "of 9 rows, which is less than one row",
+                [&] { fit<float>(flow, rows(27), {}, options); });
+}
 
 TEST_CASE("a fit can be stopped while it takes the fingerprint of large data for its checkpoint") {
   const Folder folder;
