@@ -489,7 +489,7 @@ class TemporaryFile {
 std::filesystem::path follow_links(const std::string& path) {
   std::filesystem::path target = path;
   constexpr int kMostLinks = 40;  // as Linux itself
-  for (int i = 0; i < kMostLinks; ++i) {
+  for (int i = 0; i <= kMostLinks; ++i) {
     std::error_code error;
     const std::filesystem::file_status status = std::filesystem::symlink_status(target, error);
     if (error && status.type() != std::filesystem::file_type::not_found) {
@@ -575,7 +575,7 @@ json parse_metadata_json(const std::string& text) {
   std::vector<std::set<std::string>> keys;  // of the objects that are open
   const auto check = [&](int depth, json::parse_event_t event, json& parsed) {
     using Event = json::parse_event_t;
-    if ((event == Event::object_start || event == Event::array_start) && depth > kMaxJsonDepth) {
+    if ((event == Event::object_start || event == Event::array_start) && depth >= kMaxJsonDepth) {
       throw Error(ErrorCode::file_format, "the JSON is nested too deeply");
     }
     if (event == Event::object_start) keys.emplace_back();
