@@ -403,12 +403,18 @@ TEST_CASE("names of columns come back with the model and its copies") {
   other.set_column_names({"east", "up", "north"});
   check_refused(ErrorCode::file_format, "model.safetensors: column 2 is '', expected 'up'",
                 [&] { other.reload(path); });
+  other.set_column_names({"West", "", ""});
+  check_refused(ErrorCode::file_format, "column 1 is 'east', expected 'West'", [&] { other.reload(path); });
+  other.set_column_names(names);
+  other.reload(path);
   other.set_column_names({});
   other.reload(path);
   CHECK(other.column_names().empty());
   check_refused(ErrorCode::invalid_argument, "column_names holds 2 names, expected 3 or none",
                 [&] { flow.set_column_names({"a", "b"}); });
   check_refused(ErrorCode::invalid_argument, "not UTF-8", [&] { flow.set_column_names({"a", "b", "\xff"}); });
+  check_refused(ErrorCode::invalid_argument, "column_names holds 2 names, expected 3 or none",
+                [&] { save_model(path, flow.spec(), flow.layout(), flow.parameters<float>().data(), {"a", "b"}); });
   CHECK(flow.column_names() == names);
 
   constexpr std::size_t kLongest = (1 << 24) - std::string_view(R"(["","",""])").size();
@@ -495,6 +501,13 @@ TEST_CASE("any tensors and metadata make a container") {
   check_refused(ErrorCode::invalid_argument, "not UTF-8", [&] { write_tensor_file(path, {{"key", "\xff"}}, {}); });
 }
 
+TEST_CASE("a header longer than any reader takes is not written") {
+  const Folder folder;
+  check_refused(ErrorCode::invalid_argument, "bytes, expected at most 100000000",
+                [&] { write_tensor_file(folder / "any.safetensors", {{"key", std::string(100'000'000, 'x')}}, {}); });
+  CHECK(folder.entries() == 0);
+}
+
 TEST_CASE("a tensor has up to eight sizes, whose product fits a file") {
   const Folder folder;
   const std::string path = folder / "any.safetensors";
@@ -567,6 +580,21 @@ TEST_CASE("tensors alone: the spec is inferred for any number of flows and hidde
   }
 }
 
+TEST_CASE("tensors alone of float64 make a float64 model") {
+  const Folder folder;
+  const std::string path = folder / "model.safetensors";
+  const std::vector<double> values = {0.1, 0.2, 0.3, 0.4};
+  write_tensor_file(path, {},
+                    {{"flow_0_scale.kernel", DType::float64, {1, 1}, &values[0]},
+                     {"flow_0_scale.bias", DType::float64, {1}, &values[1]},
+                     {"flow_0_translation.kernel", DType::float64, {1, 1}, &values[2]},
+                     {"flow_0_translation.bias", DType::float64, {1}, &values[3]}});
+  const LoadedModel loaded = load_model(path, nullptr);
+  CHECK(loaded.spec == FlowSpec::real_nvp(2, 1, {}, Activation::relu, 1.0, false, DType::float64));
+  REQUIRE(loaded.parameters.size() == 32);
+  CHECK(std::memcmp(loaded.parameters.data(), values.data(), 32) == 0);
+}
+
 TEST_CASE("tensors alone that make no model are refused by name") {
   const Folder folder;
   const std::string path = folder / "model.safetensors";
@@ -613,16 +641,17 @@ TEST_CASE("tensors alone that make no model are refused by name") {
 TEST_CASE("a description of many more tensors than the file holds is refused before they are listed") {
   const Folder folder;
   const std::string path = folder / "model.safetensors";
-  const FlowSpec spec = FlowSpec::real_nvp(2, 17, {});  // 68 tensors
+  const FlowSpec spec = FlowSpec::real_nvp(2, 18, {});  // 72 tensors
   const std::map<std::string, std::string> metadata = {
       {"nvpflow.format_version", "1.0"}, {"nvpflow.dtype", "float32"}, {"nvpflow.spec", spec_to_json(spec)}};
-  std::vector<FileTensor> tensors = {{"a", DType::float32, {0}, nullptr}};
+  std::vector<FileTensor> tensors;
+  for (const char* name : {"a", "b", "c"}) tensors.push_back({name, DType::float32, {0}, nullptr});
   const auto refused = [&](const std::string& fragment) {
     write_tensor_file(path, metadata, tensors);
     check_refused(ErrorCode::file_format, fragment, [&] { load_model(path, nullptr); });
   };
-  refused("the file holds 1 tensors, expected the 68 of its description");
-  tensors.push_back({"b", DType::float32, {0}, nullptr});
+  refused("the file holds 3 tensors, expected the 72 of its description");
+  tensors.push_back({"d", DType::float32, {0}, nullptr});
   refused("tensor 'flow_0_scale.kernel' is missing, expected float32 of shape [1, 1]");
 }
 
@@ -705,16 +734,26 @@ TEST_CASE("a header that lies is refused with what is wrong") {
     refused("shape of tensor 't' holds 18446744073709551615", one("\"F32\"", "[18446744073709551615]", "[0,8]"), 8);
     refused("shape of tensor 't' holds a string", one("\"F32\"", "[\"2\"]", "[0,8]"), 8);
     refused("shape of tensor 't' holds a list of more than 8", one("\"F32\"", "[1,1,1,1,1,1,1,1,1]", "[0,4]"), 4);
-    refused("shape of tensor 't' is null", one("\"F32\"", "null", "[0,8]"), 8);
+    refused("shape of tensor 't' is null, expected a list of up to 8 sizes, whole numbers >= 0",
+            one("\"F32\"", "null", "[0,8]"), 8);
+    refused("shape of tensor 't' is a string", one("\"F32\"", "\"F32\"", "[0,8]"), 8);
+    refused("shape of tensor 't' holds an object", one("\"F32\"", "[{}]", "[0,8]"), 8);
+    refused("dtype of tensor 't' is an object, expected 'F32' or 'F64'", one("{}", "[2]", "[0,8]"), 8);
     refused("data_offsets of tensor 't' is a list of 1 numbers", one("\"F32\"", "[2]", "[8]"), 8);
-    refused("data_offsets of tensor 't' is a boolean", one("\"F32\"", "[2]", "true"), 8);
+    refused("data_offsets of tensor 't' is a boolean, expected a list of two byte offsets, whole numbers >= 0",
+            one("\"F32\"", "[2]", "true"), 8);
     refused("tensor 't' has no field data_offsets", R"({"t":{"dtype":"F32","shape":[2]}})", 8);
     refused("tensor 't' has the unknown field 'more'", R"({"t":{"more":1}})", 8);
     refused("tensor 't' has the field shape twice", R"({"t":{"shape":[2],"shape":[2]}})", 8);
     refused("tensor 't' appears twice", object(good + "," + tensor("t", "\"F32\"", "[2]", "[8,16]")), 16);
+    refused(
+        "tensor 't' appears twice",
+        object(good + "," + tensor("u", "\"F32\"", "[2]", "[8,16]") + "," + tensor("t", "\"F32\"", "[2]", "[16,24]")),
+        24);
     refused("tensor 't' is a string, expected an object", R"({"t":"F32"})", 0);
     refused("__metadata__ is an array, expected an object", R"({"__metadata__":[]})", 0);
     refused("metadata key 'a' is a number, expected a string", R"({"__metadata__":{"a":1}})", 0);
+    refused("metadata key 'a' is an object, expected a string", R"({"__metadata__":{"a":{}}})", 0);
     refused("metadata key 'a' appears twice", R"({"__metadata__":{"a":"","a":""}})", 0);
     refused("holds __metadata__ twice", R"({"__metadata__":{},"__metadata__":{}})", 0);
     refused("'\\x0a\\xc3\\xa9' is a string", "{\"\\n\u00e9\":\"\"}", 0);
@@ -884,6 +923,7 @@ TEST_CASE("the spec's JSON comes back equal, and every wrong field is named") {
   refused("not valid JSON", coupling("false", "[8]", "\"relu\"", "1e999"));
   refused("the spec is '[]', expected an object", "[]");
   refused("input_size is missing", "{}");
+  refused("input_size is missing", R"({"dtype":{"layers":1},"layers":[]})");
   refused("'input_sizes' is not a field", R"({"input_size":4,"dtype":"float32","layers":[],"input_sizes":4})");
   refused("the key 'dtype' appears twice", R"({"input_size":4,"dtype":"float32","dtype":"float32","layers":[]})");
   refused("input_size is '4.0', expected a whole number", R"({"input_size":4.0,"dtype":"float32","layers":[]})");
@@ -909,6 +949,11 @@ TEST_CASE("the spec's JSON comes back equal, and every wrong field is named") {
   refused("nested too deeply", std::string(100'000, '['));
   refused("nested too deeply", std::string(9, '[') + std::string(9, ']'));
   refused("the spec is '[[[[[[[[]]]]]]]]', expected an object", std::string(8, '[') + std::string(8, ']'));
+  refused("the spec is '[[[[[[[[1]]]]]]]]', expected an object", std::string(8, '[') + "1" + std::string(8, ']'));
+  std::string objects;
+  for (int i = 0; i < 8; ++i) objects += R"({"a":)";
+  refused("nested too deeply", objects + "{}" + std::string(8, '}'));
+  refused("dtype is '[\"\\u00e9\"]', expected a string", "{\"input_size\":4,\"layers\":[],\"dtype\":[\"\u00e9\"]}");
   refused("not valid JSON", std::string(1 << 24, ' '));
   refused("dtype is '\"" + std::string(79, 'x') + "..', expected a known name",
           R"({"input_size":4,"layers":[],"dtype":")" + std::string(81, 'x') + R"("})");
@@ -996,6 +1041,10 @@ TEST_CASE("save keeps the mode of an existing file and gives a new one what the 
   Model().save(path);
   ::umask(old);
   CHECK((fs::status(path).permissions() & fs::perms::mask) == static_cast<fs::perms>(0640));
+  ::umask(0);
+  Model().save(folder / "open");
+  ::umask(old);
+  CHECK((fs::status(folder / "open").permissions() & fs::perms::mask) == static_cast<fs::perms>(0666));
   fs::permissions(path, static_cast<fs::perms>(0606));
   Model().save(path);
   CHECK((fs::status(path).permissions() & fs::perms::mask) == static_cast<fs::perms>(0606));
