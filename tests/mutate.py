@@ -50,7 +50,8 @@ FILES = (
     "python/src/layout.hpp",
     "python/nvpflow/_checks.py",
 )
-PROGRAMS = (("test_core",), ("replay_layout", str(HERE / "fuzz/corpus_layout")))
+DOCTESTS = ("test_core",)  # each case of theirs is a test
+REPLAYS = (("replay_layout", str(HERE / "fuzz/corpus_layout")),)
 TESTS = ("arrays", "faults", "files", "flow", "functional", "properties", "robustness", "weights")
 MEMORY_BYTES = 12 << 30  # of addresses; the libraries of Python reserve some gigabytes
 
@@ -113,6 +114,7 @@ def configure(scratch: Path) -> None:
     )
     options = {
         "CMAKE_BUILD_TYPE": "Debug",
+        "CMAKE_CXX_FLAGS_DEBUG": "-O1 -g0",
         "CMAKE_EXPORT_COMPILE_COMMANDS": "ON",
         "NVPFLOW_CUDA": "OFF",
         "NVPFLOW_PYTHON": "ON",
@@ -170,7 +172,7 @@ def write_mutants(scratch: Path, file: str, mutants: list[Mutant]) -> list[Mutan
 
 
 def build(scratch: Path, jobs: int) -> None:
-    targets = [program for program, *_ in PROGRAMS] + ["_core"]
+    targets = [*DOCTESTS, *(program for program, *_ in REPLAYS), "_core"]
     subprocess.run(["cmake", "--build", scratch / "build", "-j", str(jobs), "--target", *targets], check=True)
     site = scratch / "site" / "nvpflow"
     shutil.rmtree(site.parent, ignore_errors=True)
@@ -184,10 +186,11 @@ def build(scratch: Path, jobs: int) -> None:
 
 @dataclass
 class Test:
-    """A program, or one test of pytest."""
+    """One test of pytest, or the command that is the test."""
 
     name: str
-    seconds: float
+    command: list[str] = field(default_factory=list)
+    seconds: float = 0.0
     reached: set[int] = field(default_factory=set)
 
 
@@ -221,9 +224,17 @@ class Runner:
                 process.wait()
                 return None
 
-    def program(self, name: str) -> list[str]:
-        words = next(words for words in PROGRAMS if words[0] == name)
-        return [str(self.scratch / "build/tests" / words[0]), *words[1:]]
+    def programs(self) -> list[Test]:
+        """What is no test of pytest."""
+        folder = self.scratch / "build/tests"
+        tests = []
+        for name in DOCTESTS:
+            program = str(folder / name)
+            listed = subprocess.run([program, "-ltc", "-nh", "-nv"], capture_output=True, text=True, check=True)
+            cases = [line for line in listed.stdout.splitlines() if line and not line.startswith(("[doctest]", "==="))]
+            # In a filter a comma begins the next one, and ? stands for any character.
+            tests += [Test(case, [program, "-tc=" + re.sub(r'[,"\\*]', "?", case)]) for case in cases]
+        return tests + [Test(name, [str(folder / name), *words]) for name, *words in REPLAYS]
 
     def pytest(self, *arguments: str) -> list[str]:
         tree = self.scratch / "tree"
@@ -235,21 +246,20 @@ def first_run(runner: Runner, python: bool) -> tuple[list[Test], list[Test]]:
     """All tests without a mutant: how long they take, and which mutants they come past."""
     folder = runner.scratch / "run" / "first"
     reached = runner.scratch / "run" / "reached"
-    programs = []
+    programs = runner.programs()
 
     def fail(what: str) -> None:
         sys.exit(f"{what} fails without any mutant:\n{folder.with_suffix('.log').read_text()[-4000:]}")
 
-    for name, *_ in PROGRAMS:
+    for program in programs:
         reached.write_bytes(bytes(NOTES_BYTES))
         began = time.monotonic()
-        status = runner.run(
-            folder, runner.program(name), 600, writable=runner.scratch, NVPFLOW_MUTANTS_REACHED=str(reached)
-        )
+        status = runner.run(folder, program.command, 600, writable=runner.scratch, NVPFLOW_MUTANTS_REACHED=str(reached))
         if status != 0:
-            fail(name)
-        notes = reached.read_bytes()
-        programs.append(Test(name, time.monotonic() - began, {i for i, byte in enumerate(notes) if byte}))
+            fail(program.name)
+        program.seconds = time.monotonic() - began
+        program.reached = {number for number, byte in enumerate(reached.read_bytes()) if byte}
+    programs.sort(key=lambda test: test.seconds)
     if not python:
         return programs, []
     notes_path = runner.scratch / "run" / "notes.json"
@@ -263,27 +273,51 @@ def first_run(runner: Runner, python: bool) -> tuple[list[Test], list[Test]]:
     if status != 0:
         fail("pytest")
     notes = json.loads(notes_path.read_text())
-    tests = [Test(name, note["seconds"], set(note["reached"])) for name, note in notes.items()]
-    return programs, sorted(tests, key=lambda test: test.seconds)
+    tests = [Test(name, [], note["seconds"], set(note["reached"])) for name, note in notes.items()]
+    return programs, in_turn(tests)
 
 
-def try_mutant(runner: Runner, mutant: Mutant, programs: list[Test], tests: list[Test]) -> str:
+def in_turn(tests: list[Test]) -> list[Test]:
+    """The quickest of each file, then the second of each: one file's tests look at much the same things."""
+    turns: Counter[str] = Counter()
+    places = {}
+    for test in sorted(tests, key=lambda test: test.seconds):
+        file = test.name.split("::")[0]
+        places[test.name] = (turns[file], test.seconds)
+        turns[file] += 1
+    return sorted(tests, key=lambda test: places[test.name])
+
+
+def quickest(tests: list[Test], number: int, seconds: float) -> list[Test]:
+    """Of the tests that come past the mutant, those first in line that take no longer than so many seconds together."""
+    chosen = []
+    for test in tests:
+        if number in test.reached and (seconds := seconds - test.seconds) >= 0:
+            chosen.append(test)
+    return chosen
+
+
+def try_mutant(runner: Runner, mutant: Mutant, programs: list[Test], tests: list[Test], seconds: float) -> str:
     """What noticed the mutant; "" for nothing."""
     folder = runner.scratch / "run" / f"mutant-{mutant.number}"
     switch = {"NVPFLOW_MUTANT": str(mutant.number)}
     try:
-        for program in programs:
-            if mutant.number not in program.reached:
-                continue
-            status = runner.run(folder, runner.program(program.name), 20 + 10 * program.seconds, **switch)
+        chosen = quickest(programs, mutant.number, seconds)
+        if chosen:
+            # In one world, which takes longer to make than most of these to run.
+            log = shlex.quote(str(folder / "log"))
+            lines = (f"echo {shlex.quote(test.name)}; {shlex.join(test.command)} > {log} || exit" for test in chosen)
+            script = "\n".join(lines)
+            status = runner.run(folder, ["sh", "-c", script], 20 + 3 * sum(t.seconds for t in chosen), **switch)
             if status != 0:
-                return program.name if status is not None else f"{program.name}, which did not end"
-        chosen = [test for test in tests if mutant.number in test.reached]
+                name = folder.with_suffix(".log").read_text().split("\n")[-2]
+                return name if status is not None else f"{name}, which did not end"
+        chosen = quickest(tests, mutant.number, seconds)
         if chosen:
             folder.mkdir(exist_ok=True)
             names = folder / "tests.txt"
             names.write_text("\n".join(str(runner.scratch / "tree" / test.name) for test in chosen))
-            status = runner.run(folder, runner.pytest(f"@{names}"), 60 + 10 * sum(t.seconds for t in chosen), **switch)
+            status = runner.run(folder, runner.pytest(f"@{names}"), 30 + 3 * sum(t.seconds for t in chosen), **switch)
             if status != 0:
                 found = re.findall(
                     r"^(?:FAILED|ERROR) (\S+)", folder.with_suffix(".log").read_text(errors="replace"), re.M
@@ -333,6 +367,10 @@ def main() -> int:
         "--jobs", type=int, default=os.cpu_count() or 1, help="mutants at a time (default: the processors)"
     )
     parser.add_argument("--scratch", type=Path, help="where the copy is built and kept (default: a temporary folder)")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"),
+        help="of C++ tests and of Python tests on each mutant, quickest first; what survives those may not survive all",
+    )  # fmt: skip
     parser.add_argument("--no-python", action="store_true", help="the C++ tests alone")
     parser.add_argument("--survivors", type=Path, help="write them there, as entries for equivalent.toml")
     parser.add_argument("--list", action="store_true", help="print the mutants and end")
@@ -367,7 +405,7 @@ def run(arguments, scratch: Path, files: list[str], mutants: list[Mutant], by_ke
     compiled = []
     for file in FILES:
         mine = [mutant for mutant in mutants if mutant.file == file]
-        compiled += write_mutants(scratch, file, mine) if file in files else []
+        compiled += write_mutants(scratch, file, mine)  # of those that are not tried, too: one build is kept
     build(scratch, arguments.jobs)
 
     draw = random.Random(arguments.seed)
@@ -384,7 +422,7 @@ def run(arguments, scratch: Path, files: list[str], mutants: list[Mutant], by_ke
     programs, tests = first_run(runner, not arguments.no_python)
     began, results = time.monotonic(), {}
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        outcomes = pool.map(lambda mutant: try_mutant(runner, mutant, programs, tests), chosen)
+        outcomes = pool.map(lambda mutant: try_mutant(runner, mutant, programs, tests, arguments.seconds), chosen)
         for done, (mutant, noticed) in enumerate(zip(chosen, outcomes, strict=True), 1):
             results[mutant.number] = noticed
             if not noticed:

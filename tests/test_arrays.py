@@ -113,8 +113,11 @@ def test_sample_shapes(pair) -> None:
         flow.sample(2, seed=1, start=-1)
     with pytest.raises((ValueError, OverflowError), match=r"seed"):
         flow.sample(2, seed=-1)
-    with pytest.raises((ValueError, OverflowError), match=r"seed"):
+    with pytest.raises(ValueError, match=rf"^seed is {2**64}, expected an integer from 0 to 2\*\*64 - 1$"):
         flow.sample(2, seed=2**64)
+    if hasattr(sys, "get_int_max_str_digits"):
+        with pytest.raises(ValueError, match=r"^seed is a number of thousands of digits, expected an integer"):
+            flow.sample(2, seed=10 ** (sys.get_int_max_str_digits() + 1))
 
 
 @pytest.mark.parametrize("method", METHODS)

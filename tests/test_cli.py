@@ -66,10 +66,8 @@ def test_help_and_version(run):
     name, cpu, cuda = run("--version").stdout.splitlines()
     assert name == f"nvpflow {nvpflow.__version__}"
     assert cpu == f"CPU   {nvpflow.cpu_isa()}"
-    assert cuda.removeprefix("CUDA  ") in (
-        nvpflow.cuda.why_unavailable(),
-        nvpflow.cuda.is_available() and nvpflow.cuda.device_name(0),
-    )
+    devices = ", ".join(map(nvpflow.cuda.device_name, range(nvpflow.cuda.device_count())))
+    assert cuda == f"CUDA  {devices or nvpflow.cuda.why_unavailable()}"
 
 
 @pytest.mark.parametrize(

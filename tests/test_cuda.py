@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -553,6 +554,23 @@ class TestDeviceArrayErrors:
             with pytest.raises(ValueError, match="x is on cuda:1, the flow on cuda:0"):
                 flow.log_prob(nvpflow.cuda.array(x, "cuda:1"))
 
+    def test_the_second_of_two_inputs(self, pair):
+        _, flow, _, x = pair()
+        rows, ones = nvpflow.cuda.array(x), np.ones(len(x), np.float32)
+        with pytest.raises(ValueError, match=r"^grad_log_det is on the CPU, x on cuda:0"):
+            flow.vjp(rows, None, ones)
+        with pytest.raises(ValueError, match=r"^grad_log_det has shape \(3,\), expected \(200,\)"):
+            flow.vjp(rows, None, nvpflow.cuda.array(ones[:3]))
+        with pytest.raises(ValueError, match=r"^grad_log_det is on a CUDA device, x in the host's memory"):
+            flow.vjp(x, None, nvpflow.cuda.array(ones))
+
+    def test_what_an_array_says_of_itself(self, pair):
+        _, _, _, x = pair()
+        array = nvpflow.cuda.array(x)
+        assert repr(array) == "DeviceArray(shape=(200, 6), dtype='float32', device='cuda:0')"
+        with pytest.raises(TypeError, match="another dtype than float32 or float64"):
+            _core._host_array(InterfaceAlone(array, typestr="<i4"))
+
     def test_wrong_dtype_and_shape(self, pair):
         _, flow, _, x = pair()
         with pytest.raises(TypeError, match="x has dtype float64, expected float32"):
@@ -827,3 +845,128 @@ class TestStreamsOfSeveralArrays:
         out = nvpflow.cuda.array(np.full(20, 7, np.float32))
         flow.log_prob(InterfaceAlone(x, stream=777), out=out)
         assert np.array_equal(out.numpy(), flow.log_prob(x).numpy())
+
+
+STREAM = 777  # which the emulated device takes any number for
+
+
+class Lent:
+    """An array as a library lends it: by DLPack, on the stream that its consumer asks for."""
+
+    requires_grad = False
+
+    def __init__(self, array):
+        self.array, self.streams = array, []
+
+    def is_neg(self):
+        return False
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+    def __dlpack__(self, *, stream=None, max_version=None):
+        self.streams.append(stream)
+        return self.array.__dlpack__(stream=stream, max_version=max_version)
+
+    def data_ptr(self):
+        return self.array.__cuda_array_interface__["data"][0]
+
+    def new_empty(self, shape):
+        return type(self)(nvpflow.cuda.array(np.full(shape, np.nan, self.array.dtype)))
+
+    @property
+    def data(self):
+        return types.SimpleNamespace(ptr=self.data_ptr())
+
+    def numpy(self) -> np.ndarray:
+        """Waits for the library's stream, and for no other."""
+        return _core._host_array(InterfaceAlone(self.array, stream=STREAM))
+
+
+@gpu
+class TestLibrariesThatAreNotThere:
+    """What nvpflow asks of the libraries that have arrays of a device, of stand-ins for them on the emulated one."""
+
+    @pytest.fixture(autouse=True)
+    def _emulator(self):
+        if nvpflow.cuda.device_name() != "emulated device":
+            pytest.skip("a stream that is any number is the emulator's")
+
+    @pytest.fixture
+    def flow(self):
+        return nvpflow.build(6, 2, (8,), device="cuda")
+
+    @pytest.fixture
+    def x(self):
+        return unit_data(20, 6, 0, "float32")
+
+    @pytest.fixture
+    def stand_in(self, monkeypatch):
+        """Puts a module in the place of a library; returns the type of its arrays."""
+
+        def make(name, **members):
+            module = types.ModuleType(name)
+            vars(module).update(members)
+            monkeypatch.setitem(sys.modules, name, module)
+            return type("ndarray", (Lent,), {"__module__": name})
+
+        return make
+
+    def test_torch(self, flow, x, stand_in):
+        stream = types.SimpleNamespace(cuda_stream=STREAM)
+        cuda = types.SimpleNamespace(current_stream={0: stream}.__getitem__)
+        tensor = stand_in("torch", cuda=cuda)
+        rows = tensor(nvpflow.cuda.array(x))
+        z, log_det = flow.forward(rows)
+        assert rows.streams == [STREAM]
+        assert type(z) is type(log_det) is tensor
+        expected_z, expected_log_det = flow.forward(x)
+        assert np.array_equal(z.numpy(), expected_z)
+        assert np.array_equal(log_det.numpy(), expected_log_det)
+        out = tensor(nvpflow.cuda.array(np.zeros(20, np.float32)))
+        assert flow.log_prob(rows, out=out) is out
+        assert np.array_equal(out.numpy(), flow.log_prob(x))
+        assert flow.log_prob(tensor(nvpflow.cuda.array(x[3]))).numpy() == flow.log_prob(x[3])
+
+    def test_cupy(self, flow, x, stand_in):
+        entered = []
+
+        class Device:
+            def __init__(self, index):
+                self.index = index
+
+            def __enter__(self):
+                entered.append(self.index)
+
+            def __exit__(self, *_):
+                entered.remove(self.index)
+
+        def empty(shape, dtype):
+            assert entered == [0]
+            if full:
+                raise MemoryError("the pool is empty")
+            return ndarray(nvpflow.cuda.array(np.full(shape, np.nan, dtype)))
+
+        stream = types.SimpleNamespace(ptr=STREAM)
+        cuda = types.SimpleNamespace(get_current_stream={0: stream}.__getitem__, Device=Device)
+        ndarray = stand_in("cupy", cuda=cuda, empty=empty)
+        full, rows = False, ndarray(nvpflow.cuda.array(x))
+        result = flow.log_prob(rows)
+        assert type(result) is ndarray
+        assert rows.streams == [STREAM]
+        assert entered == []
+        assert np.array_equal(result.numpy(), flow.log_prob(x))
+        full = True
+        with pytest.raises(MemoryError, match=r"^the pool is empty$"):
+            flow.log_prob(rows)
+        assert entered == []
+
+    def test_jax(self, flow, x, stand_in):
+        taken = []
+        array = stand_in("jax", dlpack=types.SimpleNamespace(from_dlpack=lambda own: taken.append(own) or "JAX's"))
+        rows = array(nvpflow.cuda.array(x))
+        assert flow.log_prob(rows) == "JAX's"
+        assert rows.streams == [1]
+        assert np.array_equal(taken[0].numpy(), flow.log_prob(x))
+        with pytest.raises(ValueError, match=r"^out is read-only"):
+            flow.log_prob(rows, out=array(nvpflow.cuda.array(np.zeros(20, np.float32))))

@@ -27,7 +27,7 @@ import ctypes, errno, os, signal, sys
 from pathlib import Path
 import numpy as np
 import nvpflow
-NOTHING, KILL_BEFORE, KILL_AFTER, FAIL, SHORT, KILL_HALFWAY = range(6)
+NOTHING, KILL_BEFORE, KILL_AFTER, FAIL, SHORT, KILL_HALFWAY, CHANGE, STALL = range(8)
 faults = ctypes.CDLL(None)
 faults.faults_names.restype = ctypes.c_char_p
 faults.faults_disarm.restype = ctypes.c_long
@@ -37,11 +37,14 @@ old = nvpflow.build(4, 2, (8,), seed=1)
 new = nvpflow.build(4, 2, (8,), seed=2)
 
 class Saves:
-    "A model's save."
+    "A model's save, through a symbolic link."
+    link = folder.with_name(folder.name + "-link")
     def prepare(self):
-        old.save(path)
+        self.link.unlink(missing_ok=True)
+        self.link.symlink_to(path)
+        old.save(self.link)
     def run(self):
-        new.save(path)
+        new.save(self.link)
 
 class Checkpoints:
     "A checkpoint in the middle of a run; the faults begin with the second epoch."
@@ -55,7 +58,15 @@ class Checkpoints:
     def run(self):
         self.fit(nvpflow.build(4, 2, (8,), seed=1), 2)
 
-work = {"save": Saves, "checkpoint": Checkpoints}[sys.argv[2]]()
+class Loads:
+    "A model's load, which writes nothing."
+    def prepare(self):
+        new.save(path)
+    def run(self):
+        if nvpflow.load(path) != new:
+            os._exit(1)
+
+work = {"save": Saves, "checkpoint": Checkpoints, "load": Loads}[sys.argv[2]]()
 
 def attempt(n, action, error=0):
     "The calls seen, their names and the error's number; or None where the process was killed."
@@ -68,6 +79,8 @@ def attempt(n, action, error=0):
             work.run()
         except OSError as raised:
             number = raised.errno
+        except nvpflow.FileFormatError as raised:
+            number = -1 if "changed" in str(raised) else -2 if "became shorter" in str(raised) else -3
         calls, names = faults.faults_disarm(), faults.faults_names()
         os.write(writer, f"{calls}|{names.decode()}|{number}".encode())
         os._exit(0)
@@ -151,6 +164,8 @@ print(calls, *names)
         work,
     )
     names = seen.split()[1:]
+    assert names.count("readlink") == (work == "save")
+    assert "unlink" not in names
     assert names.count("write") >= 2
     # What a power failure could tell apart, and a kill cannot: the data are on the disk before they get the name, the
     # name before the call returns.
@@ -197,12 +212,61 @@ for n, name in enumerate(names, 1):
         more, _, number = attempt(n, SHORT)
         assert more == calls + 1, (n, more)
         assert (state(), litter()) == ("new", []), (name, n)
+        restore()
+        assert attempt(n, STALL)[2] == errno.EIO, n
+        assert (state(), litter()) == ("old", []), (name, n)
+# Folders that cannot be read or synced are no reason to fail, once the file is written.
+sync = max(n for n, name in enumerate(names, 1) if name == "fsync")
+for n, error in ((sync - 1, errno.EACCES), (sync - 1, errno.EPERM), (sync, errno.EINVAL), (sync, errno.ENOTSUP)):
+    assert names[n - 1] in ("open", "open64", "fsync"), names
+    restore()
+    assert (attempt(n, FAIL, error)[2], state(), litter()) == (0, "new", []), (n, error)
 print("done")
 """,
         tmp_path,
         work,
     )
     assert output == "done\n"
+
+
+def test_a_load_fails_whole_or_not_at_all(faulty, tmp_path) -> None:
+    output = faulty(
+        """
+print(*names)
+for n, name in enumerate(names, 1):
+    failed = {"close": 0}.get(name, errno.EIO)
+    assert attempt(n, FAIL, errno.EIO)[2] == failed, (n, name)
+    if name in ("open", "pread", "close"):
+        assert attempt(n, FAIL, errno.EINTR)[2] == 0, (n, name)
+    if name == "pread":
+        assert attempt(n, SHORT)[::2] == (calls + 1, 0), n
+""",
+        tmp_path,
+        "load",
+    )
+    first, second, *middle, third, last = output.split()
+    assert [first, second, third, last] == ["open", "fstat", "fstat", "close"]
+    assert len(middle) > 2
+    assert set(middle) == {"pread"}
+
+
+@pytest.mark.parametrize("work", ["load", "checkpoint"])
+def test_a_file_that_changes_while_it_is_read_is_refused(faulty, tmp_path, work) -> None:
+    output = faulty(
+        """
+LONGER, EMPTY, A_SECOND_LATER, A_NANOSECOND_LATER = range(1, 5)
+for n, name in enumerate(names, 1):
+    if name == "pread":
+        for how, number in (LONGER, -1), (A_SECOND_LATER, -1), (A_NANOSECOND_LATER, -1), (EMPTY, -2):
+            restore()
+            assert attempt(n, CHANGE, how)[2] == number, (n, how)
+            assert not litter()
+print(names.count("pread"))
+""",
+        tmp_path,
+        work,
+    )
+    assert int(output) > 2
 
 
 def as_nobody(action) -> str:

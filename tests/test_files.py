@@ -528,3 +528,71 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"flow_0_scale\.bias"):
         flow.save(tmp_path / "bad.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_files_are_closed_whatever_number_they_have(make_flow, tmp_path, run_python) -> None:
+    path = tmp_path / "model.safetensors"
+    make_flow(3)[0].save(path)
+    (tmp_path / "damaged").write_bytes(path.read_bytes()[:-1])
+    script = """
+import os, sys, nvpflow
+folder = sys.argv[1]
+os.close(0)
+for turn in range(2):
+    flow = nvpflow.load(folder + "/model.safetensors")
+    flow.save(folder + "/copy")
+    try:
+        nvpflow.load(folder + "/damaged")
+    except nvpflow.FileFormatError:
+        pass
+    number = os.open(folder, os.O_RDONLY)
+    os.close(number)
+    print(number)
+"""
+    assert run_python(script, tmp_path).split() == ["0", "0"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of memory are Linux's")
+@pytest.mark.skipif(bool(os.environ.get("NVPFLOW_SANITIZED")), reason="a sanitizer takes all addresses there are")
+def test_a_model_that_does_not_fit_in_memory_says_so(tmp_path, run_python) -> None:
+    width = 1 << 16
+    layer = {
+        "kind": "coupling",
+        "swapped": False,
+        "hidden_sizes": [width, width],
+        "activation": "relu",
+        "scale_bound": 1,
+    }
+    shapes = {
+        "coupling_dense_0.kernel": (1, width), "coupling_dense_0.bias": (width,),
+        "coupling_dense_1.kernel": (width, width), "coupling_dense_1.bias": (width,),
+        "scale.kernel": (width, 1), "scale.bias": (1,), "translation.kernel": (width, 1), "translation.bias": (1,),
+    }  # fmt: skip
+    spec = {"input_size": 2, "dtype": "float32", "layers": [layer]}
+    metadata = {"nvpflow.format_version": "1.0", "nvpflow.dtype": "float32", "nvpflow.spec": json.dumps(spec)}
+    header, end = {"__metadata__": metadata}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * int(np.prod(shape))
+        header[f"flow_0_{name}"] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    try:
+        os.truncate(path, 8 + len(text) + end)  # of which the disk holds the header alone
+    except OSError:
+        pytest.skip("the file system has no files of that size")
+    script = """
+import resource, sys
+import numpy as np
+import nvpflow
+rows, flow = np.zeros((32, 2), np.float32), nvpflow.build(2, 1, (4,))
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 30),) * 2)
+for call in (lambda: nvpflow.load(sys.argv[1]), lambda: flow.fit(rows, batch_size=8, checkpoint=sys.argv[1])):
+    try:
+        call()
+    except MemoryError as error:
+        print(error)
+"""
+    message = f"{path}: no memory for {end} bytes of tensor data\n"
+    assert run_python(script, path) == 2 * message

@@ -37,6 +37,24 @@ def test_cpp_is_changed_where_it_is_code() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [
+        ("void f(int n) { fail(n); }", True),
+        ("void f(int n) { if (ready(n)) { fail(n); } done(); }", True),
+        ("~F() { close(); }", True),
+        ("explicit F(int n) : n_(n) { read(n); }", True),
+        ("void g() { const auto f = [&](int n) { fail(n); }; f(1); }", True),
+        ("[[noreturn]] void f(int n) { fail(n); }", False),
+        ("bool f(int n) const override { fail(n); }", False),
+        ("int f(int n) { if (ready(n)) return n; fail(n); }", False),
+    ],
+)
+def test_a_statement_that_a_function_cannot_end_without_stays(function: str, found: bool) -> None:
+    source = f"namespace a {{\n{function}\n}}\n"
+    assert any(what.startswith("without") for _, what in changes("a.cpp", source)) == found
+
+
 def test_cpp_is_switched_in_place() -> None:
     mutants = [
         mutant for mutant in mutants_of("a.cpp", CPP) if mutant.what in ("8 -> 8 + 1", "< -> <=", "without fail")

@@ -25,7 +25,7 @@ void ask_for_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] std::size_t s
   if (size < 2 * kHugePage) return;
   const auto begin = reinterpret_cast<std::uintptr_t>(p);
   const std::uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, end = begin + size;
-  ::madvise(reinterpret_cast<void*>(first), (end - first) / kHugePage * kHugePage, MADV_HUGEPAGE);
+  ::madvise(static_cast<char*>(p) + (first - begin), (end - first) / kHugePage * kHugePage, MADV_HUGEPAGE);
 #endif
 }
 

@@ -15,7 +15,9 @@
 #include <iterator>
 #include <limits>
 #include <map>
+#include <span>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -196,6 +198,47 @@ TEST_CASE("real_nvp refuses what no flow can be, before it allocates") {
   CHECK(FlowSpec::real_nvp(4, 65536, {1}).layers.size() == 65536);
 }
 
+TEST_CASE("sizes are taken up to their limits and refused above") {
+  const auto refused = [](const std::string& fragment, const auto& make) {
+    check_refused(ErrorCode::invalid_argument, fragment, make);
+  };
+  CHECK_NOTHROW(FlowSpec::real_nvp(1 << 20, 1, {1}));
+  CHECK_NOTHROW(FlowSpec::real_nvp(2, 1, {1 << 20}));
+  refused("hidden_sizes[0] is 1048577, expected 1 to 1048576", [] { FlowSpec::real_nvp(2, 1, {(1 << 20) + 1}); });
+  refused("num_flows is 65537, expected 1 to 65536", [] { FlowSpec::real_nvp(2, 65537, {1}); });
+  CHECK(FlowSpec::real_nvp(2, 65535, {1}, Activation::relu, 1.0, true).layers.size() == 65536);
+  refused("num_flows is 65536, expected 1 to 65535",
+          [] { FlowSpec::real_nvp(2, 65536, {1}, Activation::relu, 1.0, true); });
+
+  FlowSpec tensors = FlowSpec::real_nvp(2, 65536, {1, 1});  // 8 each
+  CHECK_NOTHROW(tensors.validate());
+  tensors.layers[7].hidden_sizes = {1, 1, 1};
+  refused("more than 524288 parameter tensors", [&] { tensors.validate(); });
+
+  // A coupling of two columns with one hidden layer of n units has 4 n + 2 parameters, two standardize layers have 8.
+  FlowSpec parameters = FlowSpec::real_nvp(2, 2050, {1});
+  parameters.layers[2].hidden_sizes = {(1 << 20) - 1029};
+  for (std::size_t i = 3; i < parameters.layers.size(); ++i) parameters.layers[i].hidden_sizes = {1 << 20};
+  const LayerSpec standardize{LayerKind::standardize, false, {}, Activation::relu, 1.0};
+  parameters.layers.insert(parameters.layers.begin() + 5, 2, standardize);
+  CHECK_NOTHROW(parameters.validate());  // 2^33 of them
+  ++parameters.layers[2].hidden_sizes[0];
+  refused("more than 8589934592 parameters", [&] { parameters.validate(); });
+  --parameters.layers[2].hidden_sizes[0];
+  parameters.layers[1].hidden_sizes = {1, 1};  // 2 more
+  refused("more than 8589934592 parameters", [&] { parameters.validate(); });
+
+  const auto bounded = [](double bound, DType dtype) {
+    return FlowSpec::real_nvp(2, 1, {1}, Activation::relu, bound, false, dtype).layers[0].scale_bound == bound;
+  };
+  for (const double bound : {1.1754943508222875e-38, 3.4028234663852886e+38}) CHECK(bounded(bound, DType::float32));
+  for (const double bound : {2.2250738585072014e-308, 1.7976931348623157e+308}) CHECK(bounded(bound, DType::float64));
+  for (const double bound : {1.17549435e-38, 3.4028235e+38}) {
+    refused("expected finite and > 0 in float32", [&] { bounded(bound, DType::float32); });
+  }
+  refused("expected finite and > 0 in float64", [&] { bounded(2.225073858507201e-308, DType::float64); });
+}
+
 TEST_CASE("validate names the layer and the field") {
   const auto refused = [](const std::string& fragment, const auto& change) {
     FlowSpec spec = FlowSpec::real_nvp(4, 2, {8}, Activation::relu, 1.0, true);
@@ -360,13 +403,58 @@ TEST_CASE("names of columns come back with the model and its copies") {
   other.set_column_names({"east", "up", "north"});
   check_refused(ErrorCode::file_format, "model.safetensors: column 2 is '', expected 'up'",
                 [&] { other.reload(path); });
+  other.set_column_names({"West", "", ""});
+  check_refused(ErrorCode::file_format, "column 1 is 'east', expected 'West'", [&] { other.reload(path); });
+  other.set_column_names(names);
+  other.reload(path);
   other.set_column_names({});
   other.reload(path);
   CHECK(other.column_names().empty());
   check_refused(ErrorCode::invalid_argument, "column_names holds 2 names, expected 3 or none",
                 [&] { flow.set_column_names({"a", "b"}); });
   check_refused(ErrorCode::invalid_argument, "not UTF-8", [&] { flow.set_column_names({"a", "b", "\xff"}); });
+  check_refused(ErrorCode::invalid_argument, "column_names holds 2 names, expected 3 or none",
+                [&] { save_model(path, flow.spec(), flow.layout(), flow.parameters<float>().data(), {"a", "b"}); });
   CHECK(flow.column_names() == names);
+
+  constexpr std::size_t kLongest = (1 << 24) - std::string_view(R"(["","",""])").size();
+  CHECK_NOTHROW(flow.set_column_names({"", "", std::string(kLongest, 'n')}));
+  check_refused(ErrorCode::invalid_argument, "column_names takes 16777217 bytes as JSON, expected at most 16777216",
+                [&] { flow.set_column_names({"", "", std::string(kLongest + 1, 'n')}); });
+}
+
+TEST_CASE("a flow is assigned with all it has, and loaded under the spec that is expected") {
+  const Folder folder;
+  const std::string path = folder / "model.safetensors";
+  const std::vector<float> x = {0.5f, -1.0f, 2.0f};
+  const auto log_prob = [&](const Flow& flow) {
+    std::vector<float> out(1);
+    flow.log_prob(std::span<const float>(x), std::span<float>(out));
+    return out[0];
+  };
+  Flow flow(FlowSpec::real_nvp(3, 2, {4}), 1);
+  flow.set_column_names({"a", "b", "c"});
+  flow.set_num_threads(2);
+  flow.save(path);
+
+  Flow copy(FlowSpec::real_nvp(5));
+  copy = flow;
+  CHECK(copy.spec() == flow.spec());
+  CHECK(copy.column_names() == flow.column_names());
+  CHECK(copy.num_threads() == 2);
+  CHECK(log_prob(copy) == log_prob(flow));
+  const Flow& itself = copy;
+  copy = itself;
+  CHECK(log_prob(copy) == log_prob(flow));
+  copy.set_parameters<float>(std::vector<float>(static_cast<std::size_t>(flow.num_parameters())));
+  CHECK(log_prob(copy) != log_prob(flow));
+  copy = Flow(flow);
+  CHECK(log_prob(copy) == log_prob(flow));
+
+  CHECK(log_prob(Flow::load(path, flow.spec())) == log_prob(flow));
+  check_refused(ErrorCode::file_format, "layers[0].hidden_sizes is [4] in the file, expected [5]",
+                [&] { Flow::load(path, FlowSpec::real_nvp(3, 2, {5})); });
+  check_refused(ErrorCode::invalid_argument, "input_size is 0", [&] { Flow::load(path, FlowSpec()); });
 }
 
 TEST_CASE("a float64 model without hidden layers comes back as it was saved") {
@@ -411,6 +499,29 @@ TEST_CASE("any tensors and metadata make a container") {
   check_refused(ErrorCode::invalid_argument, "reserved",
                 [&] { write_tensor_file(path, {}, {{"__metadata__", DType::float32, {0}, nullptr}}); });
   check_refused(ErrorCode::invalid_argument, "not UTF-8", [&] { write_tensor_file(path, {{"key", "\xff"}}, {}); });
+}
+
+TEST_CASE("a header longer than any reader takes is not written") {
+  const Folder folder;
+  check_refused(ErrorCode::invalid_argument, "bytes, expected at most 100000000",
+                [&] { write_tensor_file(folder / "any.safetensors", {{"key", std::string(100'000'000, 'x')}}, {}); });
+  CHECK(folder.entries() == 0);
+}
+
+TEST_CASE("a tensor has up to eight sizes, whose product fits a file") {
+  const Folder folder;
+  const std::string path = folder / "any.safetensors";
+  const std::vector<float> values = {1.0f, 2.0f};
+  write_tensor_file(path, {}, {{"t", DType::float32, {1, 1, 1, 2, 1, 1, 1, 1}, values.data()}});
+  CHECK(read_tensor_file(path).tensors.at(0).shape == std::vector<std::int64_t>{1, 1, 1, 2, 1, 1, 1, 1});
+  const auto refused = [&](const std::string& fragment, const std::vector<std::int64_t>& shape) {
+    check_refused(ErrorCode::invalid_argument, fragment + ", expected up to 8 sizes >= 0 that fit a file",
+                  [&] { write_tensor_file(path, {}, {{"t", DType::float32, shape, values.data()}}); });
+  };
+  refused("tensor 't' has shape [1, 1, 1, 1, 1, 1, 1, 1, 1]", {1, 1, 1, 1, 1, 1, 1, 1, 1});
+  refused("tensor 't' has shape [2, -1]", {2, -1});
+  refused("tensor 't' has shape [4294967296, 4294967296]", {std::int64_t{1} << 32, std::int64_t{1} << 32});
+  CHECK(read_tensor_file(path).tensors.at(0).shape.size() == 8);
 }
 
 TEST_CASE("the golden files of format 1.0 load") {
@@ -469,6 +580,21 @@ TEST_CASE("tensors alone: the spec is inferred for any number of flows and hidde
   }
 }
 
+TEST_CASE("tensors alone of float64 make a float64 model") {
+  const Folder folder;
+  const std::string path = folder / "model.safetensors";
+  const std::vector<double> values = {0.1, 0.2, 0.3, 0.4};
+  write_tensor_file(path, {},
+                    {{"flow_0_scale.kernel", DType::float64, {1, 1}, &values[0]},
+                     {"flow_0_scale.bias", DType::float64, {1}, &values[1]},
+                     {"flow_0_translation.kernel", DType::float64, {1, 1}, &values[2]},
+                     {"flow_0_translation.bias", DType::float64, {1}, &values[3]}});
+  const LoadedModel loaded = load_model(path, nullptr);
+  CHECK(loaded.spec == FlowSpec::real_nvp(2, 1, {}, Activation::relu, 1.0, false, DType::float64));
+  REQUIRE(loaded.parameters.size() == 32);
+  CHECK(std::memcmp(loaded.parameters.data(), values.data(), 32) == 0);
+}
+
 TEST_CASE("tensors alone that make no model are refused by name") {
   const Folder folder;
   const std::string path = folder / "model.safetensors";
@@ -502,6 +628,31 @@ TEST_CASE("tensors alone that make no model are refused by name") {
           reshape("flow_1_coupling_dense_0.kernel", {2, 0}));
   refused("tensor 'flow_1_scale.kernel' is float32 of shape [3, 1], expected float32 of shape [3, 2]",
           reshape("flow_1_scale.kernel", {3, 1}));
+
+  constexpr std::int64_t kLarge = std::int64_t{1} << 62;  // of which a tensor without elements may have one
+  write_tensor_file(path, {},
+                    {{"flow_0_coupling_dense_0.kernel", DType::float32, {kLarge - 1, 0}, nullptr},
+                     {"flow_0_scale.kernel", DType::float32, {0, kLarge + 1}, nullptr}});
+  check_refused(ErrorCode::file_format,
+                "tensor 'flow_0_coupling_dense_0.kernel' has shape [4611686018427387903, 0], which is too large",
+                [&] { load_model(path, nullptr); });
+}
+
+TEST_CASE("a description of many more tensors than the file holds is refused before they are listed") {
+  const Folder folder;
+  const std::string path = folder / "model.safetensors";
+  const FlowSpec spec = FlowSpec::real_nvp(2, 18, {});  // 72 tensors
+  const std::map<std::string, std::string> metadata = {
+      {"nvpflow.format_version", "1.0"}, {"nvpflow.dtype", "float32"}, {"nvpflow.spec", spec_to_json(spec)}};
+  std::vector<FileTensor> tensors;
+  for (const char* name : {"a", "b", "c"}) tensors.push_back({name, DType::float32, {0}, nullptr});
+  const auto refused = [&](const std::string& fragment) {
+    write_tensor_file(path, metadata, tensors);
+    check_refused(ErrorCode::file_format, fragment, [&] { load_model(path, nullptr); });
+  };
+  refused("the file holds 3 tensors, expected the 72 of its description");
+  tensors.push_back({"d", DType::float32, {0}, nullptr});
+  refused("tensor 'flow_0_scale.kernel' is missing, expected float32 of shape [1, 1]");
 }
 
 // ---------------------------------------------------------------------------------------------- damaged files
@@ -583,19 +734,34 @@ TEST_CASE("a header that lies is refused with what is wrong") {
     refused("shape of tensor 't' holds 18446744073709551615", one("\"F32\"", "[18446744073709551615]", "[0,8]"), 8);
     refused("shape of tensor 't' holds a string", one("\"F32\"", "[\"2\"]", "[0,8]"), 8);
     refused("shape of tensor 't' holds a list of more than 8", one("\"F32\"", "[1,1,1,1,1,1,1,1,1]", "[0,4]"), 4);
-    refused("shape of tensor 't' is null", one("\"F32\"", "null", "[0,8]"), 8);
+    refused("shape of tensor 't' is null, expected a list of up to 8 sizes, whole numbers >= 0",
+            one("\"F32\"", "null", "[0,8]"), 8);
+    refused("shape of tensor 't' is a string", one("\"F32\"", "\"F32\"", "[0,8]"), 8);
+    refused("shape of tensor 't' holds an object", one("\"F32\"", "[{}]", "[0,8]"), 8);
+    refused("dtype of tensor 't' is an object, expected 'F32' or 'F64'", one("{}", "[2]", "[0,8]"), 8);
     refused("data_offsets of tensor 't' is a list of 1 numbers", one("\"F32\"", "[2]", "[8]"), 8);
-    refused("data_offsets of tensor 't' is a boolean", one("\"F32\"", "[2]", "true"), 8);
+    refused("data_offsets of tensor 't' is a boolean, expected a list of two byte offsets, whole numbers >= 0",
+            one("\"F32\"", "[2]", "true"), 8);
     refused("tensor 't' has no field data_offsets", R"({"t":{"dtype":"F32","shape":[2]}})", 8);
     refused("tensor 't' has the unknown field 'more'", R"({"t":{"more":1}})", 8);
     refused("tensor 't' has the field shape twice", R"({"t":{"shape":[2],"shape":[2]}})", 8);
     refused("tensor 't' appears twice", object(good + "," + tensor("t", "\"F32\"", "[2]", "[8,16]")), 16);
+    refused(
+        "tensor 't' appears twice",
+        object(good + "," + tensor("u", "\"F32\"", "[2]", "[8,16]") + "," + tensor("t", "\"F32\"", "[2]", "[16,24]")),
+        24);
     refused("tensor 't' is a string, expected an object", R"({"t":"F32"})", 0);
     refused("__metadata__ is an array, expected an object", R"({"__metadata__":[]})", 0);
     refused("metadata key 'a' is a number, expected a string", R"({"__metadata__":{"a":1}})", 0);
+    refused("metadata key 'a' is an object, expected a string", R"({"__metadata__":{"a":{}}})", 0);
     refused("metadata key 'a' appears twice", R"({"__metadata__":{"a":"","a":""}})", 0);
     refused("holds __metadata__ twice", R"({"__metadata__":{},"__metadata__":{}})", 0);
     refused("'\\x0a\\xc3\\xa9' is a string", "{\"\\n\u00e9\":\"\"}", 0);
+    refused("tensor '\\x1f ~\\x7f' is a string", "{\"\\u001f ~\x7f\":\"\"}", 0);
+    refused("tensor '" + std::string(80, 'n') + "' is", "{\"" + std::string(80, 'n') + "\":\"\"}", 0);
+    refused("tensor '" + std::string(80, 'n') + "..' is", "{\"" + std::string(81, 'n') + "\":\"\"}", 0);
+    refused("shape of tensor 't' holds 9223372036854775808", one("\"F32\"", "[9223372036854775808]", "[0,8]"), 8);
+    refused("has shape [9223372036854775807], which is more", one("\"F32\"", "[9223372036854775807]", "[0,8]"), 8);
   }
   SUBCASE("JSON") {
     refused("does not start with '{'", "", 0);
@@ -621,6 +787,18 @@ TEST_CASE("a header that lies is refused with what is wrong") {
     }
     write_bytes(path, "1234567");
     check_refused(ErrorCode::file_format, "it holds 7 bytes", [&] { load_model(path, nullptr); });
+
+    // Files of which the disk holds the first bytes alone.
+    const auto sparse = [&](std::uint64_t length) {
+      std::memcpy(bytes.data(), &length, 8);
+      write_bytes(path, bytes);
+      fs::resize_file(path, 8 + length);
+    };
+    sparse(100'000'001);
+    check_refused(ErrorCode::file_format, "is given as 100000001 bytes, expected at most 100000000",
+                  [&] { load_model(path, nullptr); });
+    sparse(100'000'000);
+    check_refused(ErrorCode::file_format, "the header holds a zero byte", [&] { load_model(path, nullptr); });
   }
 }
 
@@ -745,6 +923,7 @@ TEST_CASE("the spec's JSON comes back equal, and every wrong field is named") {
   refused("not valid JSON", coupling("false", "[8]", "\"relu\"", "1e999"));
   refused("the spec is '[]', expected an object", "[]");
   refused("input_size is missing", "{}");
+  refused("input_size is missing", R"({"dtype":{"layers":1},"layers":[]})");
   refused("'input_sizes' is not a field", R"({"input_size":4,"dtype":"float32","layers":[],"input_sizes":4})");
   refused("the key 'dtype' appears twice", R"({"input_size":4,"dtype":"float32","dtype":"float32","layers":[]})");
   refused("input_size is '4.0', expected a whole number", R"({"input_size":4.0,"dtype":"float32","layers":[]})");
@@ -768,6 +947,22 @@ TEST_CASE("the spec's JSON comes back equal, and every wrong field is named") {
   refused("input_size is 1, expected at least 2", R"({"input_size":1,"dtype":"float32","layers":[]})");
   refused("not valid JSON", spec_to_json(spec) + std::string("\0 x", 3));
   refused("nested too deeply", std::string(100'000, '['));
+  refused("nested too deeply", std::string(9, '[') + std::string(9, ']'));
+  refused("the spec is '[[[[[[[[]]]]]]]]', expected an object", std::string(8, '[') + std::string(8, ']'));
+  refused("the spec is '[[[[[[[[1]]]]]]]]', expected an object", std::string(8, '[') + "1" + std::string(8, ']'));
+  std::string objects;
+  for (int i = 0; i < 8; ++i) objects += R"({"a":)";
+  refused("nested too deeply", objects + "{}" + std::string(8, '}'));
+  refused("dtype is '[\"\\u00e9\"]', expected a string", "{\"input_size\":4,\"layers\":[],\"dtype\":[\"\u00e9\"]}");
+  refused("not valid JSON", std::string(1 << 24, ' '));
+  refused("dtype is '\"" + std::string(79, 'x') + "..', expected a known name",
+          R"({"input_size":4,"layers":[],"dtype":")" + std::string(81, 'x') + R"("})");
+  refused("dtype: dtype is '" + std::string(80, 'x') + "', expected one of",
+          R"({"input_size":4,"layers":[],"dtype":")" + std::string(80, 'x') + R"("})");
+  refused("input_size is '9223372036854775808', expected a whole number",
+          R"({"input_size":9223372036854775808,"dtype":"float32","layers":[]})");
+  refused("input_size is 9223372036854775807, expected 2 to 1048576",
+          R"({"input_size":9223372036854775807,"dtype":"float32","layers":[]})");
   refused("nested too deeply", coupling("false", "[[[[[[[[[[[[]]]]]]]]]]]]", "\"relu\"", "1"));
   refused("expected at most 16777216", std::string((1 << 24) + 1, ' '));
 }
@@ -825,6 +1020,20 @@ TEST_CASE("save writes through symbolic links and leaves them") {
   CHECK(folder.entries() == 3);
 }
 
+TEST_CASE("save follows as many links as the system does, and no more") {
+  const Folder folder;
+  const Model model;
+  for (int i = 1; i <= 41; ++i) {
+    fs::create_symlink("link_" + std::to_string(i - 1), folder / ("link_" + std::to_string(i)));
+  }
+  model.save(folder / "link_40");
+  CHECK(fs::is_regular_file(fs::symlink_status(folder / "link_0")));
+  CHECK(load_model(folder / "link_40", nullptr).spec == model.spec);
+  check_refused(ErrorCode::io, "cannot be resolved: Too many levels of symbolic links",
+                [&] { model.save(folder / "link_41"); });
+  check_refused(ErrorCode::io, "Too many levels of symbolic links", [&] { load_model(folder / "link_41", nullptr); });
+}
+
 TEST_CASE("save keeps the mode of an existing file and gives a new one what the umask leaves") {
   const Folder folder;
   const std::string path = folder / "model.safetensors";
@@ -832,9 +1041,16 @@ TEST_CASE("save keeps the mode of an existing file and gives a new one what the 
   Model().save(path);
   ::umask(old);
   CHECK((fs::status(path).permissions() & fs::perms::mask) == static_cast<fs::perms>(0640));
+  ::umask(0);
+  Model().save(folder / "open");
+  ::umask(old);
+  CHECK((fs::status(folder / "open").permissions() & fs::perms::mask) == static_cast<fs::perms>(0666));
   fs::permissions(path, static_cast<fs::perms>(0606));
   Model().save(path);
   CHECK((fs::status(path).permissions() & fs::perms::mask) == static_cast<fs::perms>(0606));
+  fs::permissions(path, static_cast<fs::perms>(07751));
+  Model().save(path);
+  CHECK((fs::status(path).permissions() & fs::perms::mask) == static_cast<fs::perms>(07751));
 
   if (::geteuid() == 0) return;  // who may write everything
   fs::permissions(path, static_cast<fs::perms>(0400));
@@ -894,6 +1110,23 @@ class PreparationOnly final : public FitObserver {
 };
 
 }  // namespace
+
+TEST_CASE("data that no fit can use are refused") {
+  Flow flow(FlowSpec::real_nvp(3, 1, {}));
+  const std::vector<float> x(30);
+  const std::vector<double> wide(30);
+  const auto rows = [&](std::size_t elements) { return std::span<const float>(x).first(elements); };
+  FitOptions options;
+  options.batch_size = 4;
+  check_refused(ErrorCode::type_mismatch, "x is not float32 as the flow is",
+                [&] { fit<double>(flow, wide, {}, options); });
+  check_refused(ErrorCode::invalid_argument, "x holds 29 elements, expected a multiple of input_size 3",
+                [&] { fit<float>(flow, rows(29), {}, options); });
+  check_refused(ErrorCode::invalid_argument, "validation holds 4 elements, expected a multiple of input_size 3",
+                [&] { fit<float>(flow, rows(30), rows(4), options); });
+  check_refused(ErrorCode::invalid_argument, "of 9 rows, which is less than one row",
+                [&] { fit<float>(flow, rows(27), {}, options); });
+}
 
 TEST_CASE("a fit can be stopped while it takes the fingerprint of large data for its checkpoint") {
   const Folder folder;

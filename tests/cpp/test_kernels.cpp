@@ -20,16 +20,24 @@
 #include <nvpflow/flow.hpp>
 #include <nvpflow/train.hpp>
 
+#include "cpu/isa.hpp"
+#include "cpu/kernels.hpp"
+#include "cpu/packed.hpp"
+#include "memory.hpp"
 #include "oracle.hpp"
 
 namespace {
 
+namespace cpu = nvpflow::cpu;
 using nvpflow::Activation;
+using nvpflow::AlignedBuffer;
 using nvpflow::Direction;
 using nvpflow::DType;
 using nvpflow::ErrorCode;
 using nvpflow::Flow;
 using nvpflow::FlowSpec;
+using nvpflow::ParamLayout;
+using nvpflow::Weights;
 
 template <class T>
 constexpr DType dtype_of = std::is_same_v<T, float> ? DType::float32 : DType::float64;
@@ -404,6 +412,59 @@ TEST_CASE_TEMPLATE("results and gradients keep their bits for every thread count
     const auto [other_nll, other] = run(threads);
     CHECK(other_nll == nll);
     CHECK(same_bits<T>(other, results));
+  }
+}
+
+template <class T>
+std::vector<T> with_blocks(const cpu::Packed<T>& packed, const cpu::Kernels<T>& kernels, const std::vector<T>& x,
+                           std::int64_t rows, std::int64_t parameters) {
+  const cpu::Program<T>& program = packed.program();
+  packed.ensure_transposed();
+  AlignedBuffer memory;
+  const std::int64_t size =
+      std::max(kernels.transform_scratch(program), kernels.tape_size(program, program.gradient_rows));
+  T* scratch = static_cast<T*>(memory.reserve(size * static_cast<std::int64_t>(sizeof(T))));
+  std::fill_n(scratch, size, kPoison<T>);
+  std::vector<T> z(x.size(), kPoison<T>), log_prob(static_cast<std::size_t>(rows), kPoison<T>);
+  std::vector<T> gradient(static_cast<std::size_t>(parameters), kPoison<T>);
+  cpu::TransformCall<T> call;
+  call.in = x.data(), call.out = z.data(), call.log_prob = log_prob.data();
+  kernels.transform(program, call, 0, rows, scratch);
+  cpu::GradientCall<T> backward;
+  backward.in = x.data(), backward.nll = true, backward.nll_factor = 1, backward.gradient = gradient.data();
+  double sums[cpu::kMaxGradientUnits] = {};
+  const std::int64_t count = std::min(rows, program.gradient_rows);
+  kernels.gradient_tile(program, backward, 0, count, (count + kernels.lanes - 1) / kernels.lanes * kernels.lanes,
+                        scratch, sums);
+  z.insert(z.end(), log_prob.begin(), log_prob.end());
+  z.insert(z.end(), gradient.begin(), gradient.end());
+  for (const double sum : sums) z.push_back(static_cast<T>(sum));
+  return z;
+}
+
+TEST_CASE_TEMPLATE("register blocks of either width leave the same bits", T, float, double) {
+  for (const cpu::IsaEntry* isa : cpu::supported_isas()) {
+    CAPTURE(isa->name);
+    const cpu::Kernels<T>* kernels = nullptr;
+    if constexpr (sizeof(T) == 4) kernels = isa->float32;
+    if constexpr (sizeof(T) == 8) kernels = isa->float64;
+    for (const Shape& shape :
+         {Shape{16, 2, {128}, Activation::relu}, Shape{17, 2, {300, 40}, Activation::leaky_relu, 1.0, true},
+          Shape{450, 1, {230}, Activation::tanh}}) {
+      const FlowSpec spec = spec_of<T>(shape);
+      const ParamLayout layout(spec);
+      const std::vector<T> parameters = random_parameters<T>(layout, 5);
+      cpu::Packed<T> narrow(spec, layout, *kernels, Weights::full, false);
+      cpu::Packed<T> wide(spec, layout, *kernels, Weights::full, true);
+      narrow.pack(parameters.data());
+      wide.pack(parameters.data());
+      for (const std::int64_t rows : {1, 15, 33, 47, 48, 49, 64, 100, 333}) {
+        CAPTURE(rows);
+        const std::vector<T> x = random_values<T>(rows * spec.input_size, 6);
+        CHECK(same_bits<T>(with_blocks(wide, *kernels, x, rows, layout.size()),
+                           with_blocks(narrow, *kernels, x, rows, layout.size())));
+      }
+    }
   }
 }
 

@@ -309,7 +309,24 @@ def _deleted(source: str, tokens: list[Token], i: int) -> Iterator[Mutant]:
         return
     else:
         shown = source[token.begin : tokens[end].end].split("(")[0].split("\n")[0]
+    if tokens[end + 1].text == "}" and _must_not_end(tokens, token.within):
+        return
     yield Mutant(token.begin, tokens[end].end, "", f"without {shown}", form="statement")
+
+
+def _must_not_end(tokens: list[Token], bracket: int) -> bool:
+    """Whether the block is a function's that has a value to return, or does not return: a compiler may take it for
+    granted that its end is not reached, and with it the statement before that."""
+    if tokens[bracket - 1].text not in (")", "const", "override", "noexcept"):
+        return False
+    head, i = set(), bracket - 1
+    while i >= 0 and (tokens[i].text not in (";", "{", "}", "=") or tokens[i].kind != "mark"):
+        i = tokens[i].partner if tokens[i].text == ")" else i
+        head.add(tokens[i].text)
+        i -= 1
+    # A block of another kind, a constructor with members to initialize, a destructor, a lambda.
+    other = head & {"if", "for", "while", "switch", "catch", ":", "~", "]"}
+    return "noreturn" in head or not (other or "void" in head)
 
 
 def _is_type_or_namespace(tokens: list[Token], bracket: int) -> bool:

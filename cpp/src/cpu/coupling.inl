@@ -15,10 +15,14 @@ namespace nvpflow::cpu {
 namespace {
 
 // Register blocks: kBlockOut single outputs x kBlockRows vectors of rows on a tile, kRowsBlock single rows x
-// kRowsVectors vectors of outputs where the numbers lie row-major.
+// kRowsVectors vectors of outputs where the numbers lie row-major. With wide blocks (Dense::wide_blocks) a vector more,
+// among rows for sums of kWideFrom inputs and more: fewer loads for each multiply-add, but no registers for the totals
+// of finished segments.
 #if defined(__AVX512F__)
-constexpr int kBlockOut = 8, kBlockRows = 3;  // of 32 registers: 24 sums, 3 inputs, 1 weight
-constexpr int kRowsBlock = 8, kRowsVectors = 3, kRegisters = 32;
+constexpr int kBlockOut = 8, kBlockRows = 2;  // of 32 registers: 16 sums under way, and room for the segments' totals
+constexpr int kRowsBlock = 8, kRowsVectors = 2, kRegisters = 32;
+constexpr bool kCanBeWide = true;
+constexpr int64_t kWideFrom = 200;
 #elif defined(__AVX2__)
 constexpr int kBlockOut = 4, kBlockRows = 3;  // of 16: 12 sums, 3 inputs, 1 weight; totals wait in memory
 constexpr int kRowsBlock = 4, kRowsVectors = 3, kRegisters = 16;
@@ -29,11 +33,14 @@ constexpr int kRowsBlock = 4, kRowsVectors = 4, kRegisters = 32;
 constexpr int kBlockOut = 4, kBlockRows = 2;
 constexpr int kRowsBlock = 4, kRowsVectors = 2, kRegisters = 16;
 #endif
+#if !defined(__AVX512F__)
+constexpr bool kCanBeWide = false;
+constexpr int64_t kWideFrom = 0;
+#endif
 
 // Vectors of weights from one that is used to one that is fetched meanwhile, where they may come from afar: the
 // processor's own prefetching ends with each page of memory.
 constexpr int64_t kAhead = 64;
-constexpr int64_t kLongSum = 200;
 
 // Rows left over after whole vectors take the row path up to this many; more fill a padded vector.
 template <class T>
@@ -122,6 +129,7 @@ struct DenseView {
   const uint32_t* narrow = nullptr;
   int64_t narrow_words = 0;
   bool far = false;
+  bool wide_blocks = false;
 };
 
 /// sum[m][n] += W[i][m] x[i][n] for inputs i in [begin, end), in order.
@@ -146,26 +154,52 @@ NVPFLOW_INLINE void accumulate(const T* w, const T* x, int64_t begin, int64_t en
 /// MO outputs x NV vectors of rows. w: weight of input 0 and the first output; x, y: first row of the block.
 template <class T, int MO, int NV, Act act>
 NVPFLOW_INLINE void dense_block(const DenseView<T>& d, const T* w, const T* bias, const T* x, T* y, int64_t rows) {
-  Vec<T> sum[MO][NV];
+  // The total of finished segments waits in registers, or where the outputs go.
+  constexpr bool kInRegisters = 2 * MO * NV <= kRegisters;
+  Vec<T> sum[MO][NV], total[kInRegisters ? MO : 1][NV] = {};
   for (int m = 0; m < MO; ++m) {
     for (int n = 0; n < NV; ++n) sum[m][n] = set1(bias == nullptr ? T(0) : bias[m]);
   }
+  const auto each = [&](auto&& f) __attribute__((always_inline)) {
+    T* to = y;
+#pragma GCC unroll 16
+    for (int m = 0; m < MO; ++m, to += rows) {
+      for (int n = 0; n < NV; ++n) f(m, n, to + n * kLanes<T>);
+      asm("" : "+r"(to));  // or the compiler holds the distance of each output in a register, and has too few
+    }
+  };
   for (int64_t begin = 0;; begin += d.segment) {
     accumulate<T, MO, NV>(w, x, begin, smaller(begin + d.segment, d.in), rows, sum);
     if (begin > 0) {
-      for (int m = 0; m < MO; ++m) {
-        for (int n = 0; n < NV; ++n) sum[m][n] = load<T>(y + m * rows + n * kLanes<T>) + sum[m][n];
-      }
+      each([&](int m, int n, T* to) __attribute__((always_inline)) {
+        if constexpr (kInRegisters) {
+          sum[m][n] = total[m][n] + sum[m][n];
+        } else {
+          sum[m][n] = load<T>(to) + sum[m][n];
+        }
+      });
     }
     if (begin + d.segment >= d.in) break;
-    // The total waits where the outputs go: the sums need the registers.
-    for (int m = 0; m < MO; ++m) {
-      for (int n = 0; n < NV; ++n) store<T>(y + m * rows + n * kLanes<T>, sum[m][n]), sum[m][n] = Vec<T>{};
-    }
+    each([&](int m, int n, T* to) __attribute__((always_inline)) {
+      if constexpr (kInRegisters) {
+        total[m][n] = sum[m][n];
+      } else {
+        store<T>(to, sum[m][n]);
+      }
+      sum[m][n] = Vec<T>{};
+    });
   }
-  for (int m = 0; m < MO; ++m) {
-    for (int n = 0; n < NV; ++n) store<T>(y + m * rows + n * kLanes<T>, rectify<T>(sum[m][n], act));
-  }
+  each([&](int m, int n, T* to) __attribute__((always_inline)) { store<T>(to, rectify<T>(sum[m][n], act)); });
+}
+
+/// Blocks of NV vectors of rows from row r on, as far as whole ones go; returns where they end. Not inlined: several
+/// blocks in one function take the registers of each other's addresses.
+template <class T, int MO, int NV, Act act>
+NVPFLOW_NOINLINE int64_t dense_blocks(const DenseView<T>& d, const T* w, const T* bias, const T* x, T* y, int64_t rows,
+                                      int64_t r, int64_t end) {
+  constexpr int64_t kStep = NV * kLanes<T>;
+  for (; r + kStep <= end; r += kStep) dense_block<T, MO, NV, act>(d, w, bias, x + r, y + r, rows);
+  return r;
 }
 
 /// Rows [begin, end) of the tile for MO consecutive outputs.
@@ -175,17 +209,15 @@ void dense_strip(const DenseView<T>& d, const T* w, const T* bias, const T* x, T
   constexpr int L = kLanes<T>;
   int64_t r = begin;
   if constexpr (MO <= kBlockOut) {
-    for (; r + kBlockRows * L <= end; r += kBlockRows * L) {
-      dense_block<T, MO, kBlockRows, act>(d, w, bias, x + r, y + r, rows);
+    if constexpr (kCanBeWide) {
+      if (d.wide_blocks) r = dense_blocks<T, MO, kBlockRows + 1, act>(d, w, bias, x, y, rows, r, end);
     }
+    if (r + kBlockRows * L <= end) r = dense_blocks<T, MO, kBlockRows, act>(d, w, bias, x, y, rows, r, end);
     if constexpr (kBlockRows > 2) {
-      if (r + 2 * L <= end) {
-        dense_block<T, MO, 2, act>(d, w, bias, x + r, y + r, rows);
-        r += 2 * L;
-      }
+      if (r + 2 * L <= end) r = dense_blocks<T, MO, 2, act>(d, w, bias, x, y, rows, r, end);
     }
   }
-  for (; r < end; r += L) dense_block<T, MO, 1, act>(d, w, bias, x + r, y + r, rows);
+  if (r < end) dense_blocks<T, MO, 1, act>(d, w, bias, x, y, rows, r, end);
 }
 
 /// Rows [begin, end) of the tile, by strips of MO outputs.
@@ -239,7 +271,7 @@ void dense_tile(const DenseView<T>& d, const T* x, T* y, int64_t rows, Act act) 
 
 template <class T>
 NVPFLOW_INLINE DenseView<T> view(const Dense<T>& d) {
-  return {d.weights, d.bias, d.in, d.out, d.segment, d.narrow, d.narrow_words, d.far};
+  return {d.weights, d.bias, d.in, d.out, d.segment, d.narrow, d.narrow_words, d.far, d.wide_blocks};
 }
 
 // ---- dense layers on rows ------------------------------------------------------------------------------------------
@@ -320,15 +352,22 @@ void dense_rows_finish(const DenseView<T>& d, const T* x, int64_t x_stride, T* y
                        Finish finish) {
   constexpr int L = kLanes<T>;
   int64_t o = 0;
-  if (kRowsVectors <= 2 || d.in >= kLongSum) {
+  if constexpr (kCanBeWide) {
+    constexpr int64_t kWide = (kRowsVectors + 1) * L;
     // Not down to one vector, whose strip reads twice as much for each multiply-add.
-    for (; o + (kRowsVectors - 1) * L < d.out && (o + kRowsVectors * L >= d.out || o + (kRowsVectors + 1) * L < d.out);
-         o += kRowsVectors * L) {
-      rows_strip<T, kRowsVectors>(d, o, x, x_stride, y, y_stride, rows, finish);
+    const auto fits = [&] { return o + kWide - L < d.out && (o + kWide >= d.out || o + kWide + L < d.out); };
+    for (; d.wide_blocks && d.in >= kWideFrom && fits(); o += kWide) {
+      rows_strip<T, kRowsVectors + 1>(d, o, x, x_stride, y, y_stride, rows, finish);
     }
   }
+  for (; o + (kRowsVectors - 1) * L < d.out; o += kRowsVectors * L) {
+    rows_strip<T, kRowsVectors>(d, o, x, x_stride, y, y_stride, rows, finish);
+  }
   if constexpr (kRowsVectors > 2) {
-    for (; o + L < d.out; o += 2 * L) rows_strip<T, 2>(d, o, x, x_stride, y, y_stride, rows, finish);
+    if (o + L < d.out) {
+      rows_strip<T, 2>(d, o, x, x_stride, y, y_stride, rows, finish);
+      o += 2 * L;
+    }
   }
   for (; o < d.out; o += L) rows_strip<T, 1>(d, o, x, x_stride, y, y_stride, rows, finish);
 }

@@ -456,7 +456,7 @@ template <class T>
 void dense_backward(const Layer<T>& layer, const CouplingTape<T>& keep, int32_t j, const T* g_out, T* g_in,
                     int64_t count, int64_t rows) {
   const Dense<T>& d = layer.dense[j];
-  const DenseView<T> transposed = {d.transposed, nullptr, d.out, d.in, d.out};
+  const DenseView<T> transposed = {d.transposed, nullptr, d.out, d.in, d.out, nullptr, 0, d.far, d.wide_blocks};
   const int64_t out_stride = row_stride<T>(d.out), in_stride = row_stride<T>(d.in);
   if (j == 0) return dense_rows<T>(transposed, g_out, out_stride, g_in, in_stride, count, Act::none);
   const T* value = keep.value(layer, j - 1, rows);

@@ -85,6 +85,15 @@ std::vector<const IsaEntry*> supported_isas() {
   return entries;
 }
 
+bool prefers_wide_blocks() {
+#ifdef NVPFLOW_HAVE_X86
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");  // measured on both makers' (cpp/DESIGN.md, 2026-11-26)
+#else
+  return false;
+#endif
+}
+
 const IsaEntry& chosen_isa() {
   static const IsaEntry& entry = choose();
   return entry;

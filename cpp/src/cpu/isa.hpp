@@ -11,6 +11,10 @@ namespace nvpflow::cpu {
 /// names. Throws Error(unavailable) where that is unknown or not supported here.
 const IsaEntry& chosen_isa();
 
+/// Whether this processor's multiply-adds wait for loads, so that larger register blocks are worth what they cost
+/// (Dense::wide_blocks). Results do not depend on it.
+bool prefers_wide_blocks();
+
 /// Every set that is built in and that this processor supports, best first.
 std::vector<const IsaEntry*> supported_isas();
 

@@ -185,9 +185,20 @@ void elementary(Function function, const T* in, T* out, int64_t count) {
 
 template <class T>
 constexpr Kernels<T> kTable = {
-    kLanes<T>, kLanes<T> * kBlockRows, transform_scratch<T>, transform<T>,     conditioner<T>,
-    noise<T>,  transpose_weights<T>,   tape_size<T>,         gradient_tile<T>, weight_gradient<T>,
-    adam<T>,   sum_of_squares<T>,      elementary<T>,
+    kLanes<T>,
+    kLanes<T> * kBlockRows,
+    kLanes<T> * (kBlockRows + kCanBeWide),
+    transform_scratch<T>,
+    transform<T>,
+    conditioner<T>,
+    noise<T>,
+    transpose_weights<T>,
+    tape_size<T>,
+    gradient_tile<T>,
+    weight_gradient<T>,
+    adam<T>,
+    sum_of_squares<T>,
+    elementary<T>,
 };
 
 }  // namespace

@@ -26,7 +26,8 @@ struct Dense {
   // A word holds an output's weights of two consecutive inputs of a segment, the first in its lower half.
   const uint32_t* narrow = nullptr;
   int64_t narrow_words = 0;
-  bool far = false;  // the flow's weights come from beyond the caches
+  bool far = false;          // the flow's weights come from beyond the caches
+  bool wide_blocks = false;  // register blocks of a vector more, where the kernels have them
 };
 
 /// Where the gradient of a hidden layer, or of one of the heads, lies in the flat gradient.
@@ -132,8 +133,9 @@ enum class Function : int32_t {
 
 template <class T>
 struct Kernels {
-  int64_t lanes;     // elements of a vector
-  int64_t row_unit;  // rows of a full register block: tile sizes are multiples of it
+  int64_t lanes;          // elements of a vector
+  int64_t row_unit;       // rows of a full register block: tile sizes are multiples of it
+  int64_t wide_row_unit;  // with wide blocks
   /// Elements of scratch that transform, conditioner and noise need; `scratch` is aligned to 64 bytes.
   int64_t (*transform_scratch)(const Program<T>&);
   void (*transform)(const Program<T>&, const TransformCall<T>&, int64_t begin, int64_t end, T* scratch);

@@ -63,7 +63,8 @@ void copy_rows(const T* from, std::int64_t from_stride, T* to, std::int64_t to_s
 }  // namespace
 
 template <class T>
-Packed<T>::Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels<T>& kernels, Weights weights)
+Packed<T>::Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels<T>& kernels, Weights weights,
+                  bool wide_blocks)
     : lanes_(kernels.lanes), transpose_(kernels.transpose) {
   // Sized first: the program holds pointers into these.
   std::size_t num_dense = 0, num_gradients = 0;
@@ -86,7 +87,7 @@ Packed<T>::Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels
   }
   program_.layers = layers_.data();
   program_.num_layers = static_cast<std::int64_t>(layers_.size());
-  choose_tiles(kernels);
+  choose_tiles(kernels, wide_blocks);
 
   std::int64_t size = 0;
   for (const Dense<T>& d : dense_) size += round_up(d.out, lanes_) * (d.in + 1);
@@ -171,17 +172,18 @@ void Packed<T>::add_standardize(const ParamLayout& layout, std::size_t index) {
 }
 
 template <class T>
-void Packed<T>::choose_tiles(const Kernels<T>& kernels) {
+void Packed<T>::choose_tiles(const Kernels<T>& kernels, bool wide_blocks) {
   const auto units = [](std::int64_t target, std::int64_t elements_of_unit, std::int64_t most) {
     return std::clamp<std::int64_t>(target / (elements_of_unit * static_cast<std::int64_t>(sizeof(T))), 1, most);
   };
-  program_.tile_rows = kernels.row_unit;
+  const std::int64_t row_unit = wide_blocks ? kernels.wide_row_unit : kernels.row_unit;
+  program_.tile_rows = row_unit;
   for (const Dense<T>& d : dense_) transposed_size_ += round_up(d.in, lanes_) * d.out;
   const std::int64_t weights = transposed_size_ * static_cast<std::int64_t>(sizeof(T));
   program_.few_at_once = weights > kNearBytes;
-  for (Dense<T>& d : dense_) d.far = weights > kFarBytes;
-  program_.tile_rows = kernels.row_unit * units(std::max(kTileBytes, weights / kWeightsPerTile),
-                                                kernels.transform_scratch(program_), kMaxRowUnits);
+  for (Dense<T>& d : dense_) d.far = weights > kFarBytes, d.wide_blocks = wide_blocks;
+  program_.tile_rows = row_unit * units(std::max(kTileBytes, weights / kWeightsPerTile),
+                                        kernels.transform_scratch(program_), kMaxRowUnits);
   program_.gradient_rows = kGradientUnit * units(std::max(kTapeBytes, weights * kTapePerWeights),
                                                  kernels.tape_size(program_, kGradientUnit), kMaxGradientUnits);
 }

@@ -11,6 +11,7 @@
 
 #include "../memory.hpp"
 #include "../parallel.hpp"
+#include "isa.hpp"
 #include "kernels.hpp"
 
 namespace nvpflow::cpu {
@@ -18,8 +19,9 @@ namespace nvpflow::cpu {
 template <class T>
 class Packed {
  public:
-  /// weights: bfloat16 rounds the kernels (Dense::narrow).
-  Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels<T>& kernels, Weights weights);
+  /// weights: bfloat16 rounds the kernels (Dense::narrow). wide_blocks: of Dense.
+  Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels<T>& kernels, Weights weights,
+         bool wide_blocks = prefers_wide_blocks());
   Packed(const Packed&) = delete;
   Packed& operator=(const Packed&) = delete;
 
@@ -48,7 +50,7 @@ class Packed {
   void keep_narrow();
   void narrow(Dense<T>& d);
   void pack_standardize(Layer<T>& layer, const T* parameters);
-  void choose_tiles(const Kernels<T>& kernels);
+  void choose_tiles(const Kernels<T>& kernels, bool wide_blocks);
   void place_transposed() const;
 
   std::int64_t lanes_;

@@ -108,6 +108,8 @@ void dense_layer(std::int64_t in, std::int64_t out, std::int64_t rows) {
   Numbers w(static_cast<std::size_t>(in * padded<float>(out))), bias(static_cast<std::size_t>(padded<float>(out)));
   Numbers x(static_cast<std::size_t>(width * rows)), y(static_cast<std::size_t>(width * rows));
   const DenseView<float> d = {w, bias, in, out, (in + segments - 1) / segments};
+  DenseView<float> wide = d;
+  wide.wide_blocks = true;
   const double flops = 2.0 * static_cast<double>(in * out * rows);
   std::printf("dense layer %lld -> %lld, %lld rows\n", static_cast<long long>(in), static_cast<long long>(out),
               static_cast<long long>(rows));
@@ -124,12 +126,14 @@ void dense_layer(std::int64_t in, std::int64_t out, std::int64_t rows) {
   };
   if (rows % L == 0) {
     tile("feature-major, the library's blocks", [&] { dense_tile<float>(d, x, y, rows, Act::relu); });
-    tile("feature-major, 8 outputs x 3 vectors (spills totals)", [&] { tile_blocks<float, 8, 3>(d, x, y, rows); });
+    tile("feature-major, the library's wide blocks", [&] { dense_tile<float>(wide, x, y, rows, Act::relu); });
     tile("feature-major, 4 x 4", [&] { tile_blocks<float, 4, 4>(d, x, y, rows); });
     tile("feature-major, 8 x 1", [&] { tile_blocks<float, 8, 1>(d, x, y, rows); });
   }
   by_rows("row-major, the library's blocks",
           [&](auto xs, auto ys) { dense_rows<float>(d, x, xs, y, ys, rows, Act::relu); });
+  by_rows("row-major, the library's wide blocks",
+          [&](auto xs, auto ys) { dense_rows<float>(wide, x, xs, y, ys, rows, Act::relu); });
   if (rows <= kMaxFewRows<float>) {
     by_rows("row-major, one block for all rows (library)",
             [&](auto xs, auto ys) { dense_few_rows<float>(FullWeights<float>{d}, x, xs, y, ys, rows, Act::relu); });
@@ -176,9 +180,11 @@ void outer(std::int64_t in, std::int64_t first, std::int64_t second, std::int64_
   Numbers x(static_cast<std::size_t>(xs * rows)), g(static_cast<std::size_t>(gs * rows));
   Numbers sums(static_cast<std::size_t>((in + 1) * out));
   float *kernel = sums, *bias = kernel + in * out;
-  const OuterProduct<float> p = {x, xs, g, gs, rows, out};
-  const DenseColumns<float> to = {{{kernel, kernel + in * first}, {first, second}},
-                                  {{bias, bias + first}, {first, second}}};
+  const OuterProduct<float> p = {x, xs, g, gs, rows, rows, 0, out};
+  const auto columns = [&](bool add) {
+    return DenseColumns<float>{{{kernel, kernel + in * first}, {first, second}, add},
+                               {{bias, bias + first}, {first, second}, add}};
+  };
   const auto zero = [&] { std::fill_n(kernel, (in + 1) * out, 0.0f); };
   const auto right = [&] {
     for (std::int64_t i = 0; i <= in; ++i) {
@@ -198,8 +204,9 @@ void outer(std::int64_t in, std::int64_t first, std::int64_t second, std::int64_
   std::printf("gradient of weights %lld x (%lld + %lld), %lld rows\n", static_cast<long long>(in),
               static_cast<long long>(first), static_cast<long long>(second), static_cast<long long>(rows));
   const double flops = 2.0 * static_cast<double>(in * out * rows);
-  rung("the library's blocks", flops, [&] { zero(), outer_product<float>(p, 0, in, to); }, right);
-  rung("both heads apart, bias apart", flops, [&] { zero(), heads_apart<float>(p, in, to); }, right);
+  rung("the library's blocks", flops, [&] { outer_product<float>(p, 0, in, columns(false)); }, right);
+  rung("the same, added to zeros", flops, [&] { zero(), outer_product<float>(p, 0, in, columns(true)); }, right);
+  rung("both heads apart, bias apart", flops, [&] { zero(), heads_apart<float>(p, in, columns(true)); }, right);
 }
 
 }  // namespace

@@ -3,8 +3,7 @@
 namespace nvpflow::cpu {
 namespace {
 
-/// dense_tile with register blocks of MO outputs x NV vectors of rows. 8 x 3 needs 48 registers where a layer has
-/// segments; 8 x 1 reads nine values for eight multiply-adds.
+/// dense_tile with register blocks of MO outputs x NV vectors of rows: 8 x 1 reads nine values for eight multiply-adds.
 template <class T, int MO, int NV>
 void tile_blocks(const DenseView<T>& d, const T* x, T* y, int64_t rows) {
   constexpr int L = kLanes<T>;
@@ -26,14 +25,14 @@ void heads_apart(const OuterProduct<T>& p, int64_t in, const DenseColumns<T>& to
   constexpr int L = kLanes<T>;
   for (int head = 0; head < 2; ++head) {
     const int64_t n = to.kernel.n[head], begin = head == 0 ? 0 : to.kernel.n[0];
-    const OuterProduct<T> part = {p.x, p.x_stride, p.g + begin, p.g_stride, p.count, n};
+    const OuterProduct<T> part = {p.x, p.x_stride, p.g + begin, p.g_stride, p.count, p.rows, p.tape_stride, n};
     for (int64_t o = 0; o < n; o += L) {
-      const Columns<T> kernel = {{to.kernel.to[head], to.kernel.to[head]}, {n, 0}};
-      const Columns<T> bias = {{to.bias.to[head], to.bias.to[head]}, {n, 0}};
+      const Columns<T> kernel = {{to.kernel.to[head], to.kernel.to[head]}, {n, 0}, true};
+      const Columns<T> bias = {{to.bias.to[head], to.bias.to[head]}, {n, 0}, true};
       for (int64_t i = 0; i < in; i += 8) outer_block<T, 8, 1, false>(part, i, o, {kernel, bias});
       Vec<T> sum[1][1] = {};
       for (int64_t r = 0; r < p.count; ++r) sum[0][0] = sum[0][0] + load<T>(part.g + r * p.g_stride + o);
-      bias.add(0, o, n - o, sum, 0);
+      bias.put(0, o, sum);
     }
   }
 }
