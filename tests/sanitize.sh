@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sanitizers over the tests: tests/sanitize.sh [asan|ubsan|tsan|python|fuzz]... (default: the first four; ubsan alone takes
-# eleven minutes of a processor, most of them for compiling the kernels)
+# Sanitizers over the tests: tests/sanitize.sh [asan|ubsan|tsan|python|fuzz]... (default: the first four; ubsan takes eleven
+# minutes of a processor, python eighteen, most of them for compiling the kernels)
 #
 #   asan, ubsan, tsan  the C++ tests under AddressSanitizer (with leaks), UndefinedBehaviorSanitizer, ThreadSanitizer
 #   python             the Python tests on an extension built with AddressSanitizer; PYTEST_ARGS: what to run, else the tests
