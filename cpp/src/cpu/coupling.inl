@@ -353,7 +353,7 @@ void dense_rows_finish(const DenseView<T>& d, const T* x, int64_t x_stride, T* y
   constexpr int L = kLanes<T>;
   int64_t o = 0;
   if constexpr (kCanBeWide) {
-    constexpr int64_t kWide = (kRowsVectors + 1) * L;
+    constexpr int64_t kWide = int64_t{kRowsVectors + 1} * L;
     // Not down to one vector, whose strip reads twice as much for each multiply-add.
     const auto fits = [&] { return o + kWide - L < d.out && (o + kWide >= d.out || o + kWide + L < d.out); };
     for (; d.wide_blocks && d.in >= kWideFrom && fits(); o += kWide) {
