@@ -1,6 +1,7 @@
 """Do the tests notice when the code is wrong? Changes the code in small ways, and runs the tests on each of them.
 
-    python tests/mutate.py                                    # all mutants of all files (an hour of two processors)
+    python tests/mutate.py                                    # all mutants of all files (some hours)
+    python tests/mutate.py --file cpp/src/file_format.cpp --seconds 20                    # a first look (half an hour)
     python tests/mutate.py --file cpp/src/file_format.cpp --limit 50 --seed 1
     python tests/mutate.py --scratch FOLDER                   # keeps the build there, for the next time
 
