@@ -246,11 +246,10 @@ class Session:
         return samples
 
     def _one_by_one(self, label: str, median: float) -> dict:
-        """Percentiles of single calls: as many as asked for of ours, of peers as many as go into two seconds."""
+        """Percentiles of single calls: as many as asked for, or as many as go into ten seconds, of peers into two."""
         contender, settings = self.contenders[label], self.settings
-        calls = settings.singles
-        if not label.startswith("nvpflow"):
-            calls = min(calls, max(1_000, round(2 / median)))
+        seconds = 10 if label.startswith("nvpflow") else 2
+        calls = min(settings.singles, max(1_000, round(seconds / median)))
         parts = 10
         single = [ns for _ in range(parts) for ns in contender.ask("singles", calls=calls // parts)["nanoseconds"]]
         cold = contender.ask("cold", calls=settings.cold)["nanoseconds"]
