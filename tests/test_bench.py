@@ -14,6 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
 
+import bench
 import checks
 import machine
 import report
@@ -80,6 +81,11 @@ def test_a_call_is_timed_as_it_is_written() -> None:
     assert call.calibrate(1e-3) > 1
     assert len(call.singles(5)) == 5
     assert all(ns > 0 for ns in call.cold(2))
+
+
+def test_the_command_of_the_results_names_no_file() -> None:
+    words = ["--isa", "avx2", "--json", "/a/b.json", "--quick", "--plots=pictures"]
+    assert bench.without_files(words) == ["--isa", "avx2", "--quick"]
 
 
 def test_summary_gives_median_and_spread() -> None:

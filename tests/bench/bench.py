@@ -137,9 +137,18 @@ def measure(options: argparse.Namespace) -> dict:
     return document
 
 
+def without_files(arguments: list[str]) -> list[str]:
+    """What was measured, without where it was written."""
+    kept, places = [], ("--json", "--plots")
+    for i, word in enumerate(arguments):
+        if not word.startswith(places) and (i == 0 or arguments[i - 1] not in places):
+            kept.append(word)
+    return kept
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    options.command = sys.argv[1:] if arguments is None else arguments
+    options.command = without_files(sys.argv[1:] if arguments is None else arguments)
     document = measure(options)
     if options.json:
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
