@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Which lines the tests run: tests/coverage.sh [build|cpp|python|report]... (default: all four, half an hour on one processor)
+# Which lines the tests run: tests/coverage.sh [build|cpp|python|report]... (default: all four)
 #
 # One instrumented build serves the C++ tests and the Python tests. The report lies in NVPFLOW_COVERAGE_DIR (build-coverage beside
 # the checkout's files) as text and HTML; the command fails where less than 95 % of the lines of the core are run: of C++

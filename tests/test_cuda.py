@@ -823,14 +823,16 @@ class TestArraysThatLie:
             nvpflow.cuda.array(np.zeros(3, np.float32), device="cuda:99")
 
 
+@pytest.fixture
+def _emulator() -> None:
+    if nvpflow.cuda.device_name() != "emulated device":
+        pytest.skip("a stream that is any number is the emulator's")
+
+
 @gpu
+@pytest.mark.usefixtures("_emulator")
 class TestStreamsOfSeveralArrays:
     """Work of the emulated device runs only when somebody waits, so that an order nobody asked for shows as poison."""
-
-    @pytest.fixture(autouse=True)
-    def _emulator(self):
-        if nvpflow.cuda.device_name() != "emulated device":
-            pytest.skip("a stream that is any number is the emulator's")
 
     def test_a_second_input_is_waited_for(self):
         flow = nvpflow.build(6, 2, (8,), device="cuda")
@@ -884,13 +886,9 @@ class Lent:
 
 
 @gpu
+@pytest.mark.usefixtures("_emulator")
 class TestLibrariesThatAreNotThere:
     """What nvpflow asks of the libraries that have arrays of a device, of stand-ins for them on the emulated one."""
-
-    @pytest.fixture(autouse=True)
-    def _emulator(self):
-        if nvpflow.cuda.device_name() != "emulated device":
-            pytest.skip("a stream that is any number is the emulator's")
 
     @pytest.fixture
     def flow(self):

@@ -100,7 +100,8 @@ class CpuBackend final : public Backend {
   }
 
   void set_parameters(const void* parameters) override {
-    if (alone_ > 0) return packed_.initial().pack_to_train(static_cast<const T*>(parameters), alone_);
+    if (training_threads_ > 0)
+      return packed_.initial().pack_to_train(static_cast<const T*>(parameters), training_threads_);
     packed_.rewrite([this] { return make_packed(); },
                     [&](Packed<T>& packed) { packed.pack(static_cast<const T*>(parameters)); });
   }
@@ -235,7 +236,7 @@ class CpuBackend final : public Backend {
                                            int threads) const override {
     // In full also where the flow's own weights are rounded: small steps would be lost.
     auto backend = std::make_unique<CpuBackend>(spec_, layout_, Weights::full);
-    backend->alone_ = threads;
+    backend->training_threads_ = threads;
     return std::make_unique<HostTraining<T>>(std::move(backend), layout_, data, parameters, threads);
   }
 
@@ -359,7 +360,7 @@ class CpuBackend final : public Backend {
   const Weights weights_;
   // Threads of a training run, of which this is the own backend: nobody calls while the parameters are set, and one
   // packed copy of them is enough. 0: any other backend.
-  int alone_ = 0;
+  int training_threads_ = 0;
   const Kernels<T>& kernels_;
   LeftRight<Packed<T>> packed_;
   std::int64_t tile_rows_ = 0, gradient_rows_ = 0, grain_ = 0;
