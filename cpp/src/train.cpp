@@ -159,7 +159,7 @@ class Trainer {
         x_(x),
         validation_(validation),
         rows_(checked_rows(), held_out_rows(), options.seed),
-        threads_(options.threads > 0      ? options.threads
+        threads_(options.num_threads > 0  ? options.num_threads
                  : flow.num_threads() > 0 ? flow.num_threads()
                                           : available_threads()) {
     check_sizes();
@@ -541,7 +541,7 @@ void FitOptions::validate() const {
           "a share of the rows, at least 0 and below 1");
   require(non_negative(max_round_trip), "max_round_trip", short_text(max_round_trip),
           "a finite number, at least 0 (0: no bound)");
-  require(threads >= 0 && threads <= 4096, "threads", std::to_string(threads), "0 (automatic) to 4096");
+  require(num_threads >= 0 && num_threads <= 4096, "num_threads", std::to_string(num_threads), "0 (automatic) to 4096");
 }
 
 template <class T>
