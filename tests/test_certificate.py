@@ -642,7 +642,7 @@ def test_fit_keeps_inside_the_bound_from_the_shell(tmp_path) -> None:
     fit = ("fit", "data.npy", "--num-flows", 2, "--hidden-sizes", 8, "--epochs", 2, "--threads", 1)
     assert "round trip" in command(tmp_path, *fit, "-o", "kept.safetensors", "--max-round-trip", 1e-4).stdout
     done = command(tmp_path, *fit, "-o", "none.safetensors", "--max-round-trip", 1e-12, fails=1)
-    assert done.stderr.startswith("nvpflow: error: no epoch was inside max_round_trip 1e-12")
+    assert done.stderr.startswith("nvpflow: error: no epoch was inside --max-round-trip 1e-12")
     assert not (tmp_path / "none.safetensors").exists()
     assert (tmp_path / "kept.safetensors").exists()
 
