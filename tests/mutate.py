@@ -53,7 +53,7 @@ FILES = (
 )
 DOCTESTS = ("test_core",)  # each case of theirs is a test
 REPLAYS = (("replay_layout", str(HERE / "fuzz/corpus_layout")),)
-TESTS = ("arrays", "faults", "files", "flow", "functional", "properties", "robustness", "weights")
+TESTS = ("arrays", "checks", "faults", "files", "flow", "functional", "properties", "robustness", "weights")
 MEMORY_BYTES = 12 << 30  # of addresses; the libraries of Python reserve some gigabytes
 
 SANDBOX = r"""
@@ -208,6 +208,7 @@ class Runner:
             **os.environ,
             "HYPOTHESIS_STORAGE_DIRECTORY": str(folder),
             "OPENBLAS_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "",  # the first run compiles the tests for all later ones
             "PYTHONPATH": os.pathsep.join([str(self.scratch / "site"), str(PARTS)]),
             "TMPDIR": str(folder),
             **env,
