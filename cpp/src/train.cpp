@@ -539,7 +539,7 @@ void FitOptions::validate() const {
           "a share of the rows, at least 0 and below 1");
   require(non_negative(max_round_trip), "max_round_trip", short_text(max_round_trip),
           "a finite number, at least 0 (0: no bound)");
-  require(threads >= 0 && threads <= 4096, "threads", std::to_string(threads), "0 (automatic) to 4096");
+  require(threads >= 0 && threads <= 4096, "num_threads", std::to_string(threads), "0 (automatic) to 4096");
 }
 
 template <class T>
