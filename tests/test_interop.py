@@ -291,6 +291,61 @@ def test_subclasses_of_tensors(flow):
     assert torch.equal(flow.log_prob(torch.nn.Parameter(x, requires_grad=False)), expected)
 
 
+DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+DTYPES += ("float16", "float32", "float64", "complex64", "complex128")
+
+
+@pytest.mark.parametrize("of_flow", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_means_the_same_by_dlpack(make_flow, of_flow, dtype):
+    """The results or the words of the refusal that NumPy's own array of these values gets."""
+    flow = make_flow(SIZE, 3, (9,), "silu", dtype=of_flow)[0]
+    x = (np.arange(4 * SIZE).reshape(4, SIZE) % 5).astype(dtype)
+    if np.can_cast(x.dtype, of_flow, "safe"):
+        assert_same_bits(flow.log_prob(Counting(x)), flow.log_prob(x))
+        return
+    with pytest.raises(TypeError, match=rf"^x has dtype {dtype}, expected {of_flow}") as expected:
+        flow.log_prob(x)
+    with pytest.raises(TypeError) as raised:
+        flow.log_prob(Counting(x))
+    assert str(raised.value) == str(expected.value)
+
+
+class Standard:
+    """An array of a library that has the array API standard's from_dlpack, and nothing else that nvpflow knows."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+
+    def __dlpack_device__(self):
+        return self.values.__dlpack_device__()
+
+    def __dlpack__(self, **options):
+        return self.values.__dlpack__(**options)
+
+    def __array_namespace__(self):
+        class Namespace:
+            from_dlpack = staticmethod(lambda given: Standard(np.from_dlpack(given)))
+
+        return Namespace
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("rows", [None, 0, 1, 7, 1000])
+def test_results_for_any_library_of_the_standard(make_flow, dtype, rows):
+    """Taken over by its from_dlpack, whatever that does: writable, aligned as the strictest of them wants it."""
+    flow = make_flow(SIZE, 3, (9,), "silu", dtype=dtype)[0]
+    x = unit_data(rows or 1, SIZE, 1, dtype)
+    x = x[0] if rows is None else x[:rows]
+    for _ in range(8):  # wherever the memory happens to begin
+        results = (*flow.forward(Standard(x)), *flow.vjp(Standard(x), x))
+        for result, expected in zip(results, (*flow.forward(x), *flow.vjp(x, x)), strict=True):
+            assert type(result) is Standard
+            assert_same_bits(result.values, np.asarray(expected))
+            assert result.values.ctypes.data % 64 == 0
+            assert result.values.flags.writeable
+
+
 @pytest.mark.parametrize("kind", ["memoryview", "ctypes", "array.array"])
 def test_buffers(flow, kind):
     x = unit_data(4, SIZE, 10, "float32")
@@ -439,6 +494,8 @@ def test_arrays_of_a_device_go_to_a_flow_on_one(flow):
             flow.log_prob(x)
         with pytest.raises(ValueError, match=r"^out is .* on a CUDA device"):
             flow.log_prob(np.zeros((3, SIZE), np.float32), out=x)
+        with pytest.raises(ValueError, match=r"^grad_log_prob is on a CUDA device, x in the host's memory"):
+            flow.log_prob_vjp(np.zeros((3, SIZE), np.float32), x)
 
 
 # ---- the DLPack protocol ---------------------------------------------------------------------------------------------
@@ -527,6 +584,43 @@ def test_capsules_are_deleted_once_when_the_call_is_over(flow, versioned):
     empty = Capsule(x, versioned=versioned, shape=(0, SIZE), data=None)
     assert flow.log_prob(empty).shape == (0,)
     assert len(shifted.deleted_by) == len(empty.deleted_by) == 1
+
+
+def test_pinned_memory_is_the_hosts(flow):
+    x, out = unit_data(3, SIZE, 15, "float32"), np.zeros(3, np.float32)
+    pinned = {"device_type": 3, "said": (3, 0)}
+    assert_same_bits(flow.log_prob(Capsule(x, **pinned)), flow.log_prob(x))
+    flow.log_prob(x, out=Capsule(out, **pinned))
+    assert_same_bits(out, flow.log_prob(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"code": 4, "bits": 16}, "has dtype bfloat16"),
+        ({"code": 4, "bits": 8}, "has dtype bfloat8"),
+        ({"code": 10, "bits": 8}, "has a dtype that NumPy lacks"),
+        ({"code": 2, "bits": 128}, "has a dtype that NumPy lacks"),
+    ],
+    ids=str,
+)
+def test_dtypes_that_numpy_lacks(flow, options, told):
+    x = unit_data(3, SIZE, 15, "float32")
+    message = f"^x {told}, expected float32 or float64, or a dtype that converts to the flow's without loss$"
+    with pytest.raises(TypeError, match=message):
+        flow.log_prob(Capsule(x, **options))
+
+
+def test_the_memory_of_what_has_no_elements_is_not_looked_at(flow):
+    x = unit_data(3, SIZE, 15, "float32")
+    for shape in ((0, SIZE), (0,), (0, 0), (3, 0)):
+        for data in (None, 8, x.ctypes.data):
+            capsule = Capsule(x, shape=shape, data=data)
+            if shape == (0, SIZE):
+                assert flow.inverse(capsule).shape == shape
+                continue
+            with pytest.raises(ValueError, match=rf"^z has shape \({', '.join(map(str, shape))},?\), expected"):
+                flow.inverse(capsule)
 
 
 def test_the_read_only_flag_is_honoured(flow):
