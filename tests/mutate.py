@@ -280,23 +280,24 @@ def first_run(runner: Runner, python: bool) -> tuple[list[Test], list[Test]]:
 
 
 def in_turn(tests: list[Test]) -> list[Test]:
-    """The quickest of each file, then the second of each: one file's tests look at much the same things."""
+    """The quickest of each file, then the second of each: one file's tests look at much the same things. Slow ones
+    come last."""
     turns: Counter[str] = Counter()
     places = {}
     for test in sorted(tests, key=lambda test: test.seconds):
         file = test.name.split("::")[0]
-        places[test.name] = (turns[file], test.seconds)
+        places[test.name] = (test.seconds > 0.1, turns[file], test.seconds)
         turns[file] += 1
     return sorted(tests, key=lambda test: places[test.name])
 
 
 def quickest(tests: list[Test], number: int, seconds: float) -> list[Test]:
-    """Of the tests that come past the mutant, those first in line that take no longer than so many seconds together."""
-    chosen = []
-    for test in tests:
+    """Of the tests that come past the mutant, the quickest that take no longer than so many seconds together."""
+    chosen = set()
+    for test in sorted(tests, key=lambda test: test.seconds):
         if number in test.reached and (seconds := seconds - test.seconds) >= 0:
-            chosen.append(test)
-    return chosen
+            chosen.add(test.name)
+    return [test for test in tests if test.name in chosen]
 
 
 def try_mutant(runner: Runner, mutant: Mutant, programs: list[Test], tests: list[Test], seconds: float) -> str:
