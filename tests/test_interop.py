@@ -324,10 +324,21 @@ class Standard:
         return self.values.__dlpack__(**options)
 
     def __array_namespace__(self):
-        class Namespace:
-            from_dlpack = staticmethod(lambda given: Standard(np.from_dlpack(given)))
-
         return Namespace
+
+
+class Namespace:
+    @staticmethod
+    def from_dlpack(given: np.ndarray) -> Standard:
+        """Takes the memory over: what it is a part of is as large as need be."""
+        whole = given.base
+        assert whole.ctypes.data <= given.ctypes.data
+        assert (
+            given.ctypes.data + given.nbytes
+            <= whole.ctypes.data + whole.nbytes
+            <= whole.ctypes.data + given.nbytes + 64
+        )
+        return Standard(np.from_dlpack(given))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -356,10 +367,19 @@ def test_buffers(flow, kind):
     else:
         given, x = array.array("f", x[0].tobytes()), x[0]
     assert_same_bits(np.asarray(flow.log_prob(given)), np.asarray(flow.log_prob(x)))
-    out = (ctypes.c_float * 4)()
-    if x.ndim == 2:
-        assert flow.log_prob(given, out=out) is out
-        assert_same_bits(np.frombuffer(out, np.float32), flow.log_prob(x))
+    log_prob, z = ((ctypes.c_float * 4)(), (ctypes.c_float * SIZE * 4)()) if x.ndim == 2 else (ctypes.c_float(), None)
+    assert flow.log_prob(given, out=log_prob) is log_prob
+    assert_same_bits(np.asarray(log_prob), np.asarray(flow.log_prob(x)))
+    if z is not None:
+        assert flow.inverse(given, out=z) is z
+        assert_same_bits(np.asarray(z), flow.inverse(x))
+
+
+def test_a_buffer_that_is_not_contiguous_is_no_output(flow):
+    memory = np.full(8, np.nan, np.float32)
+    with pytest.raises(ValueError, match=r"^out is not C-contiguous"):
+        flow.log_prob(unit_data(4, SIZE, 10, "float32"), out=memoryview(memory)[::2])
+    assert np.isnan(memory).all()
 
 
 def test_threads_share_rows_of_torch(flow):
@@ -441,6 +461,24 @@ def test_jax_without_float64_is_told_so(make_flow):
         pytest.skip("JAX has float64 on")
     with pytest.raises(TypeError, match="jax_enable_x64"):
         flow.log_prob(jax.numpy.zeros((3, SIZE)))
+
+
+def test_jax_with_float64_takes_the_results_of_a_float64_flow(run_python):
+    library("jax")
+    output = run_python(
+        """
+import warnings; warnings.simplefilter("ignore")
+import jax, numpy as np, nvpflow
+flow = nvpflow.build(3, 2, (4,), dtype="float64")
+x = np.random.default_rng(0).normal(size=(5, 3))
+result = flow.log_prob(jax.numpy.asarray(x))
+assert result.dtype == np.float64 and isinstance(result, jax.Array)
+np.testing.assert_array_equal(np.asarray(result), flow.log_prob(x))
+print("done")
+""",
+        env={"JAX_ENABLE_X64": "1"},
+    )
+    assert output == "done\n"
 
 
 def test_what_has_no_memory_here(flow):
@@ -621,6 +659,13 @@ def test_the_memory_of_what_has_no_elements_is_not_looked_at(flow):
                 continue
             with pytest.raises(ValueError, match=rf"^z has shape \({', '.join(map(str, shape))},?\), expected"):
                 flow.inverse(capsule)
+
+
+def test_one_element_needs_memory_too(flow):
+    x = unit_data(1, SIZE, 15, "float32")
+    message = r"^grad_log_prob\.__dlpack__\(\) gave a tensor of an impossible form$"
+    with pytest.raises(TypeError, match=message):
+        flow.log_prob_vjp(x, Capsule(x, shape=(1,), data=None))
 
 
 def test_the_read_only_flag_is_honoured(flow):
