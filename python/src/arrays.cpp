@@ -345,8 +345,6 @@ InputArray input_vector(PyObject* object, const char* name, DType dtype, const I
                                 (single ? "()" : "(" + std::to_string(rows) + ",)"));
   }
   in.data = PyArray_DATA(array);
-  in.rows = rows;
-  in.single = single;
   return in;
 }
 

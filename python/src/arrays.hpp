@@ -31,8 +31,8 @@ enum class Library { numpy, torch, cupy, jax, nvpflow, standard, other };
 struct InputArray {
   py::object owner;
   void* data = nullptr;
-  std::int64_t rows = 0;
-  bool single = false;  // came as [D]: results lose the batch axis
+  std::int64_t rows = 0;  // of input_rows alone
+  bool single = false;    // came as [D]: results lose the batch axis
   Library library = Library::numpy;
   py::object source;  // the caller's object, where it is not NumPy's
   // In the memory of a CUDA device (device_arrays.hpp): used as it is.
