@@ -232,7 +232,6 @@ FlowSpec FlowSpec::real_nvp(std::int64_t input_size, std::int64_t num_flows, std
   check_coupling("", coupling, dtype);
   check_num_tensors(num_flows * coupling.num_tensors());
 
-  spec.layers.reserve(static_cast<std::size_t>(num_flows) + 1);
   if (standardize) spec.layers.emplace_back().kind = LayerKind::standardize;
   for (std::int64_t k = 0; k < num_flows; ++k) {
     coupling.swapped = k % 2 == 1;
