@@ -439,10 +439,25 @@ def test_dtypes_of_torch_that_lose_digits(flow, dtype):
         flow.log_prob(torch.zeros(3, SIZE).to(getattr(torch, dtype)))
 
 
-def test_the_way_out_is_written_in_the_callers_library(flow):
-    torch = library("torch")
-    with pytest.raises(TypeError, match=r"x\.to\(torch\.float32\)"):
-        flow.log_prob(torch.zeros(3, SIZE, dtype=torch.float64))
+def test_the_way_out_is_written_in_the_callers_library(make_flow):
+    """A flow of float64 takes what float32 loses, but no dtype beyond it."""
+    wide, flow = (make_flow(SIZE, dtype=dtype)[0] for dtype in ("float64", "float32"))
+    x = np.zeros((3, SIZE), np.int32)
+    for name, way_out in (
+        ("numpy", "x.astype(np.float32)"),
+        ("torch", "x.to(torch.float32)"),
+        ("jax", "x.astype(jnp.float32)"),
+    ):
+        message = (
+            "x has dtype int32, expected float32, the flow's dtype, or one that converts to it without loss; "
+            f'convert it with {way_out}, or build the flow with dtype="float64"'
+        )
+        with pytest.raises(TypeError) as raised:
+            flow.log_prob(x if name == "numpy" else to_library(name, x))
+        assert str(raised.value) == message
+    if np.finfo(np.longdouble).eps < np.finfo(np.float64).eps:  # elsewhere it is float64 under another name
+        with pytest.raises(TypeError, match=r"convert it with x\.astype\(np\.float64\)$"):
+            wide.log_prob(x.astype(np.longdouble))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8", "uint8", "int16", "bool"])

@@ -59,6 +59,8 @@ def test_numbers_too_large_for_the_dtype_are_refused():
     with pytest.raises(ValueError, match="too large for float32"):
         nvpflow.build(2).log_prob([[1e300, 0.0]])
     assert np.isnan(nvpflow.build(2).log_prob([[float("inf"), 0.0]])[0])
+    wide = nvpflow.build(2, dtype="float64")
+    assert wide.log_prob([[1e150, 0.0]]) == wide.log_prob(np.array([[1e150, 0.0]]))
 
 
 def test_masked_values_do_not_come_in_as_data():
@@ -244,11 +246,12 @@ class Standard(Foreign):
 flow = nvpflow.build(3, 2, (4,))
 x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
 g, out, z = x[:, 0].copy(), np.empty(5, np.float32), np.empty_like(x)
-listed = x[0].tolist()
+listed, long = x[0].tolist(), np.tile(x, (10, 1)).tolist()
 calls = {
     "an array": lambda: flow.log_prob(x),
     "one row": lambda: flow.log_prob(x[0]),
     "a list": lambda: flow.log_prob(listed),
+    "a long list": lambda: flow.log_prob(long),
     "a layout to copy": lambda: flow.log_prob(x[::-1]),
     "a dtype to convert": lambda: flow.inverse(x.astype(np.float16)),
     "two results": lambda: flow.forward(x),
@@ -303,6 +306,22 @@ def test_rows_without_room_for_a_copy_are_a_memory_error() -> None:
     with pytest.raises(MemoryError, match="Unable to allocate"):
         flow.sample(2**50)
     assert flow.log_prob(np.zeros((1, 3), np.float32)).shape == (1,)
+
+
+def test_a_numpy_without_its_c_interface_is_an_import_error(run_python) -> None:
+    done = run_python(
+        """
+import sys, types
+import numpy
+for name in ("numpy._core._multiarray_umath", "numpy.core._multiarray_umath"):
+    sys.modules[name] = types.ModuleType(name)
+try:
+    import nvpflow
+except ImportError as error:
+    print(error)
+"""
+    )
+    assert "nvpflow's compiled part cannot be imported" in done
 
 
 def test_an_empty_path_is_no_checkpoint() -> None:
