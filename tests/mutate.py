@@ -53,7 +53,10 @@ FILES = (
 )
 DOCTESTS = ("test_core",)  # each case of theirs is a test
 REPLAYS = (("replay_layout", str(HERE / "fuzz/corpus_layout")),)
-TESTS = ("arrays", "checks", "faults", "files", "flow", "functional", "interop", "properties", "robustness", "weights")
+TESTS = (
+    "arrays", "checks", "faults", "files", "flow", "functional", "gradients", "interop", "properties", "robustness",
+    "weights",
+)  # fmt: skip
 MEMORY_BYTES = 12 << 30  # of addresses; the libraries of Python reserve some gigabytes
 
 SANDBOX = r"""

@@ -379,12 +379,10 @@ OutputArray output_array(PyObject* given, const char* name, DType dtype, std::in
   return out;
 }
 
-OutputArray output_array(PyObject* given, const char* name, DType dtype, std::int64_t rows, std::int64_t columns,
-                         bool single) {
+OutputArray new_array(DType dtype, std::int64_t rows, std::int64_t columns) {
   InputArray like;
   like.rows = rows;
-  like.single = single;
-  return output_array(given, name, dtype, columns, like);
+  return output_array(nullptr, "", dtype, columns, like);
 }
 
 std::pair<PyObject*, PyObject*> out_pair(PyObject* out, const char* second_name) {
