@@ -734,7 +734,7 @@ def test_capsules_of_an_impossible_form(flow, options, error):
         flow.log_prob(x, out=Capsule(np.zeros(3, np.float32), **options))
 
 
-@pytest.mark.parametrize("answer", [None, 3, "dltensor", object()], ids=str)
+@pytest.mark.parametrize("answer", [None, 3, "dltensor", object()], ids=["None", "int", "str", "object"])
 def test_what_is_no_capsule(flow, answer):
     class Odd:
         def __dlpack_device__(self):

@@ -275,17 +275,17 @@ def outcome(call):
         return str(error)
     return [np.asarray(part).tobytes() for part in (result if isinstance(result, tuple) else (result,))]
 
-failures = 0
+arm, disarm, failures = _testcapi.set_nomemory, _testcapi.remove_mem_hooks, 0
 for name, call in calls.items():
     expected = outcome(call)
-    for n in range(80):
-        _testcapi.set_nomemory(n, n + 1)
+    for n in range(300):
+        arm(n, n + 1)
         try:
             call()
         except Exception as error:
+            disarm()
             failures += isinstance(error, MemoryError)
-        finally:
-            _testcapi.remove_mem_hooks()
+        disarm()
         assert outcome(call) == expected, (name, n)
 assert failures > 3 * len(calls)
 print("done")
