@@ -1,8 +1,8 @@
 // Preloaded into a process whose file operations are to fail or to end it: tests/test_faults.py.
 //
-// faults_arm(n, action, error) lets the n-th call from then on of this thread, counted from 1, go wrong: `action` says how, `error` is
-// its errno where it fails, or what happens to the file that is read. faults_disarm() gives the number of calls seen since,
-// faults_names() their names.
+// faults_arm(n, action, error) lets the n-th call from then on of this thread, counted from 1, go wrong: `action` says
+// how, `error` is its errno where it fails, or what happens to the file that is read. faults_disarm() gives the number
+// of calls seen since, faults_names() their names.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -61,22 +61,22 @@ __attribute__((visibility("default"))) long faults_disarm(void) {
 __attribute__((visibility("default"))) const char* faults_names(void) { return names; }
 
 // The call itself, unless it is the one; the process ends after it where it is to.
-#define CALL(type, name, arguments)                   \
-  do {                                                \
-    const int here = chosen(#name);                   \
-    if (here && action == FAIL) return (type)-1;      \
-    const type came = NEXT(name) arguments;           \
-    if (here && action == KILL_AFTER) die();          \
-    return came;                                      \
+#define CALL(type, name, arguments)                \
+  do {                                             \
+    const int here = chosen(#name);                \
+    if (here && action == FAIL) return (type) - 1; \
+    const type came = NEXT(name) arguments;        \
+    if (here && action == KILL_AFTER) die();       \
+    return came;                                   \
   } while (0)
 
-#define MODE                                  \
-  mode_t mode = 0;                            \
-  if (flags & (O_CREAT | O_TMPFILE)) {        \
-    va_list list;                             \
-    va_start(list, flags);                    \
-    mode = (mode_t)va_arg(list, unsigned);    \
-    va_end(list);                             \
+#define MODE                               \
+  mode_t mode = 0;                         \
+  if (flags & (O_CREAT | O_TMPFILE)) {     \
+    va_list list;                          \
+    va_start(list, flags);                 \
+    mode = (mode_t)va_arg(list, unsigned); \
+    va_end(list);                          \
   }
 
 int open(const char* path, int flags, ...) {

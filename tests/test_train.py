@@ -387,7 +387,7 @@ def test_fewer_rows_than_a_batch() -> None:
         ({"validation": float("nan")}, "validation"),
         ({"schedule": "linear"}, "schedule.*linear.*constant.*cosine|schedule.*linear.*cosine.*constant"),
         ({"seed": -1}, "seed"),
-        ({"num_threads": -1}, "threads"),
+        ({"num_threads": -1}, "num_threads is -1"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -36,8 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.stdout is None:
         print("nvpflow: error: standard output is closed; send it to /dev/null if it is not wanted", file=sys.stderr)
         return 1
+    arguments = argparse.Namespace()
     try:
-        arguments = _parser().parse_args(argv)
+        _parser().parse_args(argv, arguments)
         code: int = arguments.run(arguments) or 0
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except _EXPECTED_ERRORS as error:
-        print(f"nvpflow: error: {_one_line(error)}", file=sys.stderr)
+        print(f"nvpflow: error: {_as_options(_one_line(error), arguments)}", file=sys.stderr)
         return 1
     return code
 
@@ -57,6 +59,13 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:  # without the number that str() puts in front
         return error.strerror if error.filename is None else f"{os.fsdecode(error.filename)}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _as_options(text: str, arguments: argparse.Namespace) -> str:
+    """Names of Python's arguments, which messages begin with, as the command's options: --batch-size for batch_size."""
+    options = {name: "--" + name.replace("_", "-") for name in vars(arguments) if "_" in name}
+    options["num_threads"] = "--threads"
+    return re.sub(r"(?<![\w'\"/.-])\w+(?![\w'\"/.-])", lambda word: options.get(word[0], word[0]), text)
 
 
 # ----------------------------------------------------------------------------------------------------------- usage

@@ -228,7 +228,7 @@ def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
     checked: dict[str, Any] = {name: _checks.integer(name, given[name]) for name in integers}
     reals = ("learning_rate", "weight_decay", "clip_norm", "max_round_trip")
     checked |= {name: _checks.real(name, given[name]) for name in reals}
-    checked["threads"] = _checks.integer("num_threads", given["num_threads"], bits=32)
+    checked["num_threads"] = _checks.integer("num_threads", given["num_threads"], bits=32)
     checked["schedule"] = _checks.text("schedule", given["schedule"])
     checked["seed"] = _checks.integer("seed", given["seed"], unsigned=True)
     checkpoint = given["checkpoint"]

@@ -427,8 +427,8 @@ FitOptions options_from(const py::dict& dict) {
       o.max_round_trip = value.cast<double>();
     else if (name == "seed")
       o.seed = value.cast<std::uint64_t>();
-    else if (name == "threads")
-      o.threads = value.cast<int>();
+    else if (name == "num_threads")
+      o.num_threads = value.cast<int>();
     else if (name == "checkpoint")
       o.checkpoint = path_of(py::reinterpret_borrow<py::object>(value));
     else

@@ -32,18 +32,18 @@ static double seconds(void) {
 #define KEEP(i) OPAQUE(sum##i);
 
 /* Operations per second in `rounds` rounds. A multiplication and an addition count as 2, fused or not. */
-#define DEFINE_FMA(isa, lanes, attribute)                           \
-  attribute double fma_##isa(long rounds) {                         \
-    typedef float vector __attribute__((vector_size(4 * (lanes)))); \
-    FOR_TWELVE(DECLARE_SUM)                                         \
-    vector a = (vector){0} + 1e-3f, b = (vector){0} + 1e-3f;        \
-    OPAQUE(b);                                                      \
-    const double start = seconds();                                 \
-    for (long r = 0; r < rounds; ++r) {                             \
-      FOR_TWELVE(MULTIPLY_ADD)                                      \
-    }                                                               \
-    FOR_TWELVE(KEEP)                                                \
-    return 2.0 * (lanes)*12 * (double)rounds / (seconds() - start); \
+#define DEFINE_FMA(isa, lanes, attribute)                             \
+  attribute double fma_##isa(long rounds) {                           \
+    typedef float vector __attribute__((vector_size(4 * (lanes))));   \
+    FOR_TWELVE(DECLARE_SUM)                                           \
+    vector a = (vector){0} + 1e-3f, b = (vector){0} + 1e-3f;          \
+    OPAQUE(b);                                                        \
+    const double start = seconds();                                   \
+    for (long r = 0; r < rounds; ++r) {                               \
+      FOR_TWELVE(MULTIPLY_ADD)                                        \
+    }                                                                 \
+    FOR_TWELVE(KEEP)                                                  \
+    return 2.0 * (lanes) * 12 * (double)rounds / (seconds() - start); \
   }
 
 #define READ(stream, i) sum##stream ^= *(const vector*)(stream##_at + (i) * sizeof(vector));
@@ -51,27 +51,27 @@ static double seconds(void) {
 
 /* Seconds of one pass over `bytes`, the mean of `passes`; bytes is rounded down to a multiple of 1 KiB. Four streams,
  * because one does not reach what the first and second level can give. */
-#define DEFINE_READ(isa, vector_bytes, attribute)                                                  \
-  attribute double read_##isa(const char* from, size_t bytes, long passes) {                       \
-    typedef uint64_t vector __attribute__((vector_size(vector_bytes), aligned(8)));                \
-    vector sumfirst = {0}, sumsecond = {0}, sumthird = {0}, sumfourth = {0};                       \
-    const size_t stream = bytes / 1024 * 256;                                                      \
-    const double start = seconds();                                                                \
-    for (long p = 0; p < passes; ++p) {                                                            \
-      __asm__ volatile("" : "+r"(from) : : "memory");                                              \
-      const char *first_at = from, *second_at = from + stream, *third_at = from + 2 * stream,      \
-                 *fourth_at = from + 3 * stream;                                                   \
-      for (const char* end = first_at + stream; first_at < end; first_at += 4 * sizeof(vector),    \
-                       second_at += 4 * sizeof(vector), third_at += 4 * sizeof(vector),            \
-                       fourth_at += 4 * sizeof(vector)) {                                          \
-        READ_FOUR(0) READ_FOUR(1) READ_FOUR(2) READ_FOUR(3)                                        \
-      }                                                                                            \
-    }                                                                                              \
-    OPAQUE(sumfirst);                                                                              \
-    OPAQUE(sumsecond);                                                                             \
-    OPAQUE(sumthird);                                                                              \
-    OPAQUE(sumfourth);                                                                             \
-    return (seconds() - start) / (double)passes;                                                   \
+#define DEFINE_READ(isa, vector_bytes, attribute)                                               \
+  attribute double read_##isa(const char* from, size_t bytes, long passes) {                    \
+    typedef uint64_t vector __attribute__((vector_size(vector_bytes), aligned(8)));             \
+    vector sumfirst = {0}, sumsecond = {0}, sumthird = {0}, sumfourth = {0};                    \
+    const size_t stream = bytes / 1024 * 256;                                                   \
+    const double start = seconds();                                                             \
+    for (long p = 0; p < passes; ++p) {                                                         \
+      __asm__ volatile("" : "+r"(from) : : "memory");                                           \
+      const char *first_at = from, *second_at = from + stream, *third_at = from + 2 * stream,   \
+                 *fourth_at = from + 3 * stream;                                                \
+      for (const char* end = first_at + stream; first_at < end; first_at += 4 * sizeof(vector), \
+                       second_at += 4 * sizeof(vector), third_at += 4 * sizeof(vector),         \
+                       fourth_at += 4 * sizeof(vector)) {                                       \
+        READ_FOUR(0) READ_FOUR(1) READ_FOUR(2) READ_FOUR(3)                                     \
+      }                                                                                         \
+    }                                                                                           \
+    OPAQUE(sumfirst);                                                                           \
+    OPAQUE(sumsecond);                                                                          \
+    OPAQUE(sumthird);                                                                           \
+    OPAQUE(sumfourth);                                                                          \
+    return (seconds() - start) / (double)passes;                                                \
   }
 
 #if defined(__x86_64__)

@@ -38,7 +38,7 @@ struct NVPFLOW_API FitOptions {
   /// Of the order of rows and of the validation split.
   std::uint64_t seed = 0;
   /// 0: what the flow says.
-  int threads = 0;
+  int num_threads = 0;
   /// Written after every epoch where not empty; where it exists already, training goes on from it.
   std::string checkpoint;
 

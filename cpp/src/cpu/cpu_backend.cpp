@@ -101,7 +101,7 @@ class CpuBackend final : public Backend {
 
   void set_parameters(const void* parameters) override {
     if (training_threads_ > 0)
-      return packed_.initial().pack_to_train(static_cast<const T*>(parameters), training_threads_);
+      return packed_.initial().pack(static_cast<const T*>(parameters), true, training_threads_);
     packed_.rewrite([this] { return make_packed(); },
                     [&](Packed<T>& packed) { packed.pack(static_cast<const T*>(parameters)); });
   }

@@ -29,6 +29,9 @@ constexpr int kGradientIn = 4, kGradientOut = 2, kNarrowIn = 8;
 // Rows of the tape from the one that is multiplied to those that are fetched meanwhile: each row of a block lies in a
 // page of its own where layers are wide, and the processor's own prefetching ends with the page.
 constexpr int64_t kRowsAhead = 16;
+// Columns of a kernel's gradient from which on a block's rows are fetched also where they are only written: fewer lie
+// near each other, and the processor fetches them by itself.
+constexpr int64_t kWideGradient = 256;
 
 /// gelu and silu need their argument for the derivative; the others' derivative follows from their value.
 NVPFLOW_INLINE bool keeps_argument(Act act) { return act == Act::gelu || act == Act::silu; }
@@ -244,7 +247,7 @@ struct Columns {
   int64_t n[2];  // columns of each; the second may be 0
   bool add;      // to what is there; else what is there is replaced
 
-  /// Fetches what put() will change: MI rows from i, NO vectors from column o. A block's rows lie a page or so apart,
+  /// Fetches what put() will write: MI rows from i, NO vectors from column o. A block's rows lie a page or so apart,
   /// where the processor fetches nothing by itself.
   template <int MI, int NO>
   NVPFLOW_INLINE void fetch(int64_t i, int64_t o) const {
@@ -315,7 +318,7 @@ struct DenseColumns {
 template <class T, int MI, int NO, bool bias>
 NVPFLOW_INLINE void outer_block(const OuterProduct<T>& p, int64_t i, int64_t o, const DenseColumns<T>& to) {
   constexpr int L = kLanes<T>;
-  if (to.kernel.add) to.kernel.template fetch<MI, NO>(i, o);
+  if (to.kernel.add || to.kernel.n[0] > kWideGradient) to.kernel.template fetch<MI, NO>(i, o);
   Vec<T> sum[MI][NO] = {}, bias_sum[1][NO] = {};
   int64_t tape = 0;
   for (int64_t first = 0; first < p.count; first += p.rows, tape += p.tape_stride) {

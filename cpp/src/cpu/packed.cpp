@@ -189,38 +189,23 @@ void Packed<T>::choose_tiles(const Kernels<T>& kernels, bool wide_blocks) {
 }
 
 template <class T>
-void Packed<T>::pack(const T* parameters) {
-  for (std::size_t i = 0; i < dense_.size(); ++i) {
-    pack_bias(sources_[i], dense_[i], parameters);
-    pack_inputs(sources_[i], dense_[i], parameters, 0, dense_[i].in, nullptr);
-    if constexpr (sizeof(T) == 4) {
-      if (dense_[i].narrow != nullptr) narrow(dense_[i]);
-    }
-  }
-  pack_standardize_layers(parameters);
-  transposed_ready_.store(false, std::memory_order_relaxed);
-}
-
-template <class T>
-void Packed<T>::pack_to_train(const T* parameters, int threads) {
-  place_transposed();
+void Packed<T>::pack(const T* parameters, bool transposed, int threads) {
+  if (transposed) place_transposed();
   for (std::size_t i = 0; i < dense_.size(); ++i) {
     Dense<T>& d = dense_[i];
     pack_bias(sources_[i], d, parameters);
     const std::int64_t inputs = round_up(kPackSize / d.out + 1, kBand);  // that are worth a thread
     parallel_for(d.in, inputs, threads, [&](std::int64_t begin, std::int64_t end) {
-      pack_inputs(sources_[i], d, parameters, begin, end, const_cast<T*>(d.transposed));
+      pack_inputs(sources_[i], d, parameters, begin, end, transposed ? const_cast<T*>(d.transposed) : nullptr);
     });
+    if constexpr (sizeof(T) == 4) {
+      if (d.narrow != nullptr) narrow(d);
+    }
   }
-  pack_standardize_layers(parameters);
-  transposed_ready_.store(true, std::memory_order_relaxed);
-}
-
-template <class T>
-void Packed<T>::pack_standardize_layers(const T* parameters) {
   for (Layer<T>& layer : layers_) {
     if (layer.kind == Kind::standardize) pack_standardize(layer, parameters);
   }
+  transposed_ready_.store(transposed, std::memory_order_relaxed);
 }
 
 template <class T>

@@ -25,10 +25,9 @@ class Packed {
   Packed(const Packed&) = delete;
   Packed& operator=(const Packed&) = delete;
 
-  /// parameters: the flat buffer. Nobody else may use this object meanwhile.
-  void pack(const T* parameters);
-  /// The same with the transposed weights, in one go, where weights are not rounded.
-  void pack_to_train(const T* parameters, int threads);
+  /// parameters: the flat buffer. transposed: with the transposed weights, in one go, where weights are not rounded.
+  /// Nobody else may use this object meanwhile.
+  void pack(const T* parameters, bool transposed = false, int threads = 1);
   /// The transposed weights, built on first use after pack(); safe from several threads.
   void ensure_transposed() const;
   const Program<T>& program() const { return program_; }
@@ -46,7 +45,6 @@ class Packed {
   void pack_bias(const DenseSource& source, Dense<T>& dense, const T* parameters);
   void pack_inputs(const DenseSource& source, Dense<T>& dense, const T* parameters, std::int64_t begin,
                    std::int64_t end, T* transposed);
-  void pack_standardize_layers(const T* parameters);
   void keep_narrow();
   void narrow(Dense<T>& d);
   void pack_standardize(Layer<T>& layer, const T* parameters);
