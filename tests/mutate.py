@@ -53,7 +53,10 @@ FILES = (
 )
 DOCTESTS = ("test_core",)  # each case of theirs is a test
 REPLAYS = (("replay_layout", str(HERE / "fuzz/corpus_layout")),)
-TESTS = ("arrays", "faults", "files", "flow", "functional", "properties", "robustness", "weights")
+TESTS = (
+    "arrays", "checks", "faults", "files", "flow", "functional", "gradients", "interop", "properties", "robustness",
+    "weights",
+)  # fmt: skip
 MEMORY_BYTES = 12 << 30  # of addresses; the libraries of Python reserve some gigabytes
 
 SANDBOX = r"""
@@ -208,6 +211,7 @@ class Runner:
             **os.environ,
             "HYPOTHESIS_STORAGE_DIRECTORY": str(folder),
             "OPENBLAS_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "",  # the first run compiles the tests for all later ones
             "PYTHONPATH": os.pathsep.join([str(self.scratch / "site"), str(PARTS)]),
             "TMPDIR": str(folder),
             **env,
@@ -274,28 +278,34 @@ def first_run(runner: Runner, python: bool) -> tuple[list[Test], list[Test]]:
     if status != 0:
         fail("pytest")
     notes = json.loads(notes_path.read_text())
+    # A name that changes from run to run (an address in it) cannot be asked for: pytest fails, whatever the mutant.
+    names = runner.scratch / "run" / "names.txt"
+    names.write_text("\n".join(str(runner.scratch / "tree" / name) for name in notes))
+    if runner.run(folder, runner.pytest("--collect-only", f"@{names}"), 600) != 0:
+        fail("pytest, asked for each test by its name,")
     tests = [Test(name, [], note["seconds"], set(note["reached"])) for name, note in notes.items()]
     return programs, in_turn(tests)
 
 
 def in_turn(tests: list[Test]) -> list[Test]:
-    """The quickest of each file, then the second of each: one file's tests look at much the same things."""
+    """The quickest of each file, then the second of each: one file's tests look at much the same things. Slow ones
+    come last."""
     turns: Counter[str] = Counter()
     places = {}
     for test in sorted(tests, key=lambda test: test.seconds):
         file = test.name.split("::")[0]
-        places[test.name] = (turns[file], test.seconds)
+        places[test.name] = (test.seconds > 0.1, turns[file], test.seconds)
         turns[file] += 1
     return sorted(tests, key=lambda test: places[test.name])
 
 
 def quickest(tests: list[Test], number: int, seconds: float) -> list[Test]:
-    """Of the tests that come past the mutant, those first in line that take no longer than so many seconds together."""
-    chosen = []
-    for test in tests:
+    """Of the tests that come past the mutant, the quickest that take no longer than so many seconds together."""
+    chosen = set()
+    for test in sorted(tests, key=lambda test: test.seconds):
         if number in test.reached and (seconds := seconds - test.seconds) >= 0:
-            chosen.append(test)
-    return chosen
+            chosen.add(test.name)
+    return [test for test in tests if test.name in chosen]
 
 
 def try_mutant(runner: Runner, mutant: Mutant, programs: list[Test], tests: list[Test], seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import sys
 import tracemalloc
 
@@ -137,6 +138,19 @@ def test_a_wrong_shape_is_refused(pair, method, shape, shown) -> None:
     name = "z" if method.startswith("inverse") else "x"
     with pytest.raises(ValueError, match=rf"^{name}\b.*{shown}.*6"):
         call(flow, method, np.zeros(shape, flow.spec.dtype))
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (6,), (1,), (5, 1), (5, 5), (1, 5), (0, 5)])
+def test_a_cotangent_of_another_shape_is_refused(pair, shape) -> None:
+    """One number for each row; for a row without a batch axis a number."""
+    flow, _ = pair
+    dtype = flow.spec.dtype
+    x = unit_data(5, SIZE, 2, dtype)
+    with pytest.raises(ValueError, match=rf"^grad_log_prob has shape {re.escape(str(shape))}, expected \(5,\)$"):
+        flow.log_prob_vjp(x, np.zeros(shape, dtype))
+    if shape != ():
+        with pytest.raises(ValueError, match=rf"^grad_log_det has shape {re.escape(str(shape))}, expected \(\)$"):
+            flow.vjp(x[0], x[0], np.zeros(shape, dtype))
 
 
 # ---------------------------------------------------------------------------------------------- dtypes
@@ -412,9 +426,10 @@ def test_out_none_is_no_out(flow64) -> None:
 
 def test_calls_leave_no_references_behind(flow64) -> None:
     x, row = unit_data(5, SIZE, 17), unit_data(1, SIZE, 18)[0]
+    converted = np.asfortranarray(x)
     out, log_det = np.empty((5, SIZE)), np.empty(5)
     wrong = np.zeros((5, SIZE), complex)
-    watched = (x, row, out, log_det, wrong, flow64, None, np.dtype("float64"))
+    watched = (x, row, converted, out, log_det, wrong, flow64, None, np.dtype("float64"))
 
     def once() -> None:
         flow64.forward(x)
@@ -422,6 +437,7 @@ def test_calls_leave_no_references_behind(flow64) -> None:
         flow64.inverse(x, with_log_det=True, out=(out, log_det))
         flow64.inverse(row)
         flow64.log_prob(row)
+        flow64.log_prob(converted)
         flow64.log_prob(x, out=log_det)
         flow64.sample(5, seed=1, out=out)
         flow64.nll_gradient(x)
@@ -438,7 +454,7 @@ def test_calls_leave_no_references_behind(flow64) -> None:
         once()
     after = [sys.getrefcount(value) for value in watched]
     for name, first, last in zip(
-        ("x", "row", "out", "log_det", "wrong", "flow", "None", "dtype"), before, after, strict=True
+        ("x", "row", "converted", "out", "log_det", "wrong", "flow", "None", "dtype"), before, after, strict=True
     ):
         assert abs(last - first) < 100, f"{name}: {first} references before 1000 calls, {last} after"
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
+import weakref
 
 import numpy as np
 import nvpflow
@@ -385,6 +387,20 @@ def test_parameters_are_views_that_cannot_be_written(make_flow) -> None:
         with pytest.raises(ValueError, match="read-only"):
             value[...] = 0
         assert value.base is not None, f"{name} is a copy"
+
+
+def test_parameters_hold_the_memory_that_they_look_at() -> None:
+    flow = nvpflow.build(4, 2, (64,), seed=1)
+    seen, views = weakref.ref(flow), flow.parameters()
+    expected = {name: value.copy() for name, value in views.items()}
+    del flow
+    gc.collect()
+    assert seen() is not None
+    for name, value in views.items():
+        assert_same_bits(value, expected[name], name)
+    del views, value
+    gc.collect()
+    assert seen() is None
 
 
 def test_set_parameters_names_what_is_wrong(make_flow) -> None:

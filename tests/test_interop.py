@@ -291,6 +291,72 @@ def test_subclasses_of_tensors(flow):
     assert torch.equal(flow.log_prob(torch.nn.Parameter(x, requires_grad=False)), expected)
 
 
+DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+DTYPES += ("float16", "float32", "float64", "complex64", "complex128")
+
+
+@pytest.mark.parametrize("of_flow", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_means_the_same_by_dlpack(make_flow, of_flow, dtype):
+    """The results or the words of the refusal that NumPy's own array of these values gets."""
+    flow = make_flow(SIZE, 3, (9,), "silu", dtype=of_flow)[0]
+    x = (np.arange(4 * SIZE).reshape(4, SIZE) % 5).astype(dtype)
+    if np.can_cast(x.dtype, of_flow, "safe"):
+        assert_same_bits(flow.log_prob(Counting(x)), flow.log_prob(x))
+        return
+    with pytest.raises(TypeError, match=rf"^x has dtype {dtype}, expected {of_flow}") as expected:
+        flow.log_prob(x)
+    with pytest.raises(TypeError) as raised:
+        flow.log_prob(Counting(x))
+    assert str(raised.value) == str(expected.value)
+
+
+class Standard:
+    """An array of a library that has the array API standard's from_dlpack, and nothing else that nvpflow knows."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+
+    def __dlpack_device__(self):
+        return self.values.__dlpack_device__()
+
+    def __dlpack__(self, **options):
+        return self.values.__dlpack__(**options)
+
+    def __array_namespace__(self):
+        return Namespace
+
+
+class Namespace:
+    @staticmethod
+    def from_dlpack(given: np.ndarray) -> Standard:
+        """Takes the memory over: what it is a part of is as large as need be."""
+        whole = given.base
+        assert whole.ctypes.data <= given.ctypes.data
+        assert (
+            given.ctypes.data + given.nbytes
+            <= whole.ctypes.data + whole.nbytes
+            <= whole.ctypes.data + given.nbytes + 64
+        )
+        return Standard(np.from_dlpack(given))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("rows", [None, 0, 1, 7, 1000])
+def test_results_for_any_library_of_the_standard(make_flow, dtype, rows):
+    """Taken over by its from_dlpack, whatever that does: writable, aligned as the strictest of them wants it."""
+    flow = make_flow(SIZE, 3, (9,), "silu", dtype=dtype)[0]
+    x = unit_data(rows or 1, SIZE, 1, dtype)
+    x = x[0] if rows is None else x[:rows]
+    for _ in range(8):  # wherever the memory happens to begin
+        results = (*flow.forward(Standard(x)), *flow.vjp(Standard(x), x))
+        for result, expected in zip(results, (*flow.forward(x), *flow.vjp(x, x)), strict=True):
+            assert type(result) is Standard
+            assert_same_bits(result.values, np.asarray(expected))
+            assert result.values.ctypes.data % 64 == 0
+            assert result.values.flags.writeable
+
+
 @pytest.mark.parametrize("kind", ["memoryview", "ctypes", "array.array"])
 def test_buffers(flow, kind):
     x = unit_data(4, SIZE, 10, "float32")
@@ -301,10 +367,19 @@ def test_buffers(flow, kind):
     else:
         given, x = array.array("f", x[0].tobytes()), x[0]
     assert_same_bits(np.asarray(flow.log_prob(given)), np.asarray(flow.log_prob(x)))
-    out = (ctypes.c_float * 4)()
-    if x.ndim == 2:
-        assert flow.log_prob(given, out=out) is out
-        assert_same_bits(np.frombuffer(out, np.float32), flow.log_prob(x))
+    log_prob, z = ((ctypes.c_float * 4)(), (ctypes.c_float * SIZE * 4)()) if x.ndim == 2 else (ctypes.c_float(), None)
+    assert flow.log_prob(given, out=log_prob) is log_prob
+    assert_same_bits(np.asarray(log_prob), np.asarray(flow.log_prob(x)))
+    if z is not None:
+        assert flow.inverse(given, out=z) is z
+        assert_same_bits(np.asarray(z), flow.inverse(x))
+
+
+def test_a_buffer_that_is_not_contiguous_is_no_output(flow):
+    memory = np.full(8, np.nan, np.float32)
+    with pytest.raises(ValueError, match=r"^out is not C-contiguous"):
+        flow.log_prob(unit_data(4, SIZE, 10, "float32"), out=memoryview(memory)[::2])
+    assert np.isnan(memory).all()
 
 
 def test_threads_share_rows_of_torch(flow):
@@ -364,10 +439,25 @@ def test_dtypes_of_torch_that_lose_digits(flow, dtype):
         flow.log_prob(torch.zeros(3, SIZE).to(getattr(torch, dtype)))
 
 
-def test_the_way_out_is_written_in_the_callers_library(flow):
-    torch = library("torch")
-    with pytest.raises(TypeError, match=r"x\.to\(torch\.float32\)"):
-        flow.log_prob(torch.zeros(3, SIZE, dtype=torch.float64))
+def test_the_way_out_is_written_in_the_callers_library(make_flow):
+    """A flow of float64 takes what float32 loses, but no dtype beyond it."""
+    wide, flow = (make_flow(SIZE, dtype=dtype)[0] for dtype in ("float64", "float32"))
+    x = np.zeros((3, SIZE), np.int32)
+    for name, way_out in (
+        ("numpy", "x.astype(np.float32)"),
+        ("torch", "x.to(torch.float32)"),
+        ("jax", "x.astype(jnp.float32)"),
+    ):
+        message = (
+            "x has dtype int32, expected float32, the flow's dtype, or one that converts to it without loss; "
+            f'convert it with {way_out}, or build the flow with dtype="float64"'
+        )
+        with pytest.raises(TypeError) as raised:
+            flow.log_prob(x if name == "numpy" else to_library(name, x))
+        assert str(raised.value) == message
+    if np.finfo(np.longdouble).eps < np.finfo(np.float64).eps:  # elsewhere it is float64 under another name
+        with pytest.raises(TypeError, match=r"convert it with x\.astype\(np\.float64\)$"):
+            wide.log_prob(x.astype(np.longdouble))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8", "uint8", "int16", "bool"])
@@ -386,6 +476,24 @@ def test_jax_without_float64_is_told_so(make_flow):
         pytest.skip("JAX has float64 on")
     with pytest.raises(TypeError, match="jax_enable_x64"):
         flow.log_prob(jax.numpy.zeros((3, SIZE)))
+
+
+def test_jax_with_float64_takes_the_results_of_a_float64_flow(run_python):
+    library("jax")
+    output = run_python(
+        """
+import warnings; warnings.simplefilter("ignore")
+import jax, numpy as np, nvpflow
+flow = nvpflow.build(3, 2, (4,), dtype="float64")
+x = np.random.default_rng(0).normal(size=(5, 3))
+result = flow.log_prob(jax.numpy.asarray(x))
+assert result.dtype == np.float64 and isinstance(result, jax.Array)
+np.testing.assert_array_equal(np.asarray(result), flow.log_prob(x))
+print("done")
+""",
+        env={"JAX_ENABLE_X64": "1"},
+    )
+    assert output == "done\n"
 
 
 def test_what_has_no_memory_here(flow):
@@ -439,6 +547,8 @@ def test_arrays_of_a_device_go_to_a_flow_on_one(flow):
             flow.log_prob(x)
         with pytest.raises(ValueError, match=r"^out is .* on a CUDA device"):
             flow.log_prob(np.zeros((3, SIZE), np.float32), out=x)
+        with pytest.raises(ValueError, match=r"^grad_log_prob is on a CUDA device, x in the host's memory"):
+            flow.log_prob_vjp(np.zeros((3, SIZE), np.float32), x)
 
 
 # ---- the DLPack protocol ---------------------------------------------------------------------------------------------
@@ -529,6 +639,55 @@ def test_capsules_are_deleted_once_when_the_call_is_over(flow, versioned):
     assert len(shifted.deleted_by) == len(empty.deleted_by) == 1
 
 
+def test_pinned_memory_is_the_hosts(flow):
+    x, out = unit_data(3, SIZE, 15, "float32"), np.zeros(3, np.float32)
+    pinned = {"device_type": 3, "said": (3, 0)}
+    assert_same_bits(flow.log_prob(Capsule(x, **pinned)), flow.log_prob(x))
+    flow.log_prob(x, out=Capsule(out, **pinned))
+    assert_same_bits(out, flow.log_prob(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"code": 4, "bits": 16}, "has dtype bfloat16"),
+        ({"code": 4, "bits": 8}, "has dtype bfloat8"),
+        ({"code": 10, "bits": 8}, "has a dtype that NumPy lacks"),
+        ({"code": 2, "bits": 128}, "has a dtype that NumPy lacks"),
+    ],
+    ids=str,
+)
+def test_dtypes_that_numpy_lacks(flow, options, told):
+    x = unit_data(3, SIZE, 15, "float32")
+    message = f"^x {told}, expected float32 or float64, or a dtype that converts to the flow's without loss$"
+    with pytest.raises(TypeError, match=message):
+        flow.log_prob(Capsule(x, **options))
+
+
+def test_the_memory_of_what_has_no_elements_is_not_looked_at(flow):
+    x = unit_data(3, SIZE, 15, "float32")
+    for shape in ((0, SIZE), (0,), (0, 0), (3, 0)):
+        for data in (None, 8, x.ctypes.data):
+            capsule = Capsule(x, shape=shape, data=data)
+            if shape == (0, SIZE):
+                assert flow.inverse(capsule).shape == shape
+                continue
+            with pytest.raises(ValueError, match=rf"^z has shape \({', '.join(map(str, shape))},?\), expected"):
+                flow.inverse(capsule)
+
+
+def test_as_many_axes_as_any_numpy_has(flow):
+    with pytest.raises(ValueError, match=rf"^x has shape \({', '.join('1' * 32)}\), expected"):
+        flow.log_prob(Capsule(np.zeros(1, np.float32), shape=(1,) * 32))
+
+
+def test_one_element_needs_memory_too(flow):
+    x = unit_data(1, SIZE, 15, "float32")
+    message = r"^grad_log_prob\.__dlpack__\(\) gave a tensor of an impossible form$"
+    with pytest.raises(TypeError, match=message):
+        flow.log_prob_vjp(x, Capsule(x, shape=(1,), data=None))
+
+
 def test_the_read_only_flag_is_honoured(flow):
     x = unit_data(3, SIZE, 16, "float32")
     out = Capsule(np.zeros(3, np.float32), versioned=True, flags=1)
@@ -545,7 +704,7 @@ def test_the_read_only_flag_is_honoured(flow):
     [
         ({"ndim": -1}, TypeError),
         ({"ndim": 2**30}, TypeError),
-        ({"ndim": 33}, TypeError),
+        ({"shape": (1,) * 33}, TypeError),
         ({"lanes": 4}, TypeError),
         ({"lanes": 0}, TypeError),
         ({"shape": (-3, SIZE)}, TypeError),
@@ -575,7 +734,7 @@ def test_capsules_of_an_impossible_form(flow, options, error):
         flow.log_prob(x, out=Capsule(np.zeros(3, np.float32), **options))
 
 
-@pytest.mark.parametrize("answer", [None, 3, "dltensor", object()], ids=str)
+@pytest.mark.parametrize("answer", [None, 3, "dltensor", object()], ids=["None", "int", "str", "object"])
 def test_what_is_no_capsule(flow, answer):
     class Odd:
         def __dlpack_device__(self):

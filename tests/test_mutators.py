@@ -68,6 +68,15 @@ def test_cpp_is_switched_in_place() -> None:
     )
 
 
+def test_a_table_of_constants_is_made_one_that_the_program_fills() -> None:
+    source = "void f() {\n  constexpr Known kKnown[] = {\n      {0, 8, NPY_INT8},\n  };\n}\n"
+    mutants = mutants_of("a.cpp", source)
+    assert [mutant.what for mutant in mutants] == ["0 -> 0 + 1", "8 -> 8 + 1"]
+    for number, mutant in enumerate(mutants):
+        mutant.number = number
+    assert "  const Known kKnown[] = {\n" in instrument(source, mutants, python=False)
+
+
 @pytest.mark.parametrize("on", [-1, 0, 1, 2, 3])
 def test_python_is_changed_by_the_mutant_that_is_on(on: int) -> None:
     source = "def f(a, b):\n    if not a < b:\n        raise ValueError(a)\n    return a + 1\n"

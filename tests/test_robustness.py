@@ -59,6 +59,8 @@ def test_numbers_too_large_for_the_dtype_are_refused():
     with pytest.raises(ValueError, match="too large for float32"):
         nvpflow.build(2).log_prob([[1e300, 0.0]])
     assert np.isnan(nvpflow.build(2).log_prob([[float("inf"), 0.0]])[0])
+    wide = nvpflow.build(2, dtype="float64")
+    assert wide.log_prob([[1e150, 0.0]]) == wide.log_prob(np.array([[1e150, 0.0]]))
 
 
 def test_masked_values_do_not_come_in_as_data():
@@ -224,6 +226,102 @@ def test_what_is_not_about_the_argument_comes_through() -> None:
     for error in (KeyboardInterrupt, SystemExit, MemoryError):
         with pytest.raises(error, match="while converting"):
             flow.log_prob(Interrupted(error))
+
+
+NO_MEMORY = """
+import _testcapi
+import numpy as np, nvpflow
+
+class Foreign:
+    def __init__(self, values): self.values = values
+    def __dlpack_device__(self): return (1, 0)
+    def __dlpack__(self, **options): return self.values.__dlpack__(**options)
+
+class Namespace:
+    from_dlpack = staticmethod(lambda given: np.array(np.from_dlpack(given)))
+
+class Standard(Foreign):
+    def __array_namespace__(self): return Namespace
+
+flow = nvpflow.build(3, 2, (4,))
+x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+g, out, z = x[:, 0].copy(), np.empty(5, np.float32), np.empty_like(x)
+listed, long = x[0].tolist(), np.tile(x, (10, 1)).tolist()
+calls = {
+    "an array": lambda: flow.log_prob(x),
+    "one row": lambda: flow.log_prob(x[0]),
+    "a list": lambda: flow.log_prob(listed),
+    "a long list": lambda: flow.log_prob(long),
+    "a layout to copy": lambda: flow.log_prob(x[::-1]),
+    "a dtype to convert": lambda: flow.inverse(x.astype(np.float16)),
+    "two results": lambda: flow.forward(x),
+    "given results": lambda: flow.forward(x, out=(z, out)),
+    "a buffer": lambda: flow.log_prob(memoryview(x), out=memoryview(out)),
+    "DLPack": lambda: flow.log_prob(Foreign(x), out=out),
+    "DLPack without elements": lambda: flow.log_prob(Foreign(x[:0])),
+    "a library of the standard": lambda: flow.forward(Standard(x)),
+    "gradients": lambda: flow.vjp(x, x, g),
+    "a sample": lambda: flow.sample(5, seed=1),
+    "the parameters": flow._flat_parameters,
+    "a refused shape": lambda: flow.log_prob(x[:, :2]),
+    "a refused dtype": lambda: flow.log_prob(x.astype(complex)),
+    "a refused out": lambda: flow.log_prob(x, out=x[:, 0]),
+}
+
+def outcome(call):
+    try:
+        result = call()
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return [np.asarray(part).tobytes() for part in (result if isinstance(result, tuple) else (result,))]
+
+arm, disarm, failures = _testcapi.set_nomemory, _testcapi.remove_mem_hooks, 0
+for name, call in calls.items():
+    expected = outcome(call)
+    for n in range(300):
+        arm(n, n + 1)
+        try:
+            call()
+        except Exception as error:
+            disarm()
+            failures += isinstance(error, MemoryError)
+        disarm()
+        assert outcome(call) == expected, (name, n)
+assert failures > 3 * len(calls)
+print("done")
+"""
+
+
+def test_the_want_of_memory_is_an_exception_wherever_it_comes(run_python) -> None:
+    """Python's n-th allocation in a call fails, for every n; the flow can be used on."""
+    pytest.importorskip("_testcapi", reason="this Python was built without its test modules")
+    assert run_python(NO_MEMORY) == "done\n"
+
+
+def test_rows_without_room_for_a_copy_are_a_memory_error() -> None:
+    flow = nvpflow.build(3, 2, (8,))
+    for dtype in (np.float32, np.float16):
+        with pytest.raises(MemoryError, match="Unable to allocate"):
+            flow.log_prob(np.broadcast_to(np.zeros(3, dtype), (2**50, 3)))
+    with pytest.raises(MemoryError, match="Unable to allocate"):
+        flow.sample(2**50)
+    assert flow.log_prob(np.zeros((1, 3), np.float32)).shape == (1,)
+
+
+def test_a_numpy_without_its_c_interface_is_an_import_error(run_python) -> None:
+    done = run_python(
+        """
+import sys, types
+import numpy
+for name in ("numpy._core._multiarray_umath", "numpy.core._multiarray_umath"):
+    sys.modules[name] = types.ModuleType(name)
+try:
+    import nvpflow
+except ImportError as error:
+    print(error)
+"""
+    )
+    assert "nvpflow's compiled part cannot be imported" in done
 
 
 def test_an_empty_path_is_no_checkpoint() -> None:

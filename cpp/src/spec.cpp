@@ -151,8 +151,8 @@ void initialize(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t s
   const auto word_of = [&](std::uint64_t i) {
     if (i / 4 != block) {
       block = i / 4;
-      const std::uint32_t counter[4] = {static_cast<std::uint32_t>(block), static_cast<std::uint32_t>(block >> 32), 0,
-                                        kStreamInitialize};
+      // There are 2^33 parameters at most, so one word counts the blocks.
+      const std::uint32_t counter[4] = {static_cast<std::uint32_t>(block), 0, 0, kStreamInitialize};
       philox4x32(seed, counter, words);
     }
     return words[i % 4];
@@ -227,14 +227,11 @@ FlowSpec FlowSpec::real_nvp(std::int64_t input_size, std::int64_t num_flows, std
   coupling.activation = activation;
   coupling.scale_bound = scale_bound;
 
-  // Before `layers` exists: a num_flows of 10^12 must not get as far as an allocation.
-  check_input_size(input_size);
+  // Before `layers` exists: a num_flows of 10^12 must not get as far as an allocation. Here the caller knows no layers.
   check_range("num_flows", num_flows, 1, kMaxLayers - (standardize ? 1 : 0));
-  find_name(kDTypes, dtype, "dtype");
   check_coupling("", coupling, dtype);
   check_num_tensors(num_flows * coupling.num_tensors());
 
-  spec.layers.reserve(static_cast<std::size_t>(num_flows) + 1);
   if (standardize) spec.layers.emplace_back().kind = LayerKind::standardize;
   for (std::int64_t k = 0; k < num_flows; ++k) {
     coupling.swapped = k % 2 == 1;

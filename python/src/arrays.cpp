@@ -40,6 +40,13 @@ bool usable_as_is(PyArrayObject* array, DType dtype) {
   return PyArray_TYPE(array) == type_number(dtype) && PyArray_ISCARRAY_RO(array);
 }
 
+/// The array looks at memory that `owner` holds.
+void keep_alive(py::object owner, const py::object& array) {
+  if (PyArray_SetBaseObject(reinterpret_cast<PyArrayObject*>(array.ptr()), owner.release().ptr()) < 0) {
+    throw py::error_already_set();
+  }
+}
+
 /// Lists and numbers of Python have no dtype of their own: NumPy's guess for them (float64, int64) is not the caller's
 /// choice. NumPy's scalars and arrays inside a list are.
 bool has_own_dtype(PyObject* object) {
@@ -176,9 +183,7 @@ py::object host_view(PyObject* object, const char* name, Library library) {
       &PyArray_Type, tensor.ndim, shape.data(), number, strides.data(),
       static_cast<char*>(tensor.data) + tensor.byte_offset, 0, read_only ? 0 : NPY_ARRAY_WRITEABLE, nullptr));
   if (!view) throw py::error_already_set();
-  if (PyArray_SetBaseObject(reinterpret_cast<PyArrayObject*>(view.ptr()), imported.owner.release().ptr()) < 0) {
-    throw py::error_already_set();
-  }
+  keep_alive(std::move(imported.owner), view);
   return view;
 }
 
@@ -297,10 +302,7 @@ void allocate(OutputArray& out, DType dtype, int dims, npy_intp* shape, const In
   out.array = py::reinterpret_steal<py::object>(
       PyArray_New(&PyArray_Type, dims, shape, type_number(dtype), nullptr, out.data, 0, NPY_ARRAY_CARRAY, nullptr));
   if (!out.array) throw py::error_already_set();
-  if (PyArray_SetBaseObject(reinterpret_cast<PyArrayObject*>(out.array.ptr()), py::object(memory).release().ptr()) <
-      0) {
-    throw py::error_already_set();
-  }
+  keep_alive(memory, out.array);
 }
 
 }  // namespace
@@ -345,8 +347,6 @@ InputArray input_vector(PyObject* object, const char* name, DType dtype, const I
                                 (single ? "()" : "(" + std::to_string(rows) + ",)"));
   }
   in.data = PyArray_DATA(array);
-  in.rows = rows;
-  in.single = single;
   return in;
 }
 
@@ -379,12 +379,10 @@ OutputArray output_array(PyObject* given, const char* name, DType dtype, std::in
   return out;
 }
 
-OutputArray output_array(PyObject* given, const char* name, DType dtype, std::int64_t rows, std::int64_t columns,
-                         bool single) {
+OutputArray new_array(DType dtype, std::int64_t rows, std::int64_t columns) {
   InputArray like;
   like.rows = rows;
-  like.single = single;
-  return output_array(given, name, dtype, columns, like);
+  return output_array(nullptr, "", dtype, columns, like);
 }
 
 std::pair<PyObject*, PyObject*> out_pair(PyObject* out, const char* second_name) {
@@ -424,10 +422,7 @@ py::object readonly_view(const void* data, DType dtype, std::int64_t size, py::h
                                                             const_cast<void*>(data), 0,
                                                             NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED, nullptr));
   if (!view) throw py::error_already_set();
-  auto* array = reinterpret_cast<PyArrayObject*>(view.ptr());
-  if (PyArray_SetBaseObject(array, py::reinterpret_borrow<py::object>(owner).release().ptr()) < 0) {
-    throw py::error_already_set();
-  }
+  keep_alive(py::reinterpret_borrow<py::object>(owner), view);
   return view;
 }
 

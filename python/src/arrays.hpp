@@ -31,8 +31,8 @@ enum class Library { numpy, torch, cupy, jax, nvpflow, standard, other };
 struct InputArray {
   py::object owner;
   void* data = nullptr;
-  std::int64_t rows = 0;
-  bool single = false;  // came as [D]: results lose the batch axis
+  std::int64_t rows = 0;  // of input_rows alone
+  bool single = false;    // came as [D]: results lose the batch axis
   Library library = Library::numpy;
   py::object source;  // the caller's object, where it is not NumPy's
   // In the memory of a CUDA device (device_arrays.hpp): used as it is.
@@ -60,11 +60,11 @@ struct OutputArray {
   void *stream = nullptr, *call_stream = nullptr;
 };
 
-/// Of shape [rows, columns], or [rows] where columns is 0; without the batch axis where `single`. `given`: null or None
-/// for a new array, else the caller's, which must have exactly this shape and dtype, be C-contiguous and writable.
-OutputArray output_array(PyObject* given, const char* name, DType dtype, std::int64_t rows, std::int64_t columns,
-                         bool single);
-/// The same beside an input: single as it is, in the memory where it is, of its library.
+/// A new array of NumPy's, [rows, columns], or [rows] where columns is 0.
+OutputArray new_array(DType dtype, std::int64_t rows, std::int64_t columns);
+/// Beside an input: [rows, columns], or [rows] where columns is 0; single as it is, in the memory where it is, of its
+/// library. `given`: null or None for a new array, else the caller's, which must have exactly this shape and dtype, be
+/// C-contiguous and writable.
 OutputArray output_array(PyObject* given, const char* name, DType dtype, std::int64_t columns, const InputArray& like);
 /// The two members of out=(first, second), or null ones; second_name: what the second takes.
 std::pair<PyObject*, PyObject*> out_pair(PyObject* out, const char* second_name);

@@ -332,7 +332,7 @@ py::tuple log_prob_and_vjp(const BoundFlow& self, const py::object& x, const py:
 }
 
 py::object noise(const BoundFlow& self, std::int64_t rows, std::uint64_t seed) {
-  OutputArray z = output_array(nullptr, "z", self.dtype, rows, self.features, false);
+  OutputArray z = new_array(self.dtype, rows, self.features);
   run_released(self, rows, [&] { self.flow.backend().noise(seed, 0, rows, z.data, Execution(self.threads())); });
   return object_of(std::move(z));
 }
@@ -342,8 +342,8 @@ py::tuple conditioner(const BoundFlow& self, std::int64_t layer, const py::objec
   const FlowSpec& spec = self.flow.spec();
   const bool known = layer >= 0 && layer < static_cast<std::int64_t>(spec.layers.size());
   const std::int64_t width = known ? spec.transformed(spec.layers[static_cast<std::size_t>(layer)]).count : 1;
-  OutputArray s = output_array(nullptr, "s", self.dtype, in.rows, width, in.single);
-  OutputArray t = output_array(nullptr, "t", self.dtype, in.rows, width, in.single);
+  OutputArray s = new_array(self.dtype, in.rows, width);
+  OutputArray t = new_array(self.dtype, in.rows, width);
   run_released(self, in.rows, [&] {
     by_dtype(self.dtype, [&](auto v) {
       using T = decltype(v);
@@ -382,7 +382,7 @@ py::object flat_parameters(const py::object& self) {
 }
 
 py::object copy_flat_parameters(const BoundFlow& self) {
-  const OutputArray copy = output_array(nullptr, "parameters", self.dtype, self.flow.num_parameters(), 0, false);
+  const OutputArray copy = new_array(self.dtype, self.flow.num_parameters(), 0);
   by_dtype(self.dtype, [&](auto t) { self.flow.copy_parameters(view<decltype(t)>(copy)); });
   return copy.array;
 }
@@ -628,7 +628,7 @@ py::tuple load_file(const py::object& from, const py::object& expected) {
     model = load_model(path, spec);
   }
   const std::int64_t count = static_cast<std::int64_t>(model.parameters.size()) / size_of(model.spec.dtype);
-  const OutputArray flat = output_array(nullptr, "parameters", model.spec.dtype, count, 0, false);
+  const OutputArray flat = new_array(model.spec.dtype, count, 0);
   std::memcpy(flat.data, model.parameters.data(), model.parameters.size());
   return py::make_tuple(BoundSpec(model.spec), flat.array, model.column_names);
 }

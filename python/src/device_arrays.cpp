@@ -380,10 +380,7 @@ InputArray device_vector(PyObject* object, const char* name, DType dtype, const 
           std::string(name) + " has shape " + shape_text(found.shape) + ", expected " + shape_text(expected));
   }
   wait_for(found, like);
-  InputArray in = input_of(std::move(found), object);
-  in.rows = like.rows;
-  in.single = like.single;
-  return in;
+  return input_of(std::move(found), object);
 }
 
 OutputArray device_output(PyObject* given, const char* name, DType dtype, std::int64_t rows, std::int64_t columns,

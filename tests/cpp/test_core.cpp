@@ -189,11 +189,16 @@ TEST_CASE("real_nvp refuses what no flow can be, before it allocates") {
   refused("more than 524288 parameter tensors", 4, 65536, std::vector<std::int64_t>(10, 1));
   refused("more than 8589934592 parameters", 4, 4, {1 << 20, 1 << 20});
   refused("more than 8589934592 parameters", 1 << 20, 4, {1 << 20});
+  refused("more than 524288 parameter tensors", 4, 65536, std::vector<std::int64_t>(100'000, 1));  // of 52 GB
   refused("scale_bound is 0, expected finite and > 0 in float32", 4, 4, {8}, 0.0);
   refused("scale_bound is -1, expected finite and > 0", 4, 4, {8}, -1.0);
   refused("scale_bound is nan", 4, 4, {8}, std::nan(""));
   refused("scale_bound is inf", 4, 4, {8}, HUGE_VAL);
   refused("scale_bound is 1e+300, expected finite and > 0 in float32", 4, 4, {8}, 1e300);
+  check_refused(ErrorCode::invalid_argument, "dtype is the enumerator 2, expected one of float32, float64",
+                [] { FlowSpec::real_nvp(4, 1, {8}, Activation::relu, 1.0, false, static_cast<DType>(2)); });
+  // A caller of real_nvp has named no layers.
+  CHECK_THROWS_WITH_AS(FlowSpec::real_nvp(4, 4, {0}), "hidden_sizes[0] is 0, expected 1 to 1048576", Error);
   CHECK_NOTHROW(FlowSpec::real_nvp(4, 1, {8}, Activation::relu, 1e300, false, DType::float64));
   CHECK(FlowSpec::real_nvp(4, 65536, {1}).layers.size() == 65536);
 }
@@ -228,6 +233,10 @@ TEST_CASE("sizes are taken up to their limits and refused above") {
   parameters.layers[1].hidden_sizes = {1, 1};  // 2 more
   refused("more than 8589934592 parameters", [&] { parameters.validate(); });
 
+  // Without hidden layers the two heads alone: of n columns each that read n, 2 n (n + 1).
+  CHECK_NOTHROW(FlowSpec::real_nvp(2 * 65535, 1, {}));
+  refused("more than 8589934592 parameters", [] { FlowSpec::real_nvp(2 * 65536, 1, {}); });
+
   const auto bounded = [](double bound, DType dtype) {
     return FlowSpec::real_nvp(2, 1, {1}, Activation::relu, bound, false, dtype).layers[0].scale_bound == bound;
   };
@@ -252,6 +261,10 @@ TEST_CASE("validate names the layer and the field") {
   refused("layers[1].scale_bound is 0", [](FlowSpec& spec) { spec.layers[1].scale_bound = 0; });
   refused("layers[0].kind is standardize but", [](FlowSpec& spec) { spec.layers[0].hidden_sizes = {8}; });
   refused("layers holds 65537 layers, expected at most 65536", [](FlowSpec& spec) { spec.layers.resize(65537); });
+  refused("dtype is the enumerator 2, expected one of float32, float64",
+          [](FlowSpec& spec) { spec.dtype = static_cast<DType>(2); });
+  refused("layers[1].kind is the enumerator 3, expected one of coupling, standardize",
+          [](FlowSpec& spec) { spec.layers[1].kind = static_cast<LayerKind>(3); });
   refused("layers[1].activation is the enumerator 99, expected one of relu",
           [](FlowSpec& spec) { spec.layers[1].activation = static_cast<Activation>(99); });
 }
@@ -293,6 +306,8 @@ TEST_CASE("the layout names every parameter in layer order without gaps") {
   CHECK(layout.first_tensor(0) == 0);
   CHECK(layout.first_tensor(1) == 8);
   CHECK(layout.first_tensor(2) == 10);
+  CHECK(spec.layers[0].num_tensors() == 8);
+  CHECK(spec.layers[1].num_tensors() == 2);
   CHECK(layout.tensors()[9].role == TensorRole::log_std);
   CHECK(layout.tensors()[9].layer == 1);
   CHECK(layout.find("flow_2_scale.bias") == nullptr);
@@ -344,15 +359,16 @@ TEST_CASE("initial parameters are a function of spec and seed, the same in both 
     const double limit = (head ? 0.01 : 1.0) * std::sqrt(6.0 / static_cast<double>(tensor.shape[0] + tensor.shape[1]));
     CHECK(largest < limit);
     CHECK(largest > 0.5 * limit);
+    // Element i of the buffer is made of word i of the stream, wherever its tensor begins.
+    for (std::int64_t at = tensor.offset; at < tensor.offset + tensor.size; ++at) {
+      const auto i = static_cast<std::uint64_t>(at);
+      const std::uint32_t counter[4] = {static_cast<std::uint32_t>(i / 4), 0, 0, kStreamInitialize};
+      std::uint32_t word[4];
+      philox4x32(3, counter, word);
+      const double uniform = (word[i % 4] + 0.5) / 4294967296.0;
+      CHECK(wide[i] == doctest::Approx((2.0 * uniform - 1.0) * limit).epsilon(1e-14));
+    }
   }
-
-  const TensorInfo& kernel = *layout.find("flow_0_coupling_dense_0.kernel");
-  const auto i = static_cast<std::uint64_t>(kernel.offset) + 1;
-  const std::uint32_t counter[4] = {static_cast<std::uint32_t>(i / 4), 0, 0, kStreamInitialize};
-  std::uint32_t word[4];
-  philox4x32(3, counter, word);
-  const double uniform = (word[i % 4] + 0.5) / 4294967296.0;
-  CHECK(wide[i] == doctest::Approx((2.0 * uniform - 1.0) * std::sqrt(6.0 / 8.0)).epsilon(1e-14));
 }
 
 // ---------------------------------------------------------------------------------------------- good files

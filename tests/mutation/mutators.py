@@ -66,7 +66,7 @@ def instrument(source: str, mutants: list[Mutant], *, python: bool) -> str:
         return text + source[at:end]
 
     text = write(0, len(source), spans)
-    return text if python else re.sub(r"constexpr (?=[\w:]+ k\w+ =[^;]*\bmutant\()", "const ", text)
+    return text if python else re.sub(r"constexpr (?=[\w:]+ k\w+(?:\[\])? =[^;]*\bmutant\()", "const ", text)
 
 
 def _switch(text: str, mutants: list[Mutant], *, python: bool) -> str:
@@ -221,10 +221,11 @@ def _constant_expressions(tokens: list[Token]) -> list[tuple[int, int]]:
 
 
 def _named_constant(tokens: list[Token], i: int) -> bool:
-    """constexpr TYPE kName = ...; which `instrument` makes a const."""
+    """constexpr TYPE kName = ...; or TYPE kName[] = ...; which `instrument` makes a const."""
     while tokens[i].text not in ("=", ";", "{", "(", "<"):
         i += 1
-    return tokens[i].text == "=" and re.fullmatch(r"k[A-Z]\w*", tokens[i - 1].text) is not None
+    name = i - 3 if tokens[i - 1].text == "]" else i - 1
+    return tokens[i].text == "=" and re.fullmatch(r"k[A-Z]\w*", tokens[name].text) is not None
 
 
 def _changed_operator(source: str, tokens: list[Token], i: int) -> Iterator[Mutant]:

@@ -8,6 +8,14 @@ from pathlib import Path
 import pytest
 
 NOTES: dict[str, dict[str, object]] = {}
+AT_IMPORT: set[int] = set()  # what a program comes past once, when it begins, every test depends on
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish():
+    AT_IMPORT.update(
+        number for number, byte in enumerate(Path(os.environ["NVPFLOW_MUTANTS_REACHED"]).read_bytes()) if byte
+    )
 
 
 @pytest.hookimpl(wrapper=True)
@@ -16,7 +24,7 @@ def pytest_runtest_protocol(item):
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as notes:
         notes[:] = bytes(len(notes))
         result = yield
-        reached = [number for number, byte in enumerate(notes[:]) if byte]
+        reached = sorted(AT_IMPORT.union(number for number, byte in enumerate(notes[:]) if byte))
     NOTES[item.nodeid] = {"reached": reached, "seconds": 0.0, **NOTES.get(item.nodeid, {})}
     return result
 
