@@ -68,8 +68,30 @@ class Permutation {
     return i;
   }
 
+  /// places[i] = (*this)(places[i]) for at most kBlock places. All in step: the rounds of one wait for each other, and
+  /// no processor foresees which of them land outside.
+  static constexpr std::int64_t kBlock = 64;
+  void apply(std::uint64_t* places, std::int64_t count) const {
+    std::int64_t outside[kBlock];
+    for (std::int64_t i = 0; i < count; ++i) outside[i] = i;
+    while (count > 0) count = walk(places, outside, count);
+  }
+
  private:
   static constexpr int kRounds = 6;
+
+  /// One step of the places that `outside` names; leaves the names of those that landed outside again, and returns how
+  /// many they are.
+  std::int64_t walk(std::uint64_t* places, std::int64_t* outside, std::int64_t count) const {
+    std::int64_t left = 0;
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::int64_t at = outside[i];
+      places[at] = encrypt(places[at]);
+      outside[left] = at;
+      left += places[at] >= size_ ? 1 : 0;
+    }
+    return left;
+  }
 
   NVPFLOW_ANYWHERE std::uint64_t encrypt(std::uint64_t value) const {
     std::uint64_t left = value >> half_bits_;

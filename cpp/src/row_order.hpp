@@ -1,6 +1,7 @@
 // The order in which a pass visits rows, computed point by point: no array of the data's length, on any hardware.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "math.hpp"
@@ -19,6 +20,20 @@ struct RowOrder {
     if (shuffled) i = shuffle(i);
     if (split) i = parts(i + first_of_part);
     return static_cast<std::int64_t>(i);
+  }
+
+  /// f(i, (*this)(first + i)) for i < count, in order: faster than one by one.
+  template <class F>
+  void each(std::int64_t first, std::int64_t count, F&& f) const {
+    std::uint64_t places[Permutation::kBlock];
+    for (std::int64_t done = 0; done < count; done += Permutation::kBlock) {
+      const std::int64_t size = std::min(Permutation::kBlock, count - done);
+      for (std::int64_t i = 0; i < size; ++i) places[i] = static_cast<std::uint64_t>(first + done + i);
+      if (shuffled) shuffle.apply(places, size);
+      for (std::int64_t i = 0; split && i < size; ++i) places[i] += first_of_part;
+      if (split) parts.apply(places, size);
+      for (std::int64_t i = 0; i < size; ++i) f(done + i, static_cast<std::int64_t>(places[i]));
+    }
   }
 };
 

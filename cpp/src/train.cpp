@@ -297,10 +297,10 @@ class Trainer {
     std::vector<T> low(width, std::numeric_limits<T>::max()), high(width, std::numeric_limits<T>::lowest());
     const RowOrder row_of = rows_.training();
     const auto each_row = [&](auto&& f) {
-      for (std::int64_t i = 0; i < rows_.train(); ++i) {
+      row_of.each(0, rows_.train(), [&](std::int64_t i, std::int64_t row) {
         if (i % kPollRows == 0) poll();
-        f(x_.data() + row_of(i) * features_);
-      }
+        f(x_.data() + row * features_);
+      });
     };
     const auto n = static_cast<double>(rows_.train());
     each_row([&](const T* row) {
@@ -444,8 +444,9 @@ class Trainer {
     double largest = 0;
     each_slice(epoch, of.rows, [&](std::int64_t first, std::int64_t count) {
       probe_rows_.resize(static_cast<std::size_t>(count * features_));
-      for (std::int64_t i = 0; i < count; ++i)
-        std::copy_n(x.data() + of.order(first + i) * features_, features_, probe_rows_.data() + i * features_);
+      of.order.each(first, count, [&](std::int64_t i, std::int64_t row) {
+        std::copy_n(x.data() + row * features_, features_, probe_rows_.data() + i * features_);
+      });
       largest = std::max(largest, probe_->template round_trip_error<T>(probe_rows_));
     });
     return largest;

@@ -15,6 +15,7 @@
 #include <iterator>
 #include <limits>
 #include <map>
+#include <set>
 #include <span>
 #include <string>
 #include <string_view>
@@ -28,6 +29,7 @@
 
 #include "file_format.hpp"
 #include "math.hpp"
+#include "row_order.hpp"
 
 namespace fs = std::filesystem;
 using namespace nvpflow;
@@ -331,6 +333,35 @@ TEST_CASE("Philox 4x32-10 gives the published words") {
   philox4x32(0x299f31d0a4093822u, pi, word);
   CHECK(word[0] == 0xd16cfe09u);
   CHECK(word[3] == 0x24126ea1u);
+}
+
+TEST_CASE("the order of a pass visits every row once, and is the same one by one and many at a time") {
+  for (const std::int64_t total : {2, 3, 5, 16, 17, 64, 65, 257, 1000, 4097}) {
+    for (const std::int64_t held_out : {std::int64_t{0}, total / 3}) {
+      CAPTURE(total);
+      CAPTURE(held_out);
+      RowOrder order;
+      order.shuffled = true;
+      order.shuffle = {static_cast<std::uint64_t>(total - held_out), 7, kStreamShuffle, 3};
+      order.split = held_out > 0;
+      order.first_of_part = static_cast<std::uint64_t>(held_out);
+      order.parts = {static_cast<std::uint64_t>(total), 7, kStreamSplit, 0};
+      std::set<std::int64_t> rows;
+      std::int64_t next = 0;
+      order.each(0, total - held_out, [&](std::int64_t i, std::int64_t row) {
+        CHECK(i == next++);
+        CHECK(row == order(i));
+        rows.insert(row);
+      });
+      CHECK(next == total - held_out);
+      CHECK(std::ssize(rows) == total - held_out);
+      CHECK(*rows.begin() >= 0);
+      CHECK(*rows.rbegin() < total);
+      const std::int64_t first = next / 2;
+      order.each(first, next - first, [&](std::int64_t i, std::int64_t row) { CHECK(row == order(first + i)); });
+    }
+  }
+  RowOrder().each(5, 0, [](std::int64_t, std::int64_t) { FAIL_CHECK("no row was asked for"); });
 }
 
 TEST_CASE("initial parameters are a function of spec and seed, the same in both dtypes") {

@@ -42,6 +42,10 @@ constexpr int64_t kWideFrom = 0;
 // processor's own prefetching ends with each page of memory.
 constexpr int64_t kAhead = 64;
 
+// Rows of shuffled data that are fetched before they are needed, for they come from afar and in no order that a
+// processor could foresee, and the cache lines of each: of more it fetches the rest by itself.
+constexpr int64_t kGatherAhead = 16, kFetchedLines = 4;
+
 // Rows left over after whole vectors take the row path up to this many; more fill a padded vector.
 template <class T>
 constexpr int64_t kMaxFewRows = kLanes<T> - 1;
@@ -591,7 +595,19 @@ void scatter_tile(const T* in, int64_t rows, int64_t count, int64_t columns, T* 
 template <class T>
 void load_tile(const T* in, const int64_t* index, int64_t first, int64_t count, int64_t columns, T* out, int64_t rows) {
   if (index != nullptr) {
-    gather_tile<T>([=](int64_t r) { return in + index[first + r] * columns; }, count, columns, out, rows);
+    const auto row = [=](int64_t r) { return in + index[first + r] * columns; };
+    const auto fetch = [=](int64_t r) {
+      constexpr int64_t kLine = 64 / sizeof(T);
+      const int64_t fetched = smaller(columns, kFetchedLines * kLine);
+      for (int64_t j = 0; j < fetched; j += kLine) __builtin_prefetch(row(r) + j);
+      __builtin_prefetch(row(r) + fetched - 1);  // rows begin anywhere in a line
+    };
+    for (int64_t r = 0; r < smaller(count, kGatherAhead); ++r) fetch(r);
+    const auto fetching = [=](int64_t r) {
+      if (r + kGatherAhead < count) fetch(r + kGatherAhead);
+      return row(r);
+    };
+    gather_tile<T>(fetching, count, columns, out, rows);
   } else {
     gather_tile<T>([=](int64_t r) { return in + (first + r) * columns; }, count, columns, out, rows);
   }

@@ -26,7 +26,9 @@ constexpr std::int64_t kTapeBytes = 800 << 10;
 // Every tile reads all the weights, and one with a tape reads and writes their gradient as well. Where they are large,
 // and come from afar, that has to be worth while: this part of their size is the aim then, and this multiple of it.
 constexpr std::int64_t kWeightsPerTile = 16, kTapePerWeights = 2;
-constexpr std::int64_t kMaxRowUnits = 8;
+// Units of an inference tile's rows at most: the tile of a small flow stays close to the first-level cache, that of a
+// large one is worth its weights by more.
+constexpr std::int64_t kMaxRowUnits = 3, kMaxRowUnitsOfLarge = 8;
 // Inputs that are packed in one go: a multiple of every vector's lanes. Parameters that are worth a thread of their
 // own.
 constexpr std::int64_t kBand = 16, kPackSize = 1 << 14;
@@ -182,8 +184,9 @@ void Packed<T>::choose_tiles(const Kernels<T>& kernels, bool wide_blocks) {
   const std::int64_t weights = transposed_size_ * static_cast<std::int64_t>(sizeof(T));
   program_.few_at_once = weights > kNearBytes;
   for (Dense<T>& d : dense_) d.far = weights > kFarBytes, d.wide_blocks = wide_blocks;
-  program_.tile_rows = row_unit * units(std::max(kTileBytes, weights / kWeightsPerTile),
-                                        kernels.transform_scratch(program_), kMaxRowUnits);
+  program_.tile_rows =
+      row_unit * units(std::max(kTileBytes, weights / kWeightsPerTile), kernels.transform_scratch(program_),
+                       program_.few_at_once ? kMaxRowUnitsOfLarge : kMaxRowUnits);
   program_.gradient_rows = kGradientUnit * units(std::max(kTapeBytes, weights * kTapePerWeights),
                                                  kernels.tape_size(program_, kGradientUnit), kMaxGradientUnits);
 }
