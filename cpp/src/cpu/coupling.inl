@@ -613,11 +613,25 @@ void load_tile(const T* in, const int64_t* index, int64_t first, int64_t count, 
   }
 }
 
-/// to [ceil(in / lanes)][out][lanes]: the weights of `d` with inputs and outputs exchanged (Dense::transposed), of
-/// inputs [first, last).
+/// Dense::transposed of a paired layer.
+template <class T>
+void pair_weights(const Dense<T>& d, T* to) {
+  constexpr int L = kLanes<T>;
+  for (int64_t o = 0; o < d.out; o += 2, to += L) {
+    const T* w = d.weights + o / L * L * d.in + o % L;
+    store<T>(to, Vec<T>{});
+    for (int64_t i = 0; i < d.in; ++i) {  // the weight past the last output is a zero of the padding
+      to[2 * i] = w[i * L];
+      to[2 * i + 1] = w[i * L + 1];
+    }
+  }
+}
+
+/// Dense::transposed, of inputs [first, last).
 template <class T>
 void transpose_weights(const Dense<T>& d, int64_t first, int64_t last, T* to) {
   constexpr int L = kLanes<T>;
+  if (d.paired) return pair_weights<T>(d, to);
   to += first * d.out;
   for (int64_t i = first; i < last; i += L) {
     for (int64_t o = 0; o < d.out; o += L) {

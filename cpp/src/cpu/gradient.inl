@@ -10,7 +10,7 @@
 // among themselves: each element of the gradient is summed over the rows of a tile, and over the tiles in order,
 // whatever the number of threads. A register block is kGradientIn inputs x kGradientOut vectors of outputs and reads
 // kGradientIn + kGradientOut values a row for kGradientIn * kGradientOut multiply-adds; where the outputs fill one
-// vector only, kNarrowIn inputs x 1.
+// vector only, inputs and outputs change places, or, of few inputs, kNarrowIn inputs x 1.
 
 namespace nvpflow::cpu {
 namespace {
@@ -32,6 +32,8 @@ constexpr int64_t kRowsAhead = 16;
 // Columns of a kernel's gradient from which on a block's rows are fetched also where they are only written: fewer lie
 // near each other, and the processor fetches them by itself.
 constexpr int64_t kWideGradient = 256;
+// Vectors of inputs from which on outer_exchanged is worth its transposition.
+constexpr int64_t kManyInputs = 2;
 
 /// gelu and silu need their argument for the derivative; the others' derivative follows from their value.
 NVPFLOW_INLINE bool keeps_argument(Act act) { return act == Act::gelu || act == Act::silu; }
@@ -314,12 +316,11 @@ struct DenseColumns {
   Columns<T> kernel, bias;
 };
 
-/// Inputs i .. i + MI x NO vectors of outputs from o: the sum over the rows of x g. With `bias`, also that of g.
-template <class T, int MI, int NO, bool bias>
-NVPFLOW_INLINE void outer_block(const OuterProduct<T>& p, int64_t i, int64_t o, const DenseColumns<T>& to) {
+/// sum[m][n] = the sum over the rows of x g for inputs i + m and vector n of outputs from o; each(n, g): every vector
+/// of cotangents on the way.
+template <class T, int MI, int NO, class Each>
+NVPFLOW_INLINE void outer_sums(const OuterProduct<T>& p, int64_t i, int64_t o, Vec<T> (&sum)[MI][NO], Each each) {
   constexpr int L = kLanes<T>;
-  if (to.kernel.add || to.kernel.n[0] > kWideGradient) to.kernel.template fetch<MI, NO>(i, o);
-  Vec<T> sum[MI][NO] = {}, bias_sum[1][NO] = {};
   int64_t tape = 0;
   for (int64_t first = 0; first < p.count; first += p.rows, tape += p.tape_stride) {
     const T* x = p.x + tape + i;
@@ -331,7 +332,7 @@ NVPFLOW_INLINE void outer_block(const OuterProduct<T>& p, int64_t i, int64_t o, 
       for (int n = 0; n < NO; ++n) {
         __builtin_prefetch(g + kRowsAhead * p.g_stride + n * L);
         cotangent[n] = load<T>(g + n * L);
-        if constexpr (bias) bias_sum[0][n] = bias_sum[0][n] + cotangent[n];
+        each(n, cotangent[n]);
       }
 #pragma GCC unroll 16
       for (int m = 0; m < MI; ++m) {
@@ -340,8 +341,27 @@ NVPFLOW_INLINE void outer_block(const OuterProduct<T>& p, int64_t i, int64_t o, 
       }
     }
   }
+}
+
+/// Inputs i .. i + MI x NO vectors of outputs from o: the sum over the rows of x g. With `bias`, also that of g.
+template <class T, int MI, int NO, bool bias>
+NVPFLOW_INLINE void outer_block(const OuterProduct<T>& p, int64_t i, int64_t o, const DenseColumns<T>& to) {
+  if (to.kernel.add || to.kernel.n[0] > kWideGradient) to.kernel.template fetch<MI, NO>(i, o);
+  Vec<T> sum[MI][NO] = {}, bias_sum[1][NO] = {};
+  outer_sums<T, MI, NO>(p, i, o, sum, [&](int n, Vec<T> g) __attribute__((always_inline)) {
+    if constexpr (bias) bias_sum[0][n] = bias_sum[0][n] + g;
+  });
   to.kernel.put(i, o, sum);
   if constexpr (bias) to.bias.put(0, o, bias_sum);
+}
+
+/// The sum of g alone, of one vector of outputs from o.
+template <class T>
+void sum_cotangents(const OuterProduct<T>& p, int64_t o, const Columns<T>& to) {
+  Vec<T> sum[1][1] = {};
+  Vec<T> none[1][1] = {};
+  outer_sums<T, 1, 1>(p, 0, o, none, [&](int, Vec<T> g) __attribute__((always_inline)) { sum[0][0] = sum[0][0] + g; });
+  to.put(0, o, sum);
 }
 
 template <class T, int MI, int NO>
@@ -361,6 +381,88 @@ void outer_columns(const OuterProduct<T>& p, int64_t first, int64_t last, int64_
   for (; i < last; ++i) outer_inputs<T, 1, NO>(p, i, o, to);
 }
 
+/// Sums of outer_block by output, [output][input], at their place among `stride` inputs.
+template <class T>
+struct ByOutput {
+  T* to;
+  int64_t stride;
+
+  template <int MO, int NI>
+  NVPFLOW_INLINE void put(int64_t o, int64_t i, const Vec<T> (&v)[MO][NI]) const {
+#pragma GCC unroll 16
+    for (int m = 0; m < MO; ++m) {
+      for (int k = 0; k < NI; ++k) store<T>(to + (o + m) * stride + i + k * kLanes<T>, v[m][k]);
+    }
+  }
+};
+
+/// NI vectors of inputs from i for `outputs` of p, which has inputs and outputs exchanged.
+template <class T, int NI>
+void outer_by_output(const OuterProduct<T>& p, int64_t outputs, int64_t i, const ByOutput<T>& to) {
+  int64_t o = 0;
+  const auto block = [&](auto count) __attribute__((always_inline)) {
+    constexpr int n = decltype(count)::value;
+    Vec<T> sum[n][NI] = {};
+    outer_sums<T, n, NI>(p, o, i, sum, [](int, Vec<T>) __attribute__((always_inline)) {});
+    to.template put<n, NI>(o, 0, sum);
+    o += n;
+  };
+  // The last block may go beyond the outputs, but not beyond their vector.
+  constexpr int kMost = kGradientIn < kLanes<T> ? kGradientIn : kLanes<T>;
+  while (outputs - o > kMost / 2) block(Count<kMost>{});
+  if (o < outputs) block(Count<kMost / 2>{});
+}
+
+/// Inputs i .. i + inputs of columns [o, o + outputs), whose sums lie by output, `stride` apart, to where they belong.
+/// In runs as long as there are: the rows of a narrow kernel follow each other.
+template <class T>
+void put_by_input(const T* by_output, int64_t stride, int64_t outputs, int64_t i, int64_t inputs, int64_t o,
+                  const Columns<T>& to) {
+  constexpr int L = kLanes<T>;
+  alignas(64) T by_input[kGradientOut * L * L];
+  for (int part = 0, begin = 0; part < 2; begin += static_cast<int>(to.n[part++])) {
+    const int64_t width = to.n[part], first = o > begin ? o : begin;
+    const int64_t columns = smaller(o + outputs, begin + width) - first;
+    if (columns <= 0) continue;
+    gather_tile<T>([&](int64_t n) { return by_output + (first - o + n) * stride; }, columns, inputs, by_input, columns);
+    const int64_t rows = columns == width ? 1 : inputs, run = inputs / rows * columns;
+    T* at = to.to[part] + i * width + (first - begin);
+    for (int64_t r = 0; r < rows; ++r, at += width) {
+      for (int64_t n = 0; n < run; n += L) {
+        const Vec<T> sum = load_upto<T>(by_input + r * run + n, run - n);
+        store_upto<T>(at + n, to.add ? load_upto<T>(at + n, run - n) + sum : sum, run - n);
+      }
+    }
+  }
+}
+
+/// The last vector of outputs, from o, where the inputs are many: vectors of inputs times single outputs, of which each
+/// serves several multiply-adds, while a single vector of outputs serves one for each input that is read. Lanes without
+/// an output are not computed either. The sums are the same ones, in the same order.
+template <class T>
+void outer_exchanged(const OuterProduct<T>& p, int64_t first, int64_t last, int64_t o, const DenseColumns<T>& to) {
+  constexpr int L = kLanes<T>;
+  constexpr int64_t kStride = kGradientOut * L;
+  const OuterProduct<T> exchanged = {p.g + o, p.g_stride, p.x, p.x_stride, p.count, p.rows, p.tape_stride, last};
+  const int64_t outputs = p.out - o;
+  alignas(64) T by_output[L * kStride];
+  const ByOutput<T> sums = {by_output, kStride};
+  for (int64_t i = first, inputs = 0; i < last; i += inputs) {
+    const int64_t vectors = (last - i + L - 1) / L;
+    const int64_t now = vectors >= kGradientOut && vectors != kGradientOut + 1 ? kGradientOut : smaller(2, vectors);
+    inputs = smaller(now * L, last - i);
+    if (now > 2) {
+      outer_by_output<T, kGradientOut>(exchanged, outputs, i, sums);
+    } else if (now == 2) {
+      outer_by_output<T, 2>(exchanged, outputs, i, sums);
+    } else {
+      outer_by_output<T, 1>(exchanged, outputs, i, sums);
+    }
+    put_by_input<T>(by_output, kStride, outputs, i, inputs, o, to.kernel);
+  }
+  if (first == 0) sum_cotangents<T>(p, o, to.bias);
+}
+
 /// The bias goes with input 0.
 template <class T>
 void outer_product(const OuterProduct<T>& p, int64_t first, int64_t last, const DenseColumns<T>& to) {
@@ -375,7 +477,9 @@ void outer_product(const OuterProduct<T>& p, int64_t first, int64_t last, const 
       o += 2 * L;
     }
   }
-  if (o < p.out) outer_columns<T, kNarrowIn, 1>(p, first, last, o, to);
+  if (o >= p.out) return;
+  if (last - first >= kManyInputs * L) return outer_exchanged<T>(p, first, last, o, to);
+  outer_columns<T, kNarrowIn, 1>(p, first, last, o, to);
 }
 
 template <class T>
@@ -453,6 +557,38 @@ void affine_backward(const Layer<T>& layer, bool inverse, const CouplingTape<T>&
   }
 }
 
+/// MR rows of g_in[rows][lanes] = W g_out[rows][out] in two parts each (Dense::paired): lane 2 i + q has that of input
+/// i and of the outputs 2 o + q.
+template <class T, int MR>
+NVPFLOW_INLINE void paired_block(const Dense<T>& d, const T* g_out, int64_t stride, T* g_in) {
+  Vec<T> sum[MR] = {};
+  const T* w = d.transposed;
+  int64_t o = 0;
+  for (; o + 2 <= d.out; o += 2, w += kLanes<T>) {
+    const Vec<T> weight = load<T>(w);
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) sum[m] = fma(weight, set_pairs(g_out + m * stride + o), sum[m]);
+  }
+  for (int m = 0; m < MR; ++m) {
+    if (o < d.out) {
+      const T last[2] = {g_out[m * stride + o], T(0)};
+      sum[m] = fma(load<T>(w), set_pairs(last), sum[m]);
+    }
+    store<T>(g_in + m * kLanes<T>, sum[m]);
+  }
+}
+
+template <class T>
+void dense_rows_paired(const Dense<T>& d, const T* g_out, int64_t stride, T* g_in, int64_t rows) {
+  int64_t r = 0;
+  const auto blocks = [&](auto count) __attribute__((always_inline)) {
+    constexpr int n = decltype(count)::value;
+    for (; r + n <= rows; r += n) paired_block<T, n>(d, g_out + r * stride, stride, g_in + r * kLanes<T>);
+  };
+  blocks(Count<kRowsBlock>{});
+  blocks(Count<1>{});
+}
+
 /// Cotangent of the input of dense layer j, W times that of its output, both row-major; where the input is a hidden
 /// layer's value, of that layer's argument.
 template <class T>
@@ -461,6 +597,7 @@ void dense_backward(const Layer<T>& layer, const CouplingTape<T>& keep, int32_t 
   const Dense<T>& d = layer.dense[j];
   const DenseView<T> transposed = {d.transposed, nullptr, d.out, d.in, d.out, nullptr, 0, d.far, d.wide_blocks};
   const int64_t out_stride = row_stride<T>(d.out), in_stride = row_stride<T>(d.in);
+  if (d.paired) return dense_rows_paired<T>(d, g_out, out_stride, g_in, count);
   if (j == 0) return dense_rows<T>(transposed, g_out, out_stride, g_in, in_stride, count, Act::none);
   const T* value = keep.value(layer, j - 1, rows);
   if (layer.activation == Act::relu) {
@@ -493,9 +630,15 @@ void coupling_backward(const Layer<T>& layer, bool inverse, bool input_wanted, T
   T* g_input = fixed.buffer0;
   T* g = fixed.buffer1;
   dense_backward<T>(layer, keep, 0, keep.cotangent(layer, 0, rows), g_input, count, rows);
-  gather_tile<T>([&](int64_t r) { return g_input + r * a_stride; }, count, layer.a_count, g, rows);
+  const int64_t parts = layer.dense[0].paired ? 2 : 1;  // of each input's cotangent
+  gather_tile<T>([&](int64_t r) { return g_input + r * a_stride; }, count, parts * layer.a_count, g, rows);
   T* a = fixed.cotangent + layer.a_begin * rows;
-  for (int64_t i = 0; i < layer.a_count * rows; i += kLanes<T>) store<T>(a + i, load<T>(a + i) + load<T>(g + i));
+  for (int64_t i = 0; i < layer.a_count; ++i, a += rows, g += parts * rows) {
+    for (int64_t r = 0; r < rows; r += kLanes<T>) {
+      const Vec<T> sum = parts == 2 ? load<T>(g + r) + load<T>(g + rows + r) : load<T>(g + r);
+      store<T>(a + r, load<T>(a + r) + sum);
+    }
+  }
 }
 
 /// Sums of the gradients of mean [D] and log_std [D] over rows [begin, end); tape: the layer's output.

@@ -17,8 +17,10 @@ enum class Act : int32_t { relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, sof
 template <class T>
 struct Dense {
   const T* weights = nullptr;
-  const T* bias = nullptr;        // [ceil(out / lanes) * lanes]; null: zero
-  const T* transposed = nullptr;  // [ceil(in / lanes)][out][lanes]; null until gradients are wanted
+  const T* bias = nullptr;  // [ceil(out / lanes) * lanes]; null: zero
+  // The weights with inputs and outputs exchanged, null until gradients are wanted: [ceil(in / lanes)][out][lanes], or,
+  // if `paired`, [ceil(out / 2)][lanes] with the weight of input i and output 2 o + q in lane 2 i + q of o.
+  const T* transposed = nullptr;
   int64_t in = 0;
   int64_t out = 0;
   int64_t segment = 0;  // inputs of a segment; the last may have fewer
@@ -26,6 +28,7 @@ struct Dense {
   // A word holds an output's weights of two consecutive inputs of a segment, the first in its lower half.
   const uint32_t* narrow = nullptr;
   int64_t narrow_words = 0;
+  bool paired = false;       // the first layer of a conditioner whose inputs fill at most half a vector
   bool far = false;          // the flow's weights come from beyond the caches
   bool wide_blocks = false;  // register blocks of a vector more, where the kernels have them
 };

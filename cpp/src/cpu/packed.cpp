@@ -159,6 +159,7 @@ void Packed<T>::add_coupling(const FlowSpec& spec, const ParamLayout& layout, st
   sources_.push_back({{tensor[0].offset, tensor[2].offset}, {tensor[1].offset, tensor[3].offset}, {n, n}});
   gradients_.push_back({n, tensor[0].offset, tensor[1].offset});
   gradients_.push_back({n, tensor[2].offset, tensor[3].offset});
+  dense_[dense_.size() - static_cast<std::size_t>(layer.num_dense)].paired = 2 * layer.a_count <= lanes_;
   program_.max_width = std::max({program_.max_width, in, 2 * n});
   layers_.push_back(layer);
 }

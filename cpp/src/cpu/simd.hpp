@@ -156,6 +156,30 @@ NVPFLOW_INLINE Vec<double> at_least(Vec<double> x, double low) { return x < low 
 constexpr bool kHasFma = false;
 #endif
 
+/// {p[0], p[1], p[0], p[1], ...}
+NVPFLOW_INLINE Vec<float> set_pairs(const float* p) {
+#if defined(__SSE2__) || defined(__aarch64__)
+  double both;  // moved, never computed with
+  __builtin_memcpy(&both, p, sizeof both);
+  return (Vec<float>)set1(both);
+#else
+  Vec<float> v;
+  for (int l = 0; l < kLanes<float>; ++l) v[l] = p[l % 2];
+  return v;
+#endif
+}
+NVPFLOW_INLINE Vec<double> set_pairs(const double* p) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_broadcast_f64x2(0xff, _mm_loadu_pd(p));  // masked as above
+#elif defined(__AVX2__)
+  return _mm256_set_pd(p[1], p[0], p[1], p[0]);
+#else
+  Vec<double> v;
+  for (int l = 0; l < kLanes<double>; ++l) v[l] = p[l % 2];
+  return v;
+#endif
+}
+
 // ---- memory ------------------------------------------------------------------------------------------------------
 
 template <class T>

@@ -144,6 +144,37 @@ void dense_layer(std::int64_t in, std::int64_t out, std::int64_t rows) {
   }
 }
 
+/// As many multiply-adds as `inputs` of a wide block have, from registers alone: what its loads and stores are measured
+/// by. Each sum ends at `inputs` / 2.
+void registers_alone(std::int64_t inputs) {
+  constexpr int kSums = kBlockOut * (kBlockRows + (kCanBeWide ? 1 : 0));
+  constexpr int kCalls = 64;
+  Vec<float> weight = set1(0.5f), input = set1(1.0f), sum[kSums];
+  const auto opaque = [](Vec<float>& v) __attribute__((always_inline)) {  // as if it had changed
+#if defined(__aarch64__)
+    asm volatile("" : "+w"(v));
+#else
+    asm volatile("" : "+x"(v));
+#endif
+  };
+  const auto run = [&] {
+    for (int call = 0; call < kCalls; ++call) {
+#pragma GCC unroll 24
+      for (Vec<float>& s : sum) s = Vec<float>{};
+      for (std::int64_t i = 0; i < inputs; ++i) {
+        opaque(weight);
+#pragma GCC unroll 24
+        for (Vec<float>& s : sum) s = fma(weight, input, s);
+      }
+    }
+  };
+  const double flops = 2.0 * kSums * L * kCalls * static_cast<double>(inputs);
+  rung("multiply-adds from registers alone", flops, run, [&] {
+    return std::all_of(std::begin(sum), std::end(sum),
+                       [&](const Vec<float>& s) { return s[0] == 0.5f * static_cast<float>(inputs); });
+  });
+}
+
 /// exp(s) b + t with s = tanh(u), b in place: the coupling's last stage, N vectors in step.
 template <class V>
 void affine(const char* name, std::int64_t vectors) {
@@ -212,6 +243,10 @@ void outer(std::int64_t in, std::int64_t first, std::int64_t second, std::int64_
 }  // namespace
 
 int main() {
+  // One strip of one wide block: all of it lies in the first-level cache, and little but loads and stores is added.
+  std::printf("one register block\n");
+  registers_alone(1024);
+  for (const std::int64_t in : {8, 1024}) dense_layer(in, kBlockOut, L * (kBlockRows + (kCanBeWide ? 1 : 0)));
   for (const std::int64_t rows : {128, 16, 8, 3}) {
     dense_layer(8, 128, rows);
     dense_layer(128, 16, rows);
