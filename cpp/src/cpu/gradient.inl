@@ -381,34 +381,23 @@ void outer_columns(const OuterProduct<T>& p, int64_t first, int64_t last, int64_
   for (; i < last; ++i) outer_inputs<T, 1, NO>(p, i, o, to);
 }
 
-/// Sums of outer_block by output, [output][input], at their place among `stride` inputs.
-template <class T>
-struct ByOutput {
-  T* to;
-  int64_t stride;
-
-  template <int MO, int NI>
-  NVPFLOW_INLINE void put(int64_t o, int64_t i, const Vec<T> (&v)[MO][NI]) const {
-#pragma GCC unroll 16
-    for (int m = 0; m < MO; ++m) {
-      for (int k = 0; k < NI; ++k) store<T>(to + (o + m) * stride + i + k * kLanes<T>, v[m][k]);
-    }
-  }
-};
-
-/// NI vectors of inputs from i for `outputs` of p, which has inputs and outputs exchanged.
+/// to[output][stride]: the sums for NI vectors of inputs from i; p: with inputs and outputs exchanged.
 template <class T, int NI>
-void outer_by_output(const OuterProduct<T>& p, int64_t outputs, int64_t i, const ByOutput<T>& to) {
+void outer_by_output(const OuterProduct<T>& p, int64_t outputs, int64_t i, T* to, int64_t stride) {
+  constexpr int L = kLanes<T>;
   int64_t o = 0;
   const auto block = [&](auto count) __attribute__((always_inline)) {
     constexpr int n = decltype(count)::value;
     Vec<T> sum[n][NI] = {};
     outer_sums<T, n, NI>(p, o, i, sum, [](int, Vec<T>) __attribute__((always_inline)) {});
-    to.template put<n, NI>(o, 0, sum);
+#pragma GCC unroll 16
+    for (int m = 0; m < n; ++m) {
+      for (int k = 0; k < NI; ++k) store<T>(to + (o + m) * stride + k * L, sum[m][k]);
+    }
     o += n;
   };
   // The last block may go beyond the outputs, but not beyond their vector.
-  constexpr int kMost = kGradientIn < kLanes<T> ? kGradientIn : kLanes<T>;
+  constexpr int kMost = kGradientIn < L ? kGradientIn : L;
   while (outputs - o > kMost / 2) block(Count<kMost>{});
   if (o < outputs) block(Count<kMost / 2>{});
 }
@@ -420,7 +409,8 @@ void put_by_input(const T* by_output, int64_t stride, int64_t outputs, int64_t i
                   const Columns<T>& to) {
   constexpr int L = kLanes<T>;
   alignas(64) T by_input[kGradientOut * L * L];
-  for (int part = 0, begin = 0; part < 2; begin += static_cast<int>(to.n[part++])) {
+  int64_t begin = 0;
+  for (int part = 0; part < 2; begin += to.n[part], ++part) {
     const int64_t width = to.n[part], first = o > begin ? o : begin;
     const int64_t columns = smaller(o + outputs, begin + width) - first;
     if (columns <= 0) continue;
@@ -446,17 +436,16 @@ void outer_exchanged(const OuterProduct<T>& p, int64_t first, int64_t last, int6
   const OuterProduct<T> exchanged = {p.g + o, p.g_stride, p.x, p.x_stride, p.count, p.rows, p.tape_stride, last};
   const int64_t outputs = p.out - o;
   alignas(64) T by_output[L * kStride];
-  const ByOutput<T> sums = {by_output, kStride};
   for (int64_t i = first, inputs = 0; i < last; i += inputs) {
     const int64_t vectors = (last - i + L - 1) / L;
     const int64_t now = vectors >= kGradientOut && vectors != kGradientOut + 1 ? kGradientOut : smaller(2, vectors);
     inputs = smaller(now * L, last - i);
     if (now > 2) {
-      outer_by_output<T, kGradientOut>(exchanged, outputs, i, sums);
+      outer_by_output<T, kGradientOut>(exchanged, outputs, i, by_output, kStride);
     } else if (now == 2) {
-      outer_by_output<T, 2>(exchanged, outputs, i, sums);
+      outer_by_output<T, 2>(exchanged, outputs, i, by_output, kStride);
     } else {
-      outer_by_output<T, 1>(exchanged, outputs, i, sums);
+      outer_by_output<T, 1>(exchanged, outputs, i, by_output, kStride);
     }
     put_by_input<T>(by_output, kStride, outputs, i, inputs, o, to.kernel);
   }

@@ -162,9 +162,11 @@ void registers_alone(std::int64_t inputs) {
 #pragma GCC unroll 24
       for (Vec<float>& s : sum) s = Vec<float>{};
       for (std::int64_t i = 0; i < inputs; ++i) {
-        opaque(weight);
 #pragma GCC unroll 24
-        for (Vec<float>& s : sum) s = fma(weight, input, s);
+        for (Vec<float>& s : sum) {
+          opaque(weight);  // or one sum would do for all
+          s = fma(weight, input, s);
+        }
       }
     }
   };
