@@ -432,7 +432,7 @@ void put_by_input(const T* by_output, int64_t stride, int64_t outputs, int64_t i
 template <class T>
 void outer_exchanged(const OuterProduct<T>& p, int64_t first, int64_t last, int64_t o, const DenseColumns<T>& to) {
   constexpr int L = kLanes<T>;
-  constexpr int64_t kStride = kGradientOut * L;
+  constexpr int64_t kStride = int64_t{kGradientOut} * L;
   const OuterProduct<T> exchanged = {p.g + o, p.g_stride, p.x, p.x_stride, p.count, p.rows, p.tape_stride, last};
   const int64_t outputs = p.out - o;
   alignas(64) T by_output[L * kStride];
