@@ -245,10 +245,13 @@ void outer(std::int64_t in, std::int64_t first, std::int64_t second, std::int64_
 }  // namespace
 
 int main() {
-  // One strip of one wide block: all of it lies in the first-level cache, and little but loads and stores is added.
-  std::printf("one register block\n");
-  registers_alone(1024);
-  for (const std::int64_t in : {8, 1024}) dense_layer(in, kBlockOut, L * (kBlockRows + (kCanBeWide ? 1 : 0)));
+  std::printf("vectors of %d numbers; wide blocks, where there are any, are the library's on Intel's processors\n\n",
+              L);
+  // What a wide block's loads and stores cost: its multiply-adds without them, then one strip of blocks, all of which
+  // lies in the first-level cache.
+  std::printf("registers\n");
+  registers_alone(128);
+  for (const std::int64_t in : {8, 128}) dense_layer(in, kBlockOut, L * (kBlockRows + (kCanBeWide ? 1 : 0)));
   for (const std::int64_t rows : {128, 16, 8, 3}) {
     dense_layer(8, 128, rows);
     dense_layer(128, 16, rows);
