@@ -33,7 +33,9 @@ using cpu::TransformCall;
 constexpr double kFlopsPerThread = 4e6;
 /// Multiply-adds per row of one weight-gradient task.
 constexpr std::int64_t kTaskSize = 16384;
-constexpr std::int64_t kTaskRows = 16;  // whole register blocks
+/// Inputs of a task are a multiple of this: whole register blocks, and whole vectors of every width, or a kernel that
+/// takes inputs by vectors would read past the end of a row.
+constexpr std::int64_t kTaskRows = 16;
 /// Tape that each of several threads may fill before they meet.
 constexpr std::int64_t kTapeBytesPerThread = 3 << 19;
 /// Rows whose log-probabilities are added up in one sum.

@@ -29,8 +29,8 @@ constexpr std::int64_t kWeightsPerTile = 16, kTapePerWeights = 2;
 // Units of an inference tile's rows at most: the tile of a small flow stays close to the first-level cache, that of a
 // large one is worth its weights by more.
 constexpr std::int64_t kMaxRowUnits = 3, kMaxRowUnitsOfLarge = 8;
-// Inputs that are packed in one go: a multiple of every vector's lanes. Parameters that are worth a thread of their
-// own.
+// Inputs that are packed in one go: a multiple of every vector's lanes, so that all of a paired layer's are one go.
+// Parameters that are worth a thread of their own.
 constexpr std::int64_t kBand = 16, kPackSize = 1 << 14;
 // Weights that are more than this are taken to lie outside the second-level cache, and outside all of them.
 constexpr std::int64_t kNearBytes = 1 << 20, kFarBytes = 16 << 20;
