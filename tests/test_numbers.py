@@ -163,7 +163,7 @@ def test_activations_of_extreme_arguments_are_their_limits(activation, dtype) ->
 
 
 def test_importing_does_not_change_how_the_process_computes(run_python) -> None:
-    """-ffast-math in any object of the extension would flush subnormal numbers to zero in the whole process."""
+    """Unsafe mathematics in any object of the extension would flush subnormal numbers to zero in the whole process."""
     output = run_python(
         """
 import numpy as np, nvpflow
