@@ -442,28 +442,49 @@ std::vector<T> with_blocks(const cpu::Packed<T>& packed, const cpu::Kernels<T>& 
   return z;
 }
 
+template <class T>
+void check_wide_blocks(const cpu::IsaEntry& isa, const Shape& shape, const std::vector<std::int64_t>& counts) {
+  const cpu::Kernels<T>* kernels = nullptr;
+  if constexpr (sizeof(T) == 4) kernels = isa.float32;
+  if constexpr (sizeof(T) == 8) kernels = isa.float64;
+  const FlowSpec spec = spec_of<T>(shape);
+  const ParamLayout layout(spec);
+  const std::vector<T> parameters = random_parameters<T>(layout, 5);
+  cpu::Packed<T> narrow(spec, layout, *kernels, Weights::full, false);
+  cpu::Packed<T> wide(spec, layout, *kernels, Weights::full, true);
+  narrow.pack(parameters.data());
+  wide.pack(parameters.data());
+  for (const std::int64_t rows : counts) {
+    CAPTURE(rows);
+    const std::vector<T> x = random_values<T>(rows * spec.input_size, 6);
+    CHECK(same_bits<T>(with_blocks(wide, *kernels, x, rows, layout.size()),
+                       with_blocks(narrow, *kernels, x, rows, layout.size())));
+  }
+}
+
 TEST_CASE_TEMPLATE("register blocks of either width leave the same bits", T, float, double) {
   for (const cpu::IsaEntry* isa : cpu::supported_isas()) {
     CAPTURE(isa->name);
-    const cpu::Kernels<T>* kernels = nullptr;
-    if constexpr (sizeof(T) == 4) kernels = isa->float32;
-    if constexpr (sizeof(T) == 8) kernels = isa->float64;
     for (const Shape& shape :
          {Shape{16, 2, {128}, Activation::relu}, Shape{17, 2, {300, 40}, Activation::leaky_relu, 1.0, true},
           Shape{450, 1, {230}, Activation::tanh}}) {
-      const FlowSpec spec = spec_of<T>(shape);
-      const ParamLayout layout(spec);
-      const std::vector<T> parameters = random_parameters<T>(layout, 5);
-      cpu::Packed<T> narrow(spec, layout, *kernels, Weights::full, false);
-      cpu::Packed<T> wide(spec, layout, *kernels, Weights::full, true);
-      narrow.pack(parameters.data());
-      wide.pack(parameters.data());
-      for (const std::int64_t rows : {1, 15, 33, 47, 48, 49, 64, 100, 333}) {
-        CAPTURE(rows);
-        const std::vector<T> x = random_values<T>(rows * spec.input_size, 6);
-        CHECK(same_bits<T>(with_blocks(wide, *kernels, x, rows, layout.size()),
-                           with_blocks(narrow, *kernels, x, rows, layout.size())));
+      check_wide_blocks<T>(*isa, shape, {1, 15, 33, 47, 48, 49, 64, 100, 333});
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("a hidden layer and the head behind it in one kernel leave the bits of two", T, float, double) {
+  // Among them each size of both halves that such a kernel is for, one more, and widths that are no whole units.
+  for (const cpu::IsaEntry* isa : cpu::supported_isas()) {
+    CAPTURE(isa->name);
+    for (std::int64_t features = 2; features <= 18; ++features) {
+      CAPTURE(features);
+      for (const std::int64_t width : {1, 8, 16, 24, 31, 40, 48, 63, 64, 72, 96, 100, 256}) {
+        CAPTURE(width);
+        check_wide_blocks<T>(*isa, Shape{features, 2, {width}, Activation::relu}, {16, 50});
       }
+      check_wide_blocks<T>(*isa, Shape{features, 2, {32}, Activation::leaky_relu}, {50});
+      check_wide_blocks<T>(*isa, Shape{features, 2, {32, 32}, Activation::relu, 1.0, true}, {50});
     }
   }
 }

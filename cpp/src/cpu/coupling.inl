@@ -278,6 +278,88 @@ NVPFLOW_INLINE DenseView<T> view(const Dense<T>& d) {
   return {d.weights, d.bias, d.in, d.out, d.segment, d.narrow, d.narrow_words, d.far, d.wide_blocks};
 }
 
+// ---- a hidden layer and the head behind it ------------------------------------------------------------------------
+
+// Between the layers of a small conditioner, stores and loads cost as much as its last stage. With one hidden layer, up
+// to 8 inputs and up to 16 outputs, the hidden units can stay in registers: 8 inputs, 8 units and 16 sums. Every
+// multiply-add then loads its weight, which pays where wide blocks do.
+
+constexpr int kHeadUnits = 8;
+template <class T>
+constexpr bool kHasHiddenHead = kCanBeWide && kLanes<T> == 16;
+
+/// y[NO][rows] = V^T relu(W^T x[NI][rows] + b) + c, the same sums as two calls of dense_tile.
+template <class T, int NI, int NO>
+NVPFLOW_NOINLINE void hidden_and_head(const DenseView<T>& hidden, const DenseView<T>& head, const T* x, T* y,
+                                      int64_t rows) {
+  constexpr int L = kLanes<T>;
+  for (int64_t r = 0; r < rows; r += L) {
+    Vec<T> in[NI], sum[NO];
+    for (int i = 0; i < NI; ++i) in[i] = load<T>(x + i * rows + r);
+    for (int o = 0; o < NO; ++o) sum[o] = set1(head.bias[o]);
+    for (int64_t begin = 0; begin < head.in; begin += head.segment) {
+      const int64_t end = smaller(begin + head.segment, head.in);
+      for (int64_t h = begin; h < end; h += kHeadUnits) {
+        const T *w = hidden.weights + h / L * L * NI + h % L, *v = head.weights + h * L;
+        Vec<T> unit[kHeadUnits];
+        for (int k = 0; k < kHeadUnits; ++k) unit[k] = set1(hidden.bias[h + k]);
+        if (r == 0) {  // the other rows find the weights in the first-level cache
+          for (int k = 0; k < NI; ++k) __builtin_prefetch(w + (NI + k) * L);
+          for (int k = 0; k < kHeadUnits; ++k) __builtin_prefetch(v + (2 * kHeadUnits + k) * L);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < NI; ++i) {
+#pragma GCC unroll 16
+          for (int k = 0; k < kHeadUnits; ++k) unit[k] = fma(set1(w[i * L + k]), in[i], unit[k]);
+        }
+        for (int k = 0; k < kHeadUnits; ++k) unit[k] = rectify<T>(unit[k], Act::relu);
+#pragma GCC unroll 16
+        for (int k = 0; k < kHeadUnits; ++k) {
+#pragma GCC unroll 16
+          for (int o = 0; o < NO; ++o) sum[o] = fma(set1(v[k * L + o]), unit[k], sum[o]);
+        }
+      }
+      for (int o = 0; o < NO; ++o) {
+        T* to = y + o * rows + r;  // where the total of finished segments waits
+        store<T>(to, begin > 0 ? load<T>(to) + sum[o] : sum[o]);
+        sum[o] = Vec<T>{};
+      }
+    }
+  }
+}
+
+/// hidden_and_head of the sizes it is made for: the halves of a flow differ by a feature at most. Returns whether it
+/// ran.
+template <class T, int NI = 1>
+bool hidden_and_head_of(const DenseView<T>& hidden, const DenseView<T>& head, const T* x, T* y, int64_t rows) {
+  if constexpr (2 * NI <= kLanes<T>) {
+    if (hidden.in != NI) return hidden_and_head_of<T, NI + 1>(hidden, head, x, y, rows);
+    const auto run = [&](auto outputs) __attribute__((always_inline)) {
+      constexpr int n = decltype(outputs)::value;
+      if constexpr (n > 0 && n <= kLanes<T>) {
+        if (head.out == n) return hidden_and_head<T, NI, n>(hidden, head, x, y, rows), true;
+      }
+      return false;
+    };
+    return run(Count<2 * NI - 2>{}) || run(Count<2 * NI>{}) || run(Count<2 * NI + 2>{});
+  } else {
+    return false;
+  }
+}
+
+/// The conditioner in one kernel, where there is one for it. Returns whether it ran.
+template <class T>
+bool conditioner_at_once(const Layer<T>& layer, const T* x, T* y, int64_t rows) {
+  if constexpr (kHasHiddenHead<T>) {
+    if (layer.num_dense != 2 || layer.activation != Act::relu) return false;
+    const DenseView<T> hidden = view(layer.dense[0]), head = view(layer.dense[1]);
+    if (!head.wide_blocks || head.in % kHeadUnits != 0 || head.segment % kHeadUnits != 0) return false;
+    return hidden_and_head_of<T>(hidden, head, x, y, rows);
+  } else {
+    return false;
+  }
+}
+
 // ---- dense layers on rows ------------------------------------------------------------------------------------------
 
 /// sum[m][n] += x[m][i] W[i][n] for inputs i in [begin, end), in order. w: first of the blocks, `stride` apart.
@@ -399,6 +481,7 @@ void dense_rows(const DenseView<T>& d, const T* x, int64_t x_stride, T* y, int64
 /// buffers.
 template <class T>
 const T* conditioner_tile(const Layer<T>& layer, const T* x, T* buffer0, T* buffer1, int64_t rows) {
+  if (conditioner_at_once<T>(layer, x, buffer0, rows)) return buffer0;
   for (int32_t j = 0; j < layer.num_dense; ++j) {
     const bool head = j + 1 == layer.num_dense;
     T* y = j % 2 == 0 ? buffer0 : buffer1;

@@ -28,9 +28,11 @@ struct Dense {
   // A word holds an output's weights of two consecutive inputs of a segment, the first in its lower half.
   const uint32_t* narrow = nullptr;
   int64_t narrow_words = 0;
-  bool paired = false;       // the first layer of a conditioner whose inputs fill at most half a vector
-  bool far = false;          // the flow's weights come from beyond the caches
-  bool wide_blocks = false;  // register blocks of a vector more, where the kernels have them
+  bool paired = false;  // the first layer of a conditioner whose inputs fill at most half a vector
+  bool far = false;     // the flow's weights come from beyond the caches
+  // Register blocks of a vector more, and a hidden layer and the head behind it in one kernel, where the kernels have
+  // them.
+  bool wide_blocks = false;
 };
 
 /// Where the gradient of a hidden layer, or of one of the heads, lies in the flat gradient.

@@ -177,6 +177,37 @@ void registers_alone(std::int64_t inputs) {
   });
 }
 
+/// A conditioner of one hidden layer, layer by layer and with its hidden units in registers alone.
+template <int kIn, int kOut>
+void conditioner(std::int64_t width, std::int64_t rows) {
+  const auto numbers = [](std::int64_t count) { return Numbers(static_cast<std::size_t>(count)); };
+  Numbers w0 = numbers(kIn * width), c0 = numbers(width), w1 = numbers(width * padded<float>(kOut)), c1 = numbers(kOut);
+  Numbers x = numbers(kIn * rows), h = numbers(width * rows), y = numbers(kOut * rows);
+  DenseView<float> hidden = {w0, c0, kIn, width, kIn}, head = {w1, c1, width, kOut, width / 4};
+  const auto by_layers = [&] {
+    dense_tile<float>(hidden, x, h, rows, Act::relu);
+    dense_tile<float>(head, h, y, rows, Act::none);
+  };
+  by_layers();
+  const std::vector<float> expected(y + 0, y + kOut * rows);
+  // The same sums in the same order: dense_layer holds each layer to float64.
+  const auto right = [&] { return std::memcmp(y, expected.data(), expected.size() * sizeof(float)) == 0; };
+  std::printf("conditioner %d -> %lld -> %d, %lld rows\n", kIn, static_cast<long long>(width), kOut,
+              static_cast<long long>(rows));
+  const double flops = 2.0 * static_cast<double>((kIn + kOut) * width * rows);
+  const auto timed = [&](const char* name, auto kernel) {
+    y.poison();
+    rung(name, flops, kernel, right);
+  };
+  timed("layer by layer, the library's blocks", by_layers);
+  hidden.wide_blocks = head.wide_blocks = true;
+  timed("layer by layer, the library's wide blocks", by_layers);
+  if constexpr (kHasHiddenHead<float>) {
+    timed("hidden units in registers alone (library)",
+          [&] { hidden_and_head<float, kIn, kOut>(hidden, head, x, y, rows); });
+  }
+}
+
 /// exp(s) b + t with s = tanh(u), b in place: the coupling's last stage, N vectors in step.
 template <class V>
 void affine(const char* name, std::int64_t vectors) {
@@ -257,6 +288,9 @@ int main() {
     dense_layer(128, 16, rows);
     dense_layer(256, 256, rows);
   }
+  conditioner<8, 16>(128, 144);
+  conditioner<8, 16>(256, 144);
+  conditioner<3, 6>(64, 144);
   std::printf("coupling's last stage, 64 vectors\n");
   affine<Vec<float>>("one vector after the other", 64);
   affine<Pair<Vec<float>>>("two in step", 64);
