@@ -159,7 +159,7 @@ constexpr bool kHasFma = false;
 /// {p[0], p[1], p[0], p[1], ...}
 NVPFLOW_INLINE Vec<float> set_pairs(const float* p) {
 #if defined(__SSE2__) || defined(__aarch64__)
-  double both;  // moved, never computed with
+  double both = 0;  // moved, never computed with
   __builtin_memcpy(&both, p, sizeof both);
   return (Vec<float>)set1(both);
 #else
