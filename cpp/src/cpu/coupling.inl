@@ -280,8 +280,8 @@ NVPFLOW_INLINE DenseView<T> view(const Dense<T>& d) {
 
 // ---- a hidden layer and the head behind it ------------------------------------------------------------------------
 
-// Between the layers of a small conditioner, stores and loads cost as much as its last stage. With one hidden layer, up
-// to 8 inputs and up to 16 outputs, the hidden units can stay in registers: 8 inputs, 8 units and 16 sums. Every
+// Stores between the layers of a small conditioner take the place of multiply-adds. With one hidden layer, up to 8
+// inputs and up to 16 outputs, the hidden units can stay in registers: 8 inputs, 8 units and 16 sums. Every
 // multiply-add then loads its weight, which pays where wide blocks do.
 
 constexpr int kHeadUnits = 8;
