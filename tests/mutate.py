@@ -52,7 +52,7 @@ FILES = (
     "python/nvpflow/_checks.py",
 )
 DOCTESTS = ("test_core",)  # each case of theirs is a test
-REPLAYS = (("replay_layout", str(HERE / "fuzz/corpus_layout")),)
+REPLAYS = (("replay_layout", str(HERE / "fuzz/corpus_layout"), "{build}/corpus_layout"),)
 TESTS = (
     "arrays", "checks", "faults", "files", "flow", "functional", "gradients", "interop", "properties", "robustness",
     "weights",
@@ -239,7 +239,8 @@ class Runner:
             cases = [line for line in listed.stdout.splitlines() if line and not line.startswith(("[doctest]", "==="))]
             # In a filter a comma begins the next one, and ? stands for any character.
             tests += [Test(case, [program, "-tc=" + re.sub(r'[,"\\*]', "?", case)]) for case in cases]
-        return tests + [Test(name, [str(folder / name), *words]) for name, *words in REPLAYS]
+        replays = [(name, [word.format(build=folder) for word in words]) for name, *words in REPLAYS]
+        return tests + [Test(name, [str(folder / name), *words]) for name, words in replays]
 
     def pytest(self, *arguments: str) -> list[str]:
         tree = self.scratch / "tree"

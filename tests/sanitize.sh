@@ -63,7 +63,7 @@ fuzz() {
     mkdir -p "$folder/found_$name"
     # Thirty frames of each allocation would take an eighth of the time; four tell where it comes from.
     ASAN_OPTIONS=malloc_context_size=4 "$folder/tests/fuzz_$name" -runs="$runs" -max_len=4096 -timeout=60 -rss_limit_mb=2048 -print_final_stats=1 \
-      -artifact_prefix="$folder/" "$folder/found_$name" "$here/tests/fuzz/corpus_$name"
+      -artifact_prefix="$folder/" "$folder/found_$name" "$here/tests/fuzz/corpus_$name" "$folder/tests/corpus_$name"
   done
 }
 
