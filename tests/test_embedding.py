@@ -348,6 +348,20 @@ def test_the_page_s_cmake_lines_and_program_work_as_they_stand(page, tmp_path) -
 
 @needs_compilers
 @linux
+def test_the_readme_s_program_takes_the_readme_s_model(tmp_path) -> None:
+    nvpflow.build(2, 8, (64,), standardize=True).save(tmp_path / "ring.safetensors")
+    built = re.compile(r"nvpflow::Flow flow\(.*\);    // or (nvpflow::Flow::load\(\"ring.safetensors\"\))")
+    program, replaced = built.subn(r"nvpflow::Flow flow = \1;", blocks(README, "cpp")[0])
+    assert replaced == 1
+    (tmp_path / "main.cpp").write_text(program)
+    warnings = ["-Wall", "-Wextra", "-Werror", f"-I{INCLUDE}"]
+    run(CXX, "-std=c++20", "-pthread", *warnings, tmp_path / "main.cpp", SHARED, "-o", tmp_path / "program")
+    env = {**os.environ, "LD_LIBRARY_PATH": str(LIBRARIES)}
+    assert "nats" in run(tmp_path / "program", cwd=tmp_path, env=env)
+
+
+@needs_compilers
+@linux
 def test_the_page_s_other_programs_work(tmp_path) -> None:
     programs = [*blocks(PAGE, "cpp")[1:], *blocks(PAGE, "c")]
     assert len(programs) >= 4

@@ -682,7 +682,7 @@ except ImportError as error:
     assert "incompatible API version" in output
 
 
-def test_the_absence_of_jax_names_the_extra(run_python):
+def test_the_absence_of_jax_says_what_to_install(run_python):
     output = run_python(
         """
 import sys
@@ -694,4 +694,4 @@ except ImportError as error:
     print(error)
 """
     )
-    assert 'pip install "nvpflow[jax]"' in output
+    assert 'pip install "jax>=0.5"' in output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -39,6 +40,44 @@ print(json.dumps(sorted(new - set(sys.stdlib_module_names))))
 """
     found = {name for name in json.loads(run_python(script)) if not name.startswith("__")}
     assert found <= {"numpy", "nvpflow"}  # NumPy loads parts of itself on demand
+
+
+def test_optional_modules_come_where_they_are_asked_for(run_python) -> None:
+    script = """
+import sys
+import nvpflow
+lazy = ("demo", "jax", "plot", "report", "sklearn", "torch")
+assert not [name for name in lazy if f"nvpflow.{name}" in sys.modules]
+assert nvpflow.demo is sys.modules["nvpflow.demo"]
+assert {"build", "demo", "cuda", "functional", "__version__"} <= set(dir(nvpflow))
+sys.modules["matplotlib"] = sys.modules["torch"] = None     # as where they are not installed
+assert nvpflow.plot.corner is sys.modules["nvpflow.plot"].corner
+assert not {"report", "torch"} & set(dir(nvpflow))
+try:
+    nvpflow.torch
+except ImportError as error:
+    print(error)
+try:
+    nvpflow.tensorflow
+except AttributeError as error:
+    print(error)
+"""
+    needs, unknown = run_python(script).splitlines()
+    assert needs == 'nvpflow.torch needs PyTorch 2.4 or newer: pip install "torch>=2.4"'
+    assert unknown == "module 'nvpflow' has no attribute 'tensorflow'"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed (pip install mypy)")
+def test_type_checkers_know_the_optional_modules(tmp_path: Path) -> None:
+    (tmp_path / "user.py").write_text(
+        "import nvpflow\nreveal_type(nvpflow.plot.corner)\nnvpflow.sklearn.FlowDensity\nnvpflow.plott\n",
+        encoding="utf-8",
+    )
+    command = [sys.executable, "-m", "mypy", "--ignore-missing-imports", "--cache-dir", tmp_path / "cache", "user.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert re.search(r'note: Revealed type is "def \(data: ', done.stdout), done.stdout + done.stderr
+    (error,) = [line for line in done.stdout.splitlines() if ": error:" in line]
+    assert 'Module has no attribute "plott"' in error
 
 
 def test_the_installed_package_is_whole() -> None:

@@ -302,7 +302,7 @@ def test_sample_sizes_that_are_refused(x, count, kind):
         FlowDensity(**SMALL).fit(x).sample(count)
 
 
-def test_absence_of_scikit_learn_names_the_extra(run_python):
+def test_absence_of_scikit_learn_says_what_to_install(run_python):
     script = """
 import sys
 sys.modules["sklearn"] = None
@@ -311,7 +311,7 @@ try:
 except ImportError as error:
     print(error)
 """
-    assert 'pip install "nvpflow[sklearn]"' in run_python(script)
+    assert 'pip install "scikit-learn>=1.6"' in run_python(script)
 
 
 def test_a_dtype_set_after_fitting_waits_for_the_next_fit() -> None:

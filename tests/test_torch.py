@@ -853,7 +853,7 @@ def test_the_page_runs(tmp_path, monkeypatch):
     torch.compiler.reset()
 
 
-def test_the_absence_of_pytorch_names_the_extra(run_python):
+def test_the_absence_of_pytorch_says_what_to_install(run_python):
     output = run_python(
         """
 import sys
@@ -865,7 +865,7 @@ except ImportError as error:
     print(error)
 """
     )
-    assert 'pip install "nvpflow[torch]"' in output
+    assert 'pip install "torch>=2.4"' in output
 
 
 def test_a_trace_computes_anew_or_is_refused() -> None:

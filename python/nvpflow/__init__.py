@@ -19,6 +19,8 @@ except ImportError as error:
         path=error.path,
     ) from error
 
+from typing import TYPE_CHECKING
+
 from nvpflow import cuda, functional
 from nvpflow._paths import get_cmake_dir, get_include
 from nvpflow.certificate import Certificate
@@ -42,3 +44,36 @@ __all__ = [
     "get_include",
     "load",
 ]
+
+# Modules that are imported where they are first asked for, and the library that each needs.
+_LAZY = {
+    "demo": "numpy",
+    "jax": "jax",
+    "plot": "matplotlib",
+    "report": "matplotlib",
+    "sklearn": "sklearn",
+    "torch": "torch",
+}
+
+if TYPE_CHECKING:  # a function __getattr__ would let checkers believe in every name
+    from nvpflow import demo as demo
+    from nvpflow import jax as jax
+    from nvpflow import plot as plot
+    from nvpflow import report as report
+    from nvpflow import sklearn as sklearn
+    from nvpflow import torch as torch
+else:
+
+    def __getattr__(name):
+        """Import a module of `_LAZY` (PEP 562); its ImportError says what to install."""
+        from importlib import import_module
+
+        if name in _LAZY:
+            return import_module(f"nvpflow.{name}")
+        raise AttributeError(f"module 'nvpflow' has no attribute {name!r}")
+
+    def __dir__():
+        """Return the names that there are, without modules whose library is not installed."""
+        from importlib.util import find_spec
+
+        return sorted({*globals(), *(name for name, library in _LAZY.items() if find_spec(library) is not None)})

@@ -131,7 +131,7 @@ def _run_in(target: Path, epochs: int, threads: int, device: str) -> None:
         draw(target / "demo.png", split.test, samples, history, gaussian)
         written.append("demo.png")
     except ImportError:
-        print('No picture: matplotlib is not installed (pip install "nvpflow[cli]")')
+        print("No picture: Matplotlib is not installed (pip install matplotlib)")
     print(f"Written    {', '.join(written)} in {target}{os.sep}")
 
 

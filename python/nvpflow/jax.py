@@ -3,7 +3,7 @@
 Each function is a custom call of XLA: compiled programs go straight into nvpflow's kernels, without Python. All of them
 are pure functions of the arrays they get; a `FlowSpec` says what model these belong to, and no `Flow` is kept.
 
-Needs the extra ``jax``: ``pip install "nvpflow[jax]"``.
+Needs JAX 0.5 or newer (``pip install "jax>=0.5"``; the extra ``jax``).
 
 Examples
 --------
@@ -32,7 +32,7 @@ try:
     import jax.numpy as jnp
     import jaxlib
 except ImportError as error:
-    raise ImportError('nvpflow.jax needs JAX 0.5 or newer: pip install "nvpflow[jax]"') from error
+    raise ImportError('nvpflow.jax needs JAX 0.5 or newer: pip install "jax>=0.5"') from error
 
 from nvpflow import _checks, _core
 from nvpflow._core import FlowSpec

@@ -1,7 +1,7 @@
 """Pictures of a flow: its samples beside the data, its latents beside a normal distribution, its training, its scores.
 
 Every function takes arrays that a flow's methods return (or NumPy reads), draws with Matplotlib
-(``pip install "nvpflow[plot]"``) and returns the Axes. ``ax=`` says where to draw; without it there is a new figure.
+(``pip install matplotlib``) and returns the Axes. ``ax=`` says where to draw; without it there is a new figure.
 The first two colours of the current style stand for the data and the flow; `style` is a look that suits them, on white
 or on dark ground. Rows that hold NaN or infinity are refused, not left out in silence.
 """
@@ -62,7 +62,7 @@ def style(*, dark: bool = False) -> AbstractContextManager[None]:
     Raises
     ------
     ImportError
-        Matplotlib is not installed (``pip install "nvpflow[plot]"``).
+        Matplotlib is not installed (``pip install matplotlib``).
     """
     look: dict[str, Any] = _DARK if _checks.boolean("dark", dark) else _LIGHT
     settings = {
@@ -91,7 +91,7 @@ def _matplotlib() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError('nvpflow.plot needs matplotlib: pip install "nvpflow[plot]"') from error
+        raise ImportError("nvpflow.plot needs Matplotlib: pip install matplotlib") from error
     return matplotlib
 
 

@@ -1,7 +1,7 @@
 """A page about a flow: how well it explains data, how normal its latents are, how exactly it inverts.
 
 `html` returns the page and ``nvpflow report`` writes it. It is one file with everything in it: no script, no address,
-the pictures inline, each once for light and once for dark ground. Needs Matplotlib (``pip install "nvpflow[plot]"``).
+the pictures inline, each once for light and once for dark ground. Needs Matplotlib (``pip install matplotlib``).
 """
 
 from __future__ import annotations

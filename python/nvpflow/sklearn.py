@@ -1,4 +1,4 @@
-"""Flows as scikit-learn estimators: `FlowDensity` and `FlowOutlierDetector` (``pip install "nvpflow[sklearn]"``)."""
+"""Flows as scikit-learn estimators: `FlowDensity` and `FlowOutlierDetector` (``pip install "scikit-learn>=1.6"``)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ try:
     from sklearn.utils import check_random_state
     from sklearn.utils.validation import check_is_fitted, validate_data
 except ImportError as error:
-    raise ImportError('nvpflow.sklearn needs scikit-learn 1.6 or newer: pip install "nvpflow[sklearn]"') from error
+    raise ImportError('nvpflow.sklearn needs scikit-learn 1.6 or newer: pip install "scikit-learn>=1.6"') from error
 
 from nvpflow import _checks
 from nvpflow.flow import Flow, build

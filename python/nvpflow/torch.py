@@ -1,6 +1,6 @@
 """PyTorch: a flow as an ``nn.Module``, a ``Transform`` and a ``Distribution``, with nvpflow's own gradients.
 
-Needs the extra ``torch``: ``pip install "nvpflow[torch]"``.
+Needs PyTorch 2.4 or newer (``pip install "torch>=2.4"``; the extra ``torch``).
 
 Examples
 --------
@@ -29,7 +29,7 @@ try:
     import torch
     from torch.distributions import constraints
 except ImportError as error:
-    raise ImportError('nvpflow.torch needs PyTorch 2.4 or newer: pip install "nvpflow[torch]"') from error
+    raise ImportError('nvpflow.torch needs PyTorch 2.4 or newer: pip install "torch>=2.4"') from error
 
 from nvpflow import _checks
 from nvpflow._core import FlowSpec

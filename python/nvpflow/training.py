@@ -152,7 +152,7 @@ class History:
         Raises
         ------
         ImportError
-            Matplotlib is not installed (``pip install "nvpflow[plot]"``).
+            Matplotlib is not installed (``pip install matplotlib``).
         """
         from nvpflow import plot
 
@@ -166,7 +166,7 @@ class _Bar:
         try:
             from tqdm import tqdm
         except ImportError as error:
-            raise ImportError('progress=True needs tqdm: pip install "nvpflow[cli]"') from error
+            raise ImportError("progress=True needs tqdm: pip install tqdm") from error
         # tqdm draws nothing on a terminal that does not know its size, as some containers' do not.
         size: dict[str, Any] = {"dynamic_ncols": True} if _terminal_columns() else {"ncols": 120, "nrows": 24}
         self._bar = tqdm(unit=" updates", file=sys.stderr, **size)
