@@ -10,8 +10,9 @@
 #   python3 -m pip download --no-deps -d .whl nlohmann-json
 #
 # NVPFLOW_JSON_INCLUDE names a folder with nlohmann/json.hpp instead. Stages: build tests sanitizer benchmark.
+# shellcheck disable=SC2329  # stages are functions that are called by name
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 out=${1:?usage: tests/gpu_check.sh OUTDIR [STAGE...]}
 shift
 stages=${*:-build tests sanitizer benchmark}
@@ -98,6 +99,7 @@ if wanted sanitizer; then
   fi
 fi
 if wanted benchmark; then
+  # shellcheck disable=SC2086  # options, split at blanks
   stage benchmark "${NVPFLOW_BENCHMARK_SECONDS:-130}" python3 tests/bench/gpu.py --json "$out/gpu.json" --seconds 100 ${NVPFLOW_BENCHMARK_OPTIONS:-}
   [ -e "$out/benchmark.log" ] && tail -n 60 "$out/benchmark.log"
 fi

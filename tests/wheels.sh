@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Wheels as a user gets them: tests/wheels.sh OUTDIR [PYTHON...]
 #
-# Builds the source distribution, and from it a wheel for each interpreter (default: the CPythons 3.10 to 3.13 on PATH), repairs it
+# Builds the source distribution, and from it a wheel for each interpreter (default: the CPythons 3.10 to 3.14 on PATH), repairs it
 # with auditwheel, and runs the whole test suite against it, installed in a fresh environment, from an empty
 # folder. The wheels end in OUTDIR. NVPFLOW_CUDA=ON builds them with the CUDA backend. Needs the network, for packages.
 set -euo pipefail
@@ -17,11 +17,11 @@ most=$([ "$NVPFLOW_CUDA" = ON ] && echo 50 || echo 10)  # MB that a wheel may ha
 
 pythons=("$@")
 if [ ${#pythons[@]} = 0 ]; then
-  for minor in 10 11 12 13; do
+  for minor in 10 11 12 13 14 14t; do
     if found=$(command -v "python3.$minor"); then pythons+=("$found"); fi
   done
 fi
-[ ${#pythons[@]} != 0 ] || { echo "no CPython 3.10 to 3.13 on PATH; name one" >&2; exit 2; }
+[ ${#pythons[@]} != 0 ] || { echo "no CPython 3.10 to 3.14 on PATH; name one" >&2; exit 2; }
 say() { printf '\n=== %s (%ss)\n' "$*" "$SECONDS"; }
 
 say "source distribution"
@@ -51,7 +51,7 @@ for python in "${pythons[@]}"; do
 
   say "$(basename "$wheel"), $size bytes: the tests, in a fresh environment, from an empty folder"
   "$python" -m venv "$place/fresh"
-  "$place/fresh/bin/pip" install -q "$wheel[test]"
+  "$place/fresh/bin/pip" install -q "${wheel}[test]"
   mkdir "$place/empty"
   (cd "$place/empty" && "$place/fresh/bin/python" -m pytest -q -p no:cacheprovider -c "$here/pyproject.toml" --rootdir "$here" "$here/tests")
   cp "$wheel" "$out/"
