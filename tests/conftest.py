@@ -26,6 +26,13 @@ def chromium() -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
+def pytest_configure() -> None:
+    """Fail where NVPFLOW_REQUIRE names modules, separated by commas, whose tests would be skipped: they are missing."""
+    required = filter(None, os.environ.get("NVPFLOW_REQUIRE", "").split(","))
+    if missing := [name for name in required if importlib.util.find_spec(name) is None]:
+        raise pytest.UsageError(f"NVPFLOW_REQUIRE names modules that are not installed: {', '.join(missing)}")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip the tests marked data, gpu and browser where there is no such thing, and say what is missing."""
     missing = {}
