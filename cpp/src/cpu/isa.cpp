@@ -88,7 +88,7 @@ std::vector<const IsaEntry*> supported_isas() {
 bool prefers_wide_blocks() {
 #ifdef NVPFLOW_HAVE_X86
   __builtin_cpu_init();
-  return __builtin_cpu_is("intel");  // measured on both makers' (cpp/DESIGN.md, 2026-11-27)
+  return __builtin_cpu_is("intel");  // measured on both makers' (tests/bench/NOTEBOOK.md)
 #else
   return false;
 #endif

@@ -1,4 +1,4 @@
-// Candidates that lost, in the terms of cpp/src/cpu/*.inl. Why, with figures: the decisions in cpp/DESIGN.md.
+// Candidates that lost, in the terms of cpp/src/cpu/*.inl. Figures: tests/bench/NOTEBOOK.md.
 
 namespace nvpflow::cpu {
 namespace {
