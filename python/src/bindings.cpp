@@ -34,6 +34,7 @@
 #include "arrays.hpp"
 #include "bound_flow.hpp"
 #include "device_arrays.hpp"
+#include "plain_methods.hpp"
 #include "xla_handlers.hpp"
 
 namespace nvpflow::python {
@@ -193,25 +194,25 @@ OutputArray parameter_array(const BoundFlow& self, const char* name, const Input
   return output_array(given, name, self.dtype, 0, like);
 }
 
-double nll(const BoundFlow& self, const py::object& x) {
-  const InputArray in = input_rows(x.ptr(), "x", self.dtype, self.features, self.device);
+py::object nll(const BoundFlow& self, const Arguments& given) {
+  const InputArray in = input_rows(given[0], "x", self.dtype, self.features, self.device);
   double result = 0;
   if (in.on_device) {
     require_some(in);
     run_beside(self, in, in.rows, [&](const Execution& how) {
       result = -self.flow.backend().sum_log_prob(in.data, nullptr, in.rows, how) / static_cast<double>(in.rows);
     });
-    return result;
+    return py::float_(result);
   }
   run_released(self, in.rows, [&] {
     result =
         by_dtype(self.dtype, [&](auto t) { return self.flow.nll(view<decltype(t)>(in, in.rows * self.features)); });
   });
-  return result;
+  return py::float_(result);
 }
 
-py::tuple nll_gradient(const BoundFlow& self, const py::object& x) {
-  const InputArray in = input_rows(x.ptr(), "x", self.dtype, self.features, self.device);
+py::object nll_gradient(const BoundFlow& self, const Arguments& given) {
+  const InputArray in = input_rows(given[0], "x", self.dtype, self.features, self.device);
   OutputArray gradient = parameter_array(self, "gradient", in);
   double result = 0;
   if (in.on_device) {
@@ -263,11 +264,11 @@ struct NamedInput {
 /// Arrays for the wanted ones, new or given in out=(grad_x, grad_parameters); the call f(grad_x, grad_parameters) fills
 /// them. None for what is not wanted.
 template <class F>
-py::tuple gradients(const BoundFlow& self, const InputArray& in, const std::string& wrt, const py::object& out,
-                    std::initializer_list<NamedInput> inputs, F&& f) {
+py::object gradients(const BoundFlow& self, const InputArray& in, const std::string& wrt, PyObject* out,
+                     std::initializer_list<NamedInput> inputs, F&& f) {
   constexpr const char *first = "out[0] (grad_x)", *second = "out[1] (grad_parameters)";
   const Wanted wanted = wanted_of(wrt);
-  const auto [out_first, out_second] = out_pair(out.ptr(), "grad_parameters");
+  const auto [out_first, out_second] = out_pair(out, "grad_parameters");
   OutputArray grad_in, parameters;
   if (wanted.x) grad_in = output_array(out_first, first, self.dtype, self.features, in);
   if (wanted.parameters) parameters = parameter_array(self, second, in, out_second);
@@ -281,50 +282,48 @@ py::tuple gradients(const BoundFlow& self, const InputArray& in, const std::stri
                         wanted.parameters ? object_of(std::move(parameters)) : py::none());
 }
 
-py::tuple vjp(const BoundFlow& self, const py::object& x, const py::object& grad_out, const py::object& grad_log_det,
-              const std::string& direction, const std::string& wrt, const py::object& out) {
+py::object vjp(const BoundFlow& self, const Arguments& given) {
+  const std::string direction = given.text(3, "forward"), wrt = given.text(4, "both");
   if (direction != "forward" && direction != "inverse") {
     throw Error(ErrorCode::invalid_argument, "direction is '" + direction + "', expected 'forward' or 'inverse'");
   }
   const Direction way = direction == "forward" ? Direction::forward : Direction::inverse;
-  const InputArray in = input_rows(x.ptr(), "x", self.dtype, self.features, self.device);
+  const InputArray in = input_rows(given[0], "x", self.dtype, self.features, self.device);
   InputArray g_out, g_log_det;
-  if (!grad_out.is_none()) {
-    g_out = input_rows(grad_out.ptr(), "grad_out", self.dtype, self.features, self.device);
+  if (given.given(1)) {
+    g_out = input_rows(given[1], "grad_out", self.dtype, self.features, self.device);
     require_beside(g_out, "grad_out", in);
     if (g_out.rows != in.rows || g_out.single != in.single) {
       throw Error(ErrorCode::invalid_argument, "grad_out has " + std::to_string(g_out.rows) +
                                                    " rows or another number of axes than x, expected the shape of x");
     }
   }
-  if (!grad_log_det.is_none()) g_log_det = input_vector(grad_log_det.ptr(), "grad_log_det", self.dtype, in);
+  if (given.given(2)) g_log_det = input_vector(given[2], "grad_log_det", self.dtype, in);
   const std::int64_t matrix = in.rows * self.row_bytes(), vector = in.rows * size_of(self.dtype);
   const std::initializer_list<NamedInput> inputs = {
       {in, "x", matrix}, {g_out, "grad_out", matrix}, {g_log_det, "grad_log_det", vector}};
-  return gradients(self, in, wrt, out, inputs, [&](void* grad_in, void* parameters, const Execution& how) {
+  return gradients(self, in, wrt, given[5], inputs, [&](void* grad_in, void* parameters, const Execution& how) {
     self.flow.backend().vjp(way, in.data, in.rows, g_out.data, g_log_det.data, grad_in, parameters, false, how);
   });
 }
 
-py::tuple log_prob_vjp(const BoundFlow& self, const py::object& x, const py::object& grad_log_prob,
-                       const std::string& wrt, const py::object& out) {
-  const InputArray in = input_rows(x.ptr(), "x", self.dtype, self.features, self.device);
-  const InputArray g = input_vector(grad_log_prob.ptr(), "grad_log_prob", self.dtype, in);
+py::object log_prob_vjp(const BoundFlow& self, const Arguments& given) {
+  const InputArray in = input_rows(given[0], "x", self.dtype, self.features, self.device);
+  const InputArray g = input_vector(given[1], "grad_log_prob", self.dtype, in);
   const std::initializer_list<NamedInput> inputs = {{in, "x", in.rows * self.row_bytes()},
                                                     {g, "grad_log_prob", in.rows * size_of(self.dtype)}};
-  return gradients(self, in, wrt, out, inputs, [&](void* grad_in, void* parameters, const Execution& how) {
+  return gradients(self, in, given.text(2, "both"), given[3], inputs, [&](void* grad_in, void* parameters, auto& how) {
     self.flow.backend().log_prob_vjp(in.data, in.rows, g.data, nullptr, grad_in, parameters, false, how);
   });
 }
 
 /// log_prob, and what log_prob_vjp gives for the parameters, in one pass; `out` (None: a new array) takes the latter
 /// and must not overlap the others.
-py::tuple log_prob_and_vjp(const BoundFlow& self, const py::object& x, const py::object& grad_log_prob,
-                           const py::object& out) {
-  const InputArray in = input_rows(x.ptr(), "x", self.dtype, self.features, self.device);
-  const InputArray g = input_vector(grad_log_prob.ptr(), "grad_log_prob", self.dtype, in);
+py::object log_prob_and_vjp(const BoundFlow& self, const Arguments& given) {
+  const InputArray in = input_rows(given[0], "x", self.dtype, self.features, self.device);
+  const InputArray g = input_vector(given[1], "grad_log_prob", self.dtype, in);
   OutputArray log_prob = output_array(nullptr, "log_prob", self.dtype, 0, in);
-  OutputArray parameters = parameter_array(self, "grad_parameters", in, out.ptr());
+  OutputArray parameters = parameter_array(self, "grad_parameters", in, given[2]);
   run_beside(self, in, kGradientCost * in.rows, [&](const Execution& how) {
     self.flow.backend().log_prob_vjp(in.data, in.rows, g.data, log_prob.data, nullptr, parameters.data, false, how);
   });
@@ -337,8 +336,9 @@ py::object noise(const BoundFlow& self, std::int64_t rows, std::uint64_t seed) {
   return object_of(std::move(z));
 }
 
-py::tuple conditioner(const BoundFlow& self, std::int64_t layer, const py::object& x) {
-  const InputArray in = input_rows(x.ptr(), "x", self.dtype, self.features, kHost);
+py::object conditioner(const BoundFlow& self, const Arguments& given) {
+  const auto layer = given.object(0).cast<std::int64_t>();
+  const InputArray in = input_rows(given[1], "x", self.dtype, self.features, kHost);
   const FlowSpec& spec = self.flow.spec();
   const bool known = layer >= 0 && layer < static_cast<std::int64_t>(spec.layers.size());
   const std::int64_t width = known ? spec.transformed(spec.layers[static_cast<std::size_t>(layer)]).count : 1;
@@ -353,24 +353,35 @@ py::tuple conditioner(const BoundFlow& self, std::int64_t layer, const py::objec
   return py::make_tuple(s.array, t.array);
 }
 
-void set_flat_parameters(BoundFlow& self, const py::object& values) {
-  const InputArray in = input_rows(values.ptr(), "parameters", self.dtype, self.flow.num_parameters(), kHost);
+py::object set_flat_parameters(BoundFlow& self, const Arguments& given) {
+  const InputArray in = input_rows(given[0], "parameters", self.dtype, self.flow.num_parameters(), kHost);
   if (!in.single) throw Error(ErrorCode::invalid_argument, "parameters has two axes, expected one");
+  {
+    const GilReleased released;
+    by_dtype(self.dtype, [&](auto t) { self.flow.set_parameters(view<decltype(t)>(in, self.flow.num_parameters())); });
+  }
+  return py::none();
+}
+
+/// Calls f, without the GIL where it passes over more bytes than some microseconds allow.
+template <class F>
+void run_released_over(std::size_t bytes, F&& f) {
+  constexpr std::size_t kLong = 1 << 17;
+  if (bytes < kLong) return f();
   const GilReleased released;
-  by_dtype(self.dtype, [&](auto t) { self.flow.set_parameters(view<decltype(t)>(in, self.flow.num_parameters())); });
+  f();
 }
 
 /// Whether the flow's parameters are these, bit for bit.
-bool has_flat_parameters(const BoundFlow& self, const py::object& values) {
-  const InputArray in = input_rows(values.ptr(), "parameters", self.dtype, self.flow.num_parameters(), kHost);
+py::object has_flat_parameters(const BoundFlow& self, const Arguments& given) {
+  const InputArray in = input_rows(given[0], "parameters", self.dtype, self.flow.num_parameters(), kHost);
   if (!in.single) throw Error(ErrorCode::invalid_argument, "parameters has two axes, expected one");
   const auto bytes = static_cast<std::size_t>(self.flow.num_parameters() * size_of(self.dtype));
   const void* own = by_dtype(
       self.dtype, [&](auto t) { return static_cast<const void*>(self.flow.parameters<decltype(t)>().data()); });
-  constexpr std::size_t kLong = 1 << 17;  // some microseconds: from here on other threads may run
-  if (bytes < kLong) return std::memcmp(own, in.data, bytes) == 0;
-  const GilReleased released;
-  return std::memcmp(own, in.data, bytes) == 0;
+  bool same = false;
+  run_released_over(bytes, [&] { same = std::memcmp(own, in.data, bytes) == 0; });
+  return py::bool_(same);
 }
 
 py::object flat_parameters(const py::object& self) {
@@ -477,24 +488,24 @@ class PythonObserver final : public FitObserver {
   bool training_ = false;  // the preparation is over
 };
 
-py::dict fit_flow(BoundFlow& self, const py::object& x, const py::object& validation, const py::dict& options,
-                  const py::object& on_progress, const py::object& on_epoch) {
-  const auto rows_of = [&](const py::object& array, const char* name) {
-    InputArray in = input_rows(array.ptr(), name, self.dtype, self.features, kHost);
+/// x, validation, options, on_progress, on_epoch
+py::object fit_flow(BoundFlow& self, const Arguments& given) {
+  const auto rows_of = [&](PyObject* array, const char* name) {
+    InputArray in = input_rows(array, name, self.dtype, self.features, kHost);
     if (in.single) {
       throw Error(ErrorCode::invalid_argument,
                   std::string(name) + " has one axis, expected (N, " + std::to_string(self.features) + ")");
     }
     return in;
   };
-  const InputArray in = rows_of(x, "x");
+  const InputArray in = rows_of(given[0], "x");
   InputArray held_out;
-  if (!validation.is_none()) {
-    held_out = rows_of(validation, "validation");
+  if (given.given(1)) {
+    held_out = rows_of(given[1], "validation");
     if (held_out.rows == 0) throw Error(ErrorCode::invalid_argument, "validation has no rows, expected at least one");
   }
-  const FitOptions fit_options = options_from(options);
-  PythonObserver observer(on_progress, on_epoch);
+  const FitOptions fit_options = options_from(given.object(2).cast<py::dict>());
+  PythonObserver observer(given.object(3), given.object(4));
   History history;
   {
     const GilReleased released;
@@ -534,16 +545,22 @@ auto on_ready(R (*f)(Self&, A...)) {
   };
 }
 
-void save(const BoundFlow& self, const py::object& path) {
-  const std::string text = path_of(path);
-  const GilReleased released;
-  self.flow.save(text);
+py::object save(const BoundFlow& self, const Arguments& given) {
+  const std::string text = path_of(given.object(0));
+  {
+    const GilReleased released;
+    self.flow.save(text);
+  }
+  return py::none();
 }
 
-void reload(BoundFlow& self, const py::object& path) {
-  const std::string text = path_of(path);
-  const GilReleased released;
-  self.flow.reload(text);
+py::object reload(BoundFlow& self, const Arguments& given) {
+  const std::string text = path_of(given.object(0));
+  {
+    const GilReleased released;
+    self.flow.reload(text);
+  }
+  return py::none();
 }
 
 void swap(BoundFlow& self, BoundFlow& other) {
@@ -552,9 +569,77 @@ void swap(BoundFlow& self, BoundFlow& other) {
   self.flow.swap(other.flow);
 }
 
-void set_num_threads(BoundFlow& self, const py::object& threads) { self.flow.set_num_threads(thread_count(threads)); }
+PyObject* get_num_threads(PyObject* self, void*) {
+  return guarded([&] { return PyLong_FromLong(bound(self).flow.num_threads()); });
+}
+
+int set_num_threads(PyObject* self, PyObject* value, void*) {
+  try {
+    BoundFlow& flow = bound(self);
+    if (value == nullptr) throw py::attribute_error("num_threads cannot be deleted");
+    flow.flow.set_num_threads(thread_count(py::reinterpret_borrow<py::object>(value)));
+    return 0;
+  } catch (...) {
+    set_python_error();
+    return -1;
+  }
+}
+
+PyGetSetDef kNumThreads = {"num_threads", &get_num_threads, &set_num_threads,
+                           "Threads of a batch call; 0: as many as this process may use. Small batches use fewer.",
+                           nullptr};
 
 void set_column_names(BoundFlow& self, const std::vector<std::string>& names) { self.flow.set_column_names(names); }
+
+/// What runs code of the caller's; see plain_methods.hpp for why pybind11 does not bind it.
+void add_plain_methods(py::class_<BoundFlow>& type) {
+  for (PyMethodDef* method : {
+           plain<&nll>("nll", 1, 1, {"x"},
+                       "nll($self, x)\n--\n\n"
+                       "Mean negative log-likelihood of x [B, D], nats, summed in float64."),
+           plain<&nll_gradient>("nll_gradient", 1, 1, {"x"},
+                                "nll_gradient($self, x)\n--\n\n"
+                                "Mean negative log-likelihood of x [B, D], nats, and its gradient [num_parameters] "
+                                "(order of parameters())."),
+           plain<&vjp>(
+               "vjp", 1, 3, {"x", "grad_out", "grad_log_det", "direction", "wrt", "out"},
+               "vjp($self, x, grad_out=None, grad_log_det=None, *, direction='forward', wrt='both', out=None)\n--\n\n"
+               "Vector-Jacobian product of forward (or inverse): from the cotangents of the output [B, D] and of "
+               "log_det\n"
+               "[B] (None: zero) to those of x [B, D] and of the flat parameters [num_parameters]. wrt: 'both', or 'x' "
+               "or\n"
+               "'parameters' where the other is not wanted (None), which saves up to half of the work. out: a tuple\n"
+               "(grad_x, grad_parameters) of arrays to write to."),
+           plain<&log_prob_vjp>(
+               "log_prob_vjp", 2, 2, {"x", "grad_log_prob", "wrt", "out"},
+               "log_prob_vjp($self, x, grad_log_prob, *, wrt='both', out=None)\n--\n\n"
+               "Vector-Jacobian product of log_prob: from its cotangent [B] to those of x [B, D] and of the flat "
+               "parameters\n"
+               "[num_parameters]; wrt and out as in vjp. With ones, wrt='x' is the score, the gradient of log p(x) by "
+               "x."),
+           plain<&save>("save", 1, 1, {"path"},
+                        "save($self, path)\n--\n\n"
+                        "Write the flow to one safetensors file, atomically: on failure an old file stays as it was."),
+           plain<&reload>(
+               "reload", 1, 1, {"path"},
+               "reload($self, path)\n--\n\n"
+               "Replace the weights by those of a model file of the same spec, while other threads may call the flow: "
+               "each\n"
+               "call sees the old or the new ones whole. A file whose column names differ from the flow's is refused; "
+               "the flow's\n"
+               "stay. On an error (OSError, FileFormatError) nothing has changed."),
+           plain<&set_flat_parameters>("_set_flat_parameters", 1, 1, {"parameters"}, nullptr),
+           plain<&has_flat_parameters>("_has_flat_parameters", 1, 1, {"parameters"}, nullptr),
+           plain<&log_prob_and_vjp>("_log_prob_and_vjp", 3, 3, {"x", "grad_log_prob", "out"}, nullptr),
+           plain<&conditioner>("_conditioner", 2, 2, {"layer", "x"}, nullptr),
+           plain<&fit_flow>("_fit", 5, 5, {"x", "validation", "options", "on_progress", "on_epoch"}, nullptr),
+       }) {
+    add_method(type, method);
+  }
+  PyObject* num_threads = PyDescr_NewGetSet(reinterpret_cast<PyTypeObject*>(type.ptr()), &kNumThreads);
+  if (num_threads == nullptr) throw py::error_already_set();
+  type.attr("num_threads") = py::reinterpret_steal<py::object>(num_threads);
+}
 
 void bind_flow(py::module_& module) {
   py::class_<BoundFlow> type(module, "Flow", "The compiled part of nvpflow.Flow.");
@@ -576,31 +661,6 @@ void bind_flow(py::module_& module) {
       .def_property_readonly("weights",
                              on_ready(+[](const BoundFlow& f) { return std::string(name_of(f.flow.weights())); }),
                              "How the kernels are stored for computing: 'full' or 'bfloat16'.")
-      .def_property("num_threads", on_ready(+[](const BoundFlow& f) { return f.flow.num_threads(); }),
-                    on_ready(&set_num_threads),
-                    "Threads of a batch call; 0: as many as this process may use. Small batches use fewer.")
-      .def("nll", on_ready(&nll), py::arg("x"), "Mean negative log-likelihood of x [B, D], nats, summed in float64.")
-      .def("nll_gradient", on_ready(&nll_gradient), py::arg("x"),
-           "Mean negative log-likelihood of x [B, D], nats, and its gradient [num_parameters] (order of parameters()).")
-      .def("vjp", on_ready(&vjp), py::arg("x"), py::arg("grad_out") = py::none(), py::arg("grad_log_det") = py::none(),
-           py::kw_only(), py::arg("direction") = "forward", py::arg("wrt") = "both", py::arg("out") = py::none(),
-           "Vector-Jacobian product of forward (or inverse): from the cotangents of the output [B, D] and of log_det\n"
-           "[B] (None: zero) to those of x [B, D] and of the flat parameters [num_parameters]. wrt: 'both', or 'x' or\n"
-           "'parameters' where the other is not wanted (None), which saves up to half of the work. out: a tuple\n"
-           "(grad_x, grad_parameters) of arrays to write to.")
-      .def("log_prob_vjp", on_ready(&log_prob_vjp), py::arg("x"), py::arg("grad_log_prob"), py::kw_only(),
-           py::arg("wrt") = "both", py::arg("out") = py::none(),
-           "Vector-Jacobian product of log_prob: from its cotangent [B] to those of x [B, D] and of the flat "
-           "parameters\n"
-           "[num_parameters]; wrt and out as in vjp. With ones, wrt='x' is the score, the gradient of log p(x) by x.")
-      .def("save", on_ready(&save), py::arg("path"),
-           "Write the flow to one safetensors file, atomically: on failure an old file stays as it was.")
-      .def(
-          "reload", on_ready(&reload), py::arg("path"),
-          "Replace the weights by those of a model file of the same spec, while other threads may call the flow: each\n"
-          "call sees the old or the new ones whole. A file whose column names differ from the flow's is refused; the "
-          "flow's\n"
-          "stay. On an error (OSError, FileFormatError) nothing has changed.")
       .def("swap", on_ready(&swap), py::arg("other"),
            "Exchange the weights of two flows of the same spec, while other threads may call both. Each flow changes "
            "at\n"
@@ -610,17 +670,15 @@ void bind_flow(py::module_& module) {
       .def("_layout", on_ready(&layout))
       .def("_flat_parameters", &flat_parameters)
       .def("_copy_flat_parameters", on_ready(&copy_flat_parameters))
-      .def("_set_flat_parameters", on_ready(&set_flat_parameters))
-      .def("_log_prob_and_vjp", on_ready(&log_prob_and_vjp))
-      .def("_has_flat_parameters", on_ready(&has_flat_parameters))
-      .def("_noise", on_ready(&noise), py::arg("n"), py::arg("seed"))
-      .def("_conditioner", on_ready(&conditioner))
-      .def("_fit", on_ready(&fit_flow));
+      .def("_noise", on_ready(&noise), py::arg("n"), py::arg("seed"));
+  add_plain_methods(type);
   add_hot_methods(type);
 }
 
-py::tuple load_file(const py::object& from, const py::object& expected) {
-  const std::string path = path_of(from);
+/// path, expected
+py::object load_file(const Arguments& given) {
+  const std::string path = path_of(given.object(0));
+  const py::object expected = given.object(1);
   LoadedModel model;
   const FlowSpec* spec = expected.is_none() ? nullptr : &expected.cast<const BoundSpec&>();
   {
@@ -629,7 +687,10 @@ py::tuple load_file(const py::object& from, const py::object& expected) {
   }
   const std::int64_t count = static_cast<std::int64_t>(model.parameters.size()) / size_of(model.spec.dtype);
   const OutputArray flat = new_array(model.spec.dtype, count, 0);
-  std::memcpy(flat.data, model.parameters.data(), model.parameters.size());
+  run_released_over(model.parameters.size(), [&] {
+    std::memcpy(flat.data, model.parameters.data(), model.parameters.size());
+    model.parameters = {};  // which takes its time, too
+  });
   return py::make_tuple(BoundSpec(model.spec), flat.array, model.column_names);
 }
 
@@ -709,6 +770,8 @@ void set_python_error() {
     error.restore();
   } catch (const Error& error) {
     set_error(error);
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
   } catch (const std::bad_alloc&) {
     PyErr_NoMemory();
   } catch (const std::exception& error) {
@@ -740,7 +803,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   module.def("cpu_isas_available", &isas_available, "Instruction sets that this build and this processor have.");
   module.def("activation_names", [] { return py::tuple(py::cast(activation_names())); });
   module.def("available_threads", &available_threads, "Threads this process may use (affinity and cgroup quota).");
-  module.def("_load_model", &load_file, py::arg("path"), py::arg("expected") = py::none());
+  add_function(module, plain<&load_file>("_load_model", 1, 2, {"path", "expected"}, nullptr));
   module.def("cuda_why_unavailable", &cuda_why_unavailable, py::call_guard<GilReleased>());
   module.def("cuda_device_count", &cuda_device_count, py::call_guard<GilReleased>());
   module.def("cuda_device_name", &cuda_device_name, py::arg("index"));

@@ -16,6 +16,7 @@
 #include "dlpack.h"
 #include "layout.hpp"
 #include "outside.hpp"
+#include "plain_methods.hpp"
 
 namespace nvpflow::python {
 namespace {
@@ -337,7 +338,10 @@ py::object to_dlpack(const DeviceArray& a, const py::object& stream, const py::o
                              : new_capsule<DLManagedTensor>(a, "dltensor");
 }
 
-DeviceArray array_of(const py::object& values, const std::string& device) {
+/// values, device
+py::object array_of(const Arguments& given) {
+  const py::object values = given.object(0);
+  const std::string device = given.text(1, "");
   const Device on = parse_device(device);
   if (on.kind != DeviceKind::cuda) raise(PyExc_ValueError, "device is '" + device + "', expected a CUDA device");
   (void)cuda_device_name(on.index);  // which refuses one that is not there
@@ -347,7 +351,7 @@ DeviceArray array_of(const py::object& values, const std::string& device) {
                     parse_dtype(dtype), rows.attr("shape").cast<std::vector<std::int64_t>>(), nullptr};
   if (py::len(values.attr("shape")) == 0) array.shape.clear();  // which ascontiguousarray gives an axis
   array.memory.upload(stream_at(rows.attr("ctypes").attr("data").cast<std::intptr_t>()), array.bytes());
-  return array;
+  return py::cast(std::move(array));
 }
 
 }  // namespace
@@ -448,9 +452,9 @@ int device_index(const py::object& object) {
   return std::max(0, cuda_device_of(stream_at(py::tuple(says["data"])[0].cast<std::intptr_t>())));
 }
 
-}  // namespace
-
-py::object host_array(const py::object& object) {
+/// A NumPy array of an object's data where it is a device array, else the object itself.
+py::object host_array(const Arguments& given) {
+  const py::object object = given.object(0);
   if (place_of(object.ptr(), "x") != Place::device) {
     refuse_grad(object.ptr(), "x", library_of(object.ptr()));
     return object;
@@ -463,6 +467,8 @@ py::object host_array(const py::object& object) {
   return numpy_copy(found.data, found.item_bytes == 4 ? DType::float32 : DType::float64, found.shape, found.device,
                     found.stream);
 }
+
+}  // namespace
 
 void bind_device_array(py::module_& module) {
   py::class_<DeviceArray> type(
@@ -497,8 +503,8 @@ void bind_device_array(py::module_& module) {
         return "DeviceArray(shape=" + shape_text(a.shape) + ", dtype='" + std::string(name_of(a.dtype)) +
                "', device='cuda:" + std::to_string(a.memory.device()) + "')";
       });
-  module.def("_device_array", &array_of, py::arg("values"), py::arg("device"));
-  module.def("_host_array", &host_array, py::arg("object"));
+  add_function(module, plain<&array_of>("_device_array", 2, 2, {"values", "device"}, nullptr));
+  add_function(module, plain<&host_array>("_host_array", 1, 1, {"object"}, nullptr));
 }
 
 }  // namespace nvpflow::python

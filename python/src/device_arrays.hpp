@@ -25,7 +25,5 @@ InputArray device_target(PyObject* object, const char* name, DType dtype, int de
 
 /// nvpflow.cuda's own array, for callers without a library of their own.
 void bind_device_array(py::module_& module);
-/// A NumPy array of an object's data where it is a device array, else the object itself.
-py::object host_array(const py::object& object);
 
 }  // namespace nvpflow::python

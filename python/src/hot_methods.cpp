@@ -12,65 +12,10 @@
 #include "bound_flow.hpp"
 #include "device_arrays.hpp"
 #include "outside.hpp"
+#include "plain_methods.hpp"
 
 namespace nvpflow::python {
 namespace {
-
-/// The C++ object behind `self`, whose type Python has checked.
-const BoundFlow& bound(PyObject* self) {
-  auto* instance = reinterpret_cast<py::detail::instance*>(self);
-  const auto* flow =
-      instance->simple_layout ? static_cast<const BoundFlow*>(instance->simple_value_holder[0]) : nullptr;
-  if (flow == nullptr) raise_uninitialised();
-  flow->require_ready();
-  return *flow;
-}
-
-/// Splits a vectorcall into named arguments. Names after `positional` are keyword-only.
-class Arguments {
- public:
-  static constexpr int kMax = 4;
-
-  Arguments(const char* method, int positional, std::initializer_list<PyObject*> names, PyObject* const* args,
-            Py_ssize_t count, PyObject* keywords)
-      : method_(method), names_(names) {
-    if (count > positional) {
-      fail("takes at most " + std::to_string(positional) + " positional argument(s), got " + std::to_string(count));
-    }
-    for (Py_ssize_t i = 0; i < count; ++i) values_[i] = args[i];
-    const Py_ssize_t keyword_count = keywords == nullptr ? 0 : PyTuple_GET_SIZE(keywords);
-    for (Py_ssize_t k = 0; k < keyword_count; ++k) {
-      const int i = index_of(PyTuple_GET_ITEM(keywords, k));
-      if (values_[i] != nullptr) fail("got argument '" + name(i) + "' twice");
-      values_[i] = args[count + k];
-    }
-    if (values_[0] == nullptr) fail("is missing its argument '" + name(0) + "'");
-  }
-
-  PyObject* operator[](int i) const { return values_[i]; }
-  bool given(int i) const { return values_[i] != nullptr && values_[i] != Py_None; }
-
- private:
-  [[noreturn]] void fail(const std::string& what) const {
-    PyErr_SetString(PyExc_TypeError, (std::string(method_) + "() " + what).c_str());
-    throw py::error_already_set();
-  }
-  std::string name(int i) const { return PyUnicode_AsUTF8(names_.begin()[i]); }
-  int index_of(PyObject* keyword) const {
-    const int count = static_cast<int>(names_.size());
-    for (int i = 0; i < count; ++i) {  // interned in practice: the pointers are equal
-      if (names_.begin()[i] == keyword) return i;
-    }
-    for (int i = 0; i < count; ++i) {
-      if (PyUnicode_Compare(names_.begin()[i], keyword) == 0) return i;
-    }
-    fail("got an unexpected argument " + py::repr(keyword).cast<std::string>());
-  }
-
-  const char* method_;
-  std::initializer_list<PyObject*> names_;
-  PyObject* values_[kMax] = {};
-};
 
 struct Names {
   PyObject* x = PyUnicode_InternFromString("x");
@@ -88,20 +33,12 @@ const Names& names() {
   return *made;
 }
 
-template <class F>
-PyObject* guarded(F&& f) {
-  try {
-    return f();
-  } catch (...) {
-    set_python_error();
-    return nullptr;
-  }
-}
+using HotArguments = ArgumentsOf<4>;
 
 PyObject* log_probability(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
   return guarded([&] {
     const BoundFlow& flow = bound(self);
-    const Arguments given("log_probability", 1, {names().x, names().out}, args, count, keywords);
+    const HotArguments given("log_probability", 1, {names().x, names().out}, args, count, keywords);
     const InputArray x = input_rows(given[0], "x", flow.dtype, flow.features, flow.device);
     OutputArray out = output_array(given[1], "out", flow.dtype, 0, x);
     refuse_overlap(out, "out", x, "x", x.rows * flow.row_bytes());
@@ -135,7 +72,7 @@ PyObject* transform_pair(const BoundFlow& flow, Direction direction, const Input
 PyObject* forward(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
   return guarded([&] {
     const BoundFlow& flow = bound(self);
-    const Arguments given("forward", 1, {names().x, names().out}, args, count, keywords);
+    const HotArguments given("forward", 1, {names().x, names().out}, args, count, keywords);
     const InputArray x = input_rows(given[0], "x", flow.dtype, flow.features, flow.device);
     return transform_pair(flow, Direction::forward, x, "x", given[1], "out[0] (z)");
   });
@@ -144,7 +81,7 @@ PyObject* forward(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObj
 PyObject* inverse(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
   return guarded([&]() -> PyObject* {
     const BoundFlow& flow = bound(self);
-    const Arguments given("inverse", 1, {names().z, names().with_log_det, names().out}, args, count, keywords);
+    const HotArguments given("inverse", 1, {names().z, names().with_log_det, names().out}, args, count, keywords);
     const InputArray z = input_rows(given[0], "z", flow.dtype, flow.features, flow.device);
     const int with_log_det = given[1] == nullptr ? 0 : PyObject_IsTrue(given[1]);
     if (with_log_det < 0) throw py::error_already_set();
@@ -197,7 +134,7 @@ std::uint64_t fresh_seed() {
 PyObject* sample(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
   return guarded([&] {
     const BoundFlow& flow = bound(self);
-    const Arguments given("sample", 1, {names().n, names().seed, names().start, names().out}, args, count, keywords);
+    const HotArguments given("sample", 1, {names().n, names().seed, names().start, names().out}, args, count, keywords);
     const auto rows = static_cast<std::int64_t>(unsigned_of(given[0], "n", true));
     const std::uint64_t seed = given.given(1) ? unsigned_of(given[1], "seed", false) : fresh_seed();
     const std::uint64_t start = given.given(2) ? unsigned_of(given[2], "start", true) : 0;
@@ -269,13 +206,21 @@ PyMethodDef kMethods[] = {
 
 }  // namespace
 
+void add_method(py::class_<BoundFlow>& type, PyMethodDef* method) {
+  PyObject* descriptor = PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type.ptr()), method);
+  if (descriptor == nullptr) throw py::error_already_set();
+  type.attr(method->ml_name) = py::reinterpret_steal<py::object>(descriptor);
+}
+
+void add_function(py::module_& module, PyMethodDef* function) {
+  PyObject* made = PyCFunction_NewEx(function, nullptr, py::str("nvpflow._core").ptr());
+  if (made == nullptr) throw py::error_already_set();
+  module.attr(function->ml_name) = py::reinterpret_steal<py::object>(made);
+}
+
 void add_hot_methods(py::class_<BoundFlow>& type) {
   names();
-  for (PyMethodDef* method = kMethods; method->ml_name != nullptr; ++method) {
-    PyObject* descriptor = PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type.ptr()), method);
-    if (descriptor == nullptr) throw py::error_already_set();
-    type.attr(method->ml_name) = py::reinterpret_steal<py::object>(descriptor);
-  }
+  for (PyMethodDef* method = kMethods; method->ml_name != nullptr; ++method) add_method(type, method);
 }
 
 }  // namespace nvpflow::python

@@ -1,0 +1,151 @@
+// Methods as plain C functions, with the vectorcall convention: those that programs call a million times a second, and
+// all that take an object of the caller's or call back.
+//
+// pybind11 keeps a frame for each function of its own that runs, in one stack per thread. What runs Python code in
+// between (a callback; __array__, __dlpack__ or __fspath__ of an argument) may switch greenlets, each of which has a
+// stack of its own in the same thread. pybind11's frames then end in another order than they began, which it answers
+// with std::terminate.
+#pragma once
+
+#include <cstddef>
+#include <initializer_list>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "arrays.hpp"
+#include "bound_flow.hpp"
+
+namespace nvpflow::python {
+
+/// The C++ object behind `self`, whose type Python has checked.
+inline BoundFlow& bound(PyObject* self) {
+  auto* instance = reinterpret_cast<py::detail::instance*>(self);
+  auto* flow = instance->simple_layout ? static_cast<BoundFlow*>(instance->simple_value_holder[0]) : nullptr;
+  if (flow == nullptr) raise_uninitialised();
+  flow->require_ready();
+  return *flow;
+}
+
+/// Splits a vectorcall into at most kMax named arguments. Names after `positional` are keyword-only.
+template <int kMax>
+class ArgumentsOf {
+ public:
+  /// names: interned strings; those of a list in braces are looked at here alone.
+  ArgumentsOf(const char* method, int positional, std::initializer_list<PyObject*> names, PyObject* const* args,
+              Py_ssize_t count, PyObject* keywords)
+      : ArgumentsOf(method, positional, std::span(names.begin(), names.size()), args, count, keywords) {}
+  ArgumentsOf(const char* method, int positional, std::span<PyObject* const> names, PyObject* const* args,
+              Py_ssize_t count, PyObject* keywords)
+      : method_(method), names_(names) {
+    if (count > positional) {
+      fail("takes at most " + std::to_string(positional) + " positional argument(s), got " + std::to_string(count));
+    }
+    for (Py_ssize_t i = 0; i < count; ++i) values_[i] = args[i];
+    const Py_ssize_t keyword_count = keywords == nullptr ? 0 : PyTuple_GET_SIZE(keywords);
+    for (Py_ssize_t k = 0; k < keyword_count; ++k) {
+      const int i = index_of(PyTuple_GET_ITEM(keywords, k));
+      if (values_[i] != nullptr) fail("got argument '" + name(i) + "' twice");
+      values_[i] = args[count + k];
+    }
+    if (values_[0] == nullptr) fail("is missing its argument '" + name(0) + "'");
+  }
+
+  PyObject* operator[](int i) const { return values_[i]; }
+  bool given(int i) const { return values_[i] != nullptr && values_[i] != Py_None; }
+  /// None where it is left out.
+  py::object object(int i) const { return py::reinterpret_borrow<py::object>(given(i) ? values_[i] : Py_None); }
+  /// A str; `otherwise` where it is left out.
+  std::string text(int i, const char* otherwise) const {
+    if (values_[i] == nullptr) return otherwise;
+    if (PyUnicode_Check(values_[i]) == 0) fail("takes a str for " + name(i) + ", got " + Py_TYPE(values_[i])->tp_name);
+    return py::reinterpret_borrow<py::str>(values_[i]);
+  }
+  void require(int i) const {
+    if (values_[i] == nullptr) fail("is missing its argument '" + name(i) + "'");
+  }
+
+ private:
+  [[noreturn]] void fail(const std::string& what) const {
+    PyErr_SetString(PyExc_TypeError, (std::string(method_) + "() " + what).c_str());
+    throw py::error_already_set();
+  }
+  std::string name(int i) const { return PyUnicode_AsUTF8(names_[static_cast<std::size_t>(i)]); }
+  int index_of(PyObject* keyword) const {
+    const int count = static_cast<int>(names_.size());
+    for (int i = 0; i < count; ++i) {  // interned in practice: the pointers are equal
+      if (names_[static_cast<std::size_t>(i)] == keyword) return i;
+    }
+    for (int i = 0; i < count; ++i) {
+      if (PyUnicode_Compare(names_[static_cast<std::size_t>(i)], keyword) == 0) return i;
+    }
+    fail("got an unexpected argument " + py::repr(keyword).cast<std::string>());
+  }
+
+  const char* method_;
+  std::span<PyObject* const> names_;
+  PyObject* values_[kMax] = {};
+};
+
+template <class F>
+PyObject* guarded(F&& f) {
+  try {
+    return f();
+  } catch (...) {
+    set_python_error();
+    return nullptr;
+  }
+}
+
+/// What most methods take their arguments as.
+using Arguments = ArgumentsOf<6>;
+
+/// The names of a function's arguments; those from `positional` on are keyword-only, those before `required` must be
+/// given.
+struct Signature {
+  const char* name;
+  int required, positional;
+  std::vector<PyObject*> names;
+
+  Arguments parse(PyObject* const* args, Py_ssize_t count, PyObject* keywords) const {
+    Arguments given(name, positional, std::span(names.data(), names.size()), args, count, keywords);
+    for (int i = 1; i < required; ++i) given.require(i);
+    return given;
+  }
+};
+
+/// f(flow, given) as a method of Flow, f(given) as a function of the module.
+template <auto f>
+struct Plain {
+  inline static const Signature* signature = nullptr;
+
+  static PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
+    return guarded([&] {
+      py::object result;
+      if constexpr (requires { f(bound(self), signature->parse(args, count, keywords)); }) {
+        BoundFlow& flow = bound(self);
+        result = f(flow, signature->parse(args, count, keywords));
+      } else {
+        result = f(signature->parse(args, count, keywords));
+      }
+      return result.release().ptr();
+    });
+  }
+};
+
+/// The definition of a plain function, never freed: the interpreter may call it until its last moment. doc begins with
+/// the signature, as Python's own do.
+template <auto f>
+PyMethodDef* plain(const char* name, int required, int positional, std::initializer_list<const char*> names,
+                   const char* doc) {
+  auto* made = new Signature{name, required, positional, {}};
+  for (const char* argument : names) made->names.push_back(PyUnicode_InternFromString(argument));
+  Plain<f>::signature = made;
+  return new PyMethodDef{name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&Plain<f>::call)),
+                         METH_FASTCALL | METH_KEYWORDS, doc};
+}
+
+void add_method(py::class_<BoundFlow>& type, PyMethodDef* method);
+void add_function(py::module_& module, PyMethodDef* function);
+
+}  // namespace nvpflow::python
