@@ -1,4 +1,4 @@
-"""In greenlets: one thread, more than one Python stack."""
+"""In greenlets, and in sub-interpreters: one thread, more than one Python at a time."""
 
 import importlib.util
 import re
@@ -106,3 +106,36 @@ def test_what_takes_an_object_of_the_callers_is_no_function_of_pybind11() -> Non
                 part for part in found[1].split(", ") if part.endswith((": object", "= None")) and "self" not in part
             ]
             assert not takes, f"{owner.__name__}.{name} takes {takes}: bind it with plain<>, as those beside it"
+
+
+SUBINTERPRETER = """
+import sys
+try:
+    import _interpreters as interpreters        # from 3.13 on
+except ImportError:
+    import _xxsubinterpreters as interpreters
+code = '''
+try:
+    import nvpflow
+except ImportError as error:
+    message = str(error)
+else:
+    message = "imported"
+open({!r}, "w").write(message)
+'''.format(sys.argv[1])
+if sys.argv[2] == "after":
+    import nvpflow
+made = interpreters.create()
+interpreters.run_string(made, code)
+interpreters.destroy(made)
+import nvpflow
+print(nvpflow.build(2).sample(1).shape)
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_sub_interpreter_is_told(run_python, tmp_path, when) -> None:
+    assert run_python(SUBINTERPRETER, tmp_path / "message", when) == "(1, 2)\n"
+    message = (tmp_path / "message").read_text()
+    assert "nvpflow cannot be imported in a sub-interpreter, expected the main" in message
+    assert "Is it not built" not in message

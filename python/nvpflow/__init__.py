@@ -12,6 +12,8 @@
 try:
     from nvpflow._core import CudaError, FileFormatError, FlowSpec, TrainingError, __version__, cpu_isa
 except ImportError as error:
+    if "sub-interpreter" in str(error):
+        raise
     raise ImportError(
         f"{error}\nnvpflow's compiled part cannot be imported. Is it not built? Run `pip install .` in the project's "
         "folder, and start Python outside the folder python/.",

@@ -779,6 +779,8 @@ void set_python_error() {
   }
 }
 
+// Python calls our PyInit__core, below, and that pybind11's, under this name.
+#define PyInit__core nvpflow_init_core
 PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   import_numpy();
   file_format_error = new_exception(module, "FileFormatError", PyExc_ValueError,
@@ -812,6 +814,18 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   bind_flow(module);
   module.def("_layout_of", [](const BoundSpec& spec) { return tensors_of(ParamLayout(spec)); });
   module.def("_xla_handlers", &xla_handlers);
+}
+
+#undef PyInit__core
+
+/// pybind11's entry asks for the GIL by PyGILState_Ensure, which waits for ever in a sub-interpreter.
+extern "C" PYBIND11_EXPORT PyObject* PyInit__core() {
+  if (PyInterpreterState_Get() == PyInterpreterState_Main()) return nvpflow_init_core();
+  PyErr_SetString(
+      PyExc_ImportError,
+      "nvpflow cannot be imported in a sub-interpreter, expected the main interpreter of its process; under "
+      "mod_wsgi set WSGIApplicationGroup %{GLOBAL}, elsewhere use threads or processes");
+  return nullptr;
 }
 
 }  // namespace nvpflow::python
