@@ -35,6 +35,12 @@ def labels(ax):
     return [text.get_text() for text in ax.get_legend().get_texts()]
 
 
+def points_of(ax):
+    """Return the points of a panel in the order they are drawn, and which of them have the data's colour."""
+    dots = ax.collections[0]
+    return dots.get_offsets(), (dots.get_facecolors()[:, :3] == matplotlib.colors.to_rgb("C0")).all(axis=1)
+
+
 def draw_all(rows, history, axes):
     plot.latent_qq(rows, ax=axes[0])
     plot.latent_correlation(rows, ax=axes[1])
@@ -98,9 +104,9 @@ def test_corner_counts_all_rows_and_scales_the_samples(rows):
     inside = (rows[:, 1] >= data.edges[0]) & (rows[:, 1] <= data.edges[-1])
     assert data.values.sum() == inside.sum()
     assert np.allclose(drawn.values, data.values)
-    points = grid[2, 0].collections[0].get_offsets()
+    points, ours = points_of(grid[2, 0])
     assert len(points) == 1000
-    assert np.array_equal(points[::2], rows[:, [0, 2]])  # column across, row up
+    assert np.array_equal(np.sort(points[ours], axis=0), np.sort(rows[:, [0, 2]], axis=0))  # column across, row up
     assert grid[2, 0].get_ylabel() == grid[2, 2].get_title() == "c (V)"
     assert grid[2, 0].get_xlabel() == "a"
     assert labels(grid[0, 0]) == ["ours", "theirs"]
@@ -113,12 +119,96 @@ def test_corner_thins_out_points(rows):
     assert len(grid[1, 0].collections[0].get_offsets()) == 2000
 
 
+def test_corner_draws_data_and_samples_in_one_shuffled_order():
+    ordered = np.sort(np.random.default_rng(1).normal(size=(2000, 2)), axis=0)  # by time, say
+    points, ours = points_of(plot.corner(ordered, ordered)[1, 0])
+    again, same = points_of(plot.corner(ordered, ordered)[1, 0])
+    assert np.array_equal(points, again)
+    assert np.array_equal(ours, same)
+    for part in np.array_split(ours, 8):
+        assert 0.4 < part.mean() < 0.6  # neither kind lies on top
+    assert np.abs(np.corrcoef(np.arange(len(points)), points[:, 0])[0, 1]) < 0.1  # nor any time
+
+
 def test_corner_frame_holds_against_one_wild_row(rows):
     wild = rows.copy()
     wild[7] = 1e30
     low, high = plot.corner(wild)[1, 1].get_xlim()
     assert low < rows[:, 1].min()
-    assert high < 100
+    assert rows[:, 1].max() < high < 100
+
+
+def test_corner_counts_and_marks_what_is_beyond_its_axes(rows):
+    wild = rows.copy()
+    wild[[7, 9, 11], 2] = 1e30
+    wild[13, 2] = -1e4
+    samples = rows.copy()
+    samples[0, 2] = 1e6
+    grid = plot.corner(wild, samples)
+    right, left = "\N{RIGHTWARDS ARROW}", "\N{LEFTWARDS ARROW}"
+    assert [text.get_text() for text in grid[2, 2].texts] == [f"{left} 1 beyond", f"3 {right}", f"1 beyond {right}"]
+    assert not grid[0, 0].texts
+    assert not grid[1, 1].texts
+    (marks,) = grid[2, 1].collections[1:]
+    low, high = grid[2, 1].get_ylim()
+    assert sorted(marks.get_offsets()[:, 1]) == [low, high, high, high]
+    assert len(grid[1, 0].collections) == 1
+
+
+@pytest.mark.parametrize("count", [3, 7])
+def test_long_names_do_not_collide(count):
+    rows = np.random.default_rng(2).normal(size=(50, count)) * 1e6
+    name = "the_amount_of_money in US$ that was transferred to the other account"
+    with plot.style():
+        grid = plot.corner(rows, names=[name] * count)
+        figure = grid[0, 0].figure
+        figure.canvas.draw()
+    drawn = [grid[i, i].title for i in range(count)]
+    drawn += [ax.xaxis.label for ax in grid[-1]] + [ax.yaxis.label for ax in grid[1:, 0]]
+    boxes = [text.get_window_extent() for text in drawn]
+    inside = [(ax.get_ylim(), tick) for ax in grid[1:, 0] for tick in ax.yaxis.get_major_ticks()]
+    boxes += [tick.label1.get_window_extent() for (low, high), tick in inside if low <= tick.get_loc() <= high]
+    boxes += [ax.xaxis.get_offset_text().get_window_extent() for ax in grid[-1]]
+    for i, box in enumerate(boxes):
+        assert box.x0 >= 0
+        assert box.y0 >= 0
+        assert box.x1 <= figure.bbox.x1
+        assert not any(box.overlaps(other) for other in boxes[:i]), i
+    assert drawn[0].get_text().count("\n") == 1
+    assert drawn[0].get_text().endswith("\N{HORIZONTAL ELLIPSIS}")
+
+
+def test_dates_are_those_that_are_named_or_given_as_datetimes(rows):
+    from matplotlib import dates
+
+    seconds = rows.copy()
+    seconds[:, 1] = 1.76e9 + 3600 * np.arange(len(rows))
+    grid = plot.corner(seconds, seconds, dates=[1])
+    start = dates.date2num(np.datetime64("2025-10-09T08:53:20"))
+    points, _ = points_of(grid[1, 0])
+    assert points[:, 1].min() == pytest.approx(start, abs=1e-9)
+    for axis in (grid[1, 0].yaxis, grid[1, 1].xaxis, grid[2, 1].xaxis):
+        assert isinstance(axis.get_major_formatter(), dates.ConciseDateFormatter)
+    grid[0, 0].figure.canvas.draw()
+    assert "Oct" in grid[2, 1].xaxis.get_offset_text().get_text()
+    assert not isinstance(grid[2, 0].xaxis.get_major_formatter(), dates.ConciseDateFormatter)
+
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    frame = pandas.DataFrame(seconds, columns=["a", "when", "c"])
+    for zone in (None, "UTC"):
+        frame["when"] = pandas.to_datetime(seconds[:, 1], unit="s", utc=zone is not None)
+        given = plot.corner(frame, seconds)
+        assert given[1, 1].get_xlim() == grid[1, 1].get_xlim()
+        assert given[1, 1].get_title() == "when"
+        assert isinstance(given[1, 1].xaxis.get_major_formatter(), dates.ConciseDateFormatter)
+    with pytest.raises(ValueError, match=r"dates is \[3\] \(list\), expected indices from 0 to 2"):
+        plot.corner(seconds, dates=[3])
+    frame["c"] = "text"
+    with pytest.raises(TypeError, match=r"data has dtype .* in column 'c', expected real numbers or dates"):
+        plot.corner(frame)
+    frame.loc[3, "when"] = pandas.NaT
+    with pytest.raises(ValueError, match="data has 1 of 500 rows with NaN"):
+        plot.corner(frame[["a", "when"]])
 
 
 def test_corner_of_constant_and_binary_columns():

@@ -24,6 +24,7 @@ except ImportError as error:
 from typing import TYPE_CHECKING
 
 from nvpflow import cuda, functional
+from nvpflow._blame import blame
 from nvpflow._paths import get_cmake_dir, get_include
 from nvpflow.certificate import Certificate
 from nvpflow.flow import Flow, build, load
@@ -38,6 +39,7 @@ __all__ = [
     "History",
     "TrainingError",
     "__version__",
+    "blame",
     "build",
     "cpu_isa",
     "cuda",

@@ -166,6 +166,7 @@ def corner(
     *,
     names: Sequence[str] | None = None,
     columns: Sequence[int] | None = None,
+    dates: Sequence[int] = (),
     labels: tuple[str, str] = ("data", "samples"),
     ax: NDArray[np.object_] | None = None,
 ) -> NDArray[np.object_]:
@@ -174,13 +175,16 @@ def corner(
     Parameters
     ----------
     data
-        Rows [N, D], finite; a DataFrame brings names along.
+        Rows [N, D], finite; a DataFrame brings names along, and its columns of datetimes are dates.
     samples
-        Rows [M, D], finite, such as ``flow.sample(10_000, seed=0)``. None: the data alone.
+        Rows [M, D], finite, such as ``flow.sample(10_000, seed=0)``; dates in seconds since 1970. None: the data alone.
     names
         Of the D columns, with units.
     columns
         Which columns to draw, by index. None: all, which at most 12 may be.
+    dates
+        Which columns are seconds since 1970-01-01 UTC, by index: their axes show dates. Those that the data give as
+        datetimes need not be named.
     labels
         What the legend calls data and samples.
     ax
@@ -201,18 +205,24 @@ def corner(
 
     Notes
     -----
-    Panels show up to 2,000 points of each kind, chosen at random but always alike, in turns so that neither hides the
-    other. Histograms count all rows, on a logarithmic scale, where rare modes and tails can be seen; counts of the
-    samples are scaled to the number of rows of the data. The 0.1 % of the data farthest out on either side of a column
-    may lie outside the panel, and so may what is beyond three times the range of the inner 98 %.
+    Panels show up to 2,000 points of each kind, chosen at random but always alike, and drawn in one random order, so
+    that neither kind hides the other. Histograms count all rows, on a logarithmic scale, where rare modes and tails can
+    be seen; counts of the samples are scaled to the number of rows of the data.
+
+    An axis holds all values of the data but those farther from the inner 98 % than these are wide. The histogram
+    counts these at its edge ("3 beyond", samples in their own colour), and the other panels have a mark at the edge
+    for each such row of the data.
     """
+    data, found = _seconds("data", data)
+    drawn = None if samples is None else _seconds("samples", samples)[0]
     rows = _table("data", data)
-    drawn = None if samples is None else _table("samples", samples, rows.shape[1])
+    drawn = None if drawn is None else _table("samples", drawn, rows.shape[1])
     titles = _names(names, data, rows.shape[1], "x")
     chosen = _chosen(columns, rows.shape[1])
+    days = {*found, *(() if len(dates) == 0 else _indices("dates", dates, rows.shape[1]))}
+    sets = [_dated(table, days) for table in (rows, drawn) if table is not None]
     grid = _corner_axes(ax, len(chosen))
-    limits = [_limits(rows[:, c]) for c in chosen]
-    sets = [rows] if drawn is None else [rows, drawn]
+    limits = [_limits(sets[0][:, c]) for c in chosen]
     points = [some_rows(table, min(_MOST_POINTS, *map(len, sets))) for table in sets]
     for i, row in enumerate(chosen):
         for j, column in enumerate(chosen[: i + 1]):
@@ -221,21 +231,105 @@ def corner(
                 _draw_histogram(panel, [table[:, row] for table in sets], limits[i])
             else:
                 _draw_pair(panel, [table[:, [column, row]] for table in points], limits[j], limits[i])
+                _mark_beyond(panel, sets[0][:, [column, row]], limits[j], limits[i])
+            _set_ticks(panel, across=column in days, up=None if i == j else row in days)
             _label_panel(panel, i, j, len(chosen), titles[row], titles[column])
     _draw_corner_legend(grid[0, 0], labels[: len(sets)])
     return grid
 
 
+def _seconds(name: str, table: Any) -> tuple[Any, list[int]]:
+    """Return a table with its datetimes as seconds since 1970, and the columns they are in."""
+    if getattr(table, "dtype", None) is not None and np.dtype(table.dtype).kind == "M":
+        return _since_1970(table), list(range(np.asarray(table).shape[-1]))
+    if not hasattr(table, "columns") or not hasattr(table, "__getitem__"):
+        return table, []
+    names = list(table.columns)
+    columns = [np.asarray(table[key]) for key in names] if len(set(names)) == len(names) else []
+    dates = [i for i, values in enumerate(columns) if _are_datetimes(values)]
+    if not dates:
+        return table, []
+    for i, values in enumerate(columns):
+        if i not in dates and values.dtype.kind not in "fiub":
+            raise TypeError(
+                f"{name} has dtype {values.dtype} in column {str(names[i])!r}, expected real numbers or dates"
+            )
+    whole = [_since_1970(table[key]) if i in dates else columns[i] for i, key in enumerate(names)]
+    return _Frame(np.column_stack(whole).astype(np.float64), names), dates
+
+
+class _Frame:
+    """Rows and the names of their columns, as far as `corner` asks a DataFrame."""
+
+    def __init__(self, rows: Array, columns: list[Any]) -> None:
+        self.rows, self.columns = rows, columns
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        return self.rows
+
+
+def _are_datetimes(values: NDArray[Any]) -> bool:
+    # Those of a time zone come as objects.
+    return values.dtype.kind == "M" or (
+        values.dtype.kind == "O" and len(values) > 0 and hasattr(values[0], "timestamp")
+    )
+
+
+def _since_1970(values: Any) -> Array:
+    times = np.asarray(values, dtype="datetime64[ns]")
+    return np.where(np.isnat(times), np.nan, times.astype(np.int64) / 1e9)
+
+
+def _dated(table: Array, days: set[int]) -> Array:
+    """Return the rows with seconds since 1970 as Matplotlib counts dates, in days."""
+    if not days:
+        return table
+    import matplotlib.dates
+
+    dates: Any = matplotlib.dates
+    table = table.copy()
+    epoch = float(dates.date2num(np.datetime64(0, "s")))
+    for column in days:
+        table[:, column] = epoch + table[:, column] / 86400
+    return table
+
+
+def _set_ticks(ax: Axes, *, across: bool, up: bool | None) -> None:
+    """Choose few ticks, and formatters whose labels are short; `up` None: that axis has counts."""
+    import matplotlib.dates
+    from matplotlib import ticker
+
+    dates: Any = matplotlib.dates
+    for axis, dated, most in ((ax.xaxis, across, 3), (ax.yaxis, up, 4)):
+        if dated is None:
+            continue
+        if dated:
+            locator = dates.AutoDateLocator(minticks=2, maxticks=most)
+            axis.set_major_locator(locator)
+            axis.set_major_formatter(dates.ConciseDateFormatter(locator))
+        else:
+            axis.set_major_locator(ticker.MaxNLocator(nbins=most, steps=[1, 2, 2.5, 5, 10]))
+            formatter = ticker.ScalarFormatter()
+            formatter.set_powerlimits((-3, 4))
+            axis.set_major_formatter(formatter)
+        axis.get_offset_text().set_fontsize("x-small")
+
+
 def _chosen(columns: Sequence[int] | None, count: int) -> list[int]:
+    """Return which columns to draw."""
     if columns is None:
         if count > _MOST_COLUMNS:
             raise ValueError(
                 f"data has {count} columns, which makes {count * (count + 1) // 2} panels; choose some by columns=[...]"
             )
         return list(range(count))
-    chosen = list(_checks.sizes("columns", columns))
+    return _indices("columns", columns, count)
+
+
+def _indices(name: str, columns: Sequence[int], count: int) -> list[int]:
+    chosen = list(_checks.sizes(name, columns))
     if not chosen or any(not 0 <= column < count for column in chosen):
-        raise ValueError(f"columns is {_checks.describe(columns)}, expected indices from 0 to {count - 1}")
+        raise ValueError(f"{name} is {_checks.describe(columns)}, expected indices from 0 to {count - 1}")
     return chosen
 
 
@@ -245,12 +339,9 @@ def _corner_axes(ax: Any, count: int) -> NDArray[np.object_]:
         _matplotlib()
         import matplotlib.pyplot as plt
 
-        side = 1.2 + 1.55 * count
+        side = 1.4 + 1.55 * count
         given = np.asarray(plt.subplots(count, count, figsize=(side, side), squeeze=False)[1])
-        given[0, 0].figure.subplots_adjust(
-            left=0.8 / side, right=1 - 0.2 / side, bottom=0.6 / side, top=1 - 0.35 / side
-        )
-        given[0, 0].figure.subplots_adjust(hspace=0.09, wspace=0.09)
+        given[0, 0].figure.subplots_adjust(**corner_margins(side))
     else:
         given = np.asarray(ax, dtype=object)
         if given.shape != (count, count):
@@ -266,6 +357,18 @@ def _corner_axes(ax: Any, count: int) -> NDArray[np.object_]:
     return grid
 
 
+def corner_margins(side: float) -> dict[str, float]:
+    """Return the margins of a figure of so many inches, which hold names of two lines, for its grid of panels."""
+    return {
+        "left": 0.95 / side,
+        "right": 1 - 0.15 / side,
+        "bottom": 0.75 / side,
+        "top": 1 - 0.5 / side,
+        "hspace": 0.09,
+        "wspace": 0.09,
+    }
+
+
 def some_rows(rows: NDArray[Any], count: int) -> NDArray[Any]:
     """Return so many of the rows, in their order, chosen at random but always alike; all where there are no more."""
     if len(rows) <= count:
@@ -274,23 +377,42 @@ def some_rows(rows: NDArray[Any], count: int) -> NDArray[Any]:
 
 
 def _limits(values: Array) -> tuple[float, float]:
-    """Return an interval that holds all but the most extreme values, with a margin."""
-    low, inner_low, inner_high, high = np.quantile(values, [0.001, 0.01, 0.99, 0.999])
-    if inner_low < inner_high:  # among few rows one that is very far out is within any quantile
-        reach = 3 * (inner_high - inner_low)
+    """Return an interval that holds the values, but for those farther from the inner 98 % than these are wide."""
+    inner_low, inner_high = np.quantile(values, [0.01, 0.99])
+    low, high = values.min(), values.max()
+    if inner_low < inner_high:
+        reach = inner_high - inner_low
         low, high = max(low, inner_low - reach), min(high, inner_high + reach)
-    if low == high:
-        low, high = values.min(), values.max()
     margin = 0.06 * (high - low) or 0.5
     return float(low - margin), float(high + margin)
 
 
 def _draw_pair(ax: Axes, sets: list[Array], across: tuple[float, float], up: tuple[float, float]) -> None:
-    points = np.stack(sets, axis=1).reshape(-1, 2)  # in turns, so that neither hides the other
-    colours = [_DATA, _FLOW][: len(sets)] * len(sets[0])
+    points = np.concatenate(sets)
+    colours = np.repeat([_DATA, _FLOW][: len(sets)], [len(table) for table in sets])
+    order = np.random.default_rng(0).permutation(len(points))  # what is drawn last hides the rest
     size = float(np.clip(7000 / len(points), 2.2, 14))
-    ax.scatter(points[:, 0], points[:, 1], c=colours, s=size, linewidths=0, alpha=0.6, rasterized=True)
+    ax.scatter(points[order, 0], points[order, 1], c=colours[order], s=size, linewidths=0, alpha=0.6, rasterized=True)
     ax.set(xlim=across, ylim=up)
+
+
+def _mark_beyond(ax: Axes, pairs: Array, across: tuple[float, float], up: tuple[float, float]) -> None:
+    """Mark the edge where rows of the data lie outside the panel."""
+    low, high = np.array([across, up]).T
+    outside = pairs[((pairs < low) | (pairs > high)).any(axis=1)]
+    if len(outside):
+        at = np.clip(some_rows(outside, _MOST_POINTS), low, high)
+        ax.scatter(
+            at[:, 0],
+            at[:, 1],
+            s=13,
+            marker="D",
+            facecolors="none",
+            edgecolors=_DATA,
+            linewidths=0.9,
+            clip_on=False,
+            zorder=3,
+        )
 
 
 def _draw_histogram(ax: Axes, sets: list[Array], limits: tuple[float, float]) -> None:
@@ -299,28 +421,77 @@ def _draw_histogram(ax: Axes, sets: list[Array], limits: tuple[float, float]) ->
     ax.stairs(counts[0], edges, fill=True, color=_DATA, alpha=0.45)
     if len(counts) > 1:
         ax.stairs(counts[1], edges, color=_FLOW, linewidth=1.4)
-    ax.set(xlim=limits, yscale="log", ylim=(0.7, 2 * max(1.0, *(float(c.max()) for c in counts))))
+    lines = _count_beyond(ax, sets, limits)
+    ax.set(xlim=limits, yscale="log", ylim=(0.7, 2 * 8**lines * max(1.0, *(float(c.max()) for c in counts))))
+
+
+def _count_beyond(ax: Axes, sets: list[Array], limits: tuple[float, float]) -> int:
+    """Write at either edge how many values lie beyond it; return the number of lines."""
+    left, right = "\N{LEFTWARDS ARROW}", "\N{RIGHTWARDS ARROW}"
+    lines = 0
+    for values, colour in zip(sets, (_DATA, _FLOW), strict=False):
+        below, above = int(np.sum(values < limits[0])), int(np.sum(values > limits[1]))
+        style: dict[str, Any] = {"va": "top", "fontsize": "x-small", "color": colour, "transform": ax.transAxes}
+        height = 0.97 - 0.12 * lines
+        if below:
+            ax.text(0.03, height, f"{left} {below:,} beyond", ha="left", **style)
+        if above:  # beside the other side's, there is room for the number only
+            ax.text(0.97, height, f"{above:,}{'' if below else ' beyond'} {right}", ha="right", **style)
+        lines += bool(below or above)
+    return lines
 
 
 def _label_panel(ax: Axes, row: int, column: int, count: int, up: str, across: str) -> None:
     """Name the axes at the grid's outer edges only."""
     ax.tick_params(length=2.5)
-    ax.locator_params(axis="x", nbins=3)
-    if row != column:
-        ax.locator_params(axis="y", nbins=4)
     if row == count - 1:
-        ax.set_xlabel(across)
-        for label in ax.get_xticklabels():
-            label.set(rotation=0)
+        ax.set_xlabel(_fitted(ax, across, 0), labelpad=11 if _has_offset(ax.xaxis) else 4)
     else:
         ax.tick_params(labelbottom=False)
+        ax.xaxis.get_offset_text().set_visible(False)
     if row == column:
         ax.tick_params(axis="y", which="both", left=False, labelleft=False)
-        ax.set_title(up, pad=4)
+        ax.set_title(_fitted(ax, up, 0, "axes.titlesize"), pad=4)
     elif column == 0:
-        ax.set_ylabel(up)
+        ax.set_ylabel(_fitted(ax, up, 1))
+        ax.yaxis.set_label_coords(-0.55 / _panel_inches(ax)[0], 0.5)
     else:
         ax.tick_params(labelleft=False)
+        ax.yaxis.get_offset_text().set_visible(False)
+
+
+def _panel_inches(ax: Axes) -> tuple[float, float]:
+    box = ax.get_position()
+    figure: Any = ax.figure
+    width, height = figure.get_window_extent().size / figure.dpi
+    return float(box.width * width), float(box.height * height)
+
+
+def _has_offset(axis: Any) -> bool:
+    """Tell whether what the tick labels have in common will be written beside them."""
+    axis.get_major_formatter().format_ticks(axis.get_majorticklocs())
+    return bool(axis.get_major_formatter().get_offset())
+
+
+def _fitted(ax: Axes, name: str, side: int, size: str = "axes.labelsize") -> str:
+    """Break a name into two lines where it is longer than the panel's side, and cut off what is left over."""
+    from matplotlib.font_manager import FontProperties
+
+    points = FontProperties(size=_matplotlib().rcParams[size]).get_size_in_points()
+    letters = max(4, int(_panel_inches(ax)[side] * 72 / (0.58 * points)))
+    if len(name) <= letters or "$_{" in name:
+        return name
+    return _wrapped(name.replace(r"\$", "$"), letters).replace("$", r"\$")
+
+
+def _wrapped(name: str, letters: int) -> str:
+    """Return a name in one or two lines of at most so many letters."""
+    cut = max((name.rfind(mark, 0, letters) + 1 for mark in (" ", "_", "-", ".", "/")), default=0)
+    cut = cut if cut > letters // 3 else letters
+    first, rest = name[:cut].rstrip(), name[cut:].lstrip()
+    if len(rest) > letters:
+        rest = rest[: letters - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    return f"{first}\n{rest}"
 
 
 def _draw_corner_legend(ax: Axes, labels: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nvpflow import _checks
+from nvpflow._blame import blame
 from nvpflow._core import __version__, cpu_isa
 from nvpflow._findings import Findings, counted, examine, finite_rows
 from nvpflow.flow import Flow
@@ -162,17 +163,9 @@ def _png(pixels: Array) -> bytes:
 
 
 def _panels(figure: Figure, count: int) -> NDArray[np.object_]:
-    side = figure.get_figwidth()
-    grid = figure.add_gridspec(
-        count,
-        count,
-        left=0.75 / side,
-        right=1 - 0.1 / side,
-        bottom=0.6 / side,
-        top=1 - 0.3 / side,
-        hspace=0.09,
-        wspace=0.09,
-    )
+    from nvpflow import plot
+
+    grid = figure.add_gridspec(count, count, **plot.corner_margins(figure.get_figwidth()))
     panels = np.full((count, count), None, dtype=object)
     for i, j in np.argwhere(np.tri(count)).tolist():
         panels[i, j] = figure.add_subplot(grid[i, j])
@@ -384,18 +377,18 @@ def _outliers(flow: Flow, found: Findings) -> str:
     mean = found.rows.mean(axis=0, dtype=np.float64)
     std = found.rows.std(axis=0, dtype=np.float64)
     std[std == 0] = 1
+    chosen = plot.least_likely(found.log_p, OUTLIERS)
     lines = []
-    for at in plot.least_likely(found.log_p, OUTLIERS):
+    for at, gains in zip(chosen, blame(flow, found.rows[chosen]), strict=True):
         row = found.rows[at]
         scores = (row.astype(np.float64) - mean) / std
         values = [f"{found.names[i]} {_plain(row[i], std[i])} ({_nats(scores[i], 1, '+')})" for i in _farthest(scores)]
-        z = flow.forward(row)[0]
-        latents = [f"{found.names[i]} {_nats(z[i], 1, '+')}" for i in _farthest(z)]
-        lines.append((str(found.numbers[at]), _nats(found.log_p[at], 2), "; ".join(values), "; ".join(latents)))
-    head = ("row", "log p", "values farthest from the mean (in standard deviations)", "largest latents")
+        columns = [f"{found.names[i]} {_nats(gains[i], 1, '+')}" for i in _farthest(gains)]
+        lines.append((str(found.numbers[at]), _nats(found.log_p[at], 2), "; ".join(values), "; ".join(columns)))
+    head = ("row", "log p", "values farthest from the mean (in standard deviations)", "columns to blame (nats)")
     note = (
-        "A latent is what is left of a column once the flow has taken into account the columns it depends on: standard "
-        "normal, if the row is like the data."
+        "To blame: by how much log p would rise if that column had its likeliest value, given the other columns of the "
+        "row. Where two columns do not fit each other, both are blamed."
     )
     table = _table("Rows counted from 0, log p in nats", head, lines, text_from=2)
     return f'{table}<p class="caption">{note}</p>'
