@@ -49,9 +49,7 @@ def test_check_estimator(estimator, options):
 def test_density_is_the_flow_bit_for_bit(x):
     density = FlowDensity(**SMALL, learning_rate=3e-3, clip_norm=1.0).fit(x)
     flow = nvpflow.build(3, 2, (16,), standardize=True, seed=0)
-    history = flow.fit(
-        x.astype(np.float32), batch_size=256, epochs=3, learning_rate=3e-3, clip_norm=1.0, seed=0, progress=False
-    )
+    history = flow.fit(x.astype(np.float32), epochs=3, learning_rate=3e-3, clip_norm=1.0, seed=0, progress=False)
     assert density.flow_ == flow
     assert (density.n_iter_, density.n_features_in_) == (3, 3)
     assert np.array_equal(density.history_.validation_loss, history.validation_loss)

@@ -355,15 +355,26 @@ def test_rows_that_are_not_finite_are_counted_and_named(bad) -> None:
         fit(flow, curved(1000), validation=validation)
 
 
-def test_fewer_rows_than_a_batch() -> None:
-    flow = new_flow()
-    with pytest.raises(ValueError, match=r"batch_size.*\b64\b.*\b50\b|\b50\b.*batch_size.*\b64\b"):
-        fit(flow, curved(50), validation=None)
-    with pytest.raises(ValueError, match=r"batch_size"):
-        fit(flow, curved(70), validation=0.5)
-    with pytest.raises(ValueError, match=r"^x\b|row"):
-        fit(flow, curved(0), validation=None)
-    fit(flow, curved(64), validation=None)
+@pytest.mark.parametrize("rows", [1, 50, 64])
+def test_a_batch_is_all_rows_where_there_are_fewer(rows) -> None:
+    whole, more = new_flow(), new_flow()
+    fit(whole, curved(rows), validation=None, batch_size=rows)
+    fit(more, curved(rows), validation=None, batch_size=10_000)
+    assert_same_bits(flat(whole), flat(more), "weights")
+    with pytest.raises(ValueError, match=r"^x has no rows"):
+        fit(new_flow(), curved(0), validation=None)
+
+
+@pytest.mark.parametrize(("rows", "taken"), [(10, 10), (20, 16), (128, 16), (129, 17), (1000, 125), (5000, 256)])
+def test_the_automatic_batch_leaves_few_rows_several_steps(rows, taken) -> None:
+    """An eighth of the rows, at least 16 and at most 256; with 20 rows `fit` once asked for a batch_size."""
+    automatic, told = new_flow(), new_flow()
+    fit(automatic, curved(rows), validation=None, epochs=1, batch_size=None)
+    fit(told, curved(rows), validation=None, epochs=1, batch_size=taken)
+    assert_same_bits(flat(automatic), flat(told), "weights")
+    default = new_flow()
+    history = default.fit(curved(max(rows, 20)), epochs=1, progress=False)
+    assert history.validation_rows == max(rows, 20) // 10
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,8 @@ class Trainer {
     const double most = kSliceFlops * sizeof(float) / sizeof(T);
     slice_ =
         std::clamp<std::int64_t>(static_cast<std::int64_t>(most / (3 * flops_per_row(flow.layout()))), 64, 1 << 16);
-    steps_ = (rows_.train() + options.batch_size - 1) / options.batch_size;
+    batch_ = rows_in_a_step(rows_.train());
+    steps_ = (rows_.train() + batch_ - 1) / batch_;
     history_.train_rows = rows_.train();
     history_.validation_rows = has_array() ? validation_rows() : rows_.held_out();
     history_.best_loss = std::numeric_limits<double>::infinity();
@@ -197,7 +198,7 @@ class Trainer {
     flow_.template copy_parameters<T>(best_);
     standardize_from_data();
     const TrainingData data = {x_.data(), total_rows(), validation_.data(), validation_rows()};
-    training_ = flow_.backend().begin_training(data, best_.data(), std::min(slice_, options_.batch_size), threads_);
+    training_ = flow_.backend().begin_training(data, best_.data(), std::min(slice_, batch_), threads_);
     if (options_.max_round_trip == 0) return;
     probe_.emplace(flow_);
     probe_->set_num_threads(threads_);
@@ -277,12 +278,16 @@ class Trainer {
       fail("patience is " + std::to_string(options_.patience) +
            ", which needs validation data; give validation or set patience to 0");
     }
-    if (rows_.train() < options_.batch_size) {
-      fail("x has " + std::to_string(rows_.train()) + " training rows" +
-           (split ? " (" + std::to_string(rows_.held_out()) + " more are set aside for validation)" : "") +
-           ", fewer than batch_size " + std::to_string(options_.batch_size) +
-           "; expected a batch_size of at most the number of training rows");
-    }
+    if (total_rows() == 0) fail("x has no rows, expected at least one");
+  }
+
+  /// The automatic size keeps several steps an epoch where rows are few, and each step's gradient from being noise
+  /// only.
+  std::int64_t rows_in_a_step(std::int64_t train) const {
+    constexpr std::int64_t kFewest = 16, kMost = 256, kSteps = 8;
+    const std::int64_t most =
+        options_.batch_size > 0 ? options_.batch_size : std::clamp((train + kSteps - 1) / kSteps, kFewest, kMost);
+    return std::min(most, train);
   }
 
   void standardize_from_data() {
@@ -348,8 +353,8 @@ class Trainer {
     const RowOrder order = rows_.shuffled(record.epoch);
     double sum = 0;
     for (std::int64_t step = 0; step < steps_; ++step) {
-      const std::int64_t first = step * options_.batch_size;
-      batch_gradient(order, first, std::min(options_.batch_size, rows_.train() - first), record.epoch, step);
+      const std::int64_t first = step * batch_;
+      batch_gradient(order, first, std::min(batch_, rows_.train() - first), record.epoch, step);
       if (history_.stop_reason == "interrupted") return;
       update(record);
       if ((step + 1) % training_->steps_per_report() == 0 || step + 1 == steps_) sum += collect(record);
@@ -478,7 +483,9 @@ class Trainer {
   CheckpointKey key() {
     const auto look = [this] { poll(); };
     const std::uint64_t x = fingerprint(x_.data(), x_.size_bytes(), look);
-    return {flow_.spec(), options_, x ^ (fingerprint(validation_.data(), validation_.size_bytes(), look) << 1),
+    FitOptions taken = options_;
+    taken.batch_size = batch_;
+    return {flow_.spec(), taken, x ^ (fingerprint(validation_.data(), validation_.size_bytes(), look) << 1),
             total_rows(), validation_rows()};
   }
 
@@ -522,7 +529,7 @@ class Trainer {
   std::optional<Flow> probe_;  // where max_round_trip is set
   std::vector<T> probe_rows_;
   std::vector<T> best_;  // before the first epoch is done, the parameters that training starts from
-  std::int64_t slice_ = 0, steps_ = 0, adam_steps_ = 0;
+  std::int64_t slice_ = 0, batch_ = 0, steps_ = 0, adam_steps_ = 0;
   History history_;
   std::optional<CheckpointKey> key_;
 };
@@ -531,7 +538,7 @@ class Trainer {
 
 void FitOptions::validate() const {
   require(epochs >= 1, "epochs", std::to_string(epochs), "at least 1");
-  require(batch_size >= 1, "batch_size", std::to_string(batch_size), "at least 1");
+  require(batch_size >= 0, "batch_size", std::to_string(batch_size), "at least 1 (0: automatic)");
   const auto non_negative = [](double v) { return std::isfinite(v) && v >= 0; };
   require(std::isfinite(learning_rate) && learning_rate > 0, "learning_rate", std::to_string(learning_rate),
           "a finite number above 0");

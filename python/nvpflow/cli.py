@@ -144,7 +144,8 @@ def _add_fit(commands: Any) -> None:
 
 def _add_training_options(group: Any) -> None:
     _add_option(group, "--epochs", type=int, metavar="N", default=100, help="passes over the rows")
-    _add_option(group, "--batch-size", type=int, metavar="N", default=256, help="rows per update")
+    batch_help = "most rows per update (default: an eighth of the training rows, from 16 to 256)"
+    _add_option(group, "--batch-size", type=int, metavar="N", help=batch_help)
     _add_option(group, "--learning-rate", type=float, metavar="X", default=1e-3, help="Adam's step size")
     _add_option(group, "--schedule", choices=("cosine", "constant"), default="cosine", help="of the learning rate")
     _add_option(group, "--weight-decay", type=float, metavar="X", default=0.0, help="decoupled, on kernels only")

@@ -385,7 +385,7 @@ class Flow(_core.Flow):
         *,
         validation: float | ArrayLike | None = 0.1,
         epochs: int = 100,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         learning_rate: float = 1e-3,
         schedule: Literal["cosine", "constant"] = "cosine",
         weight_decay: float = 0.0,
@@ -416,7 +416,8 @@ class Flow(_core.Flow):
         epochs
             Passes over the training rows.
         batch_size
-            Rows per update; no more than there are training rows.
+            Most rows per update; all training rows where there are fewer. None: an eighth of the training rows, but at
+            least 16 and at most 256, so that few rows, too, get several updates an epoch.
         learning_rate
             Adam's step size at the start.
         schedule

@@ -37,7 +37,7 @@ _PARAMETERS = """num_flows, hidden_sizes, activation, scale_bound, dtype
     epochs, learning_rate, schedule, weight_decay, clip_norm
         Training, as in `nvpflow.Flow.fit`.
     batch_size
-        Rows per update; all training rows where there are fewer.
+        Most rows per update, as in `nvpflow.Flow.fit`. None: an eighth of the training rows, from 16 to 256.
     validation_fraction
         Share of the rows, in (0, 1), that `fit` sets aside, at least one row. The epoch that explains them best gives
         the weights. None: no rows are set aside, and the epoch that explains the training rows best gives the weights.
@@ -92,7 +92,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         scale_bound: float = 1.0,
         dtype: str = "float32",
         epochs: int = 100,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         learning_rate: float = 1e-3,
         schedule: str = "cosine",
         weight_decay: float = 0.0,
@@ -163,7 +163,6 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
                 f"Found array with {len(rows)} sample(s), of which {held_out} set aside for validation, while a "
                 "minimum of 2 is required to train on; give validation_fraction=None, or X_val"
             )
-        batch_size = _checks.integer("batch_size", self.batch_size)
         seed = _seed_of(self.random_state)
         flow = build(
             rows.shape[1],
@@ -184,7 +183,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
             rows,
             validation=validation,
             epochs=self.epochs,
-            batch_size=min(batch_size, len(rows) - held_out),
+            batch_size=self.batch_size,
             learning_rate=self.learning_rate,
             schedule=self.schedule,  # type: ignore[arg-type]  # checked by fit
             weight_decay=self.weight_decay,
@@ -424,7 +423,7 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
         scale_bound: float = 1.0,
         dtype: str = "float32",
         epochs: int = 100,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         learning_rate: float = 1e-3,
         schedule: str = "cosine",
         weight_decay: float = 0.0,

@@ -224,8 +224,10 @@ def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
     given = dict(options)
     for name in ("clip_norm", "max_round_trip", "patience", "num_threads"):
         given[name] = 0 if given[name] is None else given[name]
-    integers = ("epochs", "batch_size", "patience")
+    integers = ("epochs", "patience", *(() if given["batch_size"] is None else ("batch_size",)))
     checked: dict[str, Any] = {name: _checks.integer(name, given[name]) for name in integers}
+    if checked.get("batch_size") == 0:  # the extension's word for None
+        raise ValueError("batch_size is 0, expected at least 1, or None for an automatic size")
     reals = ("learning_rate", "weight_decay", "clip_norm", "max_round_trip")
     checked |= {name: _checks.real(name, given[name]) for name in reals}
     checked["num_threads"] = _checks.integer("num_threads", given["num_threads"], bits=32)

@@ -18,8 +18,9 @@ enum class Schedule { constant, cosine };
 struct NVPFLOW_API FitOptions {
   /// Passes over the training rows.
   std::int64_t epochs = 100;
-  /// Rows of a step; the last step of an epoch takes what is left.
-  std::int64_t batch_size = 256;
+  /// Most rows of a step; the last step of an epoch takes what is left. All training rows where there are fewer.
+  /// 0: an eighth of the training rows, but at least 16 and at most 256.
+  std::int64_t batch_size = 0;
   /// Adam's, where the schedule begins.
   double learning_rate = 1e-3;
   /// cosine: learning_rate * (1 + cos(pi step / total_steps)) / 2, from the first step to the last of all epochs.
