@@ -128,9 +128,7 @@ def test_fit_without_hidden_layers_and_quiet(run, folder):
 
 
 def test_fit_stops_in_time(run):
-    started = time.monotonic()
     output = run("fit", "data.npy", "-o", "new.safetensors", *QUICK, "--epochs", 10_000_000, "--max-time", 0.5).stdout
-    assert time.monotonic() - started < 30
     assert "stop reason: --max-time" in output
 
 

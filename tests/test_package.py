@@ -17,16 +17,18 @@ import nvpflow
 import pytest
 
 
-def test_importing_takes_less_than_50_ms_beyond_numpy(run_python) -> None:
+def test_importing_costs_less_than_half_of_what_importing_numpy_costs(run_python) -> None:
+    """Processor time, and a ratio within one process: neither depends on what else the machine does."""
     script = """
 import time
+start = time.process_time()
 import numpy
-start = time.perf_counter()
+middle = time.process_time()
 import nvpflow
-print(time.perf_counter() - start)
+print((time.process_time() - middle) / (middle - start))
 """
-    # The fastest of several: the first one reads the file from the disk, and others may be computing here.
-    assert min(float(run_python(script)) for _ in range(5)) < 0.05
+    # The best of several: the first one compiles Python to bytecode.
+    assert min(float(run_python(script)) for _ in range(5)) < 0.5
 
 
 def test_importing_brings_nothing_but_numpy_and_the_standard_library(run_python) -> None:

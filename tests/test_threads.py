@@ -44,28 +44,28 @@ def test_calls_see_the_old_or_the_new_parameters_whole(make_flow, rows) -> None:
     assert len(answers) == 2
 
     done = threading.Event()
-    seen: list[set[bytes]] = []
+    seen: list[set[bytes]] = [set() for _ in range(4)]
+    returned = []
 
-    def reader() -> None:
-        mine = set()
+    def reader(mine: set[bytes]) -> None:
         while not done.is_set():
             mine.add(everything())
-        seen.append(mine)
+        returned.append(mine)
 
-    readers = [threading.Thread(target=reader) for _ in range(4)]
+    readers = [threading.Thread(target=reader, args=(mine,)) for mine in seen]
     for thread in readers:
         thread.start()
-    deadline = time.monotonic() + 1.5
+    deadline, patience = time.monotonic() + 1.5, time.monotonic() + 60
     turn = 0
-    while time.monotonic() < deadline:
+    # On a busy machine until the readers have met both sets.
+    while time.monotonic() < deadline or (any(len(mine) < 2 for mine in seen) and time.monotonic() < patience):
         # Each set twice: the flow keeps two copies and writes them in turn, which would else hold one set each, always.
         flow.set_parameters(sets[turn // 2 % 2])
         turn += 1
     done.set()
     for thread in readers:
         thread.join()
-    assert len(seen) == 4, "a reader raised"
-    assert turn >= 10
+    assert len(returned) == 4, "a reader raised"
     for mine in seen:
         assert mine <= answers, "a result that belongs to neither set of parameters"
     assert set().union(*seen) == answers, "the readers never met the other set: the test says nothing"
@@ -84,21 +84,24 @@ def test_swap_and_reload_under_load_show_one_model_or_the_other(make_flow, tmp_p
         for rows, x in inputs.items():
             answers[rows].add(model.log_prob(x).tobytes())
     done = threading.Event()
-    seen: list[tuple[int, set[bytes]]] = []
+    seen: dict[int, set[bytes]] = {rows: set() for rows in inputs}
+    returned = []
 
     def reader(rows: int) -> None:
-        mine = set()
         while not done.is_set():
-            mine.add(flow.log_prob(inputs[rows]).tobytes())
-        seen.append((rows, mine))
+            seen[rows].add(flow.log_prob(inputs[rows]).tobytes())
+        returned.append(rows)
 
     readers = [threading.Thread(target=reader, args=(rows,)) for rows in inputs]
     for thread in readers:
         thread.start()
-    deadline = time.monotonic() + seconds
+    deadline, patience = time.monotonic() + seconds, time.monotonic() + seconds + 60
     replaced = 0
     try:
-        while time.monotonic() < deadline:
+        # On a busy machine until the readers have met both models.
+        while time.monotonic() < deadline or (
+            any(len(mine) < 2 for mine in seen.values()) and time.monotonic() < patience
+        ):
             # In threes, so that each of the two copies that a flow keeps holds now one model and now the other.
             if replaced % 3 == 0:
                 flow.reload(paths[replaced // 3 % 2])
@@ -112,9 +115,8 @@ def test_swap_and_reload_under_load_show_one_model_or_the_other(make_flow, tmp_p
         done.set()
         for thread in readers:
             thread.join()
-    assert len(seen) == len(readers), "a reader raised"
-    assert replaced >= 10
-    for rows, mine in seen:
+    assert len(returned) == len(readers), "a reader raised"
+    for rows, mine in seen.items():
         assert mine <= answers[rows], f"{rows} rows: a result that belongs to neither model"
         assert mine == answers[rows], f"{rows} rows: the reader met one model alone: the test says nothing"
 
@@ -258,8 +260,8 @@ def test_python_runs_on_while_a_call_computes(make_flow, work) -> None:
         clock.join()
     assert end - start > 0.1, "too short a call to tell"
     inside = [t for t in ticks if start < t < end]
-    # A call that keeps the GIL leaves at most a tick at each end.
-    assert len(inside) > 10
+    # A call that keeps the GIL leaves at most a tick at each end; on a busy machine the ticks are few.
+    assert len(inside) > 3
 
 
 def test_python_runs_on_while_a_flow_is_fitted(make_flow) -> None:
@@ -281,7 +283,7 @@ def test_python_runs_on_while_a_flow_is_fitted(make_flow) -> None:
     trainer.join()
     assert fitted.is_set()
     assert time.monotonic() - start > 0.1, "too short a fit to tell"
-    assert counted > 10
+    assert counted > 3
 
 
 # ---------------------------------------------------------------------------------------------- processes

@@ -21,10 +21,10 @@ using nvpflow::parallel_for;
 
 namespace {
 
-/// Until so many threads have come here, or half a second has passed: a part that others are to join.
+/// Until so many threads have come here, or five seconds have passed (a busy machine): a part that others are to join.
 void linger(std::atomic<int>& arrived, int wanted) {
   arrived.fetch_add(1);
-  const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(500);
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(5);
   while (arrived.load() < wanted && std::chrono::steady_clock::now() < end) std::this_thread::yield();
 }
 
