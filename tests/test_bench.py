@@ -201,18 +201,26 @@ def test_results_of_another_format_are_refused(document) -> None:
 
 
 def test_report_is_written_and_checked(document, tmp_path, capsys) -> None:
-    results, readme = tmp_path / "results.json", tmp_path / "README.md"
+    results, readme, page = (tmp_path / name for name in ("results.json", "README.md", "benchmarks.md"))
     results.write_text(json.dumps(document), encoding="utf-8")
-    readme.write_text(f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nThe rest.\n", encoding="utf-8")
-    arguments = [str(results), "--readme", str(readme)]
+    for path in (readme, page):
+        path.write_text(f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nThe rest.\n", encoding="utf-8")
+    arguments = [str(results), "--readme", str(readme), "--page", str(page)]
     assert report.main([*arguments, "--check"]) == 1
     assert report.main([*arguments, "--write"]) == 0
     assert report.main([*arguments, "--check"]) == 0
-    text = readme.read_text(encoding="utf-8")
-    assert text.startswith("# Title\n\n" + report.BEGIN)
-    assert text.endswith(report.END + "\n\nThe rest.\n")
-    for part in (document["date"], document["machine"]["cpu"], document["command"], "numpy " + np.__version__):
-        assert part in text
+    for path in (readme, page):
+        text = path.read_text(encoding="utf-8")
+        assert text.startswith("# Title\n\n" + report.BEGIN)
+        assert text.endswith(report.END + "\n\nThe rest.\n")
+        assert document["machine"]["cpu"] in text
+    for part in (document["date"], document["command"], "numpy " + np.__version__):
+        assert part in page.read_text(encoding="utf-8")
+    for path in (readme, page):  # either may be out of date
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace("core", "Core"), encoding="utf-8")
+        assert report.main([*arguments, "--check"]) == 1
+        path.write_text(text, encoding="utf-8")
     readme.write_text("no markers", encoding="utf-8")
     assert report.main([*arguments, "--check"]) == 1
     assert "expected one" in capsys.readouterr().err

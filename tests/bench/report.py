@@ -1,8 +1,8 @@
-"""The README's section on speed, from the results of bench.py.
+"""The README's table on speed and the tables of python/docs/benchmarks.md, from the results of bench.py.
 
-python tests/bench/report.py results.json              # prints it
-python tests/bench/report.py results.json --write      # puts it between the markers in README.md
-python tests/bench/report.py results.json --check      # tells, by its exit status, whether README.md has it
+python tests/bench/report.py results.json              # prints them
+python tests/bench/report.py results.json --write      # puts them between the markers in both files
+python tests/bench/report.py results.json --check      # tells, by its exit status, whether both files have them
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 import tables
 from results import Results
 
-README = Path(__file__).resolve().parent.parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent.parent
+README, PAGE = ROOT / "README.md", ROOT / "python/docs/benchmarks.md"
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 LARGE_BATCHES = (1024, 65_536)
 MIDDLE_BATCH = 16  # between the single row and the large batches
@@ -85,20 +86,47 @@ def _model(name: str, c: dict) -> str:
     return f"{name} ({c['input_size']}, {c['num_flows']}, {c['hidden_sizes']})"
 
 
+def _processor(r: Results) -> str:
+    machine = r.document["machine"]
+    virtual = f", under {machine['virtual']}" if machine["virtual"] else ""
+    return f"{machine['cpu']} ({machine['family']}{virtual}), {r.native_isa()}"
+
+
+def _quick(r: Results) -> str:
+    return "With `--quick`: these figures show that it runs, not how fast.\n" if r.document["quick"] else ""
+
+
+def summary(r: Results) -> str:
+    """The README's table, with the markers: medians of calls in blocks, so that all columns can be compared."""
+    batch = LARGE_BATCHES[0]
+    rows = []
+    for name, c in r.configurations.items():
+        cells = [name, f"{c['input_size']}, {c['num_flows']}, {c['hidden_sizes']}"]
+        for count in (1, batch):
+            peer, seconds = _rival(r, name, "log_prob", count)
+            cells += [tables.time(r.seconds(name, "log_prob", count)), f"{tables.time(seconds)} ({peer})"]
+        rows.append(cells)
+    header = ["model", "columns, couplings, hidden", "one row", "fastest peer", f"{batch:,} rows", "fastest peer"]
+    parts = [
+        BEGIN,
+        f"Median time of one call of `flow.log_probability(x, out=out)` on one core of\n{_processor(r)}.\n{_quick(r)}",
+        tables.table(header, rows) + "\n",
+        END,
+    ]
+    return "\n".join(parts)
+
+
 def section(r: Results) -> str:
-    """Everything between the markers, and the markers."""
+    """The page's tables, with the markers."""
     document = r.document
     models = ", ".join(_model(name, c) for name, c in r.configurations.items())
     limits = document["limits"].get("1")
     isa = r.native_isa()
     peak = f" One core's multiply-add peak, measured: {limits['fma'][isa] / 1e9:.0f} GFLOP/s." if limits and isa else ""
-    virtual = f", under {document['machine']['virtual']}" if document["machine"]["virtual"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
-    quick = "With `--quick`: these figures show that it runs, not how fast.\n" if document["quick"] else ""
     parts = [
         BEGIN,
-        f"Medians on one core of {document['machine']['cpu']} ({document['machine']['family']}{virtual}), {isa},\n"
-        f"{document['date']}, float32, relu.{peak}\n{quick}"
+        f"Medians on one core of {_processor(r)},\n{document['date']}, float32, relu.{peak}\n{_quick(r)}"
         f"Models, as (columns, couplings, hidden layers): {models}.\n",
         "One row through Python, `flow.log_probability(x, out=out)`, in blocks of calls; p99 and cold: of calls timed\n"
         "one at a time, cold with 16 MiB read before each.\n",
@@ -113,37 +141,41 @@ def section(r: Results) -> str:
     return "\n".join(parts)
 
 
-def replaced(readme: str, new: str) -> str:
-    """The README with the section between its markers replaced."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+def replaced(text: str, new: str) -> str:
+    """A text with the section between its markers replaced."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"expected one {BEGIN} and one {END} after it")
-    return readme[: readme.index(BEGIN)] + new + readme[readme.index(END) + len(END) :]
+    return text[: text.index(BEGIN)] + new + text[text.index(END) + len(END) :]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--page", type=Path, default=PAGE)
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--write", action="store_true", help="replace the section in the README")
-    action.add_argument("--check", action="store_true", help="exit with 1 if the README's section differs")
+    action.add_argument("--write", action="store_true", help="replace the sections in the README and the page")
+    action.add_argument("--check", action="store_true", help="exit with 1 if a section differs")
     options = parser.parse_args(arguments)
-    new = section(Results.read(options.results))
+    results = Results.read(options.results)
+    sections = {options.readme: summary(results), options.page: section(results)}
     if not (options.write or options.check):
-        print(new)
+        print("\n\n".join(sections.values()))
         return 0
-    readme = options.readme.read_text(encoding="utf-8")
-    try:
-        wanted = replaced(readme, new)
-    except ValueError as error:
-        print(f"{options.readme}: {error}", file=sys.stderr)
-        return 1
-    if options.check:
-        if readme != wanted:
-            print(f"{options.readme}: the speed section is not what {options.results} gives", file=sys.stderr)
-        return int(readme != wanted)
-    options.readme.write_text(wanted, encoding="utf-8")
-    return 0
+    differs = False
+    for path, new in sections.items():
+        text = path.read_text(encoding="utf-8")
+        try:
+            wanted = replaced(text, new)
+        except ValueError as error:
+            print(f"{path}: {error}", file=sys.stderr)
+            return 1
+        if options.write:
+            path.write_text(wanted, encoding="utf-8")
+        elif text != wanted:
+            print(f"{path}: the speed section is not what {options.results} gives", file=sys.stderr)
+            differs = True
+    return int(differs)
 
 
 if __name__ == "__main__":
