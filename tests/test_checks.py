@@ -37,7 +37,7 @@ def test_integers_fit_64_bits() -> None:
     """What fits goes on to the extension, which knows the limits of a model."""
     limits = f"expected {-(2**63)} to {2**63 - 1}"
     for number in (2**63 - 1, -(2**63)):
-        refused(lambda n=number: nvpflow.build(3, n), ValueError, f"num_flows is {number}, expected 1 to 65536")
+        refused(lambda n=number: nvpflow.build(3, n), ValueError, f"num_flows is {number}, expected 1 to 65535")
     for number in (2**63, -(2**63) - 1):
         refused(lambda n=number: nvpflow.build(3, n), ValueError, f"num_flows is {number} (int), {limits}")
 

@@ -425,18 +425,66 @@ def test_set_parameters_names_what_is_wrong(make_flow) -> None:
     assert_same_bits(flow.log_prob(unit_data(5, 4, 1)), before, "after refused parameters")
 
 
-def test_initial_parameters_depend_on_spec_and_seed_alone() -> None:
-    first = nvpflow.build(input_size=9, hidden_sizes=(11,), seed=5)
-    again = nvpflow.build(input_size=9, hidden_sizes=(11,), seed=5)
-    other = nvpflow.build(input_size=9, hidden_sizes=(11,), seed=6)
-    assert first == again
+def check_initial(name: str, value: np.ndarray, inputs: int, outputs: int, init: str) -> None:
+    """Uniform on both sides of zero, as far out as `init` says, or zero."""
+    hidden = "dense" in name
+    if name.endswith(".bias") and (init == "glorot" or not hidden):
+        assert not np.any(value), name
+        return
+    bound = {"glorot": np.sqrt(6 / (inputs + outputs)), "fan_in": 1 / np.sqrt(inputs)}[init] * (1 if hidden else 0.01)
+    assert 0.5 * bound < np.max(np.abs(value)) <= bound * (1 + 1e-6), name
+    error = bound / np.sqrt(value.size)  # of a mean, above its standard deviation by sqrt(3)
+    assert abs(np.mean(value)) < 3 * error, name
+    assert abs(np.sqrt(np.mean(np.square(value, dtype=float))) - bound / np.sqrt(3)) < 2 * error, name
+
+
+@pytest.mark.parametrize("init", ["glorot", "fan_in"])
+def test_initial_parameters_depend_on_spec_seed_and_init_alone(init) -> None:
+    shape = {"input_size": 9, "hidden_sizes": (64, 33), "init": init}
+    first, again, other = (nvpflow.build(**shape, seed=seed) for seed in (5, 5, 6))
+    assert first == again == nvpflow.Flow(first.spec, 5, init=init)
     assert first != other
-    for name, value in first.parameters().items():
-        if name.endswith(".kernel"):
-            bound = np.sqrt(6 / sum(value.shape)) * (0.01 if "dense" not in name else 1.0)
-            assert 0.5 * bound < np.max(np.abs(value)) <= bound * (1 + 1e-6), name
-        else:
+    wide = nvpflow.build(**shape, seed=5, dtype="float64").parameters()
+    parameters = first.parameters()
+    for name, value in parameters.items():
+        assert_same_bits(value, wide[name].astype(np.float32), name)
+        if name.startswith("standardize"):
             assert not np.any(value), name
+        else:
+            check_initial(name, value, *parameters[name.partition(".")[0] + ".kernel"].shape, init)
+
+
+def test_fan_in_is_what_is_drawn_where_nothing_is_said() -> None:
+    flow = nvpflow.build(4, seed=2)
+    assert flow == nvpflow.build(4, seed=2, init="fan_in") == nvpflow.Flow(flow.spec, 2)
+    assert flow != nvpflow.build(4, seed=2, init="glorot")
+    with pytest.raises(ValueError, match=r"^init is 'he', expected one of glorot, fan_in$"):
+        nvpflow.build(4, init="he")
+    with pytest.raises(TypeError, match=r"^init must be a string, got 3 \(int\)$"):
+        nvpflow.build(4, init=3)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        ("float32", ("0x1.7bad4c0000000p-1", "-0x1.9bb0080000000p-2", "0x1.0887280000000p-7")),
+        ("float64", ("0x1.7bad4b91a75f1p-1", "-0x1.9bb007c400000p-2", "0x1.088728dfda935p-7")),
+    ],
+)
+def test_glorot_draws_what_it_drew_when_it_was_the_only_one(dtype, expected) -> None:
+    parameters = nvpflow.build(5, 2, (3,), standardize=False, seed=7, dtype=dtype, init="glorot").parameters()
+    names = ("flow_0_coupling_dense_0", "flow_1_coupling_dense_0", "flow_1_translation")
+    drawn = [parameters[f"{name}.kernel"].ravel()[at] for name, at in zip(names, (0, -1, -1), strict=True)]
+    assert tuple(float(value).hex() for value in drawn) == expected
+
+
+def test_build_standardizes_and_is_the_identity_until_fit() -> None:
+    flow = nvpflow.build(4)
+    assert flow.spec.standardize
+    assert not any(np.any(value) for name, value in flow.parameters().items() if name.startswith("standardize"))
+    assert "standardize" not in repr(flow)
+    assert "standardize=False" in repr(nvpflow.build(4, standardize=False))
+    assert not nvpflow.FlowSpec(4).standardize
 
 
 @pytest.mark.parametrize(

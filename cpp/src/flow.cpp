@@ -166,13 +166,13 @@ struct Flow::State {
   }
 };
 
-Flow::Flow(FlowSpec spec, std::uint64_t seed, Device device, Precision precision, Weights weights)
+Flow::Flow(FlowSpec spec, std::uint64_t seed, Device device, Precision precision, Weights weights, Init init)
     : state_(std::make_unique<State>(std::move(spec), device, precision, weights)) {
   void* parameters = state_->parameters.data();
   if (state_->spec.dtype == DType::float32) {
-    initialize_parameters(state_->spec, state_->layout, seed, static_cast<float*>(parameters));
+    initialize_parameters(state_->spec, state_->layout, seed, static_cast<float*>(parameters), init);
   } else {
-    initialize_parameters(state_->spec, state_->layout, seed, static_cast<double*>(parameters));
+    initialize_parameters(state_->spec, state_->layout, seed, static_cast<double*>(parameters), init);
   }
   state_->backend->set_parameters(parameters);
 }

@@ -1,5 +1,6 @@
 #include <nvpflow/spec.hpp>
 
+#include <algorithm>
 #include <array>
 #include <charconv>
 #include <cmath>
@@ -31,6 +32,7 @@ using Names = std::array<std::pair<Enum, std::string_view>, N>;
 constexpr Names<DType, 2> kDTypes = {{{DType::float32, "float32"}, {DType::float64, "float64"}}};
 constexpr Names<LayerKind, 2> kLayerKinds = {
     {{LayerKind::coupling, "coupling"}, {LayerKind::standardize, "standardize"}}};
+constexpr Names<Init, 2> kInits = {{{Init::glorot, "glorot"}, {Init::fan_in, "fan_in"}}};
 constexpr Names<Activation, 8> kActivations = {{{Activation::relu, "relu"},
                                                 {Activation::leaky_relu, "leaky_relu"},
                                                 {Activation::elu, "elu"},
@@ -144,8 +146,16 @@ void check_totals(const FlowSpec& spec) {
   }
 }
 
+/// The largest initial weight of a tensor, a dense layer's kernel or bias; `in` and `out` are the layer's.
+double initial_limit(Init init, TensorRole role, bool head, std::int64_t in, std::int64_t out) {
+  if (role == TensorRole::bias && (head || init == Init::glorot)) return 0;
+  const auto fan_in = static_cast<double>(in), fans = static_cast<double>(in + out);
+  return (head ? 0.01 : 1.0) * (init == Init::glorot ? std::sqrt(6.0 / fans) : 1 / std::sqrt(fan_in));
+}
+
 template <class T>
-void initialize(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t seed, T* parameters) {
+void initialize(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t seed, T* parameters, Init init) {
+  find_name(kInits, init, "init");
   std::uint64_t block = std::numeric_limits<std::uint64_t>::max();  // the one that `words` holds
   std::uint32_t words[4] = {};
   const auto word_of = [&](std::uint64_t i) {
@@ -160,13 +170,17 @@ void initialize(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t s
   for (std::size_t t = 0; t < layout.tensors().size(); ++t) {
     const TensorInfo& tensor = layout.tensors()[t];
     T* values = parameters + tensor.offset;
-    if (tensor.role != TensorRole::kernel) {
-      for (std::int64_t i = 0; i < tensor.size; ++i) values[i] = T{0};
+    double limit = 0;
+    if (is_trained(tensor)) {
+      const auto layer = static_cast<std::size_t>(tensor.layer);
+      const bool head = t - layout.first_tensor(layer) >= 2 * spec.layers[layer].hidden_sizes.size();
+      const TensorInfo& kernel = layout.tensors()[tensor.role == TensorRole::kernel ? t : t - 1];
+      limit = initial_limit(init, tensor.role, head, kernel.shape[0], kernel.shape[1]);
+    }
+    if (limit == 0) {
+      std::fill_n(values, tensor.size, T{0});
       continue;
     }
-    const auto layer = static_cast<std::size_t>(tensor.layer);
-    const bool head = t - layout.first_tensor(layer) >= 2 * spec.layers[layer].hidden_sizes.size();
-    const double limit = (head ? 0.01 : 1.0) * std::sqrt(6.0 / static_cast<double>(tensor.shape[0] + tensor.shape[1]));
     for (std::int64_t i = 0; i < tensor.size; ++i) {
       const double uniform = (word_of(static_cast<std::uint64_t>(tensor.offset + i)) + 0.5) * 0x1p-32;  // (0, 1)
       values[i] = static_cast<T>((2.0 * uniform - 1.0) * limit);
@@ -179,10 +193,12 @@ void initialize(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t s
 std::string_view name_of(DType dtype) { return find_name(kDTypes, dtype, "dtype"); }
 std::string_view name_of(Activation activation) { return find_name(kActivations, activation, "activation"); }
 std::string_view name_of(LayerKind kind) { return find_name(kLayerKinds, kind, "kind"); }
+std::string_view name_of(Init init) { return find_name(kInits, init, "init"); }
 
 DType parse_dtype(std::string_view name) { return find_value(kDTypes, name, "dtype"); }
 Activation parse_activation(std::string_view name) { return find_value(kActivations, name, "activation"); }
 LayerKind parse_layer_kind(std::string_view name) { return find_value(kLayerKinds, name, "kind"); }
+Init parse_init(std::string_view name) { return find_value(kInits, name, "init"); }
 
 std::vector<std::string> activation_names() {
   std::vector<std::string> names;
@@ -299,12 +315,14 @@ const TensorInfo* ParamLayout::find(std::string_view name) const {
   return nullptr;
 }
 
-void initialize_parameters(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t seed, float* parameters) {
-  initialize(spec, layout, seed, parameters);
+void initialize_parameters(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t seed, float* parameters,
+                           Init init) {
+  initialize(spec, layout, seed, parameters, init);
 }
 
-void initialize_parameters(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t seed, double* parameters) {
-  initialize(spec, layout, seed, parameters);
+void initialize_parameters(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t seed, double* parameters,
+                           Init init) {
+  initialize(spec, layout, seed, parameters, init);
 }
 
 }  // namespace nvpflow

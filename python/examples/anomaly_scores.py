@@ -114,7 +114,7 @@ def main() -> None:
     rows = arguments.rows or (5_000 if arguments.quick else 200_000)
 
     split = demo.split_data(demo.load_data())
-    flow = nvpflow.build(input_size=6, num_flows=8, hidden_sizes=(64, 64), standardize=True)
+    flow = nvpflow.build(input_size=6, num_flows=8, hidden_sizes=(64, 64))
     epochs = 4 if arguments.quick else 30
     flow.fit(split.train, validation=split.validation, epochs=epochs, learning_rate=3e-3, clip_norm=5.0, progress=False)
     stream = make_stream(split.test, rows, np.random.default_rng(0))

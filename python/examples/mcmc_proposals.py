@@ -129,7 +129,7 @@ def effective_sample_size(values: np.ndarray) -> float:
 
 def train_proposal(rows: np.ndarray, epochs: int) -> nvpflow.Flow:
     """Fit the proposal to rows [N, 6]."""
-    flow = nvpflow.build(rows.shape[1], num_flows=10, hidden_sizes=(64, 64), standardize=True, seed=0)
+    flow = nvpflow.build(rows.shape[1], num_flows=10, hidden_sizes=(64, 64), seed=0)
     flow.fit(rows.astype(np.float32), epochs=epochs, learning_rate=3e-3, clip_norm=5.0, progress=False, seed=0)
     return flow
 

@@ -104,7 +104,7 @@ def main() -> None:
     if arguments.model and arguments.model.exists():
         flow = nvpflow.load(arguments.model)
     else:
-        flow = nvpflow.build(6, num_flows=10, hidden_sizes=(100, 100), standardize=True, seed=0)
+        flow = nvpflow.build(6, num_flows=10, hidden_sizes=(100, 100), seed=0)
         flow.num_threads = arguments.threads
         batch_size = 1024 if len(train) > 100_000 else 256
         flow.fit(train, epochs=epochs, batch_size=batch_size, learning_rate=2e-3, clip_norm=5.0, seed=0)

@@ -16,7 +16,7 @@ def two_moons(rows: int, seed: int) -> np.ndarray:
 
 train, test = two_moons(10_000, seed=1), two_moons(2_000, seed=2)
 
-flow = nvpflow.build(input_size=2, num_flows=8, hidden_sizes=(64, 64), standardize=True, seed=0)
+flow = nvpflow.build(input_size=2, num_flows=8, hidden_sizes=(64, 64), seed=0)
 history = flow.fit(train, epochs=40, learning_rate=2e-3, patience=10)
 print(history)
 

@@ -115,6 +115,7 @@ class Flow:
         device: str = "cpu",
         precision: str = "float32",
         weights: str = "full",
+        init: str = "fan_in",
     ) -> None: ...
     @property
     def spec(self) -> FlowSpec: ...

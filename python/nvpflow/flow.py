@@ -21,9 +21,10 @@ def build(
     activation: str = "relu",
     *,
     scale_bound: float = 1.0,
-    standardize: bool = False,
+    standardize: bool = True,
     dtype: DTypeLike = "float32",
     seed: int = 0,
+    init: str = "fan_in",
     device: str = "cpu",
     precision: str = "float32",
     weights: str = "full",
@@ -48,8 +49,13 @@ def build(
     dtype
         float32 or float64: of the weights, of the arrays and of the arithmetic.
     seed
-        Of the initial weights, in [0, 2**64): the same seed gives the same weights. The last layer of each network
-        starts near zero, so that a new flow is near the identity.
+        Of the initial weights, in [0, 2**64): the same seed gives the same weights.
+    init
+        How the initial weights are drawn. "fan_in": kernels and biases of hidden layers uniform within
+        ``1 / sqrt(inputs)``, as `torch.nn.Linear` draws them. "glorot": kernels uniform within
+        ``sqrt(6 / (inputs + outputs))`` (Glorot and Bengio, 2010), biases zero. Either way the kernels of the last
+        layers, which give the scale and the translation, are a hundredth of that and their biases zero, so that a new
+        flow is near the identity.
     device
         "cpu", "cuda" or "cuda:N".
     precision
@@ -79,7 +85,7 @@ def build(
     Notes
     -----
     The coupling layer is equation 7 and 8 of Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real NVP"
-    (2017), initialised as in Glorot and Bengio (2010).
+    (2017).
     """
     spec = FlowSpec(
         input_size=_checks.integer("input_size", input_size),
@@ -96,6 +102,7 @@ def build(
         device=_checks.text("device", device),
         precision=_checks.text("precision", precision),
         weights=_checks.text("weights", weights),
+        init=_checks.text("init", init),
     )
 
 
@@ -192,6 +199,8 @@ class Flow(_core.Flow):
         Of the initial weights, in [0, 2**64).
     device, precision, weights
         As in `build`; read them back as ``flow.device``, ``flow.precision`` and ``flow.weights``.
+    init
+        How the initial weights are drawn, as in `build`.
 
     Notes
     -----
@@ -497,8 +506,8 @@ class Flow(_core.Flow):
         ]
         if spec.scale_bound != 1.0:
             fields.append(f"scale_bound={spec.scale_bound:g}")
-        if spec.standardize:
-            fields.append("standardize=True")
+        if not spec.standardize:
+            fields.append("standardize=False")
         if self.device != "cpu":
             fields.append(f"device={self.device!r}")
         if self.precision != "float32":

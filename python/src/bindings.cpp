@@ -644,13 +644,13 @@ void add_plain_methods(py::class_<BoundFlow>& type) {
 void bind_flow(py::module_& module) {
   py::class_<BoundFlow> type(module, "Flow", "The compiled part of nvpflow.Flow.");
   type.def(py::init([](const BoundSpec& spec, std::uint64_t seed, const std::string& device,
-                       const std::string& precision, const std::string& weights) {
+                       const std::string& precision, const std::string& weights, const std::string& init) {
              const GilReleased released;
              return std::make_unique<BoundFlow>(spec, seed, parse_device(device), parse_precision(precision),
-                                                parse_weights(weights));
+                                                parse_weights(weights), parse_init(init));
            }),
            py::arg("spec"), py::arg("seed") = 0, py::kw_only(), py::arg("device") = "cpu",
-           py::arg("precision") = "float32", py::arg("weights") = "full")
+           py::arg("precision") = "float32", py::arg("weights") = "full", py::arg("init") = "fan_in")
       .def_property_readonly("spec", on_ready(+[](const BoundFlow& f) { return BoundSpec(f.flow.spec()); }))
       .def_property_readonly("num_parameters", on_ready(+[](const BoundFlow& f) { return f.flow.num_parameters(); }))
       .def_property_readonly("device", on_ready(+[](const BoundFlow& f) { return name_of(f.flow.device()); }),
@@ -710,8 +710,9 @@ PyObject* new_exception(py::module_& module, const char* name, PyObject* base, c
 
 }  // namespace
 
-BoundFlow::BoundFlow(const FlowSpec& spec, std::uint64_t seed, Device on, Precision precision, Weights weights)
-    : flow(spec, seed, on, precision, weights),
+BoundFlow::BoundFlow(const FlowSpec& spec, std::uint64_t seed, Device on, Precision precision, Weights weights,
+                     Init init)
+    : flow(spec, seed, on, precision, weights, init),
       dtype(spec.dtype),
       features(spec.input_size),
       device(on.kind == DeviceKind::cuda ? on.index : kHost) {

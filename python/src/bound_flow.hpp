@@ -33,7 +33,7 @@ struct BoundFlow : ZeroedMemory {
   std::int64_t release_rows;
   bool ready = true;
 
-  BoundFlow(const FlowSpec& spec, std::uint64_t seed, Device on, Precision precision, Weights weights);
+  BoundFlow(const FlowSpec& spec, std::uint64_t seed, Device on, Precision precision, Weights weights, Init init);
   int threads() const;
   /// Throws where the object was never initialised.
   void require_ready() const;

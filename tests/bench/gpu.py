@@ -54,7 +54,8 @@ class Flow:
     @classmethod
     def make(cls, configuration: Configuration, precision: str) -> Flow:
         c = configuration
-        flow = nvpflow.build(c.input_size, c.num_flows, c.hidden_sizes, "relu", device="cuda", precision=precision)
+        model: dict[str, Any] = {"standardize": False, "device": "cuda", "precision": precision}
+        flow = nvpflow.build(c.input_size, c.num_flows, c.hidden_sizes, "relu", **model)
         oracle = reference(c)
         flow.set_parameters({name: value.astype(np.float32) for name, value in oracle.parameters.items()})
         x = data(c, 256)

@@ -25,7 +25,12 @@ class Nvpflow(Peer):
 
         self.configuration = configuration
         self.flow = nvpflow.build(
-            configuration.input_size, configuration.num_flows, configuration.hidden_sizes, "relu", dtype=self.dtype
+            configuration.input_size,
+            configuration.num_flows,
+            configuration.hidden_sizes,
+            "relu",
+            standardize=False,
+            dtype=self.dtype,
         )
         self.parameters = {k: v.astype(self.dtype) for k, v in reference(configuration).parameters.items()}
         self.flow.set_parameters(self.parameters)

@@ -364,42 +364,54 @@ TEST_CASE("the order of a pass visits every row once, and is the same one by one
   RowOrder().each(5, 0, [](std::int64_t, std::int64_t) { FAIL_CHECK("no row was asked for"); });
 }
 
-TEST_CASE("initial parameters are a function of spec and seed, the same in both dtypes") {
+/// The largest value that may be drawn for an element of `tensor`, whose layer has this kernel.
+double expected_limit(Init init, const TensorInfo& tensor, const std::vector<std::int64_t>& kernel) {
+  const bool head = tensor.name.find("dense") == std::string::npos, bias = tensor.role == TensorRole::bias;
+  if (!is_trained(tensor) || (bias && (head || init == Init::glorot))) return 0;
+  const auto in = static_cast<double>(kernel[0]), out = static_cast<double>(kernel[1]);
+  return (head ? 0.01 : 1.0) * (init == Init::glorot ? std::sqrt(6 / (in + out)) : 1 / std::sqrt(in));
+}
+
+TEST_CASE("initial parameters are a function of spec, seed and init, the same in both dtypes") {
   const FlowSpec spec = FlowSpec::real_nvp(6, 2, {5}, Activation::relu, 1.0, true);
   const ParamLayout layout(spec);
   const auto size = static_cast<std::size_t>(layout.size());
-  std::vector<float> narrow(size, 9.0f);
-  std::vector<double> wide(size, 9.0), other(size, 9.0);
-  initialize_parameters(spec, layout, 3, narrow.data());
-  initialize_parameters(spec, layout, 3, wide.data());
-  initialize_parameters(spec, layout, 4, other.data());
-  CHECK(wide != other);
-  for (std::size_t i = 0; i < size; ++i) CHECK(narrow[i] == static_cast<float>(wide[i]));
+  for (const Init init : {Init::glorot, Init::fan_in}) {
+    CAPTURE(name_of(init));
+    CHECK(parse_init(name_of(init)) == init);
+    std::vector<float> narrow(size, 9.0f);
+    std::vector<double> wide(size, 9.0), other(size, 9.0);
+    initialize_parameters(spec, layout, 3, narrow.data(), init);
+    initialize_parameters(spec, layout, 3, wide.data(), init);
+    initialize_parameters(spec, layout, 4, other.data(), init);
+    CHECK(wide != other);
+    for (std::size_t i = 0; i < size; ++i) CHECK(narrow[i] == static_cast<float>(wide[i]));
 
-  for (const TensorInfo& tensor : layout.tensors()) {
-    CAPTURE(tensor.name);
-    double largest = 0.0;
-    for (std::int64_t i = 0; i < tensor.size; ++i) {
-      largest = std::max(largest, std::abs(wide[static_cast<std::size_t>(tensor.offset + i)]));
-    }
-    if (tensor.role != TensorRole::kernel) {
-      CHECK(largest == 0.0);
-      continue;
-    }
-    const bool head = tensor.name.find("dense") == std::string::npos;
-    const double limit = (head ? 0.01 : 1.0) * std::sqrt(6.0 / static_cast<double>(tensor.shape[0] + tensor.shape[1]));
-    CHECK(largest < limit);
-    CHECK(largest > 0.5 * limit);
-    // Element i of the buffer is made of word i of the stream, wherever its tensor begins.
-    for (std::int64_t at = tensor.offset; at < tensor.offset + tensor.size; ++at) {
-      const auto i = static_cast<std::uint64_t>(at);
-      const std::uint32_t counter[4] = {static_cast<std::uint32_t>(i / 4), 0, 0, kStreamInitialize};
-      std::uint32_t word[4];
-      philox4x32(3, counter, word);
-      const double uniform = (word[i % 4] + 0.5) / 4294967296.0;
-      CHECK(wide[i] == doctest::Approx((2.0 * uniform - 1.0) * limit).epsilon(1e-14));
+    std::vector<std::int64_t> kernel;
+    for (const TensorInfo& tensor : layout.tensors()) {
+      CAPTURE(tensor.name);
+      if (tensor.role == TensorRole::kernel) kernel = tensor.shape;
+      const double limit = expected_limit(init, tensor, kernel);
+      double largest = 0.0;
+      for (std::int64_t at = tensor.offset; at < tensor.offset + tensor.size; ++at) {
+        // Element i of the buffer is made of word i of the stream, wherever its tensor begins.
+        const auto i = static_cast<std::uint64_t>(at);
+        const std::uint32_t counter[4] = {static_cast<std::uint32_t>(i / 4), 0, 0, kStreamInitialize};
+        std::uint32_t word[4];
+        philox4x32(3, counter, word);
+        const double uniform = (word[i % 4] + 0.5) / 4294967296.0;
+        CHECK(wide[i] == doctest::Approx((2.0 * uniform - 1.0) * limit).epsilon(1e-14));
+        largest = std::max(largest, std::abs(wide[i]));
+      }
+      CHECK(largest <= limit);
+      CHECK(largest >= 0.5 * limit);
     }
   }
+  std::vector<double> plain(size), fan_in(size);
+  initialize_parameters(spec, layout, 3, plain.data());
+  initialize_parameters(spec, layout, 3, fan_in.data(), Init::fan_in);
+  CHECK(plain == fan_in);
+  CHECK_THROWS_AS(initialize_parameters(spec, layout, 3, plain.data(), static_cast<Init>(7)), Error);
 }
 
 // ---------------------------------------------------------------------------------------------- good files

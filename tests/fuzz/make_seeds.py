@@ -46,11 +46,11 @@ def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(exist_ok=True)
     models = {
-        "plain": nvpflow.build(2, 1, ()),
-        "deep": nvpflow.build(5, 3, (4, 3), "gelu", standardize=True),
-        "float64": nvpflow.build(3, 2, (2,), "tanh", dtype="float64", scale_bound=0.5),
+        "plain": nvpflow.build(2, 1, (), standardize=False),
+        "deep": nvpflow.build(5, 3, (4, 3), "gelu"),
+        "float64": nvpflow.build(3, 2, (2,), "tanh", dtype="float64", scale_bound=0.5, standardize=False),
     }
-    models["named"] = nvpflow.build(3, 1, (), dtype="float64")
+    models["named"] = nvpflow.build(3, 1, (), dtype="float64", standardize=False)
     models["named"].column_names = ("a", "", "\u00f6")
     for name, flow in models.items():
         flow.save(folder / name)

@@ -34,10 +34,10 @@ struct LoadedModel;
 /// scratch of one tile per thread, which is allocated by its first call and stays. See prepare() for real-time use.
 class NVPFLOW_API Flow {
  public:
-  /// A new flow with initialize_parameters(spec, seed). Throws Error(device) where CUDA cannot be used, and
+  /// A new flow with initialize_parameters() of seed and init. Throws Error(device) where CUDA cannot be used, and
   /// Error(invalid_argument) for a device that is not there or a precision or storage of weights that it does not have.
   explicit Flow(FlowSpec spec, std::uint64_t seed = 0, Device device = {}, Precision precision = Precision::float32,
-                Weights weights = Weights::full);
+                Weights weights = Weights::full, Init init = Init::fan_in);
   ~Flow();
   /// What was moved from can be assigned to and destroyed, nothing else.
   Flow(Flow&&) noexcept;

@@ -16,6 +16,8 @@ namespace nvpflow {
 enum class DType { float32, float64 };
 /// What follows each hidden dense layer; leaky_relu has slope 0.01 and elu alpha 1, gelu is the exact one.
 enum class Activation { relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus };
+/// How initial weights are drawn; initialize_parameters() says what each of them is.
+enum class Init { glorot, fan_in };
 /// LayerSpec says what each of them computes.
 enum class LayerKind { coupling, standardize };
 
@@ -24,9 +26,11 @@ enum class LayerKind { coupling, standardize };
 NVPFLOW_API std::string_view name_of(DType dtype);
 NVPFLOW_API std::string_view name_of(Activation activation);
 NVPFLOW_API std::string_view name_of(LayerKind kind);
+NVPFLOW_API std::string_view name_of(Init init);
 NVPFLOW_API DType parse_dtype(std::string_view name);
 NVPFLOW_API Activation parse_activation(std::string_view name);
 NVPFLOW_API LayerKind parse_layer_kind(std::string_view name);
+NVPFLOW_API Init parse_init(std::string_view name);
 /// @}
 /// Every activation's name, in the order of the enum.
 NVPFLOW_API std::vector<std::string> activation_names();
@@ -125,13 +129,19 @@ class NVPFLOW_API ParamLayout {
 };
 
 /// @{
-/// Initial parameters, a function of (spec, seed) alone: kernels U(-1, 1) sqrt(6 / (in + out)) (Glorot and Bengio
-/// 2010, what Axon uses by default), the two heads' kernels a hundredth of that so that a new flow is near the
-/// identity, biases, means and log_stds zero. `parameters` holds ParamLayout::size() elements.
+/// Initial parameters, a function of (spec, seed, init) alone. `parameters` holds ParamLayout::size() elements.
+///
+/// fan_in  kernels and biases of hidden layers U(-1, 1) / sqrt(in): what torch.nn.Linear draws. The biases put the
+///         bends of the units at different places.
+/// glorot  kernels of hidden layers U(-1, 1) sqrt(6 / (in + out)) (Glorot and Bengio 2010, what Axon uses by default),
+///         biases zero.
+///
+/// The kernels of the two heads are a hundredth of that and their biases zero, so that a new flow is near the identity.
+/// Means and log_stds are zero.
 NVPFLOW_API void initialize_parameters(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t seed,
-                                       float* parameters);
+                                       float* parameters, Init init = Init::fan_in);
 NVPFLOW_API void initialize_parameters(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t seed,
-                                       double* parameters);
+                                       double* parameters, Init init = Init::fan_in);
 /// @}
 
 }  // namespace nvpflow
