@@ -324,17 +324,23 @@ class Trainer {
       best_[static_cast<std::size_t>(mean.offset) + j] = static_cast<T>(centre[j]);
       best_[static_cast<std::size_t>(log_std.offset) + j] = log_deviation;
       if (low[j] == high[j]) {
-        constant += (constant.empty() ? "" : ", ") + std::to_string(j);
+        constant += (constant.empty() ? "" : ", ") + column(j);
       } else if (!std::isfinite(log_deviation) || !std::isfinite(centre[j])) {
-        wild += (wild.empty() ? "" : ", ") + std::to_string(j);
+        wild += (wild.empty() ? "" : ", ") + column(j);
       }
     }
     if (!constant.empty()) {
-      fail("x is constant in column " + constant + ": a column without variation has no density; remove it");
+      fail("x is constant in " + constant + ": a column without variation has no density; remove it");
     }
     if (!wild.empty()) {
-      fail("x has a variance beyond float64 in column " + wild + ", so that it cannot be standardized; rescale it");
+      fail("x has a variance beyond float64 in " + wild + ", so that it cannot be standardized; rescale it");
     }
+  }
+
+  /// How messages call a column: by its name, or by its number, counted from 1.
+  std::string column(std::size_t j) const {
+    const std::vector<std::string> names = flow_.column_names();
+    return "column " + (names.empty() ? std::to_string(j + 1) : "'" + names[j] + "'");
   }
 
   // ---- one epoch -------------------------------------------------------------------------------------------------

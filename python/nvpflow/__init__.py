@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from nvpflow import cuda, functional
 from nvpflow._blame import blame
+from nvpflow._data import DataReport, DataWarning, Finding, check_data
 from nvpflow._paths import get_cmake_dir, get_include
 from nvpflow.certificate import Certificate
 from nvpflow.flow import Flow, build, load
@@ -33,7 +34,10 @@ from nvpflow.training import History
 __all__ = [
     "Certificate",
     "CudaError",
+    "DataReport",
+    "DataWarning",
     "FileFormatError",
+    "Finding",
     "Flow",
     "FlowSpec",
     "History",
@@ -41,6 +45,7 @@ __all__ = [
     "__version__",
     "blame",
     "build",
+    "check_data",
     "cpu_isa",
     "cuda",
     "functional",

@@ -107,6 +107,18 @@ def array(name: str, value: ArrayLike, dtype: DTypeLike) -> NDArray[Any]:
     return np.asarray(given, dtype=wanted, order="C")
 
 
+def numbers(name: str, value: Any) -> NDArray[Any]:
+    """Return `value` as an array of real numbers in its own dtype."""
+    unmasked(name, value)
+    try:
+        given = np.asarray(value)
+    except (TypeError, ValueError) as error:  # ragged lists and the like
+        raise TypeError(f"{name} cannot be read as an array of numbers") from error
+    if given.dtype.kind not in "fiu":
+        raise TypeError(f"{name} has dtype {given.dtype}, expected real numbers")
+    return given
+
+
 def unmasked(name: str, value: object) -> None:
     """Check that no value is hidden by a mask: NumPy's conversions would bring it back."""
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -40,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = argparse.Namespace()
     try:
         _parser().parse_args(argv, arguments)
-        code: int = arguments.run(arguments) or 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", nvpflow.DataWarning)
+            warnings.showwarning = _show_warning
+            code: int = arguments.run(arguments) or 0
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("nvpflow: interrupted", file=sys.stderr)
@@ -53,6 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"nvpflow: error: {_as_options(_one_line(error), arguments)}", file=sys.stderr)
         return 1
     return code
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """Show what was found in a table as a message of the command; other warnings as Python does."""
+    if issubclass(category, nvpflow.DataWarning):
+        print(f"nvpflow: warning: {message}", file=sys.stderr, flush=True)
+        return
+    print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
 
 
 def _one_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from nvpflow import _checks, _core, certificate, training
+from nvpflow import _checks, _core, _frames, certificate, training
 from nvpflow._core import FlowSpec
 
 
@@ -382,7 +382,8 @@ class Flow(_core.Flow):
         TypeError, ValueError
             Naming the argument: no rows, another shape, a dtype that does not convert safely.
         """
-        rows = _checks.array("x", _core._host_array(x), self.spec.dtype)
+        given, _ = _frames.read("x", x, self._column_names())
+        rows = _checks.array("x", _core._host_array(given), self.spec.dtype)
         rows = _checks.table("x", rows[None] if rows.ndim == 1 else rows, self.spec.dtype, self.spec.input_size)
         certifier = certificate.Certifier(self, tolerance=tolerance, jacobian_rows=jacobian_rows)
         certifier.add(rows)
@@ -419,7 +420,8 @@ class Flow(_core.Flow):
         x
             Training rows [N, D], all finite, of the model's dtype or one that NumPy converts to it safely. A C-ordered
             array of that dtype is read in place (also a memory-mapped one). On a CUDA device they are copied there once
-            and stay until training ends.
+            and stay until training ends. A frame (pandas, polars, pyarrow) gives the flow its column names; one with
+            other names than the flow has already is refused. `check_data` looks at them first.
         validation
             A share of the rows in [0, 1) to set aside, drawn by `seed`; or rows [M, D] of their own; or None.
         epochs
@@ -464,7 +466,8 @@ class Flow(_core.Flow):
         Raises
         ------
         TypeError, ValueError
-            Naming the argument. Rows that hold NaN or infinity are counted and named. Nothing has been trained.
+            Naming the argument. Rows that hold NaN or infinity are counted and named. So is every column that has no
+            density: a constant, a copy, a linear combination of others. Nothing has been trained.
         TrainingError
             The loss or its gradient became NaN or infinite; the message names the step. The best weights are kept.
             Or no epoch was within `max_round_trip`; the message has the smallest error. The flow is as it was.
@@ -472,6 +475,11 @@ class Flow(_core.Flow):
             `progress` is True and tqdm is not installed.
         KeyboardInterrupt
             Ctrl-C, within a second; the best weights so far are kept.
+
+        Warns
+        -----
+        DataWarning
+            Of all else that `check_data` finds in the rows, in one message.
         """
         return training.fit(
             self,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ try:
 except ImportError as error:
     raise ImportError('nvpflow.sklearn needs scikit-learn 1.6 or newer: pip install "scikit-learn>=1.6"') from error
 
-from nvpflow import _checks
+from nvpflow import _checks, _frames
 from nvpflow.flow import Flow, build
 
 if TYPE_CHECKING:
@@ -27,13 +26,10 @@ if TYPE_CHECKING:
 
 __all__ = ["FlowDensity", "FlowOutlierDetector"]
 
-# A feature whose rounding error exceeds this share of its standard deviation has lost what a density could show.
-_COARSE = 1e-2
-
 _PARAMETERS = """num_flows, hidden_sizes, activation, scale_bound, dtype
         The model, as in `nvpflow.build`. A layer that standardizes the features comes first, so that raw data will do;
         its log-determinant counts, and densities are those of the data as given. X of another dtype is rounded to
-        `dtype`, with a warning where that blurs a feature.
+        `dtype`.
     epochs, learning_rate, schedule, weight_decay, clip_norm
         Training, as in `nvpflow.Flow.fit`.
     batch_size
@@ -146,12 +142,17 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         Raises
         ------
         ValueError
-            X has NaN or infinite values, a constant feature, or too few rows or features; or a parameter is out of
-            range. The message names it.
+            X has NaN or infinite values, a feature without a density (constant, a copy, a linear combination of
+            others), or too few rows or features; or a parameter is out of range. The message names it.
         TypeError
             A parameter is of the wrong type.
         nvpflow.TrainingError
             The loss became NaN or infinite.
+
+        Warns
+        -----
+        nvpflow.DataWarning
+            Of all else that `nvpflow.check_data` finds in X, in one message: lost digits, outliers, values that repeat.
         """
         rows = self._training_rows(X)
         validation: Any = (
@@ -222,35 +223,15 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         return np.asarray(log_p)
 
     def _training_rows(self, X: Any) -> NDArray[Any]:
-        """Return X in the flow's dtype, without features that have no density."""
-        X = validate_data(self, X, dtype=(np.float64, np.float32), order="C", ensure_min_samples=2)
+        """Return X in the flow's dtype."""
+        X = self._validated(X, ensure_min_samples=2)
         if X.shape[1] < 2:
             raise ValueError(
                 f"Found array with 1 feature(s) (shape={X.shape}) while a minimum of 2 is required by "
                 f"{type(self).__name__}: each layer transforms some features given the others. For one feature take "
                 "sklearn.neighbors.KernelDensity."
             )
-        rows = self._rounded(X, _checks.dtype_name("dtype", self.dtype))
-        constant = np.flatnonzero(np.all(rows == rows[0], axis=0))
-        if constant.size:
-            raise ValueError(
-                f"X is constant in {self._named(constant)} (in {rows.dtype}): what does not vary has no density; "
-                "leave it out"
-            )
-        if rows.dtype != X.dtype:
-            self._warn_of_rounding(X, rows.dtype)
-        return rows
-
-    def _warn_of_rounding(self, X: NDArray[Any], dtype: np.dtype[Any]) -> None:
-        rounding = np.finfo(dtype).eps * np.abs(X).max(axis=0)
-        coarse = np.flatnonzero(rounding > _COARSE * X.std(axis=0))
-        if coarse.size:
-            warnings.warn(
-                f"rounding to {dtype} blurs {self._named(coarse)}, whose values are large beside their spread; "
-                "subtract an offset, or give dtype='float64'",
-                UserWarning,
-                stacklevel=4,
-            )
+        return self._rounded(X, _checks.dtype_name("dtype", self.dtype))
 
     def _rows(self, X: Any) -> NDArray[Any]:
         """Return X in the flow's dtype, with the features that `fit` has seen."""
@@ -258,7 +239,16 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
 
     def _checked_rows(self, X: Any) -> NDArray[Any]:
         """Return X as scikit-learn checks it, in its own dtype, with the features that `fit` has seen."""
-        rows: NDArray[Any] = validate_data(self, X, reset=False, dtype=(np.float64, np.float32), order="C")
+        return self._validated(X, reset=False)
+
+    def _validated(self, X: Any, **options: Any) -> NDArray[Any]:
+        try:
+            rows: NDArray[Any] = validate_data(self, X, dtype=(np.float64, np.float32), order="C", **options)
+        except (TypeError, ValueError) as error:
+            _frames.refuse("X", X)
+            if text := _frames.not_numbers("X", X):  # scikit-learn names no column
+                raise ValueError(text) from error
+            raise
         return rows
 
     def _rounded(self, X: NDArray[Any], dtype: str) -> NDArray[Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nvpflow import _checks, _core
+from nvpflow import _checks, _core, _data, _frames
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -240,17 +241,33 @@ def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return checked
 
 
-def _split(flow: Flow, validation: float | ArrayLike | None) -> tuple[NDArray[Any] | None, float]:
+def _split(
+    flow: Flow, validation: float | ArrayLike | None, names: list[str] | None
+) -> tuple[NDArray[Any] | None, float]:
     """Tell a validation array from a share of the rows."""
     if validation is None:
         return None, 0.0
     if isinstance(validation, (str, bytes, bool)):
         expected = "expected a share of the rows in [0, 1), an array of rows or None"
         raise TypeError(f"validation is {_checks.describe(validation)}, {expected}")
+    validation, _ = _frames.read("validation", validation, names)
     validation = _core._host_array(validation)
     if np.ndim(validation) == 0:
         return None, _checks.real("validation", validation)
     return _checks.table("validation", validation, flow.spec.dtype, flow.spec.input_size), 0.0
+
+
+@contextmanager
+def _named(flow: Flow, names: list[str] | None) -> Iterator[None]:
+    """Give the flow the names of a frame's columns, unless training does not begin."""
+    before = flow._column_names()
+    if names is not None:
+        flow._set_column_names(names)
+    try:
+        yield
+    except (ValueError, TypeError):
+        flow._set_column_names(before)
+        raise
 
 
 def fit(
@@ -265,9 +282,12 @@ def fit(
     """Train `flow`; `Flow.fit` documents the arguments."""
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable or None, got {_checks.describe(callback)}")
-    rows = _checks.table("x", _core._host_array(x), flow.spec.dtype, flow.spec.input_size)
-    validation_rows, fraction = _split(flow, validation)
+    given, frame_names = _frames.read("x", x, flow._column_names())
+    rows = _checks.table("x", _core._host_array(given), flow.spec.dtype, flow.spec.input_size)
+    names = flow._column_names() or frame_names
+    validation_rows, fraction = _split(flow, validation, names)
     checked = _checked_options(options) | {"validation_fraction": fraction}
+    _data.require_density(rows, names, flow.spec.dtype, flow.spec.standardize)
 
     bar = _open_bar(progress, checked["epochs"])
 
@@ -277,7 +297,6 @@ def fit(
         answer = None if callback is None else callback(record)
         return not (isinstance(answer, (bool, np.bool_)) and not answer)
 
-    if bar is None:
-        return History._from_summary(flow._fit(rows, validation_rows, checked, None, on_epoch))
-    with bar:
-        return History._from_summary(flow._fit(rows, validation_rows, checked, bar.on_progress, on_epoch))
+    on_progress = None if bar is None else bar.on_progress
+    with _named(flow, names), bar or nullcontext():
+        return History._from_summary(flow._fit(rows, validation_rows, checked, on_progress, on_epoch))

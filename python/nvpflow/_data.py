@@ -1,0 +1,533 @@
+"""One look at a table before a density is fitted to it: what makes one impossible, meaningless, or hard to find."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from nvpflow import _checks, _core, _frames
+
+Array = NDArray[Any]
+
+COARSE = 1e-2
+"""Share of a column's spread above which the distance of its floating-point numbers hides what a density could show."""
+_SAMPLE_ROWS = 100_000  # for medians, distinct values and dependence
+_SAMPLE_VALUES = 1 << 22
+_BLOCK_VALUES = 1 << 18
+_MOST_COLUMNS = 1000  # whose dependence is looked for: the work grows with the third power
+_ROWS_PER_COLUMN = 10
+_OUTLYING = 10.0  # standard deviation in units of what the middle half of the rows says it is
+_BEYOND = 5.0  # the farthest row in units of how far 98 % of the rows reach
+_UNIT_SCALE = 10.0
+_FEW = 50  # distinct values
+_STEPS = 20.0  # integers whose standard deviation is more steps than this look continuous
+_REPEATED = 0.1  # share of the rows with one and the same value
+_DEPENDENT = 1e-4  # of its spread, to within which a column follows from others
+_QUARTILES_PER_STD = 1.349  # of a normal distribution
+
+
+class DataWarning(UserWarning):
+    """A table holds what a density does badly with; the message names the columns and says what to do.
+
+    `check_data` shows the same as a table. ``warnings.simplefilter("ignore", nvpflow.DataWarning)`` silences it.
+    """
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing about a table that stands in the way of a density.
+
+    Attributes
+    ----------
+    kind
+        "type", "missing", "rows", "constant", "copy", "dependent", "digits", "scale", "outliers", "repeated", "few" or
+        "integers".
+    severity
+        "error": there is no density, and `Flow.fit` refuses the table. "warning": there is one, and it will not be what
+        one expects.
+    columns
+        Their numbers, counted from 1; empty where it is the whole table.
+    names
+        Their names, or "column 3" where they have none.
+    text
+        What was found, in words.
+    remedy
+        What to do about it.
+    figures
+        The numbers behind it.
+    """
+
+    kind: str
+    severity: str
+    columns: tuple[int, ...]
+    names: tuple[str, ...]
+    text: str
+    remedy: str
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Return it as one sentence."""
+        return f"{self.text}; {self.remedy}"
+
+
+@dataclass(frozen=True, repr=False)
+class DataReport:
+    """What `check_data` found. Prints as a table.
+
+    Attributes
+    ----------
+    rows
+        How many there are.
+    columns
+        Names of the columns, or "column 1" and so on where they have none.
+    findings
+        All of them, errors first.
+    """
+
+    rows: int
+    columns: tuple[str, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """Findings for which `Flow.fit` refuses the table."""
+        return tuple(finding for finding in self.findings if finding.severity == "error")
+
+    @property
+    def warnings(self) -> tuple[Finding, ...]:
+        """Findings of which `Flow.fit` warns."""
+        return tuple(finding for finding in self.findings if finding.severity == "warning")
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found."""
+        return not self.findings
+
+    def __repr__(self) -> str:
+        """Return the table."""
+        head = f"DataReport: {self.rows:,} rows of {len(self.columns):,} columns"
+        if self.ok:
+            return f"{head}; nothing found"
+        errors, others = len(self.errors), len(self.warnings)
+        lines = [f"{head}; {errors:,} error{'s' * (errors != 1)}, {others:,} warning{'s' * (others != 1)}"]
+        width = max(len(f.kind) for f in self.findings)
+        lines += [f"  {f.severity:<7}  {f.kind:<{width}}  {f}" for f in self.findings]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as numbers, strings, lists and dicts."""
+        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+
+    def to_json(self) -> str:
+        """Return all of it as JSON."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+
+def check_data(
+    x: ArrayLike, *, names: Sequence[str] | None = None, dtype: DTypeLike = "float32", standardize: bool = True
+) -> DataReport:
+    """Look at every column of a table for what stands in the way of a density, and say what to do about it.
+
+    `Flow.fit` and the estimators do this by themselves: errors are raised, the rest is one `DataWarning`. It takes one
+    pass over the rows; medians, distinct values and dependence are those of up to 100,000 rows drawn by a fixed seed.
+
+    Parameters
+    ----------
+    x
+        Rows [N, D]: an array of real numbers, or a frame of pandas, polars or pyarrow, whose column names are used.
+    names
+        Of the columns. None: those of a frame, else the columns are counted from 1.
+    dtype
+        Of the flow that is meant: float32 or float64.
+    standardize
+        Whether the flow has a standardize layer. Without one columns must be near unit scale.
+
+    Returns
+    -------
+    DataReport
+        Its findings are of these kinds. Errors: "type" (a column is not numeric), "missing" (NaN, infinity or a null),
+        "constant", "copy" and "dependent" (exactly, up to rounding) and "rows" (none). Warnings: "dependent"
+        to within 1e-4 of the spread, "digits" (numbers too large beside their spread for their dtype), "scale",
+        "outliers" (standard deviation and quartiles disagree by 10 and more), "repeated" (a tenth of the rows and more
+        hold one value), "few" (distinct values), "integers", and "rows" (fewer than ten for each column).
+
+    Raises
+    ------
+    TypeError, ValueError
+        `x` is no table, or `names` are not as many as its columns.
+
+    Examples
+    --------
+    >>> import numpy as np, nvpflow
+    >>> x = np.random.default_rng(0).normal(size=(1000, 2))
+    >>> nvpflow.check_data(x)
+    DataReport: 1,000 rows of 2 columns; nothing found
+    """
+    flow_dtype = _checks.dtype_name("dtype", dtype)
+    if flow_dtype not in ("float32", "float64"):
+        raise ValueError(f"dtype is {flow_dtype!r}, expected 'float32' or 'float64'")
+    _checks.boolean("standardize", standardize)
+    good: Sequence[int]
+    frame = _frames.inspect(x)
+    if frame is None:
+        _frames.refuse("x", x)
+        rows, bad, given = _checks.numbers("x", _core._host_array(x)), [], None
+        if rows.ndim != 2:
+            raise ValueError(f"x has shape {rows.shape}, expected [N, D]")
+        count, good = rows.shape[1], range(rows.shape[1])
+    else:
+        bad, given, count = frame.problems(), frame.names, frame.width
+        unusable = {problem.column for problem in bad}
+        good = [i for i in range(count) if i not in unusable]
+        rows = frame.array(good)
+    listed = _checks.column_names("names", names) or given
+    if listed is not None and len(listed) != count:
+        raise ValueError(f"names holds {len(listed)} names, expected {count}, one for each column")
+    labels = _frames.labels(listed, count)
+    found = [
+        Finding(p.kind, "error", (p.column + 1,), (labels[p.column],), f"{labels[p.column]} {p.text}", p.remedy)
+        for p in bad
+    ]
+    look = _Look(rows, labels, list(good), flow_dtype, standardize)
+    found += look.findings()
+    order = {"error": 0, "warning": 1}
+    return DataReport(len(rows), tuple(labels), tuple(sorted(found, key=lambda f: order[f.severity])))
+
+
+def require_density(
+    rows: Array, names: Sequence[str] | None, dtype: str, standardize: bool, name: str = "x"
+) -> DataReport:
+    """Raise ValueError where `rows` [N, D] have no density, naming everything; warn once of everything else."""
+    labels = _frames.labels(names, rows.shape[1])
+    if len(rows) == 0:
+        return DataReport(0, tuple(labels), ())  # which the training loop refuses
+    found = _Look(rows, labels, list(range(rows.shape[1])), dtype, standardize).findings()
+    report = DataReport(len(rows), tuple(labels), tuple(found))
+    if report.errors:
+        raise ValueError(_message(name, report.errors))
+    if report.warnings:
+        text = f"{_message(name, report.warnings)} (nvpflow.check_data shows them as a table)"
+        warnings.warn(text, DataWarning, stacklevel=_outside())
+    return report
+
+
+def _message(name: str, findings: Iterable[Finding]) -> str:
+    """Return all findings as sentences, one a line; those of one kind, whose remedies are one, together."""
+    by_remedy: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        by_remedy.setdefault((finding.kind, finding.remedy), []).append(finding)
+    lines = []
+    for (_, remedy), group in by_remedy.items():
+        texts = [finding.text for finding in group]
+        shown = texts if len(texts) <= 5 else [*texts[:5], f"and {len(texts) - 5} columns more"]
+        lines.append(f"{', '.join(shown)}; {remedy}")
+    if len(lines) == 1:
+        return f"{name}: {lines[0]}"
+    return f"{name}, {len(lines)} things:\n" + "\n".join(f"  {line}." for line in lines)
+
+
+def _outside() -> int:
+    """Return the stacklevel of the first caller outside of the package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "nvpflow":
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+# --------------------------------------------------------------------------------------------------------- looking
+
+
+class _Look:
+    """One look at rows [N, D]; `numbers` are the places of its columns in the whole table, which `labels` name."""
+
+    def __init__(self, rows: Array, labels: list[str], numbers: list[int], dtype: str, standardize: bool) -> None:
+        self._rows, self._labels, self._numbers = rows, labels, numbers
+        self._dtype, self._standardize = dtype, standardize
+        own = rows.dtype.name if rows.dtype.kind == "f" else "float64"
+        kept = own if standardize else min(own, dtype)  # "float32" < "float64"; a standardize layer takes both
+        self._digits = kept if kept in ("float16", "float32", "float64") else "float64"
+        self._eps = float(np.finfo(self._digits).eps)
+        self._found: list[Finding] = []
+
+    def findings(self) -> list[Finding]:
+        rows, columns = self._rows.shape
+        if rows == 0:
+            self._add("rows", "error", (), "no rows", "give rows to learn from, ten for each column at least")
+            return self._found
+        if columns == 0:
+            return self._found
+        with np.errstate(all="ignore"):
+            self._sampled()
+            self._measure()
+            if self._count >= 2:  # one row tells nothing of a column
+                self._columns()
+                self._dependence()
+        if rows < _ROWS_PER_COLUMN * columns:
+            text = f"{rows:,} row{'s are' if rows > 1 else ' is'} few for {columns:,} columns"
+            remedy = "give ten rows for each column at least; with fewer a Gaussian is the better density"
+            self._add("rows", "warning", (), text, remedy, rows=rows, columns=columns)
+        return sorted(self._found, key=lambda finding: finding.severity)  # "error" < "warning"
+
+    def _add(self, kind: str, severity: str, at: Sequence[int], text: str, remedy: str, **figures: float) -> None:
+        names = tuple(self._label(j) for j in at)
+        numbers = tuple(self._numbers[j] + 1 for j in at)
+        finite = {name: float(value) for name, value in figures.items() if np.isfinite(value)}
+        self._found.append(Finding(kind, severity, numbers, names, text, remedy, finite))
+
+    def _label(self, column: int) -> str:
+        return self._labels[self._numbers[column]]
+
+    # -- measuring
+
+    def _sampled(self) -> None:
+        """Draw rows: one at random of each of equally long stretches, so that no period of the rows meets theirs."""
+        rows, columns = self._rows.shape
+        wanted = min(rows, _SAMPLE_ROWS, max(_SAMPLE_VALUES // columns, 4 * columns))
+        at = np.arange(rows)
+        if wanted < rows:
+            at = ((np.arange(wanted) + np.random.default_rng(0).random(wanted)) * (rows / wanted)).astype(np.int64)
+        sample = np.array(self._rows[np.minimum(at, rows - 1)].T, dtype=np.float64, order="C")
+        self._sample = sample[:, np.isfinite(sample).all(axis=0)]  # [D, n]
+        columns_of_none = self._sample.shape[1] == 0
+        self._percentiles = (
+            np.zeros((5, columns)) if columns_of_none else np.percentile(self._sample, (25, 50, 75, 1, 99), axis=1)
+        )
+
+    def _blocks(self) -> Iterable[tuple[int, Array]]:
+        """Yield the number of the first row, and the columns of some rows as float64 [D, n]."""
+        rows, columns = self._rows.shape
+        step = max(1, _BLOCK_VALUES // columns)
+        for first in range(0, rows, step):
+            yield first, np.array(self._rows[first : first + step].T, dtype=np.float64, order="C")
+
+    def _measure(self) -> None:
+        """Take least, largest, mean and standard deviation of the finite rows; report those that are not finite."""
+        columns = self._rows.shape[1]
+        low, high = np.full(columns, np.inf), np.full(columns, -np.inf)
+        total, square, missing = np.zeros(columns), np.zeros(columns), np.zeros(columns, np.int64)
+        bad_rows: list[int] = []
+        bad = self._count = 0
+        middle = self._percentiles[1][:, None]
+        for first, block in self._blocks():
+            least, largest = block.min(axis=1), block.max(axis=1)
+            if not (np.isfinite(least).all() and np.isfinite(largest).all()):
+                finite = np.isfinite(block)
+                missing += np.count_nonzero(~finite, axis=1)
+                good = finite.all(axis=0)
+                bad += int(np.count_nonzero(~good))
+                bad_rows += (np.flatnonzero(~good)[: 5 - len(bad_rows)] + first).tolist()
+                block = block[:, good]
+                least, largest = block.min(axis=1, initial=np.inf), block.max(axis=1, initial=-np.inf)
+            self._count += block.shape[1]
+            low, high = np.minimum(low, least), np.maximum(high, largest)
+            block -= middle
+            total += block.sum(axis=1)
+            square += np.einsum("ij,ij->i", block, block)
+        count = max(1, self._count)
+        self._low, self._high = low, high
+        self._mean = self._percentiles[1] + total / count
+        self._std = np.sqrt(np.maximum(square / count - (total / count) ** 2, 0))
+        if bad:
+            self._report_missing(bad, bad_rows, missing)
+
+    def _report_missing(self, bad: int, rows: list[int], missing: NDArray[np.int64]) -> None:
+        columns = np.flatnonzero(missing).tolist()
+        where = _listed([f"{self._label(j)}: {missing[j]:,}" for j in columns])
+        shown = ", ".join(map(str, rows)) + (", ..." if bad > len(rows) else "")
+        text = (
+            f"{bad:,} of {len(self._rows):,} rows with NaN or infinite values (row{'s' * (bad > 1)} {shown}, counted "
+            f"from 0; {where})"
+        )
+        remedy = "remove or repair them: x[np.isfinite(x).all(axis=1)]"
+        self._add("missing", "error", columns, text, remedy, rows=bad)
+
+    # -- one column
+
+    def _columns(self) -> None:
+        spread = (self._percentiles[2] - self._percentiles[0]) / _QUARTILES_PER_STD
+        self._varies = self._low < self._high
+        for j in range(len(self._low)):
+            if not self._varies[j]:
+                self._constant(j)
+                continue
+            coarse = self._coarse(j, float(spread[j]))
+            self._outliers(j, float(spread[j]))
+            if not coarse:
+                self._repetitions(j)
+            if not self._standardize:
+                self._scale(j)
+
+    def _constant(self, j: int) -> None:
+        text = f"{self._label(j)} is constant, {self._low[j]:g} in all rows (in {self._rows.dtype})"
+        remedy = "a column without variation has no density: remove it"
+        self._add("constant", "error", (j,), text, remedy, value=self._low[j])
+
+    def _coarse(self, j: int, spread: float) -> bool:
+        """Tell whether neighbouring numbers are far apart beside the spread, that of all or of the middle half."""
+        largest = max(abs(self._low[j]), abs(self._high[j]))
+        ordinary = max(abs(self._percentiles[0][j]), abs(self._percentiles[2][j]))
+        std = self._std[j]
+        if self._eps * largest <= COARSE * std and self._eps * ordinary <= COARSE * spread:
+            return False
+        if self._eps * largest <= COARSE * std and spread == 0:
+            return False
+        if self._eps * largest <= COARSE * std:
+            largest, std = ordinary, spread
+        step = float(np.spacing(np.array(largest, self._digits)))
+        text = (
+            f"{self._label(j)} has lost digits: values of {largest:.3g} with a spread of {std:.2g}, of which "
+            f"{self._digits} keeps steps of {step:.2g}"
+        )
+        remedy = (
+            "subtract an offset in float64 before rounding to float32"
+            if self._digits == "float32"
+            else "subtract an offset where the values are made"
+        )
+        self._add("digits", "warning", (j,), text, remedy, largest=largest, spread=std, step=step)
+        return True
+
+    def _outliers(self, j: int, spread: float) -> None:
+        """Report a few rows that are far beyond all others and make most of the standard deviation."""
+        median, low, high = self._percentiles[[1, 3, 4], j]
+        farthest = max(self._high[j] - median, median - self._low[j])
+        ordinary = max(high - median, median - low)  # of 98 % of the rows
+        if not self._std[j] > _OUTLYING * spread > 0 or not farthest > _BEYOND * ordinary:
+            return
+        ratio = self._std[j] / spread
+        text = (
+            f"{self._label(j)} has outliers: its standard deviation is {ratio:.3g} times what its middle half says "
+            f"(median {self._percentiles[1][j]:.3g}, from {self._low[j]:.3g} to {self._high[j]:.3g})"
+        )
+        remedy = "look at these rows and remove what is wrong, or transform the column (log, arcsinh)"
+        figures = {"std": self._std[j], "spread": spread, "low": self._low[j], "high": self._high[j]}
+        self._add("outliers", "warning", (j,), text, remedy, **figures)
+
+    def _repetitions(self, j: int) -> None:
+        """Report values that come again and again, on which a density is unbounded."""
+        values = np.sort(self._sample[j])
+        count = len(values)
+        starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))
+        distinct = len(starts)
+        if count < 20 or 4 * distinct > 3 * count:
+            return
+        runs = np.diff(np.append(starts, count))
+        share, often = float(runs.max() / count), float(values[starts[runs.argmax()]])
+        integer = bool((values == np.rint(values)).all())
+        dither = (
+            "add uniform noise of one step to {}, or leave it out; see 'Discrete and rounded columns' in choosing.md"
+        )
+        figures = {"distinct": distinct, "share": share}
+        if distinct <= _FEW and 4 * distinct <= count:
+            what = f"{'integers' if integer else 'numbers'} from {self._low[j]:g} to {self._high[j]:g}"
+            text = f"{self._label(j)} has {distinct} distinct values ({what}), on which a density is unbounded"
+            remedy = (
+                "train one flow for each value of a category, or leave it out; add uniform noise of one step to counts"
+            )
+            self._add("few", "warning", (j,), text, remedy, **figures)
+        elif share >= _REPEATED:
+            text = f"{self._label(j)} is {often:g} in {share:.0%} of the rows, where a density is unbounded"
+            remedy = "fit the rows with and without this value apart, or leave the column out"
+            self._add("repeated", "warning", (j,), text, remedy, value=often, **figures)
+        elif integer and self._std[j] < _STEPS and 4 * distinct <= count:
+            text = f"{self._label(j)} holds integers, whose density is unbounded"
+            self._add("integers", "warning", (j,), text, dither.format("it"), std=self._std[j], **figures)
+
+    def _scale(self, j: int) -> None:
+        mean, std = self._mean[j], self._std[j]
+        if 1 / _UNIT_SCALE <= std <= _UNIT_SCALE and abs(mean) <= _UNIT_SCALE:
+            return
+        text = f"{self._label(j)} has mean {mean:.3g} and standard deviation {std:.3g}, far from unit scale"
+        remedy = "build the flow with standardize=True, or standardize the columns"
+        self._add("scale", "warning", (j,), text, remedy, mean=mean, std=std)
+
+    # -- several columns
+
+    def _dependence(self) -> None:
+        """Take the columns one by one, and report those that follow from the ones before (sweeps of the correlations).
+
+        Beaton (1964): after a sweep by the columns S, ``a[j, j]`` is the share of column j's variance that S leaves
+        unexplained, and ``a[S, j]`` are the coefficients.
+        """
+        columns = np.flatnonzero(self._varies & (self._std > 0))
+        z = self._unit_columns(columns)
+        if z is None:
+            return
+        a = z @ z.T / z.shape[1]
+        swept = np.zeros(len(columns), bool)
+        for j in range(len(columns)):
+            if a[j, j] > _DEPENDENT**2:
+                pivot, row = a[j, j], a[j] / a[j, j]
+                column = a[:, j].copy()
+                a -= np.outer(column, row)
+                a[j], a[:, j], a[j, j] = row, -column / pivot, 1 / pivot
+                swept[j] = True
+                continue
+            others = np.flatnonzero(swept)
+            weights = a[others, j]
+            left = float(np.std(z[j] - weights @ z[others]))
+            used = np.abs(weights) > 1e-5
+            if left <= _DEPENDENT and used.any():
+                self._report_dependence(columns, j, others[used], weights[used], left)
+
+    def _unit_columns(self, columns: NDArray[np.int64]) -> Array | None:
+        """Return the sample's columns [d, n] with mean 0 and variance 1, without rows far out: they hide the others."""
+        spread = (self._percentiles[2] - self._percentiles[0])[columns]
+        scale = np.where(spread > 0, spread / _QUARTILES_PER_STD, self._std[columns])[:, None]
+        z = (self._sample[columns] - self._percentiles[1][columns][:, None]) / scale
+        z = z[:, (np.abs(z) <= 50).all(axis=0)]
+        if not 2 <= len(columns) <= _MOST_COLUMNS or z.shape[1] < max(20, 2 * len(columns)):
+            return None
+        z -= z.mean(axis=1, keepdims=True)
+        self._unit_scale = scale[:, 0] * z.std(axis=1)
+        if not (self._unit_scale > 0).all():
+            return None
+        z /= z.std(axis=1, keepdims=True)
+        return z  # type: ignore[no-any-return]
+
+    def _report_dependence(self, columns: Array, j: int, others: Array, weights: Array, left: float) -> None:
+        here, there = int(columns[j]), columns[others].tolist()
+        involved = [here, *there]
+        size = np.maximum(np.abs(self._low), np.abs(self._high))[involved]
+        rounding = self._eps * size / self._unit_scale[np.append(j, others)]
+        exact = left <= 4 * float(np.linalg.norm(rounding * np.append(1.0, weights))) + 1e-9
+        exact = exact and self._holds_everywhere(columns, j, others, weights, left)
+        names = _listed([self._label(k) for k in there])
+        within = "" if exact else f" to within {left:.1g} of its spread"
+        if len(there) == 1:
+            scaled = "" if self._same(here, there[0]) else ", but for scale and offset"
+            text = f"{self._label(here)} is a copy of {names}{scaled}{within}"
+        else:
+            text = f"{self._label(here)} is a linear combination of {names}{within}"
+        remedy = "such columns have no density together: leave out one of them"
+        if not exact:
+            remedy = "their density is nearly singular: leave out one of them, or replace it by the difference"
+        kind = "copy" if len(there) == 1 else "dependent"
+        self._add(kind, "error" if exact else "warning", involved, text, remedy, unexplained=left)
+
+    def _same(self, a: int, b: int) -> bool:
+        return bool((self._sample[a] == self._sample[b]).all())
+
+    def _holds_everywhere(self, columns: Array, j: int, others: Array, weights: Array, left: float) -> bool:
+        """Tell whether all rows keep the relation as the sampled ones do."""
+        here, there = int(columns[j]), columns[others]
+        factors = weights * self._unit_scale[j] / self._unit_scale[others]
+        size = np.maximum(np.abs(self._low), np.abs(self._high))
+        rounding = 8 * self._eps * (size[here] + np.abs(factors) @ size[there])
+        limit = max(20 * left * self._unit_scale[j], rounding)
+        low, high = np.inf, -np.inf
+        for _, block in self._blocks():
+            error = block[here] - factors @ block[there]
+            error = error[np.isfinite(error)]
+            low, high = min(low, error.min(initial=np.inf)), max(high, error.max(initial=-np.inf))
+        return bool(high - low <= 2 * limit)
+
+
+def _listed(texts: list[str]) -> str:
+    return ", ".join(texts) if len(texts) <= 5 else f"{', '.join(texts[:5])} and {len(texts) - 5} more"

@@ -1,0 +1,256 @@
+"""What is passed for rows and is no array: frames, whose columns have names and types, and what people try besides."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvpflow import _checks
+
+Array = NDArray[Any]
+
+_DATES = ("date", "time", "duration", "period", "timestamp")  # beginnings of such types' names, in any library
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A column that cannot be read as numbers."""
+
+    column: int
+    text: str
+    remedy: str
+    kind: str = "type"
+
+
+class Frame:
+    """A frame of pandas, polars or pyarrow, or of another library that is used as they are.
+
+    Attributes
+    ----------
+    names
+        Of its columns, where they are strings.
+    width
+        How many columns there are.
+    """
+
+    def __init__(self, frame: Any) -> None:
+        self._frame = frame
+        named = getattr(frame, "column_names", None) if _library(frame) == "pyarrow" else frame.columns
+        given: list[Any] = list(named if named is not None else frame.columns)
+        self.width = len(given)
+        strings = sum(isinstance(name, str) for name in given)
+        if 0 < strings < len(given):
+            raise TypeError(
+                f"x has columns with names of several types ({_checks.shortened(repr(given))}), expected strings; "
+                "rename them, x.columns = x.columns.astype(str) for example"
+            )
+        self.names = [str(name) for name in given] if strings else None
+
+    def column(self, number: int) -> Any:
+        """Return a column, in the library's own form."""
+        if _library(self._frame) == "polars":
+            return self._frame.to_series(number)
+        return self._frame.column(number) if _library(self._frame) == "pyarrow" else self._frame.iloc[:, number]
+
+    def _types(self) -> list[Any]:
+        if _library(self._frame) == "pyarrow":
+            return list(self._frame.schema.types)
+        return list(self._frame.dtypes)
+
+    def problems(self) -> list[Problem]:
+        """Return the columns that do not hold real numbers, and the way out of each."""
+        found = []
+        for i, dtype in enumerate(self._types()):
+            kind = _kind(dtype)
+            if kind in "iuf":
+                continue
+            text = f"is {dtype}"
+            if kind == "b":
+                remedy = "drop it, train a flow for each of the two, or convert it to numbers yourself"
+            elif kind == "M":
+                remedy = "convert it to seconds, from its first moment on, or drop it"
+            else:
+                remedy = "encode it as numbers, or drop it"
+            found.append(Problem(i, text, remedy))
+        return found
+
+    def array(self, columns: Sequence[int] | None = None) -> Array:
+        """Return these columns (None: all) as an array [N, D], of the narrowest dtype that holds all; nulls are NaN."""
+        wanted = range(self.width) if columns is None else columns
+        types = self._types()
+        if len(wanted) == self.width and all(isinstance(dtype, np.dtype) for dtype in types):
+            return np.asarray(self._frame)
+        parts = [self._numbers(i, types[i]) for i in wanted]
+        return np.column_stack(parts) if parts else np.empty((len(self._frame), 0), np.float32)
+
+    def _numbers(self, number: int, dtype: Any) -> Array:
+        column = self.column(number)
+        if isinstance(dtype, np.dtype) or _library(self._frame) != "pandas":
+            return np.asarray(column.to_numpy())
+        plain = getattr(dtype, "numpy_dtype", None)
+        if plain is None:  # sparse
+            return np.asarray(column)
+        if plain.kind != "f" and column.isna().any():
+            plain = np.dtype(np.float64)
+        return np.asarray(
+            column.to_numpy(dtype=plain, na_value=np.nan) if plain.kind == "f" else column.to_numpy(plain)
+        )
+
+
+def _library(value: object) -> str:
+    return type(value).__module__.partition(".")[0]
+
+
+def _kind(dtype: Any) -> str:
+    """Return NumPy's letter for the kind of a column's type: i, u, f are real numbers, M dates, b bool, O the rest."""
+    text = str(dtype).lower()
+    kind = getattr(dtype, "kind", None)
+    if isinstance(kind, str):
+        return "M" if kind == "m" or text.startswith(_DATES) else kind
+    if text.startswith("bool"):
+        return "b"
+    if text.startswith(_DATES):
+        return "M"
+    if text.startswith(("int", "uint")):
+        return "i"
+    return "f" if text.startswith(("float", "double", "halffloat")) else "O"
+
+
+def inspect(value: object) -> Frame | None:
+    """Return the frame that `value` is, or None."""
+    if isinstance(value, (np.ndarray, list, tuple, int, float)) or not hasattr(value, "columns"):
+        return None
+    if not (hasattr(value, "__array__") or hasattr(value, "__dataframe__")):
+        return None
+    return Frame(value)
+
+
+def labels(names: Sequence[str] | None, count: int) -> list[str]:
+    """Return how messages call the columns: by name, or by number counted from 1."""
+    if names:
+        return [f"column {_checks.shortened(repr(name))}" for name in names]
+    return [f"column {i + 1}" for i in range(count)]
+
+
+def read(name: str, value: Any, expected: Sequence[str] | None) -> tuple[Any, list[str] | None]:
+    """Return rows as an array, and the names of their columns where they came in a frame.
+
+    Parameters
+    ----------
+    name
+        Of the argument, for messages.
+    value
+        An array, which is returned as it is; a frame, whose columns must be numbers; or what else people try.
+    expected
+        Names that the columns of a frame must have, in this order; None or empty: any.
+
+    Raises
+    ------
+    TypeError
+        Columns that are not numbers are named, all in one message, with the way out. Or `value` is no table.
+    ValueError
+        The names or their order differ.
+    """
+    if isinstance(value, np.ndarray):
+        return value, None
+    frame = inspect(value)
+    if frame is None:
+        refuse(name, value)
+        return value, None
+    if text := not_numbers(name, value):
+        raise TypeError(text)
+    if frame.names is not None and expected:
+        check_names(name, frame.names, expected)
+    return frame.array(), frame.names
+
+
+def rows(value: Any, name: str, expected: Sequence[str] | None) -> Any:
+    """Return `read`'s array: what the compiled methods call where an argument is no array."""
+    return read(name, value, expected)[0]
+
+
+def not_numbers(name: str, value: Any) -> str | None:
+    """Return what to say of a frame whose columns are not all numbers, with the ways out; None where they are."""
+    frame = inspect(value)
+    bad = [] if frame is None else frame.problems()
+    if frame is None or not bad:
+        return None
+    called = labels(frame.names, frame.width)
+    lines = [f"{called[problem.column]} {problem.text}: {problem.remedy}" for problem in bad]
+    if len(lines) == 1:
+        return f"{name}: {lines[0]}"
+    return f"{name}, {len(lines)} columns that are not numbers:\n" + "\n".join(f"  {line}." for line in lines)
+
+
+def check_names(name: str, given: Sequence[str], expected: Sequence[str]) -> None:
+    """Check that a frame's columns have the names that the flow knows, in the same order."""
+    if list(given) == list(expected):
+        return
+    missing = [column for column in expected if column not in given]
+    unknown = [column for column in given if column not in expected]
+    if not missing and (unknown or len(given) != len(expected)):
+        wrong = f"has columns that the flow was not trained with ({_listed(unknown or given)})"
+    elif missing:
+        wrong = f"lacks columns that the flow was trained with ({_listed(missing)})"
+        if unknown:
+            wrong += f" and has others ({_listed(unknown)})"
+    else:
+        at = next(i for i, pair in enumerate(zip(given, expected, strict=True)) if pair[0] != pair[1])
+        wrong = (
+            f"has columns in another order: column {at + 1} is {_quoted(given[at])}, the flow was trained with "
+            f"{_quoted(expected[at])} there"
+        )
+    way = "take them by name, x[list(flow.column_names)]" if not missing else "rename them"
+    raise ValueError(f"{name} {wrong}; {way}, or pass an array, without names, if only the names differ")
+
+
+def _quoted(text: str) -> str:
+    return _checks.shortened(repr(text))
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(map(_quoted, names[:5]))
+    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
+
+
+def refuse(name: str, value: Any) -> None:
+    """Raise TypeError for what people pass in place of rows, with what to pass instead; return for all else."""
+    if isinstance(value, (list, tuple, int, float, np.generic)) or hasattr(value, "__dlpack__"):
+        return
+    kind = type(value).__name__
+    bases = {base.__name__ for base in type(value).__mro__}
+    way = None
+    if isinstance(value, (str, bytes, os.PathLike)):
+        way = "read the file first, numpy.load(path) or pandas.read_csv(path); the command `nvpflow fit` takes files"
+    elif hasattr(value, "toarray"):
+        way = "x.toarray(), for sparse ones are not read"
+    elif value is None:
+        way = "an array of shape [N, D]"
+    elif "DataLoader" in bases:
+        way = (
+            "all rows at once, torch.cat([batch[0] for batch in loader]), and give batch_size; for a loop of your own "
+            "over batches take nvpflow.torch.FlowModule"
+        )
+    elif "Dataset" in bases or hasattr(value, "tensors"):
+        way = "its rows as one tensor, dataset.tensors[0] or torch.stack([item[0] for item in dataset])"
+    elif "LazyFrame" in bases:
+        way = "its rows, x.collect()"
+    elif isinstance(value, Mapping):
+        way = "one array, numpy.column_stack(list(x.values())), or a frame, pandas.DataFrame(x)"
+    elif isinstance(value, Iterator):
+        way = "all rows at once, numpy.stack(list(x))"
+    elif hasattr(value, "log_prob") and hasattr(value, "sample"):
+        way = "rows drawn from it: a flow learns from samples"
+    elif isinstance(value, (set, frozenset)):
+        way = "a list, which has an order"
+    if way is not None:
+        raise TypeError(f"{name} is {_article(kind)} {kind}, expected rows [N, D] in an array or a frame: {way}")
+
+
+def _article(word: str) -> str:
+    return "an" if word[:1].lower() in "aeiou" else "a"

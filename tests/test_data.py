@@ -1,0 +1,345 @@
+"""check_data: each finding on data that has it, none on data that has not; what fit and the command do with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import nvpflow
+import pytest
+from nvpflow import cli, demo
+
+RANDOM = np.random.default_rng(0)
+DATA = os.environ.get("NVPFLOW_DATA")
+QUICK = {"epochs": 1, "batch_size": 64, "progress": False}
+
+
+def normal(rows: int = 1000, columns: int = 3) -> np.ndarray:
+    return np.random.default_rng(1).normal(size=(rows, columns))
+
+
+def moons(rows: int = 6000) -> np.ndarray:
+    random = np.random.default_rng(2)
+    angle = np.pi * random.random(rows)
+    upper = random.random(rows) < 0.5
+    x = np.where(upper, np.cos(angle), 1 - np.cos(angle))
+    y = np.where(upper, np.sin(angle), 0.5 - np.sin(angle))
+    return (np.column_stack([x, y]) + 0.05 * random.normal(size=(rows, 2))).astype(np.float32)
+
+
+def flow_of(x: np.ndarray, **options: object) -> nvpflow.Flow:
+    return nvpflow.build(x.shape[1], num_flows=2, hidden_sizes=(8,), **{"standardize": True, **options})
+
+
+def found(x: object, **options: object) -> dict[str, nvpflow.Finding]:
+    return {finding.kind: finding for finding in nvpflow.check_data(x, **options).findings}
+
+
+# ------------------------------------------------------------------------------------------------------ nothing to find
+
+
+SOUND = {
+    "normal": normal(),
+    "normal in float32": normal().astype(np.float32),
+    "20 columns": normal(5000, 20),
+    "moons": moons(),
+    "t(3)": np.random.default_rng(3).standard_t(3, size=(5000, 3)),
+    "lognormal(1)": np.exp(np.random.default_rng(4).normal(size=(5000, 3))),
+    "modes 100 sd apart": normal(5000) + 100.0 * np.random.default_rng(5).integers(0, 2, (5000, 1)),
+    "strongly dependent": normal(5000) @ np.array([[1, 1, 1], [0, 1e-2, 0], [0, 0, 1e-2]]),
+    "counts to a thousand": np.random.default_rng(6).poisson(1000, size=(5000, 2)),
+    "rounded to hundredths": np.round(normal(5000), 2),
+    "seconds since 1970": 1.7e9 + 60 * normal(),
+    "the demo's": demo.load_data(),
+}
+
+
+@pytest.mark.parametrize("x", SOUND.values(), ids=SOUND)
+def test_nothing_is_found_in_sound_data(x) -> None:
+    report = nvpflow.check_data(x)
+    assert report.ok, report
+    assert repr(report).endswith("; nothing found")
+
+
+@pytest.mark.parametrize("name", ["normal", "20 columns", "moons", "t(3)"])
+def test_unit_scale_needs_no_standardize_layer(name) -> None:
+    assert nvpflow.check_data(SOUND[name], standardize=False).ok
+
+
+@pytest.mark.data
+@pytest.mark.skipif(DATA is None, reason="NVPFLOW_DATA is not set")
+@pytest.mark.parametrize("name", ["power_train", "power_val", "protein_train", "protein_val"])
+def test_nothing_is_found_in_real_data(name) -> None:
+    x = np.load(Path(DATA) / f"{name}.npy", mmap_mode="r")
+    assert nvpflow.check_data(x).ok
+    assert nvpflow.check_data(x, standardize=False).ok
+
+
+# ------------------------------------------------------------------------------------------------------- each finding
+
+
+def test_missing_values_are_counted_by_row_and_column() -> None:
+    x = normal()
+    x[7, 1], x[7, 2], x[900, 1] = np.nan, np.inf, -np.inf
+    finding = found(x, names=["a", "b", "c"])["missing"]
+    assert finding.severity == "error"
+    assert finding.columns == (2, 3)
+    assert finding.text == (
+        "2 of 1,000 rows with NaN or infinite values (rows 7, 900, counted from 0; column 'b': 2, column 'c': 1)"
+    )
+    assert set(found(x)) == {"missing"}  # the finite rows are sound
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, -1e30])
+def test_a_constant_column(value) -> None:
+    x = normal()
+    x[:, 2] = value
+    finding = found(x)["constant"]
+    assert finding.severity == "error"
+    assert (finding.columns, finding.names) == ((3,), ("column 3",))
+    assert set(found(x)) == {"constant"}
+
+
+def test_a_column_that_is_nearly_constant() -> None:
+    x = normal()
+    x[:, 2] = 3
+    x[0, 2] = 4
+    assert set(found(x)) == {"few"}
+    assert found(x)["few"].columns == (3,)
+    x[:100, 2] = normal(100)[:, 0]
+    assert found(x)["repeated"].figures["share"] == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(1, 0), (-3, 100), (1e-3, 7)])
+def test_a_copy(scale, offset) -> None:
+    x = normal()
+    x[:, 2] = scale * x[:, 0] + offset
+    finding = found(x)["copy"]
+    assert finding.severity == "error"
+    assert finding.columns == (3, 1)
+    assert ("scale and offset" in finding.text) == (scale != 1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_linear_combination_names_the_columns_that_depend(dtype) -> None:
+    x = normal(2000, 6)
+    x[:, 4] = 2 * x[:, 0] - x[:, 3] + 5
+    finding = found(x.astype(dtype))["dependent"]
+    assert finding.severity == "error"
+    assert finding.columns == (5, 1, 4)
+
+
+def test_shares_that_add_up_to_one() -> None:
+    x = np.exp(normal(2000, 4))
+    assert found(x / x.sum(axis=1, keepdims=True))["dependent"].columns == (4, 1, 2, 3)
+
+
+def test_dependence_that_is_not_exact_is_a_warning() -> None:
+    x = normal(5000)
+    x[:, 2] = x[:, 0] + x[:, 1] + 1e-5 * normal(5000, 4)[:, 3]
+    assert found(x)["dependent"].severity == "warning"
+    x = normal(5000)
+    x[:, 2] = x[:, 0]
+    x[4321, 2] += 1e-3  # all rows count, also those that no sample holds
+    assert found(x)["copy"].severity == "warning"
+
+
+def test_a_copy_in_all_rows_but_one_that_no_sample_holds() -> None:
+    x = np.random.default_rng(0).normal(size=(300_000, 2)).astype(np.float32)
+    x[:, 1] = x[:, 0]
+    assert found(x)["copy"].severity == "error"
+    seen = []
+    for row in range(3):  # of which one is drawn
+        x[row, 1] += 1
+        seen += [finding.severity for finding in nvpflow.check_data(x).findings]
+        x[row, 1] = x[row, 0]
+    assert seen == ["warning", "warning"]
+
+
+def test_common_fill_values_are_no_dependence() -> None:
+    x = normal()
+    x[::200] = 1e30
+    assert set(found(x)) == {"outliers"}
+
+
+def test_few_rows_are_no_dependence() -> None:
+    assert set(found(normal(10, 20))) == {"rows"}
+
+
+def test_digits() -> None:
+    seconds = np.column_stack([1.7e9 + 60 * normal()[:, 0], normal()[:, 1]])
+    assert nvpflow.check_data(seconds).ok  # float64 rows, which a standardize layer takes
+    rounded = seconds.astype(np.float32)
+    assert set(found(rounded)) == {"digits"}
+    finding = found(rounded)["digits"]
+    assert finding.columns == (1,)
+    assert finding.figures["step"] == 128
+    assert found(seconds, standardize=False)["digits"].columns == (1,)
+    assert nvpflow.check_data(seconds - seconds.mean(axis=0), standardize=True).ok
+    assert set(found(1.7e9 + 60e-9 * normal())) == {"digits"}  # float64 has an end, too
+    assert nvpflow.check_data(1000 + normal().astype(np.float32)).ok
+
+
+def test_scale_counts_where_nothing_standardizes() -> None:
+    x = normal() * [1, 20, 1e-3] + [100, 0, 0]
+    assert nvpflow.check_data(x).ok
+    scale = [
+        finding.columns for finding in nvpflow.check_data(x, standardize=False).findings if finding.kind == "scale"
+    ]
+    assert scale == [(1,), (2,), (3,)]
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e5, 1e30])
+def test_outliers(factor) -> None:
+    x = normal(5000)
+    x[::1000, 1] *= factor
+    assert set(found(x)) == {"outliers"}
+    assert found(x)["outliers"].columns == (2,)
+
+
+def test_few_distinct_values_and_integers() -> None:
+    x = normal(5000)
+    x[:, 0] = RANDOM.integers(0, 3, 5000)
+    x[:, 1] = RANDOM.poisson(300, 5000)  # 17 steps
+    x[:, 2] = np.where(x[:, 2] < -0.5, -0.5, x[:, 2])
+    kinds = found(x)
+    assert set(kinds) == {"few", "integers", "repeated"}
+    assert [kinds[kind].columns for kind in ("few", "integers", "repeated")] == [(1,), (2,), (3,)]
+    assert kinds["few"].figures["distinct"] == 3
+    dithered = x[:, :2] + RANDOM.random((5000, 2))
+    assert nvpflow.check_data(dithered).ok
+
+
+def test_too_few_rows() -> None:
+    assert found(normal(25))["rows"].severity == "warning"
+    assert found(normal(1))["rows"].severity == "warning"
+    assert found(normal(0))["rows"].severity == "error"
+    assert nvpflow.check_data(normal(30)).ok
+
+
+# --------------------------------------------------------------------------------------------------------- the report
+
+
+def bad_table() -> np.ndarray:
+    x = normal(1000, 5)
+    x[3, 0] = np.nan
+    x[:, 1] = 4
+    x[:, 3] = x[:, 2]
+    x[:, 4] = RANDOM.integers(0, 2, 1000)
+    return x
+
+
+def test_all_problems_of_a_table_are_in_one_report() -> None:
+    report = nvpflow.check_data(bad_table(), names=["a", "b", "c", "d", "e"])
+    assert [finding.kind for finding in report.errors] == ["missing", "constant", "copy"]
+    assert [finding.kind for finding in report.warnings] == ["few"]
+    assert report.findings == report.errors + report.warnings
+    assert not report.ok
+    lines = repr(report).splitlines()
+    assert lines[0] == "DataReport: 1,000 rows of 5 columns; 3 errors, 1 warning"
+    assert len(lines) == 5
+    assert json.loads(report.to_json()) == report.to_dict()
+    assert report.to_dict()["findings"][1]["names"] == ["column 'b'"]
+
+
+def test_the_report_does_not_depend_on_layout_or_call() -> None:
+    x = bad_table()
+    assert nvpflow.check_data(x) == nvpflow.check_data(np.asfortranarray(x)) == nvpflow.check_data(x.tolist())
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "error", "message"),
+    [
+        ("table.csv", {}, TypeError, "x is a str, expected rows"),
+        (np.zeros(5), {}, ValueError, r"x has shape \(5,\), expected \[N, D\]"),
+        (np.array([["a", "b"]]), {}, TypeError, "x has dtype <U1, expected real numbers"),
+        ([[1.0], [1.0, 2.0]], {}, TypeError, "x cannot be read as an array of numbers"),
+        (normal(), {"names": ["a"]}, ValueError, "names holds 1 names, expected 3"),
+        (normal(), {"dtype": "int8"}, ValueError, "dtype is 'int8'"),
+        (normal(), {"standardize": 1}, TypeError, "standardize must be True or False"),
+    ],
+)
+def test_arguments_that_are_refused(x, options, error, message) -> None:
+    with pytest.raises(error, match=message):
+        nvpflow.check_data(x, **options)
+
+
+# ------------------------------------------------------------------------------------------------------------ fit
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+def test_fit_refuses_what_has_no_density_in_one_message(standardize) -> None:
+    x = bad_table().astype(np.float32)
+    flow = flow_of(x, standardize=standardize)
+    flow.column_names = ["a", "b", "c", "d", "e"]
+    with pytest.raises(ValueError, match=r"^x, 3 things:") as refused:
+        flow.fit(x, **QUICK)
+    for text in ("1 of 1,000 rows with NaN", "column 'b' is constant, 4", "column 'd' is a copy of column 'c'"):
+        assert text in str(refused.value)
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+def test_a_constant_column_has_the_same_answer_with_and_without_standardize(standardize) -> None:
+    x = normal().astype(np.float32)
+    x[:, 1] = 3
+    with pytest.raises(ValueError, match=r"^x: column 2 is constant, 3 in all rows") as refused:
+        flow_of(x, standardize=standardize).fit(x, **QUICK)
+    assert str(refused.value).endswith("a column without variation has no density: remove it")
+
+
+def test_fit_warns_once_of_everything_else() -> None:
+    x = normal().astype(np.float32)
+    x[:, 0] = 1.7e9 + 60 * x[:, 0].astype(float)
+    x[:, 1] = x[:, 1] > 0
+    x[0, 2] = 1e6
+    flow = flow_of(x)
+    flow.column_names = ["time", "flag", "amount"]
+    with pytest.warns(nvpflow.DataWarning) as seen:
+        flow.fit(x, **QUICK)
+    assert len(seen) == 1
+    assert seen[0].filename == __file__
+    message = str(seen[0].message)
+    for text in (
+        "column 'time' has lost digits",
+        "column 'flag' has 2 distinct values",
+        "column 'amount' has outliers",
+    ):
+        assert text in message
+
+
+def test_fit_says_nothing_of_sound_data_and_scoring_never_looks() -> None:
+    x = normal().astype(np.float32)
+    flow = flow_of(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        flow.fit(x, **QUICK)
+        flow.log_prob(np.ones((5, 3), np.float32))
+        flow.forward(np.full((5, 3), 1e9, np.float32))
+
+
+def test_raw_units_without_standardize_are_warned_of() -> None:
+    x = (100 + 20 * normal()).astype(np.float32)
+    with pytest.warns(nvpflow.DataWarning, match=r"column 1 has mean .* far from unit scale.*standardize=True"):
+        flow_of(x, standardize=False).fit(x, **QUICK)
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_fit_warns_and_refuses(tmp_path, capsys) -> None:
+    x = normal(200)
+    x[:, 1] = RANDOM.integers(0, 2, 200)
+    np.savetxt(tmp_path / "x.csv", x, delimiter=",", header="a,b,c", comments="")
+    fit = ["fit", str(tmp_path / "x.csv"), "--epochs", "1", "--batch-size", "50", "--quiet", "-o"]
+    assert cli.main([*fit, str(tmp_path / "a.safetensors")]) == 0
+    assert capsys.readouterr().err.startswith("nvpflow: warning: x: column 'b' has 2 distinct values")
+    x[:, 1], x[:, 2] = 5, x[:, 0]
+    np.savetxt(tmp_path / "x.csv", x, delimiter=",", header="a,b,c", comments="")
+    assert cli.main([*fit, str(tmp_path / "b.safetensors")]) == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "column 'b' is constant, 5" in message
+    assert "column 'c' is a copy of column 'a'" in message
