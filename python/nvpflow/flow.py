@@ -10,10 +10,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from nvpflow import _checks, _core, _frames, certificate, training
+from nvpflow import _checks, _core, _frames, _hints, certificate, training
 from nvpflow._core import FlowSpec
 
 
+@_hints.explained
 def build(
     input_size: int,
     num_flows: int = 4,
@@ -106,6 +107,7 @@ def build(
     )
 
 
+@_hints.explained
 def load(
     path: str | os.PathLike[str],
     *,
@@ -222,13 +224,33 @@ class Flow(_core.Flow):
     can be captured in a CUDA graph; capture anew after the weights have changed.
 
     The methods that work on rows are those of the compiled extension itself, with nothing in between: `forward`,
-    `inverse`, `log_probability` (also called `log_prob`), `sample`, `nll`, `nll_gradient`, `vjp`, `save`, `reload` and
-    `swap`.
+    `inverse`, `log_probability` (also called `log_prob`), `sample`, `nll`, `nll_gradient`, `vjp`, `save` and `reload`.
 
     Two flows are equal if their specs and all their weights are. Flows can be copied and pickled.
     """
 
     __slots__ = ()  # a misspelt attribute is an error, not a new attribute
+
+    @_hints.explained
+    def __init__(
+        self,
+        spec: FlowSpec,
+        seed: int = 0,
+        *,
+        device: str = "cpu",
+        precision: str = "float32",
+        weights: str = "full",
+        init: str = "fan_in",
+    ) -> None:
+        if not isinstance(spec, FlowSpec):
+            way = "nvpflow.build makes a flow from the number of columns"
+            raise TypeError(f"spec must be a FlowSpec, got {_checks.describe(spec)}; {way}")
+        super().__init__(
+            spec,
+            _checks.integer("seed", seed, unsigned=True),
+            init=_checks.text("init", init),
+            **_where(device, precision, weights),
+        )
 
     @property
     def column_names(self) -> tuple[str, ...] | None:
@@ -351,6 +373,26 @@ class Flow(_core.Flow):
         where = _where(self.device, self.precision, self.weights) if same else _DEFAULT_WHERE | {"device": self.device}
         return _restore(type(self), spec, parameters, self.num_threads, where, self._column_names())
 
+    def swap(self, other: Flow) -> None:
+        """Exchange the weights of two flows of the same spec, while other threads may call both.
+
+        Each flow changes at one moment; the two moments differ. Column names stay where they are.
+
+        Parameters
+        ----------
+        other
+            The other flow.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `other` is no flow, or of another spec. Nothing has changed.
+        """
+        if not isinstance(other, _core.Flow):
+            raise TypeError(f"other must be a Flow, got {_checks.describe(other)}")
+        self._swap(other)
+
+    @_hints.explained
     def certify(
         self, x: ArrayLike, *, tolerance: float = certificate.TOLERANCE, jacobian_rows: int | None = None
     ) -> certificate.Certificate:
@@ -389,6 +431,7 @@ class Flow(_core.Flow):
         certifier.add(rows)
         return certifier.certificate()
 
+    @_hints.explained
     def fit(
         self,
         x: ArrayLike,
@@ -552,3 +595,46 @@ def _of_dtype(spec: FlowSpec, dtype: str) -> FlowSpec:
 
 def _size(shape: tuple[int, ...]) -> int:
     return int(np.prod(shape, dtype=np.int64))
+
+
+def _completed(spec: type[FlowSpec]) -> None:
+    """Give the compiled class functions of Python for those that pybind11 makes, whose messages name no argument."""
+    initialise, from_json, to_json = spec.__init__, spec.from_json, spec.to_json
+
+    @_hints.explained
+    def __init__(
+        self: FlowSpec,
+        input_size: int,
+        num_flows: int = 4,
+        hidden_sizes: Sequence[int] = (256,),
+        activation: str = "relu",
+        scale_bound: float = 1.0,
+        standardize: bool = False,
+        dtype: str = "float32",
+    ) -> None:
+        initialise(
+            self,
+            _checks.integer("input_size", input_size),
+            _checks.integer("num_flows", num_flows),
+            _checks.sizes("hidden_sizes", hidden_sizes),
+            _checks.text("activation", activation),
+            _checks.real("scale_bound", scale_bound),
+            _checks.boolean("standardize", standardize),
+            _checks.dtype_name("dtype", dtype),
+        )
+
+    def read(text: str) -> FlowSpec:
+        """Return the spec that `to_json` was called on."""
+        return from_json(_checks.text("text", text))
+
+    def write(self: FlowSpec) -> str:
+        """Return the spec as JSON."""
+        return to_json(self)
+
+    for name, function in (("__init__", __init__), ("from_json", read), ("to_json", write)):
+        function.__name__, function.__qualname__ = name, f"FlowSpec.{name}"
+        made: Any = staticmethod(function) if name == "from_json" else function
+        setattr(spec, name, made)
+
+
+_completed(FlowSpec)

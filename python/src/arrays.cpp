@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include <nvpflow/flow.hpp>
 #include <nvpflow/spec.hpp>
 
 #include "device_arrays.hpp"
@@ -123,6 +124,15 @@ py::object convert(PyObject* object, const char* name, DType dtype, Library libr
       PyArray_FromArray(from, wanted, NPY_ARRAY_CARRAY_RO | NPY_ARRAY_ENSUREARRAY | NPY_ARRAY_FORCECAST));
   if (!result) throw py::error_already_set();
   return result;
+}
+
+/// The columns of a frame as one array; the object itself where it is no frame. What is known to be no table is refused.
+py::object read_columns(PyObject* object, const char* name, const Flow* named) {
+  if (PyList_Check(object) || PyTuple_Check(object) || PyFloat_Check(object) || PyLong_Check(object)) {
+    return py::reinterpret_borrow<py::object>(object);
+  }
+  const auto names = named == nullptr ? std::vector<std::string>() : named->column_names();
+  return py::module_::import("nvpflow._frames").attr("rows")(py::handle(object), name, names);
 }
 
 /// NumPy's number of a DLPack type; NPY_NOTYPE for those it has none for, bfloat16 among them.
@@ -311,9 +321,15 @@ void import_numpy() {
   if (_import_array() < 0) throw py::error_already_set();
 }
 
-InputArray input_rows(PyObject* object, const char* name, DType dtype, std::int64_t features, int device) {
+InputArray input_rows(PyObject* object, const char* name, DType dtype, std::int64_t features, int device,
+                      const Flow* named) {
   const Place place = PyArray_Check(object) ? Place::host : place_of(object, name);
   if (place == Place::device) return device_rows(object, name, dtype, features, device);
+  py::object read;
+  if (place == Place::unknown) {
+    read = read_columns(object, name, named);
+    object = read.ptr();
+  }
   InputArray in;
   read_host(object, name, dtype, place, in);
   auto* array = reinterpret_cast<PyArrayObject*>(in.owner.ptr());

@@ -10,6 +10,7 @@
 #include <string>
 #include <utility>
 
+#include <nvpflow/flow.hpp>
 #include <nvpflow/spec.hpp>
 
 namespace nvpflow::python {
@@ -42,7 +43,9 @@ struct InputArray {
 };
 
 /// [B, D] or [D]; for a flow on a CUDA device arrays of that device, too.
-InputArray input_rows(PyObject* object, const char* name, DType dtype, std::int64_t features, int device);
+/// Of a frame the columns, which must be numbers, and whose names those that `named` has, if any.
+InputArray input_rows(PyObject* object, const char* name, DType dtype, std::int64_t features, int device,
+                      const Flow* named = nullptr);
 /// [B], or a number where x is a single row; where x is.
 InputArray input_vector(PyObject* object, const char* name, DType dtype, const InputArray& x);
 

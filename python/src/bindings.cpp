@@ -195,7 +195,7 @@ OutputArray parameter_array(const BoundFlow& self, const char* name, const Input
 }
 
 py::object nll(const BoundFlow& self, const Arguments& given) {
-  const InputArray in = input_rows(given[0], "x", self.dtype, self.features, self.device);
+  const InputArray in = input_rows(given[0], "x", self.dtype, self.features, self.device, &self.flow);
   double result = 0;
   if (in.on_device) {
     require_some(in);
@@ -212,7 +212,7 @@ py::object nll(const BoundFlow& self, const Arguments& given) {
 }
 
 py::object nll_gradient(const BoundFlow& self, const Arguments& given) {
-  const InputArray in = input_rows(given[0], "x", self.dtype, self.features, self.device);
+  const InputArray in = input_rows(given[0], "x", self.dtype, self.features, self.device, &self.flow);
   OutputArray gradient = parameter_array(self, "gradient", in);
   double result = 0;
   if (in.on_device) {
@@ -288,7 +288,7 @@ py::object vjp(const BoundFlow& self, const Arguments& given) {
     throw Error(ErrorCode::invalid_argument, "direction is '" + direction + "', expected 'forward' or 'inverse'");
   }
   const Direction way = direction == "forward" ? Direction::forward : Direction::inverse;
-  const InputArray in = input_rows(given[0], "x", self.dtype, self.features, self.device);
+  const InputArray in = input_rows(given[0], "x", self.dtype, self.features, self.device, &self.flow);
   InputArray g_out, g_log_det;
   if (given.given(1)) {
     g_out = input_rows(given[1], "grad_out", self.dtype, self.features, self.device);
@@ -308,7 +308,7 @@ py::object vjp(const BoundFlow& self, const Arguments& given) {
 }
 
 py::object log_prob_vjp(const BoundFlow& self, const Arguments& given) {
-  const InputArray in = input_rows(given[0], "x", self.dtype, self.features, self.device);
+  const InputArray in = input_rows(given[0], "x", self.dtype, self.features, self.device, &self.flow);
   const InputArray g = input_vector(given[1], "grad_log_prob", self.dtype, in);
   const std::initializer_list<NamedInput> inputs = {{in, "x", in.rows * self.row_bytes()},
                                                     {g, "grad_log_prob", in.rows * size_of(self.dtype)}};
@@ -320,7 +320,7 @@ py::object log_prob_vjp(const BoundFlow& self, const Arguments& given) {
 /// log_prob, and what log_prob_vjp gives for the parameters, in one pass; `out` (None: a new array) takes the latter
 /// and must not overlap the others.
 py::object log_prob_and_vjp(const BoundFlow& self, const Arguments& given) {
-  const InputArray in = input_rows(given[0], "x", self.dtype, self.features, self.device);
+  const InputArray in = input_rows(given[0], "x", self.dtype, self.features, self.device, &self.flow);
   const InputArray g = input_vector(given[1], "grad_log_prob", self.dtype, in);
   OutputArray log_prob = output_array(nullptr, "log_prob", self.dtype, 0, in);
   OutputArray parameters = parameter_array(self, "grad_parameters", in, given[2]);
@@ -661,10 +661,7 @@ void bind_flow(py::module_& module) {
       .def_property_readonly("weights",
                              on_ready(+[](const BoundFlow& f) { return std::string(name_of(f.flow.weights())); }),
                              "How the kernels are stored for computing: 'full' or 'bfloat16'.")
-      .def("swap", on_ready(&swap), py::arg("other"),
-           "Exchange the weights of two flows of the same spec, while other threads may call both. Each flow changes "
-           "at\n"
-           "one moment; the two moments differ. Column names stay where they are. On an error nothing has changed.")
+      .def("_swap", on_ready(&swap))
       .def("_column_names", on_ready(+[](const BoundFlow& f) { return f.flow.column_names(); }))
       .def("_set_column_names", on_ready(&set_column_names))
       .def("_layout", on_ready(&layout))
@@ -693,6 +690,15 @@ py::object load_file(const Arguments& given) {
   });
   return py::make_tuple(BoundSpec(model.spec), flat.array, model.column_names);
 }
+
+PyObject* cpu_isa_text(PyObject*, PyObject*) {
+  return guarded([] { return py::str(std::string(cpu_isa())).release().ptr(); });
+}
+
+PyMethodDef kCpuIsa = {
+    "cpu_isa", cpu_isa_text, METH_NOARGS,
+    "cpu_isa()\n--\n\n"
+    "Instruction set of the CPU kernels: 'avx512', 'avx2', 'neon' or 'baseline' (NVPFLOW_ISA forces one)."};
 
 py::tuple isas_available() {
   py::list names;
@@ -800,9 +806,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
     }
   });
   module.attr("__version__") = version();
-  module.def(
-      "cpu_isa", [] { return std::string(cpu_isa()); },
-      "Instruction set of the CPU kernels: 'avx512', 'avx2', 'neon' or 'baseline' (NVPFLOW_ISA forces one).");
+  add_function(module, &kCpuIsa);
   module.def("cpu_isas_available", &isas_available, "Instruction sets that this build and this processor have.");
   module.def("activation_names", [] { return py::tuple(py::cast(activation_names())); });
   module.def("available_threads", &available_threads, "Threads this process may use (affinity and cgroup quota).");

@@ -1,6 +1,7 @@
 // forward, inverse, log_probability and sample, with the vectorcall convention.
 
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 #include <random>
 #include <string>
@@ -39,7 +40,7 @@ PyObject* log_probability(PyObject* self, PyObject* const* args, Py_ssize_t coun
   return guarded([&] {
     const BoundFlow& flow = bound(self);
     const HotArguments given("log_probability", 1, {names().x, names().out}, args, count, keywords);
-    const InputArray x = input_rows(given[0], "x", flow.dtype, flow.features, flow.device);
+    const InputArray x = input_rows(given[0], "x", flow.dtype, flow.features, flow.device, &flow.flow);
     OutputArray out = output_array(given[1], "out", flow.dtype, 0, x);
     refuse_overlap(out, "out", x, "x", x.rows * flow.row_bytes());
     run_beside(flow, x, x.rows,
@@ -73,7 +74,7 @@ PyObject* forward(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObj
   return guarded([&] {
     const BoundFlow& flow = bound(self);
     const HotArguments given("forward", 1, {names().x, names().out}, args, count, keywords);
-    const InputArray x = input_rows(given[0], "x", flow.dtype, flow.features, flow.device);
+    const InputArray x = input_rows(given[0], "x", flow.dtype, flow.features, flow.device, &flow.flow);
     return transform_pair(flow, Direction::forward, x, "x", given[1], "out[0] (z)");
   });
 }
@@ -108,9 +109,8 @@ std::string short_text(const py::object& number) {
 /// A Python integer in [0, 2^64), or [0, 2^63) where `is_signed`.
 std::uint64_t unsigned_of(PyObject* object, const char* name, bool is_signed) {
   if (PyBool_Check(object) || !PyIndex_Check(object)) {
-    PyErr_SetString(PyExc_TypeError,
-                    (std::string(name) + " is " + Py_TYPE(object)->tp_name + ", expected an integer").c_str());
-    throw py::error_already_set();
+    const char* way = std::strcmp(name, "n") == 0 ? "; rows have one axis, and sample(5) draws five" : "";
+    raise(PyExc_TypeError, std::string(name) + " is " + Py_TYPE(object)->tp_name + ", expected an integer" + way);
   }
   const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(object));
   if (!number) throw py::error_already_set();
@@ -205,6 +205,11 @@ PyMethodDef kMethods[] = {
 };
 
 }  // namespace
+
+std::string hint_about(const std::string& name) {
+  const auto hint = py::module_::import("nvpflow._hints").attr("about")(name).cast<std::string>();
+  return hint.empty() ? "" : "; " + hint;
+}
 
 void add_method(py::class_<BoundFlow>& type, PyMethodDef* method) {
   PyObject* descriptor = PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type.ptr()), method);

@@ -93,7 +93,8 @@ Place place_of(PyObject* object, const char* name) {
 }
 
 void refuse_grad(PyObject* object, const char* name, Library library) {
-  if (library != Library::torch || !py::handle(object).attr("requires_grad").cast<bool>()) return;
+  if (library != Library::torch || !has(object, "requires_grad")) return;  // what is no tensor
+  if (!py::handle(object).attr("requires_grad").cast<bool>()) return;
   raise(
       PyExc_ValueError,
       std::string(name) +

@@ -27,6 +27,9 @@ inline BoundFlow& bound(PyObject* self) {
   return *flow;
 }
 
+/// "; " and what to say of an argument that there is not, where nvpflow._hints knows it; "" stands for one by position.
+std::string hint_about(const std::string& name);
+
 /// Splits a vectorcall into at most kMax named arguments. Names after `positional` are keyword-only.
 template <int kMax>
 class ArgumentsOf {
@@ -39,7 +42,8 @@ class ArgumentsOf {
               Py_ssize_t count, PyObject* keywords)
       : method_(method), names_(names) {
     if (count > positional) {
-      fail("takes at most " + std::to_string(positional) + " positional argument(s), got " + std::to_string(count));
+      fail("takes at most " + std::to_string(positional) + " positional argument(s), got " + std::to_string(count) +
+           hint_about(""));
     }
     for (Py_ssize_t i = 0; i < count; ++i) values_[i] = args[i];
     const Py_ssize_t keyword_count = keywords == nullptr ? 0 : PyTuple_GET_SIZE(keywords);
@@ -79,7 +83,8 @@ class ArgumentsOf {
     for (int i = 0; i < count; ++i) {
       if (PyUnicode_Compare(names_[static_cast<std::size_t>(i)], keyword) == 0) return i;
     }
-    fail("got an unexpected argument " + py::repr(keyword).cast<std::string>());
+    fail("got an unexpected argument " + py::repr(keyword).cast<std::string>() +
+         hint_about(py::reinterpret_borrow<py::str>(keyword)));
   }
 
   const char* method_;

@@ -1,0 +1,311 @@
+"""What people try: every public function given what it does not take answers in words that help."""
+
+from __future__ import annotations
+
+import inspect
+import pathlib
+import re
+from types import FunctionType
+
+import numpy as np
+import nvpflow
+import pytest
+
+X = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32)
+QUICK = {"epochs": 1, "progress": False}
+# What a message must not be: pybind11's own text, or an error from inside.
+RAW = re.compile(r"incompatible (function|constructor) arguments|Invoked with|pybind|has no attribute|<locals>")
+
+
+def new_flow(**options: object) -> nvpflow.Flow:
+    return nvpflow.build(3, num_flows=2, hidden_sizes=(8,), **options)
+
+
+def fitted_names(names: list[str]) -> nvpflow.Flow:
+    flow = new_flow()
+    flow.column_names = names
+    return flow
+
+
+# --------------------------------------------------------------------------------------- every function, odd arguments
+
+
+def functions() -> dict[str, object]:
+    found: dict[str, object] = {}
+    flow = new_flow()
+    for name in nvpflow.__all__:
+        value = getattr(nvpflow, name)
+        if callable(value) and not (isinstance(value, type) and issubclass(value, BaseException)):
+            found[name] = value
+    for owner, value in (
+        ("flow", flow),
+        ("spec", flow.spec),
+        ("functional", nvpflow.functional),
+        ("cuda", nvpflow.cuda),
+    ):
+        for name in dir(value):
+            member = getattr(value, name) if not name.startswith("_") else None
+            ours = not inspect.ismodule(value) or isinstance(member, FunctionType)  # and not a type of numpy.typing
+            if callable(member) and ours:
+                found[f"{owner}.{name}"] = member
+    return found
+
+
+FUNCTIONS = functions()
+
+
+def test_the_walk_finds_the_public_functions() -> None:
+    names = {
+        "build",
+        "load",
+        "check_data",
+        "FlowSpec",
+        "flow.fit",
+        "flow.log_prob",
+        "flow.vjp",
+        "spec.to_json",
+        "cpu_isa",
+    }
+    assert names <= set(FUNCTIONS)
+    assert len(FUNCTIONS) > 35
+
+
+def complaint(function: object, *args: object, **kwargs: object) -> BaseException | None:
+    try:
+        function(*args, **kwargs)
+    except Exception as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_an_unknown_keyword_is_named(name) -> None:
+    error = complaint(FUNCTIONS[name], no_such_argument=1)
+    assert isinstance(error, TypeError), error
+    assert not RAW.search(str(error)), error
+    assert "no_such_argument" in str(error) or "takes no" in str(error) or "missing" in str(error), error
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_too_many_arguments_are_counted(name) -> None:
+    if any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(FUNCTIONS[name]).parameters.values()):
+        pytest.skip("takes any number")
+    error = complaint(FUNCTIONS[name], *range(40))
+    assert isinstance(error, TypeError), error
+    assert "incompatible" not in str(error), error
+    assert "takes" in str(error), error
+
+
+class Odd:
+    """An object that nothing knows."""
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("value", [Odd(), None, "text", {}, 1.5, b"\0", [], (5,), True, Odd], ids=repr)
+def test_a_value_of_any_type_gets_an_answer(name, value, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)  # "text" may be a file's name
+    error = complaint(FUNCTIONS[name], value)
+    if error is not None:
+        assert isinstance(error, (TypeError, ValueError, OSError, RuntimeError)), repr(error)
+        assert not isinstance(error, RuntimeError) or isinstance(error, nvpflow.CudaError), repr(error)
+        assert not RAW.search(str(error)), error
+
+
+# -------------------------------------------------------------------------------------------------- known other names
+
+
+HABITS = [
+    (lambda flow: flow.fit(X, sample_weight=np.ones(200), **QUICK), "'sample_weight'; rows have no weights yet"),
+    (lambda flow: flow.fit(X, context=X, **QUICK), "'context'; flows here have no conditions yet"),
+    (lambda flow: flow.fit(X, bounds=(0, 1), **QUICK), "'bounds'; columns have no bounds yet"),
+    (lambda flow: flow.fit(X, lr=1e-3), "'lr'; the step size is called learning_rate"),
+    (lambda flow: flow.fit(X, verbose=1), "'verbose'; it is called progress"),
+    (lambda flow: nvpflow.build(3, context_size=2), "'context_size'; flows here have no conditions yet"),
+    (lambda flow: nvpflow.build(features=3), "'features'; the number of columns is called input_size"),
+    (lambda flow: flow.log_prob(X, context=None), "'context'; flows here have no conditions yet"),
+    (lambda flow: flow.log_probability(X, X), "got 2; rows have neither weights nor conditions yet"),
+    (lambda flow: flow.nll(X, np.ones(200)), "got 2; rows have neither weights nor conditions yet"),
+    (lambda flow: flow.nll(X, sample_weight=X), "'sample_weight'; rows have no weights yet"),
+    (lambda flow: flow.log_prob(value=X), "'value'; the rows are called x"),
+    (
+        lambda flow: flow.sample((5,)),
+        r"n is tuple, expected an integer; rows have one axis, and sample\(5\) draws five",
+    ),
+    (lambda flow: flow.sample(num_samples=5), "'num_samples'; the number of rows is called n"),
+    (lambda flow: flow.sample(5, context=X), "'context'; flows here have no conditions yet"),
+    (lambda flow: flow.sample(5, generator=None), "'generator'; randomness comes from an integer, seed="),
+    (lambda flow: nvpflow.Flow(3), r"spec must be a FlowSpec, got 3 \(int\); nvpflow.build makes a flow"),
+    (lambda flow: flow.swap(flow.spec), "other must be a Flow, got FlowSpec"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), HABITS, ids=[message for _, message in HABITS])
+def test_arguments_of_other_libraries_are_answered(call, message) -> None:
+    with pytest.raises(TypeError, match=message):
+        call(new_flow())
+
+
+# ------------------------------------------------------------------------------------------------------ odd tables
+
+
+NO_TABLES = {
+    "a file's name": ("x.npy", "x is a str, .*read the file first"),
+    "a path": (pathlib.Path("x.csv"), "x is a PosixPath|WindowsPath, .*read the file first"),
+    "none": (None, "x is a NoneType, expected rows"),
+    "a dict": ({"a": X[:, 0]}, r"x is a dict, .*numpy.column_stack"),
+    "a generator": ((row for row in X), r"x is a generator, .*numpy.stack\(list\(x\)\)"),
+    "a set": ({1.0}, "x is a set, .*a list"),
+}
+
+
+@pytest.mark.parametrize(("value", "message"), NO_TABLES.values(), ids=NO_TABLES)
+def test_what_is_no_table_is_refused_with_the_way_out(value, message) -> None:
+    flow = new_flow()
+    for call in (
+        flow.fit,
+        flow.certify,
+        flow.log_prob,
+        flow.forward,
+        flow.nll,
+        flow.nll_gradient,
+        flow.vjp,
+        nvpflow.check_data,
+    ):
+        with pytest.raises(TypeError, match=message):
+            call(value)
+
+
+def test_what_pytorch_iterates_over_is_refused_with_the_way_out() -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    data = torch.utils.data.TensorDataset(torch.from_numpy(X))
+    normal = torch.distributions.Normal(0.0, 1.0)
+    for call in (new_flow().fit, new_flow().log_prob, nvpflow.check_data):
+        with pytest.raises(TypeError, match=r"x is a DataLoader, .*torch.cat\(\[batch\[0\] for batch in loader\]\)"):
+            call(torch.utils.data.DataLoader(data, 64))
+        with pytest.raises(TypeError, match=r"x is a TensorDataset, .*dataset.tensors\[0\]"):
+            call(data)
+        with pytest.raises(TypeError, match=r"x is a Normal, .*a flow learns from samples"):
+            call(normal)
+
+
+# ------------------------------------------------------------------------------------------------------------ frames
+
+
+def frames_of(columns: dict[str, np.ndarray]) -> list[object]:
+    found = []
+    for library in ("pandas", "polars", "pyarrow"):
+        try:
+            module = __import__(library)
+        except ImportError:
+            continue
+        found.append(module.table(columns) if library == "pyarrow" else module.DataFrame(columns))
+    return found
+
+
+ABC = {name: X[:, i] for i, name in enumerate("abc")}
+SCORES = ["log_probability", "log_prob", "forward", "nll", "nll_gradient", "vjp", "certify"]
+
+
+@pytest.mark.parametrize("frame", frames_of(ABC), ids=lambda frame: type(frame).__module__.partition(".")[0])
+def test_a_frame_gives_its_names_and_is_scored_as_its_array(frame) -> None:
+    flow = new_flow()
+    flow.fit(frame, **QUICK)
+    assert flow.column_names == ("a", "b", "c")
+    np.testing.assert_array_equal(flow.log_prob(frame), flow.log_prob(X))
+    assert flow.nll(frame) == flow.nll(X)
+    assert flow.certify(frame) == flow.certify(X)
+    other = new_flow()
+    other.fit(X, **QUICK)
+    assert other == flow
+    assert other.column_names is None
+
+
+@pytest.mark.parametrize("method", SCORES)
+@pytest.mark.parametrize("index", range(len(frames_of(ABC))))
+def test_another_order_or_other_names_are_refused_everywhere(method, index) -> None:
+    call = getattr(fitted_names(["a", "b", "c"]), method)
+    call(frames_of(ABC)[index])
+    with pytest.raises(
+        ValueError, match=r"x has columns in another order: column 1 is 'c', .*x\[list\(flow.column_names\)\]"
+    ):
+        call(frames_of({name: ABC[name] for name in "cab"})[index])
+    with pytest.raises(ValueError, match=r"x lacks columns .*\('c'\) and has others \('d'\); rename them"):
+        call(frames_of({"a": X[:, 0], "b": X[:, 1], "d": X[:, 2]})[index])
+    with pytest.raises(ValueError, match=r"x has columns that the flow was not trained with \('d'\)"):
+        call(frames_of({**ABC, "d": X[:, 2]})[index])
+    call(X)  # arrays have no names
+
+
+def test_fit_refuses_another_order_and_keeps_its_names_where_it_fails() -> None:
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    frame = pandas.DataFrame(ABC)
+    flow = fitted_names(["a", "b", "c"])
+    with pytest.raises(ValueError, match="another order"):
+        flow.fit(frame[["b", "a", "c"]], **QUICK)
+    with pytest.raises(ValueError, match="validation has columns in another order"):
+        flow.fit(frame, validation=frame[["b", "a", "c"]], **QUICK)
+    fresh = new_flow()
+    with pytest.raises(ValueError, match="epochs"):
+        fresh.fit(frame, epochs=-1, progress=False)
+    assert fresh.column_names is None
+    fresh.fit(pandas.DataFrame(X), **QUICK)  # numbers are no names
+    assert fresh.column_names is None
+    with pytest.raises(TypeError, match="names of several types"):
+        fresh.fit(frame.rename(columns={"a": 1}), **QUICK)
+
+
+def test_columns_that_are_not_numbers_are_named_in_one_message() -> None:
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    wide = pandas.DataFrame(
+        {
+            "a": X[:, 0],
+            "flag": X[:, 1] > 0,
+            "city": pandas.Categorical(np.where(X[:, 1] > 0, "x", "y")),
+            "name": ["n"] * 200,
+            "day": pandas.date_range("2024", periods=200),
+        }
+    )
+    flow = nvpflow.build(5, num_flows=2, hidden_sizes=(8,))
+    for call in (flow.fit, flow.log_prob, flow.vjp, flow.certify):
+        with pytest.raises(TypeError, match=r"^x, 4 columns that are not numbers") as refused:
+            call(wide)
+        for text in ("'flag' is bool: drop it", "'city' is category: encode it", "'name' is", "'day' is datetime64"):
+            assert text in str(refused.value)
+        assert "convert it to seconds" in str(refused.value)
+    report = nvpflow.check_data(wide)
+    assert [finding.names for finding in report.errors] == [(f"column {name!r}",) for name in wide.columns[1:]]
+
+
+def test_columns_of_other_libraries_that_are_not_numbers_are_named() -> None:
+    for frame in frames_of({"a": X[:, 0], "s": np.array(["x"] * 200), "b": X[:, 1] > 0}):
+        with pytest.raises(
+            TypeError, match=r"^x, 2 columns that are not numbers:\n  column 's' is .*\n  column 'b' is bool"
+        ):
+            new_flow().log_prob(frame)
+
+
+def test_nullable_columns_are_numbers_and_their_gaps_are_missing_values() -> None:
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    frame = pandas.DataFrame(ABC)
+    nullable = frame.astype({"a": "Float32", "b": "Float32"})
+    flow = new_flow()
+    flow.fit(nullable, **QUICK)
+    np.testing.assert_array_equal(flow.log_prob(nullable), flow.log_prob(X))
+    nullable.loc[3, "b"] = pandas.NA
+    assert np.flatnonzero(np.isnan(flow.log_prob(nullable))).tolist() == [3]
+    with pytest.raises(
+        ValueError, match=r"1 of 200 rows with NaN or infinite values \(row 3, counted from 0; column 'b': 1\)"
+    ):
+        flow.fit(nullable, **QUICK)
+
+
+def test_estimators_name_the_columns_too() -> None:
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    from nvpflow.sklearn import FlowDensity
+
+    frame = pandas.DataFrame(ABC).assign(city=["x"] * 200)
+    with pytest.raises(ValueError, match=r"X: column 'city' is .*encode it as numbers, or drop it"):
+        FlowDensity(epochs=1).fit(frame)
+    with pytest.raises(TypeError, match="X is a str"):
+        FlowDensity(epochs=1).fit("x.csv")
