@@ -287,7 +287,7 @@ def test_command_with_names_history_and_pipes(folder):
         (["none.safetensors", "data.npy"], "none.safetensors: cannot be opened"),
         (["model.safetensors", "none.npy"], "none.npy: No such file"),
         (["model.safetensors", "wide.npy"], "wide.npy: 5 columns, the model takes 3"),
-        (["model.safetensors", "text.csv"], "line 2, column 3 (c): 'x' is not a number"),
+        (["model.safetensors", "text.csv"], "text.csv: 'c' holds text (first 'x', line 2)"),
         (["model.safetensors", "data.npy", "--train", "wide.npy"], "wide.npy: 5 columns"),
         (["model.safetensors", "data.npy", "--names", "a,b"], "--names: 2 names, the model takes 3 columns"),
         (["model.safetensors", "data.npy", "--history", "text.csv"], "text.csv: not JSON"),

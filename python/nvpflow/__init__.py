@@ -8,12 +8,20 @@
 >>> log_p = flow.log_probability(x)
 """
 
+import datetime as _datetime  # noqa: F401  NumPy's C code imports it, and loses sight of an interrupt there
+
 # Before everything else, so that a failure says what to do about it.
 try:
     from nvpflow._core import CudaError, FileFormatError, FlowSpec, TrainingError, __version__, cpu_isa
 except ImportError as error:
     if "sub-interpreter" in str(error):
         raise
+    # Ctrl-C in the middle of an import is no failure of it: C code makes an ImportError of it, and keeps the cause.
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause  # noqa: B904
+        cause = cause.__cause__ or cause.__context__
     raise ImportError(
         f"{error}\nnvpflow's compiled part cannot be imported. Is it not built? Run `pip install .` in the project's "
         "folder, and start Python outside the folder python/.",

@@ -1,25 +1,29 @@
 """The command ``nvpflow``: fit, score, sample, check, info, report and demo.
 
 Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 3 `check` finds a model unreliable, 130 Ctrl-C,
-141 the reader of a pipe went away.
+141 the reader of a pipe went away. SIGTERM and SIGHUP end it as they end any process (143 and 129 to a shell), after
+unfinished files are removed.
 """
 
 import argparse
 import csv
 import hashlib
+import io
 import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import nvpflow
-from nvpflow import _checks, certificate, data_io
+from nvpflow import _checks, _output, certificate, data_io
 
 # Errors that the user can act on. Anything else is a bug of ours and keeps its traceback.
 _EXPECTED_ERRORS = (OSError, ValueError, MemoryError, ImportError, RuntimeError, nvpflow.TrainingError)
@@ -27,8 +31,13 @@ _EXPECTED_ERRORS = (OSError, ValueError, MemoryError, ImportError, RuntimeError,
 _ACTIVATIONS = ", ".join(nvpflow._core.activation_names())
 _SECONDS_BETWEEN_LINES = 10.0
 _UNRELIABLE = 3  # exit code
+_ROWS_OF_A_SEED = 1 << 63
+_LOG_PROB = "log_prob"  # the column that score writes
 
-_TABLES = "a .npy (memory-mapped), .csv (header or not) or .parquet (needs pyarrow) file, or - for CSV or .npy on stdin"
+_TABLES = (
+    "a .npy, .csv, .tsv (header or not; also .csv.gz and the like), .parquet or .feather file, or - for CSV, .npy or "
+    "an Arrow stream on stdin; all but .npy need pyarrow"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,13 +48,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("nvpflow: error: standard output is closed; send it to /dev/null if it is not wanted", file=sys.stderr)
         return 1
     arguments = argparse.Namespace()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # no name of a file or column ends a command
     try:
-        _parser().parse_args(argv, arguments)
-        with warnings.catch_warnings():
+        with _ending_cleanly(), warnings.catch_warnings():
             warnings.simplefilter("always", nvpflow.DataWarning)
             warnings.showwarning = _show_warning
+            _parser().parse_args(argv, arguments)
             code: int = arguments.run(arguments) or 0
-        sys.stdout.flush()
+            sys.stdout.flush()
+    except _Ended as end:
+        signal.signal(end.signal, signal.SIG_DFL)
+        os.kill(os.getpid(), end.signal)
+        raise
     except KeyboardInterrupt:
         print("nvpflow: interrupted", file=sys.stderr)
         return 130
@@ -57,6 +73,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"nvpflow: error: {_as_options(_one_line(error), arguments)}", file=sys.stderr)
         return 1
     return code
+
+
+class _Ended(KeyboardInterrupt):
+    """SIGTERM or SIGHUP: what tidies up behind Ctrl-C tidies up behind these."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = number
+
+
+@contextmanager
+def _ending_cleanly() -> Iterator[None]:
+    """Turn the signals that end a process into exceptions, where nobody has set them to something else."""
+
+    def end(number: int, _: object) -> None:
+        raise _Ended(number)
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in names]
+    try:
+        taken = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+        for number in taken:
+            signal.signal(number, end)
+    except ValueError:  # called in a thread, which gets no signals
+        taken = []
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _show_warning(
@@ -154,6 +200,7 @@ def _add_fit(commands: Any) -> None:
     _add_option(model, "--no-standardize", action="store_true", help=standardize_help)
     _add_option(model, "--dtype", choices=("float32", "float64"), default="float32", help="of weights and arithmetic")
     _add_training_options(fit.add_argument_group("training"))
+    _add_reading(fit.add_argument_group("table"))
 
 
 def _add_training_options(group: Any) -> None:
@@ -187,6 +234,10 @@ def _add_score(commands: Any) -> None:
     score.add_argument("model", metavar="MODEL", help="model file")
     score.add_argument("data", metavar="DATA", help=f"rows: {_TABLES}; converted to the model's dtype")
     _add_ignore_names(score)
+    _add_reading(score)
+    keep_help = "columns to write beside log p; not a part of the rows, unless the model has them"
+    _add_option(score, "--keep", metavar="NAME,NAME", type=_listed_names, help=keep_help)
+    _add_option(score, "--append", action="store_true", help="write every column of DATA, and log_prob behind them")
     _add_table_output(score)
     _add_threads(score)
     _add_device(score)
@@ -204,9 +255,21 @@ def _add_sample(commands: Any) -> None:
 
 
 def _add_table_output(command: Any) -> None:
-    _add_option(command, "-o", "--output", metavar="OUT", default="-", help=".npy or .csv file to write, - for stdout")
-    _add_option(command, "--format", choices=("csv", "npy"), help="of OUT where its name does not say it; stdout: csv")
+    _add_option(
+        command, "-o", "--output", metavar="OUT", default="-", help=".csv, .npy or .parquet file to write, - for stdout"
+    )
+    _add_option(command, "--format", choices=_output.KINDS, help="of OUT where its name does not say it; stdout: csv")
     _add_option(command, "--force", action="store_true", help="overwrite OUT")
+
+
+def _add_reading(command: Any) -> None:
+    columns_help = "columns to use, in this order (default: all); numbers from 1 where the table has no names"
+    _add_option(command, "--columns", metavar="NAME,NAME", type=_listed_names, help=columns_help)
+    _add_option(command, "--drop", metavar="NAME,NAME", type=_listed_names, help="columns to leave out")
+    missing_help = "rows with empty cells, NA or NaN: an error that lists them, left out, or NaN"
+    _add_option(command, "--missing", choices=("refuse", "skip", "nan"), default="refuse", help=missing_help)
+    delimiter_help = "of a CSV: a character or comma, semicolon, tab, pipe, space (default: as its first lines have it)"
+    _add_option(command, "--delimiter", metavar="C", help=delimiter_help)
 
 
 def _add_ignore_names(command: Any, what: str = "a table whose columns are called otherwise than the model's") -> None:
@@ -229,6 +292,7 @@ def _add_check(commands: Any) -> None:
     check.add_argument("model", metavar="MODEL", help="model file")
     check.add_argument("data", metavar="DATA", help=f"rows: {_TABLES}; converted to the model's dtype")
     _add_ignore_names(check)
+    _add_reading(check)
     _add_option(check, "--json", action="store_true", help="print JSON")
     tolerance_help = "largest relative error that is not called unreliable"
     _add_option(check, "--tolerance", type=float, metavar="X", default=certificate.TOLERANCE, help=tolerance_help)
@@ -252,6 +316,7 @@ def _add_report(commands: Any) -> None:
     _add_option(report, "-o", "--output", metavar="PAGE", required=True, help="HTML file to write, - for stdout")
     _add_option(report, "--force", action="store_true", help="overwrite PAGE")
     _add_ignore_names(report)
+    _add_reading(report)
     train_help = "training rows, to fit the Gaussian to (default: to halves of DATA in turns)"
     _add_option(report, "--train", metavar="TABLE", help=train_help)
     _add_option(report, "--history", metavar="FILE", help="what fit --history wrote, for the learning curve")
@@ -292,10 +357,10 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 def _run_fit(arguments: argparse.Namespace) -> None:
     _check_fit_paths(arguments)
-    data_io.check_target(arguments.output, force=arguments.force)
+    _output.check_target(arguments.output, force=arguments.force)
     # Before minutes go into reading the data: is the device there?
     nvpflow.build(2, 1, (), dtype=arguments.dtype, device=arguments.device, precision=arguments.precision)
-    rows, names = _read(arguments.data, arguments.dtype)
+    rows, names = _read(arguments, arguments.data, arguments.dtype)
     validation = _validation(arguments, rows.shape[1], names)
     flow = nvpflow.build(
         rows.shape[1],
@@ -330,7 +395,7 @@ def _check_fit_paths(arguments: argparse.Namespace) -> None:
         raise data_io.DataError("-o: a model is a file, it cannot go to stdout")
     if arguments.max_time is not None and not arguments.max_time > 0:
         raise data_io.DataError(f"--max-time is {arguments.max_time}, expected a number of seconds above 0")
-    data_io.check_distinct(
+    _output.check_distinct(
         arguments.output,
         {
             "DATA": arguments.data,
@@ -340,9 +405,9 @@ def _check_fit_paths(arguments: argparse.Namespace) -> None:
         },
     )
     if arguments.history is not None:
-        data_io.check_target(arguments.history, force=arguments.force)
+        _output.check_target(arguments.history, force=arguments.force)
         sources = {"DATA": arguments.data, "--validation": arguments.validation, "--checkpoint": arguments.checkpoint}
-        data_io.check_distinct(arguments.history, sources, option="--history")
+        _output.check_distinct(arguments.history, sources, option="--history")
 
 
 def _write_history(target: str, history: nvpflow.History, *, force: bool) -> None:
@@ -353,7 +418,7 @@ def _write_history(target: str, history: nvpflow.History, *, force: bool) -> Non
         else value
         for name, value in history.to_dict().items()
     }
-    data_io.write_text(target, json.dumps(values, indent=1, allow_nan=False) + "\n", force=force)
+    _output.write_text(target, json.dumps(values, indent=1, allow_nan=False) + "\n", force=force)
 
 
 def _read_history(source: str) -> nvpflow.History:
@@ -419,28 +484,43 @@ def _epoch_line(record: Any, epochs: int, seconds: float) -> str:
 
 
 def _read(
-    source: str, dtype: str, columns: int | None = None, names: Sequence[str] | None = None
+    arguments: argparse.Namespace,
+    source: str,
+    dtype: str,
+    columns: int | None = None,
+    names: Sequence[str] | None = None,
+    of: str = "the model",
 ) -> tuple[Any, list[str] | None]:
     """Return the rows of a table, which must have so many columns of these names, and the names that it has."""
-    with data_io.open_table(source) as table:
+    with data_io.open_table(source, _reading(arguments), names) as table:
         if columns is not None:
-            _check_columns(table, columns, names)
+            table.expect(columns, names, of=of)
         rows = table.read(dtype)
+    _say_notes(arguments, table)
     if len(rows) == 0:
         raise data_io.DataError(f"{source}: no rows")
     return rows, table.names
 
 
-def _check_columns(table: data_io.Table, columns: int, names: Sequence[str] | None) -> None:
-    if table.columns != columns:
-        raise data_io.DataError(f"{table.name}: {table.columns} columns, the model takes {columns}")
-    for i, (found, expected) in enumerate(zip(table.names or (), names or (), strict=False)):
-        if found != expected:
-            hint = "reorder the columns, or give --ignore-names if only their names differ"
-            here, there = _quoted(found), _quoted(expected)
-            raise data_io.DataError(
-                f"{table.name}: column {i + 1} is {here}, the model was trained with {there} there; {hint}"
-            )
+def _reading(arguments: argparse.Namespace, **more: Any) -> data_io.Reading:
+    """Return what the options say about reading a table."""
+    return data_io.Reading(
+        columns=arguments.columns,
+        drop=arguments.drop or (),
+        missing=arguments.missing,
+        delimiter=arguments.delimiter,
+        **more,
+    )
+
+
+def _say_notes(arguments: argparse.Namespace, table: data_io.Table) -> None:
+    """Say what was left out of a table."""
+    notes = list(table.notes)
+    if table.incomplete and arguments.missing == "skip":
+        what = "log p is NaN there" if arguments.run is _run_score else "left out"
+        notes.append(f"{table.name}: {data_io.counted(table.incomplete, 'row')} with missing cells: {what}")
+    for note in [] if getattr(arguments, "quiet", False) else notes:
+        print(f"nvpflow: {note}", file=sys.stderr)
 
 
 def _quoted(name: str) -> str:
@@ -457,21 +537,41 @@ def _validation(arguments: argparse.Namespace, columns: int, names: Sequence[str
     try:
         return float(arguments.validation)
     except ValueError:
-        return _read(arguments.validation, arguments.dtype, columns, None if arguments.ignore_names else names)[0]
+        names = None if arguments.ignore_names else names
+        return _read(arguments, arguments.validation, arguments.dtype, columns, names)[0]
 
 
 def _run_score(arguments: argparse.Namespace) -> None:
-    data_io.check_distinct(arguments.output, {"MODEL": arguments.model, "DATA": arguments.data})
+    _output.check_distinct(arguments.output, {"MODEL": arguments.model, "DATA": arguments.data})
     flow = nvpflow.load(arguments.model, device=arguments.device, precision=arguments.precision)
     flow.num_threads = arguments.threads
-    kind = data_io.output_format(arguments.output, arguments.format)
-    with data_io.open_table(arguments.data) as table:
-        _check_columns(table, flow.spec.input_size, _expected_names(arguments, flow))
-        with data_io.create_table(
-            arguments.output, kind=kind, dtype=flow.spec.dtype, columns=None, rows=table.rows, force=arguments.force
+    kind = _output.output_format(arguments.output, arguments.format)
+    beside = bool(arguments.keep or arguments.append)
+    if beside and kind == "npy":
+        raise data_io.DataError("--keep and --append: .npy holds numbers of one kind only; write .csv or .parquet")
+    # A row that cannot be scored keeps its place: score i belongs to row i, whatever --missing says.
+    reading = replace(
+        _reading(arguments, keep=arguments.keep or (), append=arguments.append, typed=kind == "parquet"),
+        missing="nan" if arguments.missing == "skip" else arguments.missing,
+    )
+    names = _expected_names(arguments, flow)
+    with data_io.open_table(arguments.data, reading, names) as table:
+        table.expect(flow.spec.input_size, names)
+        if beside and _LOG_PROB in table.passed_names:
+            raise data_io.DataError(f"{arguments.data}: it has a column {_LOG_PROB} already; name others with --keep")
+        with _output.create_table(
+            arguments.output,
+            kind=kind,
+            dtype=flow.spec.dtype,
+            columns=None,
+            rows=table.rows,
+            names=[*table.passed_names, _LOG_PROB] if beside else [_LOG_PROB] if kind == "parquet" else None,
+            force=arguments.force,
         ) as write:
-            for rows in table.chunks(flow.spec.dtype):
-                write(flow.log_probability(rows))
+            for block in table.blocks():
+                log_p = flow.log_probability(data_io.converted(block.rows, flow.spec.dtype))
+                write(log_p, block.passed, _LOG_PROB) if beside else write(log_p)
+    _say_notes(arguments, table)
 
 
 def _run_sample(arguments: argparse.Namespace) -> None:
@@ -481,9 +581,20 @@ def _run_sample(arguments: argparse.Namespace) -> None:
     total = arguments.rows
     if total < 0:
         raise ValueError(f"-n {total}: expected at least 0")
-    kind = data_io.output_format(arguments.output, arguments.format)
-    with data_io.create_table(
-        arguments.output, kind=kind, dtype=flow.spec.dtype, columns=columns, rows=total, force=arguments.force
+    if arguments.start + max(total, 1) > _ROWS_OF_A_SEED:  # before the first row is written
+        raise ValueError(
+            f"--start {arguments.start} and -n {total}: a seed has rows 0 to {_ROWS_OF_A_SEED - 1}, expected a start "
+            f"of at most {_ROWS_OF_A_SEED - max(total, 1)}"
+        )
+    kind = _output.output_format(arguments.output, arguments.format)
+    with _output.create_table(
+        arguments.output,
+        kind=kind,
+        dtype=flow.spec.dtype,
+        columns=columns,
+        rows=total,
+        names=flow.column_names,
+        force=arguments.force,
     ) as write:
         step = data_io.rows_per_block(columns)
         for first in range(0, total, step):
@@ -495,10 +606,12 @@ def _run_check(arguments: argparse.Namespace) -> int:
     flow = nvpflow.load(arguments.model, device=arguments.device, precision=arguments.precision)
     flow.num_threads = arguments.threads
     certifier = certificate.Certifier(flow, tolerance=arguments.tolerance, jacobian_rows=arguments.jacobian_rows)
-    with data_io.open_table(arguments.data) as table:
-        _check_columns(table, flow.spec.input_size, _expected_names(arguments, flow))
+    names = _expected_names(arguments, flow)
+    with data_io.open_table(arguments.data, _reading(arguments), names) as table:
+        table.expect(flow.spec.input_size, names)
         for rows in table.chunks(flow.spec.dtype):
             certifier.add(rows)
+    _say_notes(arguments, table)
     if certifier.rows == 0:
         raise data_io.DataError(f"{arguments.data}: no rows")
     found = certifier.certificate()
@@ -531,35 +644,41 @@ def _run_report(arguments: argparse.Namespace) -> None:
     from nvpflow import report
 
     sources = {"MODEL": arguments.model, "DATA": arguments.data, "--train": arguments.train}
-    data_io.check_distinct(arguments.output, sources | {"--history": arguments.history})
+    _output.check_distinct(arguments.output, sources | {"--history": arguments.history})
     if arguments.output != "-":
-        data_io.check_target(arguments.output, force=arguments.force)
+        _output.check_target(arguments.output, force=arguments.force)
     flow = nvpflow.load(arguments.model, device=arguments.device, precision=arguments.precision)
     flow.num_threads = arguments.threads
     columns = flow.spec.input_size
     history = None if arguments.history is None else _read_history(arguments.history)
     expected = _expected_names(arguments, flow)
-    rows, found = _read(arguments.data, flow.spec.dtype, columns, expected)
+    rows, found = _read(arguments, arguments.data, flow.spec.dtype, columns, expected)
     names: Sequence[str] | None = found or flow.column_names
     if arguments.names is not None:
         names = arguments.names
         if len(arguments.names) != columns:
             raise data_io.DataError(f"--names: {len(arguments.names)} names, the model takes {columns} columns")
-    details = {"Model file": _identified(arguments.model), "Data file": arguments.data}
+    details = {"Model file": _identified(arguments.model), "Data file": _shown(arguments.data)}
     train = None
     if arguments.train is not None:
-        train, _ = _read(arguments.train, flow.spec.dtype, columns, expected)
-        details["Training file"] = arguments.train
-    title = arguments.title or f"{os.path.basename(arguments.model)} on {os.path.basename(arguments.data)}"
+        train, _ = _read(arguments, arguments.train, flow.spec.dtype, columns, expected)
+        details["Training file"] = _shown(arguments.train)
+    model, data = (_shown(os.path.basename(path)) for path in (arguments.model, arguments.data))
+    title = arguments.title or f"{model} on {data}"
     page = report.html(flow, rows, train=train, history=history, names=names, title=title, details=details)
-    data_io.write_text(arguments.output, page, force=arguments.force)
+    _output.write_text(arguments.output, page, force=arguments.force)
     if arguments.output != "-":
         print(f"{len(rows):,} rows; page written to {arguments.output}")
 
 
+def _shown(path: str) -> str:
+    """Return a path as text: bytes that are no UTF-8 are escaped."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 def _identified(path: str) -> str:
     with open(path, "rb") as file:
-        return f"{path}, SHA-256 {hashlib.sha256(file.read()).hexdigest()[:16]}…"
+        return f"{_shown(path)}, SHA-256 {hashlib.sha256(file.read()).hexdigest()[:16]}…"
 
 
 def _run_demo(arguments: argparse.Namespace) -> None:

@@ -1,79 +1,389 @@
-"""Tables of numbers in and out of files and pipes, in blocks, for the command line.
+"""Tables of numbers out of files and pipes, in blocks, for the command line.
 
-Readers convert to the model's dtype explicitly (a CSV holds decimal text, a `.npy` of float64 is rounded for a float32
-model). Writers never leave half a file: they write beside the target and rename.
+A table is read once, from the first row to the last, in blocks of some megabytes, whatever its size. `.npy` needs NumPy
+only; `nvpflow._arrow` reads every other kind. What cannot be used is collected until the end of the table, so that one
+message names all of it.
 """
 
-import csv
+from __future__ import annotations
+
+import bz2
+import gzip
 import io
-import math
+import lzma
 import os
-import shutil
+import select
 import sys
-import tempfile
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from nvpflow import _checks
 
 Array = NDArray[Any]
 
 NPY_MAGIC = b"\x93NUMPY"
 BLOCK_VALUES = 1 << 20
+SHOWN = 3  # of the rows in which something was found
+KINDS = ".npy, .csv, .tsv, .parquet, .feather or .arrow"
+CSV_SUFFIXES = (".csv", ".tsv")
+IPC_SUFFIXES = (".feather", ".arrow", ".ipc")
 
 
 class DataError(ValueError):
-    """A table cannot be used; the message names the file and, where there is one, the line."""
+    """A table cannot be used; the message names the file and everything that is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a table is read.
+
+    Attributes
+    ----------
+    columns
+        Those to use, in this order: names, or numbers counted from 1 where the table has no names. None: all.
+    drop
+        Columns to leave out.
+    keep
+        Columns to hand on beside the rows; left out of the rows unless the model has them.
+    append
+        Hand on every column of the file.
+    missing
+        What missing cells do: "refuse" (one error for all of them), "skip" (their rows are left out) or "nan".
+    delimiter
+        Of a CSV; None: found out from its first lines.
+    typed
+        Hand on what a CSV's columns of numbers hold as numbers, not as the text in the file.
+    """
+
+    columns: Sequence[str] | None = None
+    drop: Sequence[str] = ()
+    keep: Sequence[str] = ()
+    append: bool = False
+    missing: str = "refuse"
+    delimiter: str | None = None
+    typed: bool = False
 
 
 @dataclass
+class Piece:
+    """A block as a source gives it: the rows of the columns asked for, what is handed on, and where its rows are."""
+
+    rows: Array
+    passed: Any  # a pyarrow.Table, or None
+    labels: Callable[[Sequence[int]], list[int]]
+
+
+@dataclass
+class Block:
+    """Rows [n, columns] that can be used, float64 or of the file's own dtype, and the columns handed on beside them."""
+
+    rows: Array
+    passed: Any
+
+
+class Source(Protocol):
+    """A kind of file."""
+
+    name: str
+    names: list[str] | None
+    width: int
+    rows: int | None
+    unit: str
+
+    def mapped(self) -> Array | None:
+        """Return the rows as one memory-mapped array, where the file allows it."""
+
+    def index_column(self) -> int | None:
+        """Return the column that pandas wrote a frame's index to."""
+
+    def pieces(self, used: Sequence[int], passed: Sequence[int], typed: bool, problems: Problems) -> Iterator[Piece]:
+        """Yield the table; columns that are no numbers go to `problems`."""
+
+
+# -------------------------------------------------------------------------------------------------------- problems
+
+
+@dataclass
+class _Cells:
+    """What was found in a column: how often, where first, and for what is no number its kind and an example or type."""
+
+    count: int = 0
+    first: list[int] = field(default_factory=list)
+    kind: str = ""
+    example: str = ""
+
+    def add(self, count: int, first: Sequence[int]) -> None:
+        self.count += count
+        self.first += list(first)[: SHOWN - len(self.first)]
+
+
+# What is no number, and the way out where it is not to leave the column out.
+WAYS_OUT = {
+    "dates": "a date becomes a number as, for example, seconds since the first one",
+    "numbers with a decimal comma": "write them with a point (pandas: read_csv(decimal=','))",
+}
+
+
+class Problems:
+    """All that is wrong with a table, for one message."""
+
+    def __init__(self, name: str, unit: str) -> None:
+        self.name = name
+        self.unit = unit
+        self.general: list[str] = []
+        self.ragged = _Cells()
+        self.wrong: dict[int, _Cells] = {}
+        self.missing: dict[int, _Cells] = {}
+        self.incomplete = 0  # rows with missing cells
+        self.names: list[str] | None = None
+        self.notes: list[str] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.general or self.ragged.count or self.wrong or self.missing)
+
+    def add_wrong(self, column: int, kind: str, count: int, first: Sequence[int], example: str = "") -> None:
+        """Note cells of a column that are no numbers."""
+        cells = self.wrong.setdefault(column, _Cells(kind=kind, example=example))
+        cells.add(count, first)
+
+    def add_missing(self, column: int, count: int, first: Sequence[int]) -> None:
+        """Note cells of a column that are empty."""
+        self.missing.setdefault(column, _Cells()).add(count, first)
+
+    def raise_all(self) -> None:
+        """Raise a DataError for everything that was found."""
+        if self:
+            parts = [*self.general, *self._ragged(), *self._wrong(), *self._missing(), *self.notes]
+            if self.unit == "row" and self.missing:
+                parts.append("rows are counted from 0")
+            raise DataError(f"{self.name}: {'; '.join(parts)}")
+
+    def _ragged(self) -> Iterator[str]:
+        if self.ragged.count:
+            more = self.ragged.count - 1
+            yield self.ragged.example + (f" (and {counted(more, 'more line')} like it)" if more else "")
+
+    def _wrong(self) -> Iterator[str]:
+        if not self.wrong:
+            return
+        shown = []
+        for column, cells in sorted(self.wrong.items()):
+            found = (
+                f"first {_checks.shortened(repr(cells.example))}, {self._where(cells)}"
+                if cells.first
+                else cells.example
+            )
+            shown.append(f"{self.column(column)} holds {cells.kind} ({found})")
+        ways = [way for kind, way in WAYS_OUT.items() if any(cells.kind == kind for cells in self.wrong.values())]
+        drop = ",".join(_option_value(self.names[i] if self.names else str(i + 1)) for i in sorted(self.wrong))
+        yield f"{', '.join(shown)}: expected numbers; {'; '.join([*ways, f'--drop {drop} leaves them out'])}"
+
+    def _missing(self) -> Iterator[str]:
+        if self.missing:
+            shown = ", ".join(
+                f"{self.column(column)} ({self._where(cells)})" for column, cells in sorted(self.missing.items())
+            )
+            yield (
+                f"missing cells in {shown}: --missing skip leaves {counted(self.incomplete, 'row')} out, "
+                "--missing nan takes the cells as NaN"
+            )
+
+    def _where(self, cells: _Cells) -> str:
+        unit = self.unit if cells.count == 1 else f"{self.unit}s"
+        listed = ", ".join(map(str, cells.first)) + (", ..." if cells.count > len(cells.first) else "")
+        return f"{unit} {listed}" if cells.count <= len(cells.first) else f"{cells.count:,} cells, {unit} {listed}"
+
+    def column(self, number: int) -> str:
+        """Return a column's name, or its number counted from 1."""
+        if self.names is not None and self.names[number]:
+            return _checks.shortened(repr(self.names[number]))
+        return f"column {number + 1}"
+
+
+def numbered(first: int, rows: Sequence[int]) -> list[int]:
+    """Return the numbers, counted from 0, of rows of a block that begins at `first`."""
+    return [first + row for row in rows]
+
+
+def counted(count: int, noun: str) -> str:
+    """Return "1 row" or "2 rows"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _option_value(name: str) -> str:
+    """Return a name as a list of an option takes it, in one word of the shell."""
+    import shlex
+
+    return shlex.quote('"' + name.replace('"', '""') + '"') if any(mark in name for mark in ',"') else shlex.quote(name)
+
+
+# ----------------------------------------------------------------------------------------------------------- table
+
+
 class Table:
-    """A table that is being read.
+    """A table that is being read: the columns that were chosen, in blocks. Can be consumed once.
 
     Attributes
     ----------
     name
         The file's name, for messages.
     columns
-        Number of columns.
+        Number of columns in a row.
     rows
         Number of rows; None where only reading to the end will tell.
-    blocks
-        The rows in order, in arrays [n, columns] of the file's own dtype. Can be consumed once.
-    mapped
-        All rows as one memory-mapped array, where the file allows it.
     names
         Of the columns, where the file has them.
+    passed_names
+        Of the columns that are handed on.
+    incomplete
+        Rows with missing cells so far.
     """
 
-    name: str
-    columns: int
-    rows: int | None
-    blocks: Iterator[Array]
-    mapped: Array | None = None
-    names: list[str] | None = None
+    def __init__(self, source: Source, reading: Reading, model_names: Sequence[str] | None) -> None:
+        self.name = source.name
+        self.incomplete = 0
+        self._source = source
+        self._reading = reading
+        self._problems = Problems(source.name, source.unit)
+        self._problems.names = source.names
+        self._used, self._passed = self._select(model_names)
+        self.columns = len(self._used)
+        self.names = None if source.names is None else [source.names[i] for i in self._used]
+        self.passed_names = [self._name(i) for i in self._passed]
+        self.rows = None if reading.missing == "skip" else source.rows
+        if self.columns == 0 and source.width:
+            raise DataError(f"{self.name}: no column is left")
+
+    @property
+    def notes(self) -> list[str]:
+        """What was done that the user did not ask for."""
+        return [f"{self.name}: {note}" for note in self._problems.notes]
+
+    def _name(self, i: int) -> str:
+        return f"column_{i + 1}" if self._source.names is None else self._source.names[i]
+
+    def _select(self, model_names: Sequence[str] | None) -> tuple[list[int], list[int]]:
+        """Return the columns that make the rows, and those handed on."""
+        reading, known = self._reading, {name.strip() for name in model_names or ()}
+        chosen = None if reading.columns is None else self._found("--columns", reading.columns)
+        drop, keep = self._found("--drop", reading.drop), self._found("--keep", reading.keep)
+        left_out = {*drop, *(i for i in keep if self._name(i).strip() not in known)}
+        if chosen is None:
+            chosen = [i for i in range(self._source.width) if i not in left_out]
+            index = self._source.index_column()
+            if index in chosen and self._name(index).strip() not in known:
+                chosen.remove(index)
+                self._problems.notes.append(
+                    f"{self._problems.column(index)} is the index that pandas writes, and is left out"
+                )
+        else:
+            chosen = [i for i in chosen if i not in drop]
+        return chosen, list(range(self._source.width)) if reading.append else keep
+
+    def _found(self, option: str, wanted: Sequence[str]) -> list[int]:
+        """Return the numbers, from 0, of columns that an option names."""
+        names = self._source.names
+        known = [str(i + 1) for i in range(self._source.width)] if names is None else names
+        unknown = [name for name in wanted if known.count(name) != 1]
+        if unknown:
+            has = f"columns 1 to {len(known)} without names" if names is None else _listed(known)
+            twice = " (or more than one of that name)" if any(name in known for name in unknown) else ""
+            raise DataError(f"{self.name}: {option}: there is no column {_listed(unknown)}{twice}; the table has {has}")
+        return [known.index(name) for name in wanted]
+
+    def expect(self, columns: int, names: Sequence[str] | None, *, of: str = "the model") -> None:
+        """Check that the rows have so many columns, and of these names where both are named."""
+        if self.columns != columns:
+            hint = ""
+            if names and self.names and {name.strip() for name in names} <= {name.strip() for name in self.names}:
+                hint = f"; --columns {','.join(map(_option_value, names))} chooses those that it was trained with"
+            self._problems.general.append(f"{counted(self.columns, 'column')}, {of} takes {columns}{hint}")
+            return
+        for i, (found, expected) in enumerate(zip(self.names or (), names or (), strict=False)):
+            if found.strip() != expected.strip():
+                here, there = (_checks.shortened(repr(name)) for name in (found, expected))
+                self._problems.general.append(
+                    f"column {i + 1} is {here}, {of} was trained with {there} there; "
+                    "reorder the columns, or give --ignore-names if only their names differ"
+                )
+                return
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield the rows. A table that cannot be used is read to its end, and everything said in one DataError."""
+        problems = self._problems
+        for piece in self._source.pieces(self._used, self._passed, self._reading.typed, problems):
+            rows, passed = piece.rows, piece.passed
+            if rows.dtype.kind == "f" and rows.size and np.isnan(rows.min()):
+                gaps = np.isnan(rows)
+                complete = ~gaps.any(axis=1)
+                self.incomplete += int(len(rows) - complete.sum())
+                if self._reading.missing == "refuse":
+                    self._refuse(gaps, piece)
+                elif self._reading.missing == "skip":
+                    rows = rows[complete]
+                    passed = None if passed is None else passed.filter(complete)
+            if not problems:
+                yield Block(rows, passed)
+        problems.incomplete = self.incomplete
+        problems.raise_all()
+
+    def _refuse(self, gaps: Array, piece: Piece) -> None:
+        for j in np.flatnonzero(gaps.any(axis=0)):
+            where = np.flatnonzero(gaps[:, j])
+            column = self._used[j]
+            known = self._problems.missing.get(column)
+            wanted = where[: SHOWN - len(known.first)] if known else where[:SHOWN]
+            first = piece.labels(wanted.tolist()) if len(wanted) else []
+            self._problems.add_missing(column, len(where), first)
 
     def chunks(self, dtype: str) -> Iterator[Array]:
         """Yield the rows in C-contiguous arrays of `dtype`, of bounded size."""
-        for block in self.blocks:
-            yield _converted(block, dtype)
+        for block in self.blocks():
+            yield converted(block.rows, dtype)
 
     def read(self, dtype: str) -> Array:
-        """Return all rows as one C-contiguous array of `dtype`; a mapped file of that dtype stays on disk."""
-        if self.mapped is not None:
-            return _converted(self.mapped, dtype)
-        return np.concatenate([np.empty((0, self.columns), dtype), *self.chunks(dtype)])
+        """Return all rows as one C-contiguous array of `dtype`; a `.npy` of that dtype stays on disk, mapped."""
+        mapped = self._source.mapped()
+        whole = mapped is not None and self._used == list(range(self._source.width)) and mapped.flags.c_contiguous
+        if whole and mapped is not None and mapped.dtype == np.dtype(dtype):
+            for _ in self.blocks():
+                pass  # what is wrong with it
+            if not self.incomplete or self._reading.missing == "nan":
+                return mapped
+            return np.ascontiguousarray(mapped[~np.isnan(mapped).any(axis=1)])
+        return _joined(self.chunks(dtype), self.columns, dtype, self.rows)
 
 
-def _converted(block: Array, dtype: str) -> Array:
+def _joined(blocks: Iterator[Array], columns: int, dtype: str, rows: int | None) -> Array:
+    """Return blocks as one array, which grows in place: memory for the rows once."""
+    whole = np.empty((rows or 0, columns), dtype)
+    end = 0
+    for block in blocks:
+        if end + len(block) > len(whole):
+            whole.resize((max(end + len(block), len(whole) + len(whole) // 4), columns), refcheck=False)
+        whole[end : end + len(block)] = block
+        end += len(block)
+    whole.resize((end, columns), refcheck=False)
+    return whole
+
+
+def converted(block: Array, dtype: str) -> Array:
+    """Return a block as the model takes it, C-contiguous."""
     with np.errstate(over="ignore"):  # to infinity, which scores as NaN and which fit counts and names
         return np.asarray(block, dtype=dtype, order="C")
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(_checks.shortened(repr(name)) for name in names[:20])
+    return f"{shown} and {len(names) - 20} more" if len(names) > 20 else shown
 
 
 def rows_per_block(columns: int) -> int:
@@ -81,364 +391,230 @@ def rows_per_block(columns: int) -> int:
     return max(1, BLOCK_VALUES // max(1, columns))
 
 
-# --------------------------------------------------------------------------------------------------------- reading
+# --------------------------------------------------------------------------------------------------------- opening
+
+
+_OPENERS: dict[str, Callable[[Any], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
+COMPRESSIONS = (*_OPENERS, ".zst")
 
 
 @contextmanager
-def open_table(source: str) -> Iterator[Table]:
-    """Open `source`: a `.npy`, `.csv` or `.parquet` file, or `-` (or a pipe) that brings CSV or `.npy`."""
+def open_table(
+    source: str, reading: Reading | None = None, model_names: Sequence[str] | None = None
+) -> Iterator[Table]:
+    """Open a table: a file whose suffix says what it is, or `-` or a pipe that brings CSV, `.npy` or an Arrow stream.
+
+    Parameters
+    ----------
+    source
+        A path or `-`.
+    reading
+        What to take of it; None: everything.
+    model_names
+        Of the columns of the model that the rows are for, where it knows them.
+
+    Yields
+    ------
+    Table
+        Whose blocks can be read until the context ends.
+
+    Raises
+    ------
+    DataError, OSError
+        It cannot be read.
+    ImportError
+        pyarrow is not installed, and this is no `.npy`.
+    """
+    reading = reading or Reading()
     with ExitStack() as stack:
-        if source == "-":
-            if sys.stdin is None:
-                raise DataError("standard input is closed")
-            yield _stream_table("standard input", sys.stdin.buffer, stack)
-            return
-        path = Path(source)
-        if path.is_dir():
-            raise IsADirectoryError(f"{source} is a directory, expected a table (.npy, .csv or .parquet)")
-        if path.exists() and not path.is_file():  # a named pipe, or what the shell makes of <(command)
-            yield _stream_table(source, stack.enter_context(path.open("rb")), stack)
-        elif path.suffix == ".npy":
-            yield _npy_table(source)
-        elif path.suffix == ".csv":
-            yield _csv_table(source, stack.enter_context(path.open(encoding="utf-8-sig", newline=None)))
-        elif path.suffix == ".parquet":
-            yield _parquet_table(source)
-        else:
-            raise DataError(f"{source}: unknown kind of table {path.suffix!r}, expected .npy, .csv or .parquet")
+        yield Table(_open_source(source, reading, stack), reading, model_names)
 
 
-# What NumPy raises for headers that are damaged or lie.
-_BAD_NPY = (ValueError, EOFError, OverflowError, TypeError, SyntaxError, tokenize.TokenError)
+def _open_source(source: str, reading: Reading, stack: ExitStack) -> Source:
+    if source == "-":
+        if sys.stdin is None:
+            raise DataError("standard input is closed")
+        return _stream_source("standard input", sys.stdin.buffer, reading, stack)
+    path = Path(source)
+    if path.is_dir():
+        raise IsADirectoryError(f"{source} is a directory, expected a table ({KINDS})")
+    suffix = path.suffix.lower()
+    compression = suffix if suffix in COMPRESSIONS else ""
+    kind = Path(path.stem).suffix.lower() if compression else suffix
+    if is_special(source):  # a named pipe, or what the shell makes of <(command)
+        return _stream_source(source, stack.enter_context(path.open("rb")), reading, stack)
+    file = stack.enter_context(path.open("rb"))
+    if kind == ".npy" and not compression:
+        return NpySource(source, file, source)
+    if kind == ".npy" or kind in CSV_SUFFIXES:
+        return _stream_source(source, file, reading, stack)
+    if (kind == ".parquet" or kind in IPC_SUFFIXES) and not compression:
+        arrow = _arrow(source)
+        return arrow.ParquetSource(source, file) if kind == ".parquet" else arrow.IpcSource(source, file)  # type: ignore[no-any-return]
+    raise DataError(f"{source}: unknown kind of table {suffix!r}, expected {KINDS} (.csv.gz, .bz2, .xz and .zst, too)")
 
 
-def _check_array(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
-    if dtype.kind not in "fiu":
-        raise DataError(f"{name}: dtype {dtype}, expected real numbers")
-    if len(shape) != 2:
-        raise DataError(f"{name}: shape {shape}, expected two dimensions [rows, columns]")
+def is_special(path: str) -> bool:
+    """Tell pipes, devices and open descriptors (/dev/stdin) from files, which have a kind and can be replaced."""
+    if os.path.isdir(path):
+        return False
+    return os.path.exists(path) and (not os.path.isfile(path) or path.startswith(("/dev/", "/proc/")))
 
 
-def _npy_table(name: str) -> Table:
+def _arrow(name: str) -> Any:
     try:
-        mapped = np.load(name, mmap_mode="r", allow_pickle=False)
-    except _BAD_NPY as error:
-        raise DataError(f"{name}: not a readable .npy file: {error}") from error
-    if not isinstance(mapped, np.ndarray):
-        mapped.close()
-        raise DataError(f"{name}: an archive of several arrays, expected one array")
-    _check_array(name, mapped.dtype, mapped.shape)
-    rows, columns = mapped.shape
-    step = rows_per_block(columns)
-    return Table(name, columns, rows, (mapped[i : i + step] for i in range(0, rows, step)), mapped)
+        from nvpflow import _arrow
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "pyarrow":
+            raise
+        raise ImportError(f"{name}: reading anything but .npy needs pyarrow: pip install pyarrow") from error
+    return _arrow
 
 
-class _Rejoined(io.RawIOBase):
-    """A stream whose first bytes have been read already, put together again."""
+class Stream(io.RawIOBase):
+    """A stream that can be looked into before it is read; one that does not block is waited for."""
 
-    def __init__(self, head: bytes, rest: BinaryIO) -> None:
-        self._head = head
-        self._rest = rest
+    def __init__(self, stream: BinaryIO) -> None:
+        self._head = b""
+        self._rest = stream
 
-    def readable(self) -> bool:
+    def peek(self, size: int) -> bytes:
+        """Return the next bytes, as many as asked for if there are so many, and leave them there."""
+        while len(self._head) < size and (more := self._next(size - len(self._head))):
+            self._head += more
+        return self._head[:size]
+
+    def _next(self, size: int) -> bytes:
+        while (data := self._rest.read(size)) is None:  # nothing there yet
+            select.select([self._rest], [], [])
+        return data
+
+    def readable(self) -> bool:  # noqa: D102
         return True
 
-    def readinto(self, buffer: Any) -> int:
-        data = self._head[: len(buffer)] or self._rest.read(len(buffer))
+    def readinto(self, buffer: Any) -> int:  # noqa: D102
+        data = self._head[: len(buffer)] or self._next(len(buffer))
         self._head = self._head[len(buffer) :]
         buffer[: len(data)] = data
         return len(data)
 
 
-def _stream_table(name: str, stream: IO[bytes], stack: ExitStack) -> Table:
-    head = stream.read(len(NPY_MAGIC))
-    joined = io.BufferedReader(_Rejoined(head, stream))  # type: ignore[arg-type]
-    if head == NPY_MAGIC:
-        return _npy_stream_table(name, joined)
-    return _csv_table(name, stack.enter_context(io.TextIOWrapper(joined, encoding="utf-8-sig", newline=None)))
-
-
-def _npy_stream_table(name: str, stream: BinaryIO) -> Table:
-    """Read a `.npy` that cannot be mapped or sought in (format: numpy.lib.format)."""
+def _stream_source(name: str, file: Any, reading: Reading, stack: ExitStack) -> Source:
+    stream = Stream(file)
+    magic = stream.peek(6)
+    for start, suffix in _MAGIC.items():
+        if magic.startswith(start):
+            opened = _arrow(name).zstd(stream) if suffix == ".zst" else _OPENERS[suffix](io.BufferedReader(stream))
+            stream = Stream(stack.enter_context(opened))
     try:
-        version = np.lib.format.read_magic(stream)
-        if version == (1, 0):
-            shape, column_major, dtype = np.lib.format.read_array_header_1_0(stream)
-        else:
-            shape, column_major, dtype = np.lib.format.read_array_header_2_0(stream)
-    except _BAD_NPY as error:
-        raise DataError(f"{name}: not a readable .npy stream: {error}") from error
-    _check_array(name, dtype, shape)
-    if column_major:
-        raise DataError(f"{name}: a column-major .npy cannot be read row by row; write a C-ordered array")
-    return Table(name, shape[1], shape[0], _npy_blocks(name, stream, shape, dtype))
+        magic = stream.peek(len(NPY_MAGIC))
+    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+        raise DataError(f"{name}: cannot be decompressed: {error}") from error
+    if magic == NPY_MAGIC:
+        return NpySource(name, io.BufferedReader(stream))
+    if magic[:4] == b"PAR1" or magic == b"ARROW1":
+        kind = "Parquet" if magic[:4] == b"PAR1" else "An Arrow file"
+        raise DataError(f"{name}: {kind} is read from its end and cannot come from a pipe; name the file")
+    arrow = _arrow(name)
+    if magic[:4] == b"\xff\xff\xff\xff":
+        return arrow.IpcSource(name, stream, stream=True)  # type: ignore[no-any-return]
+    return arrow.CsvSource(name, stream, reading.delimiter)  # type: ignore[no-any-return]
 
 
-def _npy_blocks(name: str, stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[Array]:
-    rows, columns = shape
-    step = rows_per_block(columns)
-    for first in range(0, rows, step):
-        wanted = min(step, rows - first) * columns * dtype.itemsize
-        data = stream.read(wanted)
+# ------------------------------------------------------------------------------------------------------------- npy
+
+# What NumPy raises for headers that are damaged or lie.
+_BAD_NPY = (ValueError, EOFError, OverflowError, TypeError, SyntaxError, tokenize.TokenError)
+
+
+class NpySource:
+    """A `.npy` (format: numpy.lib.format), read without a mapping: a file that shrinks under one ends the process."""
+
+    names: list[str] | None = None
+    unit = "row"
+
+    def __init__(self, name: str, file: BinaryIO, path: str | None = None) -> None:
+        self.name = name
+        self._file = file
+        self._path = path
+        kind = "file" if path else "stream"
+        try:
+            version = np.lib.format.read_magic(file)
+            if version not in ((1, 0), (2, 0), (3, 0)):
+                raise ValueError(f"format version {version}")
+            read_header = getattr(np.lib.format, f"read_array_header_{1 if version == (1, 0) else 2}_0")
+            shape, self._column_major, self._dtype = read_header(file)
+            if any(type(extent) is not int or extent < 0 for extent in shape):
+                raise ValueError(f"shape {shape}")
+            if path:
+                self._check_size(file, shape)
+        except _BAD_NPY as error:
+            file_start = b""
+            if path:
+                file.seek(0)
+                file_start = file.read(4)
+            if file_start == b"PK\x03\x04":
+                raise DataError(f"{name}: an archive of several arrays, expected one array") from error
+            raise DataError(f"{name}: not a readable .npy {kind}: {error}") from error
+        if self._dtype.kind not in "fiu":
+            raise DataError(f"{name}: dtype {self._dtype}, expected real numbers")
+        if len(shape) != 2:
+            raise DataError(f"{name}: shape {shape}, expected two dimensions [rows, columns]")
+        if self._column_major and not path:
+            raise DataError(f"{name}: a column-major .npy cannot be read row by row; write a C-ordered array")
+        self.rows, self.width = shape
+
+    def _check_size(self, file: BinaryIO, shape: tuple[int, ...]) -> None:
+        self._start = file.tell()
+        if self._dtype.hasobject:
+            raise ValueError("it holds Python objects")
+        expected = self._dtype.itemsize
+        for extent in shape:
+            expected *= extent
+        size = os.fstat(file.fileno()).st_size - self._start
+        if size < expected:
+            raise ValueError(f"{size} bytes of data, expected {expected}")
+
+    def index_column(self) -> None:
+        """Return None: an array has no index."""
+
+    def mapped(self) -> Array | None:
+        """Return all of it as one memory-mapped array."""
+        if self._path is None or not self.rows or not self.width:
+            return None
+        order: Any = "F" if self._column_major else "C"
+        return np.memmap(self._path, self._dtype, "r", self._start, (self.rows, self.width), order)
+
+    def pieces(self, used: Sequence[int], passed: Sequence[int], typed: bool, problems: Problems) -> Iterator[Piece]:
+        """Yield blocks of the columns asked for, of the array's dtype."""
+        step = rows_per_block(self.width)
+        every = list(used) == list(range(self.width))
+        for first in range(0, self.rows, step):
+            block = self._columns_of(first, step) if self._column_major else self._rows_of(first, step)
+            handed_on = (
+                _arrow(self.name).table_of(block, [f"column_{i + 1}" for i in passed], passed) if passed else None
+            )
+            yield Piece(block if every else block[:, used], handed_on, partial(numbered, first))
+
+    def _rows_of(self, first: int, step: int) -> Array:
+        row_size = self.width * self._dtype.itemsize
+        wanted = min(step, self.rows - first) * row_size
+        data = self._file.read(wanted)
         if len(data) < wanted:
-            whole_rows = first + len(data) // (columns * dtype.itemsize)
-            raise DataError(f"{name}: ends early, after {whole_rows} of {rows} rows")
-        yield np.frombuffer(data, dtype=dtype).reshape(-1, columns)
+            raise self._ends_early(first + len(data) // row_size)
+        return np.frombuffer(data, dtype=self._dtype).reshape(-1, self.width)
 
+    def _columns_of(self, first: int, step: int) -> Array:
+        count, size = min(step, self.rows - first), self._dtype.itemsize
+        block = np.empty((count, self.width), self._dtype)
+        for j in range(self.width):
+            self._file.seek(self._start + (j * self.rows + first) * size)
+            data = self._file.read(count * size)
+            if len(data) < count * size:
+                raise self._ends_early(0)
+            block[:, j] = np.frombuffer(data, dtype=self._dtype)
+        return block
 
-def _parquet_table(name: str) -> Table:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise ImportError(f"{name}: reading .parquet needs pyarrow: pip install pyarrow") from error
-    try:
-        file = parquet.ParquetFile(name)
-    except ValueError as error:
-        raise DataError(f"{name}: not a readable .parquet file: {error}") from error
-    names = [field.name for field in file.schema_arrow]
-    rows = file.metadata.num_rows
-    return Table(name, len(names), rows, _parquet_blocks(name, file, names), names=names)
-
-
-def _parquet_blocks(name: str, file: Any, names: list[str]) -> Iterator[Array]:
-    first = 1
-    for batch in file.iter_batches(batch_size=rows_per_block(len(names))):
-        for column, values in zip(names, batch.columns, strict=True):
-            where = f"{name}, rows {first} to {first + len(values) - 1}, column {column!r}"
-            if values.null_count:
-                raise DataError(f"{where}: {values.null_count} missing values")
-            if values.to_numpy(zero_copy_only=False).dtype.kind not in "fiu":
-                raise DataError(f"{where}: type {values.type}, expected real numbers")
-        yield np.column_stack([values.to_numpy(zero_copy_only=False) for values in batch.columns])
-        first += len(batch)
-
-
-def _is_number(field: str) -> bool:
-    try:
-        float(field)
-    except ValueError:
-        return False
-    return True
-
-
-def _csv_table(name: str, text: IO[str]) -> Table:
-    """Read comma-separated numbers; the first line is a header if no field of it is a number and not all are empty."""
-    lines = ((number, line) for number, line in enumerate(_decoded(name, text), 1) if line.strip())
-    first = next(lines, None)
-    if first is None:
-        raise DataError(f"{name}: empty")
-    fields = _fields(f"{name}, line {first[0]}", first[1])
-    named = not any(_is_number(field) for field in fields) and any(field.strip() for field in fields)
-    header = [field.strip() for field in fields] if named else None
-    parser = _CsvParser(name, len(fields), first[0], header)
-    return Table(name, len(fields), None, parser.blocks(lines if header else _prepended(first, lines)), names=header)
-
-
-def _fields(where: str, line: str) -> list[str]:
-    try:
-        return next(csv.reader([line]))
-    except csv.Error as error:
-        raise DataError(f"{where}: {error}") from error
-
-
-def _decoded(name: str, text: IO[str]) -> Iterator[str]:
-    try:
-        yield from text
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name}: not UTF-8 text: {error}") from error
-
-
-def _prepended(first: tuple[int, str], rest: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
-    yield first
-    yield from rest
-
-
-@dataclass
-class _CsvParser:
-    name: str
-    columns: int
-    first_line: int
-    header: list[str] | None
-
-    def blocks(self, lines: Iterator[tuple[int, str]]) -> Iterator[Array]:
-        """Yield [n, columns] float64 arrays. NumPy's parser reads a block; where it fails, ours finds out why."""
-        while block := list(islice(lines, rows_per_block(self.columns))):
-            try:
-                values = np.loadtxt(
-                    [line for _, line in block], delimiter=",", ndmin=2, comments=None, quotechar='"', dtype=np.float64
-                )
-            except ValueError as error:
-                self._explain(block)
-                raise DataError(f"{self.name}, lines {block[0][0]} to {block[-1][0]}: {error}") from error
-            if values.shape[1] != self.columns:
-                self._explain(block)
-            yield values
-
-    def _explain(self, block: list[tuple[int, str]]) -> None:
-        for number, line in block:
-            where = f"{self.name}, line {number}"
-            fields = _fields(where, line)
-            if len(fields) != self.columns:
-                raise DataError(f"{where}: {len(fields)} columns, expected {self.columns} as in line {self.first_line}")
-            for i, field in enumerate(fields):
-                if not _is_number(field):
-                    named = f" ({self.header[i]})" if self.header else ""
-                    what = f"{field.strip()!r} is not a number" if field.strip() else "no value"
-                    other = next((mark for mark in ";\t|" if mark in field), None)
-                    hint = f"; columns are separated by commas here, not by {other!r}" if other else ""
-                    raise DataError(f"{where}, column {i + 1}{named}: {what}{hint}")
-
-
-# --------------------------------------------------------------------------------------------------------- writing
-
-
-def output_format(target: str, asked: str | None) -> str:
-    """Return "csv" or "npy": what was asked for, else what the target's name says, else CSV for a pipe."""
-    if asked is not None:
-        return asked
-    suffix = Path(target).suffix
-    if suffix in (".csv", ".npy"):
-        return suffix[1:]
-    if target == "-" or _is_special(target):
-        return "csv"
-    raise DataError(f"{target}: unknown kind of table {suffix!r}, expected .npy or .csv (or give --format)")
-
-
-def _is_special(target: str) -> bool:
-    """Tell pipes and devices, which are written to, from files, which are replaced."""
-    return os.path.exists(target) and not os.path.isfile(target) and not os.path.isdir(target)
-
-
-def check_target(target: str, *, force: bool) -> None:
-    """Refuse a target that could not be written in the end; called before the work is done."""
-    folder = os.path.dirname(os.path.realpath(target))
-    if os.path.isdir(target):
-        raise IsADirectoryError(f"{target} is a directory, expected a file name")
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{target}: there is no folder {folder}")
-    if os.path.isfile(target) and not force:
-        raise FileExistsError(f"{target} exists already (--force overwrites it)")
-    if not os.access(target if _is_special(target) else folder, os.W_OK):
-        raise PermissionError(f"{target}: no permission to write there")
-
-
-def check_distinct(target: str, sources: dict[str, str | None], option: str = "-o") -> None:
-    """Refuse to write over a file that the same command reads, also with --force."""
-    for name, source in sources.items():
-        if source is not None and "-" not in (source, target) and os.path.realpath(source) == os.path.realpath(target):
-            raise DataError(f"{option}: {target} is {name} too; give the output a file of its own")
-
-
-def write_text(target: str, text: str, *, force: bool) -> None:
-    """Write a whole file of UTF-8 text, or to standard output for `-`."""
-    with _open_target(target, force=force) as file:
-        file.write(text.encode())
-
-
-@contextmanager
-def create_table(
-    target: str, *, kind: str, dtype: str, columns: int | None, rows: int | None, force: bool = False
-) -> Iterator[Callable[[Array], None]]:
-    """Open `target` for writing and give the function that appends a block of rows.
-
-    Parameters
-    ----------
-    target
-        A path, or `-` for standard output.
-    kind
-        "csv" (no header; as many digits as `dtype` needs to be read back exactly) or "npy".
-    dtype
-        Of the blocks.
-    columns
-        None: blocks are [n], the table has one dimension.
-    rows
-        How many rows will come in all; None where that is not known.
-    force
-        Replace an existing file.
-    """
-    with _open_target(target, force=force) as file:
-        if kind == "csv":
-            digits = "%.9g" if dtype == "float32" else "%.17g"
-            yield lambda block: np.savetxt(file, block, fmt=digits, delimiter=",")
-            return
-        if target == "-" and sys.stdout.isatty():
-            raise DataError("not writing binary .npy to a terminal; redirect standard output or give -o FILE")
-        with _npy_writer(file, np.dtype(dtype), columns, rows) as write:
-            yield write
-
-
-@contextmanager
-def _naming(target: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        error.filename = target
-        raise
-
-
-class _TargetFile(io.FileIO):
-    """A file whose failing writes name the target: Python names a file where opening it fails, and there alone."""
-
-    def __init__(self, path: str, mode: str, target: str) -> None:
-        super().__init__(path, mode)
-        self._target = target
-
-    def write(self, data: Any, /) -> int:
-        with _naming(self._target):
-            return super().write(data)
-
-
-@contextmanager
-def _open_target(target: str, *, force: bool) -> Iterator[BinaryIO]:
-    if target == "-":
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
-        return
-    check_target(target, force=force)
-    if _is_special(target):
-        with io.BufferedWriter(_TargetFile(target, "w", target)) as file:
-            yield file
-        return
-    final = os.path.realpath(target)  # a symbolic link keeps pointing where it does
-    unfinished = f"{final}.{os.getpid()}.tmp"
-    try:
-        with io.BufferedWriter(_TargetFile(unfinished, "x", target)) as file:
-            yield file
-            file.flush()
-            with _naming(target):
-                os.fsync(file.fileno())
-        if not force and os.path.exists(final):
-            raise FileExistsError(f"{target} was created by someone else in the meantime (--force overwrites it)")
-        os.replace(unfinished, final)
-    except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def _npy_writer(
-    file: BinaryIO, dtype: np.dtype[Any], columns: int | None, rows: int | None
-) -> Iterator[Callable[[Array], None]]:
-    """Write an array whose number of rows may become known only at the end."""
-    tail = () if columns is None else (columns,)
-    if rows is not None:
-        file.write(_npy_header(dtype, (rows, *tail)))
-        yield lambda block: _write_all(file, block)
-        return
-    # The header, which comes first, states the number of rows: they wait in a temporary file until they are counted.
-    with tempfile.TemporaryFile() as waiting:
-        yield lambda block: _write_all(waiting, block)
-        counted = waiting.tell() // (dtype.itemsize * math.prod(tail))
-        file.write(_npy_header(dtype, (counted, *tail)))
-        waiting.seek(0)
-        shutil.copyfileobj(waiting, file)
-
-
-def _write_all(file: IO[bytes], block: Array) -> None:
-    file.write(np.ascontiguousarray(block).data)
-
-
-def _npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": dtype.str, "fortran_order": False, "shape": shape})
-    return header.getvalue()
+    def _ends_early(self, rows: int) -> DataError:
+        return DataError(f"{self.name}: ends early, after {rows} of {self.rows} rows")

@@ -131,7 +131,7 @@ class History:
         try:
             given: dict[str, Any] = {name: np.array(values[name], dtype=dtype) for name, dtype in arrays.items()}
             given |= {name: kind(values[name]) for name, kind in scalars.items()}
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"a history's values are lists of numbers of one length: {error}") from error
         if any(given[name].shape != (len(given["epoch"]),) for name in arrays):
             raise ValueError("a history's lists have different lengths")
