@@ -466,7 +466,8 @@ def random_parameters(
 def well_conditioned_scale(num_flows: int) -> float:
     """The largest kernel_scale w up to 1 at which K layers do not amplify rounding beyond the budgets: K w^2 <= 2.
 
-    Beyond it a flow of random weights is ill-conditioned in any arithmetic; test_numbers.py measures by how much.
+    With hidden layers and a scale_bound of 1. Beyond it a flow of random weights is ill-conditioned in any arithmetic;
+    test_numbers.py measures by how much.
     """
     return min(1.0, math.sqrt(2.0 / num_flows))
 

@@ -11,6 +11,8 @@ import pytest
 from oracle import (
     ACTIVATIONS,
     assert_same_bits,
+    assert_within_budget,
+    oracle_of,
     philox4x32,
     standard_normals,
     ulp_error,
@@ -283,19 +285,87 @@ def round_trip_error(make_flow, num_flows: int, kernel_scale: float, dtype: str)
     return largest
 
 
+DEPTHS = (1, 2, 4, 8, 16, 32, 64)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernel_scale", [0.25, 0.5, 1.0, 2.0])
-@pytest.mark.parametrize("num_flows", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    ("num_flows", "kernel_scale"),
+    [(k, w) for k in (1, 2, 4, 8) for w in (0.25, 0.5, 1.0, 2.0)] + [(k, math.sqrt(2 / k)) for k in (16, 32, 64)],
+)
 def test_a_round_trip_is_bounded_by_depth_and_weights(make_flow, num_flows, kernel_scale, dtype) -> None:
-    """error <= 8 eps exp(K w^2), for K up to 8 layers with kernels N(0, w^2 / in), unit data and scale_bound 1.
+    """error <= 8 eps exp(K w^2), for flows with hidden layers, kernels N(0, w^2 / in), unit data and scale_bound 1.
 
     Each layer multiplies what the rounding of the layers before it left behind; by how much depends on the size of its
-    weights. The 1e-5 that float32 promises for default models therefore holds while K w^2 <= 2.
+    weights. The 1e-5 that float32 promises for default models therefore holds while K w^2 <= 2. More than 8 couplings
+    with larger weights than that go beyond the bound.
     """
     bound = 8 * float(np.finfo(dtype).eps) * math.exp(num_flows * kernel_scale**2)
     assert round_trip_error(make_flow, num_flows, kernel_scale, dtype) <= bound
     if num_flows * kernel_scale**2 <= 2:
         assert bound <= (1e-5 if dtype == "float32" else 1.4e-14)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale_bound", [0.5, 1.0])
+@pytest.mark.parametrize("num_flows", DEPTHS)
+def test_the_promise_with_hidden_layers(make_flow, num_flows, scale_bound, dtype) -> None:
+    """K w^2 = 2, scale_bound up to 1, up to 64 couplings: log p within the budget of the oracle."""
+    kernel_scale = math.sqrt(2 / num_flows)
+    for size, hidden, activation in ((16, (64,), "relu"), (6, (32, 32), "silu"), (2, (16,), "tanh"), (31, (9,), "elu")):
+        options = {"dtype": dtype, "kernel_scale": kernel_scale, "scale_bound": scale_bound, "seed": num_flows}
+        flow, oracle = make_flow(size, num_flows, hidden, activation, **options)
+        x = unit_data(100, size, 4, dtype)
+        assert_within_budget(flow.log_prob(x), oracle.log_prob(x), dtype, f"{size} columns")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [(), (32,)])
+@pytest.mark.parametrize("num_flows", [1, 8, 64])
+def test_the_promise_of_new_flows(num_flows, hidden, dtype) -> None:
+    """Of every spec, the largest scale_bound included."""
+    for size in (2, 5, 16, 31):
+        for scale_bound in (1.0, 3.0, 7.0, float(np.finfo(dtype).max)):
+            flow = nvpflow.build(
+                size, num_flows, hidden, dtype=dtype, scale_bound=scale_bound, standardize=False, seed=size
+            )
+            x = unit_data(100, size, 4, dtype)
+            assert_within_budget(flow.log_prob(x), oracle_of(flow).log_prob(x), dtype, f"{size}, {scale_bound}")
+
+
+@pytest.mark.parametrize(
+    ("num_flows", "kernel_scale", "hidden", "scale_bound"),
+    [(64, math.sqrt(2 / 64), (), 1.0), (8, 0.5, (), 7.0), (8, 1.0, (64,), 7.0), (32, 1.0, (64,), 1.0)],
+    ids=["no hidden layer", "and a large scale_bound", "a large scale_bound", "many large weights"],
+)
+def test_where_the_promise_ends_and_certify_says_so(make_flow, num_flows, kernel_scale, hidden, scale_bound) -> None:
+    options = {"dtype": "float32", "scale_bound": scale_bound, "kernel_scale": kernel_scale}
+    flow, _ = make_flow(16, num_flows, hidden, "relu", **options)
+    x = unit_data(300, 16, 0, "float32")
+    off = np.max(np.abs(flow.inverse(flow.forward(x)[0]) - x))
+    assert off > 8 * np.finfo(np.float32).eps * math.exp(num_flows * kernel_scale**2)
+    assert flow.certify(x, jacobian_rows=0).verdict != "accurate"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale_bound", [1.0, 2.0, 3.0, 5.0, 7.0, None], ids=lambda bound: f"bound={bound}")
+@pytest.mark.parametrize("hidden", [(), (16,)], ids=["no hidden layer", "hidden layer"])
+def test_the_certificates_bound_holds_for_every_spec(make_flow, hidden, scale_bound, dtype) -> None:
+    """What is promised where the rule ends: proved from the weights, so never below what is measured."""
+    limit = float(np.finfo(dtype).max) if scale_bound is None else scale_bound
+    bounded = 0
+    for num_flows in (1, 2, 8, 64):
+        for size in (5, 16):
+            options = {"dtype": dtype, "scale_bound": limit, "kernel_scale": min(1.0, math.sqrt(2 / num_flows))}
+            flow, oracle = make_flow(size, num_flows, hidden, "tanh", seed=num_flows, **options)
+            x = unit_data(100, size, 4, dtype)
+            found = flow.certify(x, jacobian_rows=0)
+            if found.round_trip_bound is not None:
+                bounded += 1
+                assert found.round_trip.relative <= found.round_trip_bound
+            if found.verdict == "accurate":
+                assert_within_budget(flow.log_prob(x), oracle.log_prob(x), dtype, f"{num_flows}, {size}")
+    assert bounded >= (2 if scale_bound is None else 6)
 
 
 def test_where_float32_is_ill_conditioned_float64_is_clean(make_flow) -> None:
