@@ -326,6 +326,9 @@ def test_blocks_join_to_the_whole(run, folder, flow):
 def test_empty_tables(run, folder):
     (folder / "header.csv").write_text("a,b,c\n")
     np.save(folder / "none.npy", np.empty((0, 3)))
+    np.save(folder / "narrow.npy", np.empty((3, 0)))
+    message = error_of(run("score", "model.safetensors", "narrow.npy", fails=1))
+    assert "narrow.npy: 0 columns, the model takes 3" in message
     for name in ("header.csv", "none.npy"):
         run("score", "model.safetensors", name, "-o", "scores.npy", "--force")
         assert np.load(folder / "scores.npy").shape == (0,)

@@ -590,7 +590,7 @@ class NpySource:
         """Yield blocks of the columns asked for, of the array's dtype."""
         step = rows_per_block(self.width)
         every = list(used) == list(range(self.width))
-        for first in range(0, self.rows, step):
+        for first in range(0, self.rows if self.width else 0, step):
             block = self._columns_of(first, step) if self._column_major else self._rows_of(first, step)
             handed_on = (
                 _arrow(self.name).table_of(block, [f"column_{i + 1}" for i in passed], passed) if passed else None
