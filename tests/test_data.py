@@ -326,6 +326,52 @@ def test_raw_units_without_standardize_are_warned_of() -> None:
         flow_of(x, standardize=False).fit(x, **QUICK)
 
 
+# ---------------------------------------------------------------------------------------------------- the certificate
+
+
+def test_a_flow_whose_input_lost_its_digits_is_not_called_accurate(tmp_path, capsys) -> None:
+    seconds = np.column_stack([1.7e9 + 60 * normal()[:, 0], normal()[:, 1]]).astype(np.float32)
+    flow = flow_of(seconds)
+    flow.column_names = ["time", "amount"]
+    with pytest.warns(nvpflow.DataWarning, match="column 'time' has lost digits"):
+        flow.fit(seconds, **QUICK)
+    found = flow.certify(seconds)
+    assert found.verdict == "unreliable"
+    assert found.blurred_columns == ("column 'time'",)
+    assert found.input_resolution > 1
+    assert "column 'time'" in found.advice[0]
+    assert len(found.advice) == 1  # the arithmetic itself is sound
+    assert nvpflow.Certificate.from_json(found.to_json()) == found
+    assert flow.certify(seconds, tolerance=10).verdict == "reduced"
+    flow.save(tmp_path / "m.safetensors")
+    np.save(tmp_path / "x.npy", seconds)
+    assert cli.main(["check", str(tmp_path / "m.safetensors"), str(tmp_path / "x.npy")]) == 3
+    assert "lost digits before they came, in column 'time'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0, 1000.0])
+def test_a_certificate_of_sound_data_has_no_word_of_digits(offset) -> None:
+    x = (normal() + offset).astype(np.float32)
+    flow = flow_of(x)
+    flow.fit(x, **QUICK)
+    for rows in (x, x[0]):
+        found = flow.certify(rows)
+        assert found.blurred_columns == ()
+        assert found.input_resolution == pytest.approx(1.2e-7 * (offset + 3), rel=1)
+    x[5] = 1e20  # a row far out says nothing of the others
+    assert flow.certify(x).blurred_columns == ()
+
+
+def test_the_report_tells_what_was_found_in_the_columns() -> None:
+    pytest.importorskip("matplotlib", reason="Matplotlib is not installed")
+    from nvpflow import report
+
+    x = normal().astype(np.float32)
+    flow = flow_of(x)
+    x[:, 1] = x[:, 1] > 0
+    assert "Column &#x27;flag&#x27; has 2 distinct values" in report.html(flow, x, names=["a", "flag", "c"])
+
+
 # --------------------------------------------------------------------------------------------------------- the command
 
 

@@ -529,5 +529,37 @@ class _Look:
         return bool(high - low <= 2 * limit)
 
 
+class Digits:
+    """How far apart neighbouring numbers are beside each column's spread, of rows that come in blocks of one dtype."""
+
+    def __init__(self, columns: int) -> None:
+        self._eps = 0.0
+        self._count = 0
+        self._shift: Array | None = None
+        self._total, self._square, self._largest = np.zeros(columns), np.zeros(columns), np.zeros(columns)
+
+    def add(self, rows: Array) -> None:
+        """Take finite rows [n, D]."""
+        if len(rows) == 0:
+            return
+        self._eps = float(np.finfo(rows.dtype).eps)
+        wide = rows.astype(np.float64)
+        self._largest = np.maximum(self._largest, np.abs(wide).max(axis=0))
+        if self._shift is None:
+            self._shift = np.median(wide, axis=0)
+        wide -= self._shift
+        self._count += len(rows)
+        self._total += wide.sum(axis=0)
+        self._square += np.einsum("ij,ij->j", wide, wide)
+
+    def resolution(self, least_spread: Array) -> Array:
+        """Return the distances [D] in units of the standard deviation, or of `least_spread`; NaN where both are 0."""
+        count = max(1, self._count)
+        variance = np.maximum(self._square / count - (self._total / count) ** 2, 0)
+        spread = np.maximum(np.sqrt(variance), least_spread)
+        with np.errstate(all="ignore"):
+            return np.where(spread > 0, self._eps * self._largest / spread, np.nan)
+
+
 def _listed(texts: list[str]) -> str:
     return ", ".join(texts) if len(texts) <= 5 else f"{', '.join(texts[:5])} and {len(texts) - 5} more"

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvpflow._core import FlowSpec
+from nvpflow._data import check_data
 from nvpflow.flow import Flow
 from nvpflow.plot import some_rows
 
@@ -90,6 +91,7 @@ def examine(flow: Flow, data: Array, train: Array | None, names: list[str] | Non
             f"{counted(len(bad), 'row')} of {len(data):,} with NaN or infinite values left out "
             f"(row {', '.join(map(str, bad[:5]))}{', …' if len(bad) > 5 else ''}, counted from 0)."
         )
+    notices += _about_columns(flow, rows, names)
     log_p = flow.log_probability(rows).astype(np.float64)
     if not np.isfinite(log_p).any():
         raise ValueError(
@@ -123,6 +125,13 @@ def examine(flow: Flow, data: Array, train: Array | None, names: list[str] | Non
         round_trip=round_trip,
         notices=notices,
     )
+
+
+def _about_columns(flow: Flow, rows: Array, names: list[str] | None) -> list[str]:
+    """Return what stands in the way of a density of these rows, as `nvpflow.check_data` finds it."""
+    found = check_data(rows, names=names, dtype=flow.spec.dtype, standardize=flow.spec.standardize).findings
+    texts = [f"{finding.text[:1].upper()}{finding.text[1:]}; {finding.remedy}." for finding in found if finding.columns]
+    return texts if len(texts) <= 5 else [*texts[:5], f"{len(texts) - 5} findings more: nvpflow.check_data shows them."]
 
 
 def counted(number: int, noun: str) -> str:

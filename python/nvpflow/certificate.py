@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nvpflow import _bound, _checks, _core
+from nvpflow import _bound, _checks, _core, _data, _frames
 
 if TYPE_CHECKING:
     from nvpflow.flow import Flow
@@ -62,7 +62,9 @@ class Certificate:
     ----------
     verdict
         "accurate": every judged error is within `promised`. "reduced": within `tolerance`. "unreliable": beyond it, or
-        finite rows gave NaN or infinity, or there was no finite row. Judged are `round_trip`, `log_prob` and `log_det`.
+        finite rows gave NaN or infinity, or there was no finite row. Judged are `round_trip`, `log_prob` and `log_det`;
+        and `input_resolution`: beyond 0.01 (or `tolerance`, where that is more) a flow that computes exactly is
+        unreliable all the same, for the rows have lost what its density is of.
     advice
         What to do about it, in sentences; empty where there is nothing to say.
     promised
@@ -73,6 +75,12 @@ class Certificate:
         All rows.
     nonfinite_rows, first_nonfinite_row
         Rows that hold NaN or infinity, whose results are NaN, and the first of them. They are left out of all else.
+    input_resolution
+        Distance of neighbouring numbers of the rows' dtype at a column's largest value, in units of the column's
+        standard deviation (of the rows, or that of a standardize layer, where it is larger); of the column where it is
+        largest. None where it is not known: no spread.
+    blurred_columns
+        Columns where that is above 0.01: their values are large beside their spread, and have lost digits that count.
     failed_rows, first_failed_row
         Finite rows with results that are not, and the first of them. They are left out of the errors.
     round_trip
@@ -119,6 +127,8 @@ class Certificate:
     rows: int
     nonfinite_rows: int
     first_nonfinite_row: int | None
+    input_resolution: float | None
+    blurred_columns: tuple[str, ...]
     failed_rows: int
     first_failed_row: int | None
     round_trip: Deviation | None
@@ -155,6 +165,7 @@ class Certificate:
         }
         bound = "none" if self.round_trip_bound is None else f"{self.round_trip_bound:.1e}"
         double = "not measured" if self.float64_round_trip is None else f"{self.float64_round_trip:.1e}"
+        resolution = "not known" if self.input_resolution is None else f"{self.input_resolution:.1e}"
         singular = ["not known" if v is None else f"{v:.3g}" for v in (self.stretch, self.shrink)]
         lines = [
             f"Certificate: {self.verdict}; {self.dtype} promises {self.promised:.0e}, tolerated {self.tolerance:.0e}",
@@ -165,6 +176,7 @@ class Certificate:
             f"  {'largest error':<32}  relative  absolute  worst row",
             *(f"    {name:<30}  {_columns(error)}" for name, error in errors.items()),
             f"  {'x -> z -> x, worst, in float64':<32}  {double}",
+            f"  {'steps of x, in its spread':<32}  {resolution}",
             f"  {'bound on x -> z -> x, by weights':<32}  {bound}",
             f"  {'largest singular values':<32}  dz/dx {singular[0]}, dx/dz {singular[1]}",
             *(f"  * {sentence}" for sentence in self.advice),
@@ -173,7 +185,7 @@ class Certificate:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as numbers, strings, lists, dicts and None."""
-        return asdict(self) | {"advice": list(self.advice)}
+        return asdict(self) | {"advice": list(self.advice), "blurred_columns": list(self.blurred_columns)}
 
     def to_json(self) -> str:
         """Return all of it as JSON, with every digit."""
@@ -194,7 +206,8 @@ class Certificate:
             if given is not None:
                 _check_keys(Deviation, given)
         made = {name: None if given is None else Deviation(**given) for name, given in nested.items()}
-        return cls(**{**values, **made, "advice": tuple(values["advice"])})
+        lists = {name: tuple(values[name]) for name in ("advice", "blurred_columns")}
+        return cls(**{**values, **made, **lists})
 
     @classmethod
     def from_json(cls, text: str) -> Certificate:
@@ -270,6 +283,7 @@ class Certifier:
         self.rows = self._nonfinite = self._failed = 0
         self._first_nonfinite: int | None = None
         self._first_failed: int | None = None
+        self._digits = _data.Digits(flow.spec.input_size)
         self._round_trip, self._latent, self._log_prob = _Worst(), _Worst(), _Worst()
         self._largest = self._judged_log_det = 0.0
         columns = self._flow.spec.input_size
@@ -307,6 +321,7 @@ class Certifier:
         if len(x) == 0:
             return
         wide = x.astype(np.float64)
+        self._digits.add(x)
         z, log_det = self._flow.forward(x)
         back = self._flow.inverse(z)
         again, _ = self._flow.forward(back)
@@ -356,12 +371,18 @@ class Certifier:
             raise ValueError("x has no rows, expected at least one: there is nothing to measure")
         flow, spec = self._flow, self._flow.spec
         rounded = flow.precision != "float32" or flow.weights != "full"
+        resolution = self._digits.resolution(self._std if spec.standardize else np.zeros(spec.input_size))
+        labels = _frames.labels(flow._column_names(), spec.input_size)
+        known = resolution[np.isfinite(resolution)]
         found: dict[str, Any] = {
             "promised": self._promised,
             "tolerance": self._tolerance,
             "rows": self.rows,
             "nonfinite_rows": self._nonfinite,
             "first_nonfinite_row": self._first_nonfinite,
+            # The sums behind it depend on the blocks' sizes in the last digits.
+            "input_resolution": float(f"{known.max():.6g}") if known.size else None,
+            "blurred_columns": tuple(labels[j] for j in np.flatnonzero(resolution > _data.COARSE)),
             "failed_rows": self._failed,
             "first_failed_row": self._first_failed,
             "round_trip": self._round_trip.found(),
@@ -426,7 +447,14 @@ class Certifier:
         errors.append(self._judged_log_det)
         if found["failed_rows"] or found["round_trip"] is None or max(errors) > self._tolerance:
             return "unreliable"
-        return "accurate" if max(errors) <= self._promised else "reduced"
+        if found["blurred_columns"] and found["input_resolution"] > self._tolerance:
+            return "unreliable"
+        return "accurate" if max(errors) <= self._promised and not found["blurred_columns"] else "reduced"
+
+    def _exact(self, found: Mapping[str, Any]) -> bool:
+        """Tell whether the arithmetic is what was promised, whatever the rows are."""
+        errors = [found[name].relative for name in ("round_trip", "log_prob") if found[name] is not None]
+        return bool(errors) and not found["failed_rows"] and max(*errors, self._judged_log_det) <= self._promised
 
     def _advice(self, verdict: str, found: Mapping[str, Any]) -> list[str]:
         spec, advice = self._flow.spec, []
@@ -440,7 +468,14 @@ class Certifier:
                 f"{_counted(self._failed, 'finite row')}{_first(self._first_failed)} overflowed: far outside the data "
                 f"that the flow was trained on, or beyond what {spec.dtype} holds."
             )
-        if verdict == "accurate":
+        if blurred := found["blurred_columns"]:
+            shown = ", ".join(blurred[:5]) + (f" and {len(blurred) - 5} more" if len(blurred) > 5 else "")
+            advice.append(
+                f"The rows have lost digits before they came, in {shown}: neighbouring numbers are "
+                f"{found['input_resolution']:.1g} standard deviations apart. Subtract an offset in float64 before "
+                "rounding, in training and here; however exactly the flow computes, its density is of what is left."
+            )
+        if verdict == "accurate" or self._exact(found):
             return advice
         if found["precision"] != "float32" or found["weights"] != "full":
             advice.append(
