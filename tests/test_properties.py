@@ -182,6 +182,7 @@ numbers = st.one_of(
             "schedule": st.sampled_from(["cosine", "constant", "step", "", 3, None]),
             "weight_decay": numbers,
             "clip_norm": numbers,
+            "averaging": numbers,
             "patience": numbers,
             "max_round_trip": numbers,
             "seed": numbers,

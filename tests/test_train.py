@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -26,7 +27,7 @@ def curved(rows: int, seed: int = 0, dtype: str = "float32") -> np.ndarray:
 
 
 def new_flow(dtype: str = "float32", **options):
-    options = {"num_flows": 3, "hidden_sizes": (16,), "activation": "tanh", "seed": 1, **options}
+    options = {"num_flows": 3, "hidden_sizes": (16,), "activation": "tanh", "standardize": False, "seed": 1, **options}
     return nvpflow.build(input_size=SIZE, dtype=dtype, **options)
 
 
@@ -109,7 +110,7 @@ def test_the_loss_falls(dtype, activation) -> None:
     flow = new_flow(dtype, activation=activation, standardize=True)
     x = curved(4000, dtype=dtype)
     before = flow.nll(x)
-    history = fit(flow, x, epochs=15, learning_rate=5e-3)
+    history = fit(flow, x, epochs=15, learning_rate=5e-3, weight_decay=0, clip_norm=None)
     assert history.train_loss[-1] < history.train_loss[0] - 0.3
     assert history.best_loss < before - 1.0
     assert flow.nll(x) == pytest.approx(history.best_loss, abs=0.2)
@@ -175,12 +176,80 @@ def test_a_resumed_fit_ends_with_the_same_bits(tmp_path, dtype, stop_after) -> N
     assert (history.best_epoch, history.best_loss) == (expected.best_epoch, expected.best_loss)
 
 
+def stored(path: Path, name: str, dtype: str) -> np.ndarray:
+    """A tensor of a checkpoint."""
+    raw = path.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    begin, end = json.loads(raw[8:start])[name]["data_offsets"]
+    return np.frombuffer(raw[start + begin : start + end], dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_an_epoch_counts_by_the_better_of_its_weights_and_their_average(tmp_path, dtype) -> None:
+    x, validation, kept, path = curved(600, dtype=dtype), curved(400, 5, dtype), 0.6, tmp_path / "run.checkpoint"
+    options = {"validation": validation, "epochs": 30, "learning_rate": 5e-2, "schedule": "constant"}
+    weights: list[np.ndarray] = []
+
+    def remember(_: object) -> None:
+        weights.append(stored(path, "parameters", dtype))
+
+    plain = fit(new_flow(dtype), x, averaging=None, checkpoint=path, callback=remember, **options)
+    flow, probe = new_flow(dtype), new_flow(dtype)
+    history = fit(flow, x, averaging=kept, **options)
+    assert_same_bits(history.train_loss, plain.train_loss, "the updates do not depend on the average")
+
+    candidates, losses = [], []
+    for n in range(1, 31):
+        shares = kept ** np.arange(n)[::-1]
+        average = (shares / shares.sum()) @ np.stack(weights[:n]).astype(np.float64)
+        both = []
+        for values in (weights[n - 1], average.astype(dtype)):
+            probe._set_flat_parameters(values)
+            both.append(probe.nll(validation))
+        losses.append(min(both))
+        candidates.append(average if both[1] < both[0] else weights[n - 1])
+        if n == 1:
+            assert_same_bits(average.astype(dtype)[:10], weights[0][:10], "the first average")
+    tolerance = 1e-5 if dtype == "float32" else 1e-10
+    np.testing.assert_allclose(history.validation_loss, losses, rtol=tolerance)
+    assert history.best_epoch == 1 + int(np.argmin(losses))
+    assert min(losses) < min(plain.validation_loss) - 0.02, "the average takes out the noise of a constant step size"
+    np.testing.assert_allclose(flat(flow), candidates[history.best_epoch - 1], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("rows", "decay"), [(2000, 250 * SIZE / 2000), (900, 1.0)])
+def test_the_automatic_weight_decay_is_250_columns_a_row(rows, decay) -> None:
+    automatic, told, none = new_flow(), new_flow(), new_flow()
+    fit(automatic, curved(rows), validation=None, epochs=2)
+    fit(told, curved(rows), validation=None, epochs=2, weight_decay=decay)
+    fit(none, curved(rows), validation=None, epochs=2, weight_decay=0)
+    assert_same_bits(flat(automatic), flat(told), "weights")
+    assert np.any(flat(automatic) != flat(none))
+
+
+def test_the_average_leaves_the_standardize_layer_as_it_is() -> None:
+    x = 1e3 + curved(600)
+    layers = []
+    for averaging in (None, 0.7):
+        flow = new_flow(standardize=True)
+        fit(flow, x, averaging=averaging, epochs=6, learning_rate=3e-2)
+        layers.append(np.concatenate([flow.parameters()[f"standardize_0.{name}"] for name in ("mean", "log_std")]))
+    assert_same_bits(layers[0], layers[1], "mean and log_std")
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path) -> None:
     x = curved(500)
     path = tmp_path / "run.checkpoint"
     fit(new_flow(), x, checkpoint=path, epochs=1, callback=lambda record: False)
     before = path.read_bytes()
-    for changed in ({"batch_size": 32}, {"learning_rate": 0.5}, {"seed": 8}, {"schedule": "constant"}, {"epochs": 9}):
+    for changed in (
+        {"batch_size": 32},
+        {"learning_rate": 0.5},
+        {"seed": 8},
+        {"schedule": "constant"},
+        {"epochs": 9},
+        {"averaging": 0.5},
+    ):
         flow = new_flow()
         weights = flat(flow)
         with pytest.raises(ValueError, match=next(iter(changed))):
@@ -394,6 +463,9 @@ def test_the_automatic_batch_leaves_few_rows_several_steps(rows, taken) -> None:
         ({"weight_decay": float("nan")}, "weight_decay"),
         ({"clip_norm": -1.0}, "clip_norm"),
         ({"clip_norm": float("nan")}, "clip_norm"),
+        ({"averaging": 1.0}, "averaging is 1"),
+        ({"averaging": -0.1}, "averaging is -0.1"),
+        ({"averaging": float("nan")}, "averaging"),
         ({"patience": -1}, "patience"),
         ({"validation": 1.0}, "validation"),
         ({"validation": -0.1}, "validation"),

@@ -39,12 +39,13 @@ json describe(const CheckpointKey& key) {
                {"batch_size", o.batch_size},
                {"learning_rate", o.learning_rate},
                {"schedule", o.schedule == Schedule::cosine ? "cosine" : "constant"},
-               {"weight_decay", o.weight_decay},
+               {"weight_decay", o.weight_decay.value_or(0)},
                {"clip_norm", o.clip_norm},
                {"patience", o.patience},
                {"validation", o.validation_fraction},
                {"max_round_trip", o.max_round_trip},
                {"seed", o.seed}};
+  if (o.averaging > 0) text["averaging"] = o.averaging;
   // The cosine's length is part of the schedule; a constant rate may go on for longer.
   if (o.schedule == Schedule::cosine) text["epochs"] = o.epochs;
   return text;
@@ -126,6 +127,16 @@ bool all_finite(const FileTensor& tensor, std::int64_t count) {
   return true;
 }
 
+/// The arrays by the names of their tensors.
+std::vector<std::pair<const char*, void*>> named(const CheckpointArrays& arrays) {
+  std::vector<std::pair<const char*, void*>> all = {{"parameters", arrays.parameters},
+                                                    {"best_parameters", arrays.best},
+                                                    {"first_moment", arrays.first_moment},
+                                                    {"second_moment", arrays.second_moment}};
+  if (arrays.average != nullptr) all.emplace_back("average", arrays.average);
+  return all;
+}
+
 }  // namespace
 
 void save_checkpoint(const std::string& path, const CheckpointKey& key, const History& history, std::int64_t adam_steps,
@@ -139,13 +150,10 @@ void save_checkpoint(const std::string& path, const CheckpointKey& key, const Hi
   const DType dtype = key.spec.dtype;
   const std::vector<std::int64_t> flat = {arrays.count};
   const auto epochs = static_cast<std::int64_t>(history.epochs.size());
-  write_tensor_file(path, {{kTrainingKey, training.dump()}},
-                    {{"history", DType::float64, {epochs, kRecordFields}, records.data()},
-                     {"best_loss", DType::float64, {1}, &history.best_loss},
-                     {"parameters", dtype, flat, arrays.parameters},
-                     {"best_parameters", dtype, flat, arrays.best},
-                     {"first_moment", dtype, flat, arrays.first_moment},
-                     {"second_moment", dtype, flat, arrays.second_moment}});
+  std::vector<FileTensor> tensors = {{"history", DType::float64, {epochs, kRecordFields}, records.data()},
+                                     {"best_loss", DType::float64, {1}, &history.best_loss}};
+  for (const auto& [name, values] : named(arrays)) tensors.push_back({name, dtype, flat, values});
+  write_tensor_file(path, {{kTrainingKey, training.dump()}}, tensors);
 }
 
 void load_checkpoint(const std::string& path, const CheckpointKey& key, History& history, std::int64_t& adam_steps,
@@ -162,10 +170,7 @@ void load_checkpoint(const std::string& path, const CheckpointKey& key, History&
 
   // Everything is checked before anything of the run is touched.
   const DType dtype = key.spec.dtype;
-  const std::pair<const char*, void*> targets[] = {{"parameters", arrays.parameters},
-                                                   {"best_parameters", arrays.best},
-                                                   {"first_moment", arrays.first_moment},
-                                                   {"second_moment", arrays.second_moment}};
+  const auto targets = named(arrays);
   for (const auto& [name, target] : targets) {
     const FileTensor& tensor = find(path, file, name, dtype, arrays.count);
     const bool finite =

@@ -25,6 +25,7 @@ struct CheckpointArrays {
   void* best;
   void* first_moment;
   void* second_moment;
+  void* average;  // null where FitOptions::averaging is 0
   std::int64_t count;
 };
 

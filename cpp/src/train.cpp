@@ -167,6 +167,8 @@ class Trainer {
     slice_ =
         std::clamp<std::int64_t>(static_cast<std::int64_t>(most / (3 * flops_per_row(flow.layout()))), 64, 1 << 16);
     batch_ = rows_in_a_step(rows_.train());
+    weight_decay_ = options.weight_decay.value_or(std::min(
+        1.0, 250.0 * static_cast<double>(features_) / static_cast<double>(std::max<std::int64_t>(1, rows_.train()))));
     steps_ = (rows_.train() + batch_ - 1) / batch_;
     history_.train_rows = rows_.train();
     history_.validation_rows = has_array() ? validation_rows() : rows_.held_out();
@@ -196,6 +198,7 @@ class Trainer {
     check_finite("validation", validation_, features_, [this] { poll(); });
     best_.resize(static_cast<std::size_t>(flow_.num_parameters()));
     flow_.template copy_parameters<T>(best_);
+    if (options_.averaging > 0) average_.resize(best_.size()), now_.resize(best_.size());
     standardize_from_data();
     const TrainingData data = {x_.data(), total_rows(), validation_.data(), validation_rows()};
     training_ = flow_.backend().begin_training(data, best_.data(), std::min(slice_, batch_), threads_);
@@ -367,8 +370,15 @@ class Trainer {
       if (!observer_.on_progress(record.epoch, step + 1, steps_)) return interrupt();
     }
     record.train_loss = -sum / static_cast<double>(rows_.train());
-    const double loss = selection_loss(record.epoch);
+    double loss = selection_loss(record.epoch);
     if (history_.stop_reason == "interrupted") return;
+    average_is_better_ = false;
+    if (options_.averaging > 0 && std::isfinite(loss)) {
+      const double of_average = average_loss(record.epoch);
+      if (history_.stop_reason == "interrupted") return;
+      average_is_better_ = of_average < loss;
+      if (average_is_better_) loss = of_average;
+    }
     record.validation_loss = history_.validation_rows > 0 ? loss : std::numeric_limits<double>::quiet_NaN();
     record.round_trip = round_trip(record.epoch);
     if (history_.stop_reason == "interrupted") return;
@@ -391,7 +401,7 @@ class Trainer {
     AdamStep adam;
     adam.step = ++adam_steps_;
     adam.learning_rate = record.learning_rate = learning_rate(adam_steps_ - 1);
-    adam.weight_decay = options_.weight_decay;
+    adam.weight_decay = weight_decay_;
     training_->update(adam, options_.clip_norm);
   }
 
@@ -445,11 +455,32 @@ class Trainer {
     return -training_->report().sum_log_prob / static_cast<double>(of.rows);
   }
 
+  /// Takes the weights of now into their average, and returns its selection_loss. Training goes on from those of now.
+  double average_loss(std::int64_t epoch) {
+    const double kept = options_.averaging;
+    // 1 at the first epoch; afterwards weights that do not change are their own average, bit for bit.
+    const auto share = static_cast<T>((1 - kept) / (1 - std::pow(kept, static_cast<double>(epoch))));
+    T* parameters = static_cast<T*>(training_->read(true).parameters);
+    std::copy_n(parameters, now_.size(), now_.data());
+    for (std::size_t i = 0; i < average_.size(); ++i) average_[i] += share * (now_[i] - average_[i]);
+    std::copy(average_.begin(), average_.end(), parameters);
+    training_->write();
+    const double loss = selection_loss(epoch);
+    std::copy(now_.begin(), now_.end(), static_cast<T*>(training_->read(true).parameters));
+    training_->write();
+    return loss;
+  }
+
+  /// What an epoch that is the best one leaves to the flow.
+  const T* candidate() {
+    return average_is_better_ ? average_.data() : static_cast<const T*>(training_->read(false).parameters);
+  }
+
   /// Flow::round_trip_error of the selection, by the flow as it would compute with the weights of now.
   double round_trip(std::int64_t epoch) {
     if (!probe_) return std::numeric_limits<double>::quiet_NaN();
     const auto size = static_cast<std::size_t>(flow_.num_parameters());
-    probe_->template set_parameters<T>({static_cast<const T*>(training_->read(false).parameters), size});
+    probe_->template set_parameters<T>({candidate(), size});
     const Selection of = selection();
     const std::span<const T> x = has_array() ? validation_ : x_;
     double largest = 0;
@@ -472,8 +503,7 @@ class Trainer {
     if (loss < history_.best_loss && within_bound(record)) {
       history_.best_loss = loss;
       history_.best_epoch = record.epoch;
-      const T* now = static_cast<const T*>(training_->read(false).parameters);
-      std::copy_n(now, best_.size(), best_.data());
+      std::copy_n(candidate(), best_.size(), best_.data());
     }
     if (options_.patience > 0 && record.epoch - history_.best_epoch >= options_.patience) {
       history_.stop_reason = "patience";
@@ -491,13 +521,15 @@ class Trainer {
     const std::uint64_t x = fingerprint(x_.data(), x_.size_bytes(), look);
     FitOptions taken = options_;
     taken.batch_size = batch_;
+    taken.weight_decay = weight_decay_;
     return {flow_.spec(), taken, x ^ (fingerprint(validation_.data(), validation_.size_bytes(), look) << 1),
             total_rows(), validation_rows()};
   }
 
   CheckpointArrays arrays() {
     const Training::Arrays own = training_->read(true);
-    return {own.parameters, best_.data(), own.first_moment, own.second_moment, flow_.num_parameters()};
+    T* average = average_.empty() ? nullptr : average_.data();
+    return {own.parameters, best_.data(), own.first_moment, own.second_moment, average, flow_.num_parameters()};
   }
 
   void write_checkpoint() {
@@ -534,7 +566,10 @@ class Trainer {
   std::unique_ptr<Training> training_;
   std::optional<Flow> probe_;  // where max_round_trip is set
   std::vector<T> probe_rows_;
-  std::vector<T> best_;  // before the first epoch is done, the parameters that training starts from
+  std::vector<T> best_;           // before the first epoch is done, the parameters that training starts from
+  std::vector<T> average_, now_;  // empty where options_.averaging is 0
+  bool average_is_better_ = false;
+  double weight_decay_ = 0;
   std::int64_t slice_ = 0, batch_ = 0, steps_ = 0, adam_steps_ = 0;
   History history_;
   std::optional<CheckpointKey> key_;
@@ -548,7 +583,9 @@ void FitOptions::validate() const {
   const auto non_negative = [](double v) { return std::isfinite(v) && v >= 0; };
   require(std::isfinite(learning_rate) && learning_rate > 0, "learning_rate", std::to_string(learning_rate),
           "a finite number above 0");
-  require(non_negative(weight_decay), "weight_decay", std::to_string(weight_decay), "a finite number, at least 0");
+  const double decay = weight_decay.value_or(0);
+  require(non_negative(decay), "weight_decay", std::to_string(decay), "a finite number, at least 0");
+  require(averaging >= 0 && averaging < 1, "averaging", short_text(averaging), "at least 0 (0: none) and below 1");
   require(non_negative(clip_norm), "clip_norm", std::to_string(clip_norm), "a finite number, at least 0 (0: none)");
   require(patience >= 0, "patience", std::to_string(patience), "at least 0 (0: never stop early)");
   require(validation_fraction >= 0 && validation_fraction < 1, "validation", std::to_string(validation_fraction),

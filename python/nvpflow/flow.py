@@ -439,10 +439,11 @@ class Flow(_core.Flow):
         validation: float | ArrayLike | None = 0.1,
         epochs: int = 100,
         batch_size: int | None = None,
-        learning_rate: float = 1e-3,
+        learning_rate: float = 3e-3,
         schedule: Literal["cosine", "constant"] = "cosine",
-        weight_decay: float = 0.0,
-        clip_norm: float | None = None,
+        weight_decay: float | None = None,
+        clip_norm: float | None = 5.0,
+        averaging: float | None = 0.8,
         patience: int | None = None,
         max_round_trip: float | None = None,
         seed: int = 0,
@@ -477,9 +478,14 @@ class Flow(_core.Flow):
         schedule
             "cosine" lets the step size fall to zero along half a cosine over all epochs; "constant" keeps it.
         weight_decay
-            Decoupled weight decay (AdamW: Loshchilov and Hutter, 2019), on kernels only.
+            Decoupled weight decay (AdamW: Loshchilov and Hutter, 2019), on kernels only. None: 250 columns / training
+            rows, but at most 1, so that it weighs less the more rows there are. 0: none.
         clip_norm
             Scale a gradient down to this Euclidean norm where it is longer. None or 0: never.
+        averaging
+            In [0, 1): the weights after each epoch also enter a moving average, of which each epoch keeps this share,
+            and an epoch counts by the better of the two (Polyak and Juditsky, 1992; Izmailov et al., 2018). It takes
+            out the noise of a high step size, most where few rows make the first epochs the best ones. None or 0: none.
         patience
             Stop after this many epochs without a better validation loss. None or 0: never.
         max_round_trip
@@ -535,6 +541,7 @@ class Flow(_core.Flow):
                 "schedule": schedule,
                 "weight_decay": weight_decay,
                 "clip_norm": clip_norm,
+                "averaging": averaging,
                 "patience": patience,
                 "max_round_trip": max_round_trip,
                 "seed": seed,

@@ -34,7 +34,8 @@ class History:
     train_loss
         Mean of ``-log p`` over the epoch's updates, each taken before its update.
     validation_loss
-        Mean of ``-log p`` over the validation rows after the epoch; NaN without validation data.
+        Mean of ``-log p`` over the validation rows after the epoch, of the weights or of their average, whichever is
+        better; NaN without validation data.
     learning_rate, gradient_norm
         Of the epoch's last update; the norm before clipping.
     seconds
@@ -223,13 +224,14 @@ def _open_bar(progress: Any, epochs: int) -> _Bar | None:
 def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Check the types of fit's options; the extension checks their ranges."""
     given = dict(options)
-    for name in ("clip_norm", "max_round_trip", "patience", "num_threads"):
+    for name in ("averaging", "clip_norm", "max_round_trip", "patience", "num_threads"):
         given[name] = 0 if given[name] is None else given[name]
     integers = ("epochs", "patience", *(() if given["batch_size"] is None else ("batch_size",)))
     checked: dict[str, Any] = {name: _checks.integer(name, given[name]) for name in integers}
     if checked.get("batch_size") == 0:  # the extension's word for None
         raise ValueError("batch_size is 0, expected at least 1, or None for an automatic size")
-    reals = ("learning_rate", "weight_decay", "clip_norm", "max_round_trip")
+    decays = () if given["weight_decay"] is None else ("weight_decay",)
+    reals = ("learning_rate", *decays, "averaging", "clip_norm", "max_round_trip")
     checked |= {name: _checks.real(name, given[name]) for name in reals}
     checked["num_threads"] = _checks.integer("num_threads", given["num_threads"], bits=32)
     checked["schedule"] = _checks.text("schedule", given["schedule"])

@@ -430,6 +430,8 @@ FitOptions options_from(const py::dict& dict) {
       o.weight_decay = value.cast<double>();
     else if (name == "clip_norm")
       o.clip_norm = value.cast<double>();
+    else if (name == "averaging")
+      o.averaging = value.cast<double>();
     else if (name == "patience")
       o.patience = value.cast<std::int64_t>();
     else if (name == "validation_fraction")

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -22,13 +23,17 @@ struct NVPFLOW_API FitOptions {
   /// 0: an eighth of the training rows, but at least 16 and at most 256.
   std::int64_t batch_size = 0;
   /// Adam's, where the schedule begins.
-  double learning_rate = 1e-3;
+  double learning_rate = 3e-3;
   /// cosine: learning_rate * (1 + cos(pi step / total_steps)) / 2, from the first step to the last of all epochs.
   Schedule schedule = Schedule::cosine;
-  /// Decoupled (AdamW), on kernels only.
-  double weight_decay = 0.0;
+  /// Decoupled (AdamW), on kernels only. Without a value 250 columns / training rows, but at most 1: a prior weighs
+  /// less the more rows there are.
+  std::optional<double> weight_decay;
   /// Largest Euclidean norm of the whole gradient; a longer one is scaled down to it. 0: no clipping.
-  double clip_norm = 0.0;
+  double clip_norm = 5.0;
+  /// In [0, 1): the weights after each epoch also enter a moving average, of which each epoch keeps this share, and
+  /// the epoch counts by the better of the two. 0: no average. (Polyak and Juditsky 1992; Izmailov et al. 2018)
+  double averaging = 0.8;
   /// Stop after this many epochs without a better validation loss. 0: never. Needs validation data.
   std::int64_t patience = 0;
   /// Share of the rows set aside for validation where no validation array is given, in [0, 1).
@@ -51,7 +56,7 @@ struct NVPFLOW_API FitOptions {
 struct EpochRecord {
   std::int64_t epoch = 0;      ///< 1 for the first
   double train_loss = 0;       ///< mean NLL over the epoch's steps, nats per row
-  double validation_loss = 0;  ///< NaN without validation data
+  double validation_loss = 0;  ///< of the weights or their average, the better; NaN without validation data
   double learning_rate = 0;    ///< of the epoch's last step
   double gradient_norm = 0;    ///< of the epoch's last step, before clipping
   double seconds = 0;          ///< wall time of this epoch, validation included
@@ -95,7 +100,8 @@ class NVPFLOW_API FitObserver {
 /// Rows are visited in a new order each epoch, given by `seed` alone; the same data, options and seed give the same
 /// weights bit for bit on one instruction set, for any number of threads, also across a stop and a resume from a
 /// checkpoint. The flow ends with the weights of the epoch with the lowest validation loss, or, without validation
-/// data, the lowest loss of up to 65,536 training rows. With max_round_trip, only epochs whose round trip error is
+/// data, the lowest loss of up to 65,536 training rows; with FitOptions::averaging these may be the average until
+/// that epoch. With max_round_trip, only epochs whose round trip error is
 /// within it count; for patience, too, the others are no better.
 ///
 /// Throws Error(invalid_argument) for data or options that cannot be used (rows with NaN or inf are counted and named),
