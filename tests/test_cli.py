@@ -104,7 +104,7 @@ def test_fit_passes_every_option_on(run, folder, rows):
         *("--activation", "silu", "--scale-bound", 2, "--no-standardize", "--dtype", "float64", "--epochs", 3),
         *("--batch-size", 100, "--learning-rate", 0.01, "--schedule", "constant", "--weight-decay", 0.1),
         *("--clip-norm", 0.5, "--patience", 2, "--validation", "held_out.npy", "--seed", 5, "--threads", 1),
-        *("--checkpoint", "checkpoint"),
+        *("--checkpoint", "checkpoint", "--averaging", 0.5),
     )
     expected = nvpflow.build(3, 3, (7, 5), "silu", scale_bound=2, standardize=False, dtype="float64", seed=5)
     expected.fit(
@@ -116,6 +116,7 @@ def test_fit_passes_every_option_on(run, folder, rows):
         schedule="constant",
         weight_decay=0.1,
         clip_norm=0.5,
+        averaging=0.5,
         patience=2,
         seed=5,
     )
@@ -127,6 +128,15 @@ def test_fit_without_hidden_layers_and_quiet(run, folder):
     result = run("fit", "data.npy", "-o", "new.safetensors", "--quiet", *QUICK, "--hidden-sizes", "none")
     assert result.stdout == result.stderr == ""
     assert nvpflow.load(folder / "new.safetensors").spec.hidden_sizes == ()
+
+
+def test_fit_without_options_is_the_estimators_recipe(run, folder):
+    pytest.importorskip("sklearn")
+    from nvpflow.sklearn import FlowDensity
+
+    run("fit", "data.npy", "-o", "default.safetensors", "--quiet", "--epochs", 2)
+    expected = FlowDensity(epochs=2, random_state=0).fit(np.load(folder / "data.npy")).flow_
+    assert nvpflow.load(folder / "default.safetensors") == expected
 
 
 def test_fit_stops_in_time(run):

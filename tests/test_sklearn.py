@@ -320,3 +320,12 @@ def test_a_dtype_set_after_fitting_waits_for_the_next_fit() -> None:
     density = FlowDensity(hidden_sizes=(8,), epochs=1, random_state=0).fit(X)
     before = density.score(X)
     assert density.set_params(dtype="float64").score(X) == before
+
+
+@pytest.mark.parametrize(("features", "activation"), [(12, "relu"), (13, "silu")])
+def test_the_default_model_goes_by_the_number_of_features(features, activation) -> None:
+    x = np.random.default_rng(0).normal(size=(200, features))
+    spec = FlowDensity(epochs=1, random_state=0).fit(x).flow_.spec
+    assert (spec.num_flows, spec.hidden_sizes) == (8, (64, 64))
+    assert spec.activation == activation
+    assert FlowDensity(epochs=1, activation="tanh", random_state=0).fit(x).flow_.spec.activation == "tanh"

@@ -24,6 +24,7 @@ from typing import Any
 
 import nvpflow
 from nvpflow import _checks, _output, certificate, data_io
+from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS, default_activation
 
 # Errors that the user can act on. Anything else is a bug of ours and keeps its traceback.
 _EXPECTED_ERRORS = (OSError, ValueError, MemoryError, ImportError, RuntimeError, nvpflow.TrainingError)
@@ -191,10 +192,13 @@ def _add_fit(commands: Any) -> None:
     _add_option(fit, "--quiet", action="store_true", help="print errors only")
 
     model = fit.add_argument_group("model")
-    _add_option(model, "--num-flows", type=int, metavar="K", default=4, help="coupling layers")
+    _add_option(model, "--num-flows", type=int, metavar="K", default=NUM_FLOWS, help="coupling layers")
     sizes_help = "widths of the hidden layers of each coupling's network; none: no hidden layer"
-    _add_option(model, "--hidden-sizes", type=_sizes, metavar="N,N", default="256", help=sizes_help)
-    _add_option(model, "--activation", metavar="NAME", default="relu", help=f"of the hidden layers: {_ACTIVATIONS}")
+    _add_option(
+        model, "--hidden-sizes", type=_sizes, metavar="N,N", default=",".join(map(str, HIDDEN_SIZES)), help=sizes_help
+    )
+    activation_help = f"of the hidden layers: {_ACTIVATIONS} (default: relu for up to 12 columns, silu above)"
+    _add_option(model, "--activation", metavar="NAME", help=activation_help)
     _add_option(model, "--scale-bound", type=float, metavar="B", default=1.0, help="largest log-scale of a layer")
     standardize_help = "leave out the layer for the columns' means and standard deviations"
     _add_option(model, "--no-standardize", action="store_true", help=standardize_help)
@@ -207,10 +211,14 @@ def _add_training_options(group: Any) -> None:
     _add_option(group, "--epochs", type=int, metavar="N", default=100, help="passes over the rows")
     batch_help = "most rows per update (default: an eighth of the training rows, from 16 to 256)"
     _add_option(group, "--batch-size", type=int, metavar="N", help=batch_help)
-    _add_option(group, "--learning-rate", type=float, metavar="X", default=1e-3, help="Adam's step size")
+    _add_option(group, "--learning-rate", type=float, metavar="X", default=3e-3, help="Adam's step size")
     _add_option(group, "--schedule", choices=("cosine", "constant"), default="cosine", help="of the learning rate")
-    _add_option(group, "--weight-decay", type=float, metavar="X", default=0.0, help="decoupled, on kernels only")
-    _add_option(group, "--clip-norm", type=float, metavar="X", help="scale longer gradients down to this norm")
+    decay_help = "decoupled, on kernels only (default: 250 columns / training rows, at most 1)"
+    _add_option(group, "--weight-decay", type=float, metavar="X", help=decay_help)
+    clip_help = "scale longer gradients down to this norm; 0: never"
+    _add_option(group, "--clip-norm", type=float, metavar="X", default=5.0, help=clip_help)
+    averaging_help = "share that each epoch keeps of the weights' moving average; 0: none"
+    _add_option(group, "--averaging", type=float, metavar="X", default=0.8, help=averaging_help)
     _add_option(group, "--patience", type=int, metavar="N", help="stop after N epochs without a better one")
     round_trip_help = "keep no epoch whose validation rows come back from the latents with a larger relative error"
     _add_option(group, "--max-round-trip", type=float, metavar="X", help=round_trip_help)
@@ -366,7 +374,7 @@ def _run_fit(arguments: argparse.Namespace) -> None:
         rows.shape[1],
         arguments.num_flows,
         arguments.hidden_sizes,
-        arguments.activation,
+        default_activation(rows.shape[1]) if arguments.activation is None else arguments.activation,
         scale_bound=arguments.scale_bound,
         standardize=not arguments.no_standardize,
         dtype=arguments.dtype,
@@ -460,6 +468,7 @@ def _train(arguments: argparse.Namespace, flow: nvpflow.Flow, rows: Any, validat
             schedule=arguments.schedule,
             weight_decay=arguments.weight_decay,
             clip_norm=arguments.clip_norm,
+            averaging=arguments.averaging,
             patience=arguments.patience,
             max_round_trip=arguments.max_round_trip,
             seed=arguments.seed,

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import nvpflow
+from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS
 from nvpflow._findings import gaussian_log_prob
 
 Array = NDArray[Any]
@@ -24,9 +25,8 @@ Array = NDArray[Any]
 COLUMNS = ("active power", "voltage", "kitchen", "laundry", "heating", "time of day")
 UNITS = ("kW", "V", "Wh/min", "Wh/min", "Wh/min", "min")
 
-MODEL: dict[str, Any] = {"num_flows": 8, "hidden_sizes": (64, 64), "standardize": True}
+MODEL: dict[str, Any] = {"num_flows": NUM_FLOWS, "hidden_sizes": HIDDEN_SIZES}
 EPOCHS = 80
-TRAINING: dict[str, Any] = {"batch_size": 256, "learning_rate": 3e-3, "clip_norm": 5.0}
 SAMPLES = 10_000
 
 
@@ -115,7 +115,7 @@ def _run_in(target: Path, epochs: int, threads: int, device: str) -> None:
     flow.num_threads = threads
     where = nvpflow.cpu_isa() if device == "cpu" else flow.device
     print(f"Model      {flow}", flush=True)
-    history = flow.fit(split.train, validation=split.validation, epochs=epochs, **TRAINING)
+    history = flow.fit(split.train, validation=split.validation, epochs=epochs)
     print(
         f"Training   {len(history)} epochs in {history.seconds.sum():.1f} s ({where}); best epoch {history.best_epoch}"
     )

@@ -19,6 +19,7 @@ except ImportError as error:
     raise ImportError('nvpflow.sklearn needs scikit-learn 1.6 or newer: pip install "scikit-learn>=1.6"') from error
 
 from nvpflow import _checks, _frames
+from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS, default_activation
 from nvpflow.flow import Flow, build
 
 if TYPE_CHECKING:
@@ -27,10 +28,10 @@ if TYPE_CHECKING:
 __all__ = ["FlowDensity", "FlowOutlierDetector"]
 
 _PARAMETERS = """num_flows, hidden_sizes, activation, scale_bound, dtype
-        The model, as in `nvpflow.build`. A layer that standardizes the features comes first, so that raw data will do;
-        its log-determinant counts, and densities are those of the data as given. X of another dtype is rounded to
-        `dtype`.
-    epochs, learning_rate, schedule, weight_decay, clip_norm
+        The model, as in `nvpflow.build`; activation None is relu for up to 12 features and silu above. A layer that
+        standardizes the features comes first, so that raw data will do; its log-determinant counts, and densities are
+        those of the data as given. X of another dtype is rounded to `dtype`.
+    epochs, learning_rate, schedule, weight_decay, clip_norm, averaging
         Training, as in `nvpflow.Flow.fit`.
     batch_size
         Most rows per update, as in `nvpflow.Flow.fit`. None: an eighth of the training rows, from 16 to 256.
@@ -82,17 +83,18 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
     def __init__(
         self,
         *,
-        num_flows: int = 4,
-        hidden_sizes: Sequence[int] = (256,),
-        activation: str = "relu",
+        num_flows: int = NUM_FLOWS,
+        hidden_sizes: Sequence[int] = HIDDEN_SIZES,
+        activation: str | None = None,
         scale_bound: float = 1.0,
         dtype: str = "float32",
         epochs: int = 100,
         batch_size: int | None = None,
-        learning_rate: float = 1e-3,
+        learning_rate: float = 3e-3,
         schedule: str = "cosine",
-        weight_decay: float = 0.0,
-        clip_norm: float | None = None,
+        weight_decay: float | None = None,
+        clip_norm: float | None = 5.0,
+        averaging: float | None = 0.8,
         validation_fraction: float | None = 0.1,
         patience: int | None = None,
         device: str = "cpu",
@@ -113,6 +115,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         self.schedule = schedule
         self.weight_decay = weight_decay
         self.clip_norm = clip_norm
+        self.averaging = averaging
         self.validation_fraction = validation_fraction
         self.patience = patience
         self.device = device
@@ -169,7 +172,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
             rows.shape[1],
             self.num_flows,
             self.hidden_sizes,
-            self.activation,
+            default_activation(rows.shape[1]) if self.activation is None else self.activation,
             scale_bound=self.scale_bound,
             standardize=True,
             dtype=self.dtype,
@@ -189,6 +192,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
             schedule=self.schedule,  # type: ignore[arg-type]  # checked by fit
             weight_decay=self.weight_decay,
             clip_norm=self.clip_norm,
+            averaging=self.averaging,
             patience=self.patience,
             seed=seed,
             progress=False,
@@ -407,17 +411,18 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
         self,
         *,
         contamination: float = 0.1,
-        num_flows: int = 4,
-        hidden_sizes: Sequence[int] = (256,),
-        activation: str = "relu",
+        num_flows: int = NUM_FLOWS,
+        hidden_sizes: Sequence[int] = HIDDEN_SIZES,
+        activation: str | None = None,
         scale_bound: float = 1.0,
         dtype: str = "float32",
         epochs: int = 100,
         batch_size: int | None = None,
-        learning_rate: float = 1e-3,
+        learning_rate: float = 3e-3,
         schedule: str = "cosine",
-        weight_decay: float = 0.0,
-        clip_norm: float | None = None,
+        weight_decay: float | None = None,
+        clip_norm: float | None = 5.0,
+        averaging: float | None = 0.8,
         validation_fraction: float | None = 0.1,
         patience: int | None = None,
         device: str = "cpu",
@@ -440,6 +445,7 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
             schedule=schedule,
             weight_decay=weight_decay,
             clip_norm=clip_norm,
+            averaging=averaging,
             validation_fraction=validation_fraction,
             patience=patience,
             device=device,
