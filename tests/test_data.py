@@ -213,6 +213,13 @@ def test_few_distinct_values_and_integers() -> None:
     assert nvpflow.check_data(dithered).ok
 
 
+def test_a_variance_beyond_float64_is_left_to_the_training_loop() -> None:
+    x = normal() * [1, 1, 1e300]
+    assert nvpflow.check_data(x).ok
+    with pytest.raises(ValueError, match="x has a variance beyond float64 in column 3"):
+        flow_of(x, dtype="float64").fit(x, **QUICK)
+
+
 def test_too_few_rows() -> None:
     assert found(normal(25))["rows"].severity == "warning"
     assert found(normal(1))["rows"].severity == "warning"

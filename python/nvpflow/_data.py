@@ -357,6 +357,8 @@ class _Look:
             if not self._varies[j]:
                 self._constant(j)
                 continue
+            if not np.isfinite(self._std[j]):  # beyond float64: what standardizes refuses it
+                continue
             coarse = self._coarse(j, float(spread[j]))
             self._outliers(j, float(spread[j]))
             if not coarse:

@@ -130,7 +130,8 @@ def examine(flow: Flow, data: Array, train: Array | None, names: list[str] | Non
 def _about_columns(flow: Flow, rows: Array, names: list[str] | None) -> list[str]:
     """Return what stands in the way of a density of these rows, as `nvpflow.check_data` finds it."""
     found = check_data(rows, names=names, dtype=flow.spec.dtype, standardize=flow.spec.standardize).findings
-    texts = [f"{finding.text[:1].upper()}{finding.text[1:]}; {finding.remedy}." for finding in found if finding.columns]
+    told = [finding for finding in found if finding.kind not in ("rows", "outliers")]  # the page shows rows far out
+    texts = [f"{finding.text[:1].upper()}{finding.text[1:]}; {finding.remedy}." for finding in told]
     return texts if len(texts) <= 5 else [*texts[:5], f"{len(texts) - 5} findings more: nvpflow.check_data shows them."]
 
 
