@@ -7,12 +7,13 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nvpflow import _bound, _checks, _core, _data, _frames
+from nvpflow import _bound, _checks, _core, _data, _frames, _html
 
 if TYPE_CHECKING:
     from nvpflow.flow import Flow
@@ -182,6 +183,28 @@ class Certificate:
             *(f"  * {sentence}" for sentence in self.advice),
         ]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Return a table of the errors, and the advice, for notebooks."""
+        errors = {
+            "x → z → x": self.round_trip,
+            "z → x → z, not judged": self.latent_round_trip,
+            "log p against float64": self.log_prob,
+            f"log_det against {self.jacobian_rows} Jacobians": self.log_det,
+        }
+        caption = (
+            f"Certificate: {self.verdict}; {self.dtype} promises {self.promised:.0e}, tolerated {self.tolerance:.0e}; "
+            f"{_counted(self.rows, 'row')}, {self.nonfinite_rows:,} with NaN or inf, {self.failed_rows:,} failed"
+        )
+        lines = [
+            (name, "not measured", "", "")
+            if e is None
+            else (name, f"{e.relative:.1e}", f"{e.absolute:.1e}", f"{e.row}")
+            for name, e in errors.items()
+        ]
+        advice = "".join(f"<li>{escape(sentence)}</li>" for sentence in self.advice)
+        found = _html.table(caption, ("largest error", "relative", "absolute", "worst row"), lines)
+        return found + (f"<ul>{advice}</ul>" if advice else "")
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as numbers, strings, lists, dicts and None."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nvpflow import _checks
+from nvpflow import _checks, _html
 from nvpflow._blame import blame
 from nvpflow._core import __version__, cpu_isa
 from nvpflow._findings import Findings, counted, examine, finite_rows
@@ -432,23 +432,9 @@ def _invertibility(flow: Flow, found: Findings) -> str:
 
 
 def _table(caption: str, head: Sequence[str], lines: Sequence[Sequence[str]], text_from: int = 99) -> str:
-    """Return a table whose first column names its lines; columns from `text_from` on are text, the others numbers."""
-
-    def kind(i: int) -> str:
-        return ' class="text"' if i >= text_from else ""
-
-    top = "".join(
-        f'<th scope="col"{kind(i)}>{escape(cell)}</th>' if cell else "<td></td>" for i, cell in enumerate(head)
-    )
-    body = "".join(
-        f'<tr><th scope="row">{escape(line[0])}</th>'
-        + "".join(f"<td{kind(i)}>{escape(cell)}</td>" for i, cell in enumerate(line[1:], 1))
-        + "</tr>"
-        for line in lines
-    )
+    """Return `_html.table` in a region that scrolls."""
     region = f'class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}"'
-    rows = f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody>"
-    return f"<div {region}><table><caption>{escape(caption)}</caption>{rows}</table></div>"
+    return f"<div {region}>{_html.table(caption, head, lines, text_from)}</div>"
 
 
 def _nats(value: Any, digits: int, sign: str = "") -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nvpflow import _checks, _core, _data, _frames
+from nvpflow import _checks, _core, _data, _frames, _html
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,21 +92,47 @@ class History:
     def __repr__(self) -> str:
         """Return a table of the first, the best and the last epoch."""
         lines = [
-            f"History: {len(self)} epochs in {self.seconds.sum():.1f} s, stop reason: {self.stop_reason}; "
-            f"{self.train_rows:,} training and {self.validation_rows:,} validation rows",
+            f"History: {self._summary()}",
             "         epoch    train nll  validation nll  learning rate  gradient norm  seconds",
         ]
         measured = len(self) > 0 and not np.isnan(self.round_trip).all()
         lines[1] += "  round trip" if measured else ""
-        at_best = np.flatnonzero(self.epoch == self.best_epoch)
-        marks = [("first", 0), *(("best", int(i)) for i in at_best), ("last", len(self) - 1)]
-        for mark, i in marks if len(self) else []:
+        for mark, i in self._marked():
             lines.append(
                 f"  {mark:<5}  {self.epoch[i]:>5}  {self.train_loss[i]:>11.4f}  {self.validation_loss[i]:>14.4f}  "
                 f"{self.learning_rate[i]:>13.3g}  {self.gradient_norm[i]:>13.3g}  {self.seconds[i]:>7.2f}"
                 + (f"  {self.round_trip[i]:>10.2e}" if measured else "")
             )
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Return a table of the first, the best and the last epoch, for notebooks."""
+        head = ("", "epoch", "train nll", "validation nll", "learning rate", "gradient norm", "seconds")
+        lines = [
+            (
+                mark,
+                f"{self.epoch[i]}",
+                f"{self.train_loss[i]:.4f}",
+                f"{self.validation_loss[i]:.4f}",
+                f"{self.learning_rate[i]:.3g}",
+                f"{self.gradient_norm[i]:.3g}",
+                f"{self.seconds[i]:.2f}",
+            )
+            for mark, i in self._marked()
+        ]
+        return _html.table(f"History: {self._summary()}", head, lines)
+
+    def _summary(self) -> str:
+        return (
+            f"{len(self)} epochs in {self.seconds.sum():.1f} s, stop reason: {self.stop_reason}; "
+            f"{self.train_rows:,} training and {self.validation_rows:,} validation rows"
+        )
+
+    def _marked(self) -> list[tuple[str, int]]:
+        """Return the first, the best and the last epoch, by index."""
+        at_best = np.flatnonzero(self.epoch == self.best_epoch)
+        marks = [("first", 0), *(("best", int(i)) for i in at_best), ("last", len(self) - 1)]
+        return marks if len(self) else []
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as lists and numbers of Python, NaN where there was no validation data."""
@@ -165,13 +192,10 @@ class _Bar:
     """A tqdm bar over every update; drawn in `on_progress` alone, which is called at most 20 times a second."""
 
     def __init__(self, epochs: int) -> None:
-        try:
-            from tqdm import tqdm
-        except ImportError as error:
-            raise ImportError("progress=True needs tqdm: pip install tqdm") from error
         # tqdm draws nothing on a terminal that does not know its size, as some containers' do not.
-        size: dict[str, Any] = {"dynamic_ncols": True} if _terminal_columns() else {"ncols": 120, "nrows": 24}
-        self._bar = tqdm(unit=" updates", file=sys.stderr, **size)
+        fits = _terminal_columns() or _in_notebook()
+        size: dict[str, Any] = {"dynamic_ncols": True} if fits else {"ncols": 120, "nrows": 24}
+        self._bar = _tqdm()(unit=" updates", file=sys.stderr, **size)
         self._epochs = epochs
         self._steps = 0
         self._best = math.inf
@@ -180,7 +204,7 @@ class _Bar:
         done = (epoch - 1) * steps + step
         if self._steps == 0:
             self._steps = steps
-            self._bar.total = self._epochs * steps
+            self._bar.reset(total=self._epochs * steps)
             self._bar.initial = self._bar.n = (epoch - 1) * steps  # epochs of a checkpoint do not count in the rate
         self._bar.set_description(f"epoch {epoch}/{self._epochs}", refresh=False)
         self._bar.update(done - self._bar.n)
@@ -203,6 +227,26 @@ class _Bar:
         self._bar.close()
 
 
+def _tqdm() -> Any:
+    """Return the class of the bar: a widget in a notebook that has ipywidgets, else lines of text."""
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError("progress=True needs tqdm: pip install tqdm") from error
+    if not _in_notebook():
+        return tqdm
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it tells those without ipywidgets to install them
+        from tqdm import autonotebook
+    return autonotebook.tqdm
+
+
+def _in_notebook() -> bool:
+    """Tell whether a Jupyter kernel runs this process."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return shell is not None and "IPKernelApp" in shell.config
+
+
 def _terminal_columns() -> int:
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns
@@ -213,7 +257,7 @@ def _terminal_columns() -> int:
 def _open_bar(progress: Any, epochs: int) -> _Bar | None:
     if progress is not None:
         return _Bar(epochs) if _checks.boolean("progress", progress) else None
-    if sys.stderr is None or not sys.stderr.isatty():
+    if sys.stderr is None or not (sys.stderr.isatty() or _in_notebook()):
         return None
     try:
         return _Bar(epochs)
