@@ -264,6 +264,16 @@ def test_fit_keeps_the_names_of_columns(run, named):
     assert "columns:" not in run("info", "model.safetensors").stdout
 
 
+def test_info_tells_the_threshold(run, named, folder):
+    assert json.loads(run("info", "named.safetensors", "--json").stdout)["threshold"] is None
+    assert "threshold" not in run("info", "named.safetensors").stdout
+    named.set_threshold(-12.5, 0.01)
+    named.save(folder / "limited.safetensors")
+    assert "threshold: log p below -12.5 nats, quantile 0.01\n" in run("info", "limited.safetensors").stdout
+    found = json.loads(run("info", "limited.safetensors", "--json").stdout)["threshold"]
+    assert found == {"log_p": -12.5, "quantile": 0.01}
+
+
 def test_names_of_a_stranger_cannot_write_to_the_terminal(run, folder, rows):
     flow = nvpflow.build(3, 1, (4,))
     flow.column_names = ("a\nfake", "\x1b[2J", "x" * 100_000)

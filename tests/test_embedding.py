@@ -438,7 +438,38 @@ def test_ctypes_gives_the_bits_that_python_gives(library, make_flow, tmp_path, d
     assert_same_bits(log_det, flow.forward(x)[1], "log_det")
     assert_same_bits(back, flow.inverse(flow.forward(x)[0]), "x")
     assert_same_bits(drawn, flow.sample(rows, seed=2**63 + 1, start=5), "sample")
+    if rows:
+        nll, gradient = ctypes.c_double(), np.full(flow.num_parameters, -9, dtype)
+        status = library.call(f"nll_gradient_{kind}", handle, _pointer(x), n, ctypes.byref(nll), _pointer(gradient))
+        assert status == 0
+        assert nll.value == flow.nll_gradient(x)[0]
+        assert_same_bits(gradient, flow.nll_gradient(x)[1], "gradient")
     c.nvpflow_free(handle)
+
+
+def test_ctypes_gets_names_and_threshold(library, tmp_path) -> None:
+    flow = nvpflow.build(3, 2, (8,))
+    flow.column_names = ("east", "Höhe", "")
+    flow.set_threshold(-12.5, 0.01)
+    flow.save(tmp_path / "m")
+    handle = library.load(tmp_path / "m")
+    needed, text = ctypes.c_size_t(), ctypes.create_string_buffer(6)
+    for i, name in enumerate(flow.column_names):
+        column = ctypes.c_int64(i)
+        assert library.call("column_name", handle, column, text, ctypes.c_size_t(6), ctypes.byref(needed)) == 0
+        assert text.value.decode() == name
+        assert needed.value == len(name.encode()) + 1
+    assert library.call("column_name", handle, ctypes.c_int64(1), text, ctypes.c_size_t(5), None) == 1
+    limit, quantile = ctypes.c_double(), ctypes.c_double()
+    assert library.call("threshold", handle, ctypes.byref(limit), ctypes.byref(quantile)) == 0
+    assert (limit.value, quantile.value) == (-12.5, 0.01)
+    flow.set_threshold(-3)
+    flow.save(tmp_path / "m")
+    assert library.call("reload", handle, os.fsencode(tmp_path / "m")) == 0
+    assert library.call("threshold", handle, ctypes.byref(limit), ctypes.byref(quantile)) == 0
+    assert limit.value == -3
+    assert np.isnan(quantile.value)
+    library.c.nvpflow_free(handle)
 
 
 def test_ctypes_gets_statuses_and_messages(library, model, tmp_path) -> None:

@@ -142,6 +142,82 @@ def test_reload_compares_names_of_columns_where_both_have_some(saved, tmp_path) 
     assert flow.column_names == tuple("abcde")
 
 
+def test_a_threshold_goes_where_its_weights_go(saved, tmp_path) -> None:
+    flow, path = saved
+    assert flow.threshold is None
+    before = path.read_bytes()
+    x = unit_data(300, 5, 1, flow.spec.dtype)
+    log_p = flow.log_prob(x).astype(np.float64)
+    expected = (np.quantile(log_p, 0.05), 0.05)
+    assert flow.fit_threshold(x, quantile=0.05) == flow.threshold == expected
+    assert np.mean(flow.log_prob(x) < flow.threshold.log_p) == 0.05
+    flow.save(path)
+    kept = json.loads(read_container(path)[0]["__metadata__"]["nvpflow.threshold"])
+    assert (kept["log_prob"], kept["quantile"]) == expected
+    others = [nvpflow.load(path), copy.copy(flow), copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))]
+    for other in [*others, flow.to("cpu"), flow.astype("float64")]:
+        assert other.threshold == expected
+    other = nvpflow.Flow(flow.spec, seed=5)
+    other.swap(others[0])
+    assert other.threshold == expected
+    assert others[0].threshold is None
+    others[0].reload(path)
+    assert others[0].threshold == expected
+    others[0].set_parameters(others[0].parameters())
+    assert others[0].threshold is None
+    others[1].fit(x, epochs=1, batch_size=50, progress=False)
+    assert others[1].threshold is None
+    flow.set_threshold(-3)
+    flow.save(tmp_path / "unknown")
+    assert nvpflow.load(tmp_path / "unknown").threshold == (-3.0, None)
+    flow.set_threshold(None)
+    assert flow.threshold is None
+    flow.save(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda flow, x: flow.set_threshold(np.nan), ValueError, "log_p is nan, expected a finite number of nats"),
+        (lambda flow, x: flow.set_threshold("-3"), TypeError, "log_p must be a real number, got '-3'"),
+        (lambda flow, x: flow.set_threshold(-3, 1.5), ValueError, r"quantile is 1.5, expected a share .* in \[0, 1\]"),
+        (lambda flow, x: flow.set_threshold(None, 0.5), ValueError, "quantile is 0.5 .*, expected None where log_p is"),
+        (lambda flow, x: flow.fit_threshold(x, 2), ValueError, "quantile is 2.0, expected a share"),
+        (lambda flow, x: flow.fit_threshold(x[:0]), ValueError, "x has no rows, expected at least one"),
+        (lambda flow, x: flow.fit_threshold(x[:, :2]), ValueError, "x has shape"),
+        (lambda flow, x: flow.fit_threshold(x * np.nan), ValueError, "x has 9 of 9 rows whose log p is not finite"),
+    ],
+)
+def test_wrong_thresholds_change_nothing(saved, change, error, message) -> None:
+    flow, _ = saved
+    flow.set_threshold(-1, 0.5)
+    with pytest.raises(error, match=message):
+        change(flow, unit_data(9, 5, 1, flow.spec.dtype))
+    assert flow.threshold == (-1, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"log_prob":-1}', "quantile is missing"),
+        ('{"log_prob":"-1","quantile":null}', "log_prob is .*, expected a number"),
+        ('{"log_prob":1e999,"quantile":null}', "the text is not valid JSON|log_prob is inf"),
+        ('{"log_prob":-1,"quantile":-0.5}', "quantile is -0.5"),
+        ('{"log_prob":-1,"quantile":0.5,"rows":3}', "'rows' is not a field"),
+        ("[-1, 0.5]", "the text is no object"),
+        ("-1", "the text is no object"),
+    ],
+)
+def test_damaged_thresholds_are_refused(saved, text, message) -> None:
+    _, path = saved
+    header, data = read_container(path)
+    header["__metadata__"]["nvpflow.threshold"] = text
+    write_container(path, header, data)
+    with pytest.raises(nvpflow.FileFormatError, match=f"nvpflow.threshold: ({message})"):
+        nvpflow.load(path)
+
+
 def test_saving_replaces_and_leaves_nothing_else(saved) -> None:
     _, path = saved
     other = nvpflow.build(input_size=9)

@@ -130,7 +130,7 @@ def test_verbose_prints_every_so_many_epochs(x, capsys):
 # --------------------------------------------------------------------------------------------------- outliers
 
 
-def test_outliers_are_found(x):
+def test_outliers_are_found(x, tmp_path):
     planted = np.vstack([x, np.full((6, 3), 6.0) * np.array([1, -1, 1])])
     detector = FlowOutlierDetector(**SMALL, contamination=6 / 306)
     verdict = detector.fit_predict(planted)
@@ -139,6 +139,17 @@ def test_outliers_are_found(x):
     assert np.array_equal(detector.decision_function(planted), scores - detector.offset_)
     assert detector.offset_ == np.quantile(scores, 6 / 306)
     assert np.array_equal(detector.predict(planted), np.where(scores < detector.offset_, -1, 1))
+    assert detector.flow_.threshold == (detector.offset_, 6 / 306)
+    detector.flow_.save(tmp_path / "model.safetensors")
+    assert nvpflow.load(tmp_path / "model.safetensors").threshold == detector.flow_.threshold
+    again = pickle.loads(pickle.dumps(detector))
+    again.offset_ = -7
+    assert again.flow_.threshold == (-7, None)
+    assert np.array_equal(again.predict(planted), np.where(scores < -7, -1, 1))
+    again.flow_.set_parameters(again.flow_.parameters())
+    assert not hasattr(again, "offset_")
+    with pytest.raises(AttributeError, match="its weights were replaced after fit"):
+        again.predict(planted)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5])

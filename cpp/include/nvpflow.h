@@ -109,6 +109,27 @@ NVPFLOW_API int64_t nvpflow_num_parameters(const nvpflow_flow* flow); /**< eleme
 NVPFLOW_API nvpflow_status nvpflow_spec_json(const nvpflow_flow* flow, char* text, size_t capacity, size_t* needed);
 
 /**
+ * @brief Writes the name of a column, in UTF-8; "" where the model has no names.
+ * @param flow      whose column
+ * @param column    from 0 to D - 1
+ * @param text      receives at most `capacity` bytes, with a zero at the end; may be NULL where capacity is 0
+ * @param capacity  bytes that `text` has room for
+ * @param needed    receives the bytes of the whole name with its zero; may be NULL
+ * @return NVPFLOW_INVALID_ARGUMENT where there is no such column, or the name does not fit, unless capacity is 0
+ */
+NVPFLOW_API nvpflow_status nvpflow_column_name(const nvpflow_flow* flow, int64_t column, char* text, size_t capacity,
+                                               size_t* needed);
+
+/**
+ * @brief Tells the limit of log p below which a row counts as unlikely, as it stands in the model file. It changes with
+ * the parameters, by nvpflow_reload() and nvpflow_swap().
+ * @param flow      whose threshold
+ * @param log_prob  receives nats; NaN where the model has no threshold, so that no log p is below it
+ * @param quantile  receives the share of rows that lay below it where it was found; NaN: unknown; may be NULL
+ */
+NVPFLOW_API nvpflow_status nvpflow_threshold(const nvpflow_flow* flow, double* log_prob, double* quantile);
+
+/**
  * @brief Threads that a call with many rows may use: 0, the default, as many as this process may use; small batches
  * use fewer. 1 keeps every call on its caller's thread.
  */
@@ -173,6 +194,16 @@ NVPFLOW_API nvpflow_status nvpflow_sample_f32(const nvpflow_flow* flow, uint64_t
                                               float* x);
 NVPFLOW_API nvpflow_status nvpflow_sample_f64(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row, int64_t rows,
                                               double* x);
+/** @} */
+
+/** @name The mean negative log-likelihood of x [rows, D], in nats, and its gradient. At least one row. They may
+ * allocate.
+ * @{ */
+/** @brief Writes nll [1], and gradient [nvpflow_num_parameters()] in the order of the model file's tensors. */
+NVPFLOW_API nvpflow_status nvpflow_nll_gradient_f32(const nvpflow_flow* flow, const float* x, int64_t rows, double* nll,
+                                                    float* gradient);
+NVPFLOW_API nvpflow_status nvpflow_nll_gradient_f64(const nvpflow_flow* flow, const double* x, int64_t rows,
+                                                    double* nll, double* gradient);
 /** @} */
 
 #ifdef __cplusplus

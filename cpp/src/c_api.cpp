@@ -10,6 +10,7 @@
 #include <new>
 #include <span>
 #include <string>
+#include <vector>
 
 #include <nvpflow/device.hpp>
 #include <nvpflow/error.hpp>
@@ -138,6 +139,26 @@ nvpflow_status sample(const nvpflow_flow* handle, std::uint64_t seed, std::uint6
   });
 }
 
+template <class T>
+nvpflow_status nll_gradient(const nvpflow_flow* handle, const T* x, std::int64_t rows, double* nll, T* gradient) {
+  return guarded([&] {
+    const Flow& flow = required(handle, "flow")->flow;
+    *required(nll, "nll") = flow.nll_gradient<T>(array(x, "x", rows, flow.spec().input_size),
+                                                 array(gradient, "gradient", 1, flow.num_parameters()));
+  });
+}
+
+/// Writes a text with its zero, as nvpflow_spec_json() says.
+void write_text(const std::string& from, char* text, size_t capacity, size_t* needed) {
+  const std::size_t bytes = from.size() + 1;
+  if (needed != nullptr) *needed = bytes;
+  if (capacity == 0) return;
+  if (capacity < bytes) {
+    refuse("capacity is " + std::to_string(capacity) + ", expected " + std::to_string(bytes) + " or more");
+  }
+  std::memcpy(required(text, "text"), from.c_str(), bytes);
+}
+
 }  // namespace
 }  // namespace nvpflow
 
@@ -180,15 +201,29 @@ int64_t nvpflow_num_parameters(const nvpflow_flow* flow) { return flow == nullpt
 
 nvpflow_status nvpflow_spec_json(const nvpflow_flow* flow, char* text, size_t capacity, size_t* needed) {
   using namespace nvpflow;
+  return guarded([&] { write_text(spec_to_json(required(flow, "flow")->flow.spec()), text, capacity, needed); });
+}
+
+nvpflow_status nvpflow_column_name(const nvpflow_flow* flow, int64_t column, char* text, size_t capacity,
+                                   size_t* needed) {
+  using namespace nvpflow;
   return guarded([&] {
-    const std::string json = spec_to_json(required(flow, "flow")->flow.spec());
-    const std::size_t bytes = json.size() + 1;
-    if (needed != nullptr) *needed = bytes;
-    if (capacity == 0) return;
-    if (capacity < bytes) {
-      refuse("capacity is " + std::to_string(capacity) + ", expected " + std::to_string(bytes) + " or more");
+    const Flow& named = required(flow, "flow")->flow;
+    if (column < 0 || column >= named.spec().input_size) {
+      refuse("column is " + std::to_string(column) + ", expected 0 to " + std::to_string(named.spec().input_size - 1));
     }
-    std::memcpy(required(text, "text"), json.c_str(), bytes);
+    const std::vector<std::string> names = named.column_names();
+    write_text(names.empty() ? "" : names[static_cast<std::size_t>(column)], text, capacity, needed);
+  });
+}
+
+nvpflow_status nvpflow_threshold(const nvpflow_flow* flow, double* log_prob, double* quantile) {
+  using namespace nvpflow;
+  return guarded([&] {
+    constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
+    const Threshold threshold = required(flow, "flow")->flow.threshold().value_or(Threshold{kNone, kNone});
+    *required(log_prob, "log_prob") = threshold.log_prob;
+    if (quantile != nullptr) *quantile = threshold.quantile;
   });
 }
 
@@ -238,6 +273,14 @@ nvpflow_status nvpflow_sample_f32(const nvpflow_flow* flow, uint64_t seed, uint6
 nvpflow_status nvpflow_sample_f64(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row, int64_t rows,
                                   double* x) {
   return nvpflow::sample(flow, seed, first_row, rows, x);
+}
+nvpflow_status nvpflow_nll_gradient_f32(const nvpflow_flow* flow, const float* x, int64_t rows, double* nll,
+                                        float* gradient) {
+  return nvpflow::nll_gradient(flow, x, rows, nll, gradient);
+}
+nvpflow_status nvpflow_nll_gradient_f64(const nvpflow_flow* flow, const double* x, int64_t rows, double* nll,
+                                        double* gradient) {
+  return nvpflow::nll_gradient(flow, x, rows, nll, gradient);
 }
 
 }  // extern "C"

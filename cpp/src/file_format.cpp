@@ -20,6 +20,7 @@
 #include <map>
 #include <memory>
 #include <new>
+#include <optional>
 #include <random>
 #include <set>
 #include <string>
@@ -59,6 +60,7 @@ constexpr const char* kLibraryKey = "nvpflow.library_version";
 constexpr const char* kDTypeKey = "nvpflow.dtype";
 constexpr const char* kSpecKey = "nvpflow.spec";
 constexpr const char* kColumnNamesKey = "nvpflow.column_names";
+constexpr const char* kThresholdKey = "nvpflow.threshold";
 constexpr std::uint32_t kMajorVersion = 1;
 constexpr const char* kFormatVersion = "1.0";
 
@@ -812,6 +814,37 @@ std::vector<std::string> column_names_of(const ContainerReader& file, std::int64
   return names;
 }
 
+double number_of(const json& value, const std::string& field) {
+  if (!value.is_number()) fail_field(field, value, "a number");
+  return value.get<double>();
+}
+
+Threshold threshold_from_json(const std::string& text) {
+  const json document = parse_metadata_json(text);
+  if (!document.is_object()) throw Error(ErrorCode::file_format, "the text is no object");
+  check_keys(document, "", {"log_prob", "quantile"});
+  Threshold threshold;
+  threshold.log_prob = number_of(document["log_prob"], "log_prob");
+  if (!document["quantile"].is_null()) threshold.quantile = number_of(document["quantile"], "quantile");
+  check_threshold(threshold);
+  return threshold;
+}
+
+std::optional<Threshold> threshold_of(const ContainerReader& file) {
+  const auto text = file.metadata().find(kThresholdKey);
+  if (text == file.metadata().end()) return std::nullopt;
+  try {
+    return threshold_from_json(text->second);
+  } catch (const Error& error) {
+    fail_format(file.path(), std::string(kThresholdKey) + ": " + error.what());
+  }
+}
+
+std::string threshold_to_json(const Threshold& threshold) {
+  const bool known = !std::isnan(threshold.quantile);
+  return json{{"log_prob", threshold.log_prob}, {"quantile", known ? json(threshold.quantile) : json()}}.dump();
+}
+
 /// As JSON text; Error(invalid_argument) where that cannot be.
 std::string names_to_json(const std::vector<std::string>& column_names) {
   std::string text;
@@ -970,6 +1003,17 @@ void check_column_names(const std::vector<std::string>& names, std::int64_t inpu
   names_to_json(names);
 }
 
+void check_threshold(const Threshold& threshold) {
+  if (!std::isfinite(threshold.log_prob)) {
+    throw Error(ErrorCode::invalid_argument,
+                "log_prob is " + std::to_string(threshold.log_prob) + ", expected a finite number of nats");
+  }
+  if (threshold.quantile < 0 || threshold.quantile > 1) {
+    throw Error(ErrorCode::invalid_argument,
+                "quantile is " + std::to_string(threshold.quantile) + ", expected a share of the rows in [0, 1]");
+  }
+}
+
 std::string difference(const std::vector<std::string>& names, const std::vector<std::string>& expected) {
   for (std::size_t i = 0; i < std::min(names.size(), expected.size()); ++i) {
     if (names[i] != expected[i]) {
@@ -980,7 +1024,7 @@ std::string difference(const std::vector<std::string>& names, const std::vector<
 }
 
 void save_model(const std::string& path, const FlowSpec& spec, const ParamLayout& layout, const void* parameters,
-                const std::vector<std::string>& column_names) {
+                const std::vector<std::string>& column_names, const std::optional<Threshold>& threshold) {
   std::vector<FileTensor> tensors;
   for (const TensorInfo& tensor : layout.tensors()) {
     const auto* values = static_cast<const unsigned char*>(parameters) + byte_offset(tensor, spec.dtype);
@@ -995,6 +1039,10 @@ void save_model(const std::string& path, const FlowSpec& spec, const ParamLayout
   if (!column_names.empty()) {
     check_column_names(column_names, spec.input_size);
     metadata[kColumnNamesKey] = names_to_json(column_names);
+  }
+  if (threshold) {
+    check_threshold(*threshold);
+    metadata[kThresholdKey] = threshold_to_json(*threshold);
   }
   write_tensor_file(path, metadata, tensors);
 }
@@ -1012,6 +1060,7 @@ LoadedModel load_model(const std::string& path, const FlowSpec* expected) {
   const ParamLayout layout(model.spec);
   check_tensors(file, tensors, layout, dtype);
   model.column_names = column_names_of(file, model.spec.input_size);
+  model.threshold = threshold_of(file);
 
   // Not before here: the tensors are all in the file, so the size asked for is the file's own.
   try {

@@ -26,6 +26,8 @@
 //          {"kind": "coupling", "swapped": false, "hidden_sizes": [4, 3], "activation": "relu", "scale_bound": 1.0}]}
 //     nvpflow.column_names     only where the columns have names: a JSON array of input_size strings, in the order of
 //     the data, as text of at most 16 MiB
+//     nvpflow.threshold        only where the model has one: {"log_prob": -12.5, "quantile": 0.01}, nats and a share of
+//     rows in [0, 1] or null; unknown, missing and repeated keys are refused
 //
 // Tensors alone. A file with neither nvpflow.format_version nor nvpflow.spec (as Edifice writes it) is read under the
 // caller's spec, or else one is read off the tensors: couplings flow_0, flow_1, .. that alternate halves; hidden sizes
@@ -44,10 +46,12 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include <nvpflow/error.hpp>
+#include <nvpflow/flow.hpp>
 #include <nvpflow/spec.hpp>
 
 namespace nvpflow {
@@ -83,18 +87,21 @@ FlowSpec spec_from_json(const std::string& text);
 /// Throws Error(invalid_argument) unless there is one name for each column, or none, in UTF-8 and short enough for a
 /// file.
 void check_column_names(const std::vector<std::string>& names, std::int64_t input_size);
+/// Throws Error(invalid_argument) unless log_prob is finite and the quantile a share or NaN.
+void check_threshold(const Threshold& threshold);
 /// "" where the names agree or either side has none, else the first that differs.
 std::string difference(const std::vector<std::string>& names, const std::vector<std::string>& expected);
 
 /// parameters: ParamLayout::size() elements of spec.dtype, all finite (else Error(invalid_argument)).
 /// column_names: one for each column, or none.
 void save_model(const std::string& path, const FlowSpec& spec, const ParamLayout& layout, const void* parameters,
-                const std::vector<std::string>& column_names = {});
+                const std::vector<std::string>& column_names = {}, const std::optional<Threshold>& threshold = {});
 
 struct LoadedModel {
   FlowSpec spec;
   std::vector<unsigned char> parameters;  // flat, ParamLayout order, spec.dtype
   std::vector<std::string> column_names;  // empty: the file has none
+  std::optional<Threshold> threshold;
 };
 /// expected: null, or the spec the file must have (metadata), or is to be read with (tensors alone).
 LoadedModel load_model(const std::string& path, const FlowSpec* expected);

@@ -11,6 +11,7 @@
 #include <limits>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <string>
 #include <utility>
@@ -98,6 +99,7 @@ struct Flow::State {
   // time.
   std::vector<unsigned char> parameters;
   std::vector<std::string> column_names;
+  std::optional<Threshold> threshold;  // of these parameters
   std::unique_ptr<Backend> backend;
   ForkSafeMutex write_mutex;
   std::atomic<int> num_threads{0};
@@ -153,9 +155,10 @@ struct Flow::State {
     return scales;
   }
 
-  void publish(const void* values) {
+  void publish(const void* values, const std::optional<Threshold>& new_threshold = {}) {
     const std::lock_guard<ForkSafeMutex> lock(write_mutex);
     publish_locked(values);
+    threshold = new_threshold;
   }
 
   /// The caller holds write_mutex.
@@ -194,7 +197,7 @@ Flow Flow::to(Device device, Precision precision, Weights weights) const {
   copy.state_->num_threads.store(num_threads());
   const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
   copy.state_->column_names = state_->column_names;
-  copy.state_->publish(state_->parameters.data());
+  copy.state_->publish(state_->parameters.data(), state_->threshold);
   return copy;
 }
 
@@ -210,7 +213,7 @@ Flow Flow::load(const std::string& path, const FlowSpec& expected, Device device
 
 Flow Flow::from_model(LoadedModel&& model, Device device, Precision precision, Weights weights) {
   Flow flow(std::make_unique<State>(std::move(model.spec), device, precision, weights));
-  flow.state_->publish(model.parameters.data());
+  flow.state_->publish(model.parameters.data(), model.threshold);
   flow.state_->column_names = std::move(model.column_names);
   return flow;
 }
@@ -219,12 +222,14 @@ void Flow::save(const std::string& path) const {
   // A snapshot: the file must not mix two sets of parameters, and writers must not wait for the disk.
   std::vector<unsigned char> snapshot;
   std::vector<std::string> names;
+  std::optional<Threshold> limit;
   {
     const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
     snapshot = state_->parameters;
     names = state_->column_names;
+    limit = state_->threshold;
   }
-  save_model(path, state_->spec, state_->layout, snapshot.data(), names);
+  save_model(path, state_->spec, state_->layout, snapshot.data(), names, limit);
 }
 
 const FlowSpec& Flow::spec() const { return state_->spec; }
@@ -245,6 +250,17 @@ void Flow::set_column_names(std::vector<std::string> names) {
   check_column_names(names, spec().input_size);
   const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
   state_->column_names = std::move(names);
+}
+
+std::optional<Threshold> Flow::threshold() const {
+  const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
+  return state_->threshold;
+}
+
+void Flow::set_threshold(std::optional<Threshold> threshold) {
+  if (threshold) check_threshold(*threshold);
+  const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
+  state_->threshold = threshold;
 }
 
 void Flow::set_num_threads(int threads) {
@@ -269,7 +285,7 @@ void Flow::reload(const std::string& path) {
   const LoadedModel model = load_model(path, &spec());
   const std::string differs = difference(model.column_names, column_names());
   if (!differs.empty()) throw Error(ErrorCode::file_format, path + ": " + differs);
-  state_->publish(model.parameters.data());
+  state_->publish(model.parameters.data(), model.threshold);
 }
 
 void Flow::swap(Flow& other) {
@@ -289,6 +305,7 @@ void Flow::swap(Flow& other) {
     a->publish_locked(kept.data());
     throw;
   }
+  std::swap(a->threshold, b->threshold);
 }
 
 template <class T>

@@ -36,7 +36,7 @@ from nvpflow._blame import blame
 from nvpflow._data import DataReport, DataWarning, Finding, check_data
 from nvpflow._paths import get_cmake_dir, get_include
 from nvpflow.certificate import Certificate
-from nvpflow.flow import Flow, build, load
+from nvpflow.flow import Flow, Threshold, build, load
 from nvpflow.training import History
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "Flow",
     "FlowSpec",
     "History",
+    "Threshold",
     "TrainingError",
     "__version__",
     "blame",

@@ -635,6 +635,7 @@ def _run_info(arguments: argparse.Namespace) -> None:
         info = {
             "spec": json.loads(flow.spec.to_json()),
             "column_names": flow.column_names,
+            "threshold": None if flow.threshold is None else flow.threshold._asdict(),
             "num_parameters": flow.num_parameters,
             "tensors": tensors,
         }
@@ -644,6 +645,9 @@ def _run_info(arguments: argparse.Namespace) -> None:
     print(flow)
     if flow.column_names is not None:
         print(f"columns: {', '.join(map(_quoted, flow.column_names))}")
+    if flow.threshold is not None:
+        limit, share = flow.threshold
+        print(f"threshold: log p below {limit:.6g} nats" + ("" if share is None else f", quantile {share:g}"))
     width = max(map(len, tensors))
     for name, shape in tensors.items():
         print(f"  {name:<{width}}  {flow.spec.dtype} {shape}")

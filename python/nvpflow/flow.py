@@ -5,13 +5,22 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from nvpflow import _checks, _core, _frames, _hints, certificate, training
+from nvpflow import _checks, _core, _frames, _hints, _html, certificate, training
 from nvpflow._core import FlowSpec
+
+
+class Threshold(NamedTuple):
+    """A limit of log p, below which a row counts as unlikely; see `Flow.fit_threshold`."""
+
+    log_p: float
+    """Nats."""
+    quantile: float | None
+    """The share of rows that lay below it where it was found; None: unknown."""
 
 
 @_hints.explained
@@ -145,8 +154,8 @@ def load(
     """
     if spec is not None and not isinstance(spec, FlowSpec):
         raise TypeError(f"spec must be a FlowSpec or None, got {_checks.describe(spec)}")
-    found, parameters, names = _core._load_model(_checks.path("path", path), spec)
-    return _restore(Flow, found, parameters, 0, _where(device, precision, weights), names)
+    found, parameters, names, threshold = _core._load_model(_checks.path("path", path), spec)
+    return _restore(Flow, found, parameters, 0, _where(device, precision, weights), names, threshold)
 
 
 _DEFAULT_WHERE = {"device": "cpu", "precision": "float32", "weights": "full"}
@@ -164,6 +173,7 @@ def _restore(
     num_threads: int,
     where: dict[str, str],
     column_names: list[str],
+    threshold: tuple[float, float | None] | None,
 ) -> Flow:
     # A subclass's constructor may take the spec alone, as Flow's did before there were devices.
     given: dict[str, Any] = {name: value for name, value in where.items() if value != _DEFAULT_WHERE[name]}
@@ -171,6 +181,7 @@ def _restore(
     flow._set_flat_parameters(parameters)
     flow.num_threads = num_threads
     flow._set_column_names(column_names)
+    flow._set_threshold(*(threshold or (None, None)))
     return flow
 
 
@@ -183,9 +194,11 @@ def _unpickle(
     precision: str = "float32",
     weights: str = "full",
     column_names: Sequence[str] = (),
+    threshold: tuple[float, float | None] | None = None,
 ) -> Flow:
     where = _where(device, precision, weights)
-    return _restore(cls, FlowSpec.from_json(spec_json), parameters, num_threads, where, list(column_names))
+    spec = FlowSpec.from_json(spec_json)
+    return _restore(cls, spec, parameters, num_threads, where, list(column_names), threshold)
 
 
 class Flow(_core.Flow):
@@ -266,6 +279,80 @@ class Flow(_core.Flow):
     def column_names(self, names: Sequence[str] | None) -> None:
         self._set_column_names(_checks.column_names("column_names", names))
 
+    @property
+    def threshold(self) -> Threshold | None:
+        """The limit of log p that goes with the weights, or None; `fit_threshold` and `set_threshold` set it.
+
+        `save` keeps it, and so do copies; C++ and C read it (``Flow::threshold``, ``nvpflow_threshold``). It holds for
+        these weights alone: `fit` and `set_parameters` remove it, `reload` takes that of the file, and `swap` exchanges
+        it with the weights. No method looks at it: ``flow.log_probability(x) < flow.threshold.log_p`` is for you.
+        """
+        found = self._threshold()
+        return None if found is None else Threshold(*found)
+
+    def fit_threshold(self, x: ArrayLike, quantile: float = 0.01) -> Threshold:
+        """Set `threshold` to a quantile of the log-densities of rows, best rows that the flow was not trained on.
+
+        Parameters
+        ----------
+        x
+            Rows [N, D], as `log_probability` takes them.
+        quantile
+            The share of these rows in [0, 1] that is to lie below, interpolated as `numpy.quantile` does.
+
+        Returns
+        -------
+        Threshold
+            What `threshold` is from now on.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument: no rows, a quantile out of range, or one at which log p is not finite. Nothing has
+            changed.
+        """
+        share = _checks.real("quantile", quantile)
+        if not 0 <= share <= 1:
+            raise ValueError(f"quantile is {share}, expected a share of the rows in [0, 1]")
+        log_p = np.atleast_1d(np.asarray(_core._host_array(self.log_probability(x)), dtype=np.float64))
+        if not log_p.size:
+            raise ValueError("x has no rows, expected at least one")
+        with np.errstate(invalid="ignore"):
+            limit = float(np.quantile(log_p, share))
+        if not np.isfinite(limit):
+            bad = int(np.sum(~np.isfinite(log_p)))
+            raise ValueError(
+                f"x has {bad} of {log_p.size} rows whose log p is not finite, so that quantile {share:g} is {limit}; "
+                "leave them out, or give set_threshold a limit of your own"
+            )
+        self._set_threshold(limit, share)
+        return Threshold(limit, share)
+
+    def set_threshold(self, log_p: float | None, quantile: float | None = None) -> None:
+        """Set `threshold` to a limit of your own, or remove it.
+
+        Parameters
+        ----------
+        log_p
+            Nats, finite. None: no threshold.
+        quantile
+            The share of rows in [0, 1] that it stands for. None: unknown.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument. Nothing has changed.
+        """
+        if log_p is None and quantile is not None:
+            raise ValueError(f"quantile is {_checks.describe(quantile)}, expected None where log_p is None")
+        limit = None if log_p is None else _checks.real("log_p", log_p)
+        if limit is not None and not np.isfinite(limit):
+            raise ValueError(f"log_p is {limit}, expected a finite number of nats")
+        share = None if quantile is None else _checks.real("quantile", quantile)
+        if share is not None and not 0 <= share <= 1:
+            raise ValueError(f"quantile is {share}, expected a share of the rows in [0, 1]")
+        self._set_threshold(limit, share)
+
     def parameters(self) -> dict[str, NDArray[Any]]:
         """Return every parameter under its name.
 
@@ -283,7 +370,7 @@ class Flow(_core.Flow):
         return {name: flat[at : at + _size(shape)].reshape(shape) for name, shape, at in self._layout()}
 
     def set_parameters(self, parameters: Mapping[str, ArrayLike]) -> None:
-        """Replace every parameter; on an error none has changed.
+        """Replace every parameter, and remove the `threshold`, which was that of others; on an error none has changed.
 
         Parameters
         ----------
@@ -340,8 +427,7 @@ class Flow(_core.Flow):
         if weights is None:
             weights = self.weights if device == "cpu" else "full"
         where = _where(device, precision, weights)
-        names = self._column_names()
-        return _restore(type(self), self.spec, self._copy_flat_parameters(), self.num_threads, where, names)
+        return self._copy(self.spec, self._copy_flat_parameters(), where)
 
     def astype(self, dtype: DTypeLike) -> Flow:
         """Return a copy of the flow that computes in another dtype, on the same device; this one stays as it is.
@@ -371,12 +457,16 @@ class Flow(_core.Flow):
             raise ValueError(f"dtype is {name!r}, but the flow has weights beyond its range")
         same = name == self.spec.dtype
         where = _where(self.device, self.precision, self.weights) if same else _DEFAULT_WHERE | {"device": self.device}
-        return _restore(type(self), spec, parameters, self.num_threads, where, self._column_names())
+        return self._copy(spec, parameters, where)
+
+    def _copy(self, spec: FlowSpec, parameters: NDArray[Any], where: dict[str, str]) -> Flow:
+        names, threshold = self._column_names(), self._threshold()
+        return _restore(type(self), spec, parameters, self.num_threads, where, names, threshold)
 
     def swap(self, other: Flow) -> None:
         """Exchange the weights of two flows of the same spec, while other threads may call both.
 
-        Each flow changes at one moment; the two moments differ. Column names stay where they are.
+        Each flow changes at one moment; the two moments differ. Thresholds go with the weights, column names stay.
 
         Parameters
         ----------
@@ -457,7 +547,7 @@ class Flow(_core.Flow):
         The flow ends with the weights of its best epoch: the lowest validation loss, or training loss where there is
         no validation data. A standardize layer that is still the identity is first set to the mean and standard
         deviation of the training rows. The same data, options and seed give the same weights, bit for bit, for any
-        number of threads.
+        number of threads. The `threshold` is removed: it was that of other weights.
 
         Parameters
         ----------
@@ -497,7 +587,8 @@ class Flow(_core.Flow):
         seed
             Of the validation split and of the order of the rows, in [0, 2**64).
         progress
-            Show a progress bar on stderr, in nats per row. None: where tqdm is installed and stderr is a terminal.
+            Show a progress bar on stderr, in nats per row; in a notebook a widget, if ipywidgets are installed. None:
+            where tqdm is installed and stderr is a terminal, or in a notebook.
         callback
             Called after every epoch with a dict of epoch, train_loss, validation_loss, learning_rate,
             gradient_norm, seconds and round_trip. Training stops where it returns False.
@@ -574,6 +665,26 @@ class Flow(_core.Flow):
             fields.append(f"weights={self.weights!r}")
         return f"{type(self).__name__}({', '.join(fields)}, {self.num_parameters:,} parameters)"
 
+    def _repr_html_(self) -> str:
+        """Return a table for notebooks."""
+        spec, threshold, names = self.spec, self.threshold, self.column_names
+        where = [self.device, *(f"{v} products" for v in [self.precision] if v != "float32")]
+        where += [f"{v} weights" for v in [self.weights] if v != "full"]
+        lines = {
+            "columns": f"{spec.input_size}" if names is None else f"{spec.input_size}: {', '.join(names[:12])}",
+            "couplings": f"{spec.num_flows}",
+            "hidden layers": ", ".join(map(str, spec.hidden_sizes)) or "none",
+            "activation": spec.activation,
+            "scale bound": f"{spec.scale_bound:g}",
+            "standardize": "yes" if spec.standardize else "no",
+            "parameters": f"{self.num_parameters:,}",
+            "computes in": ", ".join([spec.dtype, *where]),
+        }
+        if threshold is not None:
+            share = "" if threshold.quantile is None else f", quantile {threshold.quantile:g}"
+            lines["threshold"] = f"log p below {threshold.log_p:.6g} nats{share}"
+        return _html.table(type(self).__name__, (), [(name, _html.shortened(text)) for name, text in lines.items()])
+
     def __eq__(self, other: object) -> bool:
         """Tell whether both the specs and all the weights are equal; a flow is mutable and has no hash."""
         if not isinstance(other, Flow):
@@ -585,7 +696,8 @@ class Flow(_core.Flow):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the spec's JSON, the weights and the device, which must be there where it is unpickled."""
         state = (type(self), self.spec.to_json(), self._copy_flat_parameters(), self.num_threads)
-        return _unpickle, (*state, self.device, self.precision, self.weights, self._column_names())
+        described = (self._column_names(), self._threshold())
+        return _unpickle, (*state, self.device, self.precision, self.weights, *described)
 
     def __copy__(self) -> Flow:
         """Return a flow with weights of its own, which start equal to these."""

@@ -77,6 +77,18 @@ def _seed_of(random_state: int | np.random.RandomState | None) -> int:
     return int(check_random_state(random_state).randint(2**63 - 1, dtype=np.int64))
 
 
+def _quantile(log_p: NDArray[np.float64], share: float) -> float:
+    """Return a quantile of log-densities, which may be -inf."""
+    with np.errstate(invalid="ignore"):
+        limit = float(np.quantile(log_p, share))
+    if not math.isfinite(limit):
+        raise ValueError(
+            f"X has {np.sum(~np.isfinite(log_p))} of {len(log_p)} rows whose log-density is -inf, contamination is "
+            f"{share:g}: there is no threshold; leave these rows out, or give more epochs"
+        )
+    return limit
+
+
 class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
     """What both estimators share: parameters, training and `score_samples`."""
 
@@ -394,7 +406,8 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
     offset_ : float
         The threshold in nats: ``decision_function(X) = score_samples(X) - offset_``. The `contamination` quantile of
         the log-densities of all rows given to `fit`. A flow explains rows it was trained on a little better than new
-        ones, of which a larger share may lie below; set `offset_` from new rows where that share matters.
+        ones, of which a larger share may lie below; set `offset_` from new rows where that share matters. It is
+        ``flow_.threshold.log_p``: a file that ``flow_.save`` writes holds it, and C++ and C read it.
     {attributes}
 
     Examples
@@ -483,8 +496,20 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
         if not 0 < contamination <= 0.5:
             raise ValueError(f"contamination is {contamination}, expected a share of the rows in (0, 0.5]")
         super().fit(X, y, X_val=X_val)
-        self.offset_ = float(np.quantile(self.score_samples(X), contamination))
+        self.flow_.set_threshold(_quantile(self.score_samples(X), contamination), contamination)
         return self
+
+    @property
+    def offset_(self) -> float:
+        """The threshold in nats, that of `flow_`; settable."""
+        threshold = self.flow_.threshold
+        if threshold is None:
+            raise AttributeError("flow_ has no threshold: its weights were replaced after fit; set offset_ anew")
+        return threshold.log_p
+
+    @offset_.setter
+    def offset_(self, value: float) -> None:
+        self.flow_.set_threshold(value)
 
     def decision_function(self, X: Any) -> NDArray[np.float64]:
         """Return how far every row's log-density lies above the threshold.

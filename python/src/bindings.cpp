@@ -12,6 +12,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <optional>
 #include <span>
 #include <sstream>
 #include <string>
@@ -593,6 +594,29 @@ PyGetSetDef kNumThreads = {"num_threads", &get_num_threads, &set_num_threads,
 
 void set_column_names(BoundFlow& self, const std::vector<std::string>& names) { self.flow.set_column_names(names); }
 
+/// (log p, quantile or None), or None.
+py::object as_python(const std::optional<Threshold>& threshold) {
+  if (!threshold) return py::none();
+  const bool known = !std::isnan(threshold->quantile);
+  return py::make_tuple(threshold->log_prob, known ? py::object(py::float_(threshold->quantile)) : py::none());
+}
+
+py::object get_threshold(const BoundFlow& self) {
+  std::optional<Threshold> threshold;
+  {
+    const GilReleased released;  // another thread may be replacing the parameters
+    threshold = self.flow.threshold();
+  }
+  return as_python(threshold);
+}
+
+void set_threshold(BoundFlow& self, std::optional<double> log_prob, std::optional<double> quantile) {
+  std::optional<Threshold> threshold;
+  if (log_prob) threshold = Threshold{.log_prob = *log_prob, .quantile = quantile.value_or(std::nan(""))};
+  const GilReleased released;
+  self.flow.set_threshold(threshold);
+}
+
 /// What runs code of the caller's; see plain_methods.hpp for why pybind11 does not bind it.
 void add_plain_methods(py::class_<BoundFlow>& type) {
   for (PyMethodDef* method : {
@@ -627,9 +651,9 @@ void add_plain_methods(py::class_<BoundFlow>& type) {
                "reload($self, path)\n--\n\n"
                "Replace the weights by those of a model file of the same spec, while other threads may call the flow: "
                "each\n"
-               "call sees the old or the new ones whole. A file whose column names differ from the flow's is refused; "
-               "the flow's\n"
-               "stay. On an error (OSError, FileFormatError) nothing has changed."),
+               "call sees the old or the new ones whole. The threshold is the file's. A file whose column names differ "
+               "from the\n"
+               "flow's is refused; the flow's stay. On an error (OSError, FileFormatError) nothing has changed."),
            plain<&set_flat_parameters>("_set_flat_parameters", 1, 1, {"parameters"}, nullptr),
            plain<&has_flat_parameters>("_has_flat_parameters", 1, 1, {"parameters"}, nullptr),
            plain<&log_prob_and_vjp>("_log_prob_and_vjp", 3, 3, {"x", "grad_log_prob", "out"}, nullptr),
@@ -666,6 +690,8 @@ void bind_flow(py::module_& module) {
       .def("_swap", on_ready(&swap))
       .def("_column_names", on_ready(+[](const BoundFlow& f) { return f.flow.column_names(); }))
       .def("_set_column_names", on_ready(&set_column_names))
+      .def("_threshold", on_ready(&get_threshold))
+      .def("_set_threshold", on_ready(&set_threshold))
       .def("_layout", on_ready(&layout))
       .def("_flat_parameters", &flat_parameters)
       .def("_copy_flat_parameters", on_ready(&copy_flat_parameters))
@@ -690,7 +716,7 @@ py::object load_file(const Arguments& given) {
     std::memcpy(flat.data, model.parameters.data(), model.parameters.size());
     model.parameters = {};  // which takes its time, too
   });
-  return py::make_tuple(BoundSpec(model.spec), flat.array, model.column_names);
+  return py::make_tuple(BoundSpec(model.spec), flat.array, model.column_names, as_python(model.threshold));
 }
 
 PyObject* cpu_isa_text(PyObject*, PyObject*) {

@@ -107,6 +107,47 @@ static void check_numbers(nvpflow_flow* flow, nvpflow_flow* wide) {
   CHECK(isnan(log_det[0]) && log_det[1] == log_prob[1]);
 }
 
+static void check_names_and_threshold(nvpflow_flow* flow) {
+  double limit = 0, quantile = 0;
+  char text[2] = "x";
+  size_t needed = 0;
+  CHECK(nvpflow_column_name(flow, 0, NULL, 0, &needed) == NVPFLOW_OK && needed == 1);
+  CHECK(nvpflow_column_name(flow, 0, text, sizeof text, NULL) == NVPFLOW_OK && text[0] == 0);
+  CHECK(nvpflow_column_name(flow, -1, text, sizeof text, NULL) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(nvpflow_column_name(flow, nvpflow_input_size(flow), text, sizeof text, NULL) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(strstr(nvpflow_last_error(), "column is ") != NULL);
+  CHECK(nvpflow_column_name(NULL, 0, text, sizeof text, NULL) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(nvpflow_threshold(flow, &limit, &quantile) == NVPFLOW_OK && isnan(limit) && isnan(quantile));
+  CHECK(nvpflow_threshold(flow, &limit, NULL) == NVPFLOW_OK);
+  CHECK(nvpflow_threshold(flow, NULL, NULL) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(nvpflow_threshold(NULL, &limit, NULL) == NVPFLOW_INVALID_ARGUMENT);
+}
+
+/* The gradient's bits are held against Python's by tests/test_embedding.py. */
+static void check_gradient(nvpflow_flow* flow, nvpflow_flow* wide) {
+  enum { ROWS = 3 };
+  const int64_t d = nvpflow_input_size(flow), count = nvpflow_num_parameters(flow);
+  float x[MAX_ELEMENTS], log_prob[ROWS], *gradient = malloc((size_t)count * sizeof(float));
+  double x64[MAX_ELEMENTS], log_prob64[ROWS], nll, nll64, *gradient64 = malloc((size_t)count * sizeof(double));
+  int64_t i;
+  CHECK(nvpflow_sample_f32(flow, 3, 0, ROWS, x) == NVPFLOW_OK);
+  for (i = 0; i < ROWS * d; ++i) x64[i] = x[i];
+  CHECK(nvpflow_nll_gradient_f32(flow, x, ROWS, &nll, gradient) == NVPFLOW_OK);
+  CHECK(nvpflow_nll_gradient_f64(wide, x64, ROWS, &nll64, gradient64) == NVPFLOW_OK);
+  CHECK(nvpflow_log_prob_f32(flow, x, ROWS, log_prob) == NVPFLOW_OK);
+  CHECK(nvpflow_log_prob_f64(wide, x64, ROWS, log_prob64) == NVPFLOW_OK);
+  CHECK(fabs(nll64 + (log_prob64[0] + log_prob64[1] + log_prob64[2]) / 3) <= 1e-12 * (1 + fabs(nll64)));
+  CHECK(fabs(nll + ((double)log_prob[0] + log_prob[1] + log_prob[2]) / 3) <= 1e-5 * (1 + fabs(nll)));
+  for (i = 0; i < count; ++i) CHECK(isfinite(gradient[i]) && isfinite(gradient64[i]));
+  CHECK(nvpflow_nll_gradient_f32(flow, x, 0, &nll, gradient) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(nvpflow_nll_gradient_f32(flow, x, ROWS, NULL, gradient) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(nvpflow_nll_gradient_f32(flow, x, ROWS, &nll, NULL) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(nvpflow_nll_gradient_f32(wide, x, ROWS, &nll, gradient) == NVPFLOW_TYPE_MISMATCH);
+  CHECK(nvpflow_nll_gradient_f32(NULL, x, ROWS, &nll, gradient) == NVPFLOW_INVALID_ARGUMENT);
+  free(gradient);
+  free(gradient64);
+}
+
 static void check_replacing(const char* path, nvpflow_flow* flow, nvpflow_flow* wide) {
   float x[MAX_ELEMENTS], before, after;
   nvpflow_flow* other = NULL;
@@ -136,6 +177,8 @@ int main(int argc, char** argv) {
   check_errors(argv[1], flow);
   check_spec(flow);
   check_numbers(flow, wide);
+  check_names_and_threshold(flow);
+  check_gradient(flow, wide);
   check_replacing(argv[1], flow, wide);
   nvpflow_free(flow);
   nvpflow_free(wide);

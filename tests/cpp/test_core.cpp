@@ -15,6 +15,7 @@
 #include <iterator>
 #include <limits>
 #include <map>
+#include <optional>
 #include <set>
 #include <span>
 #include <string>
@@ -480,6 +481,51 @@ TEST_CASE("names of columns come back with the model and its copies") {
   CHECK_NOTHROW(flow.set_column_names({"", "", std::string(kLongest, 'n')}));
   check_refused(ErrorCode::invalid_argument, "column_names takes 16777217 bytes as JSON, expected at most 16777216",
                 [&] { flow.set_column_names({"", "", std::string(kLongest + 1, 'n')}); });
+}
+
+TEST_CASE("a threshold goes where its parameters go") {
+  const Folder folder;
+  const std::string path = folder / "model.safetensors", plain = folder / "plain.safetensors";
+  Flow flow(FlowSpec::real_nvp(3, 2, {4}));
+  CHECK_FALSE(flow.threshold());
+  flow.save(plain);
+  CHECK_FALSE(read_tensor_file(plain).metadata.contains("nvpflow.threshold"));
+  flow.set_threshold(Threshold{-0.1, 0.01});
+  const auto holds = [](const Flow& of) {
+    const std::optional<Threshold> found = of.threshold();
+    return found && found->log_prob == -0.1 && found->quantile == 0.01;
+  };
+  CHECK(holds(flow));
+  CHECK(holds(Flow(flow)));
+  CHECK(holds(flow.to({}, Precision::float32, Weights::bfloat16)));
+  flow.save(path);
+  CHECK(read_tensor_file(path).metadata.at("nvpflow.threshold") == R"({"log_prob":-0.1,"quantile":0.01})");
+  CHECK(holds(Flow::load(path)));
+
+  Flow other(flow.spec(), 1);
+  other.set_threshold(Threshold{-7});
+  CHECK(std::isnan(other.threshold()->quantile));
+  other.save(folder / "other");
+  CHECK(std::isnan(Flow::load(folder / "other").threshold()->quantile));
+  other.swap(flow);
+  CHECK(holds(other));
+  CHECK(flow.threshold()->log_prob == -7);
+  flow.reload(path);
+  CHECK(holds(flow));
+  flow.reload(plain);
+  CHECK_FALSE(flow.threshold());
+  other.set_parameters<float>(std::vector<float>(static_cast<std::size_t>(other.num_parameters())));
+  CHECK_FALSE(other.threshold());
+
+  flow.set_threshold(Threshold{1, 0});
+  const double infinity = std::numeric_limits<double>::infinity();
+  check_refused(ErrorCode::invalid_argument, "log_prob is -inf, expected a finite number of nats",
+                [&] { flow.set_threshold(Threshold{-infinity}); });
+  check_refused(ErrorCode::invalid_argument, "quantile is 1.5", [&] { flow.set_threshold(Threshold{1, 1.5}); });
+  check_refused(ErrorCode::invalid_argument, "quantile is -", [&] { flow.set_threshold(Threshold{1, -0.5}); });
+  CHECK(flow.threshold()->log_prob == 1);
+  flow.set_threshold(std::nullopt);
+  CHECK_FALSE(flow.threshold());
 }
 
 TEST_CASE("a flow is assigned with all it has, and loaded under the spec that is expected") {

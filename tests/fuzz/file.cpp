@@ -126,10 +126,14 @@ void check_model(const Place& place, std::size_t size, bool container, bool thor
   const bool loaded = loads(size, "load_model", [&] { model = load_model(place.path, nullptr); });
   require(loaded == built, "what load_model reads makes a flow");
   if (!loaded) return;
-  save_model(place.saved, model.spec, ParamLayout(model.spec), model.parameters.data(), model.column_names);
+  save_model(place.saved, model.spec, ParamLayout(model.spec), model.parameters.data(), model.column_names,
+             model.threshold);
   const LoadedModel again = load_model(place.saved, &model.spec);
   require(again.spec == model.spec && again.parameters == model.parameters && again.column_names == model.column_names,
           "a model comes back");
+  const auto limit = [](const LoadedModel& of) { return of.threshold.value_or(Threshold{}).log_prob; };
+  require(again.threshold.has_value() == model.threshold.has_value() && limit(again) == limit(model),
+          "and so does its threshold");
 }
 
 /// The run that a checkpoint is read for. The corpus holds one that belongs to it.

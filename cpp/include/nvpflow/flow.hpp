@@ -3,7 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -16,6 +18,14 @@
 namespace nvpflow {
 
 struct LoadedModel;
+
+/// A limit of log p, below which a row counts as unlikely.
+struct Threshold {
+  /// Nats; finite.
+  double log_prob = 0;
+  /// The share of rows, in [0, 1], that lay below it where it was found; NaN: unknown.
+  double quantile = std::numeric_limits<double>::quiet_NaN();
+};
 
 /// Wherever `T` appears it must be the flow's dtype (float or double), else Error(type_mismatch). Arrays are row-major
 /// [B, D]; B is what the spans say. A span of the wrong length, or an output that overlaps an input or another output,
@@ -77,6 +87,12 @@ class NVPFLOW_API Flow {
   std::vector<std::string> column_names() const;
   /// One for each column, or none; else Error(invalid_argument).
   void set_column_names(std::vector<std::string> names);
+  /// The limit of log p that goes with the parameters, if there is one: for those who score rows, no call looks at it.
+  /// A file keeps it, and so do copies. It holds for these parameters: set_parameters and fit() remove it, reload takes
+  /// the file's, and swap exchanges it with them.
+  std::optional<Threshold> threshold() const;
+  /// std::nullopt: none. Error(invalid_argument) where a number is not as Threshold says.
+  void set_threshold(std::optional<Threshold> threshold);
   /// Threads of a batch call: 0, as many as this process may use; small batches use fewer.
   int num_threads() const;
   /// See num_threads(); negative: Error(invalid_argument).
@@ -99,17 +115,18 @@ class NVPFLOW_API Flow {
   /// A copy of them, whole also while another thread replaces them.
   template <class T>
   void copy_parameters(std::span<T> out) const;
-  /// Replaces them while other threads may call the flow: each call sees the old or the new ones whole.
+  /// Replaces them while other threads may call the flow: each call sees the old or the new ones whole. The threshold
+  /// goes with the old ones.
   template <class T>
   void set_parameters(std::span<const T> parameters);
   /// Replaces them by those of a model file of this very spec (else Error(file_format), naming the difference; of the
-  /// same column names, too, where both have some), while other threads may call the flow: each call sees the old or
-  /// the new ones whole. On failure nothing has changed. Work: that of load; waits for calls under way on the old
-  /// parameters, without making them wait.
+  /// same column names, too, where both have some), and the threshold by that of the file, while other threads may call
+  /// the flow: each call sees the old or the new ones whole. On failure nothing has changed. Work: that of load; waits
+  /// for calls under way on the old parameters, without making them wait.
   void reload(const std::string& path);
-  /// Exchanges the parameters of two flows of the same spec (else Error(invalid_argument)), whatever their devices,
-  /// while other threads may call both. Each flow changes at one moment, for all callers; the two moments differ.
-  /// On failure nothing has changed. Work: packs both sets of parameters.
+  /// Exchanges the parameters and thresholds of two flows of the same spec (else Error(invalid_argument)), whatever
+  /// their devices, while other threads may call both. Each flow changes at one moment, for all callers; the two
+  /// moments differ. On failure nothing has changed. Work: packs both sets of parameters.
   void swap(Flow& other);
 
   /// z [B, D] and log|det dz/dx| [B] (may be empty: not wanted), nats.
