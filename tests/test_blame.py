@@ -74,6 +74,11 @@ def test_frames_keep_their_names_and_index() -> None:
     assert list(found.index) == list("vwxyz")
     np.testing.assert_array_equal(found.to_numpy(), nvpflow.blame(flow, frame.to_numpy()))
     assert found.loc["x", "c"] == found.to_numpy().max()
+    nullable = nvpflow.blame(flow, frame.astype("Float64"))
+    np.testing.assert_array_equal(nullable.to_numpy(), found.to_numpy())
+    flow.column_names = ("a", "b", "d", "c")
+    with pytest.raises(ValueError, match="x has"):
+        nvpflow.blame(flow, frame)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nvpflow import _checks, _core
+from nvpflow import _checks, _core, _frames, _hints
 from nvpflow.flow import Flow
 
 Array = NDArray[Any]
@@ -19,6 +19,7 @@ _ROUNDS = 3  # each makes the step an eighth of what it was
 _ELEMENTS = 1 << 20  # of the rows that are scored at once
 
 
+@_hints.explained
 def blame(flow: Flow, x: ArrayLike) -> Any:
     """Tell which columns make a row unlikely: by how much log p would rise if one column had its likeliest value.
 
@@ -67,8 +68,9 @@ def blame(flow: Flow, x: ArrayLike) -> Any:
     """
     if not isinstance(flow, Flow):
         raise TypeError(f"flow must be a Flow, got {_checks.describe(flow)}")
-    log_p = np.asarray(_core._host_array(flow.log_probability(x)), dtype=np.float64)  # and checks x
-    rows = np.asarray(_core._host_array(x))
+    given, _ = _frames.read("x", x, flow._column_names())
+    log_p = np.asarray(_core._host_array(flow.log_probability(given)), dtype=np.float64)  # and checks the rest
+    rows = np.asarray(_core._host_array(given))
     if rows.dtype not in (np.float32, np.float64):
         rows = rows.astype(flow.spec.dtype)
     single = rows.ndim == 1

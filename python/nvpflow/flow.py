@@ -290,6 +290,7 @@ class Flow(_core.Flow):
         found = self._threshold()
         return None if found is None else Threshold(*found)
 
+    @_hints.explained
     def fit_threshold(self, x: ArrayLike, quantile: float = 0.01) -> Threshold:
         """Set `threshold` to a quantile of the log-densities of rows, best rows that the flow was not trained on.
 
