@@ -27,8 +27,6 @@
 #include <string_view>
 #include <system_error>
 #include <tuple>
-#include <unordered_map>
-#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -713,7 +711,8 @@ std::string difference(const FlowSpec& file, const FlowSpec& expected) {
   return differs(prefix + "scale_bound", json(came.scale_bound).dump(), json(wanted.scale_bound).dump());
 }
 
-using TensorsByName = std::unordered_map<std::string_view, const StoredTensor*>;
+/// A tree: whoever writes a file chooses the names, and could choose them so that a hash table's all collide.
+using TensorsByName = std::map<std::string_view, const StoredTensor*>;
 
 /// The named kernel, or null. Throws where it is not a matrix.
 const StoredTensor* find_kernel(const std::string& path, const TensorsByName& tensors, const std::string& name) {
@@ -873,7 +872,7 @@ void check_count(const std::string& path, const FlowSpec& spec, std::size_t held
 
 /// The file holds the layout's tensors, each of the right shape and dtype, and no other.
 void check_tensors(const ContainerReader& file, const TensorsByName& tensors, const ParamLayout& layout, DType dtype) {
-  std::unordered_set<std::string_view> known;
+  std::set<std::string_view> known;
   for (const TensorInfo& wanted : layout.tensors()) {
     known.insert(wanted.name);
     const std::string subject = "tensor " + quote(wanted.name);
