@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -263,6 +265,61 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path) -> None:
     path.write_bytes(before[: len(before) // 2])
     with pytest.raises(nvpflow.FileFormatError):
         fit(new_flow(), x, checkpoint=path, epochs=1)
+
+
+def changed_checkpoint(content: bytes, tensors: dict[str, dict[int, float]], **training: object) -> bytes:
+    """The checkpoint with some elements of tensors and some values of its description replaced."""
+    (length,) = struct.unpack("<Q", content[:8])
+    header, data = json.loads(content[8 : 8 + length]), bytearray(content[8 + length :])
+    metadata = header["__metadata__"]
+    metadata["nvpflow.training"] = json.dumps(json.loads(metadata["nvpflow.training"]) | training)
+    for name, elements in tensors.items():
+        begin, end = header[name]["data_offsets"]
+        values = np.frombuffer(bytes(data[begin:end]), "<f8" if header[name]["dtype"] == "F64" else "<f4").copy()
+        for index, value in elements.items():
+            values[index] = value
+        data[begin:end] = values.tobytes()
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(data)
+
+
+def refused_checkpoints() -> dict[str, tuple[str, dict[str, dict[int, float]], dict[str, object]]]:
+    """What a checkpoint of 2 epochs of 7 steps cannot hold, and what its message says."""
+    found: dict[str, tuple[str, dict[str, dict[int, float]], dict[str, object]]] = {}
+    for steps in (0, 2, 13, 15, 2**62, 2**63 - 1, 2**63, 2**64 - 1, -1):
+        found[f"steps {steps}"] = ("adam_steps", {}, {"adam_steps": steps})
+    for epoch in (-1, 3, 2**63 - 1, 2**64 - 1):
+        found[f"best epoch {epoch}"] = ("best_epoch", {}, {"best_epoch": epoch})
+    found["best epoch 0"] = ("best_loss", {}, {"best_epoch": 0})
+    for value in (math.nan, math.inf, -math.inf, -1e30):
+        found[f"best loss {value}"] = ("best_loss", {"best_loss": {0: value}}, {})
+    fields = ("train_loss", "validation_loss", "learning_rate", "gradient_norm", "seconds")
+    for value in (math.nan, math.inf, -math.inf):
+        for at, field in enumerate(fields, start=1):
+            found[f"{field} {value}"] = (f"epoch 2 of its history has {field}", {"history": {7 + at: value}}, {})
+        for name in ("parameters", "best_parameters", "first_moment", "second_moment"):
+            found[f"{name} {value}"] = (name, {name: {3: value}}, {})
+    found["round trip"] = ("epoch 1 of its history has round_trip", {"history": {6: 0.5}}, {})
+    found["second moment"] = ("second_moment holds NaN, negative", {"second_moment": {0: -1e-6}}, {})
+    return found
+
+
+@pytest.mark.parametrize("case", refused_checkpoints())
+def test_a_checkpoint_that_training_cannot_have_written_is_refused(tmp_path, case) -> None:
+    message, tensors, training = refused_checkpoints()[case]
+    x = curved(500)
+    path = tmp_path / "run.checkpoint"
+    options = {"epochs": 4, "batch_size": 64, "checkpoint": path}
+    fit(new_flow(), x, callback=lambda record: record["epoch"] < 2, **options)
+    content = path.read_bytes()
+    path.write_bytes(changed_checkpoint(content, {}))
+    assert len(fit(new_flow(), x, callback=lambda record: False, **options)) == 3  # as it is, it goes on
+    path.write_bytes(changed_checkpoint(content, tensors, **training))
+    flow = new_flow()
+    weights = flat(flow)
+    with pytest.raises(nvpflow.FileFormatError, match=message):
+        fit(flow, x, **options)
+    assert_same_bits(flat(flow), weights, "weights after a refused checkpoint")
 
 
 # ---------------------------------------------------------------------------------------------- validation and stops

@@ -3,6 +3,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -93,6 +95,12 @@ std::string shown(const json& value) {
   return text.size() > kLongest ? text.substr(0, kLongest) + ".." : text;
 }
 
+std::string text_of(double value) {
+  std::ostringstream text;
+  text << value;
+  return text.str();
+}
+
 void check_key(const std::string& path, const json& came, const json& expected) {
   for (const auto& [name, value] : expected.items()) {
     const json other = came.contains(name) ? came[name] : json();
@@ -116,13 +124,63 @@ std::vector<EpochRecord> records_of(const std::string& path, const TensorFile& f
   return records;
 }
 
+/// Every value is one that training writes: it stops where a loss or a norm is not finite.
+void check_records(const std::string& path, const std::vector<EpochRecord>& records, const FitOptions& options,
+                   bool validated) {
+  const auto refuse = [&](const EpochRecord& r, const char* field, double value, const char* expected) {
+    damaged(path, "epoch " + std::to_string(r.epoch) + " of its history has " + field + " " + text_of(value) +
+                      ", expected " + expected);
+  };
+  const bool measured = options.max_round_trip > 0;
+  for (const EpochRecord& r : records) {
+    const std::pair<const char*, double> finite[] = {{"train_loss", r.train_loss},
+                                                     {"learning_rate", r.learning_rate},
+                                                     {"gradient_norm", r.gradient_norm},
+                                                     {"seconds", r.seconds}};
+    for (const auto& [field, value] : finite) {
+      if (!std::isfinite(value)) refuse(r, field, value, "a finite number");
+    }
+    if (validated ? !std::isfinite(r.validation_loss) : !std::isnan(r.validation_loss)) {
+      refuse(r, "validation_loss", r.validation_loss, validated ? "a finite number" : "NaN: nothing is validated");
+    }
+    // Infinite where a row does not come back finite.
+    if (measured ? std::isnan(r.round_trip) : !std::isnan(r.round_trip)) {
+      refuse(r, "round_trip", r.round_trip, measured ? "a number" : "NaN: there is no max_round_trip");
+    }
+  }
+}
+
+/// The counters and the best loss are those that training leaves after these epochs.
+void check_progress(const std::string& path, const std::vector<EpochRecord>& records, const CheckpointKey& key,
+                    bool validated, std::int64_t best_epoch, double best_loss, const json& adam_steps) {
+  const auto last = static_cast<std::int64_t>(records.size());
+  std::int64_t steps = 0;
+  if (__builtin_mul_overflow(last, key.steps_per_epoch, &steps) || adam_steps != json(steps)) {
+    damaged(path, "its adam_steps is " + shown(adam_steps) + ", expected " + std::to_string(last) + " epochs of " +
+                      std::to_string(key.steps_per_epoch) + " steps");
+  }
+  if (best_epoch < 0 || best_epoch > last) {
+    damaged(path, "its best_epoch is " + std::to_string(best_epoch) + ", expected 0 to " + std::to_string(last));
+  }
+  const bool none = best_epoch == 0;
+  const double expected = none        ? std::numeric_limits<double>::infinity()
+                          : validated ? records[static_cast<std::size_t>(best_epoch) - 1].validation_loss
+                                      : best_loss;
+  if (best_loss != expected || (!none && !std::isfinite(best_loss))) {
+    damaged(path, "its best_loss is " + text_of(best_loss) + ", expected " +
+                      (std::isfinite(expected) || none ? text_of(expected) : "a finite number") +
+                      ", that of best_epoch " + std::to_string(best_epoch));
+  }
+}
+
+/// Whether all elements are finite, and none is below `least`.
 template <class T>
-bool all_finite(const FileTensor& tensor, std::int64_t count) {
+bool all_within(const FileTensor& tensor, std::int64_t count, double least) {
   for (std::int64_t i = 0; i < count; ++i) {
     T value;
     std::memcpy(&value, static_cast<const unsigned char*>(tensor.data) + static_cast<std::size_t>(i) * sizeof(T),
                 sizeof(T));
-    if (!std::isfinite(value)) return false;
+    if (!std::isfinite(value) || static_cast<double>(value) < least) return false;
   }
   return true;
 }
@@ -135,6 +193,18 @@ std::vector<std::pair<const char*, void*>> named(const CheckpointArrays& arrays)
                                                     {"second_moment", arrays.second_moment}};
   if (arrays.average != nullptr) all.emplace_back("average", arrays.average);
   return all;
+}
+
+/// The named array; second moments, which are means of squares, are 0 or more.
+const FileTensor& checked_array(const std::string& path, const TensorFile& file, const char* name, DType dtype,
+                                std::int64_t count) {
+  const FileTensor& tensor = find(path, file, name, dtype, count);
+  const bool squares = tensor.name == "second_moment";
+  const double least = squares ? 0 : std::numeric_limits<double>::lowest();
+  const bool good =
+      dtype == DType::float32 ? all_within<float>(tensor, count, least) : all_within<double>(tensor, count, least);
+  if (good) return tensor;
+  damaged(path, "tensor " + tensor.name + " holds NaN" + (squares ? ", negative" : "") + " or infinite values");
 }
 
 }  // namespace
@@ -163,28 +233,25 @@ void load_checkpoint(const std::string& path, const CheckpointKey& key, History&
   check_key(path, training["key"], describe(key));
 
   const std::vector<EpochRecord> epochs = records_of(path, file);
-  const FileTensor& best_loss = find(path, file, "best_loss", DType::float64, 1);
-  const std::int64_t best_epoch = training["best_epoch"], steps = training["adam_steps"];
-  const auto last = static_cast<std::int64_t>(epochs.size());
-  if (best_epoch < 0 || best_epoch > last || steps < last) damaged(path, "its counters contradict each other");
+  double best_loss = 0;
+  std::memcpy(&best_loss, find(path, file, "best_loss", DType::float64, 1).data, sizeof best_loss);
+  const std::int64_t best_epoch = training["best_epoch"];
+  const bool validated = key.validation_rows > 0 || key.options.validation_fraction > 0;
+  check_records(path, epochs, key.options, validated);
+  check_progress(path, epochs, key, validated, best_epoch, best_loss, training["adam_steps"]);
 
   // Everything is checked before anything of the run is touched.
   const DType dtype = key.spec.dtype;
   const auto targets = named(arrays);
-  for (const auto& [name, target] : targets) {
-    const FileTensor& tensor = find(path, file, name, dtype, arrays.count);
-    const bool finite =
-        dtype == DType::float32 ? all_finite<float>(tensor, arrays.count) : all_finite<double>(tensor, arrays.count);
-    if (!finite) damaged(path, "tensor " + tensor.name + " holds NaN or infinite values");
-  }
+  for (const auto& [name, target] : targets) checked_array(path, file, name, dtype, arrays.count);
   for (const auto& [name, target] : targets) {
     const FileTensor& tensor = find(path, file, name, dtype, arrays.count);
     std::memcpy(target, tensor.data, static_cast<std::size_t>(arrays.count * size_of(dtype)));
   }
   history.epochs = epochs;
-  std::memcpy(&history.best_loss, best_loss.data, sizeof(double));
+  history.best_loss = best_loss;
   history.best_epoch = best_epoch;
-  adam_steps = steps;
+  adam_steps = training["adam_steps"];
 
   const auto done = static_cast<std::int64_t>(history.epochs.size());
   const FitOptions& options = key.options;

@@ -17,6 +17,7 @@ struct CheckpointKey {
   std::uint64_t data = 0;
   std::int64_t rows = 0;
   std::int64_t validation_rows = 0;
+  std::int64_t steps_per_epoch = 1;
 };
 
 /// Flat arrays of `count` elements of the spec's dtype, read or written in place.

@@ -522,8 +522,12 @@ class Trainer {
     FitOptions taken = options_;
     taken.batch_size = batch_;
     taken.weight_decay = weight_decay_;
-    return {flow_.spec(), taken, x ^ (fingerprint(validation_.data(), validation_.size_bytes(), look) << 1),
-            total_rows(), validation_rows()};
+    return {flow_.spec(),
+            taken,
+            x ^ (fingerprint(validation_.data(), validation_.size_bytes(), look) << 1),
+            total_rows(),
+            validation_rows(),
+            steps_};
   }
 
   CheckpointArrays arrays() {

@@ -139,13 +139,24 @@ void check_model(const Place& place, std::size_t size, bool container, bool thor
 /// The run that a checkpoint is read for. The corpus holds one that belongs to it.
 struct Run {
   static constexpr std::int64_t kCount = 10;  // parameters of the spec
-  CheckpointKey key{FlowSpec::real_nvp(2, 1, {2}, Activation::relu, 1.0, false, DType::float32), {}, 7, 100, 10};
+  CheckpointKey key{
+      FlowSpec::real_nvp(2, 1, {2}, Activation::relu, 1.0, false, DType::float32), options(), 7, 100, 10, 3};
   std::vector<float> parameters = std::vector<float>(kCount), best = parameters, first = parameters,
                      second = parameters;
   History history;
   std::int64_t steps = 0;
 
-  CheckpointArrays arrays() { return {parameters.data(), best.data(), first.data(), second.data(), kCount}; }
+  /// Each that fit's defaults have changed, or may.
+  static FitOptions options() {
+    FitOptions o;
+    o.batch_size = 256;
+    o.learning_rate = 1e-3;
+    o.weight_decay = 0.0;
+    o.clip_norm = 0.0;
+    o.averaging = 0.0;
+    return o;
+  }
+  CheckpointArrays arrays() { return {parameters.data(), best.data(), first.data(), second.data(), nullptr, kCount}; }
   void load(const std::string& path) { load_checkpoint(path, key, history, steps, arrays()); }
   void save(const std::string& path) { save_checkpoint(path, key, history, steps, arrays()); }
 };
