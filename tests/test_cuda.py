@@ -873,7 +873,19 @@ class Lent:
     def data_ptr(self):
         return self.array.__cuda_array_interface__["data"][0]
 
-    def new_empty(self, shape):
+    def get_device(self):
+        return 0
+
+    def is_contiguous(self):
+        return True
+
+    shape = property(lambda self: self.array.shape)
+    dtype = property(lambda self: self.array.dtype)
+    flags = types.SimpleNamespace(c_contiguous=True)
+    device = types.SimpleNamespace(id=0)
+
+    def new_empty(self, shape, dtype):
+        assert dtype == self.dtype
         return type(self)(nvpflow.cuda.array(np.full(shape, np.nan, self.array.dtype)))
 
     @property
@@ -913,7 +925,10 @@ class TestLibrariesThatAreNotThere:
     def test_torch(self, flow, x, stand_in):
         stream = types.SimpleNamespace(cuda_stream=STREAM)
         cuda = types.SimpleNamespace(current_stream={0: stream}.__getitem__)
-        tensor = stand_in("torch", cuda=cuda)
+        written = []
+        graph = types.SimpleNamespace(increment_version=written.append)
+        autograd = types.SimpleNamespace(forward_ad=types.SimpleNamespace(_current_level=-1), graph=graph)
+        tensor = stand_in("torch", cuda=cuda, float32="float32", autograd=autograd)
         rows = tensor(nvpflow.cuda.array(x))
         z, log_det = flow.forward(rows)
         assert rows.streams == [STREAM]
@@ -922,9 +937,14 @@ class TestLibrariesThatAreNotThere:
         assert np.array_equal(z.numpy(), expected_z)
         assert np.array_equal(log_det.numpy(), expected_log_det)
         out = tensor(nvpflow.cuda.array(np.zeros(20, np.float32)))
+        assert written == []
         assert flow.log_prob(rows, out=out) is out
+        assert written == [out]
         assert np.array_equal(out.numpy(), flow.log_prob(x))
         assert flow.log_prob(tensor(nvpflow.cuda.array(x[3]))).numpy() == flow.log_prob(x[3])
+        tensor.new_empty = lambda self, shape, dtype: tensor(nvpflow.cuda.array(np.zeros(1, dtype)))
+        with pytest.raises(TypeError, match=r"x.new_empty\(\) returned an array of shape \(1,\)"):
+            flow.log_prob(rows)
 
     def test_cupy(self, flow, x, stand_in):
         entered = []
@@ -943,17 +963,21 @@ class TestLibrariesThatAreNotThere:
             assert entered == [0]
             if full:
                 raise MemoryError("the pool is empty")
+            shape = shape[:1] if short else shape
             return ndarray(nvpflow.cuda.array(np.full(shape, np.nan, dtype)))
 
         stream = types.SimpleNamespace(ptr=STREAM)
         cuda = types.SimpleNamespace(get_current_stream={0: stream}.__getitem__, Device=Device)
         ndarray = stand_in("cupy", cuda=cuda, empty=empty)
-        full, rows = False, ndarray(nvpflow.cuda.array(x))
+        full, short, rows = False, False, ndarray(nvpflow.cuda.array(x))
         result = flow.log_prob(rows)
         assert type(result) is ndarray
         assert rows.streams == [STREAM]
         assert entered == []
         assert np.array_equal(result.numpy(), flow.log_prob(x))
+        short = True
+        with pytest.raises(TypeError, match=r"cupy.empty\(\) returned an array of shape \(20,\)"):
+            flow.forward(rows)
         full = True
         with pytest.raises(MemoryError, match=r"^the pool is empty$"):
             flow.log_prob(rows)

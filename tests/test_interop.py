@@ -758,3 +758,122 @@ def test_errors_of_the_producer_keep_their_cause(flow):
     with pytest.raises(TypeError, match=r"^x cannot be read by DLPack") as raised:
         flow.log_prob(Broken())
     assert "on strike" in str(raised.value.__cause__)
+
+
+# ---------------------------------------------------------------------------------------------- nothing silent
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of PyTorch's own forward mode
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_tangent_of_pytorchs_forward_mode_is_refused(flow, gradients) -> None:
+    torch = library("torch")
+    forward_ad = torch.autograd.forward_ad
+    x = torch.from_numpy(unit_data(4, SIZE, 0, "float32"))
+    cotangent = torch.ones(4)
+    with torch.set_grad_enabled(gradients), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        dual_cotangent = forward_ad.make_dual(cotangent, torch.ones_like(cotangent))
+        assert forward_ad.unpack_dual(torch.exp(dual)).tangent is not None
+        for call in (
+            lambda: flow.log_prob(dual),
+            lambda: flow.forward(dual),
+            lambda: flow.inverse(dual),
+            lambda: flow.nll(dual),
+            lambda: flow.nll_gradient(dual),
+            lambda: flow.vjp(dual, x),
+            lambda: flow.log_prob_vjp(x, dual_cotangent),
+            lambda: flow.log_prob(x, out=dual_cotangent),
+            lambda: flow.fit(dual, progress=False),
+            lambda: flow.certify(dual),
+        ):
+            with pytest.raises(ValueError, match=r"has a tangent of forward-mode.*detach\(\)"):
+                call()
+        assert torch.equal(flow.log_prob(dual.detach()), flow.log_prob(x))  # no tangent, though a level is open
+
+
+def test_pytorch_is_told_what_was_written_to_its_tensors(flow) -> None:
+    torch = library("torch")
+    x = torch.from_numpy(unit_data(4, SIZE, 0, "float32"))
+    count = flow.num_parameters
+    calls = {
+        "log_prob": lambda out: flow.log_prob(x, out=out[0]),
+        "forward": lambda out: flow.forward(x, out=(out[1], out[0])),
+        "inverse": lambda out: flow.inverse(x, out=out[1]),
+        "inverse pair": lambda out: flow.inverse(x, with_log_det=True, out=(out[1], out[0])),
+        "sample": lambda out: flow.sample(4, seed=1, out=out[1]),
+        "vjp": lambda out: flow.vjp(x, x, out=(out[1], out[2])),
+        "log_prob_vjp": lambda out: flow.log_prob_vjp(x, torch.ones(4), out=(out[1], out[2])),
+    }
+    for name, call in calls.items():
+        outs = [torch.ones(4), torch.ones(4, SIZE), torch.ones(count)]
+        weight = torch.ones((), requires_grad=True)
+        losses = [(weight * out).sum() for out in outs]  # whose backward passes need `out` as it was
+        call(outs)
+        written = [bool((out != 1).any()) for out in outs]
+        assert any(written), name
+        for out, loss, was_written in zip(outs, losses, written, strict=True):
+            assert out._version == int(was_written), name
+            if was_written:
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    loss.backward()
+    with torch.inference_mode():  # whose tensors count no versions
+        assert flow.log_prob(x, out=torch.ones(4)).shape == (4,)
+
+
+@pytest.mark.parametrize("wrong", ["size", "shape", "dtype", "strides", "place", "kind"])
+def test_what_a_subclass_of_tensor_allocates_is_looked_at(flow, wrong) -> None:
+    torch = library("torch")
+    made = {
+        "size": lambda shape: torch.empty(1),
+        "shape": lambda shape: torch.empty(*reversed(shape), 1),
+        "dtype": lambda shape: torch.empty(shape, dtype=torch.float64),
+        "strides": lambda shape: torch.empty(*shape, 2)[..., 0],
+        "place": lambda shape: torch.empty(shape, device="meta"),
+        "kind": lambda shape: "a tensor",
+    }[wrong]
+
+    class Liar(torch.Tensor):
+        def new_empty(self, shape, **options):
+            return made(shape)
+
+    x = torch.from_numpy(unit_data(100, SIZE, 0, "float32")).as_subclass(Liar)
+    for call in (flow.log_prob, flow.forward, flow.inverse, flow.nll_gradient, lambda x: flow.log_prob_vjp(x, x[:, 0])):
+        with pytest.raises(TypeError, match=r"new_empty\(\) (returned an array of shape|did not return an array)"):
+            call(x)
+
+
+def test_a_list_that_gives_itself_is_an_answer_or_an_error(run_python) -> None:
+    script = """
+import nvpflow
+class Liar(list):
+    asked = 0
+    def __iter__(self):
+        Liar.asked += 1
+        return iter([1.0, 2.0, 3.0, 4.0] if Liar.asked < 2 else [self, self])
+flow = nvpflow.build(4, 1, (4,))
+assert flow.log_prob(Liar([1.0, 2.0, 3.0, 4.0])) == flow.log_prob([1.0, 2.0, 3.0, 4.0])
+endless = [1.0, 2.0, 3.0]
+endless.append(endless)
+class Hidden(list):
+    def __iter__(self):
+        return iter([1.0, 2.0, 3.0, 4.0])
+try:
+    flow.log_prob(Hidden(endless))
+except TypeError as error:
+    print(error)
+class Endless(type):
+    @property
+    def __mro__(cls):
+        while True:
+            yield cls
+class Row(metaclass=Endless):
+    def __dlpack__(self, **options):
+        raise BufferError
+    def __dlpack_device__(self):
+        return 1, 0
+try:
+    flow.log_prob(Row())
+except (TypeError, BufferError) as error:
+    print(error)
+"""
+    assert len(run_python(script).splitlines()) == 2

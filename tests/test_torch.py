@@ -888,3 +888,30 @@ def test_shared_parameters_stay_shared() -> None:
     module.share_memory()
     assert all(parameter.is_shared() for parameter in module.parameters())
     torch.testing.assert_close(module.log_prob(x), before)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of PyTorch's own forward mode
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("of", ["rows", "parameters"])
+def test_forward_mode_is_refused_also_without_gradients(make_flow, gradients, of) -> None:
+    forward_ad = torch.autograd.forward_ad
+    module = FlowModule(make_flow(SIZE, 2, (4,))[0])
+    x = rows(3)
+    with torch.set_grad_enabled(gradients), forward_ad.dual_level():
+        changed = {}
+        if of == "rows":
+            given = forward_ad.make_dual(x, torch.ones_like(x))
+        else:
+            given, name = x, "flow_1_scale.kernel"
+            kernel = module.get_parameter(name).detach()
+            changed = {name: forward_ad.make_dual(kernel, torch.ones_like(kernel))}
+        for method in ("forward", "inverse", "log_prob"):
+            wrapped = torch.nn.Module()
+            wrapped.flow = module
+            wrapped.forward = lambda rows, method=method: getattr(module, method)(rows)
+            with pytest.raises(NotImplementedError, match="tangent of forward-mode"):
+                torch.func.functional_call(wrapped, {f"flow.{n}": v for n, v in changed.items()}, (given,))
+    with torch.set_grad_enabled(gradients), pytest.raises(NotImplementedError, match="tangent of forward-mode"):
+        torch.func.jvp(module.log_prob, (x,), (x,))
+    with forward_ad.dual_level():
+        assert torch.equal(module.log_prob(x), module.log_prob(x.clone()))

@@ -27,6 +27,7 @@ import numpy as np
 
 try:
     import torch
+    from torch.autograd import forward_ad
     from torch.distributions import constraints
 except ImportError as error:
     raise ImportError('nvpflow.torch needs PyTorch 2.4 or newer: pip install "torch>=2.4"') from error
@@ -520,6 +521,15 @@ class _Eager(torch.autograd.Function):
     vmap = staticmethod(_no_vmap)
 
 
+def _refuse_tangents(tensors: list[tuple[str, torch.Tensor]]) -> None:
+    for name, tensor in tensors:
+        if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+            raise NotImplementedError(
+                f"{name} has a tangent of forward-mode differentiation, and nvpflow has derivatives in reverse mode "
+                "alone: use torch.func.vjp, torch.func.grad or backward(), or pass the value without its tangent"
+            )
+
+
 # ---- the module -----------------------------------------------------------------------------------------------------
 
 
@@ -660,6 +670,8 @@ class FlowModule(torch.nn.Module):
             raise NotImplementedError("torch.jit.trace cannot record a FlowModule; use torch.compile or torch.export")
         parameters = self._tensors()
         rows = self._checked(name, rows, parameters[0])
+        if forward_ad._current_level >= 0:  # a level of forward mode is open, also where gradients are switched off
+            _refuse_tangents([(name, rows), *zip(map(".".join, self._names), parameters, strict=True)])
         engine = self._engine
         if not _is_plain(rows):
             return _OPERATORS[kind](rows, parameters, engine.handle)

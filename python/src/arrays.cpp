@@ -49,13 +49,17 @@ void keep_alive(py::object owner, const py::object& array) {
 }
 
 /// Lists and numbers of Python have no dtype of their own: NumPy's guess for them (float64, int64) is not the caller's
-/// choice. NumPy's scalars and arrays inside a list are.
-bool has_own_dtype(PyObject* object) {
+/// choice. NumPy's scalars and arrays inside a list are. What a subclass's iterator gives does not count, which may be
+/// something else each time.
+bool has_own_dtype(PyObject* object, int depth = 0) {
   if (PyList_Check(object) || PyTuple_Check(object)) {
-    const auto items = py::reinterpret_steal<py::object>(PySequence_Tuple(object));
+    constexpr int kDeepest = 64;  // NumPy's arrays have no more axes
+    if (depth == kDeepest) return true;
+    const auto items = PyList_Check(object) ? py::reinterpret_steal<py::object>(PyList_AsTuple(object))
+                                            : py::reinterpret_borrow<py::object>(object);
     if (!items) throw py::error_already_set();
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(items.ptr()); ++i) {
-      if (has_own_dtype(PyTuple_GET_ITEM(items.ptr(), i))) return true;
+      if (has_own_dtype(PyTuple_GET_ITEM(items.ptr(), i), depth + 1)) return true;
     }
     return false;
   }
@@ -296,9 +300,10 @@ void allocate(OutputArray& out, DType dtype, int dims, npy_intp* shape, const In
   out.bytes = size_of(dtype);
   for (int i = 0; i < dims; ++i) out.bytes *= shape[i];
   if (like.library == Library::torch) {
-    out.array = like.source.attr("new_empty")(py::tuple(py::cast(std::vector<std::int64_t>(shape, shape + dims))),
-                                              py::arg("dtype") = imported("torch").attr(type.c_str()));
-    out.data = reinterpret_cast<void*>(out.array.attr("data_ptr")().cast<std::intptr_t>());
+    const py::object torch_type = imported("torch").attr(type.c_str());
+    const py::tuple extents(py::cast(std::vector<std::int64_t>(shape, shape + dims)));
+    out.array = like.source.attr("new_empty")(extents, py::arg("dtype") = torch_type);
+    out.data = data_of_new(out.array, like.library, extents, torch_type, kHost);
     return;
   }
   out.from_dlpack = from_dlpack_of(like);
@@ -378,6 +383,7 @@ OutputArray output_array(PyObject* given, const char* name, DType dtype, std::in
     out.view = given_view(given, name);
     array = reinterpret_cast<PyArrayObject*>(out.view.ptr());
     check_given(array, name, dtype, dims, shape);
+    if (!PyArray_Check(given)) out.library = library_of(given);
     out.array = py::reinterpret_borrow<py::object>(given);
     out.given = true;
   } else {
@@ -429,6 +435,7 @@ PyObject* result_of(OutputArray&& out) {
 py::object object_of(OutputArray&& out) {
   if (out.on_device) return py::reinterpret_steal<py::object>(device_result(std::move(out)));
   if (out.from_dlpack) return out.from_dlpack(out.array);
+  if (out.given) note_write(out.array, out.library);
   return std::move(out.array);
 }
 

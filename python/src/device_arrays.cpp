@@ -225,20 +225,22 @@ std::vector<std::int64_t> shape_of(std::int64_t rows, std::int64_t columns, bool
 
 /// A new array on the device, by the caller's library where it can make one that is not filled yet.
 void allocate(OutputArray& out, DType dtype, const std::vector<std::int64_t>& shape, const InputArray& like) {
+  const py::tuple extents(py::cast(shape));
   if (like.library == Library::torch) {
-    out.array = like.source.attr("new_empty")(py::tuple(py::cast(shape)));
-    out.data = stream_at(out.array.attr("data_ptr")().cast<std::intptr_t>());
+    const py::object type = imported("torch").attr(std::string(name_of(dtype)).c_str());
+    out.array = like.source.attr("new_empty")(extents, py::arg("dtype") = type);
+    out.data = data_of_new(out.array, like.library, extents, type, like.device);
   } else if (like.library == Library::cupy) {
     const py::object on = imported("cupy").attr("cuda").attr("Device")(like.device);
     on.attr("__enter__")();
     try {
-      out.array = imported("cupy").attr("empty")(py::tuple(py::cast(shape)), std::string(name_of(dtype)));
+      out.array = imported("cupy").attr("empty")(extents, std::string(name_of(dtype)));
     } catch (...) {
       on.attr("__exit__")(py::none(), py::none(), py::none());
       throw;
     }
     on.attr("__exit__")(py::none(), py::none(), py::none());
-    out.data = stream_at(out.array.attr("data").attr("ptr").cast<std::intptr_t>());
+    out.data = data_of_new(out.array, like.library, extents, py::str(std::string(name_of(dtype))), like.device);
   } else {
     const std::int64_t bytes = std::max<std::int64_t>(1, out.bytes);
     DeviceArray own{DeviceMemory(like.device, bytes), dtype, shape, like.stream};
@@ -408,6 +410,7 @@ OutputArray device_output(PyObject* given, const char* name, DType dtype, std::i
   }
   refuse_unsettled(given, name, library_of(given));
   const Found found = find(given, name, like.device);
+  out.library = found.library;
   check(found, name, dtype, like.device);
   if (found.shape != shape) {
     raise(PyExc_ValueError,
@@ -431,6 +434,7 @@ void wait_beside(const InputArray& in, const InputArray& x) {
 
 PyObject* device_result(OutputArray&& out) {
   if (out.given && !same_stream(out.stream, out.call_stream)) cuda_wait(out.device, out.stream, out.call_stream);
+  if (out.given) note_write(out.array, out.library);
   if (!out.given && out.library == Library::jax) {
     return imported("jax").attr("dlpack").attr("from_dlpack")(out.array).release().ptr();
   }

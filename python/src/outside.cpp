@@ -60,8 +60,8 @@ void check_form(const DLTensor& tensor, const char* name) {
 }
 
 Library library_of(PyObject* object) {
-  const py::handle type(reinterpret_cast<PyObject*>(Py_TYPE(object)));
-  for (const py::handle base : type.attr("__mro__")) {
+  // Not by the attribute, which a metaclass can make endless.
+  for (const py::handle base : py::handle(Py_TYPE(object)->tp_mro)) {
     const py::object module = base.attr("__module__");
     if (PyUnicode_Check(module.ptr()) == 0) continue;
     const auto name = module.cast<std::string>();
@@ -94,13 +94,49 @@ Place place_of(PyObject* object, const char* name) {
 
 void refuse_grad(PyObject* object, const char* name, Library library) {
   if (library != Library::torch || !has(object, "requires_grad")) return;  // what is no tensor
-  if (!py::handle(object).attr("requires_grad").cast<bool>()) return;
-  raise(
-      PyExc_ValueError,
-      std::string(name) +
-          " requires grad, which a Flow does not follow; wrap the flow in nvpflow.torch.FlowModule, whose methods are "
-          "differentiable, or pass " +
-          name + ".detach()");
+  if (py::handle(object).attr("requires_grad").cast<bool>()) {
+    raise(PyExc_ValueError,
+          std::string(name) +
+              " requires grad, which a Flow does not follow; wrap the flow in nvpflow.torch.FlowModule, whose methods "
+              "are differentiable, or pass " +
+              name + ".detach()");
+  }
+  // Tangents are there as long as a level of forward mode is open, also where gradients are switched off.
+  const py::object forward_ad = imported("torch").attr("autograd").attr("forward_ad");
+  if (py::getattr(forward_ad, "_current_level", py::int_(0)).cast<int>() < 0) return;
+  if (forward_ad.attr("unpack_dual")(py::handle(object)).attr("tangent").is_none()) return;
+  raise(PyExc_ValueError, std::string(name) +
+                              " has a tangent of forward-mode differentiation, which a Flow does not follow; pass " +
+                              name +
+                              ".detach() for its value, and use reverse mode (nvpflow.torch.FlowModule) for "
+                              "derivatives");
+}
+
+void note_write(const py::object& array, Library library) {
+  if (library != Library::torch) return;
+  imported("torch").attr("autograd").attr("graph").attr("increment_version")(array);
+}
+
+void* data_of_new(const py::object& made, Library library, const py::tuple& shape, const py::object& dtype,
+                  int device) {
+  const bool torch = library == Library::torch;
+  const std::string maker = torch ? "x.new_empty()" : "cupy.empty()";
+  std::intptr_t data = 0;
+  const bool good = well_formed(maker + " did not return an array", [&] {
+    data = (torch ? made.attr("data_ptr")() : made.attr("data").attr("ptr")).cast<std::intptr_t>();
+    const py::object on = torch ? made.attr("get_device")() : made.attr("device").attr("id");  // -1: the CPU
+    const py::object contiguous = torch ? made.attr("is_contiguous")() : made.attr("flags").attr("c_contiguous");
+    return on.cast<int>() == device && contiguous.cast<bool>() && py::object(made.attr("shape")).equal(shape) &&
+           py::object(made.attr("dtype")).equal(dtype);
+  });
+  const bool empty = py::len(shape) > 0 && py::object(shape[0]).equal(py::int_(0));
+  if (good && (data != 0 || empty)) return reinterpret_cast<void*>(data);
+  raise(PyExc_TypeError, maker + " returned an array of shape " +
+                             py::str(py::tuple(made.attr("shape"))).cast<std::string>() + " and dtype " +
+                             py::str(made.attr("dtype")).cast<std::string>() +
+                             ", expected a C-contiguous one of shape " + py::str(shape).cast<std::string>() +
+                             " and dtype " + py::str(dtype).cast<std::string>() +
+                             " with memory where the input is; pass an array of the library's own class");
 }
 
 py::object settled(PyObject* object, Library library) {
