@@ -7,10 +7,14 @@ import gc
 import multiprocessing
 import os
 import pickle
+import platform
+import shutil
+import subprocess
 import sysconfig
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import nvpflow
@@ -262,6 +266,73 @@ def test_python_runs_on_while_a_call_computes(make_flow, work) -> None:
     inside = [t for t in ticks if start < t < end]
     # A call that keeps the GIL leaves at most a tick at each end; on a busy machine the ticks are few.
     assert len(inside) > 3
+
+
+HELD = """
+import copy, ctypes, sys
+import numpy as np, nvpflow
+
+preloaded = ctypes.CDLL(None)
+preloaded.gil_disarm.restype = ctypes.c_long
+
+def held(call):
+    "Copies of 1 MB or more, and locks taken, while this thread held the GIL."
+    call()
+    preloaded.gil_arm(ctypes.c_size_t(1 << 20))
+    result = call()
+    locks = ctypes.c_long()
+    copies = preloaded.gil_disarm(ctypes.byref(locks))
+    del result
+    return copies, locks.value
+
+bits = bytearray(1 << 21)
+assert held(lambda: bytes(bits))[0] == 1  # it counts
+flow, other = nvpflow.build(64, 2, (800, 800)), nvpflow.build(64, 2, (800, 800), seed=1)
+flow.column_names = [f"c{i}" for i in range(64)]
+flow.save(sys.argv[1])
+values = {name: value.copy() for name, value in flow.parameters().items()}
+flat = flow._copy_flat_parameters()
+x = np.zeros((3, 64), np.float32)
+names = flow.column_names
+calls = {
+    "build": lambda: nvpflow.build(64, 2, (800, 800)),
+    "load": lambda: nvpflow.load(sys.argv[1]),
+    "reload": lambda: flow.reload(sys.argv[1]),
+    "save": lambda: flow.save(sys.argv[1]),
+    "copy": lambda: copy.copy(flow),
+    "to": lambda: flow.to("cpu"),
+    "astype": lambda: flow.astype("float64"),
+    "==": lambda: flow == flow,
+    "reduce": lambda: flow.__reduce__(),
+    "set_parameters": lambda: flow.set_parameters(values),
+    "set_flat": lambda: flow._set_flat_parameters(flat),
+    "has_flat": lambda: flow._has_flat_parameters(flat),
+    "swap": lambda: flow.swap(other),
+    "parameters": lambda: flow.parameters(),
+    "repr": lambda: repr(flow),
+    "names": lambda: flow.column_names,
+    "set names": lambda: setattr(flow, "column_names", names),
+    "nll_gradient": lambda: flow.nll_gradient(x),
+}
+for name, call in calls.items():
+    found = held(call)
+    if found != (0, 0):
+        print(name, *found)
+"""
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or shutil.which("cc") is None or bool(os.environ.get("NVPFLOW_SANITIZED")),
+    reason="preloads a library made by cc under the functions of glibc",
+)
+@pytest.mark.skipif(bool(sysconfig.get_config_var("Py_GIL_DISABLED")), reason="there is no GIL")
+def test_nothing_long_is_done_under_the_gil(run_python, tmp_path) -> None:
+    """Copies of the parameters, and waits for a thread that sets them, let other threads of Python run."""
+    library = tmp_path / "gil.so"
+    source = Path(__file__).with_name("gil.c")
+    flags = ["-O1", "-fno-builtin", "-Wall", "-Werror", "-shared", "-fPIC"]
+    subprocess.run(["cc", *flags, "-o", library, source], check=True)
+    assert run_python(HELD, tmp_path / "model", env={"LD_PRELOAD": str(library)}) == ""
 
 
 def test_python_runs_on_while_a_flow_is_fitted(make_flow) -> None:

@@ -395,7 +395,11 @@ py::object flat_parameters(const py::object& self) {
 
 py::object copy_flat_parameters(const BoundFlow& self) {
   const OutputArray copy = new_array(self.dtype, self.flow.num_parameters(), 0);
-  by_dtype(self.dtype, [&](auto t) { self.flow.copy_parameters(view<decltype(t)>(copy)); });
+  {
+    // Also where they are few: whoever sets the parameters keeps this call waiting.
+    const GilReleased released;
+    by_dtype(self.dtype, [&](auto t) { self.flow.copy_parameters(view<decltype(t)>(copy)); });
+  }
   return copy.array;
 }
 
@@ -588,11 +592,22 @@ int set_num_threads(PyObject* self, PyObject* value, void*) {
   }
 }
 
-PyGetSetDef kNumThreads = {"num_threads", &get_num_threads, &set_num_threads,
-                           "Threads of a batch call; 0: as many as this process may use. Small batches use fewer.",
-                           nullptr};
+PyGetSetDef kNumThreads = {
+    "num_threads", &get_num_threads, &set_num_threads,
+    "Threads of a batch call; small batches use fewer. 0: as many as this process may use, which\n"
+    "NVPFLOW_NUM_THREADS, or else OMP_NUM_THREADS, can bound.",
+    nullptr};
 
-void set_column_names(BoundFlow& self, const std::vector<std::string>& names) { self.flow.set_column_names(names); }
+// Whoever sets the parameters keeps these waiting, as well.
+std::vector<std::string> column_names(const BoundFlow& self) {
+  const GilReleased released;
+  return self.flow.column_names();
+}
+
+void set_column_names(BoundFlow& self, const std::vector<std::string>& names) {
+  const GilReleased released;
+  self.flow.set_column_names(names);
+}
 
 /// (log p, quantile or None), or None.
 py::object as_python(const std::optional<Threshold>& threshold) {
@@ -688,7 +703,7 @@ void bind_flow(py::module_& module) {
                              on_ready(+[](const BoundFlow& f) { return std::string(name_of(f.flow.weights())); }),
                              "How the kernels are stored for computing: 'full' or 'bfloat16'.")
       .def("_swap", on_ready(&swap))
-      .def("_column_names", on_ready(+[](const BoundFlow& f) { return f.flow.column_names(); }))
+      .def("_column_names", on_ready(&column_names))
       .def("_set_column_names", on_ready(&set_column_names))
       .def("_threshold", on_ready(&get_threshold))
       .def("_set_threshold", on_ready(&set_threshold))
@@ -841,7 +856,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   add_function(module, plain<&load_file>("_load_model", 1, 2, {"path", "expected"}, nullptr));
   module.def("cuda_why_unavailable", &cuda_why_unavailable, py::call_guard<GilReleased>());
   module.def("cuda_device_count", &cuda_device_count, py::call_guard<GilReleased>());
-  module.def("cuda_device_name", &cuda_device_name, py::arg("index"));
+  module.def("cuda_device_name", &cuda_device_name, py::arg("index"), py::call_guard<GilReleased>());
   bind_device_array(module);
   bind_spec(module);
   bind_flow(module);

@@ -256,7 +256,7 @@ py::object numpy_copy(const void* data, DType dtype, const std::vector<std::int6
       py::module_::import("numpy").attr("empty")(py::tuple(py::cast(shape)), std::string(name_of(dtype)));
   auto* to = stream_at(array.attr("ctypes").attr("data").cast<std::intptr_t>());
   const auto bytes = array.attr("nbytes").cast<std::int64_t>();
-  const py::gil_scoped_release released;
+  const GilReleased released;
   cuda_download(device, to, data, bytes, stream);
   return array;
 }
@@ -352,7 +352,11 @@ py::object array_of(const Arguments& given) {
   DeviceArray array{DeviceMemory(on.index, std::max<std::int64_t>(1, rows.attr("nbytes").cast<std::int64_t>())),
                     parse_dtype(dtype), rows.attr("shape").cast<std::vector<std::int64_t>>(), nullptr};
   if (py::len(values.attr("shape")) == 0) array.shape.clear();  // which ascontiguousarray gives an axis
-  array.memory.upload(stream_at(rows.attr("ctypes").attr("data").cast<std::intptr_t>()), array.bytes());
+  const void* from = stream_at(rows.attr("ctypes").attr("data").cast<std::intptr_t>());
+  {
+    const GilReleased released;
+    array.memory.upload(from, array.bytes());
+  }
   return py::cast(std::move(array));
 }
 
