@@ -188,6 +188,72 @@ def test_two_threads_on_one_flow_do_at_least_1_8_times_the_work_of_one(make_flow
     assert threads >= 1.8 * alone
 
 
+AVAILABLE = "import nvpflow; print(nvpflow._core.available_threads())"
+
+
+@pytest.mark.parametrize(
+    ("own", "openmp", "limit"),
+    [
+        (None, None, None),
+        ("1", None, 1),
+        (None, "1", 1),
+        (None, " 1 ", 1),
+        (None, "1,4", 1),
+        ("1", "4", 1),  # our own counts
+        ("4000", "1", None),  # also where it sets no limit
+        ("", "1", 1),
+        (None, "0", None),  # what OpenMP itself takes for nothing
+        (None, "-2", None),
+        (None, "many", None),
+        (None, "1x", None),
+        (None, "99999999999999999999", None),
+    ],
+)
+def test_the_environment_bounds_the_threads(run_python, monkeypatch, own, openmp, limit) -> None:
+    for name, value in (("NVPFLOW_NUM_THREADS", own), ("OMP_NUM_THREADS", openmp)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    found = int(run_python(AVAILABLE))
+    monkeypatch.delenv("NVPFLOW_NUM_THREADS", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert found == (limit or int(run_python(AVAILABLE)))
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "four", "4,2", "1.5", "99999999999999999999"])
+def test_a_number_of_threads_that_is_none_is_told_when_a_flow_is_made(run_python, value) -> None:
+    script = """
+import nvpflow
+from nvpflow._core import FlowSpec
+FlowSpec(2)
+for make in (lambda: nvpflow.build(2), nvpflow._core.available_threads):
+    try:
+        make()
+    except RuntimeError as error:
+        print(error)
+"""
+    told = run_python(script, env={"NVPFLOW_NUM_THREADS": value})
+    assert (
+        told
+        == 2 * f'NVPFLOW_NUM_THREADS is "{value}", expected a whole number of threads from 1 on; change or unset it\n'
+    )
+
+
+def test_set_before_the_first_flow_counts_and_num_threads_wins(run_python) -> None:
+    script = """
+import os, nvpflow
+os.environ["NVPFLOW_NUM_THREADS"] = "1"  # after the import, before the first flow
+flow = nvpflow.build(2)
+assert nvpflow._core.available_threads() == 1 and flow.num_threads == 0
+os.environ["NVPFLOW_NUM_THREADS"] = "2"
+assert nvpflow._core.available_threads() == 1
+flow.num_threads = 3
+assert flow.num_threads == 3
+print(flow.sample(5000, seed=1).shape)
+"""
+    assert run_python(script) == "(5000, 2)\n"
+
+
 @pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python always has its GIL")
 def test_a_free_threaded_python_stays_free_threaded(run_python) -> None:
     # run_python makes the warning that a module needs the GIL an error.

@@ -130,8 +130,9 @@ NVPFLOW_API nvpflow_status nvpflow_column_name(const nvpflow_flow* flow, int64_t
 NVPFLOW_API nvpflow_status nvpflow_threshold(const nvpflow_flow* flow, double* log_prob, double* quantile);
 
 /**
- * @brief Threads that a call with many rows may use: 0, the default, as many as this process may use; small batches
- * use fewer. 1 keeps every call on its caller's thread.
+ * @brief Threads that a call with many rows may use: 0, the default, as many as this process may use (its affinity
+ * mask, its cgroup's quota, and the environment variable NVPFLOW_NUM_THREADS, or else OMP_NUM_THREADS, when the process
+ * made its first flow); small batches use fewer. 1 keeps every call on its caller's thread.
  */
 NVPFLOW_API nvpflow_status nvpflow_set_num_threads(nvpflow_flow* flow, int threads);
 

@@ -112,7 +112,9 @@ struct Flow::State {
         precision(p),
         weights(w),
         parameters(static_cast<std::size_t>(layout.size() * size_of(spec.dtype))),
-        backend(make_backend(spec, layout, device, precision, weights)) {}
+        backend(make_backend(spec, layout, device, precision, weights)) {
+    (void)available_threads();  // which reads the environment, and may refuse what it finds: now, not in a call
+  }
 
   template <class T>
   void check_dtype() const {

@@ -5,13 +5,20 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <exception>
+#include <limits>
 #include <mutex>
+#include <string>
 #include <thread>
+
+#include <nvpflow/error.hpp>
 
 #ifdef NVPFLOW_OPENMP
 #include <omp.h>
@@ -54,6 +61,16 @@ int count_threads() {
   if (const int quota = quota_threads(); quota > 0) threads = std::min(threads, quota);
 #endif
   return threads;
+}
+
+/// A whole number above 0 that the text is, or begins with before a comma; 0: none.
+int leading_number(const char* text) {
+  char* end = nullptr;
+  errno = 0;
+  const long value = std::strtol(text, &end, 10);
+  while (*end == ' ' || *end == '\t') ++end;
+  const bool good = end != text && errno == 0 && (*end == '\0' || *end == ',') && value > 0;
+  return good ? static_cast<int>(std::min<long>(value, std::numeric_limits<int>::max())) : 0;
 }
 
 std::atomic<std::uint32_t> forks{0};
@@ -237,8 +254,21 @@ void run(Job& job, int threads) {
 
 std::uint32_t fork_generation() { return forks.load(std::memory_order_relaxed); }
 
+int limited_threads(int threads, const char* own, const char* openmp) {
+  if (own != nullptr && *own != '\0') {
+    const int limit = std::strchr(own, ',') == nullptr ? leading_number(own) : 0;
+    if (limit > 0) return std::min(threads, limit);
+    throw Error(ErrorCode::unavailable, "NVPFLOW_NUM_THREADS is \"" + std::string(own).substr(0, 80) +
+                                            "\", expected a whole number of threads from 1 on; change or unset it");
+  }
+  const int limit = openmp == nullptr ? 0 : leading_number(openmp);
+  return limit > 0 ? std::min(threads, limit) : threads;
+}
+
 int available_threads() {
-  static const int threads = count_threads();
+  // NOLINTNEXTLINE(concurrency-mt-unsafe): nothing here sets variables
+  static const int threads = limited_threads(count_threads(), std::getenv("NVPFLOW_NUM_THREADS"),
+                                             std::getenv("OMP_NUM_THREADS"));  // NOLINT(concurrency-mt-unsafe)
   return threads;
 }
 

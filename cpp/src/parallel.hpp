@@ -7,8 +7,14 @@
 
 namespace nvpflow {
 
-/// Threads this process may use: its affinity mask, cut to the cgroup's CPU quota. At least 1.
+/// Threads this process may use: its affinity mask, cut to the cgroup's CPU quota and to the limit that the environment
+/// sets. At least 1. Counted once, at the first call. Throws as limited_threads does.
 int available_threads();
+
+/// `threads`, or the limit that NVPFLOW_NUM_THREADS (`own`) or else OMP_NUM_THREADS (`openmp`) sets where that is less;
+/// null or empty: not set. Of OpenMP's list, one number for each level of nesting, the first counts, and what is no
+/// number above 0 sets no limit. Error(unavailable) where our own variable holds no number above 0.
+int limited_threads(int threads, const char* own, const char* openmp);
 
 /// How many forks lie between this process and the one that loaded the library.
 std::uint32_t fork_generation();

@@ -852,7 +852,8 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   add_function(module, &kCpuIsa);
   module.def("cpu_isas_available", &isas_available, "Instruction sets that this build and this processor have.");
   module.def("activation_names", [] { return py::tuple(py::cast(activation_names())); });
-  module.def("available_threads", &available_threads, "Threads this process may use (affinity and cgroup quota).");
+  module.def("available_threads", &available_threads,
+             "Threads this process may use (affinity, cgroup quota, NVPFLOW_NUM_THREADS or OMP_NUM_THREADS).");
   add_function(module, plain<&load_file>("_load_model", 1, 2, {"path", "expected"}, nullptr));
   module.def("cuda_why_unavailable", &cuda_why_unavailable, py::call_guard<GilReleased>());
   module.def("cuda_device_count", &cuda_device_count, py::call_guard<GilReleased>());

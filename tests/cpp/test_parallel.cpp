@@ -15,6 +15,8 @@
 #include <thread>
 #include <vector>
 
+#include <nvpflow/error.hpp>
+
 #include "parallel.hpp"
 
 using nvpflow::parallel_for;
@@ -53,6 +55,21 @@ TEST_CASE("parts cover the range exactly once, on several threads") {
     ids.insert(std::this_thread::get_id());
   });
   CHECK(ids.size() == 3);
+}
+
+TEST_CASE("the environment bounds the threads") {
+  using nvpflow::limited_threads;
+  CHECK(limited_threads(8, nullptr, nullptr) == 8);
+  CHECK(limited_threads(8, "3", "2") == 3);
+  CHECK(limited_threads(8, "16", "2") == 8);
+  CHECK(limited_threads(8, "", "2") == 2);
+  CHECK(limited_threads(8, nullptr, "4,2") == 4);
+  CHECK(limited_threads(8, nullptr, " 5 ,2") == 5);
+  for (const char* nonsense : {"", "0", "-1", "many", "3x", ",2", "99999999999999999999"}) {
+    CHECK(limited_threads(8, nullptr, nonsense) == 8);
+    if (*nonsense != '\0') CHECK_THROWS_AS(limited_threads(8, nonsense, nullptr), nvpflow::Error);
+  }
+  CHECK_THROWS_AS(limited_threads(8, "4,2", nullptr), nvpflow::Error);  // the list is OpenMP's
 }
 
 TEST_CASE("the first part's exception reaches the caller, and the threads can be used on") {

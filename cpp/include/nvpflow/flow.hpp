@@ -93,7 +93,9 @@ class NVPFLOW_API Flow {
   std::optional<Threshold> threshold() const;
   /// std::nullopt: none. Error(invalid_argument) where a number is not as Threshold says.
   void set_threshold(std::optional<Threshold> threshold);
-  /// Threads of a batch call: 0, as many as this process may use; small batches use fewer.
+  /// Threads of a batch call; small batches use fewer. 0: as many as this process may use, which are those of its
+  /// affinity mask, at most its cgroup's quota, and at most what the environment variable NVPFLOW_NUM_THREADS, or else
+  /// OMP_NUM_THREADS, said when the process made its first flow. Any other number counts as it is.
   int num_threads() const;
   /// See num_threads(); negative: Error(invalid_argument).
   void set_num_threads(int threads);
