@@ -330,3 +330,41 @@ def test_an_empty_path_is_no_checkpoint() -> None:
         flow.fit(np.zeros((50, 4), np.float32), batch_size=10, checkpoint="", progress=False)
     with pytest.raises(ValueError, match=r"learning_rate is an integer of \d+ bits"):
         flow.fit(np.zeros((50, 4), np.float32), batch_size=10, learning_rate=10**400, progress=False)
+
+
+def test_what_has_been_made_is_not_made_again_in_silence() -> None:
+    spec = _core.FlowSpec(2)
+    flow = nvpflow.Flow(spec)
+    before = flow.parameters()["flow_0_scale.kernel"].copy()
+    for again in (
+        lambda: flow.__init__(_core.FlowSpec(5)),
+        lambda: flow.__init__(flow.spec, 7),
+        lambda: spec.__init__(5),
+        lambda: spec.__setstate__(_core.FlowSpec(5).to_json()),
+    ):
+        with pytest.raises(TypeError, match="has been made already"):
+            again()
+    assert flow.spec == spec
+    np.testing.assert_array_equal(flow.parameters()["flow_0_scale.kernel"], before)
+
+
+def test_a_dtype_that_a_flow_cannot_have_is_named() -> None:
+    for dtype in ("float16", np.int32, "complex64"):
+        with pytest.raises(
+            ValueError, match=f"dtype is '{np.dtype(dtype)}', expected one of float32, float64"
+        ) as error:
+            nvpflow.build(2).astype(dtype)
+        assert not isinstance(error.value, nvpflow.FileFormatError)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tiny", "message"),
+    [("float32", 1e-39, r"standard deviation too small for float32 in column 2"), ("float64", 1e-309, "in column 2")],
+)
+def test_a_column_too_narrow_for_the_dtype_is_named(dtype, tiny, message) -> None:
+    x = np.random.default_rng(0).normal(size=(500, 3))
+    x[:, 1] *= tiny
+    flow = nvpflow.build(3, 2, (8,), standardize=True, dtype=dtype)
+    with pytest.raises(ValueError, match=message):
+        flow.fit(x.astype(dtype), epochs=1, progress=False)
+    assert not flow.parameters()["standardize_0.mean"].any()

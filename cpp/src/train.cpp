@@ -321,7 +321,7 @@ class Trainer {
     each_row([&](const T* row) {
       for (std::size_t j = 0; j < width; ++j) square[j] += std::pow(static_cast<double>(row[j]) - centre[j], 2) / n;
     });
-    std::string constant, wild;
+    std::string constant, wild, narrow;
     for (std::size_t j = 0; j < width; ++j) {
       const T log_deviation = static_cast<T>(0.5 * std::log(square[j]));
       best_[static_cast<std::size_t>(mean.offset) + j] = static_cast<T>(centre[j]);
@@ -330,7 +330,14 @@ class Trainer {
         constant += (constant.empty() ? "" : ", ") + column(j);
       } else if (!std::isfinite(log_deviation) || !std::isfinite(centre[j])) {
         wild += (wild.empty() ? "" : ", ") + column(j);
+      } else if (std::exp(-static_cast<double>(log_deviation)) >
+                 static_cast<double>(std::numeric_limits<T>::max()) / 2) {
+        narrow += (narrow.empty() ? "" : ", ") + column(j);  // its reciprocal would be infinite
       }
+    }
+    if (!narrow.empty()) {
+      fail("x has a standard deviation too small for " + std::string(name_of(flow_.spec().dtype)) + " in " + narrow +
+           ", so that it cannot be standardized; rescale it");
     }
     if (!constant.empty()) {
       fail("x is constant in " + constant + ": a column without variation has no density; remove it");

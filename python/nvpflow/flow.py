@@ -450,6 +450,8 @@ class Flow(_core.Flow):
             `dtype` is another one, or a weight is too large for float32.
         """
         name = _checks.dtype_name("dtype", dtype)
+        if name not in ("float32", "float64"):
+            raise ValueError(f"dtype is '{name}', expected one of float32, float64")
         spec = _of_dtype(self.spec, name)
         given = self._copy_flat_parameters()
         with np.errstate(over="ignore"):

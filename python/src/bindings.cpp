@@ -750,6 +750,24 @@ py::tuple isas_available() {
   return py::tuple(names);
 }
 
+/// pybind11 passes over the constructor of an object that has been made, in silence, and over __setstate__.
+void refuse_second_init(const py::object& type) {
+  for (const char* name : {"__init__", "__setstate__"}) {
+    if (!py::hasattr(type, name) || !type.attr("__dict__").contains(name)) continue;
+    const py::object first = type.attr(name);
+    type.attr(name) = py::cpp_function(
+        [first, name](const py::handle& self, const py::args& args, const py::kwargs& keywords) {
+          auto* instance = reinterpret_cast<py::detail::instance*>(self.ptr());
+          if (instance->get_value_and_holder().instance_registered()) {
+            throw py::type_error(std::string(Py_TYPE(self.ptr())->tp_name) + "." + name +
+                                 "() was called on an object that has been made already; make a new one");
+          }
+          return first(self, *args, **keywords);
+        },
+        py::is_method(type));  // without a name: pybind11 looks at that
+  }
+}
+
 PyObject* new_exception(py::module_& module, const char* name, PyObject* base, const char* doc) {
   PyObject* type = PyErr_NewExceptionWithDoc((std::string("nvpflow.") + name).c_str(), doc, base, nullptr);
   if (type == nullptr) throw py::error_already_set();
@@ -861,6 +879,8 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   bind_device_array(module);
   bind_spec(module);
   bind_flow(module);
+  refuse_second_init(module.attr("FlowSpec"));
+  refuse_second_init(module.attr("Flow"));
   module.def("_layout_of", [](const BoundSpec& spec) { return tensors_of(ParamLayout(spec)); });
   module.def("_xla_handlers", &xla_handlers);
 }
