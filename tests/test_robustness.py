@@ -166,6 +166,24 @@ time.sleep(0.3)
         assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_what_is_left_to_the_interpreters_end_can_use_a_flow(run_python, tmp_path) -> None:
+    script = """
+import sys
+import numpy as np, nvpflow
+class Keeper:
+    def __init__(self):
+        self.flow, self.rows = nvpflow.build(16, 4, (64,)), np.zeros((20_000, 16), np.float32)
+    def __del__(self, path=sys.argv[1]):
+        self.flow.save(path)
+        self.flow.log_prob(self.rows)
+        self.flow.column_names
+        self.flow._copy_flat_parameters()
+        print("done")
+kept = Keeper()  # which goes with this module, when the interpreter has begun to end
+"""
+    assert run_python(script, tmp_path / "model") == "done\n"
+
+
 def test_snapshots_are_whole_while_another_thread_replaces_the_parameters():
     import copy
     import pickle

@@ -473,7 +473,7 @@ class PythonObserver final : public FitObserver {
     const bool first_step = epoch > 0 && !std::exchange(training_, epoch > 0);
     if (now - last_ < kProgressInterval && !first_step) return true;
     last_ = now;
-    park_if_finalizing();
+    if (!ends_it_) park_if_finalizing();
     const py::gil_scoped_acquire acquire;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     // Epoch 0 is the preparation: there is nothing to report yet.
@@ -481,7 +481,7 @@ class PythonObserver final : public FitObserver {
   }
 
   bool on_epoch(const EpochRecord& record) override {
-    park_if_finalizing();
+    if (!ends_it_) park_if_finalizing();
     const py::gil_scoped_acquire acquire;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     return on_epoch_.is_none() || goes_on(on_epoch_(record_dict(record)));
@@ -492,7 +492,8 @@ class PythonObserver final : public FitObserver {
 
   py::object on_progress_, on_epoch_;
   std::chrono::steady_clock::time_point last_;
-  bool training_ = false;  // the preparation is over
+  bool ends_it_ = is_finalizing();  // as GilReleased's; made with the GIL
+  bool training_ = false;           // the preparation is over
 };
 
 /// x, validation, options, on_progress, on_epoch
@@ -806,18 +807,21 @@ int BoundFlow::threads() const {
   return wanted > 0 ? wanted : available_threads();
 }
 
-void park_if_finalizing() {
+bool is_finalizing() {
 #if PY_VERSION_HEX >= 0x030D0000
-  const bool finalizing = Py_IsFinalizing() != 0;
+  return Py_IsFinalizing() != 0;
 #else
-  const bool finalizing = _Py_IsFinalizing() != 0;
+  return _Py_IsFinalizing() != 0;
 #endif
-  if (!finalizing) return;
+}
+
+void park_if_finalizing() {
+  if (!is_finalizing()) return;
   for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
 }
 
 GilReleased::~GilReleased() {
-  park_if_finalizing();
+  if (!ends_it_) park_if_finalizing();
 #ifdef __GLIBCXX__
   // Python may still begin to end while this thread waits for the GIL; its pthread_exit unwinds the stack as an
   // exception of this kind, which must not leave a destructor.

@@ -49,19 +49,21 @@ void set_python_error();
 /// several times as much as the smallest flow. Adds them to the bound type.
 void add_hot_methods(py::class_<BoundFlow>& type);
 
-/// Never returns once the interpreter is ending.
+bool is_finalizing();
+/// Never returns once the interpreter is ending. Not for the thread that ends it.
 void park_if_finalizing();
 
 /// Lets other Python threads run. When the interpreter has ended meanwhile, this thread, a daemon's, stops here for
 /// good: taking the GIL would end it in the middle of C++ code, as Python before 3.14 does.
 class GilReleased {
  public:
-  GilReleased() : state_(PyEval_SaveThread()) {}
+  GilReleased() : ends_it_(is_finalizing()), state_(PyEval_SaveThread()) {}
   ~GilReleased();
   GilReleased(const GilReleased&) = delete;
   GilReleased& operator=(const GilReleased&) = delete;
 
  private:
+  bool ends_it_;  // who has the GIL while the interpreter ends is the thread that ends it
   PyThreadState* state_;
 };
 
