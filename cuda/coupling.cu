@@ -229,7 +229,7 @@ struct Walker {
     barrier();
     layers(run);
     barrier();
-    if (call.out != nullptr) tile.store(team(), call.out);
+    if (call.out != nullptr) tile.store(team(), call.out, infinity<T>());
     write_row_sums(tile, call, team(), lane, row_block, across, num_across(), log_det, [&] { barrier(); });
   }
 };

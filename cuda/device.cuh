@@ -271,6 +271,10 @@ template <class T>
 NVPFLOW_DEVICE T not_a_number() {
   return from_bits(static_cast<typename Real<T>::Bits>(sizeof(T) == 4 ? 0x7fc00000ull : 0x7ff8000000000000ull));
 }
+template <class T>
+NVPFLOW_DEVICE T infinity() {
+  return from_bits(static_cast<typename Real<T>::Bits>(sizeof(T) == 4 ? 0x7f800000ull : 0x7ff0000000000000ull));
+}
 
 /// 2^n for n in the range of normal numbers.
 template <class T>

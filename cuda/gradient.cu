@@ -434,7 +434,7 @@ gradient_tiles(NVPFLOW_ARGUMENT GradientPlan plan, NVPFLOW_ARGUMENT Program<T> p
                    plan.warps_across, reverse.log_det, [] { block_barrier(); });
     reverse.start_cotangents();
     reverse.backward();
-    if (call.grad_in != nullptr) reverse.cotangents.store(reverse.team(), call.grad_in);
+    if (call.grad_in != nullptr) reverse.cotangents.store(reverse.team(), call.grad_in, not_a_number<T>());
   }
 }
 

@@ -151,9 +151,14 @@ struct Tile {
     }
   }
 
-  NVPFLOW_DEVICE T clean(int r, T value) const { return poison[r] != 0 ? not_a_number<T>() : value; }
+  /// lost: what stands for a NaN of a row that is finite, which has met inf - inf on the way.
+  NVPFLOW_DEVICE T clean(int r, T value, T lost) const {
+    if (poison[r] != 0) return not_a_number<T>();
+    return value == value ? value : lost;
+  }
+  NVPFLOW_DEVICE T clean(int r, T value) const { return clean(r, value, value); }
 
-  NVPFLOW_DEVICE void store(Team team, T* out) const {
+  NVPFLOW_DEVICE void store(Team team, T* out, T lost) const {
     const bool quads = in_quads(out);
     const auto step = quads ? 4u : 1u, width = static_cast<unsigned>(features) / step;
     const auto size = static_cast<unsigned>(valid) * width;
@@ -162,17 +167,20 @@ struct Tile {
       const auto f = static_cast<int>((e - static_cast<unsigned>(r) * width) * step);
       T* to = out + (first + r) * features + f;
       if (quads) {
-        store4(to, Vec4<T>{clean(r, at(r, f)), clean(r, at(r, f + 1)), clean(r, at(r, f + 2)), clean(r, at(r, f + 3))});
+        store4(to, Vec4<T>{clean(r, at(r, f), lost), clean(r, at(r, f + 1), lost), clean(r, at(r, f + 2), lost),
+                           clean(r, at(r, f + 3), lost)});
       } else {
-        *to = clean(r, at(r, f));
+        *to = clean(r, at(r, f), lost);
       }
     }
   }
 
   NVPFLOW_DEVICE void store_row(const TransformCall<T>& call, int r, T log_det, T square) const {
     if (r >= valid) return;
-    if (call.log_det != nullptr) call.log_det[first + r] = clean(r, log_det);
-    if (call.log_prob != nullptr) call.log_prob[first + r] = clean(r, log_prob_from(square, log_det, features));
+    // What is lost is such that the density of the row is 0.
+    const T inf = infinity<T>(), lost = call.inverse ? inf : -inf;
+    if (call.log_det != nullptr) call.log_det[first + r] = clean(r, is_finite(log_det) ? log_det : lost);
+    if (call.log_prob != nullptr) call.log_prob[first + r] = clean(r, log_prob_from(square, log_det, features), -inf);
   }
 
   NVPFLOW_DEVICE void store_conditioner(const TransformCall<T>& call, int r, int j, int width, T s, T t) const {

@@ -108,6 +108,17 @@ def real_nvp(
     return OracleFlow(input_size, layers)
 
 
+def settled(given: np.ndarray, values: np.ndarray, log_det: np.ndarray, lost: float) -> tuple[np.ndarray, np.ndarray]:
+    """What a transform says of numbers that have overflowed: NaN is for rows that came in with NaN or inf.
+
+    In a finite row, a NaN comes from inf - inf or 0 * inf on the way; it becomes inf, in the log-determinant `lost`.
+    """
+    finite = np.isfinite(given).all(axis=1)
+    values = np.where(np.isnan(values), np.inf, values)
+    log_det = np.where(np.isnan(log_det), lost, log_det)
+    return np.where(finite[:, None], values, np.nan), np.where(finite, log_det, np.nan)
+
+
 class OracleFlow:
     """`parameters` maps the names of the file format to float64 arrays and may be assigned to."""
 
@@ -149,25 +160,28 @@ class OracleFlow:
     def forward(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """z [B, D] and log|det dz/dx| [B]."""
         y, log_det = np.array(x, dtype=np.float64), np.zeros(len(x))
-        for layer, name in self._named_layers():
-            y, step = self._apply(layer, name, y, "forward")
-            log_det = log_det + step
-        return y, log_det
+        with np.errstate(over="ignore", invalid="ignore"):
+            for layer, name in self._named_layers():
+                y, step = self._apply(layer, name, y, "forward")
+                log_det = log_det + step
+        return settled(x, y, log_det, -np.inf)
 
     def inverse(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """x [B, D] and log|det dx/dz| [B]."""
         y, log_det = np.array(z, dtype=np.float64), np.zeros(len(z))
-        for layer, name in reversed(self._named_layers()):
-            y, step = self._apply(layer, name, y, "inverse")
-            log_det = log_det + step
-        return y, log_det
+        with np.errstate(over="ignore", invalid="ignore"):
+            for layer, name in reversed(self._named_layers()):
+                y, step = self._apply(layer, name, y, "inverse")
+                log_det = log_det + step
+        return settled(z, y, log_det, np.inf)
 
     def log_normal(self, z: np.ndarray) -> np.ndarray:
         return -0.5 * (self.input_size * LOG_2_PI + np.sum(np.square(z, dtype=np.float64), axis=1))
 
     def log_prob(self, x: np.ndarray) -> np.ndarray:
         z, log_det = self.forward(x)
-        return self.log_normal(z) + log_det
+        with np.errstate(over="ignore"):
+            return self.log_normal(z) + log_det
 
     def nll(self, x: np.ndarray) -> float:
         return -float(np.mean(self.log_prob(x)))

@@ -225,6 +225,25 @@ class TestValues:
 
 @gpu
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_finite_rows_are_never_nan(pair, dtype):
+    cpu, cuda, _, x = pair(dtype)
+    largest = np.finfo(dtype).max
+    x[3::7] = largest
+    x[5::7, 2] = -largest
+    x[11] = np.nan
+    expected = cpu.log_prob(x)
+    odd = ~np.isfinite(expected)
+    assert np.array_equal(cuda.log_prob(x)[odd], expected[odd], equal_nan=True)
+    assert np.count_nonzero(np.isnan(expected)) == 1
+    finite = np.isfinite(x).all(axis=1)
+    for results in (cuda.forward(x), cuda.inverse(x, with_log_det=True)):
+        for result in results:
+            assert not np.isnan(result[finite]).any()
+            assert np.isnan(result[11]).all()
+
+
+@gpu
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_vector_jacobian_products_of_what_is_wanted(pair, dtype):
     cpu, flow, _, x = pair(dtype)
     cotangent = np.linspace(-1, 1, len(x)).astype(dtype)

@@ -5,7 +5,9 @@
  * Arrays are the caller's, row-major and contiguous: x and z are [rows, D] with D = nvpflow_input_size(), log_prob and
  * log_det are [rows], in nats. Functions that end in _f32 are for flows of dtype float32, those in _f64 for float64;
  * the other kind is refused. An output must not overlap an input or another output. A row that holds NaN or inf gives
- * NaN in all of that row's results and touches no other.
+ * NaN in all of that row's results and touches no other. A finite row never gives NaN: where numbers are too large for
+ * the format its log-density is -inf, its values are infinite, and a log-determinant that cannot be told is -inf of
+ * nvpflow_forward and inf of nvpflow_inverse.
  *
  * Errors. Every function that can fail returns a status; no C++ exception leaves the library. After a status other
  * than NVPFLOW_OK nvpflow_last_error() says in one sentence what was wrong, and outputs hold nothing useful.

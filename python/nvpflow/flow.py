@@ -223,7 +223,9 @@ class Flow(_core.Flow):
     model's dtype. Arrays that are C-contiguous and of that dtype are used in place; others are converted where NumPy
     calls it safe and refused otherwise. ``out=`` takes the result without an allocation. A row's result depends on
     that row alone, bit for bit: not on the batch, its size, or the number of threads. A row that holds NaN or
-    infinity gives NaN. Every method may be called from many threads at once.
+    infinity gives NaN. A finite row never does: where numbers are too large for the dtype, its log-density is -inf and
+    its latents are infinite; such a row has no gradient, which is NaN or infinite. Every method may be called from many
+    threads at once.
 
     The same holds for arrays of other libraries that have ``__dlpack__`` or the buffer protocol. Results for arrays of
     PyTorch, JAX and libraries of the array API standard (with ``__array_namespace__``) are arrays of that library, by

@@ -234,8 +234,6 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         # Another n_jobs may have been set since, and a process of a pool has other processors than the one that fitted.
         self.flow_.num_threads = effective_n_jobs(self.n_jobs)
         log_p = self.flow_.log_probability(rows).astype(np.float64)
-        # The rows are finite: what is NaN here has met infinity minus infinity on the way to a latent without bound.
-        log_p[np.isnan(log_p)] = -np.inf
         return np.asarray(log_p)
 
     def _training_rows(self, X: Any) -> NDArray[Any]:

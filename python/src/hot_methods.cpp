@@ -167,7 +167,8 @@ PyMethodDef kMethods[] = {
      "    A flow on a CUDA device also takes arrays of that device, by DLPack or ``__cuda_array_interface__``, as\n"
      "    they are, on the caller's current stream. The result is an array of the same library.\n"
      "out : array, [B], optional\n    Where the result is written; must not overlap ``x``. ``()`` for one row.\n\n"
-     "Returns\n-------\narray, [B], or a NumPy scalar for one row. NaN for a row that holds NaN or inf.\n\n"
+     "Returns\n-------\narray, [B], or a NumPy scalar for one row. NaN for a row that holds NaN or inf.\n"
+     "    -inf for a finite row whose density, or a number on the way to it, is beyond the dtype: never NaN.\n\n"
      "Raises\n------\nTypeError\n    A dtype that would lose digits.\n"
      "ValueError\n    A wrong shape or device, or an ``out`` that cannot be written in place.\n"
      "MemoryError\n    With the size; the flow can be used on.\n"
@@ -181,7 +182,10 @@ PyMethodDef kMethods[] = {
      "Parameters\n----------\n"
      "x : array, [B, D] or [D]\n"
      "out : tuple (z, log_det) of arrays, [B, D] and [B], optional\n\n"
-     "Returns\n-------\nz : array, [B, D]\nlog_det : array, [B], nats\n"},
+     "Returns\n-------\n"
+     "z : array, [B, D]\n    Of a finite row, numbers beyond the dtype are infinite; one that cannot be told (inf - "
+     "inf) is inf.\n"
+     "log_det : array, [B], nats\n    -inf where it cannot be told.\n"},
     {"inverse", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(inverse)), METH_FASTCALL | METH_KEYWORDS,
      "inverse($self, z, *, with_log_det=False, out=None)\n--\n\n"
      "Latent to data: x, and log|det dx/dz| where asked for.\n\n"
@@ -189,7 +193,10 @@ PyMethodDef kMethods[] = {
      "z : array, [B, D] or [D]\n"
      "with_log_det : bool\n    Return (x, log_det) instead of x.\n"
      "out : array [B, D], or tuple (x, log_det) with ``with_log_det``, optional\n\n"
-     "Returns\n-------\nx : array, [B, D]\nlog_det : array, [B], nats; with ``with_log_det`` only\n"},
+     "Returns\n-------\n"
+     "x : array, [B, D]\n    Of a finite row, numbers beyond the dtype are infinite; one that cannot be told (inf - "
+     "inf) is inf.\n"
+     "log_det : array, [B], nats\n    With ``with_log_det`` only. inf where it cannot be told.\n"},
     {"sample", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(sample)), METH_FASTCALL | METH_KEYWORDS,
      "sample($self, n, *, seed=None, start=0, out=None)\n--\n\n"
      "Draw n rows: the inverse of standard normal noise.\n\n"

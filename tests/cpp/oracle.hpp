@@ -57,16 +57,16 @@ class Flow {
 
   std::vector<double>& parameters() { return parameters_; }
 
-  Result forward(Row x) const {
-    double log_det = 0;
-    for (std::size_t i = 0; i < spec_.layers.size(); ++i) log_det += apply(i, /*forward=*/true, x);
-    return {std::move(x), log_det};
+  Result forward(const Row& x) const {
+    Result result{x, 0};
+    for (std::size_t i = 0; i < spec_.layers.size(); ++i) result.log_det += apply(i, /*forward=*/true, result.values);
+    return settled(x, std::move(result), -HUGE_VAL);
   }
 
-  Result inverse(Row z) const {
-    double log_det = 0;
-    for (std::size_t i = spec_.layers.size(); i-- > 0;) log_det += apply(i, /*forward=*/false, z);
-    return {std::move(z), log_det};
+  Result inverse(const Row& z) const {
+    Result result{z, 0};
+    for (std::size_t i = spec_.layers.size(); i-- > 0;) result.log_det += apply(i, /*forward=*/false, result.values);
+    return settled(z, std::move(result), HUGE_VAL);
   }
 
   double log_prob(const Row& x) const {
@@ -99,6 +99,18 @@ class Flow {
   }
 
  private:
+  /// NaN is for rows that came in with NaN or inf: of a finite row, what got lost as inf - inf on the way is infinite.
+  static Result settled(const Row& given, Result result, double lost_log_det) {
+    bool finite = true;
+    for (const double value : given) finite = finite && std::isfinite(value);
+    for (double& value : result.values) {
+      if (!finite) value = std::nan("");
+      if (finite && std::isnan(value)) value = HUGE_VAL;
+    }
+    if (!finite || std::isnan(result.log_det)) result.log_det = finite ? lost_log_det : std::nan("");
+    return result;
+  }
+
   using Range = std::pair<std::ptrdiff_t, std::ptrdiff_t>;  // [begin, end)
 
   std::pair<Range, Range> halves(const nvpflow::LayerSpec& layer) const {

@@ -293,6 +293,32 @@ TEST_CASE("rows with NaN touch no other") {
   for (std::size_t i = 0; i < 30; ++i) CHECK((i == 7 ? std::isnan(out[i]) : out[i] == clean[i]));
 }
 
+TEST_CASE("finite rows that overflow give infinities, never NaN") {
+  const Flow cpu = cpu_flow<float>(), cuda = cpu.to(kCuda0);
+  std::vector<float> x = normals<float>(30 * 5, 46), log_prob(30), expected(30), z(x.size()), log_det(30);
+  const float largest = std::numeric_limits<float>::max();
+  for (std::size_t j = 0; j < 5; ++j) x[7 * 5 + j] = j % 2 == 0 ? largest : -largest;
+  x[9 * 5] = -largest;
+  cpu.log_prob<float>(x, expected);
+  cuda.log_prob<float>(x, log_prob);
+  for (const std::size_t r : {7, 9}) {
+    CHECK(expected[r] == -std::numeric_limits<float>::infinity());
+    CHECK(log_prob[r] == expected[r]);
+  }
+  for (const bool inverse : {false, true}) {
+    if (inverse) {
+      cuda.inverse<float>(x, z, log_det);
+    } else {
+      cuda.forward<float>(x, z, log_det);
+    }
+    for (const float value : z) CHECK(!std::isnan(value));
+    for (const float value : log_det) CHECK((inverse ? value > -1e30f : value < 1e30f));
+  }
+  std::vector<float> gradient(static_cast<std::size_t>(cuda.num_parameters()));
+  CHECK(cuda.nll<float>(x) == HUGE_VAL);
+  CHECK(cuda.nll_gradient<float>(x, gradient) == HUGE_VAL);
+}
+
 TEST_CASE("the optimiser's calls on arrays of the host") {
   const Flow cpu = cpu_flow<float>();
   const Flow cuda = cpu.to(kCuda0);

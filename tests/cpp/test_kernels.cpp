@@ -608,6 +608,48 @@ TEST_CASE_TEMPLATE("a row of NaN or inf is NaN in all its results and leaves the
   }
 }
 
+TEST_CASE_TEMPLATE("a finite row that overflows has density 0, in any batch, and no NaN", T, float, double) {
+  const T largest = std::numeric_limits<T>::max();
+  for (const Shape& shape : kShapes) {
+    if (shape.hidden_sizes.size() > 0 && shape.hidden_sizes[0] > 200) continue;
+    CAPTURE(shape.input_size);
+    Pair<T> pair(shape);
+    const std::int64_t rows = 70, width = pair.width;
+    std::vector<T> x = random_values<T>(rows * width, 14);
+    for (std::int64_t r = 1; r < rows; r += 4) {
+      for (std::int64_t d = 0; d < width; ++d) {
+        if (r % 8 == 1 || d == r % width) x[static_cast<std::size_t>(r * width + d)] = d % 2 == 0 ? largest : -largest;
+      }
+    }
+    std::vector<T> log_prob(static_cast<std::size_t>(rows)), z(x.size()), log_det = log_prob;
+    pair.flow.template log_prob<T>(x, log_prob);
+    for (const bool inverse : {false, true}) {
+      if (inverse) {
+        pair.flow.template inverse<T>(x, z, log_det);
+      } else {
+        pair.flow.template forward<T>(x, z, log_det);
+      }
+      CHECK(std::none_of(z.begin(), z.end(), [](T v) { return std::isnan(v); }));
+      CHECK(std::none_of(log_det.begin(), log_det.end(),
+                         [=](T v) { return inverse ? !(v > -largest) : !(v < largest); }));
+    }
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const auto at = static_cast<std::size_t>(r);
+      CAPTURE(r);
+      if (r % 4 == 1) {
+        CHECK(log_prob[at] == -std::numeric_limits<T>::infinity());
+        const double expected = pair.oracle.log_prob(row_of(x, r, width));
+        CHECK(static_cast<T>(expected) == log_prob[at]);
+      }
+      T alone = 0;
+      pair.flow.template log_prob<T>(
+          std::span<const T>(x).subspan(static_cast<std::size_t>(r * width), static_cast<std::size_t>(width)),
+          std::span<T>(&alone, 1));
+      CHECK(alone == log_prob[at]);
+    }
+  }
+}
+
 TEST_CASE("const calls from many threads while another replaces the parameters") {
   Pair<float> pair({8, 4, {32}, Activation::relu});
   const std::vector<float> first = random_parameters<float>(pair.flow.layout(), 21);

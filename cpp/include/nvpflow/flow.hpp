@@ -31,6 +31,11 @@ struct Threshold {
 /// [B, D]; B is what the spans say. A span of the wrong length, or an output that overlaps an input or another output,
 /// is Error(invalid_argument). A row that holds NaN or inf gives NaN in all of that row's results and touches no other.
 ///
+/// A finite row never gives NaN. Where numbers are too large for `T`, its log-density is -inf. Values that are too
+/// large are infinite, and inf where they cannot be told (inf - inf); a log-determinant that cannot be told is -inf of
+/// forward and inf of inverse, so that the density is 0 either way. A density of 0 has no gradient: it is NaN or
+/// infinite.
+///
 /// Const members may be called from any number of threads at once, also while another thread replaces the parameters:
 /// each call sees the old or the new ones whole.
 ///

@@ -726,7 +726,7 @@ void transpose_weights(const Dense<T>& d, int64_t first, int64_t last, T* to) {
   }
 }
 
-/// poison[rows] = 0, or NaN for a row that holds NaN or inf. Returns whether any row is poisoned.
+/// poison[rows] = 0, or NaN for a row that holds NaN or inf. Returns whether any row does.
 template <class T>
 bool find_poison(const T* state, int64_t columns, T* poison, int64_t rows) {
   IntVec<T> any = {};
@@ -750,6 +750,45 @@ void spread_poison(const T* poison, T* values, int64_t features, int64_t rows) {
       store<T>(values + j * rows + r, p != p ? p : load<T>(values + j * rows + r));
     }
   }
+}
+
+// Finite rows never give NaN, which stays with rows that came in with NaN or inf. A number beyond the format is
+// infinite, and so is one that got lost on the way, as inf - inf; a log-determinant that got lost is such that the
+// density of the row is 0.
+
+template <class T>
+constexpr T kNaN = static_cast<T>(__builtin_nan(""));
+template <class T>
+constexpr T kInfinity = static_cast<T>(__builtin_inf());
+
+template <class T>
+NVPFLOW_INLINE bool is_finite(T x) {
+  return x - x == T(0);
+}
+
+/// Row r of the input of a call that has one.
+template <class T, class Call>
+NVPFLOW_INLINE const T* input_row(const Call& call, int64_t r, int64_t features) {
+  return call.in + (call.index == nullptr ? r : call.index[r]) * features;
+}
+
+template <class T, class Call>
+bool input_is_finite(const Call& call, int64_t r, int64_t features) {
+  const T* row = input_row<T>(call, r, features);
+  bool finite = true;
+  for (int64_t j = 0; j < features; ++j) finite &= is_finite(row[j]);
+  return finite;
+}
+
+template <class T>
+NVPFLOW_INLINE T settled(T value) {
+  return __builtin_isnan(value) ? kInfinity<T> : value;
+}
+
+template <class T>
+NVPFLOW_INLINE T settled_log_det(T value, bool inverse) {
+  if (is_finite(value)) return value;
+  return inverse ? kInfinity<T> : -kInfinity<T>;
 }
 
 // ---- a few rows --------------------------------------------------------------------------------------------------

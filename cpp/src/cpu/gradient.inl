@@ -720,6 +720,12 @@ void gradient_tile(const Program<T>& program, const GradientCall<T>& call, int64
     T* log_det = fixed.buffer0;
     sum_partials_tile<T>(fixed.partial, log_det, rows);
     log_prob_tile<T>(fixed.state, features, log_det, fixed.log_prob, rows);
+    if (find_poison<T>(fixed.log_prob, 1, log_det, rows)) {
+      for (int64_t r = 0; r < count; ++r) {  // as settle_tile
+        T& value = fixed.log_prob[r];
+        if (__builtin_isnan(value) && input_is_finite<T>(call, begin + r, features)) value = -kInfinity<T>;
+      }
+    }
     if (call.nll) sum_units<T>(fixed.log_prob, count, sums);
     for (int64_t r = 0; call.log_prob != nullptr && r < count; ++r) call.log_prob[begin + r] = fixed.log_prob[r];
   }

@@ -41,23 +41,35 @@ void copy_out(const T* in, T* out, int64_t count) {
   for (int64_t r = 0; r < count; r += kLanes<T>) store_upto<T>(out + r, load<T>(in + r), count - r);
 }
 
+/// Settles a row [features], its numbers `step` apart, whose results hold NaN or inf. log_det: null where nobody asks.
+template <class T>
+NVPFLOW_NOINLINE void settle_row(const TransformCall<T>& call, int64_t row, int64_t features, T* state, int64_t step,
+                                 T* log_det) {
+  const bool finite = call.in == nullptr || input_is_finite<T>(call, row, features);
+  for (int64_t j = 0; j < features; ++j, state += step) *state = finite ? settled<T>(*state) : kNaN<T>;
+  if (log_det != nullptr) *log_det = finite ? settled_log_det<T>(*log_det, call.inverse) : kNaN<T>;
+}
+
 template <class T>
 void transform_tile(const Program<T>& program, const TransformCall<T>& call, int64_t begin, int64_t count, T* scratch) {
   const int64_t rows = round_up(count, kLanes<T>), features = program.input_size;
   const TransformScratch<T> s(program, scratch, rows);
-  bool poisoned = false;
   if (call.in == nullptr) {
     noise_tile<T>(call.seed, call.first_row + static_cast<uint64_t>(begin), features, s.state, rows);
   } else {
     load_tile<T>(call.in, call.index, begin, count, features, s.state, rows);
-    poisoned = find_poison<T>(s.state, features, s.poison, rows);
   }
   flow_tile<T>(program, call.inverse, s.state, s.partial, s.buffer0, s.buffer1, rows);
-  if (poisoned) spread_poison<T>(s.poison, s.state, features, rows);
+  const bool summed = call.log_det != nullptr || call.log_prob != nullptr;
+  if (summed) sum_partials_tile<T>(s.partial, s.log_det, rows);
+  // What comes in as NaN or inf never becomes finite: one look at the end finds all there is to settle.
+  if (find_poison<T>(s.state, features, s.poison, rows)) {
+    for (int64_t r = 0; r < count; ++r) {
+      if (s.poison[r] == T(0)) continue;
+      settle_row<T>(call, begin + r, features, s.state + r, rows, summed ? s.log_det + r : nullptr);
+    }
+  }
   if (call.out != nullptr) scatter_tile<T>(s.state, rows, count, features, call.out + begin * features, features);
-  if (call.log_det == nullptr && call.log_prob == nullptr) return;
-  sum_partials_tile<T>(s.partial, s.log_det, rows);
-  if (poisoned) spread_poison<T>(s.poison, s.log_det, 1, rows);
   if (call.log_det != nullptr) copy_out<T>(s.log_det, call.log_det + begin, count);
   if (call.log_prob == nullptr) return;
   log_prob_tile<T>(s.state, features, s.log_det, s.buffer0, rows);
@@ -70,24 +82,20 @@ void transform_rows(const Program<T>& program, const TransformCall<T>& call, int
   const int64_t features = program.input_size, stride = row_stride<T>(features);
   const TransformScratch<T> s(program, scratch, count);
   for (int64_t r = 0; r < count; ++r) {
-    const T* in = call.in + (call.index == nullptr ? begin + r : call.index[begin + r]) * features;
-    Vec<T> poison = {};
+    const T* in = input_row<T>(call, begin + r, features);
     for (int64_t j = 0; j < features; j += kLanes<T>) {
-      const Vec<T> v = load_upto<T>(in + j, features - j);
-      poison = fma(v, Vec<T>{}, poison);
-      store<T>(s.state + r * stride + j, v);
+      store<T>(s.state + r * stride + j, load_upto<T>(in + j, features - j));
     }
-    s.poison[r] = sum_lanes<T>(poison);
   }
   flow_rows<T>(program, call.inverse, {s.state, stride, s.partial, s.buffer0, s.buffer1, count});
   for (int64_t r = 0; r < count; ++r) {
     T* state = s.state + r * stride;
     T log_det = sum_lanes<T>(load<T>(s.partial + r * kLanes<T>));
-    const T poison = s.poison[r];
-    if (__builtin_isnan(poison)) {
-      for (int64_t j = 0; j < features; ++j) state[j] = poison;
-      log_det = poison;
+    Vec<T> zeros = {};
+    for (int64_t j = 0; j < features; j += kLanes<T>) {
+      zeros = fma(load_upto<T>(state + j, features - j), Vec<T>{}, zeros);
     }
+    if (sum_lanes<T>(zeros) != T(0)) settle_row<T>(call, begin + r, features, state, 1, &log_det);
     if (call.log_det != nullptr) call.log_det[begin + r] = log_det;
     if (call.log_prob != nullptr) call.log_prob[begin + r] = log_prob_row<T>(state, features, log_det);
     if (call.out == nullptr) continue;
