@@ -18,6 +18,7 @@
 #include <nvpflow/error.hpp>
 #include <nvpflow/spec.hpp>
 
+#include "../cpp/src/float_mode.hpp"
 #include "../cpp/src/left_right.hpp"
 #include "cuda_training.hpp"
 #include "device_flow.hpp"
@@ -98,6 +99,7 @@ class CudaBackend final : public Backend {
   }
 
   void set_parameters(const void* parameters) override {
+    const FloatMode mode;
     const OnDevice on(flow_->index());
     packed_.rewrite([this] { return make(); },
                     [&](Packed<T>& packed) {
@@ -193,6 +195,7 @@ class CudaBackend final : public Backend {
 
   double nll_gradient(const void* x, const std::int64_t* index, std::int64_t rows, std::int64_t total_rows,
                       void* grad_parameters, bool accumulate, const Execution& how) const override {
+    const FloatMode mode;
     GradientCall<T> call;
     call.in = static_cast<const T*>(x);
     call.nll = true;
@@ -242,6 +245,7 @@ class CudaBackend final : public Backend {
 
   void adam_step(const AdamStep& step, std::int64_t count, const void* gradient, void* first_moment,
                  void* second_moment, void* parameters, int) const override {
+    const FloatMode mode;
     const OnDevice on(flow_->index());
     const Lanes::Loan lane(lanes_);
     const std::int64_t bytes = count * static_cast<std::int64_t>(sizeof(T)), stride = round_up(bytes, 256);

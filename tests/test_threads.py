@@ -30,6 +30,71 @@ def weights(flow, seed: int) -> dict[str, np.ndarray]:
 # ---------------------------------------------------------------------------------------------- threads
 
 
+_MODES = """
+import ctypes, sys, warnings
+import numpy as np, nvpflow
+from oracle import random_parameters, unit_data
+
+warnings.simplefilter("ignore", nvpflow.DataWarning)  # rows this small are what is wanted here
+if sys.argv[1] == "flush":
+    import torch
+    change, restore = lambda: torch.set_flush_denormal(True), lambda: torch.set_flush_denormal(False)
+    if not change():
+        print("done")  # this processor cannot
+        raise SystemExit
+    restore()
+else:
+    libm = ctypes.CDLL(None)
+    upward = {"x86_64": 0x800, "aarch64": 0x400000, "arm64": 0x400000}[__import__("platform").machine()]
+    change, restore = lambda: libm.fesetround(upward), lambda: libm.fesetround(0)
+
+def everything(flow, threads):
+    flow.num_threads = threads
+    z, log_det = flow.forward(x)
+    made = nvpflow.build(4, 2, (16,), seed=1, standardize=True)
+    made.fit(x[:4000] * np.float32(1), epochs=2, batch_size=1500, progress=False, num_threads=threads)
+    results = z, log_det, flow.log_prob(x), flow.log_prob(x[:1]), flow.inverse(x), flow.sample(3000, seed=1)
+    loss, gradient = flow.nll_gradient(x)
+    return repr(loss), *(r.tobytes() for r in (*results, gradient, made._copy_flat_parameters()))
+
+if sys.argv[2] == "before":
+    change()  # the threads start in it
+flow = nvpflow.build(4, 2, (16,), seed=1)
+parameters = random_parameters({n: v.shape for n, v in flow.parameters().items()}, 1)
+x = unit_data(30_000, 4, 1, "float32")
+x[::2] *= np.float32(1e-40)
+parameters = {n: v.astype(np.float32) for n, v in parameters.items()}
+for name in parameters:  # subnormal results of subnormal rows
+    if name.endswith("translation.bias") or "dense" in name:
+        parameters[name] = parameters[name] * np.float32(1e-38)
+restore()
+flow.set_parameters(parameters)
+expected = everything(flow, 1)
+if sys.argv[2] == "before":
+    change()
+    first = [everything(flow, t) for t in (3, 2, 1)]
+    restore()
+else:
+    first = [everything(flow, t) for t in (2, 3)]
+    change()
+    first += [everything(flow, t) for t in (1, 2, 3, 2)]
+    if sys.argv[1] != "flush":
+        assert libm.fegetround() == upward, "the caller's mode is not the caller's any more"
+    restore()
+assert all(f == expected for f in first), [f == expected for f in first]
+print("done")
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("what", ["flush", "round"])
+def test_bits_do_not_depend_on_the_callers_floating_point_mode(run_python, what, when) -> None:
+    """Other libraries change the mode of their thread; those of the pool keep the one that they were born with."""
+    if what == "flush":
+        pytest.importorskip("torch")
+    assert run_python(_MODES, what, when).strip().endswith("done")
+
+
 @pytest.mark.parametrize("rows", [1, 40, 3000], ids=["one row", "small batch", "threaded batch"])
 def test_calls_see_the_old_or_the_new_parameters_whole(make_flow, rows) -> None:
     flow, _ = make_flow(12, 4, (48,), "relu", dtype="float32")

@@ -35,6 +35,7 @@
 #include <nvpflow/flow.hpp>
 #include <nvpflow/spec.hpp>
 
+#include "float_mode.hpp"
 #include "metadata.hpp"
 
 namespace nvpflow {
@@ -1047,6 +1048,7 @@ void save_model(const std::string& path, const FlowSpec& spec, const ParamLayout
 }
 
 LoadedModel load_model(const std::string& path, const FlowSpec* expected) {
+  const FloatMode mode;  // for the numbers of the metadata
   if (expected != nullptr) expected->validate();
   const ContainerReader file(path);
   TensorsByName tensors;

@@ -23,6 +23,7 @@
 #include <nvpflow/spec.hpp>
 
 #include "file_format.hpp"
+#include "float_mode.hpp"
 #include "parallel.hpp"
 
 namespace nvpflow {
@@ -72,6 +73,7 @@ auto* data_or_null(const Span& s) {
 
 std::unique_ptr<Backend> make_backend(const FlowSpec& spec, const ParamLayout& layout, Device device,
                                       Precision precision, Weights weights) {
+  const FloatMode mode;
   const std::string asked = "precision is '" + std::string(name_of(precision)) + "', ";
   if (precision != Precision::float32 && spec.dtype == DType::float64) {
     fail(asked + "which is for float32 flows; this one is float64, expected 'float32'");
@@ -173,6 +175,7 @@ struct Flow::State {
 
 Flow::Flow(FlowSpec spec, std::uint64_t seed, Device device, Precision precision, Weights weights, Init init)
     : state_(std::make_unique<State>(std::move(spec), device, precision, weights)) {
+  const FloatMode mode;
   void* parameters = state_->parameters.data();
   if (state_->spec.dtype == DType::float32) {
     initialize_parameters(state_->spec, state_->layout, seed, static_cast<float*>(parameters), init);
@@ -382,6 +385,7 @@ double row_error(const T* x, const T* back, const std::vector<double>& scales) {
 
 template <class T>
 double Flow::round_trip_error(std::span<const T> x) const {
+  const FloatMode mode;
   const std::int64_t rows = state_->check_rows(Named{"x", x}), features = spec().input_size;
   const std::vector<double> scales = state_->template column_scales<T>();
   const std::int64_t chunk =
@@ -418,6 +422,7 @@ void Flow::sample(std::uint64_t seed, std::span<T> x, std::uint64_t first_row) c
 
 template <class T>
 double Flow::nll(std::span<const T> x) const {
+  const FloatMode mode;
   const std::int64_t rows = state_->check_rows(Named{"x", x});
   if (rows == 0) fail("x has no rows: the mean over an empty batch is not defined");
   return -backend().sum_log_prob(x.data(), nullptr, rows, state_->threads_for(rows)) / static_cast<double>(rows);
@@ -425,6 +430,7 @@ double Flow::nll(std::span<const T> x) const {
 
 template <class T>
 double Flow::nll_gradient(std::span<const T> x, std::span<T> gradient) const {
+  const FloatMode mode;
   const std::int64_t rows = state_->check_rows(Named{"x", x});
   if (rows == 0) fail("x has no rows: the mean over an empty batch is not defined");
   check_length(Named{"gradient", gradient}, num_parameters(), "the flat buffer of ParamLayout");

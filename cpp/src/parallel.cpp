@@ -20,6 +20,8 @@
 
 #include <nvpflow/error.hpp>
 
+#include "float_mode.hpp"
+
 #ifdef NVPFLOW_OPENMP
 #include <omp.h>
 #endif
@@ -87,6 +89,7 @@ class Job {
 
   /// Works until no part is left to claim.
   void work() {
+    const FloatMode mode;  // of a thread that started in its creator's, which may have been any
     for (std::int64_t part = 0; (part = next_.fetch_add(1, std::memory_order_relaxed)) < parts_;) {
       const std::int64_t begin = units_ * part / parts_ * grain_;
       const std::int64_t end = std::min(count_, units_ * (part + 1) / parts_ * grain_);

@@ -27,6 +27,7 @@
 #include <nvpflow/spec.hpp>
 
 #include "checkpoint.hpp"
+#include "float_mode.hpp"
 #include "math.hpp"
 #include "parallel.hpp"
 #include "row_order.hpp"
@@ -609,6 +610,7 @@ void FitOptions::validate() const {
 template <class T>
 History fit(Flow& flow, std::span<const T> x, std::span<const T> validation, const FitOptions& options,
             FitObserver* observer) {
+  const FloatMode mode;  // also for what the training itself computes; the observer is called in it
   return Trainer<T>(flow, x, validation, options, observer).run();
 }
 

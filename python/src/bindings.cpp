@@ -31,6 +31,7 @@
 #include <nvpflow/train.hpp>
 
 #include "../../cpp/src/file_format.hpp"
+#include "../../cpp/src/float_mode.hpp"
 #include "../../cpp/src/parallel.hpp"
 #include "arrays.hpp"
 #include "bound_flow.hpp"
@@ -199,6 +200,7 @@ py::object nll(const BoundFlow& self, const Arguments& given) {
   const InputArray in = input_rows(given[0], "x", self.dtype, self.features, self.device, &self.flow);
   double result = 0;
   if (in.on_device) {
+    const FloatMode mode;
     require_some(in);
     run_beside(self, in, in.rows, [&](const Execution& how) {
       result = -self.flow.backend().sum_log_prob(in.data, nullptr, in.rows, how) / static_cast<double>(in.rows);
@@ -217,6 +219,7 @@ py::object nll_gradient(const BoundFlow& self, const Arguments& given) {
   OutputArray gradient = parameter_array(self, "gradient", in);
   double result = 0;
   if (in.on_device) {
+    const FloatMode mode;
     require_some(in);
     run_beside(self, in, in.rows, [&](const Execution& how) {
       const Backend& backend = self.flow.backend();

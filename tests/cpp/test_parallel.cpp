@@ -7,6 +7,7 @@
 #include <signal.h>
 
 #include <atomic>
+#include <cfenv>
 #include <chrono>
 #include <mutex>
 #include <set>
@@ -17,6 +18,7 @@
 
 #include <nvpflow/error.hpp>
 
+#include "float_mode.hpp"
 #include "parallel.hpp"
 
 using nvpflow::parallel_for;
@@ -28,6 +30,12 @@ void linger(std::atomic<int>& arrived, int wanted) {
   arrived.fetch_add(1);
   const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(5);
   while (arrived.load() < wanted && std::chrono::steady_clock::now() < end) std::this_thread::yield();
+}
+
+/// By what sums say: the standard's fegetround may look at another unit than the one that computes.
+bool rounds_to_nearest() {
+  const volatile double one = 1, little = 1e-30;
+  return one + little == 1 && one - little == 1 && -one - little == -1;
 }
 
 }  // namespace
@@ -71,6 +79,45 @@ TEST_CASE("the environment bounds the threads") {
   }
   CHECK_THROWS_AS(limited_threads(8, "4,2", nullptr), nvpflow::Error);  // the list is OpenMP's
 }
+
+TEST_CASE("every thread computes in one mode, and the caller gets its own back") {
+  // Both ways: threads that start in another mode, and a caller that changes its own when they have started.
+  int other_modes = 0;
+  for (const int mode : {FE_UPWARD, FE_DOWNWARD, FE_TONEAREST, FE_TOWARDZERO}) {
+    std::fesetround(mode);
+    std::atomic<int> arrived{0}, wrong{0};
+    parallel_for(3, 1, 3, [&](std::int64_t, std::int64_t) {
+      linger(arrived, 3);
+      wrong.fetch_add(!rounds_to_nearest());
+    });
+    CHECK(wrong.load() == 0);
+    other_modes += std::fegetround() == mode;
+    {
+      const nvpflow::FloatMode here;
+    }
+    other_modes += std::fegetround() == mode;
+  }
+  std::fesetround(FE_TONEAREST);
+  CHECK(other_modes == 8);
+}
+
+#if defined(__x86_64__)
+TEST_CASE("subnormal numbers are kept where the caller flushes them") {
+  const unsigned before = _mm_getcsr();
+  const unsigned flushing = (before & ~0x3fu) | 0x8040;  // flush to zero, subnormals are zeros
+  _mm_setcsr(flushing);
+  volatile float tiny = 1e-40f;
+  std::atomic<int> arrived{0}, lost{0};
+  parallel_for(3, 1, 3, [&](std::int64_t, std::int64_t) {
+    linger(arrived, 3);
+    lost.fetch_add(tiny * 1.0f == 0.0f);
+  });
+  const bool kept = (_mm_getcsr() & ~0x3fu) == flushing;
+  _mm_setcsr(before);
+  CHECK(lost.load() == 0);
+  CHECK(kept);
+}
+#endif
 
 TEST_CASE("the first part's exception reaches the caller, and the threads can be used on") {
   for (int round = 0; round < 200; ++round) {

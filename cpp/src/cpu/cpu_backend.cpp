@@ -12,6 +12,7 @@
 #include <nvpflow/device.hpp>
 #include <nvpflow/spec.hpp>
 
+#include "../float_mode.hpp"
 #include "../host_training.hpp"
 #include "../left_right.hpp"
 #include "../memory.hpp"
@@ -102,6 +103,7 @@ class CpuBackend final : public Backend {
   }
 
   void set_parameters(const void* parameters) override {
+    const FloatMode mode;
     if (training_threads_ > 0)
       return packed_.initial().pack(static_cast<const T*>(parameters), true, training_threads_);
     packed_.rewrite([this] { return make_packed(); },
@@ -137,6 +139,7 @@ class CpuBackend final : public Backend {
 
   void noise(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* z,
              const Execution& how) const override {
+    const FloatMode mode;
     const Reading packed(packed_);
     parallel_for(rows, grain_, how.threads, [&](std::int64_t begin, std::int64_t end) {
       T* scratch = thread_scratch<T>(transform_scratch_);
@@ -146,6 +149,7 @@ class CpuBackend final : public Backend {
 
   void conditioner(std::int64_t layer, const void* in, std::int64_t rows, void* s, void* t,
                    const Execution& how) const override {
+    const FloatMode mode;
     const Reading packed(packed_);
     parallel_for(rows, grain_, how.threads, [&](std::int64_t begin, std::int64_t end) {
       T* scratch = thread_scratch<T>(transform_scratch_);
@@ -178,6 +182,7 @@ class CpuBackend final : public Backend {
 
   double nll_gradient(const void* x, const std::int64_t* index, std::int64_t rows, std::int64_t total_rows,
                       void* grad_parameters, bool accumulate, const Execution& how) const override {
+    const FloatMode mode;
     GradientCall<T> call;
     call.in = static_cast<const T*>(x);
     call.index = index;
@@ -188,6 +193,7 @@ class CpuBackend final : public Backend {
 
   double sum_log_prob(const void* x, const std::int64_t* index, std::int64_t rows,
                       const Execution& how) const override {
+    const FloatMode mode;
     const Reading packed(packed_);
     return sum_of_parts<kSumRows>(rows, threads_for(rows, how.threads), [&](std::int64_t begin, std::int64_t end) {
       T* scratch = thread_scratch<T>(transform_scratch_ + kSumRows);
@@ -205,6 +211,7 @@ class CpuBackend final : public Backend {
 
   void adam_step(const AdamStep& step, std::int64_t count, const void* gradient, void* first_moment,
                  void* second_moment, void* parameters, int threads) const override {
+    const FloatMode mode;
     const auto t = static_cast<double>(step.step);
     const cpu::AdamCoefficients c = {step.beta1,
                                      step.beta2,
@@ -220,6 +227,7 @@ class CpuBackend final : public Backend {
   }
 
   double sum_of_squares(const void* values, std::int64_t count, int threads) const override {
+    const FloatMode mode;
     return sum_of_parts<kUpdateSize>(count, threads, [&](std::int64_t begin, std::int64_t end) {
       return kernels_.sum_of_squares(static_cast<const T*>(values) + begin, end - begin);
     });
@@ -273,6 +281,7 @@ class CpuBackend final : public Backend {
   }
 
   void run(const TransformCall<T>& call, std::int64_t rows, int threads) const {
+    const FloatMode mode;
     const Reading packed(packed_);
     if (rows <= grain_ || threads <= 1) {
       kernels_.transform(packed->program(), call, 0, rows, thread_scratch<T>(transform_scratch_));
@@ -289,6 +298,7 @@ class CpuBackend final : public Backend {
   }
 
   double run_gradient(GradientCall<T> call, std::int64_t rows, T* gradient, bool accumulate, int threads) const {
+    const FloatMode mode;
     const Reading packed(packed_);
     packed->ensure_transposed();
     if (rows == 0 && gradient != nullptr && !accumulate) {
