@@ -87,7 +87,8 @@ def test_a_fit_that_finishes_no_epoch_leaves_the_flow_as_it_was(tmp_path, spoil)
 
 def test_a_run_of_endless_epochs_has_a_learning_rate():
     rows = np.random.default_rng(0).normal(size=(500, 3)).astype(np.float32)
-    history = nvpflow.build(3, 2, (8,)).fit(rows, epochs=2**62, callback=lambda record: False, progress=False)
+    options = {"learning_rate": 1e-3, "callback": lambda record: False, "progress": False}
+    history = nvpflow.build(3, 2, (8,)).fit(rows, epochs=2**62, **options)
     assert history.learning_rate[0] == pytest.approx(1e-3)
 
 
