@@ -18,9 +18,9 @@ Array = NDArray[Any]
 
 COARSE = 1e-2
 """Share of a column's spread above which the distance of its floating-point numbers hides what a density could show."""
-_SAMPLE_ROWS = 100_000  # for medians, distinct values and dependence
-_SAMPLE_VALUES = 1 << 22
-_BLOCK_VALUES = 1 << 18
+_SAMPLE_ROWS = 20_000  # for medians, distinct values and dependence
+_SAMPLE_VALUES = 1 << 17
+_BLOCK_VALUES = 1 << 16
 _MOST_COLUMNS = 1000  # whose dependence is looked for: the work grows with the third power
 _ROWS_PER_COLUMN = 10
 _OUTLYING = 10.0  # standard deviation in units of what the middle half of the rows says it is
@@ -136,7 +136,7 @@ def check_data(
     """Look at every column of a table for what stands in the way of a density, and say what to do about it.
 
     `Flow.fit` and the estimators do this by themselves: errors are raised, the rest is one `DataWarning`. It takes one
-    pass over the rows; medians, distinct values and dependence are those of up to 100,000 rows drawn by a fixed seed.
+    pass over the rows; medians, distinct values and dependence are those of up to 20,000 rows drawn by a fixed seed.
 
     Parameters
     ----------
