@@ -199,7 +199,7 @@ class Trainer {
     check_finite("validation", validation_, features_, [this] { poll(); });
     best_.resize(static_cast<std::size_t>(flow_.num_parameters()));
     flow_.template copy_parameters<T>(best_);
-    if (options_.averaging > 0) average_.resize(best_.size()), now_.resize(best_.size());
+    if (options_.averaging > 0) average_.resize(best_.size());
     standardize_from_data();
     const TrainingData data = {x_.data(), total_rows(), validation_.data(), validation_rows()};
     training_ = flow_.backend().begin_training(data, best_.data(), std::min(slice_, batch_), threads_);
@@ -469,12 +469,11 @@ class Trainer {
     // 1 at the first epoch; afterwards weights that do not change are their own average, bit for bit.
     const auto share = static_cast<T>((1 - kept) / (1 - std::pow(kept, static_cast<double>(epoch))));
     T* parameters = static_cast<T*>(training_->read(true).parameters);
-    std::copy_n(parameters, now_.size(), now_.data());
-    for (std::size_t i = 0; i < average_.size(); ++i) average_[i] += share * (now_[i] - average_[i]);
-    std::copy(average_.begin(), average_.end(), parameters);
+    for (std::size_t i = 0; i < average_.size(); ++i) average_[i] += share * (parameters[i] - average_[i]);
+    std::swap_ranges(average_.begin(), average_.end(), parameters);  // average_ keeps those of now meanwhile
     training_->write();
     const double loss = selection_loss(epoch);
-    std::copy(now_.begin(), now_.end(), static_cast<T*>(training_->read(true).parameters));
+    std::swap_ranges(average_.begin(), average_.end(), static_cast<T*>(training_->read(true).parameters));
     training_->write();
     return loss;
   }
@@ -578,8 +577,8 @@ class Trainer {
   std::unique_ptr<Training> training_;
   std::optional<Flow> probe_;  // where max_round_trip is set
   std::vector<T> probe_rows_;
-  std::vector<T> best_;           // before the first epoch is done, the parameters that training starts from
-  std::vector<T> average_, now_;  // empty where options_.averaging is 0
+  std::vector<T> best_;     // before the first epoch is done, the parameters that training starts from
+  std::vector<T> average_;  // empty where options_.averaging is 0
   bool average_is_better_ = false;
   double weight_decay_ = 0;
   std::int64_t slice_ = 0, batch_ = 0, steps_ = 0, adam_steps_ = 0;

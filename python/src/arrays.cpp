@@ -130,7 +130,8 @@ py::object convert(PyObject* object, const char* name, DType dtype, Library libr
   return result;
 }
 
-/// The columns of a frame as one array; the object itself where it is no frame. What is known to be no table is refused.
+/// The columns of a frame as one array; the object itself where it is no frame. What is known to be no table is
+/// refused.
 py::object read_columns(PyObject* object, const char* name, const Flow* named) {
   if (PyList_Check(object) || PyTuple_Check(object) || PyFloat_Check(object) || PyLong_Check(object)) {
     return py::reinterpret_borrow<py::object>(object);
