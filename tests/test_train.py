@@ -219,8 +219,8 @@ def test_an_epoch_counts_by_the_better_of_its_weights_and_their_average(tmp_path
     np.testing.assert_allclose(flat(flow), candidates[history.best_epoch - 1], rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("rows", "decay"), [(2000, 250 * SIZE / 2000), (900, 1.0)])
-def test_the_automatic_weight_decay_is_250_columns_a_row(rows, decay) -> None:
+@pytest.mark.parametrize(("rows", "decay"), [(4000, (225 * SIZE / 4000) ** 2), (900, 1.0)])
+def test_the_automatic_weight_decay_falls_with_the_square_of_the_rows(rows, decay) -> None:
     automatic, told, none = new_flow(), new_flow(), new_flow()
     fit(automatic, curved(rows), validation=None, epochs=2)
     fit(told, curved(rows), validation=None, epochs=2, weight_decay=decay)

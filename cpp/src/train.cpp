@@ -65,6 +65,13 @@ double flops_per_row(const ParamLayout& layout) {
   return flops;
 }
 
+/// The weight decay that is taken where none is given: a prior that weighs less the more rows there are. Measured by
+/// tests/bench/defaults.py; in proportion to columns / rows it cost half a nat on 18,000 rows of ten columns.
+double decay_of(std::int64_t columns, std::int64_t rows) {
+  const double share = 225.0 * static_cast<double>(columns) / static_cast<double>(std::max<std::int64_t>(1, rows));
+  return std::min(1.0, share * share);
+}
+
 /// FNV-1a over 64-bit words: tells data sets apart, nothing more. Calls poll() often enough for a person.
 template <class Poll>
 std::uint64_t fingerprint(const void* data, std::size_t bytes, Poll poll) {
@@ -168,8 +175,7 @@ class Trainer {
     slice_ =
         std::clamp<std::int64_t>(static_cast<std::int64_t>(most / (3 * flops_per_row(flow.layout()))), 64, 1 << 16);
     batch_ = rows_in_a_step(rows_.train());
-    weight_decay_ = options.weight_decay.value_or(std::min(
-        1.0, 250.0 * static_cast<double>(features_) / static_cast<double>(std::max<std::int64_t>(1, rows_.train()))));
+    weight_decay_ = options.weight_decay.value_or(decay_of(features_, rows_.train()));
     steps_ = (rows_.train() + batch_ - 1) / batch_;
     history_.train_rows = rows_.train();
     history_.validation_rows = has_array() ? validation_rows() : rows_.held_out();

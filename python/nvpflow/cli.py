@@ -213,7 +213,7 @@ def _add_training_options(group: Any) -> None:
     _add_option(group, "--batch-size", type=int, metavar="N", help=batch_help)
     _add_option(group, "--learning-rate", type=float, metavar="X", default=3e-3, help="Adam's step size")
     _add_option(group, "--schedule", choices=("cosine", "constant"), default="cosine", help="of the learning rate")
-    decay_help = "decoupled, on kernels only (default: 250 columns / training rows, at most 1)"
+    decay_help = "decoupled, on kernels only (default: the square of 225 columns / training rows, at most 1)"
     _add_option(group, "--weight-decay", type=float, metavar="X", help=decay_help)
     clip_help = "scale longer gradients down to this norm; 0: never"
     _add_option(group, "--clip-norm", type=float, metavar="X", default=5.0, help=clip_help)

@@ -573,8 +573,8 @@ class Flow(_core.Flow):
         schedule
             "cosine" lets the step size fall to zero along half a cosine over all epochs; "constant" keeps it.
         weight_decay
-            Decoupled weight decay (AdamW: Loshchilov and Hutter, 2019), on kernels only. None: 250 columns / training
-            rows, but at most 1, so that it weighs less the more rows there are. 0: none.
+            Decoupled weight decay (AdamW: Loshchilov and Hutter, 2019), on kernels only. None: the square of 225
+            columns / training rows, but at most 1, so that it weighs less the more rows there are. 0: none.
         clip_norm
             Scale a gradient down to this Euclidean norm where it is longer. None or 0: never.
         averaging

@@ -26,8 +26,8 @@ struct NVPFLOW_API FitOptions {
   double learning_rate = 3e-3;
   /// cosine: learning_rate * (1 + cos(pi step / total_steps)) / 2, from the first step to the last of all epochs.
   Schedule schedule = Schedule::cosine;
-  /// Decoupled (AdamW), on kernels only. Without a value 250 columns / training rows, but at most 1: a prior weighs
-  /// less the more rows there are.
+  /// Decoupled (AdamW), on kernels only. Without a value the square of 225 columns / training rows, at most 1: a prior
+  /// weighs less the more rows there are.
   std::optional<double> weight_decay;
   /// Largest Euclidean norm of the whole gradient; a longer one is scaled down to it. 0: no clipping.
   double clip_norm = 5.0;
