@@ -948,7 +948,10 @@ def test_signals_that_end_a_command_leave_nothing_behind(folder, name):
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(getattr(signal, name))
-        _, errors = process.communicate(timeout=60)
+        try:
+            _, errors = process.communicate(timeout=120)
+        finally:
+            process.kill()  # or the end of the block would wait for what has not ended
     assert (process.returncode, errors) == (-getattr(signal, name), b"")
     assert sorted(path.name for path in folder.iterdir()) == ["data.npy", "model.safetensors"]
 
