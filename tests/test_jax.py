@@ -695,3 +695,15 @@ except ImportError as error:
 """
     )
     assert 'pip install "jax>=0.5"' in output
+
+
+def test_initialize_from_sets_the_layer_and_nothing_else() -> None:
+    flow = nvpflow.build(4, 2, (8,), seed=1)
+    before = nj.parameters(flow)
+    x = np.random.default_rng(0).normal(size=(100, 4)).astype(np.float32) * 30 + 5
+    after = nj.initialize_from(flow.spec, before, jnp.asarray(x))
+    flow.initialize_from(x)
+    expected = nj.parameters(flow)
+    assert list(after) == list(expected)
+    assert all(np.array_equal(after[name], expected[name]) for name in after)
+    assert not np.any(before["standardize_0.mean"])

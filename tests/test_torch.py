@@ -19,6 +19,7 @@ from oracle import assert_within_budget, unit_data
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 import nvpflow.torch  # noqa: E402
+from nvpflow import DataWarning  # noqa: E402
 from nvpflow.torch import FlowDistribution, FlowModule, FlowTransform  # noqa: E402
 
 SIZE = 5
@@ -915,3 +916,93 @@ def test_forward_mode_is_refused_also_without_gradients(make_flow, gradients, of
         torch.func.jvp(module.log_prob, (x,), (x,))
     with forward_ad.dual_level():
         assert torch.equal(module.log_prob(x), module.log_prob(x.clone()))
+
+
+# ---------------------------------------------------------------------------------------------- what fit does elsewhere
+
+
+def raw_rows(rows: int = 200) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(rows, 4, generator=generator) * torch.tensor([1.0, 100.0, 1e-3, 1.0]) + 50
+
+
+def test_initialize_from_sets_the_layer_as_the_flow_does() -> None:
+    flow = nvpflow.build(4, 2, (8,), seed=1)
+    module = FlowModule(flow)
+    x = raw_rows()
+    assert module.initialize_from(x.reshape(10, 20, 4)) == {}
+    flow.initialize_from(x.numpy())
+    assert module.to_flow() == flow
+    far = x.clone()
+    far[0] = 1e6
+    assert set(module.initialize_from(far)) == {"column 1", "column 2", "column 3", "column 4"}
+    assert module.initialize_from(far, standardize="mean") == {}
+    with pytest.raises(ValueError, match="does not begin with a standardize layer"):
+        FlowModule(nvpflow.build(4, standardize=False)).initialize_from(x)
+
+
+def test_rows_far_from_unit_scale_are_said_once() -> None:
+    module = FlowModule(nvpflow.build(4, 2, (8,)))
+    module.log_prob(raw_rows(15))  # too few to tell
+    with pytest.warns(DataWarning, match=r"still the identity and column 1, 2, 3, 4 of the rows"):
+        module.log_prob(raw_rows())
+    module.log_prob(raw_rows())
+    for silent in (FlowModule(nvpflow.build(4, 2, (8,))), FlowModule(nvpflow.build(4, standardize=False))):
+        silent.log_prob(torch.randn(64, 4, generator=torch.Generator().manual_seed(1)))
+        silent.log_prob(raw_rows())
+    initialized = FlowModule(nvpflow.build(4, 2, (8,)))
+    initialized.initialize_from(raw_rows())
+    initialized(raw_rows() * 1e3)
+
+
+def test_to_flow_does_not_drop_a_base() -> None:
+    module = FlowModule(nvpflow.build(4, 2, (8,)))
+    module.to_flow()
+    base = torch.distributions.Independent(torch.distributions.StudentT(torch.full((4,), 5.0)), 1)
+    torch.distributions.TransformedDistribution(base, [FlowTransform(module)])
+    for used in (module, copy.deepcopy(module)):
+        with pytest.raises(ValueError, match=r"base distribution is not in the module.*to_flow\(drop_base=True\)"):
+            used.to_flow()
+        assert used.to_flow(drop_base=True) == nvpflow.build(4, 2, (8,))
+
+
+def test_reset_parameters_draws_anew_what_is_drawn() -> None:
+    module = FlowModule(nvpflow.build(4, 2, (8,), seed=1))
+    module.initialize_from(raw_rows())
+    layer = module.standardize_0.mean.clone()
+    module.reset_parameters(seed=5)
+    assert torch.equal(module.standardize_0.mean, layer)
+    for init in ("fan_in", "glorot"):
+        module.reset_parameters(seed=5, init=init)
+        new = nvpflow.build(4, 2, (8,), seed=5, init=init).parameters()
+        for name, value in module.state_dict().items():
+            assert name.startswith("standardize") or np.array_equal(value.numpy(), new[name]), name
+    torch.manual_seed(0)
+    module.reset_parameters()
+    first = module.to_flow()
+    torch.manual_seed(0)
+    module.reset_parameters()
+    assert module.to_flow() == first
+
+
+def test_sample_and_log_prob_agree(make) -> None:
+    module, flow, _ = make()
+    x, log_p = module.sample_and_log_prob(50, seed=3)
+    assert np.array_equal(x.detach().numpy(), flow.sample(50, seed=3))
+    np.testing.assert_allclose(log_p.detach().numpy(), flow.log_prob(x.detach().numpy()), rtol=1e-9, atol=1e-9)
+    assert torch.autograd.grad(log_p.sum(), module.flow_0_scale.bias)[0].abs().sum() > 0
+
+
+def test_a_context_is_none_or_refused() -> None:
+    module = FlowModule(nvpflow.build(4, 2, (8,)))
+    x = torch.zeros(3, 4)
+    for method, argument in (
+        ("log_prob", x),
+        ("forward", x),
+        ("inverse", x),
+        ("sample", 3),
+        ("sample_and_log_prob", 3),
+    ):
+        getattr(module, method)(argument, context=None)
+        with pytest.raises(TypeError, match=r"context is .*, expected None: nvpflow's flows are not conditional"):
+            getattr(module, method)(argument, context=torch.zeros(3, 2))

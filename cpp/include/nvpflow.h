@@ -163,6 +163,15 @@ NVPFLOW_API nvpflow_status nvpflow_reload(nvpflow_flow* flow, const char* path);
  */
 NVPFLOW_API nvpflow_status nvpflow_swap(nvpflow_flow* a, nvpflow_flow* b);
 
+/** @name The standardize layer, which must be the flow's first, set from rows x [rows, D]: to each column's mean and
+ * standard deviation, or to its median and interquartile range where far rows decide the standard deviation. For rows
+ * in other units than those the flow was trained on. Replaces parameters, as nvpflow_reload() does.
+ * @{ */
+/** @brief Sets the layer from x [rows, D]; on failure the flow is as it was. */
+NVPFLOW_API nvpflow_status nvpflow_initialize_from_f32(nvpflow_flow* flow, const float* x, int64_t rows);
+NVPFLOW_API nvpflow_status nvpflow_initialize_from_f64(nvpflow_flow* flow, const double* x, int64_t rows);
+/** @} */
+
 /** @name log p(x) = log N(z; 0, I) + log|det dz/dx| of each row, in nats.
  * @{ */
 /** @brief Writes log_prob [rows] of x [rows, D]. */

@@ -105,6 +105,14 @@ std::span<T> wanted(T* data, std::int64_t rows) {
 }
 
 template <class T>
+nvpflow_status initialize_from(nvpflow_flow* handle, const T* x, std::int64_t rows) {
+  return guarded([&] {
+    Flow& flow = required(handle, "flow")->flow;
+    flow.initialize_from<T>(array(x, "x", rows, flow.spec().input_size));
+  });
+}
+
+template <class T>
 nvpflow_status log_prob(const nvpflow_flow* handle, const T* x, std::int64_t rows, T* out) {
   return guarded([&] {
     const Flow& flow = required(handle, "flow")->flow;
@@ -247,6 +255,12 @@ nvpflow_status nvpflow_swap(nvpflow_flow* a, nvpflow_flow* b) {
   return guarded([&] { required(a, "a")->flow.swap(required(b, "b")->flow); });
 }
 
+nvpflow_status nvpflow_initialize_from_f32(nvpflow_flow* flow, const float* x, int64_t rows) {
+  return nvpflow::initialize_from(flow, x, rows);
+}
+nvpflow_status nvpflow_initialize_from_f64(nvpflow_flow* flow, const double* x, int64_t rows) {
+  return nvpflow::initialize_from(flow, x, rows);
+}
 nvpflow_status nvpflow_log_prob_f32(const nvpflow_flow* flow, const float* x, int64_t rows, float* log_prob) {
   return nvpflow::log_prob(flow, x, rows, log_prob);
 }

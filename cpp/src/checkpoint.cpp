@@ -46,6 +46,8 @@ json describe(const CheckpointKey& key) {
                {"patience", o.patience},
                {"validation", o.validation_fraction},
                {"max_round_trip", o.max_round_trip},
+               {"standardize", name_of(o.standardize)},
+               {"max_deviation", o.max_deviation},
                {"seed", o.seed}};
   if (o.averaging > 0) text["averaging"] = o.averaging;
   // The cosine's length is part of the schedule; a constant rate may go on for longer.

@@ -17,6 +17,7 @@
 #include <span>
 #include <sstream>
 #include <string>
+#include <string_view>
 #include <system_error>
 #include <utility>
 #include <vector>
@@ -31,6 +32,7 @@
 #include "math.hpp"
 #include "parallel.hpp"
 #include "row_order.hpp"
+#include "statistics.hpp"
 
 namespace nvpflow {
 namespace {
@@ -130,9 +132,6 @@ class Rows {
   std::int64_t train_;
 };
 
-/// Rows that the preparation of a fit goes through between two looks at the observer.
-constexpr std::int64_t kPollRows = 1 << 16;
-
 template <class T, class Poll>
 void check_finite(const char* name, std::span<const T> values, std::int64_t features, Poll poll) {
   constexpr std::int64_t kNamed = 5;
@@ -152,6 +151,18 @@ void check_finite(const char* name, std::span<const T> values, std::int64_t feat
        ", counted from 0); remove or repair them");
 }
 
+/// Writes the means and log standard deviations of a layer; returns how they were found.
+template <class T>
+std::vector<std::string> set_layer(std::span<T> layer, const std::vector<ColumnScale>& scales) {
+  std::vector<std::string> how;
+  for (std::size_t j = 0; j < scales.size(); ++j) {
+    layer[j] = static_cast<T>(scales[j].centre);
+    layer[scales.size() + j] = static_cast<T>(scales[j].log_scale);
+    how.push_back(scales[j].how);
+  }
+  return how;
+}
+
 /// Thrown through the preparation of a fit when the observer asks to stop.
 struct Stopped {};
 
@@ -166,19 +177,16 @@ class Trainer {
         features_(flow.spec().input_size),
         x_(x),
         validation_(validation),
+        given_x_(x),
+        given_validation_(validation),
         rows_(checked_rows(), held_out_rows(), options.seed),
         threads_(options.num_threads > 0  ? options.num_threads
                  : flow.num_threads() > 0 ? flow.num_threads()
                                           : available_threads()) {
-    check_sizes();
     const double most = kSliceFlops * sizeof(float) / sizeof(T);
     slice_ =
         std::clamp<std::int64_t>(static_cast<std::int64_t>(most / (3 * flops_per_row(flow.layout()))), 64, 1 << 16);
-    batch_ = rows_in_a_step(rows_.train());
-    weight_decay_ = options.weight_decay.value_or(decay_of(features_, rows_.train()));
-    steps_ = (rows_.train() + batch_ - 1) / batch_;
-    history_.train_rows = rows_.train();
-    history_.validation_rows = has_array() ? validation_rows() : rows_.held_out();
+    count_rows();
     history_.best_loss = std::numeric_limits<double>::infinity();
   }
 
@@ -207,6 +215,7 @@ class Trainer {
     flow_.template copy_parameters<T>(best_);
     if (options_.averaging > 0) average_.resize(best_.size());
     standardize_from_data();
+    leave_out_far_rows();
     const TrainingData data = {x_.data(), total_rows(), validation_.data(), validation_rows()};
     training_ = flow_.backend().begin_training(data, best_.data(), std::min(slice_, batch_), threads_);
     if (options_.max_round_trip == 0) return;
@@ -300,64 +309,77 @@ class Trainer {
     return std::min(most, train);
   }
 
-  void standardize_from_data() {
+  bool standardizes() const {
     const FlowSpec& spec = flow_.spec();
-    if (spec.layers.empty() || spec.layers.front().kind != LayerKind::standardize) return;
-    const TensorInfo& mean = flow_.layout().tensors()[0];
-    const TensorInfo& log_std = flow_.layout().tensors()[1];
-    const auto begin = best_.begin();
-    if (std::any_of(begin, begin + mean.size + log_std.size, [](T v) { return v != T(0); })) return;
-    const auto width = static_cast<std::size_t>(features_);
-    std::vector<double> centre(width), square(width);
-    std::vector<T> low(width, std::numeric_limits<T>::max()), high(width, std::numeric_limits<T>::lowest());
-    const RowOrder row_of = rows_.training();
-    const auto each_row = [&](auto&& f) {
-      row_of.each(0, rows_.train(), [&](std::int64_t i, std::int64_t row) {
-        if (i % kPollRows == 0) poll();
-        f(x_.data() + row * features_);
-      });
-    };
-    const auto n = static_cast<double>(rows_.train());
-    each_row([&](const T* row) {
-      for (std::size_t j = 0; j < width; ++j) {
-        centre[j] += static_cast<double>(row[j]) / n;
-        low[j] = std::min(low[j], row[j]);
-        high[j] = std::max(high[j], row[j]);
-      }
-    });
-    each_row([&](const T* row) {
-      for (std::size_t j = 0; j < width; ++j) square[j] += std::pow(static_cast<double>(row[j]) - centre[j], 2) / n;
-    });
-    std::string constant, wild, narrow;
-    for (std::size_t j = 0; j < width; ++j) {
-      const T log_deviation = static_cast<T>(0.5 * std::log(square[j]));
-      best_[static_cast<std::size_t>(mean.offset) + j] = static_cast<T>(centre[j]);
-      best_[static_cast<std::size_t>(log_std.offset) + j] = log_deviation;
-      if (low[j] == high[j]) {
-        constant += (constant.empty() ? "" : ", ") + column(j);
-      } else if (!std::isfinite(log_deviation) || !std::isfinite(centre[j])) {
-        wild += (wild.empty() ? "" : ", ") + column(j);
-      } else if (std::exp(-static_cast<double>(log_deviation)) >
-                 static_cast<double>(std::numeric_limits<T>::max()) / 2) {
-        narrow += (narrow.empty() ? "" : ", ") + column(j);  // its reciprocal would be infinite
-      }
-    }
-    if (!narrow.empty()) {
-      fail("x has a standard deviation too small for " + std::string(name_of(flow_.spec().dtype)) + " in " + narrow +
-           ", so that it cannot be standardized; rescale it");
-    }
-    if (!constant.empty()) {
-      fail("x is constant in " + constant + ": a column without variation has no density; remove it");
-    }
-    if (!wild.empty()) {
-      fail("x has a variance beyond float64 in " + wild + ", so that it cannot be standardized; rescale it");
-    }
+    return !spec.layers.empty() && spec.layers.front().kind == LayerKind::standardize;
   }
 
-  /// How messages call a column: by its name, or by its number, counted from 1.
-  std::string column(std::size_t j) const {
-    const std::vector<std::string> names = flow_.column_names();
-    return "column " + (names.empty() ? std::to_string(j + 1) : "'" + names[j] + "'");
+  void standardize_from_data() {
+    if (!standardizes()) return;
+    const auto layer = std::span<T>(best_).first(static_cast<std::size_t>(2 * features_));
+    if (std::any_of(layer.begin(), layer.end(), [](T v) { return v != T(0); })) return;
+    const RowOrder order = rows_.training();
+    const auto look = [this] { poll(); };
+    ColumnScales scales(x_, flow_.column_names(), features_, order, rows_.train(), look);
+    history_.standardized = set_layer(layer, scales.take(options_.standardize));
+  }
+
+  /// Whether a row is within max_deviation of the standardize layer's mean. `most` is that in each column's unit.
+  bool is_near(const T* row, const std::vector<double>& most) const {
+    bool near = true;
+    for (std::size_t j = 0; j < most.size(); ++j) {
+      near &= std::abs(static_cast<double>(row[j]) - static_cast<double>(best_[j])) <= most[j];
+    }
+    return near;
+  }
+
+  /// f(row) for those of the rows order(0) .. order(count - 1) of x that are near, or that are not.
+  template <class F>
+  void each_row_that_is(bool near, std::span<const T> x, const RowOrder& order, std::int64_t count, F&& f) {
+    std::vector<double> most(static_cast<std::size_t>(features_));
+    for (std::size_t j = 0; j < most.size(); ++j) {
+      most[j] = options_.max_deviation * std::exp(static_cast<double>(best_[most.size() + j]));
+    }
+    order.each(0, count, [&](std::int64_t i, std::int64_t at) {
+      if (i % kPollRows == 0) poll();
+      const T* row = x.data() + at * features_;
+      if (is_near(row, most) == near) f(row);
+    });
+  }
+
+  void leave_out_far_rows() {
+    if (!standardizes() || options_.max_deviation == 0) return;
+    const auto count = [this](const T*) { ++history_.rows_left_out; };
+    each_row_that_is(false, x_, RowOrder(), total_rows(), count);
+    each_row_that_is(false, validation_, RowOrder(), validation_rows(), count);
+    if (history_.rows_left_out == 0) return;
+    const auto near_rows = [this](std::span<const T> x, const RowOrder& order, std::int64_t rows) {
+      std::vector<T> kept;
+      each_row_that_is(true, x, order, rows, [&](const T* row) { kept.insert(kept.end(), row, row + features_); });
+      return kept;
+    };
+    // Those set aside become an array of their own, so that no row changes sides.
+    kept_validation_ = has_array() ? near_rows(validation_, RowOrder(), validation_rows())
+                                   : near_rows(x_, rows_.validating(), rows_.held_out());
+    kept_ = near_rows(x_, rows_.training(), rows_.train());
+    x_ = kept_, validation_ = kept_validation_;
+    const bool lacks_validation = history_.validation_rows > 0 && validation_.empty();
+    if (x_.empty() || lacks_validation) {
+      fail(std::string(x_.empty() ? "x" : "validation") + " has no row within max_deviation " +
+           short_text(options_.max_deviation) +
+           " standard deviations of the standardize layer's mean; give other rows, or set max_deviation to 0");
+    }
+    rows_ = Rows(total_rows(), 0, options_.seed);
+    count_rows();
+  }
+
+  void count_rows() {
+    check_sizes();
+    batch_ = rows_in_a_step(rows_.train());
+    weight_decay_ = options_.weight_decay.value_or(decay_of(features_, rows_.train()));
+    steps_ = (rows_.train() + batch_ - 1) / batch_;
+    history_.train_rows = rows_.train();
+    history_.validation_rows = has_array() ? validation_rows() : rows_.held_out();
   }
 
   // ---- one epoch -------------------------------------------------------------------------------------------------
@@ -531,16 +553,14 @@ class Trainer {
 
   CheckpointKey key() {
     const auto look = [this] { poll(); };
-    const std::uint64_t x = fingerprint(x_.data(), x_.size_bytes(), look);
+    const auto of = [&](std::span<const T> rows) { return fingerprint(rows.data(), rows.size_bytes(), look); };
+    const auto rows_in = [this](std::span<const T> rows) { return static_cast<std::int64_t>(rows.size()) / features_; };
     FitOptions taken = options_;
     taken.batch_size = batch_;
     taken.weight_decay = weight_decay_;
-    return {flow_.spec(),
-            taken,
-            x ^ (fingerprint(validation_.data(), validation_.size_bytes(), look) << 1),
-            total_rows(),
-            validation_rows(),
-            steps_};
+    return {
+        flow_.spec(), taken, of(given_x_) ^ (of(given_validation_) << 1), rows_in(given_x_), rows_in(given_validation_),
+        steps_};
   }
 
   CheckpointArrays arrays() {
@@ -577,7 +597,9 @@ class Trainer {
   FitOptions options_;
   FitObserver& observer_;
   std::int64_t features_;
-  std::span<const T> x_, validation_;
+  std::span<const T> x_, validation_;              // what is trained on and compared by
+  std::span<const T> given_x_, given_validation_;  // as the caller gave them
+  std::vector<T> kept_, kept_validation_;          // x_ and validation_ where rows are left out
   Rows rows_;
   int threads_;
   std::unique_ptr<Training> training_;
@@ -609,8 +631,57 @@ void FitOptions::validate() const {
           "a share of the rows, at least 0 and below 1");
   require(non_negative(max_round_trip), "max_round_trip", short_text(max_round_trip),
           "a finite number, at least 0 (0: no bound)");
+  (void)name_of(standardize);  // throws
+  require(non_negative(max_deviation), "max_deviation", short_text(max_deviation),
+          "a finite number, at least 0 (0: no row is left out)");
   require(num_threads >= 0 && num_threads <= 4096, "num_threads", std::to_string(num_threads), "0 (automatic) to 4096");
 }
+
+std::string_view name_of(Statistics statistics) {
+  switch (statistics) {
+    case Statistics::automatic:
+      return "auto";
+    case Statistics::mean:
+      return "mean";
+    case Statistics::robust:
+      return "robust";
+  }
+  fail("standardize is the enumerator " + std::to_string(static_cast<int>(statistics)) +
+       ", expected one of auto, mean, robust");
+}
+
+Statistics parse_statistics(std::string_view name) {
+  for (const Statistics known : {Statistics::automatic, Statistics::mean, Statistics::robust}) {
+    if (name == name_of(known)) return known;
+  }
+  fail("standardize is '" + std::string(name) + "', expected one of auto, mean, robust");
+}
+
+template <class T>
+std::vector<std::string> Flow::initialize_from(std::span<const T> x, Statistics statistics) {
+  if (spec().layers.front().kind != LayerKind::standardize) {
+    fail("the flow does not begin with a standardize layer, which initialize_from sets; make one with standardize");
+  }
+  const std::int64_t features = spec().input_size, rows = static_cast<std::int64_t>(x.size()) / features;
+  if (rows == 0 || static_cast<std::int64_t>(x.size()) % features != 0) {
+    fail("x holds " + std::to_string(x.size()) + " elements, expected rows of input_size " + std::to_string(features) +
+         ", at least one");
+  }
+  (void)name_of(statistics);  // throws
+  const auto on = [] {};
+  check_finite("x", x, features, on);
+  std::vector<T> values(static_cast<std::size_t>(num_parameters()));
+  copy_parameters<T>(values);
+  const RowOrder as_they_lie;
+  const auto layer = std::span<T>(values).first(static_cast<std::size_t>(2 * features));
+  ColumnScales scales(x, column_names(), features, as_they_lie, rows, on);
+  std::vector<std::string> how = set_layer(layer, scales.take(statistics));
+  set_parameters<T>(values);
+  return how;
+}
+
+template std::vector<std::string> Flow::initialize_from(std::span<const float>, Statistics);
+template std::vector<std::string> Flow::initialize_from(std::span<const double>, Statistics);
 
 template <class T>
 History fit(Flow& flow, std::span<const T> x, std::span<const T> validation, const FitOptions& options,

@@ -61,6 +61,17 @@ def sizes(name: str, value: Any) -> tuple[int, ...]:
     return tuple(integer(f"{name}[{i}]", item) for i, item in enumerate(value))
 
 
+def standardize(value: Any) -> tuple[bool, str]:
+    """Return whether there is to be a standardize layer, and which statistics `fit` is to set it from."""
+    if isinstance(value, str):
+        if value not in ("mean", "robust"):
+            raise ValueError(f"standardize is {value!r}, expected True, False, 'mean' or 'robust'")
+        return True, value
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"standardize must be True, False, 'mean' or 'robust', got {describe(value)}")
+    return bool(value), "auto"
+
+
 def column_names(name: str, value: Any) -> list[str]:
     """Return a sequence of strings as a list, empty for None; a single string is refused, not taken apart."""
     if value is None:

@@ -31,7 +31,7 @@ def build(
     activation: str = "relu",
     *,
     scale_bound: float = 1.0,
-    standardize: bool = True,
+    standardize: bool | Literal["mean", "robust"] = True,
     dtype: DTypeLike = "float32",
     seed: int = 0,
     init: str = "fan_in",
@@ -54,8 +54,10 @@ def build(
     scale_bound
         B in the log-scale ``s = B tanh(u / B)``: no layer can stretch or shrink by more than ``exp(B)``.
     standardize
-        Put a diagonal affine layer in front, which `Flow.fit` sets to the training rows' mean and standard deviation.
-        Until then it is the identity. Its log-determinant counts, so densities stay those of the data as given.
+        Put a diagonal affine layer in front, which `Flow.fit` sets from the training rows. Until then it is the
+        identity. Its log-determinant counts, so densities stay those of the data as given. "mean" and "robust" say what
+        `fit` sets it from, as its `standardize` does; True leaves it to `fit`. That choice is the flow's and its
+        copies', but not in the file of `Flow.save`, where the layer looks the same: give it to `fit` after `load`.
     dtype
         float32 or float64: of the weights, of the arrays and of the arithmetic.
     seed
@@ -97,16 +99,17 @@ def build(
     The coupling layer is equation 7 and 8 of Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real NVP"
     (2017).
     """
+    standardizes, statistics = _checks.standardize(standardize)
     spec = FlowSpec(
         input_size=_checks.integer("input_size", input_size),
         num_flows=_checks.integer("num_flows", num_flows),
         hidden_sizes=_checks.sizes("hidden_sizes", hidden_sizes),
         activation=_checks.text("activation", activation),
         scale_bound=_checks.real("scale_bound", scale_bound),
-        standardize=_checks.boolean("standardize", standardize),
+        standardize=standardizes,
         dtype=_checks.dtype_name("dtype", dtype),
     )
-    return Flow(
+    flow = Flow(
         spec,
         _checks.integer("seed", seed, unsigned=True),
         device=_checks.text("device", device),
@@ -114,6 +117,8 @@ def build(
         weights=_checks.text("weights", weights),
         init=_checks.text("init", init),
     )
+    flow._set_statistics(statistics)
+    return flow
 
 
 @_hints.explained
@@ -174,6 +179,7 @@ def _restore(
     where: dict[str, str],
     column_names: list[str],
     threshold: tuple[float, float | None] | None,
+    statistics: str = "auto",
 ) -> Flow:
     # A subclass's constructor may take the spec alone, as Flow's did before there were devices.
     given: dict[str, Any] = {name: value for name, value in where.items() if value != _DEFAULT_WHERE[name]}
@@ -182,6 +188,7 @@ def _restore(
     flow.num_threads = num_threads
     flow._set_column_names(column_names)
     flow._set_threshold(*(threshold or (None, None)))
+    flow._set_statistics(statistics)
     return flow
 
 
@@ -195,10 +202,11 @@ def _unpickle(
     weights: str = "full",
     column_names: Sequence[str] = (),
     threshold: tuple[float, float | None] | None = None,
+    statistics: str = "auto",
 ) -> Flow:
     where = _where(device, precision, weights)
     spec = FlowSpec.from_json(spec_json)
-    return _restore(cls, spec, parameters, num_threads, where, list(column_names), threshold)
+    return _restore(cls, spec, parameters, num_threads, where, list(column_names), threshold, statistics)
 
 
 class Flow(_core.Flow):
@@ -465,8 +473,8 @@ class Flow(_core.Flow):
         return self._copy(spec, parameters, where)
 
     def _copy(self, spec: FlowSpec, parameters: NDArray[Any], where: dict[str, str]) -> Flow:
-        names, threshold = self._column_names(), self._threshold()
-        return _restore(type(self), spec, parameters, self.num_threads, where, names, threshold)
+        described = self._column_names(), self._threshold(), self._statistics()
+        return _restore(type(self), spec, parameters, self.num_threads, where, *described)
 
     def swap(self, other: Flow) -> None:
         """Exchange the weights of two flows of the same spec, while other threads may call both.
@@ -527,6 +535,37 @@ class Flow(_core.Flow):
         return certifier.certificate()
 
     @_hints.explained
+    def initialize_from(
+        self, x: ArrayLike, *, standardize: Literal["auto", "mean", "robust"] | None = None
+    ) -> dict[str, str]:
+        """Set the standardize layer from rows, as `fit` does before it trains, whatever the layer was.
+
+        For training loops of one's own (PyTorch, JAX), and for rows in other units than those trained on.
+
+        Parameters
+        ----------
+        x
+            Rows [N, D], all finite, as for `fit`; every one of them counts.
+        standardize
+            What the layer is set from, as in `fit`.
+
+        Returns
+        -------
+        dict
+            The columns that were not set to mean and standard deviation, and what they were set from, as
+            `History.standardized`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            The flow has no standardize layer in front, a row holds NaN or infinity, or a column is constant.
+        """
+        given, _ = _frames.read("x", x, self._column_names())
+        rows = _checks.table("x", _core._host_array(given), self.spec.dtype, self.spec.input_size)
+        how = self._initialize_from(rows, training.statistics_of(self, standardize))
+        return training.unlike_mean(self, how)
+
+    @_hints.explained
     def fit(
         self,
         x: ArrayLike,
@@ -541,6 +580,8 @@ class Flow(_core.Flow):
         averaging: float | None = 0.8,
         patience: int | None = None,
         max_round_trip: float | None = None,
+        standardize: Literal["auto", "mean", "robust"] | None = None,
+        max_deviation: float | None = 1000.0,
         seed: int = 0,
         progress: bool | None = None,
         callback: Callable[[_core.EpochRecord], object] | None = None,
@@ -550,9 +591,10 @@ class Flow(_core.Flow):
         """Train on the rows of `x` by maximum likelihood: Adam on minibatches, minimising ``-mean(log p(x))``.
 
         The flow ends with the weights of its best epoch: the lowest validation loss, or training loss where there is
-        no validation data. A standardize layer that is still the identity is first set to the mean and standard
-        deviation of the training rows. The same data, options and seed give the same weights, bit for bit, for any
-        number of threads. The `threshold` is removed: it was that of other weights.
+        no validation data. A standardize layer that is still the identity is first set from the training rows
+        (`standardize`), and rows that are extremely far out are left out (`max_deviation`). The same data, options and
+        seed give the same weights, bit for bit, for any number of threads. The `threshold` is removed: it was that of
+        other weights.
 
         Parameters
         ----------
@@ -589,6 +631,20 @@ class Flow(_core.Flow):
             65,536 training rows) is measured, and an epoch is the best one only if the largest relative error,
             ``|x' - x| / (std + |x|)`` as in `Certificate`, is within it. For `patience` the other epochs are no better.
             It says nothing of other rows. About 1e-5 is what float32 can keep, 1e-12 float64. None or 0: not measured.
+        standardize
+            What a standardize layer that is still the identity is set from. "mean": the columns' means and standard
+            deviations. "robust": their medians and interquartile ranges over 1.349, the standard deviation of a normal
+            distribution with these quartiles (of up to 2**20 rows, evenly taken); where half of a column's values are
+            equal, the range from 5 to 95 % or from 1 to 99 % takes its place, and "mean" where both are empty.
+            "auto": "robust", with a `DataWarning`, in the columns whose standard deviation is at least ten times that
+            number because of a few far rows (the farthest one is over five times further from the median than 98 % of
+            the rows); "mean" in the others. None: what `build` was told, else "auto".
+            `History.standardized` says what was done.
+        max_deviation
+            Rows further from the mean of a standardize layer than so many of its standard deviations, in any column,
+            are left out of training and validation, with a `DataWarning`; `History.rows_left_out` counts them. One row
+            that far out weighs more in the likelihood than a million ordinary ones, and no flow reaches it. None or 0:
+            no row is left out.
         seed
             Of the validation split and of the order of the rows, in [0, 2**64).
         progress
@@ -640,6 +696,8 @@ class Flow(_core.Flow):
                 "averaging": averaging,
                 "patience": patience,
                 "max_round_trip": max_round_trip,
+                "standardize": standardize,
+                "max_deviation": max_deviation,
                 "seed": seed,
                 "num_threads": num_threads,
                 "checkpoint": checkpoint,
@@ -662,6 +720,8 @@ class Flow(_core.Flow):
             fields.append(f"scale_bound={spec.scale_bound:g}")
         if not spec.standardize:
             fields.append("standardize=False")
+        elif self._statistics() != "auto":
+            fields.append(f"standardize={self._statistics()!r}")
         if self.device != "cpu":
             fields.append(f"device={self.device!r}")
         if self.precision != "float32":
@@ -701,7 +761,7 @@ class Flow(_core.Flow):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the spec's JSON, the weights and the device, which must be there where it is unpickled."""
         state = (type(self), self.spec.to_json(), self._copy_flat_parameters(), self.num_threads)
-        described = (self._column_names(), self._threshold())
+        described = (self._column_names(), self._threshold(), self._statistics())
         return _unpickle, (*state, self.device, self.precision, self.weights, *described)
 
     def __copy__(self) -> Flow:

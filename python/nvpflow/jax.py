@@ -20,7 +20,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -86,6 +86,44 @@ def parameters(flow: Flow) -> dict[str, jax.Array]:
         name: jnp.array(flat[offset : offset + math.prod(shape)].reshape(shape))
         for name, shape, offset in _layout(flow.spec)
     }
+
+
+def initialize_from(
+    spec: FlowSpec,
+    parameters: Mapping[str, Any],
+    x: Any,
+    *,
+    standardize: Literal["auto", "mean", "robust"] | None = None,
+) -> dict[str, jax.Array]:
+    """Return the parameters with the standardize layer set from rows, as `nvpflow.Flow.initialize_from` does.
+
+    Parameters
+    ----------
+    spec
+        What the model is, ``flow.spec``.
+    parameters
+        An array for each name of `parameters`; they stay as they are.
+    x
+        Rows [N, D] with values: it cannot be traced.
+    standardize
+        What the layer is set from, as in `nvpflow.Flow.fit`.
+
+    Returns
+    -------
+    dict
+        As of `parameters`; the other arrays are those given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The flow has no standardize layer in front, a row holds NaN or infinity, or a column is constant.
+    """
+    _check_spec(spec)
+    _check_x64(spec)
+    flow = Flow(spec)
+    flow.initialize_from(np.asarray(x), standardize="auto" if standardize is None else standardize)
+    front = {name: value for name, value in flow.parameters().items() if name.startswith("standardize_0.")}
+    return {**parameters, **{name: jnp.array(value) for name, value in front.items()}}
 
 
 def forward(

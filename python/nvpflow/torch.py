@@ -17,11 +17,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,7 +34,7 @@ try:
 except ImportError as error:
     raise ImportError('nvpflow.torch needs PyTorch 2.4 or newer: pip install "torch>=2.4"') from error
 
-from nvpflow import _checks
+from nvpflow import _checks, _data
 from nvpflow._core import FlowSpec
 from nvpflow.flow import Flow
 
@@ -560,6 +562,12 @@ class FlowModule(torch.nn.Module):
     converted. Results have the leading axes of the rows. A tensor that is C-contiguous is read where it is; others are
     copied.
 
+    Nothing sets a standardize layer here as `nvpflow.Flow.fit` does: call `initialize_from` before a loop of your own.
+    Where the layer is still the identity and the first batch of 16 rows or more is far from unit scale, a `DataWarning`
+    says so, once.
+
+    A `context` of other libraries' calls may be given as None: these flows have no context.
+
     Parameters have the names of `nvpflow.Flow.parameters` (``flow_0_scale.kernel``, ...), and ``state_dict``, ``.to``,
     ``copy.deepcopy``, pickling, ``requires_grad_`` and ``torch.func.functional_call`` do with them what they do
     elsewhere. Those of a standardize layer start with ``requires_grad=False``, as `nvpflow.Flow.fit` keeps them, too.
@@ -578,6 +586,9 @@ class FlowModule(torch.nn.Module):
     torch.Size([3])
     """
 
+    _looks_at_scale = False  # the next batch is to be looked at; False for what was pickled without it
+    _has_own_base = False  # a FlowTransform goes through the module, from a base that is not in it
+
     def __init__(self, flow: Flow) -> None:
         super().__init__()
         if not isinstance(flow, Flow):
@@ -595,26 +606,30 @@ class FlowModule(torch.nn.Module):
             self.get_submodule(layer).register_parameter(tensor, parameter)
             self._names.append((layer, tensor))
         self._engine.flatten(self._tensors())
+        self._looks_at_scale = self._standardizes() and not bool(self._layer_in_front().any())
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, context: None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return z [..., D] and log|det dz/dx| [...], nats: data to latent."""
+        _no_context(context)
         z, log_det = self._call("forward", "x", x)
         return z.reshape(x.shape), log_det.reshape(x.shape[:-1])
 
-    def inverse(self, z: torch.Tensor, *, with_log_det: bool = False) -> Any:
+    def inverse(self, z: torch.Tensor, context: None = None, *, with_log_det: bool = False) -> Any:
         """Return x [..., D], latent to data; with `with_log_det`, (x, log|det dx/dz| [...], nats)."""
+        _no_context(context)
         x, log_det = self._call("inverse", "z", z)
         x = x.reshape(z.shape)
         return (x, log_det.reshape(z.shape[:-1])) if with_log_det else x
 
-    def log_prob(self, x: torch.Tensor) -> torch.Tensor:
+    def log_prob(self, x: torch.Tensor, context: None = None) -> torch.Tensor:
         """Return log p(x) [...], nats."""
+        _no_context(context)
         result: torch.Tensor = self._call("log_prob", "x", x)
         return result.reshape(x.shape[:-1])
 
-    def sample(self, n: int, *, seed: int | None = None) -> torch.Tensor:
+    def sample(self, n: int, context: None = None, *, seed: int | None = None) -> torch.Tensor:
         """Return n rows [n, D] without a gradient.
 
         Parameters
@@ -626,14 +641,22 @@ class FlowModule(torch.nn.Module):
             ``torch.manual_seed`` decides.
         """
         with torch.no_grad():
-            return self.rsample(n, seed=seed)
+            return self.rsample(n, context, seed=seed)
 
-    def rsample(self, n: int, *, seed: int | None = None) -> torch.Tensor:
+    def rsample(self, n: int, context: None = None, *, seed: int | None = None) -> torch.Tensor:
         """Return the rows of `sample`, differentiable by the parameters: the inverse of noise that has none."""
-        count = _checks.integer("n", n)
-        if count < 0:
-            raise ValueError(f"n is {count}, expected 0 or more")
-        return self.inverse(self._noise(count, _seed(seed)))  # type: ignore[no-any-return]
+        _no_context(context)
+        return self.inverse(self._noise(_count(n), _seed(seed)))  # type: ignore[no-any-return]
+
+    def sample_and_log_prob(
+        self, n: int, context: None = None, *, seed: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the rows of `rsample` [n, D] and their log p [n], nats, from one pass; both are differentiable."""
+        _no_context(context)
+        z = self._noise(_count(n), _seed(seed))
+        x, log_det = self.inverse(z, with_log_det=True)
+        log_normal = -0.5 * (z.square().sum(-1) + z.shape[-1] * math.log(2 * math.pi))
+        return x, log_normal - log_det
 
     # -- the flow -----------------------------------------------------------------------------------------------------
 
@@ -646,10 +669,61 @@ class FlowModule(torch.nn.Module):
     def num_threads(self, value: int) -> None:
         self._engine.num_threads = value
 
-    def to_flow(self) -> Flow:
-        """Return an `nvpflow.Flow` with a copy of the parameters, on their device: to save, to fit, to call fast."""
+    def to_flow(self, *, drop_base: bool = False) -> Flow:
+        """Return an `nvpflow.Flow` with a copy of the parameters, on their device: to save, to fit, to call fast.
+
+        Parameters
+        ----------
+        drop_base
+            Of a module that a `FlowTransform` goes through: True takes the module without the base distribution in
+            front of the transform, as if that were the standard normal one.
+
+        Raises
+        ------
+        ValueError
+            A `FlowTransform` goes through the module and `drop_base` is False. The latents of an `nvpflow.Flow` are
+            standard normal: with another base its densities would be those of another model.
+        """
+        if self._has_own_base and not _checks.boolean("drop_base", drop_base):
+            raise ValueError(
+                "to_flow of a module that a FlowTransform goes through: the transform's base distribution is not in "
+                "the module, and the latents of an nvpflow.Flow are standard normal; keep the TransformedDistribution, "
+                "or, where its base is standard normal, call to_flow(drop_base=True)"
+            )
         with self._engine.using(self._tensors()) as flow:
             return flow.to(flow.device, flow.precision)
+
+    def initialize_from(
+        self, x: torch.Tensor, *, standardize: Literal["auto", "mean", "robust"] | None = None
+    ) -> dict[str, str]:
+        """Set the standardize layer from rows [..., D], as `nvpflow.Flow.initialize_from` does; returns what it does.
+
+        Raises
+        ------
+        TypeError, ValueError
+            The flow has no standardize layer in front, a row holds NaN or infinity, or a column is constant.
+        """
+        tensors = self._tensors()
+        rows = self._checked("x", x, tensors[0]).detach().cpu().numpy()
+        with self._engine.using(tensors) as flow:
+            own = flow.to("cpu")
+        how = own.initialize_from(rows, standardize="auto" if standardize is None else standardize)
+        self._take(own, only=("standardize_0",))
+        self._looks_at_scale = False
+        return how
+
+    def reset_parameters(self, *, seed: int | None = None, init: str = "fan_in") -> None:
+        """Draw kernels and biases anew; what a standardize layer was set to stays.
+
+        Parameters
+        ----------
+        seed
+            In [0, 2**64): the weights of ``nvpflow.build(seed=seed)``. None: drawn from PyTorch's default generator.
+        init
+            As in `nvpflow.build`.
+        """
+        flow = Flow(self._engine.spec, _seed(seed), init=_checks.text("init", init))
+        self._take(flow, only=[layer for layer, _ in self._names if not layer.startswith("standardize")])
 
     def extra_repr(self) -> str:
         """Return the model in one line."""
@@ -665,6 +739,37 @@ class FlowModule(torch.nn.Module):
         except KeyError:  # parametrized: no parameter any more, but a property
             return [getattr(modules[layer], tensor) for layer, tensor in self._names]
 
+    def _standardizes(self) -> bool:
+        return self._names[0][0] == "standardize_0"
+
+    def _layer_in_front(self) -> torch.Tensor:
+        return torch.cat([tensor.detach() for tensor in self._tensors()[:2]])
+
+    def _take(self, flow: Flow, only: Sequence[str]) -> None:
+        """Copy the parameters of some layers from a flow on the CPU."""
+        values = flow.parameters()
+        with torch.no_grad():
+            for (layer, tensor), parameter in zip(self._names, self._tensors(), strict=True):
+                if layer in only:
+                    parameter.copy_(torch.tensor(values[f"{layer}.{tensor}"], dtype=parameter.dtype))
+
+    def _look_at_scale(self, rows: torch.Tensor) -> None:
+        """Warn where nobody has set the standardize layer and the rows need it; looks at one batch."""
+        if len(rows) < _LOOK_ROWS or torch._C._functorch.is_functorch_wrapped_tensor(rows):
+            return
+        self._looks_at_scale = False
+        spread, centre = torch.std_mean(rows.detach(), dim=0)
+        far = (centre.abs() > _UNIT_SCALE) | (spread > _UNIT_SCALE) | (spread < 1 / _UNIT_SCALE)
+        if bool(far.any()) and not bool(self._layer_in_front().any()):
+            columns = ", ".join(str(int(j) + 1) for j in far.nonzero()[:5])
+            warnings.warn(
+                f"the standardize layer is still the identity and column {columns}{', ...' * (far.sum() > 5)} of the "
+                "rows is far from mean 0 and standard deviation 1, which trains badly; call "
+                "module.initialize_from(rows) with the training rows before you train",
+                _data.DataWarning,
+                stacklevel=_data._outside(),
+            )
+
     def _call(self, kind: str, name: str, rows: torch.Tensor) -> Any:
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise NotImplementedError("torch.jit.trace cannot record a FlowModule; use torch.compile or torch.export")
@@ -675,6 +780,8 @@ class FlowModule(torch.nn.Module):
         engine = self._engine
         if not _is_plain(rows):
             return _OPERATORS[kind](rows, parameters, engine.handle)
+        if self._looks_at_scale and kind != "inverse":
+            self._look_at_scale(rows)
         if not torch.is_grad_enabled() and not torch._C._functorch.is_functorch_wrapped_tensor(rows):
             return getattr(engine, kind)(rows, parameters)
         result: Any = _Eager.apply(kind, engine, rows, *parameters)  # type: ignore[no-untyped-call]
@@ -733,6 +840,26 @@ class FlowModule(torch.nn.Module):
             self._engine.flatten(tensors)
 
 
+# A column's mean beyond this, or its standard deviation beyond it or below one over it, is far from unit scale; a batch
+# of fewer rows cannot tell.
+_UNIT_SCALE, _LOOK_ROWS = 10.0, 16
+
+
+def _no_context(context: object) -> None:
+    if context is not None:
+        raise TypeError(
+            f"context is a {type(context).__name__}, expected None: nvpflow's flows are not conditional; append it to "
+            "the rows for the joint density"
+        )
+
+
+def _count(n: int) -> int:
+    count = _checks.integer("n", n)
+    if count < 0:
+        raise ValueError(f"n is {count}, expected 0 or more")
+    return count
+
+
 def _seed(seed: int | None) -> int:
     if seed is None:
         return int(torch.randint(2**63 - 1, ()).item())
@@ -761,6 +888,7 @@ class FlowTransform(torch.distributions.Transform):
     def __init__(self, module: FlowModule, cache_size: int = 0) -> None:
         super().__init__(cache_size=cache_size)
         self.module = module
+        module._has_own_base = True
         # The last rows of _inverse and their log-determinant, which log_abs_det_jacobian is asked for next.
         self._cached_log_det: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
 

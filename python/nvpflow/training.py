@@ -6,9 +6,9 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,12 @@ class History:
         "epochs", "patience" or "callback".
     train_rows, validation_rows
         Rows trained and validated on.
+    standardized
+        The columns whose mean and scale in the standardize layer are not their mean and standard deviation, and what
+        they are: ``{"column 3": "robust"}``. Columns without a name are counted from 1.
+    rows_left_out
+        Rows that were neither trained nor validated on, because they are extremely far out (`max_deviation` of
+        `Flow.fit`).
     """
 
     epoch: NDArray[np.int64]
@@ -66,9 +72,11 @@ class History:
     stop_reason: str
     train_rows: int
     validation_rows: int
+    standardized: dict[str, str] = field(default_factory=dict)
+    rows_left_out: int = 0
 
     @classmethod
-    def _from_summary(cls, summary: FitSummary) -> History:
+    def _from_summary(cls, flow: Flow, summary: FitSummary) -> History:
         records = summary["epochs"]
         return cls(
             epoch=np.array([record["epoch"] for record in records], dtype=np.int64),
@@ -83,6 +91,8 @@ class History:
             stop_reason=summary["stop_reason"],
             train_rows=summary["train_rows"],
             validation_rows=summary["validation_rows"],
+            standardized=unlike_mean(flow, summary["standardized"]),
+            rows_left_out=summary["rows_left_out"],
         )
 
     def __len__(self) -> int:
@@ -103,7 +113,18 @@ class History:
                 f"{self.learning_rate[i]:>13.3g}  {self.gradient_norm[i]:>13.3g}  {self.seconds[i]:>7.2f}"
                 + (f"  {self.round_trip[i]:>10.2e}" if measured else "")
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._findings()])
+
+    def _findings(self) -> list[str]:
+        """Say what was done about far rows, in a sentence each."""
+        said = []
+        if self.standardized:
+            columns = "; ".join(f"{column}: {how}" for column, how in self.standardized.items())
+            said.append(f"standardized by median and central range in place of mean and standard deviation: {columns}")
+        if self.rows_left_out:
+            rows = f"{self.rows_left_out:,} row{'s' * (self.rows_left_out != 1)}"
+            said.append(f"left out of training and validation: {rows} that are extremely far out (max_deviation)")
+        return said
 
     def _repr_html_(self) -> str:
         """Return a table of the first, the best and the last epoch, for notebooks."""
@@ -120,7 +141,8 @@ class History:
             )
             for mark, i in self._marked()
         ]
-        return _html.table(f"History: {self._summary()}", head, lines)
+        said = "; ".join([self._summary(), *self._findings()])
+        return _html.table(f"History: {said}", head, lines)
 
     def _summary(self) -> str:
         return (
@@ -154,11 +176,12 @@ class History:
         )
         scalars: dict[str, Any] = {"best_epoch": int, "best_loss": float, "stop_reason": str}
         scalars |= {"train_rows": int, "validation_rows": int}
-        if set(values) != {*arrays, *scalars}:
+        later: dict[str, Any] = {"standardized": dict, "rows_left_out": int}  # not in histories of older versions
+        if set(values) - {*later} != {*arrays, *scalars}:
             raise ValueError(f"a history holds {', '.join([*arrays, *scalars])}; got {', '.join(map(str, values))}")
         try:
             given: dict[str, Any] = {name: np.array(values[name], dtype=dtype) for name, dtype in arrays.items()}
-            given |= {name: kind(values[name]) for name, kind in scalars.items()}
+            given |= {name: kind(values[name]) for name, kind in (scalars | later).items() if name in values}
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"a history's values are lists of numbers of one length: {error}") from error
         if any(given[name].shape != (len(given["epoch"]),) for name in arrays):
@@ -268,14 +291,14 @@ def _open_bar(progress: Any, epochs: int) -> _Bar | None:
 def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Check the types of fit's options; the extension checks their ranges."""
     given = dict(options)
-    for name in ("averaging", "clip_norm", "max_round_trip", "patience", "num_threads"):
+    for name in ("averaging", "clip_norm", "max_round_trip", "max_deviation", "patience", "num_threads"):
         given[name] = 0 if given[name] is None else given[name]
     integers = ("epochs", "patience", *(() if given["batch_size"] is None else ("batch_size",)))
     checked: dict[str, Any] = {name: _checks.integer(name, given[name]) for name in integers}
     if checked.get("batch_size") == 0:  # the extension's word for None
         raise ValueError("batch_size is 0, expected at least 1, or None for an automatic size")
     decays = () if given["weight_decay"] is None else ("weight_decay",)
-    reals = ("learning_rate", *decays, "averaging", "clip_norm", "max_round_trip")
+    reals = ("learning_rate", *decays, "averaging", "clip_norm", "max_round_trip", "max_deviation")
     checked |= {name: _checks.real(name, given[name]) for name in reals}
     checked["num_threads"] = _checks.integer("num_threads", given["num_threads"], bits=32)
     checked["schedule"] = _checks.text("schedule", given["schedule"])
@@ -285,6 +308,19 @@ def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
     if checkpoint is not None and not checked["checkpoint"]:
         raise ValueError("checkpoint is an empty path, expected that of a file, or None for no checkpoint")
     return checked
+
+
+def statistics_of(flow: Flow, standardize: Any) -> str:
+    """Return what the standardize layer is to be set from: what is said here, else what `build` was told."""
+    if standardize is None:
+        return flow._statistics()
+    return _checks.text("standardize", standardize)
+
+
+def unlike_mean(flow: Flow, how: Sequence[str]) -> dict[str, str]:
+    """Return the columns that were not standardized by mean and standard deviation, and what by."""
+    names = flow.column_names or [f"column {j + 1}" for j in range(flow.spec.input_size)]
+    return {names[j]: found for j, found in enumerate(how) if found != "mean"}
 
 
 def _split(
@@ -333,7 +369,8 @@ def fit(
     names = flow._column_names() or frame_names
     validation_rows, fraction = _split(flow, validation, names)
     checked = _checked_options(options) | {"validation_fraction": fraction}
-    _data.require_density(rows, names, flow.spec.dtype, flow.spec.standardize)
+    checked["standardize"] = _statistics_to_use(flow, options["standardize"])
+    report = _data.require_density(rows, names, flow.spec.dtype, flow.spec.standardize)
 
     bar = _open_bar(progress, checked["epochs"])
 
@@ -345,4 +382,32 @@ def fit(
 
     on_progress = None if bar is None else bar.on_progress
     with _named(flow, names), bar or nullcontext():
-        return History._from_summary(flow._fit(rows, validation_rows, checked, on_progress, on_epoch))
+        summary = flow._fit(rows, validation_rows, checked, on_progress, on_epoch)
+    history = History._from_summary(flow, summary)
+    if not any(finding.kind == "outliers" for finding in report.warnings):  # one warning for one finding
+        _warn_of_far_rows(history, asked=checked["standardize"] == "robust")
+    return history
+
+
+def _statistics_to_use(flow: Flow, standardize: Any) -> str:
+    if standardize is not None and not flow.spec.standardize:
+        given = _checks.text("standardize", standardize)
+        raise ValueError(
+            f"standardize is {given!r}, but the flow does not begin with a standardize layer; expected None, or a flow "
+            "of build(standardize=True)"
+        )
+    return statistics_of(flow, standardize)
+
+
+def _warn_of_far_rows(history: History, *, asked: bool) -> None:
+    """Say what `fit` has done about far rows without being asked."""
+    findings = history._findings()
+    if asked and not history.rows_left_out:
+        return
+    if findings:
+        advice = "see whether these rows belong there; standardize and max_deviation choose otherwise"
+        warnings.warn(
+            f"x has rows that are far out. {'. '.join(findings)}; {advice}",
+            _data.DataWarning,
+            stacklevel=_data._outside(),
+        )

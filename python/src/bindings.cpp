@@ -446,6 +446,10 @@ FitOptions options_from(const py::dict& dict) {
       o.validation_fraction = value.cast<double>();
     else if (name == "max_round_trip")
       o.max_round_trip = value.cast<double>();
+    else if (name == "standardize")
+      o.standardize = parse_statistics(value.cast<std::string>());
+    else if (name == "max_deviation")
+      o.max_deviation = value.cast<double>();
     else if (name == "seed")
       o.seed = value.cast<std::uint64_t>();
     else if (name == "num_threads")
@@ -531,7 +535,22 @@ py::object fit_flow(BoundFlow& self, const Arguments& given) {
   using namespace py::literals;
   return py::dict("epochs"_a = epochs, "best_epoch"_a = history.best_epoch, "best_loss"_a = history.best_loss,
                   "stop_reason"_a = history.stop_reason, "train_rows"_a = history.train_rows,
-                  "validation_rows"_a = history.validation_rows);
+                  "validation_rows"_a = history.validation_rows, "standardized"_a = history.standardized,
+                  "rows_left_out"_a = history.rows_left_out);
+}
+
+/// x, statistics
+py::object initialize_from(BoundFlow& self, const Arguments& given) {
+  const InputArray in = input_rows(given[0], "x", self.dtype, self.features, kHost);
+  const Statistics statistics = parse_statistics(given.object(1).cast<std::string>());
+  std::vector<std::string> how;
+  {
+    const GilReleased released;
+    how = by_dtype(self.dtype, [&](auto t) {
+      return self.flow.initialize_from(view<decltype(t)>(in, in.rows * self.features), statistics);
+    });
+  }
+  return py::cast(how);
 }
 
 /// Any integer that fits an int; set_num_threads knows the range.
@@ -677,6 +696,7 @@ void add_plain_methods(py::class_<BoundFlow>& type) {
            plain<&has_flat_parameters>("_has_flat_parameters", 1, 1, {"parameters"}, nullptr),
            plain<&log_prob_and_vjp>("_log_prob_and_vjp", 3, 3, {"x", "grad_log_prob", "out"}, nullptr),
            plain<&conditioner>("_conditioner", 2, 2, {"layer", "x"}, nullptr),
+           plain<&initialize_from>("_initialize_from", 2, 2, {"x", "statistics"}, nullptr),
            plain<&fit_flow>("_fit", 5, 5, {"x", "validation", "options", "on_progress", "on_epoch"}, nullptr),
        }) {
     add_method(type, method);
@@ -707,6 +727,9 @@ void bind_flow(py::module_& module) {
                              on_ready(+[](const BoundFlow& f) { return std::string(name_of(f.flow.weights())); }),
                              "How the kernels are stored for computing: 'full' or 'bfloat16'.")
       .def("_swap", on_ready(&swap))
+      .def("_statistics", on_ready(+[](const BoundFlow& f) { return std::string(name_of(f.statistics)); }))
+      .def("_set_statistics",
+           on_ready(+[](BoundFlow& f, const std::string& name) { f.statistics = parse_statistics(name); }))
       .def("_column_names", on_ready(&column_names))
       .def("_set_column_names", on_ready(&set_column_names))
       .def("_threshold", on_ready(&get_threshold))

@@ -31,6 +31,8 @@ struct BoundFlow : ZeroedMemory {
   int device;
   /// From this many rows on a call is long enough (about five microseconds) to let other Python threads run.
   std::int64_t release_rows;
+  /// What fit sets the standardize layer from unless it is told: build's choice, as num_threads is of no file.
+  Statistics statistics = Statistics::automatic;
   bool ready = true;
 
   BoundFlow(const FlowSpec& spec, std::uint64_t seed, Device on, Precision precision, Weights weights, Init init);

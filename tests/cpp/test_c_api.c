@@ -165,6 +165,24 @@ static void check_replacing(const char* path, nvpflow_flow* flow, nvpflow_flow* 
   nvpflow_free(other);
 }
 
+static void check_initialize_from(nvpflow_flow* flow, nvpflow_flow* wide) {
+  const double x64[10] = {1, 2, 3, 4, 5, 3, 6, 9, 12, 15};
+  float x[10], before, after;
+  int i;
+  for (i = 0; i < 10; ++i) x[i] = (float)x64[i];
+  CHECK(nvpflow_log_prob_f32(flow, x, 1, &before) == NVPFLOW_OK);
+  CHECK(nvpflow_initialize_from_f32(flow, x, 1) == NVPFLOW_INVALID_ARGUMENT); /* constant */
+  CHECK(nvpflow_initialize_from_f32(flow, x, 0) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(nvpflow_initialize_from_f32(NULL, x, 2) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(nvpflow_initialize_from_f64(flow, x64, 2) == NVPFLOW_TYPE_MISMATCH);
+  CHECK(nvpflow_log_prob_f32(flow, x, 1, &after) == NVPFLOW_OK);
+  CHECK(before == after);
+  CHECK(nvpflow_initialize_from_f32(flow, x, 2) == NVPFLOW_OK);
+  CHECK(nvpflow_initialize_from_f64(wide, x64, 2) == NVPFLOW_OK);
+  CHECK(nvpflow_log_prob_f32(flow, x, 1, &after) == NVPFLOW_OK);
+  CHECK(before != after);
+}
+
 int main(int argc, char** argv) {
   nvpflow_flow *flow = NULL, *wide = NULL;
   if (argc != 3) return 2;
@@ -180,6 +198,7 @@ int main(int argc, char** argv) {
   check_names_and_threshold(flow);
   check_gradient(flow, wide);
   check_replacing(argv[1], flow, wide);
+  check_initialize_from(flow, wide);
   nvpflow_free(flow);
   nvpflow_free(wide);
   return failures == 0 ? 0 : 1;

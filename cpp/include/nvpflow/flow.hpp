@@ -8,6 +8,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include <nvpflow/backend.hpp>
@@ -26,6 +27,18 @@ struct Threshold {
   /// The share of rows, in [0, 1], that lay below it where it was found; NaN: unknown.
   double quantile = std::numeric_limits<double>::quiet_NaN();
 };
+
+/// What a standardize layer is set from. mean: mean and standard deviation. robust: median and interquartile range over
+/// 1.349, the standard deviation of a normal distribution with these quartiles; where half of a column's values are
+/// equal, the range from 5 to 95 % or from 1 to 99 % takes its place, and mean where both are empty. automatic: robust
+/// in the columns whose standard deviation is at least 10 times that number, because far rows make it, else mean.
+enum class Statistics { automatic, mean, robust };
+
+/// @{
+/// "auto", "mean", "robust"; the parser throws Error(invalid_argument) that lists them.
+NVPFLOW_API std::string_view name_of(Statistics statistics);
+NVPFLOW_API Statistics parse_statistics(std::string_view name);
+/// @}
 
 /// Wherever `T` appears it must be the flow's dtype (float or double), else Error(type_mismatch). Arrays are row-major
 /// [B, D]; B is what the spans say. A span of the wrong length, or an output that overlaps an input or another output,
@@ -135,6 +148,13 @@ class NVPFLOW_API Flow {
   /// their devices, while other threads may call both. Each flow changes at one moment, for all callers; the two
   /// moments differ. On failure nothing has changed. Work: packs both sets of parameters.
   void swap(Flow& other);
+
+  /// Sets the first layer, which must be of kind standardize, from the rows of x [N, D] as fit() does before it trains,
+  /// whatever it was. Returns, for each column, what it was set from: "mean", "robust", "robust (5 to 95 %)" or
+  /// "robust (1 to 99 %)". Throws Error(invalid_argument) for another first layer, for no rows, for rows with NaN or
+  /// inf and for a column that is constant. The same for any number of threads and any device.
+  template <class T>
+  std::vector<std::string> initialize_from(std::span<const T> x, Statistics statistics = Statistics::automatic);
 
   /// z [B, D] and log|det dz/dx| [B] (may be empty: not wanted), nats.
   template <class T>

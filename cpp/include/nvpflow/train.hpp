@@ -41,6 +41,12 @@ struct NVPFLOW_API FitOptions {
   /// An epoch after which Flow::round_trip_error exceeds this, over the rows that epochs are compared by, is never the
   /// best one. 0: not measured. It says nothing of other rows.
   double max_round_trip = 0.0;
+  /// What a first layer of kind standardize that is still the identity is set from.
+  Statistics standardize = Statistics::automatic;
+  /// Rows whose distance from the mean of a first layer of kind standardize exceeds so many of its standard deviations,
+  /// in any column, are left out of training and validation: one row that far out has more weight than a million
+  /// ordinary ones, and no flow reaches it. History counts them. 0: none is left out.
+  double max_deviation = 1000.0;
   /// Of the order of rows and of the validation split.
   std::uint64_t seed = 0;
   /// 0: what the flow says.
@@ -68,10 +74,13 @@ struct EpochRecord {
 
 /// What a run came to.
 struct History {
-  std::vector<EpochRecord> epochs;   ///< in order
-  std::int64_t best_epoch = 0;       ///< whose weights the flow holds now; 0: the initial ones
-  double best_loss = 0;              ///< its validation loss; without validation data, of up to 65,536 training rows
-  std::string stop_reason;           ///< "epochs", "patience", "callback" or "interrupted"
+  std::vector<EpochRecord> epochs;  ///< in order
+  std::int64_t best_epoch = 0;      ///< whose weights the flow holds now; 0: the initial ones
+  double best_loss = 0;             ///< its validation loss; without validation data, of up to 65,536 training rows
+  std::string stop_reason;          ///< "epochs", "patience", "callback" or "interrupted"
+  /// For each column, what the standardize layer was set from, as of Flow::initialize_from; empty where it was not set.
+  std::vector<std::string> standardized;
+  std::int64_t rows_left_out = 0;    ///< by max_deviation, from training and validation
   std::int64_t train_rows = 0;       ///< rows of x that were trained on
   std::int64_t validation_rows = 0;  ///< rows of the validation array, or set aside from x
 };
@@ -95,7 +104,8 @@ class NVPFLOW_API FitObserver {
 };
 
 /// Fits `flow` to x [N, D] by minimising -mean log p. A first layer of kind standardize that is still the identity is
-/// set to the training rows' mean and log standard deviation beforehand, and is not trained.
+/// set from the training rows beforehand (FitOptions::standardize), and is not trained. Rows that are extremely far out
+/// are then left out (FitOptions::max_deviation).
 ///
 /// Rows are visited in a new order each epoch, given by `seed` alone; the same data, options and seed give the same
 /// weights bit for bit on one instruction set, for any number of threads, also across a stop and a resume from a

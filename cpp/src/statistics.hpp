@@ -1,0 +1,188 @@
+// What a standardize layer is set from: centre and scale of every column, the same for any number of threads.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <nvpflow/error.hpp>
+#include <nvpflow/flow.hpp>
+
+#include "row_order.hpp"
+
+namespace nvpflow {
+
+/// Rows that a pass over the data goes through between two looks at the observer.
+inline constexpr std::int64_t kPollRows = 1 << 16;
+/// Rows that quantiles are taken from: every k-th where there are more. Bounds memory, and errs by a thousandth of the
+/// standard deviation.
+inline constexpr std::int64_t kQuantileRows = 1 << 20;
+/// Where the standard deviation is so many times that of a normal distribution with the column's quartiles, far rows
+/// decide it, and Statistics::automatic takes the quartiles.
+inline constexpr double kDisagreement = 10;
+/// ... and where the farthest row is so many times further from the median than 98 % of the rows: a column that is
+/// nearly always zero and now and then large has a large standard deviation, too, but no outliers.
+inline constexpr double kBeyond = 5;
+
+/// A central range of a column, and its width in standard deviations of a normal distribution.
+struct CentralRange {
+  double low, high, normal_width;
+  const char* name;
+};
+/// The interquartile range, and what takes its place where half of a column's values or more are equal.
+inline constexpr CentralRange kCentralRanges[] = {{0.25, 0.75, 1.3489795003921636, "robust"},
+                                                  {0.05, 0.95, 3.2897072539029446, "robust (5 to 95 %)"},
+                                                  {0.01, 0.99, 4.6526957480816815, "robust (1 to 99 %)"}};
+
+/// One column's centre and logarithm of its scale, and how they were found: "mean" or a range's name.
+struct ColumnScale {
+  double centre, log_scale;
+  std::string how;
+};
+
+/// Quantile q of sorted numbers, linear between them (NumPy's default).
+template <class T>
+double quantile(const std::vector<T>& sorted, double q) {
+  const double place = q * static_cast<double>(sorted.size() - 1);
+  const auto below = static_cast<std::size_t>(place);
+  const auto low = static_cast<double>(sorted[below]);
+  const auto high = static_cast<double>(sorted[std::min(below + 1, sorted.size() - 1)]);
+  return low + (high - low) * (place - static_cast<double>(below));
+}
+
+/// Median and the narrowest central range that is not empty; how is empty where there is none.
+template <class T>
+ColumnScale robust_scale(std::vector<T>& values) {
+  std::sort(values.begin(), values.end());
+  for (const CentralRange& range : kCentralRanges) {
+    const double width = quantile(values, range.high) - quantile(values, range.low);
+    if (!(width > 0) || !std::isfinite(width)) continue;
+    return {quantile(values, 0.5), std::log(width / range.normal_width), range.name};
+  }
+  return {0, 0, ""};
+}
+
+/// The rows order(0) .. order(count - 1) of x [N, D], column by column. poll() is called often enough for a person.
+template <class T, class Poll>
+class ColumnScales {
+ public:
+  /// `names` of the columns are for messages, and may be empty.
+  ColumnScales(std::span<const T> x, std::vector<std::string> names, std::int64_t features, const RowOrder& order,
+               std::int64_t count, Poll poll)
+      : x_(x),
+        names_(std::move(names)),
+        width_(static_cast<std::size_t>(features)),
+        order_(order),
+        count_(count),
+        poll_(poll) {}
+
+  /// Throws Error(invalid_argument), naming the columns, where one is constant or has no finite variance.
+  std::vector<ColumnScale> take(Statistics statistics) {
+    take_moments();
+    if (statistics != Statistics::mean) take_quantiles(statistics == Statistics::robust);
+    const auto constant = [this](std::size_t j) { return low_[j] == high_[j]; };
+    const auto wild = [this](std::size_t j) {
+      return !std::isfinite(static_cast<T>(scales_[j].log_scale)) || !std::isfinite(scales_[j].centre);
+    };
+    const auto narrow = [&](std::size_t j) {  // its reciprocal would be infinite
+      if (constant(j) || wild(j)) return false;
+      return std::exp(-static_cast<double>(static_cast<T>(scales_[j].log_scale))) >
+             static_cast<double>(std::numeric_limits<T>::max()) / 2;
+    };
+    const std::string dtype = sizeof(T) == 4 ? "float32" : "float64";
+    refuse("x has a standard deviation too small for " + dtype + " in ",
+           ", so that it cannot be standardized; rescale it", narrow);
+    refuse("x is constant in ", ": a column without variation has no density; remove it", constant);
+    refuse("x has a variance beyond float64 in ", ", so that it cannot be standardized; rescale it",
+           [&](std::size_t j) { return !constant(j) && wild(j); });
+    return std::move(scales_);
+  }
+
+ private:
+  /// f(i, row) for every row.
+  template <class F>
+  void each_row(F&& f) {
+    order_.each(0, count_, [&](std::int64_t i, std::int64_t row) {
+      if (i % kPollRows == 0) poll_();
+      f(i, x_.data() + static_cast<std::size_t>(row) * width_);
+    });
+  }
+
+  void take_moments() {
+    std::vector<double> centre(width_), square(width_);
+    low_.assign(width_, std::numeric_limits<T>::max());
+    high_.assign(width_, std::numeric_limits<T>::lowest());
+    const auto n = static_cast<double>(count_);
+    each_row([&](std::int64_t, const T* row) {
+      for (std::size_t j = 0; j < width_; ++j) {
+        centre[j] += static_cast<double>(row[j]) / n;
+        low_[j] = std::min(low_[j], row[j]);
+        high_[j] = std::max(high_[j], row[j]);
+      }
+    });
+    each_row([&](std::int64_t, const T* row) {
+      for (std::size_t j = 0; j < width_; ++j) square[j] += std::pow(static_cast<double>(row[j]) - centre[j], 2) / n;
+    });
+    for (std::size_t j = 0; j < width_; ++j) scales_.push_back({centre[j], 0.5 * std::log(square[j]), "mean"});
+  }
+
+  /// Replaces the scales of all columns, or of those whose two measures disagree.
+  void take_quantiles(bool all) {
+    const std::int64_t stride = (count_ + kQuantileRows - 1) / kQuantileRows;
+    // A group of columns at once: each pass over the rows reads whole cache lines.
+    const std::size_t group = 64 / sizeof(T);
+    std::vector<std::vector<T>> columns(std::min(group, width_));
+    for (std::size_t first = 0; first < width_; first += group) {
+      const std::size_t size = std::min(group, width_ - first);
+      for (std::vector<T>& column : columns) column.clear();
+      each_row([&](std::int64_t i, const T* row) {
+        for (std::size_t j = 0; i % stride == 0 && j < size; ++j) columns[j].push_back(row[first + j]);
+      });
+      for (std::size_t j = 0; j < size; ++j) {
+        poll_();
+        ColumnScale robust = robust_scale(columns[j]);
+        ColumnScale& scale = scales_[first + j];
+        const bool disagree = scale.log_scale - robust.log_scale >= std::log(kDisagreement) &&
+                              has_outliers(columns[j], robust.centre, first + j);
+        if (!robust.how.empty() && (all || disagree)) scale = std::move(robust);
+      }
+    }
+  }
+
+  bool has_outliers(const std::vector<T>& sorted, double median, std::size_t j) const {
+    const double farthest = std::max(static_cast<double>(high_[j]) - median, median - static_cast<double>(low_[j]));
+    const double ordinary = std::max(quantile(sorted, 0.99) - median, median - quantile(sorted, 0.01));
+    return farthest > kBeyond * ordinary;
+  }
+
+  template <class Bad>
+  void refuse(const std::string& before, const char* after, Bad&& bad) const {
+    std::string columns;
+    for (std::size_t j = 0; j < width_; ++j) {
+      if (bad(j)) columns += (columns.empty() ? "" : ", ") + column(j);
+    }
+    if (!columns.empty()) throw Error(ErrorCode::invalid_argument, before + columns + after);
+  }
+
+  /// How messages call a column: by its name, or by its number, counted from 1.
+  std::string column(std::size_t j) const {
+    return "column " + (names_.empty() ? std::to_string(j + 1) : "'" + names_[j] + "'");
+  }
+
+  std::span<const T> x_;
+  std::vector<std::string> names_;
+  std::size_t width_;
+  const RowOrder& order_;
+  std::int64_t count_;
+  Poll poll_;
+  std::vector<T> low_, high_;
+  std::vector<ColumnScale> scales_;
+};
+
+}  // namespace nvpflow
