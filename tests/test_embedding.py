@@ -17,7 +17,6 @@ from oracle import assert_same_bits, unit_data
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "python" / "docs" / "cpp.md"
-README = ROOT / "README.md"
 INCLUDE = Path(nvpflow.get_include())
 LIBRARIES = INCLUDE.parent / "lib"
 CMAKE = shutil.which("cmake")
@@ -335,29 +334,14 @@ def test_installed_from_the_sources_the_examples_find_it(tmp_path, model) -> Non
 
 
 @needs_cmake
-@pytest.mark.parametrize("page", [PAGE, README], ids=lambda path: path.name)
-def test_the_page_s_cmake_lines_and_program_work_as_they_stand(page, tmp_path) -> None:
-    (lists,), program = blocks(page, "cmake"), blocks(page, "cpp")[0]
+def test_the_page_s_cmake_lines_and_program_work_as_they_stand(tmp_path) -> None:
+    (lists,), program = blocks(PAGE, "cmake"), blocks(PAGE, "cpp")[0]
     assert "cmake_minimum_required(VERSION 3.20)" in lists
     (tmp_path / "CMakeLists.txt").write_text(lists)
     (tmp_path / "main.cpp").write_text(program)
     configure(tmp_path, tmp_path / "b")
     run(CMAKE, "--build", tmp_path / "b")
     assert "nats" in run(tmp_path / "b" / "app", cwd=tmp_path)
-
-
-@needs_compilers
-@linux
-def test_the_readme_s_program_takes_the_readme_s_model(tmp_path) -> None:
-    nvpflow.build(2, 8, (64,), standardize=True).save(tmp_path / "ring.safetensors")
-    built = re.compile(r"nvpflow::Flow flow\(.*\);    // or (nvpflow::Flow::load\(\"ring.safetensors\"\))")
-    program, replaced = built.subn(r"nvpflow::Flow flow = \1;", blocks(README, "cpp")[0])
-    assert replaced == 1
-    (tmp_path / "main.cpp").write_text(program)
-    warnings = ["-Wall", "-Wextra", "-Werror", f"-I{INCLUDE}"]
-    run(CXX, "-std=c++20", "-pthread", *warnings, tmp_path / "main.cpp", SHARED, "-o", tmp_path / "program")
-    env = {**os.environ, "LD_LIBRARY_PATH": str(LIBRARIES)}
-    assert "nats" in run(tmp_path / "program", cwd=tmp_path, env=env)
 
 
 @needs_compilers
