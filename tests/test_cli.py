@@ -641,6 +641,45 @@ def test_the_index_of_pandas_is_left_out_and_said(call, frame, flow, tmp_path):
     assert call("score", "model.safetensors", "index.csv", "--columns", "a,b,c")[2] == ""
 
 
+@pytest.mark.parametrize("cell", ["\u00a04", "4\u2003", "\u0664", "\uff14"])
+def test_blanks_and_digits_outside_of_ascii_leave_the_column_as_it_is(call, folder, cell):
+    """Arrow does not read them: the column must not become zeros for it."""
+    pytest.importorskip("pyarrow")
+    scored = []
+    for four in ("4", cell):
+        (folder / "t.csv").write_text(f"1,2,3\n{four},5,6\n,7,8\n2,3,4\n", encoding="utf-8")
+        scored.append(call("score", "model.safetensors", "t.csv", "--missing", "nan"))
+    assert scored[0][0] == 0
+    assert scored[0] == scored[1]
+
+
+@pytest.mark.parametrize("field", ["x", "1_0", "0x10", "\u22121", '"1,000"'])
+def test_a_first_row_that_is_taken_for_names_is_said(call, folder, field):
+    pytest.importorskip("pyarrow")
+    (folder / "t.csv").write_text(f"{field},2,3\n4,5,6\n", encoding="utf-8")
+    code, output, errors = call("score", "model.safetensors", "t.csv")
+    assert (code, len(output.split())) == (0, 1)
+    assert "line 1 is taken for the names of the columns, as " in errors
+    assert errors.endswith("is no number; but '2' is one\n")
+    known = nvpflow.load(folder / "model.safetensors")
+    known.column_names = [field.strip('"'), "2", "3"]
+    known.save(folder / "known.safetensors")
+    assert call("score", "known.safetensors", "t.csv")[2] == ""
+    for sound in ("a,b,c\n1,2,3\n", "1,2,3\n4,5,6\n"):
+        (folder / "t.csv").write_text(sound)
+        assert call("score", "model.safetensors", "t.csv")[2] == ""
+
+
+def test_parquet_columns_whose_names_hold_points_are_not_mixed_up(call, folder, rows, flow):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = {"a": pyarrow.array([{"b": 1.0}] * len(rows)), "a.b": rows[:, 0], "c": rows[:, 1], "d": rows[:, 2]}
+    parquet.write_table(pyarrow.table(columns), folder / "points.parquet")
+    code, output, errors = call("score", "model.safetensors", "points.parquet", "--drop", "a")
+    assert (code, errors) == (0, "")
+    assert np.array_equal(scores_of(output), flow.log_probability(rows))
+
+
 DIALECTS = {
     "semicolons": "a;b;c\n1;2;3\n4;5;6\n",
     "tabs": "a\tb\tc\n1\t2\t3\n4\t5\t6\n",
@@ -660,7 +699,8 @@ def test_dialects_of_csv(call, folder, flow, name):
     pytest.importorskip("pyarrow")
     (folder / "t.csv").write_bytes(DIALECTS[name].encode())
     code, output, errors = call("score", "model.safetensors", "t.csv")
-    assert (code, errors) == (0, "")
+    names = "line 1 is taken for the names of the columns, as 'a' is no number; but '2020' is one"
+    assert (code, errors) == (0, f"nvpflow: t.csv: {names}\n" if name == "years" else "")
     assert np.array_equal(scores_of(output), flow.log_probability(np.array([[1, 2, 3], [4, 5, 6]], np.float32)))
 
 

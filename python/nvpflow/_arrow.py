@@ -21,6 +21,7 @@ import pyarrow.csv
 import pyarrow.ipc
 import pyarrow.parquet
 
+from nvpflow import _checks
 from nvpflow.data_io import Array, DataError, Piece, Problems, Stream, counted, numbered, rows_per_block
 
 CHUNK = 1 << 22
@@ -97,6 +98,7 @@ class CsvSource:
         self._first_line = 1  # of the numbers
         self._shape_line = records[0][0]
         self.names = [field.strip() for field in first] if _is_header(first, second) else None
+        self.notes = [] if self.names is None else _doubts(self.names, self._shape_line)
         self.width = len(first)
         self._sample = [record for _, record in records[self.names is not None :]]
         if self.names is not None:
@@ -254,7 +256,10 @@ class CsvSource:
         bad = pc.fill_null(pc.is_in(text, pa.array(wrong, pa.string())), False)
         if wrong:
             self._note_text(column, text, bad, lines, problems)
-        return pa.chunked_array([pa.array(np.zeros(len(text)))]), self._kinds.get(column, "numbers")
+            return pa.chunked_array([pa.array(np.zeros(len(text)))]), self._kinds.get(column, "numbers")
+        # Digits and blanks outside of ASCII, which Arrow does not know.
+        numbers = [None if value is None else float(value) for value in text.to_pylist()]
+        return pa.chunked_array([pa.array(numbers, pa.float64())]), "numbers"
 
     def _note_text(self, column: int, text: Any, bad: Any, lines: _Lines, problems: Problems) -> None:
         where = np.flatnonzero(bad.to_numpy())
@@ -288,6 +293,16 @@ def _is_header(first: Sequence[str], second: Sequence[str]) -> bool:
         return True
     text = [bool(field) and field not in MISSING and not is_number(field) for field in fields]
     return any(here and is_number(there) for here, there in zip(text, second, strict=False))
+
+
+def _doubts(names: Sequence[str], line: int) -> list[str]:
+    """Say that a line is taken for names where it could be a row: some are numbers, and not those of pandas."""
+    numbers = [name for name in names if is_number(name)]
+    if not numbers or names == ["", *map(str, range(len(names) - 1))]:
+        return []
+    text = next(name for name in names if name and not is_number(name))
+    here, number = (_checks.shortened(repr(field)) for field in (text, numbers[0]))
+    return [f"line {line} is taken for the names of the columns, as {here} is no number; but {number} is one"]
 
 
 def _text(data: bytes) -> str:
@@ -380,6 +395,7 @@ class _TypedSource:
     """A file whose columns have types."""
 
     unit = "row"
+    notes: Sequence[str] = ()
 
     def __init__(self, name: str, schema: Any, rows: int | None) -> None:
         self.name = name
@@ -457,9 +473,12 @@ class ParquetSource(_TypedSource):
         super().__init__(name, self._file.schema_arrow, self._file.metadata.num_rows)
 
     def _batches(self, wanted: Sequence[int]) -> Iterator[Any]:
-        every = len(wanted) == self.width
-        columns = None if every else [self._original[i] for i in wanted]
-        yield from self._file.iter_batches(batch_size=rows_per_block(len(wanted)), columns=columns)
+        names = self._original
+        # Parquet's reader takes every column of a name, and for it "a" is also what "a.b" begins with.
+        every = len(wanted) == self.width or len(set(names)) < self.width or any("." in name for name in names)
+        columns = None if every else [names[i] for i in wanted]
+        for batch in self._file.iter_batches(batch_size=rows_per_block(len(wanted)), columns=columns):
+            yield batch.select(list(wanted)) if every else batch
 
 
 class IpcSource(_TypedSource):

@@ -97,6 +97,7 @@ class Source(Protocol):
     width: int
     rows: int | None
     unit: str
+    notes: Sequence[str]
 
     def mapped(self) -> Array | None:
         """Return the rows as one memory-mapped array, where the file allows it."""
@@ -254,6 +255,8 @@ class Table:
         self._reading = reading
         self._problems = Problems(source.name, source.unit)
         self._problems.names = source.names
+        if source.names is None or source.names != [name.strip() for name in model_names or ()]:
+            self._problems.notes += source.notes
         self._used, self._passed = self._select(model_names)
         self.columns = len(self._used)
         self.names = None if source.names is None else [source.names[i] for i in self._used]
@@ -533,6 +536,7 @@ class NpySource:
 
     names: list[str] | None = None
     unit = "row"
+    notes: Sequence[str] = ()
 
     def __init__(self, name: str, file: BinaryIO, path: str | None = None) -> None:
         self.name = name
