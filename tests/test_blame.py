@@ -81,6 +81,14 @@ def test_frames_keep_their_names_and_index() -> None:
         nvpflow.blame(flow, frame)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_lists_are_taken_as_the_flow_takes_them(dtype) -> None:
+    flow, _, _ = gaussian_flow(dtype)
+    x = flow.sample(2, seed=0)
+    np.testing.assert_array_equal(nvpflow.blame(flow, x.tolist()), nvpflow.blame(flow, x))
+    np.testing.assert_array_equal(nvpflow.blame(flow, tuple(x[0].tolist())), nvpflow.blame(flow, x[0]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [

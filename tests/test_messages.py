@@ -284,6 +284,23 @@ def test_columns_of_other_libraries_that_are_not_numbers_are_named() -> None:
             new_flow().log_prob(frame)
 
 
+def test_what_polars_and_pyarrow_say_themselves_stays_inside() -> None:
+    """A LazyFrame warns where its columns are asked for; NumPy has no 128 bits; names need not be UTF-8."""
+    polars = pytest.importorskip("polars", reason="polars is not installed")
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    frame = polars.DataFrame(ABC)
+    misnamed = pyarrow.table([X[:, 0], X[:, 1], X[:, 2]], names=[b"\xff", "b", "c"])
+    wide = frame.with_columns(polars.col("a").cast(polars.Float64).round().cast(polars.Int128))
+    for call in (new_flow().fit, nvpflow.check_data):
+        with pytest.raises(TypeError, match=r"x is a LazyFrame, .*x.collect\(\)"):
+            call(frame.lazy())
+        with pytest.raises(ValueError, match=r"x has a column whose name is not UTF-8 \(b'\\xff'\), .*rename it"):
+            call(misnamed)
+    with pytest.raises(TypeError, match="x: column 'a' is Int128: encode it as numbers, or drop it"):
+        new_flow().fit(wide)
+    assert [finding.columns for finding in nvpflow.check_data(wide).errors] == [(1,)]
+
+
 def test_nullable_columns_are_numbers_and_their_gaps_are_missing_values() -> None:
     pandas = pytest.importorskip("pandas", reason="pandas is not installed")
     frame = pandas.DataFrame(ABC)

@@ -71,7 +71,7 @@ def blame(flow: Flow, x: ArrayLike) -> Any:
     given, _ = _frames.read("x", x, flow._column_names())
     log_p = np.asarray(_core._host_array(flow.log_probability(given)), dtype=np.float64)  # and checks the rest
     rows = np.asarray(_core._host_array(given))
-    if rows.dtype not in (np.float32, np.float64):
+    if isinstance(given, (list, tuple)) or rows.dtype not in (np.float32, np.float64):
         rows = rows.astype(flow.spec.dtype)
     single = rows.ndim == 1
     rows = np.atleast_2d(rows)

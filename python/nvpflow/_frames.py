@@ -116,18 +116,23 @@ def _kind(dtype: Any) -> str:
         return "b"
     if text.startswith(_DATES):
         return "M"
-    if text.startswith(("int", "uint")):
+    if text.startswith(("int", "uint")) and not text.endswith("128"):  # NumPy's end at 64 bits
         return "i"
     return "f" if text.startswith(("float", "double", "halffloat")) else "O"
 
 
 def inspect(value: object) -> Frame | None:
     """Return the frame that `value` is, or None."""
-    if isinstance(value, (np.ndarray, list, tuple, int, float)) or not hasattr(value, "columns"):
-        return None
-    if not (hasattr(value, "__array__") or hasattr(value, "__dataframe__")):
-        return None
-    return Frame(value)
+    if isinstance(value, (np.ndarray, list, tuple, int, float)) or type(value).__name__ == "LazyFrame":
+        return None  # to ask a LazyFrame for its columns would be a warning of polars
+    try:
+        is_frame = hasattr(value, "columns") and (hasattr(value, "__array__") or hasattr(value, "__dataframe__"))
+        return Frame(value) if is_frame else None
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"x has a column whose name is not UTF-8 ({_checks.shortened(repr(error.object))}), expected strings; "
+            "rename it, x.rename_columns([...])"
+        ) from error
 
 
 def labels(names: Sequence[str] | None, count: int) -> list[str]:
