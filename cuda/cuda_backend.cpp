@@ -20,6 +20,7 @@
 
 #include "../cpp/src/float_mode.hpp"
 #include "../cpp/src/left_right.hpp"
+#include "../cpp/src/parallel.hpp"
 #include "cuda_training.hpp"
 #include "device_flow.hpp"
 #include "kernels.cuh"
@@ -33,6 +34,8 @@ namespace {
 
 /// Rows of a device array whose log-densities are added up at a time.
 constexpr std::int64_t kSumRows = 1 << 20;
+/// Rows that are worth a thread where they are standardized on the host.
+constexpr std::int64_t kWideRows = 1 << 12;
 /// Streams whose workspaces are kept.
 constexpr std::size_t kMaxStreams = 64;
 
@@ -98,7 +101,7 @@ class CudaBackend final : public Backend {
     }
   }
 
-  void set_parameters(const void* parameters) override {
+  void set_parameters(const void* parameters, const float* mean_low) override {
     const FloatMode mode;
     const OnDevice on(flow_->index());
     packed_.rewrite([this] { return make(); },
@@ -110,6 +113,11 @@ class CudaBackend final : public Backend {
                       T* values = static_cast<T*>(flat.reserve(flow_->parameter_bytes(), "parameters"));
                       lane->send(values, parameters, flow_->parameter_bytes());
                       packed.pack(values, lane->stream());
+                      if constexpr (sizeof(T) == 4) {
+                        if (takes_float64_rows(flow_->spec())) {
+                          packed.pack_rest(values, static_cast<const T*>(parameters), mean_low, lane->stream());
+                        }
+                      }
                       synchronize(lane->stream());
                     });
   }
@@ -218,16 +226,19 @@ class CudaBackend final : public Backend {
     auto* workspace = static_cast<unsigned char*>(lane->workspace(plan_bytes + sum_workspace_bytes(chunk)));
     T* log_prob = static_cast<T*>(lane->result(chunk * static_cast<std::int64_t>(sizeof(T))));
     double* sum = lane->sum();
+    const bool wide = is_wide(*packed, how);
+    const Program<T>& program = wide ? packed->rest() : packed->program();
     const auto add = [&](TransformCall<T> call, std::int64_t first, std::int64_t count, Stream stream) {
       call.rows = count;
       call.log_prob = log_prob;
-      flow_->transform(plan, packed->program(), call, workspace, stream);
+      flow_->transform(plan, program, call, workspace, stream);
       launch_on(stream, "adding up log-densities", [log_prob, count, first, sum, workspace, plan_bytes, stream] {
         return launch_sum<T>(log_prob, count, first > 0, sum, workspace + plan_bytes, stream);
       });
     };
     TransformCall<T> call;
     if (how.device_arrays) {
+      require_narrow(*packed, how);
       for (std::int64_t first = 0; first < rows; first += chunk) {
         call.in = static_cast<const T*>(x) + (index == nullptr ? first * flow_->features() : 0);
         call.index = index == nullptr ? nullptr : index + first;
@@ -235,7 +246,9 @@ class CudaBackend final : public Backend {
       }
       synchronize(stream_of(how));
     } else {
-      lane->run({HostInput{x, flow_->row_bytes()}}, {}, index, rows, how.threads, [&](const Lane::Chunk& c) {
+      HostInput in{x, flow_->row_bytes()};
+      if (wide) in.make = standardizing(*packed, x, index, how);
+      lane->run({in}, {}, index, rows, how.threads, [&](const Lane::Chunk& c) {
         call.in = static_cast<const T*>(c.inputs[0]);
         add(call, c.first_row, c.rows, lane->stream());
       });
@@ -295,25 +308,73 @@ class CudaBackend final : public Backend {
     return std::make_unique<Packed<T>>(flow_->layers());
   }
 
+  // ---- the first layer in float64, on the host ---------------------------------------------------------------------
+
+  static bool is_wide(const Packed<T>& packed, const Execution& how) {
+    return how.float64_rows || packed.first().is_split();
+  }
+
+  /// Rows of the device go through the layer in float32 there.
+  static void require_narrow(const Packed<T>& packed, const Execution& how) {
+    if (!is_wide(packed, how)) return;
+    throw Error(
+        ErrorCode::invalid_argument,
+        "rows in a device's memory are of a flow whose first layer is to be applied in float64 (float64 rows, or "
+        "a mean that float32 does not hold), which only rows of the host are; pass arrays of the host, or use a "
+        "float64 flow");
+  }
+
+  static auto standardizing(const Packed<T>& packed, const void* x, const std::int64_t* index, const Execution& how) {
+    return [&first = packed.first(), x, index, features = packed.program().input_size, how](
+               std::int64_t begin, std::int64_t rows, void* to) {
+      parallel_for(rows, kWideRows, how.threads, [&](std::int64_t b, std::int64_t e) {
+        first.standardize(x, how.float64_rows, index, begin + b, e - b, static_cast<float*>(to) + b * features);
+      });
+    };
+  }
+
+  static void scale_gradient(const Packed<T>& packed, T* g, std::int64_t rows) {
+    if constexpr (sizeof(T) == 4) packed.first().scale_gradient(g, rows);
+  }
+
+  static auto restoring(const Packed<T>& packed, void* x, const Execution& how) {
+    return [&first = packed.first(), x, features = packed.program().input_size, how](
+               std::int64_t begin, std::int64_t rows, const void* from) {
+      parallel_for(rows, kWideRows, how.threads, [&](std::int64_t b, std::int64_t e) {
+        first.restore(static_cast<const float*>(from) + b * features, e - b, x, how.float64_rows, begin + b);
+      });
+    };
+  }
+
   static Stream stream_of(const Execution& how) { return static_cast<Stream>(how.stream); }
   static T* moved(void* to) { return static_cast<T*>(to); }
 
   void run(const TransformCall<T>& call, std::int64_t rows, const Execution& how) const {
     if (rows == 0) return;
+    const FloatMode mode;  // of rows that are standardized on the host
     const OnDevice on(flow_->index());
     if (how.device_arrays) {
       const TransformPlan plan = flow_->plan(rows);
       void* workspace = workspaces_.get(stream_of(how), plan.workspace_bytes);
       const Reading packed(packed_);
+      if (call.conditioner < 0) require_narrow(*packed, how);
       TransformCall<T> whole = call;
       whole.rows = rows;
       return flow_->transform(plan, packed->program(), whole, workspace, stream_of(how));
     }
     const Lanes::Loan lane(lanes_);
     const Reading packed(packed_);
+    const bool wide = call.conditioner < 0 && is_wide(*packed, how);
+    const Program<T>& program = wide ? packed->rest() : packed->program();
     const auto element = static_cast<std::int64_t>(sizeof(T));
+    HostInput in{call.in, flow_->row_bytes()};
     Lane::Outputs outputs{HostOutput{call.out, flow_->row_bytes()}, HostOutput{call.log_det, element},
                           HostOutput{call.log_prob, element}};
+    if (wide && call.inverse) {
+      outputs[0].take = restoring(*packed, call.out, how);
+    } else if (wide) {
+      in.make = standardizing(*packed, call.in, nullptr, how);
+    }
     if (call.conditioner >= 0) {
       const LayerSpec& layer = flow_->spec().layers[static_cast<std::size_t>(call.conditioner)];
       const std::int64_t width = flow_->spec().transformed(layer).count * element;
@@ -321,30 +382,30 @@ class CudaBackend final : public Backend {
     }
     TransformPlan plan;
     void* workspace = nullptr;
-    lane->run({HostInput{call.in, flow_->row_bytes()}}, outputs, nullptr, rows, how.threads,
-              [&](const Lane::Chunk& chunk) {
-                if (chunk.first_row == 0) {
-                  plan = flow_->plan(chunk.rows);
-                  workspace = lane->workspace(plan.workspace_bytes);
-                }
-                TransformCall<T> part = call;
-                part.rows = chunk.rows;
-                part.first_row += static_cast<std::uint64_t>(chunk.first_row);
-                part.in = static_cast<const T*>(chunk.inputs[0]);
-                if (call.conditioner >= 0) {
-                  part.log_scale = moved(chunk.outputs[0]), part.shift = moved(chunk.outputs[1]);
-                } else {
-                  part.out = moved(chunk.outputs[0]), part.log_det = moved(chunk.outputs[1]);
-                  part.log_prob = moved(chunk.outputs[2]);
-                }
-                flow_->transform(plan, packed->program(), part, workspace, lane->stream());
-              });
+    lane->run({in}, outputs, nullptr, rows, how.threads, [&](const Lane::Chunk& chunk) {
+      if (chunk.first_row == 0) {
+        plan = flow_->plan(chunk.rows);
+        workspace = lane->workspace(plan.workspace_bytes);
+      }
+      TransformCall<T> part = call;
+      part.rows = chunk.rows;
+      part.first_row += static_cast<std::uint64_t>(chunk.first_row);
+      part.in = static_cast<const T*>(chunk.inputs[0]);
+      if (call.conditioner >= 0) {
+        part.log_scale = moved(chunk.outputs[0]), part.shift = moved(chunk.outputs[1]);
+      } else {
+        part.out = moved(chunk.outputs[0]), part.log_det = moved(chunk.outputs[1]);
+        part.log_prob = moved(chunk.outputs[2]);
+      }
+      flow_->transform(plan, program, part, workspace, lane->stream());
+    });
   }
 
   /// Sum of log p where the call is one of the NLL.
   double run_gradient(const GradientCall<T>& call, const std::int64_t* index, std::int64_t rows,
                       const Execution& how) const {
     const OnDevice on(flow_->index());
+    const FloatMode mode;  // of rows that are standardized on the host
     if (rows == 0) {
       clear_gradient(call, how);
       return 0;
@@ -372,6 +433,7 @@ class CudaBackend final : public Backend {
     whole.rows = rows;
     if (!call.nll) {
       const Reading packed(packed_);
+      if (!call.inverse) require_narrow(*packed, how);
       flow_->gradient(plan, packed->program(), whole, workspace, stream);
       return 0;
     }
@@ -379,6 +441,7 @@ class CudaBackend final : public Backend {
     whole.sum_log_prob = lane->sum();
     {
       const Reading packed(packed_);
+      require_narrow(*packed, how);
       flow_->gradient(plan, packed->program(), whole, workspace, stream);
     }
     synchronize(stream);
@@ -389,19 +452,35 @@ class CudaBackend final : public Backend {
                           const Execution& how) const {
     const Lanes::Loan lane(lanes_);
     const Reading packed(packed_);
+    const bool wide = !call.inverse && is_wide(*packed, how);
+    const Program<T>& program = wide ? packed->rest() : packed->program();
     T* gradient = nullptr;
+    std::vector<T> before;  // the gradient of the mean, which is formed for standardized rows
     if (call.gradient != nullptr) {
       gradient = static_cast<T*>(lane->result(flow_->parameter_bytes()));
+      if (wide && call.accumulate) {
+        before.assign(call.gradient, call.gradient + flow_->features());
+        std::fill_n(call.gradient, flow_->features(), T(0));
+      }
       if (call.accumulate) lane->send(gradient, call.gradient, flow_->parameter_bytes());
     }
     double* sum = lane->sum();
     GradientPlan plan;
     std::int64_t plan_bytes = 0;
     unsigned char* workspace = nullptr;
-    const Lane::Inputs inputs{HostInput{call.in, flow_->row_bytes()}, HostInput{call.grad_out, flow_->row_bytes()},
+    HostInput in{call.in, flow_->row_bytes()};
+    HostOutput grad_in{call.grad_in, flow_->row_bytes()};
+    if (wide) {
+      in.make = standardizing(*packed, call.in, index, how);
+      grad_in.take = [&](std::int64_t first, std::int64_t count, const void* from) {
+        T* to = call.grad_in + first * flow_->features();
+        std::memcpy(to, from, static_cast<std::size_t>(count * flow_->row_bytes()));
+        scale_gradient(*packed, to, count);
+      };
+    }
+    const Lane::Inputs inputs{in, HostInput{call.grad_out, flow_->row_bytes()},
                               HostInput{call.grad_log_det, static_cast<std::int64_t>(sizeof(T))}};
-    const Lane::Outputs outputs{HostOutput{call.grad_in, flow_->row_bytes()},
-                                HostOutput{call.log_prob, static_cast<std::int64_t>(sizeof(T))}};
+    const Lane::Outputs outputs{grad_in, HostOutput{call.log_prob, static_cast<std::int64_t>(sizeof(T))}};
     lane->run(inputs, outputs, index, rows, how.threads, [&](const Lane::Chunk& chunk) {
       if (chunk.first_row == 0) {
         plan = flow_->gradient_plan(chunk.rows);
@@ -418,7 +497,7 @@ class CudaBackend final : public Backend {
       part.gradient = gradient;
       part.accumulate = call.accumulate || chunk.first_row > 0;
       part.sum_log_prob = call.nll ? sum + 1 : nullptr;
-      flow_->gradient(plan, packed->program(), part, workspace, lane->stream());
+      flow_->gradient(plan, program, part, workspace, lane->stream());
       if (!call.nll) return;
       launch_on(lane->stream(), "adding up log-densities",
                 [sum, first = chunk.first_row == 0, space = workspace + plan_bytes, s = lane->stream()] {
@@ -426,6 +505,10 @@ class CudaBackend final : public Backend {
                 });
     });
     if (gradient != nullptr) lane->receive(call.gradient, gradient, flow_->parameter_bytes());
+    if (gradient != nullptr && wide) {
+      scale_gradient(*packed, call.gradient, 1);
+      for (std::size_t j = 0; j < before.size(); ++j) call.gradient[j] += before[j];
+    }
     return call.nll ? lane->read_sum() : 0;
   }
 

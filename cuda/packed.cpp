@@ -153,6 +153,22 @@ void Packed<T>::pack(const T* parameters, Stream stream) {
   });
 }
 
+template <class T>
+void Packed<T>::pack_rest(T* parameters, const float* of_host, const float* mean_low, Stream stream) {
+  const std::int64_t features = program_.input_size, element = sizeof(T);
+  first_.set(features, of_host, of_host + features, mean_low);
+  rest_ = program_;
+  T* to = static_cast<T*>(rest_packed_.reserve(program_.packed_size * element, "packed parameters"));
+  rest_.packed = to;
+  fill_zero(parameters, 2 * features * element, stream);  // mean and log_std: the identity
+  launch_on(stream, "packing parameters", [layers = layers_, program = rest_, parameters, to, stream] {
+    return launch_pack(&program, layers->num_standardize(), layers->packed_source(), program.packed_size, parameters,
+                       to, stream);
+  });
+  const std::int64_t log_det = layers_->on_host().layers[0].affine + 3 * features;
+  copy_on_device(to + log_det, program_.packed + log_det, element, stream);
+}
+
 template class Layers<float>;
 template class Layers<double>;
 template class Packed<float>;

@@ -8,6 +8,7 @@
 
 #include <nvpflow/spec.hpp>
 
+#include "../cpp/src/wide_rows.hpp"
 #include "kernels.cuh"
 #include "runtime.hpp"
 
@@ -55,10 +56,17 @@ class Packed {
   void pack(const T* parameters, Stream stream);
   const Program<T>& program() const { return program_; }
 
+  /// Of flows with takes_float64_rows, after pack(): makes rest(), as on the CPU, of the same parameters in device
+  /// memory, of which it zeroes those of the first layer; of_host: in the host's.
+  void pack_rest(T* parameters, const float* of_host, const float* mean_low, Stream stream);
+  const Program<T>& rest() const { return rest_; }
+  const WideRows& first() const { return first_; }
+
  private:
   std::shared_ptr<const Layers<T>> layers_;
-  Memory packed_{Memory::Kind::device}, transposed_{Memory::Kind::device};
-  Program<T> program_;
+  Memory packed_{Memory::Kind::device}, transposed_{Memory::Kind::device}, rest_packed_{Memory::Kind::device};
+  Program<T> program_, rest_;
+  WideRows first_;
 };
 
 /// Copies to device memory and waits; for what is copied once.

@@ -86,8 +86,8 @@ void Lane::run(const Inputs& inputs, const Outputs& outputs, const std::int64_t*
   for (std::size_t i = 0; i < kArrays; ++i) {
     row_bytes += (inputs[i].data != nullptr ? inputs[i].row_bytes : 0);
     row_bytes += (outputs[i].data != nullptr ? outputs[i].row_bytes : 0);
-    call.direct_in[i] = inputs[i].data != nullptr && index == nullptr && is_pinned(inputs[i].data);
-    call.direct_out[i] = outputs[i].data != nullptr && is_pinned(outputs[i].data);
+    call.direct_in[i] = inputs[i].data != nullptr && index == nullptr && !inputs[i].make && is_pinned(inputs[i].data);
+    call.direct_out[i] = outputs[i].data != nullptr && !outputs[i].take && is_pinned(outputs[i].data);
   }
   call.chunk = chunk_rows(rows, row_bytes);
   const bool alone = call.chunk == rows;
@@ -133,6 +133,8 @@ void Lane::start(Slot& slot, const Call& call, bool alone) {
     const void* from = staged;
     if (call.direct_in[i]) {
       from = at(in.data, slot.first_row * in.row_bytes);
+    } else if (in.make) {
+      in.make(slot.first_row, slot.rows, staged);
     } else if (call.index == nullptr) {
       copy(staged, at(in.data, slot.first_row * in.row_bytes), slot.rows * in.row_bytes, call.threads);
     } else {
@@ -178,7 +180,9 @@ void Lane::finish(Slot& slot, const Call& call) {
   for (std::size_t i = 0; i < kArrays; ++i) {
     const HostOutput& out = call.outputs[i];
     if (out.data == nullptr) continue;
-    if (!call.direct_out[i]) {
+    if (out.take) {
+      out.take(slot.first_row, slot.rows, at(slot.host_out.data(), offset));
+    } else if (!call.direct_out[i]) {
       copy(at(out.data, slot.first_row * out.row_bytes), at(slot.host_out.data(), offset), slot.rows * out.row_bytes,
            call.threads);
     }

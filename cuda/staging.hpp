@@ -18,10 +18,14 @@ namespace nvpflow::cuda {
 struct HostInput {
   const void* data = nullptr;
   std::int64_t row_bytes = 0;
+  /// Where the device's rows are not the host's (row_bytes is theirs): makes `rows` of them, from first_row on.
+  std::function<void(std::int64_t first_row, std::int64_t rows, void* to)> make = {};
 };
 struct HostOutput {
   void* data = nullptr;
   std::int64_t row_bytes = 0;
+  /// The same, on the way back.
+  std::function<void(std::int64_t first_row, std::int64_t rows, const void* from)> take = {};
 };
 
 /// Streams and buffers for one call at a time.

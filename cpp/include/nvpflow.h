@@ -98,6 +98,12 @@ NVPFLOW_API nvpflow_dtype nvpflow_dtype_of(const nvpflow_flow* flow); /**< NVPFL
 NVPFLOW_API int64_t nvpflow_num_layers(const nvpflow_flow* flow);     /**< couplings and standardize layers */
 NVPFLOW_API int64_t nvpflow_num_couplings(const nvpflow_flow* flow);  /**< affine coupling layers */
 NVPFLOW_API int64_t nvpflow_num_parameters(const nvpflow_flow* flow); /**< elements of all parameters */
+/**
+ * 1 where the flow is float32 and begins with a standardize layer, else 0. Such a flow takes and gives rows of data x as
+ * float64, too, in the functions that end in _rows64: the layer is then applied in float64, so that values that are
+ * large beside their spread keep their digits. Others refuse these functions with NVPFLOW_TYPE_MISMATCH.
+ */
+NVPFLOW_API int nvpflow_takes_float64_rows(const nvpflow_flow* flow);
 /** @} */
 
 /**
@@ -179,6 +185,9 @@ NVPFLOW_API nvpflow_status nvpflow_log_prob_f32(const nvpflow_flow* flow, const 
                                                 float* log_prob);
 NVPFLOW_API nvpflow_status nvpflow_log_prob_f64(const nvpflow_flow* flow, const double* x, int64_t rows,
                                                 double* log_prob);
+/** @brief float64 rows x of a float32 flow: nvpflow_takes_float64_rows(). */
+NVPFLOW_API nvpflow_status nvpflow_log_prob_rows64(const nvpflow_flow* flow, const double* x, int64_t rows,
+                                                   float* log_prob);
 /** @} */
 
 /** @name Data to latent: z and log|det dz/dx|; log_det may be NULL.
@@ -188,6 +197,9 @@ NVPFLOW_API nvpflow_status nvpflow_forward_f32(const nvpflow_flow* flow, const f
                                                float* log_det);
 NVPFLOW_API nvpflow_status nvpflow_forward_f64(const nvpflow_flow* flow, const double* x, int64_t rows, double* z,
                                                double* log_det);
+/** @brief float64 rows x of a float32 flow: nvpflow_takes_float64_rows(). */
+NVPFLOW_API nvpflow_status nvpflow_forward_rows64(const nvpflow_flow* flow, const double* x, int64_t rows, float* z,
+                                                  float* log_det);
 /** @} */
 
 /** @name Latent to data: x and log|det dx/dz|; log_det may be NULL.
@@ -197,6 +209,9 @@ NVPFLOW_API nvpflow_status nvpflow_inverse_f32(const nvpflow_flow* flow, const f
                                                float* log_det);
 NVPFLOW_API nvpflow_status nvpflow_inverse_f64(const nvpflow_flow* flow, const double* z, int64_t rows, double* x,
                                                double* log_det);
+/** @brief float64 rows x of a float32 flow: nvpflow_takes_float64_rows(). */
+NVPFLOW_API nvpflow_status nvpflow_inverse_rows64(const nvpflow_flow* flow, const float* z, int64_t rows, double* x,
+                                                  float* log_det);
 /** @} */
 
 /** @name Rows first_row, first_row + 1, ... of the endless sample that `seed` names. Row i depends on (seed, i) alone.
@@ -206,6 +221,9 @@ NVPFLOW_API nvpflow_status nvpflow_sample_f32(const nvpflow_flow* flow, uint64_t
                                               float* x);
 NVPFLOW_API nvpflow_status nvpflow_sample_f64(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row, int64_t rows,
                                               double* x);
+/** @brief float64 rows x of a float32 flow: nvpflow_takes_float64_rows(). */
+NVPFLOW_API nvpflow_status nvpflow_sample_rows64(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row,
+                                                 int64_t rows, double* x);
 /** @} */
 
 /** @name The mean negative log-likelihood of x [rows, D], in nats, and its gradient. At least one row. They may

@@ -112,29 +112,30 @@ nvpflow_status initialize_from(nvpflow_flow* handle, const T* x, std::int64_t ro
   });
 }
 
-template <class T>
-nvpflow_status log_prob(const nvpflow_flow* handle, const T* x, std::int64_t rows, T* out) {
+/// X: T, or double where T is float.
+template <class X, class T>
+nvpflow_status log_prob(const nvpflow_flow* handle, const X* x, std::int64_t rows, T* out) {
   return guarded([&] {
     const Flow& flow = required(handle, "flow")->flow;
-    flow.log_prob<T>(array(x, "x", rows, flow.spec().input_size), array(out, "log_prob", rows, 1));
+    flow.log_prob(array(x, "x", rows, flow.spec().input_size), array(out, "log_prob", rows, 1));
   });
 }
 
-template <class T>
-nvpflow_status forward(const nvpflow_flow* handle, const T* x, std::int64_t rows, T* z, T* log_det) {
+template <class X, class T>
+nvpflow_status forward(const nvpflow_flow* handle, const X* x, std::int64_t rows, T* z, T* log_det) {
   return guarded([&] {
     const Flow& flow = required(handle, "flow")->flow;
     const std::int64_t columns = flow.spec().input_size;
-    flow.forward<T>(array(x, "x", rows, columns), array(z, "z", rows, columns), wanted(log_det, rows));
+    flow.forward(array(x, "x", rows, columns), array(z, "z", rows, columns), wanted(log_det, rows));
   });
 }
 
-template <class T>
-nvpflow_status inverse(const nvpflow_flow* handle, const T* z, std::int64_t rows, T* x, T* log_det) {
+template <class X, class T>
+nvpflow_status inverse(const nvpflow_flow* handle, const T* z, std::int64_t rows, X* x, T* log_det) {
   return guarded([&] {
     const Flow& flow = required(handle, "flow")->flow;
     const std::int64_t columns = flow.spec().input_size;
-    flow.inverse<T>(array(z, "z", rows, columns), array(x, "x", rows, columns), wanted(log_det, rows));
+    flow.inverse(array(z, "z", rows, columns), array(x, "x", rows, columns), wanted(log_det, rows));
   });
 }
 
@@ -165,6 +166,14 @@ void write_text(const std::string& from, char* text, size_t capacity, size_t* ne
     refuse("capacity is " + std::to_string(capacity) + ", expected " + std::to_string(bytes) + " or more");
   }
   std::memcpy(required(text, "text"), from.c_str(), bytes);
+}
+
+nvpflow_status refuse_rows64() {
+  return guarded([] {
+    throw Error(ErrorCode::type_mismatch,
+                "the flow gives no float64 rows beside float32, expected a float32 flow that begins with a standardize "
+                "layer");
+  });
 }
 
 }  // namespace
@@ -204,6 +213,10 @@ int64_t nvpflow_num_layers(const nvpflow_flow* flow) {
 }
 int64_t nvpflow_num_couplings(const nvpflow_flow* flow) {
   return flow == nullptr ? -1 : flow->flow.spec().num_couplings();
+}
+int nvpflow_takes_float64_rows(const nvpflow_flow* flow) {
+  if (flow == nullptr) return -1;
+  return nvpflow::takes_float64_rows(flow->flow.spec()) ? 1 : 0;
 }
 int64_t nvpflow_num_parameters(const nvpflow_flow* flow) { return flow == nullptr ? -1 : flow->flow.num_parameters(); }
 
@@ -267,11 +280,18 @@ nvpflow_status nvpflow_log_prob_f32(const nvpflow_flow* flow, const float* x, in
 nvpflow_status nvpflow_log_prob_f64(const nvpflow_flow* flow, const double* x, int64_t rows, double* log_prob) {
   return nvpflow::log_prob(flow, x, rows, log_prob);
 }
+nvpflow_status nvpflow_log_prob_rows64(const nvpflow_flow* flow, const double* x, int64_t rows, float* log_prob) {
+  return nvpflow::log_prob(flow, x, rows, log_prob);
+}
 nvpflow_status nvpflow_forward_f32(const nvpflow_flow* flow, const float* x, int64_t rows, float* z, float* log_det) {
   return nvpflow::forward(flow, x, rows, z, log_det);
 }
 nvpflow_status nvpflow_forward_f64(const nvpflow_flow* flow, const double* x, int64_t rows, double* z,
                                    double* log_det) {
+  return nvpflow::forward(flow, x, rows, z, log_det);
+}
+nvpflow_status nvpflow_forward_rows64(const nvpflow_flow* flow, const double* x, int64_t rows, float* z,
+                                      float* log_det) {
   return nvpflow::forward(flow, x, rows, z, log_det);
 }
 nvpflow_status nvpflow_inverse_f32(const nvpflow_flow* flow, const float* z, int64_t rows, float* x, float* log_det) {
@@ -281,11 +301,20 @@ nvpflow_status nvpflow_inverse_f64(const nvpflow_flow* flow, const double* z, in
                                    double* log_det) {
   return nvpflow::inverse(flow, z, rows, x, log_det);
 }
+nvpflow_status nvpflow_inverse_rows64(const nvpflow_flow* flow, const float* z, int64_t rows, double* x,
+                                      float* log_det) {
+  return nvpflow::inverse(flow, z, rows, x, log_det);
+}
 nvpflow_status nvpflow_sample_f32(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row, int64_t rows, float* x) {
   return nvpflow::sample(flow, seed, first_row, rows, x);
 }
 nvpflow_status nvpflow_sample_f64(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row, int64_t rows,
                                   double* x) {
+  return nvpflow::sample(flow, seed, first_row, rows, x);
+}
+nvpflow_status nvpflow_sample_rows64(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row, int64_t rows,
+                                     double* x) {
+  if (flow != nullptr && nvpflow_takes_float64_rows(flow) == 0) return nvpflow::refuse_rows64();
   return nvpflow::sample(flow, seed, first_row, rows, x);
 }
 nvpflow_status nvpflow_nll_gradient_f32(const nvpflow_flow* flow, const float* x, int64_t rows, double* nll,

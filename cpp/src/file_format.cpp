@@ -62,6 +62,8 @@ constexpr const char* kColumnNamesKey = "nvpflow.column_names";
 constexpr const char* kThresholdKey = "nvpflow.threshold";
 constexpr std::uint32_t kMajorVersion = 1;
 constexpr const char* kFormatVersion = "1.0";
+constexpr const char* kMeanLowVersion = "1.1";  // of a file that holds kMeanLowName
+constexpr const char* kMeanLowName = "standardize_0.mean_low";
 
 // ---------------------------------------------------------------------------------------------- messages
 
@@ -871,10 +873,25 @@ void check_count(const std::string& path, const FlowSpec& spec, std::size_t held
                         " of its description");
 }
 
-/// The file holds the layout's tensors, each of the right shape and dtype, and no other.
-void check_tensors(const ContainerReader& file, const TensorsByName& tensors, const ParamLayout& layout, DType dtype) {
+/// kMeanLowName as a tensor beside the layout's, which has the shape of the mean. Only where takes_float64_rows.
+TensorInfo mean_low_of(const ParamLayout& layout) {
+  TensorInfo tensor = layout.tensors().front();
+  tensor.name = kMeanLowName;
+  return tensor;
+}
+
+/// The layout's tensors, and behind them kMeanLowName where the file has it and may have it.
+std::vector<TensorInfo> wanted_tensors(const TensorsByName& tensors, const FlowSpec& spec, const ParamLayout& layout) {
+  std::vector<TensorInfo> wanted = layout.tensors();
+  if (takes_float64_rows(spec) && tensors.contains(kMeanLowName)) wanted.push_back(mean_low_of(layout));
+  return wanted;
+}
+
+/// The file holds the wanted tensors, each of the right shape and dtype, and no other.
+void check_tensors(const ContainerReader& file, const TensorsByName& tensors, const std::vector<TensorInfo>& all,
+                   DType dtype) {
   std::set<std::string_view> known;
-  for (const TensorInfo& wanted : layout.tensors()) {
+  for (const TensorInfo& wanted : all) {
     known.insert(wanted.name);
     const std::string subject = "tensor " + quote(wanted.name);
     const std::string expected = ", expected " + std::string(name_of(dtype)) + " of shape " + text_of(wanted.shape);
@@ -1024,15 +1041,19 @@ std::string difference(const std::vector<std::string>& names, const std::vector<
 }
 
 void save_model(const std::string& path, const FlowSpec& spec, const ParamLayout& layout, const void* parameters,
-                const std::vector<std::string>& column_names, const std::optional<Threshold>& threshold) {
+                const std::vector<std::string>& column_names, const std::optional<Threshold>& threshold,
+                const std::vector<float>& mean_low) {
   std::vector<FileTensor> tensors;
-  for (const TensorInfo& tensor : layout.tensors()) {
-    const auto* values = static_cast<const unsigned char*>(parameters) + byte_offset(tensor, spec.dtype);
+  const auto add = [&](const TensorInfo& tensor, const void* values) {
     const std::string wrong = describe_not_finite(tensor, spec.dtype, values);
     if (!wrong.empty()) throw Error(ErrorCode::invalid_argument, path + ": not saved: " + wrong);
     tensors.push_back({tensor.name, spec.dtype, tensor.shape, values});
+  };
+  for (const TensorInfo& tensor : layout.tensors()) {
+    add(tensor, static_cast<const unsigned char*>(parameters) + byte_offset(tensor, spec.dtype));
   }
-  std::map<std::string, std::string> metadata = {{kVersionKey, kFormatVersion},
+  if (!mean_low.empty()) add(mean_low_of(layout), mean_low.data());
+  std::map<std::string, std::string> metadata = {{kVersionKey, mean_low.empty() ? kFormatVersion : kMeanLowVersion},
                                                  {kLibraryKey, version()},
                                                  {kDTypeKey, std::string(name_of(spec.dtype))},
                                                  {kSpecKey, spec_to_json(spec)}};
@@ -1059,7 +1080,7 @@ LoadedModel load_model(const std::string& path, const FlowSpec* expected) {
   const DType dtype = model.spec.dtype;
   check_count(path, model.spec, file.tensors().size());
   const ParamLayout layout(model.spec);
-  check_tensors(file, tensors, layout, dtype);
+  check_tensors(file, tensors, wanted_tensors(tensors, model.spec, layout), dtype);
   model.column_names = column_names_of(file, model.spec.input_size);
   model.threshold = threshold_of(file);
 
@@ -1069,12 +1090,18 @@ LoadedModel load_model(const std::string& path, const FlowSpec* expected) {
   } catch (const std::bad_alloc&) {
     fail_memory(path, file.data_size());
   }
-  for (const TensorInfo& tensor : layout.tensors()) {
+  const auto read = [&](const TensorInfo& tensor, void* values) {
     const StoredTensor& stored = *tensors.at(tensor.name);
-    unsigned char* const values = model.parameters.data() + byte_offset(tensor, dtype);
-    file.read_data(stored.begin, stored.end, values);
+    file.read_data(stored.begin, stored.end, static_cast<unsigned char*>(values));
     const std::string wrong = describe_not_finite(tensor, dtype, values);
     if (!wrong.empty()) fail_format(path, wrong);
+  };
+  for (const TensorInfo& tensor : layout.tensors()) {
+    read(tensor, model.parameters.data() + byte_offset(tensor, dtype));
+  }
+  if (takes_float64_rows(model.spec) && tensors.contains(kMeanLowName)) {
+    model.mean_low.resize(static_cast<std::size_t>(model.spec.input_size));
+    read(mean_low_of(layout), model.mean_low.data());
   }
   file.check_unchanged();
   return model;

@@ -14,7 +14,10 @@
 // rely on neither.
 //
 // A model (save_model, load_model) holds exactly the tensors of its ParamLayout and these metadata keys; a reader
-// ignores keys it does not know.
+// ignores keys it does not know. A float32 model that begins with a standardize layer may hold one tensor more, behind
+// the others: "standardize_0.mean_low", F32 [D], what the layer's mean is beyond the float32 numbers of
+// "standardize_0.mean" (add them in float64). It is written only where one of its numbers is not zero, and the version
+// is 1.1 then; a reader that does not know it refuses the file.
 //
 //     nvpflow.format_version   "1.0", MAJOR.MINOR. Another major version is refused. A newer minor version is read as
 //                              long as its spec holds nothing unknown.
@@ -93,15 +96,17 @@ void check_threshold(const Threshold& threshold);
 std::string difference(const std::vector<std::string>& names, const std::vector<std::string>& expected);
 
 /// parameters: ParamLayout::size() elements of spec.dtype, all finite (else Error(invalid_argument)).
-/// column_names: one for each column, or none.
+/// column_names: one for each column, or none. mean_low: Flow::mean_low, or empty.
 void save_model(const std::string& path, const FlowSpec& spec, const ParamLayout& layout, const void* parameters,
-                const std::vector<std::string>& column_names = {}, const std::optional<Threshold>& threshold = {});
+                const std::vector<std::string>& column_names = {}, const std::optional<Threshold>& threshold = {},
+                const std::vector<float>& mean_low = {});
 
 struct LoadedModel {
   FlowSpec spec;
   std::vector<unsigned char> parameters;  // flat, ParamLayout order, spec.dtype
   std::vector<std::string> column_names;  // empty: the file has none
   std::optional<Threshold> threshold;
+  std::vector<float> mean_low;  // empty: the file has none
 };
 /// expected: null, or the spec the file must have (metadata), or is to be read with (tensors alone).
 LoadedModel load_model(const std::string& path, const FlowSpec* expected);

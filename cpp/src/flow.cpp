@@ -100,6 +100,7 @@ struct Flow::State {
   // One buffer for the flow's whole life, so that views of it stay valid; bytes, because the dtype is known at run
   // time.
   std::vector<unsigned char> parameters;
+  std::vector<float> mean_low;  // [D]; empty: zeros
   std::vector<std::string> column_names;
   std::optional<Threshold> threshold;  // of these parameters
   std::unique_ptr<Backend> backend;
@@ -121,14 +122,42 @@ struct Flow::State {
   template <class T>
   void check_dtype() const {
     if (spec.dtype != dtype_of<T>) {
-      throw Error(ErrorCode::type_mismatch, "the flow is " + std::string(name_of(spec.dtype)) + ", the arrays are " +
-                                                std::string(name_of(dtype_of<T>)));
+      std::string message =
+          "the flow is " + std::string(name_of(spec.dtype)) + ", the arrays are " + std::string(name_of(dtype_of<T>));
+      if (spec.dtype == DType::float32) {
+        message += "; a float32 flow takes and gives rows of float64 where it begins with a standardize layer";
+      }
+      throw Error(ErrorCode::type_mismatch, message);
     }
+  }
+
+  /// Rows of data: of the flow's dtype, or of float64 where it takes them.
+  template <class T>
+  std::int64_t check_data(const Named<std::span<const T>>& x) const {
+    if (!is_wide<T>()) check_dtype<T>();
+    return count_rows(x);
+  }
+
+  /// float64 rows beside arrays of float32.
+  std::int64_t check_wide(const Named<std::span<const double>>& x) const {
+    check_dtype<float>();
+    return check_data(x);
+  }
+
+  /// Whether rows of data of type T are float64 rows of a float32 flow that takes them.
+  template <class T>
+  bool is_wide() const {
+    return sizeof(T) == 8 && takes_float64_rows(spec);
   }
 
   template <class T>
   std::int64_t check_rows(const Named<std::span<const T>>& in) const {
     check_dtype<T>();
+    return count_rows(in);
+  }
+
+  template <class T>
+  std::int64_t count_rows(const Named<std::span<const T>>& in) const {
     const auto size = static_cast<std::int64_t>(in.span.size());
     if (size % spec.input_size != 0) {
       fail(std::string(in.name) + " holds " + std::to_string(size) + " elements, expected a multiple of input_size " +
@@ -142,34 +171,54 @@ struct Flow::State {
     return rows <= prepared_rows.load(std::memory_order_relaxed) ? 1 : threads();
   }
 
+  /// How a call on data of type T runs.
+  template <class T>
+  Execution execution(int threads) const {
+    Execution how(threads);
+    how.float64_rows = is_wide<T>();
+    return how;
+  }
+
   int threads() const {
     const int wanted = num_threads.load(std::memory_order_relaxed);
     return wanted > 0 ? wanted : available_threads();
   }
 
-  /// Standard deviations [D] of the first layer where it is a standardize layer, else ones.
+  /// Of the first layer where it is a standardize layer, else zeros and ones; [D] each.
+  struct Columns {
+    std::vector<double> means, deviations;
+  };
   template <class T>
-  std::vector<double> column_scales() {
-    std::vector<double> scales(static_cast<std::size_t>(spec.input_size), 1.0);
-    if (spec.layers.front().kind != LayerKind::standardize) return scales;
+  Columns columns() {
+    const auto width = static_cast<std::size_t>(spec.input_size);
+    Columns found{std::vector<double>(width, 0.0), std::vector<double>(width, 1.0)};
+    if (spec.layers.front().kind != LayerKind::standardize) return found;
     const std::lock_guard<ForkSafeMutex> lock(write_mutex);
     const void* flat = parameters.data();
+    const T* mean = static_cast<const T*>(flat) + layout.tensors()[0].offset;
     const T* log_std = static_cast<const T*>(flat) + layout.tensors()[1].offset;
-    for (std::size_t j = 0; j < scales.size(); ++j) scales[j] = std::exp(static_cast<double>(log_std[j]));
-    return scales;
+    for (std::size_t j = 0; j < width; ++j) {
+      found.means[j] = static_cast<double>(mean[j]) + (mean_low.empty() ? 0.0 : static_cast<double>(mean_low[j]));
+      found.deviations[j] = std::exp(static_cast<double>(log_std[j]));
+    }
+    return found;
   }
 
-  void publish(const void* values, const std::optional<Threshold>& new_threshold = {}) {
+  void publish(const void* values, const std::optional<Threshold>& new_threshold = {},
+               std::span<const float> low = {}) {
     const std::lock_guard<ForkSafeMutex> lock(write_mutex);
-    publish_locked(values);
+    publish_locked(values, low);
     threshold = new_threshold;
   }
 
   /// The caller holds write_mutex.
-  void publish_locked(const void* values) {
+  void publish_locked(const void* values, std::span<const float> low) {
+    const bool none = std::all_of(low.begin(), low.end(), [](float v) { return v == 0; });
+    std::vector<float> kept(none ? low.end() : low.begin(), low.end());
     // The backend first: a device may refuse, and then nothing has changed.
-    backend->set_parameters(values);
+    backend->set_parameters(values, none ? nullptr : kept.data());
     std::memmove(parameters.data(), values, parameters.size());
+    mean_low = std::move(kept);
   }
 };
 
@@ -202,7 +251,7 @@ Flow Flow::to(Device device, Precision precision, Weights weights) const {
   copy.state_->num_threads.store(num_threads());
   const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
   copy.state_->column_names = state_->column_names;
-  copy.state_->publish(state_->parameters.data(), state_->threshold);
+  copy.state_->publish(state_->parameters.data(), state_->threshold, state_->mean_low);
   return copy;
 }
 
@@ -218,7 +267,7 @@ Flow Flow::load(const std::string& path, const FlowSpec& expected, Device device
 
 Flow Flow::from_model(LoadedModel&& model, Device device, Precision precision, Weights weights) {
   Flow flow(std::make_unique<State>(std::move(model.spec), device, precision, weights));
-  flow.state_->publish(model.parameters.data(), model.threshold);
+  flow.state_->publish(model.parameters.data(), model.threshold, model.mean_low);
   flow.state_->column_names = std::move(model.column_names);
   return flow;
 }
@@ -226,15 +275,17 @@ Flow Flow::from_model(LoadedModel&& model, Device device, Precision precision, W
 void Flow::save(const std::string& path) const {
   // A snapshot: the file must not mix two sets of parameters, and writers must not wait for the disk.
   std::vector<unsigned char> snapshot;
+  std::vector<float> low;
   std::vector<std::string> names;
   std::optional<Threshold> limit;
   {
     const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
     snapshot = state_->parameters;
+    low = state_->mean_low;
     names = state_->column_names;
     limit = state_->threshold;
   }
-  save_model(path, state_->spec, state_->layout, snapshot.data(), names, limit);
+  save_model(path, state_->spec, state_->layout, snapshot.data(), names, limit, low);
 }
 
 const FlowSpec& Flow::spec() const { return state_->spec; }
@@ -290,7 +341,7 @@ void Flow::reload(const std::string& path) {
   const LoadedModel model = load_model(path, &spec());
   const std::string differs = difference(model.column_names, column_names());
   if (!differs.empty()) throw Error(ErrorCode::file_format, path + ": " + differs);
-  state_->publish(model.parameters.data(), model.threshold);
+  state_->publish(model.parameters.data(), model.threshold, model.mean_low);
 }
 
 void Flow::swap(Flow& other) {
@@ -303,11 +354,12 @@ void Flow::swap(Flow& other) {
   const std::lock_guard<ForkSafeMutex> first(a->write_mutex);
   const std::lock_guard<ForkSafeMutex> second(b->write_mutex);
   const std::vector<unsigned char> kept = a->parameters;
-  a->publish_locked(b->parameters.data());
+  const std::vector<float> kept_low = a->mean_low;
+  a->publish_locked(b->parameters.data(), b->mean_low);
   try {
-    b->publish_locked(kept.data());
+    b->publish_locked(kept.data(), kept_low);
   } catch (...) {
-    a->publish_locked(kept.data());
+    a->publish_locked(kept.data(), kept_low);
     throw;
   }
   std::swap(a->threshold, b->threshold);
@@ -321,24 +373,36 @@ std::span<const T> Flow::parameters() const {
 }
 
 template <class T>
-void Flow::copy_parameters(std::span<T> out) const {
+void Flow::copy_parameters(std::span<T> out, std::vector<float>* mean_low) const {
   state_->check_dtype<T>();
   check_length(Named{"out", out}, state_->layout.size(), "the flat buffer of ParamLayout");
   const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
   std::memcpy(out.data(), state_->parameters.data(), state_->parameters.size());
+  if (mean_low != nullptr) *mean_low = state_->mean_low;
 }
 
 template <class T>
-void Flow::set_parameters(std::span<const T> parameters) {
+void Flow::set_parameters(std::span<const T> parameters, std::span<const float> mean_low) {
   state_->check_dtype<T>();
   check_length(Named{"parameters", parameters}, state_->layout.size(), "the flat buffer of ParamLayout");
-  state_->publish(parameters.data());
+  if (!mean_low.empty()) {
+    if (!takes_float64_rows(spec())) {
+      fail("mean_low is for float32 flows that begin with a standardize layer, expected none");
+    }
+    check_length(Named{"mean_low", mean_low}, spec().input_size, "one for each column");
+  }
+  state_->publish(parameters.data(), {}, mean_low);
+}
+
+std::vector<float> Flow::mean_low() const {
+  const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
+  return state_->mean_low;
 }
 
 namespace {
 
-template <class T>
-void check_transform(std::int64_t rows, const Named<std::span<const T>>& in, const Named<std::span<T>>& out,
+template <class In, class Out, class T>
+void check_transform(std::int64_t rows, const Named<std::span<const In>>& in, const Named<std::span<Out>>& out,
                      const Named<std::span<T>>& log_det) {
   check_length(out, static_cast<std::int64_t>(in.span.size()), "[B, D] as the input");
   if (!log_det.span.empty()) check_length(log_det, rows, "[B]");
@@ -363,6 +427,20 @@ void Flow::inverse(std::span<const T> z, std::span<T> x, std::span<T> log_det) c
   backend().transform(Direction::inverse, z.data(), rows, x.data(), data_or_null(log_det), state_->threads_for(rows));
 }
 
+void Flow::forward(std::span<const double> x, std::span<float> z, std::span<float> log_det) const {
+  const std::int64_t rows = state_->check_wide(Named{"x", x});
+  check_transform(rows, Named{"x", x}, Named{"z", z}, Named{"log_det", log_det});
+  backend().transform(Direction::forward, x.data(), rows, z.data(), data_or_null(log_det),
+                      state_->execution<double>(state_->threads_for(rows)));
+}
+
+void Flow::inverse(std::span<const float> z, std::span<double> x, std::span<float> log_det) const {
+  const std::int64_t rows = state_->check_wide(Named{"x", std::span<const double>(x)});
+  check_transform(rows, Named{"z", z}, Named{"x", x}, Named{"log_det", log_det});
+  backend().transform(Direction::inverse, z.data(), rows, x.data(), data_or_null(log_det),
+                      state_->execution<double>(state_->threads_for(rows)));
+}
+
 namespace {
 
 /// Elements of the arrays that a round trip needs beside its input.
@@ -370,11 +448,12 @@ constexpr std::int64_t kRoundTripElements = 1 << 18;
 
 /// Largest error of one row that came back as `back`; infinite where it did not come back finite.
 template <class T>
-double row_error(const T* x, const T* back, const std::vector<double>& scales) {
+double row_error(const T* x, const T* back, const std::vector<double>& centres, const std::vector<double>& scales) {
   double largest = 0;
   for (std::size_t j = 0; j < scales.size(); ++j) {
     const auto from = static_cast<double>(x[j]);
-    const double error = std::abs(static_cast<double>(back[j]) - from) / (scales[j] + std::abs(from));
+    const double size = std::abs(from - (centres.empty() ? 0.0 : centres[j]));
+    const double error = std::abs(static_cast<double>(back[j]) - from) / (scales[j] + size);
     if (!std::isfinite(error)) return std::numeric_limits<double>::infinity();
     largest = std::max(largest, error);
   }
@@ -386,21 +465,25 @@ double row_error(const T* x, const T* back, const std::vector<double>& scales) {
 template <class T>
 double Flow::round_trip_error(std::span<const T> x) const {
   const FloatMode mode;
-  const std::int64_t rows = state_->check_rows(Named{"x", x}), features = spec().input_size;
-  const std::vector<double> scales = state_->template column_scales<T>();
+  const std::int64_t rows = state_->check_data(Named{"x", x}), features = spec().input_size;
+  const bool wide = state_->is_wide<T>();
+  const typename State::Columns columns = wide ? state_->columns<float>() : state_->columns<T>();
+  const std::vector<double> centres = wide ? columns.means : std::vector<double>();
   const std::int64_t chunk =
       std::clamp<std::int64_t>(kRoundTripElements / features, 1, std::max<std::int64_t>(1, rows));
-  std::vector<T> latents(static_cast<std::size_t>(chunk * features)), back(latents.size());
+  std::vector<T> back(static_cast<std::size_t>(chunk * features));
+  std::vector<unsigned char> latents(back.size() * static_cast<std::size_t>(size_of(spec().dtype)));
+  const Execution how = state_->execution<T>(state_->threads());
   double largest = 0;
   for (std::int64_t first = 0; first < rows; first += chunk) {
     const T* from = x.data() + first * features;
     const std::int64_t count = std::min(chunk, rows - first);
-    backend().transform(Direction::forward, from, count, latents.data(), nullptr, state_->threads());
-    backend().transform(Direction::inverse, latents.data(), count, back.data(), nullptr, state_->threads());
+    backend().transform(Direction::forward, from, count, latents.data(), nullptr, how);
+    backend().transform(Direction::inverse, latents.data(), count, back.data(), nullptr, how);
     for (std::int64_t r = 0; r < count; ++r) {
       const T* row = from + r * features;
       if (!std::all_of(row, row + features, [](T v) { return std::isfinite(v); })) continue;
-      largest = std::max(largest, row_error(row, back.data() + r * features, scales));
+      largest = std::max(largest, row_error(row, back.data() + r * features, centres, columns.deviations));
     }
   }
   return largest;
@@ -414,18 +497,26 @@ void Flow::log_prob(std::span<const T> x, std::span<T> out) const {
   backend().log_prob(x.data(), rows, out.data(), state_->threads_for(rows));
 }
 
+void Flow::log_prob(std::span<const double> x, std::span<float> out) const {
+  const std::int64_t rows = state_->check_wide(Named{"x", x});
+  check_length(Named{"out", out}, rows, "[B]");
+  refuse_overlap(Named{"out", out}, Named{"x", x});
+  backend().log_prob(x.data(), rows, out.data(), state_->execution<double>(state_->threads_for(rows)));
+}
+
 template <class T>
 void Flow::sample(std::uint64_t seed, std::span<T> x, std::uint64_t first_row) const {
-  const std::int64_t rows = state_->check_rows(Named{"x", std::span<const T>(x)});
-  backend().sample(seed, first_row, rows, x.data(), state_->threads_for(rows));
+  const std::int64_t rows = state_->check_data(Named{"x", std::span<const T>(x)});
+  backend().sample(seed, first_row, rows, x.data(), state_->execution<T>(state_->threads_for(rows)));
 }
 
 template <class T>
 double Flow::nll(std::span<const T> x) const {
   const FloatMode mode;
-  const std::int64_t rows = state_->check_rows(Named{"x", x});
+  const std::int64_t rows = state_->check_data(Named{"x", x});
   if (rows == 0) fail("x has no rows: the mean over an empty batch is not defined");
-  return -backend().sum_log_prob(x.data(), nullptr, rows, state_->threads_for(rows)) / static_cast<double>(rows);
+  const Execution how = state_->execution<T>(state_->threads_for(rows));
+  return -backend().sum_log_prob(x.data(), nullptr, rows, how) / static_cast<double>(rows);
 }
 
 template <class T>
@@ -439,24 +530,56 @@ double Flow::nll_gradient(std::span<const T> x, std::span<T> gradient) const {
   return -sum / static_cast<double>(rows);
 }
 
+double Flow::nll_gradient(std::span<const double> x, std::span<float> gradient) const {
+  const FloatMode mode;
+  const std::int64_t rows = state_->check_wide(Named{"x", x});
+  if (rows == 0) fail("x has no rows: the mean over an empty batch is not defined");
+  check_length(Named{"gradient", gradient}, num_parameters(), "the flat buffer of ParamLayout");
+  refuse_overlap(Named{"gradient", gradient}, Named{"x", x});
+  const Execution how = state_->execution<double>(state_->threads());
+  return -backend().nll_gradient(x.data(), nullptr, rows, rows, gradient.data(), false, how) /
+         static_cast<double>(rows);
+}
+
+namespace {
+
+template <class In, class T>
+void check_vjp(std::int64_t rows, std::int64_t parameters, const Named<std::span<const In>>& in,
+               const Named<std::span<const T>>& grad_out, const Named<std::span<const T>>& grad_log_det,
+               const Named<std::span<T>>& grad_in, const Named<std::span<T>>& grad_parameters) {
+  const auto size = static_cast<std::int64_t>(in.span.size());
+  if (!grad_out.span.empty()) check_length(grad_out, size, "[B, D]");
+  if (!grad_log_det.span.empty()) check_length(grad_log_det, rows, "[B]");
+  if (!grad_in.span.empty()) check_length(grad_in, size, "[B, D]");
+  if (!grad_parameters.span.empty()) check_length(grad_parameters, parameters, "the flat buffer of ParamLayout");
+  for (const auto& out : {grad_in, grad_parameters}) {
+    refuse_overlap(out, in);
+    refuse_overlap(out, grad_out);
+    refuse_overlap(out, grad_log_det);
+  }
+  refuse_overlap(grad_in, grad_parameters);
+}
+
+}  // namespace
+
 template <class T>
 void Flow::vjp(Direction direction, std::span<const T> in, std::span<const T> grad_out, std::span<const T> grad_log_det,
                std::span<T> grad_in, std::span<T> grad_parameters, bool accumulate) const {
-  const Named input{"in", in};
-  const std::int64_t rows = state_->check_rows(input);
-  const Named<std::span<T>> outputs[] = {Named{"grad_in", grad_in}, Named{"grad_parameters", grad_parameters}};
-  const Named<std::span<const T>> inputs[] = {input, Named{"grad_out", grad_out}, Named{"grad_log_det", grad_log_det}};
-  const auto size = static_cast<std::int64_t>(in.size());
-  if (!grad_out.empty()) check_length(inputs[1], size, "[B, D]");
-  if (!grad_log_det.empty()) check_length(inputs[2], rows, "[B]");
-  if (!grad_in.empty()) check_length(outputs[0], size, "[B, D]");
-  if (!grad_parameters.empty()) check_length(outputs[1], num_parameters(), "the flat buffer of ParamLayout");
-  for (const auto& o : outputs) {
-    for (const auto& i : inputs) refuse_overlap(o, i);
-  }
-  refuse_overlap(outputs[0], outputs[1]);
+  const std::int64_t rows = state_->check_rows(Named{"in", in});
+  check_vjp(rows, num_parameters(), Named{"in", in}, Named{"grad_out", grad_out}, Named{"grad_log_det", grad_log_det},
+            Named{"grad_in", grad_in}, Named{"grad_parameters", grad_parameters});
   backend().vjp(direction, in.data(), rows, data_or_null(grad_out), data_or_null(grad_log_det), data_or_null(grad_in),
                 data_or_null(grad_parameters), accumulate, state_->threads());
+}
+
+void Flow::vjp(std::span<const double> x, std::span<const float> grad_out, std::span<const float> grad_log_det,
+               std::span<float> grad_x, std::span<float> grad_parameters, bool accumulate) const {
+  const std::int64_t rows = state_->check_wide(Named{"x", x});
+  check_vjp(rows, num_parameters(), Named{"x", x}, Named{"grad_out", grad_out}, Named{"grad_log_det", grad_log_det},
+            Named{"grad_x", grad_x}, Named{"grad_parameters", grad_parameters});
+  backend().vjp(Direction::forward, x.data(), rows, data_or_null(grad_out), data_or_null(grad_log_det),
+                data_or_null(grad_x), data_or_null(grad_parameters), accumulate,
+                state_->execution<double>(state_->threads()));
 }
 
 template <class T>
@@ -481,8 +604,8 @@ void Flow::conditioner(std::int64_t layer, std::span<const T> in, std::span<T> s
 
 #define NVPFLOW_INSTANTIATE(T)                                                                                 \
   template std::span<const T> Flow::parameters() const;                                                        \
-  template void Flow::copy_parameters(std::span<T>) const;                                                     \
-  template void Flow::set_parameters(std::span<const T>);                                                      \
+  template void Flow::copy_parameters(std::span<T>, std::vector<float>*) const;                                \
+  template void Flow::set_parameters(std::span<const T>, std::span<const float>);                              \
   template void Flow::forward(std::span<const T>, std::span<T>, std::span<T>) const;                           \
   template void Flow::inverse(std::span<const T>, std::span<T>, std::span<T>) const;                           \
   template double Flow::round_trip_error(std::span<const T>) const;                                            \

@@ -273,6 +273,10 @@ FeatureRange FlowSpec::transformed(const LayerSpec& layer) const {
   return layer.swapped ? FeatureRange{0, half} : FeatureRange{half, input_size - half};
 }
 
+bool takes_float64_rows(const FlowSpec& spec) {
+  return spec.dtype == DType::float32 && !spec.layers.empty() && spec.layers.front().kind == LayerKind::standardize;
+}
+
 ParamLayout::ParamLayout(const FlowSpec& spec) {
   spec.validate();
   std::int64_t layer_index = 0;

@@ -13,6 +13,7 @@
 
 #include <nvpflow/error.hpp>
 #include <nvpflow/flow.hpp>
+#include <nvpflow/spec.hpp>
 
 #include "row_order.hpp"
 
@@ -72,10 +73,11 @@ ColumnScale robust_scale(std::vector<T>& values) {
 template <class T, class Poll>
 class ColumnScales {
  public:
-  /// `names` of the columns are for messages, and may be empty.
-  ColumnScales(std::span<const T> x, std::vector<std::string> names, std::int64_t features, const RowOrder& order,
-               std::int64_t count, Poll poll)
-      : x_(x),
+  /// dtype: of the flow, which holds the scales. `names` of the columns are for messages, and may be empty.
+  ColumnScales(DType dtype, std::span<const T> x, std::vector<std::string> names, std::int64_t features,
+               const RowOrder& order, std::int64_t count, Poll poll)
+      : is_narrow_(dtype == DType::float32),
+        x_(x),
         names_(std::move(names)),
         width_(static_cast<std::size_t>(features)),
         order_(order),
@@ -88,23 +90,28 @@ class ColumnScales {
     if (statistics != Statistics::mean) take_quantiles(statistics == Statistics::robust);
     const auto constant = [this](std::size_t j) { return low_[j] == high_[j]; };
     const auto wild = [this](std::size_t j) {
-      return !std::isfinite(static_cast<T>(scales_[j].log_scale)) || !std::isfinite(scales_[j].centre);
+      return !std::isfinite(rounded(scales_[j].log_scale)) || !std::isfinite(rounded(scales_[j].centre));
     };
     const auto narrow = [&](std::size_t j) {  // its reciprocal would be infinite
       if (constant(j) || wild(j)) return false;
-      return std::exp(-static_cast<double>(static_cast<T>(scales_[j].log_scale))) >
-             static_cast<double>(std::numeric_limits<T>::max()) / 2;
+      const double largest =
+          is_narrow_ ? double{std::numeric_limits<float>::max()} : std::numeric_limits<double>::max();
+      return std::exp(-rounded(scales_[j].log_scale)) > largest / 2;
     };
-    const std::string dtype = sizeof(T) == 4 ? "float32" : "float64";
+    const std::string dtype = is_narrow_ ? "float32" : "float64";
     refuse("x has a standard deviation too small for " + dtype + " in ",
            ", so that it cannot be standardized; rescale it", narrow);
     refuse("x is constant in ", ": a column without variation has no density; remove it", constant);
-    refuse("x has a variance beyond float64 in ", ", so that it cannot be standardized; rescale it",
-           [&](std::size_t j) { return !constant(j) && wild(j); });
+    const bool both = is_narrow_ && sizeof(T) == 8;  // float64 rows of a float32 flow, which has to hold their mean
+    refuse(both ? "x has a mean or a variance beyond float32 in " : "x has a variance beyond float64 in ",
+           ", so that it cannot be standardized; rescale it", [&](std::size_t j) { return !constant(j) && wild(j); });
     return std::move(scales_);
   }
 
  private:
+  /// As the flow holds it.
+  double rounded(double value) const { return is_narrow_ ? static_cast<double>(static_cast<float>(value)) : value; }
+
   /// f(i, row) for every row.
   template <class F>
   void each_row(F&& f) {
@@ -175,6 +182,7 @@ class ColumnScales {
     return "column " + (names_.empty() ? std::to_string(j + 1) : "'" + names_[j] + "'");
   }
 
+  bool is_narrow_;
   std::span<const T> x_;
   std::vector<std::string> names_;
   std::size_t width_;

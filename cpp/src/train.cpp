@@ -19,6 +19,7 @@
 #include <string>
 #include <string_view>
 #include <system_error>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -33,6 +34,7 @@
 #include "parallel.hpp"
 #include "row_order.hpp"
 #include "statistics.hpp"
+#include "wide_rows.hpp"
 
 namespace nvpflow {
 namespace {
@@ -166,17 +168,39 @@ std::vector<std::string> set_layer(std::span<T> layer, const std::vector<ColumnS
 /// Thrown through the preparation of a fit when the observer asks to stop.
 struct Stopped {};
 
-template <class T>
+/// Where the standardize layer is applied in float64, the rows are standardized once, before training, and the run sees
+/// a flow whose first layer is the identity: only the layer's log-determinant is missing there.
+struct Standardized {
+  bool on = false;
+  WideRows layer;
+  std::vector<float> mean_low;
+  double log_det = 0;  // 0 where it is not on
+};
+
+/// Below this part of the standard deviation it does not matter what float32 does not hold of a mean.
+constexpr double kMeanTolerance = 1.0 / 128;
+
+/// Flow::mean_low of these means: what float32 does not hold of them, where it matters.
+std::vector<float> mean_low_of(const std::vector<ColumnScale>& scales) {
+  std::vector<float> low;
+  for (const ColumnScale& scale : scales) {
+    const double rest = scale.centre - static_cast<double>(static_cast<float>(scale.centre));
+    const bool matters = std::abs(rest) > kMeanTolerance * std::exp(scale.log_scale);
+    low.push_back(matters ? static_cast<float>(rest) : 0.0f);
+  }
+  return low;
+}
+
+/// T: of the flow. Rows of X: T, or double for a float32 flow with takes_float64_rows.
+template <class T, class X>
 class Trainer {
  public:
-  Trainer(Flow& flow, std::span<const T> x, std::span<const T> validation, const FitOptions& options,
+  Trainer(Flow& flow, std::span<const X> x, std::span<const X> validation, const FitOptions& options,
           FitObserver* observer)
       : flow_(flow),
         options_(options),
         observer_(observer != nullptr ? *observer : silent_),
         features_(flow.spec().input_size),
-        x_(x),
-        validation_(validation),
         given_x_(x),
         given_validation_(validation),
         rows_(checked_rows(), held_out_rows(), options.seed),
@@ -209,15 +233,18 @@ class Trainer {
  private:
   void prepare() {
     check_folder();
-    check_finite("x", x_, features_, [this] { poll(); });
-    check_finite("validation", validation_, features_, [this] { poll(); });
+    check_finite("x", given_x_, features_, [this] { poll(); });
+    check_finite("validation", given_validation_, features_, [this] { poll(); });
     best_.resize(static_cast<std::size_t>(flow_.num_parameters()));
-    flow_.template copy_parameters<T>(best_);
+    flow_.template copy_parameters<T>(best_, &standardized_.mean_low);
     if (options_.averaging > 0) average_.resize(best_.size());
     standardize_from_data();
+    take_rows();
     leave_out_far_rows();
     const TrainingData data = {x_.data(), total_rows(), validation_.data(), validation_rows()};
-    training_ = flow_.backend().begin_training(data, best_.data(), std::min(slice_, batch_), threads_);
+    std::vector<T> start = best_;
+    if (standardized_.on) std::fill_n(start.begin(), 2 * features_, T(0));
+    training_ = flow_.backend().begin_training(data, start.data(), std::min(slice_, batch_), threads_);
     if (options_.max_round_trip == 0) return;
     probe_.emplace(flow_);
     probe_->set_num_threads(threads_);
@@ -227,7 +254,7 @@ class Trainer {
   void publish() {
     training_.reset();  // its memory first: the flow may need room for a second copy
     probe_.reset();
-    if (history_.best_epoch > 0) flow_.template set_parameters<T>(best_);
+    if (history_.best_epoch > 0) flow_.template set_parameters<T>(best_, standardized_.mean_low);
   }
 
   void require_one_kept() const {
@@ -264,16 +291,14 @@ class Trainer {
 
   // ---- data ------------------------------------------------------------------------------------------------------
 
-  bool has_array() const { return !validation_.empty(); }
-  std::int64_t total_rows() const { return static_cast<std::int64_t>(x_.size()) / features_; }
-  std::int64_t validation_rows() const { return static_cast<std::int64_t>(validation_.size()) / features_; }
+  bool has_array() const { return validation_rows() > 0; }
+  std::int64_t total_rows() const { return rows_in(taken_ ? x_.size() : given_x_.size()); }
+  std::int64_t validation_rows() const { return rows_in(taken_ ? validation_.size() : given_validation_.size()); }
+  std::int64_t rows_in(std::size_t elements) const { return static_cast<std::int64_t>(elements) / features_; }
 
   std::int64_t checked_rows() const {
     options_.validate();
-    if (flow_.spec().dtype != (sizeof(T) == 4 ? DType::float32 : DType::float64)) {
-      throw Error(ErrorCode::type_mismatch, "x is not " + std::string(name_of(flow_.spec().dtype)) + " as the flow is");
-    }
-    for (const auto& [name, span] : {std::pair{"x", x_}, std::pair{"validation", validation_}}) {
+    for (const auto& [name, span] : {std::pair{"x", given_x_}, std::pair{"validation", given_validation_}}) {
       if (static_cast<std::int64_t>(span.size()) % features_ != 0) {
         fail(std::string(name) + " holds " + std::to_string(span.size()) +
              " elements, expected a multiple of input_size " + std::to_string(features_));
@@ -320,15 +345,49 @@ class Trainer {
     if (std::any_of(layer.begin(), layer.end(), [](T v) { return v != T(0); })) return;
     const RowOrder order = rows_.training();
     const auto look = [this] { poll(); };
-    ColumnScales scales(x_, flow_.column_names(), features_, order, rows_.train(), look);
-    history_.standardized = set_layer(layer, scales.take(options_.standardize));
+    ColumnScales scales(flow_.spec().dtype, given_x_, flow_.column_names(), features_, order, rows_.train(), look);
+    std::vector<ColumnScale> found = scales.take(options_.standardize);
+    if constexpr (sizeof(X) > sizeof(T)) standardized_.mean_low = mean_low_of(found);
+    history_.standardized = set_layer(layer, found);
   }
 
-  /// Whether a row is within max_deviation of the standardize layer's mean. `most` is that in each column's unit.
+  /// The rows that the run is given: the caller's, or standardized ones.
+  void take_rows() {
+    taken_ = true;
+    if constexpr (sizeof(T) == 4) {
+      std::vector<float>& low = standardized_.mean_low;
+      standardized_.on = !low.empty() || sizeof(X) > sizeof(T);
+      if (standardized_.on) {
+        standardized_.layer.set(features_, best_.data(), best_.data() + features_, low.empty() ? nullptr : low.data());
+        standardized_.log_det = standardized_.layer.log_det();
+        standardized_x_ = standardize(given_x_);
+        standardized_validation_ = standardize(given_validation_);
+        x_ = standardized_x_;
+        validation_ = standardized_validation_;
+        return;
+      }
+    }
+    if constexpr (std::is_same_v<T, X>) x_ = given_x_, validation_ = given_validation_;
+  }
+
+  std::vector<float> standardize(std::span<const X> rows) {
+    std::vector<float> out(rows.size());
+    const std::int64_t count = static_cast<std::int64_t>(rows.size()) / features_;
+    for (std::int64_t first = 0; first < count; first += kPollRows) {
+      poll();
+      standardized_.layer.standardize(rows.data(), sizeof(X) == 8, nullptr, first, std::min(kPollRows, count - first),
+                                      out.data() + first * features_);
+    }
+    return out;
+  }
+
+  /// Whether a row is within max_deviation of the standardize layer's mean. `most` is that in each column's unit, which
+  /// is that of the standardized rows where there are such.
   bool is_near(const T* row, const std::vector<double>& most) const {
     bool near = true;
     for (std::size_t j = 0; j < most.size(); ++j) {
-      near &= std::abs(static_cast<double>(row[j]) - static_cast<double>(best_[j])) <= most[j];
+      const double mean = standardized_.on ? 0.0 : static_cast<double>(best_[j]);
+      near &= std::abs(static_cast<double>(row[j]) - mean) <= most[j];
     }
     return near;
   }
@@ -338,7 +397,8 @@ class Trainer {
   void each_row_that_is(bool near, std::span<const T> x, const RowOrder& order, std::int64_t count, F&& f) {
     std::vector<double> most(static_cast<std::size_t>(features_));
     for (std::size_t j = 0; j < most.size(); ++j) {
-      most[j] = options_.max_deviation * std::exp(static_cast<double>(best_[most.size() + j]));
+      const double log_std = standardized_.on ? 0.0 : static_cast<double>(best_[most.size() + j]);
+      most[j] = options_.max_deviation * std::exp(log_std);
     }
     order.each(0, count, [&](std::int64_t i, std::int64_t at) {
       if (i % kPollRows == 0) poll();
@@ -405,7 +465,7 @@ class Trainer {
       if ((step + 1) % training_->steps_per_report() == 0 || step + 1 == steps_) sum += collect(record);
       if (!observer_.on_progress(record.epoch, step + 1, steps_)) return interrupt();
     }
-    record.train_loss = -sum / static_cast<double>(rows_.train());
+    record.train_loss = -sum / static_cast<double>(rows_.train()) - standardized_.log_det;
     double loss = selection_loss(record.epoch);
     if (history_.stop_reason == "interrupted") return;
     average_is_better_ = false;
@@ -488,7 +548,7 @@ class Trainer {
     each_slice(epoch, of.rows, [&](std::int64_t first, std::int64_t count) {
       training_->add_log_prob(has_array(), of.order, first, count);
     });
-    return -training_->report().sum_log_prob / static_cast<double>(of.rows);
+    return -training_->report().sum_log_prob / static_cast<double>(of.rows) - standardized_.log_det;
   }
 
   /// Takes the weights of now into their average, and returns its selection_loss. Training goes on from those of now.
@@ -511,7 +571,8 @@ class Trainer {
     return average_is_better_ ? average_.data() : static_cast<const T*>(training_->read(false).parameters);
   }
 
-  /// Flow::round_trip_error of the selection, by the flow as it would compute with the weights of now.
+  /// Flow::round_trip_error of the selection, by the flow as it would compute with the weights of now; of
+  /// standardized rows where the run has those.
   double round_trip(std::int64_t epoch) {
     if (!probe_) return std::numeric_limits<double>::quiet_NaN();
     const auto size = static_cast<std::size_t>(flow_.num_parameters());
@@ -538,7 +599,9 @@ class Trainer {
     if (loss < history_.best_loss && within_bound(record)) {
       history_.best_loss = loss;
       history_.best_epoch = record.epoch;
-      std::copy_n(candidate(), best_.size(), best_.data());
+      // Behind the standardize layer that the run does not have.
+      const std::int64_t kept = standardized_.on ? 2 * features_ : 0;
+      std::copy_n(candidate() + kept, best_.size() - static_cast<std::size_t>(kept), best_.data() + kept);
     }
     if (options_.patience > 0 && record.epoch - history_.best_epoch >= options_.patience) {
       history_.stop_reason = "patience";
@@ -553,14 +616,16 @@ class Trainer {
 
   CheckpointKey key() {
     const auto look = [this] { poll(); };
-    const auto of = [&](std::span<const T> rows) { return fingerprint(rows.data(), rows.size_bytes(), look); };
-    const auto rows_in = [this](std::span<const T> rows) { return static_cast<std::int64_t>(rows.size()) / features_; };
+    const auto of = [&](std::span<const X> rows) { return fingerprint(rows.data(), rows.size_bytes(), look); };
     FitOptions taken = options_;
     taken.batch_size = batch_;
     taken.weight_decay = weight_decay_;
-    return {
-        flow_.spec(), taken, of(given_x_) ^ (of(given_validation_) << 1), rows_in(given_x_), rows_in(given_validation_),
-        steps_};
+    return {flow_.spec(),
+            taken,
+            of(given_x_) ^ (of(given_validation_) << 1),
+            rows_in(given_x_.size()),
+            rows_in(given_validation_.size()),
+            steps_};
   }
 
   CheckpointArrays arrays() {
@@ -587,7 +652,13 @@ class Trainer {
           "checkpoint " + options_.checkpoint + ": cannot be examined: " + std::generic_category().message(error),
           error);
     }
+    const std::vector<T> before = best_;
     load_checkpoint(options_.checkpoint, *key_, history_, adam_steps_, arrays());
+    if (standardized_.on && !std::equal(before.begin(), before.begin() + 2 * features_, best_.begin())) {
+      fail("checkpoint " + options_.checkpoint +
+           " is of a run that standardized its rows otherwise than this flow does; go on with that run's flow or a new "
+           "one");
+    }
     training_->write();
   }
 
@@ -597,9 +668,12 @@ class Trainer {
   FitOptions options_;
   FitObserver& observer_;
   std::int64_t features_;
-  std::span<const T> x_, validation_;              // what is trained on and compared by
-  std::span<const T> given_x_, given_validation_;  // as the caller gave them
-  std::vector<T> kept_, kept_validation_;          // x_ and validation_ where rows are left out
+  std::span<const X> given_x_, given_validation_;  // as the caller gave them
+  bool taken_ = false;                             // x_ and validation_ are there
+  std::span<const T> x_, validation_;              // what is trained on and compared by: those, or
+  Standardized standardized_;
+  std::vector<T> standardized_x_, standardized_validation_;  // these, or
+  std::vector<T> kept_, kept_validation_;                    // these, where rows are left out
   Rows rows_;
   int threads_;
   std::unique_ptr<Training> training_;
@@ -657,12 +731,12 @@ Statistics parse_statistics(std::string_view name) {
   fail("standardize is '" + std::string(name) + "', expected one of auto, mean, robust");
 }
 
-template <class T>
-std::vector<std::string> Flow::initialize_from(std::span<const T> x, Statistics statistics) {
-  if (spec().layers.front().kind != LayerKind::standardize) {
-    fail("the flow does not begin with a standardize layer, which initialize_from sets; make one with standardize");
-  }
-  const std::int64_t features = spec().input_size, rows = static_cast<std::int64_t>(x.size()) / features;
+namespace {
+
+/// Rows of X: T, the flow's type, or double for a float32 flow with takes_float64_rows.
+template <class T, class X>
+std::vector<std::string> initialize(Flow& flow, std::span<const X> x, Statistics statistics) {
+  const std::int64_t features = flow.spec().input_size, rows = static_cast<std::int64_t>(x.size()) / features;
   if (rows == 0 || static_cast<std::int64_t>(x.size()) % features != 0) {
     fail("x holds " + std::to_string(x.size()) + " elements, expected rows of input_size " + std::to_string(features) +
          ", at least one");
@@ -670,14 +744,30 @@ std::vector<std::string> Flow::initialize_from(std::span<const T> x, Statistics 
   (void)name_of(statistics);  // throws
   const auto on = [] {};
   check_finite("x", x, features, on);
-  std::vector<T> values(static_cast<std::size_t>(num_parameters()));
-  copy_parameters<T>(values);
+  std::vector<T> values(static_cast<std::size_t>(flow.num_parameters()));
+  flow.copy_parameters<T>(values);
   const RowOrder as_they_lie;
   const auto layer = std::span<T>(values).first(static_cast<std::size_t>(2 * features));
-  ColumnScales scales(x, column_names(), features, as_they_lie, rows, on);
-  std::vector<std::string> how = set_layer(layer, scales.take(statistics));
-  set_parameters<T>(values);
+  ColumnScales scales(flow.spec().dtype, x, flow.column_names(), features, as_they_lie, rows, on);
+  const std::vector<ColumnScale> found = scales.take(statistics);
+  std::vector<std::string> how = set_layer(layer, found);
+  std::vector<float> low;
+  if constexpr (sizeof(X) > sizeof(T)) low = mean_low_of(found);
+  flow.set_parameters<T>(values, low);
   return how;
+}
+
+}  // namespace
+
+template <class T>
+std::vector<std::string> Flow::initialize_from(std::span<const T> x, Statistics statistics) {
+  if (spec().layers.front().kind != LayerKind::standardize) {
+    fail("the flow does not begin with a standardize layer, which initialize_from sets; make one with standardize");
+  }
+  if constexpr (std::is_same_v<T, double>) {
+    if (takes_float64_rows(spec())) return initialize<float>(*this, x, statistics);
+  }
+  return initialize<T>(*this, x, statistics);
 }
 
 template std::vector<std::string> Flow::initialize_from(std::span<const float>, Statistics);
@@ -687,7 +777,17 @@ template <class T>
 History fit(Flow& flow, std::span<const T> x, std::span<const T> validation, const FitOptions& options,
             FitObserver* observer) {
   const FloatMode mode;  // also for what the training itself computes; the observer is called in it
-  return Trainer<T>(flow, x, validation, options, observer).run();
+  if constexpr (std::is_same_v<T, double>) {
+    if (takes_float64_rows(flow.spec())) return Trainer<float, T>(flow, x, validation, options, observer).run();
+  }
+  if (flow.spec().dtype != (sizeof(T) == 4 ? DType::float32 : DType::float64)) {
+    options.validate();
+    throw Error(ErrorCode::type_mismatch, "x is not " + std::string(name_of(flow.spec().dtype)) + " as the flow is" +
+                                              (sizeof(T) == 8 ? "; a float32 flow takes float64 rows where it begins "
+                                                                "with a standardize layer"
+                                                              : ""));
+  }
+  return Trainer<T, T>(flow, x, validation, options, observer).run();
 }
 
 template History fit(Flow&, std::span<const float>, std::span<const float>, const FitOptions&, FitObserver*);

@@ -1,12 +1,17 @@
 """Checks of arguments before they reach the extension: errors name the argument, what came and what was expected."""
 
+from __future__ import annotations
+
 import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+if TYPE_CHECKING:
+    from nvpflow._core import Flow, FlowSpec
 
 
 def describe(value: object) -> str:
@@ -136,12 +141,46 @@ def unmasked(name: str, value: object) -> None:
         raise ValueError(f"{name} is a masked array with masked values; fill or remove them")
 
 
-def table(name: str, value: ArrayLike, dtype: DTypeLike, columns: int) -> NDArray[Any]:
-    """Return `value` as `array` does, and check that its shape is [N, columns]."""
-    rows = array(name, value, dtype)
-    if rows.ndim != 2 or rows.shape[1] != columns:
-        raise ValueError(f"{name} has shape {rows.shape}, expected [N, {columns}]")
-    return rows
+def rows(name: str, value: ArrayLike, spec: FlowSpec, *, one_row: bool = False) -> NDArray[Any]:
+    """Return rows of data [N, D] as a C-contiguous array of the spec's dtype, or of float64 where the flow takes that.
+
+    one_row: [D] is taken for [1, D].
+    """
+    unmasked(name, value)
+    given = np.asarray(value)
+    dtype = np.dtype(spec.dtype)
+    if spec._takes_float64_rows and not np.can_cast(given.dtype, dtype, "safe"):
+        dtype = np.dtype(np.float64)
+    if not np.can_cast(given.dtype, dtype, "safe"):
+        raise TypeError(
+            f"{name} has dtype {given.dtype}, which NumPy does not convert to {dtype} safely{_way_out(given)}"
+        )
+    found = np.asarray(given, dtype=dtype, order="C")
+    found = found[None] if one_row and found.ndim == 1 else found
+    if found.ndim != 2 or found.shape[1] != spec.input_size:
+        raise ValueError(f"{name} has shape {found.shape}, expected [N, {spec.input_size}]")
+    return found
+
+
+def _way_out(given: NDArray[Any]) -> str:
+    if given.dtype.kind not in "fiu":
+        return ""
+    if given.dtype.kind == "f" and given.dtype.itemsize > 8:
+        return "; convert it yourself: np.asarray(..., dtype=np.float64)"
+    return (
+        "; build the flow with standardize=True, which takes float64 rows as they are, or with dtype='float64' "
+        "(flow.astype('float64') gives a copy); a cast to float32 loses digits where values are large beside their "
+        "spread"
+    )
+
+
+def whole_mean(flow: Flow) -> None:
+    """Check that the flow's dtype holds its mean: parameters that another library owns have no low part."""
+    if flow._mean_low() is not None:
+        raise ValueError(
+            "flow has a standardize_0.mean_low, because float32 does not hold the means of its data, and float32 rows "
+            "would lose their digits here; pass flow.astype('float64')"
+        )
 
 
 def names(name: str, given: Iterable[str], expected: Sequence[str]) -> None:

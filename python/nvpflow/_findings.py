@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nvpflow._core import FlowSpec
 from nvpflow._data import check_data
 from nvpflow.flow import Flow
 from nvpflow.plot import some_rows
@@ -101,7 +100,7 @@ def examine(flow: Flow, data: Array, train: Array | None, names: list[str] | Non
         notices.append(
             f"{counted(wild, 'row')} so far out that the log-density is not a finite number; not in the means."
         )
-    samples = flow.sample(SAMPLES, seed=0)
+    samples = flow.sample(SAMPLES, seed=0, dtype=rows.dtype)
     if wild := len(samples) - len(finite_rows(samples)):
         notices.append(f"{counted(wild, 'sample')} of {SAMPLES:,} not finite, and left out.")
         samples = finite_rows(samples)
@@ -166,21 +165,21 @@ def _kolmogorov_smirnov(data: Array, samples: Array) -> float:
 def _accuracy(flow: Flow, rows: Array) -> tuple[list[tuple[str, float, float]], float]:
     """Return lines of name, typical and largest value; and the largest error of the way to the latents and back."""
     z, log_det = flow.forward(rows)
-    back, log_det_back = flow.inverse(z, with_log_det=True)
+    back, log_det_back = flow.inverse(z, with_log_det=True, dtype=rows.dtype)
     std = rows.std(axis=0, dtype=np.float64)
     std[std == 0] = 1
     with np.errstate(invalid="ignore"):
         there = np.abs(back.astype(np.float64) - rows) / std
         dets = np.abs(log_det.astype(np.float64) + log_det_back)
-        noise = np.random.default_rng(0).standard_normal((len(rows), rows.shape[1])).astype(rows.dtype)
-        other = np.abs(flow.forward(flow.inverse(noise))[0].astype(np.float64) - noise)
+        noise = np.random.default_rng(0).standard_normal((len(rows), rows.shape[1])).astype(z.dtype)
+        other = np.abs(flow.forward(flow.inverse(noise, dtype=rows.dtype))[0].astype(np.float64) - noise)
     lines = [
         ("data → latent → data, in standard deviations of the column", there),
         ("latent → data → latent, standard normal noise", other),
         ("log-determinants there and back, their sum (nats)", dets),
     ]
     if flow.spec.dtype == "float32":
-        exact = _in_float64(flow).log_probability(rows.astype(np.float64))
+        exact = flow.to("cpu", "float32", "full").astype("float64").log_probability(rows.astype(np.float64))
         ours = flow.log_probability(rows).astype(np.float64)
         with np.errstate(invalid="ignore"):
             rounding = np.abs(ours - exact) / (1 + np.abs(exact))
@@ -195,21 +194,3 @@ def _median(errors: Array) -> float:
 
 def _largest(errors: Array) -> float:
     return math.inf if not np.isfinite(errors).all() else float(errors.max())
-
-
-def _in_float64(flow: Flow) -> Flow:
-    spec = flow.spec
-    wide = Flow(
-        FlowSpec(
-            spec.input_size,
-            spec.num_flows,
-            spec.hidden_sizes,
-            spec.activation,
-            spec.scale_bound,
-            spec.standardize,
-            "float64",
-        )
-    )
-    wide.num_threads = flow.num_threads
-    wide.set_parameters({name: values.astype(np.float64) for name, values in flow.parameters().items()})
-    return wide

@@ -294,6 +294,8 @@ class Certifier:
     def __init__(self, flow: Flow, *, tolerance: float = TOLERANCE, jacobian_rows: int | None = None) -> None:
         self._flow = flow.to(flow.device, flow.precision, flow.weights)
         self._reference = self._flow.to("cpu", "float32", "full").astype("float64")
+        # Of float64 rows of a float32 flow errors count from the columns' means on, as the standardize layer sees them.
+        self._centre = np.zeros(flow.spec.input_size)
         self._promised = PROMISED[flow.spec.dtype]
         self._tolerance = _checks.real("tolerance", tolerance)
         if not self._promised <= self._tolerance < math.inf:
@@ -325,12 +327,21 @@ class Certifier:
         return max(1, min(_MOST_JACOBIANS, int(_JACOBIAN_FLOPS / cost)))
 
     def add(self, rows: Array) -> None:
-        """Measure rows [n, D] of the flow's dtype."""
+        """Measure rows [n, D] of the flow's dtype, or of float64 where the flow takes that; all of one dtype."""
+        if self.rows == 0 and rows.dtype != self._flow.spec.dtype:
+            self._count_from_means()
         step = max(1, _BLOCK_VALUES // self._flow.spec.input_size)
         for first in range(0, len(rows), step):
             # What overflows is looked for and counted.
             with np.errstate(all="ignore"):
                 self._add_block(rows[first : first + step])
+
+    def _count_from_means(self) -> None:
+        parameters = dict(self._reference.parameters())
+        self._centre = parameters["standardize_0.mean"].copy()
+        self._reference.set_parameters(parameters | {"standardize_0.mean": np.zeros_like(self._centre)})
+        self._walk = _bound.Walk(self._reference)
+        self._drawn = self._worst = np.empty((0, len(self._centre)))
 
     def _add_block(self, x: Array) -> None:
         numbers = np.arange(self.rows, self.rows + len(x))
@@ -343,10 +354,10 @@ class Certifier:
             x, numbers, keys = x[finite], numbers[finite], keys[finite]
         if len(x) == 0:
             return
-        wide = x.astype(np.float64)
+        wide = x.astype(np.float64) - self._centre
         self._digits.add(x)
         z, log_det = self._flow.forward(x)
-        back = self._flow.inverse(z)
+        back = self._flow.inverse(z, dtype=x.dtype)
         again, _ = self._flow.forward(back)
         log_prob, expected = self._flow.log_probability(x), self._walk.log_prob(wide)
         good = np.isfinite(log_det) & np.isfinite(log_prob) & np.isfinite(expected)
@@ -360,7 +371,7 @@ class Certifier:
         if len(x) == 0:
             return
         self._largest = max(self._largest, float((np.abs(wide) / self._std).max()))
-        at = self._round_trip.add(*self._round_trip_errors(wide, back), numbers)
+        at = self._round_trip.add(*self._round_trip_errors(wide, back - self._centre), numbers)
         if at is not None:
             self._worst, self._worst_row = x[at : at + 1].copy(), numbers[at : at + 1]
         error = np.abs(again.astype(np.float64) - z)
@@ -420,7 +431,7 @@ class Certifier:
             "weights": flow.weights,
             "cpu_isa": _core.cpu_isa(),
             "version": _core.__version__,
-            "parameters_sha256": hashlib.sha256(flow._copy_flat_parameters().tobytes()).hexdigest(),
+            "parameters_sha256": _sha256(flow),
         }
         verdict = self._verdict(found)
         return Certificate(verdict=verdict, advice=tuple(self._advice(verdict, found)), **found)
@@ -435,7 +446,7 @@ class Certifier:
         columns = self._flow.spec.input_size
         constant = float(np.log(self._std).sum())
         with np.errstate(all="ignore"):
-            wide = x.astype(np.float64)
+            wide = x.astype(np.float64) - self._centre
             _, computed = self._flow.forward(x)
             for row, log_det, number in zip(wide, computed, numbers, strict=True) if self._wanted else ():
                 jacobian, _ = self._reference.vjp(np.tile(row, (columns, 1)), np.eye(columns))
@@ -523,6 +534,11 @@ class Certifier:
                 "which keeps the best epoch that can be inverted."
             )
         return advice
+
+
+def _sha256(flow: Flow) -> str:
+    parameters, mean_low = flow._copy_state()
+    return hashlib.sha256(parameters.tobytes() + (b"" if mean_low is None else mean_low.tobytes())).hexdigest()
 
 
 def _finite(value: float) -> float | None:

@@ -186,7 +186,7 @@ def _add_option(command: Any, *names: str, help: str, **options: Any) -> None:
 
 def _add_fit(commands: Any) -> None:
     fit = _add_command(commands, "fit", _run_fit, "Train a flow on a table and write it to a file.")
-    fit.add_argument("data", metavar="DATA", help=f"training rows: {_TABLES}; converted to --dtype")
+    fit.add_argument("data", metavar="DATA", help=f"training rows: {_TABLES}; float64 is kept unless --no-standardize")
     _add_option(fit, "-o", "--output", metavar="MODEL", required=True, help="model file to write (safetensors)")
     _add_option(fit, "--force", action="store_true", help="overwrite MODEL")
     _add_option(fit, "--quiet", action="store_true", help="print errors only")
@@ -240,7 +240,7 @@ def _add_training_options(group: Any) -> None:
 def _add_score(commands: Any) -> None:
     score = _add_command(commands, "score", _run_score, "Write log p of every row of a table, in nats, one per line.")
     score.add_argument("model", metavar="MODEL", help="model file")
-    score.add_argument("data", metavar="DATA", help=f"rows: {_TABLES}; converted to the model's dtype")
+    score.add_argument("data", metavar="DATA", help=f"rows: {_TABLES}; float64 is kept where the model standardizes")
     _add_ignore_names(score)
     _add_reading(score)
     keep_help = "columns to write beside log p; not a part of the rows, unless the model has them"
@@ -298,7 +298,7 @@ def _add_check(commands: Any) -> None:
     summary = "Measure how exactly a flow computes on a table, and say whether to rely on it (exit code 3: no)."
     check = _add_command(commands, "check", _run_check, summary)
     check.add_argument("model", metavar="MODEL", help="model file")
-    check.add_argument("data", metavar="DATA", help=f"rows: {_TABLES}; converted to the model's dtype")
+    check.add_argument("data", metavar="DATA", help=f"rows: {_TABLES}; float64 is kept where the model standardizes")
     _add_ignore_names(check)
     _add_reading(check)
     _add_option(check, "--json", action="store_true", help="print JSON")
@@ -320,7 +320,7 @@ def _add_report(commands: Any) -> None:
     summary = "Write a page about a model and a table it was not trained on: likelihood, samples, latents, exactness."
     report = _add_command(commands, "report", _run_report, summary)
     report.add_argument("model", metavar="MODEL", help="model file")
-    report.add_argument("data", metavar="DATA", help=f"rows: {_TABLES}; converted to the model's dtype")
+    report.add_argument("data", metavar="DATA", help=f"rows: {_TABLES}; float64 is kept where the model standardizes")
     _add_option(report, "-o", "--output", metavar="PAGE", required=True, help="HTML file to write, - for stdout")
     _add_option(report, "--force", action="store_true", help="overwrite PAGE")
     _add_ignore_names(report)
@@ -368,7 +368,7 @@ def _run_fit(arguments: argparse.Namespace) -> None:
     _output.check_target(arguments.output, force=arguments.force)
     # Before minutes go into reading the data: is the device there?
     nvpflow.build(2, 1, (), dtype=arguments.dtype, device=arguments.device, precision=arguments.precision)
-    rows, names = _read(arguments, arguments.data, arguments.dtype)
+    rows, names = _read(arguments, arguments.data, arguments.dtype, wide=not arguments.no_standardize)
     validation = _validation(arguments, rows.shape[1], names)
     flow = nvpflow.build(
         rows.shape[1],
@@ -499,12 +499,14 @@ def _read(
     columns: int | None = None,
     names: Sequence[str] | None = None,
     of: str = "the model",
+    *,
+    wide: bool,
 ) -> tuple[Any, list[str] | None]:
     """Return the rows of a table, which must have so many columns of these names, and the names that it has."""
     with data_io.open_table(source, _reading(arguments), names) as table:
         if columns is not None:
             table.expect(columns, names, of=of)
-        rows = table.read(dtype)
+        rows = table.read(dtype, wide=wide)
     _say_notes(arguments, table)
     if len(rows) == 0:
         raise data_io.DataError(f"{source}: no rows")
@@ -547,7 +549,9 @@ def _validation(arguments: argparse.Namespace, columns: int, names: Sequence[str
         return float(arguments.validation)
     except ValueError:
         names = None if arguments.ignore_names else names
-        return _read(arguments, arguments.validation, arguments.dtype, columns, names)[0]
+        return _read(
+            arguments, arguments.validation, arguments.dtype, columns, names, wide=not arguments.no_standardize
+        )[0]
 
 
 def _run_score(arguments: argparse.Namespace) -> None:
@@ -577,8 +581,9 @@ def _run_score(arguments: argparse.Namespace) -> None:
             names=[*table.passed_names, _LOG_PROB] if beside else [_LOG_PROB] if kind == "parquet" else None,
             force=arguments.force,
         ) as write:
+            wide = flow.spec._takes_float64_rows
             for block in table.blocks():
-                log_p = flow.log_probability(data_io.converted(block.rows, flow.spec.dtype))
+                log_p = flow.log_probability(data_io.converted(block.rows, flow.spec.dtype, wide=wide))
                 write(log_p, block.passed, _LOG_PROB) if beside else write(log_p)
     _say_notes(arguments, table)
 
@@ -595,11 +600,12 @@ def _run_sample(arguments: argparse.Namespace) -> None:
             f"--start {arguments.start} and -n {total}: a seed has rows 0 to {_ROWS_OF_A_SEED - 1}, expected a start "
             f"of at most {_ROWS_OF_A_SEED - max(total, 1)}"
         )
+    dtype = flow._rows_dtype()
     kind = _output.output_format(arguments.output, arguments.format)
     with _output.create_table(
         arguments.output,
         kind=kind,
-        dtype=flow.spec.dtype,
+        dtype=dtype,
         columns=columns,
         rows=total,
         names=flow.column_names,
@@ -608,7 +614,7 @@ def _run_sample(arguments: argparse.Namespace) -> None:
         step = data_io.rows_per_block(columns)
         for first in range(0, total, step):
             count = min(step, total - first)
-            write(flow.sample(count, seed=arguments.seed, start=arguments.start + first))
+            write(flow.sample(count, seed=arguments.seed, start=arguments.start + first, dtype=dtype))
 
 
 def _run_check(arguments: argparse.Namespace) -> int:
@@ -618,7 +624,7 @@ def _run_check(arguments: argparse.Namespace) -> int:
     names = _expected_names(arguments, flow)
     with data_io.open_table(arguments.data, _reading(arguments), names) as table:
         table.expect(flow.spec.input_size, names)
-        for rows in table.chunks(flow.spec.dtype):
+        for rows in table.chunks(flow.spec.dtype, wide=flow.spec._takes_float64_rows):
             certifier.add(rows)
     _say_notes(arguments, table)
     if certifier.rows == 0:
@@ -665,7 +671,8 @@ def _run_report(arguments: argparse.Namespace) -> None:
     columns = flow.spec.input_size
     history = None if arguments.history is None else _read_history(arguments.history)
     expected = _expected_names(arguments, flow)
-    rows, found = _read(arguments, arguments.data, flow.spec.dtype, columns, expected)
+    wide = flow.spec._takes_float64_rows
+    rows, found = _read(arguments, arguments.data, flow.spec.dtype, columns, expected, wide=wide)
     names: Sequence[str] | None = found or flow.column_names
     if arguments.names is not None:
         names = arguments.names
@@ -674,7 +681,7 @@ def _run_report(arguments: argparse.Namespace) -> None:
     details = {"Model file": _identified(arguments.model), "Data file": _shown(arguments.data)}
     train = None
     if arguments.train is not None:
-        train, _ = _read(arguments, arguments.train, flow.spec.dtype, columns, expected)
+        train, _ = _read(arguments, arguments.train, flow.spec.dtype, columns, expected, wide=wide)
         details["Training file"] = _shown(arguments.train)
     model, data = (_shown(os.path.basename(path)) for path in (arguments.model, arguments.data))
     title = arguments.title or f"{model} on {data}"

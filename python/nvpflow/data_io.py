@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -347,29 +348,32 @@ class Table:
             first = piece.labels(wanted.tolist()) if len(wanted) else []
             self._problems.add_missing(column, len(where), first)
 
-    def chunks(self, dtype: str) -> Iterator[Array]:
-        """Yield the rows in C-contiguous arrays of `dtype`, of bounded size."""
+    def chunks(self, dtype: str, *, wide: bool = False) -> Iterator[Array]:
+        """Yield the rows in C-contiguous arrays of `dtype`, of bounded size; wide: of float64 where that rounds."""
         for block in self.blocks():
-            yield converted(block.rows, dtype)
+            yield converted(block.rows, dtype, wide=wide)
 
-    def read(self, dtype: str) -> Array:
-        """Return all rows as one C-contiguous array of `dtype`; a `.npy` of that dtype stays on disk, mapped."""
+    def read(self, dtype: str, *, wide: bool = False) -> Array:
+        """Return all rows as one such array; a `.npy` of that dtype stays on disk, mapped."""
         mapped = self._source.mapped()
         whole = mapped is not None and self._used == list(range(self._source.width)) and mapped.flags.c_contiguous
-        if whole and mapped is not None and mapped.dtype == np.dtype(dtype):
+        if whole and mapped is not None and mapped.dtype in ((dtype, "float64") if wide else (dtype,)):
             for _ in self.blocks():
                 pass  # what is wrong with it
             if not self.incomplete or self._reading.missing == "nan":
                 return mapped
             return np.ascontiguousarray(mapped[~np.isnan(mapped).any(axis=1)])
-        return _joined(self.chunks(dtype), self.columns, dtype, self.rows)
+        return _joined(self.chunks(dtype, wide=wide), self.columns, dtype, self.rows)
 
 
 def _joined(blocks: Iterator[Array], columns: int, dtype: str, rows: int | None) -> Array:
     """Return blocks as one array, which grows in place: memory for the rows once."""
-    whole = np.empty((rows or 0, columns), dtype)
+    first = next(blocks, None)
+    if first is None:
+        return np.empty((0, columns), dtype)
+    whole = np.empty((rows or 0, columns), first.dtype)
     end = 0
-    for block in blocks:
+    for block in chain((first,), blocks):
         if end + len(block) > len(whole):
             whole.resize((max(end + len(block), len(whole) + len(whole) // 4), columns), refcheck=False)
         whole[end : end + len(block)] = block
@@ -378,8 +382,10 @@ def _joined(blocks: Iterator[Array], columns: int, dtype: str, rows: int | None)
     return whole
 
 
-def converted(block: Array, dtype: str) -> Array:
-    """Return a block as the model takes it, C-contiguous."""
+def converted(block: Array, dtype: str, *, wide: bool = False) -> Array:
+    """Return a block as the model takes it, C-contiguous; wide: in float64 where `dtype` rounds."""
+    if wide and not np.can_cast(block.dtype, dtype, "safe"):
+        dtype = "float64"
     with np.errstate(over="ignore"):  # to infinity, which scores as NaN and which fit counts and names
         return np.asarray(block, dtype=dtype, order="C")
 

@@ -159,8 +159,8 @@ def load(
     """
     if spec is not None and not isinstance(spec, FlowSpec):
         raise TypeError(f"spec must be a FlowSpec or None, got {_checks.describe(spec)}")
-    found, parameters, names, threshold = _core._load_model(_checks.path("path", path), spec)
-    return _restore(Flow, found, parameters, 0, _where(device, precision, weights), names, threshold)
+    found, parameters, mean_low, names, threshold = _core._load_model(_checks.path("path", path), spec)
+    return _restore(Flow, found, (parameters, mean_low), 0, _where(device, precision, weights), names, threshold)
 
 
 _DEFAULT_WHERE = {"device": "cpu", "precision": "float32", "weights": "full"}
@@ -174,7 +174,7 @@ def _where(device: str, precision: str, weights: str) -> dict[str, str]:
 def _restore(
     cls: type[Flow],
     spec: FlowSpec,
-    parameters: NDArray[Any],
+    state: tuple[NDArray[Any], NDArray[Any] | None],
     num_threads: int,
     where: dict[str, str],
     column_names: list[str],
@@ -184,7 +184,7 @@ def _restore(
     # A subclass's constructor may take the spec alone, as Flow's did before there were devices.
     given: dict[str, Any] = {name: value for name, value in where.items() if value != _DEFAULT_WHERE[name]}
     flow = cls(spec, **given)
-    flow._set_flat_parameters(parameters)
+    flow._set_flat_parameters(*state)
     flow.num_threads = num_threads
     flow._set_column_names(column_names)
     flow._set_threshold(*(threshold or (None, None)))
@@ -203,10 +203,12 @@ def _unpickle(
     column_names: Sequence[str] = (),
     threshold: tuple[float, float | None] | None = None,
     statistics: str = "auto",
+    mean_low: NDArray[Any] | None = None,
 ) -> Flow:
     where = _where(device, precision, weights)
+    state = (parameters, mean_low)
     spec = FlowSpec.from_json(spec_json)
-    return _restore(cls, spec, parameters, num_threads, where, list(column_names), threshold, statistics)
+    return _restore(cls, spec, state, num_threads, where, list(column_names), threshold, statistics)
 
 
 class Flow(_core.Flow):
@@ -229,11 +231,14 @@ class Flow(_core.Flow):
     -----
     Shapes are ``[B, D]`` for a batch and ``[D]`` for one row; D is ``flow.spec.input_size``. Results have the
     model's dtype. Arrays that are C-contiguous and of that dtype are used in place; others are converted where NumPy
-    calls it safe and refused otherwise. ``out=`` takes the result without an allocation. A row's result depends on
-    that row alone, bit for bit: not on the batch, its size, or the number of threads. A row that holds NaN or
-    infinity gives NaN. A finite row never does: where numbers are too large for the dtype, its log-density is -inf and
-    its latents are infinite; such a row has no gradient, which is NaN or infinite. Every method may be called from many
-    threads at once.
+    calls it safe and refused otherwise. A float32 model that begins with a standardize layer also takes rows of data
+    that are float64 (and integers of 32 and 64 bits, which become float64, exact up to 2**53): that layer is then
+    applied in float64, so that no digit is lost of values that are large beside their spread. Lists of Python's numbers
+    are float64 there, and rounded to the model's dtype elsewhere. ``out=`` takes the result without an allocation. A
+    row's result depends on that row alone, bit for bit: not on the batch, its size, or the number of threads. A row
+    that holds NaN or infinity gives NaN. A finite row never does: where numbers are too large for the dtype, its
+    log-density is -inf and its latents are infinite; such a row has no gradient, which is NaN or infinite. Every method
+    may be called from many threads at once.
 
     The same holds for arrays of other libraries that have ``__dlpack__`` or the buffer protocol. Results for arrays of
     PyTorch, JAX and libraries of the array API standard (with ``__array_namespace__``) are arrays of that library, by
@@ -364,6 +369,15 @@ class Flow(_core.Flow):
             raise ValueError(f"quantile is {share}, expected a share of the rows in [0, 1]")
         self._set_threshold(limit, share)
 
+    def _rows_dtype(self) -> str:
+        """Return the dtype in which rows that this flow draws keep their digits."""
+        spec = self.spec
+        if spec._takes_float64_rows:
+            mean, log_std = self._flat_parameters()[: 2 * spec.input_size].reshape(2, -1).astype(np.float64)
+            if np.any(np.abs(mean) * np.finfo(np.float32).eps / 2 > _MEAN_TOLERANCE * np.exp(log_std)):
+                return "float64"
+        return spec.dtype
+
     def parameters(self) -> dict[str, NDArray[Any]]:
         """Return every parameter under its name.
 
@@ -374,11 +388,18 @@ class Flow(_core.Flow):
             what must stay as it is. Per coupling layer k:
             ``flow_{k}_coupling_dense_{j}.kernel`` [in, out] and ``.bias`` [out] of hidden layer j,
             ``flow_{k}_scale.kernel``/``.bias`` and ``flow_{k}_translation.kernel``/``.bias``; of a standardize layer
-            ``standardize_{i}.mean`` and ``.log_std`` [D].
+            ``standardize_{i}.mean`` and ``.log_std`` [D]. Where `fit` saw float64 rows whose mean float32 cannot tell
+            to 1/128 of a standard deviation, also ``standardize_0.mean_low`` [D], a copy: what is to be added to the
+            mean, in float64.
         """
         flat = self._flat_parameters()
         flat.flags.writeable = False
-        return {name: flat[at : at + _size(shape)].reshape(shape) for name, shape, at in self._layout()}
+        found = {name: flat[at : at + _size(shape)].reshape(shape) for name, shape, at in self._layout()}
+        low = self._mean_low()
+        if low is not None:
+            low.flags.writeable = False
+            found[_MEAN_LOW] = low
+        return found
 
     def set_parameters(self, parameters: Mapping[str, ArrayLike]) -> None:
         """Replace every parameter, and remove the `threshold`, which was that of others; on an error none has changed.
@@ -386,7 +407,8 @@ class Flow(_core.Flow):
         Parameters
         ----------
         parameters
-            An array for each name of `parameters`, of its shape, and of a dtype that NumPy converts safely.
+            An array for each name of `parameters`, of its shape, and of a dtype that NumPy converts safely. Without
+            ``standardize_0.mean_low`` that is zero.
 
         Raises
         ------
@@ -398,6 +420,12 @@ class Flow(_core.Flow):
         if not isinstance(parameters, Mapping):
             raise TypeError(f"parameters must be a mapping of names to arrays, got {_checks.describe(parameters)}")
         layout = self._layout()
+        low = None
+        if self.spec._takes_float64_rows and _MEAN_LOW in parameters:
+            low = _checks.array(f"parameters[{_MEAN_LOW!r}]", parameters[_MEAN_LOW], np.float32)
+            if low.shape != (self.spec.input_size,):
+                raise ValueError(f"parameters[{_MEAN_LOW!r}] has shape {low.shape}, expected {(self.spec.input_size,)}")
+            parameters = {name: value for name, value in parameters.items() if name != _MEAN_LOW}
         _checks.names("parameters", parameters, [name for name, _, _ in layout])
         flat = np.empty(self.num_parameters, dtype=self.spec.dtype)
         for name, shape, at in layout:
@@ -405,7 +433,7 @@ class Flow(_core.Flow):
             if values.shape != shape:
                 raise ValueError(f"parameters[{name!r}] has shape {values.shape}, expected {shape}")
             flat[at : at + values.size] = values.ravel()
-        self._set_flat_parameters(flat)
+        self._set_flat_parameters(flat, low)
 
     def to(self, device: str, precision: str | None = None, weights: str | None = None) -> Flow:
         """Return a copy of the flow on a device; this one stays where and as it is.
@@ -438,7 +466,7 @@ class Flow(_core.Flow):
         if weights is None:
             weights = self.weights if device == "cpu" else "full"
         where = _where(device, precision, weights)
-        return self._copy(self.spec, self._copy_flat_parameters(), where)
+        return self._copy(self.spec, self._copy_state(), where)
 
     def astype(self, dtype: DTypeLike) -> Flow:
         """Return a copy of the flow that computes in another dtype, on the same device; this one stays as it is.
@@ -446,7 +474,8 @@ class Flow(_core.Flow):
         Parameters
         ----------
         dtype
-            float32 or float64. The weights are widened exactly, or rounded to nearest.
+            float32 or float64. The weights are widened exactly, or rounded to nearest. What float32 does not hold of
+            the mean of a standardize layer is kept beside it, where it matters (see `parameters`).
 
         Returns
         -------
@@ -463,18 +492,20 @@ class Flow(_core.Flow):
         if name not in ("float32", "float64"):
             raise ValueError(f"dtype is '{name}', expected one of float32, float64")
         spec = _of_dtype(self.spec, name)
-        given = self._copy_flat_parameters()
+        given, low = self._copy_state()
         with np.errstate(over="ignore"):
             parameters = given.astype(name)
         if not np.isfinite(parameters[np.isfinite(given)]).all():
             raise ValueError(f"dtype is {name!r}, but the flow has weights beyond its range")
+        if name != self.spec.dtype:
+            low = _move_mean(given, low, parameters, spec)
         same = name == self.spec.dtype
         where = _where(self.device, self.precision, self.weights) if same else _DEFAULT_WHERE | {"device": self.device}
-        return self._copy(spec, parameters, where)
+        return self._copy(spec, (parameters, low), where)
 
-    def _copy(self, spec: FlowSpec, parameters: NDArray[Any], where: dict[str, str]) -> Flow:
+    def _copy(self, spec: FlowSpec, state: tuple[NDArray[Any], NDArray[Any] | None], where: dict[str, str]) -> Flow:
         described = self._column_names(), self._threshold(), self._statistics()
-        return _restore(type(self), spec, parameters, self.num_threads, where, *described)
+        return _restore(type(self), spec, state, self.num_threads, where, *described)
 
     def swap(self, other: Flow) -> None:
         """Exchange the weights of two flows of the same spec, while other threads may call both.
@@ -528,8 +559,7 @@ class Flow(_core.Flow):
             Naming the argument: no rows, another shape, a dtype that does not convert safely.
         """
         given, _ = _frames.read("x", x, self._column_names())
-        rows = _checks.array("x", _core._host_array(given), self.spec.dtype)
-        rows = _checks.table("x", rows[None] if rows.ndim == 1 else rows, self.spec.dtype, self.spec.input_size)
+        rows = _checks.rows("x", _core._host_array(given), self.spec, one_row=True)
         certifier = certificate.Certifier(self, tolerance=tolerance, jacobian_rows=jacobian_rows)
         certifier.add(rows)
         return certifier.certificate()
@@ -561,7 +591,7 @@ class Flow(_core.Flow):
             The flow has no standardize layer in front, a row holds NaN or infinity, or a column is constant.
         """
         given, _ = _frames.read("x", x, self._column_names())
-        rows = _checks.table("x", _core._host_array(given), self.spec.dtype, self.spec.input_size)
+        rows = _checks.rows("x", _core._host_array(given), self.spec)
         how = self._initialize_from(rows, training.statistics_of(self, standardize))
         return training.unlike_mean(self, how)
 
@@ -754,14 +784,19 @@ class Flow(_core.Flow):
         """Tell whether both the specs and all the weights are equal; a flow is mutable and has no hash."""
         if not isinstance(other, Flow):
             return NotImplemented
-        return self.spec == other.spec and np.array_equal(self._copy_flat_parameters(), other._copy_flat_parameters())
+        if self.spec != other.spec:
+            return False
+        (own, own_low), (others, others_low) = self._copy_state(), other._copy_state()
+        same_low = own_low is others_low is None or np.array_equal(own_low, others_low)  # type: ignore[arg-type]
+        return np.array_equal(own, others) and same_low
 
     __hash__ = None  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the spec's JSON, the weights and the device, which must be there where it is unpickled."""
-        state = (type(self), self.spec.to_json(), self._copy_flat_parameters(), self.num_threads)
-        described = (self._column_names(), self._threshold(), self._statistics())
+        parameters, mean_low = self._copy_state()
+        state = (type(self), self.spec.to_json(), parameters, self.num_threads)
+        described = (self._column_names(), self._threshold(), self._statistics(), mean_low)
         return _unpickle, (*state, self.device, self.precision, self.weights, *described)
 
     def __copy__(self) -> Flow:
@@ -771,6 +806,28 @@ class Flow(_core.Flow):
     def __deepcopy__(self, memo: dict[int, Any]) -> Flow:
         """As `copy.copy`: nothing is shared there either."""
         return self.__copy__()
+
+
+_MEAN_LOW = "standardize_0.mean_low"
+_MEAN_TOLERANCE = 1 / 128
+"""As of the training loop: below this part of a standard deviation it does not matter what float32 loses of a mean."""
+
+
+def _move_mean(
+    given: NDArray[Any], low: NDArray[Any] | None, parameters: NDArray[Any], spec: FlowSpec
+) -> NDArray[np.float32] | None:
+    """Put the mean and its low part from one dtype into the other's parameters; return what is the low part there."""
+    columns = spec.input_size
+    if spec.dtype == "float64":
+        if low is not None:
+            parameters[:columns] += low
+        return None
+    if not spec._takes_float64_rows:
+        return None
+    rest = given[:columns] - parameters[:columns]
+    rest[np.abs(rest) <= _MEAN_TOLERANCE * np.exp(given[columns : 2 * columns])] = 0
+    kept: NDArray[np.float32] = rest.astype(np.float32)
+    return kept
 
 
 def _of_dtype(spec: FlowSpec, dtype: str) -> FlowSpec:

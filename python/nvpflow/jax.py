@@ -81,6 +81,7 @@ def parameters(flow: Flow) -> dict[str, jax.Array]:
     if not isinstance(flow, Flow):
         raise TypeError(f"flow must be an nvpflow.Flow, got {_checks.describe(flow)}")
     _check_x64(flow.spec)
+    _checks.whole_mean(flow)
     flat = flow._copy_flat_parameters()
     return {
         name: jnp.array(flat[offset : offset + math.prod(shape)].reshape(shape))
@@ -263,7 +264,13 @@ def _prepare(
         raise ValueError(f"{name} has shape {rows.shape}, expected (..., {spec.input_size})")
     if rows.dtype != spec.dtype:
         if rows.dtype.name not in _NARROWER[spec.dtype]:
-            raise TypeError(f"{name} has dtype {rows.dtype}, the flow {spec.dtype}; convert one of them with .astype()")
+            way_out = "convert the rows with .astype()"
+            if spec.dtype == "float32" and rows.dtype.kind in "fiu":
+                way_out = (
+                    "take flow.astype('float64'); a cast of the rows to float32 loses digits where values are large "
+                    "beside their spread"
+                )
+            raise TypeError(f"{name} has dtype {rows.dtype}, the flow {spec.dtype}; {way_out}")
         rows = rows.astype(spec.dtype)
     return _Call(spec, threads), rows.reshape(math.prod(rows.shape[:-1]), spec.input_size), tensors
 

@@ -86,8 +86,8 @@ def html(
         Matplotlib is not installed.
     """
     columns = flow.spec.input_size
-    rows = _checks.table("data", data, flow.spec.dtype, columns)
-    reference = None if train is None else finite_rows(_checks.table("train", train, flow.spec.dtype, columns))
+    rows = _checks.rows("data", data, flow.spec)
+    reference = None if train is None else finite_rows(_checks.rows("train", train, flow.spec))
     given = getattr(data, "columns", None) if names is None else names
     if given is not None and (isinstance(given, str) or len(given) != columns):
         raise ValueError(f"names is {_checks.describe(given)}, expected {columns} names, one for each column")

@@ -30,7 +30,8 @@ __all__ = ["FlowDensity", "FlowOutlierDetector"]
 _PARAMETERS = """num_flows, hidden_sizes, activation, scale_bound, dtype
         The model, as in `nvpflow.build`; activation None is relu for up to 12 features and silu above. A layer that
         standardizes the features comes first, so that raw data will do; its log-determinant counts, and densities are
-        those of the data as given. X of another dtype is rounded to `dtype`.
+        those of the data as given. The layer is applied in float64, so that X of
+        float64 loses no digit there in float32 either.
     epochs, learning_rate, schedule, weight_decay, clip_norm, averaging
         Training, as in `nvpflow.Flow.fit`.
     batch_size
@@ -170,9 +171,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
             Of all else that `nvpflow.check_data` finds in X, in one message: lost digits, outliers, values that repeat.
         """
         rows = self._training_rows(X)
-        validation: Any = (
-            self._validation(len(rows)) if X_val is None else self._rounded(self._checked_rows(X_val), rows.dtype.name)
-        )
+        validation: Any = self._validation(len(rows)) if X_val is None else self._in_dtype(self._checked_rows(X_val))
         held_out = 0 if X_val is not None or validation is None else math.floor(validation * len(rows))
         if len(rows) - held_out < 2:
             raise ValueError(
@@ -237,7 +236,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         return np.asarray(log_p)
 
     def _training_rows(self, X: Any) -> NDArray[Any]:
-        """Return X in the flow's dtype."""
+        """Return X as the flow takes it."""
         X = self._validated(X, ensure_min_samples=2)
         if X.shape[1] < 2:
             raise ValueError(
@@ -245,11 +244,11 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
                 f"{type(self).__name__}: each layer transforms some features given the others. For one feature take "
                 "sklearn.neighbors.KernelDensity."
             )
-        return self._rounded(X, _checks.dtype_name("dtype", self.dtype))
+        return self._in_dtype(X)
 
     def _rows(self, X: Any) -> NDArray[Any]:
-        """Return X in the flow's dtype, with the features that `fit` has seen."""
-        return self._rounded(self._checked_rows(X), self.flow_.spec.dtype)
+        """Return X as the flow takes it, with the features that `fit` has seen."""
+        return self._in_dtype(self._checked_rows(X))
 
     def _checked_rows(self, X: Any) -> NDArray[Any]:
         """Return X as scikit-learn checks it, in its own dtype, with the features that `fit` has seen."""
@@ -265,17 +264,11 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
             raise
         return rows
 
-    def _rounded(self, X: NDArray[Any], dtype: str) -> NDArray[Any]:
+    def _in_dtype(self, X: NDArray[Any]) -> NDArray[Any]:
+        dtype = _checks.dtype_name("dtype", self.dtype)
         if dtype not in ("float32", "float64"):
             raise ValueError(f"dtype is {dtype!r}, expected 'float32' or 'float64'")
-        with np.errstate(over="ignore"):
-            rows = X.astype(dtype, copy=False)
-        beyond = np.flatnonzero(~np.isfinite(rows).all(axis=0)) if X.dtype != rows.dtype else np.empty(0, np.int64)
-        if beyond.size:
-            raise ValueError(
-                f"X has a value too large for {dtype} in {self._named(beyond)}; rescale it, or give dtype='float64'"
-            )
-        return rows
+        return X if dtype == "float32" else X.astype(dtype, copy=False)  # a flow that standardizes takes both
 
     def _named(self, features: NDArray[np.int64]) -> str:
         names = getattr(self, "feature_names_in_", None)
@@ -371,19 +364,20 @@ class FlowDensity(DensityMixin, _FlowEstimator):  # type: ignore[misc]
         n_samples : int, default=1
             How many.
         random_state : int, RandomState instance or None, default=None
-            An int gives the same rows every time, those of ``flow_.sample(n_samples, seed=random_state)``.
+            An int gives the same rows every time, those of ``flow_.sample(n_samples, seed=random_state)``, but for
+            their dtype.
 
         Returns
         -------
         ndarray of shape (n_samples, n_features)
-            Of `dtype`, as `sklearn.neighbors.KernelDensity.sample` returns them.
+            Of `dtype`, or of float64 where float32 would blur a feature, whose values are large beside their spread.
         """
         check_is_fitted(self)
         count = _checks.integer("n_samples", n_samples)
         if count < 0:
             raise ValueError(f"n_samples is {count}, expected at least 0")
         self.flow_.num_threads = effective_n_jobs(self.n_jobs)
-        drawn: NDArray[Any] = self.flow_.sample(count, seed=_seed_of(random_state))
+        drawn: NDArray[Any] = self.flow_.sample(count, seed=_seed_of(random_state), dtype=self.flow_._rows_dtype())
         return drawn
 
 

@@ -593,6 +593,7 @@ class FlowModule(torch.nn.Module):
         super().__init__()
         if not isinstance(flow, Flow):
             raise TypeError(f"flow must be an nvpflow.Flow, got {_checks.describe(flow)}")
+        _checks.whole_mean(flow)
         self._engine = _Engine(flow.to(flow.device, flow.precision, "full"))
         flat = torch.from_numpy(flow._copy_flat_parameters()).to(flow.device)
         self._names: list[tuple[str, str]] = []
@@ -800,9 +801,13 @@ class FlowModule(torch.nn.Module):
             raise ValueError(f"{name} is on '{rows.device}', the module on '{like.device}'; move one with .to()")
         if rows.dtype != like.dtype:
             if rows.dtype not in _NARROWER.get(like.dtype, ()):
-                raise TypeError(
-                    f"{name} has dtype {rows.dtype}, the module {like.dtype}; convert one of them with .to()"
-                )
+                way_out = "convert the rows with .to()"
+                if like.dtype == torch.float32 and not rows.dtype.is_complex:
+                    way_out = (
+                        "make it a float64 module with module.double(); a cast of the rows to float32 loses digits "
+                        "where values are large beside their spread"
+                    )
+                raise TypeError(f"{name} has dtype {rows.dtype}, the module {like.dtype}; {way_out}")
             rows = rows.to(like.dtype)
         return rows if rows.dim() == 2 else rows.reshape(-1, size)
 

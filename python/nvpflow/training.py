@@ -336,7 +336,7 @@ def _split(
     validation = _core._host_array(validation)
     if np.ndim(validation) == 0:
         return None, _checks.real("validation", validation)
-    return _checks.table("validation", validation, flow.spec.dtype, flow.spec.input_size), 0.0
+    return _checks.rows("validation", validation, flow.spec), 0.0
 
 
 @contextmanager
@@ -365,7 +365,7 @@ def fit(
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable or None, got {_checks.describe(callback)}")
     given, frame_names = _frames.read("x", x, flow._column_names())
-    rows = _checks.table("x", _core._host_array(given), flow.spec.dtype, flow.spec.input_size)
+    rows = _checks.rows("x", _core._host_array(given), flow.spec)
     names = flow._column_names() or frame_names
     validation_rows, fraction = _split(flow, validation, names)
     checked = _checked_options(options) | {"validation_fraction": fraction}

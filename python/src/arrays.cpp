@@ -93,8 +93,31 @@ std::string conversion_text(const char* name, DType dtype, Library library) {
   return std::string(name) + ".astype(" + (library == Library::jax ? "jnp." : "np.") + to + ")";
 }
 
-/// Any object as a C-contiguous array of the dtype, if NumPy calls the conversion safe.
-py::object convert(PyObject* object, const char* name, DType dtype, Library library = Library::numpy) {
+/// What an array may be: of the flow's dtype, or float64 where `kind` is wide_data.
+struct Accepted {
+  DType dtype;
+  Kind kind;
+
+  bool as_is(PyArrayObject* array) const {
+    return usable_as_is(array, dtype) || (kind == Kind::wide_data && usable_as_is(array, DType::float64));
+  }
+};
+
+/// What to do with numbers that the flow's dtype does not hold.
+std::string advice(const char* name, const Accepted& accepted, Library library) {
+  if (accepted.kind == Kind::data && accepted.dtype == DType::float32) {
+    return "; build the flow with standardize=True, which takes float64 rows as they are, or with dtype=\"float64\" "
+           "(flow.astype(\"float64\") gives a copy); a cast to float32 loses digits where values are large beside "
+           "their spread";
+  }
+  const DType to = accepted.kind == Kind::wide_data ? DType::float64 : accepted.dtype;
+  return "; convert it with " + conversion_text(name, to, library);
+}
+
+PyObject* descr_of(DType dtype) { return reinterpret_cast<PyObject*>(PyArray_DescrFromType(type_number(dtype))); }
+
+/// Any object as a C-contiguous array of an accepted dtype, if NumPy calls the conversion safe.
+py::object convert(PyObject* object, const char* name, const Accepted& accepted, Library library = Library::numpy) {
   if (PyArray_Check(object)) refuse_masked(object, name);
   auto array = py::reinterpret_steal<py::object>(PyArray_FromAny(object, nullptr, 0, 0, 0, nullptr));
   if (!array) {
@@ -107,25 +130,33 @@ py::object convert(PyObject* object, const char* name, DType dtype, Library libr
     throw py::error_already_set();
   }
   auto* from = reinterpret_cast<PyArrayObject*>(array.ptr());
-  PyArray_Descr* wanted = PyArray_DescrFromType(type_number(dtype));
-  const auto wanted_owner = py::reinterpret_steal<py::object>(reinterpret_cast<PyObject*>(wanted));
   const bool real = PyArray_ISBOOL(from) || PyArray_ISINTEGER(from) || PyArray_ISFLOAT(from);
   const bool own_dtype = !real || has_own_dtype(object);
-  const bool safe = own_dtype ? PyArray_CanCastTypeTo(PyArray_DESCR(from), wanted, NPY_SAFE_CASTING) != 0 : real;
+  const bool takes_both = accepted.kind == Kind::wide_data;
+  // Numbers of Python are float64 where that is taken. NumPy calls int64 to float64 safe: exact up to 2^53.
+  DType dtype = takes_both && !own_dtype ? DType::float64 : accepted.dtype;
+  auto wanted = py::reinterpret_steal<py::object>(descr_of(dtype));
+  const auto is_safe = [&] {
+    auto* to = reinterpret_cast<PyArray_Descr*>(wanted.ptr());
+    return own_dtype ? PyArray_CanCastTypeTo(PyArray_DESCR(from), to, NPY_SAFE_CASTING) != 0 : real;
+  };
+  bool safe = is_safe();
+  if (!safe && takes_both) {
+    dtype = DType::float64;
+    wanted = py::reinterpret_steal<py::object>(descr_of(dtype));
+    safe = is_safe();
+  }
   if (!safe) {
-    const std::string model(name_of(dtype));
+    const std::string model(name_of(accepted.dtype));
     std::string message = std::string(name) + " has dtype " + dtype_text(from) + ", expected " + model +
                           ", the flow's dtype, or one that converts to it without loss";
-    if (real) {
-      message += "; convert it with " + conversion_text(name, dtype, library);
-      if (dtype == DType::float32) message += ", or build the flow with dtype=\"float64\"";
-    }
+    if (real) message += advice(name, accepted, library);
     raise(PyExc_TypeError, message);
   }
   if (!own_dtype) refuse_overflow(array, dtype, name);
-  Py_INCREF(wanted);  // PyArray_FromArray takes a reference
+  auto* to = reinterpret_cast<PyArray_Descr*>(wanted.inc_ref().ptr());  // PyArray_FromArray takes a reference
   auto result = py::reinterpret_steal<py::object>(
-      PyArray_FromArray(from, wanted, NPY_ARRAY_CARRAY_RO | NPY_ARRAY_ENSUREARRAY | NPY_ARRAY_FORCECAST));
+      PyArray_FromArray(from, to, NPY_ARRAY_CARRAY_RO | NPY_ARRAY_ENSUREARRAY | NPY_ARRAY_FORCECAST));
   if (!result) throw py::error_already_set();
   return result;
 }
@@ -220,26 +251,30 @@ Library kind_of_results(PyObject* object, Library library) {
 }
 
 /// What is no array of NumPy's, as one that NumPy knows to read; notes in `in` whose it was.
-py::object from_outside(PyObject* object, const char* name, DType dtype, Place place, InputArray& in) {
-  if (place != Place::host) return convert(object, name, dtype);
+py::object from_outside(PyObject* object, const char* name, const Accepted& accepted, Place place, InputArray& in) {
+  if (place != Place::host) return convert(object, name, accepted);
   const Library library = library_of(object);
   py::object view = host_view(settled(object, library).ptr(), name, library);
-  refuse_rounding(name, dtype, library);
+  refuse_rounding(name, accepted.dtype, library);
   in.library = kind_of_results(object, library);
   if (in.library != Library::numpy) in.source = py::reinterpret_borrow<py::object>(object);
-  if (usable_as_is(reinterpret_cast<PyArrayObject*>(view.ptr()), dtype)) return view;
-  return convert(view.ptr(), name, dtype, library);
+  if (accepted.as_is(reinterpret_cast<PyArrayObject*>(view.ptr()))) return view;
+  return convert(view.ptr(), name, accepted, library);
 }
 
 /// Sets in.owner to a C-contiguous array of the host. place: of what is no array of NumPy's.
-void read_host(PyObject* object, const char* name, DType dtype, Place place, InputArray& in) {
+void read_host(PyObject* object, const char* name, const Accepted& accepted, Place place, InputArray& in) {
   if (PyArray_CheckExact(object)) {
-    in.owner = usable_as_is(reinterpret_cast<PyArrayObject*>(object), dtype)
-                   ? py::reinterpret_borrow<py::object>(object)
-                   : convert(object, name, dtype);
+    in.owner = accepted.as_is(reinterpret_cast<PyArrayObject*>(object)) ? py::reinterpret_borrow<py::object>(object)
+                                                                        : convert(object, name, accepted);
   } else {
-    in.owner = PyArray_Check(object) ? convert(object, name, dtype) : from_outside(object, name, dtype, place, in);
+    in.owner =
+        PyArray_Check(object) ? convert(object, name, accepted) : from_outside(object, name, accepted, place, in);
   }
+  auto* array = reinterpret_cast<PyArrayObject*>(in.owner.ptr());
+  in.data = PyArray_DATA(array);
+  in.bytes = PyArray_NBYTES(array);
+  in.wide = PyArray_TYPE(array) != type_number(accepted.dtype);
 }
 
 [[noreturn]] void raise_overlap(const char* a, const char* b) {
@@ -327,17 +362,21 @@ void import_numpy() {
   if (_import_array() < 0) throw py::error_already_set();
 }
 
-InputArray input_rows(PyObject* object, const char* name, DType dtype, std::int64_t features, int device,
+InputArray input_rows(PyObject* object, const char* name, DType dtype, std::int64_t features, int device, Kind kind,
                       const Flow* named) {
   const Place place = PyArray_Check(object) ? Place::host : place_of(object, name);
-  if (place == Place::device) return device_rows(object, name, dtype, features, device);
+  if (place == Place::device) {
+    InputArray in = device_rows(object, name, dtype, features, device);
+    in.bytes = in.rows * features * size_of(dtype);
+    return in;
+  }
   py::object read;
   if (place == Place::unknown) {
     read = read_columns(object, name, named);
     object = read.ptr();
   }
   InputArray in;
-  read_host(object, name, dtype, place, in);
+  read_host(object, name, {dtype, kind}, place, in);
   auto* array = reinterpret_cast<PyArrayObject*>(in.owner.ptr());
   const int dims = PyArray_NDIM(array);
   if (!are_rows(shape_of(array), features)) {
@@ -345,7 +384,6 @@ InputArray input_rows(PyObject* object, const char* name, DType dtype, std::int6
     raise(PyExc_ValueError, std::string(name) + " has shape " + shape_text(array) + ", expected (B, " + d +
                                 ") or, for one row, (" + d + ",)");
   }
-  in.data = PyArray_DATA(array);
   in.single = dims == 1;
   in.rows = in.single ? 1 : PyArray_DIM(array, 0);
   return in;
@@ -361,14 +399,13 @@ InputArray input_vector(PyObject* object, const char* name, DType dtype, const I
           std::string(name) + " is on a CUDA device, x in the host's memory; expected both in one place");
   }
   InputArray in;
-  read_host(object, name, dtype, place, in);
+  read_host(object, name, {dtype, Kind::other}, place, in);
   auto* array = reinterpret_cast<PyArrayObject*>(in.owner.ptr());
   const bool good = single ? PyArray_NDIM(array) == 0 : PyArray_NDIM(array) == 1 && PyArray_DIM(array, 0) == rows;
   if (!good) {
     raise(PyExc_ValueError, std::string(name) + " has shape " + shape_text(array) + ", expected " +
                                 (single ? "()" : "(" + std::to_string(rows) + ",)"));
   }
-  in.data = PyArray_DATA(array);
   return in;
 }
 
@@ -406,6 +443,41 @@ OutputArray new_array(DType dtype, std::int64_t rows, std::int64_t columns) {
   InputArray like;
   like.rows = rows;
   return output_array(nullptr, "", dtype, columns, like);
+}
+
+namespace {
+
+/// Of dtype=.
+DType parsed_dtype(PyObject* object) {
+  PyArray_Descr* descr = nullptr;
+  if (PyArray_DescrConverter(object, &descr) == 0) throw py::error_already_set();
+  const auto owner = py::reinterpret_steal<py::object>(reinterpret_cast<PyObject*>(descr));
+  if (descr->type_num == NPY_FLOAT) return DType::float32;
+  if (descr->type_num == NPY_DOUBLE) return DType::float64;
+  raise(PyExc_TypeError, "dtype is " + text_of(owner.ptr()) + ", expected float32 or float64");
+}
+
+/// Whether out= is an array of float64 of the host.
+bool is_float64(PyObject* out) {
+  if (out == nullptr || out == Py_None) return false;
+  if (!PyArray_Check(out) && place_of(out, "out") == Place::device) return false;
+  const py::object view = given_view(out, "out");
+  return PyArray_TYPE(reinterpret_cast<PyArrayObject*>(view.ptr())) == NPY_DOUBLE;
+}
+
+}  // namespace
+
+bool wants_float64(PyObject* dtype, PyObject* out, DType own, Kind kind) {
+  if (dtype == nullptr || dtype == Py_None) return kind == Kind::wide_data && is_float64(out);
+  const DType wanted = parsed_dtype(dtype);
+  if (wanted == own) return false;
+  if (wanted == DType::float64 && kind == Kind::wide_data) return true;
+  const std::string given(name_of(wanted)), expected(name_of(own));
+  raise(PyExc_TypeError,
+        "dtype is " + given + ", expected " + expected + ", the flow's dtype" +
+            (own == DType::float32 ? ": only a flow that begins with a standardize layer gives float64 rows; build it "
+                                     "with standardize=True, or use flow.astype(\"float64\")"
+                                   : "; convert the result with .astype(np." + given + ")"));
 }
 
 std::pair<PyObject*, PyObject*> out_pair(PyObject* out, const char* second_name) {

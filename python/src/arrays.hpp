@@ -32,8 +32,10 @@ enum class Library { numpy, torch, cupy, jax, nvpflow, standard, other };
 struct InputArray {
   py::object owner;
   void* data = nullptr;
-  std::int64_t rows = 0;  // of input_rows alone
-  bool single = false;    // came as [D]: results lose the batch axis
+  std::int64_t bytes = 0;  // of input_rows and input_vector
+  bool wide = false;       // float64 rows of a float32 flow (Kind::data)
+  std::int64_t rows = 0;   // of input_rows alone
+  bool single = false;     // came as [D]: results lose the batch axis
   Library library = Library::numpy;
   py::object source;  // the caller's object, where it is not NumPy's
   // In the memory of a CUDA device (device_arrays.hpp): used as it is.
@@ -42,10 +44,17 @@ struct InputArray {
   void* stream = nullptr;  // the caller's
 };
 
+/// What an array is to a flow.
+enum class Kind {
+  data,       // rows of data, of a flow that takes only its dtype
+  wide_data,  // the same, of a float32 flow that takes float64, too (takes_float64_rows)
+  other,      // latents, cotangents and the like, whose values are of unit scale
+};
+
 /// [B, D] or [D]; for a flow on a CUDA device arrays of that device, too.
 /// Of a frame the columns, which must be numbers, and whose names those that `named` has, if any.
 InputArray input_rows(PyObject* object, const char* name, DType dtype, std::int64_t features, int device,
-                      const Flow* named = nullptr);
+                      Kind kind = Kind::other, const Flow* named = nullptr);
 /// [B], or a number where x is a single row; where x is.
 InputArray input_vector(PyObject* object, const char* name, DType dtype, const InputArray& x);
 
@@ -70,6 +79,9 @@ OutputArray new_array(DType dtype, std::int64_t rows, std::int64_t columns);
 /// C-contiguous and writable.
 OutputArray output_array(PyObject* given, const char* name, DType dtype, std::int64_t columns, const InputArray& like);
 /// The two members of out=(first, second), or null ones; second_name: what the second takes.
+/// Whether results of data are to be float64 where the flow's are not: as dtype= (null or None: not given) or out= say.
+/// Refuses what the flow does not give.
+bool wants_float64(PyObject* dtype, PyObject* out, DType own, Kind kind);
 std::pair<PyObject*, PyObject*> out_pair(PyObject* out, const char* second_name);
 void refuse_overlap(const OutputArray& out, const char* out_name, const InputArray& in, const char* in_name,
                     std::int64_t in_bytes);

@@ -154,6 +154,7 @@ void bind_spec(py::module_& module) {
       .def_property_readonly("scale_bound", [](const BoundSpec& s) { return first_coupling(s).scale_bound; })
       .def_property_readonly("standardize", [](const BoundSpec& s) { return has_standardize(s); })
       .def_property_readonly("dtype", [](const BoundSpec& s) { return std::string(name_of(s.dtype)); })
+      .def_property_readonly("_takes_float64_rows", [](const BoundSpec& s) { return takes_float64_rows(s); })
       .def("to_json", [](const BoundSpec& s) { return spec_to_json(s); })
       .def_static("from_json", &spec_from_text)
       .def("__eq__",
@@ -197,7 +198,7 @@ OutputArray parameter_array(const BoundFlow& self, const char* name, const Input
 }
 
 py::object nll(const BoundFlow& self, const Arguments& given) {
-  const InputArray in = input_rows(given[0], "x", self.dtype, self.features, self.device, &self.flow);
+  const InputArray in = self.rows_of(given[0], "x");
   double result = 0;
   if (in.on_device) {
     const FloatMode mode;
@@ -208,14 +209,14 @@ py::object nll(const BoundFlow& self, const Arguments& given) {
     return py::float_(result);
   }
   run_released(self, in.rows, [&] {
-    result =
-        by_dtype(self.dtype, [&](auto t) { return self.flow.nll(view<decltype(t)>(in, in.rows * self.features)); });
+    result = by_dtype(in.wide ? DType::float64 : self.dtype,
+                      [&](auto t) { return self.flow.nll(view<decltype(t)>(in, in.rows * self.features)); });
   });
   return py::float_(result);
 }
 
 py::object nll_gradient(const BoundFlow& self, const Arguments& given) {
-  const InputArray in = input_rows(given[0], "x", self.dtype, self.features, self.device, &self.flow);
+  const InputArray in = self.rows_of(given[0], "x");
   OutputArray gradient = parameter_array(self, "gradient", in);
   double result = 0;
   if (in.on_device) {
@@ -229,6 +230,10 @@ py::object nll_gradient(const BoundFlow& self, const Arguments& given) {
     return py::make_tuple(result, object_of(std::move(gradient)));
   }
   run_released(self, kGradientCost * in.rows, [&] {
+    if (in.wide) {
+      result = self.flow.nll_gradient(view<double>(in, in.rows * self.features), view<float>(gradient));
+      return;
+    }
     result = by_dtype(self.dtype, [&](auto t) {
       using T = decltype(t);
       return self.flow.nll_gradient(view<T>(in, in.rows * self.features), view<T>(gradient));
@@ -262,7 +267,6 @@ Wanted wanted_of(const std::string& wrt) {
 struct NamedInput {
   const InputArray& array;
   const char* name;
-  std::int64_t bytes;
 };
 
 /// Arrays for the wanted ones, new or given in out=(grad_x, grad_parameters); the call f(grad_x, grad_parameters) fills
@@ -277,8 +281,8 @@ py::object gradients(const BoundFlow& self, const InputArray& in, const std::str
   if (wanted.x) grad_in = output_array(out_first, first, self.dtype, self.features, in);
   if (wanted.parameters) parameters = parameter_array(self, second, in, out_second);
   for (const NamedInput& input : inputs) {
-    refuse_overlap(grad_in, first, input.array, input.name, input.bytes);
-    refuse_overlap(parameters, second, input.array, input.name, input.bytes);
+    refuse_overlap(grad_in, first, input.array, input.name, input.array.bytes);
+    refuse_overlap(parameters, second, input.array, input.name, input.array.bytes);
   }
   refuse_overlap(grad_in, first, parameters, second);
   run_beside(self, in, kGradientCost * in.rows, [&](const Execution& how) { f(grad_in.data, parameters.data, how); });
@@ -292,7 +296,9 @@ py::object vjp(const BoundFlow& self, const Arguments& given) {
     throw Error(ErrorCode::invalid_argument, "direction is '" + direction + "', expected 'forward' or 'inverse'");
   }
   const Direction way = direction == "forward" ? Direction::forward : Direction::inverse;
-  const InputArray in = input_rows(given[0], "x", self.dtype, self.features, self.device, &self.flow);
+  const InputArray in = way == Direction::forward ? self.rows_of(given[0], "x")
+                                                  : input_rows(given[0], "x", self.dtype, self.features, self.device,
+                                                               Kind::other, &self.flow);
   InputArray g_out, g_log_det;
   if (given.given(1)) {
     g_out = input_rows(given[1], "grad_out", self.dtype, self.features, self.device);
@@ -303,19 +309,16 @@ py::object vjp(const BoundFlow& self, const Arguments& given) {
     }
   }
   if (given.given(2)) g_log_det = input_vector(given[2], "grad_log_det", self.dtype, in);
-  const std::int64_t matrix = in.rows * self.row_bytes(), vector = in.rows * size_of(self.dtype);
-  const std::initializer_list<NamedInput> inputs = {
-      {in, "x", matrix}, {g_out, "grad_out", matrix}, {g_log_det, "grad_log_det", vector}};
+  const std::initializer_list<NamedInput> inputs = {{in, "x"}, {g_out, "grad_out"}, {g_log_det, "grad_log_det"}};
   return gradients(self, in, wrt, given[5], inputs, [&](void* grad_in, void* parameters, const Execution& how) {
     self.flow.backend().vjp(way, in.data, in.rows, g_out.data, g_log_det.data, grad_in, parameters, false, how);
   });
 }
 
 py::object log_prob_vjp(const BoundFlow& self, const Arguments& given) {
-  const InputArray in = input_rows(given[0], "x", self.dtype, self.features, self.device, &self.flow);
+  const InputArray in = self.rows_of(given[0], "x");
   const InputArray g = input_vector(given[1], "grad_log_prob", self.dtype, in);
-  const std::initializer_list<NamedInput> inputs = {{in, "x", in.rows * self.row_bytes()},
-                                                    {g, "grad_log_prob", in.rows * size_of(self.dtype)}};
+  const std::initializer_list<NamedInput> inputs = {{in, "x"}, {g, "grad_log_prob"}};
   return gradients(self, in, given.text(2, "both"), given[3], inputs, [&](void* grad_in, void* parameters, auto& how) {
     self.flow.backend().log_prob_vjp(in.data, in.rows, g.data, nullptr, grad_in, parameters, false, how);
   });
@@ -324,7 +327,7 @@ py::object log_prob_vjp(const BoundFlow& self, const Arguments& given) {
 /// log_prob, and what log_prob_vjp gives for the parameters, in one pass; `out` (None: a new array) takes the latter
 /// and must not overlap the others.
 py::object log_prob_and_vjp(const BoundFlow& self, const Arguments& given) {
-  const InputArray in = input_rows(given[0], "x", self.dtype, self.features, self.device, &self.flow);
+  const InputArray in = self.rows_of(given[0], "x");
   const InputArray g = input_vector(given[1], "grad_log_prob", self.dtype, in);
   OutputArray log_prob = output_array(nullptr, "log_prob", self.dtype, 0, in);
   OutputArray parameters = parameter_array(self, "grad_parameters", in, given[2]);
@@ -357,12 +360,18 @@ py::object conditioner(const BoundFlow& self, const Arguments& given) {
   return py::make_tuple(s.array, t.array);
 }
 
+/// parameters, mean_low: None or Flow::mean_low, float32
 py::object set_flat_parameters(BoundFlow& self, const Arguments& given) {
   const InputArray in = input_rows(given[0], "parameters", self.dtype, self.flow.num_parameters(), kHost);
   if (!in.single) throw Error(ErrorCode::invalid_argument, "parameters has two axes, expected one");
+  InputArray low;
+  if (given.given(1)) low = input_rows(given[1], "mean_low", DType::float32, self.features, kHost);
   {
     const GilReleased released;
-    by_dtype(self.dtype, [&](auto t) { self.flow.set_parameters(view<decltype(t)>(in, self.flow.num_parameters())); });
+    by_dtype(self.dtype, [&](auto t) {
+      self.flow.set_parameters(view<decltype(t)>(in, self.flow.num_parameters()),
+                               view<float>(low, given.given(1) ? self.features : 0));
+    });
   }
   return py::none();
 }
@@ -396,15 +405,28 @@ py::object flat_parameters(const py::object& self) {
   return readonly_view(data, bound.dtype, bound.flow.num_parameters(), self);
 }
 
-py::object copy_flat_parameters(const BoundFlow& self) {
+py::object low_or_none(const std::vector<float>& mean_low) {
+  if (mean_low.empty()) return py::none();
+  const OutputArray array = new_array(DType::float32, static_cast<std::int64_t>(mean_low.size()), 0);
+  std::copy(mean_low.begin(), mean_low.end(), static_cast<float*>(array.data));
+  return array.array;
+}
+
+py::object mean_low(const BoundFlow& self) { return low_or_none(self.flow.mean_low()); }
+
+/// The flat parameters and what set_flat_parameters takes beside them, of one moment.
+py::tuple copy_state(const BoundFlow& self) {
   const OutputArray copy = new_array(self.dtype, self.flow.num_parameters(), 0);
+  std::vector<float> low;
   {
     // Also where they are few: whoever sets the parameters keeps this call waiting.
     const GilReleased released;
-    by_dtype(self.dtype, [&](auto t) { self.flow.copy_parameters(view<decltype(t)>(copy)); });
+    by_dtype(self.dtype, [&](auto t) { self.flow.copy_parameters(view<decltype(t)>(copy), &low); });
   }
-  return copy.array;
+  return py::make_tuple(copy.array, low_or_none(low));
 }
+
+py::object copy_flat_parameters(const BoundFlow& self) { return copy_state(self)[0]; }
 
 py::list tensors_of(const ParamLayout& layout) {
   py::list list;
@@ -505,18 +527,20 @@ class PythonObserver final : public FitObserver {
 
 /// x, validation, options, on_progress, on_epoch
 py::object fit_flow(BoundFlow& self, const Arguments& given) {
-  const auto rows_of = [&](PyObject* array, const char* name) {
-    InputArray in = input_rows(array, name, self.dtype, self.features, kHost);
+  const auto rows_of = [&](PyObject* array, const char* name, DType dtype, Kind kind) {
+    InputArray in = input_rows(array, name, dtype, self.features, kHost, kind);
     if (in.single) {
       throw Error(ErrorCode::invalid_argument,
                   std::string(name) + " has one axis, expected (N, " + std::to_string(self.features) + ")");
     }
     return in;
   };
-  const InputArray in = rows_of(given[0], "x");
-  InputArray held_out;
+  InputArray in = rows_of(given[0], "x", self.dtype, self.data), held_out;
   if (given.given(1)) {
-    held_out = rows_of(given[1], "validation");
+    held_out = rows_of(given[1], "validation", self.dtype, self.data);
+    // Both of one dtype: float32 is widened without loss.
+    if (in.wide && !held_out.wide) held_out = rows_of(given[1], "validation", DType::float64, Kind::data);
+    if (held_out.wide && !in.wide) in = rows_of(given[0], "x", DType::float64, Kind::data);
     if (held_out.rows == 0) throw Error(ErrorCode::invalid_argument, "validation has no rows, expected at least one");
   }
   const FitOptions fit_options = options_from(given.object(2).cast<py::dict>());
@@ -524,7 +548,7 @@ py::object fit_flow(BoundFlow& self, const Arguments& given) {
   History history;
   {
     const GilReleased released;
-    history = by_dtype(self.dtype, [&](auto t) {
+    history = by_dtype(in.wide || held_out.wide ? DType::float64 : self.dtype, [&](auto t) {
       using T = decltype(t);
       return fit(self.flow, view<T>(in, in.rows * self.features), view<T>(held_out, held_out.rows * self.features),
                  fit_options, &observer);
@@ -541,12 +565,12 @@ py::object fit_flow(BoundFlow& self, const Arguments& given) {
 
 /// x, statistics
 py::object initialize_from(BoundFlow& self, const Arguments& given) {
-  const InputArray in = input_rows(given[0], "x", self.dtype, self.features, kHost);
+  const InputArray in = input_rows(given[0], "x", self.dtype, self.features, kHost, self.data);
   const Statistics statistics = parse_statistics(given.object(1).cast<std::string>());
   std::vector<std::string> how;
   {
     const GilReleased released;
-    how = by_dtype(self.dtype, [&](auto t) {
+    how = by_dtype(in.wide ? DType::float64 : self.dtype, [&](auto t) {
       return self.flow.initialize_from(view<decltype(t)>(in, in.rows * self.features), statistics);
     });
   }
@@ -692,7 +716,7 @@ void add_plain_methods(py::class_<BoundFlow>& type) {
                "call sees the old or the new ones whole. The threshold is the file's. A file whose column names differ "
                "from the\n"
                "flow's is refused; the flow's stay. On an error (OSError, FileFormatError) nothing has changed."),
-           plain<&set_flat_parameters>("_set_flat_parameters", 1, 1, {"parameters"}, nullptr),
+           plain<&set_flat_parameters>("_set_flat_parameters", 1, 2, {"parameters", "mean_low"}, nullptr),
            plain<&has_flat_parameters>("_has_flat_parameters", 1, 1, {"parameters"}, nullptr),
            plain<&log_prob_and_vjp>("_log_prob_and_vjp", 3, 3, {"x", "grad_log_prob", "out"}, nullptr),
            plain<&conditioner>("_conditioner", 2, 2, {"layer", "x"}, nullptr),
@@ -737,6 +761,8 @@ void bind_flow(py::module_& module) {
       .def("_layout", on_ready(&layout))
       .def("_flat_parameters", &flat_parameters)
       .def("_copy_flat_parameters", on_ready(&copy_flat_parameters))
+      .def("_copy_state", on_ready(&copy_state))
+      .def("_mean_low", on_ready(&mean_low))
       .def("_noise", on_ready(&noise), py::arg("n"), py::arg("seed"));
   add_plain_methods(type);
   add_hot_methods(type);
@@ -758,7 +784,8 @@ py::object load_file(const Arguments& given) {
     std::memcpy(flat.data, model.parameters.data(), model.parameters.size());
     model.parameters = {};  // which takes its time, too
   });
-  return py::make_tuple(BoundSpec(model.spec), flat.array, model.column_names, as_python(model.threshold));
+  return py::make_tuple(BoundSpec(model.spec), flat.array, low_or_none(model.mean_low), model.column_names,
+                        as_python(model.threshold));
 }
 
 PyObject* cpu_isa_text(PyObject*, PyObject*) {
@@ -809,7 +836,8 @@ BoundFlow::BoundFlow(const FlowSpec& spec, std::uint64_t seed, Device on, Precis
     : flow(spec, seed, on, precision, weights, init),
       dtype(spec.dtype),
       features(spec.input_size),
-      device(on.kind == DeviceKind::cuda ? on.index : kHost) {
+      device(on.kind == DeviceKind::cuda ? on.index : kHost),
+      data(takes_float64_rows(spec) ? Kind::wide_data : Kind::data) {
   double flops = kRowFlops;
   for (const TensorInfo& t : flow.layout().tensors()) {
     flops += (t.role == TensorRole::bias ? kOutputFlops : 2.0) * static_cast<double>(t.size);

@@ -29,6 +29,8 @@ struct BoundFlow : ZeroedMemory {
   std::int64_t features;
   /// Index of the CUDA device, or kHost.
   int device;
+  /// What rows of data are to it.
+  Kind data;
   /// From this many rows on a call is long enough (about five microseconds) to let other Python threads run.
   std::int64_t release_rows;
   /// What fit sets the standardize layer from unless it is told: build's choice, as num_threads is of no file.
@@ -40,6 +42,14 @@ struct BoundFlow : ZeroedMemory {
   /// Throws where the object was never initialised.
   void require_ready() const;
   std::int64_t row_bytes() const { return features * size_of(dtype); }
+  /// Whether rows of data go out as float64 although the flow is float32: of dtype= and out=, beside `like`.
+  bool gives_float64(PyObject* wanted, PyObject* out, const InputArray& like) const {
+    const bool none = (wanted == nullptr || wanted == Py_None) && (out == nullptr || out == Py_None);
+    return !none && wants_float64(wanted, out, dtype, like.on_device ? Kind::data : data);
+  }
+  InputArray rows_of(PyObject* object, const char* name) const {
+    return input_rows(object, name, dtype, features, device, data, &flow);
+  }
 };
 
 [[noreturn]] void raise_uninitialised();
@@ -84,7 +94,11 @@ void run_released(const BoundFlow& flow, std::int64_t rows, F&& f) {
 template <class F>
 void run_beside(const BoundFlow& flow, const InputArray& x, std::int64_t rows, F&& f) {
   run_released(flow, rows, [&] {
-    if (!x.on_device) return f(Execution(flow.threads()));
+    if (!x.on_device) {
+      Execution how(flow.threads());
+      how.float64_rows = x.wide;
+      return f(how);
+    }
     f(Execution::on_stream(x.stream));
     // These libraries know nothing of the stream: their arrays may go as soon as the call is over.
     if (x.library == Library::jax || x.library == Library::other) cuda_synchronize(x.device, x.stream);

@@ -48,6 +48,9 @@ static void check_errors(const char* path, nvpflow_flow* flow) {
   CHECK(nvpflow_log_prob_f32(flow, NULL, 0, NULL) == NVPFLOW_OK);
   CHECK(nvpflow_log_prob_f64(flow, wide, 1, wide + columns) == NVPFLOW_TYPE_MISMATCH);
   CHECK(nvpflow_forward_f32(flow, x, 1, x, NULL) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(nvpflow_takes_float64_rows(NULL) == -1);
+  CHECK(nvpflow_log_prob_rows64(NULL, wide, 1, out) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(nvpflow_sample_rows64(flow, 0, 0, 1, NULL) != NVPFLOW_OK);
   CHECK(nvpflow_sample_f32(flow, 0, 0, 1, NULL) == NVPFLOW_INVALID_ARGUMENT);
   CHECK(nvpflow_set_num_threads(flow, -1) == NVPFLOW_INVALID_ARGUMENT);
   CHECK(nvpflow_prepare(flow, -1) == NVPFLOW_INVALID_ARGUMENT);
@@ -101,6 +104,16 @@ static void check_numbers(nvpflow_flow* flow, nvpflow_flow* wide) {
     CHECK(fabsf(log_det[r] + inverse[r]) <= 1e-4f);
     CHECK(isfinite(log_prob[r]));
   }
+  CHECK(nvpflow_takes_float64_rows(flow) == 1 && nvpflow_takes_float64_rows(wide) == 0);
+  CHECK(nvpflow_log_prob_rows64(flow, x64, ROWS, inverse) == NVPFLOW_OK);
+  for (r = 0; r < ROWS; ++r) CHECK(fabsf(inverse[r] - log_prob[r]) <= 1e-4f * (1 + fabsf(log_prob[r])));
+  CHECK(nvpflow_forward_rows64(flow, x64, ROWS, z, log_det) == NVPFLOW_OK);
+  CHECK(nvpflow_inverse_rows64(flow, z, ROWS, back64, inverse) == NVPFLOW_OK);
+  for (i = 0; i < ROWS * d; ++i) CHECK(fabs(back64[i] - x64[i]) <= 1e-4 * (1 + fabs(x64[i])));
+  CHECK(nvpflow_sample_rows64(flow, 7, 10, ROWS, back64) == NVPFLOW_OK);
+  for (i = 0; i < ROWS * d; ++i) CHECK(fabs(back64[i] - x[i]) <= 1e-4 * (1 + fabs(x64[i])));
+  CHECK(nvpflow_log_prob_rows64(wide, x64, ROWS, log_det) == NVPFLOW_TYPE_MISMATCH);
+  CHECK(nvpflow_sample_rows64(wide, 7, 10, ROWS, back64) == NVPFLOW_TYPE_MISMATCH);
   CHECK(nvpflow_sample_f64(wide, 7, 10, ROWS, z64) == NVPFLOW_OK);
   x[0] = NAN;
   CHECK(nvpflow_log_prob_f32(flow, x, ROWS, log_det) == NVPFLOW_OK);

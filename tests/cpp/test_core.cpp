@@ -1233,6 +1233,100 @@ TEST_CASE("data that no fit can use are refused") {
                 [&] { fit<float>(flow, rows(27), {}, options); });
 }
 
+namespace {
+
+/// Rows around 1.7e9 and 0.25, of spread 60 and 1, and the flow whose first layer standardizes them.
+struct FarRows {
+  Flow flow{FlowSpec::real_nvp(2, 2, {8}, Activation::silu, 1.0, true)};
+  Flow exact{FlowSpec::real_nvp(2, 2, {8}, Activation::silu, 1.0, true, DType::float64)};
+  std::vector<double> x;
+
+  explicit FarRows(std::int64_t rows) {
+    std::vector<float> values(static_cast<std::size_t>(flow.num_parameters()));
+    flow.copy_parameters<float>(values);
+    const double mean[] = {1.7e9 + 37.0, 0.25};
+    for (std::size_t j = 0; j < 2; ++j) {
+      values[j] = static_cast<float>(mean[j]);
+      values[2 + j] = j == 0 ? 4.0943446f : 0.0f;
+    }
+    const float low[] = {static_cast<float>(mean[0] - static_cast<double>(values[0])), 0.0f};
+    flow.set_parameters<float>(values, low);
+    std::vector<double> wide(values.begin(), values.end());
+    wide[0] += static_cast<double>(low[0]);
+    exact.set_parameters<double>(wide);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      x.push_back(mean[0] + 60 * std::sin(0.7 * static_cast<double>(r)));
+      x.push_back(mean[1] + std::cos(1.3 * static_cast<double>(r)));
+    }
+  }
+};
+
+}  // namespace
+
+TEST_CASE("float64 rows of a float32 flow keep their digits, in every method") {
+  const FarRows far(500);
+  const std::vector<double>& x = far.x;
+  std::vector<double> expected(500), expected_z(1000), expected_log_det(500);
+  far.exact.log_prob<double>(x, expected);
+  far.exact.forward<double>(x, expected_z, expected_log_det);
+  std::vector<float> log_prob(500), z(1000), log_det(500), inverse_log_det(500);
+  far.flow.log_prob(x, log_prob);
+  far.flow.forward(x, z, log_det);
+  std::vector<double> back(1000);
+  far.flow.inverse(z, back, inverse_log_det);
+  for (std::size_t r = 0; r < 500; ++r) {
+    CHECK(std::abs(static_cast<double>(log_prob[r]) - expected[r]) <= 1e-5 * (1 + std::abs(expected[r])));
+    CHECK(std::abs(static_cast<double>(log_det[r]) - expected_log_det[r]) <=
+          1e-5 * (1 + std::abs(expected_log_det[r])));
+    CHECK(std::abs(back[2 * r] - x[2 * r]) <= 60 * 1e-5);
+    CHECK(std::abs(back[2 * r + 1] - x[2 * r + 1]) <= 1e-5);
+  }
+  CHECK(far.flow.nll<double>(x) == doctest::Approx(far.exact.nll<double>(x)).epsilon(1e-6));
+  CHECK(far.flow.round_trip_error<double>(x) < 1e-5);
+  std::vector<double> drawn(1000);
+  far.flow.sample<double>(3, drawn);
+  std::vector<float> rounded(1000);
+  far.flow.sample<float>(3, rounded);
+  for (std::size_t i = 0; i < 1000; ++i) CHECK(rounded[i] == static_cast<float>(drawn[i]));
+  std::vector<float> gradient(static_cast<std::size_t>(far.flow.num_parameters())), twice(gradient.size());
+  std::vector<double> exact_gradient(gradient.size());
+  const double loss = far.flow.nll_gradient(x, gradient);
+  CHECK(loss == doctest::Approx(far.exact.nll_gradient<double>(x, exact_gradient)).epsilon(1e-6));
+  for (std::size_t i = 0; i < gradient.size(); ++i) {
+    CHECK(std::abs(static_cast<double>(gradient[i]) - exact_gradient[i]) <= 1e-4);
+  }
+  const std::vector<float> ones(1000, 1.0f), log_det_ones(500, 1.0f);
+  std::vector<float> grad_x(1000), once(gradient.size());
+  far.flow.vjp(x, ones, log_det_ones, grad_x, once);
+  twice = once;
+  far.flow.vjp(x, ones, log_det_ones, {}, twice, true);
+  std::vector<double> exact_grad_x(1000);
+  const std::vector<double> wide_ones(1000, 1.0), wide_log_det_ones(500, 1.0);
+  far.exact.vjp<double>(Direction::forward, x, wide_ones, wide_log_det_ones, exact_grad_x, {});
+  for (std::size_t i = 0; i < once.size(); ++i) {
+    CHECK(std::abs(twice[i] - 2 * once[i]) <= 1e-5f * (1 + std::abs(twice[i])));
+  }
+  for (std::size_t i = 0; i < 1000; ++i) {
+    CHECK(std::abs(static_cast<double>(grad_x[i]) - exact_grad_x[i]) <= 1e-4 * (i % 2 == 0 ? 1.0 / 60 : 1.0));
+  }
+}
+
+TEST_CASE("float64 rows are refused where the flow does not standardize first") {
+  const Flow flow(FlowSpec::real_nvp(2, 2, {8}));
+  CHECK(!takes_float64_rows(flow.spec()));
+  const std::vector<double> x(4, 0.5);
+  std::vector<float> out(2);
+  std::vector<double> wide(4);
+  check_refused(ErrorCode::type_mismatch, "begins with a standardize layer", [&] { flow.log_prob(x, out); });
+  check_refused(ErrorCode::type_mismatch, "begins with a standardize layer", [&] { flow.sample<double>(0, wide); });
+  const Flow exact(FlowSpec::real_nvp(2, 2, {8}, Activation::relu, 1.0, true, DType::float64));
+  check_refused(ErrorCode::type_mismatch, "the flow is float64", [&] { exact.log_prob(x, out); });
+  FarRows far(4);
+  const std::vector<float> parameters(far.flow.parameters<float>().begin(), far.flow.parameters<float>().end());
+  const std::vector<float> three(3);
+  check_refused(ErrorCode::invalid_argument, "mean_low", [&] { far.flow.set_parameters<float>(parameters, three); });
+}
+
 TEST_CASE("a fit can be stopped while it takes the fingerprint of large data for its checkpoint") {
   const Folder folder;
   Flow flow(FlowSpec::real_nvp(2, 1, {}));

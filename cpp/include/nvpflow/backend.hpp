@@ -38,6 +38,10 @@ struct Execution {
   bool device_arrays = false;
   /// A cudaStream_t, where device_arrays is true.
   void* stream = nullptr;
+  /// The rows of data (x: the input of forward, log_prob and their gradients, the output of inverse and sample) are
+  /// float64; of flows with takes_float64_rows, whose first layer is then applied in float64, and of arrays of the
+  /// host. All other arrays are of the flow's dtype.
+  bool float64_rows = false;
 
   /// Arrays of the host.
   Execution(int host_threads) : threads(host_threads) {}  // NOLINT(misc-explicit-constructor): a number is one
@@ -109,8 +113,9 @@ class NVPFLOW_API Backend {
   virtual ~Backend() = default;
 
   /// Takes a copy of the flat parameters into the backend's own packed form. Calls in flight finish on the old
-  /// ones; calls that start after it returns see the new ones.
-  virtual void set_parameters(const void* parameters) = 0;
+  /// ones; calls that start after it returns see the new ones. mean_low [D]: what a first standardize layer's mean is
+  /// beyond its float32 number (Flow::mean_low); null: nothing.
+  virtual void set_parameters(const void* parameters, const float* mean_low = nullptr) = 0;
 
   /// out [rows, D]; log_det [rows] may be null; it belongs to the direction that is run.
   virtual void transform(Direction direction, const void* in, std::int64_t rows, void* out, void* log_det,

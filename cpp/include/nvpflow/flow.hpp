@@ -40,9 +40,12 @@ NVPFLOW_API std::string_view name_of(Statistics statistics);
 NVPFLOW_API Statistics parse_statistics(std::string_view name);
 /// @}
 
-/// Wherever `T` appears it must be the flow's dtype (float or double), else Error(type_mismatch). Arrays are row-major
-/// [B, D]; B is what the spans say. A span of the wrong length, or an output that overlaps an input or another output,
-/// is Error(invalid_argument). A row that holds NaN or inf gives NaN in all of that row's results and touches no other.
+/// Wherever `T` appears it must be the flow's dtype (float or double), else Error(type_mismatch); but for rows of data
+/// x, where double will do for a float32 flow that begins with a standardize layer (takes_float64_rows): then that
+/// layer is applied in float64, so that values that are large beside their spread keep their digits. Arrays are
+/// row-major [B, D]; B is what the spans say. A span of the wrong length, or an output that overlaps an input or
+/// another output, is Error(invalid_argument). A row that holds NaN or inf gives NaN in all of that row's results and
+/// touches no other.
 ///
 /// A finite row never gives NaN. Where numbers are too large for `T`, its log-density is -inf. Values that are too
 /// large are infinite, and inf where they cannot be told (inf - inf); a log-determinant that cannot be told is -inf of
@@ -132,13 +135,19 @@ class NVPFLOW_API Flow {
   /// that reads it meanwhile may see half replaced.
   template <class T>
   std::span<const T> parameters() const;
-  /// A copy of them, whole also while another thread replaces them.
+  /// A copy of them, and of mean_low() where asked for, whole also while another thread replaces them.
   template <class T>
-  void copy_parameters(std::span<T> out) const;
-  /// Replaces them while other threads may call the flow: each call sees the old or the new ones whole. The threshold
-  /// goes with the old ones.
+  void copy_parameters(std::span<T> out, std::vector<float>* mean_low = nullptr) const;
+  /// Replaces them while other threads may call the flow: each call sees the old or the new ones whole. mean_low: see
+  /// mean_low(); none: zeros. The
+  /// threshold goes with the old ones.
   template <class T>
-  void set_parameters(std::span<const T> parameters);
+  void set_parameters(std::span<const T> parameters, std::span<const float> mean_low = {});
+  /// Of a flow with takes_float64_rows: what the mean of the first layer is beyond its float32 number, [D], or empty
+  /// where that is nothing. fit() sets it from float64 rows, in columns where it is more than 1/128 of the
+  /// standard deviation. Where there is any, rows of float32 go through
+  /// the layer in float64 as well. Files and copies keep it.
+  std::vector<float> mean_low() const;
   /// Replaces them by those of a model file of this very spec (else Error(file_format), naming the difference; of the
   /// same column names, too, where both have some), and the threshold by that of the file, while other threads may call
   /// the flow: each call sees the old or the new ones whole. On failure nothing has changed. Work: that of load; waits
@@ -152,40 +161,54 @@ class NVPFLOW_API Flow {
   /// Sets the first layer, which must be of kind standardize, from the rows of x [N, D] as fit() does before it trains,
   /// whatever it was. Returns, for each column, what it was set from: "mean", "robust", "robust (5 to 95 %)" or
   /// "robust (1 to 99 %)". Throws Error(invalid_argument) for another first layer, for no rows, for rows with NaN or
-  /// inf and for a column that is constant. The same for any number of threads and any device.
+  /// inf and for a column that is constant. The same for any number of threads and any device. T: also double, for a
+  /// float32 flow with takes_float64_rows; mean_low() is then set, too.
   template <class T>
   std::vector<std::string> initialize_from(std::span<const T> x, Statistics statistics = Statistics::automatic);
 
   /// z [B, D] and log|det dz/dx| [B] (may be empty: not wanted), nats.
   template <class T>
   void forward(std::span<const T> x, std::span<T> z, std::span<T> log_det = {}) const;
+  /// float64 rows of a float32 flow.
+  void forward(std::span<const double> x, std::span<float> z, std::span<float> log_det = {}) const;
   /// x [B, D] and log|det dx/dz| [B] (may be empty).
   template <class T>
   void inverse(std::span<const T> z, std::span<T> x, std::span<T> log_det = {}) const;
+  /// float64 rows of a float32 flow.
+  void inverse(std::span<const float> z, std::span<double> x, std::span<float> log_det = {}) const;
   /// How far x is from inverse(forward(x)): the largest |x' - x| / (sigma + |x|) over all elements, in float64. sigma
-  /// is the standard deviation of the column where the flow begins with a standardize layer, else 1. Rows of x with NaN
-  /// or inf do not count; infinite where a finite row does not come back finite; 0 without rows.
+  /// is the standard deviation of the column where the flow begins with a standardize layer, else 1; of float64 rows of
+  /// a float32 flow |x| is counted from the column's mean. Rows of x with NaN or inf do not count; infinite where a
+  /// finite row does not come back finite; 0 without rows.
   template <class T>
   double round_trip_error(std::span<const T> x) const;
   /// log p(x) [B], nats.
   template <class T>
   void log_prob(std::span<const T> x, std::span<T> out) const;
+  /// float64 rows of a float32 flow.
+  void log_prob(std::span<const double> x, std::span<float> out) const;
   /// x [B, D]: rows first_row .. first_row + B of the endless sample that `seed` names. The same for every batch size
-  /// and thread count (Philox 4x32-10, Salmon et al. 2011, keyed by seed, counter = row and column).
+  /// and thread count (Philox 4x32-10, Salmon et al. 2011, keyed by seed, counter = row and column). Of a float32 flow
+  /// with takes_float64_rows also as float64.
   template <class T>
   void sample(std::uint64_t seed, std::span<T> x, std::uint64_t first_row = 0) const;
-  /// -mean log p(x) over the batch, nats; at least one row.
+  /// -mean log p(x) over the batch, nats; at least one row. Also of float64 rows of a float32 flow.
   template <class T>
   double nll(std::span<const T> x) const;
   /// nll(x); its gradient with respect to the flat parameters overwrites `gradient`.
   template <class T>
   double nll_gradient(std::span<const T> x, std::span<T> gradient) const;
+  /// float64 rows of a float32 flow.
+  double nll_gradient(std::span<const double> x, std::span<float> gradient) const;
   /// Vector-Jacobian products. grad_out [B, D] and grad_log_det [B] may be empty (zero); grad_in [B, D] and
   /// grad_parameters may be empty (not wanted); accumulate adds to grad_parameters instead of overwriting them.
   /// Forward: `in` is x, grad_out is dL/dz. Inverse: `in` is z, grad_out is dL/dx.
   template <class T>
   void vjp(Direction direction, std::span<const T> in, std::span<const T> grad_out, std::span<const T> grad_log_det,
            std::span<T> grad_in, std::span<T> grad_parameters, bool accumulate = false) const;
+  /// float64 rows x of a float32 flow, forward.
+  void vjp(std::span<const double> x, std::span<const float> grad_out, std::span<const float> grad_log_det,
+           std::span<float> grad_x, std::span<float> grad_parameters, bool accumulate = false) const;
   /// Log-scale s and shift t [B, |b|] of layer `layer`, which must be a coupling, on that layer's own input [B, D].
   template <class T>
   void conditioner(std::int64_t layer, std::span<const T> in, std::span<T> s, std::span<T> t) const;

@@ -92,6 +92,11 @@ struct NVPFLOW_API FlowSpec {
 /// What a parameter is to its layer.
 enum class TensorRole { kernel, bias, mean, log_std };
 
+/// Whether a flow takes and gives rows of data as float64, too: it is float32 and begins with a standardize layer,
+/// which is then applied in float64, `(x - mean) * exp(-log_std)` rounded to float32 once, so that the digits of values
+/// that are large beside their spread are not lost. All else is computed as for float32 rows.
+NVPFLOW_API bool takes_float64_rows(const FlowSpec& spec);
+
 /// One named parameter. Kernels are [in, out], row-major.
 struct TensorInfo {
   std::string name;                      ///< "flow_0_coupling_dense_0.kernel"

@@ -105,7 +105,9 @@ class NVPFLOW_API FitObserver {
 
 /// Fits `flow` to x [N, D] by minimising -mean log p. A first layer of kind standardize that is still the identity is
 /// set from the training rows beforehand (FitOptions::standardize), and is not trained. Rows that are extremely far out
-/// are then left out (FitOptions::max_deviation).
+/// are then left out (FitOptions::max_deviation). T: the flow's dtype, or double for a
+/// float32 flow with takes_float64_rows, whose rows are then standardized in float64, once, into a float32 copy that is
+/// trained on; losses are the same, max_round_trip is measured on the standardized rows.
 ///
 /// Rows are visited in a new order each epoch, given by `seed` alone; the same data, options and seed give the same
 /// weights bit for bit on one instruction set, for any number of threads, also across a stop and a resume from a

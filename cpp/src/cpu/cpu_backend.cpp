@@ -41,6 +41,8 @@ constexpr std::int64_t kTaskRows = 16;
 constexpr std::int64_t kTapeBytesPerThread = 3 << 19;
 /// Rows whose log-probabilities are added up in one sum.
 constexpr std::int64_t kSumRows = 1024;
+/// Standardized rows of a gradient that are kept at a time.
+constexpr std::int64_t kStagedBytes = 4 << 20;
 /// Parameters that one thread updates at a time.
 constexpr std::int64_t kUpdateSize = 1 << 14;
 
@@ -95,6 +97,7 @@ class CpuBackend final : public Backend {
     tile_rows_ = program.tile_rows;
     gradient_rows_ = program.gradient_rows;
     transform_scratch_ = kernels_.transform_scratch(program);
+    staged_size_ = takes_float64_rows(spec_) ? tile_rows_ * spec_.input_size : 0;
     tape_size_ = kernels_.tape_size(program, gradient_rows_);
     plan_tasks(program);
     const double rows = std::ceil(kFlopsPerThread / flops_per_row_);
@@ -102,12 +105,12 @@ class CpuBackend final : public Backend {
              tile_rows_;
   }
 
-  void set_parameters(const void* parameters) override {
+  void set_parameters(const void* parameters, const float* mean_low) override {
     const FloatMode mode;
     if (training_threads_ > 0)
       return packed_.initial().pack(static_cast<const T*>(parameters), true, training_threads_);
     packed_.rewrite([this] { return make_packed(); },
-                    [&](Packed<T>& packed) { packed.pack(static_cast<const T*>(parameters)); });
+                    [&](Packed<T>& packed) { packed.pack(static_cast<const T*>(parameters), false, 1, mean_low); });
   }
 
   void transform(Direction direction, const void* in, std::int64_t rows, void* out, void* log_det,
@@ -117,14 +120,14 @@ class CpuBackend final : public Backend {
     call.in = static_cast<const T*>(in);
     call.out = static_cast<T*>(out);
     call.log_det = static_cast<T*>(log_det);
-    run(call, rows, how.threads);
+    run(call, rows, how);
   }
 
   void log_prob(const void* x, std::int64_t rows, void* out, const Execution& how) const override {
     TransformCall<T> call;
     call.in = static_cast<const T*>(x);
     call.log_prob = static_cast<T*>(out);
-    run(call, rows, how.threads);
+    run(call, rows, how);
   }
 
   void sample(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* x,
@@ -134,7 +137,7 @@ class CpuBackend final : public Backend {
     call.out = static_cast<T*>(x);
     call.seed = seed;
     call.first_row = first_row;
-    run(call, rows, how.threads);
+    run(call, rows, how);
   }
 
   void noise(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* z,
@@ -166,7 +169,7 @@ class CpuBackend final : public Backend {
     call.grad_out = static_cast<const T*>(grad_out);
     call.grad_log_det = static_cast<const T*>(grad_log_det);
     call.grad_in = static_cast<T*>(grad_in);
-    run_gradient(call, rows, static_cast<T*>(grad_parameters), accumulate, how.threads);
+    run_gradient(call, rows, static_cast<T*>(grad_parameters), accumulate, how);
   }
 
   void log_prob_vjp(const void* x, std::int64_t rows, const void* grad_log_prob, void* log_prob, void* grad_x,
@@ -177,7 +180,7 @@ class CpuBackend final : public Backend {
     call.grad_log_det = static_cast<const T*>(grad_log_prob);
     call.log_prob = static_cast<T*>(log_prob);
     call.grad_in = static_cast<T*>(grad_x);
-    run_gradient(call, rows, static_cast<T*>(grad_parameters), accumulate, how.threads);
+    run_gradient(call, rows, static_cast<T*>(grad_parameters), accumulate, how);
   }
 
   double nll_gradient(const void* x, const std::int64_t* index, std::int64_t rows, std::int64_t total_rows,
@@ -188,21 +191,25 @@ class CpuBackend final : public Backend {
     call.index = index;
     call.nll = true;
     call.nll_factor = static_cast<T>(1.0 / static_cast<double>(total_rows));
-    return run_gradient(call, rows, static_cast<T*>(grad_parameters), accumulate, how.threads);
+    return run_gradient(call, rows, static_cast<T*>(grad_parameters), accumulate, how);
   }
 
   double sum_log_prob(const void* x, const std::int64_t* index, std::int64_t rows,
                       const Execution& how) const override {
     const FloatMode mode;
     const Reading packed(packed_);
+    const bool wide = how.float64_rows || packed->first().is_split();
     return sum_of_parts<kSumRows>(rows, threads_for(rows, how.threads), [&](std::int64_t begin, std::int64_t end) {
-      T* scratch = thread_scratch<T>(transform_scratch_ + kSumRows);
-      T* log_prob = scratch + transform_scratch_;
+      T* log_prob = thread_scratch<T>(call_scratch()) + transform_scratch_ + staged_size_;
       TransformCall<T> call;
-      call.in = static_cast<const T*>(x) + (index == nullptr ? begin * spec_.input_size : 0);
+      call.in = index == nullptr ? data_at(x, begin, how) : static_cast<const T*>(x);
       call.index = index == nullptr ? nullptr : index + begin;
       call.log_prob = log_prob;
-      kernels_.transform(packed->program(), call, 0, end - begin, scratch);
+      if (wide) {
+        transform_wide(*packed, call, 0, end - begin, how);
+      } else {
+        kernels_.transform(packed->program(), call, 0, end - begin, thread_scratch<T>(call_scratch()));
+      }
       double sum = 0;
       for (std::int64_t i = 0; i < end - begin; ++i) sum += static_cast<double>(log_prob[i]);
       return sum;
@@ -234,7 +241,7 @@ class CpuBackend final : public Backend {
   }
 
   void prepare() const override {
-    const std::int64_t elements = transform_scratch_ + kSumRows;
+    const std::int64_t elements = call_scratch();
     T* scratch = thread_scratch<T>(elements);
     // Written, so that the pages are there, and used, so that whatever is made on first use has been made.
     std::memset(scratch, 0, static_cast<std::size_t>(elements) * sizeof(T));
@@ -280,16 +287,109 @@ class CpuBackend final : public Backend {
     return worth >= static_cast<double>(threads) ? threads : std::max(1, static_cast<int>(worth));
   }
 
-  void run(const TransformCall<T>& call, std::int64_t rows, int threads) const {
+  /// Elements of scratch that every call but those of gradients does with.
+  std::int64_t call_scratch() const { return transform_scratch_ + staged_size_ + kSumRows; }
+
+  void run(const TransformCall<T>& call, std::int64_t rows, const Execution& how) const {
     const FloatMode mode;
     const Reading packed(packed_);
-    if (rows <= grain_ || threads <= 1) {
+    if (how.float64_rows || packed->first().is_split()) return run_wide(*packed, call, rows, how);
+    if (rows <= grain_ || how.threads <= 1) {
       kernels_.transform(packed->program(), call, 0, rows, thread_scratch<T>(transform_scratch_));
       return;
     }
-    parallel_for(rows, tile_rows_, threads_for(rows, threads), [&](std::int64_t begin, std::int64_t end) {
+    parallel_for(rows, tile_rows_, threads_for(rows, how.threads), [&](std::int64_t begin, std::int64_t end) {
       kernels_.transform(packed->program(), call, begin, end, thread_scratch<T>(transform_scratch_));
     });
+  }
+
+  // ---- the first layer in float64 ----------------------------------------------------------------------------------
+
+  /// Row r of data, as a call's pointer of T: where rows are float64, it only says where they begin.
+  const T* data_at(const void* data, std::int64_t r, const Execution& how) const {
+    const auto element = static_cast<std::int64_t>(how.float64_rows ? sizeof(double) : sizeof(T));
+    const void* at = static_cast<const unsigned char*>(data) + r * spec_.input_size * element;
+    return static_cast<const T*>(at);
+  }
+
+  /// Rows [begin, begin + count) of data x, or those that index names, as the second layer sees them.
+  void standardize(const Packed<T>& packed, const T* x, const std::int64_t* index, std::int64_t begin,
+                   std::int64_t count, T* y, const Execution& how) const {
+    if constexpr (sizeof(T) == 4) packed.first().standardize(x, how.float64_rows, index, begin, count, y);
+  }
+
+  void run_wide(const Packed<T>& packed, const TransformCall<T>& call, std::int64_t rows, const Execution& how) const {
+    parallel_for(rows, tile_rows_, threads_for(rows, how.threads),
+                 [&](std::int64_t begin, std::int64_t end) { transform_wide(packed, call, begin, end, how); });
+  }
+
+  /// Rows [begin, end) tile by tile, so that what is staged stays in the cache.
+  void transform_wide(const Packed<T>& packed, const TransformCall<T>& call, std::int64_t begin, std::int64_t end,
+                      const Execution& how) const {
+    T* scratch = thread_scratch<T>(call_scratch());
+    T* staged = scratch + transform_scratch_;
+    for (std::int64_t r = begin; r < end; r += tile_rows_) {
+      const std::int64_t count = std::min(tile_rows_, end - r);
+      TransformCall<T> tile = call;
+      tile.index = nullptr;
+      tile.first_row += static_cast<std::uint64_t>(r);
+      if (call.log_det != nullptr) tile.log_det += r;
+      if (call.log_prob != nullptr) tile.log_prob += r;
+      if (call.inverse) {
+        if (call.in != nullptr) tile.in += r * spec_.input_size;
+        tile.out = staged;
+      } else {
+        standardize(packed, call.in, call.index, r, count, staged, how);
+        tile.in = staged;
+        if (call.out != nullptr) tile.out += r * spec_.input_size;
+      }
+      kernels_.transform(packed.rest(), tile, 0, count, scratch);
+      if constexpr (sizeof(T) == 4) {
+        if (call.inverse) packed.first().restore(staged, count, call.out, how.float64_rows, r);
+      }
+    }
+  }
+
+  /// The gradient of a call on rows of data, in chunks of whole tiles: the same sums in the same order as in one go.
+  double run_gradient_wide(const Packed<T>& packed, const GradientCall<T>& call, std::int64_t rows, T* gradient,
+                           bool accumulate, const Execution& how) const {
+    const std::int64_t features = spec_.input_size,
+                       tile_bytes = gradient_rows_ * features * static_cast<std::int64_t>(sizeof(T));
+    const std::int64_t chunk = gradient_rows_ * std::max<std::int64_t>(1, kStagedBytes / tile_bytes);
+    std::vector<T> before;  // the gradient of the mean, which is formed for standardized rows
+    T* to_mean = gradient == nullptr ? nullptr : gradient + layout_.tensors().front().offset;
+    if (gradient != nullptr && accumulate) {
+      before.assign(to_mean, to_mean + features);
+      std::fill_n(to_mean, features, T(0));
+    }
+    std::vector<T> staged(static_cast<std::size_t>(std::min(chunk, rows) * features));
+    double total = 0;
+    std::int64_t first = 0;
+    do {
+      const std::int64_t count = std::min(chunk, rows - first);
+      parallel_for(count, tile_rows_, threads_for(count, how.threads), [&](std::int64_t begin, std::int64_t end) {
+        standardize(packed, call.in, call.index, first + begin, end - begin, staged.data() + begin * features, how);
+      });
+      GradientCall<T> part = call;
+      part.in = staged.data();
+      part.index = nullptr;
+      if (call.grad_out != nullptr) part.grad_out += first * features;
+      if (call.grad_log_det != nullptr) part.grad_log_det += first;
+      if (call.log_prob != nullptr) part.log_prob += first;
+      if (call.grad_in != nullptr) part.grad_in += first * features;
+      total += gradient_of(packed.rest(), part, count, gradient, accumulate || first > 0, how.threads);
+      if (call.grad_in != nullptr) scale_gradient(packed, part.grad_in, count);
+      first += count;
+    } while (first < rows);
+    if (gradient != nullptr) {
+      scale_gradient(packed, to_mean, 1);
+      for (std::size_t j = 0; j < before.size(); ++j) to_mean[j] += before[j];
+    }
+    return total;
+  }
+
+  static void scale_gradient(const Packed<T>& packed, T* g, std::int64_t rows) {
+    if constexpr (sizeof(T) == 4) packed.first().scale_gradient(g, rows);
   }
 
   /// Tiles between two meetings of the threads. Meetings cost, most of all on a busy machine; so does memory.
@@ -297,15 +397,23 @@ class CpuBackend final : public Backend {
     return std::clamp<std::int64_t>(kTapeBytesPerThread / (tape_size_ * static_cast<std::int64_t>(sizeof(T))), 1, 8);
   }
 
-  double run_gradient(GradientCall<T> call, std::int64_t rows, T* gradient, bool accumulate, int threads) const {
+  double run_gradient(const GradientCall<T>& call, std::int64_t rows, T* gradient, bool accumulate,
+                      const Execution& how) const {
     const FloatMode mode;
     const Reading packed(packed_);
     packed->ensure_transposed();
+    const bool wide = !call.inverse && (how.float64_rows || packed->first().is_split());
+    return wide ? run_gradient_wide(*packed, call, rows, gradient, accumulate, how)
+                : gradient_of(packed->program(), call, rows, gradient, accumulate, how.threads);
+  }
+
+  double gradient_of(const Program<T>& program, GradientCall<T> call, std::int64_t rows, T* gradient, bool accumulate,
+                     int threads) const {
     if (rows == 0 && gradient != nullptr && !accumulate) {
       std::memset(gradient, 0, static_cast<std::size_t>(layout_.size()) * sizeof(T));
     }
     const int team = threads_for(rows, threads);
-    if (team > 1) return run_gradient_team(packed->program(), call, rows, gradient, accumulate, team);
+    if (team > 1) return run_gradient_team(program, call, rows, gradient, accumulate, team);
     T* tape = thread_scratch<T>(tape_size_);
     call.gradient = gradient;
     double total = 0;
@@ -314,7 +422,7 @@ class CpuBackend final : public Backend {
       double sums[cpu::kMaxGradientUnits] = {};
       const std::int64_t count = std::min(gradient_rows_, rows - row);
       const std::int64_t tape_rows = (count + kernels_.lanes - 1) / kernels_.lanes * kernels_.lanes;
-      kernels_.gradient_tile(packed->program(), call, row, row + count, tape_rows, tape, sums);
+      kernels_.gradient_tile(program, call, row, row + count, tape_rows, tape, sums);
       for (const double sum : sums) total += sum;
     }
     return total;
@@ -377,6 +485,7 @@ class CpuBackend final : public Backend {
   LeftRight<Packed<T>> packed_;
   std::int64_t tile_rows_ = 0, gradient_rows_ = 0, grain_ = 0;
   std::int64_t transform_scratch_ = 0, tape_size_ = 0;
+  std::int64_t staged_size_ = 0;  // elements of a tile of standardized rows; 0: of a flow without takes_float64_rows
   double flops_per_row_ = 0;
   std::vector<Task> tasks_;
 };

@@ -111,6 +111,19 @@ Packed<T>::Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels
     next += 3 * round_up(spec.input_size, lanes_);
   }
   if (weights == Weights::bfloat16) keep_narrow();
+  if (takes_float64_rows(spec)) place_rest(spec);
+}
+
+template <class T>
+void Packed<T>::place_rest(const FlowSpec& spec) {
+  const auto padded = static_cast<std::size_t>(round_up(spec.input_size, lanes_));
+  identity_.assign(2 * padded, T(0));
+  std::fill(identity_.begin() + static_cast<std::ptrdiff_t>(padded), identity_.end(), T(1));
+  rest_layers_ = layers_;
+  rest_layers_.front().mean = identity_.data();
+  rest_layers_.front().std = rest_layers_.front().inverse_std = identity_.data() + padded;
+  rest_ = program_;
+  rest_.layers = rest_layers_.data();
 }
 
 template <class T>
@@ -193,7 +206,7 @@ void Packed<T>::choose_tiles(const Kernels<T>& kernels, bool wide_blocks) {
 }
 
 template <class T>
-void Packed<T>::pack(const T* parameters, bool transposed, int threads) {
+void Packed<T>::pack(const T* parameters, bool transposed, int threads, const float* mean_low) {
   if (transposed) place_transposed();
   for (std::size_t i = 0; i < dense_.size(); ++i) {
     Dense<T>& d = dense_[i];
@@ -209,6 +222,7 @@ void Packed<T>::pack(const T* parameters, bool transposed, int threads) {
   for (Layer<T>& layer : layers_) {
     if (layer.kind == Kind::standardize) pack_standardize(layer, parameters);
   }
+  if (!rest_layers_.empty() && !transposed) pack_rest(parameters, mean_low);
   transposed_ready_.store(transposed, std::memory_order_relaxed);
 }
 
@@ -284,6 +298,15 @@ void Packed<T>::pack_standardize(Layer<T>& layer, const T* parameters) {
     sum += log_std;
   }
   layer.log_det = static_cast<T>(-sum);
+}
+
+template <class T>
+void Packed<T>::pack_rest(const T* parameters, const float* mean_low) {
+  if constexpr (sizeof(T) == 4) {
+    const Layer<T>& layer = layers_.front();
+    first_.set(program_.input_size, parameters + layer.mean_offset, parameters + layer.log_std_offset, mean_low);
+  }
+  for (std::size_t k = 0; k < layers_.size(); ++k) rest_layers_[k].log_det = layers_[k].log_det;
 }
 
 /// Readers that do not want gradients never look at these pointers.

@@ -11,6 +11,7 @@
 
 #include "../memory.hpp"
 #include "../parallel.hpp"
+#include "../wide_rows.hpp"
 #include "isa.hpp"
 #include "kernels.hpp"
 
@@ -25,12 +26,18 @@ class Packed {
   Packed(const Packed&) = delete;
   Packed& operator=(const Packed&) = delete;
 
-  /// parameters: the flat buffer. transposed: with the transposed weights, in one go, where weights are not rounded.
-  /// Nobody else may use this object meanwhile.
-  void pack(const T* parameters, bool transposed = false, int threads = 1);
+  /// parameters: the flat buffer. transposed: with the transposed weights, in one go, where weights are not rounded,
+  /// and without the rest(): for training. mean_low: Backend::set_parameters. Nobody else may use this object
+  /// meanwhile.
+  void pack(const T* parameters, bool transposed = false, int threads = 1, const float* mean_low = nullptr);
   /// The transposed weights, built on first use after pack(); safe from several threads.
   void ensure_transposed() const;
   const Program<T>& program() const { return program_; }
+
+  /// Of flows with takes_float64_rows: the program with the identity in place of the first layer, whose log-determinant
+  /// it keeps, and that layer, to be put in front of it or behind it.
+  const Program<T>& rest() const { return rest_; }
+  const WideRows& first() const { return first_; }
 
  private:
   struct DenseSource {
@@ -48,6 +55,8 @@ class Packed {
   void keep_narrow();
   void narrow(Dense<T>& d);
   void pack_standardize(Layer<T>& layer, const T* parameters);
+  void place_rest(const FlowSpec& spec);
+  void pack_rest(const T* parameters, const float* mean_low);
   void choose_tiles(const Kernels<T>& kernels, bool wide_blocks);
   void place_transposed() const;
 
@@ -57,7 +66,10 @@ class Packed {
   std::vector<DenseSource> sources_;
   std::vector<DenseGradient> gradients_;
   std::vector<Layer<T>> layers_;
-  Program<T> program_;
+  Program<T> program_, rest_;
+  std::vector<Layer<T>> rest_layers_;
+  std::vector<T> identity_;  // zeros, then ones, each as long as the vectors that read them
+  WideRows first_;
   AlignedBuffer weights_, narrow_;
   mutable AlignedBuffer transposed_;
   std::int64_t transposed_size_ = 0;  // elements
