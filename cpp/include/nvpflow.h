@@ -99,8 +99,8 @@ NVPFLOW_API int64_t nvpflow_num_layers(const nvpflow_flow* flow);     /**< coupl
 NVPFLOW_API int64_t nvpflow_num_couplings(const nvpflow_flow* flow);  /**< affine coupling layers */
 NVPFLOW_API int64_t nvpflow_num_parameters(const nvpflow_flow* flow); /**< elements of all parameters */
 /**
- * 1 where the flow is float32 and begins with a standardize layer, else 0. Such a flow takes and gives rows of data x as
- * float64, too, in the functions that end in _rows64: the layer is then applied in float64, so that values that are
+ * 1 where the flow is float32 and begins with a standardize layer, else 0. Such a flow takes and gives rows of data x
+ * as float64, too, in the functions that end in _rows64: the layer is then applied in float64, so that values that are
  * large beside their spread keep their digits. Others refuse these functions with NVPFLOW_TYPE_MISMATCH.
  */
 NVPFLOW_API int nvpflow_takes_float64_rows(const nvpflow_flow* flow);
