@@ -307,7 +307,7 @@ class CpuBackend final : public Backend {
 
   /// Row r of data, as a call's pointer of T: where rows are float64, it only says where they begin.
   const T* data_at(const void* data, std::int64_t r, const Execution& how) const {
-    const auto element = static_cast<std::int64_t>(how.float64_rows ? sizeof(double) : sizeof(T));
+    const std::int64_t element = size_of(how.float64_rows ? DType::float64 : spec_.dtype);
     const void* at = static_cast<const unsigned char*>(data) + r * spec_.input_size * element;
     return static_cast<const T*>(at);
   }
