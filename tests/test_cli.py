@@ -624,6 +624,13 @@ def test_a_table_of_pandas_fails_with_one_message_and_goes_through_as_that_says(
     # CSV holds decimal numbers, which are read as float64.
     np.testing.assert_allclose(scores_of(output), flow.log_probability(numbers), rtol=1e-5)
 
+    # check counts in the rows of the table too.
+    code, output, errors = call("check", "new.safetensors", name, "--drop", "kind,day", "--missing", "skip", "--json")
+    assert "12 rows with missing cells: results are NaN there" in errors
+    found = json.loads(output)
+    assert (code, found["rows"], found["nonfinite_rows"]) == (0, len(frame), 12)
+    assert found["first_nonfinite_row"] == np.isnan(numbers).any(axis=1).argmax()
+
 
 def test_the_index_of_pandas_is_left_out_and_said(call, frame, flow, tmp_path):
     pytest.importorskip("pyarrow")

@@ -501,9 +501,11 @@ def _read(
     of: str = "the model",
     *,
     wide: bool,
+    in_place: bool = False,
 ) -> tuple[Any, list[str] | None]:
     """Return the rows of a table, which must have so many columns of these names, and the names that it has."""
-    with data_io.open_table(source, _reading(arguments), names) as table:
+    reading = _in_place(_reading(arguments)) if in_place else _reading(arguments)
+    with data_io.open_table(source, reading, names) as table:
         if columns is not None:
             table.expect(columns, names, of=of)
         rows = table.read(dtype, wide=wide)
@@ -524,11 +526,16 @@ def _reading(arguments: argparse.Namespace, **more: Any) -> data_io.Reading:
     )
 
 
+def _in_place(reading: data_io.Reading) -> data_io.Reading:
+    """Return how to read a table whose rows are to keep their numbers: what `skip` leaves out is NaN."""
+    return replace(reading, missing="nan") if reading.missing == "skip" else reading
+
+
 def _say_notes(arguments: argparse.Namespace, table: data_io.Table) -> None:
     """Say what was left out of a table."""
     notes = list(table.notes)
     if table.incomplete and arguments.missing == "skip":
-        what = "log p is NaN there" if arguments.run is _run_score else "left out"
+        what = {_run_score: "log p is NaN there", _run_check: "results are NaN there"}.get(arguments.run, "left out")
         notes.append(f"{table.name}: {data_io.counted(table.incomplete, 'row')} with missing cells: {what}")
     for note in [] if getattr(arguments, "quiet", False) else notes:
         print(f"nvpflow: {note}", file=sys.stderr)
@@ -563,9 +570,8 @@ def _run_score(arguments: argparse.Namespace) -> None:
     if beside and kind == "npy":
         raise data_io.DataError("--keep and --append: .npy holds numbers of one kind only; write .csv or .parquet")
     # A row that cannot be scored keeps its place: score i belongs to row i, whatever --missing says.
-    reading = replace(
-        _reading(arguments, keep=arguments.keep or (), append=arguments.append, typed=kind == "parquet"),
-        missing="nan" if arguments.missing == "skip" else arguments.missing,
+    reading = _in_place(
+        _reading(arguments, keep=arguments.keep or (), append=arguments.append, typed=kind == "parquet")
     )
     names = _expected_names(arguments, flow)
     with data_io.open_table(arguments.data, reading, names) as table:
@@ -622,7 +628,7 @@ def _run_check(arguments: argparse.Namespace) -> int:
     flow.num_threads = arguments.threads
     certifier = certificate.Certifier(flow, tolerance=arguments.tolerance, jacobian_rows=arguments.jacobian_rows)
     names = _expected_names(arguments, flow)
-    with data_io.open_table(arguments.data, _reading(arguments), names) as table:
+    with data_io.open_table(arguments.data, _in_place(_reading(arguments)), names) as table:
         table.expect(flow.spec.input_size, names)
         for rows in table.chunks(flow.spec.dtype, wide=flow.spec._takes_float64_rows):
             certifier.add(rows)
@@ -672,7 +678,7 @@ def _run_report(arguments: argparse.Namespace) -> None:
     history = None if arguments.history is None else _read_history(arguments.history)
     expected = _expected_names(arguments, flow)
     wide = flow.spec._takes_float64_rows
-    rows, found = _read(arguments, arguments.data, flow.spec.dtype, columns, expected, wide=wide)
+    rows, found = _read(arguments, arguments.data, flow.spec.dtype, columns, expected, wide=wide, in_place=True)
     names: Sequence[str] | None = found or flow.column_names
     if arguments.names is not None:
         names = arguments.names
