@@ -123,7 +123,8 @@ class History:
             said.append(f"standardized by median and central range in place of mean and standard deviation: {columns}")
         if self.rows_left_out:
             rows = f"{self.rows_left_out:,} row{'s' * (self.rows_left_out != 1)}"
-            said.append(f"left out of training and validation: {rows} that are extremely far out (max_deviation)")
+            are = "is" if self.rows_left_out == 1 else "are"
+            said.append(f"left out of training and validation: {rows} that {are} extremely far out (max_deviation)")
         return said
 
     def _repr_html_(self) -> str:
