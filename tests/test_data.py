@@ -226,6 +226,7 @@ def test_too_few_rows() -> None:
     assert found(normal(1))["rows"].severity == "warning"
     assert found(normal(0))["rows"].severity == "error"
     assert nvpflow.check_data(normal(30)).ok
+    assert repr(nvpflow.check_data(normal(1, 1))).startswith("DataReport: 1 row of 1 column;")
 
 
 # --------------------------------------------------------------------------------------------------------- the report
@@ -263,6 +264,7 @@ def test_the_report_does_not_depend_on_layout_or_call() -> None:
     [
         ("table.csv", {}, TypeError, "x is a str, expected rows"),
         (np.zeros(5), {}, ValueError, r"x has shape \(5,\), expected \[N, D\]"),
+        (np.zeros((5, 0)), {}, ValueError, r"x has shape \(5, 0\), expected \[N, D\] with at least one column"),
         (np.array([["a", "b"]]), {}, TypeError, "x has dtype <U1, expected real numbers"),
         ([[1.0], [1.0, 2.0]], {}, TypeError, "x cannot be read as an array of numbers"),
         (normal(), {"names": ["a"]}, ValueError, "names holds 1 names, expected 3"),

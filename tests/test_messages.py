@@ -284,6 +284,15 @@ def test_columns_of_other_libraries_that_are_not_numbers_are_named() -> None:
             new_flow().log_prob(frame)
 
 
+def test_a_frame_without_columns_is_refused_by_its_shape() -> None:
+    for frame in frames_of(ABC):
+        none = frame.select([]) if hasattr(frame, "select") else frame[[]]
+        with pytest.raises(ValueError, match=r"x has shape \(\d+, 0\), expected \[N, 3\]"):
+            new_flow().fit(none)
+        with pytest.raises(ValueError, match=r"x has shape \(\d+, 0\), expected \[N, D\] with at least one column"):
+            nvpflow.check_data(none)
+
+
 def test_what_polars_and_pyarrow_say_themselves_stays_inside() -> None:
     """A LazyFrame warns where its columns are asked for; NumPy has no 128 bits; names need not be UTF-8."""
     polars = pytest.importorskip("polars", reason="polars is not installed")

@@ -112,7 +112,8 @@ class DataReport:
 
     def __repr__(self) -> str:
         """Return the table."""
-        head = f"DataReport: {self.rows:,} rows of {len(self.columns):,} columns"
+        rows, columns = self.rows, len(self.columns)
+        head = f"DataReport: {rows:,} row{'s' * (rows != 1)} of {columns:,} column{'s' * (columns != 1)}"
         if self.ok:
             return f"{head}; nothing found"
         errors, others = len(self.errors), len(self.warnings)
@@ -187,6 +188,8 @@ def check_data(
         unusable = {problem.column for problem in bad}
         good = [i for i in range(count) if i not in unusable]
         rows = frame.array(good)
+    if count == 0:
+        raise ValueError(f"x has shape {rows.shape}, expected [N, D] with at least one column")
     listed = _checks.column_names("names", names) or given
     if listed is not None and len(listed) != count:
         raise ValueError(f"names holds {len(listed)} names, expected {count}, one for each column")

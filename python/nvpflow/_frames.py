@@ -83,7 +83,7 @@ class Frame:
         """Return these columns (None: all) as an array [N, D], of the narrowest dtype that holds all; nulls are NaN."""
         wanted = range(self.width) if columns is None else columns
         types = self._types()
-        if len(wanted) == self.width and all(isinstance(dtype, np.dtype) for dtype in types):
+        if self.width and len(wanted) == self.width and all(isinstance(dtype, np.dtype) for dtype in types):
             return np.asarray(self._frame)
         parts = [self._numbers(i, types[i]) for i in wanted]
         return np.column_stack(parts) if parts else np.empty((len(self._frame), 0), np.float32)
