@@ -662,6 +662,26 @@ def test_blanks_and_digits_outside_of_ascii_leave_the_column_as_it_is(call, fold
     assert scored[0] == scored[1]
 
 
+@pytest.mark.parametrize("standardize", [True, False])
+@pytest.mark.parametrize("kind", ["csv", "npy"])
+def test_numbers_beyond_float32_have_the_density_0(call, folder, kind, standardize):
+    """NaN is for rows that hold NaN or infinity: `log_p < limit` must find the row that lies furthest out."""
+    table = np.array([[1, 2, 3], [1, 2, 1e30], [1, 2, 1e39], [-1e300, 2, 3], [1, 2, np.inf], [1e39, 2, np.nan]])
+    name = f"far.{kind}"
+    if kind == "csv":
+        pytest.importorskip("pyarrow")
+        np.savetxt(folder / name, table, delimiter=",")
+    else:
+        np.save(folder / name, table)
+    nvpflow.build(3, 2, (8,), standardize=standardize).save(folder / "scored.safetensors")
+    code, output, _ = call("score", "scored.safetensors", name, "--missing", "nan")
+    found = scores_of(output)
+    assert code == 0
+    assert np.isfinite(found[0])
+    assert found[1:4].tolist() == [-np.inf] * 3
+    assert np.isnan(found[4:]).all()
+
+
 @pytest.mark.parametrize("field", ["x", "1_0", "0x10", "\u22121", '"1,000"'])
 def test_a_first_row_that_is_taken_for_names_is_said(call, folder, field):
     pytest.importorskip("pyarrow")

@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 import nvpflow
 from nvpflow import _checks, _output, certificate, data_io
 from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS, default_activation
@@ -590,6 +592,9 @@ def _run_score(arguments: argparse.Namespace) -> None:
             wide = flow.spec._takes_float64_rows
             for block in table.blocks():
                 log_p = flow.log_probability(data_io.converted(block.rows, flow.spec.dtype, wide=wide))
+                lost = np.isnan(log_p)
+                if lost.any():  # of a number beyond the model's dtype the density is 0, as of all that overflows
+                    log_p[lost & np.isfinite(block.rows).all(axis=1)] = -np.inf
                 write(log_p, block.passed, _LOG_PROB) if beside else write(log_p)
     _say_notes(arguments, table)
 

@@ -386,7 +386,7 @@ def converted(block: Array, dtype: str, *, wide: bool = False) -> Array:
     """Return a block as the model takes it, C-contiguous; wide: in float64 where `dtype` rounds."""
     if wide and not np.can_cast(block.dtype, dtype, "safe"):
         dtype = "float64"
-    with np.errstate(over="ignore"):  # to infinity, which scores as NaN and which fit counts and names
+    with np.errstate(over="ignore"):  # to infinity, which fit counts and names
         return np.asarray(block, dtype=dtype, order="C")
 
 
