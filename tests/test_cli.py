@@ -662,6 +662,17 @@ def test_blanks_and_digits_outside_of_ascii_leave_the_column_as_it_is(call, fold
     assert scored[0] == scored[1]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("-n", "1", "--start", "-1"), "--start -1: expected at least 0"),
+        (("-n", str(10**20)), f"-n {10**20}: a seed has {2**63} rows, expected no more"),
+    ],
+)
+def test_rows_that_a_seed_does_not_have_are_refused_before_anything_is_written(call, options, message):
+    assert call("sample", "model.safetensors", *options) == (1, "", f"nvpflow: error: {message}\n")
+
+
 @pytest.mark.parametrize("standardize", [True, False])
 @pytest.mark.parametrize("kind", ["csv", "npy"])
 def test_numbers_beyond_float32_have_the_density_0(call, folder, kind, standardize):

@@ -606,6 +606,10 @@ def _run_sample(arguments: argparse.Namespace) -> None:
     total = arguments.rows
     if total < 0:
         raise ValueError(f"-n {total}: expected at least 0")
+    if arguments.start < 0:
+        raise ValueError(f"--start {arguments.start}: expected at least 0")
+    if total > _ROWS_OF_A_SEED:
+        raise ValueError(f"-n {total}: a seed has {_ROWS_OF_A_SEED} rows, expected no more")
     if arguments.start + max(total, 1) > _ROWS_OF_A_SEED:  # before the first row is written
         raise ValueError(
             f"--start {arguments.start} and -n {total}: a seed has rows 0 to {_ROWS_OF_A_SEED - 1}, expected a start "
