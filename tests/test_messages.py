@@ -284,6 +284,18 @@ def test_columns_of_other_libraries_that_are_not_numbers_are_named() -> None:
             new_flow().log_prob(frame)
 
 
+def test_an_array_with_an_attribute_columns_is_an_array() -> None:
+    class Named:
+        columns = ("a", "b", "c")
+
+        def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
+            return X
+
+    flow = new_flow()
+    np.testing.assert_array_equal(flow.log_prob(Named()), flow.log_prob(X))
+    assert nvpflow.check_data(Named()) == nvpflow.check_data(X)
+
+
 def test_a_frame_without_columns_is_refused_by_its_shape() -> None:
     for frame in frames_of(ABC):
         none = frame.select([]) if hasattr(frame, "select") else frame[[]]

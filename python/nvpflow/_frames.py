@@ -126,7 +126,8 @@ def inspect(value: object) -> Frame | None:
     if isinstance(value, (np.ndarray, list, tuple, int, float)) or type(value).__name__ == "LazyFrame":
         return None  # to ask a LazyFrame for its columns would be a warning of polars
     try:
-        is_frame = hasattr(value, "columns") and (hasattr(value, "__array__") or hasattr(value, "__dataframe__"))
+        is_table = hasattr(value, "columns") and (hasattr(value, "dtypes") or hasattr(value, "schema"))
+        is_frame = is_table and (hasattr(value, "__array__") or hasattr(value, "__dataframe__"))
         return Frame(value) if is_frame else None
     except UnicodeDecodeError as error:
         raise ValueError(
