@@ -81,12 +81,29 @@ def test_frames_keep_their_names_and_index() -> None:
         nvpflow.blame(flow, frame)
 
 
+@pytest.mark.parametrize("kind", ["array", "list", "integers"])
+def test_rows_far_from_zero_keep_their_digits_in_a_float32_flow(kind) -> None:
+    """The values that are tried must differ where float32 holds one of them only."""
+    wide, mean, _ = gaussian_flow("float64")
+    parameters = {name: value.copy() for name, value in wide.parameters().items()}
+    parameters["standardize_0.mean"][:] = mean + 1e9
+    parameters["standardize_0.log_std"][:] = 2
+    wide.set_parameters(parameters)
+    x = wide.sample(6, seed=1)
+    x = np.round(x).astype(np.int64) if kind == "integers" else x
+    found = nvpflow.blame(wide.astype("float32"), x.tolist() if kind == "list" else x)
+    np.testing.assert_allclose(found, nvpflow.blame(wide, x.astype(np.float64)), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_lists_are_taken_as_the_flow_takes_them(dtype) -> None:
     flow, _, _ = gaussian_flow(dtype)
     x = flow.sample(2, seed=0)
-    np.testing.assert_array_equal(nvpflow.blame(flow, x.tolist()), nvpflow.blame(flow, x))
-    np.testing.assert_array_equal(nvpflow.blame(flow, tuple(x[0].tolist())), nvpflow.blame(flow, x[0]))
+    wide = x.astype(np.float64)  # what a list of floats is for NumPy
+    np.testing.assert_array_equal(nvpflow.blame(flow, x.tolist()), nvpflow.blame(flow, wide))
+    np.testing.assert_array_equal(nvpflow.blame(flow, tuple(x[0].tolist())), nvpflow.blame(flow, wide[0]))
+    plain = nvpflow.build(4, 2, (4,), standardize=False, dtype=dtype)
+    np.testing.assert_array_equal(nvpflow.blame(plain, x.tolist()), nvpflow.blame(plain, x))
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,8 @@ def blame(flow: Flow, x: ArrayLike) -> Any:
     log_p = np.asarray(_core._host_array(flow.log_probability(given)), dtype=np.float64)  # and checks the rest
     rows = np.asarray(_core._host_array(given))
     if isinstance(given, (list, tuple)) or rows.dtype not in (np.float32, np.float64):
-        rows = rows.astype(flow.spec.dtype)
+        wide = flow.spec._takes_float64_rows and not np.can_cast(rows.dtype, flow.spec.dtype, "safe")
+        rows = rows.astype(np.float64 if wide else flow.spec.dtype)
     single = rows.ndim == 1
     rows = np.atleast_2d(rows)
     found = np.empty(rows.shape, flow.spec.dtype)
@@ -89,7 +90,8 @@ def blame(flow: Flow, x: ArrayLike) -> Any:
 
 def _first_values(flow: Flow, dtype: np.dtype[Any]) -> Array:
     """Return quantiles [_QUANTILES, D] of the flow's samples, the least and the largest among them."""
-    samples = np.asarray(_core._host_array(flow.sample(_SAMPLES, seed=0)), dtype=np.float64)
+    wide = "float64" if dtype == np.float64 and flow.spec._takes_float64_rows else None
+    samples = np.asarray(_core._host_array(flow.sample(_SAMPLES, seed=0, dtype=wide)), dtype=np.float64)
     samples = samples[np.isfinite(samples).all(axis=1)]
     if not len(samples):
         raise ValueError("flow has no finite samples, so that there is nothing to compare a row with")
