@@ -263,7 +263,7 @@ def test_the_bound_holds(
 
 
 def test_the_bound_holds_for_any_list_of_layers() -> None:
-    spec = json.loads(nvpflow.build(5, 2, (8,), "tanh").spec.to_json())
+    spec = json.loads(nvpflow.build(5, 2, (8,), "tanh", standardize=False).spec.to_json())
     coupling, swapped = spec["layers"]
     spec["layers"] = [swapped, {"kind": "standardize"}, swapped, coupling, {"kind": "standardize"}]
     flow = nvpflow.Flow(nvpflow.FlowSpec.from_json(json.dumps(spec)))
@@ -632,7 +632,9 @@ def test_check_of_data_that_cannot_be_used(tmp_path) -> None:
     assert "no rows" in command(tmp_path, *check, "-", stdin="a,b,c\n", fails=1).stderr
     assert "2 columns, the model takes 3" in command(tmp_path, *check, "-", stdin="1,2\n", fails=1).stderr
     assert "tolerance is 1e-09" in command(tmp_path, *check, "-", "--tolerance", 1e-9, stdin="1,2,3\n", fails=1).stderr
-    output = command(tmp_path, *check, "-", stdin="1,2,3\n4,nan,6\n").stdout
+    refused = command(tmp_path, *check, "-", stdin="1,2,3\n4,nan,6\n", fails=1).stderr
+    assert "missing cells in column 2 (line 2): --missing skip leaves 1 row out" in refused
+    output = command(tmp_path, *check, "-", "--missing", "nan", stdin="1,2,3\n4,nan,6\n").stdout
     assert "2 rows; 1 with NaN or inf (first: row 1)" in output
     command(tmp_path, *check, "none.npy", fails=1)
 

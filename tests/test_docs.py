@@ -168,6 +168,7 @@ def test_examples_of_docstrings_run(name):
 def test_pictures_are_few_and_small():
     pictures = [path for path in (DOCS / "pictures").iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in pictures) < 400_000
-    text = "".join(page.path.read_text(encoding="utf-8") for page in PAGES.values())
+    pages = [page.path for page in PAGES.values()]
+    text = "".join(path.read_text(encoding="utf-8") for path in [*pages, documents.ROOT / "README.md"])
     for path in pictures:
         assert f"pictures/{path.name}" in text, f"{path.name} is shown nowhere"

@@ -41,6 +41,7 @@ def probe(hidden_sizes, activation, dtype, scale_bound=1.0):
         activation=activation,
         dtype=dtype,
         scale_bound=scale_bound,
+        standardize=False,
     )
     flow.set_parameters(
         {name: np.full_like(value, name.endswith(".kernel")) for name, value in flow.parameters().items()}

@@ -42,6 +42,7 @@ TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
 
 
 def module_of(size, num_flows=3, hidden_sizes=(7,), activation="tanh", seed=0, dtype="float64", **options):
+    options = {"standardize": False, **options}
     flow = nvpflow.build(size, num_flows, hidden_sizes, activation, dtype=dtype, seed=seed, **options)
     random = np.random.default_rng(seed)  # far from the identity, which new weights are close to
     flow.set_parameters({n: random.normal(0, 0.4, p.shape).astype(dtype) for n, p in flow.parameters().items()})

@@ -46,7 +46,7 @@ def test_an_uninitialised_spec_is_refused():
 
 
 def test_lists_of_numpy_numbers_keep_their_dtype():
-    flow = nvpflow.build(2)
+    flow = nvpflow.build(2, standardize=False)
     rows = np.zeros((2, 2))
     for wide in ([rows[0], rows[1]], (rows[0],), [[np.float64(0), np.float64(1)]]):
         with pytest.raises(TypeError, match="float64"):
@@ -57,7 +57,7 @@ def test_lists_of_numpy_numbers_keep_their_dtype():
 
 def test_numbers_too_large_for_the_dtype_are_refused():
     with pytest.raises(ValueError, match="too large for float32"):
-        nvpflow.build(2).log_prob([[1e300, 0.0]])
+        nvpflow.build(2, standardize=False).log_prob([[1e300, 0.0]])
     assert np.isnan(nvpflow.build(2).log_prob([[float("inf"), 0.0]])[0])
     wide = nvpflow.build(2, dtype="float64")
     assert wide.log_prob([[1e150, 0.0]]) == wide.log_prob(np.array([[1e150, 0.0]]))

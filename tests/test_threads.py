@@ -202,7 +202,7 @@ def test_swap_exchanges_and_reload_replaces_or_nothing_changes(make_flow, tmp_pa
     b.save(tmp_path / "b")
     a.reload(tmp_path / "b")
     assert a == b
-    wider = nvpflow.build(5, 2, (8,))
+    wider = nvpflow.build(5, 2, (8,), standardize=False)
     wider.save(tmp_path / "wider")
     (tmp_path / "broken").write_bytes((tmp_path / "b").read_bytes()[:-1])
     with pytest.raises(ValueError, match="other has another spec"):

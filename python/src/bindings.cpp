@@ -412,7 +412,13 @@ py::object low_or_none(const std::vector<float>& mean_low) {
   return array.array;
 }
 
-py::object mean_low(const BoundFlow& self) { return low_or_none(self.flow.mean_low()); }
+py::object mean_low(const BoundFlow& self) {
+  const std::vector<float> low = [&] {
+    const GilReleased released;  // whoever sets the parameters keeps this waiting
+    return self.flow.mean_low();
+  }();
+  return low_or_none(low);
+}
 
 /// The flat parameters and what set_flat_parameters takes beside them, of one moment.
 py::tuple copy_state(const BoundFlow& self) {
