@@ -315,7 +315,7 @@ class Trainer {
   void check_sizes() const {
     const bool split = !has_array() && options_.validation_fraction > 0;
     if (split && rows_.held_out() == 0) {
-      fail("validation is " + std::to_string(options_.validation_fraction) + " of " + std::to_string(total_rows()) +
+      fail("validation is " + short_text(options_.validation_fraction) + " of " + std::to_string(total_rows()) +
            " rows, which is less than one row; give more rows, a larger share or 0");
     }
     if (options_.patience > 0 && !has_array() && rows_.held_out() == 0) {

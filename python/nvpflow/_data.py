@@ -410,7 +410,10 @@ class _Look:
             f"{self._label(j)} has outliers: its standard deviation is {ratio:.3g} times what its middle half says "
             f"(median {self._percentiles[1][j]:.3g}, from {self._low[j]:.3g} to {self._high[j]:.3g})"
         )
-        remedy = "look at these rows and remove what is wrong, or transform the column (log, arcsinh)"
+        remedy = (
+            "look at these rows and remove what is wrong, or transform the column (log, arcsinh); fit leaves out what "
+            "is beyond its max_deviation, and History.rows_left_out counts it"
+        )
         figures = {"std": self._std[j], "spread": spread, "low": self._low[j], "high": self._high[j]}
         self._add("outliers", "warning", (j,), text, remedy, **figures)
 
