@@ -637,16 +637,27 @@ def _run_check(arguments: argparse.Namespace) -> int:
     flow.num_threads = arguments.threads
     certifier = certificate.Certifier(flow, tolerance=arguments.tolerance, jacobian_rows=arguments.jacobian_rows)
     names = _expected_names(arguments, flow)
+    first = None
     with data_io.open_table(arguments.data, _in_place(_reading(arguments)), names) as table:
         table.expect(flow.spec.input_size, names)
         for rows in table.chunks(flow.spec.dtype, wide=flow.spec._takes_float64_rows):
+            first = rows.copy() if first is None else first
             certifier.add(rows)
     _say_notes(arguments, table)
-    if certifier.rows == 0:
+    if first is None or certifier.rows == 0:
         raise data_io.DataError(f"{arguments.data}: no rows")
+    _say_columns(flow, first, names)
     found = certifier.certificate()
     print(found.to_json() if arguments.json else found)
     return 0 if found.ok else _UNRELIABLE
+
+
+def _say_columns(flow: nvpflow.Flow, rows: Any, names: Any) -> None:
+    """Say on stderr what `nvpflow.check_data` finds in the first block of rows, but for what a certificate tells."""
+    found = nvpflow.check_data(rows, names=names, dtype=flow.spec.dtype, standardize=flow.spec.standardize).findings
+    told = [str(finding) for finding in found if finding.kind not in ("digits", "missing", "outliers", "rows", "scale")]
+    if told:
+        print(f"nvpflow: the data: {'. '.join(told)}", file=sys.stderr)
 
 
 def _run_info(arguments: argparse.Namespace) -> None:
