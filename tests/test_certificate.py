@@ -639,6 +639,18 @@ def test_check_of_data_that_cannot_be_used(tmp_path) -> None:
     command(tmp_path, *check, "none.npy", fails=1)
 
 
+def test_check_says_what_is_wrong_with_the_columns(tmp_path) -> None:
+    x = unit_data(500, 3, 1, "float32")
+    np.save(tmp_path / "plain.npy", x)
+    x[:, 2] = np.arange(500) % 3
+    np.save(tmp_path / "codes.npy", x)
+    nvpflow.build(3, 1, (4,)).save(tmp_path / "model.safetensors")
+    assert command(tmp_path, "check", "model.safetensors", "plain.npy").stderr == ""
+    done = command(tmp_path, "check", "model.safetensors", "codes.npy", "--json")
+    assert "column 3 has 3 distinct values" in done.stderr
+    nvpflow.Certificate.from_json(done.stdout)  # stdout is the certificate only
+
+
 def test_fit_keeps_inside_the_bound_from_the_shell(tmp_path) -> None:
     np.save(tmp_path / "data.npy", curved(500))
     fit = ("fit", "data.npy", "--num-flows", 2, "--hidden-sizes", 8, "--epochs", 2, "--threads", 1)
