@@ -229,7 +229,7 @@ enum class Series { expm1_tail, atanh_tail_wide, atanh_tail, sin_tail, cos_tail,
 /// the host's namespaces.
 template <Series series>
 NVPFLOW_DEVICE float evaluate(float x) {
-#include "../cpp/src/cpu/coefficients.inl"
+#include "../cpp/src/elementary/coefficients.inl"
   (void)kExpm1TailD, (void)kAtanhTailWideD, (void)kAtanhTailD, (void)kSinTailD, (void)kCosTailD, (void)kMillsD;
   if constexpr (series == Series::expm1_tail) return polynomial(x, kExpm1TailF);
   if constexpr (series == Series::atanh_tail_wide) return polynomial(x, kAtanhTailWideF);
@@ -241,7 +241,7 @@ NVPFLOW_DEVICE float evaluate(float x) {
 
 template <Series series>
 NVPFLOW_DEVICE double evaluate(double x) {
-#include "../cpp/src/cpu/coefficients.inl"
+#include "../cpp/src/elementary/coefficients.inl"
   (void)kExpm1TailF, (void)kAtanhTailWideF, (void)kAtanhTailF, (void)kSinTailF, (void)kCosTailF, (void)kMillsF;
   if constexpr (series == Series::expm1_tail) return polynomial(x, kExpm1TailD);
   if constexpr (series == Series::atanh_tail_wide) return polynomial(x, kAtanhTailWideD);

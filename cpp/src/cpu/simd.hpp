@@ -22,9 +22,9 @@
 namespace nvpflow::cpu {
 namespace {
 
-#include "coefficients.inl"
+#include "../elementary/coefficients.inl"
 #if defined(__AVX512F__)
-#include "tables.inl"
+#include "../elementary/tables.inl"
 #endif
 
 #if defined(__AVX512F__)

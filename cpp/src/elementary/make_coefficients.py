@@ -1,7 +1,8 @@
-"""Writes coefficients.inl and tables.inl: polynomials and tables of simd.hpp, in 60-digit arithmetic (mpmath, NumPy).
+"""Writes coefficients.inl and tables.inl: what the elementary functions of the CPU and of CUDA evaluate.
 
-Each polynomial is the Chebyshev interpolant of a smooth function, which is within a small factor of the minimax
-polynomial; the tests measure the error of the finished functions in ulp. Run: python cpp/src/cpu/make_coefficients.py
+The arithmetic has 60 digits (mpmath, NumPy). Each polynomial is the Chebyshev interpolant of a smooth function, which
+is within a small factor of the minimax polynomial; the tests measure the error of the finished functions in ulp.
+Run: python cpp/src/elementary/make_coefficients.py
 """
 
 import textwrap
