@@ -77,14 +77,14 @@ build() {
 }
 
 # The sanitizer slows kernels down a hundredfold: a script that touches every kernel once, not the tests, and stops in time.
-sanitizer() { compute-sanitizer --tool "$1" --error-exitcode 9 --require-cuda-init=no python3 tests/gpu_touch.py 28; }
+sanitizer() { compute-sanitizer --tool "$1" --error-exitcode 9 --require-cuda-init=no python3 tests/tools/gpu_touch.py 28; }
 export -f build install_wheels json_include sanitizer
 export site
 
 if wanted build; then stage build 150 bash -c build || { cat "$summary"; exit 1; }; fi
 if wanted tests; then
   # The files that have any, so that nobody else's imports count. Other libraries may warn.
-  mapfile -t files < <(grep -l 'mark\.gpu' tests/test_*.py)
+  mapfile -t files < <(grep -l 'mark\.gpu' tests/python/test_*.py)
   stage tests 120 python3 -m pytest -q -p no:cacheprovider -W default -m gpu "${files[@]}"
   stage why 20 python3 -c "import nvpflow; print(nvpflow.cuda.why_unavailable()); print(nvpflow.cuda.device_name())"
 fi

@@ -1,7 +1,7 @@
 // What a handler on the host sees of XLA's foreign-function interface (https://openxla.org/xla/custom_call). Declared
 // here from its description, because the layout is the interface: building needs no JAX. Versions 0.1 (jaxlib 0.5) to
 // 0.3 (jaxlib 0.10) agree in all of it; a minor version adds fields at the ends of structures, a major one may change
-// anything. tests/test_jax.py holds every offset and number against the header of the installed jaxlib.
+// anything. tests/python/test_jax.py holds every offset and number against the header of the installed jaxlib.
 #pragma once
 
 #include <cstddef>

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests/, for the oracle
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))  # for the oracle
 
 from oracle import OracleFlow, random_parameters, real_nvp, unit_data, well_conditioned_scale
 

@@ -136,7 +136,7 @@ static void check_names_and_threshold(nvpflow_flow* flow) {
   CHECK(nvpflow_threshold(NULL, &limit, NULL) == NVPFLOW_INVALID_ARGUMENT);
 }
 
-/* The gradient's bits are held against Python's by tests/test_embedding.py. */
+/* The gradient's bits are held against Python's by tests/python/test_embedding.py. */
 static void check_gradient(nvpflow_flow* flow, nvpflow_flow* wide) {
   enum { ROWS = 3 };
   const int64_t d = nvpflow_input_size(flow), count = nvpflow_num_parameters(flow);
