@@ -180,7 +180,7 @@ inline std::int64_t element_blocks(std::int64_t count) {
 }
 
 // ---- elementary functions ----------------------------------------------------------------------------------------
-// The formulas, coefficients and bounds of error are those of cpp/src/cpu/simd.hpp. NaN goes through all of them.
+// The formulas, coefficients and bounds of error are those of cpp/src/cpu/elementary.hpp. NaN goes through all of them.
 
 template <class T>
 struct Real;
@@ -348,7 +348,7 @@ NVPFLOW_DEVICE T expm1_bounded(T x) {
   return multiply_add(parts.p, scale, scale - T(1));
 }
 
-/// h / (1 + h) with h = (e^2|x| - 1) / 2, the quotient corrected by its remainder (why the weight: simd.hpp).
+/// h / (1 + h) with h = (e^2|x| - 1) / 2, the quotient corrected by its remainder (why the weight: elementary.hpp).
 template <class T>
 NVPFLOW_DEVICE T hyperbolic_tangent(T x) {
   const ExpParts<T> parts = exp_parts(T(2) * at_most(absolute(x), Real<T>::kTanhHigh));

@@ -1,5 +1,5 @@
 // KERNEL PART: the base density N(0, I) and standard normal noise from counters. The uniforms are the CPU's to the bit,
-// the normals to 2 ulp (cpp/src/cpu/gaussian.inl).
+// the normals to 2 ulp (cpp/src/cpu/base.inl).
 #pragma once
 
 #include "device.cuh"

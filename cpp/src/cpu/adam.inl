@@ -1,6 +1,12 @@
 // KERNEL: one Adam update (Kingma and Ba 2015) with decoupled weight decay (Loshchilov and Hutter 2019).
 //
 // Reads 4 and writes 3 arrays once, 28 bytes a float parameter; about 12 FLOPs: bound by the cache the arrays fit in.
+#pragma once
+
+#include <stdint.h>
+
+#include "kernels.hpp"
+#include "simd.hpp"
 
 namespace nvpflow::cpu {
 namespace {

@@ -2,6 +2,12 @@
 //
 // Density: 2 D FLOPs and no memory beyond the tile. Noise: one Philox call gives 4 float or 2 double normals by the
 // transform of Box and Muller (1958); about 30 integer and 40 floating-point operations per pair.
+#pragma once
+
+#include <stdint.h>
+
+#include "elementary.hpp"
+#include "simd.hpp"
 
 namespace nvpflow::cpu {
 namespace {

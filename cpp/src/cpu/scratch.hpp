@@ -1,0 +1,40 @@
+// How numbers lie in a scratch or on a tape: whole vectors, the distances of rows, consecutive parts.
+#pragma once
+
+#include <stdint.h>
+
+#include "simd.hpp"
+
+namespace nvpflow::cpu {
+namespace {
+
+NVPFLOW_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+template <class T>
+NVPFLOW_INLINE int64_t padded(int64_t n) {
+  return round_up(n, kLanes<T>);
+}
+
+/// Distance between rows of n numbers: whole vectors, and never a multiple of 4096 bytes, or the rows of a block would
+/// fight for the same few places of the first-level cache.
+template <class T>
+NVPFLOW_INLINE int64_t row_stride(int64_t n) {
+  const int64_t stride = padded<T>(n);
+  return stride % static_cast<int64_t>(4096 / sizeof(T)) == 0 ? stride + kLanes<T> : stride;
+}
+
+/// Hands out consecutive parts of one piece of memory; without memory it only counts them.
+template <class T>
+struct Carver {
+  T* base;
+  int64_t used = 0;
+
+  T* take(int64_t count) {
+    T* part = base == nullptr ? nullptr : base + used;
+    used += count;
+    return part;
+  }
+};
+
+}  // namespace
+}  // namespace nvpflow::cpu

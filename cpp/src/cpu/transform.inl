@@ -1,0 +1,189 @@
+// KERNEL: the walks of rows through all layers, in either direction, with their log-determinant and density; noise.
+//
+// A tile is feature-major, X[feature][row], a few vectors of rows wide, and goes from the first layer to the last in
+// the same scratch: no [B, H] array exists. A row costs 2 sum(in * out) FLOPs of the dense layers and reads and writes
+// 4 D bytes.
+//
+// The row path does a few rows, left over after whole vectors, with vectors over outputs. Every number of a row is
+// formed by the same operations in the same order on both paths: the sums follow Dense::segment, and sums over
+// features are kept in kLanes partial sums (feature j in partial j mod kLanes) that sum_lanes or its tile form adds up
+// at the end.
+#pragma once
+
+#include <stdint.h>
+
+#include "affine.inl"
+#include "base.inl"
+#include "blocks.hpp"
+#include "dense_few.inl"
+#include "diagonal.inl"
+#include "kernels.hpp"
+#include "network.inl"
+#include "poison.inl"
+#include "scratch.hpp"
+#include "simd.hpp"
+#include "tile.inl"
+
+namespace nvpflow::cpu {
+namespace {
+
+template <class T>
+void flow_tile(const Program<T>& program, bool inverse, T* state, T* partial, T* buffer0, T* buffer1, int64_t rows) {
+  for (int64_t i = 0; i < kLanes<T> * rows; i += kLanes<T>) store<T>(partial + i, Vec<T>{});
+  for (int64_t k = 0; k < program.num_layers; ++k) {
+    const Layer<T>& layer = program.layers[inverse ? program.num_layers - 1 - k : k];
+    if (layer.kind == Kind::coupling) {
+      coupling_tile<T>(layer, inverse, state, partial, buffer0, buffer1, rows);
+    } else {
+      standardize_tile<T>(layer, inverse, program.input_size, state, partial, rows);
+    }
+  }
+}
+
+template <class T>
+void flow_rows(const Program<T>& program, bool inverse, const RowState<T>& s) {
+  for (int64_t i = 0; i < s.rows * kLanes<T>; i += kLanes<T>) store<T>(s.log_det + i, Vec<T>{});
+  for (int64_t k = 0; k < program.num_layers; ++k) {
+    const Layer<T>& layer = program.layers[inverse ? program.num_layers - 1 - k : k];
+    if (layer.kind == Kind::coupling) {
+      coupling_rows<T>(layer, inverse, s);
+    } else {
+      standardize_rows<T>(layer, inverse, program.input_size, s);
+    }
+  }
+}
+
+template <class T>
+struct TransformScratch {
+  T *state, *partial, *buffer0, *buffer1, *poison, *log_det;
+  int64_t size;
+
+  TransformScratch(const Program<T>& p, T* scratch, int64_t rows) {
+    Carver<T> carver{scratch};
+    state = carver.take(row_stride<T>(p.input_size) * rows);
+    partial = carver.take(kLanes<T> * rows);
+    buffer0 = carver.take(row_stride<T>(p.max_width) * rows);
+    buffer1 = carver.take(row_stride<T>(p.max_width) * rows);
+    poison = carver.take(rows);
+    log_det = carver.take(rows);
+    size = carver.used;
+  }
+};
+
+template <class T>
+int64_t transform_scratch(const Program<T>& program) {
+  return TransformScratch<T>(program, nullptr, program.tile_rows).size;
+}
+
+template <class T>
+void copy_out(const T* in, T* out, int64_t count) {
+  for (int64_t r = 0; r < count; r += kLanes<T>) store_upto<T>(out + r, load<T>(in + r), count - r);
+}
+
+template <class T>
+void transform_tile(const Program<T>& program, const TransformCall<T>& call, int64_t begin, int64_t count, T* scratch) {
+  const int64_t rows = round_up(count, kLanes<T>), features = program.input_size;
+  const TransformScratch<T> s(program, scratch, rows);
+  if (call.in == nullptr) {
+    noise_tile<T>(call.seed, call.first_row + static_cast<uint64_t>(begin), features, s.state, rows);
+  } else {
+    load_tile<T>(call.in, call.index, begin, count, features, s.state, rows);
+  }
+  flow_tile<T>(program, call.inverse, s.state, s.partial, s.buffer0, s.buffer1, rows);
+  const bool summed = call.log_det != nullptr || call.log_prob != nullptr;
+  if (summed) sum_partials_tile<T>(s.partial, s.log_det, rows);
+  // What comes in as NaN or inf never becomes finite: one look at the end finds all there is to settle.
+  if (find_poison<T>(s.state, features, s.poison, rows)) {
+    for (int64_t r = 0; r < count; ++r) {
+      if (s.poison[r] == T(0)) continue;
+      settle_row<T>(call, begin + r, features, s.state + r, rows, summed ? s.log_det + r : nullptr);
+    }
+  }
+  if (call.out != nullptr) scatter_tile<T>(s.state, rows, count, features, call.out + begin * features, features);
+  if (call.log_det != nullptr) copy_out<T>(s.log_det, call.log_det + begin, count);
+  if (call.log_prob == nullptr) return;
+  log_prob_tile<T>(s.state, features, s.log_det, s.buffer0, rows);
+  copy_out<T>(s.buffer0, call.log_prob + begin, count);
+}
+
+/// A few rows of call.in, which is given.
+template <class T>
+void transform_rows(const Program<T>& program, const TransformCall<T>& call, int64_t begin, int64_t count, T* scratch) {
+  const int64_t features = program.input_size, stride = row_stride<T>(features);
+  const TransformScratch<T> s(program, scratch, count);
+  for (int64_t r = 0; r < count; ++r) {
+    const T* in = input_row<T>(call, begin + r, features);
+    for (int64_t j = 0; j < features; j += kLanes<T>) {
+      store<T>(s.state + r * stride + j, load_upto<T>(in + j, features - j));
+    }
+  }
+  flow_rows<T>(program, call.inverse, {s.state, stride, s.partial, s.buffer0, s.buffer1, count});
+  for (int64_t r = 0; r < count; ++r) {
+    T* state = s.state + r * stride;
+    T log_det = sum_lanes<T>(load<T>(s.partial + r * kLanes<T>));
+    Vec<T> zeros = {};
+    for (int64_t j = 0; j < features; j += kLanes<T>) {
+      zeros = fma(load_upto<T>(state + j, features - j), Vec<T>{}, zeros);
+    }
+    if (sum_lanes<T>(zeros) != T(0)) settle_row<T>(call, begin + r, features, state, 1, &log_det);
+    if (call.log_det != nullptr) call.log_det[begin + r] = log_det;
+    if (call.log_prob != nullptr) call.log_prob[begin + r] = log_prob_row<T>(state, features, log_det);
+    if (call.out == nullptr) continue;
+    for (int64_t j = 0; j < features; j += kLanes<T>) {
+      store_upto<T>(call.out + (begin + r) * features + j, load<T>(state + j), features - j);
+    }
+  }
+}
+
+template <class T>
+void transform(const Program<T>& program, const TransformCall<T>& call, int64_t begin, int64_t end, T* scratch) {
+  for (int64_t r = begin; r < end;) {
+    const int64_t count = smaller(program.tile_rows, end - r);
+    const int64_t few = count % kLanes<T>;
+    if (program.few_at_once && call.in != nullptr && count >= kLanes<T> && count < 2 * kLanes<T>) {
+      const int64_t parts = (count + kMaxFewRows<T> - 1) / kMaxFewRows<T>;
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t first = part * count / parts;
+        transform_rows<T>(program, call, r + first, (part + 1) * count / parts - first, scratch);
+      }
+    } else if (call.in == nullptr || few > kMaxFewRows<T>) {
+      transform_tile<T>(program, call, r, count, scratch);
+    } else {
+      if (count > few) transform_tile<T>(program, call, r, count - few, scratch);
+      if (few > 0) transform_rows<T>(program, call, r + count - few, few, scratch);
+    }
+    r += count;
+  }
+}
+
+template <class T>
+void conditioner(const Program<T>& program, int64_t index, const T* in, int64_t begin, int64_t end, T* s_out, T* t_out,
+                 T* scratch) {
+  const Layer<T>& layer = program.layers[index];
+  const int64_t features = program.input_size, n = layer.b_count;
+  for (int64_t r = begin; r < end; r += program.tile_rows) {
+    const int64_t count = smaller(program.tile_rows, end - r), rows = round_up(count, kLanes<T>);
+    const TransformScratch<T> s(program, scratch, rows);
+    load_tile<T>(in, nullptr, r, count, features, s.state, rows);
+    const bool poisoned = find_poison<T>(s.state, features, s.poison, rows);
+    const T* x = s.state + layer.a_begin * rows;
+    T* u = const_cast<T*>(conditioner_tile<T>(layer, x, s.buffer0, s.buffer1, rows));
+    for (int64_t i = 0; i < n * rows; i += kLanes<T>) store<T>(u + i, log_scale<T>(layer, load<T>(u + i)));
+    if (poisoned) spread_poison<T>(s.poison, u, 2 * n, rows);
+    scatter_tile<T>(u, rows, count, n, s_out + r * n, n);
+    scatter_tile<T>(u + n * rows, rows, count, n, t_out + r * n, n);
+  }
+}
+
+template <class T>
+void noise(const Program<T>& program, uint64_t seed, uint64_t first_row, int64_t begin, int64_t end, T* z, T* scratch) {
+  const int64_t features = program.input_size;
+  for (int64_t r = begin; r < end; r += program.tile_rows) {
+    const int64_t count = smaller(program.tile_rows, end - r), rows = round_up(count, kLanes<T>);
+    noise_tile<T>(seed, first_row + static_cast<uint64_t>(r), features, scratch, rows);
+    scatter_tile<T>(scratch, rows, count, features, z + r * features, features);
+  }
+}
+
+}  // namespace
+}  // namespace nvpflow::cpu
