@@ -37,7 +37,7 @@ from nvpflow._data import DataReport, DataWarning, Finding, check_data
 from nvpflow._paths import get_cmake_dir, get_include
 from nvpflow.certificate import Certificate
 from nvpflow.flow import Flow, Threshold, build, load
-from nvpflow.training import History
+from nvpflow.history import History
 
 __all__ = [
     "Certificate",

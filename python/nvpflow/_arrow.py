@@ -22,7 +22,8 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from nvpflow import _checks
-from nvpflow.data_io import Array, DataError, Piece, Problems, Stream, counted, numbered, rows_per_block
+from nvpflow._source import Array, DataError, Piece, Problems, Stream, numbered, rows_per_block
+from nvpflow._text import counted
 
 CHUNK = 1 << 22
 LONGEST_RECORD = 1 << 26

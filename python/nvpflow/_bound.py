@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from nvpflow.flow import Flow
+from nvpflow._model import Model
 
 Array = NDArray[np.float64]
 
@@ -56,7 +55,7 @@ class _Dense:
 class _Coupling:
     """One coupling layer of the float64 flow, and the largest values that rows were seen to reach in it."""
 
-    def __init__(self, flow: Flow, index: int, name: str, spec: dict[str, Any], parameters: dict[str, Array]) -> None:
+    def __init__(self, flow: Model, index: int, name: str, spec: dict[str, Any], parameters: dict[str, Array]) -> None:
         self._flow, self._index = flow, index
         half = flow.spec.input_size // 2
         self.a, self.b = (1, 0) if spec["swapped"] else (0, 1)
@@ -123,7 +122,7 @@ class _Coupling:
 class _Standardize:
     """y = (x - mean) / std. As the first layer it is where the errors' unit changes, and its factor is left out."""
 
-    def __init__(self, flow: Flow, name: str, parameters: dict[str, Array], *, first: bool) -> None:
+    def __init__(self, flow: Model, name: str, parameters: dict[str, Array], *, first: bool) -> None:
         self._mean, self._std = parameters[f"{name}.mean"], np.exp(parameters[f"{name}.log_std"])
         half = flow.spec.input_size // 2
         self._parts = (slice(0, half), slice(half, None))
@@ -154,7 +153,7 @@ class Walk:
     What it computes beside the bound is an independent log p: the conditioners are the library's, the rest is NumPy.
     """
 
-    def __init__(self, flow: Flow) -> None:
+    def __init__(self, flow: Model) -> None:
         parameters = {name: np.array(value) for name, value in flow.parameters().items()}
         self._layers: list[_Coupling | _Standardize] = []
         couplings = 0

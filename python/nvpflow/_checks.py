@@ -5,13 +5,12 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-if TYPE_CHECKING:
-    from nvpflow._core import Flow, FlowSpec
+from nvpflow._core import Flow, FlowSpec
 
 
 def describe(value: object) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvpflow._data import check_data
+from nvpflow._text import counted
 from nvpflow.flow import Flow
 from nvpflow.plot import some_rows
 
@@ -132,10 +133,6 @@ def _about_columns(flow: Flow, rows: Array, names: list[str] | None) -> list[str
     told = [finding for finding in found if finding.kind not in ("rows", "outliers")]  # the page shows rows far out
     texts = [f"{finding.text[:1].upper()}{finding.text[1:]}; {finding.remedy}." for finding in told]
     return texts if len(texts) <= 5 else [*texts[:5], f"{len(texts) - 5} findings more: nvpflow.check_data shows them."]
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _gaussian(rows: Array, train: Array | None) -> tuple[NDArray[np.float64] | None, str]:

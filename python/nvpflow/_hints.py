@@ -54,15 +54,16 @@ def about(name: str) -> str:
 def explained(function: Callable[P, R]) -> Callable[P, R]:
     """Make a function say of an argument that it does not have, but others do, what works instead."""
     known = frozenset(inspect.signature(function).parameters)
+    is_method = "self" in known
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         for name in kwargs:
             if name not in known:
                 hint = about(name)
-                raise TypeError(
-                    f"{call.__qualname__}() got an unexpected argument {name!r}{'; ' if hint else ''}{hint}"
-                )
+                # Of a method the class that the caller knows, which may inherit it.
+                called = f"{type(args[0]).__name__}.{call.__name__}" if is_method and args else call.__qualname__
+                raise TypeError(f"{called}() got an unexpected argument {name!r}{'; ' if hint else ''}{hint}")
         return function(*args, **kwargs)
 
     return call

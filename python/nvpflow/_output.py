@@ -18,7 +18,8 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 
-from nvpflow.data_io import Array, DataError, is_special
+from nvpflow._source import Array, DataError
+from nvpflow.data_io import is_special
 
 KINDS = ("csv", "npy", "parquet")
 

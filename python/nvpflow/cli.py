@@ -25,8 +25,10 @@ from typing import Any
 import numpy as np
 
 import nvpflow
-from nvpflow import _checks, _output, certificate, data_io
+from nvpflow import _certify, _checks, _output, certificate, data_io
 from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS, default_activation
+from nvpflow._source import rows_per_block
+from nvpflow._text import counted
 
 # Errors that the user can act on. Anything else is a bug of ours and keeps its traceback.
 _EXPECTED_ERRORS = (OSError, ValueError, MemoryError, ImportError, RuntimeError, nvpflow.TrainingError)
@@ -538,7 +540,7 @@ def _say_notes(arguments: argparse.Namespace, table: data_io.Table) -> None:
     notes = list(table.notes)
     if table.incomplete and arguments.missing == "skip":
         what = {_run_score: "log p is NaN there", _run_check: "results are NaN there"}.get(arguments.run, "left out")
-        notes.append(f"{table.name}: {data_io.counted(table.incomplete, 'row')} with missing cells: {what}")
+        notes.append(f"{table.name}: {counted(table.incomplete, 'row')} with missing cells: {what}")
     for note in [] if getattr(arguments, "quiet", False) else notes:
         print(f"nvpflow: {note}", file=sys.stderr)
 
@@ -626,7 +628,7 @@ def _run_sample(arguments: argparse.Namespace) -> None:
         names=flow.column_names,
         force=arguments.force,
     ) as write:
-        step = data_io.rows_per_block(columns)
+        step = rows_per_block(columns)
         for first in range(0, total, step):
             count = min(step, total - first)
             write(flow.sample(count, seed=arguments.seed, start=arguments.start + first, dtype=dtype))
@@ -635,7 +637,7 @@ def _run_sample(arguments: argparse.Namespace) -> None:
 def _run_check(arguments: argparse.Namespace) -> int:
     flow = nvpflow.load(arguments.model, device=arguments.device, precision=arguments.precision)
     flow.num_threads = arguments.threads
-    certifier = certificate.Certifier(flow, tolerance=arguments.tolerance, jacobian_rows=arguments.jacobian_rows)
+    certifier = _certify.Certifier(flow, tolerance=arguments.tolerance, jacobian_rows=arguments.jacobian_rows)
     names = _expected_names(arguments, flow)
     first = None
     with data_io.open_table(arguments.data, _in_place(_reading(arguments)), names) as table:

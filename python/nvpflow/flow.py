@@ -1,26 +1,19 @@
-"""The model: `Flow`, and the two ways to get one, `build` and `load`."""
+"""A model with its verbs: `Flow`, and the two ways to get one, `build` and `load`."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike
 
-from nvpflow import _checks, _core, _frames, _hints, _html, certificate, training
+from nvpflow import _certify, _checks, _core, _frames, _hints, _html, certificate, training
 from nvpflow._core import FlowSpec
-
-
-class Threshold(NamedTuple):
-    """A limit of log p, below which a row counts as unlikely; see `Flow.fit_threshold`."""
-
-    log_p: float
-    """Nats."""
-    quantile: float | None
-    """The share of rows that lay below it where it was found; None: unknown."""
+from nvpflow._model import Model, _restore, _where
+from nvpflow._model import Threshold as Threshold
+from nvpflow._model import _unpickle as _unpickle  # by the name in pickles
 
 
 @_hints.explained
@@ -163,55 +156,7 @@ def load(
     return _restore(Flow, found, (parameters, mean_low), 0, _where(device, precision, weights), names, threshold)
 
 
-_DEFAULT_WHERE = {"device": "cpu", "precision": "float32", "weights": "full"}
-
-
-def _where(device: str, precision: str, weights: str) -> dict[str, str]:
-    given = zip(_DEFAULT_WHERE, (device, precision, weights), strict=True)
-    return {name: _checks.text(name, value) for name, value in given}
-
-
-def _restore(
-    cls: type[Flow],
-    spec: FlowSpec,
-    state: tuple[NDArray[Any], NDArray[Any] | None],
-    num_threads: int,
-    where: dict[str, str],
-    column_names: list[str],
-    threshold: tuple[float, float | None] | None,
-    statistics: str = "auto",
-) -> Flow:
-    # A subclass's constructor may take the spec alone, as Flow's did before there were devices.
-    given: dict[str, Any] = {name: value for name, value in where.items() if value != _DEFAULT_WHERE[name]}
-    flow = cls(spec, **given)
-    flow._set_flat_parameters(*state)
-    flow.num_threads = num_threads
-    flow._set_column_names(column_names)
-    flow._set_threshold(*(threshold or (None, None)))
-    flow._set_statistics(statistics)
-    return flow
-
-
-def _unpickle(
-    cls: type[Flow],
-    spec_json: str,
-    parameters: NDArray[Any],
-    num_threads: int,
-    device: str = "cpu",
-    precision: str = "float32",
-    weights: str = "full",
-    column_names: Sequence[str] = (),
-    threshold: tuple[float, float | None] | None = None,
-    statistics: str = "auto",
-    mean_low: NDArray[Any] | None = None,
-) -> Flow:
-    where = _where(device, precision, weights)
-    state = (parameters, mean_low)
-    spec = FlowSpec.from_json(spec_json)
-    return _restore(cls, spec, state, num_threads, where, list(column_names), threshold, statistics)
-
-
-class Flow(_core.Flow):
+class Flow(Model):
     """A RealNVP normalizing flow: an invertible map between data x and latents z that are standard normal.
 
     ``log p(x) = log N(z; 0, I) + log|det dz/dx|``, in nats, exactly. Made by `build` and `load`, or from a `FlowSpec`.
@@ -257,53 +202,7 @@ class Flow(_core.Flow):
     Two flows are equal if their specs and all their weights are. Flows can be copied and pickled.
     """
 
-    __slots__ = ()  # a misspelt attribute is an error, not a new attribute
-
-    @_hints.explained
-    def __init__(
-        self,
-        spec: FlowSpec,
-        seed: int = 0,
-        *,
-        device: str = "cpu",
-        precision: str = "float32",
-        weights: str = "full",
-        init: str = "fan_in",
-    ) -> None:
-        if not isinstance(spec, FlowSpec):
-            way = "nvpflow.build makes a flow from the number of columns"
-            raise TypeError(f"spec must be a FlowSpec, got {_checks.describe(spec)}; {way}")
-        super().__init__(
-            spec,
-            _checks.integer("seed", seed, unsigned=True),
-            init=_checks.text("init", init),
-            **_where(device, precision, weights),
-        )
-
-    @property
-    def column_names(self) -> tuple[str, ...] | None:
-        """Names of the columns, in their order, or None; settable. `save` keeps them, and so do copies.
-
-        Methods take arrays, which have no names, and look at none. The command line does: ``nvpflow fit`` keeps those
-        of a table that has some, and later commands refuse one whose columns are called otherwise or come in another
-        order.
-        """
-        return tuple(self._column_names()) or None
-
-    @column_names.setter
-    def column_names(self, names: Sequence[str] | None) -> None:
-        self._set_column_names(_checks.column_names("column_names", names))
-
-    @property
-    def threshold(self) -> Threshold | None:
-        """The limit of log p that goes with the weights, or None; `fit_threshold` and `set_threshold` set it.
-
-        `save` keeps it, and so do copies; C++ and C read it (``Flow::threshold``, ``nvpflow_threshold``). It holds for
-        these weights alone: `fit` and `set_parameters` remove it, `reload` takes that of the file, and `swap` exchanges
-        it with the weights. No method looks at it: ``flow.log_probability(x) < flow.threshold.log_p`` is for you.
-        """
-        found = self._threshold()
-        return None if found is None else Threshold(*found)
+    __slots__ = ()
 
     @_hints.explained
     def fit_threshold(self, x: ArrayLike, quantile: float = 0.01) -> Threshold:
@@ -344,188 +243,6 @@ class Flow(_core.Flow):
         self._set_threshold(limit, share)
         return Threshold(limit, share)
 
-    def set_threshold(self, log_p: float | None, quantile: float | None = None) -> None:
-        """Set `threshold` to a limit of your own, or remove it.
-
-        Parameters
-        ----------
-        log_p
-            Nats, finite. None: no threshold.
-        quantile
-            The share of rows in [0, 1] that it stands for. None: unknown.
-
-        Raises
-        ------
-        TypeError, ValueError
-            Naming the argument. Nothing has changed.
-        """
-        if log_p is None and quantile is not None:
-            raise ValueError(f"quantile is {_checks.describe(quantile)}, expected None where log_p is None")
-        limit = None if log_p is None else _checks.real("log_p", log_p)
-        if limit is not None and not np.isfinite(limit):
-            raise ValueError(f"log_p is {limit}, expected a finite number of nats")
-        share = None if quantile is None else _checks.real("quantile", quantile)
-        if share is not None and not 0 <= share <= 1:
-            raise ValueError(f"quantile is {share}, expected a share of the rows in [0, 1]")
-        self._set_threshold(limit, share)
-
-    def _rows_dtype(self) -> str:
-        """Return the dtype in which rows that this flow draws keep their digits."""
-        spec = self.spec
-        if spec._takes_float64_rows:
-            mean, log_std = self._flat_parameters()[: 2 * spec.input_size].reshape(2, -1).astype(np.float64)
-            if np.any(np.abs(mean) * np.finfo(np.float32).eps / 2 > _MEAN_TOLERANCE * np.exp(log_std)):
-                return "float64"
-        return spec.dtype
-
-    def parameters(self) -> dict[str, NDArray[Any]]:
-        """Return every parameter under its name.
-
-        Returns
-        -------
-        dict
-            Read-only views of the flow's own memory: they show what `set_parameters` and `fit` write to it, so copy
-            what must stay as it is. Per coupling layer k:
-            ``flow_{k}_coupling_dense_{j}.kernel`` [in, out] and ``.bias`` [out] of hidden layer j,
-            ``flow_{k}_scale.kernel``/``.bias`` and ``flow_{k}_translation.kernel``/``.bias``; of a standardize layer
-            ``standardize_{i}.mean`` and ``.log_std`` [D]. Where `fit` saw float64 rows whose mean float32 cannot tell
-            to 1/128 of a standard deviation, also ``standardize_0.mean_low`` [D], a copy: what is to be added to the
-            mean, in float64.
-        """
-        flat = self._flat_parameters()
-        flat.flags.writeable = False
-        found = {name: flat[at : at + _size(shape)].reshape(shape) for name, shape, at in self._layout()}
-        low = self._mean_low()
-        if low is not None:
-            low.flags.writeable = False
-            found[_MEAN_LOW] = low
-        return found
-
-    def set_parameters(self, parameters: Mapping[str, ArrayLike]) -> None:
-        """Replace every parameter, and remove the `threshold`, which was that of others; on an error none has changed.
-
-        Parameters
-        ----------
-        parameters
-            An array for each name of `parameters`, of its shape, and of a dtype that NumPy converts safely. Without
-            ``standardize_0.mean_low`` that is zero.
-
-        Raises
-        ------
-        ValueError
-            Names are missing or unknown, or a shape is wrong; the message names them.
-        TypeError
-            `parameters` is no mapping, or a dtype does not convert safely.
-        """
-        if not isinstance(parameters, Mapping):
-            raise TypeError(f"parameters must be a mapping of names to arrays, got {_checks.describe(parameters)}")
-        layout = self._layout()
-        low = None
-        if self.spec._takes_float64_rows and _MEAN_LOW in parameters:
-            low = _checks.array(f"parameters[{_MEAN_LOW!r}]", parameters[_MEAN_LOW], np.float32)
-            if low.shape != (self.spec.input_size,):
-                raise ValueError(f"parameters[{_MEAN_LOW!r}] has shape {low.shape}, expected {(self.spec.input_size,)}")
-            parameters = {name: value for name, value in parameters.items() if name != _MEAN_LOW}
-        _checks.names("parameters", parameters, [name for name, _, _ in layout])
-        flat = np.empty(self.num_parameters, dtype=self.spec.dtype)
-        for name, shape, at in layout:
-            values = _checks.array(f"parameters[{name!r}]", parameters[name], flat.dtype)
-            if values.shape != shape:
-                raise ValueError(f"parameters[{name!r}] has shape {values.shape}, expected {shape}")
-            flat[at : at + values.size] = values.ravel()
-        self._set_flat_parameters(flat, low)
-
-    def to(self, device: str, precision: str | None = None, weights: str | None = None) -> Flow:
-        """Return a copy of the flow on a device; this one stays where and as it is.
-
-        Parameters
-        ----------
-        device
-            "cpu", "cuda" or "cuda:N".
-        precision
-            As in `build`. None: that of this flow on a CUDA device, "float32" on the CPU.
-        weights
-            As in `build`. None: that of this flow on the CPU, "full" on a CUDA device.
-
-        Returns
-        -------
-        Flow
-            With weights of its own, also where nothing changes.
-
-        Raises
-        ------
-        ValueError
-            There is no such device, or it has no such precision or weights.
-        CudaError
-            CUDA cannot be used; the message says why.
-        MemoryError
-            The device has no room; the message states the sizes.
-        """
-        if precision is None:
-            precision = "float32" if device == "cpu" else self.precision
-        if weights is None:
-            weights = self.weights if device == "cpu" else "full"
-        where = _where(device, precision, weights)
-        return self._copy(self.spec, self._copy_state(), where)
-
-    def astype(self, dtype: DTypeLike) -> Flow:
-        """Return a copy of the flow that computes in another dtype, on the same device; this one stays as it is.
-
-        Parameters
-        ----------
-        dtype
-            float32 or float64. The weights are widened exactly, or rounded to nearest. What float32 does not hold of
-            the mean of a standardize layer is kept beside it, where it matters (see `parameters`).
-
-        Returns
-        -------
-        Flow
-            With arrays, arithmetic and files of that dtype. A float64 flow has float32's ``precision`` and full
-            ``weights``, the only ones there are.
-
-        Raises
-        ------
-        TypeError, ValueError
-            `dtype` is another one, or a weight is too large for float32.
-        """
-        name = _checks.dtype_name("dtype", dtype)
-        if name not in ("float32", "float64"):
-            raise ValueError(f"dtype is '{name}', expected one of float32, float64")
-        spec = _of_dtype(self.spec, name)
-        given, low = self._copy_state()
-        with np.errstate(over="ignore"):
-            parameters = given.astype(name)
-        if not np.isfinite(parameters[np.isfinite(given)]).all():
-            raise ValueError(f"dtype is {name!r}, but the flow has weights beyond its range")
-        if name != self.spec.dtype:
-            low = _move_mean(given, low, parameters, spec)
-        same = name == self.spec.dtype
-        where = _where(self.device, self.precision, self.weights) if same else _DEFAULT_WHERE | {"device": self.device}
-        return self._copy(spec, (parameters, low), where)
-
-    def _copy(self, spec: FlowSpec, state: tuple[NDArray[Any], NDArray[Any] | None], where: dict[str, str]) -> Flow:
-        described = self._column_names(), self._threshold(), self._statistics()
-        return _restore(type(self), spec, state, self.num_threads, where, *described)
-
-    def swap(self, other: Flow) -> None:
-        """Exchange the weights of two flows of the same spec, while other threads may call both.
-
-        Each flow changes at one moment; the two moments differ. Thresholds go with the weights, column names stay.
-
-        Parameters
-        ----------
-        other
-            The other flow.
-
-        Raises
-        ------
-        TypeError, ValueError
-            `other` is no flow, or of another spec. Nothing has changed.
-        """
-        if not isinstance(other, _core.Flow):
-            raise TypeError(f"other must be a Flow, got {_checks.describe(other)}")
-        self._swap(other)
-
     @_hints.explained
     def certify(
         self, x: ArrayLike, *, tolerance: float = certificate.TOLERANCE, jacobian_rows: int | None = None
@@ -560,7 +277,7 @@ class Flow(_core.Flow):
         """
         given, _ = _frames.read("x", x, self._column_names())
         rows = _checks.rows("x", _core._host_array(given), self.spec, one_row=True)
-        certifier = certificate.Certifier(self, tolerance=tolerance, jacobian_rows=jacobian_rows)
+        certifier = _certify.Certifier(self, tolerance=tolerance, jacobian_rows=jacobian_rows)
         certifier.add(rows)
         return certifier.certificate()
 
@@ -779,103 +496,3 @@ class Flow(_core.Flow):
             share = "" if threshold.quantile is None else f", quantile {threshold.quantile:g}"
             lines["threshold"] = f"log p below {threshold.log_p:.6g} nats{share}"
         return _html.table(type(self).__name__, (), [(name, _html.shortened(text)) for name, text in lines.items()])
-
-    def __eq__(self, other: object) -> bool:
-        """Tell whether both the specs and all the weights are equal; a flow is mutable and has no hash."""
-        if not isinstance(other, Flow):
-            return NotImplemented
-        if self.spec != other.spec:
-            return False
-        (own, own_low), (others, others_low) = self._copy_state(), other._copy_state()
-        same_low = own_low is others_low is None or np.array_equal(own_low, others_low)  # type: ignore[arg-type]
-        return np.array_equal(own, others) and same_low
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as the spec's JSON, the weights and the device, which must be there where it is unpickled."""
-        parameters, mean_low = self._copy_state()
-        state = (type(self), self.spec.to_json(), parameters, self.num_threads)
-        described = (self._column_names(), self._threshold(), self._statistics(), mean_low)
-        return _unpickle, (*state, self.device, self.precision, self.weights, *described)
-
-    def __copy__(self) -> Flow:
-        """Return a flow with weights of its own, which start equal to these."""
-        return self.to(self.device, self.precision, self.weights)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Flow:
-        """As `copy.copy`: nothing is shared there either."""
-        return self.__copy__()
-
-
-_MEAN_LOW = "standardize_0.mean_low"
-_MEAN_TOLERANCE = 1 / 128
-"""As of the training loop: below this part of a standard deviation it does not matter what float32 loses of a mean."""
-
-
-def _move_mean(
-    given: NDArray[Any], low: NDArray[Any] | None, parameters: NDArray[Any], spec: FlowSpec
-) -> NDArray[np.float32] | None:
-    """Put the mean and its low part from one dtype into the other's parameters; return what is the low part there."""
-    columns = spec.input_size
-    if spec.dtype == "float64":
-        if low is not None:
-            parameters[:columns] += low
-        return None
-    if not spec._takes_float64_rows:
-        return None
-    rest = given[:columns] - parameters[:columns]
-    rest[np.abs(rest) <= _MEAN_TOLERANCE * np.exp(given[columns : 2 * columns])] = 0
-    kept: NDArray[np.float32] = rest.astype(np.float32)
-    return kept
-
-
-def _of_dtype(spec: FlowSpec, dtype: str) -> FlowSpec:
-    return FlowSpec.from_json(json.dumps(json.loads(spec.to_json()) | {"dtype": dtype}))
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64))
-
-
-def _completed(spec: type[FlowSpec]) -> None:
-    """Give the compiled class functions of Python for those that pybind11 makes, whose messages name no argument."""
-    initialise, from_json, to_json = spec.__init__, spec.from_json, spec.to_json
-
-    @_hints.explained
-    def __init__(
-        self: FlowSpec,
-        input_size: int,
-        num_flows: int = 4,
-        hidden_sizes: Sequence[int] = (256,),
-        activation: str = "relu",
-        scale_bound: float = 1.0,
-        standardize: bool = False,
-        dtype: str = "float32",
-    ) -> None:
-        initialise(
-            self,
-            _checks.integer("input_size", input_size),
-            _checks.integer("num_flows", num_flows),
-            _checks.sizes("hidden_sizes", hidden_sizes),
-            _checks.text("activation", activation),
-            _checks.real("scale_bound", scale_bound),
-            _checks.boolean("standardize", standardize),
-            _checks.dtype_name("dtype", dtype),
-        )
-
-    def read(text: str) -> FlowSpec:
-        """Return the spec that `to_json` was called on."""
-        return from_json(_checks.text("text", text))
-
-    def write(self: FlowSpec) -> str:
-        """Return the spec as JSON."""
-        return to_json(self)
-
-    for name, function in (("__init__", __init__), ("from_json", read), ("to_json", write)):
-        function.__name__, function.__qualname__ = name, f"FlowSpec.{name}"
-        made: Any = staticmethod(function) if name == "from_json" else function
-        setattr(spec, name, made)
-
-
-_completed(FlowSpec)

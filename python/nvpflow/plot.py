@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,8 +20,6 @@ from nvpflow import _checks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from nvpflow.training import History
 
 __all__ = ["corner", "latent_correlation", "latent_qq", "learning_curve", "log_likelihood", "style"]
 
@@ -673,7 +671,24 @@ def _diverging() -> Any:
 # ------------------------------------------------------------------------------------------ training and likelihoods
 
 
-def learning_curve(history: History, *, reference: Mapping[str, float] | None = None, ax: Axes | None = None) -> Axes:
+class Losses(Protocol):
+    """What a learning curve shows of an `nvpflow.History`."""
+
+    @property
+    def epoch(self) -> NDArray[np.int64]: ...
+    @property
+    def train_loss(self) -> Array: ...
+    @property
+    def validation_loss(self) -> Array: ...
+    @property
+    def best_epoch(self) -> int: ...
+    @property
+    def best_loss(self) -> float: ...
+    @property
+    def validation_rows(self) -> int: ...
+
+
+def learning_curve(history: Losses, *, reference: Mapping[str, float] | None = None, ax: Axes | None = None) -> Axes:
     """Draw the log-likelihood over the epochs of a training run.
 
     Parameters
@@ -698,13 +713,13 @@ def learning_curve(history: History, *, reference: Mapping[str, float] | None = 
     ImportError
         Matplotlib is not installed.
     """
-    if len(history) == 0:
+    if len(history.epoch) == 0:
         raise ValueError("history has no epochs to draw")
     levels = (
         {} if reference is None else {name: _checks.real(f"reference[{name!r}]", v) for name, v in reference.items()}
     )
     ax = _axes(ax, (5.2, 3.6))
-    marker: dict[str, Any] = {"marker": "o", "markersize": 3} if len(history) < 3 else {}
+    marker: dict[str, Any] = {"marker": "o", "markersize": 3} if len(history.epoch) < 3 else {}
     ax.plot(history.epoch, -history.train_loss, color=_muted(), linewidth=1.3, label="training rows", **marker)
     curves = [-history.train_loss]
     if history.validation_rows:

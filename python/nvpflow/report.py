@@ -23,14 +23,14 @@ from numpy.typing import ArrayLike, NDArray
 from nvpflow import _checks, _html
 from nvpflow._blame import blame
 from nvpflow._core import __version__, cpu_isa
-from nvpflow._findings import Findings, counted, examine, finite_rows
+from nvpflow._findings import Findings, examine, finite_rows
+from nvpflow._text import counted
 from nvpflow.flow import Flow
+from nvpflow.history import History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from nvpflow.training import History
 
 __all__ = ["html"]
 

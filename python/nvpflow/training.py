@@ -8,208 +8,18 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nvpflow import _checks, _core, _data, _frames, _html
+from nvpflow import _checks, _core, _data, _frames
+from nvpflow._model import Model
+from nvpflow.history import History as History  # also by this path, in pickles too
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-    from nvpflow._core import EpochRecord, FitSummary  # of the stub alone: types of plain dicts
-    from nvpflow.flow import Flow
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class History:
-    """What `Flow.fit` did: one value per epoch in each array, losses in nats per row.
-
-    Attributes
-    ----------
-    epoch
-        The epochs' numbers, from 1, int64.
-    train_loss
-        Mean of ``-log p`` over the epoch's updates, each taken before its update.
-    validation_loss
-        Mean of ``-log p`` over the validation rows after the epoch, of the weights or of their average, whichever is
-        better; NaN without validation data.
-    learning_rate, gradient_norm
-        Of the epoch's last update; the norm before clipping.
-    seconds
-        Wall time of the epoch, validation included.
-    round_trip
-        Largest relative error of a round trip after the epoch, over the rows that epochs are compared by (see
-        `Certificate`); NaN where `Flow.fit` was given no ``max_round_trip``.
-    best_epoch
-        The epoch whose weights the flow now has; 0 for the weights it started from.
-    best_loss
-        Its validation loss; without validation data, the loss of up to 65,536 training rows after the epoch.
-    stop_reason
-        "epochs", "patience" or "callback".
-    train_rows, validation_rows
-        Rows trained and validated on.
-    standardized
-        The columns whose mean and scale in the standardize layer are not their mean and standard deviation, and what
-        they are: ``{"column 3": "robust"}``. Columns without a name are counted from 1.
-    rows_left_out
-        Rows that were neither trained nor validated on, because they are extremely far out (`max_deviation` of
-        `Flow.fit`).
-    """
-
-    epoch: NDArray[np.int64]
-    train_loss: NDArray[np.float64]
-    validation_loss: NDArray[np.float64]
-    learning_rate: NDArray[np.float64]
-    gradient_norm: NDArray[np.float64]
-    seconds: NDArray[np.float64]
-    round_trip: NDArray[np.float64]
-    best_epoch: int
-    best_loss: float
-    stop_reason: str
-    train_rows: int
-    validation_rows: int
-    standardized: dict[str, str] = field(default_factory=dict)
-    rows_left_out: int = 0
-
-    @classmethod
-    def _from_summary(cls, flow: Flow, summary: FitSummary) -> History:
-        records = summary["epochs"]
-        return cls(
-            epoch=np.array([record["epoch"] for record in records], dtype=np.int64),
-            train_loss=np.array([record["train_loss"] for record in records], dtype=np.float64),
-            validation_loss=np.array([record["validation_loss"] for record in records], dtype=np.float64),
-            learning_rate=np.array([record["learning_rate"] for record in records], dtype=np.float64),
-            gradient_norm=np.array([record["gradient_norm"] for record in records], dtype=np.float64),
-            seconds=np.array([record["seconds"] for record in records], dtype=np.float64),
-            round_trip=np.array([record["round_trip"] for record in records], dtype=np.float64),
-            best_epoch=summary["best_epoch"],
-            best_loss=summary["best_loss"],
-            stop_reason=summary["stop_reason"],
-            train_rows=summary["train_rows"],
-            validation_rows=summary["validation_rows"],
-            standardized=unlike_mean(flow, summary["standardized"]),
-            rows_left_out=summary["rows_left_out"],
-        )
-
-    def __len__(self) -> int:
-        """Return the number of epochs."""
-        return len(self.epoch)
-
-    def __repr__(self) -> str:
-        """Return a table of the first, the best and the last epoch."""
-        lines = [
-            f"History: {self._summary()}",
-            "         epoch    train nll  validation nll  learning rate  gradient norm  seconds",
-        ]
-        measured = len(self) > 0 and not np.isnan(self.round_trip).all()
-        lines[1] += "  round trip" if measured else ""
-        for mark, i in self._marked():
-            lines.append(
-                f"  {mark:<5}  {self.epoch[i]:>5}  {self.train_loss[i]:>11.4f}  {self.validation_loss[i]:>14.4f}  "
-                f"{self.learning_rate[i]:>13.3g}  {self.gradient_norm[i]:>13.3g}  {self.seconds[i]:>7.2f}"
-                + (f"  {self.round_trip[i]:>10.2e}" if measured else "")
-            )
-        return "\n".join([*lines, *self._findings()])
-
-    def _findings(self) -> list[str]:
-        """Say what was done about far rows, in a sentence each."""
-        said = []
-        if self.standardized:
-            columns = "; ".join(f"{column}: {how}" for column, how in self.standardized.items())
-            said.append(f"standardized by median and central range in place of mean and standard deviation: {columns}")
-        if self.rows_left_out:
-            rows = f"{self.rows_left_out:,} row{'s' * (self.rows_left_out != 1)}"
-            are = "is" if self.rows_left_out == 1 else "are"
-            said.append(f"left out of training and validation: {rows} that {are} extremely far out (max_deviation)")
-        return said
-
-    def _repr_html_(self) -> str:
-        """Return a table of the first, the best and the last epoch, for notebooks."""
-        head = ("", "epoch", "train nll", "validation nll", "learning rate", "gradient norm", "seconds")
-        lines = [
-            (
-                mark,
-                f"{self.epoch[i]}",
-                f"{self.train_loss[i]:.4f}",
-                f"{self.validation_loss[i]:.4f}",
-                f"{self.learning_rate[i]:.3g}",
-                f"{self.gradient_norm[i]:.3g}",
-                f"{self.seconds[i]:.2f}",
-            )
-            for mark, i in self._marked()
-        ]
-        said = "; ".join([self._summary(), *self._findings()])
-        return _html.table(f"History: {said}", head, lines)
-
-    def _summary(self) -> str:
-        return (
-            f"{len(self)} epochs in {self.seconds.sum():.1f} s, stop reason: {self.stop_reason}; "
-            f"{self.train_rows:,} training and {self.validation_rows:,} validation rows"
-        )
-
-    def _marked(self) -> list[tuple[str, int]]:
-        """Return the first, the best and the last epoch, by index."""
-        at_best = np.flatnonzero(self.epoch == self.best_epoch)
-        marks = [("first", 0), *(("best", int(i)) for i in at_best), ("last", len(self) - 1)]
-        return marks if len(self) else []
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all of it as lists and numbers of Python, NaN where there was no validation data."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in values.items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> History:
-        """Return the history that `to_dict` has made `values` of, also by way of JSON (None stands for NaN).
-
-        Raises
-        ------
-        ValueError
-            `values` is not what `to_dict` returns.
-        """
-        arrays: dict[str, Any] = dict.fromkeys(("epoch",), np.int64)
-        arrays |= dict.fromkeys(
-            ("train_loss", "validation_loss", "learning_rate", "gradient_norm", "round_trip", "seconds"), np.float64
-        )
-        scalars: dict[str, Any] = {"best_epoch": int, "best_loss": float, "stop_reason": str}
-        scalars |= {"train_rows": int, "validation_rows": int}
-        later: dict[str, Any] = {"standardized": dict, "rows_left_out": int}  # not in histories of older versions
-        if set(values) - {*later} != {*arrays, *scalars}:
-            raise ValueError(f"a history holds {', '.join([*arrays, *scalars])}; got {', '.join(map(str, values))}")
-        try:
-            given: dict[str, Any] = {name: np.array(values[name], dtype=dtype) for name, dtype in arrays.items()}
-            given |= {name: kind(values[name]) for name, kind in (scalars | later).items() if name in values}
-        except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"a history's values are lists of numbers of one length: {error}") from error
-        if any(given[name].shape != (len(given["epoch"]),) for name in arrays):
-            raise ValueError("a history's lists have different lengths")
-        return cls(**given)
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the log-likelihood over the epochs: `nvpflow.plot.learning_curve`.
-
-        Parameters
-        ----------
-        ax
-            Where to draw; None makes a new figure.
-
-        Returns
-        -------
-        matplotlib.axes.Axes
-            The axes drawn on.
-
-        Raises
-        ------
-        ImportError
-            Matplotlib is not installed (``pip install matplotlib``).
-        """
-        from nvpflow import plot
-
-        return plot.learning_curve(self, ax=ax)
+    from nvpflow._core import EpochRecord  # of the stub only: the type of a plain dict
 
 
 class _Bar:
@@ -311,21 +121,21 @@ def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return checked
 
 
-def statistics_of(flow: Flow, standardize: Any) -> str:
+def statistics_of(flow: Model, standardize: Any) -> str:
     """Return what the standardize layer is to be set from: what is said here, else what `build` was told."""
     if standardize is None:
         return flow._statistics()
     return _checks.text("standardize", standardize)
 
 
-def unlike_mean(flow: Flow, how: Sequence[str]) -> dict[str, str]:
+def unlike_mean(flow: Model, how: Sequence[str]) -> dict[str, str]:
     """Return the columns that were not standardized by mean and standard deviation, and what by."""
     names = flow.column_names or [f"column {j + 1}" for j in range(flow.spec.input_size)]
     return {names[j]: found for j, found in enumerate(how) if found != "mean"}
 
 
 def _split(
-    flow: Flow, validation: float | ArrayLike | None, names: list[str] | None
+    flow: Model, validation: float | ArrayLike | None, names: list[str] | None
 ) -> tuple[NDArray[Any] | None, float]:
     """Tell a validation array from a share of the rows."""
     if validation is None:
@@ -341,7 +151,7 @@ def _split(
 
 
 @contextmanager
-def _named(flow: Flow, names: list[str] | None) -> Iterator[None]:
+def _named(flow: Model, names: list[str] | None) -> Iterator[None]:
     """Give the flow the names of a frame's columns, unless training does not begin."""
     before = flow._column_names()
     if names is not None:
@@ -354,7 +164,7 @@ def _named(flow: Flow, names: list[str] | None) -> Iterator[None]:
 
 
 def fit(
-    flow: Flow,
+    flow: Model,
     x: ArrayLike,
     *,
     validation: float | ArrayLike | None,
@@ -384,13 +194,13 @@ def fit(
     on_progress = None if bar is None else bar.on_progress
     with _named(flow, names), bar or nullcontext():
         summary = flow._fit(rows, validation_rows, checked, on_progress, on_epoch)
-    history = History._from_summary(flow, summary)
+    history = History._from_summary(summary, unlike_mean(flow, summary["standardized"]))
     if not any(finding.kind == "outliers" for finding in report.warnings):  # one warning for one finding
         _warn_of_far_rows(history, asked=checked["standardize"] == "robust")
     return history
 
 
-def _statistics_to_use(flow: Flow, standardize: Any) -> str:
+def _statistics_to_use(flow: Model, standardize: Any) -> str:
     if standardize is not None and not flow.spec.standardize:
         given = _checks.text("standardize", standardize)
         raise ValueError(

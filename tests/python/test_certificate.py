@@ -15,7 +15,7 @@ import nvpflow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nvpflow import _bound, certificate
+from nvpflow import _bound, _certify, certificate
 from oracle import ACTIVATIONS, DERIVATIVES, assert_same_bits, oracle_of, random_parameters, unit_data
 
 DTYPES = ("float32", "float64")
@@ -353,11 +353,11 @@ def test_blocks_and_threads_change_nothing(monkeypatch) -> None:
     x[77, 3] = np.nan
     expected = flow.certify(x, jacobian_rows=10)
     assert expected.jacobian_rows in (10, 11)
-    certifier = certificate.Certifier(flow, jacobian_rows=10)
+    certifier = _certify.Certifier(flow, jacobian_rows=10)
     for rows in np.split(x, [1, 2, 78, 300, 301]):
         certifier.add(rows)
     assert certifier.certificate() == expected
-    monkeypatch.setattr(certificate, "_BLOCK_VALUES", 16 * 37)
+    monkeypatch.setattr(_certify, "_BLOCK_VALUES", 16 * 37)
     flow.num_threads = 2
     assert flow.certify(x, jacobian_rows=10) == expected
     assert flow.certify(np.asfortranarray(x), jacobian_rows=10) == expected
@@ -366,7 +366,7 @@ def test_blocks_and_threads_change_nothing(monkeypatch) -> None:
 def test_rows_for_jacobians_are_drawn_evenly() -> None:
     """Of 300 rows in 3 blocks 30 are drawn: by chance about 10 of each."""
     flow = nvpflow.build(2, 1, ())
-    certifier = certificate.Certifier(flow, jacobian_rows=30)
+    certifier = _certify.Certifier(flow, jacobian_rows=30)
     for block in range(3):
         certifier.add(np.full((100, 2), block, np.float32))
     assert sorted(set(certifier._drawn_rows // 100)) == [0, 1, 2]
@@ -385,7 +385,7 @@ def test_no_jacobian_where_one_takes_minutes_or_none_is_wanted() -> None:
         assert found.float64_round_trip == 0
         assert nvpflow.Certificate.from_json(found.to_json()) == found
         assert re.search(r"log_det against 0 Jacobians +not measured", str(found))
-    assert 1 <= certificate.Certifier(nvpflow.build(784, 2, (512,)))._wanted < 64
+    assert 1 <= _certify.Certifier(nvpflow.build(784, 2, (512,)))._wanted < 64
 
 
 def test_determinants_that_float64_does_not_hold_are_left_out() -> None:
@@ -405,7 +405,7 @@ def test_the_flow_is_left_alone_and_may_change_meanwhile() -> None:
     before = {name: value.copy() for name, value in flow.parameters().items()}
     x = unit_data(100, 16, 1, "float32")
     expected = flow.certify(x)
-    certifier = certificate.Certifier(flow)
+    certifier = _certify.Certifier(flow)
     certifier.add(x[:50])
     flow.set_parameters({name: 2 * value for name, value in before.items()})
     certifier.add(x[50:])

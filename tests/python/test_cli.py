@@ -887,12 +887,12 @@ def test_npy_needs_no_pyarrow_and_the_others_say_so(call, folder, flow, rows, mo
 
 
 def test_a_npy_that_shrinks_while_it_is_read_is_an_error(call, folder, monkeypatch):
-    from nvpflow import data_io
+    from nvpflow import _source
 
     big = np.zeros((5000, 3), np.float32)
     for array in (big, np.asfortranarray(big)):
         np.save(folder / "big.npy", array)
-        monkeypatch.setattr(data_io, "BLOCK_VALUES", 3000)
+        monkeypatch.setattr(_source, "BLOCK_VALUES", 3000)
 
         def truncate(*_):
             os.truncate(folder / "big.npy", 1000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import importlib.util
 import json
@@ -11,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import nvpflow
@@ -67,6 +69,30 @@ except AttributeError as error:
     needs, unknown = run_python(script).splitlines()
     assert needs == 'nvpflow.torch needs PyTorch 2.4 or newer: pip install "torch>=2.4"'
     assert unknown == "module 'nvpflow' has no attribute 'tensorflow'"
+
+
+def _imported(path: Path, modules: set[str]) -> set[str]:
+    """Return the modules of the package that a file imports, wherever in it: at its head, for types, in functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found & modules
+
+
+def test_imports_run_one_way() -> None:
+    """No module imports one that imports it, not even for types; nvpflow itself, which gathers them all, apart."""
+    folder = Path(nvpflow.__file__).parent
+    files = {
+        ".".join(path.relative_to(folder.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in folder.rglob("*.py")
+    }
+    del files["nvpflow"]
+    order = TopologicalSorter({name: _imported(path, set(files)) for name, path in files.items()})
+    below = list(order.static_order())  # CycleError names the circle
+    assert below.index("nvpflow._model") < below.index("nvpflow.training") < below.index("nvpflow.flow")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed (pip install mypy)")

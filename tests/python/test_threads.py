@@ -7,6 +7,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import pickletools
 import platform
 import shutil
 import subprocess
@@ -576,6 +577,17 @@ def test_pickle_carries_the_whole_model(make_flow, dtype, protocol) -> None:
     assert_same_bits(again.log_prob(x), flow.log_prob(x), "log_prob")
     again.set_parameters(weights(again, 9))
     assert again != flow
+
+
+def test_a_pickle_names_public_modules() -> None:
+    """Files of older versions name `nvpflow.flow._unpickle`, and those of this one do so too."""
+    flow = nvpflow.build(2, 1, (3,))
+    named = {argument for _, argument, _ in pickletools.genops(pickle.dumps(flow)) if isinstance(argument, str)}
+    assert {name for name in named if name.startswith("nvpflow")} == {"nvpflow.flow"}
+    assert {"Flow", "_unpickle"} <= named
+    state = flow.__reduce__()[1]
+    assert nvpflow.flow._unpickle(*state) == flow
+    assert nvpflow.flow._unpickle(*state[:4]) == flow  # as versions without devices, names and thresholds wrote it
 
 
 def test_a_spec_can_be_pickled_hashed_and_compared() -> None:

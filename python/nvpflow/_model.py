@@ -1,0 +1,363 @@
+"""What a model is: its spec, weights, column names and threshold; to copy, move, convert, compare and pickle it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from nvpflow import _checks, _core, _hints, _spec
+from nvpflow._core import FlowSpec
+
+
+class Threshold(NamedTuple):
+    """A limit of log p, below which a row counts as unlikely; see `Flow.fit_threshold`."""
+
+    log_p: float
+    """Nats."""
+    quantile: float | None
+    """The share of rows that lay below it where it was found; None: unknown."""
+
+
+Self = TypeVar("Self", bound="Model")
+
+_DEFAULT_WHERE = {"device": "cpu", "precision": "float32", "weights": "full"}
+
+
+def _where(device: str, precision: str, weights: str) -> dict[str, str]:
+    given = zip(_DEFAULT_WHERE, (device, precision, weights), strict=True)
+    return {name: _checks.text(name, value) for name, value in given}
+
+
+def _restore(
+    cls: type[Self],
+    spec: FlowSpec,
+    state: tuple[NDArray[Any], NDArray[Any] | None],
+    num_threads: int,
+    where: dict[str, str],
+    column_names: list[str],
+    threshold: tuple[float, float | None] | None,
+    statistics: str = "auto",
+) -> Self:
+    # A subclass's constructor may take the spec alone, as Flow's did before there were devices.
+    given: dict[str, Any] = {name: value for name, value in where.items() if value != _DEFAULT_WHERE[name]}
+    flow = cls(spec, **given)
+    flow._set_flat_parameters(*state)
+    flow.num_threads = num_threads
+    flow._set_column_names(column_names)
+    flow._set_threshold(*(threshold or (None, None)))
+    flow._set_statistics(statistics)
+    return flow
+
+
+def _unpickle(
+    cls: type[Self],
+    spec_json: str,
+    parameters: NDArray[Any],
+    num_threads: int,
+    device: str = "cpu",
+    precision: str = "float32",
+    weights: str = "full",
+    column_names: Sequence[str] = (),
+    threshold: tuple[float, float | None] | None = None,
+    statistics: str = "auto",
+    mean_low: NDArray[Any] | None = None,
+) -> Self:
+    where = _where(device, precision, weights)
+    state = (parameters, mean_low)
+    spec = FlowSpec.from_json(spec_json)
+    return _restore(cls, spec, state, num_threads, where, list(column_names), threshold, statistics)
+
+
+_unpickle.__module__ = "nvpflow.flow"  # the name in every pickle
+
+
+class Model(_core.Flow):
+    """A model without the verbs of `nvpflow.Flow`, which derives from it and documents it."""
+
+    __slots__ = ()  # a misspelt attribute is an error, not a new attribute
+
+    @_hints.explained
+    def __init__(
+        self,
+        spec: FlowSpec,
+        seed: int = 0,
+        *,
+        device: str = "cpu",
+        precision: str = "float32",
+        weights: str = "full",
+        init: str = "fan_in",
+    ) -> None:
+        if not isinstance(spec, FlowSpec):
+            way = "nvpflow.build makes a flow from the number of columns"
+            raise TypeError(f"spec must be a FlowSpec, got {_checks.describe(spec)}; {way}")
+        super().__init__(
+            spec,
+            _checks.integer("seed", seed, unsigned=True),
+            init=_checks.text("init", init),
+            **_where(device, precision, weights),
+        )
+
+    @property
+    def column_names(self) -> tuple[str, ...] | None:
+        """Names of the columns, in their order, or None; settable. `save` keeps them, and so do copies.
+
+        Methods take arrays, which have no names, and look at none. The command line does: ``nvpflow fit`` keeps those
+        of a table that has some, and later commands refuse one whose columns are called otherwise or come in another
+        order.
+        """
+        return tuple(self._column_names()) or None
+
+    @column_names.setter
+    def column_names(self, names: Sequence[str] | None) -> None:
+        self._set_column_names(_checks.column_names("column_names", names))
+
+    @property
+    def threshold(self) -> Threshold | None:
+        """The limit of log p that goes with the weights, or None; `fit_threshold` and `set_threshold` set it.
+
+        `save` keeps it, and so do copies; C++ and C read it (``Flow::threshold``, ``nvpflow_threshold``). It holds for
+        these weights alone: `fit` and `set_parameters` remove it, `reload` takes that of the file, and `swap` exchanges
+        it with the weights. No method looks at it: ``flow.log_probability(x) < flow.threshold.log_p`` is for you.
+        """
+        found = self._threshold()
+        return None if found is None else Threshold(*found)
+
+    def set_threshold(self, log_p: float | None, quantile: float | None = None) -> None:
+        """Set `threshold` to a limit of your own, or remove it.
+
+        Parameters
+        ----------
+        log_p
+            Nats, finite. None: no threshold.
+        quantile
+            The share of rows in [0, 1] that it stands for. None: unknown.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument. Nothing has changed.
+        """
+        if log_p is None and quantile is not None:
+            raise ValueError(f"quantile is {_checks.describe(quantile)}, expected None where log_p is None")
+        limit = None if log_p is None else _checks.real("log_p", log_p)
+        if limit is not None and not np.isfinite(limit):
+            raise ValueError(f"log_p is {limit}, expected a finite number of nats")
+        share = None if quantile is None else _checks.real("quantile", quantile)
+        if share is not None and not 0 <= share <= 1:
+            raise ValueError(f"quantile is {share}, expected a share of the rows in [0, 1]")
+        self._set_threshold(limit, share)
+
+    def _rows_dtype(self) -> str:
+        """Return the dtype in which rows that this flow draws keep their digits."""
+        spec = self.spec
+        if spec._takes_float64_rows:
+            mean, log_std = self._flat_parameters()[: 2 * spec.input_size].reshape(2, -1).astype(np.float64)
+            if np.any(np.abs(mean) * np.finfo(np.float32).eps / 2 > _MEAN_TOLERANCE * np.exp(log_std)):
+                return "float64"
+        return spec.dtype
+
+    def parameters(self) -> dict[str, NDArray[Any]]:
+        """Return every parameter under its name.
+
+        Returns
+        -------
+        dict
+            Read-only views of the flow's own memory: they show what `set_parameters` and `fit` write to it, so copy
+            what must stay as it is. Per coupling layer k:
+            ``flow_{k}_coupling_dense_{j}.kernel`` [in, out] and ``.bias`` [out] of hidden layer j,
+            ``flow_{k}_scale.kernel``/``.bias`` and ``flow_{k}_translation.kernel``/``.bias``; of a standardize layer
+            ``standardize_{i}.mean`` and ``.log_std`` [D]. Where `fit` saw float64 rows whose mean float32 cannot tell
+            to 1/128 of a standard deviation, also ``standardize_0.mean_low`` [D], a copy: what is to be added to the
+            mean, in float64.
+        """
+        flat = self._flat_parameters()
+        flat.flags.writeable = False
+        found = {name: flat[at : at + _size(shape)].reshape(shape) for name, shape, at in self._layout()}
+        low = self._mean_low()
+        if low is not None:
+            low.flags.writeable = False
+            found[_MEAN_LOW] = low
+        return found
+
+    def set_parameters(self, parameters: Mapping[str, ArrayLike]) -> None:
+        """Replace every parameter, and remove the `threshold`, which was that of others; on an error none has changed.
+
+        Parameters
+        ----------
+        parameters
+            An array for each name of `parameters`, of its shape, and of a dtype that NumPy converts safely. Without
+            ``standardize_0.mean_low`` that is zero.
+
+        Raises
+        ------
+        ValueError
+            Names are missing or unknown, or a shape is wrong; the message names them.
+        TypeError
+            `parameters` is no mapping, or a dtype does not convert safely.
+        """
+        if not isinstance(parameters, Mapping):
+            raise TypeError(f"parameters must be a mapping of names to arrays, got {_checks.describe(parameters)}")
+        layout = self._layout()
+        low = None
+        if self.spec._takes_float64_rows and _MEAN_LOW in parameters:
+            low = _checks.array(f"parameters[{_MEAN_LOW!r}]", parameters[_MEAN_LOW], np.float32)
+            if low.shape != (self.spec.input_size,):
+                raise ValueError(f"parameters[{_MEAN_LOW!r}] has shape {low.shape}, expected {(self.spec.input_size,)}")
+            parameters = {name: value for name, value in parameters.items() if name != _MEAN_LOW}
+        _checks.names("parameters", parameters, [name for name, _, _ in layout])
+        flat = np.empty(self.num_parameters, dtype=self.spec.dtype)
+        for name, shape, at in layout:
+            values = _checks.array(f"parameters[{name!r}]", parameters[name], flat.dtype)
+            if values.shape != shape:
+                raise ValueError(f"parameters[{name!r}] has shape {values.shape}, expected {shape}")
+            flat[at : at + values.size] = values.ravel()
+        self._set_flat_parameters(flat, low)
+
+    def to(self: Self, device: str, precision: str | None = None, weights: str | None = None) -> Self:
+        """Return a copy of the flow on a device; this one stays where and as it is.
+
+        Parameters
+        ----------
+        device
+            "cpu", "cuda" or "cuda:N".
+        precision
+            As in `build`. None: that of this flow on a CUDA device, "float32" on the CPU.
+        weights
+            As in `build`. None: that of this flow on the CPU, "full" on a CUDA device.
+
+        Returns
+        -------
+        Flow
+            With weights of its own, also where nothing changes.
+
+        Raises
+        ------
+        ValueError
+            There is no such device, or it has no such precision or weights.
+        CudaError
+            CUDA cannot be used; the message says why.
+        MemoryError
+            The device has no room; the message states the sizes.
+        """
+        if precision is None:
+            precision = "float32" if device == "cpu" else self.precision
+        if weights is None:
+            weights = self.weights if device == "cpu" else "full"
+        where = _where(device, precision, weights)
+        return self._copy(self.spec, self._copy_state(), where)
+
+    def astype(self: Self, dtype: DTypeLike) -> Self:
+        """Return a copy of the flow that computes in another dtype, on the same device; this one stays as it is.
+
+        Parameters
+        ----------
+        dtype
+            float32 or float64. The weights are widened exactly, or rounded to nearest. What float32 does not hold of
+            the mean of a standardize layer is kept beside it, where it matters (see `parameters`).
+
+        Returns
+        -------
+        Flow
+            With arrays, arithmetic and files of that dtype. A float64 flow has float32's ``precision`` and full
+            ``weights``, the only ones there are.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `dtype` is another one, or a weight is too large for float32.
+        """
+        name = _checks.dtype_name("dtype", dtype)
+        if name not in ("float32", "float64"):
+            raise ValueError(f"dtype is '{name}', expected one of float32, float64")
+        spec = _spec.with_dtype(self.spec, name)
+        given, low = self._copy_state()
+        with np.errstate(over="ignore"):
+            parameters = given.astype(name)
+        if not np.isfinite(parameters[np.isfinite(given)]).all():
+            raise ValueError(f"dtype is {name!r}, but the flow has weights beyond its range")
+        if name != self.spec.dtype:
+            low = _move_mean(given, low, parameters, spec)
+        same = name == self.spec.dtype
+        where = _where(self.device, self.precision, self.weights) if same else _DEFAULT_WHERE | {"device": self.device}
+        return self._copy(spec, (parameters, low), where)
+
+    def _copy(
+        self: Self, spec: FlowSpec, state: tuple[NDArray[Any], NDArray[Any] | None], where: dict[str, str]
+    ) -> Self:
+        described = self._column_names(), self._threshold(), self._statistics()
+        return _restore(type(self), spec, state, self.num_threads, where, *described)
+
+    def swap(self, other: _core.Flow) -> None:
+        """Exchange the weights of two flows of the same spec, while other threads may call both.
+
+        Each flow changes at one moment; the two moments differ. Thresholds go with the weights, column names stay.
+
+        Parameters
+        ----------
+        other
+            The other flow.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `other` is no flow, or of another spec. Nothing has changed.
+        """
+        if not isinstance(other, _core.Flow):
+            raise TypeError(f"other must be a Flow, got {_checks.describe(other)}")
+        self._swap(other)
+
+    def __eq__(self, other: object) -> bool:
+        """Tell whether both the specs and all the weights are equal; a flow is mutable and has no hash."""
+        if not isinstance(other, Model):
+            return NotImplemented
+        if self.spec != other.spec:
+            return False
+        (own, own_low), (others, others_low) = self._copy_state(), other._copy_state()
+        same_low = own_low is others_low is None or np.array_equal(own_low, others_low)  # type: ignore[arg-type]
+        return np.array_equal(own, others) and same_low
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the spec's JSON, the weights and the device, which must be there where it is unpickled."""
+        parameters, mean_low = self._copy_state()
+        state = (type(self), self.spec.to_json(), parameters, self.num_threads)
+        described = (self._column_names(), self._threshold(), self._statistics(), mean_low)
+        return _unpickle, (*state, self.device, self.precision, self.weights, *described)
+
+    def __copy__(self: Self) -> Self:
+        """Return a flow with weights of its own, which start equal to these."""
+        return self.to(self.device, self.precision, self.weights)
+
+    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+        """As `copy.copy`: nothing is shared there either."""
+        return self.__copy__()
+
+
+_MEAN_LOW = "standardize_0.mean_low"
+_MEAN_TOLERANCE = 1 / 128
+"""As of the training loop: below this part of a standard deviation it does not matter what float32 loses of a mean."""
+
+
+def _move_mean(
+    given: NDArray[Any], low: NDArray[Any] | None, parameters: NDArray[Any], spec: FlowSpec
+) -> NDArray[np.float32] | None:
+    """Put the mean and its low part from one dtype into the other's parameters; return what is the low part there."""
+    columns = spec.input_size
+    if spec.dtype == "float64":
+        if low is not None:
+            parameters[:columns] += low
+        return None
+    if not spec._takes_float64_rows:
+        return None
+    rest = given[:columns] - parameters[:columns]
+    rest[np.abs(rest) <= _MEAN_TOLERANCE * np.exp(given[columns : 2 * columns])] = 0
+    kept: NDArray[np.float32] = rest.astype(np.float32)
+    return kept
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=np.int64))
