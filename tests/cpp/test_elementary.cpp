@@ -6,18 +6,43 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
+#include <iterator>
 #include <limits>
+#include <string_view>
 #include <vector>
 
 #include "cpu/isa.hpp"
+#include "elementary_functions.hpp"
+
+// NVPFLOW_ISAS: NVPFLOW_ISA(name) for each set that is built in.
+namespace nvpflow_test {
+#define NVPFLOW_ISA(name) extern const ElementaryFunctions elementary_##name;
+NVPFLOW_ISAS
+#undef NVPFLOW_ISA
+}  // namespace nvpflow_test
 
 namespace {
 
-using nvpflow::cpu::Function;
-using nvpflow::cpu::IsaEntry;
-using nvpflow::cpu::Kernels;
+using nvpflow_test::ElementaryFunctions;
+using nvpflow_test::Evaluate;
+using nvpflow_test::Function;
 using Real = long double;
+
+std::vector<ElementaryFunctions> supported() {
+#define NVPFLOW_ISA(name) nvpflow_test::elementary_##name,
+  const ElementaryFunctions built[] = {NVPFLOW_ISAS};
+#undef NVPFLOW_ISA
+  std::vector<ElementaryFunctions> sets;
+  for (const nvpflow::cpu::IsaEntry* isa : nvpflow::cpu::supported_isas()) {
+    const auto* set = std::find_if(std::begin(built), std::end(built),
+                                   [&](const ElementaryFunctions& e) { return std::string_view(e.isa) == isa->name; });
+    REQUIRE(set != std::end(built));
+    sets.push_back(*set);
+  }
+  return sets;
+}
 
 struct Case {
   const char* name;
@@ -88,11 +113,11 @@ double ulp_error(T got, Real wanted) {
 }
 
 template <class T>
-double worst_error(const Kernels<T>& kernels, const Case& c) {
+double worst_error(Evaluate<T> evaluate, const Case& c) {
   const bool single = sizeof(T) == 4;
   const std::vector<T> x = points<T>(single ? c.low32 : c.low64, single ? c.high32 : c.high64);
   std::vector<T> y(x.size(), std::numeric_limits<T>::quiet_NaN());
-  kernels.elementary(c.function, x.data(), y.data(), static_cast<int64_t>(x.size()));
+  evaluate(c.function, x.data(), y.data(), static_cast<std::int64_t>(x.size()));
   double worst = 0;
   for (std::size_t i = 0; i < x.size(); ++i) worst = std::max(worst, ulp_error(y[i], c.reference(x[i])));
   return worst;
@@ -101,12 +126,12 @@ double worst_error(const Kernels<T>& kernels, const Case& c) {
 }  // namespace
 
 TEST_CASE("elementary functions stay within their bounds in ulp") {
-  for (const IsaEntry* isa : nvpflow::cpu::supported_isas()) {
+  for (const ElementaryFunctions& isa : supported()) {
     for (const Case& c : kCases) {
-      const double error32 = worst_error(*isa->float32, c), error64 = worst_error(*isa->float64, c);
-      std::printf("%-9s %-12s float32 %.2f ulp, float64 %.2f ulp (bound %.1f)\n", isa->name, c.name, error32, error64,
+      const double error32 = worst_error(isa.float32, c), error64 = worst_error(isa.float64, c);
+      std::printf("%-9s %-12s float32 %.2f ulp, float64 %.2f ulp (bound %.1f)\n", isa.isa, c.name, error32, error64,
                   c.bound);
-      CAPTURE(isa->name);
+      CAPTURE(isa.isa);
       CAPTURE(c.name);
       CHECK(error32 <= c.bound);
       CHECK(error64 <= c.bound);
@@ -115,18 +140,18 @@ TEST_CASE("elementary functions stay within their bounds in ulp") {
 }
 
 template <class T>
-void check_special_values(const Kernels<T>& kernels) {
+void check_special_values(Evaluate<T> evaluate) {
   const T nan = std::numeric_limits<T>::quiet_NaN(), inf = std::numeric_limits<T>::infinity();
   for (const Case& c : kCases) {
     CAPTURE(c.name);
     T y = 0;
-    kernels.elementary(c.function, &nan, &y, 1);
+    evaluate(c.function, &nan, &y, 1);
     // log and the quarter turns only ever see uniforms.
     if (c.function != Function::log) CHECK(std::isnan(y));
   }
   const auto at = [&](Function function, T x) {
     T y = nan;
-    kernels.elementary(function, &x, &y, 1);
+    evaluate(function, &x, &y, 1);
     return y;
   };
   CHECK(at(Function::exp, inf) == inf);
@@ -149,9 +174,9 @@ void check_special_values(const Kernels<T>& kernels) {
 }
 
 TEST_CASE("NaN goes through and limits are exact") {
-  for (const IsaEntry* isa : nvpflow::cpu::supported_isas()) {
-    CAPTURE(isa->name);
-    check_special_values(*isa->float32);
-    check_special_values(*isa->float64);
+  for (const ElementaryFunctions& isa : supported()) {
+    CAPTURE(isa.isa);
+    check_special_values(isa.float32);
+    check_special_values(isa.float64);
   }
 }

@@ -13,42 +13,6 @@ namespace nvpflow::cpu {
 namespace {
 
 template <class T>
-Vec<T> elementary_vector(Function function, Vec<T> x) {
-  switch (function) {
-    case Function::exp:
-      return exp<T>(x);
-    case Function::exp_within_one:
-      return exp_within_one<T>(x);
-    case Function::tanh:
-      return tanh<T>(x);
-    case Function::sigmoid:
-      return sigmoid<T>(x);
-    case Function::softplus:
-      return softplus<T>(x);
-    case Function::gelu:
-      return gelu<T>(x);
-    case Function::silu:
-      return silu<T>(x);
-    case Function::elu:
-      return elu<T>(x);
-    case Function::log:
-      return log<T>(x);
-    case Function::sin_quarter:
-      return sin_quarter<T>(x);
-    case Function::cos_quarter:
-      return cos_quarter<T>(x);
-  }
-  return x;
-}
-
-template <class T>
-void elementary(Function function, const T* in, T* out, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes<T>) {
-    store_upto<T>(out + i, elementary_vector<T>(function, load_upto<T>(in + i, count - i)), count - i);
-  }
-}
-
-template <class T>
 constexpr Kernels<T> kTable = {
     kLanes<T>,
     kLanes<T> * kBlockRows,
@@ -63,7 +27,6 @@ constexpr Kernels<T> kTable = {
     weight_gradient<T>,
     adam<T>,
     sum_of_squares<T>,
-    elementary<T>,
 };
 
 }  // namespace

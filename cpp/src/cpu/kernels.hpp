@@ -121,21 +121,6 @@ struct AdamCoefficients {
   double decay;            // learning_rate * weight_decay
 };
 
-/// Elementary functions, for the tests that measure their error.
-enum class Function : int32_t {
-  exp,
-  exp_within_one,
-  tanh,
-  sigmoid,
-  softplus,
-  gelu,
-  silu,
-  elu,
-  log,
-  sin_quarter,
-  cos_quarter
-};
-
 template <class T>
 struct Kernels {
   int64_t lanes;          // elements of a vector
@@ -165,7 +150,6 @@ struct Kernels {
   void (*adam)(const AdamCoefficients&, int64_t count, const T* gradient, T* first_moment, T* second_moment,
                T* parameters);
   double (*sum_of_squares)(const T* values, int64_t count);
-  void (*elementary)(Function, const T* in, T* out, int64_t count);
 };
 
 /// One per instruction set built in; isa.cpp asks the processor before any of its kernels runs.
