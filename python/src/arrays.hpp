@@ -6,7 +6,9 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <utility>
 
@@ -71,6 +73,16 @@ struct OutputArray {
   int device = kHost;
   void *stream = nullptr, *call_stream = nullptr;
 };
+
+/// The elements of a checked array.
+template <class T>
+std::span<const T> view(const InputArray& in, std::int64_t size) {
+  return {static_cast<const T*>(in.data), static_cast<std::size_t>(size)};
+}
+template <class T>
+std::span<T> view(const OutputArray& out) {
+  return {static_cast<T*>(out.data), static_cast<std::size_t>(out.bytes) / sizeof(T)};
+}
 
 /// A new array of NumPy's, [rows, columns], or [rows] where columns is 0.
 OutputArray new_array(DType dtype, std::int64_t rows, std::int64_t columns);

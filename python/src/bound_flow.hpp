@@ -1,26 +1,17 @@
-// What the bindings' files share: the bound object and the translation of errors.
+// The object behind nvpflow._core.Flow, and calls of its kernels without the GIL.
 #pragma once
 
-#include <cstring>
-#include <new>
+#include <cstdint>
+#include <optional>
+#include <vector>
 
 #include <nvpflow/flow.hpp>
 
 #include "arrays.hpp"
+#include "bound_spec.hpp"
+#include "gil.hpp"
 
 namespace nvpflow::python {
-
-/// Memory of objects that Python can make without initialising them (Flow.__new__, a subclass that forgets
-/// super().__init__()) is zero, so that what looks into them can tell.
-struct ZeroedMemory {
-  static void* operator new(std::size_t size) { return std::memset(::operator new(size), 0, size); }
-  static void operator delete(void* p) { ::operator delete(p); }
-};
-
-/// nvpflow._core.FlowSpec: zeroed, an empty spec that validate() refuses.
-struct BoundSpec : ZeroedMemory, FlowSpec {
-  BoundSpec(FlowSpec spec) : FlowSpec(std::move(spec)) {}  // NOLINT(misc-explicit-constructor): it is one
-};
 
 /// nvpflow._core.Flow.
 struct BoundFlow : ZeroedMemory {
@@ -54,30 +45,16 @@ struct BoundFlow : ZeroedMemory {
 
 [[noreturn]] void raise_uninitialised();
 
-/// Sets the Python error of the exception in flight; call inside a catch block.
-void set_python_error();
+/// Calls f with a value of the flow's type, so that it can say `auto`.
+template <class F>
+auto by_dtype(DType dtype, F&& f) {
+  return dtype == DType::float32 ? f(float{}) : f(double{});
+}
 
-/// The methods that programs call a million times a second: plain C functions, because pybind11's array arguments cost
-/// several times as much as the smallest flow. Adds them to the bound type.
-void add_hot_methods(py::class_<BoundFlow>& type);
-
-bool is_finalizing();
-/// Never returns once the interpreter is ending. Not for the thread that ends it.
-void park_if_finalizing();
-
-/// Lets other Python threads run. When the interpreter has ended meanwhile, this thread, a daemon's, stops here for
-/// good: taking the GIL would end it in the middle of C++ code, as Python before 3.14 does.
-class GilReleased {
- public:
-  GilReleased() : ends_it_(is_finalizing()), state_(PyEval_SaveThread()) {}
-  ~GilReleased();
-  GilReleased(const GilReleased&) = delete;
-  GilReleased& operator=(const GilReleased&) = delete;
-
- private:
-  bool ends_it_;  // who has the GIL while the interpreter ends is the thread that ends it
-  PyThreadState* state_;
-};
+/// As Python has them: an array or None.
+py::object low_or_none(const std::vector<float>& mean_low);
+/// (log p, quantile or None), or None.
+py::object as_python(const std::optional<Threshold>& threshold);
 
 /// Calls f, without the GIL where the work on so many rows is long enough.
 template <class F>

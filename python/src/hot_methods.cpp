@@ -10,8 +10,10 @@
 #include <nvpflow/backend.hpp>
 
 #include "arrays.hpp"
+#include "bindings.hpp"
 #include "bound_flow.hpp"
 #include "device_arrays.hpp"
+#include "errors.hpp"
 #include "outside.hpp"
 #include "plain_methods.hpp"
 
@@ -228,23 +230,6 @@ PyMethodDef kMethods[] = {
 };
 
 }  // namespace
-
-std::string hint_about(const std::string& name) {
-  const auto hint = py::module_::import("nvpflow._hints").attr("about")(name).cast<std::string>();
-  return hint.empty() ? "" : "; " + hint;
-}
-
-void add_method(py::class_<BoundFlow>& type, PyMethodDef* method) {
-  PyObject* descriptor = PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type.ptr()), method);
-  if (descriptor == nullptr) throw py::error_already_set();
-  type.attr(method->ml_name) = py::reinterpret_steal<py::object>(descriptor);
-}
-
-void add_function(py::module_& module, PyMethodDef* function) {
-  PyObject* made = PyCFunction_NewEx(function, nullptr, py::str("nvpflow._core").ptr());
-  if (made == nullptr) throw py::error_already_set();
-  module.attr(function->ml_name) = py::reinterpret_steal<py::object>(made);
-}
 
 void add_hot_methods(py::class_<BoundFlow>& type) {
   names();

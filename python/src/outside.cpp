@@ -54,11 +54,6 @@ void check_form(const DLTensor& tensor, const char* name) {
 
 }  // namespace
 
-[[noreturn]] void raise(PyObject* type, const std::string& message) {
-  PyErr_SetString(type, message.c_str());
-  throw py::error_already_set();
-}
-
 Library library_of(PyObject* object) {
   // Not by the attribute, which a metaclass can make endless.
   for (const py::handle base : py::handle(Py_TYPE(object)->tp_mro)) {

@@ -9,10 +9,9 @@
 
 #include "arrays.hpp"
 #include "dlpack.h"
+#include "errors.hpp"
 
 namespace nvpflow::python {
-
-[[noreturn]] void raise(PyObject* type, const std::string& message);
 
 /// The library that the object's type, or one of its bases, comes from; `other` where it is none of those we know.
 Library library_of(PyObject* object);

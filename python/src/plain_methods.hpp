@@ -15,6 +15,7 @@
 
 #include "arrays.hpp"
 #include "bound_flow.hpp"
+#include "errors.hpp"
 
 namespace nvpflow::python {
 
@@ -29,6 +30,9 @@ inline BoundFlow& bound(PyObject* self) {
 
 /// "; " and what to say of an argument that there is not, where nvpflow._hints knows it; "" stands for one by position.
 std::string hint_about(const std::string& name);
+
+/// The bytes of a str, bytes or os.PathLike, as the file system wants them.
+std::string path_of(const py::object& path);
 
 /// Splits a vectorcall into at most kMax named arguments. Names after `positional` are keyword-only.
 template <int kMax>
@@ -91,16 +95,6 @@ class ArgumentsOf {
   std::span<PyObject* const> names_;
   PyObject* values_[kMax] = {};
 };
-
-template <class F>
-PyObject* guarded(F&& f) {
-  try {
-    return f();
-  } catch (...) {
-    set_python_error();
-    return nullptr;
-  }
-}
 
 /// What most methods take their arguments as.
 using Arguments = ArgumentsOf<6>;

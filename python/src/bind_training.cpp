@@ -1,0 +1,175 @@
+// fit, and setting the first layer from data.
+
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <nvpflow/error.hpp>
+#include <nvpflow/flow.hpp>
+#include <nvpflow/train.hpp>
+
+#include "arrays.hpp"
+#include "bindings.hpp"
+#include "bound_flow.hpp"
+#include "gil.hpp"
+#include "plain_methods.hpp"
+
+namespace nvpflow::python {
+namespace {
+
+/// How often a long fit takes the GIL to look for signals and report progress.
+constexpr auto kProgressInterval = std::chrono::milliseconds(50);
+
+FitOptions options_from(const py::dict& dict) {
+  FitOptions o;
+  for (const auto& [key, value] : dict) {
+    const auto name = key.cast<std::string>();
+    if (name == "epochs")
+      o.epochs = value.cast<std::int64_t>();
+    else if (name == "batch_size")
+      o.batch_size = value.cast<std::int64_t>();
+    else if (name == "learning_rate")
+      o.learning_rate = value.cast<double>();
+    else if (name == "schedule") {
+      const auto schedule = value.cast<std::string>();
+      if (schedule != "constant" && schedule != "cosine") {
+        throw Error(ErrorCode::invalid_argument, "schedule is '" + schedule + "', expected 'constant' or 'cosine'");
+      }
+      o.schedule = schedule == "cosine" ? Schedule::cosine : Schedule::constant;
+    } else if (name == "weight_decay")
+      o.weight_decay = value.cast<double>();
+    else if (name == "clip_norm")
+      o.clip_norm = value.cast<double>();
+    else if (name == "averaging")
+      o.averaging = value.cast<double>();
+    else if (name == "patience")
+      o.patience = value.cast<std::int64_t>();
+    else if (name == "validation_fraction")
+      o.validation_fraction = value.cast<double>();
+    else if (name == "max_round_trip")
+      o.max_round_trip = value.cast<double>();
+    else if (name == "standardize")
+      o.standardize = parse_statistics(value.cast<std::string>());
+    else if (name == "max_deviation")
+      o.max_deviation = value.cast<double>();
+    else if (name == "seed")
+      o.seed = value.cast<std::uint64_t>();
+    else if (name == "num_threads")
+      o.num_threads = value.cast<int>();
+    else if (name == "checkpoint")
+      o.checkpoint = path_of(py::reinterpret_borrow<py::object>(value));
+    else
+      throw Error(ErrorCode::invalid_argument, "unknown training option '" + name + "'");
+  }
+  return o;
+}
+
+py::dict record_dict(const EpochRecord& r) {
+  using namespace py::literals;
+  return py::dict("epoch"_a = r.epoch, "train_loss"_a = r.train_loss, "validation_loss"_a = r.validation_loss,
+                  "learning_rate"_a = r.learning_rate, "gradient_norm"_a = r.gradient_norm, "seconds"_a = r.seconds,
+                  "round_trip"_a = r.round_trip);
+}
+
+/// Takes the GIL a few times a second: for signals, for the progress bar, for the caller's callback.
+class PythonObserver final : public FitObserver {
+ public:
+  PythonObserver(py::object on_progress, py::object on_epoch)
+      : on_progress_(std::move(on_progress)), on_epoch_(std::move(on_epoch)) {}
+
+  bool on_progress(std::int64_t epoch, std::int64_t step, std::int64_t steps) override {
+    const auto now = std::chrono::steady_clock::now();
+    const bool first_step = epoch > 0 && !std::exchange(training_, epoch > 0);
+    if (now - last_ < kProgressInterval && !first_step) return true;
+    last_ = now;
+    if (!ends_it_) park_if_finalizing();
+    const py::gil_scoped_acquire acquire;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    // Epoch 0 is the preparation: there is nothing to report yet.
+    return on_progress_.is_none() || epoch == 0 || goes_on(on_progress_(epoch, step, steps));
+  }
+
+  bool on_epoch(const EpochRecord& record) override {
+    if (!ends_it_) park_if_finalizing();
+    const py::gil_scoped_acquire acquire;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    return on_epoch_.is_none() || goes_on(on_epoch_(record_dict(record)));
+  }
+
+ private:
+  static bool goes_on(const py::object& answer) { return answer.ptr() != Py_False; }
+
+  py::object on_progress_, on_epoch_;
+  std::chrono::steady_clock::time_point last_;
+  bool ends_it_ = is_finalizing();  // as GilReleased's; made with the GIL
+  bool training_ = false;           // the preparation is over
+};
+
+/// x, validation, options, on_progress, on_epoch
+py::object fit_flow(BoundFlow& self, const Arguments& given) {
+  const auto rows_of = [&](PyObject* array, const char* name, DType dtype, Kind kind) {
+    InputArray in = input_rows(array, name, dtype, self.features, kHost, kind);
+    if (in.single) {
+      throw Error(ErrorCode::invalid_argument,
+                  std::string(name) + " has one axis, expected (N, " + std::to_string(self.features) + ")");
+    }
+    return in;
+  };
+  InputArray in = rows_of(given[0], "x", self.dtype, self.data), held_out;
+  if (given.given(1)) {
+    held_out = rows_of(given[1], "validation", self.dtype, self.data);
+    // Both of one dtype: float32 is widened without loss.
+    if (in.wide && !held_out.wide) held_out = rows_of(given[1], "validation", DType::float64, Kind::data);
+    if (held_out.wide && !in.wide) in = rows_of(given[0], "x", DType::float64, Kind::data);
+    if (held_out.rows == 0) throw Error(ErrorCode::invalid_argument, "validation has no rows, expected at least one");
+  }
+  const FitOptions fit_options = options_from(given.object(2).cast<py::dict>());
+  PythonObserver observer(given.object(3), given.object(4));
+  History history;
+  {
+    const GilReleased released;
+    history = by_dtype(in.wide || held_out.wide ? DType::float64 : self.dtype, [&](auto t) {
+      using T = decltype(t);
+      return fit(self.flow, view<T>(in, in.rows * self.features), view<T>(held_out, held_out.rows * self.features),
+                 fit_options, &observer);
+    });
+  }
+  py::list epochs;
+  for (const EpochRecord& r : history.epochs) epochs.append(record_dict(r));
+  using namespace py::literals;
+  return py::dict("epochs"_a = epochs, "best_epoch"_a = history.best_epoch, "best_loss"_a = history.best_loss,
+                  "stop_reason"_a = history.stop_reason, "train_rows"_a = history.train_rows,
+                  "validation_rows"_a = history.validation_rows, "standardized"_a = history.standardized,
+                  "rows_left_out"_a = history.rows_left_out);
+}
+
+/// x, statistics
+py::object initialize_from(BoundFlow& self, const Arguments& given) {
+  const InputArray in = input_rows(given[0], "x", self.dtype, self.features, kHost, self.data);
+  const Statistics statistics = parse_statistics(given.object(1).cast<std::string>());
+  std::vector<std::string> how;
+  {
+    const GilReleased released;
+    how = by_dtype(in.wide ? DType::float64 : self.dtype, [&](auto t) {
+      return self.flow.initialize_from(view<decltype(t)>(in, in.rows * self.features), statistics);
+    });
+  }
+  return py::cast(how);
+}
+
+}  // namespace
+
+void add_training_methods(py::class_<BoundFlow>& type) {
+  for (PyMethodDef* method : {
+           plain<&initialize_from>("_initialize_from", 2, 2, {"x", "statistics"}, nullptr),
+           plain<&fit_flow>("_fit", 5, 5, {"x", "validation", "options", "on_progress", "on_epoch"}, nullptr),
+       }) {
+    add_method(type, method);
+  }
+}
+
+}  // namespace nvpflow::python

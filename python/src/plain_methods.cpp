@@ -1,0 +1,30 @@
+#include "plain_methods.hpp"
+
+#include <string>
+
+namespace nvpflow::python {
+
+std::string hint_about(const std::string& name) {
+  const auto hint = py::module_::import("nvpflow._hints").attr("about")(name).cast<std::string>();
+  return hint.empty() ? "" : "; " + hint;
+}
+
+std::string path_of(const py::object& path) {
+  PyObject* bytes = nullptr;
+  if (PyUnicode_FSConverter(path.ptr(), static_cast<void*>(&bytes)) == 0) throw py::error_already_set();
+  return py::reinterpret_steal<py::bytes>(bytes);
+}
+
+void add_method(py::class_<BoundFlow>& type, PyMethodDef* method) {
+  PyObject* descriptor = PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type.ptr()), method);
+  if (descriptor == nullptr) throw py::error_already_set();
+  type.attr(method->ml_name) = py::reinterpret_steal<py::object>(descriptor);
+}
+
+void add_function(py::module_& module, PyMethodDef* function) {
+  PyObject* made = PyCFunction_NewEx(function, nullptr, py::str("nvpflow._core").ptr());
+  if (made == nullptr) throw py::error_already_set();
+  module.attr(function->ml_name) = py::reinterpret_steal<py::object>(made);
+}
+
+}  // namespace nvpflow::python
