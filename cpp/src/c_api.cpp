@@ -17,7 +17,7 @@
 #include <nvpflow/flow.hpp>
 #include <nvpflow/spec.hpp>
 
-#include "file_format.hpp"
+#include "io/spec_json.hpp"
 
 /// What a handle points at.
 struct nvpflow_flow {

@@ -14,8 +14,9 @@
 #include <nvpflow/spec.hpp>
 #include <nvpflow/train.hpp>
 
-#include "file_format.hpp"
-#include "metadata.hpp"
+#include "io/metadata_json.hpp"
+#include "io/safetensors.hpp"
+#include "io/spec_json.hpp"
 
 namespace nvpflow {
 namespace {
@@ -79,7 +80,7 @@ json training_of(const std::string& path, const TensorFile& file) {
   if (text == file.metadata.end()) damaged(path, "not a checkpoint: it has no " + std::string(kTrainingKey));
   json training;
   try {
-    training = parse_metadata_json(text->second);
+    training = io::parse_metadata_json(text->second);
   } catch (const Error& error) {
     damaged(path, std::string(kTrainingKey) + ": " + error.what());
   }

@@ -1,4 +1,4 @@
-// Checkpoints of a training run: the container of file_format.hpp, with the optimizer's state and the history.
+// Checkpoints of a training run: the container of io/safetensors.hpp, with the optimizer's state and the history.
 #pragma once
 
 #include <cstdint>

@@ -22,8 +22,9 @@
 #include <nvpflow/error.hpp>
 #include <nvpflow/spec.hpp>
 
-#include "file_format.hpp"
 #include "float_mode.hpp"
+#include "io/model_file.hpp"
+#include "io/spec_json.hpp"
 #include "parallel.hpp"
 
 namespace nvpflow {
@@ -619,7 +620,5 @@ void Flow::conditioner(std::int64_t layer, std::span<const T> in, std::span<T> s
 NVPFLOW_INSTANTIATE(float)
 NVPFLOW_INSTANTIATE(double)
 #undef NVPFLOW_INSTANTIATE
-
-const char* version() { return NVPFLOW_VERSION; }
 
 }  // namespace nvpflow

@@ -10,7 +10,7 @@
 #include <nvpflow/flow.hpp>
 #include <nvpflow/spec.hpp>
 
-#include "../../cpp/src/file_format.hpp"
+#include "../../cpp/src/io/model_file.hpp"
 #include "arrays.hpp"
 #include "bindings.hpp"
 #include "bound_flow.hpp"

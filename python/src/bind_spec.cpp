@@ -12,7 +12,7 @@
 #include <nvpflow/error.hpp>
 #include <nvpflow/spec.hpp>
 
-#include "../../cpp/src/file_format.hpp"
+#include "../../cpp/src/io/spec_json.hpp"
 #include "bindings.hpp"
 #include "bound_spec.hpp"
 

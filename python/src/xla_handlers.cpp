@@ -31,7 +31,7 @@
 #include <nvpflow/error.hpp>
 #include <nvpflow/spec.hpp>
 
-#include "../../cpp/src/file_format.hpp"
+#include "../../cpp/src/io/spec_json.hpp"
 #include "../../cpp/src/parallel.hpp"
 #include "xla_ffi.h"
 

@@ -28,7 +28,9 @@
 #include <nvpflow/spec.hpp>
 #include <nvpflow/train.hpp>
 
-#include "file_format.hpp"
+#include "io/model_file.hpp"
+#include "io/safetensors.hpp"
+#include "io/spec_json.hpp"
 #include "math.hpp"
 #include "row_order.hpp"
 

@@ -25,8 +25,10 @@
 
 #include "allocations.hpp"
 #include "checkpoint.hpp"
-#include "file_format.hpp"
 #include "fuzz.hpp"
+#include "io/model_file.hpp"
+#include "io/safetensors.hpp"
+#include "io/spec_json.hpp"
 
 using namespace nvpflow;
 

@@ -1,8 +1,8 @@
 """Do the tests notice when the code is wrong? Changes the code in small ways, and runs the tests on each of them.
 
     python tests/tools/mutate.py                        # all mutants of all files (some hours)
-    python tests/tools/mutate.py --file cpp/src/file_format.cpp --seconds 20        # a first look (half an hour)
-    python tests/tools/mutate.py --file cpp/src/file_format.cpp --limit 50 --seed 1
+    python tests/tools/mutate.py --file cpp/src/io/safetensors.cpp --seconds 20        # a first look (half an hour)
+    python tests/tools/mutate.py --file cpp/src/io/safetensors.cpp --limit 50 --seed 1
     python tests/tools/mutate.py --scratch FOLDER       # keeps the build there, for the next time
 
 A mutant is one operator, number, condition or statement changed (mutation/mutators.py). All of them are compiled into
@@ -45,7 +45,12 @@ NOTES_BYTES = 1 << 16  # kMost in mutant.hpp
 
 # What is mutated: the bytes of files, and the checks of what comes from outside.
 FILES = (
-    "cpp/src/file_format.cpp",
+    "cpp/src/io/atomic_file.cpp",
+    "cpp/src/io/descriptor.hpp",
+    "cpp/src/io/metadata_json.cpp",
+    "cpp/src/io/model_file.cpp",
+    "cpp/src/io/safetensors.cpp",
+    "cpp/src/io/spec_json.cpp",
     "cpp/src/spec.cpp",
     "python/src/arrays.cpp",
     "python/src/layout.hpp",
@@ -134,7 +139,11 @@ def configure(scratch: Path) -> None:
 def compile_errors(scratch: Path, file: str) -> set[int]:
     """Lines of the file in the copy at which the compiler finds an error."""
     commands = json.loads((scratch / "build" / "compile_commands.json").read_text())
-    user = {"python/src/layout.hpp": "tests/fuzz/layout.cpp"}.get(file, file)
+    users = {
+        "cpp/src/io/descriptor.hpp": "cpp/src/io/safetensors.cpp",
+        "python/src/layout.hpp": "tests/fuzz/layout.cpp",
+    }
+    user = users.get(file, file)
     entry = next(entry for entry in commands if entry["file"] == str(scratch / "tree" / user))
     words = shlex.split(entry["command"])
     del words[words.index("-o") : words.index("-o") + 2]

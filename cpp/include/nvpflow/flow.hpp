@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 #include <memory>
 #include <optional>
 #include <span>
@@ -14,19 +13,13 @@
 #include <nvpflow/backend.hpp>
 #include <nvpflow/error.hpp>
 #include <nvpflow/spec.hpp>
+#include <nvpflow/threshold.hpp>
+#include <nvpflow/version.hpp>
 
 /// The C++ interface: Flow, FlowSpec, fit() and what they need.
 namespace nvpflow {
 
 struct LoadedModel;
-
-/// A limit of log p, below which a row counts as unlikely.
-struct Threshold {
-  /// Nats; finite.
-  double log_prob = 0;
-  /// The share of rows, in [0, 1], that lay below it where it was found; NaN: unknown.
-  double quantile = std::numeric_limits<double>::quiet_NaN();
-};
 
 /// What a standardize layer is set from. mean: mean and standard deviation. robust: median and interquartile range over
 /// 1.349, the standard deviation of a normal distribution with these quartiles; where half of a column's values are
@@ -79,7 +72,7 @@ class NVPFLOW_API Flow {
   /// As above.
   Flow& operator=(const Flow&);
 
-  /// The file formats of file_format.hpp. Throws Error(io) or Error(file_format).
+  /// A model file (python/docs/file_format.md). Throws Error(io) or Error(file_format).
   static Flow load(const std::string& path, Device device = {}, Precision precision = Precision::float32,
                    Weights weights = Weights::full);
   /// As load; for a file without a spec of its own (tensors alone) whose spec cannot be read off them, or to check it.
@@ -222,8 +215,5 @@ class NVPFLOW_API Flow {
   static Flow from_model(LoadedModel&& model, Device device, Precision precision, Weights weights);
   std::unique_ptr<State> state_;
 };
-
-/// Library version, "MAJOR.MINOR.PATCH".
-NVPFLOW_API const char* version();
 
 }  // namespace nvpflow

@@ -1,0 +1,42 @@
+// JSON in the metadata of a file, which may come from anybody.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <string_view>
+
+#include <nlohmann/json.hpp>
+#include <nvpflow/error.hpp>
+
+namespace nvpflow::io {
+
+/// The longest text of a metadata value.
+inline constexpr std::size_t kMaxJsonBytes = std::size_t{1} << 24;
+
+/// The document that a metadata value holds. Error(file_format) where it is no JSON, repeats a key, is longer than 16
+/// MiB or deeper than eight levels: what walks through it may then do so by recursion.
+nlohmann::json parse_metadata_json(const std::string& text);
+
+/// Error(file_format).
+[[noreturn]] void fail_field(const std::string& field, const nlohmann::json& value, const std::string& expected);
+/// The object has these keys and no other. `where` is empty for the document itself, else "layers[3]".
+void check_keys(const nlohmann::json& object, const std::string& where, std::initializer_list<std::string_view> keys);
+std::int64_t integer_of(const nlohmann::json& value, const std::string& field);
+double number_of(const nlohmann::json& value, const std::string& field);
+const std::string& string_of(const nlohmann::json& value, const std::string& field);
+
+/// parse(text) with the field's name in front of what it throws.
+template <class Parse>
+auto name_from(const nlohmann::json& value, const std::string& field, Parse parse) {
+  const std::string& text = string_of(value, field);
+  if (text.size() > 80) fail_field(field, value, "a known name");  // an error below quotes the whole text
+  try {
+    return parse(text);
+  } catch (const Error& error) {
+    throw Error(ErrorCode::file_format, field + ": " + error.what());
+  }
+}
+
+}  // namespace nvpflow::io
