@@ -1,0 +1,230 @@
+"""Where PyTorch differentiates: operators for traces, a function of autograd for everything else, one backward pass.
+
+An operator is what torch.compile sees: a function of rows and parameters without side effects. It costs a tenth of a
+millisecond a call, so that a call that nobody records goes through a `torch.autograd.Function`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from nvpflow.torch._engine import Engine, Foreseen, engines
+
+# ---- operators; `engine` is the number of an Engine -----------------------------------------------------------------
+
+
+@torch.library.custom_op("nvpflow::forward", mutates_args=())
+def _forward(x: torch.Tensor, parameters: list[torch.Tensor], engine: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return engines[engine].forward(x, parameters)
+
+
+@torch.library.custom_op("nvpflow::inverse", mutates_args=())
+def _inverse(z: torch.Tensor, parameters: list[torch.Tensor], engine: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return engines[engine].inverse(z, parameters)
+
+
+@torch.library.custom_op("nvpflow::log_prob", mutates_args=())
+def _log_prob(x: torch.Tensor, parameters: list[torch.Tensor], engine: int) -> torch.Tensor:
+    return engines[engine].log_prob(x, parameters)
+
+
+@torch.library.custom_op("nvpflow::vjp", mutates_args=())
+def _vjp(
+    kind: str,
+    x: torch.Tensor,
+    grad_out: torch.Tensor | None,
+    grad_log_det: torch.Tensor | None,
+    parameters: list[torch.Tensor],
+    engine: int,
+    wrt: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cotangents of x and of all parameters in one vector; what is not wanted comes as an empty tensor."""
+    grad_x, grad_parameters = engines[engine].vjp(kind, x, grad_out, grad_log_det, parameters, wrt)
+    none = x.new_empty(0)
+    return none if grad_x is None else grad_x, none if grad_parameters is None else grad_parameters
+
+
+@_forward.register_fake
+def _forward_shapes(x: torch.Tensor, parameters: list[torch.Tensor], engine: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:1])
+
+
+@_inverse.register_fake
+def _inverse_shapes(z: torch.Tensor, parameters: list[torch.Tensor], engine: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return z.new_empty(z.shape), z.new_empty(z.shape[:1])
+
+
+@_log_prob.register_fake
+def _log_prob_shape(x: torch.Tensor, parameters: list[torch.Tensor], engine: int) -> torch.Tensor:
+    return x.new_empty(x.shape[:1])
+
+
+@_vjp.register_fake
+def _vjp_shapes(
+    kind: str,
+    x: torch.Tensor,
+    grad_out: torch.Tensor | None,
+    grad_log_det: torch.Tensor | None,
+    parameters: list[torch.Tensor],
+    engine: int,
+    wrt: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    size = sum(p.numel() for p in parameters)
+    grad_x = x.new_empty(0 if wrt == "parameters" else x.shape)
+    return grad_x, x.new_empty(0 if wrt == "x" else size)
+
+
+# ---- the backward pass ----------------------------------------------------------------------------------------------
+
+
+def _wrt(wanted: Sequence[bool]) -> str:
+    return "both" if wanted[0] and any(wanted[1:]) else "x" if wanted[0] else "parameters"
+
+
+def _parts(flat: torch.Tensor, parameters: Sequence[torch.Tensor], wanted: Sequence[bool]) -> list[torch.Tensor | None]:
+    """Split the gradient of all parameters into those of each."""
+    parts: Any = torch.split(flat, [p.numel() for p in parameters])
+    return [
+        (part if p.dim() == 1 else part.view(p.shape)) if w else None
+        for part, p, w in zip(parts, parameters, wanted, strict=True)
+    ]
+
+
+def _remember(ctx: Any, kind: str, engine: Engine, tensors: Sequence[torch.Tensor], foreseen: Foreseen | None) -> None:
+    """Keep what `_gradients` needs: the engine, which the graph may outlive otherwise, the rows and the parameters."""
+    ctx.kind, ctx.engine, ctx.foreseen = kind, engine, foreseen
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grads: Sequence[Any], wanted: Sequence[bool], *, traced: bool) -> tuple[Any, list[Any]]:
+    """Return the gradients by the rows and by each parameter, as far as they are wanted."""
+    x, *parameters = ctx.saved_tensors
+    grad_out, grad_log_det = (None, grads[0]) if ctx.kind == "log_prob" else grads
+    if grad_out is None and grad_log_det is None:
+        return None, [None] * len(parameters)
+    wrt = _wrt(wanted)
+    if traced:
+        grad_x, flat = _vjp(ctx.kind, x, grad_out, grad_log_det, parameters, ctx.engine.handle, wrt)
+    elif torch.is_grad_enabled():  # create_graph
+        arguments = (ctx.kind, ctx.engine, wrt, x, grad_out, grad_log_det, *parameters)
+        grad_x, flat = _Vjp.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        grad_x, flat = None, None
+        if ctx.kind == "log_prob" and wrt == "parameters":
+            flat = ctx.engine.take_foreseen(ctx.foreseen, grad_log_det)
+        if flat is None:
+            grad_x, flat = ctx.engine.vjp(ctx.kind, x, grad_out, grad_log_det, parameters, wrt)
+    by_parameter = [None] * len(parameters) if wrt == "x" else _parts(flat, parameters, wanted[1:])
+    return grad_x if wanted[0] else None, by_parameter
+
+
+def _no_second_derivatives(ctx: Any, *grads: object) -> None:
+    raise NotImplementedError(
+        "nvpflow has first derivatives only: a gradient of FlowModule made with create_graph=True cannot be "
+        "differentiated again"
+    )
+
+
+def _differentiable(kind: str, operator: Any) -> Any:
+    """Give an operator the backward pass."""
+
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+        x, parameters, engine = inputs
+        _remember(ctx, kind, engines[engine], [x, *parameters], None)
+
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
+        return (*_gradients(ctx, grads, wanted, traced=True), None)
+
+    operator.register_autograd(backward, setup_context=remember)
+    return operator
+
+
+_OPERATORS: dict[str, Any] = {
+    kind: _differentiable(kind, operator)
+    for kind, operator in (("forward", _forward), ("inverse", _inverse), ("log_prob", _log_prob))
+}
+_vjp.register_autograd(_no_second_derivatives)
+
+
+# ---- without an operator --------------------------------------------------------------------------------------------
+
+
+def _no_vmap(info: Any, in_dims: Any, *arguments: object) -> Any:
+    raise NotImplementedError(
+        "FlowModule does not support torch.func.vmap; its methods take rows [..., D] with any leading axes at once, "
+        "and torch.autograd.functional.jacobian gives Jacobians"
+    )
+
+
+class _Vjp(torch.autograd.Function):
+    """Engine.vjp where somebody may want to differentiate it again, and must hear that this cannot be."""
+
+    @staticmethod
+    def forward(
+        kind: str, engine: Engine, wrt: str, x: Any, grad_out: Any, grad_log_det: Any, *parameters: torch.Tensor
+    ) -> Any:
+        return engine.vjp(kind, x, grad_out, grad_log_det, parameters, wrt)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    backward = staticmethod(_no_second_derivatives)
+    vmap = staticmethod(_no_vmap)
+
+
+class _Call(torch.autograd.Function):
+    """A method of the engine; of log_prob with the gradient that could be foreseen, or None, as a second result."""
+
+    @staticmethod
+    def forward(kind: str, engine: Engine, x: torch.Tensor, *parameters: torch.Tensor) -> Any:
+        if kind == "log_prob":
+            return engine.log_prob_foreseeing(x, parameters)
+        return getattr(engine, kind)(x, parameters)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        kind, engine, *tensors = inputs
+        _remember(ctx, kind, engine, tensors, output[1] if kind == "log_prob" else None)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad_x, by_parameter = _gradients(ctx, grads, ctx.needs_input_grad[2:], traced=False)
+        return None, None, grad_x, *by_parameter
+
+    vmap = staticmethod(_no_vmap)
+
+
+# ---- calls ----------------------------------------------------------------------------------------------------------
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has memory and nobody writes down what becomes of it: a trace sees operators alone."""
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
+    recorded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return plain and not recorded
+
+
+def call(kind: str, engine: Engine, rows: torch.Tensor, parameters: list[torch.Tensor]) -> Any:
+    """Return what `kind` of the engine gives, differentiable where somebody may want a gradient."""
+    if not is_plain(rows):
+        return _OPERATORS[kind](rows, parameters, engine.handle)
+    if not torch.is_grad_enabled() and not torch._C._functorch.is_functorch_wrapped_tensor(rows):
+        return getattr(engine, kind)(rows, parameters)
+    result: Any = _Call.apply(kind, engine, rows, *parameters)  # type: ignore[no-untyped-call]
+    return result[0] if kind == "log_prob" else result
+
+
+def refuse_tangents(tensors: list[tuple[str, torch.Tensor]]) -> None:
+    for name, tensor in tensors:
+        if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+            raise NotImplementedError(
+                f"{name} has a tangent of forward-mode differentiation, and nvpflow has derivatives in reverse mode "
+                "alone: use torch.func.vjp, torch.func.grad or backward(), or pass the value without its tangent"
+            )

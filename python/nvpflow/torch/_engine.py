@@ -1,0 +1,253 @@
+"""nvpflow's kernels on parameters that PyTorch owns."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from nvpflow import _spec
+from nvpflow.flow import Flow
+
+DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+
+
+class _Packed:
+    """A flow that holds a copy of some parameters; it is not changed while it has users."""
+
+    def __init__(self, flow: Flow) -> None:
+        self.flow = flow
+        self.copy: torch.Tensor | None = None  # of its parameters, where they are on a CUDA device
+        self.users = 0
+
+
+class Foreseen:
+    """The parameters' gradient of one call of log_prob, formed with the value because its cotangent could be foreseen.
+
+    A mean over the rows, the usual loss, gives every row the same cotangent, and the same one as in the step before.
+    With it a training step passes forward once instead of twice. It belongs to one call and counts only where the
+    cotangent turns out to be that one: it changes when a gradient is formed, never what it is.
+    """
+
+    def __init__(self, cotangent: float, gradient: torch.Tensor) -> None:
+        self.cotangent = cotangent
+        self.gradient: torch.Tensor | None = gradient
+
+    def take(self) -> torch.Tensor | None:
+        """Return the gradient, once: the caller owns it from then on and may add to it."""
+        gradient, self.gradient = self.gradient, None
+        return gradient
+
+
+def _common_value(values: torch.Tensor) -> float | None:
+    """Return the value of all elements, if one that is not NaN or zero; on the CPU alone, where to look is cheap."""
+    if values.device.type != "cpu" or values.numel() == 0:
+        return None
+    array = values.detach().numpy()
+    first = float(array[0])
+    same = array.strides == (0,) or bool((array == first).all())
+    return first if same and first == first and first != 0 else None
+
+
+class Engine:
+    """Runs nvpflow's kernels on parameters that PyTorch owns.
+
+    The kernels read a packed copy of the parameters, made anew when they have changed. Every call compares all their
+    bytes: what PyTorch knows of changes leaves out ``parameter.data.add_``, NumPy's views and fused optimizers.
+    """
+
+    def __init__(self, flow: Flow) -> None:
+        self.spec = flow.spec
+        self.precision = flow.precision
+        self.flat: torch.Tensor | None = None  # the memory that the parameters lie in, unless somebody moved them
+        self._layout = [(name, torch.Size(shape), offset) for name, shape, offset in flow._layout()]
+        self._places: tuple[int, list[tuple[int, torch.Size]]] = (0, [])
+        self._lock = threading.Lock()
+        self._packed = _Packed(flow)
+        # Rows and cotangent of the last backward pass of log_prob; none between a prediction and its confirmation.
+        self._expected: tuple[int, float] | None = None
+        self.handle = next(_handles)
+        engines[self.handle] = self
+
+    @property
+    def num_threads(self) -> int:
+        return self._packed.flow.num_threads
+
+    @num_threads.setter
+    def num_threads(self, value: int) -> None:
+        with self._lock:
+            self._packed.flow.num_threads = value
+
+    # -- calls --------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def using(self, parameters: Sequence[torch.Tensor]) -> Iterator[Flow]:
+        """Give a flow that has these parameters until the end of the block."""
+        packed = self._acquire(parameters)
+        try:
+            yield packed.flow
+        finally:
+            with self._lock:
+                packed.users -= 1
+
+    def forward(self, x: torch.Tensor, parameters: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """As Flow.forward."""
+        with self.using(parameters) as flow:
+            return flow.forward(x.detach().contiguous())
+
+    def inverse(self, z: torch.Tensor, parameters: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """As Flow.inverse with log_det."""
+        with self.using(parameters) as flow:
+            result: tuple[torch.Tensor, torch.Tensor] = flow.inverse(z.detach().contiguous(), with_log_det=True)
+            return result
+
+    def log_prob(self, x: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+        """As Flow.log_prob."""
+        with self.using(parameters) as flow:
+            result: torch.Tensor = flow.log_prob(x.detach().contiguous())
+            return result
+
+    def log_prob_foreseeing(
+        self, x: torch.Tensor, parameters: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, Foreseen | None]:
+        """As Flow.log_prob, with the parameters' gradient where its cotangent can be foreseen."""
+        wanted = not x.requires_grad and any(p.requires_grad for p in parameters)
+        cotangent = self._expectation(x.shape[0]) if wanted else None
+        if cotangent is None:
+            return self.log_prob(x, parameters), None
+        with self.using(parameters) as flow:
+            rows, cotangents = x.detach().contiguous(), x.new_full(x.shape[:1], cotangent)
+            log_prob, gradient = flow._log_prob_and_vjp(rows, cotangents, None)
+            return log_prob, Foreseen(cotangent, gradient)
+
+    def vjp(
+        self,
+        kind: str,
+        x: torch.Tensor,
+        grad_out: torch.Tensor | None,
+        grad_log_det: torch.Tensor | None,
+        parameters: Sequence[torch.Tensor],
+        wrt: str,
+    ) -> tuple[Any, Any]:
+        """As Flow.vjp of kind "forward" or "inverse", or Flow.log_prob_vjp, whose cotangent is `grad_log_det`."""
+        given: list[Any] = [None if g is None else g.detach().contiguous() for g in (grad_out, grad_log_det)]
+        with self.using(parameters) as flow:
+            rows, options = x.detach().contiguous(), dict[str, Any](wrt=wrt)
+            if kind == "log_prob":
+                return flow.log_prob_vjp(rows, given[1], **options)
+            return flow.vjp(rows, *given, **(options | {"direction": kind}))
+
+    def take_foreseen(self, foreseen: Foreseen | None, cotangent: torch.Tensor) -> torch.Tensor | None:
+        """Return the foreseen gradient if its cotangent is this one, and learn what to foresee next."""
+        value = _common_value(cotangent)
+        with self._lock:
+            self._expected = None if value is None else (cotangent.shape[0], value)
+        return foreseen.take() if foreseen is not None and foreseen.cotangent == value else None
+
+    def _expectation(self, rows: int) -> float | None:
+        with self._lock:
+            if self._expected is None or self._expected[0] != rows:
+                return None
+            cotangent, self._expected = self._expected[1], None
+            return cotangent
+
+    # -- parameters ---------------------------------------------------------------------------------------------------
+
+    def flatten(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Lay the parameters out in one piece of the host's memory, in the order of the flow's.
+
+        Each has a storage of its own there: one that is a view of a larger storage is refused by safetensors and
+        others. On a device they stay where they are, where joining them costs little.
+        """
+        self.flat = None
+        first = parameters[0]
+        if first.device.type != "cpu" or any((p.device, p.dtype) != (first.device, first.dtype) for p in parameters):
+            return
+        values = np.concatenate([p.detach().numpy().reshape(-1) for p in parameters])
+        for (_, shape, offset), parameter in zip(self._layout, parameters, strict=True):
+            parameter.data = torch.from_numpy(values[offset : offset + shape.numel()].reshape(shape))
+        self.flat = torch.from_numpy(values)
+
+    def are_flat(self, parameters: Sequence[torch.Tensor]) -> bool:
+        """Whether the parameters are the parts of `flat`."""
+        if self.flat is None:
+            return False
+        start, size = self.flat.data_ptr(), self.flat.element_size()
+        if self._places[0] != start:
+            self._places = (start, [(start + size * offset, shape) for _, shape, offset in self._layout])
+        return all(
+            p.data_ptr() == address and p.shape == shape and p.is_contiguous()
+            for p, (address, shape) in zip(parameters, self._places[1], strict=True)
+        )
+
+    def _acquire(self, parameters: Sequence[torch.Tensor]) -> _Packed:
+        flat = self.flat if self.flat is not None and self.are_flat(parameters) else self._gather(parameters)
+        with self._lock:
+            packed = self._packed
+            packed.users += 1
+        if self._holds(packed, flat):
+            return packed
+        with self._lock:
+            packed.users -= 1
+            packed = self._packed
+            if packed.users > 0 or not self._fits(packed.flow, flat):
+                packed = self._packed = _Packed(self._new_flow(flat, packed.flow.num_threads))
+            packed.copy = None if flat.device.type == "cpu" else flat.clone()
+            packed.flow._set_flat_parameters(flat.cpu().numpy())
+            packed.users += 1
+            return packed
+
+    def _gather(self, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Copy all parameters into one vector."""
+        first = parameters[0]
+        for (name, shape, _), p in zip(self._layout, parameters, strict=True):
+            if p.shape != shape:
+                raise ValueError(f"the parameter {name} has shape {tuple(p.shape)}, expected {tuple(shape)}")
+            if p.dtype not in DTYPES:
+                raise TypeError(f"the parameter {name} has dtype {p.dtype}, expected torch.float32 or torch.float64")
+            if (p.dtype, p.device) != (first.dtype, first.device):
+                raise ValueError(
+                    f"the parameter {name} is {p.dtype} on '{p.device}', {self._layout[0][0]} {first.dtype} on "
+                    f"'{first.device}'; expected all of one dtype on one device, as module.to() leaves them"
+                )
+        return torch.cat([p.detach().reshape(-1) for p in parameters])
+
+    def _holds(self, packed: _Packed, flat: torch.Tensor) -> bool:
+        if not self._fits(packed.flow, flat):
+            return False
+        if flat.device.type == "cpu":
+            return packed.flow._has_flat_parameters(flat.numpy())
+        return packed.copy is not None and torch.equal(packed.copy, flat)
+
+    def _fits(self, flow: Flow, flat: torch.Tensor) -> bool:
+        return flow.spec.dtype == DTYPES[flat.dtype] and flow.device == _place(flat.device)
+
+    def _new_flow(self, flat: torch.Tensor, num_threads: int) -> Flow:
+        if flat.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"the parameters are on device '{flat.device}', expected the CPU or a CUDA device")
+        spec = _spec.with_dtype(self.spec, DTYPES[flat.dtype])
+        # Modes of lower precision are for float32 on a CUDA device.
+        lower = flat.device.type == "cuda" and flat.dtype == torch.float32
+        precision = self.precision if lower else "float32"
+        flow = Flow(spec, device=_place(flat.device), precision=precision)
+        flow.num_threads = num_threads
+        return flow
+
+
+_handles = itertools.count()
+engines: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
+
+
+def _place(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
+
+
+def are_shared(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether other processes see them (`share_memory`): then they stay where they are."""
+    return any(tensor.device.type == "cpu" and tensor.is_shared() for tensor in tensors)  # type: ignore[no-untyped-call]
