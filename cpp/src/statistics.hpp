@@ -21,6 +21,8 @@ namespace nvpflow {
 
 /// Rows that a pass over the data goes through between two looks at the observer.
 inline constexpr std::int64_t kPollRows = 1 << 16;
+/// Rows after which it is seen whether all columns have varied.
+inline constexpr std::int64_t kFirstRows = 1 << 10;
 /// Rows that quantiles are taken from: every k-th where there are more. Bounds memory, and errs by a thousandth of the
 /// standard deviation.
 inline constexpr std::int64_t kQuantileRows = 1 << 20;
@@ -84,6 +86,12 @@ class ColumnScales {
         count_(count),
         poll_(poll) {}
 
+  /// Throws Error(invalid_argument), naming the columns, where one is constant; reads rows until all have varied.
+  void require_variation() {
+    take_extremes();
+    refuse_constant();
+  }
+
   /// Throws Error(invalid_argument), naming the columns, where one is constant or has no finite variance.
   std::vector<ColumnScale> take(Statistics statistics) {
     take_moments();
@@ -101,7 +109,7 @@ class ColumnScales {
     const std::string dtype = is_narrow_ ? "float32" : "float64";
     refuse("x has a standard deviation too small for " + dtype + " in ",
            ", so that it cannot be standardized; rescale it", narrow);
-    refuse("x is constant in ", ": a column without variation has no density; remove it", constant);
+    refuse_constant();
     const bool both = is_narrow_ && sizeof(T) == 8;  // float64 rows of a float32 flow, which has to hold their mean
     refuse(both ? "x has a mean or a variance beyond float32 in " : "x has a variance beyond float64 in ",
            ", so that it cannot be standardized; rescale it", [&](std::size_t j) { return !constant(j) && wild(j); });
@@ -119,6 +127,34 @@ class ColumnScales {
       if (i % kPollRows == 0) poll_();
       f(i, x_.data() + static_cast<std::size_t>(row) * width_);
     });
+  }
+
+  void refuse_constant() const {
+    refuse("x is constant in ", ": a column without variation has no density; remove it",
+           [this](std::size_t j) { return low_[j] == high_[j]; });
+  }
+
+  /// Least and largest number of every column, of the first rows in which all have varied.
+  void take_extremes() {
+    low_.assign(width_, std::numeric_limits<T>::max());
+    high_.assign(width_, std::numeric_limits<T>::lowest());
+    for (std::int64_t first = 0; first < count_ && !vary(); first += kFirstRows) {
+      poll_();
+      order_.each(first, std::min(count_ - first, kFirstRows), [&](std::int64_t, std::int64_t row) {
+        const T* values = x_.data() + static_cast<std::size_t>(row) * width_;
+        for (std::size_t j = 0; j < width_; ++j) {
+          low_[j] = std::min(low_[j], values[j]);
+          high_[j] = std::max(high_[j], values[j]);
+        }
+      });
+    }
+  }
+
+  bool vary() const {
+    for (std::size_t j = 0; j < width_; ++j) {
+      if (!(low_[j] < high_[j])) return false;
+    }
+    return true;
   }
 
   void take_moments() {

@@ -339,13 +339,21 @@ class Trainer {
     return !spec.layers.empty() && spec.layers.front().kind == LayerKind::standardize;
   }
 
+  bool is_standardized() const {
+    const auto layer = std::span<const T>(best_).first(static_cast<std::size_t>(2 * features_));
+    return std::any_of(layer.begin(), layer.end(), [](T v) { return v != T(0); });
+  }
+
+  /// A constant column has no density, whether the flow standardizes or not.
   void standardize_from_data() {
-    if (!standardizes()) return;
-    const auto layer = std::span<T>(best_).first(static_cast<std::size_t>(2 * features_));
-    if (std::any_of(layer.begin(), layer.end(), [](T v) { return v != T(0); })) return;
     const RowOrder order = rows_.training();
     const auto look = [this] { poll(); };
     ColumnScales scales(flow_.spec().dtype, given_x_, flow_.column_names(), features_, order, rows_.train(), look);
+    if (!standardizes() || is_standardized()) {
+      if (rows_.train() > 1) scales.require_variation();  // one row tells nothing of a column
+      return;
+    }
+    const auto layer = std::span<T>(best_).first(static_cast<std::size_t>(2 * features_));
     std::vector<ColumnScale> found = scales.take(options_.standardize);
     if constexpr (sizeof(X) > sizeof(T)) standardized_.mean_low = mean_low_of(found);
     history_.standardized = set_layer(layer, found);

@@ -1235,6 +1235,28 @@ TEST_CASE("data that no fit can use are refused") {
                 [&] { fit<float>(flow, rows(27), {}, options); });
 }
 
+TEST_CASE("a constant column is refused with and without a standardize layer, also by one that is set") {
+  std::vector<float> x(3 * 3000);
+  for (std::size_t i = 0; i < x.size(); ++i) x[i] = i % 3 == 1 ? 5.0f : static_cast<float>(i / 2000);
+  std::vector<float> sound = x;
+  for (std::size_t i = 1; i < x.size(); i += 3) sound[i] = static_cast<float>(i % 7);
+  FitOptions options;
+  options.epochs = 1;
+  for (const bool standardize : {false, true}) {
+    Flow flow(FlowSpec::real_nvp(3, 1, {}, Activation::relu, 1.0, standardize));
+    const auto refused = [&](const std::vector<float>& rows, const std::string& column) {
+      check_refused(ErrorCode::invalid_argument, "x is constant in " + column + ": a column without variation",
+                    [&] { fit<float>(flow, rows, {}, options); });
+    };
+    refused(x, "column 2");
+    flow.set_column_names({"a", "b", "c"});
+    refused(x, "column 'b'");
+    fit<float>(flow, sound, {}, options);
+    refused(x, "column 'b'");
+    refused(std::vector<float>(300, 2.0f), "column 'a', column 'b', column 'c'");
+  }
+}
+
 namespace {
 
 /// Rows around 1.7e9 and 0.25, of spread 60 and 1, and the flow whose first layer standardizes them.
@@ -1332,7 +1354,8 @@ TEST_CASE("float64 rows are refused where the flow does not standardize first") 
 TEST_CASE("a fit can be stopped while it takes the fingerprint of large data for its checkpoint") {
   const Folder folder;
   Flow flow(FlowSpec::real_nvp(2, 1, {}));
-  const std::vector<float> x(std::size_t{20} << 20, 0.5f);  // 80 MiB
+  std::vector<float> x(std::size_t{20} << 20, 0.5f);  // 80 MiB
+  x[0] = x[1] = 1;
   FitOptions options;
   options.validation_fraction = 0;
   PreparationOnly without, with;

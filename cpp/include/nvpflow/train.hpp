@@ -116,10 +116,10 @@ class NVPFLOW_API FitObserver {
 /// that epoch. With max_round_trip, only epochs whose round trip error is
 /// within it count; for patience, too, the others are no better.
 ///
-/// Throws Error(invalid_argument) for data or options that cannot be used (rows with NaN or inf are counted and named),
-/// Error(not_finite), naming the step, where the loss or gradient stops being finite; the flow then holds the best
-/// weights. Error(none_kept) where training has ended, other than by an interruption, and no epoch was inside
-/// max_round_trip; the flow is then as it was.
+/// Throws Error(invalid_argument) for data or options that cannot be used (rows with NaN or inf are counted and named,
+/// constant columns are named, with a standardize layer or without), Error(not_finite), naming the step, where the loss
+/// or gradient stops being finite; the flow then holds the best weights. Error(none_kept) where training has ended,
+/// other than by an interruption, and no epoch was inside max_round_trip; the flow is then as it was.
 template <class T>
 NVPFLOW_API History fit(Flow& flow, std::span<const T> x, std::span<const T> validation, const FitOptions& options,
                         FitObserver* observer = nullptr);
