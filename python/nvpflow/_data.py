@@ -5,22 +5,28 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from nvpflow import _checks, _core, _frames
 
+if TYPE_CHECKING:
+    from nvpflow.flow import Flow
+
 Array = NDArray[Any]
 
 COARSE = 1e-2
 """Share of a column's spread above which the distance of its floating-point numbers hides what a density could show."""
+SHOWN_BY = "(nvpflow.check_data shows them as a table)"
 _SAMPLE_ROWS = 20_000  # for medians, distinct values and dependence
 _SAMPLE_VALUES = 1 << 17
 _BLOCK_VALUES = 1 << 16
+_SHOWN_ROWS = 5
 _MOST_COLUMNS = 1000  # whose dependence is looked for: the work grows with the third power
 _ROWS_PER_COLUMN = 10
 _OUTLYING = 10.0  # standard deviation in units of what the middle half of the rows says it is
@@ -198,8 +204,7 @@ def check_data(
         Finding(p.kind, "error", (p.column + 1,), (labels[p.column],), f"{labels[p.column]} {p.text}", p.remedy)
         for p in bad
     ]
-    look = _Look(rows, labels, list(good), flow_dtype, standardize)
-    found += look.findings()
+    found += _look_at(rows, labels, list(good), flow_dtype, standardize)
     order = {"error": 0, "warning": 1}
     return DataReport(len(rows), tuple(labels), tuple(sorted(found, key=lambda f: order[f.severity])))
 
@@ -211,12 +216,12 @@ def require_density(
     labels = _frames.labels(names, rows.shape[1])
     if len(rows) == 0:
         return DataReport(0, tuple(labels), ())  # which the training loop refuses
-    found = _Look(rows, labels, list(range(rows.shape[1])), dtype, standardize).findings()
+    found = _look_at(rows, labels, list(range(rows.shape[1])), dtype, standardize)
     report = DataReport(len(rows), tuple(labels), tuple(found))
     if report.errors:
         raise ValueError(_message(name, report.errors))
     if report.warnings:
-        text = f"{_message(name, report.warnings)} (nvpflow.check_data shows them as a table)"
+        text = f"{_message(name, report.warnings)} {SHOWN_BY}"
         warnings.warn(text, DataWarning, stacklevel=_outside())
     return report
 
@@ -244,32 +249,213 @@ def _outside() -> int:
     return level
 
 
+# ------------------------------------------------------------------------------------------------------- measuring
+
+
+class _Measures:
+    """What one pass over rows of finite and other numbers tells of each column.
+
+    Attributes
+    ----------
+    rows, count
+        All rows, and those whose numbers are all finite, which everything but `missing` is of.
+    low, high
+        The least and the largest number [D].
+    missing
+        How many are NaN or infinite [D].
+    bad_rows
+        The first of the rows that hold such.
+    """
+
+    def __init__(self, columns: int) -> None:
+        self.rows = self.count = 0
+        self.low, self.high = np.full(columns, np.inf), np.full(columns, -np.inf)
+        self.missing = np.zeros(columns, np.int64)
+        self.bad_rows: list[int] = []
+        self._shift: Array | None = None
+        self._total, self._square = np.zeros(columns), np.zeros(columns)
+
+    def add(self, block: Array, middle: Array | None = None) -> None:
+        """Take rows [D, n] in float64, which it may overwrite; `middle` [D] is near their means, if it is known."""
+        first = self.rows
+        self.rows += block.shape[1]
+        least, largest = block.min(axis=1), block.max(axis=1)
+        if not (np.isfinite(least).all() and np.isfinite(largest).all()):
+            finite = np.isfinite(block)
+            self.missing += np.count_nonzero(~finite, axis=1)
+            good = finite.all(axis=0)
+            self.bad_rows += (np.flatnonzero(~good)[: _SHOWN_ROWS - len(self.bad_rows)] + first).tolist()
+            block = block[:, good]
+            least, largest = block.min(axis=1, initial=np.inf), block.max(axis=1, initial=-np.inf)
+        self.count += block.shape[1]
+        self.low, self.high = np.minimum(self.low, least), np.maximum(self.high, largest)
+        if self._shift is None:
+            if middle is None and block.shape[1] == 0:
+                return
+            self._shift = np.median(block, axis=1) if middle is None else middle
+        block -= self._shift[:, None]
+        self._total += block.sum(axis=1)
+        self._square += np.einsum("ij,ij->i", block, block)
+
+    def mean(self) -> Array:
+        """Return the means [D]."""
+        mean: Array = self._total / max(1, self.count)
+        return mean if self._shift is None else mean + self._shift
+
+    def std(self) -> Array:
+        """Return the standard deviations [D]."""
+        count = max(1, self.count)
+        std: Array = np.sqrt(np.maximum(self._square / count - (self._total / count) ** 2, 0))
+        return std
+
+
+def _sample_size(columns: int) -> int:
+    """Return how many rows are looked at for medians, distinct values and dependence."""
+    return min(_SAMPLE_ROWS, max(_SAMPLE_VALUES // columns, 4 * columns))
+
+
+def _drawn(rows: Array) -> Array:
+    """Draw rows: one at random of each of equally long stretches, so that no period of the rows meets theirs."""
+    wanted, at = _sample_size(rows.shape[1]), np.arange(len(rows))
+    if wanted < len(rows):
+        at = ((np.arange(wanted) + np.random.default_rng(0).random(wanted)) * (len(rows) / wanted)).astype(np.int64)
+    return rows[np.minimum(at, len(rows) - 1)]
+
+
+def _blocks(rows: Array) -> Iterator[Array]:
+    """Yield the columns of some rows as float64 [D, n]."""
+    step = max(1, _BLOCK_VALUES // rows.shape[1])
+    for first in range(0, len(rows), step):
+        yield np.array(rows[first : first + step].T, dtype=np.float64, order="C")
+
+
+def _look_at(rows: Array, labels: list[str], numbers: list[int], dtype: str, standardize: bool) -> list[Finding]:
+    """Look at rows [N, D]; `numbers` are the places of their columns in the whole table, which `labels` name."""
+    columns = rows.shape[1]
+    measures, sample = _Measures(columns), rows[:0]
+    again = None
+    if columns:
+        sample, again = _drawn(rows), partial(_blocks, rows)
+    look = _Look(measures, sample, rows.dtype, labels, numbers, dtype, standardize, again=again)
+    with np.errstate(all="ignore"):
+        for block in _blocks(rows) if columns else ():
+            measures.add(block, look.middle)
+    measures.rows = len(rows)
+    return look.findings()
+
+
+class RunningLook:
+    """`check_data` of rows that come in blocks: one pass over them, in memory that does not grow.
+
+    Dependence is that of the rows drawn, at most 20,000, and the text says so where there are more.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str] | None,
+        columns: int,
+        dtype: str,
+        standardize: bool,
+        trained: tuple[Array, Array] | None = None,
+    ) -> None:
+        """Take the columns' names and the flow's dtype; `trained`: mean and standard deviation of its first layer."""
+        self._options = _frames.labels(names, columns), list(range(columns)), dtype, standardize
+        self._trained = trained
+        self._measures = _Measures(columns)
+        self._dtype = np.dtype(dtype)
+        self._random = np.random.default_rng(0)
+        self._keys, self._sample = np.empty(0), np.empty((0, columns))
+
+    def add(self, rows: Array) -> None:
+        """Take rows [n, D]; all of one dtype."""
+        self._dtype = rows.dtype
+        wanted = _sample_size(rows.shape[1])
+        keys = self._random.random(len(rows))
+        near = np.flatnonzero(keys < self._keys.max()) if len(self._keys) == wanted else np.arange(len(rows))
+        keys = np.concatenate([self._keys, keys[near]])
+        kept = np.sort(np.argsort(keys, kind="stable")[:wanted])
+        self._keys, self._sample = keys[kept], np.concatenate([self._sample, rows[near]])[kept]
+        with np.errstate(all="ignore"):
+            for block in _blocks(rows):
+                self._measures.add(block)
+
+    def report(self) -> DataReport:
+        """Return what was found so far."""
+        labels = self._options[0]
+        look = _Look(self._measures, self._sample, self._dtype, *self._options, trained=self._trained)
+        return DataReport(self._measures.rows, tuple(labels), tuple(look.findings()))
+
+
+def trained_scales(flow: Flow) -> tuple[Array, Array] | None:
+    """Return mean and standard deviation [D] of the standardize layer that a flow begins with; None: it knows none."""
+    parameters = flow.parameters()
+    log_std = parameters.get("standardize_0.log_std")
+    if log_std is None:
+        return None
+    mean = parameters["standardize_0.mean"] + np.asarray(parameters.get("standardize_0.mean_low", 0), np.float64)
+    return (mean, np.exp(log_std.astype(np.float64))) if mean.any() or log_std.any() else None
+
+
 # --------------------------------------------------------------------------------------------------------- looking
 
 
 class _Look:
-    """One look at rows [N, D]; `numbers` are the places of its columns in the whole table, which `labels` name."""
+    """One look at what was measured of a table, and at a sample of its rows [n, D].
 
-    def __init__(self, rows: Array, labels: list[str], numbers: list[int], dtype: str, standardize: bool) -> None:
-        self._rows, self._labels, self._numbers = rows, labels, numbers
-        self._dtype, self._standardize = dtype, standardize
-        own = rows.dtype.name if rows.dtype.kind == "f" else "float64"
-        kept = own if standardize else min(own, dtype)  # "float32" < "float64"; a standardize layer takes both
+    `numbers` are the places of the columns in the whole table, which `labels` name. `again` yields all rows once more;
+    None: they are gone, and the sample has to do.
+    """
+
+    def __init__(
+        self,
+        measures: _Measures,
+        sample: Array,
+        own: np.dtype[Any],
+        labels: list[str],
+        numbers: list[int],
+        dtype: str,
+        standardize: bool,
+        *,
+        trained: tuple[Array, Array] | None = None,
+        again: Callable[[], Iterator[Array]] | None = None,
+    ) -> None:
+        self._measures, self._own, self._again = measures, own, again
+        self._labels, self._numbers = labels, numbers
+        self._standardize, self._trained = standardize, trained
+        wide = own.name if own.kind == "f" else "float64"
+        kept = wide if standardize else min(wide, dtype)  # "float32" < "float64"; a standardize layer takes both
         self._digits = kept if kept in ("float16", "float32", "float64") else "float64"
         self._eps = float(np.finfo(self._digits).eps)
         self._found: list[Finding] = []
+        columns = np.array(sample.T, dtype=np.float64, order="C")
+        self._sample = columns[:, np.isfinite(columns).all(axis=0)]  # [D, n]
+        self._drawn = len(sample)
+        with np.errstate(all="ignore"):
+            self._percentiles = (
+                np.percentile(self._sample, (25, 50, 75, 1, 99), axis=1)
+                if self._sample.size
+                else np.zeros((5, len(columns)))
+            )
+
+    @property
+    def middle(self) -> Array:
+        """The sample's medians [D]."""
+        middle: Array = self._percentiles[1]
+        return middle
 
     def findings(self) -> list[Finding]:
-        rows, columns = self._rows.shape
+        rows, columns = self._measures.rows, len(self._sample)
         if rows == 0:
             self._add("rows", "error", (), "no rows", "give rows to learn from, ten for each column at least")
             return self._found
         if columns == 0:
             return self._found
+        self._low, self._high = self._measures.low, self._measures.high
         with np.errstate(all="ignore"):
-            self._sampled()
-            self._measure()
-            if self._count >= 2:  # one row tells nothing of a column
+            self._mean, self._std = self._measures.mean(), self._measures.std()
+            if self._measures.count < rows:
+                self._report_missing()
+            if self._measures.count >= 2:  # one row tells nothing of a column
                 self._columns()
                 self._dependence()
         if rows < _ROWS_PER_COLUMN * columns:
@@ -287,65 +473,14 @@ class _Look:
     def _label(self, column: int) -> str:
         return self._labels[self._numbers[column]]
 
-    # -- measuring
-
-    def _sampled(self) -> None:
-        """Draw rows: one at random of each of equally long stretches, so that no period of the rows meets theirs."""
-        rows, columns = self._rows.shape
-        wanted = min(rows, _SAMPLE_ROWS, max(_SAMPLE_VALUES // columns, 4 * columns))
-        at = np.arange(rows)
-        if wanted < rows:
-            at = ((np.arange(wanted) + np.random.default_rng(0).random(wanted)) * (rows / wanted)).astype(np.int64)
-        sample = np.array(self._rows[np.minimum(at, rows - 1)].T, dtype=np.float64, order="C")
-        self._sample = sample[:, np.isfinite(sample).all(axis=0)]  # [D, n]
-        columns_of_none = self._sample.shape[1] == 0
-        self._percentiles = (
-            np.zeros((5, columns)) if columns_of_none else np.percentile(self._sample, (25, 50, 75, 1, 99), axis=1)
-        )
-
-    def _blocks(self) -> Iterable[tuple[int, Array]]:
-        """Yield the number of the first row, and the columns of some rows as float64 [D, n]."""
-        rows, columns = self._rows.shape
-        step = max(1, _BLOCK_VALUES // columns)
-        for first in range(0, rows, step):
-            yield first, np.array(self._rows[first : first + step].T, dtype=np.float64, order="C")
-
-    def _measure(self) -> None:
-        """Take least, largest, mean and standard deviation of the finite rows; report those that are not finite."""
-        columns = self._rows.shape[1]
-        low, high = np.full(columns, np.inf), np.full(columns, -np.inf)
-        total, square, missing = np.zeros(columns), np.zeros(columns), np.zeros(columns, np.int64)
-        bad_rows: list[int] = []
-        bad = self._count = 0
-        middle = self._percentiles[1][:, None]
-        for first, block in self._blocks():
-            least, largest = block.min(axis=1), block.max(axis=1)
-            if not (np.isfinite(least).all() and np.isfinite(largest).all()):
-                finite = np.isfinite(block)
-                missing += np.count_nonzero(~finite, axis=1)
-                good = finite.all(axis=0)
-                bad += int(np.count_nonzero(~good))
-                bad_rows += (np.flatnonzero(~good)[: 5 - len(bad_rows)] + first).tolist()
-                block = block[:, good]
-                least, largest = block.min(axis=1, initial=np.inf), block.max(axis=1, initial=-np.inf)
-            self._count += block.shape[1]
-            low, high = np.minimum(low, least), np.maximum(high, largest)
-            block -= middle
-            total += block.sum(axis=1)
-            square += np.einsum("ij,ij->i", block, block)
-        count = max(1, self._count)
-        self._low, self._high = low, high
-        self._mean = self._percentiles[1] + total / count
-        self._std = np.sqrt(np.maximum(square / count - (total / count) ** 2, 0))
-        if bad:
-            self._report_missing(bad, bad_rows, missing)
-
-    def _report_missing(self, bad: int, rows: list[int], missing: NDArray[np.int64]) -> None:
+    def _report_missing(self) -> None:
+        measures = self._measures
+        bad, rows, missing = measures.rows - measures.count, measures.bad_rows, measures.missing
         columns = np.flatnonzero(missing).tolist()
         where = _listed([f"{self._label(j)}: {missing[j]:,}" for j in columns])
         shown = ", ".join(map(str, rows)) + (", ..." if bad > len(rows) else "")
         text = (
-            f"{bad:,} of {len(self._rows):,} rows with NaN or infinite values (row{'s' * (bad > 1)} {shown}, counted "
+            f"{bad:,} of {measures.rows:,} rows with NaN or infinite values (row{'s' * (bad > 1)} {shown}, counted "
             f"from 0; {where})"
         )
         remedy = "remove or repair them: x[np.isfinite(x).all(axis=1)]"
@@ -368,9 +503,11 @@ class _Look:
                 self._repetitions(j)
             if not self._standardize:
                 self._scale(j)
+            elif self._trained is not None:
+                self._other_units(j, float(spread[j]), *(float(values[j]) for values in self._trained))
 
     def _constant(self, j: int) -> None:
-        text = f"{self._label(j)} is constant, {self._low[j]:g} in all rows (in {self._rows.dtype})"
+        text = f"{self._label(j)} is constant, {self._low[j]:g} in all rows (in {self._own})"
         remedy = "a column without variation has no density: remove it"
         self._add("constant", "error", (j,), text, remedy, value=self._low[j])
 
@@ -455,6 +592,21 @@ class _Look:
         remedy = "build the flow with standardize=True, or standardize the columns"
         self._add("scale", "warning", (j,), text, remedy, mean=mean, std=std)
 
+    def _other_units(self, j: int, spread: float, trained_mean: float, trained_std: float) -> None:
+        """Report a column that lies elsewhere, or is wider or narrower, than what the flow was trained on."""
+        middle, std = float(self._percentiles[1, j]), float(self._std[j])
+        spreads = [value / trained_std for value in (std, spread) if value > 0]
+        same = min(spreads) <= _UNIT_SCALE and max(spreads) >= 1 / _UNIT_SCALE
+        if same and abs(middle - trained_mean) <= _UNIT_SCALE * trained_std:
+            return
+        text = (
+            f"{self._label(j)} has mean {self._mean[j]:.3g} and standard deviation {std:.3g}, the flow was trained "
+            f"around {trained_mean:.3g} with {trained_std:.3g}"
+        )
+        remedy = "give the rows in the units of its training, or train it anew after flow.initialize_from(x)"
+        figures = {"mean": self._mean[j], "std": std, "trained_mean": trained_mean, "trained_std": trained_std}
+        self._add("scale", "warning", (j,), text, remedy, **figures)
+
     # -- several columns
 
     def _dependence(self) -> None:
@@ -508,6 +660,8 @@ class _Look:
         exact = exact and self._holds_everywhere(columns, j, others, weights, left)
         names = _listed([self._label(k) for k in there])
         within = "" if exact else f" to within {left:.1g} of its spread"
+        if self._again is None and self._drawn < self._measures.rows:
+            within += f" in the {self._drawn:,} rows looked at"
         if len(there) == 1:
             scaled = "" if self._same(here, there[0]) else ", but for scale and offset"
             text = f"{self._label(here)} is a copy of {names}{scaled}{within}"
@@ -530,7 +684,7 @@ class _Look:
         rounding = 8 * self._eps * (size[here] + np.abs(factors) @ size[there])
         limit = max(20 * left * self._unit_scale[j], rounding)
         low, high = np.inf, -np.inf
-        for _, block in self._blocks():
+        for block in (self._sample,) if self._again is None else self._again():
             error = block[here] - factors @ block[there]
             error = error[np.isfinite(error)]
             low, high = min(low, error.min(initial=np.inf)), max(high, error.max(initial=-np.inf))

@@ -20,12 +20,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 import nvpflow
-from nvpflow import _certify, _checks, _output, certificate, data_io
+from nvpflow import _certify, _checks, _data, _output, certificate, data_io
 from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS, default_activation
 from nvpflow._source import rows_per_block
 from nvpflow._text import counted
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _ending_cleanly(), warnings.catch_warnings():
             warnings.simplefilter("always", nvpflow.DataWarning)
-            warnings.showwarning = _show_warning
+            warnings.showwarning = partial(_show_warning, arguments)
             _parser().parse_args(argv, arguments)
             code: int = arguments.run(arguments) or 0
             sys.stdout.flush()
@@ -111,11 +112,17 @@ def _ending_cleanly() -> Iterator[None]:
 
 
 def _show_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+    arguments: argparse.Namespace,
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: Any = None,
 ) -> None:
     """Show what was found in a table as a message of the command; other warnings as Python does."""
     if issubclass(category, nvpflow.DataWarning):
-        print(f"nvpflow: warning: {message}", file=sys.stderr, flush=True)
+        print(f"nvpflow: warning: {_as_options(str(message), arguments)}", file=sys.stderr, flush=True)
         return
     print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
 
@@ -127,7 +134,10 @@ def _one_line(error: BaseException) -> str:
 
 
 def _as_options(text: str, arguments: argparse.Namespace) -> str:
-    """Names of Python's arguments, which messages begin with, as the command's options: --batch-size for batch_size."""
+    """Names of Python's arguments as the command's: --batch-size for batch_size, the table's file for x."""
+    if source := getattr(arguments, "data", None):
+        text = re.sub(r"^x(?=[ ,:])", lambda _: _shown(source), text)
+    text = text.replace(_data.SHOWN_BY, "(nvpflow check MODEL DATA shows them line by line)")
     options = {name: "--" + name.replace("_", "-") for name in vars(arguments) if "_" in name}
     options["num_threads"] = "--threads"
     return re.sub(r"(?<![\w'\"/.-])\w+(?![\w'\"/.-])", lambda word: options.get(word[0], word[0]), text)
@@ -248,7 +258,7 @@ def _add_score(commands: Any) -> None:
     _add_ignore_names(score)
     _add_reading(score)
     keep_help = "columns to write beside log p; not a part of the rows, unless the model has them"
-    _add_option(score, "--keep", metavar="NAME,NAME", type=_listed_names, help=keep_help)
+    _add_option(score, "--keep", metavar="NAME,NAME", type=_listed_names, action=_Once, help=keep_help)
     _add_option(score, "--append", action="store_true", help="write every column of DATA, and log_prob behind them")
     _add_table_output(score)
     _add_threads(score)
@@ -276,8 +286,8 @@ def _add_table_output(command: Any) -> None:
 
 def _add_reading(command: Any) -> None:
     columns_help = "columns to use, in this order (default: all); numbers from 1 where the table has no names"
-    _add_option(command, "--columns", metavar="NAME,NAME", type=_listed_names, help=columns_help)
-    _add_option(command, "--drop", metavar="NAME,NAME", type=_listed_names, help="columns to leave out")
+    _add_option(command, "--columns", metavar="NAME,NAME", type=_listed_names, action=_Once, help=columns_help)
+    _add_option(command, "--drop", metavar="NAME,NAME", type=_listed_names, action=_Once, help="columns to leave out")
     missing_help = "rows with empty cells, NA or NaN: an error that lists them, left out, or NaN"
     _add_option(command, "--missing", choices=("refuse", "skip", "nan"), default="refuse", help=missing_help)
     delimiter_help = "of a CSV: a character or comma, semicolon, tab, pipe, space (default: as its first lines have it)"
@@ -333,14 +343,23 @@ def _add_report(commands: Any) -> None:
     _add_option(report, "--train", metavar="TABLE", help=train_help)
     _add_option(report, "--history", metavar="FILE", help="what fit --history wrote, for the learning curve")
     names_help = "of the columns (default: those in DATA or else in MODEL, where it has some)"
-    _add_option(report, "--names", metavar="NAME,NAME", type=_listed_names, help=names_help)
+    _add_option(report, "--names", metavar="NAME,NAME", type=_listed_names, action=_Once, help=names_help)
     _add_option(report, "--title", metavar="TEXT", help="of the page (default: names of MODEL and DATA)")
     _add_threads(report)
     _add_device(report)
 
 
 def _listed_names(text: str) -> list[str]:
-    return next(csv.reader([text]))
+    return next(csv.reader([text]), [])
+
+
+class _Once(argparse.Action):
+    """Takes a list in one piece: of two pieces argparse itself would drop the first."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option} is given twice, expected one list; write {option} NAME,NAME")
+        setattr(namespace, self.dest, values)
 
 
 def _add_demo(commands: Any) -> None:
@@ -556,6 +575,8 @@ def _expected_names(arguments: argparse.Namespace, flow: nvpflow.Flow) -> Sequen
 
 def _validation(arguments: argparse.Namespace, columns: int, names: Sequence[str] | None) -> Any:
     """Return the share of rows to hold out, or the rows of the table that --validation names."""
+    if not arguments.validation.strip():
+        raise data_io.DataError("--validation is empty, expected a share of the rows such as 0.1, or a table")
     try:
         return float(arguments.validation)
     except ValueError:
@@ -639,27 +660,27 @@ def _run_check(arguments: argparse.Namespace) -> int:
     flow.num_threads = arguments.threads
     certifier = _certify.Certifier(flow, tolerance=arguments.tolerance, jacobian_rows=arguments.jacobian_rows)
     names = _expected_names(arguments, flow)
-    first = None
     with data_io.open_table(arguments.data, _in_place(_reading(arguments)), names) as table:
         table.expect(flow.spec.input_size, names)
+        spec, called = flow.spec, table.names or flow.column_names
+        look = _data.RunningLook(called, spec.input_size, spec.dtype, spec.standardize, _data.trained_scales(flow))
         for rows in table.chunks(flow.spec.dtype, wide=flow.spec._takes_float64_rows):
-            first = rows.copy() if first is None else first
+            look.add(rows)
             certifier.add(rows)
     _say_notes(arguments, table)
-    if first is None or certifier.rows == 0:
+    if certifier.rows == 0:
         raise data_io.DataError(f"{arguments.data}: no rows")
-    _say_columns(flow, first, names)
+    _say_columns(arguments.data, look.report())
     found = certifier.certificate()
     print(found.to_json() if arguments.json else found)
     return 0 if found.ok else _UNRELIABLE
 
 
-def _say_columns(flow: nvpflow.Flow, rows: Any, names: Any) -> None:
-    """Say on stderr what `nvpflow.check_data` finds in the first block of rows, but for what a certificate tells."""
-    found = nvpflow.check_data(rows, names=names, dtype=flow.spec.dtype, standardize=flow.spec.standardize).findings
-    told = [str(finding) for finding in found if finding.kind not in ("digits", "missing", "outliers", "rows", "scale")]
-    if told:
-        print(f"nvpflow: the data: {'. '.join(told)}", file=sys.stderr)
+def _say_columns(source: str, report: nvpflow.DataReport) -> None:
+    """Say on stderr what was found in the columns of a table, but for lost digits, which a certificate tells."""
+    for finding in report.findings:
+        if finding.kind not in ("digits", "rows"):
+            print(f"nvpflow: {source}: {finding}", file=sys.stderr)
 
 
 def _run_info(arguments: argparse.Namespace) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 import warnings
 from pathlib import Path
 
 import numpy as np
 import nvpflow
 import pytest
-from nvpflow import cli, demo
+from nvpflow import _data, _source, cli, demo
 
 RANDOM = np.random.default_rng(0)
 DATA = os.environ.get("NVPFLOW_DATA")
@@ -391,7 +392,7 @@ def test_the_command_fit_warns_and_refuses(tmp_path, capsys) -> None:
     np.savetxt(tmp_path / "x.csv", x, delimiter=",", header="a,b,c", comments="")
     fit = ["fit", str(tmp_path / "x.csv"), "--epochs", "1", "--batch-size", "50", "--quiet", "-o"]
     assert cli.main([*fit, str(tmp_path / "a.safetensors")]) == 0
-    assert capsys.readouterr().err.startswith("nvpflow: warning: x: column 'b' has 2 distinct values")
+    assert capsys.readouterr().err.startswith(f"nvpflow: warning: {fit[1]}: column 'b' has 2 distinct values")
     x[:, 1], x[:, 2] = 5, x[:, 0]
     np.savetxt(tmp_path / "x.csv", x, delimiter=",", header="a,b,c", comments="")
     assert cli.main([*fit, str(tmp_path / "b.safetensors")]) == 1
@@ -399,3 +400,101 @@ def test_the_command_fit_warns_and_refuses(tmp_path, capsys) -> None:
     assert message.count("\n") == 1
     assert "column 'b' is constant, 5" in message
     assert "column 'c' is a copy of column 'a'" in message
+
+
+def test_the_warning_of_the_command_names_the_file_and_the_command(tmp_path, capsys) -> None:
+    x = normal(200)
+    x[:, 0] = 1.7e9 + 60 * x[:, 0].astype(np.float32)
+    np.save(tmp_path / "x.npy", x.astype(np.float32))
+    model, table = str(tmp_path / "m.safetensors"), str(tmp_path / "x.npy")
+    assert cli.main(["fit", table, "-o", model, "--epochs", "1", "--quiet"]) == 0
+    message = capsys.readouterr().err
+    assert message.startswith(f"nvpflow: warning: {table}: column 1 has lost digits")
+    assert "nvpflow.check_data" not in message
+    assert message.endswith("(nvpflow check MODEL DATA shows them line by line)\n")
+
+
+# ------------------------------------------------------------------------------------------------- rows that come by
+
+
+def running(x: np.ndarray, step: int, **options: object) -> nvpflow.DataReport:
+    look = _data.RunningLook(None, x.shape[1], "float32", True, **options)
+    for first in range(0, len(x), step):
+        look.add(x[first : first + step])
+    return look.report()
+
+
+def test_rows_in_blocks_are_looked_at_as_the_whole_table() -> None:
+    x = normal(3000, 6)
+    x[:, 1] = x[:, 0] * 2 - 1
+    x[:, 2] = 7
+    x[:, 3] = RANDOM.integers(0, 4, 3000)
+    x[2500, 4], x[2900, 5] = np.nan, np.inf
+    x[10, 4] = -1e6
+    whole = nvpflow.check_data(x)
+    assert {finding.kind for finding in whole.findings} == {"copy", "constant", "few", "missing", "outliers"}
+    for step in (1, 700, 3000):
+        assert [str(f) for f in running(x, step).findings] == [str(f) for f in whole.findings]
+
+
+def test_what_only_later_rows_hold_is_found_in_one_pass() -> None:
+    x = normal(60_000, 3)
+    x[:5_000, 1] = 4  # the whole of the first block
+    x[:, 2] = x[:, 0]
+    x[59_999, 0] = np.nan
+    found = running(x, 5000).findings
+    assert [finding.kind for finding in found] == ["missing", "copy"]
+    assert "1 of 60,000 rows with NaN or infinite values (row 59999" in found[0].text
+    assert found[1].text == "column 3 is a copy of column 1 in the 20,000 rows looked at"
+
+
+def test_memory_of_a_running_look_does_not_grow() -> None:
+    look = _data.RunningLook(None, 4, "float32", True)
+    look.add(normal(40_000, 4))
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    for _ in range(20):
+        look.add(normal(40_000, 4))
+    grown = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert look.report().rows == 21 * 40_000
+    assert grown < 2 * 20_000 * 5 * 8  # the rows drawn and their keys may lie in new arrays
+
+
+def test_other_units_than_those_of_the_training_are_found() -> None:
+    x = normal(2000)
+    flow = flow_of(x)
+    assert _data.trained_scales(flow) is None
+    flow.initialize_from(x)
+    trained = _data.trained_scales(flow)
+    assert running(x, 500, trained=trained).ok
+    for other in (1000 * x, x / 1000, x + 50):
+        (found,) = {finding.kind for finding in running(other, 500, trained=trained).findings}
+        assert found == "scale"
+    wild = x.copy()
+    wild[:3] = 1e5  # a few rows far out are no other units
+    assert {finding.kind for finding in running(wild, 500, trained=trained).findings} == {"outliers"}
+    text = str(running(1000 * x, 500, trained=trained).findings[0])
+    assert "column 1 has mean" in text
+    assert "the flow was trained around" in text
+    assert "initialize_from" in text
+
+
+def test_the_command_check_looks_at_every_row(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(_source, "BLOCK_VALUES", 600)
+    x = normal(3000)
+    flow = flow_of(x)
+    flow.initialize_from(x)
+    flow.column_names = ["a", "b", "c"]
+    flow.save(tmp_path / "m.safetensors")
+    check = ["check", str(tmp_path / "m.safetensors"), str(tmp_path / "x.npy"), "--jacobian-rows", "0"]
+    x[:, 2] = x[:, 0]
+    x[:, 1] *= 100
+    x[2999, 1] = np.nan
+    np.save(tmp_path / "x.npy", x)
+    assert cli.main([*check, "--missing", "nan", "--json"]) == 0
+    said = capsys.readouterr()
+    json.loads(said.out)
+    for text in ("column 'b' has mean", "column 'c' is a copy of column 'a'", "column 'b': 1"):
+        assert text in said.err
+    assert all(line.startswith(f"nvpflow: {check[2]}: ") for line in said.err.splitlines())
