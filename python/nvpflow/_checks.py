@@ -85,6 +85,15 @@ def column_names(name: str, value: Any) -> list[str]:
     return [_unicode(f"{name}[{i}]", item) for i, item in enumerate(value)]
 
 
+def repeated(names: Sequence[str]) -> str:
+    """Return what to say of columns that share a name, "columns 1 and 3 are both called 'a'"; empty: none do."""
+    first: dict[str, int] = {}
+    for i, name in enumerate(names):
+        if name and first.setdefault(name, i) != i:
+            return f"columns {first[name] + 1} and {i + 1} are both called {shortened(repr(name))}"
+    return ""
+
+
 def _unicode(name: str, value: Any) -> str:
     try:
         text(name, value).encode()

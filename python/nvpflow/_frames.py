@@ -50,6 +50,8 @@ class Frame:
                 "rename them, x.columns = x.columns.astype(str) for example"
             )
         self.names = [str(name) for name in given] if strings else None
+        if twice := _checks.repeated(self.names or ()):
+            raise ValueError(f"x has two columns of one name: {twice}, expected a name for each; rename or drop one")
 
     def column(self, number: int) -> Any:
         """Return a column, in the library's own form."""
@@ -67,12 +69,10 @@ class Frame:
         found = []
         for i, dtype in enumerate(self._types()):
             kind = _kind(dtype)
-            if kind in "iuf":
+            if kind in "iufb":
                 continue
             text = f"is {dtype}"
-            if kind == "b":
-                remedy = "drop it, train a flow for each of the two, or convert it to numbers yourself"
-            elif kind == "M":
+            if kind == "M":
                 remedy = "convert it to seconds, from its first moment on, or drop it"
             else:
                 remedy = "encode it as numbers, or drop it"
@@ -80,16 +80,22 @@ class Frame:
         return found
 
     def array(self, columns: Sequence[int] | None = None) -> Array:
-        """Return these columns (None: all) as an array [N, D], of the narrowest dtype that holds all; nulls are NaN."""
+        """Return these columns (None: all) as an array [N, D], of the narrowest dtype that holds all.
+
+        Nulls are NaN, false and true are 0 and 1.
+        """
         wanted = range(self.width) if columns is None else columns
         types = self._types()
-        if self.width and len(wanted) == self.width and all(isinstance(dtype, np.dtype) for dtype in types):
+        plain = all(isinstance(dtype, np.dtype) and dtype.kind != "b" for dtype in types)
+        if self.width and len(wanted) == self.width and plain:
             return np.asarray(self._frame)
         parts = [self._numbers(i, types[i]) for i in wanted]
         return np.column_stack(parts) if parts else np.empty((len(self._frame), 0), np.float32)
 
     def _numbers(self, number: int, dtype: Any) -> Array:
         column = self.column(number)
+        if _kind(dtype) == "b":
+            return _truths(column)
         if isinstance(dtype, np.dtype) or _library(self._frame) != "pandas":
             return np.asarray(column.to_numpy())
         plain = getattr(dtype, "numpy_dtype", None)
@@ -100,6 +106,15 @@ class Frame:
         return np.asarray(
             column.to_numpy(dtype=plain, na_value=np.nan) if plain.kind == "f" else column.to_numpy(plain)
         )
+
+
+def _truths(column: Any) -> Array:
+    """Return a column of false, true and perhaps nulls as the numbers 0, 1 and NaN."""
+    values = np.asarray(column.to_numpy())
+    if values.dtype == bool:
+        return values.astype(np.uint8)
+    # Each library has a null of its own, and none of them is equal to itself or to a bool.
+    return np.array([float(v) if isinstance(v, (bool, np.bool_)) else np.nan for v in values], np.float32)
 
 
 def _library(value: object) -> str:

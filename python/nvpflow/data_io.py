@@ -110,6 +110,8 @@ class Table:
         self.names = None if source.names is None else [source.names[i] for i in self._used]
         self.passed_names = [self._name(i) for i in self._passed]
         self.rows = None if reading.missing == "skip" else source.rows
+        if twice := self._repeated():
+            self._problems.general.append(f"{twice}, expected a name for each; rename one of them")
         if self.columns == 0 and source.width:
             raise DataError(f"{self.name}: no column is left")
 
@@ -120,6 +122,13 @@ class Table:
 
     def _name(self, i: int) -> str:
         return f"column_{i + 1}" if self._source.names is None else self._source.names[i]
+
+    def _repeated(self) -> str:
+        """Return what to say where two of the columns that make the rows have one name."""
+        shown = [""] * self._source.width
+        for i in self._used:
+            shown[i] = (self._source.names or shown)[i]
+        return _checks.repeated(shown)
 
     def _select(self, model_names: Sequence[str] | None) -> tuple[list[int], list[int]]:
         """Return the columns that make the rows, and those handed on."""
@@ -143,6 +152,8 @@ class Table:
         """Return the numbers, from 0, of columns that an option names."""
         names = self._source.names
         known = [str(i + 1) for i in range(self._source.width)] if names is None else names
+        if again := [name for i, name in enumerate(wanted) if name in wanted[:i]]:
+            raise DataError(f"{option} names {_listed(again[:1])} twice, expected each column once")
         unknown = [name for name in wanted if known.count(name) != 1]
         if unknown:
             has = f"columns 1 to {len(known)} without names" if names is None else _listed(known)
@@ -248,6 +259,7 @@ def _listed(names: Sequence[str]) -> str:
 _OPENERS: dict[str, Callable[[Any], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
 COMPRESSIONS = (*_OPENERS, ".zst")
+_ZIP = b"PK\x03\x04"
 
 
 @contextmanager
@@ -283,6 +295,8 @@ def open_table(
 
 
 def _open_source(source: str, reading: Reading, stack: ExitStack) -> Source:
+    if not source:
+        raise DataError("the name of a table is empty, expected a path, or - for standard input")
     if source == "-":
         if sys.stdin is None:
             raise DataError("standard input is closed")
@@ -336,6 +350,8 @@ def _stream_source(name: str, file: Any, reading: Reading, stack: ExitStack) -> 
         raise DataError(f"{name}: cannot be decompressed: {error}") from error
     if magic == NPY_MAGIC:
         return NpySource(name, io.BufferedReader(stream))
+    if magic.startswith(_ZIP):
+        raise DataError(f"{name}: a zip archive or a spreadsheet, expected a table ({KINDS}); unpack or export it")
     if magic[:4] == b"PAR1" or magic == b"ARROW1":
         kind = "Parquet" if magic[:4] == b"PAR1" else "An Arrow file"
         raise DataError(f"{name}: {kind} is read from its end and cannot come from a pipe; name the file")
@@ -378,7 +394,7 @@ class NpySource:
             if path:
                 file.seek(0)
                 file_start = file.read(4)
-            if file_start == b"PK\x03\x04":
+            if file_start == _ZIP:
                 raise DataError(f"{name}: an archive of several arrays, expected one array") from error
             raise DataError(f"{name}: not a readable .npy {kind}: {error}") from error
         if self._dtype.kind not in "fiu":

@@ -1193,6 +1193,15 @@ TEST_CASE("a write that fails leaves the old file and no temporary") {
   std::signal(SIGXFSZ, old_handler);
 }
 
+TEST_CASE("names of columns are distinct, but for those that are empty") {
+  Flow flow(FlowSpec::real_nvp(4, 1, {}));
+  flow.set_column_names({"a", "", "", "b"});
+  check_refused(ErrorCode::invalid_argument, "column_names holds 'b' twice, for columns 2 and 4",
+                [&] { flow.set_column_names({"a", "b", "c", "b"}); });
+  CHECK(flow.column_names().at(3) == "b");
+  CHECK(flow.column_names().at(1).empty());
+}
+
 TEST_CASE("a sparse file that claims a huge tensor does not get its memory") {
   const Folder folder;
   const std::string path = folder / "model.safetensors";

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import numpy as np
 import nvpflow
@@ -708,6 +709,32 @@ def test_a_first_row_that_is_taken_for_names_is_said(call, folder, field):
     for sound in ("a,b,c\n1,2,3\n", "1,2,3\n4,5,6\n"):
         (folder / "t.csv").write_text(sound)
         assert call("score", "model.safetensors", "t.csv")[2] == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("score", "model.safetensors", "t.csv", "--columns", "a", "--columns", "b"), 2, "--columns is given twice"),
+        (("score", "model.safetensors", "t.csv", "--columns", "a,b,a"), 1, "--columns names 'a' twice, expected each"),
+        (("fit", "t.csv", "-o", "new.safetensors", "--validation", ""), 1, "--validation is empty, expected a share"),
+        (("score", "model.safetensors", ""), 1, "the name of a table is empty, expected a path"),
+        (("score", "model.safetensors", "zip.csv"), 1, "zip.csv: a zip archive or a spreadsheet, expected a table"),
+    ],
+)
+def test_what_cannot_be_meant_is_said(call, folder, capfdbinary, arguments, code, message):
+    pytest.importorskip("pyarrow")
+    (folder / "t.csv").write_text("a,b,c\n1,2,3\n4,5,6\n")
+    with zipfile.ZipFile(folder / "zip.csv", "w") as archive:
+        archive.writestr("t.csv", "1,2,3\n")
+    if code == 2:
+        with pytest.raises(SystemExit, match="2"):
+            call(*arguments)
+        assert message in capfdbinary.readouterr()[1].decode()
+        return
+    found, output, errors = call(*arguments)
+    assert (found, output) == (code, "")
+    assert errors.startswith(f"nvpflow: error: {message}")
+    assert errors.count("\n") == 1
 
 
 def test_parquet_columns_whose_names_hold_points_are_not_mixed_up(call, folder, rows, flow):

@@ -10,6 +10,7 @@ from types import FunctionType
 import numpy as np
 import nvpflow
 import pytest
+from nvpflow import cli
 
 X = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32)
 QUICK = {"epochs": 1, "progress": False}
@@ -267,21 +268,64 @@ def test_columns_that_are_not_numbers_are_named_in_one_message() -> None:
     )
     flow = nvpflow.build(5, num_flows=2, hidden_sizes=(8,))
     for call in (flow.fit, flow.log_prob, flow.vjp, flow.certify):
-        with pytest.raises(TypeError, match=r"^x, 4 columns that are not numbers") as refused:
+        with pytest.raises(TypeError, match=r"^x, 3 columns that are not numbers") as refused:
             call(wide)
-        for text in ("'flag' is bool: drop it", "'city' is category: encode it", "'name' is", "'day' is datetime64"):
+        for text in ("'city' is category: encode it", "'name' is", "'day' is datetime64"):
             assert text in str(refused.value)
         assert "convert it to seconds" in str(refused.value)
     report = nvpflow.check_data(wide)
-    assert [finding.names for finding in report.errors] == [(f"column {name!r}",) for name in wide.columns[1:]]
+    assert [finding.names for finding in report.errors] == [(f"column {name!r}",) for name in wide.columns[2:]]
 
 
 def test_columns_of_other_libraries_that_are_not_numbers_are_named() -> None:
     for frame in frames_of({"a": X[:, 0], "s": np.array(["x"] * 200), "b": X[:, 1] > 0}):
-        with pytest.raises(
-            TypeError, match=r"^x, 2 columns that are not numbers:\n  column 's' is .*\n  column 'b' is [bB]ool"
-        ):
+        with pytest.raises(TypeError, match=r"^x: column 's' is .*: encode it as numbers, or drop it$"):
             new_flow().log_prob(frame)
+
+
+def test_false_and_true_are_0_and_1_in_every_table() -> None:
+    """As in a CSV and in an array; fit warns of them as of any column with two values."""
+    flags = {"a": X[:, 0], "b": X[:, 1] > 0, "c": X[:, 2]}
+    rows = np.column_stack([*flags.values()]).astype(np.float32)
+    flow = new_flow()
+    for frame in frames_of(flags):
+        np.testing.assert_array_equal(flow.log_prob(frame), flow.log_prob(rows))
+        assert [finding.kind for finding in nvpflow.check_data(frame).findings] == ["few"]
+    for frame in frames_of({name: column > 0 for name, column in ABC.items()}):
+        np.testing.assert_array_equal(flow.log_prob(frame), flow.log_prob((X > 0).astype(np.float32)))
+
+
+def test_false_and_true_with_nulls_are_nan_there() -> None:
+    pandas = pytest.importorskip("pandas")
+    gaps = [True, None, False]
+    frames = [pandas.DataFrame({"a": [0.0, 1, 2], "b": pandas.array(gaps, "boolean"), "c": [0.0, 1, 2]})]
+    for name, make in (("polars", "DataFrame"), ("pyarrow", "table")):
+        library = pytest.importorskip(name)
+        frames.append(getattr(library, make)({"a": [0.0, 1, 2], "b": gaps, "c": [0.0, 1, 2]}))
+    for frame in frames:
+        assert np.isnan(new_flow().log_prob(frame)).tolist() == [False, True, False]
+
+
+def test_two_columns_of_one_name_are_refused_wherever_they_come_from(tmp_path, capsys) -> None:
+    pandas = pytest.importorskip("pandas")
+    message = "columns 1 and 3 are both called 'a', expected a name for each"
+    pyarrow = pytest.importorskip("pyarrow")
+    frames = [
+        pandas.DataFrame(X, columns=["a", "b", "a"]),
+        pyarrow.table([X[:, 0], X[:, 1], X[:, 2]], names=["a", "b", "a"]),
+    ]
+    flow = new_flow()
+    for frame in frames:
+        for call in (flow.fit, flow.log_prob, nvpflow.check_data):
+            with pytest.raises(ValueError, match=f"x has two columns of one name: {message}"):
+                call(frame)
+    with pytest.raises(ValueError, match="column_names holds 'a' twice, for columns 1 and 3"):
+        flow.column_names = ["a", "b", "a"]
+    np.savetxt(tmp_path / "t.csv", X, delimiter=",", header="a,b,a", comments="")
+    flow.save(tmp_path / "m.safetensors")
+    for command in (["fit", "-o", str(tmp_path / "new.safetensors")], ["score", str(tmp_path / "m.safetensors")]):
+        assert cli.main([*command, str(tmp_path / "t.csv")]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_an_array_with_an_attribute_columns_is_an_array() -> None:

@@ -99,7 +99,7 @@ class NVPFLOW_API Flow {
   /// Names of the columns, in their order, or empty: for people and for those who read tables, no call looks at them. A
   /// file keeps them, and so do copies.
   std::vector<std::string> column_names() const;
-  /// One for each column, or none; else Error(invalid_argument).
+  /// One for each column, or none, distinct where they are not empty; else Error(invalid_argument).
   void set_column_names(std::vector<std::string> names);
   /// The limit of log p that goes with the parameters, if there is one: for those who score rows, no call looks at it.
   /// A file keeps it, and so do copies. It holds for these parameters: set_parameters and fit() remove it, reload takes

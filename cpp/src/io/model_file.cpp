@@ -286,6 +286,14 @@ void check_column_names(const std::vector<std::string>& names, std::int64_t inpu
     throw Error(ErrorCode::invalid_argument, "column_names holds " + std::to_string(names.size()) +
                                                  " names, expected " + std::to_string(input_size) + " or none");
   }
+  std::map<std::string_view, std::size_t> first;
+  for (std::size_t j = 0; j < names.size(); ++j) {
+    const auto [known, is_new] = first.try_emplace(names[j], j);
+    if (is_new || names[j].empty()) continue;
+    throw Error(ErrorCode::invalid_argument, "column_names holds " + quote(names[j]) + " twice, for columns " +
+                                                 std::to_string(known->second + 1) + " and " + std::to_string(j + 1) +
+                                                 ", expected a name for each");
+  }
   names_to_json(names);
 }
 
