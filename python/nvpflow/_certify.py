@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nvpflow import _bound, _checks, _core, _data, _frames
+from nvpflow import _bound, _checks, _core, _data, _frames, _spec
 from nvpflow._model import Model
 from nvpflow._text import counted
 from nvpflow.certificate import PROMISED, TOLERANCE, Certificate, Deviation, first
@@ -67,6 +67,7 @@ class Certifier:
             raise ValueError(f"jacobian_rows is {jacobian_rows}, expected at least 0")
         self._walk = _bound.Walk(self._reference)
         self._std = _standard_deviations(self._reference)
+        self._standardizes = _spec.begins_with_standardize(flow.spec)
         self.rows = self._nonfinite = self._failed = 0
         self._first_nonfinite: int | None = None
         self._first_failed: int | None = None
@@ -167,7 +168,7 @@ class Certifier:
             raise ValueError("x has no rows, expected at least one: there is nothing to measure")
         flow, spec = self._flow, self._flow.spec
         rounded = flow.precision != "float32" or flow.weights != "full"
-        resolution = self._digits.resolution(self._std if spec.standardize else np.zeros(spec.input_size))
+        resolution = self._digits.resolution(self._std if self._standardizes else np.zeros(spec.input_size))
         labels = _frames.labels(flow._column_names(), spec.input_size)
         known = resolution[np.isfinite(resolution)]
         found: dict[str, Any] = {
@@ -278,7 +279,7 @@ class Certifier:
                 f"The flow rounds on purpose (precision={found['precision']!r}, weights={found['weights']!r}): "
                 "certify it with 'float32' and 'full' to see the model's own part."
             )
-        if self._largest > 100 and not spec.standardize:
+        if self._largest > 100 and not self._standardizes:
             advice.append(
                 f"The data reach {self._largest:.3g}: bring them to unit scale, or train with a standardize layer."
             )
@@ -291,9 +292,9 @@ class Certifier:
             )
         if verdict == "unreliable":
             advice.append(
-                f"The model is ill-conditioned on these rows. Train it with a lower scale_bound (now "
-                f"{spec.scale_bound:g}), weight_decay, fewer couplings (now {spec.num_flows}), or max_round_trip, "
-                "which keeps the best epoch that can be inverted."
+                "The model is ill-conditioned on these rows. Train it with a lower scale_bound (now "
+                f"{_spec.in_words(spec)['scale bound']}), weight_decay, fewer couplings (now {spec.num_flows}), or "
+                "max_round_trip, which keeps the best epoch that can be inverted."
             )
         return advice
 

@@ -8,15 +8,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from nvpflow import _checks, _core, _frames
-
-if TYPE_CHECKING:
-    from nvpflow.flow import Flow
+from nvpflow._model import Model
 
 Array = NDArray[Any]
 
@@ -386,7 +384,7 @@ class RunningLook:
         return DataReport(self._measures.rows, tuple(labels), tuple(look.findings()))
 
 
-def trained_scales(flow: Flow) -> tuple[Array, Array] | None:
+def trained_scales(flow: Model) -> tuple[Array, Array] | None:
     """Return mean and standard deviation [D] of the standardize layer that a flow begins with; None: it knows none."""
     parameters = flow.parameters()
     log_std = parameters.get("standardize_0.log_std")

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nvpflow._data import check_data
+from nvpflow._spec import begins_with_standardize
 from nvpflow._text import counted
+from nvpflow.certificate import Certificate, Deviation
 from nvpflow.flow import Flow
 from nvpflow.plot import some_rows
 
 Array = NDArray[Any]
 
 EXAMINED = 100_000  # rows for everything but the likelihood, which all rows have
+CERTIFIED = 20_000  # rows for the certificate, which takes many passes
 SAMPLES = 20_000
 LEAST_ROWS = 10
 
@@ -65,8 +68,7 @@ class Findings:
     samples_log_p: NDArray[np.float64]
     latents: NDArray[np.float64]  # of the rows examined
     distance: NDArray[np.float64]  # [D], Kolmogorov-Smirnov, data and samples
-    accuracy: list[tuple[str, float, float]]  # name, median, largest
-    round_trip: float
+    certificate: Certificate  # of at most CERTIFIED of the rows; its errors are numbered as all rows are
     notices: list[str] = field(default_factory=list)
 
     @property
@@ -106,12 +108,11 @@ def examine(flow: Flow, data: Array, train: Array | None, names: list[str] | Non
         notices.append(f"{counted(wild, 'sample')} of {SAMPLES:,} not finite, and left out.")
         samples = finite_rows(samples)
     gaussian, source = _gaussian(rows, train)
-    some = some_rows(rows, EXAMINED)
+    some, numbers = some_rows(rows, EXAMINED), np.flatnonzero(finite)
     latents = flow.forward(some)[0].astype(np.float64)
-    accuracy, round_trip = _accuracy(flow, some)
     return Findings(
         rows=rows,
-        numbers=np.flatnonzero(finite),
+        numbers=numbers,
         total=len(data),
         names=names or [f"column {i}" for i in range(data.shape[1])],
         log_p=log_p,
@@ -121,15 +122,16 @@ def examine(flow: Flow, data: Array, train: Array | None, names: list[str] | Non
         samples_log_p=flow.log_probability(samples).astype(np.float64),
         latents=latents[np.isfinite(latents).all(axis=1)],
         distance=np.array([_kolmogorov_smirnov(some[:, i], samples[:, i]) for i in range(data.shape[1])]),
-        accuracy=accuracy,
-        round_trip=round_trip,
+        certificate=_certified(flow, rows, numbers),
         notices=notices,
     )
 
 
 def _about_columns(flow: Flow, rows: Array, names: list[str] | None) -> list[str]:
     """Return what stands in the way of a density of these rows, as `nvpflow.check_data` finds it."""
-    found = check_data(rows, names=names, dtype=flow.spec.dtype, standardize=flow.spec.standardize).findings
+    found = check_data(
+        rows, names=names, dtype=flow.spec.dtype, standardize=begins_with_standardize(flow.spec)
+    ).findings
     told = [finding for finding in found if finding.kind not in ("rows", "outliers")]  # the page shows rows far out
     texts = [f"{finding.text[:1].upper()}{finding.text[1:]}; {finding.remedy}." for finding in told]
     return texts if len(texts) <= 5 else [*texts[:5], f"{len(texts) - 5} findings more: nvpflow.check_data shows them."]
@@ -159,35 +161,14 @@ def _kolmogorov_smirnov(data: Array, samples: Array) -> float:
     return float(np.max(np.abs(cdfs[0] - cdfs[1])))
 
 
-def _accuracy(flow: Flow, rows: Array) -> tuple[list[tuple[str, float, float]], float]:
-    """Return lines of name, typical and largest value; and the largest error of the way to the latents and back."""
-    z, log_det = flow.forward(rows)
-    back, log_det_back = flow.inverse(z, with_log_det=True, dtype=rows.dtype)
-    std = rows.std(axis=0, dtype=np.float64)
-    std[std == 0] = 1
-    with np.errstate(invalid="ignore"):
-        there = np.abs(back.astype(np.float64) - rows) / std
-        dets = np.abs(log_det.astype(np.float64) + log_det_back)
-        noise = np.random.default_rng(0).standard_normal((len(rows), rows.shape[1])).astype(z.dtype)
-        other = np.abs(flow.forward(flow.inverse(noise, dtype=rows.dtype))[0].astype(np.float64) - noise)
-    lines = [
-        ("data → latent → data, in standard deviations of the column", there),
-        ("latent → data → latent, standard normal noise", other),
-        ("log-determinants there and back, their sum (nats)", dets),
-    ]
-    if flow.spec.dtype == "float32":
-        exact = flow.to("cpu", "float32", "full").astype("float64").log_probability(rows.astype(np.float64))
-        ours = flow.log_probability(rows).astype(np.float64)
-        with np.errstate(invalid="ignore"):
-            rounding = np.abs(ours - exact) / (1 + np.abs(exact))
-        lines.append(("log p beside float64 arithmetic, relative to 1 + |log p|", rounding))
-    return [(name, _median(e), _largest(e)) for name, e in lines], _largest(there)
+def _certified(flow: Flow, rows: Array, numbers: NDArray[np.int64]) -> Certificate:
+    """Return the certificate of some of the rows; its errors have the numbers that their rows have among all."""
+    chosen = some_rows(numbers, CERTIFIED)
+    found = flow.certify(rows[np.searchsorted(numbers, chosen)])
 
+    def numbered(error: Deviation | None) -> Deviation | None:
+        return None if error is None else replace(error, row=int(chosen[error.row]))
 
-def _median(errors: Array) -> float:
-    finite = errors[np.isfinite(errors)]
-    return float(np.median(finite)) if finite.size else math.nan
-
-
-def _largest(errors: Array) -> float:
-    return math.inf if not np.isfinite(errors).all() else float(errors.max())
+    errors = ("round_trip", "latent_round_trip", "log_prob", "log_det")
+    changed: dict[str, Any] = {name: numbered(getattr(found, name)) for name in errors}
+    return replace(found, **changed)

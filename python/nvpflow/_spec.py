@@ -15,6 +15,35 @@ def with_dtype(spec: FlowSpec, dtype: str) -> FlowSpec:
     return FlowSpec.from_json(json.dumps(json.loads(spec.to_json()) | {"dtype": dtype}))
 
 
+def regular(spec: FlowSpec) -> dict[str, Any] | None:
+    """Return the arguments of `FlowSpec` that make this spec; None where only its layers say what it is."""
+    names = ("input_size", "num_flows", "hidden_sizes", "activation", "scale_bound", "standardize", "dtype")
+    try:
+        arguments = {name: getattr(spec, name) for name in names}
+    except AttributeError:  # no one value for all couplings
+        return None
+    return arguments if FlowSpec(**arguments) == spec else None
+
+
+def begins_with_standardize(spec: FlowSpec) -> bool:
+    """Tell whether a standardize layer is the first one, which `fit` sets and which the units of x come from."""
+    return bool(json.loads(spec.to_json())["layers"][0]["kind"] == "standardize")
+
+
+def in_words(spec: FlowSpec, between: str = ", ") -> dict[str, str]:
+    """Return what couplings are, for tables; where they differ all values, in the order of the layers.
+
+    between: stands between the sizes of hidden layers.
+    """
+    layers = [layer for layer in json.loads(spec.to_json())["layers"] if layer["kind"] == "coupling"]
+    found = {
+        "hidden layers": [between.join(map(str, layer["hidden_sizes"])) or "none" for layer in layers],
+        "activation": [layer["activation"] for layer in layers],
+        "scale bound": [f"{layer['scale_bound']:g}" for layer in layers],
+    }
+    return {name: " / ".join(dict.fromkeys(values)) for name, values in found.items()}
+
+
 def _completed(spec: type[FlowSpec]) -> None:
     """Give the compiled class functions of Python for those that pybind11 makes, whose messages name no argument."""
     initialise, from_json, to_json = spec.__init__, spec.from_json, spec.to_json

@@ -141,14 +141,17 @@ class Certificate:
         """Whether the verdict is not "unreliable"."""
         return self.verdict != "unreliable"
 
-    def __repr__(self) -> str:
-        """Return the table."""
-        errors = {
-            "x -> z -> x": self.round_trip,
-            "z -> x -> z, not judged": self.latent_round_trip,
+    def _errors(self, arrow: str) -> dict[str, Deviation | None]:
+        """Return the lines of tables; `arrow` is how they write one."""
+        return {
+            f"x {arrow} z {arrow} x": self.round_trip,
+            f"z {arrow} x {arrow} z, not judged": self.latent_round_trip,
             "log p against float64": self.log_prob,
             f"log_det against {self.jacobian_rows} Jacobians": self.log_det,
         }
+
+    def __repr__(self) -> str:
+        """Return the table."""
         bound = "none" if self.round_trip_bound is None else f"{self.round_trip_bound:.1e}"
         double = "not measured" if self.float64_round_trip is None else f"{self.float64_round_trip:.1e}"
         resolution = "not known" if self.input_resolution is None else f"{self.input_resolution:.1e}"
@@ -160,7 +163,7 @@ class Certificate:
             f"{first(self.first_nonfinite_row)}; {self.failed_rows:,} finite ones failed"
             f"{first(self.first_failed_row)}",
             f"  {'largest error':<32}  relative  absolute  worst row",
-            *(f"    {name:<30}  {_columns(error)}" for name, error in errors.items()),
+            *(f"    {name:<30}  {_columns(error)}" for name, error in self._errors("->").items()),
             f"  {'x -> z -> x, worst, in float64':<32}  {double}",
             f"  {'steps of x, in its spread':<32}  {resolution}",
             f"  {'bound on x -> z -> x, by weights':<32}  {bound}",
@@ -171,12 +174,6 @@ class Certificate:
 
     def _repr_html_(self) -> str:
         """Return a table of the errors, and the advice, for notebooks."""
-        errors = {
-            "x → z → x": self.round_trip,
-            "z → x → z, not judged": self.latent_round_trip,
-            "log p against float64": self.log_prob,
-            f"log_det against {self.jacobian_rows} Jacobians": self.log_det,
-        }
         caption = (
             f"Certificate: {self.verdict}; {self.dtype} promises {self.promised:.0e}, tolerated {self.tolerance:.0e}; "
             f"{counted(self.rows, 'row')}, {self.nonfinite_rows:,} with NaN or inf, {self.failed_rows:,} failed"
@@ -185,7 +182,7 @@ class Certificate:
             (name, "not measured", "", "")
             if e is None
             else (name, f"{e.relative:.1e}", f"{e.absolute:.1e}", f"{e.row}")
-            for name, e in errors.items()
+            for name, e in self._errors("\N{RIGHTWARDS ARROW}").items()
         ]
         advice = "".join(f"<li>{escape(sentence)}</li>" for sentence in self.advice)
         found = _html.table(caption, ("largest error", "relative", "absolute", "worst row"), lines)

@@ -29,6 +29,7 @@ import nvpflow
 from nvpflow import _certify, _checks, _data, _output, certificate, data_io
 from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS, default_activation
 from nvpflow._source import rows_per_block
+from nvpflow._spec import begins_with_standardize
 from nvpflow._text import counted
 
 # Errors that the user can act on. Anything else is a bug of ours and keeps its traceback.
@@ -663,7 +664,8 @@ def _run_check(arguments: argparse.Namespace) -> int:
     with data_io.open_table(arguments.data, _in_place(_reading(arguments)), names) as table:
         table.expect(flow.spec.input_size, names)
         spec, called = flow.spec, table.names or flow.column_names
-        look = _data.RunningLook(called, spec.input_size, spec.dtype, spec.standardize, _data.trained_scales(flow))
+        standardizes = begins_with_standardize(spec)
+        look = _data.RunningLook(called, spec.input_size, spec.dtype, standardizes, _data.trained_scales(flow))
         for rows in table.chunks(flow.spec.dtype, wide=flow.spec._takes_float64_rows):
             look.add(rows)
             certifier.add(rows)

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from nvpflow import _certify, _checks, _core, _frames, _hints, _html, certificate, training
+from nvpflow import _certify, _checks, _core, _frames, _hints, _html, _spec, certificate, training
 from nvpflow._core import FlowSpec
 from nvpflow._model import Model, _restore, _where
 from nvpflow._model import Threshold as Threshold
@@ -456,18 +456,21 @@ class Flow(Model):
     def __repr__(self) -> str:
         """Return the model in one line; options at their defaults are left out."""
         spec = self.spec
-        fields = [
-            f"input_size={spec.input_size}",
-            f"num_flows={spec.num_flows}",
-            f"hidden_sizes={spec.hidden_sizes}",
-            f"activation={spec.activation!r}",
-            f"dtype={spec.dtype!r}",
-        ]
-        if spec.scale_bound != 1.0:
-            fields.append(f"scale_bound={spec.scale_bound:g}")
-        if not spec.standardize:
-            fields.append("standardize=False")
-        elif self._statistics() != "auto":
+        if _spec.regular(spec) is None:
+            fields = [repr(spec)]
+        else:
+            fields = [
+                f"input_size={spec.input_size}",
+                f"num_flows={spec.num_flows}",
+                f"hidden_sizes={spec.hidden_sizes}",
+                f"activation={spec.activation!r}",
+                f"dtype={spec.dtype!r}",
+            ]
+            if spec.scale_bound != 1.0:
+                fields.append(f"scale_bound={spec.scale_bound:g}")
+            if not spec.standardize:
+                fields.append("standardize=False")
+        if spec.standardize and self._statistics() != "auto":
             fields.append(f"standardize={self._statistics()!r}")
         if self.device != "cpu":
             fields.append(f"device={self.device!r}")
@@ -485,9 +488,7 @@ class Flow(Model):
         lines = {
             "columns": f"{spec.input_size}" if names is None else f"{spec.input_size}: {', '.join(names[:12])}",
             "couplings": f"{spec.num_flows}",
-            "hidden layers": ", ".join(map(str, spec.hidden_sizes)) or "none",
-            "activation": spec.activation,
-            "scale bound": f"{spec.scale_bound:g}",
+            **_spec.in_words(spec),
             "standardize": "yes" if spec.standardize else "no",
             "parameters": f"{self.num_parameters:,}",
             "computes in": ", ".join([spec.dtype, *where]),

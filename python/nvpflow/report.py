@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nvpflow import _checks, _html
+from nvpflow import _checks, _html, _spec
 from nvpflow._blame import blame
 from nvpflow._core import __version__, cpu_isa
 from nvpflow._findings import Findings, examine, finite_rows
@@ -317,7 +317,9 @@ def _headline(found: Findings) -> str:
         gain = ours - found.gaussian[found.scored]
         sign = "+" if gain.mean() > 0 else ""
         tiles.append((sign + _nats(gain.mean(), 3), f"nats per row, ± {_error(gain)}", "gain over a Gaussian"))
-    tiles.append((_scientific(found.round_trip), "standard deviations", "largest round-trip error"))
+    round_trip = found.certificate.round_trip
+    largest = "not measured" if round_trip is None else _scientific(round_trip.relative)
+    tiles.append((largest, f"relative, {found.certificate.verdict}", "largest round-trip error"))
     tiles.append((f"{len(found.rows):,}", f"rows of {len(found.names)} columns", "data"))
     items = "".join(
         f"<div><dt>{escape(name)}</dt><dd><b>{escape(value)}</b> <span>{escape(unit)}</span></dd></div>"
@@ -328,11 +330,11 @@ def _headline(found: Findings) -> str:
 
 def _card(flow: Flow, found: Findings, history: History | None, details: Mapping[str, str]) -> str:
     spec = flow.spec
-    hidden = f" {_TIMES} ".join(map(str, spec.hidden_sizes)) or "none"
+    couplings = _spec.in_words(spec, f" {_TIMES} ")
     lines = {
         "Model": f"RealNVP, {counted(spec.num_flows, 'affine coupling')}",
-        "Conditioner networks": f"hidden layers {hidden}, {spec.activation}",
-        "Log-scale bound": f"{spec.scale_bound:g}",
+        "Conditioner networks": f"hidden layers {couplings['hidden layers']}, {couplings['activation']}",
+        "Log-scale bound": couplings["scale bound"],
         "Standardize layer": "yes" if spec.standardize else "no",
         "Parameters": f"{flow.num_parameters:,}, {spec.dtype}",
         **details,
@@ -421,13 +423,20 @@ def _summary(found: Findings) -> str:
 
 
 def _invertibility(flow: Flow, found: Findings) -> str:
-    epsilon = _scientific(float(np.finfo(flow.spec.dtype).eps))
+    certificate, dtype = found.certificate, flow.spec.dtype
+    lines = [
+        (name, "not measured", "", "")
+        if error is None
+        else (name, _scientific(error.relative), _scientific(error.absolute), f"{error.row}")
+        for name, error in certificate._errors("\N{RIGHTWARDS ARROW}").items()
+    ]
+    table = _table("Largest errors", ("", "relative", "absolute", "row"), lines)
     note = (
-        f"A flow is invertible in exact arithmetic; these are the roundings of {flow.spec.dtype}, whose numbers are "
-        f"{epsilon} apart at 1."
+        f"The certificate of {counted(certificate.rows, 'row')}: {certificate.verdict}. A flow is invertible in exact "
+        f"arithmetic; these are the roundings of {dtype}, whose numbers are {_scientific(float(np.finfo(dtype).eps))} "
+        f"apart at 1. {dtype} promises relative errors of {_scientific(certificate.promised)}. flow.certify and "
+        "nvpflow check give all of it, with advice."
     )
-    lines = [(name, _scientific(median), _scientific(largest)) for name, median, largest in found.accuracy]
-    table = _table("Errors of going there and back", ("", "median", "largest"), lines)
     return f'{table}<p class="caption">{escape(note)}</p>'
 
 

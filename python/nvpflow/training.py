@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nvpflow import _checks, _core, _data, _frames
+from nvpflow import _checks, _core, _data, _frames, _spec
 from nvpflow._model import Model
 from nvpflow.history import History as History  # also by this path, in pickles too
 
@@ -181,7 +181,7 @@ def fit(
     validation_rows, fraction = _split(flow, validation, names)
     checked = _checked_options(options) | {"validation_fraction": fraction}
     checked["standardize"] = _statistics_to_use(flow, options["standardize"])
-    report = _data.require_density(rows, names, flow.spec.dtype, flow.spec.standardize)
+    report = _data.require_density(rows, names, flow.spec.dtype, _spec.begins_with_standardize(flow.spec))
 
     bar = _open_bar(progress, checked["epochs"])
 
@@ -201,7 +201,7 @@ def fit(
 
 
 def _statistics_to_use(flow: Model, standardize: Any) -> str:
-    if standardize is not None and not flow.spec.standardize:
+    if standardize is not None and not _spec.begins_with_standardize(flow.spec):
         given = _checks.text("standardize", standardize)
         raise ValueError(
             f"standardize is {given!r}, but the flow does not begin with a standardize layer; expected None, or a flow "
