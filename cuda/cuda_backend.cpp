@@ -11,6 +11,7 @@
 #include <string>
 #include <thread>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include <nvpflow/backend.hpp>
@@ -376,7 +377,7 @@ class CudaBackend final : public Backend {
       in.make = standardizing(*packed, call.in, nullptr, how);
     }
     if (call.conditioner >= 0) {
-      const LayerSpec& layer = flow_->spec().layers[static_cast<std::size_t>(call.conditioner)];
+      const auto& layer = std::get<Coupling>(flow_->spec().layers[static_cast<std::size_t>(call.conditioner)]);
       const std::int64_t width = flow_->spec().transformed(layer).count * element;
       outputs = {HostOutput{call.log_scale, width}, HostOutput{call.shift, width}};
     }

@@ -134,10 +134,7 @@ class CudaTraining final : public Training {
   }
 
   std::int64_t steps_per_report() const override {
-    double flops = 0;
-    for (const TensorInfo& t : flow_->layout().tensors()) {
-      flops += t.role == TensorRole::kernel ? 6.0 * static_cast<double>(t.size) : 0;
-    }
+    const double flops = 6 * flow_->layout().multiply_adds_per_row();
     const double steps = kReportFlops / std::max(1.0, flops * static_cast<double>(slice_rows_));
     return std::clamp<std::int64_t>(static_cast<std::int64_t>(steps), 1, kMaxQueuedSteps);
   }
@@ -171,8 +168,8 @@ class CudaTraining final : public Training {
   void upload_updates() {
     std::vector<Update> updates(static_cast<std::size_t>(flow_->layout().size()), Update::none);
     for (const TensorInfo& t : flow_->layout().tensors()) {
-      if (!is_trained(t)) continue;
-      const Update update = t.role == TensorRole::kernel ? Update::decayed : Update::plain;
+      if (!t.trained) continue;
+      const Update update = t.decayed ? Update::decayed : Update::plain;
       std::fill_n(updates.begin() + t.offset, t.size, update);
       if (!trained_.empty() && trained_.back().first + trained_.back().second == t.offset) {
         trained_.back().second += t.size;

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "../cpp/src/program.hpp"
+
 struct CUstream_st;
 
 #if defined(__CUDACC__)
@@ -17,11 +19,6 @@ namespace nvpflow::cuda {
 
 using Stream = CUstream_st*;  // cudaStream_t
 using Status = int;           // cudaError_t; 0: launched
-
-/// Order of nvpflow::Activation, plus `none` for the heads.
-enum class Act : std::int32_t { relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, none };
-
-enum class Kind : std::int32_t { coupling, standardize };
 
 /// What the caller asks for. float64 flows always compute in float64.
 enum class Precision : std::int32_t { float32, tf32, bfloat16 };

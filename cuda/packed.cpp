@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <variant>
 
 #include <nvpflow/spec.hpp>
 
@@ -35,12 +36,8 @@ template <class T>
 Layers<T>::Layers(const FlowSpec& spec, const ParamLayout& layout, Stream stream) {
   host_.input_size = static_cast<std::int32_t>(spec.input_size);
   host_.num_parameters = layout.size();
-  for (std::size_t k = 0; k < spec.layers.size(); ++k) {
-    if (spec.layers[k].kind == LayerKind::coupling) {
-      add_coupling(spec, layout, k);
-    } else {
-      add_standardize(layout, k);
-    }
+  for (const LoweredLayer& layer : lower(spec, layout).layers) {
+    std::visit([&](const auto& kind) { add(kind); }, layer);
   }
   host_.num_layers = static_cast<std::int32_t>(layers_.size());
   host_.num_dense = static_cast<std::int32_t>(dense_.size());
@@ -65,13 +62,14 @@ Layers<T>::Layers(const FlowSpec& spec, const ParamLayout& layout, Stream stream
 }
 
 template <class T>
-void Layers<T>::add_dense(std::int64_t in, std::int64_t out, const TensorInfo* tensors, bool head) {
+void Layers<T>::add_dense(const LoweredDense& from) {
+  const std::int64_t in = from.in, out = from.out();
   Dense dense;
   dense.in = static_cast<std::int32_t>(in);
   dense.out = static_cast<std::int32_t>(out);
-  for (std::size_t part = 0; part < (head ? 2u : 1u); ++part) {
-    dense.kernel_offset[part] = tensors[2 * part].offset;
-    dense.bias_offset[part] = tensors[2 * part + 1].offset;
+  for (std::size_t part = 0; part < from.parts.size(); ++part) {
+    dense.kernel_offset[part] = from.parts[part].kernel;
+    dense.bias_offset[part] = from.parts[part].bias;
   }
   dense.weights = host_.packed_size;
   dense.bias = dense.weights + weight_size(in, out);
@@ -79,38 +77,29 @@ void Layers<T>::add_dense(std::int64_t in, std::int64_t out, const TensorInfo* t
   dense.transposed = host_.transposed_size;
   host_.transposed_size += weight_size(out, in);
   dense_.push_back(dense);
-  heads_.push_back(head);
+  heads_.push_back(from.parts.size() > 1);
 }
 
 template <class T>
-void Layers<T>::add_coupling(const FlowSpec& spec, const ParamLayout& layout, std::size_t index) {
-  const LayerSpec& from = spec.layers[index];
-  const TensorInfo* tensors = &layout.tensors()[layout.first_tensor(index)];
+void Layers<T>::add(const LoweredCoupling& from) {
   Layer<T> layer;
   layer.kind = Kind::coupling;
-  layer.condition = from.swapped ? 1 : 0;
-  layer.activation = static_cast<Act>(from.activation);
+  layer.condition = from.conditioning.begin == 0 ? 0 : 1;
+  layer.activation = from.activation;
   layer.first_dense = static_cast<std::int32_t>(dense_.size());
-  layer.num_dense = static_cast<std::int32_t>(from.hidden_sizes.size()) + 1;
-  layer.bound = static_cast<T>(from.scale_bound);
-  layer.inverse_bound = static_cast<T>(1.0 / from.scale_bound);
-  std::int64_t in = spec.conditioning(from).count;
-  for (const std::int64_t width : from.hidden_sizes) {
-    add_dense(in, width, tensors, false);
-    tensors += 2;
-    in = width;
-  }
-  add_dense(in, 2 * spec.transformed(from).count, tensors, true);
+  layer.num_dense = static_cast<std::int32_t>(from.dense.size());
+  layer.bound = static_cast<T>(from.bound);
+  layer.inverse_bound = static_cast<T>(1.0 / from.bound);
+  for (const LoweredDense& dense : from.dense) add_dense(dense);
   layers_.push_back(layer);
 }
 
 template <class T>
-void Layers<T>::add_standardize(const ParamLayout& layout, std::size_t index) {
-  const TensorInfo* tensors = &layout.tensors()[layout.first_tensor(index)];
+void Layers<T>::add(const LoweredStandardize& from) {
   Layer<T> layer;
   layer.kind = Kind::standardize;
-  layer.mean_offset = tensors[0].offset;
-  layer.log_std_offset = tensors[1].offset;
+  layer.mean_offset = from.mean;
+  layer.log_std_offset = from.log_std;
   layer.affine = host_.packed_size;
   host_.packed_size += affine_size(host_.input_size);
   layers_.push_back(layer);

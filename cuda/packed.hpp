@@ -8,6 +8,7 @@
 
 #include <nvpflow/spec.hpp>
 
+#include "../cpp/src/lower.hpp"
 #include "../cpp/src/wide_rows.hpp"
 #include "kernels.cuh"
 #include "runtime.hpp"
@@ -31,9 +32,9 @@ class Layers {
   const std::int64_t* transposed_source() const { return static_cast<const std::int64_t*>(transposed_source_.data()); }
 
  private:
-  void add_coupling(const FlowSpec& spec, const ParamLayout& layout, std::size_t index);
-  void add_dense(std::int64_t in, std::int64_t out, const TensorInfo* tensors, bool head);
-  void add_standardize(const ParamLayout& layout, std::size_t index);
+  void add(const LoweredCoupling& from);
+  void add(const LoweredStandardize& from);
+  void add_dense(const LoweredDense& from);
   void fill_sources(const Dense& dense, bool head);
 
   std::vector<Layer<T>> layers_;

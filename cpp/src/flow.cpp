@@ -15,6 +15,7 @@
 #include <span>
 #include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include <nvpflow/backend.hpp>
@@ -193,7 +194,7 @@ struct Flow::State {
   Columns columns() {
     const auto width = static_cast<std::size_t>(spec.input_size);
     Columns found{std::vector<double>(width, 0.0), std::vector<double>(width, 1.0)};
-    if (spec.layers.front().kind != LayerKind::standardize) return found;
+    if (!spec.begins_with_standardize()) return found;
     const std::lock_guard<ForkSafeMutex> lock(write_mutex);
     const void* flat = parameters.data();
     const T* mean = static_cast<const T*>(flat) + layout.tensors()[0].offset;
@@ -228,9 +229,9 @@ Flow::Flow(FlowSpec spec, std::uint64_t seed, Device device, Precision precision
   const FloatMode mode;
   void* parameters = state_->parameters.data();
   if (state_->spec.dtype == DType::float32) {
-    initialize_parameters(state_->spec, state_->layout, seed, static_cast<float*>(parameters), init);
+    initialize_parameters(state_->layout, seed, static_cast<float*>(parameters), init);
   } else {
-    initialize_parameters(state_->spec, state_->layout, seed, static_cast<double*>(parameters), init);
+    initialize_parameters(state_->layout, seed, static_cast<double*>(parameters), init);
   }
   state_->backend->set_parameters(parameters);
 }
@@ -591,10 +592,10 @@ void Flow::conditioner(std::int64_t layer, std::span<const T> in, std::span<T> s
   if (layer < 0 || layer >= layers) {
     fail("layer is " + std::to_string(layer) + ", expected 0 to " + std::to_string(layers - 1));
   }
-  const LayerSpec& which = spec().layers[static_cast<std::size_t>(layer)];
-  if (which.kind != LayerKind::coupling) fail("layer " + std::to_string(layer) + " is not a coupling layer");
+  const auto* which = std::get_if<Coupling>(&spec().layers[static_cast<std::size_t>(layer)]);
+  if (which == nullptr) fail("layer " + std::to_string(layer) + " is not a coupling layer");
   const Named out_s{"s", s}, out_t{"t", t};
-  const std::int64_t size = rows * spec().transformed(which).count;
+  const std::int64_t size = rows * spec().transformed(*which).count;
   check_length(out_s, size, "[B, |b|]");
   check_length(out_t, size, "[B, |b|]");
   refuse_overlap(out_s, input);

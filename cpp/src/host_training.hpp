@@ -45,7 +45,7 @@ class HostTraining final : public Training {
     if (!std::isfinite(loss)) return refuse(step, true, loss);
     double square = 0;
     for (const TensorInfo& t : layout_.tensors()) {
-      if (is_trained(t)) square += backend_->sum_of_squares(gradient_.data() + t.offset, t.size, threads_);
+      if (t.trained) square += backend_->sum_of_squares(gradient_.data() + t.offset, t.size, threads_);
     }
     report_.gradient_norm = std::sqrt(square);
     if (!std::isfinite(report_.gradient_norm)) return refuse(step, false, report_.gradient_norm);
@@ -53,8 +53,8 @@ class HostTraining final : public Training {
     AdamStep adam = step;
     if (clip_norm > 0 && report_.gradient_norm > clip_norm) adam.gradient_factor = clip_norm / report_.gradient_norm;
     for (const TensorInfo& t : layout_.tensors()) {
-      if (!is_trained(t)) continue;
-      adam.weight_decay = t.role == TensorRole::kernel ? step.weight_decay : 0.0;
+      if (!t.trained) continue;
+      adam.weight_decay = t.decayed ? step.weight_decay : 0.0;
       backend_->adam_step(adam, t.size, gradient_.data() + t.offset, first_moment_.data() + t.offset,
                           second_moment_.data() + t.offset, parameters_.data() + t.offset, threads_);
     }

@@ -9,12 +9,16 @@
 #include <limits>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include <nvpflow/error.hpp>
 
+#include "layers/layer.hpp"
 #include "math.hpp"
+#include "overloaded.hpp"
 
 namespace nvpflow {
 namespace {
@@ -32,6 +36,12 @@ using Names = std::array<std::pair<Enum, std::string_view>, N>;
 constexpr Names<DType, 2> kDTypes = {{{DType::float32, "float32"}, {DType::float64, "float64"}}};
 constexpr Names<LayerKind, 2> kLayerKinds = {
     {{LayerKind::coupling, "coupling"}, {LayerKind::standardize, "standardize"}}};
+static_assert(std::variant_size_v<LayerSpec> == kLayerKinds.size(), "each kind of layer has a name");
+static_assert(
+    std::is_same_v<std::variant_alternative_t<static_cast<std::size_t>(LayerKind::coupling), LayerSpec>, Coupling> &&
+        std::is_same_v<std::variant_alternative_t<static_cast<std::size_t>(LayerKind::standardize), LayerSpec>,
+                       Standardize>,
+    "LayerKind and LayerSpec have one order");
 constexpr Names<Init, 2> kInits = {{{Init::glorot, "glorot"}, {Init::fan_in, "fan_in"}}};
 constexpr Names<Activation, 8> kActivations = {{{Activation::relu, "relu"},
                                                 {Activation::leaky_relu, "leaky_relu"},
@@ -97,21 +107,19 @@ void check_scale_bound(const std::string& field, double value, DType dtype) {
 }
 
 /// `prefix` is put before the field names: "layers[3]." or nothing.
-void check_coupling(const std::string& prefix, const LayerSpec& layer, DType dtype) {
-  for (std::size_t j = 0; j < layer.hidden_sizes.size(); ++j) {
-    check_range(prefix + "hidden_sizes[" + std::to_string(j) + "]", layer.hidden_sizes[j], 1, kMaxHiddenSize);
+void check_layer(const std::string& prefix, LayerSpec layer, DType dtype) {
+  for (const layers::Field& field : layers::fields(layer)) {
+    const std::string name = prefix + field.name;
+    std::visit(Overloaded{[](const bool*) {},
+                          [&](const std::vector<std::int64_t>* sizes) {
+                            for (std::size_t j = 0; j < sizes->size(); ++j) {
+                              check_range(name + "[" + std::to_string(j) + "]", (*sizes)[j], 1, kMaxHiddenSize);
+                            }
+                          },
+                          [&](const Activation* value) { find_name(kActivations, *value, name.c_str()); },
+                          [&](const double* value) { check_scale_bound(name, *value, dtype); }},
+               field.value);
   }
-  find_name(kActivations, layer.activation, (prefix + "activation").c_str());
-  check_scale_bound(prefix + "scale_bound", layer.scale_bound, dtype);
-}
-
-void check_standardize(const std::string& prefix, const LayerSpec& layer) {
-  LayerSpec plain;
-  plain.kind = LayerKind::standardize;
-  if (layer == plain) return;
-  refuse(prefix +
-         "kind is standardize but a field of the coupling kind is set, expected swapped, hidden_sizes, "
-         "activation and scale_bound at their defaults: a standardize layer has no network");
 }
 
 void check_num_tensors(std::int64_t tensors) {
@@ -128,33 +136,32 @@ void check_num_parameters(std::int64_t parameters) {
 
 /// Counts without overflow: sizes are at most 2^20 here, and the sum is checked after each term of at most 2^41.
 void check_totals(const FlowSpec& spec) {
-  std::int64_t tensors = 0;
-  std::int64_t parameters = 0;
-  const auto add = [&](std::int64_t count) { check_num_parameters(parameters += count); };
-  for (const LayerSpec& layer : spec.layers) {
-    check_num_tensors(tensors += layer.num_tensors());
-    if (layer.kind == LayerKind::standardize) {
-      add(2 * spec.input_size);
-      continue;
-    }
-    std::int64_t in = spec.conditioning(layer).count;
-    for (const std::int64_t size : layer.hidden_sizes) {
-      add((in + 1) * size);
-      in = size;
-    }
-    add(2 * (in + 1) * spec.transformed(layer).count);
-  }
+  std::int64_t tensors = 0, parameters = 0;
+  layers::each_tensor(spec, [&](const TensorInfo& tensor) {
+    check_num_tensors(++tensors);
+    check_num_parameters(parameters += tensor.size);
+  });
 }
 
-/// The largest initial weight of a tensor, a dense layer's kernel or bias; `in` and `out` are the layer's.
-double initial_limit(Init init, TensorRole role, bool head, std::int64_t in, std::int64_t out) {
-  if (role == TensorRole::bias && (head || init == Init::glorot)) return 0;
-  const auto fan_in = static_cast<double>(in), fans = static_cast<double>(in + out);
-  return (head ? 0.01 : 1.0) * (init == Init::glorot ? std::sqrt(6.0 / fans) : 1 / std::sqrt(fan_in));
+/// The largest initial weight of a tensor.
+double initial_limit(Init init, const TensorInfo& tensor) {
+  const auto in = static_cast<double>(tensor.fan_in), fans = static_cast<double>(tensor.fan_in + tensor.fan_out);
+  const double kernel = init == Init::glorot ? std::sqrt(6.0 / fans) : 1 / std::sqrt(in);
+  switch (tensor.initial) {
+    case Initial::zero:
+      return 0;
+    case Initial::hidden_kernel:
+      return kernel;
+    case Initial::hidden_bias:
+      return init == Init::glorot ? 0 : kernel;
+    case Initial::head_kernel:
+      return 0.01 * kernel;
+  }
+  refuse("initial is no Initial");
 }
 
 template <class T>
-void initialize(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t seed, T* parameters, Init init) {
+void initialize(const ParamLayout& layout, std::uint64_t seed, T* parameters, Init init) {
   find_name(kInits, init, "init");
   std::uint64_t block = std::numeric_limits<std::uint64_t>::max();  // the one that `words` holds
   std::uint32_t words[4] = {};
@@ -167,16 +174,9 @@ void initialize(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t s
     }
     return words[i % 4];
   };
-  for (std::size_t t = 0; t < layout.tensors().size(); ++t) {
-    const TensorInfo& tensor = layout.tensors()[t];
+  for (const TensorInfo& tensor : layout.tensors()) {
     T* values = parameters + tensor.offset;
-    double limit = 0;
-    if (is_trained(tensor)) {
-      const auto layer = static_cast<std::size_t>(tensor.layer);
-      const bool head = t - layout.first_tensor(layer) >= 2 * spec.layers[layer].hidden_sizes.size();
-      const TensorInfo& kernel = layout.tensors()[tensor.role == TensorRole::kernel ? t : t - 1];
-      limit = initial_limit(init, tensor.role, head, kernel.shape[0], kernel.shape[1]);
-    }
+    const double limit = initial_limit(init, tensor);
     if (limit == 0) {
       std::fill_n(values, tensor.size, T{0});
       continue;
@@ -208,10 +208,6 @@ std::vector<std::string> activation_names() {
 
 std::int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 8; }
 
-std::int64_t LayerSpec::num_tensors() const {
-  return kind == LayerKind::standardize ? 2 : 2 * static_cast<std::int64_t>(hidden_sizes.size()) + 4;
-}
-
 void FlowSpec::validate() const {
   check_input_size(input_size);
   find_name(kDTypes, dtype, "dtype");
@@ -219,17 +215,9 @@ void FlowSpec::validate() const {
     refuse("layers holds " + std::to_string(layers.size()) + " layers, expected at most " + std::to_string(kMaxLayers));
   }
   for (std::size_t i = 0; i < layers.size(); ++i) {
-    const std::string prefix = "layers[" + std::to_string(i) + "].";
-    find_name(kLayerKinds, layers[i].kind, (prefix + "kind").c_str());
-    if (layers[i].kind == LayerKind::coupling) {
-      check_coupling(prefix, layers[i], dtype);
-    } else {
-      check_standardize(prefix, layers[i]);
-    }
+    check_layer("layers[" + std::to_string(i) + "].", layers[i], dtype);
   }
-  if (num_couplings() == 0) {
-    refuse("layers holds " + std::to_string(layers.size()) + " layers and no coupling, expected at least 1 coupling");
-  }
+  if (num_couplings() == 0) refuse("layers has no coupling, expected at least one");
   check_totals(*this);
 }
 
@@ -238,78 +226,70 @@ FlowSpec FlowSpec::real_nvp(std::int64_t input_size, std::int64_t num_flows, std
   FlowSpec spec;
   spec.input_size = input_size;
   spec.dtype = dtype;
-  LayerSpec coupling;
+  Coupling coupling;
   coupling.hidden_sizes = std::move(hidden_sizes);
   coupling.activation = activation;
   coupling.scale_bound = scale_bound;
 
   // Before `layers` exists: a num_flows of 10^12 must not get as far as an allocation. Here the caller knows no layers.
   check_range("num_flows", num_flows, 1, kMaxLayers - (standardize ? 1 : 0));
-  check_coupling("", coupling, dtype);
-  check_num_tensors(num_flows * coupling.num_tensors());
+  check_layer("", coupling, dtype);
+  check_num_tensors(num_flows * layers::num_tensors(coupling));
 
-  if (standardize) spec.layers.emplace_back().kind = LayerKind::standardize;
+  if (standardize) spec.layers.emplace_back(Standardize{});
   for (std::int64_t k = 0; k < num_flows; ++k) {
     coupling.swapped = k % 2 == 1;
-    spec.layers.push_back(coupling);
+    spec.layers.emplace_back(coupling);
   }
   spec.validate();
   return spec;
 }
 
-std::int64_t FlowSpec::num_couplings() const {
-  std::int64_t count = 0;
-  for (const LayerSpec& layer : layers) count += layer.kind == LayerKind::coupling ? 1 : 0;
-  return count;
+FlowSpec FlowSpec::with_dtype(DType other) const {
+  FlowSpec spec = *this;
+  spec.dtype = other;
+  spec.validate();
+  return spec;
 }
 
-FeatureRange FlowSpec::conditioning(const LayerSpec& layer) const {
+std::int64_t FlowSpec::num_couplings() const {
+  return std::count_if(layers.begin(), layers.end(),
+                       [](const LayerSpec& layer) { return std::holds_alternative<Coupling>(layer); });
+}
+
+FeatureRange FlowSpec::conditioning(const Coupling& layer) const {
   const std::int64_t half = input_size / 2;
   return layer.swapped ? FeatureRange{half, input_size - half} : FeatureRange{0, half};
 }
 
-FeatureRange FlowSpec::transformed(const LayerSpec& layer) const {
+FeatureRange FlowSpec::transformed(const Coupling& layer) const {
   const std::int64_t half = input_size / 2;
   return layer.swapped ? FeatureRange{0, half} : FeatureRange{half, input_size - half};
 }
 
-bool takes_float64_rows(const FlowSpec& spec) {
-  return spec.dtype == DType::float32 && !spec.layers.empty() && spec.layers.front().kind == LayerKind::standardize;
+bool FlowSpec::begins_with_standardize() const {
+  return !layers.empty() && std::holds_alternative<Standardize>(layers.front());
 }
+
+bool takes_float64_rows(const FlowSpec& spec) { return spec.dtype == DType::float32 && spec.begins_with_standardize(); }
 
 ParamLayout::ParamLayout(const FlowSpec& spec) {
   spec.validate();
-  std::int64_t layer_index = 0;
-  const auto add = [&](std::string name, std::vector<std::int64_t> shape, TensorRole role) {
-    std::int64_t size = 1;
-    for (const std::int64_t extent : shape) size *= extent;
-    tensors_.push_back({std::move(name), std::move(shape), size_, size, role, layer_index});
-    size_ += size;
-  };
-  const auto add_dense = [&](const std::string& name, std::int64_t in, std::int64_t out) {
-    add(name + ".kernel", {in, out}, TensorRole::kernel);
-    add(name + ".bias", {out}, TensorRole::bias);
-  };
+  first_of_layer_.reserve(spec.layers.size());
+  layers::each_tensor(spec, [&](TensorInfo tensor) {
+    // A layer without tensors of its own begins where the next one does.
+    first_of_layer_.resize(static_cast<std::size_t>(tensor.layer) + 1, tensors_.size());
+    tensor.offset = size_;
+    size_ += tensor.size;
+    tensors_.push_back(std::move(tensor));
+  });
+  first_of_layer_.resize(spec.layers.size(), tensors_.size());
+}
 
-  std::int64_t couplings = 0;
-  for (const LayerSpec& layer : spec.layers) {
-    first_of_layer_.push_back(tensors_.size());
-    if (layer.kind == LayerKind::standardize) {
-      const std::string name = "standardize_" + std::to_string(layer_index);
-      add(name + ".mean", {spec.input_size}, TensorRole::mean);
-      add(name + ".log_std", {spec.input_size}, TensorRole::log_std);
-    } else {
-      const std::string name = "flow_" + std::to_string(couplings++);
-      std::int64_t in = spec.conditioning(layer).count;
-      for (std::size_t j = 0; j < layer.hidden_sizes.size(); ++j) {
-        add_dense(name + "_coupling_dense_" + std::to_string(j), in, layer.hidden_sizes[j]);
-        in = layer.hidden_sizes[j];
-      }
-      add_dense(name + "_scale", in, spec.transformed(layer).count);
-      add_dense(name + "_translation", in, spec.transformed(layer).count);
-    }
-    ++layer_index;
-  }
+double ParamLayout::multiply_adds_per_row() const {
+  std::int64_t sum = 0;
+  for (const TensorInfo& tensor : tensors_) sum += tensor.multiplies ? tensor.size : 0;
+  return static_cast<double>(sum);
 }
 
 const TensorInfo* ParamLayout::find(std::string_view name) const {
@@ -319,14 +299,12 @@ const TensorInfo* ParamLayout::find(std::string_view name) const {
   return nullptr;
 }
 
-void initialize_parameters(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t seed, float* parameters,
-                           Init init) {
-  initialize(spec, layout, seed, parameters, init);
+void initialize_parameters(const ParamLayout& layout, std::uint64_t seed, float* parameters, Init init) {
+  initialize(layout, seed, parameters, init);
 }
 
-void initialize_parameters(const FlowSpec& spec, const ParamLayout& layout, std::uint64_t seed, double* parameters,
-                           Init init) {
-  initialize(spec, layout, seed, parameters, init);
+void initialize_parameters(const ParamLayout& layout, std::uint64_t seed, double* parameters, Init init) {
+  initialize(layout, seed, parameters, init);
 }
 
 }  // namespace nvpflow

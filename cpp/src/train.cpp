@@ -62,13 +62,6 @@ constexpr double kSliceFlops = 16e9;
 /// Training rows that epochs are compared by where there is no validation data.
 constexpr std::int64_t kSelectionRows = 1 << 16;
 
-double flops_per_row(const ParamLayout& layout) {
-  double flops = 0;
-  for (const TensorInfo& t : layout.tensors())
-    flops += t.role == TensorRole::kernel ? 2.0 * static_cast<double>(t.size) : 0;
-  return flops;
-}
-
 /// The weight decay that is taken where none is given: a prior that weighs less the more rows there are. Measured by
 /// tests/bench/defaults.py; in proportion to columns / rows it cost half a nat on 18,000 rows of ten columns.
 double decay_of(std::int64_t columns, std::int64_t rows) {
@@ -208,8 +201,8 @@ class Trainer {
                  : flow.num_threads() > 0 ? flow.num_threads()
                                           : available_threads()) {
     const double most = kSliceFlops * sizeof(float) / sizeof(T);
-    slice_ =
-        std::clamp<std::int64_t>(static_cast<std::int64_t>(most / (3 * flops_per_row(flow.layout()))), 64, 1 << 16);
+    slice_ = std::clamp<std::int64_t>(static_cast<std::int64_t>(most / (6 * flow.layout().multiply_adds_per_row())), 64,
+                                      1 << 16);
     count_rows();
     history_.best_loss = std::numeric_limits<double>::infinity();
   }
@@ -334,10 +327,7 @@ class Trainer {
     return std::min(most, train);
   }
 
-  bool standardizes() const {
-    const FlowSpec& spec = flow_.spec();
-    return !spec.layers.empty() && spec.layers.front().kind == LayerKind::standardize;
-  }
+  bool standardizes() const { return flow_.spec().begins_with_standardize(); }
 
   bool is_standardized() const {
     const auto layer = std::span<const T>(best_).first(static_cast<std::size_t>(2 * features_));
@@ -769,7 +759,7 @@ std::vector<std::string> initialize(Flow& flow, std::span<const X> x, Statistics
 
 template <class T>
 std::vector<std::string> Flow::initialize_from(std::span<const T> x, Statistics statistics) {
-  if (spec().layers.front().kind != LayerKind::standardize) {
+  if (!spec().begins_with_standardize()) {
     fail("the flow does not begin with a standardize layer, which initialize_from sets; make one with standardize");
   }
   if constexpr (std::is_same_v<T, double>) {

@@ -12,7 +12,7 @@ import datetime as _datetime  # noqa: F401  NumPy's C code imports it, and loses
 
 # Before everything else, so that a failure says what to do about it.
 try:
-    from nvpflow._core import CudaError, FileFormatError, FlowSpec, TrainingError, __version__, cpu_isa
+    from nvpflow._core import CudaError, FileFormatError, TrainingError, __version__, cpu_isa
 except ImportError as error:
     if "sub-interpreter" in str(error):
         raise
@@ -31,10 +31,11 @@ except ImportError as error:
 
 from typing import TYPE_CHECKING
 
-from nvpflow import cuda, functional
+from nvpflow import cuda, functional, layers
 from nvpflow._blame import blame
 from nvpflow._data import DataReport, DataWarning, Finding, check_data
 from nvpflow._paths import get_cmake_dir, get_include
+from nvpflow._spec import FlowSpec
 from nvpflow.certificate import Certificate
 from nvpflow.flow import Flow, Threshold, build, load
 from nvpflow.history import History
@@ -60,6 +61,7 @@ __all__ = [
     "functional",
     "get_cmake_dir",
     "get_include",
+    "layers",
     "load",
 ]
 

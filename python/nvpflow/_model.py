@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from nvpflow import _checks, _core, _hints, _spec
+from nvpflow import _checks, _core, _hints
 from nvpflow._core import FlowSpec
 
 
@@ -272,7 +272,7 @@ class Model(_core.Flow):
         name = _checks.dtype_name("dtype", dtype)
         if name not in ("float32", "float64"):
             raise ValueError(f"dtype is '{name}', expected one of float32, float64")
-        spec = _spec.with_dtype(self.spec, name)
+        spec = self.spec.with_dtype(name)
         given, low = self._copy_state()
         with np.errstate(over="ignore"):
             parameters = given.astype(name)

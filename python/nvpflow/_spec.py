@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from nvpflow import _checks, _hints
-from nvpflow._core import FlowSpec
+from nvpflow._core import Coupling, FlowSpec, Standardize
 
-
-def with_dtype(spec: FlowSpec, dtype: str) -> FlowSpec:
-    """Return the spec of the same model in another dtype."""
-    return FlowSpec.from_json(json.dumps(json.loads(spec.to_json()) | {"dtype": dtype}))
+__all__ = ["Coupling", "FlowSpec", "Standardize", "begins_with_standardize", "in_words", "regular"]
 
 
 def regular(spec: FlowSpec) -> dict[str, Any] | None:
@@ -27,7 +24,7 @@ def regular(spec: FlowSpec) -> dict[str, Any] | None:
 
 def begins_with_standardize(spec: FlowSpec) -> bool:
     """Tell whether a standardize layer is the first one, which `fit` sets and which the units of x come from."""
-    return bool(json.loads(spec.to_json())["layers"][0]["kind"] == "standardize")
+    return isinstance(spec.layers[0], Standardize)
 
 
 def in_words(spec: FlowSpec, between: str = ", ") -> dict[str, str]:
@@ -35,11 +32,11 @@ def in_words(spec: FlowSpec, between: str = ", ") -> dict[str, str]:
 
     between: stands between the sizes of hidden layers.
     """
-    layers = [layer for layer in json.loads(spec.to_json())["layers"] if layer["kind"] == "coupling"]
+    layers = [layer for layer in spec.layers if isinstance(layer, Coupling)]
     found = {
-        "hidden layers": [between.join(map(str, layer["hidden_sizes"])) or "none" for layer in layers],
-        "activation": [layer["activation"] for layer in layers],
-        "scale bound": [f"{layer['scale_bound']:g}" for layer in layers],
+        "hidden layers": [between.join(map(str, layer.hidden_sizes)) or "none" for layer in layers],
+        "activation": [layer.activation for layer in layers],
+        "scale bound": [f"{layer.scale_bound:g}" for layer in layers],
     }
     return {name: " / ".join(dict.fromkeys(values)) for name, values in found.items()}
 
@@ -47,6 +44,7 @@ def in_words(spec: FlowSpec, between: str = ", ") -> dict[str, str]:
 def _completed(spec: type[FlowSpec]) -> None:
     """Give the compiled class functions of Python for those that pybind11 makes, whose messages name no argument."""
     initialise, from_json, to_json = spec.__init__, spec.from_json, spec.to_json
+    from_layers, with_dtype = spec.from_layers, spec.with_dtype
 
     @_hints.explained
     def __init__(
@@ -78,10 +76,69 @@ def _completed(spec: type[FlowSpec]) -> None:
         """Return the spec as JSON."""
         return to_json(self)
 
-    for name, function in (("__init__", __init__), ("from_json", read), ("to_json", write)):
-        function.__name__, function.__qualname__ = name, f"FlowSpec.{name}"
-        made: Any = staticmethod(function) if name == "from_json" else function
+    @_hints.explained
+    def of_layers(input_size: int, layers: Iterable[Coupling | Standardize], dtype: str = "float32") -> FlowSpec:
+        """Return the spec of a flow with these layers of `nvpflow.layers`, the one first applied to data first.
+
+        Parameters
+        ----------
+        input_size
+            D, the number of features, at least 2.
+        layers
+            At least one of them is a coupling. They may differ in every field.
+        dtype
+            "float32" or "float64".
+
+        Raises
+        ------
+        TypeError
+            A layer is none.
+        ValueError
+            A field of a layer is out of range, or there is no coupling.
+        """
+        if isinstance(layers, str) or not isinstance(layers, Iterable):
+            raise TypeError(f"layers is {type(layers).__name__}, expected a sequence of layers of nvpflow.layers")
+        size, name = _checks.integer("input_size", input_size), _checks.dtype_name("dtype", dtype)
+        return from_layers(size, layers, name)
+
+    @_hints.explained
+    def of_dtype(self: FlowSpec, dtype: str) -> FlowSpec:
+        """Return the spec of the same layers in another dtype, "float32" or "float64"."""
+        return with_dtype(self, _checks.dtype_name("dtype", dtype))
+
+    static: dict[str, Any] = {"from_json": read, "from_layers": of_layers}
+    bound: dict[str, Any] = {"__init__": __init__, "to_json": write, "with_dtype": of_dtype}
+    function: Any
+    for name, function in (static | bound).items():
+        for part in (function, inspect.unwrap(function)):  # Python's own messages have the inner one's name
+            part.__name__, part.__qualname__ = name, f"FlowSpec.{name}"
+        made: Any = staticmethod(function) if name in static else function
         setattr(spec, name, made)
 
 
+def _checked(coupling: type[Coupling]) -> None:
+    """Give Coupling a constructor whose messages name the argument."""
+    initialise = coupling.__init__
+
+    @_hints.explained
+    def __init__(
+        self: Coupling,
+        swapped: bool = False,
+        hidden_sizes: Sequence[int] = (256,),
+        activation: str = "relu",
+        scale_bound: float = 1.0,
+    ) -> None:
+        initialise(
+            self,
+            _checks.boolean("swapped", swapped),
+            _checks.sizes("hidden_sizes", hidden_sizes),
+            _checks.text("activation", activation),
+            _checks.real("scale_bound", scale_bound),
+        )
+
+    __init__.__qualname__ = "Coupling.__init__"
+    setattr(coupling, "__init__", __init__)  # noqa: B010
+
+
 _completed(FlowSpec)
+_checked(Coupling)

@@ -12,6 +12,7 @@
 #include <span>
 #include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include <nvpflow/backend.hpp>
@@ -47,7 +48,8 @@ py::object conditioner(const BoundFlow& self, const Arguments& given) {
   const InputArray in = input_rows(given[1], "x", self.dtype, self.features, kHost);
   const FlowSpec& spec = self.flow.spec();
   const bool known = layer >= 0 && layer < static_cast<std::int64_t>(spec.layers.size());
-  const std::int64_t width = known ? spec.transformed(spec.layers[static_cast<std::size_t>(layer)]).count : 1;
+  const auto* coupling = known ? std::get_if<Coupling>(&spec.layers[static_cast<std::size_t>(layer)]) : nullptr;
+  const std::int64_t width = coupling != nullptr ? spec.transformed(*coupling).count : 1;  // refused below
   OutputArray s = new_array(self.dtype, in.rows, width);
   OutputArray t = new_array(self.dtype, in.rows, width);
   run_released(self, in.rows, [&] {
@@ -232,10 +234,9 @@ BoundFlow::BoundFlow(const FlowSpec& spec, std::uint64_t seed, Device on, Precis
       features(spec.input_size),
       device(on.kind == DeviceKind::cuda ? on.index : kHost),
       data(takes_float64_rows(spec) ? Kind::wide_data : Kind::data) {
-  double flops = kRowFlops;
-  for (const TensorInfo& t : flow.layout().tensors()) {
-    flops += (t.role == TensorRole::bias ? kOutputFlops : 2.0) * static_cast<double>(t.size);
-  }
+  const double multiply_adds = flow.layout().multiply_adds_per_row();
+  const double flops =
+      kRowFlops + 2 * multiply_adds + kOutputFlops * (static_cast<double>(flow.layout().size()) - multiply_adds);
   // Calls to a device's driver may wait, however few the rows are.
   const double least = device == kHost ? kReleaseFlops : 0;
   release_rows = std::max<std::int64_t>(1, static_cast<std::int64_t>(least / flops));

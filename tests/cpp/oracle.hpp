@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include <nvpflow/spec.hpp>
@@ -85,7 +86,7 @@ class Flow {
 
   /// Log-scale and shift of coupling layer `index` on that layer's own input.
   Conditioner conditioner(std::size_t index, const Row& x) const {
-    const nvpflow::LayerSpec& layer = spec_.layers[index];
+    const auto& layer = std::get<nvpflow::Coupling>(spec_.layers[index]);
     const auto [a, b] = halves(layer);
     Row g(x.begin() + a.first, x.begin() + a.second);
     const std::string prefix = "flow_" + std::to_string(coupling_number(index)) + "_";
@@ -113,7 +114,7 @@ class Flow {
 
   using Range = std::pair<std::ptrdiff_t, std::ptrdiff_t>;  // [begin, end)
 
-  std::pair<Range, Range> halves(const nvpflow::LayerSpec& layer) const {
+  std::pair<Range, Range> halves(const nvpflow::Coupling& layer) const {
     const std::ptrdiff_t half = spec_.input_size / 2;
     const Range first{0, half}, second{half, spec_.input_size};
     return layer.swapped ? std::pair{second, first} : std::pair{first, second};
@@ -121,7 +122,7 @@ class Flow {
 
   std::size_t coupling_number(std::size_t index) const {
     std::size_t number = 0;
-    for (std::size_t i = 0; i < index; ++i) number += spec_.layers[i].kind == nvpflow::LayerKind::coupling;
+    for (std::size_t i = 0; i < index; ++i) number += std::holds_alternative<nvpflow::Coupling>(spec_.layers[i]);
     return number;
   }
 
@@ -143,20 +144,25 @@ class Flow {
 
   /// Replaces the row by the layer's output; returns the layer's log_det.
   double apply(std::size_t index, bool forward, Row& row) const {
-    const nvpflow::LayerSpec& layer = spec_.layers[index];
+    return std::visit([&](const auto& layer) { return apply(layer, index, forward, row); }, spec_.layers[index]);
+  }
+
+  double apply(const nvpflow::Standardize&, std::size_t index, bool forward, Row& row) const {
+    const std::string prefix = "standardize_" + std::to_string(index);
+    const double* mean = tensor(prefix + ".mean");
+    const double* log_std = tensor(prefix + ".log_std");
     double log_det = 0;
-    if (layer.kind == nvpflow::LayerKind::standardize) {
-      const std::string prefix = "standardize_" + std::to_string(index);
-      const double* mean = tensor(prefix + ".mean");
-      const double* log_std = tensor(prefix + ".log_std");
-      for (std::size_t d = 0; d < row.size(); ++d) {
-        row[d] = forward ? (row[d] - mean[d]) * std::exp(-log_std[d]) : row[d] * std::exp(log_std[d]) + mean[d];
-        log_det += forward ? -log_std[d] : log_std[d];
-      }
-      return log_det;
+    for (std::size_t d = 0; d < row.size(); ++d) {
+      row[d] = forward ? (row[d] - mean[d]) * std::exp(-log_std[d]) : row[d] * std::exp(log_std[d]) + mean[d];
+      log_det += forward ? -log_std[d] : log_std[d];
     }
+    return log_det;
+  }
+
+  double apply(const nvpflow::Coupling& layer, std::size_t index, bool forward, Row& row) const {
     const auto [s, t] = conditioner(index, row);
     const Range b = halves(layer).second;
+    double log_det = 0;
     for (std::size_t i = 0; i < s.size(); ++i) {
       double& value = row[static_cast<std::size_t>(b.first) + i];
       value = forward ? value * std::exp(s[i]) + t[i] : (value - t[i]) * std::exp(-s[i]);

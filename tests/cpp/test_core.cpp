@@ -21,6 +21,7 @@
 #include <string>
 #include <string_view>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include <nvpflow/error.hpp>
@@ -38,6 +39,9 @@ namespace fs = std::filesystem;
 using namespace nvpflow;
 
 namespace {
+
+Coupling& coupling(FlowSpec& spec, std::size_t layer) { return std::get<Coupling>(spec.layers.at(layer)); }
+const Coupling& coupling(const FlowSpec& spec, std::size_t layer) { return std::get<Coupling>(spec.layers.at(layer)); }
 
 /// Runs `call`, which must throw Error(code) with a message that holds `fragment`.
 template <class Call>
@@ -102,7 +106,7 @@ struct Model {
   ParamLayout layout{spec};
   std::vector<float> parameters = std::vector<float>(static_cast<std::size_t>(layout.size()));
 
-  Model() { initialize_parameters(spec, layout, 7, parameters.data()); }
+  Model() { initialize_parameters(layout, 7, parameters.data()); }
 
   void save(const std::string& path) const { save_model(path, spec, layout, parameters.data()); }
 
@@ -158,22 +162,22 @@ TEST_CASE("real_nvp alternates the halves, after a standardize layer where asked
   const FlowSpec spec = FlowSpec::real_nvp(7, 3, {8}, Activation::silu, 1.5, true, DType::float64);
   REQUIRE(spec.layers.size() == 4);
   CHECK(spec.num_couplings() == 3);
-  CHECK(spec.layers[0].kind == LayerKind::standardize);
-  CHECK_FALSE(spec.layers[1].swapped);
-  CHECK(spec.layers[2].swapped);
-  CHECK_FALSE(spec.layers[3].swapped);
-  CHECK(spec.conditioning(spec.layers[1]).begin == 0);
-  CHECK(spec.conditioning(spec.layers[1]).count == 3);
-  CHECK(spec.transformed(spec.layers[1]).begin == 3);
-  CHECK(spec.transformed(spec.layers[1]).count == 4);
-  CHECK(spec.conditioning(spec.layers[2]).begin == 3);
-  CHECK(spec.conditioning(spec.layers[2]).count == 4);
-  CHECK(spec.transformed(spec.layers[2]).begin == 0);
-  CHECK(spec.transformed(spec.layers[2]).count == 3);
+  CHECK(kind_of(spec.layers[0]) == LayerKind::standardize);
+  CHECK_FALSE(coupling(spec, 1).swapped);
+  CHECK(coupling(spec, 2).swapped);
+  CHECK_FALSE(coupling(spec, 3).swapped);
+  CHECK(spec.conditioning(coupling(spec, 1)).begin == 0);
+  CHECK(spec.conditioning(coupling(spec, 1)).count == 3);
+  CHECK(spec.transformed(coupling(spec, 1)).begin == 3);
+  CHECK(spec.transformed(coupling(spec, 1)).count == 4);
+  CHECK(spec.conditioning(coupling(spec, 2)).begin == 3);
+  CHECK(spec.conditioning(coupling(spec, 2)).count == 4);
+  CHECK(spec.transformed(coupling(spec, 2)).begin == 0);
+  CHECK(spec.transformed(coupling(spec, 2)).count == 3);
 
   const FlowSpec defaults = FlowSpec::real_nvp(2);
   REQUIRE(defaults.layers.size() == 4);
-  CHECK(defaults.layers[0].hidden_sizes == std::vector<std::int64_t>{256});
+  CHECK(coupling(defaults, 0).hidden_sizes == std::vector<std::int64_t>{256});
 }
 
 TEST_CASE("real_nvp refuses what no flow can be, before it allocates") {
@@ -222,20 +226,19 @@ TEST_CASE("sizes are taken up to their limits and refused above") {
 
   FlowSpec tensors = FlowSpec::real_nvp(2, 65536, {1, 1});  // 8 each
   CHECK_NOTHROW(tensors.validate());
-  tensors.layers[7].hidden_sizes = {1, 1, 1};
+  coupling(tensors, 7).hidden_sizes = {1, 1, 1};
   refused("more than 524288 parameter tensors", [&] { tensors.validate(); });
 
   // A coupling of two columns with one hidden layer of n units has 4 n + 2 parameters, two standardize layers have 8.
   FlowSpec parameters = FlowSpec::real_nvp(2, 2050, {1});
-  parameters.layers[2].hidden_sizes = {(1 << 20) - 1029};
-  for (std::size_t i = 3; i < parameters.layers.size(); ++i) parameters.layers[i].hidden_sizes = {1 << 20};
-  const LayerSpec standardize{LayerKind::standardize, false, {}, Activation::relu, 1.0};
-  parameters.layers.insert(parameters.layers.begin() + 5, 2, standardize);
+  coupling(parameters, 2).hidden_sizes = {(1 << 20) - 1029};
+  for (std::size_t i = 3; i < parameters.layers.size(); ++i) coupling(parameters, i).hidden_sizes = {1 << 20};
+  parameters.layers.insert(parameters.layers.begin() + 5, 2, Standardize{});
   CHECK_NOTHROW(parameters.validate());  // 2^33 of them
-  ++parameters.layers[2].hidden_sizes[0];
+  ++coupling(parameters, 2).hidden_sizes[0];
   refused("more than 8589934592 parameters", [&] { parameters.validate(); });
-  --parameters.layers[2].hidden_sizes[0];
-  parameters.layers[1].hidden_sizes = {1, 1};  // 2 more
+  --coupling(parameters, 2).hidden_sizes[0];
+  coupling(parameters, 1).hidden_sizes = {1, 1};  // 2 more
   refused("more than 8589934592 parameters", [&] { parameters.validate(); });
 
   // Without hidden layers the two heads alone: of n columns each that read n, 2 n (n + 1).
@@ -243,7 +246,8 @@ TEST_CASE("sizes are taken up to their limits and refused above") {
   refused("more than 8589934592 parameters", [] { FlowSpec::real_nvp(2 * 65536, 1, {}); });
 
   const auto bounded = [](double bound, DType dtype) {
-    return FlowSpec::real_nvp(2, 1, {1}, Activation::relu, bound, false, dtype).layers[0].scale_bound == bound;
+    FlowSpec spec = FlowSpec::real_nvp(2, 1, {1}, Activation::relu, bound, false, dtype);
+    return coupling(spec, 0).scale_bound == bound;
   };
   for (const double bound : {1.1754943508222875e-38, 3.4028234663852886e+38}) CHECK(bounded(bound, DType::float32));
   for (const double bound : {2.2250738585072014e-308, 1.7976931348623157e+308}) CHECK(bounded(bound, DType::float64));
@@ -260,23 +264,20 @@ TEST_CASE("validate names the layer and the field") {
     check_refused(ErrorCode::invalid_argument, fragment, [&] { spec.validate(); });
     check_refused(ErrorCode::invalid_argument, fragment, [&] { ParamLayout{spec}; });
   };
-  refused("layers holds 0 layers and no coupling, expected at least 1", [](FlowSpec& spec) { spec.layers.clear(); });
-  refused("layers holds 1 layers and no coupling", [](FlowSpec& spec) { spec.layers.resize(1); });
-  refused("layers[2].hidden_sizes[0] is -8", [](FlowSpec& spec) { spec.layers[2].hidden_sizes = {-8}; });
-  refused("layers[1].scale_bound is 0", [](FlowSpec& spec) { spec.layers[1].scale_bound = 0; });
-  refused("layers[0].kind is standardize but", [](FlowSpec& spec) { spec.layers[0].hidden_sizes = {8}; });
+  refused("layers has no coupling, expected at least one", [](FlowSpec& spec) { spec.layers.clear(); });
+  refused("layers has no coupling, expected at least one", [](FlowSpec& spec) { spec.layers.resize(1); });
+  refused("layers[2].hidden_sizes[0] is -8", [](FlowSpec& spec) { coupling(spec, 2).hidden_sizes = {-8}; });
+  refused("layers[1].scale_bound is 0", [](FlowSpec& spec) { coupling(spec, 1).scale_bound = 0; });
   refused("layers holds 65537 layers, expected at most 65536", [](FlowSpec& spec) { spec.layers.resize(65537); });
   refused("dtype is the enumerator 2, expected one of float32, float64",
           [](FlowSpec& spec) { spec.dtype = static_cast<DType>(2); });
-  refused("layers[1].kind is the enumerator 3, expected one of coupling, standardize",
-          [](FlowSpec& spec) { spec.layers[1].kind = static_cast<LayerKind>(3); });
   refused("layers[1].activation is the enumerator 99, expected one of relu",
-          [](FlowSpec& spec) { spec.layers[1].activation = static_cast<Activation>(99); });
+          [](FlowSpec& spec) { coupling(spec, 1).activation = static_cast<Activation>(99); });
 }
 
 TEST_CASE("the layout names every parameter in layer order without gaps") {
   FlowSpec spec = FlowSpec::real_nvp(5, 2, {4, 3});
-  spec.layers.insert(spec.layers.begin() + 1, LayerSpec{LayerKind::standardize, false, {}, Activation::relu, 1.0});
+  spec.layers.insert(spec.layers.begin() + 1, Standardize{});
   const ParamLayout layout(spec);
   const std::vector<std::pair<std::string, std::vector<std::int64_t>>> expected = {
       {"flow_0_coupling_dense_0.kernel", {2, 4}},
@@ -311,9 +312,14 @@ TEST_CASE("the layout names every parameter in layer order without gaps") {
   CHECK(layout.first_tensor(0) == 0);
   CHECK(layout.first_tensor(1) == 8);
   CHECK(layout.first_tensor(2) == 10);
-  CHECK(spec.layers[0].num_tensors() == 8);
-  CHECK(spec.layers[1].num_tensors() == 2);
-  CHECK(layout.tensors()[9].role == TensorRole::log_std);
+  CHECK(layout.multiply_adds_per_row() == 2 * 4 + 4 * 3 + 2 * 3 * 3 + 3 * 4 + 4 * 3 + 2 * 3 * 2);
+  for (const TensorInfo& tensor : layout.tensors()) {
+    CAPTURE(tensor.name);
+    const bool standardize = tensor.name.starts_with("standardize"), kernel = tensor.name.ends_with(".kernel");
+    CHECK(tensor.trained == !standardize);
+    CHECK(tensor.decayed == kernel);
+    CHECK(tensor.multiplies == kernel);
+  }
   CHECK(layout.tensors()[9].layer == 1);
   CHECK(layout.find("flow_2_scale.bias") == nullptr);
 }
@@ -369,8 +375,8 @@ TEST_CASE("the order of a pass visits every row once, and is the same one by one
 
 /// The largest value that may be drawn for an element of `tensor`, whose layer has this kernel.
 double expected_limit(Init init, const TensorInfo& tensor, const std::vector<std::int64_t>& kernel) {
-  const bool head = tensor.name.find("dense") == std::string::npos, bias = tensor.role == TensorRole::bias;
-  if (!is_trained(tensor) || (bias && (head || init == Init::glorot))) return 0;
+  const bool head = tensor.name.find("dense") == std::string::npos, bias = tensor.name.ends_with(".bias");
+  if (tensor.name.starts_with("standardize") || (bias && (head || init == Init::glorot))) return 0;
   const auto in = static_cast<double>(kernel[0]), out = static_cast<double>(kernel[1]);
   return (head ? 0.01 : 1.0) * (init == Init::glorot ? std::sqrt(6 / (in + out)) : 1 / std::sqrt(in));
 }
@@ -384,16 +390,16 @@ TEST_CASE("initial parameters are a function of spec, seed and init, the same in
     CHECK(parse_init(name_of(init)) == init);
     std::vector<float> narrow(size, 9.0f);
     std::vector<double> wide(size, 9.0), other(size, 9.0);
-    initialize_parameters(spec, layout, 3, narrow.data(), init);
-    initialize_parameters(spec, layout, 3, wide.data(), init);
-    initialize_parameters(spec, layout, 4, other.data(), init);
+    initialize_parameters(layout, 3, narrow.data(), init);
+    initialize_parameters(layout, 3, wide.data(), init);
+    initialize_parameters(layout, 4, other.data(), init);
     CHECK(wide != other);
     for (std::size_t i = 0; i < size; ++i) CHECK(narrow[i] == static_cast<float>(wide[i]));
 
     std::vector<std::int64_t> kernel;
     for (const TensorInfo& tensor : layout.tensors()) {
       CAPTURE(tensor.name);
-      if (tensor.role == TensorRole::kernel) kernel = tensor.shape;
+      if (tensor.name.ends_with(".kernel")) kernel = tensor.shape;
       const double limit = expected_limit(init, tensor, kernel);
       double largest = 0.0;
       for (std::int64_t at = tensor.offset; at < tensor.offset + tensor.size; ++at) {
@@ -411,10 +417,10 @@ TEST_CASE("initial parameters are a function of spec, seed and init, the same in
     }
   }
   std::vector<double> plain(size), fan_in(size);
-  initialize_parameters(spec, layout, 3, plain.data());
-  initialize_parameters(spec, layout, 3, fan_in.data(), Init::fan_in);
+  initialize_parameters(layout, 3, plain.data());
+  initialize_parameters(layout, 3, fan_in.data(), Init::fan_in);
   CHECK(plain == fan_in);
-  CHECK_THROWS_AS(initialize_parameters(spec, layout, 3, plain.data(), static_cast<Init>(7)), Error);
+  CHECK_THROWS_AS(initialize_parameters(layout, 3, plain.data(), static_cast<Init>(7)), Error);
 }
 
 // ---------------------------------------------------------------------------------------------- good files
@@ -993,20 +999,20 @@ TEST_CASE("an expected spec that differs is named by its first difference") {
   refused("the number of layers is 3 in the file, expected 2", [](FlowSpec& spec) { spec.layers.pop_back(); });
   refused("layers[0].kind is standardize in the file, expected coupling",
           [](FlowSpec& spec) { spec.layers[0] = spec.layers[1]; });
-  refused("layers[2].swapped is true in the file", [](FlowSpec& spec) { spec.layers[2].swapped = false; });
+  refused("layers[2].swapped is true in the file", [](FlowSpec& spec) { coupling(spec, 2).swapped = false; });
   refused("layers[1].hidden_sizes is [4, 3] in the file, expected [4]",
-          [](FlowSpec& spec) { spec.layers[1].hidden_sizes = {4}; });
+          [](FlowSpec& spec) { coupling(spec, 1).hidden_sizes = {4}; });
   refused("layers[1].activation is tanh in the file, expected relu",
-          [](FlowSpec& spec) { spec.layers[1].activation = Activation::relu; });
+          [](FlowSpec& spec) { coupling(spec, 1).activation = Activation::relu; });
   refused("layers[1].scale_bound is 2.0 in the file, expected 2.5",
-          [](FlowSpec& spec) { spec.layers[1].scale_bound = 2.5; });
+          [](FlowSpec& spec) { coupling(spec, 1).scale_bound = 2.5; });
   const FlowSpec invalid;
   check_refused(ErrorCode::invalid_argument, "input_size is 0", [&] { load_model(path, &invalid); });
 }
 
 TEST_CASE("the spec's JSON comes back equal, and every wrong field is named") {
   FlowSpec spec = FlowSpec::real_nvp(5, 3, {4, 3}, Activation::leaky_relu, 0.1, true, DType::float64);
-  spec.layers[2].hidden_sizes.clear();
+  coupling(spec, 2).hidden_sizes.clear();
   CHECK(spec_from_json(spec_to_json(spec)) == spec);
   CHECK(spec_to_json(FlowSpec::real_nvp(4, 1, {8}, Activation::relu, 1.0, true)) ==
         R"({"input_size":4,"dtype":"float32","layers":[{"kind":"standardize"},{"kind":"coupling","swapped":false,)"
@@ -1037,17 +1043,17 @@ TEST_CASE("the spec's JSON comes back equal, and every wrong field is named") {
   refused("input_size is '18446744073709551615'", R"({"input_size":18446744073709551615,"dtype":"x","layers":[]})");
   refused("dtype is 'half', expected one of float32", R"({"input_size":4,"dtype":"half","layers":[]})");
   refused("layers is '{}', expected an array", R"({"input_size":4,"dtype":"float32","layers":{}})");
-  refused("no coupling, expected at least 1", with_layer(""));
+  refused("no coupling, expected at least one", with_layer(""));
   refused("layers[0] is '3', expected an object", with_layer("3"));
   refused("layers[0].kind is missing", with_layer("{}"));
-  refused("layers[0].kind: kind is 'spline', expected one of", with_layer(R"({"kind":"spline"})"));
+  refused("layers[0].kind is 'spline', expected one of", with_layer(R"({"kind":"spline"})"));
   refused("layers[0].'swapped' is not a field", with_layer(R"({"kind":"standardize","swapped":false})"));
   refused("layers[0].swapped is missing", with_layer(R"({"kind":"coupling"})"));
   refused("layers[0].swapped is '0', expected true or false", coupling("0", "[8]", "\"relu\"", "1.0"));
   refused("layers[0].hidden_sizes is '8', expected an array", coupling("false", "8", "\"relu\"", "1.0"));
   refused("layers[0].hidden_sizes is 'true'", coupling("false", "[true]", "\"relu\"", "1.0"));
   refused("layers[0].hidden_sizes[0] is -8, expected 1 to", coupling("false", "[-8]", "\"relu\"", "1.0"));
-  refused("layers[0].activation: activation is 'mish'", coupling("false", "[8]", "\"mish\"", "1.0"));
+  refused("layers[0].activation is 'mish'", coupling("false", "[8]", "\"mish\"", "1.0"));
   refused("layers[0].activation is '1', expected a string", coupling("false", "[8]", "1", "1.0"));
   refused("layers[0].scale_bound is '\"1\"', expected a number", coupling("false", "[8]", "\"relu\"", "\"1\""));
   refused("layers[0].scale_bound is -1, expected finite and > 0", coupling("false", "[8]", "\"relu\"", "-1"));
@@ -1064,7 +1070,7 @@ TEST_CASE("the spec's JSON comes back equal, and every wrong field is named") {
   refused("not valid JSON", std::string(1 << 24, ' '));
   refused("dtype is '\"" + std::string(79, 'x') + "..', expected a known name",
           R"({"input_size":4,"layers":[],"dtype":")" + std::string(81, 'x') + R"("})");
-  refused("dtype: dtype is '" + std::string(80, 'x') + "', expected one of",
+  refused("dtype is '" + std::string(80, 'x') + "', expected one of",
           R"({"input_size":4,"layers":[],"dtype":")" + std::string(80, 'x') + R"("})");
   refused("input_size is '9223372036854775808', expected a whole number",
           R"({"input_size":9223372036854775808,"dtype":"float32","layers":[]})");

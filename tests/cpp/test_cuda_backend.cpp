@@ -13,6 +13,7 @@
 #include <random>
 #include <thread>
 #include <type_traits>
+#include <variant>
 #include <vector>
 
 #include <nvpflow/train.hpp>
@@ -92,7 +93,7 @@ AllResults<T> all_results(const Flow& flow, std::int64_t rows) {
   r.nll_of_gradient = flow.nll_gradient<T>(in, r.gradient);
   flow.vjp<T>(Direction::inverse, in, cotangent, log_det_cotangent, r.grad_in, r.grad_parameters, true);
   const auto layer = static_cast<std::int64_t>(flow.spec().layers.size()) - 1;
-  const std::int64_t width = flow.spec().transformed(flow.spec().layers.back()).count;
+  const std::int64_t width = flow.spec().transformed(std::get<Coupling>(flow.spec().layers.back())).count;
   r.s = r.t = zeros<T>(rows * width);
   flow.conditioner<T>(layer, in, r.s, r.t);
   return r;

@@ -12,6 +12,7 @@
 #include <random>
 #include <string>
 #include <type_traits>
+#include <variant>
 #include <vector>
 
 #include <nvpflow/flow.hpp>
@@ -21,6 +22,7 @@
 #include "../../cuda/coupling.cu"
 #include "../../cuda/gaussian.cu"
 #include "../../cuda/gradient.cu"
+#include "lower.hpp"
 #include "oracle.hpp"
 
 namespace {
@@ -57,7 +59,7 @@ std::vector<T> random_parameters(const ParamLayout& layout, unsigned seed) {
   std::normal_distribution<double> normal;
   std::vector<T> parameters(static_cast<std::size_t>(layout.size()));
   for (const TensorInfo& tensor : layout.tensors()) {
-    const double scale = tensor.role == TensorRole::kernel ? 1 / std::sqrt(static_cast<double>(tensor.shape[0])) : 0.1;
+    const double scale = tensor.shape.size() == 2 ? 1 / std::sqrt(static_cast<double>(tensor.shape[0])) : 0.1;
     for (std::int64_t i = 0; i < tensor.size; ++i)
       parameters[static_cast<std::size_t>(tensor.offset + i)] = static_cast<T>(scale * normal(engine));
   }
@@ -109,12 +111,8 @@ struct PackedFlow {
   explicit PackedFlow(const FlowSpec& s, const std::vector<T>& flat) : spec(s), layout(spec), parameters(flat) {
     program.input_size = static_cast<std::int32_t>(spec.input_size);
     program.num_layers = static_cast<std::int32_t>(spec.layers.size());
-    for (std::size_t k = 0; k < spec.layers.size(); ++k) {
-      if (spec.layers[k].kind == LayerKind::coupling) {
-        add_coupling(k);
-      } else {
-        add_standardize(k);
-      }
+    for (const LoweredLayer& layer : lower(spec, layout).layers) {
+      std::visit([&](const auto& kind) { add(kind); }, layer);
     }
     program.num_dense = static_cast<std::int32_t>(dense.size());
     program.layers = layers.data();
@@ -133,9 +131,9 @@ struct PackedFlow {
                          {});
   }
 
-  /// One dense layer, whose output o is column `column` of tensor `tensor`.
-  void add_dense(std::int64_t in, std::int64_t out, const TensorInfo* kernels[2], const TensorInfo* biases[2],
-                 int heads) {
+  /// The outputs of several parts alternate.
+  void add_dense(const LoweredDense& from) {
+    const std::int64_t in = from.in, out = from.out(), parts = static_cast<std::int64_t>(from.parts.size());
     cuda::Dense d;
     d.in = static_cast<std::int32_t>(in);
     d.out = static_cast<std::int32_t>(out);
@@ -145,51 +143,41 @@ struct PackedFlow {
     transposed_source.resize(transposed_source.size() + static_cast<std::size_t>(cuda::weight_size(out, in)), -1);
     d.bias = static_cast<std::int64_t>(source.size());
     source.resize(source.size() + static_cast<std::size_t>(cuda::bias_size(out)), -1);
-    for (int h = 0; h < heads; ++h) {
-      d.kernel_offset[h] = kernels[h]->offset;
-      d.bias_offset[h] = biases[h]->offset;
+    for (std::size_t p = 0; p < from.parts.size(); ++p) {
+      d.kernel_offset[p] = from.parts[p].kernel;
+      d.bias_offset[p] = from.parts[p].bias;
     }
     for (std::int64_t o = 0; o < out; ++o) {
-      const std::int64_t head = o % heads, column = o / heads;
-      source[static_cast<std::size_t>(d.bias + o)] = biases[head]->offset + column;
+      const DensePart& part = from.parts[static_cast<std::size_t>(o % parts)];
+      const std::int64_t column = o / parts;
+      source[static_cast<std::size_t>(d.bias + o)] = part.bias + column;
       for (std::int64_t i = 0; i < in; ++i) {
-        const std::int64_t from = kernels[head]->offset + i * (out / heads) + column;
-        source[static_cast<std::size_t>(d.weights + cuda::weight_index(i, o, in))] = from;
-        transposed_source[static_cast<std::size_t>(d.transposed + cuda::weight_index(o, i, out))] = from;
+        const std::int64_t at = part.kernel + i * part.columns + column;
+        source[static_cast<std::size_t>(d.weights + cuda::weight_index(i, o, in))] = at;
+        transposed_source[static_cast<std::size_t>(d.transposed + cuda::weight_index(o, i, out))] = at;
       }
     }
     dense.push_back(d);
   }
 
-  void add_coupling(std::size_t k) {
-    const LayerSpec& from = spec.layers[k];
-    const TensorInfo* tensor = &layout.tensors()[layout.first_tensor(k)];
+  void add(const LoweredCoupling& from) {
     cuda::Layer<T> layer;
-    layer.condition = from.swapped ? 1 : 0;
-    layer.activation = static_cast<cuda::Act>(from.activation);
-    layer.bound = static_cast<T>(from.scale_bound);
-    layer.inverse_bound = static_cast<T>(1 / from.scale_bound);
+    layer.condition = from.conditioning.begin == 0 ? 0 : 1;
+    layer.activation = from.activation;
+    layer.bound = static_cast<T>(from.bound);
+    layer.inverse_bound = static_cast<T>(1 / from.bound);
     layer.first_dense = static_cast<std::int32_t>(dense.size());
-    layer.num_dense = static_cast<std::int32_t>(from.hidden_sizes.size()) + 1;
-    std::int64_t in = spec.conditioning(from).count;
-    for (const std::int64_t width : from.hidden_sizes) {
-      const TensorInfo *kernel[2] = {tensor, nullptr}, *bias[2] = {tensor + 1, nullptr};
-      add_dense(in, width, kernel, bias, 1);
-      tensor += 2;
-      in = width;
-    }
-    const TensorInfo *kernels[2] = {tensor, tensor + 2}, *biases[2] = {tensor + 1, tensor + 3};
-    add_dense(in, 2 * spec.transformed(from).count, kernels, biases, 2);
+    layer.num_dense = static_cast<std::int32_t>(from.dense.size());
+    for (const LoweredDense& one : from.dense) add_dense(one);
     layers.push_back(layer);
   }
 
-  void add_standardize(std::size_t k) {
-    const TensorInfo* tensor = &layout.tensors()[layout.first_tensor(k)];
+  void add(const LoweredStandardize& from) {
     cuda::Layer<T> layer;
-    layer.kind = cuda::Kind::standardize;
+    layer.kind = Kind::standardize;
     layer.affine = static_cast<std::int64_t>(source.size());
-    layer.mean_offset = tensor[0].offset;
-    layer.log_std_offset = tensor[1].offset;
+    layer.mean_offset = from.mean;
+    layer.log_std_offset = from.log_std;
     source.resize(source.size() + static_cast<std::size_t>(cuda::affine_size(spec.input_size)), -1);
     layers.push_back(layer);
     ++num_standardize;
@@ -661,8 +649,9 @@ TEST_CASE_TEMPLATE("conditioner gives the log-scale and shift of one layer", T, 
     const std::vector<T> x = random_values<T>(rows * shape.input_size, 3);
     const GuardedArray<T> in(x);
     for (std::size_t k = 0; k < spec.layers.size(); ++k) {
-      if (spec.layers[k].kind != LayerKind::coupling) continue;
-      const std::int64_t count = spec.transformed(spec.layers[k]).count;
+      const auto* coupling = std::get_if<Coupling>(&spec.layers[k]);
+      if (coupling == nullptr) continue;
+      const std::int64_t count = spec.transformed(*coupling).count;
       for (const int storage : {-1, 1, 2}) {
         const auto plan = cuda::plan_transform<T>(flow.program, test_device(), rows, {{}, false, storage});
         const GuardedArray<unsigned char> workspace(static_cast<std::size_t>(plan.workspace_bytes));

@@ -15,6 +15,7 @@
 #include <string>
 #include <thread>
 #include <type_traits>
+#include <variant>
 #include <vector>
 
 #include <nvpflow/flow.hpp>
@@ -87,8 +88,7 @@ std::vector<T> random_parameters(const nvpflow::ParamLayout& layout, unsigned se
   std::normal_distribution<double> normal;
   std::vector<T> parameters(static_cast<std::size_t>(layout.size()));
   for (const nvpflow::TensorInfo& tensor : layout.tensors()) {
-    const double scale =
-        tensor.role == nvpflow::TensorRole::kernel ? 1 / std::sqrt(static_cast<double>(tensor.shape[0])) : 0.1;
+    const double scale = tensor.shape.size() == 2 ? 1 / std::sqrt(static_cast<double>(tensor.shape[0])) : 0.1;
     for (std::int64_t i = 0; i < tensor.size; ++i)
       parameters[static_cast<std::size_t>(tensor.offset + i)] = static_cast<T>(scale * normal(engine));
   }
@@ -268,8 +268,9 @@ TEST_CASE_TEMPLATE("conditioner gives the log-scale and shift of one layer", T, 
     const std::int64_t rows = 19;
     const std::vector<T> x = random_values<T>(rows * pair.width, 3);
     for (std::size_t layer = 0; layer < pair.flow.spec().layers.size(); ++layer) {
-      if (pair.flow.spec().layers[layer].kind != nvpflow::LayerKind::coupling) continue;
-      const std::int64_t count = pair.flow.spec().transformed(pair.flow.spec().layers[layer]).count;
+      const auto* coupling = std::get_if<nvpflow::Coupling>(&pair.flow.spec().layers[layer]);
+      if (coupling == nullptr) continue;
+      const std::int64_t count = pair.flow.spec().transformed(*coupling).count;
       std::vector<T> s(static_cast<std::size_t>(rows * count), kPoison<T>), t = s;
       pair.flow.template conditioner<T>(static_cast<std::int64_t>(layer), x, s, t);
       std::int64_t wrong = 0;
@@ -288,9 +289,10 @@ TEST_CASE_TEMPLATE("conditioner gives the log-scale and shift of one layer", T, 
 
 TEST_CASE_TEMPLATE("a layer list need not alternate", T, float, double) {
   FlowSpec spec = FlowSpec::real_nvp(5, 4, {6}, Activation::silu, 1.0, true, dtype_of<T>);
-  spec.layers[2].swapped = false;        // two couplings of the same parity in a row
-  spec.layers[3].hidden_sizes = {3, 9};  // widths and activations of its own
-  spec.layers[3].activation = Activation::elu;
+  std::get<nvpflow::Coupling>(spec.layers[2]).swapped = false;  // two couplings of the same parity in a row
+  auto& own = std::get<nvpflow::Coupling>(spec.layers[3]);      // widths and activations of its own
+  own.hidden_sizes = {3, 9};
+  own.activation = Activation::elu;
   spec.layers.push_back(spec.layers.front());  // a standardize layer at the latent end
   Flow flow(spec);
   const std::vector<T> parameters = random_parameters<T>(flow.layout(), 4);
@@ -550,7 +552,7 @@ TEST_CASE("weights stored as bfloat16 give the bits of full weights that are rou
     std::vector<float> parameters = random_parameters<float>(narrow.layout(), 4);
     narrow.set_parameters<float>(parameters);
     for (const nvpflow::TensorInfo& tensor : narrow.layout().tensors()) {
-      if (tensor.role != nvpflow::TensorRole::kernel) continue;
+      if (tensor.shape.size() != 2) continue;
       for (std::int64_t i = tensor.offset; i < tensor.offset + tensor.size; ++i) {
         parameters[static_cast<std::size_t>(i)] = rounded(parameters[static_cast<std::size_t>(i)]);
       }

@@ -267,7 +267,7 @@ class CpuBackend final : public Backend {
   void plan_tasks(const Program<T>& program) {
     for (std::int64_t k = 0; k < program.num_layers; ++k) {
       const cpu::Layer<T>& layer = program.layers[k];
-      if (layer.kind == cpu::Kind::standardize) {
+      if (layer.kind == Kind::standardize) {
         tasks_.push_back({k, 0, 0, spec_.input_size});
         flops_per_row_ += 2.0 * static_cast<double>(spec_.input_size);
         continue;

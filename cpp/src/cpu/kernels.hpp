@@ -6,10 +6,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-namespace nvpflow::cpu {
+#include "../program.hpp"
 
-/// Order of nvpflow::Activation, plus `none` for the heads.
-enum class Act : int32_t { relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, none };
+namespace nvpflow::cpu {
 
 /// y = W^T x + c, packed: blocks of `lanes` outputs, [ceil(out / lanes)][in][lanes], zero where padded, so that the
 /// tile path broadcasts and the row path loads the same bytes. The sum over `in` runs in consecutive segments,
@@ -41,8 +40,6 @@ struct DenseGradient {
   int64_t kernel_offset = 0;  // [in, out]
   int64_t bias_offset = 0;    // [out]
 };
-
-enum class Kind : int32_t { coupling, standardize };
 
 template <class T>
 struct Layer {

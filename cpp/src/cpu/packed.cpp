@@ -8,10 +8,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <variant>
 
 #include <nvpflow/device.hpp>
 #include <nvpflow/spec.hpp>
 
+#include "../lower.hpp"
 #include "../parallel.hpp"
 #include "kernels.hpp"
 
@@ -68,24 +70,11 @@ template <class T>
 Packed<T>::Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels<T>& kernels, Weights weights,
                   bool wide_blocks)
     : lanes_(kernels.lanes), transpose_(kernels.transpose) {
-  // Sized first: the program holds pointers into these.
-  std::size_t num_dense = 0, num_gradients = 0;
-  for (const LayerSpec& layer : spec.layers) {
-    if (layer.kind != LayerKind::coupling) continue;
-    num_dense += layer.hidden_sizes.size() + 1;
-    num_gradients += layer.hidden_sizes.size() + 2;
-  }
-  dense_.reserve(num_dense);
-  sources_.reserve(num_dense);
-  gradients_.reserve(num_gradients);
-  layers_.reserve(spec.layers.size());
-  program_.input_size = spec.input_size;
-  for (std::size_t k = 0; k < spec.layers.size(); ++k) {
-    if (spec.layers[k].kind == LayerKind::coupling) {
-      add_coupling(spec, layout, k);
-    } else {
-      add_standardize(layout, k);
-    }
+  const Lowered lowered = lower(spec, layout);
+  reserve(lowered);
+  program_.input_size = lowered.input_size;
+  for (const LoweredLayer& layer : lowered.layers) {
+    std::visit([&](const auto& kind) { add(kind); }, layer);
   }
   program_.layers = layers_.data();
   program_.num_layers = static_cast<std::int64_t>(layers_.size());
@@ -142,48 +131,59 @@ void Packed<T>::keep_narrow() {
   }
 }
 
+/// The program holds pointers into the vectors: they may not grow while layers are added.
 template <class T>
-void Packed<T>::add_coupling(const FlowSpec& spec, const ParamLayout& layout, std::size_t index) {
-  const LayerSpec& from = spec.layers[index];
-  const TensorInfo* tensor = &layout.tensors()[layout.first_tensor(index)];
+void Packed<T>::reserve(const Lowered& lowered) {
+  std::size_t num_dense = 0, num_gradients = 0;
+  for (const LoweredLayer& layer : lowered.layers) {
+    const auto* coupling = std::get_if<LoweredCoupling>(&layer);
+    if (coupling == nullptr) continue;
+    num_dense += coupling->dense.size();
+    for (const LoweredDense& dense : coupling->dense) num_gradients += dense.parts.size();
+  }
+  dense_.reserve(num_dense);
+  sources_.reserve(num_dense);
+  gradients_.reserve(num_gradients);
+  layers_.reserve(lowered.layers.size());
+}
+
+template <class T>
+void Packed<T>::add(const LoweredCoupling& from) {
   Layer<T> layer;
   layer.kind = Kind::coupling;
-  layer.a_begin = spec.conditioning(from).begin;
-  layer.a_count = spec.conditioning(from).count;
-  layer.b_begin = spec.transformed(from).begin;
-  layer.b_count = spec.transformed(from).count;
-  layer.activation = static_cast<Act>(from.activation);
-  layer.bound = static_cast<T>(from.scale_bound);
-  layer.inverse_bound = static_cast<T>(1.0 / from.scale_bound);
+  layer.a_begin = from.conditioning.begin;
+  layer.a_count = from.conditioning.count;
+  layer.b_begin = from.transformed.begin;
+  layer.b_count = from.transformed.count;
+  layer.activation = from.activation;
+  layer.bound = static_cast<T>(from.bound);
+  layer.inverse_bound = static_cast<T>(1.0 / from.bound);
   layer.dense = dense_.data() + dense_.size();
   layer.gradients = gradients_.data() + gradients_.size();
-  layer.num_dense = static_cast<std::int32_t>(from.hidden_sizes.size()) + 1;
-  std::int64_t in = layer.a_count;
-  for (const std::int64_t width : from.hidden_sizes) {
-    dense_.push_back({nullptr, nullptr, nullptr, in, width, segment_of(in)});
-    sources_.push_back({{tensor[0].offset, 0}, {tensor[1].offset, 0}, {width, 0}});
-    gradients_.push_back({width, tensor[0].offset, tensor[1].offset});
-    program_.max_width = std::max({program_.max_width, in, width});
-    tensor += 2;
-    in = width;
+  layer.num_dense = static_cast<std::int32_t>(from.dense.size());
+  for (const LoweredDense& dense : from.dense) {
+    dense_.push_back({nullptr, nullptr, nullptr, dense.in, dense.out(), segment_of(dense.in)});
+    program_.max_width = std::max({program_.max_width, dense.in, dense.out()});
+    DenseSource source{};
+    for (std::size_t part = 0; part < dense.parts.size(); ++part) {
+      const DensePart& tensors = dense.parts[part];
+      source.kernel[part] = tensors.kernel;
+      source.bias[part] = tensors.bias;
+      source.columns[part] = tensors.columns;
+      gradients_.push_back({tensors.columns, tensors.kernel, tensors.bias});
+    }
+    sources_.push_back(source);
   }
-  const std::int64_t n = layer.b_count;
-  dense_.push_back({nullptr, nullptr, nullptr, in, 2 * n, segment_of(in)});
-  sources_.push_back({{tensor[0].offset, tensor[2].offset}, {tensor[1].offset, tensor[3].offset}, {n, n}});
-  gradients_.push_back({n, tensor[0].offset, tensor[1].offset});
-  gradients_.push_back({n, tensor[2].offset, tensor[3].offset});
-  dense_[dense_.size() - static_cast<std::size_t>(layer.num_dense)].paired = 2 * layer.a_count <= lanes_;
-  program_.max_width = std::max({program_.max_width, in, 2 * n});
+  dense_[dense_.size() - from.dense.size()].paired = 2 * layer.a_count <= lanes_;
   layers_.push_back(layer);
 }
 
 template <class T>
-void Packed<T>::add_standardize(const ParamLayout& layout, std::size_t index) {
-  const TensorInfo* tensor = &layout.tensors()[layout.first_tensor(index)];
+void Packed<T>::add(const LoweredStandardize& from) {
   Layer<T> layer;
   layer.kind = Kind::standardize;
-  layer.mean_offset = tensor[0].offset;
-  layer.log_std_offset = tensor[1].offset;
+  layer.mean_offset = from.mean;
+  layer.log_std_offset = from.log_std;
   layers_.push_back(layer);
 }
 

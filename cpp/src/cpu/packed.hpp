@@ -9,6 +9,7 @@
 #include <nvpflow/device.hpp>
 #include <nvpflow/spec.hpp>
 
+#include "../lower.hpp"
 #include "../memory.hpp"
 #include "../parallel.hpp"
 #include "../wide_rows.hpp"
@@ -45,8 +46,9 @@ class Packed {
     std::int64_t columns[2];          // outputs of each; columns[1] is 0 for hidden layers
   };
 
-  void add_coupling(const FlowSpec& spec, const ParamLayout& layout, std::size_t index);
-  void add_standardize(const ParamLayout& layout, std::size_t index);
+  void reserve(const Lowered& lowered);
+  void add(const LoweredCoupling& from);
+  void add(const LoweredStandardize& from);
   void pack_kernel(const Dense<T>& dense, const T* kernel, std::int64_t first, std::int64_t n, std::int64_t begin,
                    std::int64_t end);
   void pack_bias(const DenseSource& source, Dense<T>& dense, const T* parameters);

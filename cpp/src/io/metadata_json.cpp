@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <initializer_list>
 #include <limits>
 #include <set>
 #include <string>
@@ -54,7 +53,7 @@ void fail_field(const std::string& field, const json& value, const std::string& 
   throw Error(ErrorCode::file_format, field + " is " + quote(value.dump(-1, ' ', true)) + ", expected " + expected);
 }
 
-void check_keys(const json& object, const std::string& where, std::initializer_list<std::string_view> keys) {
+void check_keys(const json& object, const std::string& where, const std::vector<std::string_view>& keys) {
   const std::string prefix = where.empty() ? "" : where + ".";
   if (!object.is_object()) fail_field(where.empty() ? "the spec" : where, object, "an object");
   for (const std::string_view key : keys) {

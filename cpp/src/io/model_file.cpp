@@ -22,6 +22,7 @@
 #include <nvpflow/version.hpp>
 
 #include "../float_mode.hpp"
+#include "../layers/layer.hpp"
 #include "messages.hpp"
 #include "metadata_json.hpp"
 #include "safetensors.hpp"
@@ -87,7 +88,7 @@ FlowSpec infer_spec(const std::string& path, const TensorsByName& tensors) {
     const std::string name = "flow_" + std::to_string(k);
     const StoredTensor* const scale = find_kernel(path, tensors, name + "_scale.kernel");
     if (scale == nullptr) break;
-    LayerSpec& layer = spec.layers.emplace_back();
+    Coupling layer;
     layer.swapped = k % 2 == 1;
     const StoredTensor* first = scale;
     for (std::size_t j = 0;; ++j) {
@@ -97,6 +98,7 @@ FlowSpec infer_spec(const std::string& path, const TensorsByName& tensors) {
       if (j == 0) first = dense;
       layer.hidden_sizes.push_back(dense->shape[1]);
     }
+    spec.layers.emplace_back(std::move(layer));
     if (k > 0) continue;
     spec.dtype = scale->dtype;
     if (__builtin_add_overflow(first->shape[0], scale->shape[1], &spec.input_size)) {
@@ -212,8 +214,7 @@ std::string names_to_json(const std::vector<std::string>& column_names) {
 /// A few bytes of description can ask for thousands of tensors, each with a name, a shape and an offset: no layout is
 /// made for a file that does not hold about as many.
 void check_count(const std::string& path, const FlowSpec& spec, std::size_t held) {
-  std::int64_t wanted = 0;
-  for (const LayerSpec& layer : spec.layers) wanted += layer.num_tensors();
+  const std::int64_t wanted = layers::num_tensors(spec);
   constexpr std::size_t kAlwaysListed = 64;  // so that a message can name the one that is missing
   if (static_cast<std::size_t>(wanted) <= 2 * held + kAlwaysListed) return;
   fail_format(path, "the file holds " + std::to_string(held) + " tensors, expected the " + std::to_string(wanted) +

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from nvpflow import _spec
 from nvpflow.flow import Flow
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
@@ -231,7 +230,7 @@ class Engine:
     def _new_flow(self, flat: torch.Tensor, num_threads: int) -> Flow:
         if flat.device.type not in ("cpu", "cuda"):
             raise ValueError(f"the parameters are on device '{flat.device}', expected the CPU or a CUDA device")
-        spec = _spec.with_dtype(self.spec, DTYPES[flat.dtype])
+        spec = self.spec.with_dtype(DTYPES[flat.dtype])
         # Modes of lower precision are for float32 on a CUDA device.
         lower = flat.device.type == "cuda" and flat.dtype == torch.float32
         precision = self.precision if lower else "float32"

@@ -1,0 +1,45 @@
+#include "layer.hpp"
+
+#include <cstddef>
+#include <string>
+#include <utility>
+#include <variant>
+
+#include <nvpflow/error.hpp>
+
+namespace nvpflow::layers {
+namespace {
+
+template <std::size_t... Index>
+LayerSpec make_by_index(std::size_t wanted, std::index_sequence<Index...>) {
+  LayerSpec layer;
+  ((wanted == Index ? static_cast<void>(layer.emplace<Index>()) : static_cast<void>(0)), ...);
+  return layer;
+}
+
+}  // namespace
+
+std::vector<Field> fields(LayerSpec& layer) {
+  return std::visit([](auto& kind) { return fields(kind); }, layer);
+}
+
+LayerSpec make_layer(LayerKind kind) {
+  return make_by_index(static_cast<std::size_t>(kind), std::make_index_sequence<std::variant_size_v<LayerSpec>>());
+}
+
+void each_tensor(const FlowSpec& spec, const TensorSink& sink) {
+  Site site;
+  for (const LayerSpec& layer : spec.layers) {
+    std::visit([&](const auto& kind) { tensors(kind, spec, site, sink); }, layer);
+    if (std::holds_alternative<Coupling>(layer)) ++site.coupling;
+    ++site.layer;
+  }
+}
+
+std::int64_t num_tensors(const FlowSpec& spec) {
+  std::int64_t count = 0;
+  each_tensor(spec, [&](const TensorInfo&) { ++count; });
+  return count;
+}
+
+}  // namespace nvpflow::layers

@@ -1,0 +1,15 @@
+// The enums that the kernels of both backends branch on. Files built with instruction-set flags and CUDA code include
+// this header, so it includes nothing but integers.
+#pragma once
+
+#include <stdint.h>
+
+namespace nvpflow {
+
+/// What follows a dense layer: the order of Activation, then `none` for the heads.
+enum class Act : int32_t { relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, none };
+
+/// What the kernels do at one layer of a program: the order of LoweredLayer.
+enum class Kind : int32_t { coupling, standardize };
+
+}  // namespace nvpflow
