@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from nvpflow import _checks, _core, _frames
 from nvpflow._model import Model
+from nvpflow._spec import begins_with_standardize
 
 Array = NDArray[Any]
 
@@ -208,13 +209,22 @@ def check_data(
 
 
 def require_density(
-    rows: Array, names: Sequence[str] | None, dtype: str, standardize: bool, name: str = "x"
+    rows: Array,
+    names: Sequence[str] | None,
+    dtype: str,
+    standardize: bool,
+    name: str = "x",
+    *,
+    trained: tuple[Array, Array] | None = None,
 ) -> DataReport:
-    """Raise ValueError where `rows` [N, D] have no density, naming everything; warn once of everything else."""
+    """Raise ValueError where `rows` [N, D] have no density, naming everything; warn once of everything else.
+
+    `trained`: mean and standard deviation of the flow's first layer, where it has been set; see `trained_scales`.
+    """
     labels = _frames.labels(names, rows.shape[1])
     if len(rows) == 0:
         return DataReport(0, tuple(labels), ())  # which the training loop refuses
-    found = _look_at(rows, labels, list(range(rows.shape[1])), dtype, standardize)
+    found = _look_at(rows, labels, list(range(rows.shape[1])), dtype, standardize, trained)
     report = DataReport(len(rows), tuple(labels), tuple(found))
     if report.errors:
         raise ValueError(_message(name, report.errors))
@@ -327,14 +337,21 @@ def _blocks(rows: Array) -> Iterator[Array]:
         yield np.array(rows[first : first + step].T, dtype=np.float64, order="C")
 
 
-def _look_at(rows: Array, labels: list[str], numbers: list[int], dtype: str, standardize: bool) -> list[Finding]:
+def _look_at(
+    rows: Array,
+    labels: list[str],
+    numbers: list[int],
+    dtype: str,
+    standardize: bool,
+    trained: tuple[Array, Array] | None = None,
+) -> list[Finding]:
     """Look at rows [N, D]; `numbers` are the places of their columns in the whole table, which `labels` name."""
     columns = rows.shape[1]
     measures, sample = _Measures(columns), rows[:0]
     again = None
     if columns:
         sample, again = _drawn(rows), partial(_blocks, rows)
-    look = _Look(measures, sample, rows.dtype, labels, numbers, dtype, standardize, again=again)
+    look = _Look(measures, sample, rows.dtype, labels, numbers, dtype, standardize, trained=trained, again=again)
     with np.errstate(all="ignore"):
         for block in _blocks(rows) if columns else ():
             measures.add(block, look.middle)
@@ -386,10 +403,10 @@ class RunningLook:
 
 def trained_scales(flow: Model) -> tuple[Array, Array] | None:
     """Return mean and standard deviation [D] of the standardize layer that a flow begins with; None: it knows none."""
-    parameters = flow.parameters()
-    log_std = parameters.get("standardize_0.log_std")
-    if log_std is None:
+    if not begins_with_standardize(flow.spec):
         return None
+    parameters = flow.parameters()
+    log_std = parameters["standardize_0.log_std"]
     mean = parameters["standardize_0.mean"] + np.asarray(parameters.get("standardize_0.mean_low", 0), np.float64)
     return (mean, np.exp(log_std.astype(np.float64))) if mean.any() or log_std.any() else None
 

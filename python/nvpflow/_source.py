@@ -86,6 +86,7 @@ class Problems:
         self.incomplete = 0  # rows with missing cells
         self.names: list[str] | None = None
         self.notes: list[str] = []
+        self.needless: set[int] = set()  # columns that another remedy leaves out
 
     def __bool__(self) -> bool:
         return bool(self.general or self.ragged.count or self.wrong or self.missing)
@@ -102,6 +103,9 @@ class Problems:
     def raise_all(self) -> None:
         """Raise a DataError for everything that was found."""
         if self:
+            for column in self.needless:
+                self.wrong.pop(column, None)
+                self.missing.pop(column, None)
             parts = [*self.general, *self._ragged(), *self._wrong(), *self._missing(), *self.notes]
             if self.unit == "row" and self.missing:
                 parts.append("rows are counted from 0")

@@ -234,6 +234,10 @@ def _add_training_options(group: Any) -> None:
     _add_option(group, "--clip-norm", type=float, metavar="X", default=5.0, help=clip_help)
     averaging_help = "share that each epoch keeps of the weights' moving average; 0: none"
     _add_option(group, "--averaging", type=float, metavar="X", default=0.8, help=averaging_help)
+    standardize_help = "what the layer for the columns' means and standard deviations is set from, as fit's standardize"
+    _add_option(group, "--standardize", choices=("auto", "mean", "robust"), help=f"{standardize_help} (default: auto)")
+    deviation_help = "leave out rows so many standard deviations from the mean of a column; 0: none"
+    _add_option(group, "--max-deviation", type=float, metavar="X", default=1000.0, help=deviation_help)
     _add_option(group, "--patience", type=int, metavar="N", help="stop after N epochs without a better one")
     round_trip_help = "keep no epoch whose validation rows come back from the latents with a larger relative error"
     _add_option(group, "--max-round-trip", type=float, metavar="X", help=round_trip_help)
@@ -425,6 +429,10 @@ def _check_fit_paths(arguments: argparse.Namespace) -> None:
     """Refuse to write the model over what the run reads, and times that mean nothing."""
     if arguments.output == "-":
         raise data_io.DataError("-o: a model is a file, it cannot go to stdout")
+    if arguments.standardize is not None and arguments.no_standardize:
+        raise data_io.DataError(
+            f"--standardize {arguments.standardize} and --no-standardize contradict; give one of them"
+        )
     if arguments.max_time is not None and not arguments.max_time > 0:
         raise data_io.DataError(f"--max-time is {arguments.max_time}, expected a number of seconds above 0")
     _output.check_distinct(
@@ -493,6 +501,8 @@ def _train(arguments: argparse.Namespace, flow: nvpflow.Flow, rows: Any, validat
             weight_decay=arguments.weight_decay,
             clip_norm=arguments.clip_norm,
             averaging=arguments.averaging,
+            standardize=arguments.standardize,
+            max_deviation=arguments.max_deviation,
             patience=arguments.patience,
             max_round_trip=arguments.max_round_trip,
             seed=arguments.seed,

@@ -167,6 +167,8 @@ class Table:
             hint = ""
             if names and self.names and {name.strip() for name in names} <= {name.strip() for name in self.names}:
                 hint = f"; --columns {','.join(map(option_value, names))} chooses those that it was trained with"
+                known = {name.strip() for name in names}
+                self._problems.needless = {i for i in self._used if self._name(i).strip() not in known}
             self._problems.general.append(f"{counted(self.columns, 'column')}, {of} takes {columns}{hint}")
             return
         for i, (found, expected) in enumerate(zip(self.names or (), names or (), strict=False)):

@@ -34,6 +34,8 @@ _PARAMETERS = """num_flows, hidden_sizes, activation, scale_bound, dtype
         float64 loses no digit there in float32 either.
     epochs, learning_rate, schedule, weight_decay, clip_norm, averaging
         Training, as in `nvpflow.Flow.fit`.
+    standardize, max_deviation
+        What the standardizing layer is set from, and how far out rows are left out, as in `nvpflow.Flow.fit`.
     batch_size
         Most rows per update, as in `nvpflow.Flow.fit`. None: an eighth of the training rows, from 16 to 256.
     validation_fraction
@@ -108,6 +110,8 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         weight_decay: float | None = None,
         clip_norm: float | None = 5.0,
         averaging: float | None = 0.8,
+        standardize: str | None = None,
+        max_deviation: float | None = 1000.0,
         validation_fraction: float | None = 0.1,
         patience: int | None = None,
         device: str = "cpu",
@@ -129,6 +133,8 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         self.weight_decay = weight_decay
         self.clip_norm = clip_norm
         self.averaging = averaging
+        self.standardize = standardize
+        self.max_deviation = max_deviation
         self.validation_fraction = validation_fraction
         self.patience = patience
         self.device = device
@@ -204,6 +210,8 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
             weight_decay=self.weight_decay,
             clip_norm=self.clip_norm,
             averaging=self.averaging,
+            standardize=self.standardize,  # type: ignore[arg-type]  # checked by fit
+            max_deviation=self.max_deviation,
             patience=self.patience,
             seed=seed,
             progress=False,
@@ -428,6 +436,8 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
         weight_decay: float | None = None,
         clip_norm: float | None = 5.0,
         averaging: float | None = 0.8,
+        standardize: str | None = None,
+        max_deviation: float | None = 1000.0,
         validation_fraction: float | None = 0.1,
         patience: int | None = None,
         device: str = "cpu",
@@ -451,6 +461,8 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
             weight_decay=weight_decay,
             clip_norm=clip_norm,
             averaging=averaging,
+            standardize=standardize,
+            max_deviation=max_deviation,
             validation_fraction=validation_fraction,
             patience=patience,
             device=device,

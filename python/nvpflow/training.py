@@ -181,7 +181,8 @@ def fit(
     validation_rows, fraction = _split(flow, validation, names)
     checked = _checked_options(options) | {"validation_fraction": fraction}
     checked["standardize"] = _statistics_to_use(flow, options["standardize"])
-    report = _data.require_density(rows, names, flow.spec.dtype, _spec.begins_with_standardize(flow.spec))
+    trained, standardizes = _data.trained_scales(flow), _spec.begins_with_standardize(flow.spec)
+    report = _data.require_density(rows, names, flow.spec.dtype, standardizes, trained=trained)
 
     bar = _open_bar(progress, checked["epochs"])
 

@@ -98,6 +98,21 @@ def test_fit_writes_the_model_that_python_would(run, folder, rows):
     assert f"{-history.best_loss:.4f} nats" in output
 
 
+def test_fit_passes_on_how_it_standardizes(call, folder, rows):
+    far = rows.copy()
+    far[:3, 1] = 1e4
+    np.save(folder / "far.npy", far)
+    fit = ("fit", "far.npy", "-o", "new.safetensors", "--quiet", *QUICK)
+    assert call(*fit, "--standardize", "mean", "--max-deviation", "5")[0] == 0
+    expected = nvpflow.build(3, 2, (8,))
+    with pytest.warns(nvpflow.DataWarning):
+        history = expected.fit(far, epochs=2, num_threads=1, standardize="mean", max_deviation=5, progress=False)
+    assert history.rows_left_out == 3
+    assert nvpflow.load(folder / "new.safetensors") == expected
+    code, _, errors = call(*fit, "--force", "--standardize", "mean", "--no-standardize")
+    assert (code, errors[:71]) == (1, "nvpflow: error: --standardize mean and --no-standardize contradict; giv")
+
+
 def test_fit_passes_every_option_on(run, folder, rows):
     np.save(folder / "held_out.npy", rows[:100])
     run(
@@ -735,6 +750,21 @@ def test_what_cannot_be_meant_is_said(call, folder, capfdbinary, arguments, code
     assert (found, output) == (code, "")
     assert errors.startswith(f"nvpflow: error: {message}")
     assert errors.count("\n") == 1
+
+
+def test_columns_that_one_remedy_leaves_out_have_no_second_one(call, folder):
+    pytest.importorskip("pyarrow")
+    model = nvpflow.load(folder / "model.safetensors")
+    model.column_names = ["a", "b", "c"]
+    model.save(folder / "named.safetensors")
+    (folder / "more.csv").write_text("a,b,kind,gap,c\n1,2,x,,3\n4,5,y,7,6\n")
+    code, _, errors = call("score", "named.safetensors", "more.csv")
+    assert code == 1
+    told = "5 columns, the model takes 3; --columns a,b,c chooses those that it was trained with"
+    assert errors == f"nvpflow: error: more.csv: {told}\n"
+    assert call("score", "named.safetensors", "more.csv", "--columns", "a,b,c")[0] == 0
+    (folder / "more.csv").write_text("a,b,kind,c\n1,2,x,3\n4,five,y,6\n")
+    assert "'b' holds text (first 'five', line 3)" in call("score", "named.safetensors", "more.csv")[2]
 
 
 def test_parquet_columns_whose_names_hold_points_are_not_mixed_up(call, folder, rows, flow):

@@ -480,6 +480,17 @@ def test_other_units_than_those_of_the_training_are_found() -> None:
     assert "initialize_from" in text
 
 
+def test_a_second_fit_on_other_units_names_initialize_from() -> None:
+    x = normal().astype(np.float32)
+    flow = flow_of(x)
+    flow.fit(x, **QUICK)
+    flow.fit(x, **QUICK)  # the same units: no word
+    with pytest.warns(nvpflow.DataWarning, match=r"the flow was trained around .*flow\.initialize_from\(x\)"):
+        flow.fit(50 * x, **QUICK)
+    flow.initialize_from(50 * x)
+    flow.fit(50 * x, **QUICK)
+
+
 def test_the_command_check_looks_at_every_row(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(_source, "BLOCK_VALUES", 600)
     x = normal(3000)

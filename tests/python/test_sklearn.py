@@ -342,3 +342,14 @@ def test_the_default_model_goes_by_the_number_of_features(features, activation) 
     assert (spec.num_flows, spec.hidden_sizes) == (8, (64, 64))
     assert spec.activation == activation
     assert FlowDensity(epochs=1, activation="tanh", random_state=0).fit(x).flow_.spec.activation == "tanh"
+
+
+def test_how_far_rows_count_is_a_parameter(x):
+    far = x.copy()
+    far[:3, 0] = 1e4
+    with pytest.warns(nvpflow.DataWarning):
+        density = FlowDensity(epochs=1, standardize="mean", max_deviation=5, random_state=0).fit(far)
+    assert density.history_.rows_left_out == 3
+    assert density.history_.standardized == {}
+    with pytest.raises(ValueError, match="standardize is 'median'"):
+        FlowDensity(epochs=1, standardize="median").fit(x)
