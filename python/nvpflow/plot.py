@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nvpflow import _checks
+from nvpflow import _checks, _frames
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -127,18 +127,25 @@ def _table(name: str, values: ArrayLike, columns: int | None = None) -> Array:
     if rows.ndim != 2 or 0 in rows.shape or columns not in (None, rows.shape[1]):
         wanted = "[N, D]" if columns is None else f"[N, {columns}]"
         raise ValueError(f"{name} has shape {rows.shape}, expected {wanted} with at least one row and one column")
-    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    gaps = ~np.isfinite(rows)
+    bad = np.flatnonzero(gaps.any(axis=1))
     if bad.size:
+        titles = getattr(values, "columns", None)
+        labels = _frames.labels(None if titles is None else [str(title) for title in titles], rows.shape[1])
+        where = ", ".join(labels[j] for j in np.flatnonzero(gaps.any(axis=0))[:5])
         raise ValueError(
             f"{name} has {bad.size} of {len(rows)} rows with NaN or infinite values (the first is row {bad[0]}, "
-            "counted from 0); leave them out"
+            f"counted from 0; in {where}); leave out the rows, or a column that has no others"
         )
     return rows
 
 
 def _real(name: str, values: ArrayLike) -> Array:
     _checks.unmasked(name, values)
-    given = np.asarray(values)
+    if text := _frames.not_numbers(name, values):
+        raise TypeError(text)
+    frame = _frames.inspect(values)
+    given = np.asarray(values) if frame is None else frame.array()
     if given.dtype.kind not in "fiu":
         raise TypeError(f"{name} has dtype {given.dtype}, expected real numbers")
     return given.astype(np.float64, copy=False)
@@ -381,7 +388,8 @@ def _limits(values: Array) -> tuple[float, float]:
     if inner_low < inner_high:
         reach = inner_high - inner_low
         low, high = max(low, inner_low - reach), min(high, inner_high + reach)
-    margin = 0.06 * (high - low) or 0.5
+    least = 64 * np.spacing(max(abs(low), abs(high)))  # of large numbers 0.5 more may be the same number
+    margin = max(0.06 * (high - low) or 0.5, least)
     return float(low - margin), float(high + margin)
 
 

@@ -130,6 +130,29 @@ def test_corner_draws_data_and_samples_in_one_shuffled_order():
     assert np.abs(np.corrcoef(np.arange(len(points)), points[:, 0])[0, 1]) < 0.1  # nor any time
 
 
+def test_corner_names_the_columns_that_it_cannot_draw(rows):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"a": rows[:50, 0], "kind": pandas.Categorical(["x", "y"] * 25), "b": rows[:50, 1]})
+    with pytest.raises(TypeError, match=r"^data: column 'kind' is category: encode it as numbers, or drop it$"):
+        plot.corner(frame)
+    frame["kind"] = frame["kind"] == "x"
+    plot.corner(frame)  # false and true are 0 and 1
+    frame.loc[3, "b"] = np.nan
+    with pytest.raises(ValueError, match=r"data has 1 of 50 rows .* in column 'b'\); leave out the rows, or a column"):
+        plot.corner(frame)
+    with pytest.raises(ValueError, match=r"in column 3\)"):
+        plot.corner(frame.to_numpy(float))
+
+
+@pytest.mark.parametrize("offset", [1e16, -1e16, 1e300])
+def test_corner_of_large_numbers_has_axes_of_some_width(rows, offset):
+    """Matplotlib warns, an error here, where both ends of an axis are one number."""
+    grid = plot.corner(np.column_stack([rows[:50, :2], rows[:50, 0] * 1e-3 + offset]))
+    low, high = grid[2, 2].get_xlim()
+    assert low < offset < high
+    grid[2, 2].figure.canvas.draw()
+
+
 def test_corner_frame_holds_against_one_wild_row(rows):
     wild = rows.copy()
     wild[7] = 1e30
