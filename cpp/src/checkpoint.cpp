@@ -105,13 +105,16 @@ std::string text_of(double value) {
 }
 
 void check_key(const std::string& path, const json& came, const json& expected) {
-  for (const auto& [name, value] : expected.items()) {
+  const auto check = [&](const std::string& name, const json& value) {
     const json other = came.contains(name) ? came[name] : json();
-    if (other == value) continue;
+    if (other == value) return;
     throw Error(ErrorCode::invalid_argument, "checkpoint " + path + " belongs to another run: its " + name + " is " +
                                                  shown(other) + ", this run's is " + shown(value) +
                                                  "; give another file, or delete this one to start over");
-  }
+  };
+  // Model and rows first: batch_size and weight_decay that nobody gave follow from them.
+  for (const char* name : {"flow", "x", "validation rows"}) check(name, expected.at(name));
+  for (const auto& [name, value] : expected.items()) check(name, value);
 }
 
 std::vector<EpochRecord> records_of(const std::string& path, const TensorFile& file) {
