@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, SupportsIndex, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -55,7 +56,7 @@ def _restore(
 def _unpickle(
     cls: type[Self],
     spec_json: str,
-    parameters: NDArray[Any],
+    parameters: NDArray[Any] | tuple[Any, ...],
     num_threads: int,
     device: str = "cpu",
     precision: str = "float32",
@@ -66,12 +67,49 @@ def _unpickle(
     mean_low: NDArray[Any] | None = None,
 ) -> Self:
     where = _where(device, precision, weights)
-    state = (parameters, mean_low)
     spec = FlowSpec.from_json(spec_json)
+    state = (_joined(parameters, spec) if isinstance(parameters, tuple) else parameters, mean_low)
     return _restore(cls, spec, state, num_threads, where, list(column_names), threshold, statistics)
 
 
-_unpickle.__module__ = "nvpflow.flow"  # the name in every pickle
+_PIECE_BYTES = 1 << 19
+
+
+class _Piece:
+    """Some of the weights' bytes. What pickles them is Python, which lets other threads run between two pieces."""
+
+    __slots__ = ("_bytes",)
+
+    def __init__(self, values: NDArray[Any]) -> None:
+        self._bytes: Any = values.view(np.uint8)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return _piece, (pickle.PickleBuffer(self._bytes) if int(protocol) >= 5 else self._bytes.tobytes(),)
+
+
+def _piece(data: Any) -> Any:
+    return data
+
+
+def _pieces(parameters: NDArray[Any]) -> tuple[_Piece, ...]:
+    step = _PIECE_BYTES // parameters.itemsize
+    return tuple(_Piece(parameters[at : at + step]) for at in range(0, len(parameters), step))
+
+
+def _joined(pieces: tuple[Any, ...], spec: FlowSpec) -> NDArray[Any]:
+    parameters = _core._new_flat_parameters(spec)
+    into, at = parameters.view(np.uint8), 0
+    for piece in pieces:
+        data = piece._bytes if isinstance(piece, _Piece) else np.frombuffer(piece, np.uint8)
+        into[at : at + len(data)] = data
+        at += len(data)
+    if at != len(into):
+        raise ValueError(f"the pickle holds {at} bytes of weights, expected {len(into)}")
+    return parameters
+
+
+for _named in (_unpickle, _piece):
+    _named.__module__ = "nvpflow.flow"  # the name in every pickle
 
 
 class Model(_core.Flow):
@@ -208,7 +246,7 @@ class Model(_core.Flow):
                 raise ValueError(f"parameters[{_MEAN_LOW!r}] has shape {low.shape}, expected {(self.spec.input_size,)}")
             parameters = {name: value for name, value in parameters.items() if name != _MEAN_LOW}
         _checks.names("parameters", parameters, [name for name, _, _ in layout])
-        flat = np.empty(self.num_parameters, dtype=self.spec.dtype)
+        flat = _core._new_flat_parameters(self.spec)
         for name, shape, at in layout:
             values = _checks.array(f"parameters[{name!r}]", parameters[name], flat.dtype)
             if values.shape != shape:
@@ -317,14 +355,16 @@ class Model(_core.Flow):
             return False
         (own, own_low), (others, others_low) = self._copy_state(), other._copy_state()
         same_low = own_low is others_low is None or np.array_equal(own_low, others_low)  # type: ignore[arg-type]
-        return np.array_equal(own, others) and same_low
+        # In parts: between them other threads run, and what NumPy compares into is small.
+        parts = range(0, len(own), _PIECE_BYTES)
+        return same_low and all(np.array_equal(own[i : i + _PIECE_BYTES], others[i : i + _PIECE_BYTES]) for i in parts)
 
     __hash__ = None  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the spec's JSON, the weights and the device, which must be there where it is unpickled."""
         parameters, mean_low = self._copy_state()
-        state = (type(self), self.spec.to_json(), parameters, self.num_threads)
+        state = (type(self), self.spec.to_json(), _pieces(parameters), self.num_threads)
         described = (self._column_names(), self._threshold(), self._statistics(), mean_low)
         return _unpickle, (*state, self.device, self.precision, self.weights, *described)
 

@@ -13,7 +13,8 @@ from nvpflow import _certify, _checks, _core, _frames, _hints, _html, _spec, cer
 from nvpflow._core import FlowSpec
 from nvpflow._model import Model, _restore, _where
 from nvpflow._model import Threshold as Threshold
-from nvpflow._model import _unpickle as _unpickle  # by the name in pickles
+from nvpflow._model import _piece as _piece  # by the name in pickles
+from nvpflow._model import _unpickle as _unpickle
 
 
 @_hints.explained

@@ -6,6 +6,7 @@
 #include <cfloat>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -15,8 +16,10 @@
 #include <nvpflow/flow.hpp>
 #include <nvpflow/spec.hpp>
 
+#include "../../cpp/src/memory.hpp"
 #include "device_arrays.hpp"
 #include "dlpack.h"
+#include "gil.hpp"
 #include "layout.hpp"
 #include "outside.hpp"
 
@@ -510,6 +513,29 @@ py::object object_of(OutputArray&& out) {
   if (out.from_dlpack) return out.from_dlpack(out.array);
   if (out.given) note_write(out.array, out.library);
   return std::move(out.array);
+}
+
+py::object owning_array(std::shared_ptr<void> memory, void* data, DType dtype, std::int64_t size) {
+  struct Owner {
+    std::shared_ptr<void> memory;
+    std::size_t bytes;
+    ~Owner() {
+      run_released_over(bytes, [this] { memory.reset(); });
+    }
+  };
+  auto owner = std::make_unique<Owner>(Owner{std::move(memory), static_cast<std::size_t>(size * size_of(dtype))});
+  const py::capsule capsule(owner.get(), [](void* pointer) { delete static_cast<Owner*>(pointer); });
+  (void)owner.release();
+  npy_intp shape[1] = {size};
+  auto array = py::reinterpret_steal<py::object>(
+      PyArray_New(&PyArray_Type, 1, shape, type_number(dtype), nullptr, data, 0, NPY_ARRAY_CARRAY, nullptr));
+  if (!array) throw py::error_already_set();
+  keep_alive(capsule, array);
+  return array;
+}
+
+FlatArray::FlatArray(DType dtype, std::int64_t size) : data(allocate_aligned(size * size_of(dtype))) {
+  array = owning_array(std::shared_ptr<void>(data, free_aligned), data, dtype, size);
 }
 
 py::object readonly_view(const void* data, DType dtype, std::int64_t size, py::handle owner) {

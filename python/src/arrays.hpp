@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 #include <utility>
@@ -104,6 +105,17 @@ void refuse_overlap(const OutputArray& a, const char* a_name, const OutputArray&
 PyObject* result_of(OutputArray&& out);
 /// The same, with an array of NumPy's also where it has no axes.
 py::object object_of(OutputArray&& out);
+
+/// An array of `size` elements at `data` that owns `memory`, and lets it go without the GIL where it is large.
+py::object owning_array(std::shared_ptr<void> memory, void* data, DType dtype, std::int64_t size);
+
+/// Such an array, not initialised.
+struct FlatArray {
+  FlatArray(DType dtype, std::int64_t size);
+
+  py::object array;
+  void* data;
+};
 
 /// A read-only array that looks at `data` and keeps `owner` alive.
 py::object readonly_view(const void* data, DType dtype, std::int64_t size, py::handle owner);

@@ -3,9 +3,10 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
-#include <cstring>
+#include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include <nvpflow/flow.hpp>
 #include <nvpflow/spec.hpp>
@@ -49,12 +50,9 @@ py::object load_file(const Arguments& given) {
     model = load_model(path, spec);
   }
   const std::int64_t count = static_cast<std::int64_t>(model.parameters.size()) / size_of(model.spec.dtype);
-  const OutputArray flat = new_array(model.spec.dtype, count, 0);
-  run_released_over(model.parameters.size(), [&] {
-    std::memcpy(flat.data, model.parameters.data(), model.parameters.size());
-    model.parameters = {};  // which takes its time, too
-  });
-  return py::make_tuple(BoundSpec(model.spec), flat.array, low_or_none(model.mean_low), model.column_names,
+  const auto memory = std::make_shared<std::vector<unsigned char>>(std::move(model.parameters));
+  const py::object flat = owning_array(memory, memory->data(), model.spec.dtype, count);
+  return py::make_tuple(BoundSpec(model.spec), flat, low_or_none(model.mean_low), model.column_names,
                         as_python(model.threshold));
 }
 

@@ -107,15 +107,22 @@ py::object mean_low(const BoundFlow& self) {
 
 /// The flat parameters and what set_flat_parameters takes beside them, of one moment.
 py::tuple copy_state(const BoundFlow& self) {
-  const OutputArray copy = new_array(self.dtype, self.flow.num_parameters(), 0);
+  const FlatArray copy(self.dtype, self.flow.num_parameters());
+  const auto size = static_cast<std::size_t>(self.flow.num_parameters());
   std::vector<float> low;
   {
     // Also where they are few: whoever sets the parameters keeps this call waiting.
     const GilReleased released;
-    by_dtype(self.dtype, [&](auto t) { self.flow.copy_parameters(view<decltype(t)>(copy), &low); });
+    by_dtype(self.dtype, [&](auto t) {
+      using T = decltype(t);
+      self.flow.copy_parameters(std::span<T>(static_cast<T*>(copy.data), size), &low);
+    });
   }
   return py::make_tuple(copy.array, low_or_none(low));
 }
+
+/// An array for a flow's parameters, not initialised.
+py::object new_flat_parameters(const BoundSpec& spec) { return FlatArray(spec.dtype, ParamLayout(spec).size()).array; }
 
 py::object copy_flat_parameters(const BoundFlow& self) { return copy_state(self)[0]; }
 
@@ -242,6 +249,11 @@ BoundFlow::BoundFlow(const FlowSpec& spec, std::uint64_t seed, Device on, Precis
   release_rows = std::max<std::int64_t>(1, static_cast<std::int64_t>(least / flops));
 }
 
+BoundFlow::~BoundFlow() {
+  run_released_over(static_cast<std::size_t>(flow.num_parameters() * size_of(dtype)),
+                    [this] { const Flow gone = std::move(flow); });
+}
+
 void raise_uninitialised() {
   PyErr_SetString(PyExc_TypeError, "this Flow was never initialised: call Flow.__init__ from the subclass");
   throw py::error_already_set();
@@ -257,6 +269,7 @@ int BoundFlow::threads() const {
 }
 
 void bind_flow(py::module_& module) {
+  module.def("_new_flat_parameters", &new_flat_parameters);
   py::class_<BoundFlow> type(module, "Flow", "The compiled part of nvpflow.Flow.");
   type.def(py::init([](const BoundSpec& spec, std::uint64_t seed, const std::string& device,
                        const std::string& precision, const std::string& weights, const std::string& init) {

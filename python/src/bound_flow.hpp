@@ -29,6 +29,10 @@ struct BoundFlow : ZeroedMemory {
   bool ready = true;
 
   BoundFlow(const FlowSpec& spec, std::uint64_t seed, Device on, Precision precision, Weights weights, Init init);
+  /// Large weights go without the GIL: the system takes back their pages one by one.
+  ~BoundFlow();
+  BoundFlow(const BoundFlow&) = delete;
+  BoundFlow& operator=(const BoundFlow&) = delete;
   int threads() const;
   /// Throws where the object was never initialised.
   void require_ready() const;

@@ -1,26 +1,29 @@
 // Counts what one thread does while it holds the GIL that would keep other threads from running: copies and comparisons
-// of many bytes, and waits for a lock. Preloaded by tests/python/test_threads.py; glibc alone.
+// of many bytes, memory of many bytes that it frees, and waits for a lock. Preloaded by tests/python/test_threads.py;
+// glibc alone.
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <malloc.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stddef.h>
 
 static atomic_size_t least = (size_t)-1;  // bytes from which a copy counts; the largest number: nothing does
-static atomic_long copies, locks;
+static atomic_long copies, frees, locks;
 static pthread_t watched;
 static int (*holds_gil)(void);
 
 void gil_arm(size_t bytes) {
   holds_gil = (int (*)(void))dlsym(RTLD_DEFAULT, "PyGILState_Check");
   watched = pthread_self();
-  copies = locks = 0;
+  copies = frees = locks = 0;
   least = bytes;
 }
 
-/// Copies; what locks were taken, in `taken`.
-long gil_disarm(long* taken) {
+/// Copies; what else was counted goes to `freed` and `taken`.
+long gil_disarm(long* freed, long* taken) {
   least = (size_t)-1;
+  *freed = frees;
   *taken = locks;
   return copies;
 }
@@ -64,6 +67,12 @@ int memcmp(const void* a, const void* b, size_t bytes) {
     if (x[i] != y[i]) return x[i] - y[i];
   }
   return 0;
+}
+
+extern void __libc_free(void* memory);
+void free(void* memory) {
+  if (least != (size_t)-1 && memory != NULL && malloc_usable_size(memory) >= least && armed()) ++frees;
+  __libc_free(memory);
 }
 
 int pthread_mutex_lock(pthread_mutex_t* mutex) {
