@@ -16,7 +16,7 @@
 namespace nvpflow::cpu {
 namespace {
 
-// Rows left over after whole vectors take the row path up to this many; more fill a padded vector.
+/// Rows that the row path takes at once, at most.
 template <class T>
 constexpr int64_t kMaxFewRows = kLanes<T> - 1;
 
@@ -33,7 +33,7 @@ constexpr int few_vectors(int rows) {
 template <class T, bool fetch_ahead = false>
 struct FullWeights {
   static constexpr bool kCanFetchAhead = true;
-  const DenseView<T>& d;
+  const Dense<T>& d;
 
   const T* block(int64_t o) const { return d.weights + o * d.in; }
   int64_t stride() const { return d.in * kLanes<T>; }
@@ -62,7 +62,7 @@ struct FullWeights {
 struct NarrowWeights {
   static constexpr bool kCanFetchAhead = false;
   using T = float;
-  const DenseView<T>& d;
+  const Dense<T>& d;
 
   const uint32_t* block(int64_t o) const { return d.narrow + o * d.narrow_words; }
   int64_t stride() const { return d.narrow_words * kLanes<T>; }
@@ -109,7 +109,7 @@ struct NarrowWeights {
 template <class T, int MR, int NV, int S, class W>
 NVPFLOW_INLINE void accumulate_segments(const W& weights, int64_t o, const T* x, int64_t x_stride,
                                         Vec<T> (&total)[MR][NV]) {
-  const DenseView<T>& d = weights.d;
+  const Dense<T>& d = weights.d;
   const auto* w = weights.block(o);
   Vec<T> sum[S][MR][NV];
   for (int m = 0; m < MR; ++m) {
@@ -143,7 +143,7 @@ template <class T, int MR, int NV, int S, class W>
 NVPFLOW_INLINE void few_block(const W& weights, int64_t o, const T* x, int64_t x_stride, T* y, int64_t y_stride,
                               Act act) {
   constexpr int L = kLanes<T>;
-  const DenseView<T>& d = weights.d;
+  const Dense<T>& d = weights.d;
   Vec<T> total[MR][NV];
   for (int n = 0; n < NV; ++n) {
     for (int m = 0; m < MR; ++m) total[m][n] = load<T>(d.bias + o + n * L);
@@ -173,7 +173,7 @@ NVPFLOW_INLINE void few_block(const W& weights, int64_t o, const T* x, int64_t x
 /// MR rows; S: the layer's segments. Not inlined: in one large function gcc leaves the blocks' sums in memory.
 template <class T, int MR, int S, class W>
 NVPFLOW_NOINLINE void few_rows(const W& weights, const T* x, int64_t x_stride, T* y, int64_t y_stride, Act act) {
-  const DenseView<T>& d = weights.d;
+  const Dense<T>& d = weights.d;
   constexpr int L = kLanes<T>, kWide = few_vectors(MR);
   constexpr int kParallel = MR * S <= kFewSums ? S : 1;
   constexpr int kFitting = kFewSums / (MR * S);  // vectors of which all segments can be under way
@@ -197,7 +197,7 @@ void dense_few_rows(const W& weights, const T* x, int64_t x_stride, T* y, int64_
   if constexpr (MR < kMaxFewRows<T>) {
     if (rows > MR) return dense_few_rows<T, MR + 1>(weights, x, x_stride, y, y_stride, rows, act);
   }
-  const DenseView<T>& d = weights.d;
+  const Dense<T>& d = weights.d;
   if constexpr (W::kCanFetchAhead && MR >= kFewSums / 2) {
     if (d.far) return few_rows<T, MR, 1>(FullWeights<T, true>{d}, x, x_stride, y, y_stride, act);
   }

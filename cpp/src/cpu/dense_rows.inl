@@ -35,7 +35,7 @@ NVPFLOW_INLINE void accumulate_rows(const T* w, int64_t stride, const T* x, int6
 
 /// MR rows x NV vectors of outputs, the first of which is `o`. finish(row, output, sum): what is stored.
 template <class T, int MR, int NV, class Finish>
-NVPFLOW_INLINE void rows_block(const DenseView<T>& d, int64_t o, const T* x, int64_t x_stride, T* y, int64_t y_stride,
+NVPFLOW_INLINE void rows_block(const Dense<T>& d, int64_t o, const T* x, int64_t x_stride, T* y, int64_t y_stride,
                                int64_t row, Finish finish) {
   constexpr int L = kLanes<T>;
   const T* w = d.weights + o * d.in;
@@ -63,7 +63,7 @@ NVPFLOW_INLINE void rows_block(const DenseView<T>& d, int64_t o, const T* x, int
 
 /// All rows for NV vectors of outputs.
 template <class T, int NV, class Finish>
-void rows_strip(const DenseView<T>& d, int64_t o, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t rows,
+void rows_strip(const Dense<T>& d, int64_t o, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t rows,
                 Finish finish) {
   int64_t r = 0;
   for (; r + kRowsBlock <= rows; r += kRowsBlock) {
@@ -84,7 +84,7 @@ void rows_strip(const DenseView<T>& d, int64_t o, const T* x, int64_t x_stride, 
 
 /// y[rows][out] = finish(W^T x[rows][in] + c), row-major; whole vectors of y are written.
 template <class T, class Finish>
-void dense_rows_finish(const DenseView<T>& d, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t rows,
+void dense_rows_finish(const Dense<T>& d, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t rows,
                        Finish finish) {
   constexpr int L = kLanes<T>;
   int64_t o = 0;
@@ -109,14 +109,14 @@ void dense_rows_finish(const DenseView<T>& d, const T* x, int64_t x_stride, T* y
 }
 
 template <class T, Act act>
-void dense_rows_act(const DenseView<T>& d, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t rows) {
+void dense_rows_act(const Dense<T>& d, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t rows) {
   dense_rows_finish<T>(d, x, x_stride, y, y_stride, rows,
                        [](int64_t, int64_t, Vec<T> v) __attribute__((always_inline)) { return rectify<T>(v, act); });
 }
 
 /// y[rows][out] = rectify(W^T x[rows][in] + c).
 template <class T>
-void dense_rows(const DenseView<T>& d, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t rows, Act act) {
+void dense_rows(const Dense<T>& d, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t rows, Act act) {
   switch (act) {
     case Act::relu:
       return dense_rows_act<T, Act::relu>(d, x, x_stride, y, y_stride, rows);

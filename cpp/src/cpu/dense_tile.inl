@@ -13,18 +13,6 @@
 namespace nvpflow::cpu {
 namespace {
 
-template <class T>
-struct DenseView {
-  const T* weights;  // packed blocks
-  const T* bias;     // null: zero
-  int64_t in, out;
-  int64_t segment;  // inputs of a segment
-  const uint32_t* narrow = nullptr;
-  int64_t narrow_words = 0;
-  bool far = false;
-  bool wide_blocks = false;
-};
-
 /// sum[m][n] += W[i][m] x[i][n] for inputs i in [begin, end), in order.
 template <class T, int MO, int NV>
 NVPFLOW_INLINE void accumulate(const T* w, const T* x, int64_t begin, int64_t end, int64_t rows,
@@ -46,7 +34,7 @@ NVPFLOW_INLINE void accumulate(const T* w, const T* x, int64_t begin, int64_t en
 
 /// MO outputs x NV vectors of rows. w: weight of input 0 and the first output; x, y: first row of the block.
 template <class T, int MO, int NV, Act act>
-NVPFLOW_INLINE void dense_block(const DenseView<T>& d, const T* w, const T* bias, const T* x, T* y, int64_t rows) {
+NVPFLOW_INLINE void dense_block(const Dense<T>& d, const T* w, const T* bias, const T* x, T* y, int64_t rows) {
   // The total of finished segments waits in registers, or where the outputs go.
   constexpr bool kInRegisters = 2 * MO * NV <= kRegisters;
   Vec<T> sum[MO][NV], total[kInRegisters ? MO : 1][NV] = {};
@@ -88,7 +76,7 @@ NVPFLOW_INLINE void dense_block(const DenseView<T>& d, const T* w, const T* bias
 /// Blocks of NV vectors of rows from row r on, as far as whole ones go; returns where they end. Not inlined: several
 /// blocks in one function take the registers of each other's addresses.
 template <class T, int MO, int NV, Act act>
-NVPFLOW_NOINLINE int64_t dense_blocks(const DenseView<T>& d, const T* w, const T* bias, const T* x, T* y, int64_t rows,
+NVPFLOW_NOINLINE int64_t dense_blocks(const Dense<T>& d, const T* w, const T* bias, const T* x, T* y, int64_t rows,
                                       int64_t r, int64_t end) {
   constexpr int64_t kStep = NV * kLanes<T>;
   for (; r + kStep <= end; r += kStep) dense_block<T, MO, NV, act>(d, w, bias, x + r, y + r, rows);
@@ -97,7 +85,7 @@ NVPFLOW_NOINLINE int64_t dense_blocks(const DenseView<T>& d, const T* w, const T
 
 /// Rows [begin, end) of the tile for MO consecutive outputs.
 template <class T, int MO, Act act>
-void dense_strip(const DenseView<T>& d, const T* w, const T* bias, const T* x, T* y, int64_t rows, int64_t begin,
+void dense_strip(const Dense<T>& d, const T* w, const T* bias, const T* x, T* y, int64_t rows, int64_t begin,
                  int64_t end) {
   constexpr int L = kLanes<T>;
   int64_t r = begin;
@@ -115,7 +103,7 @@ void dense_strip(const DenseView<T>& d, const T* w, const T* bias, const T* x, T
 
 /// Rows [begin, end) of the tile, by strips of MO outputs.
 template <class T, Act act, int MO>
-void dense_strips(const DenseView<T>& d, const T* x, T* y, int64_t rows, int64_t begin, int64_t end) {
+void dense_strips(const Dense<T>& d, const T* x, T* y, int64_t rows, int64_t begin, int64_t end) {
   constexpr int L = kLanes<T>;
   for (int64_t block = 0; block < d.out; block += L) {
     const T* w = d.weights + block * d.in;
@@ -139,7 +127,7 @@ void dense_strips(const DenseView<T>& d, const T* x, T* y, int64_t rows, int64_t
 }
 
 template <class T, Act act>
-void dense_tile_act(const DenseView<T>& d, const T* x, T* y, int64_t rows) {
+void dense_tile_act(const Dense<T>& d, const T* x, T* y, int64_t rows) {
   constexpr int64_t L = kLanes<T>;
   // A last single vector of rows wants more outputs under way than a strip has, in a pass of its own; where a strip has
   // enough of them to hide the latency of the sums, reading the weights twice costs more than it brings.
@@ -151,7 +139,7 @@ void dense_tile_act(const DenseView<T>& d, const T* x, T* y, int64_t rows) {
 
 /// y[out][rows] = rectify(W^T x[in][rows] + c). rows: a multiple of the lanes.
 template <class T>
-void dense_tile(const DenseView<T>& d, const T* x, T* y, int64_t rows, Act act) {
+void dense_tile(const Dense<T>& d, const T* x, T* y, int64_t rows, Act act) {
   switch (act) {
     case Act::relu:
       return dense_tile_act<T, Act::relu>(d, x, y, rows);
@@ -160,11 +148,6 @@ void dense_tile(const DenseView<T>& d, const T* x, T* y, int64_t rows, Act act) 
     default:
       return dense_tile_act<T, Act::none>(d, x, y, rows);
   }
-}
-
-template <class T>
-NVPFLOW_INLINE DenseView<T> view(const Dense<T>& d) {
-  return {d.weights, d.bias, d.in, d.out, d.segment, d.narrow, d.narrow_words, d.far, d.wide_blocks};
 }
 
 }  // namespace

@@ -22,8 +22,7 @@ constexpr bool kHasHiddenHead = kCanBeWide && kLanes<T> == 16;
 
 /// y[NO][rows] = V^T relu(W^T x[NI][rows] + b) + c, the same sums as two calls of dense_tile.
 template <class T, int NI, int NO>
-NVPFLOW_NOINLINE void hidden_and_head(const DenseView<T>& hidden, const DenseView<T>& head, const T* x, T* y,
-                                      int64_t rows) {
+NVPFLOW_NOINLINE void hidden_and_head(const Dense<T>& hidden, const Dense<T>& head, const T* x, T* y, int64_t rows) {
   constexpr int L = kLanes<T>;
   for (int64_t r = 0; r < rows; r += L) {
     Vec<T> in[NI], sum[NO];
@@ -63,7 +62,7 @@ NVPFLOW_NOINLINE void hidden_and_head(const DenseView<T>& hidden, const DenseVie
 /// hidden_and_head of the sizes it is made for: the halves of a flow differ by a feature at most. Returns whether it
 /// ran.
 template <class T, int NI = 1>
-bool hidden_and_head_of(const DenseView<T>& hidden, const DenseView<T>& head, const T* x, T* y, int64_t rows) {
+bool hidden_and_head_of(const Dense<T>& hidden, const Dense<T>& head, const T* x, T* y, int64_t rows) {
   if constexpr (2 * NI <= kLanes<T>) {
     if (hidden.in != NI) return hidden_and_head_of<T, NI + 1>(hidden, head, x, y, rows);
     const auto run = [&](auto outputs) __attribute__((always_inline)) {

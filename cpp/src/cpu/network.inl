@@ -24,7 +24,7 @@ template <class T>
 bool conditioner_at_once(const Layer<T>& layer, const T* x, T* y, int64_t rows) {
   if constexpr (kHasHiddenHead<T>) {
     if (layer.num_dense != 2 || layer.activation != Act::relu) return false;
-    const DenseView<T> hidden = view(layer.dense[0]), head = view(layer.dense[1]);
+    const Dense<T>&hidden = layer.dense[0], &head = layer.dense[1];
     if (!head.wide_blocks || head.in % kHeadUnits != 0 || head.segment % kHeadUnits != 0) return false;
     return hidden_and_head_of<T>(hidden, head, x, y, rows);
   } else {
@@ -41,7 +41,7 @@ const T* conditioner_tile(const Layer<T>& layer, const T* x, T* buffer0, T* buff
     const bool head = j + 1 == layer.num_dense;
     T* y = j % 2 == 0 ? buffer0 : buffer1;
     const Act act = head ? Act::none : layer.activation;
-    dense_tile<T>(view(layer.dense[j]), x, y, rows, act);
+    dense_tile<T>(layer.dense[j], x, y, rows, act);
     if (needs_pass(act)) activate<T>(act, y, y, layer.dense[j].out * rows);
     x = y;
   }
@@ -67,11 +67,10 @@ const T* conditioner_rows(const Layer<T>& layer, const RowState<T>& s) {
     const Act act = j + 1 == layer.num_dense ? Act::none : layer.activation;
     const int64_t y_stride = row_stride<T>(d.out);
     T* y = j % 2 == 0 ? s.buffer0 : s.buffer1;
-    const DenseView<T> v = view(d);
     if (d.narrow == nullptr) {
-      dense_few_rows<T>(FullWeights<T>{v}, x, stride, y, y_stride, s.rows, act);
+      dense_few_rows<T>(FullWeights<T>{d}, x, stride, y, y_stride, s.rows, act);
     } else if constexpr (sizeof(T) == 4) {
-      dense_few_rows<T>(NarrowWeights{v}, x, stride, y, y_stride, s.rows, act);
+      dense_few_rows<T>(NarrowWeights{d}, x, stride, y, y_stride, s.rows, act);
     }
     if (needs_pass(act)) activate<T>(act, y, y, s.rows * y_stride);
     x = y;
@@ -89,7 +88,7 @@ void conditioner_taped(const Layer<T>& layer, const CouplingTape<T>& keep, T* he
     const Act act = last ? Act::none : layer.activation;
     const int64_t stride = row_stride<T>(d.out);
     T* y = last ? head : keep.argument(layer, j, rows);
-    dense_rows<T>(view(d), keep.input_of(layer, j, rows), row_stride<T>(d.in), y, stride, count, act);
+    dense_rows<T>(d, keep.input_of(layer, j, rows), row_stride<T>(d.in), y, stride, count, act);
     if (needs_pass(act)) activate<T>(act, y, keep.value(layer, j, rows), count * stride);
   }
 }
@@ -117,13 +116,26 @@ void coupling_weight_gradient(const Layer<T>& layer, int32_t j, int64_t first, i
                     {{gradient + one.bias_offset, gradient + two.bias_offset}, {n[0], n[1]}, add}});
 }
 
+/// The layer without a bias whose inputs are the outputs of `d`, and whose outputs its inputs.
+template <class T>
+NVPFLOW_INLINE Dense<T> exchanged(const Dense<T>& d) {
+  Dense<T> layer;
+  layer.weights = d.transposed;
+  layer.in = d.out;
+  layer.out = d.in;
+  layer.segment = d.out;
+  layer.far = d.far;
+  layer.wide_blocks = d.wide_blocks;
+  return layer;
+}
+
 /// Cotangent of the input of dense layer j, W times that of its output, both row-major; where the input is a hidden
 /// layer's value, of that layer's argument.
 template <class T>
 void dense_backward(const Layer<T>& layer, const CouplingTape<T>& keep, int32_t j, const T* g_out, T* g_in,
                     int64_t count, int64_t rows) {
   const Dense<T>& d = layer.dense[j];
-  const DenseView<T> transposed = {d.transposed, nullptr, d.out, d.in, d.out, nullptr, 0, d.far, d.wide_blocks};
+  const Dense<T> transposed = exchanged(d);
   const int64_t out_stride = row_stride<T>(d.out), in_stride = row_stride<T>(d.in);
   if (d.paired) return dense_rows_paired<T>(d, g_out, out_stride, g_in, count);
   if (j == 0) return dense_rows<T>(transposed, g_out, out_stride, g_in, in_stride, count, Act::none);

@@ -16,6 +16,7 @@
 #include "../lower.hpp"
 #include "../parallel.hpp"
 #include "kernels.hpp"
+#include "round_up.hpp"
 
 namespace nvpflow::cpu {
 namespace {
@@ -36,8 +37,6 @@ constexpr std::int64_t kMaxRowUnits = 3, kMaxRowUnitsOfLarge = 8;
 constexpr std::int64_t kBand = 16, kPackSize = 1 << 14;
 // Weights that are more than this are taken to lie outside the second-level cache, and outside all of them.
 constexpr std::int64_t kNearBytes = 1 << 20, kFarBytes = 16 << 20;
-
-std::int64_t round_up(std::int64_t n, std::int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 /// Inputs of a segment (Dense::segment), of which there are 1, 2 or 4. More hide the latency of a single row's long
 /// sums; each costs the tile path one addition per output.

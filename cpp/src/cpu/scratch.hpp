@@ -3,12 +3,11 @@
 
 #include <stdint.h>
 
+#include "round_up.hpp"
 #include "simd.hpp"
 
 namespace nvpflow::cpu {
 namespace {
-
-NVPFLOW_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 template <class T>
 NVPFLOW_INLINE int64_t padded(int64_t n) {

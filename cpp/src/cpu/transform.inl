@@ -20,6 +20,7 @@
 #include "kernels.hpp"
 #include "network.inl"
 #include "poison.inl"
+#include "round_up.hpp"
 #include "scratch.hpp"
 #include "simd.hpp"
 #include "tile.inl"
@@ -146,7 +147,7 @@ void transform(const Program<T>& program, const TransformCall<T>& call, int64_t 
         const int64_t first = part * count / parts;
         transform_rows<T>(program, call, r + first, (part + 1) * count / parts - first, scratch);
       }
-    } else if (call.in == nullptr || few > kMaxFewRows<T>) {
+    } else if (call.in == nullptr) {  // noise comes in whole vectors
       transform_tile<T>(program, call, r, count, scratch);
     } else {
       if (count > few) transform_tile<T>(program, call, r, count - few, scratch);

@@ -88,7 +88,7 @@ struct Layout {  // of x and y
 };
 
 /// Against a plain sum in float64.
-bool dense_is_right(const DenseView<float>& d, const float* x, Layout x_at, const float* y, Layout y_at,
+bool dense_is_right(const Dense<float>& d, const float* x, Layout x_at, const float* y, Layout y_at,
                     std::int64_t rows) {
   for (std::int64_t r = 0; r < rows; ++r) {
     for (std::int64_t o = 0; o < d.out; ++o) {
@@ -107,8 +107,8 @@ void dense_layer(std::int64_t in, std::int64_t out, std::int64_t rows) {
   const std::int64_t segments = in >= 64 ? 4 : in >= 32 ? 2 : 1, width = padded<float>(std::max(in, out));
   Numbers w(static_cast<std::size_t>(in * padded<float>(out))), bias(static_cast<std::size_t>(padded<float>(out)));
   Numbers x(static_cast<std::size_t>(width * rows)), y(static_cast<std::size_t>(width * rows));
-  const DenseView<float> d = {w, bias, in, out, (in + segments - 1) / segments};
-  DenseView<float> wide = d;
+  const Dense<float> d = {w, bias, nullptr, in, out, (in + segments - 1) / segments};
+  Dense<float> wide = d;
   wide.wide_blocks = true;
   const double flops = 2.0 * static_cast<double>(in * out * rows);
   std::printf("dense layer %lld -> %lld, %lld rows\n", static_cast<long long>(in), static_cast<long long>(out),
@@ -183,7 +183,7 @@ void conditioner(std::int64_t width, std::int64_t rows) {
   const auto numbers = [](std::int64_t count) { return Numbers(static_cast<std::size_t>(count)); };
   Numbers w0 = numbers(kIn * width), c0 = numbers(width), w1 = numbers(width * padded<float>(kOut)), c1 = numbers(kOut);
   Numbers x = numbers(kIn * rows), h = numbers(width * rows), y = numbers(kOut * rows);
-  DenseView<float> hidden = {w0, c0, kIn, width, kIn}, head = {w1, c1, width, kOut, width / 4};
+  Dense<float> hidden = {w0, c0, nullptr, kIn, width, kIn}, head = {w1, c1, nullptr, width, kOut, width / 4};
   const auto by_layers = [&] {
     dense_tile<float>(hidden, x, h, rows, Act::relu);
     dense_tile<float>(head, h, y, rows, Act::none);

@@ -5,7 +5,7 @@ namespace {
 
 /// dense_tile with register blocks of MO outputs x NV vectors of rows: 8 x 1 reads nine values for eight multiply-adds.
 template <class T, int MO, int NV>
-void tile_blocks(const DenseView<T>& d, const T* x, T* y, int64_t rows) {
+void tile_blocks(const Dense<T>& d, const T* x, T* y, int64_t rows) {
   constexpr int L = kLanes<T>;
   for (int64_t o = 0; o < d.out; o += MO) {
     const T* w = d.weights + o / L * L * d.in + o % L;
