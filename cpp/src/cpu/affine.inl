@@ -16,6 +16,35 @@
 namespace nvpflow::cpu {
 namespace {
 
+/// Kind::coupling. The functions of a kind: layers.inl.
+template <class T>
+struct AffineLayer {
+  static void tile(const Layer<T>& layer, bool inverse, const TileState<T>& s);
+  static void few_rows(const Layer<T>& layer, bool inverse, const RowState<T>& s);
+  static TapeSize tape(const Layer<T>& layer) { return {3 * layer.b_count + network_tape(layer), 0}; }
+  static void taped(const Layer<T>& layer, bool inverse, const FixedTape<T>& fixed, T* tape, int64_t count,
+                    int64_t rows);
+  static void backward(const Layer<T>& layer, bool inverse, bool input_wanted, const FixedTape<T>& fixed, T* tape,
+                       int64_t count, int64_t rows);
+  static int32_t parts(const Layer<T>& layer) { return layer.num_dense; }
+  static int64_t part_size(const Layer<T>& layer, int32_t part) { return layer.dense[part].in; }
+  static void weight_gradient(const Layer<T>& layer, int32_t part, int64_t first, int64_t last,
+                              const TileTapes<T>& tapes, T* gradient, bool add);
+};
+
+/// s, exp(+-s) and the product d(output) / d(s), [b][rows] each; then what the network keeps.
+template <class T>
+struct AffineTape {
+  T *s, *scale, *product, *network;
+
+  AffineTape(const Layer<T>& layer, T* tape, int64_t rows) {
+    s = tape;
+    scale = s + layer.b_count * rows;
+    product = scale + layer.b_count * rows;
+    network = product + layer.b_count * rows;
+  }
+};
+
 template <class T, class V>
 NVPFLOW_INLINE V log_scale(const Layer<T>& layer, V u) {
   return tanh<T>(u * set1(layer.inverse_bound)) * set1(layer.bound);
@@ -64,14 +93,14 @@ struct Affine {
   }
 };
 
-/// state [D][rows] in place; partial [kLanes][rows]: partial sums of the log-determinant.
 template <class T>
-void coupling_tile(const Layer<T>& layer, bool inverse, T* state, T* partial, T* buffer0, T* buffer1, int64_t rows) {
+void AffineLayer<T>::tile(const Layer<T>& layer, bool inverse, const TileState<T>& s) {
   constexpr int64_t L = kLanes<T>, kStep = kVectors<Steps<T>> * L;
-  const int64_t size = layer.b_count * rows, partials = L * rows;
-  const T* u = conditioner_tile<T>(layer, state + layer.a_begin * rows, buffer0, buffer1, rows);
+  const int64_t rows = s.rows, size = layer.b_count * rows, partials = L * rows;
+  const T* u = network_tile<T>(layer, s.state + layer.a_begin * rows, s.buffer0, s.buffer1, rows);
   const T* t = u + size;
-  T* b = state + layer.b_begin * rows;
+  T* b = s.state + layer.b_begin * rows;
+  T* partial = s.log_det;
   const Affine<T> affine = {layer, inverse, L, L, L};
   // As many features as there are partial sums lie beside each other just as the sums do.
   for (int64_t begin = 0; begin < size; begin += partials) {
@@ -84,10 +113,10 @@ void coupling_tile(const Layer<T>& layer, bool inverse, T* state, T* partial, T*
 }
 
 template <class T>
-void coupling_rows(const Layer<T>& layer, bool inverse, const RowState<T>& s) {
+void AffineLayer<T>::few_rows(const Layer<T>& layer, bool inverse, const RowState<T>& s) {
   constexpr int64_t L = kLanes<T>, kStep = kVectors<Steps<T>>;
   const int64_t n = layer.b_count, u_stride = row_stride<T>(2 * n);
-  const T* u = conditioner_rows<T>(layer, s);
+  const T* u = network_rows<T>(layer, s);
   T* b = s.state + layer.b_begin;
   const Affine<T> affine = {layer, inverse, u_stride, s.stride, L};
   for (int64_t j = 0; j < n; j += L) {
@@ -117,7 +146,7 @@ struct TapedAffine {
   bool inverse;
 
   template <class V>
-  NVPFLOW_INLINE void apply(int64_t i, const T* u, int64_t size, T* b, T* log_det, const CouplingTape<T>& keep) const {
+  NVPFLOW_INLINE void apply(int64_t i, const T* u, int64_t size, T* b, T* log_det, const AffineTape<T>& keep) const {
     constexpr int64_t L = kLanes<T>;
     const V s = log_scale<T>(layer, load_steps<T, V>(u + i, L, L)), t = load_steps<T, V>(u + size + i, L, L);
     const V in = load_steps<T, V>(b + i, L, L), sum = load_steps<T, V>(log_det + i, L, L);
@@ -132,13 +161,14 @@ struct TapedAffine {
 };
 
 template <class T>
-void coupling_forward_taped(const Layer<T>& layer, bool inverse, const FixedTape<T>& fixed, T* tape, int64_t count,
-                            int64_t rows) {
-  const CouplingTape<T> keep(layer, tape, rows);
+void AffineLayer<T>::taped(const Layer<T>& layer, bool inverse, const FixedTape<T>& fixed, T* tape, int64_t count,
+                           int64_t rows) {
+  const AffineTape<T> keep(layer, tape, rows);
+  const NetworkTape<T> network(layer, keep.network, rows);
   const int64_t n = layer.b_count;
-  scatter_tile<T>(fixed.state + layer.a_begin * rows, rows, count, layer.a_count, keep.input,
+  scatter_tile<T>(fixed.state + layer.a_begin * rows, rows, count, layer.a_count, network.input,
                   row_stride<T>(layer.a_count));
-  conditioner_taped<T>(layer, keep, fixed.buffer0, count, rows);
+  network_taped<T>(layer, network, fixed.buffer0, count, rows);
   T* head = fixed.buffer1;
   const int64_t stride = row_stride<T>(2 * n);
   gather_tile<T>([&](int64_t r) { return fixed.buffer0 + r * stride; }, count, 2 * n, head, rows);
@@ -146,7 +176,7 @@ void coupling_forward_taped(const Layer<T>& layer, bool inverse, const FixedTape
   constexpr int64_t L = kLanes<T>, kStep = kVectors<Steps<T>> * L;
   const int64_t size = n * rows, partials = L * rows;
   T* b = fixed.state + layer.b_begin * rows;
-  for (int64_t begin = 0; begin < size; begin += partials) {  // as in coupling_tile
+  for (int64_t begin = 0; begin < size; begin += partials) {  // as in tile()
     const int64_t end = smaller(begin + partials, size);
     T* log_det = fixed.partial - begin;
     int64_t i = begin;
@@ -157,8 +187,8 @@ void coupling_forward_taped(const Layer<T>& layer, bool inverse, const FixedTape
 
 /// From the cotangent of the layer's output to that of its input, in place; head [2 b][rows] = cotangent of [u_s, t].
 template <class T>
-void affine_backward(const Layer<T>& layer, bool inverse, const CouplingTape<T>& keep, const FixedTape<T>& fixed,
-                     T* head, int64_t rows) {
+void affine_backward(const Layer<T>& layer, bool inverse, const AffineTape<T>& keep, const FixedTape<T>& fixed, T* head,
+                     int64_t rows) {
   const int64_t n = layer.b_count;
   T* b = fixed.cotangent + layer.b_begin * rows;
   for (int64_t j = 0; j < n; ++j) {
@@ -176,29 +206,22 @@ void affine_backward(const Layer<T>& layer, bool inverse, const CouplingTape<T>&
 }
 
 template <class T>
-void coupling_backward(const Layer<T>& layer, bool inverse, bool input_wanted, T* tape, const FixedTape<T>& fixed,
-                       int64_t count, int64_t rows) {
-  const CouplingTape<T> keep(layer, tape, rows);
-  const int32_t last = layer.num_dense - 1;
-  const int64_t a_stride = row_stride<T>(layer.a_count), head_stride = row_stride<T>(layer.dense[last].out);
-  affine_backward<T>(layer, inverse, keep, fixed, fixed.buffer0, rows);
-  scatter_tile<T>(fixed.buffer0, rows, count, layer.dense[last].out, keep.cotangent(layer, last, rows), head_stride);
-  for (int32_t j = last; j > 0; --j) {
-    dense_backward<T>(layer, keep, j, keep.cotangent(layer, j, rows), keep.cotangent(layer, j - 1, rows), count, rows);
-  }
-  if (!input_wanted) return;
-  T* g_input = fixed.buffer0;
-  T* g = fixed.buffer1;
-  dense_backward<T>(layer, keep, 0, keep.cotangent(layer, 0, rows), g_input, count, rows);
-  const int64_t parts = layer.dense[0].paired ? 2 : 1;  // of each input's cotangent
-  gather_tile<T>([&](int64_t r) { return g_input + r * a_stride; }, count, parts * layer.a_count, g, rows);
-  T* a = fixed.cotangent + layer.a_begin * rows;
-  for (int64_t i = 0; i < layer.a_count; ++i, a += rows, g += parts * rows) {
-    for (int64_t r = 0; r < rows; r += kLanes<T>) {
-      const Vec<T> sum = parts == 2 ? load<T>(g + r) + load<T>(g + rows + r) : load<T>(g + r);
-      store<T>(a + r, load<T>(a + r) + sum);
-    }
-  }
+void AffineLayer<T>::backward(const Layer<T>& layer, bool inverse, bool input_wanted, const FixedTape<T>& fixed,
+                              T* tape, int64_t count, int64_t rows) {
+  const AffineTape<T> keep(layer, tape, rows);
+  const NetworkTape<T> network(layer, keep.network, rows);
+  T* head = fixed.buffer0;
+  affine_backward<T>(layer, inverse, keep, fixed, head, rows);
+  T* a = input_wanted ? fixed.cotangent + layer.a_begin * rows : nullptr;
+  network_backward<T>(layer, network, head, fixed.buffer1, a, count, rows);
+}
+
+template <class T>
+void AffineLayer<T>::weight_gradient(const Layer<T>& layer, int32_t part, int64_t first, int64_t last,
+                                     const TileTapes<T>& tapes, T* gradient, bool add) {
+  TileTapes<T> of_network = tapes;
+  of_network.first = AffineTape<T>(layer, const_cast<T*>(tapes.first), tapes.rows).network;
+  network_weight_gradient<T>(layer, part, first, last, of_network, gradient, add);
 }
 
 }  // namespace

@@ -9,7 +9,6 @@
 #include "activations.inl"
 #include "blocks.hpp"
 #include "dense_rows.inl"
-#include "dense_tile.inl"
 #include "kernels.hpp"
 #include "simd.hpp"
 

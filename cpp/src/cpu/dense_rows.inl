@@ -5,7 +5,6 @@
 
 #include "activations.inl"
 #include "blocks.hpp"
-#include "dense_tile.inl"
 #include "kernels.hpp"
 #include "simd.hpp"
 

@@ -1,7 +1,7 @@
 // KERNEL: the reverse pass of a flow, tile by tile: a tile goes forward, its activations stay on the tape, and it comes
 // back before the next one starts. No array as long as the batch exists; a row costs 3 times the FLOPs of its forward.
 //
-// The features of a tile lie feature-major, [feature][row], as in transform.inl; inside the conditioner everything is
+// The features of a tile lie feature-major, [feature][row], as in transform.inl; inside a network everything is
 // row-major, [row][unit], in both directions, which is also what the gradients of the weights read: nothing as wide as
 // a hidden layer is ever transposed.
 //
@@ -13,11 +13,10 @@
 
 #include <stdint.h>
 
-#include "affine.inl"
 #include "base.inl"
 #include "blocks.hpp"
-#include "diagonal.inl"
 #include "kernels.hpp"
+#include "layers.inl"
 #include "poison.inl"
 #include "simd.hpp"
 #include "tape.inl"
@@ -27,31 +26,35 @@ namespace nvpflow::cpu {
 namespace {
 
 template <class T>
+TapeSize layer_tape(const Layer<T>& layer) {
+  return visit(layer, [&]<class LayerKind>(LayerKind) { return LayerKind::tape(layer); });
+}
+
+/// The part of `layer` on a tape whose layers' parts begin at `layers`.
+template <class T>
+NVPFLOW_INLINE T* tape_of(const Layer<T>& layer, T* layers, int64_t rows) {
+  return layers + elements(layer.tape_begin, rows);
+}
+
+template <class T>
 void flow_forward_taped(const Program<T>& program, bool inverse, const FixedTape<T>& fixed, int64_t count,
                         int64_t rows) {
   for (int64_t i = 0; i < kLanes<T> * rows; i += kLanes<T>) store<T>(fixed.partial + i, Vec<T>{});
   for (int64_t k = 0; k < program.num_layers; ++k) {
-    const int64_t index = inverse ? program.num_layers - 1 - k : k;
-    const Layer<T>& layer = program.layers[index];
-    T* tape = layer_tape_at(program, index, fixed.layers, rows);
-    if (layer.kind == Kind::coupling) {
-      coupling_forward_taped<T>(layer, inverse, fixed, tape, count, rows);
-    } else {
-      standardize_tile<T>(layer, inverse, program.input_size, fixed.state, fixed.partial, rows);
-      __builtin_memcpy(tape, fixed.state, static_cast<size_t>(program.input_size * rows) * sizeof(T));
-    }
+    const Layer<T>& layer = program.layers[inverse ? program.num_layers - 1 - k : k];
+    T* tape = tape_of(layer, fixed.layers, rows);
+    visit(layer, [&]<class LayerKind>(LayerKind) { LayerKind::taped(layer, inverse, fixed, tape, count, rows); });
   }
 }
 
 /// All of one layer's gradient, while its part of the tape is in the cache.
 template <class T>
-void layer_gradient(const Program<T>& program, const Layer<T>& layer, const TileTapes<T>& tape, T* gradient, bool add) {
-  if (layer.kind == Kind::standardize) {
-    return standardize_gradient<T>(layer, program.input_size, 0, program.input_size, tape, gradient, add);
-  }
-  for (int32_t j = 0; j < layer.num_dense; ++j) {
-    coupling_weight_gradient<T>(layer, j, 0, layer.dense[j].in, tape, gradient, add);
-  }
+void layer_gradient(const Layer<T>& layer, const TileTapes<T>& tape, T* gradient, bool add) {
+  visit(layer, [&]<class LayerKind>(LayerKind) {
+    for (int32_t part = 0; part < LayerKind::parts(layer); ++part) {
+      LayerKind::weight_gradient(layer, part, 0, LayerKind::part_size(layer, part), tape, gradient, add);
+    }
+  });
 }
 
 /// The cotangents that the backward pass starts from; rows past `count` hold numbers that nobody reads.
@@ -116,17 +119,13 @@ void gradient_tile(const Program<T>& program, const GradientCall<T>& call, int64
     for (int64_t r = 0; call.log_prob != nullptr && r < count; ++r) call.log_prob[begin + r] = fixed.log_prob[r];
   }
   for (int64_t k = program.num_layers - 1; k >= 0; --k) {
-    const int64_t index = call.inverse ? program.num_layers - 1 - k : k;
-    const Layer<T>& layer = program.layers[index];
-    T* layer_tape = layer_tape_at(program, index, fixed.layers, rows);
-    if (layer.kind == Kind::coupling) {
-      const bool input_wanted = k > 0 || call.grad_in != nullptr;
-      coupling_backward<T>(layer, call.inverse, input_wanted, layer_tape, fixed, count, rows);
-    } else {
-      standardize_backward<T>(layer, call.inverse, features, layer_tape, fixed, count, rows);
-    }
-    if (call.gradient == nullptr) continue;
-    layer_gradient<T>(program, layer, {layer_tape, 0, rows, count}, call.gradient, call.add);
+    const Layer<T>& layer = program.layers[call.inverse ? program.num_layers - 1 - k : k];
+    T* of_layer = tape_of(layer, fixed.layers, rows);
+    const bool input_wanted = k > 0 || call.grad_in != nullptr;
+    visit(layer, [&]<class LayerKind>(LayerKind) {
+      LayerKind::backward(layer, call.inverse, input_wanted, fixed, of_layer, count, rows);
+    });
+    if (call.gradient != nullptr) layer_gradient<T>(layer, {of_layer, 0, rows, count}, call.gradient, call.add);
   }
   if (call.grad_in != nullptr) {
     scatter_tile<T>(fixed.cotangent, rows, count, features, call.grad_in + begin * features, features);
@@ -134,16 +133,14 @@ void gradient_tile(const Program<T>& program, const GradientCall<T>& call, int64
 }
 
 template <class T>
-void weight_gradient(const Program<T>& program, int64_t index, int32_t dense, int64_t first, int64_t last,
+void weight_gradient(const Program<T>& program, int64_t index, int32_t part, int64_t first, int64_t last,
                      const TileTapes<T>& tapes, T* gradient, bool add) {
   const Layer<T>& layer = program.layers[index];
   const FixedTape<T> fixed(program, const_cast<T*>(tapes.first), tapes.rows);
-  TileTapes<T> of_layer = tapes;
-  of_layer.first = layer_tape_at(program, index, fixed.layers, tapes.rows);
-  if (layer.kind == Kind::coupling) {
-    return coupling_weight_gradient<T>(layer, dense, first, last, of_layer, gradient, add);
-  }
-  standardize_gradient<T>(layer, program.input_size, first, last, of_layer, gradient, add);
+  const TileTapes<T> of_layer = {tape_of(layer, fixed.layers, tapes.rows), tapes.stride, tapes.rows, tapes.count};
+  visit(layer, [&]<class LayerKind>(LayerKind) {
+    LayerKind::weight_gradient(layer, part, first, last, of_layer, gradient, add);
+  });
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // KERNEL: a hidden layer and the head behind it on a tile, in one pass.
 //
-// Stores between the layers of a small conditioner take the place of multiply-adds. With one hidden layer, up to 8
+// Stores between the layers of a small network take the place of multiply-adds. With one hidden layer, up to 8
 // inputs and up to 16 outputs, the hidden units can stay in registers: 8 inputs, 8 units and 16 sums. Every
 // multiply-add then loads its weight, which pays where wide blocks do.
 #pragma once
@@ -9,7 +9,6 @@
 
 #include "activations.inl"
 #include "blocks.hpp"
-#include "dense_tile.inl"
 #include "kernels.hpp"
 #include "simd.hpp"
 

@@ -22,6 +22,7 @@ constexpr Kernels<T> kTable = {
     conditioner<T>,
     noise<T>,
     transpose_weights<T>,
+    layer_tape<T>,
     tape_size<T>,
     gradient_tile<T>,
     weight_gradient<T>,

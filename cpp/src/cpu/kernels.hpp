@@ -41,9 +41,16 @@ struct DenseGradient {
   int64_t bias_offset = 0;    // [out]
 };
 
+/// Elements of a tape: so many for each row, and so many for each unit of rows.
+struct TapeSize {
+  int64_t row = 0;
+  int64_t unit = 0;
+};
+
 template <class T>
 struct Layer {
   Kind kind = Kind::coupling;
+  TapeSize tape_begin;  // of the layers before this one in the program
   // coupling: features [a_begin, a_begin + a_count) condition [b_begin, b_begin + b_count)
   int64_t a_begin = 0, a_count = 0, b_begin = 0, b_count = 0;
   const Dense<T>* dense = nullptr;  // hidden layers, then one layer with both heads: outputs [u_s, t]
@@ -51,7 +58,7 @@ struct Layer {
   Act activation = Act::relu;
   T bound = 1, inverse_bound = 1;
   const DenseGradient* gradients = nullptr;  // one per hidden layer, then scale, then translation
-  // standardize
+  // standardize: b_count features
   const T* mean = nullptr;
   const T* std = nullptr;          // exp(log_std)
   const T* inverse_std = nullptr;  // exp(-log_std)
@@ -73,6 +80,7 @@ struct Program {
   bool few_at_once = false;   // less than two vectors of rows are faster as few rows twice: the weights are many
   int64_t tile_rows = 0;      // rows of an inference tile: results do not depend on it
   int64_t gradient_rows = 0;  // rows of a gradient tile: sums over rows are formed tile by tile
+  TapeSize tape;              // of all layers
 };
 
 /// Rows [begin, end) of one call. Any of out, log_det, log_prob may be null.
@@ -132,16 +140,19 @@ struct Kernels {
 
   /// Inputs [first, last) of Dense::transposed; first: a multiple of the lanes, last: another or all of them.
   void (*transpose)(const Dense<T>&, int64_t first, int64_t last, T* transposed);
-  /// Elements of a tape for so many rows.
+  /// What a layer keeps on the tape.
+  TapeSize (*layer_tape)(const Layer<T>&);
+  /// Elements of a whole tape for so many rows.
   int64_t (*tape_size)(const Program<T>&, int64_t rows);
   /// Forward and backward of rows [begin, end), a gradient tile or a part of one from one of its units on; leaves what
   /// weight_gradient needs on the tape, which is laid out for `rows`: a multiple of the lanes. sums: of log p over the
   /// rows of each unit (nll only).
   void (*gradient_tile)(const Program<T>&, const GradientCall<T>&, int64_t begin, int64_t end, int64_t rows, T* tape,
                         double* sums);
-  /// One tile's part of the gradient of dense layer `dense` of a coupling (of a standardize layer: all of it), kernel
-  /// rows [first, last), and of the bias with the first of them: added to what is there, or in its place.
-  void (*weight_gradient)(const Program<T>&, int64_t layer, int32_t dense, int64_t first, int64_t last,
+  /// One tile's share of a part of a layer's gradient: of dense layer `part` of a coupling kernel rows [first, last),
+  /// and the bias with the first of them; of a standardize layer features [first, last). Added to what is there, or in
+  /// its place.
+  void (*weight_gradient)(const Program<T>&, int64_t layer, int32_t part, int64_t first, int64_t last,
                           const TileTapes<T>&, T* gradient, bool add);
 
   void (*adam)(const AdamCoefficients&, int64_t count, const T* gradient, T* first_moment, T* second_moment,

@@ -14,14 +14,14 @@
 #include "kernels.hpp"
 #include "scratch.hpp"
 #include "simd.hpp"
-#include "tape.inl"
+#include "tile.inl"
 
 namespace nvpflow::cpu {
 namespace {
 
-/// The conditioner in one kernel, where there is one for it. Returns whether it ran.
+/// The network in one kernel, where there is one for it. Returns whether it ran.
 template <class T>
-bool conditioner_at_once(const Layer<T>& layer, const T* x, T* y, int64_t rows) {
+bool network_at_once(const Layer<T>& layer, const T* x, T* y, int64_t rows) {
   if constexpr (kHasHiddenHead<T>) {
     if (layer.num_dense != 2 || layer.activation != Act::relu) return false;
     const Dense<T>&hidden = layer.dense[0], &head = layer.dense[1];
@@ -32,11 +32,11 @@ bool conditioner_at_once(const Layer<T>& layer, const T* x, T* y, int64_t rows) 
   }
 }
 
-/// The conditioner on a tile: x is its input [a_count][rows]; returns [u_s, t] [2 b_count][rows], in one of the
+/// The network on a tile: x is its input [a_count][rows]; returns the head's outputs [out][rows], in one of the
 /// buffers.
 template <class T>
-const T* conditioner_tile(const Layer<T>& layer, const T* x, T* buffer0, T* buffer1, int64_t rows) {
-  if (conditioner_at_once<T>(layer, x, buffer0, rows)) return buffer0;
+const T* network_tile(const Layer<T>& layer, const T* x, T* buffer0, T* buffer1, int64_t rows) {
+  if (network_at_once<T>(layer, x, buffer0, rows)) return buffer0;
   for (int32_t j = 0; j < layer.num_dense; ++j) {
     const bool head = j + 1 == layer.num_dense;
     T* y = j % 2 == 0 ? buffer0 : buffer1;
@@ -48,18 +48,9 @@ const T* conditioner_tile(const Layer<T>& layer, const T* x, T* buffer0, T* buff
   return x;
 }
 
-/// Row-major numbers of a few rows on their way through the flow.
+/// The network on a few rows; returns the head's outputs [rows][out], in one of the buffers.
 template <class T>
-struct RowState {
-  T* state;  // [rows][stride]
-  int64_t stride;
-  T* log_det;  // [rows][kLanes]: partial sums
-  T *buffer0, *buffer1;
-  int64_t rows;
-};
-
-template <class T>
-const T* conditioner_rows(const Layer<T>& layer, const RowState<T>& s) {
+const T* network_rows(const Layer<T>& layer, const RowState<T>& s) {
   const T* x = s.state + layer.a_begin;
   int64_t stride = s.stride;
   for (int32_t j = 0; j < layer.num_dense; ++j) {
@@ -79,9 +70,61 @@ const T* conditioner_rows(const Layer<T>& layer, const RowState<T>& s) {
   return x;
 }
 
-/// The conditioner on `count` rows, row-major from the tape's input to [u_s, t] [count][2 b] in `head`.
+/// Elements of a row of hidden layer j: its value and, where kept, its argument.
 template <class T>
-void conditioner_taped(const Layer<T>& layer, const CouplingTape<T>& keep, T* head, int64_t count, int64_t rows) {
+int64_t hidden_tape(const Layer<T>& layer, int32_t j) {
+  return row_stride<T>(layer.dense[j].out) * (keeps_argument(layer.activation) ? 2 : 1);
+}
+
+/// Elements of a row of a network's tape.
+template <class T>
+int64_t network_tape(const Layer<T>& layer) {
+  int64_t n = row_stride<T>(layer.a_count);
+  for (int32_t j = 0; j < layer.num_dense; ++j) {
+    n += row_stride<T>(layer.dense[j].out);
+    if (j + 1 < layer.num_dense) n += hidden_tape(layer, j);
+  }
+  return n;
+}
+
+/// What a network keeps for the way back, row-major: input [rows][a]; per hidden layer value [rows][H] and, where kept,
+/// argument [rows][H]; cotangents per hidden layer [rows][H], of the head [rows][out]. Columns are up to whole vectors.
+template <class T>
+struct NetworkTape {
+  T* input;
+  T* hidden;      // values and arguments of the hidden layers, one after the other
+  T* cotangents;  // of the outputs of the dense layers
+
+  NetworkTape(const Layer<T>& layer, T* tape, int64_t rows) {
+    input = tape;
+    hidden = input + row_stride<T>(layer.a_count) * rows;
+    cotangents = hidden;
+    for (int32_t j = 0; j + 1 < layer.num_dense; ++j) cotangents += hidden_tape(layer, j) * rows;
+  }
+
+  T* value(const Layer<T>& layer, int32_t j, int64_t rows) const {
+    T* p = hidden;
+    for (int32_t i = 0; i < j; ++i) p += hidden_tape(layer, i) * rows;
+    return p;
+  }
+  T* argument(const Layer<T>& layer, int32_t j, int64_t rows) const {
+    T* p = value(layer, j, rows);
+    return keeps_argument(layer.activation) ? p + row_stride<T>(layer.dense[j].out) * rows : p;
+  }
+  /// What dense layer j reads.
+  const T* input_of(const Layer<T>& layer, int32_t j, int64_t rows) const {
+    return j == 0 ? input : value(layer, j - 1, rows);
+  }
+  T* cotangent(const Layer<T>& layer, int32_t j, int64_t rows) const {
+    T* p = cotangents;
+    for (int32_t i = 0; i < j; ++i) p += row_stride<T>(layer.dense[i].out) * rows;
+    return p;
+  }
+};
+
+/// The network on `count` rows, row-major from the tape's input to the head's outputs [count][out] in `head`.
+template <class T>
+void network_taped(const Layer<T>& layer, const NetworkTape<T>& keep, T* head, int64_t count, int64_t rows) {
   for (int32_t j = 0; j < layer.num_dense; ++j) {
     const Dense<T>& d = layer.dense[j];
     const bool last = j + 1 == layer.num_dense;
@@ -91,29 +134,6 @@ void conditioner_taped(const Layer<T>& layer, const CouplingTape<T>& keep, T* he
     dense_rows<T>(d, keep.input_of(layer, j, rows), row_stride<T>(d.in), y, stride, count, act);
     if (needs_pass(act)) activate<T>(act, y, keep.value(layer, j, rows), count * stride);
   }
-}
-
-template <class T>
-void coupling_weight_gradient(const Layer<T>& layer, int32_t j, int64_t first, int64_t last, const TileTapes<T>& tapes,
-                              T* gradient, bool add) {
-  const int64_t rows = tapes.rows;
-  const CouplingTape<T> keep(layer, const_cast<T*>(tapes.first), rows);
-  const Dense<T>& d = layer.dense[j];
-  const bool heads = j + 1 == layer.num_dense;
-  const DenseGradient& one = layer.gradients[j];
-  const DenseGradient& two = layer.gradients[heads ? j + 1 : j];
-  const int64_t n[2] = {one.out, heads ? two.out : 0};
-  const OuterProduct<T> p = {keep.input_of(layer, j, rows),
-                             row_stride<T>(d.in),
-                             keep.cotangent(layer, j, rows),
-                             row_stride<T>(d.out),
-                             tapes.count,
-                             rows,
-                             tapes.stride,
-                             d.out};
-  outer_product<T>(p, first, last,
-                   {{{gradient + one.kernel_offset, gradient + two.kernel_offset}, {n[0], n[1]}, add},
-                    {{gradient + one.bias_offset, gradient + two.bias_offset}, {n[0], n[1]}, add}});
 }
 
 /// The layer without a bias whose inputs are the outputs of `d`, and whose outputs its inputs.
@@ -132,7 +152,7 @@ NVPFLOW_INLINE Dense<T> exchanged(const Dense<T>& d) {
 /// Cotangent of the input of dense layer j, W times that of its output, both row-major; where the input is a hidden
 /// layer's value, of that layer's argument.
 template <class T>
-void dense_backward(const Layer<T>& layer, const CouplingTape<T>& keep, int32_t j, const T* g_out, T* g_in,
+void dense_backward(const Layer<T>& layer, const NetworkTape<T>& keep, int32_t j, const T* g_out, T* g_in,
                     int64_t count, int64_t rows) {
   const Dense<T>& d = layer.dense[j];
   const Dense<T> transposed = exchanged(d);
@@ -153,6 +173,56 @@ void dense_backward(const Layer<T>& layer, const CouplingTape<T>& keep, int32_t 
     const Vec<T> derivative = activation_derivative<T>(layer.activation, load<T>(value + i), load<T>(argument + i));
     store<T>(g_in + i, load<T>(g_in + i) * derivative);
   }
+}
+
+/// From the cotangent of the head's outputs, head [out][rows], to those of all dense layers' outputs, on the tape. With
+/// input_cotangent [a_count][rows], that of the inputs is added to it; then head and buffer serve as scratch.
+template <class T>
+void network_backward(const Layer<T>& layer, const NetworkTape<T>& keep, T* head, T* buffer, T* input_cotangent,
+                      int64_t count, int64_t rows) {
+  const int32_t last = layer.num_dense - 1;
+  const int64_t a_stride = row_stride<T>(layer.a_count), head_stride = row_stride<T>(layer.dense[last].out);
+  scatter_tile<T>(head, rows, count, layer.dense[last].out, keep.cotangent(layer, last, rows), head_stride);
+  for (int32_t j = last; j > 0; --j) {
+    dense_backward<T>(layer, keep, j, keep.cotangent(layer, j, rows), keep.cotangent(layer, j - 1, rows), count, rows);
+  }
+  if (input_cotangent == nullptr) return;
+  T* by_row = head;
+  T* g = buffer;
+  dense_backward<T>(layer, keep, 0, keep.cotangent(layer, 0, rows), by_row, count, rows);
+  const int64_t parts = layer.dense[0].paired ? 2 : 1;  // of each input's cotangent
+  gather_tile<T>([&](int64_t r) { return by_row + r * a_stride; }, count, parts * layer.a_count, g, rows);
+  T* a = input_cotangent;
+  for (int64_t i = 0; i < layer.a_count; ++i, a += rows, g += parts * rows) {
+    for (int64_t r = 0; r < rows; r += kLanes<T>) {
+      const Vec<T> sum = parts == 2 ? load<T>(g + r) + load<T>(g + rows + r) : load<T>(g + r);
+      store<T>(a + r, load<T>(a + r) + sum);
+    }
+  }
+}
+
+/// Of dense layer j, inputs [first, last), and of its bias with the first of them. tapes: of the network.
+template <class T>
+void network_weight_gradient(const Layer<T>& layer, int32_t j, int64_t first, int64_t last, const TileTapes<T>& tapes,
+                             T* gradient, bool add) {
+  const int64_t rows = tapes.rows;
+  const NetworkTape<T> keep(layer, const_cast<T*>(tapes.first), rows);
+  const Dense<T>& d = layer.dense[j];
+  const bool heads = j + 1 == layer.num_dense;
+  const DenseGradient& one = layer.gradients[j];
+  const DenseGradient& two = layer.gradients[heads ? j + 1 : j];
+  const int64_t n[2] = {one.out, heads ? two.out : 0};
+  const OuterProduct<T> p = {keep.input_of(layer, j, rows),
+                             row_stride<T>(d.in),
+                             keep.cotangent(layer, j, rows),
+                             row_stride<T>(d.out),
+                             tapes.count,
+                             rows,
+                             tapes.stride,
+                             d.out};
+  outer_product<T>(p, first, last,
+                   {{{gradient + one.kernel_offset, gradient + two.kernel_offset}, {n[0], n[1]}, add},
+                    {{gradient + one.bias_offset, gradient + two.bias_offset}, {n[0], n[1]}, add}});
 }
 
 }  // namespace

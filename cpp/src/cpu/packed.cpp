@@ -181,6 +181,7 @@ template <class T>
 void Packed<T>::add(const LoweredStandardize& from) {
   Layer<T> layer;
   layer.kind = Kind::standardize;
+  layer.b_count = program_.input_size;
   layer.mean_offset = from.mean;
   layer.log_std_offset = from.log_std;
   layers_.push_back(layer);
@@ -191,6 +192,12 @@ void Packed<T>::choose_tiles(const Kernels<T>& kernels, bool wide_blocks) {
   const auto units = [](std::int64_t target, std::int64_t elements_of_unit, std::int64_t most) {
     return std::clamp<std::int64_t>(target / (elements_of_unit * static_cast<std::int64_t>(sizeof(T))), 1, most);
   };
+  for (Layer<T>& layer : layers_) {
+    const TapeSize size = kernels.layer_tape(layer);
+    layer.tape_begin = program_.tape;
+    program_.tape.row += size.row;
+    program_.tape.unit += size.unit;
+  }
   const std::int64_t row_unit = wide_blocks ? kernels.wide_row_unit : kernels.row_unit;
   program_.tile_rows = row_unit;
   for (const Dense<T>& d : dense_) transposed_size_ += round_up(d.in, lanes_) * d.out;

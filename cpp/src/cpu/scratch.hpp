@@ -1,4 +1,5 @@
-// How numbers lie in a scratch or on a tape: whole vectors, the distances of rows, consecutive parts.
+// How numbers lie in a scratch or on a tape: whole vectors, the distances of rows, consecutive parts; the state of
+// rows.
 #pragma once
 
 #include <stdint.h>
@@ -33,6 +34,25 @@ struct Carver {
     used += count;
     return part;
   }
+};
+
+/// Feature-major numbers of a tile on their way through the flow.
+template <class T>
+struct TileState {
+  T* state;    // [D][rows]
+  T* log_det;  // [kLanes][rows]: partial sums
+  T *buffer0, *buffer1;
+  int64_t rows;  // a multiple of the lanes
+};
+
+/// Row-major numbers of a few rows on their way through the flow.
+template <class T>
+struct RowState {
+  T* state;  // [rows][stride]
+  int64_t stride;
+  T* log_det;  // [rows][kLanes]: partial sums
+  T *buffer0, *buffer1;
+  int64_t rows;
 };
 
 }  // namespace

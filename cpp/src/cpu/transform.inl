@@ -16,8 +16,8 @@
 #include "base.inl"
 #include "blocks.hpp"
 #include "dense_few.inl"
-#include "diagonal.inl"
 #include "kernels.hpp"
+#include "layers.inl"
 #include "network.inl"
 #include "poison.inl"
 #include "round_up.hpp"
@@ -29,15 +29,12 @@ namespace nvpflow::cpu {
 namespace {
 
 template <class T>
-void flow_tile(const Program<T>& program, bool inverse, T* state, T* partial, T* buffer0, T* buffer1, int64_t rows) {
-  for (int64_t i = 0; i < kLanes<T> * rows; i += kLanes<T>) store<T>(partial + i, Vec<T>{});
+void flow_tile(const Program<T>& program, bool inverse, const TileState<T>& s) {
+  for (int64_t i = 0; i < kLanes<T> * s.rows; i += kLanes<T>) store<T>(s.log_det + i, Vec<T>{});
   for (int64_t k = 0; k < program.num_layers; ++k) {
     const Layer<T>& layer = program.layers[inverse ? program.num_layers - 1 - k : k];
-    if (layer.kind == Kind::coupling) {
-      coupling_tile<T>(layer, inverse, state, partial, buffer0, buffer1, rows);
-    } else {
-      standardize_tile<T>(layer, inverse, program.input_size, state, partial, rows);
-    }
+    visit(layer,
+          [&]<class LayerKind>(LayerKind) __attribute__((always_inline)) { LayerKind::tile(layer, inverse, s); });
   }
 }
 
@@ -46,11 +43,8 @@ void flow_rows(const Program<T>& program, bool inverse, const RowState<T>& s) {
   for (int64_t i = 0; i < s.rows * kLanes<T>; i += kLanes<T>) store<T>(s.log_det + i, Vec<T>{});
   for (int64_t k = 0; k < program.num_layers; ++k) {
     const Layer<T>& layer = program.layers[inverse ? program.num_layers - 1 - k : k];
-    if (layer.kind == Kind::coupling) {
-      coupling_rows<T>(layer, inverse, s);
-    } else {
-      standardize_rows<T>(layer, inverse, program.input_size, s);
-    }
+    visit(layer,
+          [&]<class LayerKind>(LayerKind) __attribute__((always_inline)) { LayerKind::few_rows(layer, inverse, s); });
   }
 }
 
@@ -90,7 +84,7 @@ void transform_tile(const Program<T>& program, const TransformCall<T>& call, int
   } else {
     load_tile<T>(call.in, call.index, begin, count, features, s.state, rows);
   }
-  flow_tile<T>(program, call.inverse, s.state, s.partial, s.buffer0, s.buffer1, rows);
+  flow_tile<T>(program, call.inverse, {s.state, s.partial, s.buffer0, s.buffer1, rows});
   const bool summed = call.log_det != nullptr || call.log_prob != nullptr;
   if (summed) sum_partials_tile<T>(s.partial, s.log_det, rows);
   // What comes in as NaN or inf never becomes finite: one look at the end finds all there is to settle.
@@ -168,7 +162,7 @@ void conditioner(const Program<T>& program, int64_t index, const T* in, int64_t 
     load_tile<T>(in, nullptr, r, count, features, s.state, rows);
     const bool poisoned = find_poison<T>(s.state, features, s.poison, rows);
     const T* x = s.state + layer.a_begin * rows;
-    T* u = const_cast<T*>(conditioner_tile<T>(layer, x, s.buffer0, s.buffer1, rows));
+    T* u = const_cast<T*>(network_tile<T>(layer, x, s.buffer0, s.buffer1, rows));
     for (int64_t i = 0; i < n * rows; i += kLanes<T>) store<T>(u + i, log_scale<T>(layer, load<T>(u + i)));
     if (poisoned) spread_poison<T>(s.poison, u, 2 * n, rows);
     scatter_tile<T>(u, rows, count, n, s_out + r * n, n);

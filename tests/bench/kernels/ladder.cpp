@@ -21,6 +21,7 @@
 namespace {
 
 using namespace nvpflow::cpu;
+using nvpflow::Act;
 using Clock = std::chrono::steady_clock;
 constexpr int L = kLanes<float>;
 
