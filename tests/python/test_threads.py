@@ -597,6 +597,10 @@ def test_a_pickle_names_public_modules() -> None:
     state = flow.__reduce__()[1]
     assert nvpflow.flow._unpickle(*state) == flow
     assert nvpflow.flow._unpickle(*state[:4]) == flow  # as versions without devices, names and thresholds wrote it
+    whole = flow._copy_flat_parameters()  # as versions that wrote the weights as one array
+    assert nvpflow.flow._unpickle(*state[:2], whole, *state[3:]) == flow
+    with pytest.raises(ValueError, match=r"the pickle holds 0 bytes of weights, expected \d+"):
+        nvpflow.flow._unpickle(*state[:2], (), *state[3:])
 
 
 def test_a_spec_can_be_pickled_hashed_and_compared() -> None:
