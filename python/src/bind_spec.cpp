@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <utility>
@@ -28,9 +29,13 @@ py::object value_of(const layers::Field& field) {
       field.value);
 }
 
+const char* class_of(const Coupling&) { return "Coupling"; }
+const char* class_of(const Standardize&) { return "Standardize"; }
+
 /// "Coupling(swapped=False, ...)", which Python can evaluate.
 std::string layer_repr(LayerSpec layer) {
-  std::string text(kind_of(layer) == LayerKind::coupling ? "Coupling(" : "Standardize(");
+  std::string text = std::visit([](const auto& kind) { return class_of(kind); }, layer);
+  text += "(";
   const char* separator = "";
   for (const layers::Field& field : layers::fields(layer)) {
     text.append(separator).append(field.name).append("=").append(py::repr(value_of(field)).cast<std::string>());
@@ -86,16 +91,20 @@ std::string spec_repr(const FlowSpec& spec) {
          std::string(name_of(spec.dtype)) + "')";
 }
 
+/// False where the object is no layer.
+template <std::size_t... Index>
+bool add_layer(const py::handle& object, std::vector<LayerSpec>& layers, std::index_sequence<Index...>) {
+  return ((py::isinstance<std::variant_alternative_t<Index, LayerSpec>>(object) &&
+           (layers.emplace_back(object.cast<const std::variant_alternative_t<Index, LayerSpec>&>()), true)) ||
+          ...);
+}
+
 BoundSpec spec_from_layers(std::int64_t input_size, const py::iterable& layers, const std::string& dtype) {
   FlowSpec spec;
   spec.input_size = input_size;
   spec.dtype = parse_dtype(dtype);
   for (const py::handle layer : layers) {
-    if (py::isinstance<Coupling>(layer)) {
-      spec.layers.emplace_back(layer.cast<const Coupling&>());
-    } else if (py::isinstance<Standardize>(layer)) {
-      spec.layers.emplace_back(Standardize{});
-    } else {
+    if (!add_layer(layer, spec.layers, std::make_index_sequence<std::variant_size_v<LayerSpec>>())) {
       throw py::type_error("layers[" + std::to_string(spec.layers.size()) + "] is " +
                            py::str(py::type::of(layer).attr("__name__")).cast<std::string>() +
                            ", expected a layer, one of nvpflow.layers");
