@@ -4,10 +4,10 @@
  *
  * Arrays are the caller's, row-major and contiguous: x and z are [rows, D] with D = nvpflow_input_size(), log_prob and
  * log_det are [rows], in nats. Functions that end in _f32 are for flows of dtype float32, those in _f64 for float64;
- * the other kind is refused. An output must not overlap an input or another output. A row that holds NaN or inf gives
- * NaN in all of that row's results and touches no other. A finite row never gives NaN: where numbers are too large for
- * the format its log-density is -inf, its values are infinite, and a log-determinant that cannot be told is -inf of
- * nvpflow_forward and inf of nvpflow_inverse.
+ * the other dtype is refused. An output must not overlap an input or another output. A row that holds NaN or inf gives
+ * NaN in all of its own results and changes no other row. A finite row never gives NaN. Where numbers are too large for
+ * the format, its log-density is -inf and its values are infinite; a log-determinant that cannot be computed is -inf
+ * from nvpflow_forward and inf from nvpflow_inverse.
  *
  * Errors. Every function that can fail returns a status; no C++ exception leaves the library. After a status other
  * than NVPFLOW_OK nvpflow_last_error() says in one sentence what was wrong, and outputs hold nothing useful.
@@ -37,13 +37,13 @@ extern "C" {
 /** A trained flow. */
 typedef struct nvpflow_flow nvpflow_flow;
 
-/** What a call came to. Numbers are part of the interface and stay. */
+/** The outcome of a call. The numbers are part of the interface and stay. */
 typedef int32_t nvpflow_status;
 enum {
   NVPFLOW_OK = 0,
   NVPFLOW_INVALID_ARGUMENT = 1, /**< a value, size or pointer is not acceptable */
   NVPFLOW_TYPE_MISMATCH = 2,    /**< _f32 on a float64 flow, or _f64 on a float32 flow */
-  NVPFLOW_OUT_OF_MEMORY = 3,    /**< the flow can be used on */
+  NVPFLOW_OUT_OF_MEMORY = 3,    /**< the flow remains usable */
   NVPFLOW_IO = 4,               /**< the operating system refused; nvpflow_system_error() holds errno */
   NVPFLOW_FILE_FORMAT = 5,      /**< a model file is damaged, foreign or newer than this library */
   NVPFLOW_UNAVAILABLE = 6,      /**< the instruction set that NVPFLOW_ISA asks for is not here */
@@ -59,9 +59,9 @@ enum { NVPFLOW_FLOAT32 = 0, NVPFLOW_FLOAT64 = 1 };
 NVPFLOW_API const char* nvpflow_version(void);
 
 /**
- * @return The message of the last call on this thread that did not return NVPFLOW_OK, in UTF-8 but for what it quotes
- * of a path; "" if there was none. The text lies in memory of this thread, until its next failure. Over-long messages
- * are cut off at 1023 bytes.
+ * @return The message of the last call on this thread that did not return NVPFLOW_OK; "" if there was none. It is in
+ * UTF-8, except for quoted parts of a path. The text lies in memory of this thread, until its next failure. Longer
+ * messages are cut off at 1023 bytes.
  */
 NVPFLOW_API const char* nvpflow_last_error(void);
 
@@ -91,7 +91,7 @@ NVPFLOW_API nvpflow_status nvpflow_load_on(const char* path, const char* device,
 /** @brief Gives a flow back. NULL is allowed. No call on the flow may be under way. */
 NVPFLOW_API void nvpflow_free(nvpflow_flow* flow);
 
-/** @name What a flow is. No work; -1 where `flow` is NULL.
+/** @name Properties of a flow. No work; -1 where `flow` is NULL.
  * @{ */
 NVPFLOW_API int64_t nvpflow_input_size(const nvpflow_flow* flow);     /**< D, the columns of a row */
 NVPFLOW_API nvpflow_dtype nvpflow_dtype_of(const nvpflow_flow* flow); /**< NVPFLOW_FLOAT32 or NVPFLOW_FLOAT64 */
@@ -145,7 +145,7 @@ NVPFLOW_API nvpflow_status nvpflow_threshold(const nvpflow_flow* flow, double* l
 NVPFLOW_API nvpflow_status nvpflow_set_num_threads(nvpflow_flow* flow, int threads);
 
 /**
- * @brief Prepares real-time use; see the head of this file. To be called on each thread that is to make such calls.
+ * @brief Prepares real-time use; see the head of this file. Call it on each thread that will make such calls.
  * @param flow      that the calls will use, or a larger one
  * @param max_rows  calls of at most so many rows stay on their caller's thread; of several threads' numbers the largest
  *                  counts, for all of them; 0: calls may use threads again
@@ -214,7 +214,7 @@ NVPFLOW_API nvpflow_status nvpflow_inverse_rows64(const nvpflow_flow* flow, cons
                                                   float* log_det);
 /** @} */
 
-/** @name Rows first_row, first_row + 1, ... of the endless sample that `seed` names. Row i depends on (seed, i) alone.
+/** @name Rows first_row, first_row + 1, ... of the endless sample that `seed` names. Row i depends only on (seed, i).
  * @{ */
 /** @brief Writes x [rows, D]. */
 NVPFLOW_API nvpflow_status nvpflow_sample_f32(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row, int64_t rows,

@@ -25,15 +25,15 @@ struct Device {
 };
 
 /// How products of float32 values are formed on a CUDA device. float32 keeps the budget of the CPU; tf32 and bfloat16
-/// round the factors to 11 and 8 significant bits, sums are float32. A float64 flow knows float32, the default, alone:
-/// it computes in float64.
+/// round the factors to 11 and 8 significant bits, sums are float32. A float64 flow takes only float32, the default,
+/// and computes in float64.
 enum class Precision { float32, tf32, bfloat16 };
 
-/// How the CPU stores the kernels that it computes with: as the parameters are, or, for float32 flows, rounded to
-/// bfloat16 (8 significant bits, ties to even), which calls of a few rows read in half the bytes. Arithmetic is float32
-/// either way. The rounded flow is a flow of its own: its density integrates to one and its inverse is exact, the same
-/// bits for every batch size; its gradients are those at the rounded kernels. Biases, standardize layers, the
-/// parameters that are read, saved and trained stay as they are.
+/// How the CPU stores the kernels that it computes with. full: as the parameters are. bfloat16, for float32 flows:
+/// rounded to 8 significant bits, ties to even, so that calls of a few rows read half the bytes. Arithmetic is float32
+/// either way. The rounded flow is a flow of its own: its density integrates to one and its inverse is exact. Its bits
+/// are the same for every batch size, and its gradients are those at the rounded kernels. Biases, standardize layers
+/// and the parameters that are read, saved and trained stay as they are.
 enum class Weights { full, bfloat16 };
 
 /// @{
@@ -58,7 +58,7 @@ NVPFLOW_API int cuda_device_count();
 /// "NVIDIA H100 80GB HBM3". Throws Error(invalid_argument) for an index that cuda_device_count() does not know.
 NVPFLOW_API std::string cuda_device_name(int index);
 
-/// Memory of a CUDA device, shared by its copies; the last one waits for the device and gives it back.
+/// Memory of a CUDA device, shared by its copies; the last one waits for the device and frees it.
 class NVPFLOW_API DeviceMemory {
  public:
   /// Throws Error(device) or Error(out_of_memory).
@@ -75,11 +75,11 @@ class NVPFLOW_API DeviceMemory {
   std::shared_ptr<State> state_;
 };
 
-/// Copies to the host's memory, after what is queued on `stream`, and waits.
+/// Copies to the host's memory, after the work queued on `stream`, and waits.
 NVPFLOW_API void cuda_download(int device, void* to, const void* from, std::int64_t bytes, void* stream);
-/// What is queued on `waiting` from now on begins after what is queued on `for_stream` now.
+/// Work queued on `waiting` from now on begins after the work that is queued on `for_stream` now.
 NVPFLOW_API void cuda_wait(int device, void* waiting, void* for_stream);
-/// Waits for what is queued on `stream` now.
+/// Waits for the work that is queued on `stream` now.
 NVPFLOW_API void cuda_synchronize(int device, void* stream);
 /// The index of the device whose memory a pointer points into; -1: none.
 NVPFLOW_API int cuda_device_of(const void* pointer);

@@ -9,7 +9,7 @@
 
 namespace nvpflow {
 
-/// What kind of failure an Error is.
+/// The kinds of failure that an Error reports.
 enum class ErrorCode {
   invalid_argument,  ///< a value or a size is not acceptable
   type_mismatch,     ///< the dtype of an array is not the model's
@@ -22,8 +22,8 @@ enum class ErrorCode {
   none_kept,         ///< training had no epoch inside FitOptions::max_round_trip
 };
 
-/// Thrown by every function of the library that can fail. The message names the argument, what came and what
-/// was expected.
+/// Thrown by every function of the library that can fail. The message names the argument, its value and the
+/// expected value.
 class NVPFLOW_API Error : public std::runtime_error {
  public:
   /// system_error: errno, for ErrorCode::io.

@@ -12,17 +12,17 @@
 
 namespace nvpflow {
 
-/// How the learning rate goes on; FitOptions::schedule.
+/// How the learning rate changes during training; FitOptions::schedule.
 enum class Schedule { constant, cosine };
 
 /// How to train.
 struct NVPFLOW_API FitOptions {
   /// Passes over the training rows.
   std::int64_t epochs = 100;
-  /// Most rows of a step; the last step of an epoch takes what is left. All training rows where there are fewer.
+  /// Most rows of a step; the last step of an epoch takes the rest. A step takes all training rows if they are fewer.
   /// 0: an eighth of the training rows, but at least 16 and at most 256.
   std::int64_t batch_size = 0;
-  /// Adam's, where the schedule begins.
+  /// Adam's, at the start of the schedule.
   double learning_rate = 3e-3;
   /// cosine: learning_rate * (1 + cos(pi step / total_steps)) / 2, from the first step to the last of all epochs.
   Schedule schedule = Schedule::cosine;
@@ -41,24 +41,24 @@ struct NVPFLOW_API FitOptions {
   /// An epoch after which Flow::round_trip_error exceeds this, over the rows that epochs are compared by, is never the
   /// best one. 0: not measured. It says nothing of other rows.
   double max_round_trip = 0.0;
-  /// What a first layer of kind standardize that is still the identity is set from.
+  /// How fit() sets a first layer of kind standardize that is still the identity.
   Statistics standardize = Statistics::automatic;
   /// Rows whose distance from the mean of a first layer of kind standardize exceeds so many of its standard deviations,
   /// in any column, are left out of training and validation: one row that far out has more weight than a million
   /// ordinary ones, and no flow reaches it. History counts them. 0: none is left out.
   double max_deviation = 1000.0;
-  /// Of the order of rows and of the validation split.
+  /// Fixes the order of rows and the validation split.
   std::uint64_t seed = 0;
-  /// 0: what the flow says.
+  /// 0: the flow's own setting.
   int num_threads = 0;
-  /// Written after every epoch where not empty; where it exists already, training goes on from it.
+  /// If not empty, the file that is written after every epoch. If it exists already, training continues from it.
   std::string checkpoint;
 
   /// Throws Error(invalid_argument) naming the field.
   void validate() const;
 };
 
-/// What one epoch came to.
+/// The result of one epoch.
 struct EpochRecord {
   std::int64_t epoch = 0;      ///< 1 for the first
   double train_loss = 0;       ///< mean NLL over the epoch's steps, nats per row
@@ -72,7 +72,7 @@ struct EpochRecord {
   bool operator==(const EpochRecord&) const = default;
 };
 
-/// What a run came to.
+/// The result of a run.
 struct History {
   std::vector<EpochRecord> epochs;  ///< in order
   std::int64_t best_epoch = 0;      ///< whose weights the flow holds now; 0: the initial ones
@@ -85,7 +85,7 @@ struct History {
   std::int64_t validation_rows = 0;  ///< rows of the validation array, or set aside from x
 };
 
-/// Told of progress from the thread that called fit(). Every member may return false to stop; the flow then keeps
+/// Receives progress on the thread that called fit(). Every member may return false to stop; the flow then keeps
 /// the best weights so far. An exception passes through fit() after the same restoration.
 class NVPFLOW_API FitObserver {
  public:
@@ -109,7 +109,7 @@ class NVPFLOW_API FitObserver {
 /// float32 flow with takes_float64_rows, whose rows are then standardized in float64, once, into a float32 copy that is
 /// trained on; losses are the same, max_round_trip is measured on the standardized rows.
 ///
-/// Rows are visited in a new order each epoch, given by `seed` alone; the same data, options and seed give the same
+/// Rows are visited in a new order each epoch, given only by `seed`. The same data, options and seed give the same
 /// weights bit for bit on one instruction set, for any number of threads, also across a stop and a resume from a
 /// checkpoint. The flow ends with the weights of the epoch with the lowest validation loss, or, without validation
 /// data, the lowest loss of up to 65,536 training rows; with FitOptions::averaging these may be the average until
