@@ -17,7 +17,7 @@
 // which
 //             stays in the L1 and L2 caches.
 //
-// A row's bits depend on the row, the parameters and the plan's path alone: sums over inputs run in one order, those
+// A row's bits depend only on the row, the parameters and the plan's path: sums over inputs run in one order, those
 // over features (log-determinant, |z|^2) lane by lane in the order of the features, then over the four lanes, then over
 // the warps across.
 

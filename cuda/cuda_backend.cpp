@@ -1,5 +1,5 @@
 // The CUDA backend: keeps the packed parameters on the device, brings rows to the kernels and results back, and queues
-// launches. Host code alone: the host's compiler builds it, with the host's warnings.
+// launches. Host code only: the host's compiler builds it, with the host's warnings.
 
 #include <algorithm>
 #include <cmath>

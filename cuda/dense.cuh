@@ -120,7 +120,7 @@ struct Split {
   Split() = default;
 };
 
-/// sums += x W for the inputs of two blocks of 8 (of the first alone, unless `both`). w: the weights' block of the
+/// sums += x W for the inputs of two blocks of 8 (of the first only, unless `both`). w: the weights' block of the
 /// first outputs; stride: to that of the next 8 outputs.
 template <class T, int NB, class Rows>
 NVPFLOW_DEVICE void multiply_fma(const Rows& rows, int block, bool both, const T* w, int stride, int valid,

@@ -3,7 +3,7 @@
 // Noise: one Philox call gives 4 float or 2 double normals; about 30 integer and 40 floating-point operations a pair,
 // 4 bytes written a float: bound by arithmetic on recent devices, near the memory's rate. Sums: 4 bytes read a float,
 // bound by memory. A sum adds 4,096 values a block in a fixed tree, then the blocks' sums in another: its bits depend
-// on the values and their number alone.
+// only on the values and their number.
 
 #include "gaussian.cuh"
 
@@ -32,7 +32,7 @@ noise_kernel(const std::int64_t features, const std::uint64_t seed, const std::u
   }
 }
 
-/// Sum over the block's threads, in a fixed tree; in thread 0, which alone may read it without another barrier.
+/// Sum over the block's threads, in a fixed tree; in thread 0: only that thread may read it without another barrier.
 NVPFLOW_DEVICE double sum_over_block(double value) {
   double* partial = reinterpret_cast<double*>(shared_memory());
   partial[thread_index()] = value;

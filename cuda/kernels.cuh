@@ -69,7 +69,7 @@ struct Dense {
   std::int64_t weights = 0;     // into Program::packed: weight_index(i, o, in)
   std::int64_t bias = 0;        // into Program::packed: [bias_size(out)]
   std::int64_t transposed = 0;  // into Program::transposed: weight_index(o, i, out)
-  // Into the flat gradient; hidden layers use [0] alone, the head scale [0] and translation [1].
+  // Into the flat gradient; hidden layers use only [0], the head scale [0] and translation [1].
   std::int64_t kernel_offset[2] = {0, 0};  // [in, out], of a head [in, out / 2]
   std::int64_t bias_offset[2] = {0, 0};
 };
@@ -160,7 +160,7 @@ struct TransformPlan {
   Storage storage = Storage::resident;
   Multiply multiply = Multiply::fma;
   std::int32_t warps = 0;         // of a block
-  std::int32_t warps_across = 0;  // that share their rows and split the outputs; a function of the flow alone, since
+  std::int32_t warps_across = 0;  // that share their rows and split the outputs; a function only of the flow, since
                                   // the order of summation of the log-determinant depends on it
   std::int32_t tile_rows = 0;     // rows of a block at a time
   std::int32_t stage_inputs = 0;  // inputs of a stage of weights, a multiple of 16
@@ -193,7 +193,7 @@ template <class T>
 Status launch_noise(std::int64_t input_size, std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, T* z,
                     Stream stream);
 
-// ---- sums in float64, in an order that `count` alone fixes ---------------------------------------------------------
+// ---- sums in float64, in an order that only `count` fixes ----------------------------------------------------------
 
 /// Bytes that launch_sum and launch_sum_of_squares need.
 std::int64_t sum_workspace_bytes(std::int64_t count);

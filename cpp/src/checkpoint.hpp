@@ -10,7 +10,7 @@
 
 namespace nvpflow {
 
-/// What a run must share with a checkpoint to go on from it.
+/// A run continues from a checkpoint only if they share all of this.
 struct CheckpointKey {
   FlowSpec spec;
   FitOptions options;  // threads and checkpoint do not count
@@ -34,7 +34,7 @@ void save_checkpoint(const std::string& path, const CheckpointKey& key, const Hi
                      const CheckpointArrays& arrays);
 
 /// Throws Error(invalid_argument) where the checkpoint belongs to another model, data set or set of options, naming
-/// what differs, and Error(file_format) where it is damaged. History::stop_reason comes back as the run's own end, or
+/// the difference, and Error(file_format) where it is damaged. History::stop_reason comes back as the run's own end, or
 /// empty.
 void load_checkpoint(const std::string& path, const CheckpointKey& key, History& history, std::int64_t& adam_steps,
                      const CheckpointArrays& arrays);

@@ -1,6 +1,6 @@
 // The floating-point mode in which everything is computed, whatever mode the calling thread is in: round to nearest,
 // subnormal numbers kept, no traps. Other libraries change their thread's mode (torch.set_flush_denormal, fesetround),
-// and threads that started before or after it are in another one: a row's bits would depend on who computes it.
+// and threads that started before or after it are in another one: a row's bits would depend on its thread.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@
 
 namespace nvpflow {
 
-/// Puts this thread into the mode for its own lifetime, and back into the mode it was in. A look at a register and a
-/// comparison where the thread is in the mode already, as nearly all are.
+/// Puts this thread into the mode for its own lifetime, and back into the mode it was in. If the thread is in the mode
+/// already, as nearly all are, that costs the reading of a register and a comparison.
 class FloatMode {
  public:
   FloatMode() : before_(read()) {
@@ -30,7 +30,7 @@ class FloatMode {
 
  private:
 #if defined(__x86_64__) || defined(__i386__)
-  // MXCSR: all exceptions masked. The lowest six bits say what has happened, and are no mode.
+  // MXCSR: all exceptions masked. The lowest six bits record exceptions; they set no mode.
   using Word = std::uint32_t;
   static constexpr Word kMode = 0x1f80, kBits = 0xffc0;
   static Word read() { return _mm_getcsr(); }
@@ -45,7 +45,7 @@ class FloatMode {
   }
   static void write(Word word) { asm volatile("msr fpcr, %0" : : "r"(word) : "memory"); }
 #else
-  using Word = int;  // C++ knows of the rounding only
+  using Word = int;  // C++ gives access only to the rounding
   static constexpr Word kMode = FE_TONEAREST, kBits = ~0;
   static Word read() { return std::fegetround(); }
   static void write(Word word) { std::fesetround(word); }

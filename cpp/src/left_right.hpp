@@ -17,7 +17,7 @@ namespace nvpflow {
 template <class Value>
 class LeftRight {
  public:
-  /// What a reader holds while it reads.
+  /// A reader holds this while it reads.
   class Reading {
    public:
     explicit Reading(const LeftRight& owner)
@@ -40,8 +40,8 @@ class LeftRight {
   template <class Make>
   explicit LeftRight(Make make) : values_{make(), nullptr} {}
 
-  /// write: fills the side that no reader sees. make: a new Value, for the second rewrite; the first one fills the
-  /// constructor's, which nobody reads before, so that a value that never changes is kept once.
+  /// write: fills the side that no reader sees. make: a new Value, for the second rewrite. The first rewrite fills the
+  /// constructor's Value, which has no readers yet, so that a value that never changes is kept once.
   template <class Make, class Write>
   void rewrite(Make make, Write write) {
     Shared& shared = shared_.get();
@@ -62,7 +62,7 @@ class LeftRight {
     wait_for_readers(shared, version);
   }
 
-  /// The visible side, to be changed only while nobody reads.
+  /// The visible side, to be changed only while there are no readers.
   Value& initial() { return *values_[0]; }
 
  private:

@@ -68,8 +68,8 @@ class Permutation {
     return i;
   }
 
-  /// places[i] = (*this)(places[i]) for at most kBlock places. All in step: the rounds of one wait for each other, and
-  /// no processor foresees which of them land outside.
+  /// places[i] = (*this)(places[i]) for at most kBlock places. All advance in step: the rounds of one place wait
+  /// for each other, and a processor cannot predict which places land outside.
   static constexpr std::int64_t kBlock = 64;
   void apply(std::uint64_t* places, std::int64_t count) const {
     std::int64_t outside[kBlock];

@@ -157,7 +157,7 @@ bool spin_until(Done done) {
 }
 
 /// Worker threads of this process; started when first needed, asleep when idle, never joined. One job at a time:
-/// whoever comes while it runs works alone, so that neither threads nor waiting pile up.
+/// a call that comes while it runs uses only its own thread, so that neither threads nor waiting pile up.
 class Pool {
  public:
   /// False: the pool is taken; nothing was done.
@@ -220,7 +220,7 @@ class Pool {
   }
 
   std::atomic<bool> busy_{false};
-  int workers_ = 0;  // the holder of busy_ alone looks at it
+  int workers_ = 0;  // only the holder of busy_ looks at it
   std::mutex mutex_;
   Job* job_ = nullptr;
   int vacancies_ = 0;

@@ -12,15 +12,15 @@ namespace nvpflow {
 int available_threads();
 
 /// `threads`, or the limit that NVPFLOW_NUM_THREADS (`own`) or else OMP_NUM_THREADS (`openmp`) sets where that is less;
-/// null or empty: not set. Of OpenMP's list, one number for each level of nesting, the first counts, and what is no
-/// number above 0 sets no limit. Error(unavailable) where our own variable holds no number above 0.
+/// null or empty: not set. Of OpenMP's list, one number for each level of nesting, the first counts; it sets no limit
+/// unless it is a number above 0. In our own variable anything else is Error(unavailable).
 int limited_threads(int threads, const char* own, const char* openmp);
 
 /// How many forks lie between this process and the one that loaded the library.
 std::uint32_t fork_generation();
 
-/// A value that a child of fork starts anew: in the parent, threads that the child does not have may have held it,
-/// locked it or counted themselves in it. The old one is left alone, since nobody can say in what state it is.
+/// A value that is created again in a forked child. Threads of the parent, which do not exist in the child, may have
+/// locked the parent's copy or counted themselves in it. Its state is unknown, so the child leaves it as it is.
 template <class Value>
 class PerProcess {
  public:
@@ -58,7 +58,7 @@ class ForkSafeMutex {
 
 /// Calls fn(context, begin, end) on consecutive parts of [0, count) that cover it exactly, each a multiple of `grain`
 /// but the last, on at most `threads` threads, and returns when all are done. One part or one thread: a plain call that
-/// never touches the threads. A call from inside another, or while another thread's is under way, works alone in its
+/// never touches the threads. A call from inside another, or while another thread's is under way, uses only its
 /// own thread. An exception is carried to the caller (the first in order of the parts). Results must not depend on how
 /// the range is cut.
 void parallel_for(std::int64_t count, std::int64_t grain, int threads,

@@ -1,4 +1,4 @@
-// What a standardize layer is set from: centre and scale of every column, the same for any number of threads.
+// Centre and scale of every column, for a standardize layer; the same for any number of threads.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@ namespace nvpflow {
 
 /// Rows that a pass over the data goes through between two looks at the observer.
 inline constexpr std::int64_t kPollRows = 1 << 16;
-/// Rows after which it is seen whether all columns have varied.
+/// Rows between two looks at whether all columns have varied.
 inline constexpr std::int64_t kFirstRows = 1 << 10;
 /// Rows that quantiles are taken from: every k-th where there are more. Bounds memory, and errs by a thousandth of the
 /// standard deviation.
@@ -38,7 +38,7 @@ struct CentralRange {
   double low, high, normal_width;
   const char* name;
 };
-/// The interquartile range, and what takes its place where half of a column's values or more are equal.
+/// The interquartile range, and the ranges for a column of which half of the values or more are equal.
 inline constexpr CentralRange kCentralRanges[] = {{0.25, 0.75, 1.3489795003921636, "robust"},
                                                   {0.05, 0.95, 3.2897072539029446, "robust (5 to 95 %)"},
                                                   {0.01, 0.99, 4.6526957480816815, "robust (1 to 99 %)"}};
@@ -59,7 +59,7 @@ double quantile(const std::vector<T>& sorted, double q) {
   return low + (high - low) * (place - static_cast<double>(below));
 }
 
-/// Median and the narrowest central range that is not empty; how is empty where there is none.
+/// Median and the narrowest central range that is not empty; `how` is empty if all ranges are.
 template <class T>
 ColumnScale robust_scale(std::vector<T>& values) {
   std::sort(values.begin(), values.end());
@@ -213,7 +213,7 @@ class ColumnScales {
     if (!columns.empty()) throw Error(ErrorCode::invalid_argument, before + columns + after);
   }
 
-  /// How messages call a column: by its name, or by its number, counted from 1.
+  /// A column's name in messages, or its number, counted from 1.
   std::string column(std::size_t j) const {
     return "column " + (names_.empty() ? std::to_string(j + 1) : "'" + names_[j] + "'");
   }

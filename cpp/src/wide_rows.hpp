@@ -1,4 +1,4 @@
-// What a float32 flow with takes_float64_rows does to rows of data: its first layer in float64.
+// The first layer of a float32 flow with takes_float64_rows, applied to rows of data in float64.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ class WideRows {
   /// Arrays [D]; mean_low: Flow::mean_low, or null.
   void set(std::int64_t features, const float* mean, const float* log_std, const float* mean_low);
 
-  /// Whether float32 cannot tell the mean, so that rows of float32 go this way, too.
+  /// Whether float32 cannot hold the mean, so that rows of float32 go this way, too.
   bool is_split() const { return is_split_; }
   /// -sum(log_std)
   double log_det() const { return log_det_; }

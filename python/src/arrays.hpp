@@ -37,7 +37,7 @@ struct InputArray {
   void* data = nullptr;
   std::int64_t bytes = 0;  // of input_rows and input_vector
   bool wide = false;       // float64 rows of a float32 flow (Kind::data)
-  std::int64_t rows = 0;   // of input_rows alone
+  std::int64_t rows = 0;   // of input_rows only
   bool single = false;     // came as [D]: results lose the batch axis
   Library library = Library::numpy;
   py::object source;  // the caller's object, where it is not NumPy's

@@ -217,7 +217,7 @@ PyMethodDef kMethods[] = {
     {"sample", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(sample)), METH_FASTCALL | METH_KEYWORDS,
      "sample($self, n, *, seed=None, start=0, out=None, dtype=None)\n--\n\n"
      "Draw n rows: the inverse of standard normal noise.\n\n"
-     "Row i is a function of (seed, start + i) alone, whatever n and the number of threads: a long sample can be\n"
+     "Row i depends only on (seed, start + i), whatever n and the number of threads: a long sample can be\n"
      "drawn in pieces.\n\n"
      "Parameters\n----------\n"
      "n : int\n"

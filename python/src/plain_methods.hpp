@@ -38,7 +38,7 @@ std::string path_of(const py::object& path);
 template <int kMax>
 class ArgumentsOf {
  public:
-  /// names: interned strings; those of a list in braces are looked at here alone.
+  /// names: interned strings; those of a list in braces are looked at only here.
   ArgumentsOf(const char* method, int positional, std::initializer_list<PyObject*> names, PyObject* const* args,
               Py_ssize_t count, PyObject* keywords)
       : ArgumentsOf(method, positional, std::span(names.begin(), names.size()), args, count, keywords) {}

@@ -127,8 +127,8 @@ class Model {
   std::vector<std::shared_ptr<Packed>> copies_;  // the last used first
 };
 
-/// The models that were called last, the latest first: a process that goes through many keeps the memory of these
-/// alone.
+/// The models that were called last, the latest first: a process that goes through many keeps the memory of only
+/// these.
 struct Models {
   static constexpr std::size_t kKept = 8;
 
@@ -339,7 +339,7 @@ xla::Error* error_of(const xla::CallFrame& frame, xla::ErrorCode code, const cha
 }
 
 /// The version that a handler says it was written for: XLA's own, where the two fit. XLA refuses what it does not
-/// support. Of the jaxlibs that send no functions along with the question (api is null), 0.5 takes 0.1 alone.
+/// support. Of the jaxlibs that send no functions along with the question (api is null), 0.5 takes only 0.1.
 int spoken_minor(const xla::Api* api) {
   if (api == nullptr) return xla::kOldestMinor;
   if (api->api_version.major_version != xla::kMajor) return xla::kNewestMinor;

@@ -143,7 +143,7 @@ NVPFLOW_INLINE void philox_lanes(uint64_t key, uint64_t row, uint32_t block, uin
 }
 
 /// state [D][rows] = normals of rows row .. row + rows of `seed`; column c comes from block c / N of its row, where N
-/// is 4 for float and 2 for double: the numbers of a row depend on seed, row and column alone.
+/// is 4 for float and 2 for double: the numbers of a row depend only on seed, row and column.
 template <class T>
 void noise_tile(uint64_t seed, uint64_t row, int64_t features, T* state, int64_t rows) {
   constexpr int L = kLanes<T>;

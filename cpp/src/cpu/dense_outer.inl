@@ -135,7 +135,7 @@ NVPFLOW_INLINE void outer_block(const OuterProduct<T>& p, int64_t i, int64_t o, 
   if constexpr (bias) to.bias.put(0, o, bias_sum);
 }
 
-/// The sum of g alone, of one vector of outputs from o.
+/// Only the sum of g, of one vector of outputs from o.
 template <class T>
 void sum_cotangents(const OuterProduct<T>& p, int64_t o, const Columns<T>& to) {
   Vec<T> sum[1][1] = {};

@@ -102,7 +102,7 @@ std::filesystem::path follow_links(const std::string& path) {
     if (!std::filesystem::is_symlink(status)) return target;
     const std::filesystem::path next = std::filesystem::read_symlink(target, error);
     if (error) fail_io(path, "its symbolic link cannot be read", error.value());
-    target = target.parent_path() / next;  // `next` alone where it is absolute
+    target = target.parent_path() / next;  // just `next` where it is absolute
   }
   fail_io(path, "cannot be resolved", ELOOP);
 }

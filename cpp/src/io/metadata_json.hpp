@@ -15,8 +15,8 @@ namespace nvpflow::io {
 /// The longest text of a metadata value.
 inline constexpr std::size_t kMaxJsonBytes = std::size_t{1} << 24;
 
-/// The document that a metadata value holds. Error(file_format) where it is no JSON, repeats a key, is longer than 16
-/// MiB or deeper than eight levels: what walks through it may then do so by recursion.
+/// The document that a metadata value holds. Error(file_format) where it is not JSON, repeats a key, is longer than 16
+/// MiB or deeper than eight levels. Functions may therefore walk through it by recursion.
 nlohmann::json parse_metadata_json(const std::string& text);
 
 /// Error(file_format).

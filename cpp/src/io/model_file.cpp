@@ -81,7 +81,7 @@ const StoredTensor* find_kernel(const std::string& path, const TensorsByName& te
   return found->second;
 }
 
-/// The spec of a file of tensors alone. What does not fit together shows when the tensors are matched with its layout.
+/// The spec of a file of tensors without metadata. Contradictions show when the tensors are matched with its layout.
 FlowSpec infer_spec(const std::string& path, const TensorsByName& tensors) {
   FlowSpec spec;
   for (std::size_t k = 0;; ++k) {

@@ -33,7 +33,7 @@ struct LoadedModel {
   std::optional<Threshold> threshold;
   std::vector<float> mean_low;  // empty: the file has none
 };
-/// expected: null, or the spec the file must have (metadata), or is to be read with (tensors alone).
+/// expected: null, or the spec the file must have (metadata), or is to be read with (tensors only).
 LoadedModel load_model(const std::string& path, const FlowSpec* expected);
 
 }  // namespace nvpflow
