@@ -1,4 +1,4 @@
-"""What is passed for rows and is no array: frames, whose columns have names and types, and what people try besides."""
+"""Rows that are not an array: frames, whose columns have names and types, and other things that people pass."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def _restore(
     threshold: tuple[float, float | None] | None,
     statistics: str = "auto",
 ) -> Self:
-    # A subclass's constructor may take the spec alone, as Flow's did before there were devices.
+    # A subclass's constructor may take only the spec, as Flow's did before there were devices.
     given: dict[str, Any] = {name: value for name, value in where.items() if value != _DEFAULT_WHERE[name]}
     flow = cls(spec, **given)
     flow._set_flat_parameters(*state)
@@ -156,9 +156,10 @@ class Model(_core.Flow):
     def threshold(self) -> Threshold | None:
         """The limit of log p that goes with the weights, or None; `fit_threshold` and `set_threshold` set it.
 
-        `save` keeps it, and so do copies; C++ and C read it (``Flow::threshold``, ``nvpflow_threshold``). It holds for
-        these weights alone: `fit` and `set_parameters` remove it, `reload` takes that of the file, and `swap` exchanges
-        it with the weights. No method looks at it: ``flow.log_probability(x) < flow.threshold.log_p`` is for you.
+        `save` keeps it, and so do copies; C++ and C read it (``Flow::threshold``, ``nvpflow_threshold``). It holds
+        only for these weights: `fit` and `set_parameters` remove it, `reload` takes that of the file, and `swap`
+        exchanges it with the weights. No method applies it; compare yourself:
+        ``flow.log_probability(x) < flow.threshold.log_p``.
         """
         found = self._threshold()
         return None if found is None else Threshold(*found)

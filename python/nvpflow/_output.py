@@ -133,7 +133,7 @@ def _naming(target: str) -> Iterator[None]:
 
 
 class _TargetFile(io.FileIO):
-    """A file whose failing writes name the target: Python names a file where opening it fails, and there alone."""
+    """A file whose failing writes name the target: Python names a file only where opening it fails."""
 
     def __init__(self, file: str | int, target: str) -> None:
         super().__init__(file, "w")

@@ -54,7 +54,7 @@ class Source(Protocol):
 
 @dataclass
 class _Cells:
-    """What was found in a column: how often, where first, and for what is no number its kind and an example or type."""
+    """Cells of a column: how often and where first; of those that are not numbers the kind and an example or type."""
 
     count: int = 0
     first: list[int] = field(default_factory=list)
@@ -66,7 +66,7 @@ class _Cells:
         self.first += list(first)[: SHOWN - len(self.first)]
 
 
-# What is no number, and the way out where it is not to leave the column out.
+# Kinds of cells that are not numbers, and the remedy where it is not to leave the column out.
 WAYS_OUT = {
     "dates": "a date becomes a number as, for example, seconds since the first one",
     "numbers with a decimal comma": "write them with a point (pandas: read_csv(decimal=','))",

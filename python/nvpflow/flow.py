@@ -181,7 +181,7 @@ class Flow(Model):
     that are float64 (and integers of 32 and 64 bits, which become float64, exact up to 2**53): that layer is then
     applied in float64, so that no digit is lost of values that are large beside their spread. Lists of Python's numbers
     are float64 there, and rounded to the model's dtype elsewhere. ``out=`` takes the result without an allocation. A
-    row's result depends on that row alone, bit for bit: not on the batch, its size, or the number of threads. A row
+    row's result depends only on that row, bit for bit: not on the batch, its size, or the number of threads. A row
     that holds NaN or infinity gives NaN. A finite row never does: where numbers are too large for the dtype, its
     log-density is -inf and its latents are infinite; such a row has no gradient, which is NaN or infinite. Every method
     may be called from many threads at once.

@@ -159,7 +159,7 @@ def forward(
 
     Notes
     -----
-    Differentiable by `parameters` and `x`. ``vmap`` over rows alone becomes one call on all rows; over parameters, or
+    Differentiable by `parameters` and `x`. ``vmap`` only over rows becomes one call on all rows; over parameters, or
     of gradients by the parameters, it is one call after the other.
     """
     call, rows, tensors = _prepare(spec, parameters, "x", x, num_threads)
@@ -399,7 +399,7 @@ def _run_one_by_one(
 
 
 # ---- derivatives -----------------------------------------------------------------------------------------------------
-# What is differentiated by is known in the forward pass alone. It reaches the backward pass as the structure of the
+# Only the forward pass knows the wanted derivatives. The choice reaches the backward pass as the structure of the
 # residuals: () where a gradient is wanted, None where not, neither of which holds an array.
 
 _WANTED = ()

@@ -182,7 +182,7 @@ def corner(
     data
         Rows [N, D], finite; a DataFrame brings names along, and its columns of datetimes are dates.
     samples
-        Rows [M, D], finite, such as ``flow.sample(10_000, seed=0)``; dates in seconds since 1970. None: the data alone.
+        Rows [M, D], finite, such as ``flow.sample(10_000, seed=0)``; dates in seconds since 1970. None: only the data.
     names
         Of the D columns, with units.
     columns

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class _Bar:
-    """A tqdm bar over every update; drawn in `on_progress` alone, which is called at most 20 times a second."""
+    """A tqdm bar over every update; drawn only in `on_progress`, which is called at most 20 times a second."""
 
     def __init__(self, epochs: int) -> None:
         # tqdm draws nothing on a terminal that does not know its size, as some containers' do not.

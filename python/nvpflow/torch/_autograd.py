@@ -1,7 +1,7 @@
 """Where PyTorch differentiates: operators for traces, a function of autograd for everything else, one backward pass.
 
 An operator is what torch.compile sees: a function of rows and parameters without side effects. It costs a tenth of a
-millisecond a call, so that a call that nobody records goes through a `torch.autograd.Function`.
+millisecond a call, so a call that is not recorded goes through a `torch.autograd.Function`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _vjp(
     engine: int,
     wrt: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cotangents of x and of all parameters in one vector; what is not wanted comes as an empty tensor."""
+    """Cotangents of x and of all parameters in one vector; a cotangent that is not wanted is an empty tensor."""
     grad_x, grad_parameters = engines[engine].vjp(kind, x, grad_out, grad_log_det, parameters, wrt)
     none = x.new_empty(0)
     return none if grad_x is None else grad_x, none if grad_parameters is None else grad_parameters
@@ -205,7 +205,7 @@ class _Call(torch.autograd.Function):
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has memory and nobody writes down what becomes of it: a trace sees operators alone."""
+    """Whether a tensor has memory and its operations are not recorded: a trace sees only operators."""
     plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
     recorded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     return plain and not recorded

@@ -45,7 +45,7 @@ class Foreseen:
 
 
 def _common_value(values: torch.Tensor) -> float | None:
-    """Return the value of all elements, if one that is not NaN or zero; on the CPU alone, where to look is cheap."""
+    """Return the value of all elements, if one that is not NaN or zero; on the CPU only, where looking is cheap."""
     if values.device.type != "cpu" or values.numel() == 0:
         return None
     array = values.detach().numpy()
