@@ -310,20 +310,20 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def below_the_gaussian(records: list[dict[str, Any]]) -> list[str]:
-    """Where a flow has enough rows and is worse than a Gaussian by more than 0.05 nats."""
+    """Rows of a table: the contenders that have enough rows and are worse than a Gaussian by more than 0.05 nats."""
     found = []
     for data, rows, columns in dict.fromkeys((r["data"], r["rows"], r["columns"]) for r in records):
         for name in dict.fromkeys(r["contender"] for r in records):
             less = _mean(records, data, "Gaussian") - _mean(records, data, name)
             if rows >= 50 * columns and less > 0.05 and name != "Gaussian":
-                found.append(f"{name} on {data}: {less:.3f} nats below the Gaussian")
+                found.append(f"| {name} | {data} | {less:.3f} |")
     return found
 
 
 def lowest_ordinary_rows(records: list[dict[str, Any]]) -> list[str]:
-    """The least likely of the test rows of the eight clusters, of each seed."""
+    """Rows of a table: the least likely of the test rows of the eight clusters, of each seed, and the mean."""
     return [
-        f"{name}: " + ", ".join(f"{r['lowest']:.0f}" for r in of)
+        f"| {name} | {', '.join(format(r['lowest'], '.0f') for r in of)} | {_mean(of, '8 clusters', name):.3f} |"
         for name in dict.fromkeys(r["contender"] for r in records)
         if (of := [r for r in records if r["contender"] == name and r["data"] == "8 clusters"])
     ]
@@ -362,11 +362,20 @@ def main(arguments: list[str] | None = None) -> int:
         options.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     print(table(records))
     if {"Gaussian", "default"} <= set(options.contenders):
-        print("\n" + "\n".join(below_the_gaussian(records) or ["No flow is below the Gaussian where N >= 50 D."]))
+        found = below_the_gaussian(records)
+        below = "more than 0.05 nats below the Gaussian on data with at least 50 rows a column"
+        if found:
+            print(f"\nThese contenders are {below}:\n")
+            print("| contender | data | nats below the Gaussian |\n| --- | --- | ---: |\n" + "\n".join(found))
+        else:
+            print(f"\nNo contender is {below}.")
     if any(r["data"] == "8 clusters" for r in records):
         least = min(float(clusters_log_prob(DATA["8 clusters"].split(s)[1]).min()) for s in range(options.seeds))
-        print(f"\nLowest of the ordinary rows of 8 clusters (truth {least:.1f}), each seed:")
-        print("\n".join(lowest_ordinary_rows(records)))
+        rows = lowest_ordinary_rows(records)
+        print(
+            f"\nLowest log-density of ordinary rows of the eight clusters, each seed; the true value is {least:.1f}:\n"
+        )
+        print("| contender | lowest log p | mean log p |\n| --- | --- | ---: |\n" + "\n".join(rows))
     return 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import tables
@@ -82,14 +83,22 @@ def training(r: Results) -> str:
     return tables.table(["training step", "nvpflow", "of FMA peak", "fastest peer"], rows)
 
 
-def _model(name: str, c: dict) -> str:
-    return f"{name} ({c['input_size']}, {c['num_flows']}, {c['hidden_sizes']})"
+def models(r: Results) -> str:
+    rows = [
+        [name, f"{c['input_size']}", f"{c['num_flows']}", f"{c['hidden_sizes']}"]
+        for name, c in r.configurations.items()
+    ]
+    return tables.table(["model", "columns", "couplings", "hidden layers"], rows)
 
 
 def _processor(r: Results) -> str:
     machine = r.document["machine"]
     virtual = f", under {machine['virtual']}" if machine["virtual"] else ""
     return f"{machine['cpu']} ({machine['family']}{virtual}), {r.native_isa()}"
+
+
+def _list(lines: Iterable[str]) -> str:
+    return "\n".join(f"* {line}" for line in lines)
 
 
 def _quick(r: Results) -> str:
@@ -119,23 +128,28 @@ def summary(r: Results) -> str:
 def section(r: Results) -> str:
     """The page's tables, with the markers."""
     document = r.document
-    models = ", ".join(_model(name, c) for name, c in r.configurations.items())
     limits = document["limits"].get("1")
     isa = r.native_isa()
-    peak = f" One core's multiply-add peak, measured: {limits['fma'][isa] / 1e9:.0f} GFLOP/s." if limits and isa else ""
-    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    machine = [f"Processor: {_processor(r)}", f"Date: {document['date']}"]
+    if limits and isa:
+        machine.append(f"Multiply-add peak of one core, measured: {limits['fma'][isa] / 1e9:.0f} GFLOP/s")
+    versions = [f"{name} {version}" for name, version in document["versions"].items()]
     parts = [
         BEGIN,
-        f"Medians on one core of {_processor(r)},\n{document['date']}, float32, relu.{peak}\n{_quick(r)}"
-        f"Models, as (columns, couplings, hidden layers): {models}.\n",
-        "One row through Python, `flow.log_probability(x, out=out)`, in blocks of calls; p99 and cold: of calls timed\n"
-        "one at a time, cold with 16 MiB read before each.\n",
+        f"The times are medians on one core.\nThe flows are float32 with relu.\n{_quick(r)}",
+        _list(machine) + "\n",
+        models(r) + "\n",
+        "The first table has one row through Python, `flow.log_probability(x, out=out)`.\n"
+        "Its medians come from blocks of calls; p99 and cold come from calls timed one at a time.\n"
+        "Before each cold call 16 MiB are read.\n",
         one_row(r) + "\n",
-        "Many rows, `log_probability`, rows per second.\n",
+        "The second table has many rows, `log_probability`, in rows per second.\n",
         many_rows(r) + "\n",
-        "One training step: gradient and Adam, at a batch size.\n",
+        "The third table has one training step, gradient and Adam, at a batch size.\n",
         training(r) + "\n",
-        f"Versions: {versions}.\nCommand: `{document['command']}`",
+        "The versions are:\n",
+        _list(versions) + "\n",
+        f"Command: `{document['command']}`",
         END,
     ]
     return "\n".join(parts)

@@ -37,8 +37,8 @@ def test_the_table_has_means_and_gaps_to_the_best_reference() -> None:
         "| mean gap | |  |  |  | +0.150 |",
     ]
     assert defaults.below_the_gaussian(records) == [
-        "before on b: 3.000 nats below the Gaussian",
-        "default on b: 0.100 nats below the Gaussian",
+        "| before | b | 3.000 |",
+        "| default | b | 0.100 |",
     ]
 
 
