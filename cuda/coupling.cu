@@ -218,7 +218,7 @@ struct Walker {
   template <class Run>
   NVPFLOW_DEVICE void walk(std::int64_t index, Run run) {
     tile.begin(index, call.rows);
-    barrier();  // nobody reads the tile before any more
+    barrier();  // no thread reads the last tile any more
     tile.clear(team());
     barrier();
     if (call.in == nullptr) {

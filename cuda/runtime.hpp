@@ -47,7 +47,7 @@ class OnDevice {
   int before_ = -1;  // -1: nothing to put back
 };
 
-/// Where a pointer points: the device's index, or -1 for memory of the host (or of nobody).
+/// Where a pointer points: the device's index, or -1 for memory of the host (or unknown memory).
 int device_of(const void* pointer);
 /// Whether copies from and to it need no staging: memory of the host that CUDA has pinned.
 bool is_pinned(const void* pointer);

@@ -189,7 +189,7 @@ struct Tile {
     call.shift[(first + r) * width + j] = clean(r, t);
   }
 
-  /// Standard normals of the call's rows (gaussian.cuh); of rows past the end too, which nobody reads.
+  /// Standard normals of the call's rows (gaussian.cuh); of rows past the end too, which are not read.
   NVPFLOW_DEVICE void fill_noise(Team team, std::uint64_t seed, std::uint64_t first_row) const {
     const unsigned width = static_cast<unsigned>((features + kNoiseColumns<T> - 1) / kNoiseColumns<T>);
     const auto size = static_cast<unsigned>(rows) * width;

@@ -112,7 +112,7 @@ void check_key(const std::string& path, const json& came, const json& expected) 
                                                  shown(other) + ", this run's is " + shown(value) +
                                                  "; give another file, or delete this one to start over");
   };
-  // Model and rows first: batch_size and weight_decay that nobody gave follow from them.
+  // Model and rows first: the defaults of batch_size and weight_decay follow from them.
   for (const char* name : {"flow", "x", "validation rows"}) check(name, expected.at(name));
   for (const auto& [name, value] : expected.items()) check(name, value);
 }

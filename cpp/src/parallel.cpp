@@ -174,7 +174,7 @@ class Pool {
     job.work();
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      job_ = nullptr;  // nobody joins any more
+      job_ = nullptr;  // no worker joins any more
     }
     if (!spin_until([this] { return working_.load() == 0; })) {
       for (int n = working_.load(); n != 0; n = working_.load()) working_.wait(n);

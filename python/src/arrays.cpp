@@ -164,8 +164,8 @@ py::object convert(PyObject* object, const char* name, const Accepted& accepted,
   return result;
 }
 
-/// The columns of a frame as one array; the object itself where it is no frame. What is known to be no table is
-/// refused.
+/// The columns of a frame as one array; the object itself where it is not a frame. Objects that cannot be a
+/// table are refused.
 py::object read_columns(PyObject* object, const char* name, const Flow* named) {
   if (PyList_Check(object) || PyTuple_Check(object) || PyFloat_Check(object) || PyLong_Check(object)) {
     return py::reinterpret_borrow<py::object>(object);
@@ -253,7 +253,7 @@ Library kind_of_results(PyObject* object, Library library) {
   return standard ? Library::standard : Library::numpy;
 }
 
-/// What is no array of NumPy's, as one that NumPy knows to read; notes in `in` whose it was.
+/// An object that is not a NumPy array, as an array that NumPy can read; notes in `in` whose it was.
 py::object from_outside(PyObject* object, const char* name, const Accepted& accepted, Place place, InputArray& in) {
   if (place != Place::host) return convert(object, name, accepted);
   const Library library = library_of(object);
@@ -265,7 +265,7 @@ py::object from_outside(PyObject* object, const char* name, const Accepted& acce
   return convert(view.ptr(), name, accepted, library);
 }
 
-/// Sets in.owner to a C-contiguous array of the host. place: of what is no array of NumPy's.
+/// Sets in.owner to a C-contiguous array of the host. place: of an object that is not a NumPy array.
 void read_host(PyObject* object, const char* name, const Accepted& accepted, Place place, InputArray& in) {
   if (PyArray_CheckExact(object)) {
     in.owner = accepted.as_is(reinterpret_cast<PyArrayObject*>(object)) ? py::reinterpret_borrow<py::object>(object)

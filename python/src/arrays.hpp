@@ -63,7 +63,7 @@ InputArray input_vector(PyObject* object, const char* name, DType dtype, const I
 
 struct OutputArray {
   py::object array;
-  py::object view;         // NumPy's of a given array: while it is there, nobody resizes the memory
+  py::object view;         // NumPy's of a given array: while it exists, the memory is not resized
   py::object from_dlpack;  // of a library that takes the filled array over from NumPy
   void* data = nullptr;
   std::int64_t bytes = 0;

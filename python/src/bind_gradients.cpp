@@ -109,7 +109,7 @@ struct NamedInput {
 };
 
 /// Arrays for the wanted ones, new or given in out=(grad_x, grad_parameters); the call f(grad_x, grad_parameters) fills
-/// them. None for what is not wanted.
+/// them. None for an unwanted one.
 template <class F>
 py::object gradients(const BoundFlow& self, const InputArray& in, const std::string& wrt, PyObject* out,
                      std::initializer_list<NamedInput> inputs, F&& f) {

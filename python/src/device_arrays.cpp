@@ -296,7 +296,7 @@ Managed* export_tensor(const DeviceArray& a) {
   return &made->managed;
 }
 
-/// Frees what nobody took.
+/// Frees a capsule's contents if no consumer took them.
 template <class Managed>
 void free_capsule(PyObject* capsule) {
   const char* name = PyCapsule_GetName(capsule);

@@ -21,7 +21,7 @@ class GilReleased {
   GilReleased& operator=(const GilReleased&) = delete;
 
  private:
-  bool ends_it_;  // who has the GIL while the interpreter ends is the thread that ends it
+  bool ends_it_;  // the thread that has the GIL while the interpreter ends is the one that ends it
   PyThreadState* state_;
 };
 

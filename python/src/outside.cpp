@@ -88,7 +88,7 @@ Place place_of(PyObject* object, const char* name) {
 }
 
 void refuse_grad(PyObject* object, const char* name, Library library) {
-  if (library != Library::torch || !has(object, "requires_grad")) return;  // what is no tensor
+  if (library != Library::torch || !has(object, "requires_grad")) return;  // not a tensor
   if (py::handle(object).attr("requires_grad").cast<bool>()) {
     raise(PyExc_ValueError,
           std::string(name) +

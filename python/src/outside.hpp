@@ -24,7 +24,7 @@ enum class Place { unknown, host, device };
 Place place_of(PyObject* object, const char* name);
 
 /// A tensor of PyTorch that autograd follows, backward or forward, must not come in: results would leave its graph
-/// without a word.
+/// silently.
 void refuse_grad(PyObject* object, const char* name, Library library);
 
 /// Tells PyTorch that an array of the caller's was written to, so that a backward pass that needs its old contents is
@@ -32,8 +32,8 @@ void refuse_grad(PyObject* object, const char* name, Library library);
 void note_write(const py::object& array, Library library);
 
 /// Where the memory begins of a new array that PyTorch or CuPy, or a subclass's new_empty, made for a result. Refuses
-/// one that is not as asked for, C-contiguous and on the device (kHost: the CPU), since nobody else looks before it is
-/// written to.
+/// one that is not as asked for, C-contiguous and on the device (kHost: the CPU), since no later check comes before it
+/// is written to.
 void* data_of_new(const py::object& made, Library library, const py::tuple& shape, const py::object& dtype, int device);
 
 /// The object, or a copy where PyTorch has put off a change of sign that is not in memory yet (x.conj().imag), which

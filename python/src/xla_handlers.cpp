@@ -108,7 +108,7 @@ class Model {
     if (copies_.size() > kCopies) copies_.pop_back();
   }
 
-  /// Takes a copy that nobody uses out of the list, where that is full: the one used longest ago. References are only
+  /// Takes an unused copy out of the list, where that is full: the one used longest ago. References are only
   /// handed out under the mutex, so a count of one stays one.
   std::shared_ptr<Packed> take_idle() {
     const std::lock_guard<std::mutex> lock(mutex_);

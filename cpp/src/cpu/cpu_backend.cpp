@@ -478,7 +478,7 @@ class CpuBackend final : public Backend {
   const FlowSpec spec_;
   const ParamLayout layout_;
   const Weights weights_;
-  // Threads of a training run, of which this is the own backend: nobody calls while the parameters are set, and one
+  // Threads of the training run that owns this backend: there are no calls while the parameters are set, and one
   // packed copy of them is enough. 0: any other backend.
   int training_threads_ = 0;
   const Kernels<T>& kernels_;

@@ -57,7 +57,7 @@ void layer_gradient(const Layer<T>& layer, const TileTapes<T>& tape, T* gradient
   });
 }
 
-/// The cotangents that the backward pass starts from; rows past `count` hold numbers that nobody reads.
+/// The cotangents that the backward pass starts from; rows past `count` hold numbers that are not read.
 template <class T>
 void start_cotangents(const Program<T>& program, const GradientCall<T>& call, const FixedTape<T>& fixed, int64_t begin,
                       int64_t count, int64_t rows) {

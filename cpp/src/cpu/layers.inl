@@ -7,7 +7,7 @@
 //   tape             what the next two keep on the tape
 //   taped            tile, leaving on the tape what the way back needs
 //   backward         the cotangents of a tile back through the layer, in place; leaves on the tape what weight_gradient
-//                    needs. !input_wanted: nobody reads the cotangents after it
+//                    needs. !input_wanted: the cotangents after it are not read
 //   parts, part_size the parts of the layer's gradient, and what a part is shared out by: a dense layer's inputs
 //   weight_gradient  [first, last) of one part, of the rows on the tapes of this layer
 #pragma once

@@ -28,8 +28,8 @@ class Packed {
   Packed& operator=(const Packed&) = delete;
 
   /// parameters: the flat buffer. transposed: with the transposed weights, in one go, where weights are not rounded,
-  /// and without the rest(): for training. mean_low: Backend::set_parameters. Nobody else may use this object
-  /// meanwhile.
+  /// and without the rest(): for training. mean_low: Backend::set_parameters. No other thread may use this
+  /// object meanwhile.
   void pack(const T* parameters, bool transposed = false, int threads = 1, const float* mean_low = nullptr);
   /// The transposed weights, built on first use after pack(); safe from several threads.
   void ensure_transposed() const;

@@ -74,7 +74,7 @@ NVPFLOW_INLINE T settled_log_det(T value, bool inverse) {
   return inverse ? kInfinity<T> : -kInfinity<T>;
 }
 
-/// Settles a row [features], its numbers `step` apart, whose results hold NaN or inf. log_det: null where nobody asks.
+/// Settles a row [features], its numbers `step` apart, whose results hold NaN or inf. log_det: null if not wanted.
 template <class T>
 NVPFLOW_NOINLINE void settle_row(const TransformCall<T>& call, int64_t row, int64_t features, T* state, int64_t step,
                                  T* log_det) {
