@@ -67,7 +67,7 @@ def test_names_of_columns_go_where_the_flow_goes(saved, tmp_path) -> None:
     assert flow.column_names is None
     assert "nvpflow.column_names" not in read_container(path)[0]["__metadata__"]
     before = flow.log_prob(unit_data(9, 5, 1, flow.spec.dtype))
-    names = ("east", "Höhe, m", "", 'a "b"', "east")
+    names = ("east", "Höhe, m", "", 'a "b"', "")  # two columns may lack a name, not share one
     flow.column_names = names
     flow.save(path)
     assert json.loads(read_container(path)[0]["__metadata__"]["nvpflow.column_names"]) == list(names)
@@ -89,6 +89,7 @@ def test_names_of_columns_go_where_the_flow_goes(saved, tmp_path) -> None:
         ({"a", "b"}, TypeError, "column_names must be a sequence of strings or None, got {"),
         (["a", "b", 3, "d", "e"], TypeError, r"column_names\[2\] must be a string, got 3"),
         (["a", "b"], ValueError, "column_names holds 2 names, expected 5 or none"),
+        (["a", "b", "c", "d", "b"], ValueError, "column_names holds 'b' twice, for columns 2 and 5, expected a name"),
         (["a", "b", "c", "d", "\ud800"], ValueError, r"column_names\[4\] is .* not valid Unicode"),
         (
             ["x" * (1 << 24), "b", "c", "d", "e"],
