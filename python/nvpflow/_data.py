@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from nvpflow import _checks, _core, _frames
+from nvpflow import _checks, _core, _frames, _html
 from nvpflow._model import Model
 from nvpflow._spec import begins_with_standardize
+from nvpflow._text import counted
 
 Array = NDArray[Any]
 
@@ -115,17 +116,21 @@ class DataReport:
         """Whether nothing was found."""
         return not self.findings
 
+    def _summary(self) -> str:
+        table = f"DataReport: {counted(self.rows, 'row')} of {counted(len(self.columns), 'column')}"
+        if self.ok:
+            return f"{table}; nothing found"
+        return f"{table}; {counted(len(self.errors), 'error')}, {counted(len(self.warnings), 'warning')}"
+
     def __repr__(self) -> str:
         """Return the table."""
-        rows, columns = self.rows, len(self.columns)
-        head = f"DataReport: {rows:,} row{'s' * (rows != 1)} of {columns:,} column{'s' * (columns != 1)}"
-        if self.ok:
-            return f"{head}; nothing found"
-        errors, others = len(self.errors), len(self.warnings)
-        lines = [f"{head}; {errors:,} error{'s' * (errors != 1)}, {others:,} warning{'s' * (others != 1)}"]
-        width = max(len(f.kind) for f in self.findings)
-        lines += [f"  {f.severity:<7}  {f.kind:<{width}}  {f}" for f in self.findings]
-        return "\n".join(lines)
+        width = max((len(f.kind) for f in self.findings), default=0)
+        return "\n".join([self._summary(), *(f"  {f.severity:<7}  {f.kind:<{width}}  {f}" for f in self.findings)])
+
+    def _repr_html_(self) -> str:
+        """Return a table of the findings, for notebooks."""
+        lines = [(finding.severity, finding.kind, str(finding)) for finding in self.findings]
+        return _html.table(self._summary(), ("", "kind", "finding") if lines else (), lines, text_from=1)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as numbers, strings, lists and dicts."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Iterable
+from typing import NoReturn, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,39 +31,67 @@ _ABOUT = {
     **dict.fromkeys(("sample_weight", "sample_weights", "weight", "w", "importance"), _NO_WEIGHTS),
     **dict.fromkeys(("bounds", "low", "high", "lower", "upper", "support", "limits"), _NO_BOUNDS),
     **dict.fromkeys(("base", "prior", "latent", "temperature"), _NO_OTHER_BASE),
-    **dict.fromkeys(("n_samples", "num_samples", "size", "shape", "sample_shape"), "the number of rows is called n"),
-    **dict.fromkeys(("X", "data", "value", "inputs", "input", "theta", "samples"), "the rows are called x"),
-    **dict.fromkeys(("rng", "generator", "random_state", "key"), "randomness comes from an integer, seed="),
-    **dict.fromkeys(("lr",), "the step size is called learning_rate"),
-    **dict.fromkeys(("num_epochs", "n_epochs", "max_epochs", "max_iter"), "passes over the rows are called epochs"),
-    **dict.fromkeys(("validation_fraction", "validation_split", "val", "X_val"), "it is called validation"),
-    **dict.fromkeys(("verbose",), "it is called progress"),
-    **dict.fromkeys(("features", "dim", "n_features"), "the number of columns is called input_size"),
-    **dict.fromkeys(("num_layers", "n_layers", "transforms"), "the number of coupling layers is called num_flows"),
-    **dict.fromkeys(("hidden_features", "hidden_size", "n_hidden"), "widths of hidden layers are called hidden_sizes"),
     # By position, behind the arguments that there are.
     "": "rows have neither weights nor conditions yet; options are given by name",
 }
+# What others call an argument, for functions that have it under its own name.
+_RENAMED = {
+    "n": (("n_samples", "num_samples", "size", "shape", "sample_shape"), "the number of rows is called n"),
+    "x": (("X", "data", "value", "inputs", "input", "theta", "samples"), "the rows are called x"),
+    "X": (("x", "data", "value", "inputs", "input", "theta", "samples"), "the rows are called X"),
+    "seed": (("rng", "generator", "random_state", "key"), "randomness comes from an integer, seed="),
+    "random_state": (("rng", "generator", "seed", "key"), "randomness comes from random_state="),
+    "key": (("rng", "generator", "random_state", "seed"), "randomness comes from a key of JAX, key="),
+    "learning_rate": (("lr",), "the step size is called learning_rate"),
+    "epochs": (("num_epochs", "n_epochs", "max_epochs", "max_iter"), "passes over the rows are called epochs"),
+    "validation": (("validation_fraction", "validation_split", "val", "X_val"), "it is called validation"),
+    "validation_fraction": (("validation", "validation_split", "val"), "it is called validation_fraction"),
+    "progress": (("verbose",), "it is called progress"),
+    "verbose": (("progress",), "it is called verbose"),
+    "input_size": (("features", "dim", "n_features"), "the number of columns is called input_size"),
+    "num_flows": (("num_layers", "n_layers", "transforms"), "the number of coupling layers is called num_flows"),
+    "hidden_sizes": (
+        ("hidden_features", "hidden_size", "n_hidden"),
+        "widths of hidden layers are called hidden_sizes",
+    ),
+}
 
 
-def about(name: str) -> str:
-    """Return what to say of an argument of this name ("": of one more by position); "" where nothing is known of it."""
-    return _ABOUT.get(name, "")
+def about(name: str, known: Iterable[str] = ()) -> str:
+    """Return what to say of an argument that is not among those known; "" where there is nothing to say.
+
+    "" as the name stands for one more by position.
+    """
+    if name in _ABOUT:
+        return _ABOUT[name]
+    arguments = list(known)
+    for target, (names, text) in _RENAMED.items():
+        if name in names and target in arguments:
+            return text
+    import difflib  # on the way to an error only
+
+    nearest = difflib.get_close_matches(name, arguments, 1)
+    return f"did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def _refuse(called: str, name: str, known: Iterable[str]) -> NoReturn:
+    hint = about(name, known)
+    raise TypeError(f"{called}() got an unexpected argument {name!r}{'; ' if hint else ''}{hint}")
 
 
 def explained(function: Callable[P, R]) -> Callable[P, R]:
     """Make a function say of an argument that it does not have, but others do, what works instead."""
-    known = frozenset(inspect.signature(function).parameters)
-    is_method = "self" in known
+    parameters = list(inspect.signature(function).parameters)
+    is_method = parameters[0] == "self"
+    known = parameters[is_method:]
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         for name in kwargs:
             if name not in known:
-                hint = about(name)
                 # Of a method the class that the caller knows, which may inherit it.
                 called = f"{type(args[0]).__name__}.{call.__name__}" if is_method and args else call.__qualname__
-                raise TypeError(f"{called}() got an unexpected argument {name!r}{'; ' if hint else ''}{hint}")
+                _refuse(called, name, known)
         return function(*args, **kwargs)
 
     return call

@@ -99,7 +99,7 @@ def inverse_coupling_layer(
     hidden, scale, translation, even, activation, scale_bound
         As for `affine_coupling_layer`.
     half_size
-        ``D // 2``; accepted because Edifice's function takes it, and checked.
+        ``D // 2``: an argument of Edifice's function, whose names and arguments are a promise here. None: not checked.
 
     Returns
     -------

@@ -34,7 +34,7 @@ try:
 except ImportError as error:
     raise ImportError('nvpflow.jax needs JAX 0.5 or newer: pip install "jax>=0.5"') from error
 
-from nvpflow import _checks, _core
+from nvpflow import _checks, _core, _hints
 from nvpflow._core import FlowSpec
 from nvpflow.flow import Flow
 
@@ -59,6 +59,7 @@ _register()
 # ---- the functions ---------------------------------------------------------------------------------------------------
 
 
+@_hints.explained
 def parameters(flow: Flow) -> dict[str, jax.Array]:
     """Return a copy of a flow's parameters as arrays of JAX.
 
@@ -89,6 +90,7 @@ def parameters(flow: Flow) -> dict[str, jax.Array]:
     }
 
 
+@_hints.explained
 def initialize_from(
     spec: FlowSpec,
     parameters: Mapping[str, Any],
@@ -127,6 +129,7 @@ def initialize_from(
     return {**parameters, **{name: jnp.array(value) for name, value in front.items()}}
 
 
+@_hints.explained
 def forward(
     spec: FlowSpec, parameters: Mapping[str, Any], x: Any, *, num_threads: int = 0
 ) -> tuple[jax.Array, jax.Array]:
@@ -167,6 +170,7 @@ def forward(
     return z.reshape(jnp.shape(x)), log_det.reshape(jnp.shape(x)[:-1])
 
 
+@_hints.explained
 def inverse(
     spec: FlowSpec, parameters: Mapping[str, Any], z: Any, *, with_log_det: bool = False, num_threads: int = 0
 ) -> Any:
@@ -180,6 +184,7 @@ def inverse(
     return (x, log_det.reshape(jnp.shape(z)[:-1])) if _checks.boolean("with_log_det", with_log_det) else x
 
 
+@_hints.explained
 def log_prob(spec: FlowSpec, parameters: Mapping[str, Any], x: Any, *, num_threads: int = 0) -> jax.Array:
     """Return log p(x) [...], nats.
 
@@ -190,6 +195,7 @@ def log_prob(spec: FlowSpec, parameters: Mapping[str, Any], x: Any, *, num_threa
     return result.reshape(jnp.shape(x)[:-1])
 
 
+@_hints.explained
 def nll(spec: FlowSpec, parameters: Mapping[str, Any], x: Any, *, num_threads: int = 0) -> jax.Array:
     """Return the mean of -log p over all rows of x, a scalar, nats: the loss of maximum likelihood.
 
@@ -204,6 +210,7 @@ def nll(spec: FlowSpec, parameters: Mapping[str, Any], x: Any, *, num_threads: i
     return _nll(call, rows, tensors)  # type: ignore[no-any-return]
 
 
+@_hints.explained
 def sample(spec: FlowSpec, parameters: Mapping[str, Any], key: jax.Array, n: int, *, num_threads: int = 0) -> jax.Array:
     """Return n rows [n, D], differentiable by the parameters: the inverse of ``jax.random.normal(key, (n, D))``.
 

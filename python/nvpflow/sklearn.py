@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     raise ImportError('nvpflow.sklearn needs scikit-learn 1.6 or newer: pip install "scikit-learn>=1.6"') from error
 
-from nvpflow import _checks, _frames
+from nvpflow import _checks, _frames, _hints
 from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS, default_activation
 from nvpflow.flow import Flow, build
 
@@ -95,6 +95,7 @@ def _quantile(log_p: NDArray[np.float64], share: float) -> float:
 class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
     """What both estimators share: parameters, training and `score_samples`."""
 
+    @_hints.explained
     def __init__(
         self,
         *,
@@ -144,6 +145,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         self.n_jobs = n_jobs
         self.verbose = verbose
 
+    @_hints.explained
     def fit(self, X: Any, y: object = None, *, X_val: Any = None) -> Any:
         """Train a new flow on the rows of X by maximum likelihood.
 
@@ -222,6 +224,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         self.n_iter_ = len(history)
         return self
 
+    @_hints.explained
     def score_samples(self, X: Any) -> NDArray[np.float64]:
         """Return the log-density of every row.
 
@@ -345,6 +348,7 @@ class FlowDensity(DensityMixin, _FlowEstimator):  # type: ignore[misc]
     (4, 2)
     """
 
+    @_hints.explained
     def score(self, X: Any, y: object = None) -> float:
         """Return the mean log-density of the rows of X, in nats per row (higher is better).
 
@@ -362,6 +366,7 @@ class FlowDensity(DensityMixin, _FlowEstimator):  # type: ignore[misc]
         """
         return float(self.score_samples(X).mean())
 
+    @_hints.explained
     def sample(
         self, n_samples: int = 1, random_state: int | np.random.RandomState | None = None
     ) -> NDArray[np.float32] | NDArray[np.float64]:
@@ -420,6 +425,7 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
     array([ 1, -1])
     """
 
+    @_hints.explained
     def __init__(
         self,
         *,
@@ -474,6 +480,7 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
         )
         self.contamination = contamination
 
+    @_hints.explained
     def fit(self, X: Any, y: object = None, *, X_val: Any = None) -> Any:
         """Train a new flow on the rows of X and set the threshold.
 
@@ -515,6 +522,7 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
     def offset_(self, value: float) -> None:
         self.flow_.set_threshold(value)
 
+    @_hints.explained
     def decision_function(self, X: Any) -> NDArray[np.float64]:
         """Return how far every row's log-density lies above the threshold.
 
@@ -531,6 +539,7 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
         log_p = self.score_samples(X)
         return np.asarray(log_p - self.offset_)
 
+    @_hints.explained
     def predict(self, X: Any) -> NDArray[np.int64]:
         """Tell outliers from inliers.
 

@@ -453,7 +453,11 @@ namespace {
 /// Of dtype=.
 DType parsed_dtype(PyObject* object) {
   PyArray_Descr* descr = nullptr;
-  if (PyArray_DescrConverter(object, &descr) == 0) throw py::error_already_set();
+  if (PyArray_DescrConverter(object, &descr) == 0) {
+    if (PyErr_ExceptionMatches(PyExc_Exception) == 0) throw py::error_already_set();  // Ctrl-C
+    PyErr_Clear();
+    raise(PyExc_TypeError, "dtype is " + py::repr(object).cast<std::string>() + ", expected float32 or float64");
+  }
   const auto owner = py::reinterpret_steal<py::object>(reinterpret_cast<PyObject*>(descr));
   if (descr->type_num == NPY_FLOAT) return DType::float32;
   if (descr->type_num == NPY_DOUBLE) return DType::float64;

@@ -4,8 +4,10 @@
 
 namespace nvpflow::python {
 
-std::string hint_about(const std::string& name) {
-  const auto hint = py::module_::import("nvpflow._hints").attr("about")(name).cast<std::string>();
+std::string hint_about(const std::string& name, std::span<PyObject* const> known) {
+  py::list names;
+  for (PyObject* each : known) names.append(py::handle(each));
+  const auto hint = py::module_::import("nvpflow._hints").attr("about")(name, names).cast<std::string>();
   return hint.empty() ? "" : "; " + hint;
 }
 

@@ -28,8 +28,9 @@ inline BoundFlow& bound(PyObject* self) {
   return *flow;
 }
 
-/// "; " and what to say of an argument that there is not, where nvpflow._hints knows it; "" stands for one by position.
-std::string hint_about(const std::string& name);
+/// "; " and what nvpflow._hints says of an argument that is not among those known, if anything; "" stands for one by
+/// position.
+std::string hint_about(const std::string& name, std::span<PyObject* const> known = {});
 
 /// The bytes of a str, bytes or os.PathLike, as the file system wants them.
 std::string path_of(const py::object& path);
@@ -88,7 +89,7 @@ class ArgumentsOf {
       if (PyUnicode_Compare(names_[static_cast<std::size_t>(i)], keyword) == 0) return i;
     }
     fail("got an unexpected argument " + py::repr(keyword).cast<std::string>() +
-         hint_about(py::reinterpret_borrow<py::str>(keyword)));
+         hint_about(py::reinterpret_borrow<py::str>(keyword), names_));
   }
 
   const char* method_;

@@ -135,6 +135,12 @@ HABITS = [
     (lambda flow: flow.sample(num_samples=5), "'num_samples'; the number of rows is called n"),
     (lambda flow: flow.sample(5, context=X), "'context'; flows here have no conditions yet"),
     (lambda flow: flow.sample(5, generator=None), "'generator'; randomness comes from an integer, seed="),
+    (lambda flow: flow.sample(5, sed=1), "'sed'; did you mean 'seed'"),
+    (lambda flow: flow.fit(X, epoch=1), "Flow.fit.. got an unexpected argument 'epoch'; did you mean 'epochs'"),
+    (lambda flow: nvpflow.build(3, hiden_sizes=(4,)), "'hiden_sizes'; did you mean 'hidden_sizes'"),
+    (lambda flow: nvpflow.Flow(flow.spec, seeds=1), "Flow.__init__.. got .* 'seeds'; did you mean 'seed'"),
+    (lambda flow: flow.sample(5, dtype="x"), "dtype is 'x', expected float32 or float64"),
+    (lambda flow: flow.inverse(X, dtype=1.5), "dtype is 1.5, expected float32 or float64"),
     (lambda flow: nvpflow.Flow(3), r"spec must be a FlowSpec, got 3 \(int\); nvpflow.build makes a flow"),
     (lambda flow: flow.swap(flow.spec), "other must be a Flow, got FlowSpec"),
 ]
@@ -144,6 +150,58 @@ HABITS = [
 def test_arguments_of_other_libraries_are_answered(call, message) -> None:
     with pytest.raises(TypeError, match=message):
         call(new_flow())
+
+
+def test_arguments_of_modules_and_distributions_are_answered() -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    from nvpflow.torch import FlowDistribution, FlowModule, FlowTransform
+
+    module = FlowModule(new_flow())
+    x = torch.from_numpy(X)
+    for call, message in (
+        (lambda: FlowModule(new_flow(), device="cpu"), r"FlowModule.__init__\(\) got an unexpected argument 'device'"),
+        (lambda: module(x, cond=x), r"FlowModule.forward\(\) .* 'cond'; flows here have no conditions yet"),
+        (lambda: module.log_prob(value=x), "'value'; the rows are called x"),
+        (lambda: module.rsample(num_samples=3), "'num_samples'; the number of rows is called n"),
+        (lambda: module.to_flow(drop_bases=True), "'drop_bases'; did you mean 'drop_base'"),
+        (lambda: FlowDistribution(module, validate_arg=True), "'validate_arg'; did you mean 'validate_args'"),
+        (
+            lambda: FlowDistribution(module).log_prob(x=x),
+            r"FlowDistribution.log_prob\(\) got an unexpected argument 'x'",
+        ),
+        (lambda: FlowTransform(module, cache=1), "'cache'; did you mean 'cache_size'"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
+def test_arguments_of_jax_functions_are_answered() -> None:
+    pytest.importorskip("jax", minversion="0.5", reason="JAX is not installed")
+    import nvpflow.jax as nj
+
+    flow = new_flow()
+    parameters = nj.parameters(flow)
+    for call, message in (
+        (lambda: nj.log_prob(flow.spec, parameters, X, context=X), r"log_prob\(\) .* 'context'; flows here have no"),
+        (lambda: nj.sample(flow.spec, parameters, seed=1, n=3), "'seed'; randomness comes from a key of JAX, key="),
+        (lambda: nj.forward(flow.spec, params=parameters, x=X), "'params'; did you mean 'parameters'"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
+def test_arguments_of_estimators_are_answered() -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    from nvpflow.sklearn import FlowDensity, FlowOutlierDetector
+
+    for call, message in (
+        (lambda: FlowDensity(seed=1), "FlowDensity.__init__.. .* 'seed'; randomness comes from random_state="),
+        (lambda: FlowOutlierDetector(validation=0.2), "'validation'; it is called validation_fraction"),
+        (lambda: FlowDensity().fit(X, sample_weight=X[:, 0]), "'sample_weight'; rows have no weights yet"),
+        (lambda: FlowDensity().score_samples(x=X), "'x'; the rows are called X"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
 
 
 # ------------------------------------------------------------------------------------------------------ odd tables

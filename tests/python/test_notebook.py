@@ -65,6 +65,19 @@ def test_a_certificate_is_a_table_with_its_advice() -> None:
     assert cells(empty._repr_html_())[1][1] == "not measured"
 
 
+def test_a_data_report_is_a_table_of_its_findings() -> None:
+    report = nvpflow.check_data(np.hstack([ROWS, ROWS[:, :1]]), names=["a", "b", "c", HOSTILE[0]])
+    assert not report.ok
+    head, *lines = cells(report._repr_html_())
+    assert head == ["", "kind", "finding"]
+    assert lines == [[finding.severity, finding.kind, str(finding)] for finding in report.findings]
+    assert html.escape(HOSTILE[0]) in report._repr_html_()
+    assert html.escape(report._summary()) in report._repr_html_()
+    fine = nvpflow.check_data(ROWS)
+    assert cells(fine._repr_html_()) == []
+    assert "nothing found" in fine._repr_html_()
+
+
 NOTEBOOK = """
 import sys, types
 shell = types.SimpleNamespace(config={{"IPKernelApp": {{}}}})

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.distributions import constraints
 
+from nvpflow import _hints
 from nvpflow.torch.module import FlowModule
 
 
@@ -26,6 +27,7 @@ class FlowTransform(torch.distributions.Transform):
     codomain = constraints.real_vector
     bijective = True
 
+    @_hints.explained
     def __init__(self, module: FlowModule, cache_size: int = 0) -> None:
         super().__init__(cache_size=cache_size)
         self.module = module
@@ -39,6 +41,7 @@ class FlowTransform(torch.distributions.Transform):
 
     __hash__ = None  # type: ignore[assignment]
 
+    @_hints.explained
     def with_cache(self, cache_size: int = 1) -> FlowTransform:
         """Return the transform with another size of the cache."""
         return self if self._cache_size == cache_size else FlowTransform(self.module, cache_size)
@@ -77,10 +80,12 @@ class FlowDistribution(torch.distributions.Distribution):
     support = constraints.real_vector
     has_rsample = True
 
+    @_hints.explained
     def __init__(self, module: FlowModule, *, validate_args: bool | None = None) -> None:
         self.module = module
         super().__init__(torch.Size(), torch.Size([module._engine.spec.input_size]), validate_args=validate_args)
 
+    @_hints.explained
     def expand(self, batch_shape: Any, _instance: Any = None) -> FlowDistribution:
         """Return the distribution of independent rows of a batch."""
         new: Any = self._get_checked_instance(FlowDistribution, _instance)  # type: ignore[no-untyped-call]
@@ -89,11 +94,13 @@ class FlowDistribution(torch.distributions.Distribution):
         new._validate_args = self._validate_args
         return new  # type: ignore[no-any-return]
 
+    @_hints.explained
     def rsample(self, sample_shape: Any = torch.Size()) -> torch.Tensor:  # noqa: B008  (as in PyTorch)
         """Return rows [*sample_shape, *batch_shape, D], differentiable by the parameters."""
         shape = self._extended_shape(torch.Size(sample_shape))
         return self.module.rsample(shape[:-1].numel()).reshape(shape)
 
+    @_hints.explained
     def log_prob(self, value: torch.Tensor) -> torch.Tensor:
         """Return log p(value) [..., *batch_shape], nats."""
         if self._validate_args and value.numel() > 0:  # PyTorch's check of vectors fails on none

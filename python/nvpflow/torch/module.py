@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch.autograd import forward_ad
 
-from nvpflow import _checks, _data
+from nvpflow import _checks, _data, _hints
 from nvpflow.flow import Flow
 from nvpflow.torch._autograd import call, is_plain, refuse_tangents
 from nvpflow.torch._engine import DTYPES, Engine, are_shared
@@ -76,6 +76,7 @@ class FlowModule(torch.nn.Module):
     _looks_at_scale = False  # the next batch is to be looked at; False for what was pickled without it
     _has_own_base = False  # a FlowTransform goes through the module, from a base that is not in it
 
+    @_hints.explained
     def __init__(self, flow: Flow) -> None:
         super().__init__()
         if not isinstance(flow, Flow):
@@ -98,12 +99,14 @@ class FlowModule(torch.nn.Module):
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
+    @_hints.explained
     def forward(self, x: torch.Tensor, context: None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return z [..., D] and log|det dz/dx| [...], nats: data to latent."""
         _no_context(context)
         z, log_det = self._call("forward", "x", x)
         return z.reshape(x.shape), log_det.reshape(x.shape[:-1])
 
+    @_hints.explained
     def inverse(self, z: torch.Tensor, context: None = None, *, with_log_det: bool = False) -> Any:
         """Return x [..., D], latent to data; with `with_log_det`, (x, log|det dx/dz| [...], nats)."""
         _no_context(context)
@@ -111,12 +114,14 @@ class FlowModule(torch.nn.Module):
         x = x.reshape(z.shape)
         return (x, log_det.reshape(z.shape[:-1])) if with_log_det else x
 
+    @_hints.explained
     def log_prob(self, x: torch.Tensor, context: None = None) -> torch.Tensor:
         """Return log p(x) [...], nats."""
         _no_context(context)
         result: torch.Tensor = self._call("log_prob", "x", x)
         return result.reshape(x.shape[:-1])
 
+    @_hints.explained
     def sample(self, n: int, context: None = None, *, seed: int | None = None) -> torch.Tensor:
         """Return n rows [n, D] without a gradient.
 
@@ -131,11 +136,13 @@ class FlowModule(torch.nn.Module):
         with torch.no_grad():
             return self.rsample(n, context, seed=seed)
 
+    @_hints.explained
     def rsample(self, n: int, context: None = None, *, seed: int | None = None) -> torch.Tensor:
         """Return the rows of `sample`, differentiable by the parameters: the inverse of noise that has none."""
         _no_context(context)
         return self.inverse(self._noise(_count(n), _seed(seed)))  # type: ignore[no-any-return]
 
+    @_hints.explained
     def sample_and_log_prob(
         self, n: int, context: None = None, *, seed: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,6 +164,7 @@ class FlowModule(torch.nn.Module):
     def num_threads(self, value: int) -> None:
         self._engine.num_threads = value
 
+    @_hints.explained
     def to_flow(self, *, drop_base: bool = False) -> Flow:
         """Return an `nvpflow.Flow` with a copy of the parameters, on their device: to save, to fit, to call fast.
 
@@ -181,6 +189,7 @@ class FlowModule(torch.nn.Module):
         with self._engine.using(self._tensors()) as flow:
             return flow.to(flow.device, flow.precision)
 
+    @_hints.explained
     def initialize_from(
         self, x: torch.Tensor, *, standardize: Literal["auto", "mean", "robust"] | None = None
     ) -> dict[str, str]:
@@ -200,6 +209,7 @@ class FlowModule(torch.nn.Module):
         self._looks_at_scale = False
         return how
 
+    @_hints.explained
     def reset_parameters(self, *, seed: int | None = None, init: str = "fan_in") -> None:
         """Draw kernels and biases anew; what a standardize layer was set to stays.
 
