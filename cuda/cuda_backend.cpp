@@ -2,7 +2,6 @@
 // launches. Host code only: the host's compiler builds it, with the host's warnings.
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <map>
@@ -22,6 +21,7 @@
 #include "../cpp/src/float_mode.hpp"
 #include "../cpp/src/left_right.hpp"
 #include "../cpp/src/parallel.hpp"
+#include "../cpp/src/training.hpp"
 #include "cuda_training.hpp"
 #include "device_flow.hpp"
 #include "kernels.cuh"
@@ -257,48 +257,9 @@ class CudaBackend final : public Backend {
     return lane->read_sum();
   }
 
-  void adam_step(const AdamStep& step, std::int64_t count, const void* gradient, void* first_moment,
-                 void* second_moment, void* parameters, int) const override {
-    const FloatMode mode;
-    const OnDevice on(flow_->index());
-    const Lanes::Loan lane(lanes_);
-    const std::int64_t bytes = count * static_cast<std::int64_t>(sizeof(T)), stride = round_up(bytes, 256);
-    auto* memory = static_cast<unsigned char*>(lane->result(4 * stride));
-    void* const arrays[] = {parameters, first_moment, second_moment};
-    for (std::int64_t i = 0; i < 3; ++i) lane->send(memory + i * stride, arrays[i], bytes);
-    lane->send(memory + 3 * stride, gradient, bytes);
-    AdamCall<T> call;
-    const auto t = static_cast<double>(step.step);
-    call.coefficients = {step.beta1,
-                         step.beta2,
-                         step.epsilon,
-                         step.gradient_factor,
-                         step.learning_rate / (1 - std::pow(step.beta1, t)),
-                         1 / std::sqrt(1 - std::pow(step.beta2, t)),
-                         step.learning_rate * step.weight_decay};
-    call.count = count;
-    const auto at = [&](std::int64_t i) { return static_cast<T*>(static_cast<void*>(memory + i * stride)); };
-    call.parameters = at(0), call.first_moment = at(1), call.second_moment = at(2), call.gradient = at(3);
-    launch_on(lane->stream(), "updating parameters", [call, s = lane->stream()] { return launch_adam(call, s); });
-    for (std::int64_t i = 0; i < 3; ++i) lane->receive(arrays[i], memory + i * stride, bytes);
-  }
-
-  double sum_of_squares(const void* values, std::int64_t count, int) const override {
-    const OnDevice on(flow_->index());
-    const Lanes::Loan lane(lanes_);
-    const std::int64_t bytes = count * static_cast<std::int64_t>(sizeof(T));
-    T* copy = static_cast<T*>(lane->result(bytes));
-    lane->send(copy, values, bytes);
-    void* workspace = lane->workspace(sum_workspace_bytes(count));
-    launch_on(lane->stream(), "adding up squares", [copy, count, sum = lane->sum(), workspace, s = lane->stream()] {
-      return launch_sum_of_squares<T>(copy, count, false, sum, workspace, s);
-    });
-    return lane->read_sum();
-  }
-
-  std::unique_ptr<Training> begin_training(const TrainingData& data, const void* parameters, std::int64_t batch,
-                                           int) const override {
-    return make_training<T>(flow_, data, parameters, batch);
+  std::unique_ptr<Training> begin_training(const TrainingData& data, const void* parameters, std::int64_t slice_rows,
+                                           const Execution&) const override {
+    return make_training<T>(flow_, data, parameters, slice_rows);
   }
 
  private:

@@ -1,18 +1,17 @@
 #include "cuda_training.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
 #include <utility>
 #include <vector>
 
-#include <nvpflow/backend.hpp>
 #include <nvpflow/error.hpp>
 #include <nvpflow/spec.hpp>
 
 #include "../cpp/src/row_order.hpp"
+#include "../cpp/src/training.hpp"
 #include "device_flow.hpp"
 #include "kernels.cuh"
 #include "runtime.hpp"
@@ -29,8 +28,8 @@ template <class T>
 class CudaTraining final : public Training {
  public:
   CudaTraining(std::shared_ptr<const DeviceFlow<T>> flow, const TrainingData& data, const void* parameters,
-               std::int64_t batch)
-      : flow_(std::move(flow)), slice_rows_(batch), packed_(flow_->layers()) {
+               std::int64_t slice_rows)
+      : flow_(std::move(flow)), slice_rows_(slice_rows), packed_(flow_->layers()) {
     const std::int64_t size = flow_->parameter_bytes();
     upload(x_, data.x, data.rows * flow_->row_bytes(), "the training rows", stream_);
     upload(validation_, data.validation, data.validation_rows * flow_->row_bytes(), "the validation rows", stream_);
@@ -88,14 +87,7 @@ class CudaTraining final : public Training {
       return launch_judge(state, sums(), slices, rows, number, stream_);
     });
     AdamCall<T> call;
-    const auto t = static_cast<double>(step.step);
-    call.coefficients = {step.beta1,
-                         step.beta2,
-                         step.epsilon,
-                         step.gradient_factor,
-                         step.learning_rate / (1 - std::pow(step.beta1, t)),
-                         1 / std::sqrt(1 - std::pow(step.beta2, t)),
-                         step.learning_rate * step.weight_decay};
+    call.coefficients = coefficients(step);
     call.norm_squared = &state->norm_squared;
     call.clip_norm = clip_norm;
     call.updates = static_cast<const Update*>(updates_.data());
@@ -134,7 +126,8 @@ class CudaTraining final : public Training {
   }
 
   std::int64_t steps_per_report() const override {
-    const double flops = 6 * flow_->layout().multiply_adds_per_row();
+    // Forward and back.
+    const double flops = 3 * 2 * flow_->layout().multiply_adds_per_row();
     const double steps = kReportFlops / std::max(1.0, flops * static_cast<double>(slice_rows_));
     return std::clamp<std::int64_t>(static_cast<std::int64_t>(steps), 1, kMaxQueuedSteps);
   }
@@ -233,9 +226,9 @@ class CudaTraining final : public Training {
 
 template <class T>
 std::unique_ptr<Training> make_training(std::shared_ptr<const DeviceFlow<T>> flow, const TrainingData& data,
-                                        const void* parameters, std::int64_t batch) {
+                                        const void* parameters, std::int64_t slice_rows) {
   const OnDevice on(flow->index());
-  return std::make_unique<CudaTraining<T>>(std::move(flow), data, parameters, batch);
+  return std::make_unique<CudaTraining<T>>(std::move(flow), data, parameters, slice_rows);
 }
 
 template std::unique_ptr<Training> make_training(std::shared_ptr<const DeviceFlow<float>>, const TrainingData&,

@@ -3,14 +3,13 @@
 
 #include <memory>
 
-#include <nvpflow/backend.hpp>
-
+#include "../cpp/src/training.hpp"
 #include "device_flow.hpp"
 
 namespace nvpflow::cuda {
 
 template <class T>
 std::unique_ptr<Training> make_training(std::shared_ptr<const DeviceFlow<T>> flow, const TrainingData& data,
-                                        const void* parameters, std::int64_t batch);
+                                        const void* parameters, std::int64_t slice_rows);
 
 }  // namespace nvpflow::cuda

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "../cpp/src/adam.hpp"
 #include "../cpp/src/program.hpp"
 
 struct CUstream_st;
@@ -128,8 +129,7 @@ struct Device {
 /// Sets the attributes of all kernels on the current device; once per device, before the first launch.
 Status prepare_kernels(const Device& device);
 
-// ---- transform, log_prob, sample, conditioner
-// ------------------------------------------------------------------------
+// ---- transform, log_prob, sample, conditioner ----------------------------------------------------------------------
 
 /// Rows [0, rows) of one call. Any of out, log_det, log_prob may be null.
 template <class T>
@@ -265,16 +265,7 @@ template <class T>
 Status launch_gradient(const GradientPlan& plan, const Program<T>& program, const GradientTask* tasks,
                        const GradientCall<T>& call, void* workspace, Stream stream);
 
-// ---- Adam
-// ------------------------------------------------------------------------------------------------------------
-
-/// What an Adam update needs besides the arrays.
-struct AdamCoefficients {
-  double beta1 = 0, beta2 = 0, epsilon = 0, gradient_factor = 1;
-  double step_size = 0;        // learning_rate / (1 - beta1^t)
-  double root_correction = 0;  // 1 / sqrt(1 - beta2^t)
-  double decay = 0;            // learning_rate * weight_decay
-};
+// ---- Adam ---------------------------------------------------------------------------------------------------------
 
 /// What an update does to one parameter.
 enum class Update : std::uint8_t { none, plain, decayed };

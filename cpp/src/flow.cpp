@@ -419,14 +419,16 @@ template <class T>
 void Flow::forward(std::span<const T> x, std::span<T> z, std::span<T> log_det) const {
   const std::int64_t rows = state_->check_rows(Named{"x", x});
   check_transform(rows, Named{"x", x}, Named{"z", z}, Named{"log_det", log_det});
-  backend().transform(Direction::forward, x.data(), rows, z.data(), data_or_null(log_det), state_->threads_for(rows));
+  backend().transform(Direction::forward, x.data(), rows, z.data(), data_or_null(log_det),
+                      Execution(state_->threads_for(rows)));
 }
 
 template <class T>
 void Flow::inverse(std::span<const T> z, std::span<T> x, std::span<T> log_det) const {
   const std::int64_t rows = state_->check_rows(Named{"z", z});
   check_transform(rows, Named{"z", z}, Named{"x", x}, Named{"log_det", log_det});
-  backend().transform(Direction::inverse, z.data(), rows, x.data(), data_or_null(log_det), state_->threads_for(rows));
+  backend().transform(Direction::inverse, z.data(), rows, x.data(), data_or_null(log_det),
+                      Execution(state_->threads_for(rows)));
 }
 
 void Flow::forward(std::span<const double> x, std::span<float> z, std::span<float> log_det) const {
@@ -496,7 +498,7 @@ void Flow::log_prob(std::span<const T> x, std::span<T> out) const {
   const std::int64_t rows = state_->check_rows(Named{"x", x});
   check_length(Named{"out", out}, rows, "[B]");
   refuse_overlap(Named{"out", out}, Named{"x", x});
-  backend().log_prob(x.data(), rows, out.data(), state_->threads_for(rows));
+  backend().log_prob(x.data(), rows, out.data(), Execution(state_->threads_for(rows)));
 }
 
 void Flow::log_prob(std::span<const double> x, std::span<float> out) const {
@@ -528,7 +530,8 @@ double Flow::nll_gradient(std::span<const T> x, std::span<T> gradient) const {
   if (rows == 0) fail("x has no rows: the mean over an empty batch is not defined");
   check_length(Named{"gradient", gradient}, num_parameters(), "the flat buffer of ParamLayout");
   refuse_overlap(Named{"gradient", gradient}, Named{"x", x});
-  const double sum = backend().nll_gradient(x.data(), nullptr, rows, rows, gradient.data(), false, state_->threads());
+  const double sum =
+      backend().nll_gradient(x.data(), nullptr, rows, rows, gradient.data(), false, Execution(state_->threads()));
   return -sum / static_cast<double>(rows);
 }
 
@@ -571,7 +574,7 @@ void Flow::vjp(Direction direction, std::span<const T> in, std::span<const T> gr
   check_vjp(rows, num_parameters(), Named{"in", in}, Named{"grad_out", grad_out}, Named{"grad_log_det", grad_log_det},
             Named{"grad_in", grad_in}, Named{"grad_parameters", grad_parameters});
   backend().vjp(direction, in.data(), rows, data_or_null(grad_out), data_or_null(grad_log_det), data_or_null(grad_in),
-                data_or_null(grad_parameters), accumulate, state_->threads());
+                data_or_null(grad_parameters), accumulate, Execution(state_->threads()));
 }
 
 void Flow::vjp(std::span<const double> x, std::span<const float> grad_out, std::span<const float> grad_log_det,
@@ -601,7 +604,7 @@ void Flow::conditioner(std::int64_t layer, std::span<const T> in, std::span<T> s
   refuse_overlap(out_s, input);
   refuse_overlap(out_t, input);
   refuse_overlap(out_s, out_t);
-  backend().conditioner(layer, in.data(), rows, s.data(), t.data(), state_->threads());
+  backend().conditioner(layer, in.data(), rows, s.data(), t.data(), Execution(state_->threads()));
 }
 
 #define NVPFLOW_INSTANTIATE(T)                                                                                 \

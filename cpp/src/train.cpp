@@ -34,6 +34,7 @@
 #include "parallel.hpp"
 #include "row_order.hpp"
 #include "statistics.hpp"
+#include "training.hpp"
 #include "wide_rows.hpp"
 
 namespace nvpflow {
@@ -200,9 +201,10 @@ class Trainer {
         threads_(options.num_threads > 0  ? options.num_threads
                  : flow.num_threads() > 0 ? flow.num_threads()
                                           : available_threads()) {
+    // Forward and back.
+    const double per_row = 3 * 2 * flow.layout().multiply_adds_per_row();
     const double most = kSliceFlops * sizeof(float) / sizeof(T);
-    slice_ = std::clamp<std::int64_t>(static_cast<std::int64_t>(most / (6 * flow.layout().multiply_adds_per_row())), 64,
-                                      1 << 16);
+    slice_ = std::clamp<std::int64_t>(static_cast<std::int64_t>(most / per_row), 64, 1 << 16);
     count_rows();
     history_.best_loss = std::numeric_limits<double>::infinity();
   }
@@ -237,7 +239,7 @@ class Trainer {
     const TrainingData data = {x_.data(), total_rows(), validation_.data(), validation_rows()};
     std::vector<T> start = best_;
     if (standardized_.on) std::fill_n(start.begin(), 2 * features_, T(0));
-    training_ = flow_.backend().begin_training(data, start.data(), std::min(slice_, batch_), threads_);
+    training_ = flow_.backend().begin_training(data, start.data(), std::min(slice_, batch_), Execution(threads_));
     if (options_.max_round_trip == 0) return;
     probe_.emplace(flow_);
     probe_->set_num_threads(threads_);

@@ -24,6 +24,7 @@
 #include "../../cuda/gradient.cu"
 #include "lower.hpp"
 #include "oracle.hpp"
+#include "training.hpp"
 
 namespace {
 
@@ -693,7 +694,7 @@ TEST_CASE_TEMPLATE("noise is the CPU's to 2 ulp, and a sample is its inverse", T
       const GuardedArray<T> z(static_cast<std::size_t>(rows * width));
       REQUIRE(cuda::launch_noise(width, 7, first, rows, z.data(), {}) == 0);
       std::vector<T> expected(z.size());
-      reference.backend().noise(7, first, rows, expected.data(), 1);
+      reference.backend().noise(7, first, rows, expected.data(), Execution(1));
       std::int64_t wrong = 0;
       for (std::size_t i = 0; i < z.size(); ++i) {
         const T ulp = std::nextafter(std::fabs(expected[i]), std::numeric_limits<T>::max()) - std::fabs(expected[i]);
@@ -734,11 +735,24 @@ TEST_CASE_TEMPLATE("sums are exact to float64 and do not depend on the threads' 
   }
 }
 
-TEST_CASE_TEMPLATE("Adam is the CPU's, clips by a norm in memory, and leaves alone what it is told to", T, float,
+/// Kingma and Ba's formulas with Loshchilov and Hutter's decay, as they are written.
+template <class T>
+void adam_oracle(const AdamStep& step, const std::vector<T>& gradient, std::vector<double>& m, std::vector<double>& v,
+                 std::vector<double>& p) {
+  const auto t = static_cast<double>(step.step);
+  for (std::size_t i = 0; i < p.size(); ++i) {
+    const double g = static_cast<double>(gradient[i]) * step.gradient_factor;
+    m[i] = step.beta1 * m[i] + (1 - step.beta1) * g;
+    v[i] = step.beta2 * v[i] + (1 - step.beta2) * g * g;
+    const double mean = m[i] / (1 - std::pow(step.beta1, t)), square = v[i] / (1 - std::pow(step.beta2, t));
+    p[i] -= step.learning_rate * (mean / (std::sqrt(square) + step.epsilon) + step.weight_decay * p[i]);
+  }
+}
+
+TEST_CASE_TEMPLATE("Adam is the formula, clips by a norm in memory, and leaves alone what it is told to", T, float,
                    double) {
   const std::int64_t count = 1001;
   const auto n = static_cast<std::size_t>(count);
-  Flow reference(spec_of<T>({2, 1, {}}));
   const std::vector<T> gradient = random_values<T>(count, 1), moment = random_values<T>(count, 2),
                        parameters = random_values<T>(count, 3);
   std::vector<T> second = random_values<T>(count, 4);
@@ -750,8 +764,9 @@ TEST_CASE_TEMPLATE("Adam is the CPU's, clips by a norm in memory, and leaves alo
     double norm = 0;
     for (const T g : gradient) norm += static_cast<double>(g) * static_cast<double>(g);
     if (clip > 0) step.gradient_factor = clip / std::sqrt(norm);
-    std::vector<T> m = moment, v = second, p = parameters;
-    reference.backend().adam_step(step, count, gradient.data(), m.data(), v.data(), p.data(), 1);
+    std::vector<double> m(moment.begin(), moment.end()), v(second.begin(), second.end()),
+        p(parameters.begin(), parameters.end());
+    adam_oracle(step, gradient, m, v, p);
 
     std::vector<cuda::Update> updates(n, cuda::Update::decayed);
     updates[5] = cuda::Update::none;
@@ -759,13 +774,9 @@ TEST_CASE_TEMPLATE("Adam is the CPU's, clips by a norm in memory, and leaves alo
     const GuardedArray<cuda::Update> which(updates);
     const GuardedArray<double> norm_squared(std::vector<double>{norm, 0});
     cuda::AdamCall<T> call;
-    call.coefficients = {step.beta1,
-                         step.beta2,
-                         step.epsilon,
-                         1,
-                         step.learning_rate / (1 - std::pow(step.beta1, 3)),
-                         1 / std::sqrt(1 - std::pow(step.beta2, 3)),
-                         step.learning_rate * step.weight_decay};
+    AdamStep unclipped = step;
+    unclipped.gradient_factor = 1;
+    call.coefficients = coefficients(unclipped);
     call.norm_squared = norm_squared.data();
     call.clip_norm = clip;
     call.updates = which.data();

@@ -16,17 +16,6 @@ namespace nvpflow {
 /// data -> latent, latent -> data.
 enum class Direction { forward, inverse };
 
-/// Adam with decoupled weight decay (Kingma and Ba 2015; Loshchilov and Hutter 2019).
-struct AdamStep {
-  double learning_rate = 1e-3;   ///< the schedule's, at this step
-  double beta1 = 0.9;            ///< decay of the first moment
-  double beta2 = 0.999;          ///< decay of the second moment
-  double epsilon = 1e-8;         ///< added to the root of the second moment
-  double weight_decay = 0.0;     ///< share of each kernel that is taken off, times learning_rate
-  std::int64_t step = 1;         ///< 1 for the first update: bias correction
-  double gradient_factor = 1.0;  ///< multiplies every gradient first (norm clipping)
-};
-
 /// How a call runs and where its arrays are.
 struct Execution {
   /// Of the host: the CPU backend's work, or a device's copies from and to arrays of the host.
@@ -44,7 +33,7 @@ struct Execution {
   bool float64_rows = false;
 
   /// Arrays of the host.
-  Execution(int host_threads) : threads(host_threads) {}  // NOLINT(misc-explicit-constructor): a number is one
+  explicit Execution(int host_threads) : threads(host_threads) {}
   /// Arrays of the device, on a cudaStream_t.
   static Execution on_stream(void* s) {
     Execution how(1);
@@ -54,58 +43,8 @@ struct Execution {
   }
 };
 
-struct RowOrder;
-
-/// Rows of a training run, in the host's memory; they outlive it.
-struct TrainingData {
-  const void* x = nullptr;           ///< [rows, D]
-  std::int64_t rows = 0;             ///< of x
-  const void* validation = nullptr;  ///< null: none of its own
-  std::int64_t validation_rows = 0;  ///< of validation
-};
-
-/// What the work since the last report came to.
-struct TrainingReport {
-  double sum_log_prob = 0;    ///< over all rows since then, float64
-  double gradient_norm = 0;   ///< of the last update, before clipping
-  std::int64_t bad_step = 0;  ///< AdamStep::step of the first update that was refused; 0: none
-  bool bad_loss = false;      ///< because of its loss, else of its gradient's norm
-  double bad_value = 0;       ///< what that was: NaN or infinite
-};
-
-/// The optimiser's side of a training run: its data, parameters, gradient and moments, kept where the backend wants
-/// them, and packed parameters of its own, so that calls on the flow meanwhile see the old ones. One thread at a time.
-class NVPFLOW_API Training {
- public:
-  virtual ~Training() = default;
-
-  /// Forms the gradient of -(1 / total_rows) times the sum of log p over rows order(first), ...,
-  /// order(first + count - 1) of x; with `accumulate` adds to the one before: a batch may come in slices.
-  virtual void gradient(const RowOrder& order, std::int64_t first, std::int64_t count, std::int64_t total_rows,
-                        bool accumulate) = 0;
-  /// One Adam update of kernels and biases by that gradient, scaled down to clip_norm where it is longer (0: never);
-  /// weight_decay acts on kernels alone. Where the batch's loss or the gradient's norm is not finite it is refused, as
-  /// is every later one.
-  virtual void update(const AdamStep& step, double clip_norm) = 0;
-  /// Adds log p of rows of x, or of the validation rows, to the report's sum.
-  virtual void add_log_prob(bool validation, const RowOrder& order, std::int64_t first, std::int64_t count) = 0;
-
-  /// Waits for all of the above.
-  virtual TrainingReport report() = 0;
-  /// Updates worth queueing between two reports; 1: work is done when its call returns, a report costs nothing.
-  virtual std::int64_t steps_per_report() const = 0;
-
-  /// Flat arrays in the host's memory, valid until the next call. Changes of them count after write().
-  struct Arrays {
-    void* parameters;     ///< [ParamLayout::size()]
-    void* first_moment;   ///< the same; of no meaning where moments were not asked for
-    void* second_moment;  ///< the same
-  };
-  /// The parameters, with `moments` also what Adam remembers.
-  virtual Arrays read(bool moments) = 0;
-  /// Takes over what was changed in the arrays of the last read().
-  virtual void write() = 0;
-};
+class Training;
+struct TrainingData;
 
 /// What a device can do with a whole flow. Made by make_cpu_backend and make_cuda_backend, used by Flow and bindings.
 class NVPFLOW_API Backend {
@@ -150,19 +89,14 @@ class NVPFLOW_API Backend {
   virtual double sum_log_prob(const void* x, const std::int64_t* index, std::int64_t rows,
                               const Execution& how) const = 0;
 
-  /// One Adam update of `count` elements; all arrays of the flow's dtype. threads: of the host.
-  virtual void adam_step(const AdamStep& step, std::int64_t count, const void* gradient, void* first_moment,
-                         void* second_moment, void* parameters, int threads) const = 0;
-  /// Sum of squares in float64, in a fixed order. threads: of the host.
-  virtual double sum_of_squares(const void* values, std::int64_t count, int threads) const = 0;
-
   /// Makes the calling thread's working memory for every const call of any number of rows but those that form
   /// gradients, so that they allocate nothing from then on. Backends whose calls allocate all the same do nothing.
   virtual void prepare() const {}
 
-  /// A training run that starts from the flat `parameters`.
-  virtual std::unique_ptr<Training> begin_training(const TrainingData& data, const void* parameters, std::int64_t batch,
-                                                   int threads) const = 0;
+  /// A training run that starts from the flat `parameters`, on slices of a batch of at most `slice_rows` (more is
+  /// possible, at the cost of new memory).
+  virtual std::unique_ptr<Training> begin_training(const TrainingData& data, const void* parameters,
+                                                   std::int64_t slice_rows, const Execution& how) const = 0;
 };
 
 /// The CPU backend, on the instruction set that isa.cpp chose. Throws Error(unavailable) where NVPFLOW_ISA names an

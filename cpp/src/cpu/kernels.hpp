@@ -6,6 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "../adam.hpp"
 #include "../program.hpp"
 
 namespace nvpflow::cpu {
@@ -116,14 +117,6 @@ template <class T>
 struct TileTapes {
   const T* first;
   int64_t stride, rows, count;
-};
-
-/// What an Adam update needs besides the arrays, in the arithmetic of the arrays.
-struct AdamCoefficients {
-  double beta1, beta2, epsilon, gradient_factor;
-  double step_size;        // learning_rate / (1 - beta1^t)
-  double root_correction;  // 1 / sqrt(1 - beta2^t)
-  double decay;            // learning_rate * weight_decay
 };
 
 template <class T>

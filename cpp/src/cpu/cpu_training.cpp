@@ -1,0 +1,160 @@
+#include "cpu_training.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include <nvpflow/device.hpp>
+#include <nvpflow/spec.hpp>
+
+#include "../memory.hpp"
+#include "../parallel.hpp"
+#include "../row_order.hpp"
+#include "../training.hpp"
+#include "cpu_flow.hpp"
+#include "kernels.hpp"
+#include "packed.hpp"
+
+namespace nvpflow::cpu {
+namespace {
+
+/// Parameters that one thread updates at a time.
+constexpr std::int64_t kUpdateSize = 1 << 14;
+/// Places of an order that are worth a thread of their own: some 100 us.
+constexpr std::int64_t kPlaces = 4096;
+
+template <class T>
+class CpuTraining final : public Training {
+ public:
+  CpuTraining(const FlowSpec& spec, const ParamLayout& layout, const TrainingData& data, const void* parameters,
+              int threads)
+      : layout_(layout),
+        kernels_(chosen_kernels<T>()),
+        // In full also where the flow's own weights are rounded: small steps would be lost.
+        packed_(spec, layout, kernels_, Weights::full),
+        flow_(spec, layout, kernels_, packed_.program()),
+        data_(data),
+        threads_(threads) {
+    const auto size = static_cast<std::size_t>(layout.size());
+    const T* begin = static_cast<const T*>(parameters);
+    parameters_.assign(begin, begin + size);
+    gradient_.resize(size);
+    first_moment_.resize(size);
+    second_moment_.resize(size);
+    write();
+  }
+
+  void gradient(const RowOrder& order, std::int64_t first, std::int64_t count, std::int64_t total_rows,
+                bool accumulate) override {
+    if (!accumulate) batch_sum_ = 0, batch_rows_ = total_rows;
+    fill_index(order, first, count);
+    GradientCall<T> call;
+    call.in = static_cast<const T*>(data_.x);
+    call.index = index_.data();
+    call.nll = true;
+    call.nll_factor = static_cast<T>(1.0 / static_cast<double>(total_rows));
+    batch_sum_ += flow_.gradient(packed_.program(), call, count, gradient_.data(), accumulate, threads_);
+  }
+
+  void update(const AdamStep& step, double clip_norm) override {
+    if (report_.bad_step != 0) return;
+    const double loss = -batch_sum_ / static_cast<double>(batch_rows_);
+    if (!std::isfinite(loss)) return refuse(step, true, loss);
+    double square = 0;
+    for (const TensorInfo& t : layout_.tensors()) {
+      if (t.trained) square += sum_of_squares(gradient_.data() + t.offset, t.size);
+    }
+    report_.gradient_norm = std::sqrt(square);
+    if (!std::isfinite(report_.gradient_norm)) return refuse(step, false, report_.gradient_norm);
+    report_.sum_log_prob += batch_sum_;
+    AdamStep adam = step;
+    if (clip_norm > 0 && report_.gradient_norm > clip_norm) adam.gradient_factor = clip_norm / report_.gradient_norm;
+    for (const TensorInfo& t : layout_.tensors()) {
+      if (!t.trained) continue;
+      adam.weight_decay = t.decayed ? step.weight_decay : 0.0;
+      update(t, coefficients(adam));
+    }
+    write();
+  }
+
+  void add_log_prob(bool validation, const RowOrder& order, std::int64_t first, std::int64_t count) override {
+    fill_index(order, first, count);
+    report_.sum_log_prob +=
+        flow_.sum_log_prob(count, 0, threads_, [&](std::int64_t begin, std::int64_t end, T* log_prob, T* scratch) {
+          TransformCall<T> call;
+          call.in = static_cast<const T*>(validation ? data_.validation : data_.x);
+          call.index = index_.data() + begin;
+          call.log_prob = log_prob;
+          kernels_.transform(packed_.program(), call, 0, end - begin, scratch);
+        });
+  }
+
+  TrainingReport report() override {
+    const TrainingReport done = report_;
+    report_.sum_log_prob = 0;
+    return done;
+  }
+  std::int64_t steps_per_report() const override { return 1; }
+
+  Arrays read(bool) override { return {parameters_.data(), first_moment_.data(), second_moment_.data()}; }
+  void write() override { packed_.pack(parameters_.data(), true, threads_); }
+
+ private:
+  void fill_index(const RowOrder& order, std::int64_t first, std::int64_t count) {
+    index_.resize(std::max(index_.size(), static_cast<std::size_t>(count)));
+    parallel_for(count, kPlaces, threads_, [&](std::int64_t begin, std::int64_t end) {
+      std::int64_t* index = index_.data() + begin;
+      order.each(first + begin, end - begin, [=](std::int64_t i, std::int64_t row) { index[i] = row; });
+    });
+  }
+
+  /// In float64, in a fixed order.
+  double sum_of_squares(const T* values, std::int64_t count) const {
+    return sum_of_parts<kUpdateSize>(count, threads_, [&](std::int64_t begin, std::int64_t end) {
+      return kernels_.sum_of_squares(values + begin, end - begin);
+    });
+  }
+
+  void update(const TensorInfo& t, const AdamCoefficients& adam) {
+    parallel_for(t.size, kUpdateSize, threads_, [&](std::int64_t begin, std::int64_t end) {
+      const std::int64_t at = t.offset + begin;
+      kernels_.adam(adam, end - begin, gradient_.data() + at, first_moment_.data() + at, second_moment_.data() + at,
+                    parameters_.data() + at);
+    });
+  }
+
+  void refuse(const AdamStep& step, bool loss, double value) {
+    report_.bad_step = step.step;
+    report_.bad_loss = loss;
+    report_.bad_value = value;
+  }
+
+  const ParamLayout layout_;
+  const Kernels<T>& kernels_;
+  Packed<T> packed_;
+  const CpuFlow<T> flow_;
+  TrainingData data_;
+  int threads_;
+  AlignedVector<T> parameters_, gradient_, first_moment_, second_moment_;
+  std::vector<std::int64_t> index_;
+  double batch_sum_ = 0;
+  std::int64_t batch_rows_ = 1;
+  TrainingReport report_;
+};
+
+}  // namespace
+
+template <class T>
+std::unique_ptr<Training> make_training(const FlowSpec& spec, const ParamLayout& layout, const TrainingData& data,
+                                        const void* parameters, int threads) {
+  return std::make_unique<CpuTraining<T>>(spec, layout, data, parameters, threads);
+}
+
+template std::unique_ptr<Training> make_training<float>(const FlowSpec&, const ParamLayout&, const TrainingData&,
+                                                        const void*, int);
+template std::unique_ptr<Training> make_training<double>(const FlowSpec&, const ParamLayout&, const TrainingData&,
+                                                         const void*, int);
+
+}  // namespace nvpflow::cpu
