@@ -24,7 +24,11 @@ namespace {
 using nlohmann::json;
 
 constexpr const char* kTrainingKey = "nvpflow.training";
-constexpr std::int64_t kRecordFields = 7;
+constexpr std::int64_t kRecordFields = [] {
+  std::int64_t count = 0;
+  EpochRecord::fields([&](const char*, auto) { ++count; });
+  return count;
+}();
 
 std::string hex(std::uint64_t value) {
   constexpr char kDigits[] = "0123456789abcdef";
@@ -33,26 +37,25 @@ std::string hex(std::uint64_t value) {
   return text;
 }
 
+template <class V>
+json as_json(const V& value) {
+  return value;
+}
+json as_json(const std::optional<double>& value) { return value.value_or(0); }
+json as_json(Schedule schedule) { return name_of(schedule); }
+json as_json(Statistics statistics) { return name_of(statistics); }
+
 /// Everything that decides what the next step does, by the names users know.
 json describe(const CheckpointKey& key) {
   const FitOptions& o = key.options;
   json text = {{"flow", json::parse(spec_to_json(key.spec))},
                {"x", std::to_string(key.rows) + " rows with fingerprint " + hex(key.data)},
-               {"validation rows", key.validation_rows},
-               {"batch_size", o.batch_size},
-               {"learning_rate", o.learning_rate},
-               {"schedule", o.schedule == Schedule::cosine ? "cosine" : "constant"},
-               {"weight_decay", o.weight_decay.value_or(0)},
-               {"clip_norm", o.clip_norm},
-               {"patience", o.patience},
-               {"validation", o.validation_fraction},
-               {"max_round_trip", o.max_round_trip},
-               {"standardize", name_of(o.standardize)},
-               {"max_deviation", o.max_deviation},
-               {"seed", o.seed}};
-  if (o.averaging > 0) text["averaging"] = o.averaging;
+               {"validation rows", key.validation_rows}};
+  FitOptions::fields([&](const char* name, auto member, const OptionRange*) { text[name] = as_json(o.*member); });
+  for (const char* name : {"num_threads", "checkpoint"}) text.erase(name);  // decide nothing
+  if (o.averaging == 0) text.erase("averaging");                            // as checkpoints were before there was one
   // The cosine's length is part of the schedule; a constant rate may go on for longer.
-  if (o.schedule == Schedule::cosine) text["epochs"] = o.epochs;
+  if (o.schedule == Schedule::constant) text.erase("epochs");
   return text;
 }
 
@@ -117,6 +120,11 @@ void check_key(const std::string& path, const json& came, const json& expected) 
   for (const auto& [name, value] : expected.items()) check(name, value);
 }
 
+template <class N>
+void assign(N& to, double value) {
+  to = static_cast<N>(value);
+}
+
 std::vector<EpochRecord> records_of(const std::string& path, const TensorFile& file) {
   const FileTensor& tensor = find(path, file, "history", DType::float64, -1);
   if (tensor.shape.size() != 2 || tensor.shape[1] != kRecordFields) damaged(path, "tensor history has another shape");
@@ -125,7 +133,10 @@ std::vector<EpochRecord> records_of(const std::string& path, const TensorFile& f
     double r[kRecordFields];
     std::memcpy(r, static_cast<const unsigned char*>(tensor.data) + static_cast<std::size_t>(i) * sizeof r, sizeof r);
     if (r[0] != static_cast<double>(i + 1)) damaged(path, "the epochs of its history do not count from 1");
-    records.push_back({i + 1, r[1], r[2], r[3], r[4], r[5], r[6]});
+    EpochRecord record;
+    const double* value = r;
+    EpochRecord::fields([&](const char*, auto member) { assign(record.*member, *value++); });
+    records.push_back(record);
   }
   return records;
 }
@@ -219,8 +230,7 @@ void save_checkpoint(const std::string& path, const CheckpointKey& key, const Hi
                      const CheckpointArrays& arrays) {
   std::vector<double> records;
   for (const EpochRecord& r : history.epochs) {
-    records.insert(records.end(), {static_cast<double>(r.epoch), r.train_loss, r.validation_loss, r.learning_rate,
-                                   r.gradient_norm, r.seconds, r.round_trip});
+    EpochRecord::fields([&](const char*, auto member) { records.push_back(static_cast<double>(r.*member)); });
   }
   const json training = {{"key", describe(key)}, {"adam_steps", adam_steps}, {"best_epoch", history.best_epoch}};
   const DType dtype = key.spec.dtype;

@@ -690,25 +690,45 @@ class Trainer {
 
 }  // namespace
 
+namespace {
+
+void check(const char* name, double value, const OptionRange* range) {
+  require(range->holds(value), name, short_text(value), range->expected);
+}
+void check(const char* name, std::int64_t value, const OptionRange* range) {
+  require(range->holds(static_cast<double>(value)), name, std::to_string(value), range->expected);
+}
+void check(const char* name, int value, const OptionRange* range) { check(name, std::int64_t{value}, range); }
+void check(const char* name, const std::optional<double>& value, const OptionRange* range) {
+  if (value.has_value()) check(name, *value, range);
+}
+void check(const char*, Schedule schedule, const OptionRange*) { (void)name_of(schedule); }        // throws
+void check(const char*, Statistics statistics, const OptionRange*) { (void)name_of(statistics); }  // throws
+void check(const char*, std::uint64_t, const OptionRange*) {}
+void check(const char*, const std::string&, const OptionRange*) {}
+
+}  // namespace
+
 void FitOptions::validate() const {
-  require(epochs >= 1, "epochs", std::to_string(epochs), "at least 1");
-  require(batch_size >= 0, "batch_size", std::to_string(batch_size), "at least 1 (0: automatic)");
-  const auto non_negative = [](double v) { return std::isfinite(v) && v >= 0; };
-  require(std::isfinite(learning_rate) && learning_rate > 0, "learning_rate", std::to_string(learning_rate),
-          "a finite number above 0");
-  const double decay = weight_decay.value_or(0);
-  require(non_negative(decay), "weight_decay", std::to_string(decay), "a finite number, at least 0");
-  require(averaging >= 0 && averaging < 1, "averaging", short_text(averaging), "at least 0 (0: none) and below 1");
-  require(non_negative(clip_norm), "clip_norm", std::to_string(clip_norm), "a finite number, at least 0 (0: none)");
-  require(patience >= 0, "patience", std::to_string(patience), "at least 0 (0: never stop early)");
-  require(validation_fraction >= 0 && validation_fraction < 1, "validation", std::to_string(validation_fraction),
-          "a share of the rows, at least 0 and below 1");
-  require(non_negative(max_round_trip), "max_round_trip", short_text(max_round_trip),
-          "a finite number, at least 0 (0: no bound)");
-  (void)name_of(standardize);  // throws
-  require(non_negative(max_deviation), "max_deviation", short_text(max_deviation),
-          "a finite number, at least 0 (0: no row is left out)");
-  require(num_threads >= 0 && num_threads <= 4096, "num_threads", std::to_string(num_threads), "0 (automatic) to 4096");
+  fields([this](const char* name, auto member, const OptionRange* range) { check(name, this->*member, range); });
+}
+
+std::string_view name_of(Schedule schedule) {
+  switch (schedule) {
+    case Schedule::constant:
+      return "constant";
+    case Schedule::cosine:
+      return "cosine";
+  }
+  fail("schedule is the enumerator " + std::to_string(static_cast<int>(schedule)) +
+       ", expected 'constant' or 'cosine'");
+}
+
+Schedule parse_schedule(std::string_view name) {
+  for (const Schedule known : {Schedule::constant, Schedule::cosine}) {
+    if (name == name_of(known)) return known;
+  }
+  fail("schedule is '" + std::string(name) + "', expected 'constant' or 'cosine'");
 }
 
 std::string_view name_of(Statistics statistics) {

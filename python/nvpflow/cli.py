@@ -8,6 +8,7 @@ unfinished files are removed.
 import argparse
 import csv
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 
 import nvpflow
-from nvpflow import _certify, _checks, _data, _output, certificate, data_io
+from nvpflow import _certify, _checks, _data, _output, _training_options, certificate, data_io
 from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS, default_activation
 from nvpflow._source import rows_per_block
 from nvpflow._spec import begins_with_standardize
@@ -223,28 +224,15 @@ def _add_fit(commands: Any) -> None:
 
 
 def _add_training_options(group: Any) -> None:
-    _add_option(group, "--epochs", type=int, metavar="N", default=100, help="passes over the rows")
-    batch_help = "most rows per update (default: an eighth of the training rows, from 16 to 256)"
-    _add_option(group, "--batch-size", type=int, metavar="N", help=batch_help)
-    _add_option(group, "--learning-rate", type=float, metavar="X", default=3e-3, help="Adam's step size")
-    _add_option(group, "--schedule", choices=("cosine", "constant"), default="cosine", help="of the learning rate")
-    decay_help = "decoupled, on kernels only (default: the square of 225 columns / training rows, at most 1)"
-    _add_option(group, "--weight-decay", type=float, metavar="X", help=decay_help)
-    clip_help = "scale longer gradients down to this norm; 0: never"
-    _add_option(group, "--clip-norm", type=float, metavar="X", default=5.0, help=clip_help)
-    averaging_help = "share that each epoch keeps of the weights' moving average; 0: none"
-    _add_option(group, "--averaging", type=float, metavar="X", default=0.8, help=averaging_help)
-    standardize_help = "what the layer for the columns' means and standard deviations is set from, as fit's standardize"
-    _add_option(group, "--standardize", choices=("auto", "mean", "robust"), help=f"{standardize_help} (default: auto)")
-    deviation_help = "leave out rows so many standard deviations from the mean of a column; 0: none"
-    _add_option(group, "--max-deviation", type=float, metavar="X", default=1000.0, help=deviation_help)
-    _add_option(group, "--patience", type=int, metavar="N", help="stop after N epochs without a better one")
-    round_trip_help = "keep no epoch whose validation rows come back from the latents with a larger relative error"
-    _add_option(group, "--max-round-trip", type=float, metavar="X", help=round_trip_help)
+    defaults = inspect.signature(nvpflow.Flow.fit).parameters
+    for name, flag in _training_options.FLAGS.items():
+        default = {} if defaults[name].default is None else {"default": defaults[name].default}
+        metavar = {} if flag.metavar is None else {"metavar": flag.metavar}
+        option = "--" + name.replace("_", "-")
+        _add_option(group, option, type=flag.type, choices=flag.choices, help=flag.help, **metavar, **default)
     validation_help = "share of the rows to hold out, or a table of its own"
     _add_option(group, "--validation", metavar="X", default="0.1", help=validation_help)
     _add_ignore_names(group, "a validation table whose columns are called otherwise than those of DATA")
-    _add_option(group, "--seed", type=int, metavar="S", default=0, help="of the weights, the split and the order")
     _add_threads(group)
     _add_device(group)
     _add_option(
@@ -252,8 +240,6 @@ def _add_training_options(group: Any) -> None:
     )
     history_help = "JSON file to write the losses of every epoch to, which report draws"
     _add_option(group, "--history", metavar="FILE", help=history_help)
-    checkpoint_help = "written after every epoch; where it exists, training goes on from it"
-    _add_option(group, "--checkpoint", metavar="FILE", help=checkpoint_help)
 
 
 def _add_score(commands: Any) -> None:
@@ -494,21 +480,9 @@ def _train(arguments: argparse.Namespace, flow: nvpflow.Flow, rows: Any, validat
         history = flow.fit(
             rows,
             validation=validation,
-            epochs=arguments.epochs,
-            batch_size=arguments.batch_size,
-            learning_rate=arguments.learning_rate,
-            schedule=arguments.schedule,
-            weight_decay=arguments.weight_decay,
-            clip_norm=arguments.clip_norm,
-            averaging=arguments.averaging,
-            standardize=arguments.standardize,
-            max_deviation=arguments.max_deviation,
-            patience=arguments.patience,
-            max_round_trip=arguments.max_round_trip,
-            seed=arguments.seed,
+            **{name: getattr(arguments, name) for name in _training_options.FLAGS},
             progress=False if arguments.quiet else None,
             callback=after_epoch,
-            checkpoint=arguments.checkpoint,
             num_threads=arguments.threads,
         )
     except (KeyboardInterrupt, nvpflow.TrainingError):

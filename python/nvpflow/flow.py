@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from nvpflow import _certify, _checks, _core, _frames, _hints, _html, _spec, certificate, training
+from nvpflow import _certify, _checks, _core, _frames, _hints, _html, _spec, _training_options, certificate, training
 from nvpflow._core import FlowSpec
 from nvpflow._model import Model, _restore, _where
 from nvpflow._model import Threshold as Threshold
@@ -430,26 +430,12 @@ class Flow(Model):
         DataWarning
             Of all else that `check_data` finds in the rows, in one message.
         """
+        options = _training_options.among(locals())
         return training.fit(
             self,
             x,
             validation=validation,
-            options={
-                "epochs": epochs,
-                "batch_size": batch_size,
-                "learning_rate": learning_rate,
-                "schedule": schedule,
-                "weight_decay": weight_decay,
-                "clip_norm": clip_norm,
-                "averaging": averaging,
-                "patience": patience,
-                "max_round_trip": max_round_trip,
-                "standardize": standardize,
-                "max_deviation": max_deviation,
-                "seed": seed,
-                "num_threads": num_threads,
-                "checkpoint": checkpoint,
-            },
+            options=options,
             progress=progress,
             callback=callback,
         )

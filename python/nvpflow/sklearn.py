@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     raise ImportError('nvpflow.sklearn needs scikit-learn 1.6 or newer: pip install "scikit-learn>=1.6"') from error
 
-from nvpflow import _checks, _frames, _hints
+from nvpflow import _checks, _frames, _hints, _training_options
 from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS, default_activation
 from nvpflow.flow import Flow, build
 
@@ -205,16 +205,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         history = flow.fit(
             rows,
             validation=validation,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            schedule=self.schedule,  # type: ignore[arg-type]  # checked by fit
-            weight_decay=self.weight_decay,
-            clip_norm=self.clip_norm,
-            averaging=self.averaging,
-            standardize=self.standardize,  # type: ignore[arg-type]  # checked by fit
-            max_deviation=self.max_deviation,
-            patience=self.patience,
+            **_training_options.among(self.get_params(deep=False)),
             seed=seed,
             progress=False,
             callback=self._printer(),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nvpflow import _checks, _core, _data, _frames, _spec
+from nvpflow import _checks, _core, _data, _frames, _spec, _training_options
 from nvpflow._model import Model
 from nvpflow.history import History as History  # also by this path, in pickles too
 
@@ -99,28 +99,6 @@ def _open_bar(progress: Any, epochs: int) -> _Bar | None:
         return None
 
 
-def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the types of fit's options; the extension checks their ranges."""
-    given = dict(options)
-    for name in ("averaging", "clip_norm", "max_round_trip", "max_deviation", "patience", "num_threads"):
-        given[name] = 0 if given[name] is None else given[name]
-    integers = ("epochs", "patience", *(() if given["batch_size"] is None else ("batch_size",)))
-    checked: dict[str, Any] = {name: _checks.integer(name, given[name]) for name in integers}
-    if checked.get("batch_size") == 0:  # the extension's word for None
-        raise ValueError("batch_size is 0, expected at least 1, or None for an automatic size")
-    decays = () if given["weight_decay"] is None else ("weight_decay",)
-    reals = ("learning_rate", *decays, "averaging", "clip_norm", "max_round_trip", "max_deviation")
-    checked |= {name: _checks.real(name, given[name]) for name in reals}
-    checked["num_threads"] = _checks.integer("num_threads", given["num_threads"], bits=32)
-    checked["schedule"] = _checks.text("schedule", given["schedule"])
-    checked["seed"] = _checks.integer("seed", given["seed"], unsigned=True)
-    checkpoint = given["checkpoint"]
-    checked["checkpoint"] = "" if checkpoint is None else _checks.path("checkpoint", checkpoint)
-    if checkpoint is not None and not checked["checkpoint"]:
-        raise ValueError("checkpoint is an empty path, expected that of a file, or None for no checkpoint")
-    return checked
-
-
 def statistics_of(flow: Model, standardize: Any) -> str:
     """Return what the standardize layer is to be set from: what is said here, else what `build` was told."""
     if standardize is None:
@@ -179,7 +157,7 @@ def fit(
     rows = _checks.rows("x", _core._host_array(given), flow.spec)
     names = flow._column_names() or frame_names
     validation_rows, fraction = _split(flow, validation, names)
-    checked = _checked_options(options) | {"validation_fraction": fraction}
+    checked = _training_options.checked(options) | {"validation": fraction}
     checked["standardize"] = _statistics_to_use(flow, options["standardize"])
     trained, standardizes = _data.trained_scales(flow), _spec.begins_with_standardize(flow.spec)
     report = _data.require_density(rows, names, flow.spec.dtype, standardizes, trained=trained)

@@ -24,55 +24,33 @@ namespace {
 /// How often a long fit takes the GIL to look for signals and report progress.
 constexpr auto kProgressInterval = std::chrono::milliseconds(50);
 
+template <class V>
+void assign(V& option, py::handle value) {
+  option = value.cast<V>();
+}
+void assign(Schedule& option, py::handle value) { option = parse_schedule(value.cast<std::string>()); }
+void assign(Statistics& option, py::handle value) { option = parse_statistics(value.cast<std::string>()); }
+void assign(std::string& option, py::handle value) { option = path_of(py::reinterpret_borrow<py::object>(value)); }
+
 FitOptions options_from(const py::dict& dict) {
-  FitOptions o;
+  FitOptions options;
   for (const auto& [key, value] : dict) {
     const auto name = key.cast<std::string>();
-    if (name == "epochs")
-      o.epochs = value.cast<std::int64_t>();
-    else if (name == "batch_size")
-      o.batch_size = value.cast<std::int64_t>();
-    else if (name == "learning_rate")
-      o.learning_rate = value.cast<double>();
-    else if (name == "schedule") {
-      const auto schedule = value.cast<std::string>();
-      if (schedule != "constant" && schedule != "cosine") {
-        throw Error(ErrorCode::invalid_argument, "schedule is '" + schedule + "', expected 'constant' or 'cosine'");
-      }
-      o.schedule = schedule == "cosine" ? Schedule::cosine : Schedule::constant;
-    } else if (name == "weight_decay")
-      o.weight_decay = value.cast<double>();
-    else if (name == "clip_norm")
-      o.clip_norm = value.cast<double>();
-    else if (name == "averaging")
-      o.averaging = value.cast<double>();
-    else if (name == "patience")
-      o.patience = value.cast<std::int64_t>();
-    else if (name == "validation_fraction")
-      o.validation_fraction = value.cast<double>();
-    else if (name == "max_round_trip")
-      o.max_round_trip = value.cast<double>();
-    else if (name == "standardize")
-      o.standardize = parse_statistics(value.cast<std::string>());
-    else if (name == "max_deviation")
-      o.max_deviation = value.cast<double>();
-    else if (name == "seed")
-      o.seed = value.cast<std::uint64_t>();
-    else if (name == "num_threads")
-      o.num_threads = value.cast<int>();
-    else if (name == "checkpoint")
-      o.checkpoint = path_of(py::reinterpret_borrow<py::object>(value));
-    else
-      throw Error(ErrorCode::invalid_argument, "unknown training option '" + name + "'");
+    bool known = false;
+    FitOptions::fields([&, given = value](const char* field, auto member, const OptionRange*) {
+      if (name != field) return;
+      assign(options.*member, given);
+      known = true;
+    });
+    if (!known) throw Error(ErrorCode::invalid_argument, "unknown training option '" + name + "'");
   }
-  return o;
+  return options;
 }
 
-py::dict record_dict(const EpochRecord& r) {
-  using namespace py::literals;
-  return py::dict("epoch"_a = r.epoch, "train_loss"_a = r.train_loss, "validation_loss"_a = r.validation_loss,
-                  "learning_rate"_a = r.learning_rate, "gradient_norm"_a = r.gradient_norm, "seconds"_a = r.seconds,
-                  "round_trip"_a = r.round_trip);
+py::dict record_dict(const EpochRecord& record) {
+  py::dict values;
+  EpochRecord::fields([&](const char* name, auto member) { values[name] = record.*member; });
+  return values;
 }
 
 /// Takes the GIL a few times a second: for signals, for the progress bar, for the caller's callback.

@@ -166,7 +166,7 @@ def test_fit_stops_in_time(run):
         (["--epochs", "0"], "epochs is 0, expected at least 1"),
         (["--activation", "rulu"], "activation is 'rulu', expected one of relu,"),
         (["--batch-size", "0"], "--batch-size is 0, expected at least 1"),
-        (["--learning-rate", "0"], "--learning-rate is 0.0"),
+        (["--learning-rate", "0"], "--learning-rate is 0, expected a finite number above 0"),
         (["--threads", "-1"], "--threads is -1"),
         (["--validation", "1.5"], "validation is 1.5"),
         (["--validation", "none.npy"], "none.npy: No such file or directory"),

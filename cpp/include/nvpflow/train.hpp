@@ -2,10 +2,12 @@
 /// Maximum-likelihood training: minibatches, Adam, schedule, validation, early stopping, checkpoints.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include <nvpflow/flow.hpp>
@@ -14,6 +16,25 @@ namespace nvpflow {
 
 /// How the learning rate changes during training; FitOptions::schedule.
 enum class Schedule { constant, cosine };
+
+/// @{
+/// "constant" or "cosine". Throws Error(invalid_argument) for another one.
+NVPFLOW_API std::string_view name_of(Schedule schedule);
+NVPFLOW_API Schedule parse_schedule(std::string_view name);
+/// @}
+
+/// What a numeric option may be: finite, and within bounds.
+struct OptionRange {
+  double least = 0;           ///< the smallest value
+  bool above = false;         ///< larger than `least`, not equal to it
+  double below = HUGE_VAL;    ///< smaller than this
+  const char* expected = "";  ///< the same in words, for messages
+
+  /// Whether it is such a value.
+  bool holds(double value) const {
+    return std::isfinite(value) && (above ? value > least : value >= least) && value < below;
+  }
+};
 
 /// How to train.
 struct NVPFLOW_API FitOptions {
@@ -54,6 +75,31 @@ struct NVPFLOW_API FitOptions {
   /// If not empty, the file that is written after every epoch. If it exists already, training continues from it.
   std::string checkpoint;
 
+  /// Calls visit(name, member, range) for every option, by the name that messages and Python use: the one list of them.
+  /// range: of numbers; nullptr for all else.
+  template <class Visit>
+  static void fields(Visit&& visit) {
+    const auto number = [&](const char* name, auto member, const OptionRange& range) { visit(name, member, &range); };
+    const auto other = [&](const char* name, auto member) { visit(name, member, nullptr); };
+    number("epochs", &FitOptions::epochs, {.least = 1, .expected = "at least 1"});
+    number("batch_size", &FitOptions::batch_size, {.expected = "at least 1 (0: automatic)"});
+    number("learning_rate", &FitOptions::learning_rate, {.above = true, .expected = "a finite number above 0"});
+    other("schedule", &FitOptions::schedule);
+    number("weight_decay", &FitOptions::weight_decay, {.expected = "a finite number, at least 0"});
+    number("clip_norm", &FitOptions::clip_norm, {.expected = "a finite number, at least 0 (0: none)"});
+    number("averaging", &FitOptions::averaging, {.below = 1, .expected = "at least 0 (0: none) and below 1"});
+    number("patience", &FitOptions::patience, {.expected = "at least 0 (0: never stop early)"});
+    number("validation", &FitOptions::validation_fraction,
+           {.below = 1, .expected = "a share of the rows, at least 0 and below 1"});
+    number("max_round_trip", &FitOptions::max_round_trip, {.expected = "a finite number, at least 0 (0: no bound)"});
+    other("standardize", &FitOptions::standardize);
+    number("max_deviation", &FitOptions::max_deviation,
+           {.expected = "a finite number, at least 0 (0: no row is left out)"});
+    other("seed", &FitOptions::seed);
+    number("num_threads", &FitOptions::num_threads, {.below = 4097, .expected = "0 (automatic) to 4096"});
+    other("checkpoint", &FitOptions::checkpoint);
+  }
+
   /// Throws Error(invalid_argument) naming the field.
   void validate() const;
 };
@@ -67,6 +113,18 @@ struct EpochRecord {
   double gradient_norm = 0;    ///< of the epoch's last step, before clipping
   double seconds = 0;          ///< wall time of this epoch, validation included
   double round_trip = 0;       ///< Flow::round_trip_error after the epoch; NaN where max_round_trip is 0
+
+  /// Calls visit(name, member) for every field: the one list of them, in the order of checkpoints.
+  template <class Visit>
+  static constexpr void fields(Visit&& visit) {
+    visit("epoch", &EpochRecord::epoch);
+    visit("train_loss", &EpochRecord::train_loss);
+    visit("validation_loss", &EpochRecord::validation_loss);
+    visit("learning_rate", &EpochRecord::learning_rate);
+    visit("gradient_norm", &EpochRecord::gradient_norm);
+    visit("seconds", &EpochRecord::seconds);
+    visit("round_trip", &EpochRecord::round_trip);
+  }
 
   /// Every field is equal.
   bool operator==(const EpochRecord&) const = default;

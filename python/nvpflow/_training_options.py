@@ -1,0 +1,127 @@
+"""The options of training, one row each: how `Flow.fit` checks them, and how the command line has them.
+
+Signatures name them too, `Flow.fit`'s with the defaults and what they mean; the extension checks their ranges.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from nvpflow import _checks
+
+_REFUSED, _AUTOMATIC = object(), object()  # what None can be, besides a value: left out if automatic
+
+
+class Flag(NamedTuple):
+    """An option of ``nvpflow fit`` that is an argument of `Flow.fit`, with its default."""
+
+    type: Callable[[str], Any]
+    metavar: str | None
+    help: str
+    choices: tuple[str, ...] | None = None
+
+
+class Option(NamedTuple):
+    """One argument of `Flow.fit`."""
+
+    name: str
+    check: Callable[[str, Any], Any]
+    none: Any = _REFUSED
+    flag: Flag | None = None
+
+
+def _batch_size(name: str, value: Any) -> int:
+    size = _checks.integer(name, value)
+    if size == 0:  # the extension's word for None
+        raise ValueError(f"{name} is 0, expected at least 1, or None for an automatic size")
+    return size
+
+
+def _file(name: str, value: Any) -> str:
+    path = _checks.path(name, value)
+    if not path:
+        raise ValueError(f"{name} is an empty path, expected that of a file, or None for no {name}")
+    return path
+
+
+OPTIONS = (
+    Option("epochs", _checks.integer, flag=Flag(int, "N", "passes over the rows")),
+    Option(
+        "batch_size",
+        _batch_size,
+        _AUTOMATIC,
+        Flag(int, "N", "most rows per update (default: an eighth of the training rows, from 16 to 256)"),
+    ),
+    Option("learning_rate", _checks.real, flag=Flag(float, "X", "Adam's step size")),
+    Option("schedule", _checks.text, flag=Flag(str, None, "of the learning rate", choices=("cosine", "constant"))),
+    Option(
+        "weight_decay",
+        _checks.real,
+        _AUTOMATIC,
+        Flag(float, "X", "decoupled, on kernels only (default: the square of 225 columns / training rows, at most 1)"),
+    ),
+    Option("clip_norm", _checks.real, 0.0, Flag(float, "X", "scale longer gradients down to this norm; 0: never")),
+    Option(
+        "averaging",
+        _checks.real,
+        0.0,
+        Flag(float, "X", "share that each epoch keeps of the weights' moving average; 0: none"),
+    ),
+    Option(
+        "standardize",
+        _checks.text,
+        _AUTOMATIC,
+        Flag(
+            str,
+            None,
+            "what the layer for the columns' means and standard deviations is set from, as fit's standardize "
+            "(default: auto)",
+            choices=("auto", "mean", "robust"),
+        ),
+    ),
+    Option(
+        "max_deviation",
+        _checks.real,
+        0.0,
+        Flag(float, "X", "leave out rows so many standard deviations from the mean of a column; 0: none"),
+    ),
+    Option("patience", _checks.integer, 0, Flag(int, "N", "stop after N epochs without a better one")),
+    Option(
+        "max_round_trip",
+        _checks.real,
+        0.0,
+        Flag(float, "X", "keep no epoch whose validation rows come back from the latents with a larger relative error"),
+    ),
+    Option(
+        "seed",
+        functools.partial(_checks.integer, unsigned=True),
+        flag=Flag(int, "S", "of the weights, the split and the order"),
+    ),
+    Option("num_threads", functools.partial(_checks.integer, bits=32), 0),
+    Option(
+        "checkpoint",
+        _file,
+        "",
+        Flag(str, "FILE", "written after every epoch; where it exists, training goes on from it"),
+    ),
+)
+FLAGS = {option.name: option.flag for option in OPTIONS if option.flag is not None}
+
+
+def among(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of training among a caller's values."""
+    return {option.name: values[option.name] for option in OPTIONS if option.name in values}
+
+
+def checked(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all options as the extension takes them, of the right types."""
+    values: dict[str, Any] = {}
+    for name, check, none, _ in OPTIONS:
+        value = options[name]
+        if value is not None or none is _REFUSED:
+            values[name] = check(name, value)
+        elif none is not _AUTOMATIC:
+            values[name] = none
+    return values
