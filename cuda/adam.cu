@@ -5,7 +5,8 @@
 // FLOPs: bound by memory, or by L2 where the arrays fit. Packing reads an index of 8 bytes and gathers 4 for each
 // element of 4 bytes.
 
-#include "device.cuh"
+#include "diagonal.cuh"
+#include "elementary.cuh"
 
 namespace nvpflow::cuda {
 namespace {
@@ -16,7 +17,7 @@ NVPFLOW_DEVICE double factor_of(const AdamCall<T>& call) {
   const double factor = call.coefficients.gradient_factor;
   if (call.norm_squared == nullptr) return factor;
   const double norm = square_root(*call.norm_squared);
-  if (!(norm * 0 == 0)) return not_a_number<double>();
+  if (!is_finite(norm)) return not_a_number<double>();
   return call.clip_norm > 0 && norm > call.clip_norm ? factor * (call.clip_norm / norm) : factor;
 }
 
@@ -53,25 +54,21 @@ pack_kernel(const std::int64_t* source, const std::int64_t count, const T* param
   }
 }
 
-/// One block: the affine numbers of all standardize layers, in the arithmetic of the CPU's packing.
+template <class T>
+NVPFLOW_DEVICE void pack_numbers(Of<Kind::coupling>, const Layer<T>&, int, const T*, T*) {}
+template <class T>
+NVPFLOW_DEVICE void pack_numbers(Of<Kind::standardize>, const Layer<T>& layer, int features, const T* parameters,
+                                 T* packed) {
+  pack_diagonal(layer, features, parameters, packed);
+}
+
+/// One block: the numbers of all layers that are no copies of parameters.
 template <class T>
 NVPFLOW_KERNEL(kThreads)
-pack_affine_kernel(NVPFLOW_ARGUMENT Program<T> program, const T* parameters, T* packed) {
-  const int features = program.input_size;
+pack_numbers_kernel(NVPFLOW_ARGUMENT Program<T> program, const T* parameters, T* packed) {
   for (int k = 0; k < program.num_layers; ++k) {
     const Layer<T>& layer = program.layers[k];
-    if (layer.kind != Kind::standardize) continue;
-    T* to = packed + layer.affine;
-    for (int f = thread_index(); f < features; f += num_threads()) {
-      const double log_std = static_cast<double>(parameters[layer.log_std_offset + f]);
-      to[f] = parameters[layer.mean_offset + f];
-      to[features + f] = static_cast<T>(exponential(log_std));
-      to[2 * features + f] = static_cast<T>(exponential(-log_std));
-    }
-    if (thread_index() != 0) continue;
-    double sum = 0;
-    for (int f = 0; f < features; ++f) sum += static_cast<double>(parameters[layer.log_std_offset + f]);
-    to[3 * features] = static_cast<T>(-sum);
+    visit(layer, [&](auto kind) { pack_numbers(kind, layer, program.input_size, parameters, packed); });
   }
 }
 
@@ -89,7 +86,7 @@ Status launch_pack(const Program<T>* program, std::int32_t num_standardize, cons
           launch(pack_kernel<T>, element_blocks(count), kThreads, 0, stream, source, count, parameters, packed))
     return s;
   if (program == nullptr || num_standardize == 0) return 0;
-  return launch(pack_affine_kernel<T>, 1, kThreads, 0, stream, *program, parameters, packed);
+  return launch(pack_numbers_kernel<T>, 1, kThreads, 0, stream, *program, parameters, packed);
 }
 
 template Status launch_adam(const AdamCall<float>&, Stream);

@@ -2,6 +2,7 @@
 // launches. Host code only: the host's compiler builds it, with the host's warnings.
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <map>
@@ -10,7 +11,6 @@
 #include <string>
 #include <thread>
 #include <utility>
-#include <variant>
 #include <vector>
 
 #include <nvpflow/backend.hpp>
@@ -155,6 +155,7 @@ class CudaBackend final : public Backend {
     TransformCall<T> call;
     call.in = static_cast<const T*>(in);
     call.conditioner = static_cast<std::int32_t>(layer);
+    call.transformed = transformed_count(flow_->layers()->on_host().layers[layer], flow_->features());
     call.log_scale = static_cast<T*>(s);
     call.shift = static_cast<T*>(t);
     run(call, rows, how);
@@ -309,7 +310,36 @@ class CudaBackend final : public Backend {
   }
 
   static Stream stream_of(const Execution& how) { return static_cast<Stream>(how.stream); }
-  static T* moved(void* to) { return static_cast<T*>(to); }
+
+  /// A call's arrays in the host's memory.
+  template <class Call>
+  Lane::Inputs inputs_of(Call call) const {
+    Lane::Inputs inputs;
+    std::size_t i = 0;
+    for (const auto& array : call.rows_in(flow_->features())) {
+      inputs[i++] = HostInput{*array.at, array.width * static_cast<std::int64_t>(sizeof(T))};
+    }
+    return inputs;
+  }
+  template <class Call>
+  Lane::Outputs outputs_of(Call call) const {
+    Lane::Outputs outputs;
+    std::size_t i = 0;
+    for (const auto& array : call.rows_out(flow_->features())) {
+      outputs[i++] = HostOutput{*array.at, array.width * static_cast<std::int64_t>(sizeof(T))};
+    }
+    return outputs;
+  }
+  /// The call on a chunk's rows, where they are on the device.
+  template <class Call>
+  Call on_chunk(Call call, const Lane::Chunk& chunk) const {
+    call.rows = chunk.rows;
+    std::size_t i = 0;
+    for (const auto& array : call.rows_in(flow_->features())) *array.at = static_cast<const T*>(chunk.inputs[i++]);
+    i = 0;
+    for (const auto& array : call.rows_out(flow_->features())) *array.at = static_cast<T*>(chunk.outputs[i++]);
+    return call;
+  }
 
   void run(const TransformCall<T>& call, std::int64_t rows, const Execution& how) const {
     if (rows == 0) return;
@@ -319,46 +349,31 @@ class CudaBackend final : public Backend {
       const TransformPlan plan = flow_->plan(rows);
       void* workspace = workspaces_.get(stream_of(how), plan.workspace_bytes);
       const Reading packed(packed_);
-      if (call.conditioner < 0) require_narrow(*packed, how);
+      if (call.is_of_data()) require_narrow(*packed, how);
       TransformCall<T> whole = call;
       whole.rows = rows;
       return flow_->transform(plan, packed->program(), whole, workspace, stream_of(how));
     }
     const Lanes::Loan lane(lanes_);
     const Reading packed(packed_);
-    const bool wide = call.conditioner < 0 && is_wide(*packed, how);
+    const bool wide = call.is_of_data() && is_wide(*packed, how);
     const Program<T>& program = wide ? packed->rest() : packed->program();
-    const auto element = static_cast<std::int64_t>(sizeof(T));
-    HostInput in{call.in, flow_->row_bytes()};
-    Lane::Outputs outputs{HostOutput{call.out, flow_->row_bytes()}, HostOutput{call.log_det, element},
-                          HostOutput{call.log_prob, element}};
+    Lane::Inputs inputs = inputs_of(call);
+    Lane::Outputs outputs = outputs_of(call);
     if (wide && call.inverse) {
       outputs[0].take = restoring(*packed, call.out, how);
     } else if (wide) {
-      in.make = standardizing(*packed, call.in, nullptr, how);
-    }
-    if (call.conditioner >= 0) {
-      const auto& layer = std::get<Coupling>(flow_->spec().layers[static_cast<std::size_t>(call.conditioner)]);
-      const std::int64_t width = flow_->spec().transformed(layer).count * element;
-      outputs = {HostOutput{call.log_scale, width}, HostOutput{call.shift, width}};
+      inputs[0].make = standardizing(*packed, call.in, nullptr, how);
     }
     TransformPlan plan;
     void* workspace = nullptr;
-    lane->run({in}, outputs, nullptr, rows, how.threads, [&](const Lane::Chunk& chunk) {
+    lane->run(inputs, outputs, nullptr, rows, how.threads, [&](const Lane::Chunk& chunk) {
       if (chunk.first_row == 0) {
         plan = flow_->plan(chunk.rows);
         workspace = lane->workspace(plan.workspace_bytes);
       }
-      TransformCall<T> part = call;
-      part.rows = chunk.rows;
+      TransformCall<T> part = on_chunk(call, chunk);
       part.first_row += static_cast<std::uint64_t>(chunk.first_row);
-      part.in = static_cast<const T*>(chunk.inputs[0]);
-      if (call.conditioner >= 0) {
-        part.log_scale = moved(chunk.outputs[0]), part.shift = moved(chunk.outputs[1]);
-      } else {
-        part.out = moved(chunk.outputs[0]), part.log_det = moved(chunk.outputs[1]);
-        part.log_prob = moved(chunk.outputs[2]);
-      }
       flow_->transform(plan, program, part, workspace, lane->stream());
     });
   }
@@ -430,32 +445,23 @@ class CudaBackend final : public Backend {
     GradientPlan plan;
     std::int64_t plan_bytes = 0;
     unsigned char* workspace = nullptr;
-    HostInput in{call.in, flow_->row_bytes()};
-    HostOutput grad_in{call.grad_in, flow_->row_bytes()};
+    Lane::Inputs inputs = inputs_of(call);
+    Lane::Outputs outputs = outputs_of(call);
     if (wide) {
-      in.make = standardizing(*packed, call.in, index, how);
-      grad_in.take = [&](std::int64_t first, std::int64_t count, const void* from) {
+      inputs[0].make = standardizing(*packed, call.in, index, how);
+      outputs[0].take = [&](std::int64_t first, std::int64_t count, const void* from) {
         T* to = call.grad_in + first * flow_->features();
         std::memcpy(to, from, static_cast<std::size_t>(count * flow_->row_bytes()));
         scale_gradient(*packed, to, count);
       };
     }
-    const Lane::Inputs inputs{in, HostInput{call.grad_out, flow_->row_bytes()},
-                              HostInput{call.grad_log_det, static_cast<std::int64_t>(sizeof(T))}};
-    const Lane::Outputs outputs{grad_in, HostOutput{call.log_prob, static_cast<std::int64_t>(sizeof(T))}};
     lane->run(inputs, outputs, index, rows, how.threads, [&](const Lane::Chunk& chunk) {
       if (chunk.first_row == 0) {
         plan = flow_->gradient_plan(chunk.rows);
         plan_bytes = round_up(plan.workspace_bytes, 256);
         workspace = static_cast<unsigned char*>(lane->workspace(plan_bytes + sum_workspace_bytes(1)));
       }
-      GradientCall<T> part = call;
-      part.rows = chunk.rows;
-      part.in = static_cast<const T*>(chunk.inputs[0]);
-      part.grad_out = static_cast<const T*>(chunk.inputs[1]);
-      part.grad_log_det = static_cast<const T*>(chunk.inputs[2]);
-      part.grad_in = moved(chunk.outputs[0]);
-      part.log_prob = moved(chunk.outputs[1]);
+      GradientCall<T> part = on_chunk(call, chunk);
       part.gradient = gradient;
       part.accumulate = call.accumulate || chunk.first_row > 0;
       part.sum_log_prob = call.nll ? sum + 1 : nullptr;
@@ -487,7 +493,7 @@ std::string cuda_why_unavailable() {
   try {
     std::string problem = cuda::driver_problem();
     for (int i = 0; problem.empty() && i < cuda::device_count(); ++i) {
-      const std::string why = cuda::architecture_problem(i);
+      const std::string why = cuda::architecture_problem(i, cuda::probe_kernels);
       if (why.empty()) return {};
       if (i + 1 == cuda::device_count()) problem = why;
     }
@@ -526,7 +532,7 @@ std::unique_ptr<Backend> make_cuda_backend(const FlowSpec& spec, const ParamLayo
   };
   refuse(cuda::driver_problem());
   check_index(device_index);
-  refuse(cuda::architecture_problem(device_index));
+  refuse(cuda::architecture_problem(device_index, cuda::probe_kernels));
   if (spec.dtype == DType::float32) {
     return std::make_unique<cuda::CudaBackend<float>>(spec, layout, device_index, precision);
   }

@@ -13,17 +13,9 @@
 // off instead of rounding them, so products of 16 inputs are summed from zero and then added with rounding.
 #pragma once
 
-#include "device.cuh"
+#include "elementary.cuh"
 
 namespace nvpflow::cuda {
-
-inline constexpr int kRowBlocks = 2;  // of 16 rows
-inline constexpr int kOutBlocks = 4;  // of 8 outputs
-/// Blocks of 8 outputs of the widest head that stays in registers.
-template <class T>
-inline constexpr int kHeadBlocks = sizeof(T) == 4 ? 4 : 2;
-inline constexpr int kWarpRows = 16 * kRowBlocks;
-inline constexpr int kBlock = static_cast<int>(kBlockElements);
 
 /// A thread's place in its warp.
 struct Lane {
@@ -317,13 +309,6 @@ NVPFLOW_DEVICE void store_sums(const Sums<T>& sums, int first_block, int valid, 
   }
 }
 
-// ---- log-scale -----------------------------------------------------------------------------------------------------
-
-template <class T>
-NVPFLOW_DEVICE T log_scale(const Layer<T>& layer, T u) {
-  return hyperbolic_tangent(u * layer.inverse_bound) * layer.bound;
-}
-
 // ---- weights through shared memory ---------------------------------------------------------------------------------
 
 /// The dense layers of a flow in the order in which a tile meets them: layer by layer, and with kGradient all the way
@@ -349,7 +334,7 @@ struct Passes {
     step = first_step;
     j = -1;
   }
-  NVPFLOW_DEVICE int num_dense(int s) const { return layer_at(s).kind == Kind::coupling ? layer_at(s).num_dense : 0; }
+  NVPFLOW_DEVICE int num_dense(int s) const { return layer_at(s).num_dense; }
   /// False at the end of the tile, from where restart() leads on.
   NVPFLOW_DEVICE bool next() {
     if (!backward) {
@@ -447,6 +432,20 @@ struct WeightStream {
     return ready;
   }
 };
+
+/// One dense layer with weights in shared memory, formed by one warp. finish(first output block, valid, sums).
+template <Multiply M, class T, class Rows, class Finish>
+NVPFLOW_DEVICE void dense_resident(const Dense& d, const T* packed, const Rows& rows, const Lane& lane, Finish finish) {
+  const int in_blocks = (d.in + 15) / 16, outs = blocks_of(d.out);
+  for (int first = 0; first < outs; first += kOutBlocks) {
+    const int valid = outs - first < kOutBlocks ? outs - first : kOutBlocks;
+    Sums<T> sums;
+    start_sums<T, kOutBlocks>(packed + d.bias, first, valid, lane, sums);
+    multiply_blocks<M, T, kOutBlocks>(rows, d.in, 0, in_blocks, packed + d.weights + first * in_blocks * kBlock,
+                                      in_blocks * kBlock, valid, lane, sums);
+    finish(first, valid, sums);
+  }
+}
 
 /// One dense layer with weights from the stream. Whatever has been stored before by any thread of the block may be the
 /// input: acquire() is a barrier. finish(first output block, valid, sums).

@@ -17,6 +17,12 @@ namespace {
 /// From here on the tiles of a gradient grow no more on any device.
 constexpr std::int64_t kMostRows = 1 << 24;
 
+template <class Call>
+void require_rows_on_device(Call call, std::int64_t features) {
+  for (const auto& array : call.rows_in(features)) require_on_device({*array.at});
+  for (const auto& array : call.rows_out(features)) require_on_device({*array.at});
+}
+
 }  // namespace
 
 template <class T>
@@ -52,8 +58,8 @@ GradientPlan DeviceFlow<T>::gradient_plan(std::int64_t rows) const {
 template <class T>
 void DeviceFlow<T>::transform(const TransformPlan& plan, const Program<T>& program, const TransformCall<T>& call,
                               void* workspace, Stream stream) const {
-  require_on_device({program.packed, program.layers, program.dense, call.in, call.index, call.out, call.log_det,
-                     call.log_prob, call.log_scale, call.shift, workspace});
+  require_on_device({program.packed, program.layers, program.dense, call.index, workspace});
+  require_rows_on_device(call, features());
   launch_on(stream, "running a flow", [plan, program, call, workspace, stream] {
     return launch_transform(plan, program, call, workspace, stream);
   });
@@ -63,8 +69,9 @@ template <class T>
 void DeviceFlow<T>::gradient(const GradientPlan& plan, const Program<T>& program, const GradientCall<T>& call,
                              void* workspace, Stream stream) const {
   const auto* tasks = static_cast<const GradientTask*>(tasks_.at(plan.tile_rows).data());
-  require_on_device({program.packed, program.transposed, program.layers, program.dense, tasks, call.in, call.index,
-                     call.grad_out, call.grad_log_det, call.grad_in, call.gradient, call.sum_log_prob, workspace});
+  require_on_device({program.packed, program.transposed, program.layers, program.dense, tasks, call.index,
+                     call.gradient, call.sum_log_prob, workspace});
+  require_rows_on_device(call, features());
   launch_on(stream, "forming a gradient", [plan, program, tasks, call, workspace, stream] {
     return launch_gradient(plan, program, tasks, call, workspace, stream);
   });

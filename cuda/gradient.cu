@@ -1,125 +1,32 @@
 // KERNEL: the reverse pass of a flow in three kernels over a chunk of tiles; a row costs 3 times the FLOPs of its
 // forward.
 //
+// clang-format off
 // gradient_tiles   takes a tile forward and back. Its activations lie on the tape, global memory that stays in the L2
-// cache
-//                  for narrow flows: the input of every dense layer, the cotangent of its output, and the scale and
-//                  shift's derivatives. Weights are streamed through shared memory (dense.cuh), transposed on the way
-//                  back. Bound: the multiply-adds, or writing 4 (a + 2 sum(hidden) + 5 b) bytes a row and coupling.
+//                  cache for narrow flows: the input of every dense layer, the cotangent of its output, and the scale
+//                  and shift's derivatives. Weights are streamed through shared memory (dense.cuh), transposed on the
+//                  way back. Bound: the multiply-adds, or writing 4 (a + 2 sum(hidden) + 5 b) bytes a row and coupling.
 // weight_gradient  multiplies inputs and cotangents, X^T G over the rows: a block forms 64 inputs x 64 outputs of one
 //                  kernel and loops over the tiles of its part of the chunk in order, one accumulator a parameter.
 //                  Reads 4 (in / 64 + out / 64) 64 bytes a row and layer. Few parameters: the tiles are cut in `splits`
 //                  parts.
 // add_partials     adds the parts up in order. No atomics: gradients have the same bits from run to run.
+// clang-format on
 
 #include <algorithm>
-#include <bit>
 
+#include "affine.cuh"
 #include "dense.cuh"
+#include "diagonal.cuh"
+#include "network.cuh"
 #include "plan.hpp"
+#include "tape.hpp"
 #include "tile.cuh"
 
 namespace nvpflow::cuda {
 namespace {
 
-constexpr int kGradientThreads = 256;
-constexpr int kTaskIn = 64, kTaskOut = 64, kTaskThreads = 128, kTaskRows = 32;
-
-// ---- the tape ----------------------------------------------------------------------------------------------------
-// Arrays of activations (kernels.cuh) of one tile, one after the other:
-//   state, cotangent of the state
-//   per coupling: input of the conditioner [a]; per hidden layer value [H], where kept argument [H], cotangent [H];
-//                 cotangent of the head [2 b]; log-scale, scale = exp(+-s), product = d(output) / d(s), [b] each
-//   per standardize: its output, in the form of a state; sums over the rows for mean and log_std, [2 D] numbers
-
-/// gelu and silu need their argument for the derivative; the others' derivative follows from their value.
-NVPFLOW_HOST_DEVICE inline bool keeps_argument(Act act) { return act == Act::gelu || act == Act::silu; }
-
-NVPFLOW_HOST_DEVICE inline std::int64_t array_size(std::int64_t rows, std::int64_t features) {
-  return rows * round_up(features, 8);
-}
-
-/// Offsets within a coupling's part of the tape.
-template <class T>
-struct CouplingTape {
-  const Program<T>& program;
-  const Layer<T>& layer;
-  std::int64_t rows, a, b;
-
-  NVPFLOW_HOST_DEVICE CouplingTape(const Program<T>& p, const Layer<T>& l, std::int64_t tile_rows)
-      : program(p), layer(l), rows(tile_rows) {
-    const std::int64_t half = p.input_size / 2;
-    a = l.condition == 0 ? half : p.input_size - half;
-    b = p.input_size - a;
-  }
-  NVPFLOW_HOST_DEVICE std::int64_t width(int j) const { return program.dense[layer.first_dense + j].out; }
-  NVPFLOW_HOST_DEVICE std::int64_t hidden(int j) const {
-    std::int64_t at = array_size(rows, a);
-    for (int i = 0; i < j; ++i) at += (keeps_argument(layer.activation) ? 3 : 2) * array_size(rows, width(i));
-    return at;
-  }
-  NVPFLOW_HOST_DEVICE std::int64_t value(int j) const { return hidden(j); }
-  NVPFLOW_HOST_DEVICE std::int64_t argument(int j) const {
-    return hidden(j) + (keeps_argument(layer.activation) ? array_size(rows, width(j)) : 0);
-  }
-  /// j: a hidden layer, or the head.
-  NVPFLOW_HOST_DEVICE std::int64_t cotangent(int j) const {
-    return j + 1 == layer.num_dense ? hidden(j) : argument(j) + array_size(rows, width(j));
-  }
-  NVPFLOW_HOST_DEVICE std::int64_t log_scale() const { return hidden(layer.num_dense - 1) + array_size(rows, 2 * b); }
-  NVPFLOW_HOST_DEVICE std::int64_t scale() const { return log_scale() + array_size(rows, b); }
-  NVPFLOW_HOST_DEVICE std::int64_t product() const { return scale() + array_size(rows, b); }
-  NVPFLOW_HOST_DEVICE std::int64_t size() const { return product() + array_size(rows, b); }
-  /// The input of dense layer j.
-  NVPFLOW_HOST_DEVICE std::int64_t input(int j) const { return j == 0 ? 0 : value(j - 1); }
-};
-
-template <class T>
-NVPFLOW_HOST_DEVICE std::int64_t layer_tape_size(const Program<T>& program, const Layer<T>& layer, std::int64_t rows) {
-  if (layer.kind == Kind::coupling) return CouplingTape<T>(program, layer, rows).size();
-  return state_elements(program.input_size, rows) + round_up(2 * program.input_size, 16);
-}
-
-/// Where the part of layer k begins; k = num_layers: the size of the tape.
-template <class T>
-NVPFLOW_HOST_DEVICE std::int64_t layer_tape(const Program<T>& program, int k, std::int64_t rows) {
-  std::int64_t at = 2 * state_elements(program.input_size, rows);
-  for (int i = 0; i < k; ++i) at += layer_tape_size(program, program.layers[i], rows);
-  return at;
-}
-
-/// Shared memory beside the stages: sums of the warps across, cotangents of the log-determinant, poison.
-template <class T>
-std::int64_t row_bytes(const GradientPlan& plan) {
-  const std::int64_t elements = (plan.warps_across > 1 ? 2 * plan.warps_across : 0) * plan.tile_rows + plan.tile_rows;
-  return elements * static_cast<std::int64_t>(sizeof(T)) + plan.tile_rows * static_cast<std::int64_t>(sizeof(int));
-}
-
 // ---- tiles forward and back ----------------------------------------------------------------------------------------
-
-template <class T>
-NVPFLOW_DEVICE T activation_derivative(Act act, T value, T argument) {
-  switch (act) {
-    case Act::relu:
-      return value > T(0) ? T(1) : T(0);
-    case Act::leaky_relu:
-      return value > T(0) ? T(1) : T(0.01);
-    case Act::elu:
-      return value > T(0) ? T(1) : value + T(1);
-    case Act::gelu:
-      return gelu_derivative(argument);
-    case Act::silu:
-      return silu_derivative(argument);
-    case Act::tanh:
-      return multiply_add(-value, value, T(1));
-    case Act::sigmoid:
-      return value * (T(1) - value);
-    case Act::softplus:
-      return -expm1_bounded(-value);
-    default:
-      return T(1);
-  }
-}
 
 template <class T, Multiply M>
 struct Reverse {
@@ -128,6 +35,7 @@ struct Reverse {
   const GradientCall<T>& call;
   WeightStream<T, true>& stream;
   Tile<T> tile, cotangents;  // of the state; they share the notes on rows
+  const T* packed;           // where biases and affine numbers are read
   Lane lane;
   int across, row_block;
   T* log_det_cotangent;  // [rows], shared memory
@@ -142,6 +50,7 @@ struct Reverse {
         stream(s),
         tile(f.input_size),
         cotangents(f.input_size),
+        packed(f.packed),
         lane(thread_index() % kWarp),
         across(thread_index() / kWarp % p.warps_across),
         row_block(thread_index() / kWarp / p.warps_across * kRowBlocks) {
@@ -153,6 +62,7 @@ struct Reverse {
   }
 
   NVPFLOW_DEVICE Team team() const { return {thread_index(), num_threads()}; }
+  NVPFLOW_DEVICE void barrier() const { block_barrier(); }
   NVPFLOW_DEVICE const Layer<T>& layer_at(int step) const {
     return program.layers[call.inverse ? program.num_layers - 1 - step : step];
   }
@@ -181,79 +91,21 @@ struct Reverse {
 
   // ---- forward -----------------------------------------------------------------------------------------------------
 
-  /// From the sums of the head to the transformed half, with what the way back needs.
-  NVPFLOW_DEVICE void transform_features(const CouplingTape<T>& keep, T* part, int first_block, int valid,
-                                         const Sums<T>& sums) {
-    const int half = 1 - keep.layer.condition, count = tile.count(half), blocks = blocks_of(count);
-    NVPFLOW_UNROLL
-    for (int nb = 0; nb < kOutBlocks; ++nb) {
-      const int j = 4 * (first_block + nb) + lane.t;
-      if (nb >= valid || j >= count) continue;
-      NVPFLOW_UNROLL
-      for (int rb = 0; rb < kRowBlocks; ++rb) {
-        NVPFLOW_UNROLL
-        for (int low = 0; low < 2; ++low) {
-          const int at = place(16 * (row_block + rb) + lane.g + 8 * low, j, blocks);
-          const T s = log_scale(keep.layer, sums[rb * kOutBlocks + nb][2 * low]);
-          const T t = sums[rb * kOutBlocks + nb][2 * low + 1];
-          const T in = tile.state(half)[at], scale = exponential(call.inverse ? -s : s);
-          const T out = call.inverse ? (in - t) * scale : multiply_add(in, scale, t);
-          tile.state(half)[at] = out;
-          part[keep.log_scale() + at] = s;
-          part[keep.scale() + at] = scale;
-          part[keep.product() + at] = call.inverse ? -out : in * scale;
-          log_det[rb][low] = call.inverse ? log_det[rb][low] - s : log_det[rb][low] + s;
-        }
-      }
-    }
-  }
-
-  NVPFLOW_DEVICE void coupling_forward(const Layer<T>& layer, T* part) {
+  NVPFLOW_DEVICE void forward(Of<Kind::coupling>, const Layer<T>& layer, T* part) {
     const CouplingTape<T> keep(program, layer, plan.tile_rows);
-    copy(tile.state(layer.condition), part, array_size(plan.tile_rows, keep.a));
-    for (int j = 0; j < layer.num_dense; ++j) {
-      const Dense& d = program.dense[layer.first_dense + j];
-      const bool head = j + 1 == layer.num_dense;
-      const bool keeps = keeps_argument(layer.activation);
-      const auto value = rows_of(head ? part : part + keep.value(j), d.out);
-      const auto argument = rows_of(head ? part : part + keep.argument(j), d.out);
-      dense_streamed<M>(stream, d.in, d.out, program.packed + d.bias, rows_of(part + keep.input(j), d.in), across,
-                        plan.warps_across, lane, [&](int first, int valid, Sums<T>& sums) {
-                          if (head) return transform_features(keep, part, first, valid, sums);
-                          if (keeps) store_sums(sums, first, valid, lane, argument);
-                          activate_sums(layer.activation, sums);
-                          store_sums(sums, first, valid, lane, value);
-                        });
-    }
-  }
-
-  NVPFLOW_DEVICE void standardize_forward(const Layer<T>& layer, T* part) {
-    const int features = program.input_size;
-    const T* mean = program.packed + layer.affine;
-    const T* factor = mean + (call.inverse ? features : 2 * features);
-    tile.for_each(team(), [&](int, int f, T& value) {
-      value = call.inverse ? multiply_add(value, factor[f], mean[f]) : (value - mean[f]) * factor[f];
+    network_taped<M>(*this, keep, part, [&](int first, int valid, const Sums<T>& sums) {
+      affine_taped(*this, keep, part, first, valid, sums);
     });
-    block_barrier();
-    copy(tile.state0, part, state_elements(features, plan.tile_rows));
-    if (lane.t != 0 || across != 0) return;
-    const T total = call.inverse ? -mean[3 * features] : mean[3 * features];
-    NVPFLOW_UNROLL
-    for (int rb = 0; rb < kRowBlocks; ++rb) {
-      log_det[rb][0] += total;
-      log_det[rb][1] += total;
-    }
+  }
+  NVPFLOW_DEVICE void forward(Of<Kind::standardize>, const Layer<T>& layer, T* part) {
+    diagonal_taped(*this, layer, part);
   }
 
   NVPFLOW_DEVICE void forward() {
     for (int step = 0; step < program.num_layers; ++step) {
       block_barrier();
       const Layer<T>& layer = layer_at(step);
-      if (layer.kind == Kind::coupling) {
-        coupling_forward(layer, tape_at(step));
-      } else {
-        standardize_forward(layer, tape_at(step));
-      }
+      visit(layer, [&](auto kind) { forward(kind, layer, tape_at(step)); });
     }
     block_barrier();
   }
@@ -284,125 +136,19 @@ struct Reverse {
     block_barrier();
   }
 
-  /// From the cotangent of the layer's output to that of its input, in place, and to that of the head's sums.
-  NVPFLOW_DEVICE void affine_backward(const CouplingTape<T>& keep, T* part) {
-    const int half = 1 - keep.layer.condition, count = tile.count(half), blocks = blocks_of(count);
-    const auto head = rows_of(part + keep.cotangent(keep.layer.num_dense - 1), 2 * count);
-    for (int nb = across; nb < blocks_of(2 * count); nb += plan.warps_across) {
-      const int j = 4 * nb + lane.t;
-      NVPFLOW_UNROLL
-      for (int rb = 0; rb < kRowBlocks; ++rb) {
-        T result[4] = {};
-        NVPFLOW_UNROLL
-        for (int low = 0; low < 2; ++low) {
-          if (j >= count) continue;
-          const int r = 16 * (row_block + rb) + lane.g + 8 * low, at = place(r, j, blocks);
-          const T g = cotangents.state(half)[at], g_log_det = log_det_cotangent[r];
-          const T scaled = g * part[keep.scale() + at];
-          const T tanh_u = part[keep.log_scale() + at] * keep.layer.inverse_bound;
-          const T g_s = multiply_add(g, part[keep.product() + at], call.inverse ? -g_log_det : g_log_det);
-          cotangents.state(half)[at] = scaled;
-          result[2 * low] = g_s * multiply_add(-tanh_u, tanh_u, T(1));
-          result[2 * low + 1] = call.inverse ? -scaled : g;
-        }
-        store4(head.at(rb * head.stride + nb * kBlock + lane.chunk),
-               Vec4<T>{result[0], result[1], result[2], result[3]});
-      }
-    }
-  }
-
-  /// Multiplies the cotangents of hidden layer j's values by the activation's derivative.
-  NVPFLOW_DEVICE void derive(const CouplingTape<T>& keep, T* part, int j, int first, int valid, Sums<T>& sums) {
-    const std::int64_t width = keep.width(j);
-    const auto value = rows_of(part + keep.value(j), width), argument = rows_of(part + keep.argument(j), width);
-    const auto to = rows_of(part + keep.cotangent(j), width);
-    store_sums(sums, first, valid, lane, to);
-    // Each lane meets its own numbers again, one at a time: one copy of the text for all of them.
-#if !defined(NVPFLOW_SIMT)
-#pragma unroll 1
-#endif
-    for (int i = 0; i < kRowBlocks * valid; ++i) {
-      const int rb = i % kRowBlocks, at = rb * to.stride + (first + i / kRowBlocks) * kBlock + lane.chunk;
-      Vec4<T> g = load4(to.at(at));
-      const Vec4<T> v = load4(value.at(at)), u = load4(argument.at(at));
-      g.x *= activation_derivative(keep.layer.activation, v.x, u.x);
-      g.y *= activation_derivative(keep.layer.activation, v.y, u.y);
-      g.z *= activation_derivative(keep.layer.activation, v.z, u.z);
-      g.w *= activation_derivative(keep.layer.activation, v.w, u.w);
-      store4(to.at(at), g);
-    }
-  }
-
-  /// Adds to the cotangent of the conditioning half.
-  NVPFLOW_DEVICE void add_to_input(const Layer<T>& layer, int first, int valid, const Sums<T>& sums) {
-    const auto to = rows_of(cotangents.state(layer.condition), tile.count(layer.condition));
-    NVPFLOW_UNROLL
-    for (int nb = 0; nb < kOutBlocks; ++nb) {
-      if (nb >= valid) continue;
-      NVPFLOW_UNROLL
-      for (int rb = 0; rb < kRowBlocks; ++rb) {
-        T* at = to.at(rb * to.stride + (first + nb) * kBlock + lane.chunk);
-        const T(&sum)[4] = sums[rb * kOutBlocks + nb];
-        const Vec4<T> g = load4(at);
-        store4(at, Vec4<T>{g.x + sum[0], g.y + sum[1], g.z + sum[2], g.w + sum[3]});
-      }
-    }
-  }
-
-  NVPFLOW_DEVICE void coupling_backward(const Layer<T>& layer, T* part, bool input_wanted) {
+  NVPFLOW_DEVICE void backward(Of<Kind::coupling>, const Layer<T>& layer, T* part, bool input_wanted) {
     const CouplingTape<T> keep(program, layer, plan.tile_rows);
-    affine_backward(keep, part);
-    for (int j = layer.num_dense - 1; j >= 0; --j) {
-      if (j == 0 && !input_wanted) return;
-      const Dense& d = program.dense[layer.first_dense + j];
-      dense_streamed<M>(stream, d.out, d.in, static_cast<const T*>(nullptr), rows_of(part + keep.cotangent(j), d.out),
-                        across, plan.warps_across, lane, [&](int first, int valid, Sums<T>& sums) {
-                          if (j > 0) {
-                            derive(keep, part, j - 1, first, valid, sums);
-                          } else {
-                            add_to_input(layer, first, valid, sums);
-                          }
-                        });
-    }
+    affine_backward(*this, keep, part);
+    network_backward<M>(*this, keep, part, input_wanted);
   }
-
-  NVPFLOW_DEVICE void standardize_backward(const Layer<T>& layer, T* part) {
-    const int features = program.input_size;
-    const T* mean = program.packed + layer.affine;
-    const T *std = mean + features, *inverse_std = mean + 2 * features;
-    T* sums = part + state_elements(features, plan.tile_rows);
-    Tile<T> output = tile;
-    output.state0 = part;
-    for (int f = thread_index(); f < features; f += num_threads()) {
-      T g_mean = 0, g_log_std = 0;
-      const T factor = call.inverse ? std[f] : inverse_std[f];
-      for (int r = 0; r < tile.rows; ++r) {
-        T& g = cotangents.at(r, f);
-        if (r < tile.valid) {
-          const T out = output.at(r, f);
-          if (call.inverse) {  // out = in * std + mean, log_det = +sum log_std
-            g_mean += g;
-            g_log_std += multiply_add(g, out - mean[f], log_det_cotangent[r]);
-          } else {  // out = (in - mean) / std, log_det = -sum log_std
-            g_mean -= g * factor;
-            g_log_std -= multiply_add(g, out, log_det_cotangent[r]);
-          }
-        }
-        g *= factor;
-      }
-      sums[f] = g_mean;
-      sums[features + f] = g_log_std;
-    }
+  NVPFLOW_DEVICE void backward(Of<Kind::standardize>, const Layer<T>& layer, T* part, bool) {
+    diagonal_backward(*this, layer, part);
   }
 
   NVPFLOW_DEVICE void backward() {
     for (int step = program.num_layers - 1; step >= 0; --step) {
       const Layer<T>& layer = layer_at(step);
-      if (layer.kind == Kind::coupling) {
-        coupling_backward(layer, tape_at(step), step > 0 || call.grad_in != nullptr);
-      } else {
-        standardize_backward(layer, tape_at(step));
-      }
+      visit(layer, [&](auto kind) { backward(kind, layer, tape_at(step), step > 0 || call.grad_in != nullptr); });
       block_barrier();
     }
   }
@@ -523,8 +269,6 @@ NVPFLOW_DEVICE void outer16(const T* x, const T* g, int row_block, int first_in,
 /// One task over the tiles of one split.
 template <class T, Multiply M>
 struct TaskWorker {
-  static constexpr int kStage = 2 * 2 * 8 * kBlock;  // elements: X and G of 32 rows x 64 features
-
   const GradientPlan& plan;
   const Program<T>& program;
   GradientTask task;
@@ -549,9 +293,9 @@ struct TaskWorker {
       const std::int64_t t = step / steps_of_tile;
       const int row_block = static_cast<int>(step - t * steps_of_tile) * 2;
       const T* from = tape + (first_tile + t) * plan.tape_elements;
-      T* to = stages + step % 2 * kStage;
+      T* to = stages + step % 2 * kTaskStage;
       copy_rows(from + task.input, d.in, task.first_in, row_block, to);
-      copy_rows(from + task.cotangent, d.out, task.first_out, row_block, to + kStage / 2);
+      copy_rows(from + task.cotangent, d.out, task.first_out, row_block, to + kTaskStage / 2);
     }
     copies_commit();
   }
@@ -568,8 +312,8 @@ struct TaskWorker {
       copies_wait<0>();
       block_barrier();
       issue(d, first_tile, step + 1, steps);
-      const T* x = stages + step % 2 * kStage;
-      const T* g = x + kStage / 2;
+      const T* x = stages + step % 2 * kTaskStage;
+      const T* g = x + kTaskStage / 2;
       outer16<M>(x, g, 0, first_in, first_out, lane, sums);
       outer16<M>(x, g, 1, first_in, first_out, lane, sums);
       if (task.first_in != 0 || thread_index() >= kTaskOut) continue;
@@ -606,19 +350,9 @@ struct TaskWorker {
     }
   }
 
-  NVPFLOW_DEVICE void standardize(std::int64_t first_tile, std::int64_t tiles) const {
-    const Layer<T>& layer = program.layers[task.layer];
-    const int features = program.input_size;
-    for (int f = thread_index(); f < features; f += num_threads()) {
-      T mean = 0, log_std = 0;
-      for (std::int64_t t = 0; t < tiles; ++t) {
-        const T* sums = tape + (first_tile + t) * plan.tape_elements + task.input;
-        mean += sums[f];
-        log_std += sums[features + f];
-      }
-      partial[layer.mean_offset + f] = mean;
-      partial[layer.log_std_offset + f] = log_std;
-    }
+  NVPFLOW_DEVICE void diagonal(std::int64_t first_tile, std::int64_t tiles) const {
+    diagonal_gradient(program.layers[task.layer], program.input_size,
+                      tape + first_tile * plan.tape_elements + task.input, plan.tape_elements, tiles, partial);
   }
 };
 
@@ -638,7 +372,7 @@ weight_gradient(NVPFLOW_ARGUMENT GradientPlan plan, NVPFLOW_ARGUMENT Program<T> 
                                 reinterpret_cast<T*>(shared_memory()),
                                 partials + split * program.num_parameters};
   if (worker.task.dense < 0) {
-    worker.standardize(first, count);
+    worker.diagonal(first, count);
   } else {
     worker.dense(first, count);
   }
@@ -709,34 +443,6 @@ Status launch_gradient_with(const GradientPlan& plan, const Program<T>& program,
   return 0;
 }
 
-/// Visits the tasks in order; returns their number.
-template <class T, class Visit>
-std::int32_t for_each_task(const Program<T>& program, const GradientPlan& plan, Visit visit) {
-  std::int32_t count = 0;
-  for (int k = 0; k < program.num_layers; ++k) {
-    const Layer<T>& layer = program.layers[k];
-    const std::int64_t at = layer_tape(program, k, plan.tile_rows);
-    GradientTask task;
-    task.layer = k;
-    if (layer.kind == Kind::standardize) {
-      task.input = at + state_elements(program.input_size, plan.tile_rows);
-      visit(task, count++);
-      continue;
-    }
-    const CouplingTape<T> tape(program, layer, plan.tile_rows);
-    for (int j = 0; j < layer.num_dense; ++j) {
-      task.dense = layer.first_dense + j;
-      task.input = at + tape.input(j);
-      task.cotangent = at + tape.cotangent(j);
-      const Dense& d = program.dense[task.dense];
-      for (task.first_in = 0; task.first_in < d.in; task.first_in += kTaskIn) {
-        for (task.first_out = 0; task.first_out < d.out; task.first_out += kTaskOut) visit(task, count++);
-      }
-    }
-  }
-  return count;
-}
-
 template <class T, Multiply M>
 Status prepare_gradient_with(std::int64_t bytes) {
   if (const Status s = allow_shared(gradient_tiles<T, M>, bytes)) return s;
@@ -745,58 +451,6 @@ Status prepare_gradient_with(std::int64_t bytes) {
 }
 
 }  // namespace
-
-template <class T>
-std::int32_t gradient_tasks(const Program<T>& program, const GradientPlan& plan, GradientTask* tasks) {
-  return for_each_task(program, plan, [&](const GradientTask& task, std::int32_t i) {
-    if (tasks != nullptr) tasks[i] = task;
-  });
-}
-
-template <class T>
-GradientPlan plan_gradient(const Program<T>& program, const Device& device, std::int64_t rows,
-                           const GradientOptions<T>& options) {
-  constexpr auto kSize = static_cast<std::int64_t>(sizeof(T));
-  GradientPlan plan;
-  plan.multiply = choose_multiply(sizeof(T) == 8, device, options.precision, options.force_fma);
-  std::int64_t widest = 1;
-  for (int i = 0; i < program.num_dense; ++i) widest = std::max<std::int64_t>(widest, program.dense[i].out);
-  constexpr int kWarps = kGradientThreads / kWarp;
-  const int preferred = widest <= 128 ? 1 : widest <= 256 ? 2 : widest <= 512 ? 4 : 8;
-  // Fewer rows a block keep more multiprocessors busy where the call is short.
-  const std::int64_t wanted = std::max<std::int64_t>(1, rows / (kWarpRows * device.multiprocessors));
-  auto along = static_cast<int>(std::min<std::int64_t>(kWarps, std::bit_floor(static_cast<std::uint64_t>(wanted))));
-  plan.stage_inputs = sizeof(T) == 4 ? 32 : 16;
-  plan.blocks = device.multiprocessors;
-  plan.weight_shared_bytes = 2 * TaskWorker<T, Multiply::fma>::kStage * kSize;
-  std::int64_t tiles = 1;
-  for (;; along /= 2) {
-    for (plan.warps_across = preferred; plan.warps_across > 0; plan.warps_across /= 2) {
-      plan.warps = std::min(kWarps / plan.warps_across, along) * plan.warps_across;
-      plan.tile_rows = plan.warps / plan.warps_across * kWarpRows;
-      plan.shared_bytes =
-          2 * std::int64_t{plan.warps_across} * 8 * kOutBlocks * plan.stage_inputs * kSize + row_bytes<T>(plan);
-      if (plan.shared_bytes <= device.shared_bytes_per_block) break;
-    }
-    plan.tape_elements = layer_tape(program, program.num_layers, plan.tile_rows);
-    tiles = std::max<std::int64_t>(1, ceil_div(rows, plan.tile_rows));
-    plan.chunk_tiles = std::clamp<std::int64_t>(device.workspace_bytes / (plan.tape_elements * kSize), 1, tiles);
-    if (along == 1 || plan.chunk_tiles >= std::min<std::int64_t>(plan.blocks, tiles)) break;
-  }
-  // Whole rounds of the blocks, so that none waits for the last tiles of a chunk.
-  if (plan.chunk_tiles < tiles && plan.chunk_tiles > plan.blocks) plan.chunk_tiles -= plan.chunk_tiles % plan.blocks;
-  if (options.force_chunk_tiles > 0) plan.chunk_tiles = std::min(tiles, options.force_chunk_tiles);
-  plan.num_tasks = gradient_tasks<T>(program, plan, nullptr);
-  // Two blocks of tasks for each multiprocessor, as far as there are tiles to share out.
-  plan.splits = static_cast<int>(std::clamp<std::int64_t>(ceil_div(2 * device.multiprocessors, plan.num_tasks), 1,
-                                                          std::min<std::int64_t>(plan.chunk_tiles, 64)));
-  const auto aligned = [](std::int64_t bytes) { return round_up(bytes, 256); };
-  plan.partials_at = aligned(plan.chunk_tiles * plan.tape_elements * kSize);
-  plan.log_prob_at = plan.partials_at + aligned(plan.splits * program.num_parameters * kSize);
-  plan.sums_at = plan.log_prob_at + aligned(plan.chunk_tiles * plan.tile_rows * kSize);
-  plan.workspace_bytes = plan.sums_at + aligned(sum_workspace_bytes(plan.chunk_tiles * plan.tile_rows));
-  return plan;
-}
 
 template <class T>
 Status launch_gradient(const GradientPlan& plan, const Program<T>& program, const GradientTask* tasks,
@@ -833,13 +487,9 @@ Status prepare_gradient(const Device& device) {
   return prepare_gradient_with<double, Multiply::fma>(bytes);
 }
 
-#define NVPFLOW_INSTANTIATE(T)                                                                                         \
-  template std::int32_t gradient_tasks(const Program<T>&, const GradientPlan&, GradientTask*);                         \
-  template GradientPlan plan_gradient(const Program<T>&, const Device&, std::int64_t, const GradientOptions<T>&);      \
-  template Status launch_gradient(const GradientPlan&, const Program<T>&, const GradientTask*, const GradientCall<T>&, \
-                                  void*, Stream);
-NVPFLOW_INSTANTIATE(float)
-NVPFLOW_INSTANTIATE(double)
-#undef NVPFLOW_INSTANTIATE
+template Status launch_gradient(const GradientPlan&, const Program<float>&, const GradientTask*,
+                                const GradientCall<float>&, void*, Stream);
+template Status launch_gradient(const GradientPlan&, const Program<double>&, const GradientTask*,
+                                const GradientCall<double>&, void*, Stream);
 
 }  // namespace nvpflow::cuda

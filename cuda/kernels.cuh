@@ -3,6 +3,7 @@
 // header needs no CUDA: backend, packing and tests include it.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 #include "../cpp/src/adam.hpp"
@@ -89,6 +90,30 @@ struct Layer {
   std::int64_t mean_offset = 0, log_std_offset = 0;  // into the flat parameters and gradient
 };
 
+/// Features that a coupling transforms; the others condition it.
+template <class T>
+NVPFLOW_HOST_DEVICE constexpr std::int64_t transformed_count(const Layer<T>& layer, std::int64_t input_size) {
+  return layer.condition == 0 ? input_size - input_size / 2 : input_size / 2;
+}
+
+/// A kind as a type, to choose a function by.
+template <Kind kind>
+struct Of {};
+
+/// f(Of<kind>()) for the kind of a layer: the only switch over kinds, so that a forgotten one does not compile.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable  // f may be the device's
+#endif
+template <class T, class F>
+NVPFLOW_HOST_DEVICE void visit(const Layer<T>& layer, F&& f) {
+  switch (layer.kind) {
+    case Kind::coupling:
+      return f(Of<Kind::coupling>());
+    case Kind::standardize:
+      return f(Of<Kind::standardize>());
+  }
+}
+
 NVPFLOW_HOST_DEVICE constexpr std::int64_t affine_size(std::int64_t input_size) {
   return round_up(3 * input_size + 1, 4);
 }
@@ -126,8 +151,19 @@ struct Device {
   std::int64_t workspace_bytes = std::int64_t{512} << 20;  // plans stay below, as far as one tile lets them
 };
 
+/// Whether this build has code for the current device: the status of asking for a kernel of it.
+Status probe_kernels();
 /// Sets the attributes of all kernels on the current device; once per device, before the first launch.
 Status prepare_kernels(const Device& device);
+
+// ---- the arrays of calls -------------------------------------------------------------------------------------------
+
+/// An array of a call with `width` elements for each of its rows. at: the call's pointer to it, null where it has none.
+template <class P>
+struct RowArray {
+  P* at;
+  std::int64_t width;
+};
 
 // ---- transform, log_prob, sample, conditioner ----------------------------------------------------------------------
 
@@ -145,8 +181,17 @@ struct TransformCall {
   // Where not negative: only the log-scale and shift [rows, |b|] of this coupling on its own input; out, log_det and
   // log_prob must be null.
   std::int32_t conditioner = -1;
+  std::int64_t transformed = 0;  // |b| of it
   T* log_scale = nullptr;
   T* shift = nullptr;
+
+  /// Whether `in` or `out` are rows of data, which the first layer takes or gives.
+  bool is_of_data() const { return conditioner < 0; }
+  /// The arrays that come in and go out, those of data first.
+  std::array<RowArray<const T*>, 1> rows_in(std::int64_t input_size) { return {{{&in, input_size}}}; }
+  std::array<RowArray<T*>, 5> rows_out(std::int64_t input_size) {
+    return {{{&out, input_size}, {&log_det, 1}, {&log_prob, 1}, {&log_scale, transformed}, {&shift, transformed}}};
+  }
 };
 
 /// Where the weights are while a tile goes through, and where its activations are.
@@ -222,6 +267,12 @@ struct GradientCall {
   T* gradient = nullptr;            // flat; null: not wanted
   bool accumulate = false;          // adds to `gradient` instead of overwriting it
   double* sum_log_prob = nullptr;   // nll only, may be null: = the sum over the rows, nats
+
+  /// As of TransformCall.
+  std::array<RowArray<const T*>, 3> rows_in(std::int64_t input_size) {
+    return {{{&in, input_size}, {&grad_out, input_size}, {&grad_log_det, 1}}};
+  }
+  std::array<RowArray<T*>, 2> rows_out(std::int64_t input_size) { return {{{&grad_in, input_size}, {&log_prob, 1}}}; }
 };
 
 /// A part of the gradient that one block forms: inputs x outputs of one dense layer, or a standardize layer.
@@ -287,11 +338,5 @@ struct AdamCall {
 
 template <class T>
 Status launch_adam(const AdamCall<T>& call, Stream stream);
-
-/// Elementary functions, for the tests that measure their error.
-enum class Function : std::int32_t { exp, tanh, sigmoid, softplus, gelu, silu, elu, log, sin_quarter, cos_quarter };
-
-template <class T>
-Status launch_elementary(Function function, const T* in, T* out, std::int64_t count, Stream stream);
 
 }  // namespace nvpflow::cuda

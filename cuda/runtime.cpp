@@ -8,7 +8,6 @@
 #include <nvpflow/error.hpp>
 
 #include "../cpp/src/parallel.hpp"
-#include "training.hpp"
 
 namespace nvpflow::cuda {
 namespace {
@@ -96,9 +95,9 @@ std::string driver_problem() {
   return {};
 }
 
-std::string architecture_problem(int index) {
+std::string architecture_problem(int index, Status (*ask)()) {
   const OnDevice on(index);
-  const auto probe = static_cast<cudaError_t>(probe_kernels());
+  const auto probe = static_cast<cudaError_t>(ask());
   if (probe == cudaSuccess) return {};
   (void)cudaGetLastError();
   const int capability = device_properties(index).compute_capability;

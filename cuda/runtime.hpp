@@ -25,8 +25,8 @@ void check(Status status, const char* what);
 
 /// Why no CUDA device can be used at all, or empty; starts none. Without a driver it says so in a forked child, too.
 std::string driver_problem();
-/// Why this build cannot use a device, or empty; starts it.
-std::string architecture_problem(int index);
+/// Why this build cannot use a device, or empty; starts it. ask: the status of asking for a kernel (probe_kernels).
+std::string architecture_problem(int index, Status (*ask)());
 /// 0 where there is no driver; throws Error(device) in a forked child where there is one that the parent has used.
 int device_count();
 std::string device_name(int index);

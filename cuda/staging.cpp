@@ -45,8 +45,9 @@ struct Lane::Call {
   const Outputs& outputs;
   const std::int64_t* index;
   int threads;
-  std::int64_t chunk = 0;                               // rows
-  std::array<bool, kArrays> direct_in{}, direct_out{};  // pinned by the caller: copied from where it is
+  std::int64_t chunk = 0;                   // rows
+  std::array<bool, kInputs> direct_in{};    // pinned by the caller: copied from where it is
+  std::array<bool, kOutputs> direct_out{};  // the same
   const std::function<void(const Chunk&)>& work;
 
   std::int64_t in_bytes() const {
@@ -83,11 +84,15 @@ void Lane::run(const Inputs& inputs, const Outputs& outputs, const std::int64_t*
                const std::function<void(const Chunk&)>& work) {
   Call call{inputs, outputs, index, threads, 0, {}, {}, work};
   std::int64_t row_bytes = 0;
-  for (std::size_t i = 0; i < kArrays; ++i) {
-    row_bytes += (inputs[i].data != nullptr ? inputs[i].row_bytes : 0);
-    row_bytes += (outputs[i].data != nullptr ? outputs[i].row_bytes : 0);
-    call.direct_in[i] = inputs[i].data != nullptr && index == nullptr && !inputs[i].make && is_pinned(inputs[i].data);
-    call.direct_out[i] = outputs[i].data != nullptr && !outputs[i].take && is_pinned(outputs[i].data);
+  for (std::size_t i = 0; i < kInputs; ++i) {
+    if (inputs[i].data == nullptr) continue;
+    row_bytes += inputs[i].row_bytes;
+    call.direct_in[i] = index == nullptr && !inputs[i].make && is_pinned(inputs[i].data);
+  }
+  for (std::size_t i = 0; i < kOutputs; ++i) {
+    if (outputs[i].data == nullptr) continue;
+    row_bytes += outputs[i].row_bytes;
+    call.direct_out[i] = !outputs[i].take && is_pinned(outputs[i].data);
   }
   call.chunk = chunk_rows(rows, row_bytes);
   const bool alone = call.chunk == rows;
@@ -125,7 +130,7 @@ void Lane::start(Slot& slot, const Call& call, bool alone) {
   chunk.first_row = slot.first_row;
   chunk.rows = slot.rows;
   std::int64_t offset = 0;
-  for (std::size_t i = 0; i < kArrays; ++i) {
+  for (std::size_t i = 0; i < kInputs; ++i) {
     const HostInput& in = call.inputs[i];
     if (in.data == nullptr) continue;
     void* device = at(slot.device_in.data(), offset);
@@ -152,7 +157,7 @@ void Lane::start(Slot& slot, const Call& call, bool alone) {
     wait(compute_, slot.sent);
   }
   offset = 0;
-  for (std::size_t i = 0; i < kArrays; ++i) {
+  for (std::size_t i = 0; i < kOutputs; ++i) {
     if (call.outputs[i].data == nullptr) continue;
     chunk.outputs[i] = at(slot.device_out.data(), offset);
     offset += padded(call.outputs[i].row_bytes * call.chunk);
@@ -163,7 +168,7 @@ void Lane::start(Slot& slot, const Call& call, bool alone) {
     wait(receive_, slot.computed);
   }
   offset = 0;
-  for (std::size_t i = 0; i < kArrays; ++i) {
+  for (std::size_t i = 0; i < kOutputs; ++i) {
     const HostOutput& out = call.outputs[i];
     if (out.data == nullptr) continue;
     void* to = call.direct_out[i] ? at(out.data, slot.first_row * out.row_bytes) : at(slot.host_out.data(), offset);
@@ -177,7 +182,7 @@ void Lane::finish(Slot& slot, const Call& call) {
   if (slot.rows == 0) return;
   synchronize(static_cast<Event>(slot.received));
   std::int64_t offset = 0;
-  for (std::size_t i = 0; i < kArrays; ++i) {
+  for (std::size_t i = 0; i < kOutputs; ++i) {
     const HostOutput& out = call.outputs[i];
     if (out.data == nullptr) continue;
     if (out.take) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -31,14 +32,14 @@ struct HostOutput {
 /// Streams and buffers for one call at a time.
 class Lane {
  public:
-  static constexpr int kArrays = 3;
-  using Inputs = std::array<HostInput, kArrays>;
-  using Outputs = std::array<HostOutput, kArrays>;
+  static constexpr std::size_t kInputs = 3, kOutputs = 5;  // of a call, at most
+  using Inputs = std::array<HostInput, kInputs>;
+  using Outputs = std::array<HostOutput, kOutputs>;
   /// Where one chunk's rows are on the device; null where the call has no such array.
   struct Chunk {
     std::int64_t first_row = 0, rows = 0;
-    std::array<const void*, kArrays> inputs{};
-    std::array<void*, kArrays> outputs{};
+    std::array<const void*, kInputs> inputs{};
+    std::array<void*, kOutputs> outputs{};
   };
 
   /// Rows of a chunk for arrays of so many bytes a row in all.

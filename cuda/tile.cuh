@@ -1,32 +1,10 @@
 // KERNEL PART: a tile of rows in shared memory: rows in and out, noise, poison, sums over features.
 #pragma once
 
+#include "base.cuh"
 #include "dense.cuh"
-#include "gaussian.cuh"
 
 namespace nvpflow::cuda {
-
-// ---- sizes, on both sides of the launch ----------------------------------------------------------------------------
-
-NVPFLOW_HOST_DEVICE inline std::int64_t state_elements(std::int64_t input_size, std::int64_t rows) {
-  return rows * (round_up(input_size / 2, 8) + round_up(input_size - input_size / 2, 8));
-}
-NVPFLOW_HOST_DEVICE inline std::int64_t hidden_elements(const TransformPlan& plan) {
-  return plan.hidden_buffers * plan.tile_rows * round_up(plan.hidden_width, 8);
-}
-/// Shared memory of one tile: state and hidden activations (where they lie there), sums of the warps across, poison.
-template <class T>
-NVPFLOW_HOST_DEVICE std::int64_t tile_bytes(std::int64_t input_size, const TransformPlan& plan) {
-  std::int64_t elements = plan.warps_across > 1 ? 2 * plan.warps_across * plan.tile_rows : 0;
-  if (plan.state_shared) elements += state_elements(input_size, plan.tile_rows);
-  if (plan.hidden_shared) elements += hidden_elements(plan);
-  return elements * static_cast<std::int64_t>(sizeof(T)) + plan.tile_rows * static_cast<std::int64_t>(sizeof(int));
-}
-/// Global memory of one block's tile.
-NVPFLOW_HOST_DEVICE inline std::int64_t workspace_elements(std::int64_t input_size, const TransformPlan& plan) {
-  return (plan.state_shared ? 0 : state_elements(input_size, plan.tile_rows)) +
-         (plan.hidden_shared ? 0 : hidden_elements(plan));
-}
 
 // ---- the tile ------------------------------------------------------------------------------------------------------
 
@@ -40,11 +18,6 @@ template <class T>
 NVPFLOW_DEVICE T sum_over_lanes(T value) {
   value += shuffle_xor(value, 1);
   return value + shuffle_xor(value, 2);
-}
-
-template <class T>
-NVPFLOW_DEVICE bool is_finite(T x) {
-  return x * T(0) == T(0);
 }
 
 template <class T>
@@ -189,7 +162,7 @@ struct Tile {
     call.shift[(first + r) * width + j] = clean(r, t);
   }
 
-  /// Standard normals of the call's rows (gaussian.cuh); of rows past the end too, which are not read.
+  /// Standard normals of the call's rows (base.cuh); of rows past the end too, which are not read.
   NVPFLOW_DEVICE void fill_noise(Team team, std::uint64_t seed, std::uint64_t first_row) const {
     const unsigned width = static_cast<unsigned>((features + kNoiseColumns<T> - 1) / kNoiseColumns<T>);
     const auto size = static_cast<unsigned>(rows) * width;

@@ -3,14 +3,12 @@
 
 #include "training.hpp"
 
-#include "device.cuh"
+#include "elementary.cuh"
 
 namespace nvpflow::cuda {
 namespace {
 
 constexpr int kOrderThreads = 256;
-
-NVPFLOW_DEVICE bool is_finite(double x) { return x - x == 0.0; }
 
 NVPFLOW_KERNEL(kOrderThreads)
 row_order_kernel(RowOrder order, std::int64_t first, std::int64_t count, std::int64_t* index) {

@@ -27,7 +27,4 @@ Status launch_row_order(const RowOrder& order, std::int64_t first, std::int64_t 
 Status launch_judge(StepState* state, const double* slice_sums, std::int64_t slices, std::int64_t rows,
                     std::int64_t step, Stream stream);
 
-/// Whether this build has code for the current device: the status of asking for a kernel of it.
-Status probe_kernels();
-
 }  // namespace nvpflow::cuda

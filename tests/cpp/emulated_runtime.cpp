@@ -167,7 +167,7 @@ std::string driver_problem() {
   enter_cuda();
   return {};
 }
-std::string architecture_problem(int) { return {}; }
+std::string architecture_problem(int, Status (*)()) { return {}; }
 int device_count() {
   enter_cuda();
   return kDevices;

@@ -331,12 +331,13 @@ std::vector<std::vector<T>> trained(const Flow& flow, const std::vector<T>& x, T
   const auto size = static_cast<std::size_t>(flow.num_parameters());
   std::vector<T> parameters(size);
   flow.copy_parameters<T>(parameters);
-  const auto run = flow.backend().begin_training({x.data(), rows}, parameters.data(), rows, Execution(1));
+  const std::int64_t slice = rows - rows / 2;
+  const auto run = flow.backend().begin_training({x.data(), rows}, parameters.data(), slice, Execution(1));
   AdamStep step;
   step.weight_decay = 0.1;
   for (step.step = 1; step.step <= 3; ++step.step) {
-    run->gradient(RowOrder(), 0, rows / 2, rows, false);
-    run->gradient(RowOrder(), rows / 2, rows - rows / 2, rows, true);
+    run->gradient(RowOrder(), 0, slice, rows, false);
+    run->gradient(RowOrder(), slice, rows - slice, rows, true);
     run->update(step, step.step == 1 ? 0 : 0.01);
   }
   report = run->report();

@@ -93,8 +93,8 @@ class NVPFLOW_API Backend {
   /// gradients, so that they allocate nothing from then on. Backends whose calls allocate all the same do nothing.
   virtual void prepare() const {}
 
-  /// A training run that starts from the flat `parameters`, on slices of a batch of at most `slice_rows` (more is
-  /// possible, at the cost of new memory).
+  /// A training run that starts from the flat `parameters`. A batch of more than `slice_rows` comes in slices of so
+  /// many, of which only the last one may be shorter.
   virtual std::unique_ptr<Training> begin_training(const TrainingData& data, const void* parameters,
                                                    std::int64_t slice_rows, const Execution& how) const = 0;
 };

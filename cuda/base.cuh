@@ -2,7 +2,7 @@
 // the normals to 2 ulp (cpp/src/cpu/base.inl).
 #pragma once
 
-#include "device.cuh"
+#include "elementary.cuh"
 
 namespace nvpflow::cuda {
 

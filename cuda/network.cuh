@@ -1,0 +1,151 @@
+// KERNEL PART: the network of a coupling, dense layers one after the other up to the sums of the heads, and its way
+// back. `walk` is the walk of a tile (transform.cu, gradient.cu).
+#pragma once
+
+#include "dense.cuh"
+#include "elementary.cuh"
+#include "tape.hpp"
+
+namespace nvpflow::cuda {
+
+/// The sums of the heads from the input of the last hidden layer, 32 hidden outputs at a time, with weights in shared
+/// memory.
+template <Multiply M, class T, class Rows>
+NVPFLOW_DEVICE void hidden_and_head(const Dense& hidden, const Dense& head, Act activation, const T* packed,
+                                    const Rows& rows, const Lane& lane, Sums<T, kHeadBlocks<T>>& result) {
+  const int in_blocks = (hidden.in + 15) / 16, outs = blocks_of(hidden.out);
+  const int head_blocks = (head.in + 15) / 16, head_outs = blocks_of(head.out);
+  start_sums<T, kHeadBlocks<T>>(packed + head.bias, 0, head_outs, lane, result);
+  for (int first = 0; first < outs; first += kOutBlocks) {
+    const int valid = outs - first < kOutBlocks ? outs - first : kOutBlocks;
+    Sums<T> sums;
+    start_sums<T, kOutBlocks>(packed + hidden.bias, first, valid, lane, sums);
+    multiply_blocks<M, T, kOutBlocks>(rows, hidden.in, 0, in_blocks,
+                                      packed + hidden.weights + first * in_blocks * kBlock, in_blocks * kBlock, valid,
+                                      lane, sums);
+    activate_sums(activation, sums);
+    const RegisterRows<T> chunk{sums};
+    NVPFLOW_UNROLL
+    for (int pair = 0; pair < kOutBlocks / 2; ++pair) {
+      if (2 * pair >= valid) continue;
+      multiply16<M, T, kHeadBlocks<T>>(chunk, 2 * pair, 2 * pair + 1 < valid,
+                                       packed + head.weights + (first / 2 + pair) * kBlock, head_blocks * kBlock,
+                                       head_outs, lane, result);
+    }
+  }
+}
+
+/// run(dense layer, rows of its input, finish) forms one dense layer, finish(first output block, valid, sums) takes the
+/// heads'.
+template <Multiply M, class Walk, class T, class Run, class Finish>
+NVPFLOW_DEVICE void network(Walk& walk, const Layer<T>& layer, Run run, Finish finish) {
+  constexpr bool kResident = Walk::kResident;
+  const int last = layer.num_dense - 1;
+  const bool joined = is_joined(walk.program, layer, kResident);
+  auto rows = walk.rows_of(walk.tile.state(layer.condition), walk.tile.count(layer.condition));
+  for (int j = 0; j < (joined ? last - 1 : last); ++j) {
+    const auto to = walk.rows_of(walk.tile.hidden(j % 2), walk.program.dense[layer.first_dense + j].out);
+    run(walk.program.dense[layer.first_dense + j], rows, [&](int first, int valid, Sums<T>& sums) {
+      activate_sums(layer.activation, sums);
+      store_sums(sums, first, valid, walk.lane, to);
+    });
+    if constexpr (kResident) walk.barrier();
+    rows = to;
+  }
+  if (kResident && joined) {
+    if constexpr (kResident) {
+      // Named where they are used: with references to them ptxas spills registers.
+      Sums<T, kHeadBlocks<T>> sums;
+      hidden_and_head<M, T>(walk.program.dense[layer.first_dense + last - 1],
+                            walk.program.dense[layer.first_dense + last], layer.activation, walk.packed, rows,
+                            walk.lane, sums);
+      finish(0, blocks_of(walk.program.dense[layer.first_dense + last].out), sums);
+    }
+  } else {
+    run(walk.program.dense[layer.first_dense + last], rows, finish);
+  }
+  if constexpr (kResident) walk.barrier();
+}
+
+/// The same with streamed weights and what the way back needs.
+template <Multiply M, class Walk, class T, class Finish>
+NVPFLOW_DEVICE void network_taped(Walk& walk, const CouplingTape<T>& keep, T* part, Finish finish) {
+  const Layer<T>& layer = keep.layer;
+  walk.copy(walk.tile.state(layer.condition), part, array_size(walk.plan.tile_rows, keep.a));
+  for (int j = 0; j < layer.num_dense; ++j) {
+    const Dense& d = walk.program.dense[layer.first_dense + j];
+    const bool head = j + 1 == layer.num_dense;
+    const bool keeps = keeps_argument(layer.activation);
+    const auto value = walk.rows_of(head ? part : part + keep.value(j), d.out);
+    const auto argument = walk.rows_of(head ? part : part + keep.argument(j), d.out);
+    dense_streamed<M>(walk.stream, d.in, d.out, walk.packed + d.bias, walk.rows_of(part + keep.input(j), d.in),
+                      walk.across, walk.plan.warps_across, walk.lane, [&](int first, int valid, Sums<T>& sums) {
+                        if (head) return finish(first, valid, sums);
+                        if (keeps) store_sums(sums, first, valid, walk.lane, argument);
+                        activate_sums(layer.activation, sums);
+                        store_sums(sums, first, valid, walk.lane, value);
+                      });
+  }
+}
+
+/// Multiplies the cotangents of hidden layer j's values by the activation's derivative.
+template <class Walk, class T>
+NVPFLOW_DEVICE void derive(Walk& walk, const CouplingTape<T>& keep, T* part, int j, int first, int valid,
+                           Sums<T>& sums) {
+  const std::int64_t width = keep.width(j);
+  const auto value = walk.rows_of(part + keep.value(j), width), argument = walk.rows_of(part + keep.argument(j), width);
+  const auto to = walk.rows_of(part + keep.cotangent(j), width);
+  store_sums(sums, first, valid, walk.lane, to);
+  // Each lane meets its own numbers again, one at a time: one copy of the text for all of them.
+#if !defined(NVPFLOW_SIMT)
+#pragma unroll 1
+#endif
+  for (int i = 0; i < kRowBlocks * valid; ++i) {
+    const int rb = i % kRowBlocks, at = rb * to.stride + (first + i / kRowBlocks) * kBlock + walk.lane.chunk;
+    Vec4<T> g = load4(to.at(at));
+    const Vec4<T> v = load4(value.at(at)), u = load4(argument.at(at));
+    g.x *= activation_derivative(keep.layer.activation, v.x, u.x);
+    g.y *= activation_derivative(keep.layer.activation, v.y, u.y);
+    g.z *= activation_derivative(keep.layer.activation, v.z, u.z);
+    g.w *= activation_derivative(keep.layer.activation, v.w, u.w);
+    store4(to.at(at), g);
+  }
+}
+
+/// Adds to the cotangent of the conditioning half.
+template <class Walk, class T>
+NVPFLOW_DEVICE void add_to_input(Walk& walk, const Layer<T>& layer, int first, int valid, const Sums<T>& sums) {
+  const auto to = walk.rows_of(walk.cotangents.state(layer.condition), walk.tile.count(layer.condition));
+  NVPFLOW_UNROLL
+  for (int nb = 0; nb < kOutBlocks; ++nb) {
+    if (nb >= valid) continue;
+    NVPFLOW_UNROLL
+    for (int rb = 0; rb < kRowBlocks; ++rb) {
+      T* at = to.at(rb * to.stride + (first + nb) * kBlock + walk.lane.chunk);
+      const T(&sum)[4] = sums[rb * kOutBlocks + nb];
+      const Vec4<T> g = load4(at);
+      store4(at, Vec4<T>{g.x + sum[0], g.y + sum[1], g.z + sum[2], g.w + sum[3]});
+    }
+  }
+}
+
+/// From the cotangent of the heads' sums, on the tape, to those of all dense layers and of the conditioning half.
+template <Multiply M, class Walk, class T>
+NVPFLOW_DEVICE void network_backward(Walk& walk, const CouplingTape<T>& keep, T* part, bool input_wanted) {
+  const Layer<T>& layer = keep.layer;
+  for (int j = layer.num_dense - 1; j >= 0; --j) {
+    if (j == 0 && !input_wanted) return;
+    const Dense& d = walk.program.dense[layer.first_dense + j];
+    dense_streamed<M>(walk.stream, d.out, d.in, static_cast<const T*>(nullptr),
+                      walk.rows_of(part + keep.cotangent(j), d.out), walk.across, walk.plan.warps_across, walk.lane,
+                      [&](int first, int valid, Sums<T>& sums) {
+                        if (j > 0) {
+                          derive(walk, keep, part, j - 1, first, valid, sums);
+                        } else {
+                          add_to_input(walk, layer, first, valid, sums);
+                        }
+                      });
+  }
+}
+
+}  // namespace nvpflow::cuda

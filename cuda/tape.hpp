@@ -1,0 +1,90 @@
+// KERNEL PART: the tape, what the way back of a gradient's tile needs, in global memory.
+//
+// clang-format off
+// Arrays of activations (kernels.cuh) of one tile, one after the other:
+//   state, cotangent of the state
+//   per coupling: input of the conditioner [a]; per hidden layer value [H], where kept argument [H], cotangent [H];
+//                 cotangent of the head [2 b]; log-scale, scale = exp(+-s), product = d(output) / d(s), [b] each
+//   per standardize: its output, in the form of a state; sums over the rows for mean and log_std, [2 D] numbers
+// clang-format on
+#pragma once
+
+#include "plan.hpp"
+
+namespace nvpflow::cuda {
+
+/// gelu and silu need their argument for the derivative; the others' derivative follows from their value.
+NVPFLOW_HOST_DEVICE inline bool keeps_argument(Act act) { return act == Act::gelu || act == Act::silu; }
+
+NVPFLOW_HOST_DEVICE inline std::int64_t array_size(std::int64_t rows, std::int64_t features) {
+  return rows * round_up(features, 8);
+}
+
+/// Offsets within a coupling's part of the tape.
+template <class T>
+struct CouplingTape {
+  const Program<T>& program;
+  const Layer<T>& layer;
+  std::int64_t rows, a, b;
+
+  NVPFLOW_HOST_DEVICE CouplingTape(const Program<T>& p, const Layer<T>& l, std::int64_t tile_rows)
+      : program(p), layer(l), rows(tile_rows) {
+    b = transformed_count(l, p.input_size);
+    a = p.input_size - b;
+  }
+  NVPFLOW_HOST_DEVICE std::int64_t width(int j) const { return program.dense[layer.first_dense + j].out; }
+  NVPFLOW_HOST_DEVICE std::int64_t hidden(int j) const {
+    std::int64_t at = array_size(rows, a);
+    for (int i = 0; i < j; ++i) at += (keeps_argument(layer.activation) ? 3 : 2) * array_size(rows, width(i));
+    return at;
+  }
+  NVPFLOW_HOST_DEVICE std::int64_t value(int j) const { return hidden(j); }
+  NVPFLOW_HOST_DEVICE std::int64_t argument(int j) const {
+    return hidden(j) + (keeps_argument(layer.activation) ? array_size(rows, width(j)) : 0);
+  }
+  /// j: a hidden layer, or the head.
+  NVPFLOW_HOST_DEVICE std::int64_t cotangent(int j) const {
+    return j + 1 == layer.num_dense ? hidden(j) : argument(j) + array_size(rows, width(j));
+  }
+  NVPFLOW_HOST_DEVICE std::int64_t log_scale() const { return hidden(layer.num_dense - 1) + array_size(rows, 2 * b); }
+  NVPFLOW_HOST_DEVICE std::int64_t scale() const { return log_scale() + array_size(rows, b); }
+  NVPFLOW_HOST_DEVICE std::int64_t product() const { return scale() + array_size(rows, b); }
+  NVPFLOW_HOST_DEVICE std::int64_t size() const { return product() + array_size(rows, b); }
+  /// The input of dense layer j.
+  NVPFLOW_HOST_DEVICE std::int64_t input(int j) const { return j == 0 ? 0 : value(j - 1); }
+};
+
+/// Offsets within a standardize layer's part of the tape.
+template <class T>
+struct DiagonalTape {
+  std::int64_t features, rows;
+
+  NVPFLOW_HOST_DEVICE DiagonalTape(const Program<T>& p, const Layer<T>&, std::int64_t tile_rows)
+      : features(p.input_size), rows(tile_rows) {}
+  NVPFLOW_HOST_DEVICE std::int64_t sums() const { return state_elements(features, rows); }
+  NVPFLOW_HOST_DEVICE std::int64_t size() const { return sums() + round_up(2 * features, 16); }
+};
+
+template <class T>
+NVPFLOW_HOST_DEVICE CouplingTape<T> tape_of(Of<Kind::coupling>, const Program<T>& program, const Layer<T>& layer,
+                                            std::int64_t rows) {
+  return {program, layer, rows};
+}
+template <class T>
+NVPFLOW_HOST_DEVICE DiagonalTape<T> tape_of(Of<Kind::standardize>, const Program<T>& program, const Layer<T>& layer,
+                                            std::int64_t rows) {
+  return {program, layer, rows};
+}
+
+/// Where the part of layer k begins; k = num_layers: the size of the tape.
+template <class T>
+NVPFLOW_HOST_DEVICE std::int64_t layer_tape(const Program<T>& program, int k, std::int64_t rows) {
+  std::int64_t at = 2 * state_elements(program.input_size, rows);
+  for (int i = 0; i < k; ++i) {
+    const Layer<T>& layer = program.layers[i];
+    visit(layer, [&](auto kind) { at += tape_of(kind, program, layer, rows).size(); });
+  }
+  return at;
+}
+
+}  // namespace nvpflow::cuda
