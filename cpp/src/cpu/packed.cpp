@@ -81,9 +81,7 @@ Packed<T>::Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels
 
   std::int64_t size = 0;
   for (const Dense<T>& d : dense_) size += round_up(d.out, lanes_) * (d.in + 1);
-  for (const Layer<T>& layer : layers_) {
-    if (layer.kind == Kind::standardize) size += 3 * round_up(spec.input_size, lanes_);
-  }
+  size += static_cast<std::int64_t>(standardize_.size()) * 3 * round_up(spec.input_size, lanes_);
   T* next = static_cast<T*>(weights_.reserve(size * static_cast<std::int64_t>(sizeof(T))));
   std::memset(next, 0, static_cast<std::size_t>(size) * sizeof(T));  // the padding stays zero for ever
   for (Dense<T>& d : dense_) {
@@ -91,8 +89,8 @@ Packed<T>::Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels
     d.bias = next + round_up(d.out, lanes_) * d.in;
     next += round_up(d.out, lanes_) * (d.in + 1);
   }
-  for (Layer<T>& layer : layers_) {
-    if (layer.kind != Kind::standardize) continue;
+  for (const std::size_t index : standardize_) {
+    Layer<T>& layer = layers_[index];
     layer.mean = next;
     layer.std = next + round_up(spec.input_size, lanes_);
     layer.inverse_std = next + 2 * round_up(spec.input_size, lanes_);
@@ -184,6 +182,7 @@ void Packed<T>::add(const LoweredStandardize& from) {
   layer.b_count = program_.input_size;
   layer.mean_offset = from.mean;
   layer.log_std_offset = from.log_std;
+  standardize_.push_back(layers_.size());
   layers_.push_back(layer);
 }
 
@@ -225,9 +224,7 @@ void Packed<T>::pack(const T* parameters, bool transposed, int threads, const fl
       if (d.narrow != nullptr) narrow(d);
     }
   }
-  for (Layer<T>& layer : layers_) {
-    if (layer.kind == Kind::standardize) pack_standardize(layer, parameters);
-  }
+  for (const std::size_t index : standardize_) pack_standardize(layers_[index], parameters);
   if (!rest_layers_.empty() && !transposed) pack_rest(parameters, mean_low);
   transposed_ready_.store(transposed, std::memory_order_relaxed);
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -68,6 +69,7 @@ class Packed {
   std::vector<DenseSource> sources_;
   std::vector<DenseGradient> gradients_;
   std::vector<Layer<T>> layers_;
+  std::vector<std::size_t> standardize_;  // which of them
   Program<T> program_, rest_;
   std::vector<Layer<T>> rest_layers_;
   std::vector<T> identity_;  // zeros, then ones, each as long as the vectors that read them
