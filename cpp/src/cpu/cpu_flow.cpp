@@ -47,15 +47,22 @@ template <class T>
 void CpuFlow<T>::plan_tasks(const Program<T>& program) {
   for (std::int64_t k = 0; k < program.num_layers; ++k) {
     const Layer<T>& layer = program.layers[k];
-    if (layer.kind == Kind::standardize) {
-      tasks_.push_back({k, 0, 0, features_});
-      continue;
+    switch (layer.kind) {
+      case Kind::standardize:
+        tasks_.push_back({k, 0, 0, features_});
+        break;
+      case Kind::coupling:
+        for (std::int32_t j = 0; j < layer.num_dense; ++j) add_dense_tasks(k, j, layer.dense[j]);
+        break;
     }
-    for (std::int32_t j = 0; j < layer.num_dense; ++j) {
-      const std::int64_t in = layer.dense[j].in, out = layer.dense[j].out;
-      const std::int64_t strip = std::max<std::int64_t>(1, kTaskSize / out / kTaskRows) * kTaskRows;
-      for (std::int64_t i = 0; i < in; i += strip) tasks_.push_back({k, j, i, std::min(in, i + strip)});
-    }
+  }
+}
+
+template <class T>
+void CpuFlow<T>::add_dense_tasks(std::int64_t layer, std::int32_t index, const Dense<T>& dense) {
+  const std::int64_t strip = std::max<std::int64_t>(1, kTaskSize / dense.out / kTaskRows) * kTaskRows;
+  for (std::int64_t i = 0; i < dense.in; i += strip) {
+    tasks_.push_back({layer, index, i, std::min(dense.in, i + strip)});
   }
 }
 
