@@ -166,6 +166,15 @@ BoundSpec spec_from_text(const std::string& text) {
   return spec;
 }
 
+/// Names of the tensors that training changes by their gradients.
+py::set trained_of(const ParamLayout& layout) {
+  py::set names;
+  for (const TensorInfo& t : layout.tensors()) {
+    if (t.trained) names.add(t.name);
+  }
+  return names;
+}
+
 }  // namespace
 
 py::list tensors_of(const ParamLayout& layout) {
@@ -220,6 +229,7 @@ void bind_spec(py::module_& module) {
       .def("__repr__", [](const BoundSpec& s) { return spec_repr(s); })
       .def(py::pickle([](const BoundSpec& s) { return spec_to_json(s); }, &spec_from_text));
   module.def("activation_names", [] { return py::tuple(py::cast(activation_names())); });
+  module.def("_trained", [](const BoundSpec& spec) { return trained_of(ParamLayout(spec)); });
   module.def("_layout_of", [](const BoundSpec& spec) { return tensors_of(ParamLayout(spec)); });
 }
 

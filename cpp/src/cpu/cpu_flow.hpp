@@ -102,7 +102,6 @@ class CpuFlow {
   };
 
   void plan_tasks(const Program<T>& program);
-
   void add_dense_tasks(std::int64_t layer, std::int32_t index, const Dense<T>& dense);
   std::int64_t tiles_per_thread() const;
   std::int64_t part_rows(std::int64_t tiles, int team) const;

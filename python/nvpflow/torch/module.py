@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch.autograd import forward_ad
 
-from nvpflow import _checks, _data, _hints
+from nvpflow import _checks, _core, _data, _hints
 from nvpflow.flow import Flow
 from nvpflow.torch._autograd import call, is_plain, refuse_tangents
 from nvpflow.torch._engine import DTYPES, Engine, are_shared
@@ -85,13 +85,13 @@ class FlowModule(torch.nn.Module):
         self._engine = Engine(flow.to(flow.device, flow.precision, "full"))
         flat = torch.from_numpy(flow._copy_flat_parameters()).to(flow.device)
         self._names: list[tuple[str, str]] = []
+        trained = _core._trained(flow.spec)
         for name, shape, offset in flow._layout():
             layer, _, tensor = name.partition(".")
             if layer not in self._modules:
                 self.add_module(layer, _Parameters())
             size = torch.Size(shape).numel()
-            trained = not layer.startswith("standardize")
-            parameter = torch.nn.Parameter(flat[offset : offset + size].view(shape), requires_grad=trained)
+            parameter = torch.nn.Parameter(flat[offset : offset + size].view(shape), requires_grad=name in trained)
             self.get_submodule(layer).register_parameter(tensor, parameter)
             self._names.append((layer, tensor))
         self._engine.flatten(self._tensors())
@@ -221,7 +221,8 @@ class FlowModule(torch.nn.Module):
             As in `nvpflow.build`.
         """
         flow = Flow(self._engine.spec, _seed(seed), init=_checks.text("init", init))
-        self._take(flow, only=[layer for layer, _ in self._names if not layer.startswith("standardize")])
+        trained = _core._trained(flow.spec)
+        self._take(flow, only=[layer for layer, tensor in self._names if f"{layer}.{tensor}" in trained])
 
     def extra_repr(self) -> str:
         """Return the model in one line."""
