@@ -13,11 +13,11 @@
 #include <utility>
 #include <vector>
 
-#include <nvpflow/backend.hpp>
 #include <nvpflow/device.hpp>
 #include <nvpflow/error.hpp>
 #include <nvpflow/spec.hpp>
 
+#include "../cpp/src/backend.hpp"
 #include "../cpp/src/float_mode.hpp"
 #include "../cpp/src/left_right.hpp"
 #include "../cpp/src/parallel.hpp"

@@ -10,6 +10,7 @@
 #include <nvpflow/error.hpp>
 #include <nvpflow/spec.hpp>
 
+#include "../cpp/src/backend.hpp"
 #include "../cpp/src/row_order.hpp"
 #include "../cpp/src/training.hpp"
 #include "device_flow.hpp"

@@ -1,7 +1,8 @@
 // The CUDA backend's functions in a build without CUDA: they say so.
 
-#include <nvpflow/backend.hpp>
 #include <nvpflow/error.hpp>
+
+#include "../cpp/src/backend.hpp"
 
 namespace nvpflow {
 

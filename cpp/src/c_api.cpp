@@ -16,8 +16,7 @@
 #include <nvpflow/error.hpp>
 #include <nvpflow/flow.hpp>
 #include <nvpflow/spec.hpp>
-
-#include "io/spec_json.hpp"
+#include <nvpflow/spec_json.hpp>
 
 /// What a handle points at.
 struct nvpflow_flow {
@@ -222,7 +221,7 @@ int64_t nvpflow_num_parameters(const nvpflow_flow* flow) { return flow == nullpt
 
 nvpflow_status nvpflow_spec_json(const nvpflow_flow* flow, char* text, size_t capacity, size_t* needed) {
   using namespace nvpflow;
-  return guarded([&] { write_text(spec_to_json(required(flow, "flow")->flow.spec()), text, capacity, needed); });
+  return guarded([&] { write_text(to_json(required(flow, "flow")->flow.spec()), text, capacity, needed); });
 }
 
 nvpflow_status nvpflow_column_name(const nvpflow_flow* flow, int64_t column, char* text, size_t capacity,

@@ -12,11 +12,11 @@
 #include <nlohmann/json.hpp>
 #include <nvpflow/error.hpp>
 #include <nvpflow/spec.hpp>
+#include <nvpflow/spec_json.hpp>
 #include <nvpflow/train.hpp>
 
 #include "io/metadata_json.hpp"
 #include "io/safetensors.hpp"
-#include "io/spec_json.hpp"
 
 namespace nvpflow {
 namespace {
@@ -48,7 +48,7 @@ json as_json(Statistics statistics) { return name_of(statistics); }
 /// Everything that decides what the next step does, by the names users know.
 json describe(const CheckpointKey& key) {
   const FitOptions& o = key.options;
-  json text = {{"flow", json::parse(spec_to_json(key.spec))},
+  json text = {{"flow", json::parse(to_json(key.spec))},
                {"x", std::to_string(key.rows) + " rows with fingerprint " + hex(key.data)},
                {"validation rows", key.validation_rows}};
   FitOptions::fields([&](const char* name, auto member, const OptionRange*) { text[name] = as_json(o.*member); });

@@ -18,14 +18,17 @@
 #include <variant>
 #include <vector>
 
-#include <nvpflow/backend.hpp>
 #include <nvpflow/device.hpp>
 #include <nvpflow/error.hpp>
+#include <nvpflow/execution.hpp>
+#include <nvpflow/overlap.hpp>
 #include <nvpflow/spec.hpp>
+#include <nvpflow/spec_json.hpp>
 
+#include "backend.hpp"
 #include "float_mode.hpp"
+#include "flow_access.hpp"
 #include "io/model_file.hpp"
-#include "io/spec_json.hpp"
 #include "parallel.hpp"
 
 namespace nvpflow {
@@ -36,13 +39,6 @@ constexpr DType dtype_of = sizeof(T) == 4 ? DType::float32 : DType::float64;
 
 [[noreturn]] void fail(const std::string& message) { throw Error(ErrorCode::invalid_argument, message); }
 
-bool overlap(const void* a, std::size_t a_bytes, const void* b, std::size_t b_bytes) {
-  const auto* pa = static_cast<const unsigned char*>(a);
-  const auto* pb = static_cast<const unsigned char*>(b);
-  const std::less<> before;
-  return a_bytes != 0 && b_bytes != 0 && before(pa, pb + b_bytes) && before(pb, pa + a_bytes);
-}
-
 /// A span with the name that its errors use.
 template <class Span>
 struct Named {
@@ -52,11 +48,14 @@ struct Named {
 template <class Span>
 Named(const char*, Span) -> Named<Span>;  // clang before 17 does not deduce it for aggregates
 
+template <class Span>
+NamedMemory memory_of(const Named<Span>& s) {
+  return {s.name, s.span.data(), static_cast<std::int64_t>(s.span.size_bytes())};
+}
+
 template <class A, class B>
 void refuse_overlap(const Named<A>& a, const Named<B>& b) {
-  if (overlap(a.span.data(), a.span.size_bytes(), b.span.data(), b.span.size_bytes())) {
-    fail(std::string(a.name) + " overlaps " + b.name + "; they must not share memory");
-  }
+  nvpflow::refuse_overlap(memory_of(a), memory_of(b));
 }
 
 template <class Span>
@@ -168,22 +167,26 @@ struct Flow::State {
     return size / spec.input_size;
   }
 
-  /// Of a call of so many rows that prepare() speaks of.
-  int threads_for(std::int64_t rows) const {
-    return rows <= prepared_rows.load(std::memory_order_relaxed) ? 1 : threads();
+  /// Threads of a batch call.
+  int threads() const { return threads_or_available(num_threads.load(std::memory_order_relaxed)); }
+
+  /// Execution with its threads settled.
+  Execution settled(Execution how) const {
+    if (how.threads == 0) how.threads = threads();
+    return how;
+  }
+  /// The same for a call of the kind that prepare() speaks of.
+  Execution settled(Execution how, std::int64_t rows) const {
+    if (how.threads == 0) how.threads = rows <= prepared_rows.load(std::memory_order_relaxed) ? 1 : threads();
+    return how;
   }
 
   /// How a call on data of type T runs.
   template <class T>
-  Execution execution(int threads) const {
-    Execution how(threads);
+  Execution execution() const {
+    Execution how;
     how.float64_rows = is_wide<T>();
     return how;
-  }
-
-  int threads() const {
-    const int wanted = num_threads.load(std::memory_order_relaxed);
-    return wanted > 0 ? wanted : available_threads();
   }
 
   /// Of the first layer where it is a standardize layer, else zeros and ones; [D] each.
@@ -219,7 +222,7 @@ struct Flow::State {
     std::vector<float> kept(none ? low.end() : low.begin(), low.end());
     // The backend first: a device may refuse, and then nothing has changed.
     backend->set_parameters(values, none ? nullptr : kept.data());
-    std::memmove(parameters.data(), values, parameters.size());
+    if (values != parameters.data()) std::memmove(parameters.data(), values, parameters.size());
     mean_low = std::move(kept);
   }
 };
@@ -297,7 +300,6 @@ Weights Flow::weights() const { return state_->weights; }
 const ParamLayout& Flow::layout() const { return state_->layout; }
 std::int64_t Flow::num_parameters() const { return state_->layout.size(); }
 int Flow::num_threads() const { return state_->num_threads.load(); }
-const Backend& Flow::backend() const { return *state_->backend; }
 
 std::vector<std::string> Flow::column_names() const {
   const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
@@ -332,7 +334,7 @@ void Flow::prepare(std::int64_t max_rows) const {
     fail("prepare is for flows on the CPU, this one is on " + name_of(device()) + "; Flow::to makes a copy there");
   }
   if (max_rows < 0) fail("max_rows is " + std::to_string(max_rows) + ", expected 0 or more");
-  backend().prepare();
+  state_->backend->prepare();
   if (max_rows == 0) return state_->prepared_rows.store(0);
   std::int64_t before = state_->prepared_rows.load();
   while (before < max_rows && !state_->prepared_rows.compare_exchange_weak(before, max_rows)) {
@@ -348,7 +350,7 @@ void Flow::reload(const std::string& path) {
 
 void Flow::swap(Flow& other) {
   if (spec() != other.spec()) {
-    fail("other has another spec: " + spec_to_json(other.spec()) + ", expected " + spec_to_json(spec()));
+    fail("other has another spec: " + to_json(other.spec()) + ", expected " + to_json(spec()));
   }
   if (state_ == other.state_) return;
   State *a = state_.get(), *b = other.state_.get();
@@ -419,30 +421,26 @@ template <class T>
 void Flow::forward(std::span<const T> x, std::span<T> z, std::span<T> log_det) const {
   const std::int64_t rows = state_->check_rows(Named{"x", x});
   check_transform(rows, Named{"x", x}, Named{"z", z}, Named{"log_det", log_det});
-  backend().transform(Direction::forward, x.data(), rows, z.data(), data_or_null(log_det),
-                      Execution(state_->threads_for(rows)));
+  transform_unchecked(Direction::forward, x.data(), rows, z.data(), data_or_null(log_det));
 }
 
 template <class T>
 void Flow::inverse(std::span<const T> z, std::span<T> x, std::span<T> log_det) const {
   const std::int64_t rows = state_->check_rows(Named{"z", z});
   check_transform(rows, Named{"z", z}, Named{"x", x}, Named{"log_det", log_det});
-  backend().transform(Direction::inverse, z.data(), rows, x.data(), data_or_null(log_det),
-                      Execution(state_->threads_for(rows)));
+  transform_unchecked(Direction::inverse, z.data(), rows, x.data(), data_or_null(log_det));
 }
 
 void Flow::forward(std::span<const double> x, std::span<float> z, std::span<float> log_det) const {
   const std::int64_t rows = state_->check_wide(Named{"x", x});
   check_transform(rows, Named{"x", x}, Named{"z", z}, Named{"log_det", log_det});
-  backend().transform(Direction::forward, x.data(), rows, z.data(), data_or_null(log_det),
-                      state_->execution<double>(state_->threads_for(rows)));
+  transform_unchecked(Direction::forward, x.data(), rows, z.data(), data_or_null(log_det), state_->execution<double>());
 }
 
 void Flow::inverse(std::span<const float> z, std::span<double> x, std::span<float> log_det) const {
   const std::int64_t rows = state_->check_wide(Named{"x", std::span<const double>(x)});
   check_transform(rows, Named{"z", z}, Named{"x", x}, Named{"log_det", log_det});
-  backend().transform(Direction::inverse, z.data(), rows, x.data(), data_or_null(log_det),
-                      state_->execution<double>(state_->threads_for(rows)));
+  transform_unchecked(Direction::inverse, z.data(), rows, x.data(), data_or_null(log_det), state_->execution<double>());
 }
 
 namespace {
@@ -477,13 +475,13 @@ double Flow::round_trip_error(std::span<const T> x) const {
       std::clamp<std::int64_t>(kRoundTripElements / features, 1, std::max<std::int64_t>(1, rows));
   std::vector<T> back(static_cast<std::size_t>(chunk * features));
   std::vector<unsigned char> latents(back.size() * static_cast<std::size_t>(size_of(spec().dtype)));
-  const Execution how = state_->execution<T>(state_->threads());
+  const Execution how = state_->settled(state_->execution<T>());
   double largest = 0;
   for (std::int64_t first = 0; first < rows; first += chunk) {
     const T* from = x.data() + first * features;
     const std::int64_t count = std::min(chunk, rows - first);
-    backend().transform(Direction::forward, from, count, latents.data(), nullptr, how);
-    backend().transform(Direction::inverse, latents.data(), count, back.data(), nullptr, how);
+    transform_unchecked(Direction::forward, from, count, latents.data(), nullptr, how);
+    transform_unchecked(Direction::inverse, latents.data(), count, back.data(), nullptr, how);
     for (std::int64_t r = 0; r < count; ++r) {
       const T* row = from + r * features;
       if (!std::all_of(row, row + features, [](T v) { return std::isfinite(v); })) continue;
@@ -498,52 +496,40 @@ void Flow::log_prob(std::span<const T> x, std::span<T> out) const {
   const std::int64_t rows = state_->check_rows(Named{"x", x});
   check_length(Named{"out", out}, rows, "[B]");
   refuse_overlap(Named{"out", out}, Named{"x", x});
-  backend().log_prob(x.data(), rows, out.data(), Execution(state_->threads_for(rows)));
+  log_prob_unchecked(x.data(), rows, out.data());
 }
 
 void Flow::log_prob(std::span<const double> x, std::span<float> out) const {
   const std::int64_t rows = state_->check_wide(Named{"x", x});
   check_length(Named{"out", out}, rows, "[B]");
   refuse_overlap(Named{"out", out}, Named{"x", x});
-  backend().log_prob(x.data(), rows, out.data(), state_->execution<double>(state_->threads_for(rows)));
+  log_prob_unchecked(x.data(), rows, out.data(), state_->execution<double>());
 }
 
 template <class T>
 void Flow::sample(std::uint64_t seed, std::span<T> x, std::uint64_t first_row) const {
   const std::int64_t rows = state_->check_data(Named{"x", std::span<const T>(x)});
-  backend().sample(seed, first_row, rows, x.data(), state_->execution<T>(state_->threads_for(rows)));
+  sample_unchecked(seed, first_row, rows, x.data(), state_->execution<T>());
 }
 
 template <class T>
 double Flow::nll(std::span<const T> x) const {
-  const FloatMode mode;
-  const std::int64_t rows = state_->check_data(Named{"x", x});
-  if (rows == 0) fail("x has no rows: the mean over an empty batch is not defined");
-  const Execution how = state_->execution<T>(state_->threads_for(rows));
-  return -backend().sum_log_prob(x.data(), nullptr, rows, how) / static_cast<double>(rows);
+  return nll_unchecked(x.data(), state_->check_data(Named{"x", x}), state_->execution<T>());
 }
 
 template <class T>
 double Flow::nll_gradient(std::span<const T> x, std::span<T> gradient) const {
-  const FloatMode mode;
   const std::int64_t rows = state_->check_rows(Named{"x", x});
-  if (rows == 0) fail("x has no rows: the mean over an empty batch is not defined");
   check_length(Named{"gradient", gradient}, num_parameters(), "the flat buffer of ParamLayout");
   refuse_overlap(Named{"gradient", gradient}, Named{"x", x});
-  const double sum =
-      backend().nll_gradient(x.data(), nullptr, rows, rows, gradient.data(), false, Execution(state_->threads()));
-  return -sum / static_cast<double>(rows);
+  return nll_gradient_unchecked(x.data(), rows, gradient.data());
 }
 
 double Flow::nll_gradient(std::span<const double> x, std::span<float> gradient) const {
-  const FloatMode mode;
   const std::int64_t rows = state_->check_wide(Named{"x", x});
-  if (rows == 0) fail("x has no rows: the mean over an empty batch is not defined");
   check_length(Named{"gradient", gradient}, num_parameters(), "the flat buffer of ParamLayout");
   refuse_overlap(Named{"gradient", gradient}, Named{"x", x});
-  const Execution how = state_->execution<double>(state_->threads());
-  return -backend().nll_gradient(x.data(), nullptr, rows, rows, gradient.data(), false, how) /
-         static_cast<double>(rows);
+  return nll_gradient_unchecked(x.data(), rows, gradient.data(), state_->execution<double>());
 }
 
 namespace {
@@ -573,8 +559,8 @@ void Flow::vjp(Direction direction, std::span<const T> in, std::span<const T> gr
   const std::int64_t rows = state_->check_rows(Named{"in", in});
   check_vjp(rows, num_parameters(), Named{"in", in}, Named{"grad_out", grad_out}, Named{"grad_log_det", grad_log_det},
             Named{"grad_in", grad_in}, Named{"grad_parameters", grad_parameters});
-  backend().vjp(direction, in.data(), rows, data_or_null(grad_out), data_or_null(grad_log_det), data_or_null(grad_in),
-                data_or_null(grad_parameters), accumulate, Execution(state_->threads()));
+  vjp_unchecked(direction, in.data(), rows, data_or_null(grad_out), data_or_null(grad_log_det), data_or_null(grad_in),
+                data_or_null(grad_parameters), accumulate);
 }
 
 void Flow::vjp(std::span<const double> x, std::span<const float> grad_out, std::span<const float> grad_log_det,
@@ -582,9 +568,8 @@ void Flow::vjp(std::span<const double> x, std::span<const float> grad_out, std::
   const std::int64_t rows = state_->check_wide(Named{"x", x});
   check_vjp(rows, num_parameters(), Named{"x", x}, Named{"grad_out", grad_out}, Named{"grad_log_det", grad_log_det},
             Named{"grad_x", grad_x}, Named{"grad_parameters", grad_parameters});
-  backend().vjp(Direction::forward, x.data(), rows, data_or_null(grad_out), data_or_null(grad_log_det),
-                data_or_null(grad_x), data_or_null(grad_parameters), accumulate,
-                state_->execution<double>(state_->threads()));
+  vjp_unchecked(Direction::forward, x.data(), rows, data_or_null(grad_out), data_or_null(grad_log_det),
+                data_or_null(grad_x), data_or_null(grad_parameters), accumulate, state_->execution<double>());
 }
 
 template <class T>
@@ -604,8 +589,92 @@ void Flow::conditioner(std::int64_t layer, std::span<const T> in, std::span<T> s
   refuse_overlap(out_s, input);
   refuse_overlap(out_t, input);
   refuse_overlap(out_s, out_t);
-  backend().conditioner(layer, in.data(), rows, s.data(), t.data(), Execution(state_->threads()));
+  conditioner_unchecked(layer, in.data(), rows, s.data(), t.data());
 }
+
+// ---- the core: what the calls above, the bindings and XLA's handlers share
+// -------------------------------------------
+
+void Flow::transform_unchecked(Direction direction, const void* in, std::int64_t rows, void* out, void* log_det,
+                               const Execution& how) const {
+  state_->backend->transform(direction, in, rows, out, log_det, state_->settled(how, rows));
+}
+
+void Flow::log_prob_unchecked(const void* x, std::int64_t rows, void* out, const Execution& how) const {
+  state_->backend->log_prob(x, rows, out, state_->settled(how, rows));
+}
+
+void Flow::sample_unchecked(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* x,
+                            const Execution& how) const {
+  state_->backend->sample(seed, first_row, rows, x, state_->settled(how, rows));
+}
+
+void Flow::noise_unchecked(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* z,
+                           const Execution& how) const {
+  state_->backend->noise(seed, first_row, rows, z, state_->settled(how));
+}
+
+namespace {
+
+/// The mean of a loss, from the sum of log p that the backend gives.
+double mean_loss(double sum_log_prob, std::int64_t rows) { return -sum_log_prob / static_cast<double>(rows); }
+
+void require_some(std::int64_t rows) {
+  if (rows == 0) fail("x has no rows: the mean over an empty batch is not defined");
+}
+
+}  // namespace
+
+double Flow::nll_unchecked(const void* x, std::int64_t rows, const Execution& how) const {
+  const FloatMode mode;
+  require_some(rows);
+  return mean_loss(state_->backend->sum_log_prob(x, nullptr, rows, state_->settled(how, rows)), rows);
+}
+
+double Flow::nll_gradient_unchecked(const void* x, std::int64_t rows, void* gradient, const Execution& how) const {
+  const FloatMode mode;
+  require_some(rows);
+  return mean_loss(state_->backend->nll_gradient(x, nullptr, rows, rows, gradient, false, state_->settled(how)), rows);
+}
+
+void Flow::vjp_unchecked(Direction direction, const void* in, std::int64_t rows, const void* grad_out,
+                         const void* grad_log_det, void* grad_in, void* grad_parameters, bool accumulate,
+                         const Execution& how) const {
+  state_->backend->vjp(direction, in, rows, grad_out, grad_log_det, grad_in, grad_parameters, accumulate,
+                       state_->settled(how));
+}
+
+void Flow::log_prob_vjp_unchecked(const void* x, std::int64_t rows, const void* grad_log_prob, void* log_prob,
+                                  void* grad_x, void* grad_parameters, bool accumulate, const Execution& how) const {
+  state_->backend->log_prob_vjp(x, rows, grad_log_prob, log_prob, grad_x, grad_parameters, accumulate,
+                                state_->settled(how));
+}
+
+void Flow::conditioner_unchecked(std::int64_t layer, const void* in, std::int64_t rows, void* s, void* t,
+                                 const Execution& how) const {
+  state_->backend->conditioner(layer, in, rows, s, t, state_->settled(how));
+}
+
+Flow Flow::of_tensors(FlowSpec spec, std::span<const void* const> tensors) {
+  Flow flow(std::make_unique<State>(std::move(spec), Device{}, Precision::float32, Weights::full));
+  flow.set_tensors_unchecked(tensors);
+  return flow;
+}
+
+void Flow::set_tensors_unchecked(std::span<const void* const> tensors) {
+  const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
+  unsigned char* flat = state_->parameters.data();
+  const std::int64_t size = size_of(spec().dtype);
+  const std::vector<TensorInfo>& layout = state_->layout.tensors();
+  for (std::size_t i = 0; i < layout.size(); ++i) {
+    std::memcpy(flat + layout[i].offset * size, tensors[i], static_cast<std::size_t>(layout[i].size * size));
+  }
+  state_->publish_locked(flat, {});
+  state_->threshold.reset();
+}
+
+const Backend& FlowAccess::backend(const Flow& flow) { return *flow.state_->backend; }
+int FlowAccess::threads(const Flow& flow) { return flow.state_->threads(); }
 
 #define NVPFLOW_INSTANTIATE(T)                                                                                 \
   template std::span<const T> Flow::parameters() const;                                                        \

@@ -5,11 +5,12 @@
 #include <cstdint>
 #include <mutex>
 
+#include <nvpflow/threads.hpp>
+
 namespace nvpflow {
 
-/// Threads this process may use: its affinity mask, cut to the cgroup's CPU quota and to the limit that the environment
-/// sets. At least 1. Counted once, at the first call. Throws as limited_threads does.
-int available_threads();
+/// `wanted`, or as many as this process may use where that is 0.
+inline int threads_or_available(int wanted) { return wanted > 0 ? wanted : available_threads(); }
 
 /// `threads`, or the limit that NVPFLOW_NUM_THREADS (`own`) or else OMP_NUM_THREADS (`openmp`) sets where that is less;
 /// null or empty: not set. Of OpenMP's list, one number for each level of nesting, the first counts; it sets no limit

@@ -23,13 +23,14 @@
 #include <utility>
 #include <vector>
 
-#include <nvpflow/backend.hpp>
 #include <nvpflow/error.hpp>
 #include <nvpflow/flow.hpp>
 #include <nvpflow/spec.hpp>
 
+#include "backend.hpp"
 #include "checkpoint.hpp"
 #include "float_mode.hpp"
+#include "flow_access.hpp"
 #include "math.hpp"
 #include "parallel.hpp"
 #include "row_order.hpp"
@@ -198,9 +199,7 @@ class Trainer {
         given_x_(x),
         given_validation_(validation),
         rows_(checked_rows(), held_out_rows(), options.seed),
-        threads_(options.num_threads > 0  ? options.num_threads
-                 : flow.num_threads() > 0 ? flow.num_threads()
-                                          : available_threads()) {
+        threads_(options.num_threads > 0 ? options.num_threads : FlowAccess::threads(flow)) {
     // Forward and back.
     const double per_row = 3 * 2 * flow.layout().multiply_adds_per_row();
     const double most = kSliceFlops * sizeof(float) / sizeof(T);
@@ -239,7 +238,7 @@ class Trainer {
     const TrainingData data = {x_.data(), total_rows(), validation_.data(), validation_rows()};
     std::vector<T> start = best_;
     if (standardized_.on) std::fill_n(start.begin(), 2 * features_, T(0));
-    training_ = flow_.backend().begin_training(data, start.data(), std::min(slice_, batch_), Execution(threads_));
+    training_ = FlowAccess::backend(flow_).begin_training(data, start.data(), std::min(slice_, batch_), Execution(threads_));
     if (options_.max_round_trip == 0) return;
     probe_.emplace(flow_);
     probe_->set_num_threads(threads_);

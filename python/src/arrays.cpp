@@ -14,6 +14,7 @@
 #include <vector>
 
 #include <nvpflow/flow.hpp>
+#include <nvpflow/overlap.hpp>
 #include <nvpflow/spec.hpp>
 
 #include "../../cpp/src/memory.hpp"
@@ -280,10 +281,6 @@ void read_host(PyObject* object, const char* name, const Accepted& accepted, Pla
   in.wide = PyArray_TYPE(array) != type_number(accepted.dtype);
 }
 
-[[noreturn]] void raise_overlap(const char* a, const char* b) {
-  raise(PyExc_ValueError, std::string(a) + " overlaps " + b + "; they must not share memory");
-}
-
 void check_given(PyArrayObject* array, const char* name, DType dtype, int dims, const npy_intp* shape) {
   if (PyArray_TYPE(array) != type_number(dtype) || !PyArray_ISNOTSWAPPED(array)) {
     raise(PyExc_TypeError,
@@ -498,11 +495,11 @@ std::pair<PyObject*, PyObject*> out_pair(PyObject* out, const char* second_name)
 
 void refuse_overlap(const OutputArray& out, const char* out_name, const InputArray& in, const char* in_name,
                     std::int64_t in_bytes) {
-  if (out.given && overlap(out.data, out.bytes, in.data, in_bytes)) raise_overlap(out_name, in_name);
+  if (out.given) nvpflow::refuse_overlap({out_name, out.data, out.bytes}, {in_name, in.data, in_bytes});
 }
 
 void refuse_overlap(const OutputArray& a, const char* a_name, const OutputArray& b, const char* b_name) {
-  if (a.given && b.given && overlap(a.data, a.bytes, b.data, b.bytes)) raise_overlap(a_name, b_name);
+  if (a.given && b.given) nvpflow::refuse_overlap({a_name, a.data, a.bytes}, {b_name, b.data, b.bytes});
 }
 
 PyObject* result_of(OutputArray&& out) {

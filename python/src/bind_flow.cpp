@@ -15,13 +15,11 @@
 #include <variant>
 #include <vector>
 
-#include <nvpflow/backend.hpp>
 #include <nvpflow/device.hpp>
 #include <nvpflow/error.hpp>
 #include <nvpflow/flow.hpp>
 #include <nvpflow/spec.hpp>
 
-#include "../../cpp/src/parallel.hpp"
 #include "arrays.hpp"
 #include "bindings.hpp"
 #include "bound_flow.hpp"
@@ -39,7 +37,7 @@ constexpr double kOutputFlops = 40, kRowFlops = 3000;
 
 py::object noise(const BoundFlow& self, std::int64_t rows, std::uint64_t seed) {
   OutputArray z = new_array(self.dtype, rows, self.features);
-  run_released(self, rows, [&] { self.flow.backend().noise(seed, 0, rows, z.data, Execution(self.threads())); });
+  run_released(self, rows, [&] { self.flow.noise_unchecked(seed, 0, rows, z.data); });
   return object_of(std::move(z));
 }
 
@@ -261,11 +259,6 @@ void raise_uninitialised() {
 
 void BoundFlow::require_ready() const {
   if (!ready) raise_uninitialised();
-}
-
-int BoundFlow::threads() const {
-  const int wanted = flow.num_threads();
-  return wanted > 0 ? wanted : available_threads();
 }
 
 void bind_flow(py::module_& module) {

@@ -2,15 +2,13 @@
 
 #include <cstdint>
 #include <initializer_list>
-#include <span>
 #include <string>
 #include <utility>
 
-#include <nvpflow/backend.hpp>
 #include <nvpflow/error.hpp>
+#include <nvpflow/execution.hpp>
 #include <nvpflow/flow.hpp>
 
-#include "../../cpp/src/float_mode.hpp"
 #include "arrays.hpp"
 #include "bindings.hpp"
 #include "bound_flow.hpp"
@@ -23,11 +21,6 @@ namespace {
 /// What a gradient costs, in forward passes.
 constexpr std::int64_t kGradientCost = 5;
 
-void require_some(const InputArray& in) {
-  if (in.rows > 0) return;
-  throw Error(ErrorCode::invalid_argument, "x has no rows: the mean over an empty batch is not defined");
-}
-
 /// An array of the flow's parameters' size, in the memory and of the library of x.
 OutputArray parameter_array(const BoundFlow& self, const char* name, const InputArray& x, PyObject* given = nullptr) {
   InputArray like = x;
@@ -39,18 +32,7 @@ OutputArray parameter_array(const BoundFlow& self, const char* name, const Input
 py::object nll(const BoundFlow& self, const Arguments& given) {
   const InputArray in = self.rows_of(given[0], "x");
   double result = 0;
-  if (in.on_device) {
-    const FloatMode mode;
-    require_some(in);
-    run_beside(self, in, in.rows, [&](const Execution& how) {
-      result = -self.flow.backend().sum_log_prob(in.data, nullptr, in.rows, how) / static_cast<double>(in.rows);
-    });
-    return py::float_(result);
-  }
-  run_released(self, in.rows, [&] {
-    result = by_dtype(in.wide ? DType::float64 : self.dtype,
-                      [&](auto t) { return self.flow.nll(view<decltype(t)>(in, in.rows * self.features)); });
-  });
+  run_beside(self, in, in.rows, [&](const Execution& how) { result = self.flow.nll_unchecked(in.data, in.rows, how); });
   return py::float_(result);
 }
 
@@ -58,25 +40,8 @@ py::object nll_gradient(const BoundFlow& self, const Arguments& given) {
   const InputArray in = self.rows_of(given[0], "x");
   OutputArray gradient = parameter_array(self, "gradient", in);
   double result = 0;
-  if (in.on_device) {
-    const FloatMode mode;
-    require_some(in);
-    run_beside(self, in, in.rows, [&](const Execution& how) {
-      const Backend& backend = self.flow.backend();
-      const double sum = backend.nll_gradient(in.data, nullptr, in.rows, in.rows, gradient.data, false, how);
-      result = -sum / static_cast<double>(in.rows);
-    });
-    return py::make_tuple(result, object_of(std::move(gradient)));
-  }
-  run_released(self, kGradientCost * in.rows, [&] {
-    if (in.wide) {
-      result = self.flow.nll_gradient(view<double>(in, in.rows * self.features), view<float>(gradient));
-      return;
-    }
-    result = by_dtype(self.dtype, [&](auto t) {
-      using T = decltype(t);
-      return self.flow.nll_gradient(view<T>(in, in.rows * self.features), view<T>(gradient));
-    });
+  run_beside(self, in, kGradientCost * in.rows, [&](const Execution& how) {
+    result = self.flow.nll_gradient_unchecked(in.data, in.rows, gradient.data, how);
   });
   return py::make_tuple(result, object_of(std::move(gradient)));
 }
@@ -150,7 +115,7 @@ py::object vjp(const BoundFlow& self, const Arguments& given) {
   if (given.given(2)) g_log_det = input_vector(given[2], "grad_log_det", self.dtype, in);
   const std::initializer_list<NamedInput> inputs = {{in, "x"}, {g_out, "grad_out"}, {g_log_det, "grad_log_det"}};
   return gradients(self, in, wrt, given[5], inputs, [&](void* grad_in, void* parameters, const Execution& how) {
-    self.flow.backend().vjp(way, in.data, in.rows, g_out.data, g_log_det.data, grad_in, parameters, false, how);
+    self.flow.vjp_unchecked(way, in.data, in.rows, g_out.data, g_log_det.data, grad_in, parameters, false, how);
   });
 }
 
@@ -159,7 +124,7 @@ py::object log_prob_vjp(const BoundFlow& self, const Arguments& given) {
   const InputArray g = input_vector(given[1], "grad_log_prob", self.dtype, in);
   const std::initializer_list<NamedInput> inputs = {{in, "x"}, {g, "grad_log_prob"}};
   return gradients(self, in, given.text(2, "both"), given[3], inputs, [&](void* grad_in, void* parameters, auto& how) {
-    self.flow.backend().log_prob_vjp(in.data, in.rows, g.data, nullptr, grad_in, parameters, false, how);
+    self.flow.log_prob_vjp_unchecked(in.data, in.rows, g.data, nullptr, grad_in, parameters, false, how);
   });
 }
 
@@ -171,7 +136,7 @@ py::object log_prob_and_vjp(const BoundFlow& self, const Arguments& given) {
   OutputArray log_prob = output_array(nullptr, "log_prob", self.dtype, 0, in);
   OutputArray parameters = parameter_array(self, "grad_parameters", in, given[2]);
   run_beside(self, in, kGradientCost * in.rows, [&](const Execution& how) {
-    self.flow.backend().log_prob_vjp(in.data, in.rows, g.data, log_prob.data, nullptr, parameters.data, false, how);
+    self.flow.log_prob_vjp_unchecked(in.data, in.rows, g.data, log_prob.data, nullptr, parameters.data, false, how);
   });
   return py::make_tuple(object_of(std::move(log_prob)), object_of(std::move(parameters)));
 }

@@ -6,8 +6,8 @@
 #include <string>
 
 #include <nvpflow/device.hpp>
+#include <nvpflow/threads.hpp>
 
-#include "../../cpp/src/parallel.hpp"
 #include "bindings.hpp"
 #include "errors.hpp"
 #include "gil.hpp"

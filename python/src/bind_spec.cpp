@@ -11,8 +11,8 @@
 #include <vector>
 
 #include <nvpflow/spec.hpp>
+#include <nvpflow/spec_json.hpp>
 
-#include "../../cpp/src/io/spec_json.hpp"
 #include "../../cpp/src/layers/layer.hpp"
 #include "../../cpp/src/overloaded.hpp"
 #include "bindings.hpp"
@@ -161,7 +161,7 @@ void bind_layers(py::module_& module) {
 }
 
 BoundSpec spec_from_text(const std::string& text) {
-  BoundSpec spec = spec_from_json(text);
+  BoundSpec spec = parse_spec(text);
   spec.validate();
   return spec;
 }
@@ -213,7 +213,7 @@ void bind_spec(py::module_& module) {
       .def_property_readonly("standardize", [](const BoundSpec& s) { return has_standardize(s); })
       .def_property_readonly("dtype", [](const BoundSpec& s) { return std::string(name_of(s.dtype)); })
       .def_property_readonly("_takes_float64_rows", [](const BoundSpec& s) { return takes_float64_rows(s); })
-      .def("to_json", [](const BoundSpec& s) { return spec_to_json(s); })
+      .def("to_json", [](const BoundSpec& s) { return to_json(s); })
       .def_static("from_json", &spec_from_text)
       .def_static("from_layers", &spec_from_layers, py::arg("input_size"), py::arg("layers"),
                   py::arg("dtype") = "float32")
@@ -225,9 +225,9 @@ void bind_spec(py::module_& module) {
            [](const BoundSpec& a, const py::object& b) {
              return py::isinstance<BoundSpec>(b) && a == b.cast<const BoundSpec&>();
            })
-      .def("__hash__", [](const BoundSpec& s) { return py::hash(py::str(spec_to_json(s))); })
+      .def("__hash__", [](const BoundSpec& s) { return py::hash(py::str(to_json(s))); })
       .def("__repr__", [](const BoundSpec& s) { return spec_repr(s); })
-      .def(py::pickle([](const BoundSpec& s) { return spec_to_json(s); }, &spec_from_text));
+      .def(py::pickle([](const BoundSpec& s) { return to_json(s); }, &spec_from_text));
   module.def("activation_names", [] { return py::tuple(py::cast(activation_names())); });
   module.def("_trained", [](const BoundSpec& spec) { return trained_of(ParamLayout(spec)); });
   module.def("_layout_of", [](const BoundSpec& spec) { return tensors_of(ParamLayout(spec)); });

@@ -33,7 +33,6 @@ struct BoundFlow : ZeroedMemory {
   ~BoundFlow();
   BoundFlow(const BoundFlow&) = delete;
   BoundFlow& operator=(const BoundFlow&) = delete;
-  int threads() const;
   /// Throws where the object was never initialised.
   void require_ready() const;
   std::int64_t row_bytes() const { return features * size_of(dtype); }
@@ -76,7 +75,7 @@ template <class F>
 void run_beside(const BoundFlow& flow, const InputArray& x, std::int64_t rows, F&& f) {
   run_released(flow, rows, [&] {
     if (!x.on_device) {
-      Execution how(flow.threads());
+      Execution how;
       how.float64_rows = x.wide;
       return f(how);
     }

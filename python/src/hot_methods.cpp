@@ -7,7 +7,7 @@
 #include <string>
 #include <utility>
 
-#include <nvpflow/backend.hpp>
+#include <nvpflow/execution.hpp>
 
 #include "arrays.hpp"
 #include "bindings.hpp"
@@ -47,7 +47,7 @@ PyObject* log_probability(PyObject* self, PyObject* const* args, Py_ssize_t coun
     OutputArray out = output_array(given[1], "out", flow.dtype, 0, x);
     refuse_overlap(out, "out", x, "x", x.bytes);
     run_beside(flow, x, x.rows,
-               [&](const Execution& how) { flow.flow.backend().log_prob(x.data, x.rows, out.data, how); });
+               [&](const Execution& how) { flow.flow.log_prob_unchecked(x.data, x.rows, out.data, how); });
     return result_of(std::move(out));
   });
 }
@@ -64,7 +64,7 @@ PyObject* transform_pair(const BoundFlow& flow, Direction direction, const Input
   refuse_overlap(value, first, log_det, second);
   run_beside(flow, in, in.rows, [&](Execution how) {
     how.float64_rows = how.float64_rows || wide_out;
-    flow.flow.backend().transform(direction, in.data, in.rows, value.data, log_det.data, how);
+    flow.flow.transform_unchecked(direction, in.data, in.rows, value.data, log_det.data, how);
   });
   auto a = py::reinterpret_steal<py::object>(result_of(std::move(value)));
   auto b = py::reinterpret_steal<py::object>(result_of(std::move(log_det)));
@@ -98,7 +98,7 @@ PyObject* inverse(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObj
     refuse_overlap(out, "out", z, "z", z.bytes);
     run_beside(flow, z, z.rows, [&](Execution how) {
       how.float64_rows = wide;
-      flow.flow.backend().transform(Direction::inverse, z.data, z.rows, out.data, nullptr, how);
+      flow.flow.transform_unchecked(Direction::inverse, z.data, z.rows, out.data, nullptr, how);
     });
     return result_of(std::move(out));
   });
@@ -163,7 +163,7 @@ PyObject* sample(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObje
     OutputArray out = output_array(given[3], "out", wide ? DType::float64 : flow.dtype, flow.features, where);
     run_beside(flow, where, rows, [&](Execution how) {
       how.float64_rows = wide;
-      flow.flow.backend().sample(seed, start, rows, out.data, how);
+      flow.flow.sample_unchecked(seed, start, rows, out.data, how);
     });
     return result_of(std::move(out));
   });

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <functional>
 #include <limits>
 #include <optional>
 #include <span>
@@ -73,14 +72,6 @@ inline std::optional<std::vector<std::int64_t>> byte_strides(std::span<const std
     elements *= std::max<std::int64_t>(1, shape[i]);
   }
   return bytes;
-}
-
-/// Whether two pieces of memory share a byte.
-inline bool overlap(const void* a, std::int64_t a_bytes, const void* b, std::int64_t b_bytes) {
-  const auto* pa = static_cast<const char*>(a);
-  const auto* pb = static_cast<const char*>(b);
-  const std::less<> before;
-  return a_bytes > 0 && b_bytes > 0 && before(pa, pb + b_bytes) && before(pb, pa + a_bytes);
 }
 
 /// [B, features], or [features] for one row.

@@ -26,12 +26,13 @@
 #include <utility>
 #include <vector>
 
-#include <nvpflow/backend.hpp>
 #include <nvpflow/device.hpp>
 #include <nvpflow/error.hpp>
+#include <nvpflow/execution.hpp>
+#include <nvpflow/flow.hpp>
 #include <nvpflow/spec.hpp>
+#include <nvpflow/spec_json.hpp>
 
-#include "../../cpp/src/io/spec_json.hpp"
 #include "../../cpp/src/parallel.hpp"
 #include "xla_ffi.h"
 
@@ -42,12 +43,6 @@ namespace {
 
 // ---- packed parameters ----------------------------------------------------------------------------------------------
 
-/// Parameters and what the kernels made of them; not changed while anybody else holds it.
-struct Packed {
-  std::vector<unsigned char> flat;
-  std::unique_ptr<Backend> backend;
-};
-
 /// One model of the process, with the parameters that it was last called with.
 class Model {
  public:
@@ -56,75 +51,73 @@ class Model {
   const FlowSpec spec;
   const ParamLayout layout;
 
-  /// Tensors in the order of the layout, of its sizes. The result may be used until it is let go.
-  std::shared_ptr<const Packed> packed(const std::vector<const unsigned char*>& tensors) {
-    for (const std::shared_ptr<Packed>& copy : copies()) {
-      if (holds(*copy, tensors)) {
-        put_first(copy);
-        return copy;
+  /// Tensors in the order of the layout, of its sizes. The result, whose parameters do not change while anybody holds
+  /// it, may be used until it is let go.
+  std::shared_ptr<const Flow> flow_with(const std::vector<const void*>& tensors) {
+    for (const std::shared_ptr<Flow>& flow : flows()) {
+      if (holds(*flow, tensors)) {
+        put_first(flow);
+        return flow;
       }
     }
-    std::shared_ptr<Packed> copy = take_idle();
-    if (copy == nullptr) {
-      copy = std::make_shared<Packed>();
-      copy->flat.resize(static_cast<std::size_t>(layout.size() * size_of(spec.dtype)));
-      copy->backend = make_cpu_backend(spec, layout, Weights::full);
+    std::shared_ptr<Flow> flow = take_idle();
+    if (flow == nullptr) {
+      flow = std::make_shared<Flow>(Flow::of_tensors(spec, tensors));
+    } else {
+      flow->set_tensors_unchecked(tensors);
     }
-    for (std::size_t i = 0; i < tensors.size(); ++i) std::memcpy(&copy->flat[place(i)], tensors[i], bytes(i));
-    copy->backend->set_parameters(copy->flat.data());
-    put_first(copy);
-    return copy;
+    put_first(flow);
+    return flow;
   }
 
  private:
   /// Two, so that a program that goes back and forth between two sets (an average beside the weights that are trained)
   /// does not pack them every time.
-  static constexpr std::size_t kCopies = 2;
+  static constexpr std::size_t kFlows = 2;
 
-  std::size_t place(std::size_t tensor) const {
-    return static_cast<std::size_t>(layout.tensors()[tensor].offset * size_of(spec.dtype));
-  }
-  std::size_t bytes(std::size_t tensor) const {
-    return static_cast<std::size_t>(layout.tensors()[tensor].size * size_of(spec.dtype));
-  }
-
-  bool holds(const Packed& copy, const std::vector<const unsigned char*>& tensors) const {
+  bool holds(const Flow& flow, const std::vector<const void*>& tensors) const {
+    const std::int64_t size = size_of(spec.dtype);
+    const auto* flat = static_cast<const unsigned char*>(
+        spec.dtype == DType::float32 ? static_cast<const void*>(flow.parameters<float>().data())
+                                     : static_cast<const void*>(flow.parameters<double>().data()));
     for (std::size_t i = 0; i < tensors.size(); ++i) {
-      if (std::memcmp(&copy.flat[place(i)], tensors[i], bytes(i)) != 0) return false;
+      const TensorInfo& tensor = layout.tensors()[i];
+      const auto bytes = static_cast<std::size_t>(tensor.size * size);
+      if (std::memcmp(flat + tensor.offset * size, tensors[i], bytes) != 0) return false;
     }
     return true;
   }
 
-  std::vector<std::shared_ptr<Packed>> copies() {
+  std::vector<std::shared_ptr<Flow>> flows() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return copies_;
+    return flows_;
   }
 
-  void put_first(const std::shared_ptr<Packed>& copy) {
+  void put_first(const std::shared_ptr<Flow>& flow) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = std::find(copies_.begin(), copies_.end(), copy);
-    if (found != copies_.end()) copies_.erase(found);
-    copies_.insert(copies_.begin(), copy);
-    if (copies_.size() > kCopies) copies_.pop_back();
+    const auto found = std::find(flows_.begin(), flows_.end(), flow);
+    if (found != flows_.end()) flows_.erase(found);
+    flows_.insert(flows_.begin(), flow);
+    if (flows_.size() > kFlows) flows_.pop_back();
   }
 
-  /// Takes an unused copy out of the list, where that is full: the one used longest ago. References are only
+  /// Takes an unused flow out of the list, where that is full: the one used longest ago. References are only
   /// handed out under the mutex, so a count of one stays one.
-  std::shared_ptr<Packed> take_idle() {
+  std::shared_ptr<Flow> take_idle() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (copies_.size() < kCopies) return nullptr;
-    for (auto copy = copies_.end(); copy-- != copies_.begin();) {
-      if (copy->use_count() > 1) continue;
+    if (flows_.size() < kFlows) return nullptr;
+    for (auto flow = flows_.end(); flow-- != flows_.begin();) {
+      if (flow->use_count() > 1) continue;
       std::atomic_thread_fence(std::memory_order_acquire);  // whoever let it go has read it
-      std::shared_ptr<Packed> idle = std::move(*copy);
-      copies_.erase(copy);
+      std::shared_ptr<Flow> idle = std::move(*flow);
+      flows_.erase(flow);
       return idle;
     }
     return nullptr;
   }
 
   std::mutex mutex_;
-  std::vector<std::shared_ptr<Packed>> copies_;  // the last used first
+  std::vector<std::shared_ptr<Flow>> flows_;  // the last used first
 };
 
 /// The models that were called last, the latest first: a process that goes through many keeps the memory of only
@@ -147,7 +140,7 @@ std::shared_ptr<Model> model_of(std::string_view spec) {
   const std::lock_guard<std::mutex> lock(all.mutex);
   auto found = std::find_if(all.kept.begin(), all.kept.end(), [&](const auto& entry) { return entry.first == spec; });
   if (found == all.kept.end()) {
-    auto made = std::make_shared<Model>(spec_from_json(std::string(spec)));
+    auto made = std::make_shared<Model>(parse_spec(std::string(spec)));
     if (all.kept.size() == Models::kKept) all.kept.pop_back();
     found = all.kept.emplace(all.kept.end(), std::string(spec), std::move(made));
   }
@@ -179,7 +172,6 @@ class Call {
       : frame_(frame),
         model_(model_of(text("spec"))),
         how_(static_cast<int>(std::clamp<std::int64_t>(number("num_threads"), 0, 4096))) {
-    if (how_.threads == 0) how_.threads = available_threads();
     const std::size_t tensors = model_->layout.tensors().size();
     if (frame.args.size != static_cast<std::int64_t>(inputs + tensors) ||
         frame.rets.size != static_cast<std::int64_t>(outputs)) {
@@ -189,16 +181,16 @@ class Call {
     const xla::Buffer& x = argument(0);
     if (x.rank != 2) fail("argument 0 has " + std::to_string(x.rank) + " axes, expected 2");
     rows_ = x.dims[0];
-    std::vector<const unsigned char*> parameters(tensors);
+    std::vector<const void*> parameters(tensors);
     for (std::size_t i = 0; i < tensors; ++i) {
       const xla::Buffer& tensor = argument(inputs + i);
       check(tensor, model_->layout.tensors()[i].shape, model_->layout.tensors()[i].name);
-      parameters[i] = static_cast<const unsigned char*>(tensor.data);
+      parameters[i] = tensor.data;
     }
-    packed_ = model_->packed(parameters);
+    flow_ = model_->flow_with(parameters);
   }
 
-  const Backend& backend() const { return *packed_->backend; }
+  const Flow& flow() const { return *flow_; }
   const Execution& how() const { return how_; }
   DType dtype() const { return model_->spec.dtype; }
   std::int64_t rows() const { return rows_; }
@@ -277,7 +269,7 @@ class Call {
   std::shared_ptr<Model> model_;
   Execution how_;
   std::int64_t rows_ = 0;
-  std::shared_ptr<const Packed> packed_;
+  std::shared_ptr<const Flow> flow_;
 };
 
 template <class F>
@@ -290,30 +282,31 @@ void by_dtype(DType dtype, F&& f) {
 /// x -> log_prob
 void log_prob(const xla::CallFrame& frame) {
   const Call call(frame, 1, 1);
-  call.backend().log_prob(call.input(0, call.matrix()), call.rows(), call.output(0, call.vector()), call.how());
+  call.flow().log_prob_unchecked(call.input(0, call.matrix()), call.rows(), call.output(0, call.vector()), call.how());
 }
 
 /// in -> out, log_det
 void transform(const xla::CallFrame& frame) {
   const Call call(frame, 1, 2);
-  call.backend().transform(call.direction(), call.input(0, call.matrix()), call.rows(), call.output(0, call.matrix()),
-                           call.output(1, call.vector()), call.how());
+  call.flow().transform_unchecked(call.direction(), call.input(0, call.matrix()), call.rows(),
+                                  call.output(0, call.matrix()), call.output(1, call.vector()), call.how());
 }
 
 /// in, grad_out, grad_log_det -> grad_in, grad_parameters
 void transform_vjp(const xla::CallFrame& frame) {
   const Call call(frame, 3, 2);
-  call.backend().vjp(call.direction(), call.input(0, call.matrix()), call.rows(), call.optional_input(1, call.matrix()),
-                     call.optional_input(2, call.vector()), call.optional_output(0, call.matrix()),
-                     call.optional_output(1, call.flat()), false, call.how());
+  call.flow().vjp_unchecked(call.direction(), call.input(0, call.matrix()), call.rows(),
+                            call.optional_input(1, call.matrix()), call.optional_input(2, call.vector()),
+                            call.optional_output(0, call.matrix()), call.optional_output(1, call.flat()), false,
+                            call.how());
 }
 
 /// x, grad_log_prob -> grad_x, grad_parameters
 void log_prob_vjp(const xla::CallFrame& frame) {
   const Call call(frame, 2, 2);
-  call.backend().log_prob_vjp(call.input(0, call.matrix()), call.rows(), call.input(1, call.vector()), nullptr,
-                              call.optional_output(0, call.matrix()), call.optional_output(1, call.flat()), false,
-                              call.how());
+  call.flow().log_prob_vjp_unchecked(call.input(0, call.matrix()), call.rows(), call.input(1, call.vector()), nullptr,
+                                     call.optional_output(0, call.matrix()), call.optional_output(1, call.flat()),
+                                     false, call.how());
 }
 
 /// x -> nll, its gradient by the parameters
@@ -322,13 +315,9 @@ void nll(const xla::CallFrame& frame) {
   const void* x = call.input(0, call.matrix());
   void* value = call.output(0, {});
   void* gradient = call.optional_output(1, call.flat());
-  if (call.rows() == 0) fail("x has no rows: the mean over an empty batch is not defined");
-  const double sum = gradient == nullptr ? call.backend().sum_log_prob(x, nullptr, call.rows(), call.how())
-                                         : call.backend().nll_gradient(x, nullptr, call.rows(), call.rows(), gradient,
-                                                                       false, call.how());
-  by_dtype(call.dtype(), [&](auto t) {
-    *static_cast<decltype(t)*>(value) = static_cast<decltype(t)>(-sum / static_cast<double>(call.rows()));
-  });
+  const double mean = gradient == nullptr ? call.flow().nll_unchecked(x, call.rows(), call.how())
+                                          : call.flow().nll_gradient_unchecked(x, call.rows(), gradient, call.how());
+  by_dtype(call.dtype(), [&](auto t) { *static_cast<decltype(t)*>(value) = static_cast<decltype(t)>(mean); });
 }
 
 // ---- handlers -------------------------------------------------------------------------------------------------------

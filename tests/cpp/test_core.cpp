@@ -27,11 +27,11 @@
 #include <nvpflow/error.hpp>
 #include <nvpflow/flow.hpp>
 #include <nvpflow/spec.hpp>
+#include <nvpflow/spec_json.hpp>
 #include <nvpflow/train.hpp>
 
 #include "io/model_file.hpp"
 #include "io/safetensors.hpp"
-#include "io/spec_json.hpp"
 #include "math.hpp"
 #include "row_order.hpp"
 
@@ -114,7 +114,7 @@ struct Model {
     return {{"nvpflow.format_version", "1.0"},
             {"nvpflow.library_version", "9.8.7"},
             {"nvpflow.dtype", "float32"},
-            {"nvpflow.spec", spec_to_json(spec)}};
+            {"nvpflow.spec", to_json(spec)}};
   }
 
   std::vector<FileTensor> tensors() const {
@@ -756,7 +756,7 @@ TEST_CASE("a description of many more tensors than the file holds is refused bef
   const std::string path = folder / "model.safetensors";
   const FlowSpec spec = FlowSpec::real_nvp(2, 18, {});  // 72 tensors
   const std::map<std::string, std::string> metadata = {
-      {"nvpflow.format_version", "1.0"}, {"nvpflow.dtype", "float32"}, {"nvpflow.spec", spec_to_json(spec)}};
+      {"nvpflow.format_version", "1.0"}, {"nvpflow.dtype", "float32"}, {"nvpflow.spec", to_json(spec)}};
   std::vector<FileTensor> tensors;
   for (const char* name : {"a", "b", "c"}) tensors.push_back({name, DType::float32, {0}, nullptr});
   const auto refused = [&](const std::string& fragment) {
@@ -1013,14 +1013,14 @@ TEST_CASE("an expected spec that differs is named by its first difference") {
 TEST_CASE("the spec's JSON comes back equal, and every wrong field is named") {
   FlowSpec spec = FlowSpec::real_nvp(5, 3, {4, 3}, Activation::leaky_relu, 0.1, true, DType::float64);
   coupling(spec, 2).hidden_sizes.clear();
-  CHECK(spec_from_json(spec_to_json(spec)) == spec);
-  CHECK(spec_to_json(FlowSpec::real_nvp(4, 1, {8}, Activation::relu, 1.0, true)) ==
+  CHECK(parse_spec(to_json(spec)) == spec);
+  CHECK(to_json(FlowSpec::real_nvp(4, 1, {8}, Activation::relu, 1.0, true)) ==
         R"({"input_size":4,"dtype":"float32","layers":[{"kind":"standardize"},{"kind":"coupling","swapped":false,)"
         R"("hidden_sizes":[8],"activation":"relu","scale_bound":1.0}]})");
 
   const auto refused = [](const std::string& fragment, const std::string& text) {
     CAPTURE(text.substr(0, 200));
-    check_refused(ErrorCode::file_format, fragment, [&] { spec_from_json(text); });
+    check_refused(ErrorCode::file_format, fragment, [&] { parse_spec(text); });
   };
   const auto with_layer = [](const std::string& layer) {
     return R"({"input_size":4,"dtype":"float32","layers":[)" + layer + "]}";
@@ -1030,7 +1030,7 @@ TEST_CASE("the spec's JSON comes back equal, and every wrong field is named") {
     return with_layer(R"({"kind":"coupling","swapped":)" + swapped + R"(,"hidden_sizes":)" + sizes +
                       R"(,"activation":)" + activation + R"(,"scale_bound":)" + bound + "}");
   };
-  CHECK(spec_from_json(coupling("false", "[8]", "\"relu\"", "1")) == FlowSpec::real_nvp(4, 1, {8}));
+  CHECK(parse_spec(coupling("false", "[8]", "\"relu\"", "1")) == FlowSpec::real_nvp(4, 1, {8}));
   refused("not valid JSON", "");
   refused("not valid JSON", "{\"input_size\":");
   refused("not valid JSON", coupling("false", "[8]", "\"relu\"", "1e999"));
@@ -1058,7 +1058,7 @@ TEST_CASE("the spec's JSON comes back equal, and every wrong field is named") {
   refused("layers[0].scale_bound is '\"1\"', expected a number", coupling("false", "[8]", "\"relu\"", "\"1\""));
   refused("layers[0].scale_bound is -1, expected finite and > 0", coupling("false", "[8]", "\"relu\"", "-1"));
   refused("input_size is 1, expected at least 2", R"({"input_size":1,"dtype":"float32","layers":[]})");
-  refused("not valid JSON", spec_to_json(spec) + std::string("\0 x", 3));
+  refused("not valid JSON", to_json(spec) + std::string("\0 x", 3));
   refused("nested too deeply", std::string(100'000, '['));
   refused("nested too deeply", std::string(9, '[') + std::string(9, ']'));
   refused("the spec is '[[[[[[[[]]]]]]]]', expected an object", std::string(8, '[') + std::string(8, ']'));

@@ -16,9 +16,9 @@
 #include <variant>
 #include <vector>
 
-#include <nvpflow/backend.hpp>
 #include <nvpflow/train.hpp>
 
+#include "flow_access.hpp"
 #include "row_order.hpp"
 #include "training.hpp"
 
@@ -332,7 +332,7 @@ std::vector<std::vector<T>> trained(const Flow& flow, const std::vector<T>& x, T
   std::vector<T> parameters(size);
   flow.copy_parameters<T>(parameters);
   const std::int64_t slice = rows - rows / 2;
-  const auto run = flow.backend().begin_training({x.data(), rows}, parameters.data(), slice, Execution(1));
+  const auto run = FlowAccess::backend(flow).begin_training({x.data(), rows}, parameters.data(), slice, Execution(1));
   AdamStep step;
   step.weight_decay = 0.1;
   for (step.step = 1; step.step <= 3; ++step.step) {
@@ -365,8 +365,8 @@ TEST_CASE("noise is the CPU's") {
   const Flow cpu = cpu_flow<float>();
   const Flow cuda = cpu.to(kCuda0);
   std::vector<float> z(60), z2(60);
-  cpu.backend().noise(3, 5, 12, z.data(), Execution(1));
-  cuda.backend().noise(3, 5, 12, z2.data(), Execution(1));
+  FlowAccess::backend(cpu).noise(3, 5, 12, z.data(), Execution(1));
+  FlowAccess::backend(cuda).noise(3, 5, 12, z2.data(), Execution(1));
   CHECK(worst(z2, z) < 1e-6);
 }
 
@@ -408,8 +408,8 @@ TEST_CASE("threads share a stream's workspace, but not that of the stream which 
     const std::int64_t before = cuda::emulated_bytes_in_use(0);
     std::thread([&] {
       void* const on = reinterpret_cast<void*>(stream);
-      flow.backend().vjp(Direction::forward, x.data(), rows, x.data(), nullptr, nullptr, gradient.data(), false,
-                         Execution::on_stream(on));
+      FlowAccess::backend(flow).vjp(Direction::forward, x.data(), rows, x.data(), nullptr, nullptr, gradient.data(),
+                                    false, Execution::on_stream(on));
       cuda_synchronize(0, on);
     }).join();
     return cuda::emulated_bytes_in_use(0) - before;
@@ -421,8 +421,8 @@ TEST_CASE("threads share a stream's workspace, but not that of the stream which 
   const auto here = [&] {
     const std::int64_t before = cuda::emulated_bytes_in_use(0);
     void* const on = reinterpret_cast<void*>(std::uintptr_t{2});
-    flow.backend().vjp(Direction::forward, x.data(), rows, x.data(), nullptr, nullptr, gradient.data(), false,
-                       Execution::on_stream(on));
+    FlowAccess::backend(flow).vjp(Direction::forward, x.data(), rows, x.data(), nullptr, nullptr, gradient.data(),
+                                  false, Execution::on_stream(on));
     cuda_synchronize(0, on);
     return cuda::emulated_bytes_in_use(0) - before;
   };

@@ -23,6 +23,7 @@
 #include "../../cuda/gradient.cu"
 #include "../../cuda/sums.cu"
 #include "../../cuda/transform.cu"
+#include "flow_access.hpp"
 #include "lower.hpp"
 #include "oracle.hpp"
 #include "training.hpp"
@@ -695,7 +696,7 @@ TEST_CASE_TEMPLATE("noise is the CPU's to 2 ulp, and a sample is its inverse", T
       const GuardedArray<T> z(static_cast<std::size_t>(rows * width));
       REQUIRE(cuda::launch_noise(width, 7, first, rows, z.data(), {}) == 0);
       std::vector<T> expected(z.size());
-      reference.backend().noise(7, first, rows, expected.data(), Execution(1));
+      FlowAccess::backend(reference).noise(7, first, rows, expected.data(), Execution(1));
       std::int64_t wrong = 0;
       for (std::size_t i = 0; i < z.size(); ++i) {
         const T ulp = std::nextafter(std::fabs(expected[i]), std::numeric_limits<T>::max()) - std::fabs(expected[i]);

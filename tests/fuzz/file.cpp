@@ -22,13 +22,13 @@
 #include <nlohmann/json.hpp>
 #include <nvpflow/error.hpp>
 #include <nvpflow/flow.hpp>
+#include <nvpflow/spec_json.hpp>
 
 #include "allocations.hpp"
 #include "checkpoint.hpp"
 #include "fuzz.hpp"
 #include "io/model_file.hpp"
 #include "io/safetensors.hpp"
-#include "io/spec_json.hpp"
 
 using namespace nvpflow;
 
@@ -389,7 +389,7 @@ std::string some_model(Random& random) {
   if (below(random, 4) != 0) {
     file.header["__metadata__"] = {{"nvpflow.format_version", "1.0"},
                                    {"nvpflow.dtype", std::string(name_of(dtype))},
-                                   {"nvpflow.spec", spec_to_json(spec)}};
+                                   {"nvpflow.spec", to_json(spec)}};
   }
   const ParamLayout layout(spec);
   for (const TensorInfo& tensor : layout.tensors()) {

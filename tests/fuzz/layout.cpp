@@ -5,6 +5,8 @@
 #include <span>
 #include <vector>
 
+#include <nvpflow/overlap.hpp>
+
 #include "fuzz.hpp"
 #include "layout.hpp"
 
@@ -124,8 +126,8 @@ void check_overlap(Source& source) {
   for (std::int64_t i = 0; i < a_size; ++i) taken.set(static_cast<std::size_t>(a + i));
   bool expected = false;
   for (std::int64_t i = 0; i < b_size; ++i) expected = expected || taken.test(static_cast<std::size_t>(b + i));
-  require(overlap(memory + a, a_size, memory + b, b_size) == expected, "overlap is a byte in common");
-  require(overlap(memory + b, b_size, memory + a, a_size) == expected, "overlap is mutual");
+  require(nvpflow::overlap(memory + a, a_size, memory + b, b_size) == expected, "overlap is a byte in common");
+  require(nvpflow::overlap(memory + b, b_size, memory + a, a_size) == expected, "overlap is mutual");
 }
 
 void check_texts(const std::vector<std::int64_t>& shape, std::int64_t features) {

@@ -84,4 +84,9 @@ NVPFLOW_API void cuda_synchronize(int device, void* stream);
 /// The index of the device whose memory a pointer points into; -1: none.
 NVPFLOW_API int cuda_device_of(const void* pointer);
 
+/// "baseline", "avx2", "avx512" or "neon": what the CPU kernels run on in this process.
+NVPFLOW_API const char* cpu_isa();
+/// Instruction sets built in and supported by this processor, best first, comma-separated.
+NVPFLOW_API const char* cpu_isas_available();
+
 }  // namespace nvpflow

@@ -10,8 +10,9 @@
 #include <string_view>
 #include <vector>
 
-#include <nvpflow/backend.hpp>
+#include <nvpflow/device.hpp>
 #include <nvpflow/error.hpp>
+#include <nvpflow/execution.hpp>
 #include <nvpflow/spec.hpp>
 #include <nvpflow/threshold.hpp>
 #include <nvpflow/version.hpp>
@@ -19,6 +20,7 @@
 /// The C++ interface: Flow, FlowSpec, fit() and what they need.
 namespace nvpflow {
 
+struct FlowAccess;
 struct LoadedModel;
 
 /// What a standardize layer is set from. mean: mean and standard deviation. robust: median and interquartile range over
@@ -49,8 +51,9 @@ NVPFLOW_API Statistics parse_statistics(std::string_view name);
 /// each call sees the old or the new ones whole.
 ///
 /// Spans are the host's memory on every device: a CUDA flow copies in chunks, so that they may be larger than the
-/// device's memory. Arrays in the device's memory go through backend() and Execution::on_stream. CUDA flows throw
-/// Error(device) where the device fails, and in a forked child; Error(out_of_memory), after which they can be used on.
+/// device's memory. Arrays in the device's memory go through the unchecked calls and Execution::on_stream. CUDA flows
+/// throw Error(device) where the device fails, and in a forked child; Error(out_of_memory), after which they can be
+/// used on.
 ///
 /// Work of forward, inverse, log_prob, sample and nll, whatever the values are: one multiply-add per row and weight
 /// (num_parameters() bounds the weights), one activation per row and hidden unit, a tanh and an exp per row and
@@ -206,11 +209,38 @@ class NVPFLOW_API Flow {
   template <class T>
   void conditioner(std::int64_t layer, std::span<const T> in, std::span<T> s, std::span<T> t) const;
 
-  /// Unchecked access for bindings that have already checked their arrays.
-  const Backend& backend() const;
+  /// @{
+  /// The calls above for arrays that the caller has checked: `rows` rows behind each pointer, null where a span may be
+  /// empty, of the types that `how` says. Nobody looks at sizes, dtypes and overlaps; threads, the limit of prepare(),
+  /// the sign of a mean and its refusal of an empty batch are those of the calls above, which go through these. A CUDA
+  /// flow also takes arrays of its device (Execution::on_stream).
+  void transform_unchecked(Direction direction, const void* in, std::int64_t rows, void* out, void* log_det,
+                           const Execution& how = {}) const;
+  void log_prob_unchecked(const void* x, std::int64_t rows, void* out, const Execution& how = {}) const;
+  void sample_unchecked(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* x,
+                        const Execution& how = {}) const;
+  double nll_unchecked(const void* x, std::int64_t rows, const Execution& how = {}) const;
+  double nll_gradient_unchecked(const void* x, std::int64_t rows, void* gradient, const Execution& how = {}) const;
+  void vjp_unchecked(Direction direction, const void* in, std::int64_t rows, const void* grad_out,
+                     const void* grad_log_det, void* grad_in, void* grad_parameters, bool accumulate,
+                     const Execution& how = {}) const;
+  void conditioner_unchecked(std::int64_t layer, const void* in, std::int64_t rows, void* s, void* t,
+                             const Execution& how = {}) const;
+  /// Vector-Jacobian product of log_prob: from grad_log_prob [B]; also writes log_prob [B] where that is not null.
+  void log_prob_vjp_unchecked(const void* x, std::int64_t rows, const void* grad_log_prob, void* log_prob, void* grad_x,
+                              void* grad_parameters, bool accumulate, const Execution& how = {}) const;
+  /// The standard normals [B, D] that sample starts from.
+  void noise_unchecked(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* z,
+                       const Execution& how = {}) const;
+  /// A flow on the CPU with these parameters: for each tensor of ParamLayout(spec), in its order, where it lies.
+  static Flow of_tensors(FlowSpec spec, std::span<const void* const> tensors);
+  /// As set_parameters, from such tensors. If it throws, the flow's parameters are undefined.
+  void set_tensors_unchecked(std::span<const void* const> tensors);
+  /// @}
 
  private:
   struct State;
+  friend struct FlowAccess;
   explicit Flow(std::unique_ptr<State> state);
   static Flow from_model(LoadedModel&& model, Device device, Precision precision, Weights weights);
   std::unique_ptr<State> state_;

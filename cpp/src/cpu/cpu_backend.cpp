@@ -7,10 +7,10 @@
 #include <utility>
 #include <vector>
 
-#include <nvpflow/backend.hpp>
 #include <nvpflow/device.hpp>
 #include <nvpflow/spec.hpp>
 
+#include "../backend.hpp"
 #include "../float_mode.hpp"
 #include "../left_right.hpp"
 #include "../parallel.hpp"

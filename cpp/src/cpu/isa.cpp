@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include <nvpflow/backend.hpp>
+#include <nvpflow/device.hpp>
 #include <nvpflow/error.hpp>
 
 #include "kernels.hpp"

@@ -18,6 +18,7 @@
 #include <nlohmann/json.hpp>
 #include <nvpflow/error.hpp>
 #include <nvpflow/spec.hpp>
+#include <nvpflow/spec_json.hpp>
 #include <nvpflow/threshold.hpp>
 #include <nvpflow/version.hpp>
 
@@ -128,7 +129,7 @@ FlowSpec spec_of(const ContainerReader& file, const TensorsByName& tensors, cons
   if (text == metadata.end()) fail_format(file.path(), std::string("metadata key ") + kSpecKey + " is missing");
   FlowSpec spec;
   try {
-    spec = spec_from_json(text->second);
+    spec = parse_spec(text->second);
   } catch (const Error& error) {
     fail_format(file.path(), std::string(kSpecKey) + ": " + error.what());
   }
@@ -334,7 +335,7 @@ void save_model(const std::string& path, const FlowSpec& spec, const ParamLayout
   std::map<std::string, std::string> metadata = {{kVersionKey, mean_low.empty() ? kFormatVersion : kMeanLowVersion},
                                                  {kLibraryKey, version()},
                                                  {kDTypeKey, std::string(name_of(spec.dtype))},
-                                                 {kSpecKey, spec_to_json(spec)}};
+                                                 {kSpecKey, to_json(spec)}};
   if (!column_names.empty()) {
     check_column_names(column_names, spec.input_size);
     metadata[kColumnNamesKey] = names_to_json(column_names);

@@ -12,6 +12,7 @@
 #include <nlohmann/json.hpp>
 #include <nvpflow/error.hpp>
 #include <nvpflow/spec.hpp>
+#include <nvpflow/spec_json.hpp>
 
 #include "../layers/layer.hpp"
 #include "../overloaded.hpp"
@@ -70,7 +71,7 @@ std::string text_of(const layers::Field& field) {
 
 }  // namespace
 
-std::string spec_to_json(const FlowSpec& spec) {
+std::string to_json(const FlowSpec& spec) {
   nlohmann::ordered_json layers = nlohmann::ordered_json::array();
   for (LayerSpec layer : spec.layers) {
     nlohmann::ordered_json& entry = layers.emplace_back();
@@ -84,7 +85,7 @@ std::string spec_to_json(const FlowSpec& spec) {
   return document.dump();
 }
 
-FlowSpec spec_from_json(const std::string& text) {
+FlowSpec parse_spec(const std::string& text) {
   const json document = parse_metadata_json(text);
   check_keys(document, "", {"input_size", "dtype", "layers"});
   FlowSpec spec;

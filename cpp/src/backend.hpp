@@ -1,53 +1,24 @@
-/// @file
-/// The seam between a flow and the hardware that runs it. Few, fat calls on whole flows: fusion is each backend's
-/// private matter. Arrays are row-major, of the flow's dtype, non-overlapping and already checked by the caller;
-/// const calls may run concurrently with each other and with set_parameters. They lie in the host's memory unless
-/// Execution says otherwise.
+// The seam between a flow and the hardware that runs it. Few, fat calls on whole flows: fusion is each backend's
+// private matter. Arrays are row-major, of the flow's dtype, non-overlapping and already checked by the caller;
+// const calls may run concurrently with each other and with set_parameters. They lie in the host's memory unless
+// Execution, whose number of threads is settled here, says otherwise.
 #pragma once
 
 #include <cstdint>
 #include <memory>
 
 #include <nvpflow/device.hpp>
+#include <nvpflow/execution.hpp>
 #include <nvpflow/spec.hpp>
 
 namespace nvpflow {
 
-/// data -> latent, latent -> data.
-enum class Direction { forward, inverse };
-
-/// How a call runs and where its arrays are.
-struct Execution {
-  /// Of the host: the CPU backend's work, or a device's copies from and to arrays of the host.
-  int threads = 1;
-  /// All arrays of the call lie in the memory of the backend's device. The call is queued on `stream` (a cudaStream_t;
-  /// null: the legacy default stream) and returns at once, unless it returns a number. Once a call of that kind and
-  /// size was made on that stream it neither allocates nor synchronises, so that it can be captured in a CUDA graph;
-  /// the graph reads the parameters that were set when it was captured, until the second set_parameters after that.
-  bool device_arrays = false;
-  /// A cudaStream_t, where device_arrays is true.
-  void* stream = nullptr;
-  /// The rows of data (x: the input of forward, log_prob and their gradients, the output of inverse and sample) are
-  /// float64; of flows with takes_float64_rows, whose first layer is then applied in float64, and of arrays of the
-  /// host. All other arrays are of the flow's dtype.
-  bool float64_rows = false;
-
-  /// Arrays of the host.
-  explicit Execution(int host_threads) : threads(host_threads) {}
-  /// Arrays of the device, on a cudaStream_t.
-  static Execution on_stream(void* s) {
-    Execution how(1);
-    how.device_arrays = true;
-    how.stream = s;
-    return how;
-  }
-};
-
 class Training;
 struct TrainingData;
 
-/// What a device can do with a whole flow. Made by make_cpu_backend and make_cuda_backend, used by Flow and bindings.
-class NVPFLOW_API Backend {
+/// What a device can do with a whole flow. Made by make_cpu_backend and make_cuda_backend, used by Flow and
+/// training.
+class Backend {
  public:
   virtual ~Backend() = default;
 
@@ -101,16 +72,11 @@ class NVPFLOW_API Backend {
 
 /// The CPU backend, on the instruction set that isa.cpp chose. Throws Error(unavailable) where NVPFLOW_ISA names an
 /// unknown or unsupported one.
-NVPFLOW_API std::unique_ptr<Backend> make_cpu_backend(const FlowSpec& spec, const ParamLayout& layout, Weights weights);
+std::unique_ptr<Backend> make_cpu_backend(const FlowSpec& spec, const ParamLayout& layout, Weights weights);
 
 /// The CUDA backend on one device. Throws Error(device) where CUDA cannot be used, with the reason of
 /// cuda_why_unavailable(), and Error(invalid_argument) for a device that is not there.
-NVPFLOW_API std::unique_ptr<Backend> make_cuda_backend(const FlowSpec& spec, const ParamLayout& layout,
-                                                       int device_index, Precision precision);
-
-/// "baseline", "avx2", "avx512" or "neon": what the CPU kernels run on in this process.
-NVPFLOW_API const char* cpu_isa();
-/// Instruction sets built in and supported by this processor, best first, comma-separated.
-NVPFLOW_API const char* cpu_isas_available();
+std::unique_ptr<Backend> make_cuda_backend(const FlowSpec& spec, const ParamLayout& layout, int device_index,
+                                           Precision precision);
 
 }  // namespace nvpflow
