@@ -3,7 +3,12 @@
 // Everything here needs the GIL. Failures set a Python error and throw py::error_already_set.
 #pragma once
 
-#include "arrays.hpp"
+#include <cstdint>
+#include <vector>
+
+#include <nvpflow/spec.hpp>
+
+#include "array_types.hpp"
 
 namespace nvpflow::python {
 
@@ -23,7 +28,9 @@ PyObject* device_result(OutputArray&& out);
 /// The caller's array as one to write rows to, for calls without an input.
 InputArray device_target(PyObject* object, const char* name, DType dtype, int device);
 
-/// nvpflow.cuda's own array, for callers without a library of their own.
-void bind_device_array(py::module_& module);
+/// A copy of a device's memory as a NumPy array; waits for what makes it on the stream.
+py::object numpy_copy(const void* data, DType dtype, const std::vector<std::int64_t>& shape, int device, void* stream);
+/// A NumPy array of an object's data where it is a device array, else the object itself.
+py::object host_array(const py::object& object);
 
 }  // namespace nvpflow::python

@@ -4,10 +4,9 @@
 
 #include <nvpflow/flow.hpp>
 
-#include "arrays.hpp"
 #include "bindings.hpp"
-#include "device_arrays.hpp"
 #include "errors.hpp"
+#include "host_arrays.hpp"
 #include "xla_handlers.hpp"
 
 namespace nvpflow::python {

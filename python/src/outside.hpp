@@ -7,7 +7,7 @@
 #include <optional>
 #include <string>
 
-#include "arrays.hpp"
+#include "array_types.hpp"
 #include "dlpack.h"
 #include "errors.hpp"
 
@@ -20,7 +20,6 @@ Library library_of(PyObject* object);
 inline py::module_ imported(const char* name) { return py::module_::import(name); }
 
 /// By DLPack or __cuda_array_interface__; asks the object, not CUDA.
-enum class Place { unknown, host, device };
 Place place_of(PyObject* object, const char* name);
 
 /// A tensor of PyTorch that autograd follows, backward or forward, must not come in: results would leave its graph

@@ -52,7 +52,9 @@ FILES = (
     "cpp/src/io/safetensors.cpp",
     "cpp/src/io/spec_json.cpp",
     "cpp/src/spec.cpp",
+    "cpp/include/nvpflow/overlap.hpp",
     "python/src/arrays.cpp",
+    "python/src/host_arrays.cpp",
     "python/src/layout.hpp",
     "python/nvpflow/_checks.py",
 )
@@ -141,6 +143,7 @@ def compile_errors(scratch: Path, file: str) -> set[int]:
     commands = json.loads((scratch / "build" / "compile_commands.json").read_text())
     users = {
         "cpp/src/io/descriptor.hpp": "cpp/src/io/safetensors.cpp",
+        "cpp/include/nvpflow/overlap.hpp": "tests/fuzz/layout.cpp",
         "python/src/layout.hpp": "tests/fuzz/layout.cpp",
     }
     user = users.get(file, file)
