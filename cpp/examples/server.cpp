@@ -5,6 +5,9 @@
 //   server MODEL [SECONDS] [WORKERS]        a model file of dtype float32; 10 seconds, 2 workers
 //
 // Replace MODEL meanwhile, for example with flow.save(MODEL) from Python, which renames and so is seen whole.
+#include <sys/stat.h>
+#include <sys/types.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -93,10 +96,10 @@ void work(const nvpflow::Flow& flow, Queue& queue, Served& served) {
 /// on.
 class Watcher {
  public:
-  explicit Watcher(std::string path) : path_(std::move(path)), seen_(changed_at()) {}
+  explicit Watcher(std::string path) : path_(std::move(path)) { seen_ = version(); }
 
   void look(nvpflow::Flow& flow) {
-    const auto now = changed_at();
+    const Version now = version();
     if (now == seen_) return;
     seen_ = now;
     try {
@@ -111,13 +114,23 @@ class Watcher {
   int reloads = 0;
 
  private:
-  std::filesystem::file_time_type changed_at() const {
-    std::error_code ignored;  // missing for a moment: as unchanged as a file can be
-    return std::filesystem::last_write_time(path_, ignored);
+  /// Times of files advance in steps of milliseconds: a file put in place within one has the old one's time, but not
+  /// its inode.
+  struct Version {
+    std::filesystem::file_time_type time;
+    ino_t inode = 0;
+    bool operator==(const Version&) const = default;
+  };
+
+  Version version() const {
+    struct stat status = {};
+    std::error_code ignored;  // missing for a moment: the next look sees what has come
+    const auto time = std::filesystem::last_write_time(path_, ignored);
+    return stat(path_.c_str(), &status) == 0 ? Version{time, status.st_ino} : seen_;
   }
 
   std::string path_;
-  std::filesystem::file_time_type seen_;
+  Version seen_;
 };
 
 void report(const std::vector<Served>& all, std::int64_t refused, int reloads, double seconds) {
