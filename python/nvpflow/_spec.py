@@ -128,6 +128,25 @@ def _checked(coupling: type[Coupling]) -> None:
         activation: str = "relu",
         scale_bound: float = 1.0,
     ) -> None:
+        """Make an affine coupling layer.
+
+        Parameters
+        ----------
+        swapped
+            False: the first half of the features, ``[0, D // 2)``, conditions the second half. True: the second half
+            conditions the first.
+        hidden_sizes
+            Units of each hidden layer, each at least 1. None of them: the heads are linear.
+        activation
+            What follows each hidden layer: one of `nvpflow.Flow`'s activations.
+        scale_bound
+            B, the largest log-scale; positive and finite in the flow's dtype.
+
+        Raises
+        ------
+        ValueError
+            The activation is not known. Sizes and the bound are checked with the spec.
+        """
         initialise(
             self,
             _checks.boolean("swapped", swapped),
