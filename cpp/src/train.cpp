@@ -238,7 +238,8 @@ class Trainer {
     const TrainingData data = {x_.data(), total_rows(), validation_.data(), validation_rows()};
     std::vector<T> start = best_;
     if (standardized_.on) std::fill_n(start.begin(), 2 * features_, T(0));
-    training_ = FlowAccess::backend(flow_).begin_training(data, start.data(), std::min(slice_, batch_), Execution(threads_));
+    training_ =
+        FlowAccess::backend(flow_).begin_training(data, start.data(), std::min(slice_, batch_), Execution(threads_));
     if (options_.max_round_trip == 0) return;
     probe_.emplace(flow_);
     probe_->set_num_threads(threads_);
