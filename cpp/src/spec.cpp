@@ -16,6 +16,7 @@
 
 #include <nvpflow/error.hpp>
 
+#include "io/messages.hpp"
 #include "layers/layer.hpp"
 #include "math.hpp"
 #include "overloaded.hpp"
@@ -75,7 +76,7 @@ Enum find_value(const Names<Enum, N>& names, std::string_view text, const char* 
   for (const auto& [value, name] : names) {
     if (name == text) return value;
   }
-  refuse(std::string(field) + " is '" + std::string(text) + "', expected one of " + list_of(names));
+  refuse(std::string(field) + " is " + io::quote(text) + ", expected one of " + list_of(names));
 }
 
 std::string text_of(double value) {

@@ -27,7 +27,10 @@ def integer(name: str, value: Any, *, bits: int = 64, unsigned: bool = False) ->
     """Return `value` as an int that fits so many bits; bool is refused, it is almost always a mistake."""
     if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {describe(value)}")
-    number = operator.index(value)
+    try:
+        number = operator.index(value)
+    except TypeError:  # an array of more than one element, for example
+        raise TypeError(f"{name} must be an integer, got {describe(value)}") from None
     low, high = (0, 2**bits) if unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1))
     if not low <= number < high:
         raise ValueError(f"{name} is {describe(number)}, expected {low} to {high - 1}")
@@ -55,6 +58,11 @@ def text(name: str, value: Any) -> str:
     """Return `value`, which must be a str."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a string, got {describe(value)}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{name} is {describe(value)}, which is not valid Unicode") from None
     return value
 
 
@@ -62,6 +70,8 @@ def sizes(name: str, value: Any) -> tuple[int, ...]:
     """Return a sequence of integers as a tuple; a single integer is refused, not wrapped."""
     if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, np.ndarray)):
         raise TypeError(f"{name} must be a sequence of integers such as (128, 128), got {describe(value)}")
+    if isinstance(value, np.ndarray) and value.ndim != 1:
+        raise TypeError(f"{name} has {value.ndim} dimensions, expected one: a sequence of integers such as (128, 128)")
     return tuple(integer(f"{name}[{i}]", item) for i, item in enumerate(value))
 
 
@@ -82,7 +92,7 @@ def column_names(name: str, value: Any) -> list[str]:
         return []
     if isinstance(value, (str, bytes, Set, Mapping)) or not isinstance(value, Iterable):  # those have no order
         raise TypeError(f"{name} must be a sequence of strings or None, got {describe(value)}")
-    return [_unicode(f"{name}[{i}]", item) for i, item in enumerate(value)]
+    return [text(f"{name}[{i}]", item) for i, item in enumerate(value)]
 
 
 def repeated(names: Sequence[str]) -> str:
@@ -94,14 +104,6 @@ def repeated(names: Sequence[str]) -> str:
     return ""
 
 
-def _unicode(name: str, value: Any) -> str:
-    try:
-        text(name, value).encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{name} is {describe(value)}, which is not valid Unicode") from None
-    return str(value)
-
-
 def dtype_name(name: str, value: DTypeLike) -> str:
     """Return the name NumPy gives to a dtype: np.float32 and "f4" both give "float32"."""
     message = f"{name} must be a dtype, 'float32' or 'float64', got {describe(value)}"
@@ -109,7 +111,7 @@ def dtype_name(name: str, value: DTypeLike) -> str:
         raise TypeError(message)
     try:
         return np.dtype(value).name
-    except TypeError:
+    except (TypeError, UnicodeError):
         raise TypeError(message) from None
 
 

@@ -1,6 +1,7 @@
 #include "metadata_json.hpp"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <set>
@@ -19,7 +20,42 @@ using nlohmann::json;
 
 namespace {
 
-constexpr int kMaxJsonDepth = 8;
+constexpr std::size_t kMaxJsonDepth = 8;
+
+/// Refuses what the parser takes: deep nesting, and a key twice in one object. A pass of its own, because the parser's
+/// callbacks look through all elements of an array at the end of each object in it.
+class Strict final : public json::json_sax_t {
+ public:
+  bool null() override { return true; }
+  bool boolean(bool) override { return true; }
+  bool number_integer(number_integer_t) override { return true; }
+  bool number_unsigned(number_unsigned_t) override { return true; }
+  bool number_float(number_float_t, const string_t&) override { return true; }
+  bool string(string_t&) override { return true; }
+  bool binary(binary_t&) override { return true; }
+  bool start_object(std::size_t) override { return open(); }
+  bool end_object() override { return close(); }
+  bool start_array(std::size_t) override { return open(); }
+  bool end_array() override { return close(); }
+  bool key(string_t& name) override {
+    if (keys_.back().insert(name).second) return true;
+    throw Error(ErrorCode::file_format, "the key " + quote(name) + " appears twice in one object");
+  }
+  bool parse_error(std::size_t, const std::string&, const json::exception&) override { return false; }
+
+ private:
+  bool open() {
+    if (keys_.size() >= kMaxJsonDepth) throw Error(ErrorCode::file_format, "the JSON is nested too deeply");
+    keys_.emplace_back();
+    return true;
+  }
+  bool close() {
+    keys_.pop_back();
+    return true;
+  }
+
+  std::vector<std::set<std::string>> keys_;  // of the objects that are open; empty for an array
+};
 
 }  // namespace
 
@@ -28,25 +64,12 @@ json parse_metadata_json(const std::string& text) {
     throw Error(ErrorCode::file_format, "the text is " + std::to_string(text.size()) +
                                             " bytes long, expected at most " + std::to_string(kMaxJsonBytes));
   }
-  std::vector<std::set<std::string>> keys;  // of the objects that are open
-  const auto check = [&](int depth, json::parse_event_t event, json& parsed) {
-    using Event = json::parse_event_t;
-    if ((event == Event::object_start || event == Event::array_start) && depth >= kMaxJsonDepth) {
-      throw Error(ErrorCode::file_format, "the JSON is nested too deeply");
-    }
-    if (event == Event::object_start) keys.emplace_back();
-    if (event == Event::object_end) keys.pop_back();
-    if (event == Event::key && !keys.back().insert(parsed.get_ref<const std::string&>()).second) {
-      throw Error(ErrorCode::file_format,
-                  "the key " + quote(parsed.get_ref<const std::string&>()) + " appears twice in one object");
-    }
-    return true;
-  };
-  json document = json::parse(text, check, /*allow_exceptions=*/false);
+  Strict strict;
   // The parser takes a zero byte for the end of the text.
-  if (document.is_discarded() || text.find('\0') != std::string::npos)
+  if (text.find('\0') != std::string::npos || !json::sax_parse(text, &strict)) {
     throw Error(ErrorCode::file_format, "the text is not valid JSON");
-  return document;
+  }
+  return json::parse(text);
 }
 
 void fail_field(const std::string& field, const json& value, const std::string& expected) {
