@@ -1,0 +1,637 @@
+"""An independent float64 oracle of every affine flow that a spec can say, in plain NumPy.
+
+Nothing here imports nvpflow. A flow is a spec, as `json.loads` reads it from a model file, and its tensors by name.
+Each layer is written once, from its formula. Gradients come from a tape of NumPy operations; test_general_oracle.py
+holds them against central finite differences and against the reverse mode that oracle.py writes by hand.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from oracle import ACTIVATIONS, DERIVATIVES, KINKED, LOG_2_PI, settled
+
+Spec = Mapping[str, Any]
+Shape = tuple[int, ...]
+
+# ---------------------------------------------------------------------------------------------- the tape
+
+
+class Node:
+    """An array, and how a cotangent of it goes on to the arrays it was made from."""
+
+    __array_ufunc__ = None  # ndarray + Node comes here
+    _count = itertools.count()
+
+    def __init__(self, value: np.ndarray, *parents: tuple[Node, Callable[[np.ndarray], np.ndarray]]):
+        self.value = np.asarray(value, dtype=np.float64)
+        self.parents = parents
+        self.number = next(Node._count)
+
+    def __add__(self, other: Node | np.ndarray | float) -> Node:
+        other = _node(other)
+        return Node(self.value + other.value, (self, lambda g: g), (other, lambda g: g))
+
+    def __neg__(self) -> Node:
+        return Node(-self.value, (self, lambda g: -g))
+
+    def __sub__(self, other: Node | np.ndarray | float) -> Node:
+        return self + -_node(other)
+
+    def __mul__(self, other: Node | np.ndarray | float) -> Node:
+        other = _node(other)
+        return Node(self.value * other.value, (self, lambda g: g * other.value), (other, lambda g: g * self.value))
+
+    def __matmul__(self, other: Node) -> Node:
+        return Node(self.value @ other.value, (self, lambda g: g @ other.value.T), (other, lambda g: self.value.T @ g))
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+    def map(self, f: Callable[[np.ndarray], np.ndarray], derivative: Callable[[np.ndarray], np.ndarray]) -> Node:
+        """F of each element."""
+        return Node(f(self.value), (self, lambda g: g * derivative(self.value)))
+
+    def columns(self, features: np.ndarray) -> Node:
+        """[B, D] -> [B, n]."""
+
+        def pull(g: np.ndarray) -> np.ndarray:
+            whole = np.zeros_like(self.value)
+            whole[:, features] = g
+            return whole
+
+        return Node(self.value[:, features], (self, pull))
+
+    def at(self, places: tuple[np.ndarray, ...], shape: Shape) -> Node:
+        """Zeros of `shape` with the elements of a vector at `places`."""
+        whole = np.zeros(shape)
+        whole[places] = self.value
+        return Node(whole, (self, lambda g: g[places]))
+
+    def sum_of_row(self) -> Node:
+        """[B, n] -> [B]; a vector [n] -> []."""
+        return Node(np.sum(self.value, axis=-1), (self, lambda g: np.broadcast_to(g[..., None], self.value.shape)))
+
+    def mean_of_row(self) -> Node:
+        """[B, n] -> [B, 1]."""
+        n = self.value.shape[1]
+        return Node(
+            np.mean(self.value, axis=1, keepdims=True), (self, lambda g: np.broadcast_to(g / n, self.value.shape))
+        )
+
+
+def _node(value: Node | np.ndarray | float) -> Node:
+    return value if isinstance(value, Node) else Node(np.asarray(value))
+
+
+def _side_by_side(parts: Iterable[Node]) -> Node:
+    parts = list(parts)
+    ends = np.cumsum([0, *(part.value.shape[1] for part in parts)])
+    pulls = [(part, lambda g, i=i: g[:, ends[i] : ends[i + 1]]) for i, part in enumerate(parts)]
+    return Node(np.concatenate([part.value for part in parts], axis=1), *pulls)
+
+
+def _solve(matrix: Node, rows: Node) -> Node:
+    """y with y W^T = rows, row by row."""
+    y = np.linalg.solve(matrix.value, rows.value.T).T
+
+    def to_rows(g: np.ndarray) -> np.ndarray:
+        return np.linalg.solve(matrix.value.T, g.T).T
+
+    return Node(y, (rows, to_rows), (matrix, lambda g: -to_rows(g).T @ y))
+
+
+def _transposed(matrix: Node) -> Node:
+    return Node(matrix.value.T, (matrix, lambda g: g.T))
+
+
+def pull_back(cotangents: Iterable[tuple[Node, np.ndarray]]) -> dict[int, np.ndarray]:
+    """Cotangents of every node behind the given ones, by the node's number."""
+    found: dict[int, Node] = {}
+    waiting = []
+    gradients: dict[int, np.ndarray] = {}
+    for node, cotangent in cotangents:
+        gradients[node.number] = np.asarray(cotangent, dtype=np.float64)
+        waiting.append(node)
+    while waiting:
+        node = waiting.pop()
+        if node.number not in found:
+            found[node.number] = node
+            waiting += [parent for parent, _ in node.parents]
+    for number in sorted(found, reverse=True):  # a node is younger than its parents
+        for parent, pull in found[number].parents:
+            if number not in gradients:
+                continue
+            step = pull(gradients[number])
+            # What was broadcast on the way is summed on the way back.
+            step = step.sum(axis=tuple(range(step.ndim - parent.value.ndim)))
+            narrow = tuple(i for i, n in enumerate(parent.value.shape) if n == 1 and step.shape[i] != 1)
+            step = step.sum(axis=narrow, keepdims=True)
+            gradients[parent.number] = gradients[parent.number] + step if parent.number in gradients else step
+    return gradients
+
+
+# ---------------------------------------------------------------------------------------------- log-scale functions
+
+
+def _exp(u: Node) -> Node:
+    return u.map(np.exp, np.exp)
+
+
+def _log(u: Node) -> Node:
+    return u.map(np.log, lambda v: 1.0 / v)
+
+
+def _softplus(u: Node) -> Node:
+    return u.map(ACTIVATIONS["softplus"], DERIVATIVES["softplus"])
+
+
+def log_scale(function: Spec, u: Node) -> Node:
+    """s = g(u), element by element."""
+    name = function["function"]
+    if name == "identity":
+        return u
+    if name in ("tanh", "softsign", "atan"):
+        f, derivative = {
+            "tanh": (np.tanh, lambda v: 1.0 / np.cosh(v) ** 2),
+            "softsign": (lambda v: v / (1.0 + np.abs(v)), lambda v: (1.0 + np.abs(v)) ** -2.0),
+            "atan": (np.arctan, lambda v: 1.0 / (1.0 + v * v)),
+        }[name]
+        return (u * (1.0 / function["divisor"])).map(f, derivative) * function["factor"]
+    low, high, v = function["low"], function["high"], u + function["offset"]
+    if name == "sigmoid" and low == 0:
+        s = -_softplus(-v) + math.log(high)
+    elif name == "sigmoid":
+        s = _log(v.map(ACTIVATIONS["sigmoid"], DERIVATIVES["sigmoid"]) * (high - low) + low)
+    elif name == "softplus":
+        cap = math.inf if high is None else high
+        s = _log((_softplus(v) + low).map(lambda w: np.minimum(w, cap), lambda w: np.where(w < cap, 1.0, 0.0)))
+    else:
+        raise ValueError(f"function is {name!r}")
+    return -s if function["negated"] else s
+
+
+# ---------------------------------------------------------------------------------------------- the flow
+
+
+def coupling_of_1_1(layer: Spec) -> Spec:
+    """A coupling in the form of format 1.1; that of format 1.0 has halves, tanh and one perceptron."""
+    if "transformed" in layer:
+        return layer
+    bound = layer["scale_bound"]
+    return {
+        "kind": "coupling",
+        "inverse": False,
+        "transformed": "first_half" if layer["swapped"] else "second_half",
+        "transform": {"kind": "affine", "log_scale": {"function": "tanh", "factor": bound, "divisor": bound}},
+        "network": {
+            "kind": "mlp",
+            "hidden_sizes": layer["hidden_sizes"],
+            "activation": layer["activation"],
+            "layer_norm": False,
+        },
+    }
+
+
+def transformed_features(transformed: str | list[int], input_size: int) -> np.ndarray:
+    """b, ascending."""
+    names = {
+        "first_half": np.arange(input_size // 2),
+        "second_half": np.arange(input_size // 2, input_size),
+        "even": np.arange(0, input_size, 2),
+        "odd": np.arange(1, input_size, 2),
+        "all": np.arange(input_size),
+    }
+    return names[transformed] if isinstance(transformed, str) else np.asarray(transformed, dtype=np.int64)
+
+
+def tensor_shapes(spec: Spec) -> list[tuple[str, Shape]]:
+    """Every parameter's name and shape, in the order of the flat buffer."""
+    size, context = spec["input_size"], spec.get("context_size", 0)
+    shapes: list[tuple[str, Shape]] = []
+
+    def dense(name: str, width: int, units: int) -> int:
+        shapes.extend([(f"{name}.kernel", (width, units)), (f"{name}.bias", (units,))])
+        return units
+
+    def hidden(network: Spec, prefix: str, dense_name: str, width: int) -> int:
+        """The network up to its last hidden layer; gives the width of that."""
+        if network["kind"] == "mlp":
+            for j, units in enumerate(network["hidden_sizes"]):
+                width = dense(f"{prefix}_{dense_name}_{j}", width, units)
+            return width
+        units = network["hidden_size"]
+        dense(f"{prefix}_initial", width, units)
+        for j in range(network["num_blocks"]):
+            block = f"{prefix}_block_{j}"
+            if network["block_affines"]:
+                shapes.extend([(f"{block}_affine.scale", (units,)), (f"{block}_affine.shift", (units,))])
+            dense(f"{block}_dense_0", units, units)
+            dense(f"{block}_dense_1", units, units)
+            if network["context_gates"] and context > 0:
+                dense(f"{block}_context", context, units)
+        return units
+
+    if spec.get("standardize_context", False):
+        shapes.extend([("context.mean", (context,)), ("context.log_std", (context,))])
+    couplings = 0
+    for i, layer in enumerate(spec["layers"]):
+        if layer["kind"] == "coupling":
+            prefix, couplings = f"flow_{couplings}", couplings + 1
+            layer = coupling_of_1_1(layer)
+            n = len(transformed_features(layer["transformed"], size))
+            width = size - n + context
+            if "network" in layer:
+                width = hidden(layer["network"], prefix, "coupling_dense", width)
+                for head in ("scale", "translation"):
+                    if head == "translation" or layer["transform"]["kind"] == "affine":
+                        dense(f"{prefix}_{head}", width, n)
+            else:
+                for head in ("scale", "translation"):
+                    dense(f"{prefix}_{head}", hidden(layer[f"{head}_network"], prefix, f"{head}_dense", width), n)
+        elif layer["kind"] == "lu_linear":
+            triangle = size * (size - 1) // 2
+            for part, entries in (("lower", triangle), ("upper", triangle)):
+                shapes.append((f"lu_linear_{i}.{part}", (entries,)))
+            shapes.extend((f"lu_linear_{i}.{part}", (size,)) for part in ("log_diagonal", "sign", "bias"))
+        elif layer["kind"] == "actnorm":
+            shapes.extend((f"actnorm_{i}.{part}", (size,)) for part in ("log_scale", "shift"))
+        elif layer["kind"] == "standardize":
+            shapes.extend((f"standardize_{i}.{part}", (size,)) for part in ("mean", "log_std"))
+    return shapes
+
+
+class Gradients(NamedTuple):
+    """Of one vector-Jacobian product."""
+
+    x: np.ndarray  # [B, D]
+    context: np.ndarray | None  # of the context's own shape
+    parameters: dict[str, np.ndarray]
+
+
+class _Run(NamedTuple):
+    x: Node
+    context: Node | None
+    parameters: dict[str, Node]
+    values: Node
+    log_det: Node
+
+
+class GeneralFlow:
+    """`parameters` maps the names of the file format to float64 arrays and may be assigned to.
+
+    `context` is [B, C], a row for each row of x, or [C], one for all of them.
+    """
+
+    def __init__(self, spec: Spec, parameters: Mapping[str, np.ndarray] | None = None):
+        self.spec = spec
+        self.input_size: int = spec["input_size"]
+        self.context_size: int = spec.get("context_size", 0)
+        self.layers = [coupling_of_1_1(layer) if layer["kind"] == "coupling" else layer for layer in spec["layers"]]
+        self.parameters = {name: np.zeros(shape) for name, shape in tensor_shapes(spec)}
+        if parameters is not None:
+            assert list(parameters) == list(self.parameters), f"names are {list(parameters)}"
+            for name, value in parameters.items():
+                assert value.shape == self.parameters[name].shape, f"{name} has shape {value.shape}"
+                self.parameters[name] = np.array(value, dtype=np.float64)
+
+    def forward(self, x: np.ndarray, context: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """z [B, D] and log|det dz/dx| [B]."""
+        run = self._run(x, context, "forward")
+        return settled(self._all_given(x, context), run.values.value, run.log_det.value, -np.inf)
+
+    def inverse(self, z: np.ndarray, context: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """x [B, D] and log|det dx/dz| [B]."""
+        run = self._run(z, context, "inverse")
+        return settled(self._all_given(z, context), run.values.value, run.log_det.value, np.inf)
+
+    def log_prob(self, x: np.ndarray, context: np.ndarray | None = None) -> np.ndarray:
+        z, log_det = self.forward(x, context)
+        with np.errstate(over="ignore"):
+            return -0.5 * (self.input_size * LOG_2_PI + np.sum(z * z, axis=1)) + log_det
+
+    def nll(self, x: np.ndarray, context: np.ndarray | None = None) -> float:
+        return -float(np.mean(self.log_prob(x, context)))
+
+    def vjp(
+        self,
+        x: np.ndarray,
+        grad_out: np.ndarray | None,
+        grad_log_det: np.ndarray | None,
+        direction: str = "forward",
+        context: np.ndarray | None = None,
+    ) -> Gradients:
+        """Gradients of sum(grad_out * out) + sum(grad_log_det * log_det)."""
+        run = self._run(x, context, direction)
+        cotangents = [
+            (node, np.zeros_like(node.value) if given is None else given)
+            for node, given in ((run.values, grad_out), (run.log_det, grad_log_det))
+        ]
+        found = pull_back(cotangents)
+
+        def of(node: Node) -> np.ndarray:
+            return found.get(node.number, np.zeros_like(node.value))
+
+        of_context = None if run.context is None else of(run.context)
+        return Gradients(of(run.x), of_context, {name: of(node) for name, node in run.parameters.items()})
+
+    def nll_gradient(self, x: np.ndarray, context: np.ndarray | None = None) -> tuple[float, Gradients]:
+        z, _ = self.forward(x, context)
+        rows = len(z)
+        return self.nll(x, context), self.vjp(x, z / rows, np.full(rows, -1.0 / rows), context=context)
+
+    def smallest_pre_activation(
+        self, x: np.ndarray, direction: str = "forward", context: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Per row, the distance to the nearest point where a derivative jumps [B]; inf where there is none."""
+        kinks: list[np.ndarray] = []
+        self._run(x, context, direction, kinks)
+        smallest = np.full(len(x), np.inf)
+        for u in kinks:
+            smallest = np.minimum(smallest, np.min(np.abs(u), axis=1, initial=np.inf))
+        return smallest
+
+    # -- the walk
+
+    def _all_given(self, x: np.ndarray, context: np.ndarray | None) -> np.ndarray:
+        if context is None:
+            return np.asarray(x)
+        return np.concatenate([x, np.broadcast_to(context, (len(x), self.context_size))], axis=1)
+
+    def _run(self, x: np.ndarray, context: np.ndarray | None, direction: str, kinks: list | None = None) -> _Run:
+        assert (context is None) == (self.context_size == 0)
+        p = {name: Node(value) for name, value in self.parameters.items()}
+        start, given = Node(np.array(x, dtype=np.float64)), None if context is None else Node(np.array(context))
+        values, log_det = start, Node(np.zeros(len(x)))
+        layers = list(zip(self.layers, self._prefixes(), strict=True))
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            c = None if given is None else given + np.zeros((len(x), self.context_size))
+            if c is not None and self.spec.get("standardize_context", False):
+                c = (c - p["context.mean"]) * _exp(-p["context.log_std"])
+            for layer, prefix in layers if direction == "forward" else reversed(layers):
+                run_backwards = (direction == "inverse") != layer.get("inverse", False)
+                values, step = getattr(self, f"_{layer['kind']}")(
+                    layer, prefix, p, values, c, run_backwards, [] if kinks is None else kinks
+                )
+                log_det = log_det + step
+        return _Run(start, given, p, values, log_det)
+
+    def _prefixes(self) -> list[str]:
+        couplings = itertools.count()
+        return [
+            f"flow_{next(couplings)}" if layer["kind"] == "coupling" else f"{layer['kind']}_{i}"
+            for i, layer in enumerate(self.layers)
+        ]
+
+    # -- the layers: output and log-determinant from the input, by the formula or by its inverse
+
+    def _coupling(self, layer, prefix, p, x, c, backwards, kinks):
+        b = transformed_features(layer["transformed"], self.input_size)
+        a = np.setdiff1d(np.arange(self.input_size), b)
+        given = x.columns(a) if c is None else _side_by_side([x.columns(a), c])
+        if "network" in layer:
+            h = self._hidden(layer["network"], prefix, "coupling_dense", p, given, c, kinks)
+            last = {"scale": h, "translation": h}
+        else:
+            last = {
+                head: self._hidden(layer[f"{head}_network"], prefix, f"{head}_dense", p, given, c, kinks)
+                for head in ("scale", "translation")
+            }
+        t = _dense(p, f"{prefix}_translation", last["translation"])
+        if layer["transform"]["kind"] == "additive":
+            s = Node(np.zeros_like(t.value))
+        else:
+            u = _dense(p, f"{prefix}_scale", last["scale"])
+            s = log_scale(function := layer["transform"]["log_scale"], u)
+            if function["function"] == "softplus" and function["high"] is not None:
+                v = u.value + function["offset"]
+                kinks.append(ACTIVATIONS["softplus"](v) + function["low"] - function["high"])
+        x_b = x.columns(b)
+        y_b = (x_b - t) * _exp(-s) if backwards else x_b * _exp(s) + t
+        places = np.argsort(np.concatenate([a, b]))
+        return _side_by_side([x.columns(a), y_b]).columns(places), (-s if backwards else s).sum_of_row()
+
+    def _hidden(self, network, prefix, dense_name, p, given, c, kinks):
+        """The network up to its last hidden layer."""
+
+        def activate(u: Node) -> Node:
+            if network["activation"] in KINKED:
+                kinks.append(u.value)
+            return u.map(ACTIVATIONS[network["activation"]], DERIVATIVES[network["activation"]])
+
+        h = given
+        if network["kind"] == "mlp":
+            for j in range(len(network["hidden_sizes"])):
+                h = activate(_dense(p, f"{prefix}_{dense_name}_{j}", h))
+                if network["layer_norm"]:
+                    h = _layer_norm(h)
+            return h
+        assert network["kind"] == "residual"
+        h = _dense(p, f"{prefix}_initial", h)
+        for j in range(network["num_blocks"]):
+            block, v = f"{prefix}_block_{j}", h
+            if network["block_affines"]:
+                v = v * p[f"{block}_affine.scale"] + p[f"{block}_affine.shift"]
+            v = _dense(p, f"{block}_dense_0", activate(v))
+            v = _dense(p, f"{block}_dense_1", activate(v))
+            if network["context_gates"] and c is not None:
+                v = v * _dense(p, f"{block}_context", c).map(ACTIVATIONS["sigmoid"], DERIVATIVES["sigmoid"])
+            h = h + v
+        return h
+
+    def _permutation(self, layer, prefix, p, x, c, backwards, kinks):
+        order = np.asarray(layer["order"])
+        return x.columns(np.argsort(order) if backwards else order), Node(np.zeros(len(x.value)))
+
+    def _lu_linear(self, layer, prefix, p, x, c, backwards, kinks):
+        size = self.input_size
+        diagonal, log_diagonal = np.diag_indices(size), p[f"{prefix}.log_diagonal"]
+        lower = p[f"{prefix}.lower"].at(np.tril_indices(size, -1), (size, size)) + np.eye(size)
+        upper = p[f"{prefix}.upper"].at(np.triu_indices(size, 1), (size, size))
+        upper = upper + (p[f"{prefix}.sign"] * _exp(log_diagonal)).at(diagonal, (size, size))
+        step = log_diagonal.sum_of_row() + np.zeros(len(x.value))
+        if backwards:
+            return _solve(lower @ upper, x - p[f"{prefix}.bias"]), -step
+        return x @ _transposed(lower @ upper) + p[f"{prefix}.bias"], step
+
+    def _actnorm(self, layer, prefix, p, x, c, backwards, kinks):
+        log_scale, shift = p[f"{prefix}.log_scale"], p[f"{prefix}.shift"]
+        step = log_scale.sum_of_row() + np.zeros(len(x.value))
+        return ((x - shift) * _exp(-log_scale), -step) if backwards else (x * _exp(log_scale) + shift, step)
+
+    def _standardize(self, layer, prefix, p, x, c, backwards, kinks):
+        mean, log_std = p[f"{prefix}.mean"], p[f"{prefix}.log_std"]
+        step = log_std.sum_of_row() + np.zeros(len(x.value))
+        return (x * _exp(log_std) + mean, step) if backwards else ((x - mean) * _exp(-log_std), -step)
+
+
+def _dense(p: Mapping[str, Node], name: str, given: Node) -> Node:
+    return given @ p[f"{name}.kernel"] + p[f"{name}.bias"]
+
+
+def _layer_norm(h: Node) -> Node:
+    """(h - mean) / sqrt(variance + 1e-5) of each row, with the unbiased variance."""
+    n = h.value.shape[1]
+    centred = h - h.mean_of_row()
+    variance = (centred * centred).mean_of_row() * (n / (n - 1))
+    return centred * (variance + 1e-5).map(lambda v: v**-0.5, lambda v: -0.5 * v**-1.5)
+
+
+# ---------------------------------------------------------------------------------------------- random flows
+
+# What random_spec may draw; each name is a part of the format that a library can have or lack.
+FEATURES = frozenset(
+    {
+        "transformed",  # odd, even and lists of features, beside the halves
+        "inverse",
+        "additive",
+        "permutation",
+        "log_scales",  # all but tanh
+        "two_networks",
+        "layer_norm",
+        "residual",
+        "lu_linear",
+        "actnorm",
+        "context",
+        "standardize_context",
+    }
+)
+
+# Each function with constants that some library has.
+LOG_SCALES: tuple[Spec, ...] = (
+    {"function": "tanh", "factor": 1.0, "divisor": 1.0},
+    {"function": "tanh", "factor": 2.0, "divisor": 2.0},
+    {"function": "tanh", "factor": 1.5, "divisor": 2.0},
+    {"function": "softsign", "factor": 6.907755278982137, "divisor": 6.907755278982137},
+    {"function": "softsign", "factor": 1.0, "divisor": 2.0},
+    {"function": "atan", "factor": 1.272, "divisor": 1.0},
+    {"function": "atan", "factor": 0.636, "divisor": 0.5},
+    {"function": "identity"},
+    {"function": "sigmoid", "low": 0.001, "high": 1.001, "offset": 2.0, "negated": False},
+    {"function": "sigmoid", "low": 0.0, "high": 1.0, "offset": 2.0, "negated": True},
+    {"function": "sigmoid", "low": 0.0, "high": 1.0, "offset": 2.0, "negated": False},
+    {"function": "sigmoid", "low": 0.5, "high": 2.0, "offset": -0.5, "negated": True},
+    {"function": "softplus", "low": 0.01, "high": None, "offset": 0.52546, "negated": False},
+    {"function": "softplus", "low": 0.001, "high": 3.0, "offset": 0.0, "negated": False},
+    {"function": "softplus", "low": 0.1, "high": 1.1, "offset": 0.5, "negated": True},
+)
+
+
+def random_spec(
+    rng: np.random.Generator, features: Iterable[str] = FEATURES, dtype: str = "float64", max_size: int = 40
+) -> dict[str, Any]:
+    """A spec of format 1.1 that uses some of `features`: 1 to max_size columns, 1 to 6 layers."""
+    has = frozenset(features)
+    assert has <= FEATURES, f"unknown features {has - FEATURES}"
+
+    def chance(feature: str, probability: float = 0.5) -> bool:
+        return bool(rng.random() < probability) and feature in has
+
+    context = int(rng.integers(1, 6)) if chance("context", 0.6) else 0
+    # Half of the flows are small: that is where the edges are.
+    size = int(rng.integers(1 if context else 2, 1 + (max_size if rng.random() < 0.5 else min(6, max_size))))
+    kinds = [
+        "coupling",
+        "coupling",
+        "standardize",
+        *(kind for kind in ("permutation", "lu_linear", "actnorm") if kind in has),
+    ]
+    drawn = [str(rng.choice(kinds)) for _ in range(int(rng.integers(1, 7)))]
+    if "coupling" not in drawn:
+        drawn[int(rng.integers(len(drawn)))] = "coupling"
+
+    def network(two: bool = False) -> dict[str, Any]:
+        activation = str(rng.choice(list(ACTIVATIONS)))
+        if not two and chance("residual", 0.4):
+            return {
+                "kind": "residual",
+                "hidden_size": int(rng.integers(1, 36)),
+                "num_blocks": int(rng.integers(0, 4)),
+                "activation": activation,
+                "context_gates": context > 0 and bool(rng.random() < 0.5),
+                "block_affines": bool(rng.random() < 0.5),
+            }
+        layer_norm = chance("layer_norm", 0.3)
+        sizes = [int(rng.integers(2 if layer_norm else 1, 36)) for _ in range(int(rng.integers(0, 4)))]
+        return {"kind": "mlp", "hidden_sizes": sizes, "activation": activation, "layer_norm": layer_norm}
+
+    def transformed() -> str | list[int]:
+        if size == 1 or (context and rng.random() < 0.15):
+            return "all"
+        names = ["first_half", "second_half"] * 2 + (["odd", "even", None, None] if "transformed" in has else [])
+        if (name := names[int(rng.integers(len(names)))]) is not None:
+            return name
+        count = int(rng.integers(1, size))
+        return sorted(map(int, rng.choice(size, count, replace=False)))
+
+    def layer(kind: str) -> dict[str, Any]:
+        if kind == "standardize":
+            return {"kind": kind}
+        if kind == "permutation":
+            return {"kind": kind, "order": [int(j) for j in rng.permutation(size)]}
+        flag = {"kind": kind, "inverse": chance("inverse")}
+        if kind != "coupling":
+            return flag
+        flag["transformed"] = transformed()
+        if chance("additive", 0.2):
+            return {**flag, "transform": {"kind": "additive"}, "network": network()}
+        functions = LOG_SCALES if "log_scales" in has else LOG_SCALES[:2]
+        affine = {"kind": "affine", "log_scale": dict(functions[int(rng.integers(len(functions)))])}
+        if chance("two_networks", 0.25):
+            networks = {"scale_network": network(two=True), "translation_network": network(two=True)}
+            return {**flag, "transform": affine, **networks}
+        return {**flag, "transform": affine, "network": network()}
+
+    return {
+        "input_size": size,
+        "context_size": context,
+        "dtype": dtype,
+        "base": {"kind": "normal"},
+        "standardize_context": context > 0 and chance("standardize_context"),
+        "layers": [layer(kind) for kind in drawn],
+    }
+
+
+def scrambled(spec: Spec, rng: np.random.Generator, kernel_scale: float = 1.0) -> dict[str, np.ndarray]:
+    """Parameters far from the identity: kernels N(0, kernel_scale^2 / in), most of the rest 0.1 N(0, 1)."""
+    size = spec["input_size"]
+
+    def draw(name: str, shape: Shape) -> np.ndarray:
+        values = rng.normal(size=shape)
+        if name.endswith(".kernel"):
+            return values * (kernel_scale / math.sqrt(max(1, shape[0])))
+        if name.endswith((".lower", ".upper")):
+            return values * (0.4 / math.sqrt(size))
+        if name.endswith(".sign"):
+            return np.where(values < 0, -1.0, 1.0)
+        return values * 0.1 + (1.0 if name.endswith("_affine.scale") else 0.0)
+
+    return {name: draw(name, shape) for name, shape in tensor_shapes(spec)}
+
+
+def condition(flow: GeneralFlow, x: np.ndarray, context: np.ndarray | None, rng: np.random.Generator) -> float:
+    """How far results move, in their budget's measure, when all that is given moves by one unit in a million million.
+
+    Results are both transforms at x, and log p; the largest of three random pushes of x, context and parameters.
+    """
+    unit = 2.0**-40
+
+    def results(flow: GeneralFlow, x: np.ndarray, context: np.ndarray | None) -> np.ndarray:
+        z, log_det = flow.forward(x, context)
+        back, back_log_det = flow.inverse(x, context)
+        log_p = flow.log_prob(x, context)
+        return np.concatenate([z.ravel(), log_det, back.ravel(), back_log_det, log_p])
+
+    def pushed(values: np.ndarray) -> np.ndarray:
+        return values * (1.0 + unit * rng.choice([-1.0, 1.0], size=values.shape))
+
+    here, worst = results(flow, x, context), 0.0
+    for _ in range(3):
+        moved = {name: v if name.endswith(".sign") else pushed(v) for name, v in flow.parameters.items()}
+        there = results(GeneralFlow(flow.spec, moved), pushed(x), None if context is None else pushed(context))
+        worst = max(worst, float(np.max(np.abs(there - here) / (1.0 + np.abs(here)), initial=0.0)))
+    return worst / unit
