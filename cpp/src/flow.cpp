@@ -583,7 +583,7 @@ void Flow::conditioner(std::int64_t layer, std::span<const T> in, std::span<T> s
   const auto* which = std::get_if<Coupling>(&spec().layers[static_cast<std::size_t>(layer)]);
   if (which == nullptr) fail("layer " + std::to_string(layer) + " is not a coupling layer");
   const Named out_s{"s", s}, out_t{"t", t};
-  const std::int64_t size = rows * spec().transformed(*which).count;
+  const std::int64_t size = rows * which->transformed.count(spec().input_size);
   check_length(out_s, size, "[B, |b|]");
   check_length(out_t, size, "[B, |b|]");
   refuse_overlap(out_s, input);

@@ -1,27 +1,137 @@
 #include "lower.hpp"
 
 #include <cstddef>
+#include <cstdint>
+#include <numeric>
 #include <type_traits>
+#include <utility>
 #include <variant>
+#include <vector>
+
+#include <nvpflow/spec.hpp>
 
 #include "layers/layer.hpp"
 #include "program.hpp"
 
 namespace nvpflow {
+namespace {
 
-static_assert(std::is_same_v<std::variant_alternative_t<static_cast<std::size_t>(Kind::coupling), LoweredLayer>,
-                             LoweredCoupling> &&
-                  std::is_same_v<std::variant_alternative_t<static_cast<std::size_t>(Kind::standardize), LoweredLayer>,
-                                 LoweredStandardize>,
+template <Kind kind, class Layer>
+constexpr bool stands_at =
+    std::is_same_v<std::variant_alternative_t<static_cast<std::size_t>(kind), LoweredLayer>, Layer>;
+static_assert(stands_at<Kind::coupling, LoweredCoupling> && stands_at<Kind::diagonal, LoweredDiagonal> &&
+                  stands_at<Kind::linear, LoweredLinear>,
               "Kind and LoweredLayer have one order");
 
+std::vector<std::int64_t> in_order(std::int64_t count) {
+  std::vector<std::int64_t> numbers(static_cast<std::size_t>(count));
+  std::iota(numbers.begin(), numbers.end(), 0);
+  return numbers;
+}
+
+bool is_in_order(const std::vector<std::int64_t>& numbers) {
+  for (std::size_t i = 0; i < numbers.size(); ++i) {
+    if (numbers[i] != static_cast<std::int64_t>(i)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+Lowering::Lowering(const FlowSpec& spec) : spec_(spec), place_(in_order(spec.input_size)) {
+  lowered_.input_size = spec.input_size;
+  lowered_.context_size = spec.context_size;
+  lowered_.layers.reserve(spec.layers.size());
+  place_from(0);
+  lowered_.data_place = place_or_empty();
+}
+
+void Lowering::place_from(std::size_t index) {
+  std::vector<std::int64_t> now = in_order(spec_.input_size);  // what the feature at layer `index` is at the layer here
+  for (; index < spec_.layers.size(); ++index) {
+    const LayerSpec& layer = spec_.layers[index];
+    if (std::holds_alternative<LULinear>(layer)) return;
+    if (const auto* permutation = std::get_if<Permutation>(&layer)) {
+      std::vector<std::int64_t> next(now.size());
+      for (std::size_t j = 0; j < now.size(); ++j) next[j] = now[static_cast<std::size_t>(permutation->order[j])];
+      now = std::move(next);
+    }
+    const auto* coupling = std::get_if<Coupling>(&layer);
+    if (coupling == nullptr) continue;
+    // The part that feature 0 belongs to comes first, so that halves stay where they are.
+    const std::vector<std::int64_t> a = spec_.conditioning(*coupling), b = spec_.transformed(*coupling);
+    const bool a_first = !a.empty() && a.front() == 0;
+    std::int64_t next = 0;
+    for (const std::vector<std::int64_t>* part : {a_first ? &a : &b, a_first ? &b : &a}) {
+      for (const std::int64_t feature : *part) {
+        place_[static_cast<std::size_t>(now[static_cast<std::size_t>(feature)])] = next++;
+      }
+    }
+    return;
+  }
+}
+
+void Lowering::permute(const std::vector<std::int64_t>& order) {
+  std::vector<std::int64_t> next(place_.size());
+  for (std::size_t j = 0; j < next.size(); ++j) next[j] = place_[static_cast<std::size_t>(order[j])];
+  place_ = std::move(next);
+}
+
+Places Lowering::places_of(const std::vector<std::int64_t>& features) const {
+  Places places;
+  places.count = static_cast<std::int64_t>(features.size());
+  if (features.empty()) return places;
+  places.begin = place_[static_cast<std::size_t>(features.front())];
+  bool follow = true;
+  for (std::size_t i = 0; i < features.size(); ++i) {
+    places.index.push_back(place_[static_cast<std::size_t>(features[i])]);
+    follow = follow && places.index.back() == places.begin + static_cast<std::int64_t>(i);
+  }
+  if (follow) places.index.clear();
+  return places;
+}
+
+std::vector<std::int64_t> Lowering::place_or_empty() const {
+  return is_in_order(place_) ? std::vector<std::int64_t>() : place_;
+}
+
+void Lowering::add_coupling(LoweredCoupling coupling, const std::vector<std::int64_t>& a,
+                            const std::vector<std::int64_t>& b) {
+  coupling.conditioning = places_of(a);
+  coupling.transformed = places_of(b);
+  coupling.place = place_or_empty();
+  lowered_.layers.emplace_back(std::move(coupling));
+}
+
+void Lowering::add_diagonal(bool inverse, std::int64_t mean, std::int64_t log_std) {
+  lowered_.layers.emplace_back(LoweredDiagonal{inverse, place_or_empty(), mean, log_std});
+}
+
+void Lowering::add_linear(LoweredLinear linear) {
+  linear.in_place = place_or_empty();
+  place_ = in_order(spec_.input_size);
+  place_from(index_ + 1);
+  linear.out_place = place_or_empty();
+  lowered_.layers.emplace_back(std::move(linear));
+}
+
+Lowered Lowering::finish() {
+  lowered_.latent_place = place_or_empty();
+  return std::move(lowered_);
+}
+
 Lowered lower(const FlowSpec& spec, const ParamLayout& layout) {
-  Lowered lowered;
-  lowered.input_size = spec.input_size;
-  lowered.layers.reserve(spec.layers.size());
+  Lowering lowering(spec);
   for (std::size_t i = 0; i < spec.layers.size(); ++i) {
+    lowering.at(i);
     const TensorInfo* tensors = layout.tensors().data() + layout.first_tensor(i);
-    std::visit([&](const auto& layer) { layers::lower(layer, spec, tensors, lowered); }, spec.layers[i]);
+    std::visit([&](const auto& layer) { layers::lower(layer, spec, tensors, lowering); }, spec.layers[i]);
+  }
+  Lowered lowered = lowering.finish();
+  if (spec.standardize_context) {
+    const std::size_t count = layout.tensors().size();
+    lowered.context_mean = layout.tensors()[count - 2].offset;
+    lowered.context_log_std = layout.tensors()[count - 1].offset;
   }
   return lowered;
 }

@@ -1,8 +1,13 @@
-// lower(): a flow as the kernels see it. The layers are in order, features are ranges, and each tensor is an offset in
-// the flat parameter buffer. Both backends pack from this, so that neither knows a LayerSpec.
+// lower(): a flow as the kernels see it. The layers are in order, each tensor is an offset in the flat parameter
+// buffer, and each feature has a place in a tile. Both backends pack from this, so that neither knows a LayerSpec.
+//
+// Placement. A feature of a tile is a row of it, so that any place costs the same. Permutations run no kernel: the
+// features after them have other places. The places are chosen such that the first coupling behind the data, or behind
+// a linear layer, finds its features one after the other; a coupling whose features lie otherwise takes them by index.
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <variant>
 #include <vector>
 
@@ -12,10 +17,12 @@
 
 namespace nvpflow {
 
+constexpr std::int64_t kNoBias = -1;
+
 /// One tensor pair of a dense layer.
 struct DensePart {
   std::int64_t kernel = 0;   ///< offset of [in, columns]
-  std::int64_t bias = 0;     ///< offset of [columns]
+  std::int64_t bias = 0;     ///< offset of [columns], or kNoBias
   std::int64_t columns = 0;  ///< outputs
 };
 
@@ -31,25 +38,96 @@ struct LoweredDense {
   }
 };
 
-/// Kind::coupling.
-struct LoweredCoupling {
-  FeatureRange conditioning, transformed;
-  Act activation = Act::relu;
-  double bound = 1;                 // of the log-scale
-  std::vector<LoweredDense> dense;  // hidden layers, then the heads: parts [scale, translation]
+/// scale and shift of a block's affine map; offsets of [H].
+struct LoweredAffine {
+  std::int64_t scale = 0, shift = 0;
 };
 
-/// Kind::standardize; offsets of [D].
-struct LoweredStandardize {
+/// From the conditioning features to the heads.
+struct LoweredNetwork {
+  bool residual = false;
+  Act activation = Act::relu;
+  bool layer_norm = false;
+  std::vector<LoweredDense> dense;      // mlp: hidden layers; residual: initial, two per block; then the heads
+  std::optional<LoweredDense> context;  // what dense[0] starts from; dense[0] has no bias then
+  std::vector<LoweredDense> gates;      // residual: of each block, or none
+  std::vector<LoweredAffine> affines;   // the same
+};
+
+/// LogScale.
+struct LoweredScale {
+  ScaleFunction function = ScaleFunction::none;
+  double factor = 1, divisor = 1, low = 0, high = 0, offset = 0;
+  bool negated = false;
+};
+
+/// Places of features, in the order of the features: begin, begin + 1, ..., or index where they do not follow each
+/// other so.
+struct Places {
+  std::int64_t begin = 0, count = 0;
+  std::vector<std::int64_t> index;  // empty: from begin on
+};
+
+/// Kind::coupling.
+struct LoweredCoupling {
+  bool inverse = false;
+  Places conditioning, transformed;
+  std::vector<std::int64_t> place;  // of each feature of the layer's input; empty: its own index
+  LoweredScale scale;
+  std::vector<LoweredNetwork> networks;  // of all heads, or one of each
+};
+
+/// Kind::diagonal: y = (x - mean) exp(-log_std), offsets of [D].
+struct LoweredDiagonal {
+  bool inverse = false;
+  std::vector<std::int64_t> place;  // as above
   std::int64_t mean = 0, log_std = 0;
 };
 
+/// Kind::linear: y = L U x + bias, offsets of the tensors of lu_linear.
+struct LoweredLinear {
+  bool inverse = false;
+  std::vector<std::int64_t> in_place, out_place;  // as above, of x and of y
+  std::int64_t lower = 0, upper = 0, log_diagonal = 0, sign = 0, bias = 0;
+};
+
 /// The alternatives are in the order of Kind.
-using LoweredLayer = std::variant<LoweredCoupling, LoweredStandardize>;
+using LoweredLayer = std::variant<LoweredCoupling, LoweredDiagonal, LoweredLinear>;
 
 struct Lowered {
-  std::int64_t input_size = 0;
-  std::vector<LoweredLayer> layers;  // first applied to data first
+  std::int64_t input_size = 0, context_size = 0;
+  /// Places of the features of data and of the latent space; empty: their own indices.
+  std::vector<std::int64_t> data_place, latent_place;
+  std::int64_t context_mean = -1, context_log_std = -1;  // offsets of [C]; -1: the context is not standardized
+  std::vector<LoweredLayer> layers;                      // first applied to data first
+};
+
+/// What lower() is building: the layers so far, and where the features are.
+class Lowering {
+ public:
+  explicit Lowering(const FlowSpec& spec);
+
+  /// The features of the layers to come are order[0], order[1], ... of the present ones.
+  void permute(const std::vector<std::int64_t>& order);
+  /// a, b: features that condition, and that are transformed.
+  void add_coupling(LoweredCoupling coupling, const std::vector<std::int64_t>& a, const std::vector<std::int64_t>& b);
+  void add_diagonal(bool inverse, std::int64_t mean, std::int64_t log_std);
+  void add_linear(LoweredLinear linear);
+  Lowered finish();
+
+  /// Puts the features where the first coupling from layer `index` on, before another linear layer, wants them.
+  void place_from(std::size_t index);
+  /// The layer that is being lowered.
+  void at(std::size_t index) { index_ = index; }
+
+ private:
+  Places places_of(const std::vector<std::int64_t>& features) const;
+  std::vector<std::int64_t> place_or_empty() const;
+
+  const FlowSpec& spec_;
+  Lowered lowered_;
+  std::vector<std::int64_t> place_;  // of each feature
+  std::size_t index_ = 0;
 };
 
 /// Of a valid spec and its layout.

@@ -45,10 +45,10 @@ inline void philox4x32(std::uint64_t key, const std::uint32_t counter[4], std::u
 /// A pseudo-random permutation of [0, size) that is computed point by point: no array, no state, any row at any time.
 /// A balanced Feistel network (Luby and Rackoff 1988) over the next even power of two, walked along its cycles until it
 /// lands inside (Black and Rogaway 2002). The round function is the 64-bit finaliser of MurmurHash3 on half and key.
-class Permutation {
+class Shuffle {
  public:
-  Permutation() = default;
-  Permutation(std::uint64_t size, std::uint64_t seed, std::uint32_t stream, std::uint64_t epoch) : size_(size) {
+  Shuffle() = default;
+  Shuffle(std::uint64_t size, std::uint64_t seed, std::uint32_t stream, std::uint64_t epoch) : size_(size) {
     while (half_bits_ < 32 && (std::uint64_t{1} << (2 * half_bits_)) < size) ++half_bits_;
     mask_ = (std::uint64_t{1} << half_bits_) - 1;
     for (std::uint32_t pair = 0; pair < kRounds / 2; ++pair) {

@@ -9,7 +9,10 @@ namespace nvpflow {
 /// What follows a dense layer: the order of Activation, then `none` for the heads.
 enum class Act : int32_t { relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus, none };
 
+/// The log-scale of a coupling: the order of LogScale::Function, then `none` for an additive one.
+enum class ScaleFunction : int32_t { tanh, softsign, atan, identity, sigmoid, softplus, none };
+
 /// What the kernels do at one layer of a program: the order of LoweredLayer.
-enum class Kind : int32_t { coupling, standardize };
+enum class Kind : int32_t { coupling, diagonal, linear };
 
 }  // namespace nvpflow

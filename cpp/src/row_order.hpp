@@ -13,7 +13,7 @@ namespace nvpflow {
 struct RowOrder {
   bool shuffled = false, split = false;
   std::uint64_t first_of_part = 0;  // where the part begins in the split
-  Permutation shuffle, parts;
+  Shuffle shuffle, parts;
 
   NVPFLOW_ANYWHERE std::int64_t operator()(std::int64_t place) const {
     auto i = static_cast<std::uint64_t>(place);
@@ -25,9 +25,9 @@ struct RowOrder {
   /// f(i, (*this)(first + i)) for i < count, in order: faster than one by one.
   template <class F>
   void each(std::int64_t first, std::int64_t count, F&& f) const {
-    std::uint64_t places[Permutation::kBlock];
-    for (std::int64_t done = 0; done < count; done += Permutation::kBlock) {
-      const std::int64_t size = std::min(Permutation::kBlock, count - done);
+    std::uint64_t places[Shuffle::kBlock];
+    for (std::int64_t done = 0; done < count; done += Shuffle::kBlock) {
+      const std::int64_t size = std::min(Shuffle::kBlock, count - done);
       for (std::int64_t i = 0; i < size; ++i) places[i] = static_cast<std::uint64_t>(first + done + i);
       if (shuffled) shuffle.apply(places, size);
       for (std::int64_t i = 0; split && i < size; ++i) places[i] += first_of_part;

@@ -125,7 +125,7 @@ class Rows {
  private:
   std::int64_t held_out_;
   std::uint64_t seed_;
-  Permutation split_;
+  Shuffle split_;
   std::int64_t train_;
 };
 

@@ -47,7 +47,7 @@ py::object conditioner(const BoundFlow& self, const Arguments& given) {
   const FlowSpec& spec = self.flow.spec();
   const bool known = layer >= 0 && layer < static_cast<std::int64_t>(spec.layers.size());
   const auto* coupling = known ? std::get_if<Coupling>(&spec.layers[static_cast<std::size_t>(layer)]) : nullptr;
-  const std::int64_t width = coupling != nullptr ? spec.transformed(*coupling).count : 1;  // refused below
+  const std::int64_t width = coupling != nullptr ? coupling->transformed.count(spec.input_size) : 1;  // refused below
   OutputArray s = new_array(self.dtype, in.rows, width);
   OutputArray t = new_array(self.dtype, in.rows, width);
   run_released(self, in.rows, [&] {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <utility>
 #include <variant>
@@ -12,39 +13,53 @@
 #include <nvpflow/spec.hpp>
 #include <nvpflow/spec_json.hpp>
 
-#include "../../cpp/src/layers/layer.hpp"
-#include "../../cpp/src/overloaded.hpp"
 #include "bindings.hpp"
 #include "bound_spec.hpp"
 
 namespace nvpflow::python {
 namespace {
 
-py::object value_of(const layers::Field& field) {
-  return std::visit(
-      Overloaded{[](const Activation* value) -> py::object { return py::str(std::string(name_of(*value))); },
-                 [](const std::vector<std::int64_t>* value) -> py::object { return py::tuple(py::cast(*value)); },
-                 [](const auto* value) -> py::object { return py::cast(*value); }},
-      field.value);
-}
-
-/// A field on which all coupling layers agree.
-py::object common_field(const FlowSpec& spec, const std::string& name) {
+/// A value that all coupling layers agree on; of(layer): the value of one, or nothing where it has none.
+template <class Of>
+py::object common(const FlowSpec& spec, const std::string& name, Of of) {
   py::object found;
-  for (LayerSpec layer : spec.layers) {
-    if (!std::holds_alternative<Coupling>(layer)) continue;
-    for (const layers::Field& field : layers::fields(layer)) {
-      if (field.name != name) continue;
-      const py::object value = value_of(field);
-      if (!found) found = value;
-      if (!found.equal(value)) {
-        throw py::attribute_error(name +
-                                  " differs between the coupling layers; read it from each layer of spec.layers");
-      }
+  for (const LayerSpec& layer : spec.layers) {
+    const auto* coupling = std::get_if<Coupling>(&layer);
+    if (coupling == nullptr) continue;
+    const auto value = of(*coupling);
+    if (!value) throw py::attribute_error("a coupling layer has no one " + name + "; read spec.layers");
+    const py::object object = py::cast(*value);
+    if (!found) found = object;
+    if (!found.equal(object)) {
+      throw py::attribute_error(name + " differs between the coupling layers; read it from each layer of spec.layers");
     }
   }
   if (!found) throw py::attribute_error(name + " belongs to coupling layers, and this spec has none");
   return found;
+}
+
+py::object common_hidden_sizes(const FlowSpec& spec) {
+  return py::tuple(common(spec, "hidden_sizes", [](const Coupling& layer) -> std::optional<std::vector<std::int64_t>> {
+    const bool one =
+        !layer.translation_network || layer.translation_network->hidden_sizes == layer.network.hidden_sizes;
+    return one ? std::optional(layer.network.hidden_sizes) : std::nullopt;
+  }));
+}
+
+py::object common_activation(const FlowSpec& spec) {
+  return common(spec, "activation", [](const Coupling& layer) -> std::optional<std::string> {
+    const bool one = !layer.translation_network || layer.translation_network->activation == layer.network.activation;
+    return one ? std::optional(std::string(name_of(layer.network.activation))) : std::nullopt;
+  });
+}
+
+/// B of B tanh(u / B).
+py::object common_scale_bound(const FlowSpec& spec) {
+  return common(spec, "scale_bound", [](const Coupling& layer) -> std::optional<double> {
+    const auto* affine = std::get_if<Affine>(&layer.transform);
+    const bool bounded = affine != nullptr && affine->log_scale == LogScale::bounded(affine->log_scale.factor);
+    return bounded ? std::optional(affine->log_scale.factor) : std::nullopt;
+  });
 }
 
 bool has_standardize(const FlowSpec& spec) {
@@ -89,14 +104,17 @@ void bind_spec(py::module_& module) {
            py::arg("activation") = "relu", py::arg("scale_bound") = 1.0, py::arg("standardize") = false,
            py::arg("dtype") = "float32")
       .def_property_readonly("input_size", [](const BoundSpec& s) { return s.input_size; })
+      .def_property_readonly("context_size", [](const BoundSpec& s) { return s.context_size; })
+      .def_property_readonly("standardize_context", [](const BoundSpec& s) { return s.standardize_context; })
       .def_property_readonly("num_flows", [](const BoundSpec& s) { return s.num_couplings(); })
-      .def_property_readonly("hidden_sizes", [](const BoundSpec& s) { return common_field(s, "hidden_sizes"); })
-      .def_property_readonly("activation", [](const BoundSpec& s) { return common_field(s, "activation"); })
-      .def_property_readonly("scale_bound", [](const BoundSpec& s) { return common_field(s, "scale_bound"); })
+      .def_property_readonly("hidden_sizes", [](const BoundSpec& s) { return common_hidden_sizes(s); })
+      .def_property_readonly("activation", [](const BoundSpec& s) { return common_activation(s); })
+      .def_property_readonly("scale_bound", [](const BoundSpec& s) { return common_scale_bound(s); })
       .def_property_readonly("standardize", [](const BoundSpec& s) { return has_standardize(s); })
       .def_property_readonly("dtype", [](const BoundSpec& s) { return std::string(name_of(s.dtype)); })
       .def_property_readonly("_takes_float64_rows", [](const BoundSpec& s) { return takes_float64_rows(s); })
       .def("to_json", [](const BoundSpec& s) { return to_json(s); })
+      .def("_to_full_json", [](const BoundSpec& s) { return to_full_json(s); })
       .def_static("from_json", &spec_from_text)
       .def(
           "with_dtype",

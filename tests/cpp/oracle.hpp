@@ -87,16 +87,19 @@ class Flow {
   /// Log-scale and shift of coupling layer `index` on that layer's own input.
   Conditioner conditioner(std::size_t index, const Row& x) const {
     const auto& layer = std::get<nvpflow::Coupling>(spec_.layers[index]);
-    const auto [a, b] = halves(layer);
-    Row g(x.begin() + a.first, x.begin() + a.second);
+    Row g;
+    for (const std::size_t i : others(members(layer.transformed))) g.push_back(x[i]);
     const std::string prefix = "flow_" + std::to_string(coupling_number(index)) + "_";
-    for (std::size_t j = 0; j < layer.hidden_sizes.size(); ++j) {
+    for (std::size_t j = 0; j < layer.network.hidden_sizes.size(); ++j) {
       g = dense(prefix + "coupling_dense_" + std::to_string(j), g);
-      for (double& value : g) value = activate(layer.activation, value);
+      for (double& value : g) value = activate(layer.network.activation, value);
     }
+    Row t = dense(prefix + "translation", g);
+    const auto* affine = std::get_if<nvpflow::Affine>(&layer.transform);
+    if (affine == nullptr) return {Row(t.size(), 0.0), std::move(t)};
     Row s = dense(prefix + "scale", g);
-    for (double& value : s) value = layer.scale_bound * std::tanh(value / layer.scale_bound);
-    return {std::move(s), dense(prefix + "translation", g)};
+    for (double& value : s) value = log_scale(affine->log_scale, value);
+    return {std::move(s), std::move(t)};
   }
 
  private:
@@ -112,12 +115,34 @@ class Flow {
     return result;
   }
 
-  using Range = std::pair<std::ptrdiff_t, std::ptrdiff_t>;  // [begin, end)
+  static double log_scale(const nvpflow::LogScale& scale, double u) {
+    if (scale.function == nvpflow::LogScale::Function::tanh) return scale.factor * std::tanh(u / scale.divisor);
+    throw std::logic_error("a log-scale function that the oracle does not know");
+  }
 
-  std::pair<Range, Range> halves(const nvpflow::Coupling& layer) const {
-    const std::ptrdiff_t half = spec_.input_size / 2;
-    const Range first{0, half}, second{half, spec_.input_size};
-    return layer.swapped ? std::pair{second, first} : std::pair{first, second};
+  std::vector<std::size_t> members(const nvpflow::FeatureSet& set) const {
+    using Name = nvpflow::FeatureSet::Name;
+    const auto features = static_cast<std::size_t>(spec_.input_size), half = features / 2;
+    std::vector<std::size_t> list;
+    for (std::size_t i = 0; i < features; ++i) {
+      const bool in = set.name == Name::first_half    ? i < half
+                      : set.name == Name::second_half ? i >= half
+                      : set.name == Name::even        ? i % 2 == 0
+                      : set.name == Name::odd         ? i % 2 == 1
+                      : set.name == Name::all
+                          ? true
+                          : std::count(set.indices.begin(), set.indices.end(), static_cast<std::int64_t>(i)) > 0;
+      if (in) list.push_back(i);
+    }
+    return list;
+  }
+
+  std::vector<std::size_t> others(const std::vector<std::size_t>& set) const {
+    std::vector<std::size_t> list;
+    for (std::size_t i = 0; i < static_cast<std::size_t>(spec_.input_size); ++i) {
+      if (std::count(set.begin(), set.end(), i) == 0) list.push_back(i);
+    }
+    return list;
   }
 
   std::size_t coupling_number(std::size_t index) const {
@@ -161,14 +186,45 @@ class Flow {
 
   double apply(const nvpflow::Coupling& layer, std::size_t index, bool forward, Row& row) const {
     const auto [s, t] = conditioner(index, row);
-    const Range b = halves(layer).second;
+    const std::vector<std::size_t> b = members(layer.transformed);
+    const bool by_formula = forward != layer.inverse;
     double log_det = 0;
     for (std::size_t i = 0; i < s.size(); ++i) {
-      double& value = row[static_cast<std::size_t>(b.first) + i];
-      value = forward ? value * std::exp(s[i]) + t[i] : (value - t[i]) * std::exp(-s[i]);
-      log_det += forward ? s[i] : -s[i];
+      double& value = row[b[i]];
+      value = by_formula ? value * std::exp(s[i]) + t[i] : (value - t[i]) * std::exp(-s[i]);
+      log_det += by_formula ? s[i] : -s[i];
     }
     return log_det;
+  }
+
+  double apply(const nvpflow::ActNorm& layer, std::size_t index, bool forward, Row& row) const {
+    const std::string prefix = "actnorm_" + std::to_string(index);
+    const double* log_scale = tensor(prefix + ".log_scale");
+    const double* shift = tensor(prefix + ".shift");
+    const bool by_formula = forward != layer.inverse;
+    double log_det = 0;
+    for (std::size_t d = 0; d < row.size(); ++d) {
+      row[d] = by_formula ? row[d] * std::exp(log_scale[d]) + shift[d] : (row[d] - shift[d]) * std::exp(-log_scale[d]);
+      log_det += by_formula ? log_scale[d] : -log_scale[d];
+    }
+    return log_det;
+  }
+
+  double apply(const nvpflow::Permutation& layer, std::size_t, bool forward, Row& row) const {
+    const Row before = row;
+    for (std::size_t j = 0; j < row.size(); ++j) {
+      const auto i = static_cast<std::size_t>(layer.order[j]);
+      if (forward) {
+        row[j] = before[i];
+      } else {
+        row[i] = before[j];
+      }
+    }
+    return 0;
+  }
+
+  double apply(const nvpflow::LULinear&, std::size_t, bool, Row&) const {
+    throw std::logic_error("a layer that the oracle does not know");
   }
 
   nvpflow::FlowSpec spec_;

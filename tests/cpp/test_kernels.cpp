@@ -3,6 +3,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -122,7 +123,7 @@ struct Pair {
       : flow(spec_of<T>(shape)), oracle(make(seed)), width(shape.input_size) {}
 
   oracle::Flow make(unsigned seed) {
-    const std::vector<T> parameters = random_parameters<T>(flow.layout(), seed);
+    const std::vector<T> parameters = random_parameters<T>(flow.layout(), static_cast<unsigned>(seed));
     flow.template set_parameters<T>(parameters);
     return {flow.spec(), widened<T>(parameters)};
   }
@@ -270,7 +271,7 @@ TEST_CASE_TEMPLATE("conditioner gives the log-scale and shift of one layer", T, 
     for (std::size_t layer = 0; layer < pair.flow.spec().layers.size(); ++layer) {
       const auto* coupling = std::get_if<nvpflow::Coupling>(&pair.flow.spec().layers[layer]);
       if (coupling == nullptr) continue;
-      const std::int64_t count = pair.flow.spec().transformed(*coupling).count;
+      const std::int64_t count = coupling->transformed.count(pair.width);
       std::vector<T> s(static_cast<std::size_t>(rows * count), kPoison<T>), t = s;
       pair.flow.template conditioner<T>(static_cast<std::int64_t>(layer), x, s, t);
       std::int64_t wrong = 0;
@@ -289,8 +290,9 @@ TEST_CASE_TEMPLATE("conditioner gives the log-scale and shift of one layer", T, 
 
 TEST_CASE_TEMPLATE("a layer list need not alternate", T, float, double) {
   FlowSpec spec = FlowSpec::real_nvp(5, 4, {6}, Activation::silu, 1.0, true, dtype_of<T>);
-  std::get<nvpflow::Coupling>(spec.layers[2]).swapped = false;  // two couplings of the same parity in a row
-  auto& own = std::get<nvpflow::Coupling>(spec.layers[3]);      // widths and activations of its own
+  // Two couplings of the same parity in a row.
+  std::get<nvpflow::Coupling>(spec.layers[2]).transformed.name = nvpflow::FeatureSet::Name::second_half;
+  auto& own = std::get<nvpflow::Coupling>(spec.layers[3]).network;  // widths and activations of its own
   own.hidden_sizes = {3, 9};
   own.activation = Activation::elu;
   spec.layers.push_back(spec.layers.front());  // a standardize layer at the latent end
@@ -306,6 +308,137 @@ TEST_CASE_TEMPLATE("a layer list need not alternate", T, float, double) {
     for (std::int64_t d = 0; d < 5; ++d)
       CHECK(within(z[static_cast<std::size_t>(row * 5 + d)], expected.values[static_cast<std::size_t>(d)], kBudget<T>));
     CHECK(within(log_det[static_cast<std::size_t>(row)], expected.log_det, kBudget<T>));
+  }
+}
+
+namespace {
+
+/// Feature sets, orientations, permutations, actnorms and both transforms, such that some couplings find their features
+/// one after the other and some do not.
+FlowSpec mixed_spec(std::int64_t features, std::uint64_t seed, DType dtype) {
+  std::mt19937_64 random(seed);
+  const auto below = [&](std::uint64_t n) { return static_cast<std::size_t>(random() % n); };
+  FlowSpec spec;
+  spec.input_size = features;
+  spec.dtype = dtype;
+  using Name = nvpflow::FeatureSet::Name;
+  if (below(2) == 0) spec.layers.emplace_back(nvpflow::Standardize{});
+  for (int k = 0; k < 5; ++k) {
+    if (below(2) == 0) {
+      nvpflow::Permutation permutation;
+      for (std::int64_t j = 0; j < features; ++j) permutation.order.push_back(j);
+      std::shuffle(permutation.order.begin(), permutation.order.end(), random);
+      spec.layers.emplace_back(permutation);
+    }
+    if (below(3) == 0) spec.layers.emplace_back(nvpflow::ActNorm{below(2) == 0});
+    nvpflow::Coupling coupling;
+    coupling.inverse = below(2) == 0;
+    coupling.transformed.name = std::array{Name::first_half, Name::second_half, Name::even, Name::odd}[below(4)];
+    if (below(3) == 0) {
+      coupling.transformed.name = Name::indices;
+      const std::size_t kept = below(static_cast<std::uint64_t>(features));
+      for (std::size_t j = 0; j < static_cast<std::size_t>(features); ++j) {
+        if (j != kept && (below(2) == 0 || j == (kept + 1) % static_cast<std::size_t>(features))) {
+          coupling.transformed.indices.push_back(static_cast<std::int64_t>(j));
+        }
+      }
+    }
+    if (below(3) == 0) coupling.transform = nvpflow::Additive{};
+    if (below(3) == 0) coupling.transform = nvpflow::Affine{{nvpflow::LogScale::Function::tanh, 0.7, 1.9}};
+    coupling.network.hidden_sizes = below(4) == 0 ? std::vector<std::int64_t>{} : std::vector<std::int64_t>{7, 5};
+    coupling.network.activation = Activation::tanh;
+    spec.layers.emplace_back(coupling);
+  }
+  return spec;
+}
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("layers of all features, directions and places agree with the oracle", T, float, double) {
+  for (const std::int64_t features : {2, 3, 5, 8, 17, 33}) {
+    for (std::uint64_t seed = 0; seed < 8; ++seed) {
+      CAPTURE(features);
+      CAPTURE(seed);
+      const FlowSpec spec = mixed_spec(features, seed, dtype_of<T>);
+      Flow flow(spec);
+      const std::vector<T> parameters = random_parameters<T>(flow.layout(), static_cast<unsigned>(seed));
+      flow.template set_parameters<T>(parameters);
+      const oracle::Flow oracle(spec, widened<T>(parameters));
+      for (const std::int64_t rows : {1, 3, 16, 37}) {
+        const std::vector<T> x = random_values<T>(rows * features, 5);
+        std::vector<T> z(x.size(), kPoison<T>), log_det(static_cast<std::size_t>(rows), kPoison<T>), log_prob = log_det;
+        std::vector<T> back(x.size(), kPoison<T>), back_log_det = log_det;
+        flow.template forward<T>(x, z, log_det);
+        flow.template log_prob<T>(x, log_prob);
+        flow.template inverse<T>(x, back, back_log_det);
+        std::int64_t wrong = 0;
+        for (std::int64_t row = 0; row < rows; ++row) {
+          const auto at = static_cast<std::size_t>(row);
+          const auto expected = oracle.forward(row_of(x, row, features)),
+                     inverse = oracle.inverse(row_of(x, row, features));
+          for (std::int64_t d = 0; d < features; ++d) {
+            const auto i = static_cast<std::size_t>(row * features + d), j = static_cast<std::size_t>(d);
+            wrong += !within(z[i], expected.values[j], 4 * kBudget<T>);
+            wrong += !within(back[i], inverse.values[j], 4 * kBudget<T>);
+          }
+          wrong += !within(log_det[at], expected.log_det, kBudget<T>);
+          wrong += !within(back_log_det[at], inverse.log_det, kBudget<T>);
+          wrong += !within(log_prob[at], oracle.log_prob(row_of(x, row, features)), 4 * kBudget<T>);
+          std::vector<T> one(static_cast<std::size_t>(features), kPoison<T>);
+          flow.template forward<T>(std::span<const T>(x).subspan(static_cast<std::size_t>(row * features), one.size()),
+                                   one);
+          wrong += std::memcmp(one.data(), z.data() + row * features, one.size() * sizeof(T)) != 0;
+        }
+        CHECK(wrong == 0);
+      }
+    }
+  }
+}
+
+TEST_CASE("gradients of layers of all features, directions and places agree with finite differences") {
+  for (const std::int64_t features : {2, 3, 7, 18}) {
+    for (std::uint64_t seed = 0; seed < 5; ++seed) {
+      CAPTURE(features);
+      CAPTURE(seed);
+      const FlowSpec spec = mixed_spec(features, seed, DType::float64);
+      Flow flow(spec);
+      const std::vector<double> parameters = random_parameters<double>(flow.layout(), static_cast<unsigned>(seed));
+      flow.set_parameters<double>(parameters);
+      oracle::Flow oracle(spec, parameters);
+      const std::int64_t rows = 35;
+      std::vector<double> x = random_values<double>(rows * features, 6);
+      std::vector<double> gradient(parameters.size(), kPoison<double>), grad_in(x.size(), kPoison<double>);
+      for (const bool forward : {true, false}) {
+        const std::vector<double> grad_out = random_values<double>(rows * features, 7);
+        const std::vector<double> grad_log_det = random_values<double>(rows, 8);
+        const auto loss = [&] {
+          double sum = 0;
+          for (std::int64_t row = 0; row < rows; ++row) {
+            const auto in = row_of(x, row, features);
+            const auto result = forward ? oracle.forward(in) : oracle.inverse(in);
+            for (std::int64_t d = 0; d < features; ++d) {
+              sum +=
+                  grad_out[static_cast<std::size_t>(row * features + d)] * result.values[static_cast<std::size_t>(d)];
+            }
+            sum += grad_log_det[static_cast<std::size_t>(row)] * result.log_det;
+          }
+          return sum;
+        };
+        flow.vjp<double>(forward ? nvpflow::Direction::forward : nvpflow::Direction::inverse, x, grad_out, grad_log_det,
+                         grad_in, gradient);
+        std::vector<double>& values = oracle.parameters();
+        std::int64_t wrong = 0;
+        for (std::size_t i = 0; i < values.size(); i += 3) {
+          const double expected = oracle::central_difference(values[i], loss);
+          wrong += !within(gradient[i], expected, 1e-7);
+        }
+        for (std::size_t i = 0; i < x.size(); i += 11) {
+          const double expected = oracle::central_difference(x[i], loss);
+          wrong += !within(grad_in[i], expected, 1e-7);
+        }
+        CHECK(wrong == 0);
+      }
+    }
   }
 }
 

@@ -6,76 +6,34 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
-#include <variant>
 #include <vector>
 
 #include <nvpflow/export.h>
+#include <nvpflow/layers.hpp>
 
 namespace nvpflow {
 
 /// The type of parameters, arrays and arithmetic.
 enum class DType { float32, float64 };
-/// What follows each hidden dense layer; leaky_relu has slope 0.01 and elu alpha 1, gelu is the exact one.
-enum class Activation { relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, softplus };
 /// How initial weights are drawn; initialize_parameters() says what each of them is.
 enum class Init { glorot, fan_in };
-/// The alternatives of LayerSpec, in its order.
-enum class LayerKind { coupling, standardize };
-
 /// @{
-/// "float32", "relu", "coupling"; the parsers throw Error(invalid_argument) that lists the known names.
+/// "float32", "glorot"; the parsers throw Error(invalid_argument) that lists the known names.
 NVPFLOW_API std::string_view name_of(DType dtype);
-NVPFLOW_API std::string_view name_of(Activation activation);
-NVPFLOW_API std::string_view name_of(LayerKind kind);
 NVPFLOW_API std::string_view name_of(Init init);
 NVPFLOW_API DType parse_dtype(std::string_view name);
-NVPFLOW_API Activation parse_activation(std::string_view name);
-NVPFLOW_API LayerKind parse_layer_kind(std::string_view name);
 NVPFLOW_API Init parse_init(std::string_view name);
 /// @}
-/// Every activation's name, in the order of the enum.
-NVPFLOW_API std::vector<std::string> activation_names();
 
 /// Bytes of one element: 4 or 8.
 NVPFLOW_API std::int64_t size_of(DType dtype);
 
-/// A run of consecutive features.
-struct FeatureRange {
-  std::int64_t begin = 0;  ///< the first one's index
-  std::int64_t count = 0;  ///< how many
-};
-
-/// An affine coupling layer, read in the data -> latent direction:
-///
-///     y_b = x_b * exp(s) + t,  y_a = x_a,  with s = B tanh(u_s / B),  [u_s, t] = MLP(x_a),  B = scale_bound
-///
-/// (Dinh et al., Density estimation using Real NVP, 2017, eq. 7-8).
-struct Coupling {
-  /// false: the first half, features [0, D / 2), conditions the second half; true: the second conditions the first.
-  bool swapped = false;
-  std::vector<std::int64_t> hidden_sizes;    ///< units of each hidden layer; none: linear heads
-  Activation activation = Activation::relu;  ///< after each hidden layer
-  double scale_bound = 1.0;                  ///< B, the largest |s|
-
-  /// Every field is equal.
-  bool operator==(const Coupling&) const = default;
-};
-
-/// y = (x - mean) * exp(-log_std), one mean and log_std per feature, set from the data and not trained.
-struct Standardize {
-  /// Two standardize layers are always equal: they have no fields.
-  bool operator==(const Standardize&) const = default;
-};
-
-/// One invertible layer; the alternatives are in the order of LayerKind.
-using LayerSpec = std::variant<Coupling, Standardize>;
-
-/// Which alternative it is.
-inline LayerKind kind_of(const LayerSpec& layer) { return static_cast<LayerKind>(layer.index()); }
-
 /// A whole flow: ordered layers, first applied to data first.
 struct NVPFLOW_API FlowSpec {
   std::int64_t input_size = 0;    ///< D
+  std::int64_t context_size = 0;  ///< C, numbers of a context row; 0: the flow has no context
+  /// The context is standardized by a mean and log_std per number, set from the data, before all layers.
+  bool standardize_context = false;
   DType dtype = DType::float32;   ///< of parameters and arrays
   std::vector<LayerSpec> layers;  ///< first applied to data first
 
@@ -95,10 +53,10 @@ struct NVPFLOW_API FlowSpec {
 
   /// Coupling layers.
   std::int64_t num_couplings() const;
-  /// Features that condition a coupling layer of this flow, a.
-  FeatureRange conditioning(const Coupling& layer) const;
-  /// Features that a coupling layer of this flow transforms, b.
-  FeatureRange transformed(const Coupling& layer) const;
+  /// Features that condition a coupling layer of this flow, a, ascending.
+  std::vector<std::int64_t> conditioning(const Coupling& layer) const;
+  /// Features that a coupling layer of this flow transforms, b, ascending.
+  std::vector<std::int64_t> transformed(const Coupling& layer) const;
   /// Whether the first layer applied to data is a standardize layer.
   bool begins_with_standardize() const;
 };
@@ -109,7 +67,7 @@ struct NVPFLOW_API FlowSpec {
 NVPFLOW_API bool takes_float64_rows(const FlowSpec& spec);
 
 /// What a parameter starts as; initialize_parameters() says how each is drawn.
-enum class Initial { zero, hidden_kernel, hidden_bias, head_kernel };
+enum class Initial { zero, one, hidden_kernel, hidden_bias, small_kernel };
 
 /// One named parameter. Kernels are [in, out], row-major.
 struct TensorInfo {
@@ -126,9 +84,22 @@ struct TensorInfo {
   bool multiplies = false;          ///< a row takes one multiply-add per element
 };
 
-/// The flat parameter buffer: tensors in layer order without gaps. Per coupling k (counted over couplings only):
-/// flow_{k}_coupling_dense_{j}.kernel/.bias for each hidden layer, flow_{k}_scale.*, flow_{k}_translation.*.
-/// Per standardize layer i: standardize_{i}.mean, standardize_{i}.log_std.
+/// The flat parameter buffer: tensors in layer order without gaps. k counts couplings, i layers, j dense layers.
+///
+///     context, if standardized  context.mean/.log_std [C]
+///     coupling, mlp             flow_{k}_coupling_dense_{j}.kernel/.bias, then the heads
+///     coupling, two networks    flow_{k}_scale_dense_{j}.*, flow_{k}_scale.*,
+///                               flow_{k}_translation_dense_{j}.*, flow_{k}_translation.*
+///     coupling, residual        flow_{k}_initial.*; per block j flow_{k}_block_{j}_affine.scale/.shift [H],
+///                               flow_{k}_block_{j}_dense_0.*, flow_{k}_block_{j}_dense_1.*,
+///                               flow_{k}_block_{j}_context.*; then the heads
+///     heads                     affine: flow_{k}_scale.*, flow_{k}_translation.*; additive: flow_{k}_translation.*
+///     standardize               standardize_{i}.mean/.log_std [D]
+///     actnorm                   actnorm_{i}.log_scale/.shift [D]
+///     lu_linear                 lu_linear_{i}.lower/.upper [D (D - 1) / 2], .log_diagonal/.sign/.bias [D]
+///
+/// The kernel of a network's first layer has a row for each conditioning feature, then one for each context number.
+/// lower and upper hold the elements off the diagonal row by row.
 class NVPFLOW_API ParamLayout {
  public:
   /// Of a valid spec.

@@ -8,6 +8,7 @@
 
 #include "elementary.hpp"
 #include "simd.hpp"
+#include "tile.inl"
 
 namespace nvpflow::cpu {
 namespace {
@@ -43,21 +44,22 @@ NVPFLOW_INLINE Vec<T> log_prob_from(Vec<T> square, Vec<T> log_det, int64_t featu
   return log_det + fma(square, set1(T(-0.5)), set1(-kHalfLogTwoPi<T> * static_cast<T>(features)));
 }
 
-/// state [D][rows] holds z; out [rows].
-template <class T>
-void log_prob_tile(const T* state, int64_t features, const T* log_det, T* out, int64_t rows) {
+/// state [D][rows] holds z, feature j in row place(j); out [rows].
+template <class T, class Place = InOrder>
+void log_prob_tile(const T* state, int64_t features, const T* log_det, T* out, int64_t rows, Place place = {}) {
   constexpr int L = kLanes<T>;
   for (int64_t r = 0; r < rows; r += L) {
     Vec<T> sums[L] = {};
-    const T* z = state + r;
+    const auto z = [&](int64_t column)
+                       __attribute__((always_inline)) { return load<T>(state + place(column) * rows + r); };
     int64_t j = 0;
-    for (; j + L <= features; j += L, z += L * rows) {
+    for (; j + L <= features; j += L) {
 #pragma GCC unroll 16
-      for (int l = 0; l < L; ++l) sums[l] = fma(load<T>(z + l * rows), load<T>(z + l * rows), sums[l]);
+      for (int l = 0; l < L; ++l) sums[l] = fma(z(j + l), z(j + l), sums[l]);
     }
 #pragma GCC unroll 16
     for (int l = 0; l < L; ++l) {
-      if (j + l < features) sums[l] = fma(load<T>(z + l * rows), load<T>(z + l * rows), sums[l]);
+      if (j + l < features) sums[l] = fma(z(j + l), z(j + l), sums[l]);
     }
     store<T>(out + r, log_prob_from<T>(sum_partials<T>(sums), load<T>(log_det + r), features));
   }
@@ -143,9 +145,10 @@ NVPFLOW_INLINE void philox_lanes(uint64_t key, uint64_t row, uint32_t block, uin
 }
 
 /// state [D][rows] = normals of rows row .. row + rows of `seed`; column c comes from block c / N of its row, where N
-/// is 4 for float and 2 for double: the numbers of a row depend only on seed, row and column.
-template <class T>
-void noise_tile(uint64_t seed, uint64_t row, int64_t features, T* state, int64_t rows) {
+/// is 4 for float and 2 for double: the numbers of a row depend only on seed, row and column. Column c goes to row
+/// place(c).
+template <class T, class Place = InOrder>
+void noise_tile(uint64_t seed, uint64_t row, int64_t features, T* state, int64_t rows, Place place = {}) {
   constexpr int L = kLanes<T>;
   constexpr int kPairs = sizeof(T) == 4 ? 2 : 1;
   for (int64_t r = 0; r < rows; r += L) {
@@ -158,7 +161,7 @@ void noise_tile(uint64_t seed, uint64_t row, int64_t features, T* state, int64_t
         box_muller<T>(load<T>(u), load<T>(quarters), normals[0], normals[1]);
         for (int side = 0; side < 2; ++side) {
           const int64_t column = j + 2 * pair + side;
-          if (column < features) store<T>(state + column * rows + r, load<T>(normals[side]));
+          if (column < features) store<T>(state + place(column) * rows + r, load<T>(normals[side]));
         }
       }
     }

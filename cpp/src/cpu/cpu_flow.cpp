@@ -47,22 +47,18 @@ template <class T>
 void CpuFlow<T>::plan_tasks(const Program<T>& program) {
   for (std::int64_t k = 0; k < program.num_layers; ++k) {
     const Layer<T>& layer = program.layers[k];
-    switch (layer.kind) {
-      case Kind::standardize:
-        tasks_.push_back({k, 0, 0, features_});
-        break;
-      case Kind::coupling:
-        for (std::int32_t j = 0; j < layer.num_dense; ++j) add_dense_tasks(k, j, layer.dense[j]);
-        break;
+    for (std::int32_t part = 0; part < kernels_.gradient_parts(layer); ++part) {
+      add_tasks(k, part, kernels_.gradient_part(layer, part));
     }
   }
 }
 
 template <class T>
-void CpuFlow<T>::add_dense_tasks(std::int64_t layer, std::int32_t index, const Dense<T>& dense) {
-  const std::int64_t strip = std::max<std::int64_t>(1, kTaskSize / dense.out / kTaskRows) * kTaskRows;
-  for (std::int64_t i = 0; i < dense.in; i += strip) {
-    tasks_.push_back({layer, index, i, std::min(dense.in, i + strip)});
+void CpuFlow<T>::add_tasks(std::int64_t layer, std::int32_t part, PartSize size) {
+  const std::int64_t strip =
+      size.weight == 0 ? size.count : std::max<std::int64_t>(1, kTaskSize / size.weight / kTaskRows) * kTaskRows;
+  for (std::int64_t i = 0; i < size.count; i += strip) {
+    tasks_.push_back({layer, part, i, std::min(size.count, i + strip)});
   }
 }
 
@@ -139,7 +135,7 @@ double CpuFlow<T>::gradient_by_team(const Program<T>& program, const GradientCal
         for (std::int64_t tile = 0; tile < here; ++tile) {
           const std::int64_t row = (first + tile) * gradient_rows_;
           kernels_.weight_gradient(
-              program, task.layer, task.dense, task.first, task.last,
+              program, task.layer, task.part, task.first, task.last,
               {tapes + tile * parts * tape_size, tape_size, tape_rows, std::min(gradient_rows_, rows - row)}, gradient,
               accumulate || row > 0);
         }

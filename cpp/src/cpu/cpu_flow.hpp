@@ -97,12 +97,12 @@ class CpuFlow {
   /// A part of the parameters whose gradient one thread forms at a time.
   struct Task {
     std::int64_t layer;
-    std::int32_t dense;
+    std::int32_t part;
     std::int64_t first, last;
   };
 
   void plan_tasks(const Program<T>& program);
-  void add_dense_tasks(std::int64_t layer, std::int32_t index, const Dense<T>& dense);
+  void add_tasks(std::int64_t layer, std::int32_t part, PartSize size);
   std::int64_t tiles_per_thread() const;
   std::int64_t part_rows(std::int64_t tiles, int team) const;
   double gradient_by_team(const Program<T>& program, const GradientCall<T>& call, std::int64_t rows, T* gradient,

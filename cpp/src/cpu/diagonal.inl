@@ -1,4 +1,4 @@
-// KERNEL: a layer that scales and shifts each feature by itself: standardize.
+// KERNEL: a layer that scales and shifts each feature by itself: standardize, and backwards actnorm.
 #pragma once
 
 #include <stddef.h>
@@ -13,26 +13,26 @@
 namespace nvpflow::cpu {
 namespace {
 
-/// Kind::standardize. The functions of a kind: layers.inl. On the tape: output [D][rows]; per unit of rows, sums of the
-/// gradients of mean and log_std, [2 D].
+/// Kind::diagonal, by rows of the tile. The functions of a kind: layers.inl. On the tape: output [D][rows]; per unit of
+/// rows, sums of the gradients of mean and log_std, [2 D].
 template <class T>
 struct DiagonalLayer {
   static void tile(const Layer<T>& layer, bool inverse, const TileState<T>& s);
   static void few_rows(const Layer<T>& layer, bool inverse, const RowState<T>& s);
-  static TapeSize tape(const Layer<T>& layer) { return {layer.b_count, row_stride<T>(2 * layer.b_count)}; }
+  static TapeSize tape(const Layer<T>& layer) { return {layer.b.count, row_stride<T>(2 * layer.b.count)}; }
   static void taped(const Layer<T>& layer, bool inverse, const FixedTape<T>& fixed, T* tape, int64_t count,
                     int64_t rows);
   static void backward(const Layer<T>& layer, bool inverse, bool input_wanted, const FixedTape<T>& fixed, T* tape,
                        int64_t count, int64_t rows);
   static int32_t parts(const Layer<T>&) { return 1; }
-  static int64_t part_size(const Layer<T>& layer, int32_t) { return layer.b_count; }
+  static PartSize part(const Layer<T>& layer, int32_t) { return {layer.b.count, 0}; }
   static void weight_gradient(const Layer<T>& layer, int32_t part, int64_t first, int64_t last,
                               const TileTapes<T>& tapes, T* gradient, bool add);
 };
 
 template <class T>
 void DiagonalLayer<T>::tile(const Layer<T>& layer, bool inverse, const TileState<T>& s) {
-  const int64_t features = layer.b_count, rows = s.rows;
+  const int64_t features = layer.b.count, rows = s.rows;
   T *state = s.state, *partial = s.log_det;
   for (int64_t j = 0; j < features; ++j) {
     const Vec<T> mean = set1(layer.mean[j]);
@@ -48,7 +48,7 @@ void DiagonalLayer<T>::tile(const Layer<T>& layer, bool inverse, const TileState
 
 template <class T>
 void DiagonalLayer<T>::few_rows(const Layer<T>& layer, bool inverse, const RowState<T>& s) {
-  const int64_t features = layer.b_count;
+  const int64_t features = layer.b.count;
   for (int64_t r = 0; r < s.rows; ++r) {
     T* state = s.state + r * s.stride;
     for (int64_t j = 0; j < features; j += kLanes<T>) {
@@ -65,15 +65,15 @@ void DiagonalLayer<T>::few_rows(const Layer<T>& layer, bool inverse, const RowSt
 template <class T>
 void DiagonalLayer<T>::taped(const Layer<T>& layer, bool inverse, const FixedTape<T>& fixed, T* tape, int64_t,
                              int64_t rows) {
-  tile(layer, inverse, {fixed.state, fixed.partial, fixed.buffer0, fixed.buffer1, rows});
-  __builtin_memcpy(tape, fixed.state, static_cast<size_t>(layer.b_count * rows) * sizeof(T));
+  tile(layer, inverse, {fixed.state, fixed.partial, fixed.buffer0, fixed.buffer1, nullptr, rows});
+  __builtin_memcpy(tape, fixed.state, static_cast<size_t>(layer.b.count * rows) * sizeof(T));
 }
 
 /// Sums of the gradients of mean [D] and log_std [D] over rows [begin, end); tape: the layer's output.
 template <class T>
 void diagonal_sums(const Layer<T>& layer, bool inverse, const T* tape, const FixedTape<T>& fixed, int64_t begin,
                    int64_t end, int64_t rows, T* sums) {
-  const int64_t features = layer.b_count;
+  const int64_t features = layer.b.count;
   for (int64_t j = 0; j < features; ++j) {
     T g_mean = 0, g_log_std = 0;
     const T* out = tape + j * rows;
@@ -96,7 +96,7 @@ void diagonal_sums(const Layer<T>& layer, bool inverse, const T* tape, const Fix
 template <class T>
 void DiagonalLayer<T>::backward(const Layer<T>& layer, bool inverse, bool, const FixedTape<T>& fixed, T* tape,
                                 int64_t count, int64_t rows) {
-  const int64_t features = layer.b_count;
+  const int64_t features = layer.b.count;
   T* sums = tape + features * rows;
   for (int64_t r = 0; r < count; r += kGradientUnit, sums += row_stride<T>(2 * features)) {
     diagonal_sums<T>(layer, inverse, tape, fixed, r, smaller(r + kGradientUnit, count), rows, sums);
@@ -111,7 +111,7 @@ void DiagonalLayer<T>::backward(const Layer<T>& layer, bool inverse, bool, const
 template <class T>
 void DiagonalLayer<T>::weight_gradient(const Layer<T>& layer, int32_t, int64_t first, int64_t last,
                                        const TileTapes<T>& tapes, T* gradient, bool add) {
-  const int64_t features = layer.b_count, unit_stride = row_stride<T>(2 * features);
+  const int64_t features = layer.b.count, unit_stride = row_stride<T>(2 * features);
   for (int64_t j = first; j < last; ++j) {
     T mean = 0, log_std = 0;
     for (int64_t row = 0; row < tapes.count; row += kGradientUnit) {
@@ -120,8 +120,9 @@ void DiagonalLayer<T>::weight_gradient(const Layer<T>& layer, int32_t, int64_t f
       mean += sums[j];
       log_std += sums[features + j];
     }
-    T* to_mean = gradient + layer.mean_offset + j;
-    T* to_log_std = gradient + layer.log_std_offset + j;
+    const int64_t feature = layer.feature == nullptr ? j : layer.feature[j];
+    T* to_mean = gradient + layer.mean_offset + feature;
+    T* to_log_std = gradient + layer.log_std_offset + feature;
     *to_mean = add ? *to_mean + mean : mean;
     *to_log_std = add ? *to_log_std + log_std : log_std;
   }

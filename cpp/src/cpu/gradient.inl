@@ -43,7 +43,8 @@ void flow_forward_taped(const Program<T>& program, bool inverse, const FixedTape
   for (int64_t k = 0; k < program.num_layers; ++k) {
     const Layer<T>& layer = program.layers[inverse ? program.num_layers - 1 - k : k];
     T* tape = tape_of(layer, fixed.layers, rows);
-    visit(layer, [&]<class LayerKind>(LayerKind) { LayerKind::taped(layer, inverse, fixed, tape, count, rows); });
+    const bool backwards = inverse != layer.inverse;
+    visit(layer, [&]<class LayerKind>(LayerKind) { LayerKind::taped(layer, backwards, fixed, tape, count, rows); });
   }
 }
 
@@ -52,15 +53,16 @@ template <class T>
 void layer_gradient(const Layer<T>& layer, const TileTapes<T>& tape, T* gradient, bool add) {
   visit(layer, [&]<class LayerKind>(LayerKind) {
     for (int32_t part = 0; part < LayerKind::parts(layer); ++part) {
-      LayerKind::weight_gradient(layer, part, 0, LayerKind::part_size(layer, part), tape, gradient, add);
+      LayerKind::weight_gradient(layer, part, 0, LayerKind::part(layer, part).count, tape, gradient, add);
     }
   });
 }
 
-/// The cotangents that the backward pass starts from; rows past `count` hold numbers that are not read.
+/// The cotangents that the backward pass starts from; rows past `count` hold numbers that are not read. place: of the
+/// features of the call's output.
 template <class T>
 void start_cotangents(const Program<T>& program, const GradientCall<T>& call, const FixedTape<T>& fixed, int64_t begin,
-                      int64_t count, int64_t rows) {
+                      int64_t count, int64_t rows, const int64_t* place) {
   const int64_t features = program.input_size;
   for (int64_t r = 0; r < rows; ++r) {
     const bool given = call.grad_log_det != nullptr && r < count;
@@ -76,7 +78,9 @@ void start_cotangents(const Program<T>& program, const GradientCall<T>& call, co
       store<T>(fixed.cotangent + i, -load<T>(fixed.state + i) * g);
     }
   } else if (call.grad_out != nullptr) {
-    load_tile<T>(call.grad_out, nullptr, begin, count, features, fixed.cotangent, rows);
+    with_place(place, [&](auto at) {
+      load_tile<T>(call.grad_out, nullptr, begin, count, features, fixed.cotangent, rows, at);
+    });
   } else {
     for (int64_t i = 0; i < features * rows; i += kLanes<T>) store<T>(fixed.cotangent + i, Vec<T>{});
   }
@@ -95,12 +99,15 @@ void gradient_tile(const Program<T>& program, const GradientCall<T>& call, int64
                    T* tape, double* sums) {
   const int64_t count = end - begin, features = program.input_size;
   const FixedTape<T> fixed(program, tape, rows);
-  load_tile<T>(call.in, call.index, begin, count, features, fixed.state, rows);
+  const int64_t* in_place = call.inverse ? program.latent_place : program.data_place;
+  const int64_t* out_place = call.inverse ? program.data_place : program.latent_place;
+  with_place(in_place,
+             [&](auto at) { load_tile<T>(call.in, call.index, begin, count, features, fixed.state, rows, at); });
   T* poison = fixed.log_prob;  // free until the densities are written
   const bool poisoned = find_poison<T>(fixed.state, features, poison, rows);
   if (poisoned) spread_poison<T>(poison, fixed.state, features, rows);
   flow_forward_taped<T>(program, call.inverse, fixed, count, rows);
-  start_cotangents<T>(program, call, fixed, begin, count, rows);
+  start_cotangents<T>(program, call, fixed, begin, count, rows, out_place);
   if (poisoned) {
     spread_poison<T>(poison, fixed.cotangent, features, rows);
     spread_poison<T>(poison, fixed.log_det_cotangent, 1, rows);
@@ -108,7 +115,7 @@ void gradient_tile(const Program<T>& program, const GradientCall<T>& call, int64
   if (call.nll || call.log_prob != nullptr) {
     T* log_det = fixed.buffer0;
     sum_partials_tile<T>(fixed.partial, log_det, rows);
-    log_prob_tile<T>(fixed.state, features, log_det, fixed.log_prob, rows);
+    with_place(out_place, [&](auto at) { log_prob_tile<T>(fixed.state, features, log_det, fixed.log_prob, rows, at); });
     if (find_poison<T>(fixed.log_prob, 1, log_det, rows)) {
       for (int64_t r = 0; r < count; ++r) {  // as settle_row
         T& value = fixed.log_prob[r];
@@ -123,13 +130,25 @@ void gradient_tile(const Program<T>& program, const GradientCall<T>& call, int64
     T* of_layer = tape_of(layer, fixed.layers, rows);
     const bool input_wanted = k > 0 || call.grad_in != nullptr;
     visit(layer, [&]<class LayerKind>(LayerKind) {
-      LayerKind::backward(layer, call.inverse, input_wanted, fixed, of_layer, count, rows);
+      LayerKind::backward(layer, call.inverse != layer.inverse, input_wanted, fixed, of_layer, count, rows);
     });
     if (call.gradient != nullptr) layer_gradient<T>(layer, {of_layer, 0, rows, count}, call.gradient, call.add);
   }
   if (call.grad_in != nullptr) {
-    scatter_tile<T>(fixed.cotangent, rows, count, features, call.grad_in + begin * features, features);
+    with_place(in_place, [&](auto at) {
+      scatter_tile<T>(fixed.cotangent, rows, count, features, call.grad_in + begin * features, features, at);
+    });
   }
+}
+
+template <class T>
+int32_t gradient_parts(const Layer<T>& layer) {
+  return visit(layer, [&]<class LayerKind>(LayerKind) { return LayerKind::parts(layer); });
+}
+
+template <class T>
+PartSize gradient_part(const Layer<T>& layer, int32_t part) {
+  return visit(layer, [&]<class LayerKind>(LayerKind) { return LayerKind::part(layer, part); });
 }
 
 template <class T>

@@ -25,6 +25,8 @@ constexpr Kernels<T> kTable = {
     layer_tape<T>,
     tape_size<T>,
     gradient_tile<T>,
+    gradient_parts<T>,
+    gradient_part<T>,
     weight_gradient<T>,
     adam<T>,
     sum_of_squares<T>,

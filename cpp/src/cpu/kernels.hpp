@@ -35,11 +35,27 @@ struct Dense {
   bool wide_blocks = false;
 };
 
-/// Where the gradient of a hidden layer, or of one of the heads, lies in the flat gradient.
+/// Where the gradient of a part of a dense layer lies in the flat gradient.
 struct DenseGradient {
   int64_t out = 0;
   int64_t kernel_offset = 0;  // [in, out]
-  int64_t bias_offset = 0;    // [out]
+  int64_t bias_offset = -1;   // [out]; -1: the part has no bias
+};
+
+/// From the conditioning features to the heads: hidden layers, then one layer with all heads side by side.
+template <class T>
+struct Network {
+  const Dense<T>* dense = nullptr;
+  int32_t num_dense = 0;
+  Act activation = Act::relu;
+  const DenseGradient* gradients = nullptr;  // one per hidden layer, then one per head
+  int32_t num_heads = 0;                     // 1 or 2
+};
+
+/// Rows of a tile that hold the features of a part, in the order of the features.
+struct FeatureRows {
+  int64_t begin = 0, count = 0;
+  const int64_t* index = nullptr;  // null: from begin on
 };
 
 /// Elements of a tape: so many for each row, and so many for each unit of rows.
@@ -48,18 +64,27 @@ struct TapeSize {
   int64_t unit = 0;
 };
 
+/// s = g(u), the log-scale of an affine coupling: LogScale.
+template <class T>
+struct Scale {
+  ScaleFunction function = ScaleFunction::none;  // none: additive
+  T factor = 1, inverse_factor = 1, inverse_divisor = 1;
+  T slope = 1;  // factor / divisor
+};
+
 template <class T>
 struct Layer {
   Kind kind = Kind::coupling;
-  TapeSize tape_begin;  // of the layers before this one in the program
-  // coupling: features [a_begin, a_begin + a_count) condition [b_begin, b_begin + b_count)
-  int64_t a_begin = 0, a_count = 0, b_begin = 0, b_count = 0;
-  const Dense<T>* dense = nullptr;  // hidden layers, then one layer with both heads: outputs [u_s, t]
-  int32_t num_dense = 0;
-  Act activation = Act::relu;
-  T bound = 1, inverse_bound = 1;
-  const DenseGradient* gradients = nullptr;  // one per hidden layer, then scale, then translation
-  // standardize: b_count features
+  bool inverse = false;              // the layer runs its formula backwards when the flow goes forward
+  TapeSize tape_begin;               // of the layers before this one in the program
+  const int64_t* place = nullptr;    // the row of a tile that holds feature j of the layer's input; null: j
+  const int64_t* feature = nullptr;  // the other way round
+  // coupling: a conditions b
+  FeatureRows a, b;
+  Scale<T> scale;
+  Network<T> network[2];  // of all heads, or one of each
+  int32_t num_networks = 0;
+  // diagonal: in the order of a tile's rows
   const T* mean = nullptr;
   const T* std = nullptr;          // exp(log_std)
   const T* inverse_std = nullptr;  // exp(-log_std)
@@ -75,6 +100,10 @@ constexpr int64_t kMaxGradientUnits = 8;
 template <class T>
 struct Program {
   int64_t input_size = 0;
+  /// Rows of a tile that hold the features of data and of the latent space; null: feature j lies in row j.
+  const int64_t* data_place = nullptr;
+  const int64_t* latent_place = nullptr;
+  bool gathers = false;  // a coupling's features lie in rows that do not follow each other
   int64_t num_layers = 0;
   const Layer<T>* layers = nullptr;
   int64_t max_width = 0;      // widest dense output or input
@@ -119,6 +148,12 @@ struct TileTapes {
   int64_t stride, rows, count;
 };
 
+/// How a part of a layer's gradient is shared out.
+struct PartSize {
+  int64_t count = 0;   // of what can be shared out
+  int64_t weight = 0;  // multiply-adds for each row and each of these
+};
+
 template <class T>
 struct Kernels {
   int64_t lanes;          // elements of a vector
@@ -142,9 +177,12 @@ struct Kernels {
   /// rows of each unit (nll only).
   void (*gradient_tile)(const Program<T>&, const GradientCall<T>&, int64_t begin, int64_t end, int64_t rows, T* tape,
                         double* sums);
-  /// One tile's share of a part of a layer's gradient: of dense layer `part` of a coupling kernel rows [first, last),
-  /// and the bias with the first of them; of a standardize layer features [first, last). Added to what is there, or in
-  /// its place.
+  /// Parts of a layer's gradient, and what part `part` is shared out by: inputs of a dense layer, rows of a tile of a
+  /// diagonal layer; a thread's share is worth `size` multiply-adds for each of them.
+  int32_t (*gradient_parts)(const Layer<T>&);
+  PartSize (*gradient_part)(const Layer<T>&, int32_t part);
+  /// One tile's share of a part of a layer's gradient: [first, last) of what it is shared out by; the bias goes with
+  /// the first. Added to what is there, or in its place.
   void (*weight_gradient)(const Program<T>&, int64_t layer, int32_t part, int64_t first, int64_t last,
                           const TileTapes<T>&, T* gradient, bool add);
 

@@ -8,7 +8,7 @@
 //   taped            tile, leaving on the tape what the way back needs
 //   backward         the cotangents of a tile back through the layer, in place; leaves on the tape what weight_gradient
 //                    needs. !input_wanted: the cotangents after it are not read
-//   parts, part_size the parts of the layer's gradient, and what a part is shared out by: a dense layer's inputs
+//   parts, part      the parts of the layer's gradient, and how one is shared out
 //   weight_gradient  [first, last) of one part, of the rows on the tapes of this layer
 #pragma once
 
@@ -27,8 +27,10 @@ NVPFLOW_INLINE decltype(auto) visit(const Layer<T>& layer, F&& f) {
   switch (layer.kind) {
     case Kind::coupling:
       return f(AffineLayer<T>{});
-    case Kind::standardize:
+    case Kind::diagonal:
       return f(DiagonalLayer<T>{});
+    case Kind::linear:
+      break;
   }
   __builtin_unreachable();
 }

@@ -21,10 +21,10 @@ namespace {
 
 /// The network in one kernel, where there is one for it. Returns whether it ran.
 template <class T>
-bool network_at_once(const Layer<T>& layer, const T* x, T* y, int64_t rows) {
+bool network_at_once(const Network<T>& net, const T* x, T* y, int64_t rows) {
   if constexpr (kHasHiddenHead<T>) {
-    if (layer.num_dense != 2 || layer.activation != Act::relu) return false;
-    const Dense<T>&hidden = layer.dense[0], &head = layer.dense[1];
+    if (net.num_dense != 2 || net.activation != Act::relu) return false;
+    const Dense<T>&hidden = net.dense[0], &head = net.dense[1];
     if (!head.wide_blocks || head.in % kHeadUnits != 0 || head.segment % kHeadUnits != 0) return false;
     return hidden_and_head_of<T>(hidden, head, x, y, rows);
   } else {
@@ -32,30 +32,29 @@ bool network_at_once(const Layer<T>& layer, const T* x, T* y, int64_t rows) {
   }
 }
 
-/// The network on a tile: x is its input [a_count][rows]; returns the head's outputs [out][rows], in one of the
+/// The network on a tile: x is its input [in][rows]; returns the head's outputs [out][rows], in one of the
 /// buffers.
 template <class T>
-const T* network_tile(const Layer<T>& layer, const T* x, T* buffer0, T* buffer1, int64_t rows) {
-  if (network_at_once<T>(layer, x, buffer0, rows)) return buffer0;
-  for (int32_t j = 0; j < layer.num_dense; ++j) {
-    const bool head = j + 1 == layer.num_dense;
+const T* network_tile(const Network<T>& net, const T* x, T* buffer0, T* buffer1, int64_t rows) {
+  if (network_at_once<T>(net, x, buffer0, rows)) return buffer0;
+  for (int32_t j = 0; j < net.num_dense; ++j) {
+    const bool head = j + 1 == net.num_dense;
     T* y = j % 2 == 0 ? buffer0 : buffer1;
-    const Act act = head ? Act::none : layer.activation;
-    dense_tile<T>(layer.dense[j], x, y, rows, act);
-    if (needs_pass(act)) activate<T>(act, y, y, layer.dense[j].out * rows);
+    const Act act = head ? Act::none : net.activation;
+    dense_tile<T>(net.dense[j], x, y, rows, act);
+    if (needs_pass(act)) activate<T>(act, y, y, net.dense[j].out * rows);
     x = y;
   }
   return x;
 }
 
-/// The network on a few rows; returns the head's outputs [rows][out], in one of the buffers.
+/// The network on a few rows; x is its input [rows][stride]; returns the head's outputs [rows][out], in one of the
+/// buffers.
 template <class T>
-const T* network_rows(const Layer<T>& layer, const RowState<T>& s) {
-  const T* x = s.state + layer.a_begin;
-  int64_t stride = s.stride;
-  for (int32_t j = 0; j < layer.num_dense; ++j) {
-    const Dense<T>& d = layer.dense[j];
-    const Act act = j + 1 == layer.num_dense ? Act::none : layer.activation;
+const T* network_rows(const Network<T>& net, const T* x, int64_t stride, const RowState<T>& s) {
+  for (int32_t j = 0; j < net.num_dense; ++j) {
+    const Dense<T>& d = net.dense[j];
+    const Act act = j + 1 == net.num_dense ? Act::none : net.activation;
     const int64_t y_stride = row_stride<T>(d.out);
     T* y = j % 2 == 0 ? s.buffer0 : s.buffer1;
     if (d.narrow == nullptr) {
@@ -72,67 +71,68 @@ const T* network_rows(const Layer<T>& layer, const RowState<T>& s) {
 
 /// Elements of a row of hidden layer j: its value and, where kept, its argument.
 template <class T>
-int64_t hidden_tape(const Layer<T>& layer, int32_t j) {
-  return row_stride<T>(layer.dense[j].out) * (keeps_argument(layer.activation) ? 2 : 1);
+int64_t hidden_tape(const Network<T>& net, int32_t j) {
+  return row_stride<T>(net.dense[j].out) * (keeps_argument(net.activation) ? 2 : 1);
 }
 
 /// Elements of a row of a network's tape.
 template <class T>
-int64_t network_tape(const Layer<T>& layer) {
-  int64_t n = row_stride<T>(layer.a_count);
-  for (int32_t j = 0; j < layer.num_dense; ++j) {
-    n += row_stride<T>(layer.dense[j].out);
-    if (j + 1 < layer.num_dense) n += hidden_tape(layer, j);
+int64_t network_tape(const Network<T>& net) {
+  int64_t n = row_stride<T>(net.dense[0].in);
+  for (int32_t j = 0; j < net.num_dense; ++j) {
+    n += row_stride<T>(net.dense[j].out);
+    if (j + 1 < net.num_dense) n += hidden_tape(net, j);
   }
   return n;
 }
 
-/// What a network keeps for the way back, row-major: input [rows][a]; per hidden layer value [rows][H] and, where kept,
-/// argument [rows][H]; cotangents per hidden layer [rows][H], of the head [rows][out]. Columns are up to whole vectors.
+/// What a network keeps for the way back, row-major: input [rows][in]; per hidden layer value [rows][H] and, where
+/// kept, argument [rows][H]; cotangents per hidden layer [rows][H], of the head [rows][out]. Columns are up to whole
+/// vectors.
 template <class T>
 struct NetworkTape {
   T* input;
   T* hidden;      // values and arguments of the hidden layers, one after the other
   T* cotangents;  // of the outputs of the dense layers
 
-  NetworkTape(const Layer<T>& layer, T* tape, int64_t rows) {
+  NetworkTape(const Network<T>& net, T* tape, int64_t rows) {
     input = tape;
-    hidden = input + row_stride<T>(layer.a_count) * rows;
+    hidden = input + row_stride<T>(net.dense[0].in) * rows;
     cotangents = hidden;
-    for (int32_t j = 0; j + 1 < layer.num_dense; ++j) cotangents += hidden_tape(layer, j) * rows;
+    for (int32_t j = 0; j + 1 < net.num_dense; ++j) cotangents += hidden_tape(net, j) * rows;
   }
 
-  T* value(const Layer<T>& layer, int32_t j, int64_t rows) const {
+  T* value(const Network<T>& net, int32_t j, int64_t rows) const {
     T* p = hidden;
-    for (int32_t i = 0; i < j; ++i) p += hidden_tape(layer, i) * rows;
+    for (int32_t i = 0; i < j; ++i) p += hidden_tape(net, i) * rows;
     return p;
   }
-  T* argument(const Layer<T>& layer, int32_t j, int64_t rows) const {
-    T* p = value(layer, j, rows);
-    return keeps_argument(layer.activation) ? p + row_stride<T>(layer.dense[j].out) * rows : p;
+  T* argument(const Network<T>& net, int32_t j, int64_t rows) const {
+    T* p = value(net, j, rows);
+    return keeps_argument(net.activation) ? p + row_stride<T>(net.dense[j].out) * rows : p;
   }
   /// What dense layer j reads.
-  const T* input_of(const Layer<T>& layer, int32_t j, int64_t rows) const {
-    return j == 0 ? input : value(layer, j - 1, rows);
+  const T* input_of(const Network<T>& net, int32_t j, int64_t rows) const {
+    return j == 0 ? input : value(net, j - 1, rows);
   }
-  T* cotangent(const Layer<T>& layer, int32_t j, int64_t rows) const {
+  T* cotangent(const Network<T>& net, int32_t j, int64_t rows) const {
     T* p = cotangents;
-    for (int32_t i = 0; i < j; ++i) p += row_stride<T>(layer.dense[i].out) * rows;
+    for (int32_t i = 0; i < j; ++i) p += row_stride<T>(net.dense[i].out) * rows;
     return p;
   }
 };
 
 /// The network on `count` rows, row-major from the tape's input to the head's outputs [count][out] in `head`.
 template <class T>
-void network_taped(const Layer<T>& layer, const NetworkTape<T>& keep, T* head, int64_t count, int64_t rows) {
-  for (int32_t j = 0; j < layer.num_dense; ++j) {
-    const Dense<T>& d = layer.dense[j];
-    const bool last = j + 1 == layer.num_dense;
-    const Act act = last ? Act::none : layer.activation;
+void network_taped(const Network<T>& net, const NetworkTape<T>& keep, T* head, int64_t count, int64_t rows) {
+  for (int32_t j = 0; j < net.num_dense; ++j) {
+    const Dense<T>& d = net.dense[j];
+    const bool last = j + 1 == net.num_dense;
+    const Act act = last ? Act::none : net.activation;
     const int64_t stride = row_stride<T>(d.out);
-    T* y = last ? head : keep.argument(layer, j, rows);
-    dense_rows<T>(d, keep.input_of(layer, j, rows), row_stride<T>(d.in), y, stride, count, act);
-    if (needs_pass(act)) activate<T>(act, y, keep.value(layer, j, rows), count * stride);
+    T* y = last ? head : keep.argument(net, j, rows);
+    dense_rows<T>(d, keep.input_of(net, j, rows), row_stride<T>(d.in), y, stride, count, act);
+    if (needs_pass(act)) activate<T>(act, y, keep.value(net, j, rows), count * stride);
   }
 }
 
@@ -152,15 +152,15 @@ NVPFLOW_INLINE Dense<T> exchanged(const Dense<T>& d) {
 /// Cotangent of the input of dense layer j, W times that of its output, both row-major; where the input is a hidden
 /// layer's value, of that layer's argument.
 template <class T>
-void dense_backward(const Layer<T>& layer, const NetworkTape<T>& keep, int32_t j, const T* g_out, T* g_in,
+void dense_backward(const Network<T>& net, const NetworkTape<T>& keep, int32_t j, const T* g_out, T* g_in,
                     int64_t count, int64_t rows) {
-  const Dense<T>& d = layer.dense[j];
+  const Dense<T>& d = net.dense[j];
   const Dense<T> transposed = exchanged(d);
   const int64_t out_stride = row_stride<T>(d.out), in_stride = row_stride<T>(d.in);
   if (d.paired) return dense_rows_paired<T>(d, g_out, out_stride, g_in, count);
   if (j == 0) return dense_rows<T>(transposed, g_out, out_stride, g_in, in_stride, count, Act::none);
-  const T* value = keep.value(layer, j - 1, rows);
-  if (layer.activation == Act::relu) {
+  const T* value = keep.value(net, j - 1, rows);
+  if (net.activation == Act::relu) {
     const auto finish = [=](int64_t row, int64_t unit, Vec<T> g) __attribute__((always_inline)) {
       const Vec<T> derivative = activation_derivative<T>(Act::relu, load<T>(value + row * in_stride + unit), Vec<T>{});
       return g * derivative;  // not a selection: NaN must stay
@@ -168,32 +168,32 @@ void dense_backward(const Layer<T>& layer, const NetworkTape<T>& keep, int32_t j
     return dense_rows_finish<T>(transposed, g_out, out_stride, g_in, in_stride, count, finish);
   }
   dense_rows<T>(transposed, g_out, out_stride, g_in, in_stride, count, Act::none);
-  const T* argument = keep.argument(layer, j - 1, rows);
+  const T* argument = keep.argument(net, j - 1, rows);
   for (int64_t i = 0; i < count * in_stride; i += kLanes<T>) {
-    const Vec<T> derivative = activation_derivative<T>(layer.activation, load<T>(value + i), load<T>(argument + i));
+    const Vec<T> derivative = activation_derivative<T>(net.activation, load<T>(value + i), load<T>(argument + i));
     store<T>(g_in + i, load<T>(g_in + i) * derivative);
   }
 }
 
 /// From the cotangent of the head's outputs, head [out][rows], to those of all dense layers' outputs, on the tape. With
-/// input_cotangent [a_count][rows], that of the inputs is added to it; then head and buffer serve as scratch.
+/// input_cotangent [in][rows], that of the inputs is added to it; then head and buffer serve as scratch.
 template <class T>
-void network_backward(const Layer<T>& layer, const NetworkTape<T>& keep, T* head, T* buffer, T* input_cotangent,
+void network_backward(const Network<T>& net, const NetworkTape<T>& keep, T* head, T* buffer, T* input_cotangent,
                       int64_t count, int64_t rows) {
-  const int32_t last = layer.num_dense - 1;
-  const int64_t a_stride = row_stride<T>(layer.a_count), head_stride = row_stride<T>(layer.dense[last].out);
-  scatter_tile<T>(head, rows, count, layer.dense[last].out, keep.cotangent(layer, last, rows), head_stride);
+  const int32_t last = net.num_dense - 1;
+  const int64_t a_stride = row_stride<T>(net.dense[0].in), head_stride = row_stride<T>(net.dense[last].out);
+  scatter_tile<T>(head, rows, count, net.dense[last].out, keep.cotangent(net, last, rows), head_stride);
   for (int32_t j = last; j > 0; --j) {
-    dense_backward<T>(layer, keep, j, keep.cotangent(layer, j, rows), keep.cotangent(layer, j - 1, rows), count, rows);
+    dense_backward<T>(net, keep, j, keep.cotangent(net, j, rows), keep.cotangent(net, j - 1, rows), count, rows);
   }
   if (input_cotangent == nullptr) return;
   T* by_row = head;
   T* g = buffer;
-  dense_backward<T>(layer, keep, 0, keep.cotangent(layer, 0, rows), by_row, count, rows);
-  const int64_t parts = layer.dense[0].paired ? 2 : 1;  // of each input's cotangent
-  gather_tile<T>([&](int64_t r) { return by_row + r * a_stride; }, count, parts * layer.a_count, g, rows);
+  dense_backward<T>(net, keep, 0, keep.cotangent(net, 0, rows), by_row, count, rows);
+  const int64_t parts = net.dense[0].paired ? 2 : 1;  // of each input's cotangent
+  gather_tile<T>([&](int64_t r) { return by_row + r * a_stride; }, count, parts * net.dense[0].in, g, rows);
   T* a = input_cotangent;
-  for (int64_t i = 0; i < layer.a_count; ++i, a += rows, g += parts * rows) {
+  for (int64_t i = 0; i < net.dense[0].in; ++i, a += rows, g += parts * rows) {
     for (int64_t r = 0; r < rows; r += kLanes<T>) {
       const Vec<T> sum = parts == 2 ? load<T>(g + r) + load<T>(g + rows + r) : load<T>(g + r);
       store<T>(a + r, load<T>(a + r) + sum);
@@ -203,18 +203,18 @@ void network_backward(const Layer<T>& layer, const NetworkTape<T>& keep, T* head
 
 /// Of dense layer j, inputs [first, last), and of its bias with the first of them. tapes: of the network.
 template <class T>
-void network_weight_gradient(const Layer<T>& layer, int32_t j, int64_t first, int64_t last, const TileTapes<T>& tapes,
+void network_weight_gradient(const Network<T>& net, int32_t j, int64_t first, int64_t last, const TileTapes<T>& tapes,
                              T* gradient, bool add) {
   const int64_t rows = tapes.rows;
-  const NetworkTape<T> keep(layer, const_cast<T*>(tapes.first), rows);
-  const Dense<T>& d = layer.dense[j];
-  const bool heads = j + 1 == layer.num_dense;
-  const DenseGradient& one = layer.gradients[j];
-  const DenseGradient& two = layer.gradients[heads ? j + 1 : j];
+  const NetworkTape<T> keep(net, const_cast<T*>(tapes.first), rows);
+  const Dense<T>& d = net.dense[j];
+  const bool heads = j + 1 == net.num_dense && net.num_heads > 1;
+  const DenseGradient& one = net.gradients[j];
+  const DenseGradient& two = net.gradients[heads ? j + 1 : j];
   const int64_t n[2] = {one.out, heads ? two.out : 0};
-  const OuterProduct<T> p = {keep.input_of(layer, j, rows),
+  const OuterProduct<T> p = {keep.input_of(net, j, rows),
                              row_stride<T>(d.in),
-                             keep.cotangent(layer, j, rows),
+                             keep.cotangent(net, j, rows),
                              row_stride<T>(d.out),
                              tapes.count,
                              rows,

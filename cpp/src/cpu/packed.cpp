@@ -8,9 +8,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <string>
 #include <variant>
 
 #include <nvpflow/device.hpp>
+#include <nvpflow/error.hpp>
 #include <nvpflow/spec.hpp>
 
 #include "../lower.hpp"
@@ -63,6 +65,10 @@ void copy_rows(const T* from, std::int64_t from_stride, T* to, std::int64_t to_s
   }
 }
 
+[[noreturn]] void refuse_on_cpu(const std::string& what) {
+  throw Error(ErrorCode::unavailable, what + " is in the spec, which the CPU does not compute yet");
+}
+
 }  // namespace
 
 template <class T>
@@ -72,6 +78,8 @@ Packed<T>::Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels
   const Lowered lowered = lower(spec, layout);
   reserve(lowered);
   program_.input_size = lowered.input_size;
+  program_.data_place = keep(lowered.data_place);
+  program_.latent_place = keep(lowered.latent_place);
   for (const LoweredLayer& layer : lowered.layers) {
     std::visit([&](const auto& kind) { add(kind); }, layer);
   }
@@ -81,7 +89,7 @@ Packed<T>::Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels
 
   std::int64_t size = 0;
   for (const Dense<T>& d : dense_) size += round_up(d.out, lanes_) * (d.in + 1);
-  size += static_cast<std::int64_t>(standardize_.size()) * 3 * round_up(spec.input_size, lanes_);
+  size += static_cast<std::int64_t>(diagonal_.size()) * 3 * round_up(spec.input_size, lanes_);
   T* next = static_cast<T*>(weights_.reserve(size * static_cast<std::int64_t>(sizeof(T))));
   std::memset(next, 0, static_cast<std::size_t>(size) * sizeof(T));  // the padding stays zero for ever
   for (Dense<T>& d : dense_) {
@@ -89,7 +97,7 @@ Packed<T>::Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels
     d.bias = next + round_up(d.out, lanes_) * d.in;
     next += round_up(d.out, lanes_) * (d.in + 1);
   }
-  for (const std::size_t index : standardize_) {
+  for (const std::size_t index : diagonal_) {
     Layer<T>& layer = layers_[index];
     layer.mean = next;
     layer.std = next + round_up(spec.input_size, lanes_);
@@ -135,8 +143,10 @@ void Packed<T>::reserve(const Lowered& lowered) {
   for (const LoweredLayer& layer : lowered.layers) {
     const auto* coupling = std::get_if<LoweredCoupling>(&layer);
     if (coupling == nullptr) continue;
-    num_dense += coupling->dense.size();
-    for (const LoweredDense& dense : coupling->dense) num_gradients += dense.parts.size();
+    for (const LoweredNetwork& network : coupling->networks) {
+      num_dense += network.dense.size();
+      for (const LoweredDense& dense : network.dense) num_gradients += dense.parts.size();
+    }
   }
   dense_.reserve(num_dense);
   sources_.reserve(num_dense);
@@ -144,20 +154,29 @@ void Packed<T>::reserve(const Lowered& lowered) {
   layers_.reserve(lowered.layers.size());
 }
 
+/// Places that the program points to; null: their own indices.
 template <class T>
-void Packed<T>::add(const LoweredCoupling& from) {
-  Layer<T> layer;
-  layer.kind = Kind::coupling;
-  layer.a_begin = from.conditioning.begin;
-  layer.a_count = from.conditioning.count;
-  layer.b_begin = from.transformed.begin;
-  layer.b_count = from.transformed.count;
-  layer.activation = from.activation;
-  layer.bound = static_cast<T>(from.bound);
-  layer.inverse_bound = static_cast<T>(1.0 / from.bound);
-  layer.dense = dense_.data() + dense_.size();
-  layer.gradients = gradients_.data() + gradients_.size();
-  layer.num_dense = static_cast<std::int32_t>(from.dense.size());
+const std::int64_t* Packed<T>::keep(const std::vector<std::int64_t>& places) {
+  return places.empty() ? nullptr : places_.emplace_back(places).data();
+}
+
+template <class T>
+FeatureRows Packed<T>::rows_of(const Places& places) {
+  if (!places.index.empty()) program_.gathers = true;
+  return {places.begin, places.count, keep(places.index)};
+}
+
+template <class T>
+Network<T> Packed<T>::add_network(const LoweredNetwork& from) {
+  if (from.residual) refuse_on_cpu("a residual network");
+  if (from.layer_norm) refuse_on_cpu("layer_norm");
+  if (from.context) refuse_on_cpu("a context");
+  Network<T> network;
+  network.activation = from.activation;
+  network.dense = dense_.data() + dense_.size();
+  network.gradients = gradients_.data() + gradients_.size();
+  network.num_dense = static_cast<std::int32_t>(from.dense.size());
+  network.num_heads = static_cast<std::int32_t>(from.dense.back().parts.size());
   for (const LoweredDense& dense : from.dense) {
     dense_.push_back({nullptr, nullptr, nullptr, dense.in, dense.out(), segment_of(dense.in)});
     program_.max_width = std::max({program_.max_width, dense.in, dense.out()});
@@ -171,19 +190,54 @@ void Packed<T>::add(const LoweredCoupling& from) {
     }
     sources_.push_back(source);
   }
-  dense_[dense_.size() - from.dense.size()].paired = 2 * layer.a_count <= lanes_;
+  dense_[dense_.size() - from.dense.size()].paired = 2 * from.dense.front().in <= lanes_;
+  return network;
+}
+
+template <class T>
+void Packed<T>::add(const LoweredCoupling& from) {
+  Layer<T> layer;
+  layer.kind = Kind::coupling;
+  layer.inverse = from.inverse;
+  layer.place = keep(from.place);
+  layer.a = rows_of(from.conditioning);
+  layer.b = rows_of(from.transformed);
+  if (from.networks.size() > 1) refuse_on_cpu("a network for each head");
+  if (from.scale.function != ScaleFunction::none && from.scale.function != ScaleFunction::tanh) {
+    refuse_on_cpu("this log-scale function");
+  }
+  layer.scale.function = from.scale.function;
+  layer.scale.factor = static_cast<T>(from.scale.factor);
+  layer.scale.inverse_factor = static_cast<T>(1.0 / from.scale.factor);
+  layer.scale.inverse_divisor = static_cast<T>(1.0 / from.scale.divisor);
+  layer.scale.slope = static_cast<T>(from.scale.factor / from.scale.divisor);
+  for (const LoweredNetwork& network : from.networks) layer.network[layer.num_networks++] = add_network(network);
   layers_.push_back(layer);
 }
 
 template <class T>
-void Packed<T>::add(const LoweredStandardize& from) {
+void Packed<T>::add(const LoweredDiagonal& from) {
   Layer<T> layer;
-  layer.kind = Kind::standardize;
-  layer.b_count = program_.input_size;
+  layer.kind = Kind::diagonal;
+  layer.inverse = from.inverse;
+  layer.place = keep(from.place);
+  if (layer.place != nullptr) {
+    std::vector<std::int64_t> feature(from.place.size());
+    for (std::size_t j = 0; j < feature.size(); ++j) {
+      feature[static_cast<std::size_t>(from.place[j])] = static_cast<std::int64_t>(j);
+    }
+    layer.feature = keep(feature);
+  }
+  layer.b.count = program_.input_size;
   layer.mean_offset = from.mean;
   layer.log_std_offset = from.log_std;
-  standardize_.push_back(layers_.size());
+  diagonal_.push_back(layers_.size());
   layers_.push_back(layer);
+}
+
+template <class T>
+void Packed<T>::add(const LoweredLinear&) {
+  refuse_on_cpu("a layer of kind lu_linear");
 }
 
 template <class T>
@@ -224,7 +278,7 @@ void Packed<T>::pack(const T* parameters, bool transposed, int threads, const fl
       if (d.narrow != nullptr) narrow(d);
     }
   }
-  for (const std::size_t index : standardize_) pack_standardize(layers_[index], parameters);
+  for (const std::size_t index : diagonal_) pack_diagonal(layers_[index], parameters);
   if (!rest_layers_.empty() && !transposed) pack_rest(parameters, mean_low);
   transposed_ready_.store(transposed, std::memory_order_relaxed);
 }
@@ -291,13 +345,14 @@ void Packed<T>::narrow(Dense<T>& d) {
 }
 
 template <class T>
-void Packed<T>::pack_standardize(Layer<T>& layer, const T* parameters) {
+void Packed<T>::pack_diagonal(Layer<T>& layer, const T* parameters) {
   double sum = 0;
   for (std::int64_t j = 0; j < program_.input_size; ++j) {
     const auto log_std = static_cast<double>(parameters[layer.log_std_offset + j]);
-    const_cast<T*>(layer.mean)[j] = parameters[layer.mean_offset + j];
-    const_cast<T*>(layer.std)[j] = static_cast<T>(std::exp(log_std));
-    const_cast<T*>(layer.inverse_std)[j] = static_cast<T>(std::exp(-log_std));
+    const std::int64_t row = layer.place == nullptr ? j : layer.place[j];
+    const_cast<T*>(layer.mean)[row] = parameters[layer.mean_offset + j];
+    const_cast<T*>(layer.std)[row] = static_cast<T>(std::exp(log_std));
+    const_cast<T*>(layer.inverse_std)[row] = static_cast<T>(std::exp(-log_std));
     sum += log_std;
   }
   layer.log_det = static_cast<T>(-sum);

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <vector>
 
 #include <nvpflow/device.hpp>
@@ -49,7 +50,11 @@ class Packed {
 
   void reserve(const Lowered& lowered);
   void add(const LoweredCoupling& from);
-  void add(const LoweredStandardize& from);
+  void add(const LoweredDiagonal& from);
+  void add(const LoweredLinear& from);
+  Network<T> add_network(const LoweredNetwork& from);
+  const std::int64_t* keep(const std::vector<std::int64_t>& places);
+  FeatureRows rows_of(const Places& places);
   void pack_kernel(const Dense<T>& dense, const T* kernel, std::int64_t first, std::int64_t n, std::int64_t begin,
                    std::int64_t end);
   void pack_bias(const DenseSource& source, Dense<T>& dense, const T* parameters);
@@ -57,7 +62,7 @@ class Packed {
                    std::int64_t end, T* transposed);
   void keep_narrow();
   void narrow(Dense<T>& d);
-  void pack_standardize(Layer<T>& layer, const T* parameters);
+  void pack_diagonal(Layer<T>& layer, const T* parameters);
   void place_rest(const FlowSpec& spec);
   void pack_rest(const T* parameters, const float* mean_low);
   void choose_tiles(const Kernels<T>& kernels, bool wide_blocks);
@@ -69,7 +74,8 @@ class Packed {
   std::vector<DenseSource> sources_;
   std::vector<DenseGradient> gradients_;
   std::vector<Layer<T>> layers_;
-  std::vector<std::size_t> standardize_;  // which of them
+  std::vector<std::size_t> diagonal_;  // which of them
+  std::deque<std::vector<std::int64_t>> places_;
   Program<T> program_, rest_;
   std::vector<Layer<T>> rest_layers_;
   std::vector<T> identity_;  // zeros, then ones, each as long as the vectors that read them

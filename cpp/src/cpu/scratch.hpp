@@ -42,6 +42,7 @@ struct TileState {
   T* state;    // [D][rows]
   T* log_det;  // [kLanes][rows]: partial sums
   T *buffer0, *buffer1;
+  T* gathered;   // [D][rows]; null where Program::gathers is false
   int64_t rows;  // a multiple of the lanes
 };
 
@@ -52,6 +53,7 @@ struct RowState {
   int64_t stride;
   T* log_det;  // [rows][kLanes]: partial sums
   T *buffer0, *buffer1;
+  T* gathered;  // [rows][row_stride(D)]; null where Program::gathers is false
   int64_t rows;
 };
 

@@ -12,10 +12,10 @@ namespace nvpflow::cpu {
 namespace {
 
 /// state [D][rows], partial [kLanes][rows], log_prob [rows], two buffers of rows x max_width, cotangent [D][rows],
-/// log_det_cotangent [rows].
+/// log_det_cotangent [rows], and, where a coupling gathers its features, a copy of them [D][rows].
 template <class T>
 struct FixedTape {
-  T *state, *partial, *log_prob, *buffer0, *buffer1, *cotangent, *log_det_cotangent, *layers;
+  T *state, *partial, *log_prob, *buffer0, *buffer1, *cotangent, *log_det_cotangent, *gathered, *layers;
   int64_t size;  // elements before `layers`
 
   FixedTape(const Program<T>& p, T* tape, int64_t rows) {
@@ -27,6 +27,7 @@ struct FixedTape {
     buffer1 = carver.take(row_stride<T>(p.max_width) * rows);
     cotangent = carver.take(p.input_size * rows);
     log_det_cotangent = carver.take(rows);
+    gathered = carver.take(p.gathers ? p.input_size * rows : 0);
     layers = carver.take(0);
     size = carver.used;
   }

@@ -32,9 +32,9 @@ NVPFLOW_INLINE typename Quad<T>::V shuffle(typename Quad<T>::V a, typename Quad<
 #endif
 }
 
-/// in[Q rows][Q] with strides to out[Q][Q rows].
-template <class T>
-NVPFLOW_INLINE void transpose_quad(const T* const (&in)[Quad<T>::n], T* out, int64_t out_stride) {
+/// in[Q rows][Q] with strides to out(q)[Q rows].
+template <class T, class Out>
+NVPFLOW_INLINE void transpose_quad(const T* const (&in)[Quad<T>::n], Out out) {
   using V = typename Quad<T>::V;
   constexpr int Q = Quad<T>::n;
   V a[Q];
@@ -51,12 +51,29 @@ NVPFLOW_INLINE void transpose_quad(const T* const (&in)[Quad<T>::n], T* out, int
     b[0] = shuffle<T, 0, 2>(a[0], a[1]);
     b[1] = shuffle<T, 1, 3>(a[0], a[1]);
   }
-  for (int q = 0; q < Q; ++q) __builtin_memcpy(out + q * out_stride, &b[q], sizeof(V));
+  for (int q = 0; q < Q; ++q) __builtin_memcpy(out(q), &b[q], sizeof(V));
 }
 
-/// out[column][rows] = in[row][column]; rows `count` and beyond of the tile are zero. row(r): where row r lies.
-template <class T, class RowPointer>
-NVPFLOW_INLINE void gather_tile(RowPointer row, int64_t count, int64_t columns, T* out, int64_t rows) {
+/// The rows of a tile that hold the columns of an array.
+struct InOrder {
+  NVPFLOW_INLINE int64_t operator()(int64_t column) const { return column; }
+};
+struct ByTable {
+  const int64_t* place;
+  NVPFLOW_INLINE int64_t operator()(int64_t column) const { return place[column]; }
+};
+
+/// f(where the columns lie); table: null for their own indices.
+template <class F>
+NVPFLOW_INLINE void with_place(const int64_t* table, F&& f) {
+  if (table == nullptr) return f(InOrder{});
+  f(ByTable{table});
+}
+
+/// out[place(column)][rows] = in[row][column]; rows `count` and beyond of the tile are zero. row(r): where row r lies.
+template <class T, class RowPointer, class Place = InOrder>
+NVPFLOW_INLINE void gather_tile(RowPointer row, int64_t count, int64_t columns, T* out, int64_t rows,
+                                Place place = {}) {
   constexpr int Q = Quad<T>::n;
   int64_t r = 0;
   for (; r + Q <= count; r += Q) {
@@ -64,42 +81,43 @@ NVPFLOW_INLINE void gather_tile(RowPointer row, int64_t count, int64_t columns, 
     for (int q = 0; q < Q; ++q) in[q] = row(r + q);
     int64_t j = 0;
     for (; j + Q <= columns; j += Q) {
-      transpose_quad<T>(in, out + j * rows + r, rows);
+      transpose_quad<T>(in, [&](int q) __attribute__((always_inline)) { return out + place(j + q) * rows + r; });
       for (int q = 0; q < Q; ++q) in[q] += Q;
     }
     for (; j < columns; ++j) {
-      for (int q = 0; q < Q; ++q) out[j * rows + r + q] = *in[q]++;
+      for (int q = 0; q < Q; ++q) out[place(j) * rows + r + q] = *in[q]++;
     }
   }
   for (; r < rows; ++r) {
     const T* in = r < count ? row(r) : nullptr;
-    for (int64_t j = 0; j < columns; ++j) out[j * rows + r] = r < count ? in[j] : T(0);
+    for (int64_t j = 0; j < columns; ++j) out[place(j) * rows + r] = r < count ? in[j] : T(0);
   }
 }
 
-/// out[row][column] with stride = in[column][rows], for `count` rows.
-template <class T>
-void scatter_tile(const T* in, int64_t rows, int64_t count, int64_t columns, T* out, int64_t stride) {
+/// out[row][column] with stride = in[place(column)][rows], for `count` rows.
+template <class T, class Place = InOrder>
+void scatter_tile(const T* in, int64_t rows, int64_t count, int64_t columns, T* out, int64_t stride, Place place = {}) {
   constexpr int Q = Quad<T>::n;
   int64_t j = 0;
   for (; j + Q <= columns; j += Q) {
     int64_t r = 0;
     for (; r + Q <= count; r += Q) {
       const T* from[Q];
-      for (int q = 0; q < Q; ++q) from[q] = in + (j + q) * rows + r;
-      transpose_quad<T>(from, out + r * stride + j, stride);
+      for (int q = 0; q < Q; ++q) from[q] = in + place(j + q) * rows + r;
+      transpose_quad<T>(from, [&](int q) __attribute__((always_inline)) { return out + (r + q) * stride + j; });
     }
     for (; r < count; ++r) {
-      for (int q = 0; q < Q; ++q) out[r * stride + j + q] = in[(j + q) * rows + r];
+      for (int q = 0; q < Q; ++q) out[r * stride + j + q] = in[place(j + q) * rows + r];
     }
   }
   for (; j < columns; ++j) {
-    for (int64_t r = 0; r < count; ++r) out[r * stride + j] = in[j * rows + r];
+    for (int64_t r = 0; r < count; ++r) out[r * stride + j] = in[place(j) * rows + r];
   }
 }
 
-template <class T>
-void load_tile(const T* in, const int64_t* index, int64_t first, int64_t count, int64_t columns, T* out, int64_t rows) {
+template <class T, class Place = InOrder>
+void load_tile(const T* in, const int64_t* index, int64_t first, int64_t count, int64_t columns, T* out, int64_t rows,
+               Place place = {}) {
   if (index != nullptr) {
     const auto row = [=](int64_t r) { return in + index[first + r] * columns; };
     const auto fetch = [=](int64_t r) {
@@ -113,9 +131,9 @@ void load_tile(const T* in, const int64_t* index, int64_t first, int64_t count, 
       if (r + kGatherAhead < count) fetch(r + kGatherAhead);
       return row(r);
     };
-    gather_tile<T>(fetching, count, columns, out, rows);
+    gather_tile<T>(fetching, count, columns, out, rows, place);
   } else {
-    gather_tile<T>([=](int64_t r) { return in + (first + r) * columns; }, count, columns, out, rows);
+    gather_tile<T>([=](int64_t r) { return in + (first + r) * columns; }, count, columns, out, rows, place);
   }
 }
 

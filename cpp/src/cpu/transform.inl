@@ -16,8 +16,10 @@
 #include "base.inl"
 #include "blocks.hpp"
 #include "dense_few.inl"
+#include "features.inl"
 #include "kernels.hpp"
 #include "layers.inl"
+#include "log_scale.inl"
 #include "network.inl"
 #include "poison.inl"
 #include "round_up.hpp"
@@ -33,8 +35,9 @@ void flow_tile(const Program<T>& program, bool inverse, const TileState<T>& s) {
   for (int64_t i = 0; i < kLanes<T> * s.rows; i += kLanes<T>) store<T>(s.log_det + i, Vec<T>{});
   for (int64_t k = 0; k < program.num_layers; ++k) {
     const Layer<T>& layer = program.layers[inverse ? program.num_layers - 1 - k : k];
+    const bool backwards = inverse != layer.inverse;
     visit(layer,
-          [&]<class LayerKind>(LayerKind) __attribute__((always_inline)) { LayerKind::tile(layer, inverse, s); });
+          [&]<class LayerKind>(LayerKind) __attribute__((always_inline)) { LayerKind::tile(layer, backwards, s); });
   }
 }
 
@@ -43,14 +46,22 @@ void flow_rows(const Program<T>& program, bool inverse, const RowState<T>& s) {
   for (int64_t i = 0; i < s.rows * kLanes<T>; i += kLanes<T>) store<T>(s.log_det + i, Vec<T>{});
   for (int64_t k = 0; k < program.num_layers; ++k) {
     const Layer<T>& layer = program.layers[inverse ? program.num_layers - 1 - k : k];
+    const bool backwards = inverse != layer.inverse;
     visit(layer,
-          [&]<class LayerKind>(LayerKind) __attribute__((always_inline)) { LayerKind::few_rows(layer, inverse, s); });
+          [&]<class LayerKind>(LayerKind) __attribute__((always_inline)) { LayerKind::few_rows(layer, backwards, s); });
   }
 }
 
+/// Features lie elsewhere in a tile than in a row, at one end of the flow at least.
+template <class T>
+NVPFLOW_INLINE bool is_placed(const Program<T>& program) {
+  return program.data_place != nullptr || program.latent_place != nullptr;
+}
+
+/// gathered: where Program::gathers; ordered, where the program is placed: one row, its features in order.
 template <class T>
 struct TransformScratch {
-  T *state, *partial, *buffer0, *buffer1, *poison, *log_det;
+  T *state, *partial, *buffer0, *buffer1, *poison, *log_det, *gathered, *ordered;
   int64_t size;
 
   TransformScratch(const Program<T>& p, T* scratch, int64_t rows) {
@@ -61,6 +72,8 @@ struct TransformScratch {
     buffer1 = carver.take(row_stride<T>(p.max_width) * rows);
     poison = carver.take(rows);
     log_det = carver.take(rows);
+    gathered = carver.take(p.gathers ? row_stride<T>(p.input_size) * rows : 0);
+    ordered = carver.take(is_placed(p) ? row_stride<T>(p.input_size) : 0);
     size = carver.used;
   }
 };
@@ -75,16 +88,18 @@ void copy_out(const T* in, T* out, int64_t count) {
   for (int64_t r = 0; r < count; r += kLanes<T>) store_upto<T>(out + r, load<T>(in + r), count - r);
 }
 
-template <class T>
-void transform_tile(const Program<T>& program, const TransformCall<T>& call, int64_t begin, int64_t count, T* scratch) {
+/// `in`, `out`: where the features of the call's input and output lie.
+template <class T, class In, class Out>
+void transform_tile(const Program<T>& program, const TransformCall<T>& call, int64_t begin, int64_t count, T* scratch,
+                    In in, Out out) {
   const int64_t rows = round_up(count, kLanes<T>), features = program.input_size;
   const TransformScratch<T> s(program, scratch, rows);
   if (call.in == nullptr) {
-    noise_tile<T>(call.seed, call.first_row + static_cast<uint64_t>(begin), features, s.state, rows);
+    noise_tile<T>(call.seed, call.first_row + static_cast<uint64_t>(begin), features, s.state, rows, in);
   } else {
-    load_tile<T>(call.in, call.index, begin, count, features, s.state, rows);
+    load_tile<T>(call.in, call.index, begin, count, features, s.state, rows, in);
   }
-  flow_tile<T>(program, call.inverse, {s.state, s.partial, s.buffer0, s.buffer1, rows});
+  flow_tile<T>(program, call.inverse, {s.state, s.partial, s.buffer0, s.buffer1, s.gathered, rows});
   const bool summed = call.log_det != nullptr || call.log_prob != nullptr;
   if (summed) sum_partials_tile<T>(s.partial, s.log_det, rows);
   // What comes in as NaN or inf never becomes finite: one look at the end finds all there is to settle.
@@ -94,11 +109,35 @@ void transform_tile(const Program<T>& program, const TransformCall<T>& call, int
       settle_row<T>(call, begin + r, features, s.state + r, rows, summed ? s.log_det + r : nullptr);
     }
   }
-  if (call.out != nullptr) scatter_tile<T>(s.state, rows, count, features, call.out + begin * features, features);
+  if (call.out != nullptr) scatter_tile<T>(s.state, rows, count, features, call.out + begin * features, features, out);
   if (call.log_det != nullptr) copy_out<T>(s.log_det, call.log_det + begin, count);
   if (call.log_prob == nullptr) return;
-  log_prob_tile<T>(s.state, features, s.log_det, s.buffer0, rows);
+  log_prob_tile<T>(s.state, features, s.log_det, s.buffer0, rows, out);
   copy_out<T>(s.buffer0, call.log_prob + begin, count);
+}
+
+template <class T>
+void transform_tile(const Program<T>& program, const TransformCall<T>& call, int64_t begin, int64_t count, T* scratch) {
+  if (!is_placed(program)) return transform_tile<T>(program, call, begin, count, scratch, InOrder{}, InOrder{});
+  const int64_t* ends[2] = {program.data_place, program.latent_place};
+  with_place(ends[call.inverse ? 1 : 0], [&](auto in) {
+    with_place(ends[call.inverse ? 0 : 1],
+               [&](auto out) { transform_tile<T>(program, call, begin, count, scratch, in, out); });
+  });
+}
+
+/// A row's features from its array to their places.
+template <class T>
+NVPFLOW_NOINLINE void load_placed(const T* in, const int64_t* place, int64_t features, T* state) {
+  for (int64_t j = 0; j < padded<T>(features); ++j) state[j] = T(0);
+  for (int64_t j = 0; j < features; ++j) state[place[j]] = in[j];
+}
+
+/// A row's features from their places to their order.
+template <class T>
+NVPFLOW_NOINLINE void order_row(const T* state, const int64_t* place, int64_t features, T* ordered) {
+  for (int64_t j = features; j < padded<T>(features); ++j) ordered[j] = T(0);
+  for (int64_t j = 0; j < features; ++j) ordered[j] = state[place[j]];
 }
 
 /// A few rows of call.in, which is given.
@@ -106,15 +145,25 @@ template <class T>
 void transform_rows(const Program<T>& program, const TransformCall<T>& call, int64_t begin, int64_t count, T* scratch) {
   const int64_t features = program.input_size, stride = row_stride<T>(features);
   const TransformScratch<T> s(program, scratch, count);
+  const int64_t* in_place = call.inverse ? program.latent_place : program.data_place;
+  const int64_t* out_place = call.inverse ? program.data_place : program.latent_place;
   for (int64_t r = 0; r < count; ++r) {
     const T* in = input_row<T>(call, begin + r, features);
+    if (in_place != nullptr) {
+      load_placed<T>(in, in_place, features, s.state + r * stride);
+      continue;
+    }
     for (int64_t j = 0; j < features; j += kLanes<T>) {
       store<T>(s.state + r * stride + j, load_upto<T>(in + j, features - j));
     }
   }
-  flow_rows<T>(program, call.inverse, {s.state, stride, s.partial, s.buffer0, s.buffer1, count});
+  flow_rows<T>(program, call.inverse, {s.state, stride, s.partial, s.buffer0, s.buffer1, s.gathered, count});
   for (int64_t r = 0; r < count; ++r) {
     T* state = s.state + r * stride;
+    if (out_place != nullptr) {
+      order_row<T>(state, out_place, features, s.ordered);
+      state = s.ordered;
+    }
     T log_det = sum_lanes<T>(load<T>(s.partial + r * kLanes<T>));
     Vec<T> zeros = {};
     for (int64_t j = 0; j < features; j += kLanes<T>) {
@@ -155,18 +204,27 @@ template <class T>
 void conditioner(const Program<T>& program, int64_t index, const T* in, int64_t begin, int64_t end, T* s_out, T* t_out,
                  T* scratch) {
   const Layer<T>& layer = program.layers[index];
-  const int64_t features = program.input_size, n = layer.b_count;
+  const int64_t features = program.input_size, n = layer.b.count;
   for (int64_t r = begin; r < end; r += program.tile_rows) {
     const int64_t count = smaller(program.tile_rows, end - r), rows = round_up(count, kLanes<T>);
     const TransformScratch<T> s(program, scratch, rows);
-    load_tile<T>(in, nullptr, r, count, features, s.state, rows);
+    with_place(layer.place, [&](auto place) { load_tile<T>(in, nullptr, r, count, features, s.state, rows, place); });
     const bool poisoned = find_poison<T>(s.state, features, s.poison, rows);
-    const T* x = s.state + layer.a_begin * rows;
-    T* u = const_cast<T*>(network_tile<T>(layer, x, s.buffer0, s.buffer1, rows));
-    for (int64_t i = 0; i < n * rows; i += kLanes<T>) store<T>(u + i, log_scale<T>(layer, load<T>(u + i)));
-    if (poisoned) spread_poison<T>(s.poison, u, 2 * n, rows);
-    scatter_tile<T>(u, rows, count, n, s_out + r * n, n);
-    scatter_tile<T>(u + n * rows, rows, count, n, t_out + r * n, n);
+    const T* x = take_features<T>(layer.a, s.state, s.gathered, rows);
+    T* u = const_cast<T*>(network_tile<T>(layer.network[0], x, s.buffer0, s.buffer1, rows));
+    T* t = is_additive(layer) ? u : u + n * rows;
+    with_log_scale(layer.scale, [&]<class G>(const G& g) __attribute__((always_inline)) {
+      if constexpr (!G::kIsZero) {
+        for (int64_t i = 0; i < n * rows; i += kLanes<T>) store<T>(u + i, g.log_scale(load<T>(u + i)));
+      }
+    });
+    if (poisoned) spread_poison<T>(s.poison, u, (is_additive(layer) ? 1 : 2) * n, rows);
+    scatter_tile<T>(t, rows, count, n, t_out + r * n, n);
+    if (is_additive(layer)) {
+      for (int64_t i = 0; i < n * count; ++i) s_out[r * n + i] = poisoned ? s.poison[i / n] : T(0);
+    } else {
+      scatter_tile<T>(u, rows, count, n, s_out + r * n, n);
+    }
   }
 }
 

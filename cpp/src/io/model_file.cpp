@@ -43,8 +43,6 @@ constexpr const char* kSpecKey = "nvpflow.spec";
 constexpr const char* kColumnNamesKey = "nvpflow.column_names";
 constexpr const char* kThresholdKey = "nvpflow.threshold";
 constexpr std::uint32_t kMajorVersion = 1;
-constexpr const char* kFormatVersion = "1.0";
-constexpr const char* kMeanLowVersion = "1.1";  // of a file that holds kMeanLowName
 constexpr const char* kMeanLowName = "standardize_0.mean_low";
 
 /// Throws where the file's format is not one this library reads.
@@ -90,14 +88,14 @@ FlowSpec infer_spec(const std::string& path, const TensorsByName& tensors) {
     const StoredTensor* const scale = find_kernel(path, tensors, name + "_scale.kernel");
     if (scale == nullptr) break;
     Coupling layer;
-    layer.swapped = k % 2 == 1;
+    if (k % 2 == 1) layer.transformed.name = FeatureSet::Name::first_half;
     const StoredTensor* first = scale;
     for (std::size_t j = 0;; ++j) {
       const StoredTensor* const dense =
           find_kernel(path, tensors, name + "_coupling_dense_" + std::to_string(j) + ".kernel");
       if (dense == nullptr) break;
       if (j == 0) first = dense;
-      layer.hidden_sizes.push_back(dense->shape[1]);
+      layer.network.hidden_sizes.push_back(dense->shape[1]);
     }
     spec.layers.emplace_back(std::move(layer));
     if (k > 0) continue;
@@ -332,7 +330,8 @@ void save_model(const std::string& path, const FlowSpec& spec, const ParamLayout
     add(tensor, static_cast<const unsigned char*>(parameters) + byte_offset(tensor, spec.dtype));
   }
   if (!mean_low.empty()) add(mean_low_of(layout), mean_low.data());
-  std::map<std::string, std::string> metadata = {{kVersionKey, mean_low.empty() ? kFormatVersion : kMeanLowVersion},
+  const bool old = mean_low.empty() && !needs_format_1_1(spec);
+  std::map<std::string, std::string> metadata = {{kVersionKey, old ? "1.0" : "1.1"},
                                                  {kLibraryKey, version()},
                                                  {kDTypeKey, std::string(name_of(spec.dtype))},
                                                  {kSpecKey, to_json(spec)}};

@@ -1,100 +1,114 @@
 #include "spec_json.hpp"
 
+#include <algorithm>
 #include <cstddef>
-#include <cstdint>
-#include <stdexcept>
 #include <string>
-#include <string_view>
 #include <utility>
-#include <variant>
-#include <vector>
 
 #include <nlohmann/json.hpp>
 #include <nvpflow/error.hpp>
 #include <nvpflow/spec.hpp>
 #include <nvpflow/spec_json.hpp>
 
-#include "../layers/layer.hpp"
-#include "../overloaded.hpp"
-#include "messages.hpp"
+#include "layer_json.hpp"
 #include "metadata_json.hpp"
 
 namespace nvpflow {
 
 using namespace io;
 using nlohmann::json;
+using nlohmann::ordered_json;
 
 namespace {
 
-void read_field(const json& value, const std::string& prefix, const layers::Field& field) {
-  const std::string name = prefix + field.name;
-  std::visit(Overloaded{[&](bool* to) {
-                          if (!value.is_boolean()) fail_field(name, value, "true or false");
-                          *to = value.get<bool>();
-                        },
-                        [&](std::vector<std::int64_t>* to) {
-                          if (!value.is_array()) fail_field(name, value, "an array");
-                          for (const json& size : value) to->push_back(integer_of(size, name));
-                        },
-                        [&](Activation* to) { *to = name_from(value, prefix, field.name, parse_activation); },
-                        [&](double* to) {
-                          if (!value.is_number()) fail_field(name, value, "a number");
-                          *to = value.get<double>();
-                        }},
-             field.value);
+ordered_json document_of(const FlowSpec& spec, Format format) {
+  ordered_json document;
+  document["input_size"] = spec.input_size;
+  if (format == Format::v1_1) {
+    document["context_size"] = spec.context_size;
+    document["standardize_context"] = spec.standardize_context;
+  }
+  document["dtype"] = name_of(spec.dtype);
+  if (format == Format::v1_1) document["base"] = {{"kind", "normal"}};
+  ordered_json layers = ordered_json::array();
+  for (const LayerSpec& layer : spec.layers) layers.push_back(layer_to_json(layer, format));
+  document["layers"] = std::move(layers);
+  return document;
 }
 
-nlohmann::ordered_json field_to_json(const layers::Field& field) {
-  return std::visit(Overloaded{[](const Activation* value) { return nlohmann::ordered_json(name_of(*value)); },
-                               [](const auto* value) { return nlohmann::ordered_json(*value); }},
-                    field.value);
+Format format_of(const FlowSpec& spec) {
+  const bool old = spec.context_size == 0 && !spec.standardize_context &&
+                   std::all_of(spec.layers.begin(), spec.layers.end(), is_of_1_0);
+  return old ? Format::v1_0 : Format::v1_1;
 }
 
-LayerSpec layer_from_json(const json& value, const std::string& where) {
-  if (!value.is_object() || !value.contains("kind")) check_keys(value, where, {"kind"});
-  const std::string prefix = where + ".";
-  LayerSpec layer = layers::make_layer(name_from(value["kind"], prefix, "kind", parse_layer_kind));
-  const std::vector<layers::Field> fields = layers::fields(layer);
-  std::vector<std::string_view> keys = {"kind"};
-  for (const layers::Field& field : fields) keys.emplace_back(field.name);
-  check_keys(value, where, keys);
-  for (const layers::Field& field : fields) read_field(value[field.name], prefix, field);
-  return layer;
+/// What is in 1.1 only.
+void read_head(const json& document, FlowSpec& spec) {
+  check_keys(document, "", {"input_size", "context_size", "standardize_context", "dtype", "base", "layers"});
+  spec.context_size = integer_of(document["context_size"], "context_size");
+  const json& standardized = document["standardize_context"];
+  if (!standardized.is_boolean()) fail_field("standardize_context", standardized, "true or false");
+  spec.standardize_context = standardized.get<bool>();
+  const json& base = document["base"];
+  check_keys(base, "base", {"kind"});
+  if (base["kind"] != "normal") fail_field("base.kind", base["kind"], "normal");
 }
 
-std::string text_of(const layers::Field& field) {
-  return std::visit(Overloaded{[](const std::vector<std::int64_t>* value) { return io::text_of(*value); },
-                               [](const Activation* value) { return std::string(name_of(*value)); },
-                               [](const auto* value) { return json(*value).dump(); }},
-                    field.value);
+/// The first place where two documents of the same keys differ: "layers[2].network.hidden_sizes is [4] in the file,
+/// expected [5]"; "" where they are equal.
+std::string difference(const ordered_json& came, const ordered_json& wanted, const std::string& path) {
+  if (came == wanted) return "";
+  const bool both_lists = came.is_array() && wanted.is_array() && !came.empty() && came.front().is_object();
+  if (both_lists && came.size() != wanted.size()) {
+    return "the number of " + path + " is " + std::to_string(came.size()) + " in the file, expected " +
+           std::to_string(wanted.size());
+  }
+  if (both_lists) {
+    for (std::size_t i = 0; i < came.size(); ++i) {
+      const std::string found = difference(came[i], wanted[i], path + "[" + std::to_string(i) + "]");
+      if (!found.empty()) return found;
+    }
+  }
+  if (came.is_object() && wanted.is_object()) {
+    for (const auto& [key, value] : came.items()) {  // the first key says what the object is
+      const std::string name = path.empty() ? key : path + "." + key;
+      if (!wanted.contains(key)) return name + " is in the file, expected none";
+      const std::string found = difference(value, wanted[key], name);
+      if (!found.empty()) return found;
+    }
+  }
+  const auto text = [](const ordered_json& value) {
+    std::string dumped = value.is_string() ? value.get<std::string>() : value.dump();
+    std::string spaced;
+    for (const char c : dumped) spaced.append(c == ',' ? ", " : std::string(1, c));
+    return spaced;
+  };
+  return path + " is " + text(came) + " in the file, expected " + text(wanted);
 }
 
 }  // namespace
 
-std::string to_json(const FlowSpec& spec) {
-  nlohmann::ordered_json layers = nlohmann::ordered_json::array();
-  for (LayerSpec layer : spec.layers) {
-    nlohmann::ordered_json& entry = layers.emplace_back();
-    entry["kind"] = name_of(kind_of(layer));
-    for (const layers::Field& field : layers::fields(layer)) entry[field.name] = field_to_json(field);
-  }
-  nlohmann::ordered_json document;
-  document["input_size"] = spec.input_size;
-  document["dtype"] = name_of(spec.dtype);
-  document["layers"] = std::move(layers);
-  return document.dump();
-}
+std::string to_json(const FlowSpec& spec) { return document_of(spec, format_of(spec)).dump(); }
+
+std::string to_full_json(const FlowSpec& spec) { return document_of(spec, Format::v1_1).dump(); }
+
+bool needs_format_1_1(const FlowSpec& spec) { return format_of(spec) == Format::v1_1; }
 
 FlowSpec parse_spec(const std::string& text) {
   const json document = parse_metadata_json(text);
-  check_keys(document, "", {"input_size", "dtype", "layers"});
   FlowSpec spec;
+  const Format format = document.is_object() && document.contains("context_size") ? Format::v1_1 : Format::v1_0;
+  if (format == Format::v1_1) {
+    read_head(document, spec);
+  } else {
+    check_keys(document, "", {"input_size", "dtype", "layers"});
+  }
   spec.input_size = integer_of(document["input_size"], "input_size");
   spec.dtype = name_from(document["dtype"], "", "dtype", parse_dtype);
   const json& layers = document["layers"];
   if (!layers.is_array()) fail_field("layers", layers, "an array");
   for (std::size_t i = 0; i < layers.size(); ++i) {
-    spec.layers.push_back(layer_from_json(layers[i], "layers[" + std::to_string(i) + "]"));
+    spec.layers.push_back(layer_from_json(layers[i], "layers[" + std::to_string(i) + "]", format));
   }
   try {
     spec.validate();
@@ -105,32 +119,9 @@ FlowSpec parse_spec(const std::string& text) {
 }
 
 std::string difference(const FlowSpec& file, const FlowSpec& expected) {
-  const auto differs = [](const std::string& field, const std::string& came, const std::string& wanted) {
-    return field + " is " + came + " in the file, expected " + wanted;
-  };
   if (file == expected) return "";
-  if (file.input_size != expected.input_size) {
-    return differs("input_size", std::to_string(file.input_size), std::to_string(expected.input_size));
-  }
-  if (file.dtype != expected.dtype) {
-    return differs("dtype", std::string(name_of(file.dtype)), std::string(name_of(expected.dtype)));
-  }
-  if (file.layers.size() != expected.layers.size()) {
-    return differs("the number of layers", std::to_string(file.layers.size()), std::to_string(expected.layers.size()));
-  }
-  std::size_t i = 0;
-  while (file.layers[i] == expected.layers[i]) ++i;
-  LayerSpec came = file.layers[i], wanted = expected.layers[i];
-  const std::string prefix = "layers[" + std::to_string(i) + "].";
-  if (kind_of(came) != kind_of(wanted)) {
-    return differs(prefix + "kind", std::string(name_of(kind_of(came))), std::string(name_of(kind_of(wanted))));
-  }
-  const std::vector<layers::Field> fields = layers::fields(came), others = layers::fields(wanted);
-  for (std::size_t f = 0; f < fields.size(); ++f) {
-    const std::string value = text_of(fields[f]), other = text_of(others[f]);
-    if (value != other) return differs(prefix + fields[f].name, value, other);
-  }
-  throw std::logic_error("fields() leaves out what makes the layers differ");
+  const Format format = std::max(format_of(file), format_of(expected));
+  return difference(document_of(file, format), document_of(expected, format), "");
 }
 
 }  // namespace nvpflow

@@ -1,95 +1,198 @@
-// The affine coupling layer: hidden dense layers, then the heads scale and translation.
+// The coupling layer: some features, and the context, say how the others are transformed.
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include <nvpflow/spec.hpp>
 
+#include "../overloaded.hpp"
 #include "../program.hpp"
+#include "check.hpp"
 #include "layer.hpp"
+#include "network.hpp"
 
 namespace nvpflow::layers {
 namespace {
 
-constexpr bool same(Act act, Activation activation) { return static_cast<int>(act) == static_cast<int>(activation); }
-static_assert(same(Act::relu, Activation::relu) && same(Act::leaky_relu, Activation::leaky_relu) &&
-                  same(Act::elu, Activation::elu) && same(Act::gelu, Activation::gelu) &&
-                  same(Act::silu, Activation::silu) && same(Act::tanh, Activation::tanh) &&
-                  same(Act::sigmoid, Activation::sigmoid) && same(Act::softplus, Activation::softplus),
-              "Act and Activation have one order");
+using Function = LogScale::Function;
 
-/// Kernel and bias of a dense layer; `kernel` and `bias`: what they start as.
-void dense_tensors(const std::string& name, std::int64_t in, std::int64_t out, Initial kernel, Initial bias,
-                   std::int64_t layer, const TensorSink& sink) {
-  TensorInfo tensor;
-  tensor.layer = layer;
-  tensor.fan_in = in;
-  tensor.fan_out = out;
-  tensor.trained = true;
+constexpr bool same(ScaleFunction kernel, Function function) {
+  return static_cast<int>(kernel) == static_cast<int>(function);
+}
+static_assert(same(ScaleFunction::tanh, Function::tanh) && same(ScaleFunction::softsign, Function::softsign) &&
+                  same(ScaleFunction::atan, Function::atan) && same(ScaleFunction::identity, Function::identity) &&
+                  same(ScaleFunction::sigmoid, Function::sigmoid) && same(ScaleFunction::softplus, Function::softplus),
+              "ScaleFunction and LogScale::Function have one order");
 
-  TensorInfo weights = tensor;
-  weights.name = name + ".kernel";
-  weights.shape = {in, out};
-  weights.size = in * out;
-  weights.initial = kernel;
-  weights.decayed = weights.multiplies = true;
-  sink(std::move(weights));
+bool has_bounds(Function function) { return function == Function::sigmoid || function == Function::softplus; }
 
-  tensor.name = name + ".bias";
-  tensor.shape = {out};
-  tensor.size = out;
-  tensor.initial = bias;
-  sink(std::move(tensor));
+void check(const LogScale& scale, DType dtype, const std::string& prefix) {
+  check_named(prefix, scale.function);
+  if (scale.function == Function::identity) return;
+  if (!has_bounds(scale.function)) {
+    check_positive(prefix + "factor", scale.factor, dtype);
+    check_positive(prefix + "divisor", scale.divisor, dtype);
+    return;
+  }
+  if (!(scale.low >= 0) || !std::isfinite(scale.low)) {
+    refuse(prefix + "low is " + text_of(scale.low) + ", expected finite and >= 0");
+  }
+  const bool open = scale.function == Function::softplus && std::isinf(scale.high);
+  if (!(scale.high > scale.low) || (!open && !std::isfinite(scale.high))) {
+    refuse(prefix + "high is " + text_of(scale.high) + ", expected " +
+           (scale.function == Function::sigmoid ? "finite and " : "") + "> low, which is " + text_of(scale.low));
+  }
+  if (!open) check_positive(prefix + "high", scale.high, dtype);
+  if (!std::isfinite(scale.offset)) refuse(prefix + "offset is " + text_of(scale.offset) + ", expected finite");
+}
+
+void check(const FeatureSet& set, const FlowSpec& spec, const std::string& prefix) {
+  check_named(prefix, set.name);
+  const std::string name = prefix + "transformed";
+  if (set.name != FeatureSet::Name::indices && !set.indices.empty()) {
+    refuse(name + " has both a name and indices, expected one of them");
+  }
+  for (std::size_t i = 0; i < set.indices.size(); ++i) {
+    const std::string entry = name + "[" + std::to_string(i) + "]";
+    check_range(entry, set.indices[i], 0, spec.input_size - 1);
+    if (i > 0 && set.indices[i] <= set.indices[i - 1]) {
+      refuse(entry + " is " + std::to_string(set.indices[i]) + " after " + std::to_string(set.indices[i - 1]) +
+             ", expected ascending indices");
+    }
+  }
+  const std::int64_t count = set.count(spec.input_size);
+  if (count == 0) refuse(name + " holds no feature, expected at least one");
+  if (count == spec.input_size && spec.context_size == 0) {
+    refuse(name + " holds all features, expected one less at least: without a context nothing says how to transform " +
+           "them");
+  }
+}
+
+/// What the translation's own network makes; the first one makes the rest.
+bool is_split(const Coupling& layer) { return layer.translation_network.has_value(); }
+
+std::vector<NetworkHead> heads_of(const Coupling& layer, std::int64_t columns) {
+  return std::visit(
+      Overloaded{[&](const Affine&) { return std::vector<NetworkHead>{{"scale", columns}, {"translation", columns}}; },
+                 [&](const Additive&) { return std::vector<NetworkHead>{{"translation", columns}}; }},
+      layer.transform);
+}
+
+LoweredScale lower(const LogScale& scale) {
+  return {static_cast<ScaleFunction>(scale.function),
+          scale.factor,
+          scale.divisor,
+          scale.low,
+          scale.high,
+          scale.offset,
+          scale.negated};
 }
 
 }  // namespace
 
+std::vector<Field> fields(Transform& transform) {
+  return std::visit(Overloaded{[](Affine& affine) { return std::vector<Field>{{"log_scale", &affine.log_scale}}; },
+                               [](Additive&) { return std::vector<Field>{}; }},
+                    transform);
+}
+
+std::vector<Field> fields(LogScale& scale) {
+  if (scale.function == Function::identity) return {};
+  if (!has_bounds(scale.function)) return {{"factor", &scale.factor}, {"divisor", &scale.divisor}};
+  return {{"low", &scale.low},
+          {"high", &scale.high, scale.function == Function::softplus},
+          {"offset", &scale.offset},
+          {"negated", &scale.negated}};
+}
+
 std::vector<Field> fields(Coupling& layer) {
-  return {{"swapped", &layer.swapped},
-          {"hidden_sizes", &layer.hidden_sizes},
-          {"activation", &layer.activation},
-          {"scale_bound", &layer.scale_bound}};
+  std::vector<Field> list = {{"inverse", &layer.inverse},
+                             {"transformed", &layer.transformed},
+                             {"transform", &layer.transform},
+                             {is_split(layer) ? "scale_network" : "network", &layer.network}};
+  if (is_split(layer)) list.push_back({"translation_network", &*layer.translation_network});
+  return list;
+}
+
+bool is_plain(const Coupling& layer) {
+  const auto* affine = std::get_if<Affine>(&layer.transform);
+  if (affine == nullptr || is_split(layer) || layer.inverse) return false;
+  const LogScale& scale = affine->log_scale;
+  const bool bounded = scale == LogScale::bounded(scale.factor) || std::isnan(scale.factor + scale.divisor);
+  Network plain;
+  plain.hidden_sizes = layer.network.hidden_sizes;
+  plain.activation = layer.network.activation;
+  const FeatureSet::Name name = layer.transformed.name;
+  return bounded && layer.network == plain && layer.transformed.indices.empty() &&
+         (name == FeatureSet::Name::first_half || name == FeatureSet::Name::second_half);
+}
+
+std::vector<Field> plain_fields(Coupling& layer, bool& swapped) {
+  swapped = layer.transformed.name == FeatureSet::Name::first_half;
+  return {{"swapped", &swapped},
+          {"hidden_sizes", &layer.network.hidden_sizes},
+          {"activation", &layer.network.activation},
+          {"scale_bound", &std::get<Affine>(layer.transform).log_scale.factor}};
+}
+
+void check(const Coupling& layer, const FlowSpec& spec, const std::string& prefix) {
+  if (is_plain(layer)) {  // by the names that such a flow is built with
+    check(layer.network, spec, prefix);
+    check_positive(prefix + "scale_bound", std::get<Affine>(layer.transform).log_scale.factor, spec.dtype);
+  }
+  check(layer.transformed, spec, prefix);
+  if (const auto* affine = std::get_if<Affine>(&layer.transform)) {
+    check(affine->log_scale, spec.dtype, prefix + "transform.log_scale.");
+  } else if (is_split(layer)) {
+    refuse(prefix + "translation_network is given, expected only network: an additive coupling has one head");
+  }
+  check(layer.network, spec, prefix + (is_split(layer) ? "scale_network." : "network."));
+  if (is_split(layer)) check(*layer.translation_network, spec, prefix + "translation_network.");
+  if (is_split(layer) &&
+      (layer.network.kind != Network::Kind::mlp || layer.translation_network->kind != Network::Kind::mlp)) {
+    refuse(prefix +
+           "scale_network and translation_network are not both mlp, expected that; a residual network serves "
+           "both heads");
+  }
 }
 
 void tensors(const Coupling& layer, const FlowSpec& spec, const Site& site, const TensorSink& sink) {
-  const std::string name = "flow_" + std::to_string(site.coupling);
-  std::int64_t in = spec.conditioning(layer).count;
-  for (std::size_t j = 0; j < layer.hidden_sizes.size(); ++j) {
-    dense_tensors(name + "_coupling_dense_" + std::to_string(j), in, layer.hidden_sizes[j], Initial::hidden_kernel,
-                  Initial::hidden_bias, site.layer, sink);
-    in = layer.hidden_sizes[j];
-  }
-  for (const char* const head : {"_scale", "_translation"}) {
-    dense_tensors(name + head, in, spec.transformed(layer).count, Initial::head_kernel, Initial::zero, site.layer,
-                  sink);
+  const std::string prefix = "flow_" + std::to_string(site.coupling) + "_";
+  const std::int64_t columns = layer.transformed.count(spec.input_size), inputs = spec.input_size - columns;
+  if (is_split(layer)) {
+    tensors(layer.network, spec, inputs, {prefix, "scale_", {{"scale", columns}}}, site.layer, sink);
+    tensors(*layer.translation_network, spec, inputs, {prefix, "translation_", {{"translation", columns}}}, site.layer,
+            sink);
+  } else {
+    const char* const name = layer.network.kind == Network::Kind::mlp ? "coupling_" : "";
+    tensors(layer.network, spec, inputs, {prefix, name, heads_of(layer, columns)}, site.layer, sink);
   }
 }
 
 std::int64_t num_tensors(const Coupling& layer) {
-  return 2 * (static_cast<std::int64_t>(layer.hidden_sizes.size()) + 2);
+  const auto heads = static_cast<std::int64_t>(heads_of(layer, 0).size());
+  return num_tensors(layer.network) + (is_split(layer) ? num_tensors(*layer.translation_network) : 0) + 2 * heads;
 }
 
-void lower(const Coupling& layer, const FlowSpec& spec, const TensorInfo* first, Lowered& to) {
+void lower(const Coupling& layer, const FlowSpec& spec, const TensorInfo* first, Lowering& to) {
   LoweredCoupling lowered;
-  lowered.conditioning = spec.conditioning(layer);
-  lowered.transformed = spec.transformed(layer);
-  lowered.activation = static_cast<Act>(layer.activation);
-  lowered.bound = layer.scale_bound;
-  const auto part = [&first](std::int64_t columns) {
-    const DensePart made{first[0].offset, first[1].offset, columns};
-    first += 2;
-    return made;
+  lowered.inverse = layer.inverse;
+  if (const auto* affine = std::get_if<Affine>(&layer.transform)) lowered.scale = lower(affine->log_scale);
+  const std::int64_t columns = layer.transformed.count(spec.input_size), inputs = spec.input_size - columns;
+  const auto network = [&](const Network& from, const std::vector<std::int64_t>& heads) {
+    lowered.networks.push_back(lower(from, inputs, spec.context_size, heads, first));
   };
-  std::int64_t in = lowered.conditioning.count;
-  for (const std::int64_t width : layer.hidden_sizes) {
-    lowered.dense.push_back({in, {part(width)}});
-    in = width;
+  if (is_split(layer)) {
+    network(layer.network, {columns});
+    network(*layer.translation_network, {columns});
+  } else {
+    network(layer.network, std::vector<std::int64_t>(heads_of(layer, 0).size(), columns));
   }
-  const DensePart scale = part(lowered.transformed.count), translation = part(lowered.transformed.count);
-  lowered.dense.push_back({in, {scale, translation}});
-  to.layers.emplace_back(std::move(lowered));
+  to.add_coupling(std::move(lowered), spec.conditioning(layer), spec.transformed(layer));
 }
 
 }  // namespace nvpflow::layers

@@ -1,11 +1,13 @@
 #include "layer.hpp"
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 #include <utility>
 #include <variant>
+#include <vector>
 
-#include <nvpflow/error.hpp>
+#include <nvpflow/spec.hpp>
 
 namespace nvpflow::layers {
 namespace {
@@ -23,6 +25,10 @@ std::vector<Field> fields(LayerSpec& layer) {
   return std::visit([](auto& kind) { return fields(kind); }, layer);
 }
 
+void check(const LayerSpec& layer, const FlowSpec& spec, const std::string& prefix) {
+  std::visit([&](const auto& kind) { check(kind, spec, prefix); }, layer);
+}
+
 LayerSpec make_layer(LayerKind kind) {
   return make_by_index(static_cast<std::size_t>(kind), std::make_index_sequence<std::variant_size_v<LayerSpec>>());
 }
@@ -34,12 +40,25 @@ void each_tensor(const FlowSpec& spec, const TensorSink& sink) {
     if (std::holds_alternative<Coupling>(layer)) ++site.coupling;
     ++site.layer;
   }
+  if (!spec.standardize_context) return;
+  for (const char* const what : {"context.mean", "context.log_std"}) {
+    sink(vector_tensor(what, spec.context_size, site.layer));
+  }
 }
 
 std::int64_t num_tensors(const FlowSpec& spec) {
   std::int64_t count = 0;
   each_tensor(spec, [&](const TensorInfo&) { ++count; });
   return count;
+}
+
+TensorInfo vector_tensor(std::string name, std::int64_t size, std::int64_t layer) {
+  TensorInfo tensor;
+  tensor.name = std::move(name);
+  tensor.shape = {size};
+  tensor.size = size;
+  tensor.layer = layer;
+  return tensor;
 }
 
 }  // namespace nvpflow::layers

@@ -1,5 +1,6 @@
-// What the library knows of a kind of layer: its fields, its tensors and how it is lowered. Each kind has a file here
-// that defines the three functions; std::visit calls them, so a kind that lacks one does not compile or does not link.
+// What the library knows of a kind of layer: its fields, what they may be, its tensors and how it is lowered. Each kind
+// has a file here that defines the four functions; std::visit calls them, so a kind that lacks one does not compile or
+// does not link.
 #pragma once
 
 #include <cstdint>
@@ -14,11 +15,13 @@
 
 namespace nvpflow::layers {
 
-/// One field of a layer: its name in JSON, Python and messages, and where its value is. The value's type decides what
-/// is valid: sizes are positive, a double is positive and finite in the flow's dtype.
+/// One field of a layer, or of what it is made of: its name in JSON, Python and messages, and where its value is.
 struct Field {
   const char* name;
-  std::variant<bool*, std::vector<std::int64_t>*, Activation*, double*> value;
+  std::variant<bool*, std::int64_t*, double*, std::vector<std::int64_t>*, Activation*, FeatureSet*, Transform*,
+               LogScale*, Network*>
+      value;
+  bool may_be_infinite = false;  // null in JSON; of a double
 };
 
 /// Where a layer stands in its flow.
@@ -29,24 +32,54 @@ struct Site {
 
 using TensorSink = std::function<void(TensorInfo)>;
 
-// ---- one function of each per kind ---------------------------------------------------------------------------------
+// ---- four functions per kind ----
 
 /// The one list of a kind's fields, in the order of the JSON text.
 std::vector<Field> fields(Coupling& layer);
 std::vector<Field> fields(Standardize& layer);
+std::vector<Field> fields(ActNorm& layer);
+std::vector<Field> fields(Permutation& layer);
+std::vector<Field> fields(LULinear& layer);
+
+/// Throws Error(invalid_argument) naming the field that is wrong. `prefix` is put before the names: "layers[3]." or
+/// nothing.
+void check(const Coupling& layer, const FlowSpec& spec, const std::string& prefix);
+void check(const Standardize& layer, const FlowSpec& spec, const std::string& prefix);
+void check(const ActNorm& layer, const FlowSpec& spec, const std::string& prefix);
+void check(const Permutation& layer, const FlowSpec& spec, const std::string& prefix);
+void check(const LULinear& layer, const FlowSpec& spec, const std::string& prefix);
 
 /// The layer's tensors in the order of the flat buffer, without their offsets.
 void tensors(const Coupling& layer, const FlowSpec& spec, const Site& site, const TensorSink& sink);
 void tensors(const Standardize& layer, const FlowSpec& spec, const Site& site, const TensorSink& sink);
+void tensors(const ActNorm& layer, const FlowSpec& spec, const Site& site, const TensorSink& sink);
+void tensors(const Permutation& layer, const FlowSpec& spec, const Site& site, const TensorSink& sink);
+void tensors(const LULinear& layer, const FlowSpec& spec, const Site& site, const TensorSink& sink);
 
 /// Appends what the kernels do at the layer; first: its first tensor in the layout.
-void lower(const Coupling& layer, const FlowSpec& spec, const TensorInfo* first, Lowered& to);
-void lower(const Standardize& layer, const FlowSpec& spec, const TensorInfo* first, Lowered& to);
+void lower(const Coupling& layer, const FlowSpec& spec, const TensorInfo* first, Lowering& to);
+void lower(const Standardize& layer, const FlowSpec& spec, const TensorInfo* first, Lowering& to);
+void lower(const ActNorm& layer, const FlowSpec& spec, const TensorInfo* first, Lowering& to);
+void lower(const Permutation& layer, const FlowSpec& spec, const TensorInfo* first, Lowering& to);
+void lower(const LULinear& layer, const FlowSpec& spec, const TensorInfo* first, Lowering& to);
 
-// ---- any kind
-// --------------------------------------------------------------------------------------------------------
+// ---- what couplings are made of ----
+
+std::vector<Field> fields(Transform& transform);
+std::vector<Field> fields(LogScale& log_scale);
+std::vector<Field> fields(Network& network);
+
+// ---- format 1.0 ----
+
+/// A coupling that format 1.0 can say: of halves, not inverse, F tanh(u / F), one mlp.
+bool is_plain(const Coupling& layer);
+/// Its fields there. swapped: set where the first half is transformed; the values of the others are the layer's own.
+std::vector<Field> plain_fields(Coupling& layer, bool& swapped);
+
+// ---- any kind ----
 
 std::vector<Field> fields(LayerSpec& layer);
+void check(const LayerSpec& layer, const FlowSpec& spec, const std::string& prefix);
 /// A layer of the kind with all fields at their defaults.
 LayerSpec make_layer(LayerKind kind);
 /// Every tensor of the flow in order, without offsets. Sizes of the spec's fields must be valid, their sums need not
@@ -56,5 +89,7 @@ void each_tensor(const FlowSpec& spec, const TensorSink& sink);
 std::int64_t num_tensors(const Coupling& layer);
 /// Tensors of the flow.
 std::int64_t num_tensors(const FlowSpec& spec);
+/// [size], one number per feature or context number.
+TensorInfo vector_tensor(std::string name, std::int64_t size, std::int64_t layer);
 
 }  // namespace nvpflow::layers

@@ -1,0 +1,56 @@
+// The lu_linear layer: a square matrix as the product of a unit lower and an upper triangular one, and a bias.
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <nvpflow/spec.hpp>
+
+#include "check.hpp"
+#include "layer.hpp"
+
+namespace nvpflow::layers {
+namespace {
+
+/// Forming the matrix takes D^3 operations whenever the parameters change.
+constexpr std::int64_t kMaxLinearSize = 4096;
+
+}  // namespace
+
+std::vector<Field> fields(LULinear& layer) { return {{"inverse", &layer.inverse}}; }
+
+void check(const LULinear&, const FlowSpec& spec, const std::string& prefix) {
+  if (spec.input_size <= kMaxLinearSize) return;
+  refuse(prefix + "kind is lu_linear with input_size " + std::to_string(spec.input_size) + ", expected at most " +
+         std::to_string(kMaxLinearSize) + ": its matrix is formed anew whenever the parameters change; use a " +
+         "permutation instead");
+}
+
+void tensors(const LULinear&, const FlowSpec& spec, const Site& site, const TensorSink& sink) {
+  const std::int64_t features = spec.input_size, triangle = features * (features - 1) / 2;
+  const auto put = [&](const char* what, std::int64_t size, bool trained, bool multiplies) {
+    TensorInfo tensor = vector_tensor("lu_linear_" + std::to_string(site.layer) + what, size, site.layer);
+    tensor.trained = trained;
+    tensor.multiplies = multiplies;
+    if (!trained) tensor.initial = Initial::one;
+    sink(std::move(tensor));
+  };
+  put(".lower", triangle, true, true);
+  put(".upper", triangle, true, true);
+  put(".log_diagonal", features, true, true);
+  put(".sign", features, false, false);
+  put(".bias", features, true, false);
+}
+
+void lower(const LULinear& layer, const FlowSpec&, const TensorInfo* first, Lowering& to) {
+  LoweredLinear linear;
+  linear.inverse = layer.inverse;
+  linear.lower = first[0].offset;
+  linear.upper = first[1].offset;
+  linear.log_diagonal = first[2].offset;
+  linear.sign = first[3].offset;
+  linear.bias = first[4].offset;
+  to.add_linear(std::move(linear));
+}
+
+}  // namespace nvpflow::layers
