@@ -236,8 +236,6 @@ def tensor_shapes(spec: Spec) -> list[tuple[str, Shape]]:
                 dense(f"{block}_context", context, units)
         return units
 
-    if spec.get("standardize_context", False):
-        shapes.extend([("context.mean", (context,)), ("context.log_std", (context,))])
     couplings = 0
     for i, layer in enumerate(spec["layers"]):
         if layer["kind"] == "coupling":
@@ -262,6 +260,8 @@ def tensor_shapes(spec: Spec) -> list[tuple[str, Shape]]:
             shapes.extend((f"actnorm_{i}.{part}", (size,)) for part in ("log_scale", "shift"))
         elif layer["kind"] == "standardize":
             shapes.extend((f"standardize_{i}.{part}", (size,)) for part in ("mean", "log_std"))
+    if spec.get("standardize_context", False):
+        shapes.extend((f"context.{part}", (context,)) for part in ("mean", "log_std"))
     return shapes
 
 
@@ -367,7 +367,7 @@ class GeneralFlow:
         p = {name: Node(value) for name, value in self.parameters.items()}
         start, given = Node(np.array(x, dtype=np.float64)), None if context is None else Node(np.array(context))
         values, log_det = start, Node(np.zeros(len(x)))
-        layers = list(zip(self.layers, self._prefixes(), strict=True))
+        layers = list(zip(self.layers, self.prefixes(), strict=True))
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             c = None if given is None else given + np.zeros((len(x), self.context_size))
             if c is not None and self.spec.get("standardize_context", False):
@@ -380,7 +380,7 @@ class GeneralFlow:
                 log_det = log_det + step
         return _Run(start, given, p, values, log_det)
 
-    def _prefixes(self) -> list[str]:
+    def prefixes(self) -> list[str]:
         couplings = itertools.count()
         return [
             f"flow_{next(couplings)}" if layer["kind"] == "coupling" else f"{layer['kind']}_{i}"
@@ -579,7 +579,7 @@ def random_spec(
         flag["transformed"] = transformed()
         if chance("additive", 0.2):
             return {**flag, "transform": {"kind": "additive"}, "network": network()}
-        functions = LOG_SCALES if "log_scales" in has else LOG_SCALES[:2]
+        functions = LOG_SCALES if "log_scales" in has else LOG_SCALES[:3]
         affine = {"kind": "affine", "log_scale": dict(functions[int(rng.integers(len(functions)))])}
         if chance("two_networks", 0.25):
             networks = {"scale_network": network(two=True), "translation_network": network(two=True)}

@@ -251,7 +251,7 @@ def test_orientation_is_the_other_direction(seed) -> None:
             alone = [{**layer, "inverse": flag} for flag in (False, True)]
             # Names tell a layer's index or number; alone it has the first one.
             prefix = f"{kind}_0" if kind != "coupling" else "flow_0"
-            old = flow._prefixes()[i]
+            old = flow.prefixes()[i]
             p = {
                 prefix + name.removeprefix(old): value
                 for name, value in flow.parameters.items()
