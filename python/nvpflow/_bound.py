@@ -5,14 +5,13 @@ The derivation is in python/docs/certify.md of the sources; its letters are used
 
 from __future__ import annotations
 
-import json
 import math
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nvpflow._model import Model
+from nvpflow.layers import MLP, Affine, Coupling, Layer, Standardize
 
 Array = NDArray[np.float64]
 
@@ -55,13 +54,15 @@ class _Dense:
 class _Coupling:
     """One coupling layer of the float64 flow, and the largest values that rows were seen to reach in it."""
 
-    def __init__(self, flow: Model, index: int, name: str, spec: dict[str, Any], parameters: dict[str, Array]) -> None:
+    def __init__(self, flow: Model, index: int, name: str, layer: Coupling, parameters: dict[str, Array]) -> None:
+        assert isinstance(layer.network, MLP)
+        assert isinstance(layer.transform, Affine)
         self._flow, self._index = flow, index
         half = flow.spec.input_size // 2
-        self.a, self.b = (1, 0) if spec["swapped"] else (0, 1)
+        self.a, self.b = (1, 0) if layer.transformed == "first_half" else (0, 1)
         self._columns = (slice(0, half), slice(half, None))
-        self._activation, self._limit = spec["activation"], float(spec["scale_bound"])
-        hidden = range(len(spec["hidden_sizes"]))
+        self._activation, self._limit = layer.network.activation, layer.transform.bound
+        hidden = range(len(layer.network.hidden_sizes))
         self._hidden = [_Dense(parameters, f"{name}_coupling_dense_{j}") for j in hidden]
         self._scale = _Dense(parameters, f"{name}_scale")
         self._shift = _Dense(parameters, f"{name}_translation")
@@ -147,6 +148,21 @@ def _largest_norm(rows: Array) -> float:
     return float(np.linalg.norm(rows, axis=1).max())
 
 
+class Unbounded:
+    """Stands for a walk through layers that the derivation does not cover: log p is that of the flow itself."""
+
+    def __init__(self, flow: Model) -> None:
+        self._flow = flow
+
+    def log_prob(self, x: Array) -> Array:
+        """Return log p of rows [n, D], in nats."""
+        found: Array = self._flow.log_probability(x)
+        return found
+
+    def bound(self, eps: float) -> None:
+        """Return None: there is no bound."""
+
+
 class Walk:
     """Takes rows through the layers of a float64 flow on the CPU one by one, and remembers what they reach.
 
@@ -157,12 +173,12 @@ class Walk:
         parameters = {name: np.array(value) for name, value in flow.parameters().items()}
         self._layers: list[_Coupling | _Standardize] = []
         couplings = 0
-        for i, spec in enumerate(json.loads(flow.spec.to_json())["layers"]):
-            if spec["kind"] == "standardize":
-                self._layers.append(_Standardize(flow, f"standardize_{i}", parameters, first=i == 0))
-            else:
-                self._layers.append(_Coupling(flow, i, f"flow_{couplings}", spec, parameters))
+        for i, layer in enumerate(flow.spec.layers):
+            if isinstance(layer, Coupling):
+                self._layers.append(_Coupling(flow, i, f"flow_{couplings}", layer, parameters))
                 couplings += 1
+            else:
+                self._layers.append(_Standardize(flow, f"standardize_{i}", parameters, first=i == 0))
         self._walked = False
 
     def log_prob(self, x: Array) -> Array:
@@ -185,3 +201,18 @@ class Walk:
                 errors = layer.pull_back(errors, eps)
         worst = max(errors)
         return worst if math.isfinite(sum(errors)) else None
+
+
+def walk(flow: Model) -> Walk | Unbounded:
+    """Return what takes rows through the layers of a float64 flow on the CPU."""
+    return Walk(flow) if all(map(_is_covered, flow.spec.layers)) else Unbounded(flow)
+
+
+def _is_covered(layer: Layer) -> bool:
+    """Tell whether it is a coupling of halves with one MLP and B tanh(u / B), or a standardize layer."""
+    if not isinstance(layer, Coupling):
+        return isinstance(layer, Standardize)
+    halves = layer.transformed in ("first_half", "second_half") and not layer.inverse
+    affine, network = layer.transform, layer.network
+    bounded = isinstance(affine, Affine) and affine.function == "tanh" and affine.factor == affine.divisor
+    return halves and bounded and isinstance(network, MLP) and not network.layer_norm

@@ -65,7 +65,7 @@ class Certifier:
         self._wanted = self._affordable() if jacobian_rows is None else _checks.integer("jacobian_rows", jacobian_rows)
         if self._wanted < 0:
             raise ValueError(f"jacobian_rows is {jacobian_rows}, expected at least 0")
-        self._walk = _bound.Walk(self._reference)
+        self._walk = _bound.walk(self._reference)
         self._std = _standard_deviations(self._reference)
         self._standardizes = _spec.begins_with_standardize(flow.spec)
         self.rows = self._nonfinite = self._failed = 0
@@ -103,7 +103,7 @@ class Certifier:
         parameters = dict(self._reference.parameters())
         self._centre = parameters["standardize_0.mean"].copy()
         self._reference.set_parameters(parameters | {"standardize_0.mean": np.zeros_like(self._centre)})
-        self._walk = _bound.Walk(self._reference)
+        self._walk = _bound.walk(self._reference)
         self._drawn = self._worst = np.empty((0, len(self._centre)))
 
     def _add_block(self, x: Array) -> None:

@@ -66,12 +66,13 @@ def text(name: str, value: Any) -> str:
     return value
 
 
-def sizes(name: str, value: Any) -> tuple[int, ...]:
+def sizes(name: str, value: Any, *, example: str = "(128, 128)") -> tuple[int, ...]:
     """Return a sequence of integers as a tuple; a single integer is refused, not wrapped."""
+    wanted = f"a sequence of integers such as {example}"
     if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, np.ndarray)):
-        raise TypeError(f"{name} must be a sequence of integers such as (128, 128), got {describe(value)}")
+        raise TypeError(f"{name} must be {wanted}, got {describe(value)}")
     if isinstance(value, np.ndarray) and value.ndim != 1:
-        raise TypeError(f"{name} has {value.ndim} dimensions, expected one: a sequence of integers such as (128, 128)")
+        raise TypeError(f"{name} has {value.ndim} dimensions, expected one: {wanted}")
     return tuple(integer(f"{name}[{i}]", item) for i, item in enumerate(value))
 
 

@@ -2,125 +2,83 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from nvpflow import _checks, _core, _hints
+from nvpflow import _checks, _hints, _layer_json
 from nvpflow._core import FileFormatError, FlowSpec
+from nvpflow._networks import Network
+from nvpflow._text import counted
+from nvpflow.layers import MLP, ActNorm, Additive, Coupling, Layer, LULinear, Permutation, Standardize
 
-__all__ = ["Coupling", "FlowSpec", "Standardize", "begins_with_standardize", "in_words", "regular"]
+__all__ = ["FlowSpec", "begins_with_standardize", "in_words", "regular"]
 
 MOST_LAYERS = 1 << 16
 
 
-@dataclass(frozen=True)
-class Coupling:
-    """An affine coupling layer: ``y_b = x_b * exp(s) + t``, ``s = B tanh(u / B)``, ``[u, t] = MLP(x_a)``; y_a = x_a.
-
-    Parameters
-    ----------
-    swapped
-        False: a is the first half of the features, ``[0, D // 2)``, and b the second. True: the other way round.
-    hidden_sizes
-        Units of each hidden layer, each at least 1. None of them: u and t are linear in x_a.
-    activation
-        What follows each hidden layer, as in `nvpflow.build`.
-    scale_bound
-        B, the largest log-scale; positive and finite.
-
-    Raises
-    ------
-    TypeError, ValueError
-        A value is of the wrong type or out of range. The flow's dtype may bound `scale_bound` further.
-
-    References
-    ----------
-    Dinh et al., Density estimation using Real NVP, 2017, eq. 7-8.
-    """
-
-    swapped: bool = False
-    hidden_sizes: tuple[int, ...] = (256,)
-    activation: str = "relu"
-    scale_bound: float = 1.0
-
-    def __post_init__(self) -> None:
-        sizes = _checks.sizes("hidden_sizes", self.hidden_sizes)
-        for i, size in enumerate(sizes):
-            if size < 1:
-                raise ValueError(f"hidden_sizes[{i}] is {size}, expected at least 1")
-        activation = _checks.text("activation", self.activation)
-        if activation not in _core.activation_names():
-            known = ", ".join(_core.activation_names())
-            raise ValueError(f"activation is {activation[:80]!r}, expected one of {known}")
-        bound = _checks.real("scale_bound", self.scale_bound)
-        if not 0 < bound < math.inf:
-            raise ValueError(f"scale_bound is {bound}, expected finite and > 0")
-        checked = {"swapped": _checks.boolean("swapped", self.swapped), "hidden_sizes": sizes, "scale_bound": bound}
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-
-
-@dataclass(frozen=True)
-class Standardize:
-    """``y = (x - mean) * exp(-log_std)``, one mean and log_std per feature, which `fit` sets from the data."""
-
-
-Layer = Coupling | Standardize
-KINDS: dict[str, type[Layer]] = {"coupling": Coupling, "standardize": Standardize}
-for _kind in KINDS.values():
-    _kind.__module__ = "nvpflow.layers"  # where users and pickles find it
-
-
 def layers_of(spec: FlowSpec) -> tuple[Layer, ...]:
     """Return the layers, the one first applied to data first."""
-    found = []
-    for entry in json.loads(spec.to_json())["layers"]:
-        kind: Any = KINDS[entry.pop("kind")]
-        found.append(kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in entry.items()}))
-    return tuple(found)
+    return tuple(map(_layer_json.from_json, json.loads(spec._to_full_json())["layers"]))
 
 
-def from_layers(input_size: int, layers: Iterable[Layer], dtype: str = "float32") -> FlowSpec:
+def from_layers(
+    input_size: int,
+    layers: Iterable[Layer],
+    dtype: str = "float32",
+    context_size: int = 0,
+    standardize_context: bool = False,
+) -> FlowSpec:
     """Return the spec of a flow with these layers of `nvpflow.layers`, the one first applied to data first.
 
     Parameters
     ----------
     input_size
-        D, the number of features, at least 2.
+        D, the number of features, at least 2; at least 1 with a context.
     layers
         At least one of them is a coupling. They may differ in every field.
     dtype
         "float32" or "float64".
+    context_size
+        C, how many numbers condition each row; 0: none.
+    standardize_context
+        Standardize the context by a mean and a standard deviation per number, which `fit` sets from the data.
 
     Raises
     ------
     TypeError
         `layers` has no order, or holds something else than a layer.
     ValueError
-        A field of a layer is out of range, or there is no coupling.
+        A field of a layer does not go with the sizes or the dtype, or there is no coupling.
     """
     size, name = _checks.integer("input_size", input_size), _checks.dtype_name("dtype", dtype)
+    context = _checks.integer("context_size", context_size)
+    standardized = _checks.boolean("standardize_context", standardize_context)
     array = isinstance(layers, np.ndarray)  # of any shape: one of a single layer is no sequence
     if array or isinstance(layers, (str, bytes, Set, Mapping)) or not isinstance(layers, Iterable):  # or has no order
         raise TypeError(f"layers is {_checks.describe(layers)}, expected a sequence of layers of nvpflow.layers")
-    names = {kind: name for name, kind in KINDS.items()}
     entries = []
-    for i, layer in enumerate(layers):
-        kind = next((kind for kind in KINDS.values() if isinstance(layer, kind)), None)
-        if kind is None:
-            raise TypeError(f"layers[{i}] is {_checks.describe(layer)}, expected a layer of nvpflow.layers")
+    for i, given in enumerate(layers):
+        layer = _layer_json.checked(f"layers[{i}]", given)
         if i == MOST_LAYERS:
             raise ValueError(f"layers holds more than {MOST_LAYERS} layers, expected at most that many")
-        entries.append({"kind": names[kind]} | dataclasses.asdict(layer))
-    text = json.dumps({"input_size": size, "dtype": name, "layers": entries})
+        masked = layer._mask_size if isinstance(layer, Coupling) else None
+        if masked not in (None, size):
+            raise ValueError(f"layers[{i}].transformed is a mask of {masked} features, expected {size}, the input_size")
+        entries.append(_layer_json.to_json(layer))
+    document = {
+        "input_size": size,
+        "context_size": context,
+        "standardize_context": standardized,
+        "dtype": name,
+        "base": {"kind": "normal"},
+        "layers": entries,
+    }
     try:
-        return FlowSpec.from_json(text)
+        return FlowSpec.from_json(json.dumps(document))
     except FileFormatError as error:  # no file is in question
         raise ValueError(str(error)) from None
 
@@ -132,6 +90,8 @@ def from_json(text: str) -> FlowSpec:
 
 def regular(spec: FlowSpec) -> dict[str, Any] | None:
     """Return the arguments of `FlowSpec` that make this spec; None where only its layers say what it is."""
+    if spec.context_size:
+        return None
     names = ("input_size", "num_flows", "hidden_sizes", "activation", "scale_bound", "standardize", "dtype")
     try:
         arguments = {name: getattr(spec, name) for name in names}
@@ -152,11 +112,44 @@ def in_words(spec: FlowSpec, between: str = ", ") -> dict[str, str]:
     """
     layers = [layer for layer in spec.layers if isinstance(layer, Coupling)]
     found = {
-        "hidden layers": [between.join(map(str, layer.hidden_sizes)) or "none" for layer in layers],
-        "activation": [layer.activation for layer in layers],
-        "scale bound": [f"{layer.scale_bound:g}" for layer in layers],
+        "hidden layers": [" and ".join(_sizes_in_words(n, between) for n in _networks(layer)) for layer in layers],
+        "activation": [" and ".join(dict.fromkeys(n.activation for n in _networks(layer))) for layer in layers],
+        "scale bound": [_bound_in_words(layer) for layer in layers],
     }
     return {name: " / ".join(dict.fromkeys(values)) for name, values in found.items()}
+
+
+def kinds_in_words(spec: FlowSpec) -> str:
+    """Return how many layers of each kind there are but for standardize: "4 affine couplings, 5 permutations"."""
+    counts: dict[str, int] = {}
+    for layer in spec.layers:
+        if isinstance(layer, Coupling):
+            noun = f"{'additive' if isinstance(layer.transform, Additive) else 'affine'} coupling"
+        else:
+            noun = _KINDS[type(layer)]
+        counts[noun] = counts.get(noun, 0) + 1
+    return ", ".join(counted(count, noun) for noun, count in counts.items() if noun)
+
+
+_KINDS = {Standardize: "", ActNorm: "actnorm layer", Permutation: "permutation", LULinear: "LU layer"}
+
+
+def _networks(layer: Coupling) -> list[Network]:
+    return [n for n in (layer.network, layer.scale_network, layer.translation_network) if n is not None]
+
+
+def _sizes_in_words(network: Network, between: str) -> str:
+    if isinstance(network, MLP):
+        normalized = ", each normalized" if network.layer_norm else ""
+        return (between.join(map(str, network.hidden_sizes)) or "none") + normalized
+    return f"{counted(network.num_blocks, 'residual block')} of {network.hidden_size}"
+
+
+def _bound_in_words(layer: Coupling) -> str:
+    if isinstance(layer.transform, Additive):
+        return "0"
+    bound, function = layer.transform.bound, layer.transform.function
+    return ("none" if math.isinf(bound) else f"{bound:g}") + ("" if function == "tanh" else f" ({function})")
 
 
 def _completed(spec: type[FlowSpec]) -> None:
@@ -200,8 +193,12 @@ def _completed(spec: type[FlowSpec]) -> None:
         arguments = regular(self)
         if arguments is not None:
             return f"FlowSpec({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
-        listed = ", ".join(map(repr, layers_of(self)))
-        return f"FlowSpec.from_layers(input_size={self.input_size}, layers=[{listed}], dtype={self.dtype!r})"
+        lines = "".join(f"\n    {layer!r}," for layer in layers_of(self))
+        rest = [f"dtype={self.dtype!r}"]
+        if self.context_size:
+            rest += [f"context_size={self.context_size}", f"standardize_context={self.standardize_context}"]
+        listed = f"[{lines}\n]" if lines else "[]"
+        return f"FlowSpec.from_layers({self.input_size}, {listed}, {', '.join(rest)})"
 
     def __reduce__(self: FlowSpec) -> tuple[Any, tuple[str]]:
         return from_json, (write_json(self),)

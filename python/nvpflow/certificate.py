@@ -93,9 +93,10 @@ class Certificate:
     round_trip_bound
         Bound on the relative `round_trip` error, to first order in the dtype's epsilon, of every row that stays where
         these rows were seen in each layer; derived from the weights' norms, and usually far too large. None where it is
-        not finite, and for arithmetic that is rounded on purpose (tf32, bfloat16).
+        not finite, for arithmetic that is rounded on purpose (tf32, bfloat16), and for flows of other layers than
+        couplings of halves with one MLP and the log-scale ``B tanh(u / B)``, and standardize layers.
     flow
-        The flow in one line.
+        The flow as it prints.
     dtype, device, precision, weights
         How it computed.
     cpu_isa
@@ -158,7 +159,7 @@ class Certificate:
         singular = ["not known" if v is None else f"{v:.3g}" for v in (self.stretch, self.shrink)]
         lines = [
             f"Certificate: {self.verdict}; {self.dtype} promises {self.promised:.0e}, tolerated {self.tolerance:.0e}",
-            f"  {self.flow}",
+            "  " + self.flow.replace("\n", "\n  "),
             f"  {counted(self.rows, 'row')}; {self.nonfinite_rows:,} with NaN or inf"
             f"{first(self.first_nonfinite_row)}; {self.failed_rows:,} finite ones failed"
             f"{first(self.first_failed_row)}",

@@ -474,7 +474,7 @@ class Flow(Model):
         where += [f"{v} weights" for v in [self.weights] if v != "full"]
         lines = {
             "columns": f"{spec.input_size}" if names is None else f"{spec.input_size}: {', '.join(names[:12])}",
-            "couplings": f"{spec.num_flows}",
+            "layers": _spec.kinds_in_words(spec),
             **_spec.in_words(spec),
             "standardize": "yes" if spec.standardize else "no",
             "parameters": f"{self.num_parameters:,}",

@@ -1,16 +1,264 @@
 """The layers that flows are made of.
 
-`FlowSpec.layers` holds them in order, the one first applied to data first. `FlowSpec.from_layers` takes them.
+`FlowSpec.layers` holds them in order, the one first applied to data first. `FlowSpec.from_layers` and `nvpflow.build`
+take them. All are immutable, compare by value, and print as the call that makes them.
 
->>> from nvpflow.layers import Coupling, Standardize
 >>> import nvpflow
->>> first = Coupling(hidden_sizes=(8,))
->>> second = Coupling(swapped=True, hidden_sizes=(16, 16), activation="silu")
->>> spec = nvpflow.FlowSpec.from_layers(4, [Standardize(), first, second])
->>> spec.layers[2].activation
-'silu'
+>>> from nvpflow.layers import MLP, Affine, Coupling, Permutation, Standardize
+>>> first = Coupling("odd", network=MLP((8,)))
+>>> second = Coupling([0, 2, 3], Affine("softsign", bound=2), MLP((16, 16), "silu"))
+>>> spec = nvpflow.FlowSpec.from_layers(4, [Standardize(), first, Permutation([3, 1, 0, 2]), second])
+>>> spec.layers[3].network
+MLP((16, 16), 'silu')
 """
 
-from nvpflow._spec import Coupling, Standardize
+from __future__ import annotations
 
-__all__ = ["Coupling", "Standardize"]
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvpflow import _checks
+from nvpflow._expression import Expression
+from nvpflow._networks import MLP, Network, ResidualNet
+from nvpflow._transforms import Additive, Affine, Transform
+
+__all__ = [
+    "MLP",
+    "ActNorm",
+    "Additive",
+    "Affine",
+    "Coupling",
+    "LULinear",
+    "Permutation",
+    "ResidualNet",
+    "Standardize",
+]
+
+_SETS = ("first_half", "second_half", "even", "odd", "all")
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Coupling(Expression):
+    """A coupling layer: ``y_b = transform(x_b; network([x_a, c]))``, ``y_a = x_a``; b is `transformed`, a the others.
+
+    Parameters
+    ----------
+    transformed
+        b: "second_half" (the default), "first_half", "odd", "even", "all", ascending indices, or a mask of bools, one a
+        feature, True where the feature is transformed. Halves are split at ``D // 2``; odd is 1, 3, 5, ...; "all" needs
+        a context. Some libraries' masks are True where a feature stays as it is: invert these.
+    transform
+        `Affine` (the default) or `Additive`.
+    network
+        `MLP` (the default) or `ResidualNet`: one network that gives all parameters of the transform.
+    inverse
+        False: the formula is read from data to latent. True: from latent to data.
+    scale_network, translation_network
+        In place of `network`, two of kind `MLP`: one for the scale and one for the translation. Affine couplings only.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what came and what was expected. What depends on the number of features is checked by
+        `FlowSpec.from_layers`.
+
+    References
+    ----------
+    Dinh et al., Density estimation using Real NVP, 2017, eq. 7-8; NICE: Non-linear independent components estimation,
+    2015.
+    """
+
+    _by_position = 3
+
+    transformed: str | tuple[int, ...]
+    transform: Transform
+    network: Network | None
+    inverse: bool = False
+    scale_network: MLP | None = None
+    translation_network: MLP | None = None
+    # How many features the mask was for, which must be the flow's number; it says nothing else of the layer.
+    _mask_size: int | None = field(default=None, init=False, compare=False)
+
+    def __init__(
+        self,
+        transformed: str | Sequence[int] | Sequence[bool] | NDArray[Any] = "second_half",
+        transform: Transform | None = None,
+        network: Network | None = None,
+        *,
+        inverse: bool = False,
+        scale_network: MLP | None = None,
+        translation_network: MLP | None = None,
+    ) -> None:
+        transform = Affine() if transform is None else transform
+        if not isinstance(transform, (Affine, Additive)):
+            raise TypeError(
+                f"transform is {_checks.describe(transform)}, expected Affine or Additive of nvpflow.layers"
+            )
+        heads = {"scale_network": scale_network, "translation_network": translation_network}
+        if scale_network is None and translation_network is None:
+            network = MLP() if network is None else network
+            if not isinstance(network, (MLP, ResidualNet)):
+                raise TypeError(
+                    f"network is {_checks.describe(network)}, expected MLP or ResidualNet of nvpflow.layers"
+                )
+        else:
+            _check_heads(transform, network, heads)
+        features, mask_size = _features(transformed)
+        self._set(
+            transformed=features,
+            transform=transform,
+            network=network,
+            inverse=_checks.boolean("inverse", inverse),
+            **heads,
+            _mask_size=mask_size,
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class Standardize(Expression):
+    """``y = (x - mean) * exp(-log_std)``, one mean and log_std per feature, which `fit` sets from the data."""
+
+
+@dataclass(frozen=True, repr=False)
+class ActNorm(Expression):
+    """``y = x * exp(log_scale) + shift``, one log_scale and shift per feature, which training changes.
+
+    Parameters
+    ----------
+    inverse
+        False: the formula is read from data to latent. True: from latent to data.
+
+    Raises
+    ------
+    TypeError
+        `inverse` is no bool.
+
+    References
+    ----------
+    Kingma and Dhariwal, Glow: Generative flow with invertible 1x1 convolutions, 2018.
+    """
+
+    inverse: bool = False
+
+    def __post_init__(self) -> None:
+        self._set(inverse=_checks.boolean("inverse", self.inverse))
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Permutation(Expression):
+    """``y[j] = x[order[j]]``: the features in another order. It costs no time.
+
+    Parameters
+    ----------
+    order
+        Each of ``0 .. D - 1`` once; a sequence or an array of integers.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the entry, what came and what was expected.
+    """
+
+    _by_position = 1
+
+    order: tuple[int, ...]
+
+    def __init__(self, order: Sequence[int] | NDArray[Any]) -> None:
+        places = _checks.sizes("order", order, example="(2, 0, 1)")
+        if not places:
+            raise ValueError("order is empty, expected each of 0 to D - 1 once")
+        seen = set()
+        for j, place in enumerate(places):
+            if not 0 <= place < len(places):
+                raise ValueError(f"order[{j}] is {place}, expected 0 to {len(places) - 1}: each of them once")
+            if place in seen:
+                raise ValueError(f"order[{j}] is {place} again, expected each of 0 to {len(places) - 1} once")
+            seen.add(place)
+        self._set(order=places)
+
+
+@dataclass(frozen=True, repr=False)
+class LULinear(Expression):
+    """``y = L U x + bias``, L unit lower and U upper triangular; it starts as the identity.
+
+    The diagonal of U is ``sign * exp(log_diagonal)``; training changes all but the signs.
+
+    Parameters
+    ----------
+    inverse
+        False: the formula is read from data to latent. True: from latent to data.
+
+    Raises
+    ------
+    TypeError
+        `inverse` is no bool.
+
+    References
+    ----------
+    Kingma and Dhariwal, Glow: Generative flow with invertible 1x1 convolutions, 2018, section 3.2.
+    """
+
+    inverse: bool = False
+
+    def __post_init__(self) -> None:
+        self._set(inverse=_checks.boolean("inverse", self.inverse))
+
+
+Layer = Coupling | Standardize | ActNorm | Permutation | LULinear
+
+
+def members(transformed: str | tuple[int, ...], input_size: int) -> NDArray[np.intp]:
+    """Return the indices of a feature set of so many features, ascending."""
+    if not isinstance(transformed, str):
+        return np.array(transformed, np.intp)
+    half = input_size // 2
+    slices = {"first_half": slice(half), "second_half": slice(half, None), "all": slice(None)}
+    slices |= {"even": slice(0, None, 2), "odd": slice(1, None, 2)}
+    return np.arange(input_size)[slices[transformed]]
+
+
+def _check_heads(transform: Transform, network: object, heads: dict[str, MLP | None]) -> None:
+    given = " and ".join(name for name, value in heads.items() if value is not None)
+    if isinstance(transform, Additive):
+        raise ValueError(f"{given} given with transform=Additive(), expected only network: there is one head")
+    if network is not None:
+        raise ValueError(f"{given} given beside network, expected only network, or only the networks of both heads")
+    for name, value in heads.items():
+        if value is None:
+            raise ValueError(f"{name} is None beside {given}, expected both of them")
+        if not isinstance(value, MLP):
+            raise TypeError(f"{name} is {_checks.describe(value)}, expected MLP of nvpflow.layers")
+
+
+def _features(value: Any) -> tuple[str | tuple[int, ...], int | None]:
+    """Return a feature set as a name or indices, and how many features it is a mask of."""
+    expected = f"expected one of {', '.join(_SETS)}, ascending indices, or a mask of bools"
+    if isinstance(value, str):
+        if value not in _SETS:
+            raise ValueError(f"transformed is {_checks.shortened(repr(value))}, {expected}")
+        return value, None
+    if isinstance(value, bytes) or not isinstance(value, (Sequence, np.ndarray)):
+        raise TypeError(f"transformed is {_checks.describe(value)}, {expected}")
+    entries: Any = value if isinstance(value, np.ndarray) else np.asarray(value) if _are_bools(value) else None
+    if entries is not None and entries.dtype == np.bool_ and entries.ndim == 1:
+        indices, size = tuple(np.flatnonzero(entries).tolist()), len(entries)
+    else:
+        indices, size = _checks.sizes("transformed", value, example="(0, 2, 3)"), None
+    if not indices:
+        raise ValueError("transformed holds no feature, expected at least one")
+    for i, index in enumerate(indices):
+        if index < 0:
+            raise ValueError(f"transformed[{i}] is {index}, expected at least 0")
+        if i > 0 and index <= indices[i - 1]:
+            raise ValueError(
+                f"transformed[{i}] is {index} after {indices[i - 1]}, expected ascending indices; a mask holds bools"
+            )
+    return indices, size
+
+
+def _are_bools(values: Sequence[Any]) -> bool:
+    return len(values) > 0 and all(isinstance(value, (bool, np.bool_)) for value in values)

@@ -332,7 +332,7 @@ def _card(flow: Flow, found: Findings, history: History | None, details: Mapping
     spec = flow.spec
     couplings = _spec.in_words(spec, f" {_TIMES} ")
     lines = {
-        "Model": f"RealNVP, {counted(spec.num_flows, 'affine coupling')}",
+        "Model": f"{'Coupling flow' if _spec.regular(spec) is None else 'RealNVP'}, {_spec.kinds_in_words(spec)}",
         "Conditioner networks": f"hidden layers {couplings['hidden layers']}, {couplings['activation']}",
         "Log-scale bound": couplings["scale bound"],
         "Standardize layer": "yes" if spec.standardize else "no",

@@ -1,0 +1,30 @@
+"""What prints as the call that makes it again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import ClassVar
+
+HOME = "nvpflow.layers"  # where users and pickles find the classes that derive from Expression
+
+
+class Expression:
+    """Base of frozen dataclasses whose repr leaves out what is None, and behind the first arguments what is default."""
+
+    _by_position: ClassVar[int] = 0  # arguments that are always shown, without their names
+
+    def _arguments(self) -> Iterator[str]:
+        for i, field in enumerate(dataclasses.fields(self)):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if value is None or not field.init or (i >= self._by_position and value == field.default):
+                continue
+            yield repr(value) if i < self._by_position else f"{field.name}={value!r}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self._arguments())})"
+
+    def _set(self, **values: object) -> None:
+        """Give the fields of a frozen object their checked values."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
