@@ -1,5 +1,5 @@
-// A naive RealNVP in double precision, one row at a time, from the formulas alone. It shares no code with the library:
-// FlowSpec and ParamLayout tell it only what the layers are and where each named parameter lies.
+// Naive flows in double precision, one row at a time, from the formulas alone. They share no code with the library:
+// FlowSpec and ParamLayout tell them only what the layers are and where each named parameter lies.
 #pragma once
 
 #include <cmath>
@@ -39,6 +39,30 @@ inline double activate(nvpflow::Activation kind, double u) {
   throw std::logic_error("the oracle does not know this activation");
 }
 
+inline double log_scale(const nvpflow::LogScale& scale, double u) {
+  using Function = nvpflow::LogScale::Function;
+  const double v = u / scale.divisor, sign = scale.negated ? -1 : 1;
+  switch (scale.function) {
+    case Function::tanh:
+      return scale.factor * std::tanh(v);
+    case Function::softsign:
+      return scale.factor * v / (1 + std::fabs(v));
+    case Function::atan:
+      return scale.factor * std::atan(v);
+    case Function::identity:
+      return u;
+    case Function::sigmoid:
+      if (scale.low == 0)  // the logarithm of a sigmoid that rounds to zero would be lost
+        return sign * (std::log(scale.high) - activate(nvpflow::Activation::softplus, -(u + scale.offset)));
+      return sign *
+             std::log(scale.low + (scale.high - scale.low) * activate(nvpflow::Activation::sigmoid, u + scale.offset));
+    case Function::softplus:
+      return sign *
+             std::log(std::fmin(activate(nvpflow::Activation::softplus, u + scale.offset) + scale.low, scale.high));
+  }
+  throw std::logic_error("the oracle does not know this log-scale");
+}
+
 class Flow {
  public:
   using Row = std::vector<double>;
@@ -58,55 +82,50 @@ class Flow {
 
   std::vector<double>& parameters() { return parameters_; }
 
-  Result forward(const Row& x) const {
+  // context: [C]; empty where the flow has none.
+
+  Result forward(const Row& x, const Row& context = {}) const {
     Result result{x, 0};
-    for (std::size_t i = 0; i < spec_.layers.size(); ++i) result.log_det += apply(i, /*forward=*/true, result.values);
-    return settled(x, std::move(result), -HUGE_VAL);
+    const Row c = standardized(context);
+    for (std::size_t i = 0; i < spec_.layers.size(); ++i) result.log_det += apply(i, Walk::forward, result.values, c);
+    return settled(x, context, std::move(result), -HUGE_VAL);
   }
 
-  Result inverse(const Row& z) const {
+  Result inverse(const Row& z, const Row& context = {}) const {
     Result result{z, 0};
-    for (std::size_t i = spec_.layers.size(); i-- > 0;) result.log_det += apply(i, /*forward=*/false, result.values);
-    return settled(z, std::move(result), HUGE_VAL);
+    const Row c = standardized(context);
+    for (std::size_t i = spec_.layers.size(); i-- > 0;) result.log_det += apply(i, Walk::inverse, result.values, c);
+    return settled(z, context, std::move(result), HUGE_VAL);
   }
 
-  double log_prob(const Row& x) const {
-    const Result result = forward(x);
+  double log_prob(const Row& x, const Row& context = {}) const {
+    const Result result = forward(x, context);
     double squares = 0;
     for (const double z : result.values) squares += z * z;
     const double log_2_pi = std::log(2 * std::acos(-1.0));
     return -0.5 * (static_cast<double>(x.size()) * log_2_pi + squares) + result.log_det;
   }
 
-  double nll(const std::vector<Row>& rows) const {
+  /// contexts: one for each row; none where the flow has no context.
+  double nll(const std::vector<Row>& rows, const std::vector<Row>& contexts = {}) const {
     double sum = 0;
-    for (const Row& row : rows) sum -= log_prob(row);
+    for (std::size_t i = 0; i < rows.size(); ++i) sum -= log_prob(rows[i], contexts.empty() ? Row{} : contexts[i]);
     return sum / static_cast<double>(rows.size());
   }
 
   /// Log-scale and shift of coupling layer `index` on that layer's own input.
-  Conditioner conditioner(std::size_t index, const Row& x) const {
-    const auto& layer = std::get<nvpflow::Coupling>(spec_.layers[index]);
-    Row g;
-    for (const std::size_t i : others(members(layer.transformed))) g.push_back(x[i]);
-    const std::string prefix = "flow_" + std::to_string(coupling_number(index)) + "_";
-    for (std::size_t j = 0; j < layer.network.hidden_sizes.size(); ++j) {
-      g = dense(prefix + "coupling_dense_" + std::to_string(j), g);
-      for (double& value : g) value = activate(layer.network.activation, value);
-    }
-    Row t = dense(prefix + "translation", g);
-    const auto* affine = std::get_if<nvpflow::Affine>(&layer.transform);
-    if (affine == nullptr) return {Row(t.size(), 0.0), std::move(t)};
-    Row s = dense(prefix + "scale", g);
-    for (double& value : s) value = log_scale(affine->log_scale, value);
-    return {std::move(s), std::move(t)};
+  Conditioner conditioner(std::size_t index, const Row& x, const Row& context = {}) const {
+    return conditioner(std::get<nvpflow::Coupling>(spec_.layers[index]), index, x, standardized(context));
   }
 
  private:
+  enum class Walk { forward, inverse };
+
   /// NaN is for rows that came in with NaN or inf: of a finite row, what got lost as inf - inf on the way is infinite.
-  static Result settled(const Row& given, Result result, double lost_log_det) {
+  static Result settled(const Row& given, const Row& context, Result result, double lost_log_det) {
     bool finite = true;
     for (const double value : given) finite = finite && std::isfinite(value);
+    for (const double value : context) finite = finite && std::isfinite(value);
     for (double& value : result.values) {
       if (!finite) value = std::nan("");
       if (finite && std::isnan(value)) value = HUGE_VAL;
@@ -115,40 +134,23 @@ class Flow {
     return result;
   }
 
-  static double log_scale(const nvpflow::LogScale& scale, double u) {
-    if (scale.function == nvpflow::LogScale::Function::tanh) return scale.factor * std::tanh(u / scale.divisor);
-    throw std::logic_error("a log-scale function that the oracle does not know");
-  }
-
-  std::vector<std::size_t> members(const nvpflow::FeatureSet& set) const {
+  /// Of each feature, whether the coupling transforms it.
+  std::vector<bool> is_transformed(const nvpflow::FeatureSet& set) const {
     using Name = nvpflow::FeatureSet::Name;
-    const auto features = static_cast<std::size_t>(spec_.input_size), half = features / 2;
-    std::vector<std::size_t> list;
-    for (std::size_t i = 0; i < features; ++i) {
-      const bool in = set.name == Name::first_half    ? i < half
-                      : set.name == Name::second_half ? i >= half
-                      : set.name == Name::even        ? i % 2 == 0
-                      : set.name == Name::odd         ? i % 2 == 1
-                      : set.name == Name::all
-                          ? true
-                          : std::count(set.indices.begin(), set.indices.end(), static_cast<std::int64_t>(i)) > 0;
-      if (in) list.push_back(i);
+    const auto size = static_cast<std::size_t>(spec_.input_size);
+    std::vector<bool> in(size);
+    for (std::size_t f = 0; f < size; ++f) {
+      in[f] = (set.name == Name::first_half && f < size / 2) || (set.name == Name::second_half && f >= size / 2) ||
+              (set.name == Name::even && f % 2 == 0) || (set.name == Name::odd && f % 2 == 1) || set.name == Name::all;
     }
-    return list;
+    for (const std::int64_t f : set.indices) in[static_cast<std::size_t>(f)] = true;
+    return in;
   }
 
-  std::vector<std::size_t> others(const std::vector<std::size_t>& set) const {
-    std::vector<std::size_t> list;
-    for (std::size_t i = 0; i < static_cast<std::size_t>(spec_.input_size); ++i) {
-      if (std::count(set.begin(), set.end(), i) == 0) list.push_back(i);
-    }
-    return list;
-  }
-
-  std::size_t coupling_number(std::size_t index) const {
+  std::string prefix_of_coupling(std::size_t index) const {
     std::size_t number = 0;
     for (std::size_t i = 0; i < index; ++i) number += std::holds_alternative<nvpflow::Coupling>(spec_.layers[i]);
-    return number;
+    return "flow_" + std::to_string(number) + "_";
   }
 
   const double* tensor(const std::string& name) const {
@@ -156,6 +158,8 @@ class Flow {
     if (info == nullptr) throw std::logic_error("the layout has no " + name);
     return parameters_.data() + info->offset;
   }
+
+  // ---- networks
 
   Row dense(const std::string& name, const Row& in) const {
     const double* kernel = tensor(name + ".kernel");  // [in, out]
@@ -167,64 +171,172 @@ class Flow {
     return out;
   }
 
-  /// Replaces the row by the layer's output; returns the layer's log_det.
-  double apply(std::size_t index, bool forward, Row& row) const {
-    return std::visit([&](const auto& layer) { return apply(layer, index, forward, row); }, spec_.layers[index]);
+  static Row activated(nvpflow::Activation kind, Row row) {
+    for (double& value : row) value = activate(kind, value);
+    return row;
   }
 
-  double apply(const nvpflow::Standardize&, std::size_t index, bool forward, Row& row) const {
+  static Row normalized(Row row) {
+    const auto n = static_cast<double>(row.size());
+    double mean = 0, variance = 0;
+    for (const double value : row) mean += value / n;
+    for (const double value : row) variance += (value - mean) * (value - mean) / (n - 1);
+    for (double& value : row) value = (value - mean) / std::sqrt(variance + 1e-5);
+    return row;
+  }
+
+  /// What the heads read. `dense_name`: of a perceptron's hidden layers.
+  Row hidden(const nvpflow::Network& network, const std::string& prefix, const std::string& dense_name,
+             const Row& given, const Row& context) const {
+    if (network.kind == nvpflow::Network::Kind::residual) return residual(network, prefix, given, context);
+    Row h = given;
+    for (std::size_t j = 0; j < network.hidden_sizes.size(); ++j) {
+      h = activated(network.activation, dense(prefix + dense_name + "_" + std::to_string(j), h));
+      if (network.layer_norm) h = normalized(std::move(h));
+    }
+    return h;
+  }
+
+  Row residual(const nvpflow::Network& network, const std::string& prefix, const Row& given, const Row& context) const {
+    Row h = dense(prefix + "initial", given);
+    for (std::int64_t j = 0; j < network.num_blocks; ++j) {
+      const std::string block = prefix + "block_" + std::to_string(j) + "_";
+      Row v = h;
+      if (network.block_affines) {
+        const double* scale = tensor(block + "affine.scale");
+        const double* shift = tensor(block + "affine.shift");
+        for (std::size_t i = 0; i < v.size(); ++i) v[i] = v[i] * scale[i] + shift[i];
+      }
+      for (const char* const layer : {"dense_0", "dense_1"}) v = dense(block + layer, activated(network.activation, v));
+      if (network.context_gates) {
+        const Row gate = activated(nvpflow::Activation::sigmoid, dense(block + "context", context));
+        for (std::size_t i = 0; i < v.size(); ++i) v[i] *= gate[i];
+      }
+      for (std::size_t i = 0; i < v.size(); ++i) h[i] += v[i];
+    }
+    return h;
+  }
+
+  Conditioner conditioner(const nvpflow::Coupling& layer, std::size_t index, const Row& x, const Row& context) const {
+    const std::string prefix = prefix_of_coupling(index);
+    const std::vector<bool> in = is_transformed(layer.transformed);
+    Row given;
+    for (std::size_t f = 0; f < x.size(); ++f) {
+      if (!in[f]) given.push_back(x[f]);
+    }
+    given.insert(given.end(), context.begin(), context.end());
+
+    const bool two = layer.translation_network.has_value();
+    const Row of_first = hidden(layer.network, prefix, two ? "scale_dense" : "coupling_dense", given, context);
+    Row t = dense(prefix + "translation",
+                  two ? hidden(*layer.translation_network, prefix, "translation_dense", given, context) : of_first);
+    if (std::holds_alternative<nvpflow::Additive>(layer.transform)) return {Row(t.size(), 0.0), std::move(t)};
+    Row s = dense(prefix + "scale", of_first);
+    for (double& value : s) value = log_scale(std::get<nvpflow::Affine>(layer.transform).log_scale, value);
+    return {std::move(s), std::move(t)};
+  }
+
+  Row standardized(Row context) const {
+    if (!spec_.standardize_context) return context;
+    const double* mean = tensor("context.mean");
+    const double* log_std = tensor("context.log_std");
+    for (std::size_t i = 0; i < context.size(); ++i) context[i] = (context[i] - mean[i]) * std::exp(-log_std[i]);
+    return context;
+  }
+
+  // ---- layers: each replaces the row by its output and returns its log_det
+
+  double apply(std::size_t index, Walk walk, Row& row, const Row& context) const {
+    return std::visit([&](const auto& layer) { return apply(layer, index, walk, row, context); }, spec_.layers[index]);
+  }
+
+  static bool runs_backwards(Walk walk, bool inverse) { return (walk == Walk::inverse) != inverse; }
+
+  double apply(const nvpflow::Coupling& layer, std::size_t index, Walk walk, Row& row, const Row& context) const {
+    const auto [s, t] = conditioner(layer, index, row, context);
+    const std::vector<bool> in = is_transformed(layer.transformed);
+    const bool backwards = runs_backwards(walk, layer.inverse);
+    double log_det = 0;
+    std::size_t i = 0;
+    for (std::size_t f = 0; f < row.size(); ++f) {
+      if (!in[f]) continue;
+      row[f] = backwards ? (row[f] - t[i]) * std::exp(-s[i]) : row[f] * std::exp(s[i]) + t[i];
+      log_det += backwards ? -s[i] : s[i];
+      ++i;
+    }
+    return log_det;
+  }
+
+  double apply(const nvpflow::Standardize&, std::size_t index, Walk walk, Row& row, const Row&) const {
     const std::string prefix = "standardize_" + std::to_string(index);
     const double* mean = tensor(prefix + ".mean");
     const double* log_std = tensor(prefix + ".log_std");
+    const bool backwards = walk == Walk::inverse;
     double log_det = 0;
     for (std::size_t d = 0; d < row.size(); ++d) {
-      row[d] = forward ? (row[d] - mean[d]) * std::exp(-log_std[d]) : row[d] * std::exp(log_std[d]) + mean[d];
-      log_det += forward ? -log_std[d] : log_std[d];
+      row[d] = backwards ? row[d] * std::exp(log_std[d]) + mean[d] : (row[d] - mean[d]) * std::exp(-log_std[d]);
+      log_det += backwards ? log_std[d] : -log_std[d];
     }
     return log_det;
   }
 
-  double apply(const nvpflow::Coupling& layer, std::size_t index, bool forward, Row& row) const {
-    const auto [s, t] = conditioner(index, row);
-    const std::vector<std::size_t> b = members(layer.transformed);
-    const bool by_formula = forward != layer.inverse;
-    double log_det = 0;
-    for (std::size_t i = 0; i < s.size(); ++i) {
-      double& value = row[b[i]];
-      value = by_formula ? value * std::exp(s[i]) + t[i] : (value - t[i]) * std::exp(-s[i]);
-      log_det += by_formula ? s[i] : -s[i];
-    }
-    return log_det;
-  }
-
-  double apply(const nvpflow::ActNorm& layer, std::size_t index, bool forward, Row& row) const {
+  double apply(const nvpflow::ActNorm& layer, std::size_t index, Walk walk, Row& row, const Row&) const {
     const std::string prefix = "actnorm_" + std::to_string(index);
-    const double* log_scale = tensor(prefix + ".log_scale");
+    const double* scale = tensor(prefix + ".log_scale");
     const double* shift = tensor(prefix + ".shift");
-    const bool by_formula = forward != layer.inverse;
+    const bool backwards = runs_backwards(walk, layer.inverse);
     double log_det = 0;
     for (std::size_t d = 0; d < row.size(); ++d) {
-      row[d] = by_formula ? row[d] * std::exp(log_scale[d]) + shift[d] : (row[d] - shift[d]) * std::exp(-log_scale[d]);
-      log_det += by_formula ? log_scale[d] : -log_scale[d];
+      row[d] = backwards ? (row[d] - shift[d]) * std::exp(-scale[d]) : row[d] * std::exp(scale[d]) + shift[d];
+      log_det += backwards ? -scale[d] : scale[d];
     }
     return log_det;
   }
 
-  double apply(const nvpflow::Permutation& layer, std::size_t, bool forward, Row& row) const {
-    const Row before = row;
+  double apply(const nvpflow::Permutation& layer, std::size_t, Walk walk, Row& row, const Row&) const {
+    const Row in = row;
     for (std::size_t j = 0; j < row.size(); ++j) {
-      const auto i = static_cast<std::size_t>(layer.order[j]);
-      if (forward) {
-        row[j] = before[i];
-      } else {
-        row[i] = before[j];
-      }
+      const auto from = static_cast<std::size_t>(layer.order[j]);
+      if (walk == Walk::forward) row[j] = in[from];
+      if (walk == Walk::inverse) row[from] = in[j];
     }
     return 0;
   }
 
-  double apply(const nvpflow::LULinear&, std::size_t, bool, Row&) const {
-    throw std::logic_error("a layer that the oracle does not know");
+  double apply(const nvpflow::LULinear& layer, std::size_t index, Walk walk, Row& row, const Row&) const {
+    const std::string prefix = "lu_linear_" + std::to_string(index);
+    const double* lower = tensor(prefix + ".lower");  // row i starts at i (i - 1) / 2
+    const double* upper = tensor(prefix + ".upper");
+    const double* log_diagonal = tensor(prefix + ".log_diagonal");
+    const double* sign = tensor(prefix + ".sign");
+    const double* bias = tensor(prefix + ".bias");
+    const std::size_t n = row.size();
+    const auto lower_at = [&](std::size_t i, std::size_t j) { return lower[i * (i - 1) / 2 + j]; };
+    const auto upper_at = [&](std::size_t i, std::size_t j) { return upper[i * n - i * (i + 1) / 2 + j - i - 1]; };
+    const auto diagonal_at = [&](std::size_t i) { return sign[i] * std::exp(log_diagonal[i]); };
+
+    double log_det = 0;
+    for (std::size_t i = 0; i < n; ++i) log_det += log_diagonal[i];
+    if (runs_backwards(walk, layer.inverse)) {
+      for (std::size_t i = 0; i < n; ++i) {  // L v = y - bias
+        row[i] -= bias[i];
+        for (std::size_t j = 0; j < i; ++j) row[i] -= lower_at(i, j) * row[j];
+      }
+      for (std::size_t i = n; i-- > 0;) {  // U x = v
+        for (std::size_t j = i + 1; j < n; ++j) row[i] -= upper_at(i, j) * row[j];
+        row[i] /= diagonal_at(i);
+      }
+      return -log_det;
+    }
+    for (std::size_t i = 0; i < n; ++i) {  // v = U x
+      row[i] *= diagonal_at(i);
+      for (std::size_t j = i + 1; j < n; ++j) row[i] += upper_at(i, j) * row[j];
+    }
+    for (std::size_t i = n; i-- > 0;) {  // y = L v + bias
+      for (std::size_t j = 0; j < i; ++j) row[i] += lower_at(i, j) * row[j];
+      row[i] += bias[i];
+    }
+    return log_det;
   }
 
   nvpflow::FlowSpec spec_;
