@@ -112,7 +112,7 @@ class Affine(Expression):
         yield repr(self.function)
         constants = {name: getattr(self, name) for name in _CONSTANTS[self.function]}
         for bound in (self.bound, float(f"{self.bound:.15g}")):  # the second: 2 B / pi * pi / 2 is not quite B
-            if self.function not in ("softplus", "identity") and _of_bound(self.function, bound) == constants:
+            if _takes(self.function, bound) and _of_bound(self.function, bound) == constants:
                 constants = {"bound": bound}
         if self.function != "softplus" or constants != _softplus():
             yield from (f"{name}={_number(value)}" for name, value in constants.items())
@@ -176,6 +176,13 @@ def _taken(function: str) -> str:
     *first, last = _CONSTANTS[function]
     every = f"all of {', '.join(first)} and {last}"
     return f"{every}, or none" if function == "softplus" else f"{every}, or only bound"
+
+
+def _takes(function: str, bound: float) -> bool:
+    """Tell whether `_of_bound` has constants for it."""
+    if function in ("softplus", "identity"):
+        return False
+    return 0 < bound <= _LARGEST_LOG if function == "sigmoid" else 0 < bound < math.inf
 
 
 def _of_bound(function: str, bound: float) -> dict[str, float]:

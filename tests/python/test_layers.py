@@ -30,6 +30,8 @@ TRANSFORMS = [
     Affine("sigmoid"),
     Affine("sigmoid", 2.3, negated=True),
     Affine("sigmoid", low=0.001, high=1.001, offset=2),
+    Affine("sigmoid", low=0, high=1, offset=2, negated=True),  # no bound on s
+    Affine("sigmoid", low=1e-320, high=1, offset=2),  # a bound that cannot be asked for
     Affine("softplus"),
     Affine("softplus", low=0, high=3, offset=0),
     Affine("softplus", low=0.01, high=math.inf, offset=0.52546, negated=True),
