@@ -57,7 +57,7 @@ pack_kernel(const std::int64_t* source, const std::int64_t count, const T* param
 template <class T>
 NVPFLOW_DEVICE void pack_numbers(Of<Kind::coupling>, const Layer<T>&, int, const T*, T*) {}
 template <class T>
-NVPFLOW_DEVICE void pack_numbers(Of<Kind::standardize>, const Layer<T>& layer, int features, const T* parameters,
+NVPFLOW_DEVICE void pack_numbers(Of<Kind::diagonal>, const Layer<T>& layer, int features, const T* parameters,
                                  T* packed) {
   pack_diagonal(layer, features, parameters, packed);
 }
@@ -80,12 +80,12 @@ Status launch_adam(const AdamCall<T>& call, Stream stream) {
 }
 
 template <class T>
-Status launch_pack(const Program<T>* program, std::int32_t num_standardize, const std::int64_t* source,
-                   std::int64_t count, const T* parameters, T* packed, Stream stream) {
+Status launch_pack(const Program<T>* program, std::int32_t num_diagonal, const std::int64_t* source, std::int64_t count,
+                   const T* parameters, T* packed, Stream stream) {
   if (const Status s =
           launch(pack_kernel<T>, element_blocks(count), kThreads, 0, stream, source, count, parameters, packed))
     return s;
-  if (program == nullptr || num_standardize == 0) return 0;
+  if (program == nullptr || num_diagonal == 0) return 0;
   return launch(pack_numbers_kernel<T>, 1, kThreads, 0, stream, *program, parameters, packed);
 }
 

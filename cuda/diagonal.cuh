@@ -1,5 +1,5 @@
-// KERNEL PART: the standardize layer, y = (x - mean) e^(-log_std): its numbers, its way forward and back, and the
-// gradient of its parameters. `walk` is the walk of a tile (transform.cu, gradient.cu).
+// KERNEL PART: a layer that scales and shifts each feature by itself, y = (x - mean) e^(-log_std): its numbers, its way
+// forward and back, and the gradient of its parameters. `walk` is the walk of a tile (transform.cu, gradient.cu).
 #pragma once
 
 #include "elementary.cuh"

@@ -97,7 +97,7 @@ struct Reverse {
       affine_taped(*this, keep, part, first, valid, sums);
     });
   }
-  NVPFLOW_DEVICE void forward(Of<Kind::standardize>, const Layer<T>& layer, T* part) {
+  NVPFLOW_DEVICE void forward(Of<Kind::diagonal>, const Layer<T>& layer, T* part) {
     diagonal_taped(*this, layer, part);
   }
 
@@ -141,7 +141,7 @@ struct Reverse {
     affine_backward(*this, keep, part);
     network_backward<M>(*this, keep, part, input_wanted);
   }
-  NVPFLOW_DEVICE void backward(Of<Kind::standardize>, const Layer<T>& layer, T* part, bool) {
+  NVPFLOW_DEVICE void backward(Of<Kind::diagonal>, const Layer<T>& layer, T* part, bool) {
     diagonal_backward(*this, layer, part);
   }
 

@@ -84,7 +84,7 @@ struct Layer {
   Act activation = Act::relu;
   std::int32_t first_dense = 0, num_dense = 0;  // into Program::dense: hidden layers, then the head
   T bound = 1, inverse_bound = 1;
-  // standardize
+  // diagonal
   std::int64_t affine = 0;  // into Program::packed: mean, std = exp(log_std), exp(-log_std), each [D], then
                             // -sum(log_std) at 3 D; affine_size(D) elements, filled by launch_pack
   std::int64_t mean_offset = 0, log_std_offset = 0;  // into the flat parameters and gradient
@@ -109,8 +109,10 @@ NVPFLOW_HOST_DEVICE void visit(const Layer<T>& layer, F&& f) {
   switch (layer.kind) {
     case Kind::coupling:
       return f(Of<Kind::coupling>());
-    case Kind::standardize:
-      return f(Of<Kind::standardize>());
+    case Kind::diagonal:
+      return f(Of<Kind::diagonal>());
+    case Kind::linear:  // refused where a flow comes to the device
+      return;
   }
 }
 
@@ -136,10 +138,10 @@ struct Program {
 };
 
 /// packed[i] = source[i] < 0 ? 0 : parameters[source[i]] for i < count; then, where program is given, the affine
-/// numbers of its standardize layers (whose source is -1). Called for packed and for transposed (program: null).
+/// numbers of its diagonal layers (whose source is -1). Called for packed and for transposed (program: null).
 template <class T>
-Status launch_pack(const Program<T>* program, std::int32_t num_standardize, const std::int64_t* source,
-                   std::int64_t count, const T* parameters, T* packed, Stream stream);
+Status launch_pack(const Program<T>* program, std::int32_t num_diagonal, const std::int64_t* source, std::int64_t count,
+                   const T* parameters, T* packed, Stream stream);
 
 // ---- what the plans need to know of a device ------------------------------------------------------------------------
 
@@ -275,9 +277,9 @@ struct GradientCall {
   std::array<RowArray<T*>, 2> rows_out(std::int64_t input_size) { return {{{&grad_in, input_size}, {&log_prob, 1}}}; }
 };
 
-/// A part of the gradient that one block forms: inputs x outputs of one dense layer, or a standardize layer.
+/// A part of the gradient that one block forms: inputs x outputs of one dense layer, or a diagonal layer.
 struct GradientTask {
-  std::int32_t layer = 0, dense = -1;  // dense: into Program::dense; -1: standardize
+  std::int32_t layer = 0, dense = -1;  // dense: into Program::dense; -1: diagonal
   std::int32_t first_in = 0, first_out = 0;
   std::int64_t input = 0, cotangent = 0;  // where the tape holds the layer's input and its output's cotangent
 };

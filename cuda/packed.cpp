@@ -4,10 +4,13 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <string>
 #include <variant>
 
+#include <nvpflow/error.hpp>
 #include <nvpflow/spec.hpp>
 
+#include "../cpp/src/lower.hpp"
 #include "kernels.cuh"
 #include "runtime.hpp"
 
@@ -15,6 +18,44 @@ namespace nvpflow::cuda {
 namespace {
 
 constexpr std::int64_t kUploadBytes = 16 << 20;
+
+void refuse_on_cuda(bool there, const std::string& what) {
+  if (there) throw Error(ErrorCode::unavailable, what + " is in the spec, which CUDA does not compute yet; use 'cpu'");
+}
+
+void refuse_unavailable(const LoweredNetwork& network) {
+  refuse_on_cuda(network.residual, "a residual network");
+  refuse_on_cuda(network.layer_norm, "layer_norm");
+}
+
+void refuse_unavailable(const LoweredCoupling& layer, std::int64_t input_size) {
+  refuse_on_cuda(layer.inverse, "a coupling with inverse: true");
+  refuse_on_cuda(layer.networks.size() > 1, "a network for each head");
+  for (const LoweredNetwork& network : layer.networks) refuse_unavailable(network);
+  refuse_on_cuda(layer.scale.function == ScaleFunction::none, "an additive coupling");
+  refuse_on_cuda(layer.scale.function != ScaleFunction::tanh || layer.scale.factor != layer.scale.divisor,
+                 "a log-scale other than B tanh(u / B)");
+  const Places& a = layer.conditioning;
+  const bool first = a.begin == 0 && a.count == input_size / 2;
+  const bool second = a.begin == input_size / 2 && a.count == input_size - input_size / 2;
+  const bool listed = !a.index.empty() || !layer.transformed.index.empty() || !layer.place.empty();
+  refuse_on_cuda(!(first || second) || listed, "a coupling of other features than halves");
+}
+
+void refuse_unavailable(const LoweredDiagonal& layer, std::int64_t) {
+  refuse_on_cuda(layer.inverse, "an actnorm layer");
+}
+
+void refuse_unavailable(const LoweredLinear&, std::int64_t) { refuse_on_cuda(true, "a layer of kind lu_linear"); }
+
+/// What the kernels do not compute: each by its name.
+void refuse_unavailable(const Lowered& lowered) {
+  refuse_on_cuda(lowered.context_size > 0, "a context");
+  for (const LoweredLayer& layer : lowered.layers) {
+    std::visit([&](const auto& kind) { refuse_unavailable(kind, lowered.input_size); }, layer);
+  }
+  refuse_on_cuda(!lowered.data_place.empty() || !lowered.latent_place.empty(), "a permutation");
+}
 
 }  // namespace
 
@@ -36,7 +77,9 @@ template <class T>
 Layers<T>::Layers(const FlowSpec& spec, const ParamLayout& layout, Stream stream) {
   host_.input_size = static_cast<std::int32_t>(spec.input_size);
   host_.num_parameters = layout.size();
-  for (const LoweredLayer& layer : lower(spec, layout).layers) {
+  const Lowered lowered = lower(spec, layout);
+  refuse_unavailable(lowered);
+  for (const LoweredLayer& layer : lowered.layers) {
     std::visit([&](const auto& kind) { add(kind); }, layer);
   }
   host_.num_layers = static_cast<std::int32_t>(layers_.size());
@@ -85,25 +128,29 @@ void Layers<T>::add(const LoweredCoupling& from) {
   Layer<T> layer;
   layer.kind = Kind::coupling;
   layer.condition = from.conditioning.begin == 0 ? 0 : 1;
-  layer.activation = from.activation;
+  const LoweredNetwork& network = from.networks.front();
+  layer.activation = network.activation;
   layer.first_dense = static_cast<std::int32_t>(dense_.size());
-  layer.num_dense = static_cast<std::int32_t>(from.dense.size());
-  layer.bound = static_cast<T>(from.bound);
-  layer.inverse_bound = static_cast<T>(1.0 / from.bound);
-  for (const LoweredDense& dense : from.dense) add_dense(dense);
+  layer.num_dense = static_cast<std::int32_t>(network.dense.size());
+  layer.bound = static_cast<T>(from.scale.factor);
+  layer.inverse_bound = static_cast<T>(1.0 / from.scale.factor);
+  for (const LoweredDense& dense : network.dense) add_dense(dense);
   layers_.push_back(layer);
 }
 
 template <class T>
-void Layers<T>::add(const LoweredStandardize& from) {
+void Layers<T>::add(const LoweredLinear&) {}  // refused
+
+template <class T>
+void Layers<T>::add(const LoweredDiagonal& from) {
   Layer<T> layer;
-  layer.kind = Kind::standardize;
+  layer.kind = Kind::diagonal;
   layer.mean_offset = from.mean;
   layer.log_std_offset = from.log_std;
   layer.affine = host_.packed_size;
   host_.packed_size += affine_size(host_.input_size);
   layers_.push_back(layer);
-  ++num_standardize_;
+  ++num_diagonal_;
 }
 
 /// The head's outputs alternate between scale and translation.
@@ -133,7 +180,7 @@ Packed<T>::Packed(std::shared_ptr<const Layers<T>> layers)
 template <class T>
 void Packed<T>::pack(const T* parameters, Stream stream) {
   launch_on(stream, "packing parameters", [layers = layers_, program = program_, parameters, stream] {
-    return launch_pack(&program, layers->num_standardize(), layers->packed_source(), program.packed_size, parameters,
+    return launch_pack(&program, layers->num_diagonal(), layers->packed_source(), program.packed_size, parameters,
                        const_cast<T*>(program.packed), stream);
   });
   launch_on(stream, "packing parameters", [layers = layers_, program = program_, parameters, stream] {
@@ -151,8 +198,8 @@ void Packed<T>::pack_rest(T* parameters, const float* of_host, const float* mean
   rest_.packed = to;
   fill_zero(parameters, 2 * features * element, stream);  // mean and log_std: the identity
   launch_on(stream, "packing parameters", [layers = layers_, program = rest_, parameters, to, stream] {
-    return launch_pack(&program, layers->num_standardize(), layers->packed_source(), program.packed_size, parameters,
-                       to, stream);
+    return launch_pack(&program, layers->num_diagonal(), layers->packed_source(), program.packed_size, parameters, to,
+                       stream);
   });
   const std::int64_t log_det = layers_->on_host().layers[0].affine + 3 * features;
   copy_on_device(to + log_det, program_.packed + log_det, element, stream);

@@ -26,14 +26,15 @@ class Layers {
   const Program<T>& on_host() const { return host_; }
   /// With pointers of the device but for the parameters.
   const Program<T>& on_device() const { return device_; }
-  std::int32_t num_standardize() const { return num_standardize_; }
+  std::int32_t num_diagonal() const { return num_diagonal_; }
   /// For each packed or transposed element the flat parameter that it is, or -1. In device memory.
   const std::int64_t* packed_source() const { return static_cast<const std::int64_t*>(packed_source_.data()); }
   const std::int64_t* transposed_source() const { return static_cast<const std::int64_t*>(transposed_source_.data()); }
 
  private:
   void add(const LoweredCoupling& from);
-  void add(const LoweredStandardize& from);
+  void add(const LoweredDiagonal& from);
+  void add(const LoweredLinear& from);
   void add_dense(const LoweredDense& from);
   void fill_sources(const Dense& dense, bool head);
 
@@ -42,7 +43,7 @@ class Layers {
   std::vector<bool> heads_;
   std::vector<std::int64_t> packed_from_, transposed_from_;  // empty once they are on the device
   Program<T> host_, device_;
-  std::int32_t num_standardize_ = 0;
+  std::int32_t num_diagonal_ = 0;
   Memory device_layers_{Memory::Kind::device}, device_dense_{Memory::Kind::device};
   Memory packed_source_{Memory::Kind::device}, transposed_source_{Memory::Kind::device};
 };

@@ -126,7 +126,7 @@ void each_task(Of<Kind::coupling>, const Program<T>& program, const GradientPlan
 }
 
 template <class T, class Visit>
-void each_task(Of<Kind::standardize>, const Program<T>& program, const GradientPlan& plan, int k, Visit visit) {
+void each_task(Of<Kind::diagonal>, const Program<T>& program, const GradientPlan& plan, int k, Visit visit) {
   GradientTask task;
   task.layer = k;
   task.input =

@@ -5,7 +5,7 @@
 //   state, cotangent of the state
 //   per coupling: input of the conditioner [a]; per hidden layer value [H], where kept argument [H], cotangent [H];
 //                 cotangent of the head [2 b]; log-scale, scale = exp(+-s), product = d(output) / d(s), [b] each
-//   per standardize: its output, in the form of a state; sums over the rows for mean and log_std, [2 D] numbers
+//   per diagonal layer: its output, in the form of a state; sums over the rows for mean and log_std, [2 D] numbers
 // clang-format on
 #pragma once
 
@@ -54,7 +54,7 @@ struct CouplingTape {
   NVPFLOW_HOST_DEVICE std::int64_t input(int j) const { return j == 0 ? 0 : value(j - 1); }
 };
 
-/// Offsets within a standardize layer's part of the tape.
+/// Offsets within a diagonal layer's part of the tape.
 template <class T>
 struct DiagonalTape {
   std::int64_t features, rows;
@@ -71,7 +71,7 @@ NVPFLOW_HOST_DEVICE CouplingTape<T> tape_of(Of<Kind::coupling>, const Program<T>
   return {program, layer, rows};
 }
 template <class T>
-NVPFLOW_HOST_DEVICE DiagonalTape<T> tape_of(Of<Kind::standardize>, const Program<T>& program, const Layer<T>& layer,
+NVPFLOW_HOST_DEVICE DiagonalTape<T> tape_of(Of<Kind::diagonal>, const Program<T>& program, const Layer<T>& layer,
                                             std::int64_t rows) {
   return {program, layer, rows};
 }

@@ -85,7 +85,7 @@ struct Walker {
     network<M>(*this, layer, run, [&](int first, int valid, auto& sums) { affine(*this, layer, first, valid, sums); });
   }
   template <class Run>
-  NVPFLOW_DEVICE void layer_of(Of<Kind::standardize>, const Layer<T>& layer, Run) {
+  NVPFLOW_DEVICE void layer_of(Of<Kind::diagonal>, const Layer<T>& layer, Run) {
     barrier();
     diagonal(*this, layer);
   }

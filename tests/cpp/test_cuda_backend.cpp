@@ -97,7 +97,7 @@ AllResults<T> all_results(const Flow& flow, std::int64_t rows) {
   r.nll_of_gradient = flow.nll_gradient<T>(in, r.gradient);
   flow.vjp<T>(Direction::inverse, in, cotangent, log_det_cotangent, r.grad_in, r.grad_parameters, true);
   const auto layer = static_cast<std::int64_t>(flow.spec().layers.size()) - 1;
-  const std::int64_t width = flow.spec().transformed(std::get<Coupling>(flow.spec().layers.back())).count;
+  const std::int64_t width = std::get<Coupling>(flow.spec().layers.back()).transformed.count(d);
   r.s = r.t = zeros<T>(rows * width);
   flow.conditioner<T>(layer, in, r.s, r.t);
   return r;
@@ -449,6 +449,33 @@ TEST_CASE("devices and precisions that are not there") {
     CHECK(message([&] { (void)parse_device(bad); }).find(bad) != std::string::npos);
   }
   CHECK(parse_device("cuda:3").index == 3);
+}
+
+TEST_CASE("what CUDA does not compute is refused by its name") {
+  const auto message = [](const FlowSpec& spec) {
+    try {
+      (void)Flow(spec, 1).to(kCuda0);
+    } catch (const Error& error) {
+      CHECK(error.code() == ErrorCode::unavailable);
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  const auto with = [](auto change) {
+    FlowSpec spec = FlowSpec::real_nvp(4, 2, {8});
+    change(spec, std::get<Coupling>(spec.layers[1]));
+    return spec;
+  };
+  CHECK(message(with([](FlowSpec&, Coupling& c) { c.inverse = true; })).find("inverse") != std::string::npos);
+  CHECK(message(with([](FlowSpec&, Coupling& c) { c.transform = Additive(); })).find("additive") != std::string::npos);
+  CHECK(message(with([](FlowSpec&, Coupling& c) { c.transformed.name = FeatureSet::Name::odd; })).find("halves") !=
+        std::string::npos);
+  CHECK(message(with([](FlowSpec& s, Coupling&) { s.layers.emplace_back(ActNorm()); })).find("actnorm") !=
+        std::string::npos);
+  CHECK(message(with([](FlowSpec& s, Coupling&) {
+          s.layers.emplace_back(Permutation{{1, 0, 3, 2}});
+        })).find("permutation") != std::string::npos);
+  CHECK(message(with([](FlowSpec&, Coupling&) {})).empty());
 }
 
 TEST_CASE("after a fork the CPU goes on and CUDA says why it does not") {

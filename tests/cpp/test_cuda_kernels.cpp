@@ -129,7 +129,7 @@ struct PackedFlow {
     program.transposed = transposed->data();
     const GuardedArray<T> from(parameters);
     const GuardedArray<std::int64_t> index(source), transposed_index(transposed_source);
-    cuda::launch_pack(&program, num_standardize, index.data(), program.packed_size, from.data(), packed->data(), {});
+    cuda::launch_pack(&program, num_diagonal, index.data(), program.packed_size, from.data(), packed->data(), {});
     cuda::launch_pack<T>(nullptr, 0, transposed_index.data(), program.transposed_size, from.data(), transposed->data(),
                          {});
   }
@@ -166,24 +166,27 @@ struct PackedFlow {
   void add(const LoweredCoupling& from) {
     cuda::Layer<T> layer;
     layer.condition = from.conditioning.begin == 0 ? 0 : 1;
-    layer.activation = from.activation;
-    layer.bound = static_cast<T>(from.bound);
-    layer.inverse_bound = static_cast<T>(1 / from.bound);
+    const LoweredNetwork& network = from.networks.front();
+    layer.activation = network.activation;
+    layer.bound = static_cast<T>(from.scale.factor);
+    layer.inverse_bound = static_cast<T>(1 / from.scale.factor);
     layer.first_dense = static_cast<std::int32_t>(dense.size());
-    layer.num_dense = static_cast<std::int32_t>(from.dense.size());
-    for (const LoweredDense& one : from.dense) add_dense(one);
+    layer.num_dense = static_cast<std::int32_t>(network.dense.size());
+    for (const LoweredDense& one : network.dense) add_dense(one);
     layers.push_back(layer);
   }
 
-  void add(const LoweredStandardize& from) {
+  void add(const LoweredLinear&) { FAIL("no CUDA kernel"); }
+
+  void add(const LoweredDiagonal& from) {
     cuda::Layer<T> layer;
-    layer.kind = Kind::standardize;
+    layer.kind = Kind::diagonal;
     layer.affine = static_cast<std::int64_t>(source.size());
     layer.mean_offset = from.mean;
     layer.log_std_offset = from.log_std;
     source.resize(source.size() + static_cast<std::size_t>(cuda::affine_size(spec.input_size)), -1);
     layers.push_back(layer);
-    ++num_standardize;
+    ++num_diagonal;
   }
 
   FlowSpec spec;
@@ -192,7 +195,7 @@ struct PackedFlow {
   std::vector<cuda::Layer<T>> layers;
   std::vector<cuda::Dense> dense;
   std::vector<std::int64_t> source, transposed_source;
-  std::int32_t num_standardize = 0;
+  std::int32_t num_diagonal = 0;
   std::unique_ptr<GuardedArray<T>> packed, transposed;
   cuda::Program<T> program;
 };
@@ -654,7 +657,7 @@ TEST_CASE_TEMPLATE("conditioner gives the log-scale and shift of one layer", T, 
     for (std::size_t k = 0; k < spec.layers.size(); ++k) {
       const auto* coupling = std::get_if<Coupling>(&spec.layers[k]);
       if (coupling == nullptr) continue;
-      const std::int64_t count = spec.transformed(*coupling).count;
+      const std::int64_t count = coupling->transformed.count(spec.input_size);
       for (const int storage : {-1, 1, 2}) {
         const auto plan = cuda::plan_transform<T>(flow.program, test_device(), rows, {{}, false, storage});
         const GuardedArray<unsigned char> workspace(static_cast<std::size_t>(plan.workspace_bytes));
