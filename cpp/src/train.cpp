@@ -29,6 +29,7 @@
 
 #include "backend.hpp"
 #include "checkpoint.hpp"
+#include "fit_rows.hpp"
 #include "float_mode.hpp"
 #include "flow_access.hpp"
 #include "math.hpp"
@@ -89,45 +90,6 @@ std::uint64_t fingerprint(const void* data, std::size_t bytes, Poll poll) {
   for (; bytes > 0; --bytes, ++p) hash = (hash ^ *p) * 0x100000001B3ull;
   return hash;
 }
-
-/// Which rows of x train and which validate, and their order in each epoch.
-class Rows {
- public:
-  Rows(std::int64_t total, std::int64_t held_out, std::uint64_t seed)
-      : held_out_(held_out),
-        seed_(seed),
-        split_(static_cast<std::uint64_t>(total), seed, kStreamSplit, 0),
-        train_(total - held_out) {}
-
-  std::int64_t train() const { return train_; }
-  std::int64_t held_out() const { return held_out_; }
-  /// The training rows, as they lie.
-  RowOrder training() const {
-    RowOrder order;
-    if (held_out_ > 0) order.split = true, order.parts = split_;
-    order.first_of_part = static_cast<std::uint64_t>(held_out_);
-    return order;
-  }
-  /// The training rows in the order of an epoch.
-  RowOrder shuffled(std::int64_t epoch) const {
-    RowOrder order = training();
-    order.shuffled = true;
-    order.shuffle = {static_cast<std::uint64_t>(train_), seed_, kStreamShuffle, static_cast<std::uint64_t>(epoch)};
-    return order;
-  }
-  RowOrder validating() const {
-    RowOrder order;
-    order.split = true;
-    order.parts = split_;
-    return order;
-  }
-
- private:
-  std::int64_t held_out_;
-  std::uint64_t seed_;
-  Shuffle split_;
-  std::int64_t train_;
-};
 
 template <class T, class Poll>
 void check_finite(const char* name, std::span<const T> values, std::int64_t features, Poll poll) {
@@ -304,7 +266,7 @@ class Trainer {
 
   std::int64_t held_out_rows() const {
     if (has_array()) return 0;
-    return static_cast<std::int64_t>(std::floor(options_.validation_fraction * static_cast<double>(total_rows())));
+    return FitRows::held_out_of(total_rows(), options_.validation_fraction);
   }
 
   void check_sizes() const {
@@ -429,7 +391,7 @@ class Trainer {
            short_text(options_.max_deviation) +
            " standard deviations of the standardize layer's mean; give other rows, or set max_deviation to 0");
     }
-    rows_ = Rows(total_rows(), 0, options_.seed);
+    rows_ = FitRows(total_rows(), 0, options_.seed);
     count_rows();
   }
 
@@ -674,7 +636,7 @@ class Trainer {
   Standardized standardized_;
   std::vector<T> standardized_x_, standardized_validation_;  // these, or
   std::vector<T> kept_, kept_validation_;                    // these, where rows are left out
-  Rows rows_;
+  FitRows rows_;
   int threads_;
   std::unique_ptr<Training> training_;
   std::optional<Flow> probe_;  // where max_round_trip is set

@@ -40,9 +40,10 @@ _QUARTILES_PER_STD = 1.349  # of a normal distribution
 
 
 class DataWarning(UserWarning):
-    """A table holds what a density does badly with; the message names the columns and says what to do.
+    """A table holds what a density does badly with, or a flow fits it worse than a Gaussian does.
 
-    `check_data` shows the same as a table. ``warnings.simplefilter("ignore", nvpflow.DataWarning)`` silences it.
+    The message names the columns, or both log-densities, and says what to do. `check_data` shows what was found in the
+    columns as a table. ``warnings.simplefilter("ignore", nvpflow.DataWarning)`` silences it.
     """
 
 
@@ -327,9 +328,9 @@ def _sample_size(columns: int) -> int:
     return min(_SAMPLE_ROWS, max(_SAMPLE_VALUES // columns, 4 * columns))
 
 
-def _drawn(rows: Array) -> Array:
+def drawn(rows: Array, wanted: int) -> Array:
     """Draw rows: one at random of each of equally long stretches, so that no period of the rows meets theirs."""
-    wanted, at = _sample_size(rows.shape[1]), np.arange(len(rows))
+    at = np.arange(len(rows))
     if wanted < len(rows):
         at = ((np.arange(wanted) + np.random.default_rng(0).random(wanted)) * (len(rows) / wanted)).astype(np.int64)
     return rows[np.minimum(at, len(rows) - 1)]
@@ -355,7 +356,7 @@ def _look_at(
     measures, sample = _Measures(columns), rows[:0]
     again = None
     if columns:
-        sample, again = _drawn(rows), partial(_blocks, rows)
+        sample, again = drawn(rows, _sample_size(columns)), partial(_blocks, rows)
     look = _Look(measures, sample, rows.dtype, labels, numbers, dtype, standardize, trained=trained, again=again)
     with np.errstate(all="ignore"):
         for block in _blocks(rows) if columns else ():

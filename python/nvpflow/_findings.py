@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvpflow._data import check_data
+from nvpflow._gaussian import gaussian_log_prob
 from nvpflow._spec import begins_with_standardize
 from nvpflow._text import counted
 from nvpflow.certificate import Certificate, Deviation
@@ -22,35 +23,6 @@ EXAMINED = 100_000  # rows for everything but the likelihood, which all rows hav
 CERTIFIED = 20_000  # rows for the certificate, which takes many passes
 SAMPLES = 20_000
 LEAST_ROWS = 10
-
-
-def gaussian_log_prob(train: Array, rows: Array) -> NDArray[np.float64]:
-    """Return log p [B] in nats under the Gaussian with the training rows' mean and full covariance.
-
-    Parameters
-    ----------
-    train
-        Rows [N, D] to take mean and covariance from.
-    rows
-        Rows [B, D].
-
-    Raises
-    ------
-    numpy.linalg.LinAlgError
-        The covariance of `train` is singular.
-    """
-    if len(train) <= train.shape[1]:
-        raise np.linalg.LinAlgError(f"{len(train)} rows of {train.shape[1]} columns have a singular covariance")
-    train, rows = train.astype(np.float64), rows.astype(np.float64)
-    covariance = np.cov(train, rowvar=False)
-    std = np.sqrt(np.diag(covariance))
-    if not std.all() or np.linalg.matrix_rank(covariance / np.outer(std, std), hermitian=True) < len(std):
-        raise np.linalg.LinAlgError("the covariance of train is singular")
-    factor = np.linalg.cholesky(covariance)
-    white = np.linalg.solve(factor, (rows - train.mean(axis=0)).T)
-    log_det = 2 * np.log(np.diag(factor)).sum()
-    density = -0.5 * (rows.shape[1] * np.log(2 * np.pi) + log_det + np.square(white).sum(axis=0))
-    return np.asarray(density, dtype=np.float64)
 
 
 @dataclass

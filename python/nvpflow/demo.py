@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 import nvpflow
 from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS
-from nvpflow._findings import gaussian_log_prob
+from nvpflow._gaussian import gaussian_log_prob
 
 Array = NDArray[Any]
 

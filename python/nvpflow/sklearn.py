@@ -177,6 +177,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         -----
         nvpflow.DataWarning
             Of all else that `nvpflow.check_data` finds in X, in one message: lost digits, outliers, values that repeat.
+            After training, where the validation rows are likelier under a Gaussian (see `nvpflow.Flow.fit`).
         """
         rows = self._training_rows(X)
         validation: Any = self._validation(len(rows)) if X_val is None else self._in_dtype(self._checked_rows(X_val))

@@ -14,12 +14,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nvpflow import _checks, _core, _data, _frames, _spec, _training_options
+from nvpflow import _checks, _core, _data, _frames, _gaussian, _spec, _training_options
 from nvpflow._model import Model
 from nvpflow.history import History as History  # also by this path, in pickles too
 
 if TYPE_CHECKING:
     from nvpflow._core import EpochRecord  # of the stub only: the type of a plain dict
+
+
+_MOST_COLUMNS = 1000  # of a flow that is compared with a Gaussian: the work grows with the third power
+_MOST_ROWS, _MOST_VALUES = 20_000, 1 << 20  # of the comparison
+_JUDGING_ROWS = 5  # fewer have no standard error to speak of
+_VISIBLE_NATS, _VISIBLE_ERRORS = 0.05, 2.0
+_LATE = 0.8  # share of the epochs after which the best one suggests that more would help
 
 
 class _Bar:
@@ -176,6 +183,9 @@ def fit(
     history = History._from_summary(summary, unlike_mean(flow, summary["standardized"]))
     if not any(finding.kind == "outliers" for finding in report.warnings):  # one warning for one finding
         _warn_of_far_rows(history, asked=checked["standardize"] == "robust")
+    if history.best_epoch > 0 and history.validation_rows >= _JUDGING_ROWS and rows.shape[1] <= _MOST_COLUMNS:
+        tables = _near_rows(flow, _samples(rows, validation_rows, checked), checked["max_deviation"])
+        _warn_where_a_gaussian_is_better(flow, history, *tables, mend_first=bool(report.warnings))
     return history
 
 
@@ -201,3 +211,53 @@ def _warn_of_far_rows(history: History, *, asked: bool) -> None:
             _data.DataWarning,
             stacklevel=_data._outside(),
         )
+
+
+def _samples(
+    rows: NDArray[Any], validation: NDArray[Any] | None, options: Mapping[str, Any]
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return some of the rows that were trained on, and some of those that were set aside, drawn at random."""
+    columns = rows.shape[1]
+    most = min(_MOST_ROWS, max(_MOST_VALUES // columns, 10 * columns))
+    if validation is not None:
+        return _data.drawn(rows, most), _data.drawn(validation, most)
+    set_aside, trained_on = _core._split_rows(len(rows), options["validation"], options["seed"], most)
+    return rows[np.sort(trained_on)], rows[np.sort(set_aside)]
+
+
+def _near_rows(flow: Model, tables: Sequence[NDArray[Any]], max_deviation: float) -> list[NDArray[Any]]:
+    """Return the tables without the rows that `fit` has left out."""
+    scales = _data.trained_scales(flow)
+    if scales is None or max_deviation == 0:
+        return list(tables)
+    mean, std = scales
+    return [rows[(np.abs(rows - mean) <= max_deviation * std).all(axis=1)] for rows in tables]
+
+
+def _warn_where_a_gaussian_is_better(
+    flow: Model, history: History, trained_on: NDArray[Any], set_aside: NDArray[Any], *, mend_first: bool
+) -> None:
+    """Warn of a flow to which a Gaussian is to be preferred, by more than chance explains."""
+    try:
+        gaussian = _gaussian.shrunk_log_prob(trained_on, set_aside)
+    except np.linalg.LinAlgError:  # a column that varies, but not in the sample
+        return
+    ours = flow.log_probability(set_aside).astype(np.float64)
+    better = gaussian - ours
+    mean, error = float(better.mean()), float(better.std(ddof=1) / math.sqrt(len(better)))
+    if not mean > max(_VISIBLE_NATS, _VISIBLE_ERRORS * error):
+        return
+    done = int(history.epoch[-1])
+    remedy = "give more rows, or take fewer couplings or hidden units (num_flows, hidden_sizes) or more weight_decay"
+    if history.best_epoch > _LATE * done:
+        remedy = f"train for more epochs, {remedy}"
+    if mend_first:
+        remedy = f"mend what nvpflow.check_data finds in x, then {remedy}"
+    warnings.warn(
+        f"the flow is worse than a Gaussian: the mean log-density of {len(better):,} validation rows is "
+        f"{ours.mean():.3f} nats, and {gaussian.mean():.3f} under a Gaussian of the training rows (better by "
+        f"{mean:.2f}, with a standard error of {error:.2f}; the best epoch was {history.best_epoch} of {done}); "
+        f"{remedy}",
+        _data.DataWarning,
+        stacklevel=_data._outside(),
+    )

@@ -1,7 +1,8 @@
-// fit, and setting the first layer from data.
+// fit, the rows that it trains on, and setting the first layer from data.
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <string>
@@ -12,6 +13,8 @@
 #include <nvpflow/flow.hpp>
 #include <nvpflow/train.hpp>
 
+#include "../../cpp/src/fit_rows.hpp"
+#include "../../cpp/src/row_order.hpp"
 #include "arrays.hpp"
 #include "bindings.hpp"
 #include "bound_flow.hpp"
@@ -139,7 +142,22 @@ py::object initialize_from(BoundFlow& self, const Arguments& given) {
   return py::cast(how);
 }
 
+std::vector<std::int64_t> first_rows(const RowOrder& order, std::int64_t count) {
+  std::vector<std::int64_t> rows(static_cast<std::size_t>(count));
+  order.each(0, count, [&](std::int64_t i, std::int64_t row) { rows[static_cast<std::size_t>(i)] = row; });
+  return rows;
+}
+
 }  // namespace
+
+void bind_training(py::module_& module) {
+  // Of `total` rows, at most `most` that fit sets aside for validation, and at most `most` that it trains on.
+  module.def("_split_rows", [](std::int64_t total, double share, std::uint64_t seed, std::int64_t most) {
+    const FitRows rows(total, FitRows::held_out_of(total, share), seed);
+    return std::pair(first_rows(rows.validating(), std::min(most, rows.held_out())),
+                     first_rows(rows.training(), std::min(most, rows.train())));
+  });
+}
 
 void add_training_methods(py::class_<BoundFlow>& type) {
   for (PyMethodDef* method : {

@@ -15,6 +15,8 @@ void bind_spec(py::module_& module);
 void bind_flow(py::module_& module);
 /// DeviceArray: nvpflow.cuda's own array, for callers without a library of their own.
 void bind_device_array(py::module_& module);
+/// Which rows fit trains on.
+void bind_training(py::module_& module);
 /// Loading a model file.
 void bind_files(py::module_& module);
 

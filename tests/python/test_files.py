@@ -143,6 +143,7 @@ def test_reload_compares_names_of_columns_where_both_have_some(saved, tmp_path) 
     assert flow.column_names == tuple("abcde")
 
 
+@pytest.mark.filterwarnings("ignore:the flow is worse than a Gaussian")  # of one epoch
 def test_a_threshold_goes_where_its_weights_go(saved, tmp_path) -> None:
     flow, path = saved
     assert flow.threshold is None

@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib", reason="Matplotlib is not installed (pip insta
 
 from conftest import chromium
 from nvpflow import cli, report
-from nvpflow._findings import gaussian_log_prob
+from nvpflow._gaussian import gaussian_log_prob
 
 NAMES = ["a<b>&\"'", "$x_1$", "größe"]
 

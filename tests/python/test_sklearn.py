@@ -336,6 +336,7 @@ def test_a_dtype_set_after_fitting_waits_for_the_next_fit() -> None:
 
 
 @pytest.mark.parametrize(("features", "activation"), [(12, "relu"), (13, "silu")])
+@pytest.mark.filterwarnings("ignore:the flow is worse than a Gaussian")  # of one epoch
 def test_the_default_model_goes_by_the_number_of_features(features, activation) -> None:
     x = np.random.default_rng(0).normal(size=(200, features))
     spec = FlowDensity(epochs=1, random_state=0).fit(x).flow_.spec

@@ -326,6 +326,7 @@ def test_a_free_threaded_python_stays_free_threaded(run_python) -> None:
     assert run_python("import sys, nvpflow; print(sys._is_gil_enabled())").strip() == "False"
 
 
+@pytest.mark.filterwarnings("ignore:the flow is worse than a Gaussian")  # of one epoch
 def test_parameters_are_views_that_outlive_the_flow(make_flow) -> None:
     flow, _ = make_flow(5, 2, (7,), dtype="float32")
     held = flow.parameters()
@@ -476,6 +477,7 @@ def test_nothing_long_is_done_under_the_gil(run_python, tmp_path) -> None:
     assert run_python(HELD, tmp_path / "model", env={"LD_PRELOAD": str(library)}) == ""
 
 
+@pytest.mark.filterwarnings("ignore:the flow is worse than a Gaussian")  # of five epochs
 def test_python_runs_on_while_a_flow_is_fitted(make_flow) -> None:
     flow, _ = make_flow(16, 4, (128, 128), "tanh", dtype="float32")
     x = unit_data(20_000, 16, 6, "float32")
@@ -511,6 +513,7 @@ def test_a_forked_child_computes_the_same_and_exits(run_python) -> None:
 import os, signal, sys, warnings
 warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of every fork beside threads
 import numpy as np, nvpflow
+warnings.simplefilter("ignore", nvpflow.DataWarning)  # one epoch is worse than a Gaussian
 flow = nvpflow.build(input_size=16, num_flows=4, hidden_sizes=(64,), seed=1)
 flow.num_threads = 2
 x = np.random.default_rng(0).normal(size=(20_000, 16)).astype(np.float32)

@@ -1,0 +1,56 @@
+// Which rows a fit trains on.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "math.hpp"
+#include "row_order.hpp"
+
+namespace nvpflow {
+
+/// Which rows of x train and which validate, and their order in each epoch.
+class FitRows {
+ public:
+  FitRows(std::int64_t total, std::int64_t held_out, std::uint64_t seed)
+      : held_out_(held_out),
+        seed_(seed),
+        split_(static_cast<std::uint64_t>(total), seed, kStreamSplit, 0),
+        train_(total - held_out) {}
+
+  /// How many of `total` rows a share of them sets aside.
+  static std::int64_t held_out_of(std::int64_t total, double share) {
+    return static_cast<std::int64_t>(std::floor(share * static_cast<double>(total)));
+  }
+
+  std::int64_t train() const { return train_; }
+  std::int64_t held_out() const { return held_out_; }
+  /// The training rows, as they lie.
+  RowOrder training() const {
+    RowOrder order;
+    if (held_out_ > 0) order.split = true, order.parts = split_;
+    order.first_of_part = static_cast<std::uint64_t>(held_out_);
+    return order;
+  }
+  /// The training rows in the order of an epoch.
+  RowOrder shuffled(std::int64_t epoch) const {
+    RowOrder order = training();
+    order.shuffled = true;
+    order.shuffle = {static_cast<std::uint64_t>(train_), seed_, kStreamShuffle, static_cast<std::uint64_t>(epoch)};
+    return order;
+  }
+  RowOrder validating() const {
+    RowOrder order;
+    order.split = true;
+    order.parts = split_;
+    return order;
+  }
+
+ private:
+  std::int64_t held_out_;
+  std::uint64_t seed_;
+  Shuffle split_;
+  std::int64_t train_;
+};
+
+}  // namespace nvpflow

@@ -1,0 +1,83 @@
+"""Log-densities of the Gaussians that flows are compared with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+def gaussian_log_prob(train: Array, rows: Array) -> NDArray[np.float64]:
+    """Return log p [B] in nats under the Gaussian with the training rows' mean and full covariance.
+
+    Parameters
+    ----------
+    train
+        Rows [N, D] to take mean and covariance from.
+    rows
+        Rows [B, D].
+
+    Raises
+    ------
+    numpy.linalg.LinAlgError
+        The covariance of `train` is singular.
+    """
+    if len(train) <= train.shape[1]:
+        raise np.linalg.LinAlgError(f"{len(train)} rows of {train.shape[1]} columns have a singular covariance")
+    train, rows = train.astype(np.float64), rows.astype(np.float64)
+    covariance = np.cov(train, rowvar=False)
+    std = np.sqrt(np.diag(covariance))
+    if not std.all() or np.linalg.matrix_rank(covariance / np.outer(std, std), hermitian=True) < len(std):
+        raise np.linalg.LinAlgError("the covariance of train is singular")
+    return _log_density(rows - train.mean(axis=0), covariance)
+
+
+def shrunk_log_prob(train: Array, rows: Array) -> NDArray[np.float64]:
+    """Return log p [B] in nats under a Gaussian that few training rows are enough for.
+
+    Its correlations are shrunk towards none (Ledoit and Wolf, 2004), so that their matrix is never singular.
+
+    Parameters
+    ----------
+    train
+        Rows [N, D] to take mean and covariance from.
+    rows
+        Rows [B, D].
+
+    Raises
+    ------
+    numpy.linalg.LinAlgError
+        A column of `train` is constant.
+    """
+    train, rows = train.astype(np.float64), rows.astype(np.float64)
+    mean, std = train.mean(axis=0), train.std(axis=0)
+    if not std.all():
+        raise np.linalg.LinAlgError("a column of train is constant")
+    z = (train - mean) / std
+    density = _log_density((rows - mean) / std, _shrunk_correlations(z))
+    density -= np.log(std).sum()
+    return density
+
+
+def _shrunk_correlations(z: Array) -> Array:
+    """Return the mean of their outer products and the identity, weighted, for rows [N, D] of unit variance."""
+    count, columns = z.shape
+    correlations: Array = z.T @ z / count
+    target = np.eye(columns)
+    distance = np.square(correlations - target).sum()
+    # The mean square by which the outer products of single rows differ from their mean.
+    noise = (np.square(np.square(z).sum(axis=1)).mean() - np.square(correlations).sum()) / count
+    weight = float(np.clip(noise / distance, 0, 1)) if distance > 0 else 1.0
+    return (1 - weight) * correlations + weight * target
+
+
+def _log_density(deviations: Array, covariance: Array) -> NDArray[np.float64]:
+    """Return log p [B] of deviations [B, D] from the mean."""
+    factor = np.linalg.cholesky(covariance)
+    white = np.linalg.solve(factor, deviations.T)
+    log_det = 2 * np.log(np.diag(factor)).sum()
+    density = -0.5 * (deviations.shape[1] * np.log(2 * np.pi) + log_det + np.square(white).sum(axis=0))
+    return np.asarray(density, dtype=np.float64)
