@@ -23,12 +23,12 @@
 #include <nvpflow/execution.hpp>
 #include <nvpflow/overlap.hpp>
 #include <nvpflow/spec.hpp>
-#include <nvpflow/spec_json.hpp>
 
 #include "backend.hpp"
 #include "float_mode.hpp"
 #include "flow_access.hpp"
 #include "io/model_file.hpp"
+#include "io/spec_json.hpp"
 #include "parallel.hpp"
 
 namespace nvpflow {
@@ -349,9 +349,8 @@ void Flow::reload(const std::string& path) {
 }
 
 void Flow::swap(Flow& other) {
-  if (spec() != other.spec()) {
-    fail("other has another spec: " + to_json(other.spec()) + ", expected " + to_json(spec()));
-  }
+  const std::string differs = difference(other.spec(), spec(), "other");
+  if (!differs.empty()) fail(differs);
   if (state_ == other.state_) return;
   State *a = state_.get(), *b = other.state_.get();
   if (std::less<>()(b, a)) std::swap(a, b);  // one order for all: two swaps at once must not wait for each other

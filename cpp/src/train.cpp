@@ -32,7 +32,6 @@
 #include "fit_rows.hpp"
 #include "float_mode.hpp"
 #include "flow_access.hpp"
-#include "math.hpp"
 #include "parallel.hpp"
 #include "row_order.hpp"
 #include "statistics.hpp"

@@ -137,7 +137,7 @@ FlowSpec spec_of(const ContainerReader& file, const TensorsByName& tensors, cons
                                  (dtype == metadata.end() ? "missing" : quote(dtype->second)) + ", expected '" +
                                  std::string(name_of(spec.dtype)) + "' as in " + kSpecKey);
   }
-  const std::string difference_found = expected != nullptr ? difference(spec, *expected) : "";
+  const std::string difference_found = expected != nullptr ? difference(spec, *expected, "the file") : "";
   if (!difference_found.empty()) fail_format(file.path(), difference_found);
   return spec;
 }

@@ -56,24 +56,25 @@ void read_head(const json& document, FlowSpec& spec) {
 
 /// The first place where two documents of the same keys differ: "layers[2].network.hidden_sizes is [4] in the file,
 /// expected [5]"; "" where they are equal.
-std::string difference(const ordered_json& came, const ordered_json& wanted, const std::string& path) {
+std::string difference(const ordered_json& came, const ordered_json& wanted, const std::string& path,
+                       const std::string& where) {
   if (came == wanted) return "";
   const bool both_lists = came.is_array() && wanted.is_array() && !came.empty() && came.front().is_object();
   if (both_lists && came.size() != wanted.size()) {
-    return "the number of " + path + " is " + std::to_string(came.size()) + " in the file, expected " +
+    return "the number of " + path + " is " + std::to_string(came.size()) + " in " + where + ", expected " +
            std::to_string(wanted.size());
   }
   if (both_lists) {
     for (std::size_t i = 0; i < came.size(); ++i) {
-      const std::string found = difference(came[i], wanted[i], path + "[" + std::to_string(i) + "]");
+      const std::string found = difference(came[i], wanted[i], path + "[" + std::to_string(i) + "]", where);
       if (!found.empty()) return found;
     }
   }
   if (came.is_object() && wanted.is_object()) {
     for (const auto& [key, value] : came.items()) {  // the first key says what the object is
       const std::string name = path.empty() ? key : path + "." + key;
-      if (!wanted.contains(key)) return name + " is in the file, expected none";
-      const std::string found = difference(value, wanted[key], name);
+      if (!wanted.contains(key)) return name + " is in " + where + ", expected none";
+      const std::string found = difference(value, wanted[key], name, where);
       if (!found.empty()) return found;
     }
   }
@@ -83,7 +84,7 @@ std::string difference(const ordered_json& came, const ordered_json& wanted, con
     for (const char c : dumped) spaced.append(c == ',' ? ", " : std::string(1, c));
     return spaced;
   };
-  return path + " is " + text(came) + " in the file, expected " + text(wanted);
+  return path + " is " + text(came) + " in " + where + ", expected " + text(wanted);
 }
 
 }  // namespace
@@ -118,10 +119,10 @@ FlowSpec parse_spec(const std::string& text) {
   return spec;
 }
 
-std::string difference(const FlowSpec& file, const FlowSpec& expected) {
-  if (file == expected) return "";
-  const Format format = std::max(format_of(file), format_of(expected));
-  return difference(document_of(file, format), document_of(expected, format), "");
+std::string difference(const FlowSpec& came, const FlowSpec& expected, const std::string& where) {
+  if (came == expected) return "";
+  const Format format = std::max(format_of(came), format_of(expected));
+  return difference(document_of(came, format), document_of(expected, format), "", where);
 }
 
 }  // namespace nvpflow
