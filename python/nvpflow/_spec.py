@@ -18,6 +18,7 @@ from nvpflow.layers import MLP, ActNorm, Additive, Coupling, Layer, LULinear, Pe
 __all__ = ["FlowSpec", "begins_with_standardize", "in_words", "regular"]
 
 MOST_LAYERS = 1 << 16
+_SHOWN_LAYERS, _SHOWN_ENDS = 64, 3  # of a repr: all of so many layers, else so many of the first and of the last
 
 
 def layers_of(spec: FlowSpec) -> tuple[Layer, ...]:
@@ -98,6 +99,14 @@ def regular(spec: FlowSpec) -> dict[str, Any] | None:
     except AttributeError:  # no one value for all couplings
         return None
     return arguments if FlowSpec(**arguments) == spec else None
+
+
+def _shown(layers: Sequence[Layer]) -> list[str]:
+    """Return each layer for `repr`, or the first and the last and how many are between."""
+    if len(layers) <= _SHOWN_LAYERS:
+        return [repr(layer) for layer in layers]
+    first, last = layers[:_SHOWN_ENDS], layers[-_SHOWN_ENDS:]
+    return [*map(repr, first), f"... {len(layers) - 2 * _SHOWN_ENDS:,} more ...", *map(repr, last)]
 
 
 def begins_with_standardize(spec: FlowSpec) -> bool:
@@ -193,7 +202,7 @@ def _completed(spec: type[FlowSpec]) -> None:
         arguments = regular(self)
         if arguments is not None:
             return f"FlowSpec({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
-        lines = "".join(f"\n    {layer!r}," for layer in layers_of(self))
+        lines = "".join(f"\n    {line}," for line in _shown(layers_of(self)))
         rest = [f"dtype={self.dtype!r}"]
         if self.context_size:
             rest += [f"context_size={self.context_size}", f"standardize_context={self.standardize_context}"]

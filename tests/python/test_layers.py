@@ -415,6 +415,28 @@ def test_names_from_a_file_are_quoted_printably_and_whole() -> None:
             nvpflow.FlowSpec.from_json(json.dumps(document))
 
 
+def test_a_hidden_size_that_is_no_number_is_named_by_its_place() -> None:
+    text = nvpflow.FlowSpec(4, 2, (3, 5)).to_json()
+    with pytest.raises(
+        nvpflow.FileFormatError, match=r"^layers\[1\]\.hidden_sizes\[1\] is 'null', expected a whole number$"
+    ):
+        nvpflow.FlowSpec.from_json(text[: (at := text.rindex("5]"))] + "null" + text[at + 1 :])
+
+
+@pytest.mark.parametrize("count", [64, 65, 10_000])
+def test_repr_makes_the_spec_again_unless_it_is_long(count) -> None:
+    layers = [Coupling("odd" if i % 2 else "even", network=MLP((3,) if i % 3 else (4,))) for i in range(count)]
+    spec = nvpflow.FlowSpec.from_layers(4, layers)
+    shown = [repr(layer) for layer in layers]
+    if count <= 64:
+        assert eval(repr(spec), vars(L) | {"FlowSpec": nvpflow.FlowSpec}) == spec
+    else:
+        shown = [*shown[:3], f"... {count - 6:,} more ...", *shown[-3:]]
+    lines = "".join(f"\n    {line}," for line in shown)
+    assert repr(spec) == f"FlowSpec.from_layers(4, [{lines}\n], dtype='float32')"
+    assert repr(spec) in repr(nvpflow.Flow(spec))
+
+
 def test_odd_numbers_and_texts_are_named() -> None:
     with pytest.raises(TypeError, match="hidden_sizes has 2 dimensions, expected one"):
         MLP(np.array([[3, 4]]))
