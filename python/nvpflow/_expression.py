@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import ClassVar
 
+from nvpflow import _checks
+
 HOME = "nvpflow.layers"  # where users and pickles find the classes that derive from Expression
 
 
@@ -28,3 +30,13 @@ class Expression:
         """Give the fields of a frozen object their checked values."""
         for name, value in values.items():
             object.__setattr__(self, name, value)
+
+    def __setstate__(self, state: object) -> None:
+        """Take the fields from a pickle, which may hold anything: the constructor checks them."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        if not isinstance(state, dict) or set(state) != {field.name for field in fields}:
+            expected = f"a dict of {', '.join(field.name for field in fields) or 'nothing'}"
+            raise TypeError(f"the pickled {type(self).__name__} is {_checks.describe(state)}, expected {expected}")
+        made = type(self)(**{field.name: state[field.name] for field in fields if field.init})
+        hidden = {field.name: state[field.name] for field in fields if not field.init}  # integers, or None
+        self._set(**vars(made) | {name: v if v is None else _checks.integer(name, v) for name, v in hidden.items()})

@@ -66,10 +66,40 @@ def _unpickle(
     statistics: str = "auto",
     mean_low: NDArray[Any] | None = None,
 ) -> Self:
+    if not (isinstance(cls, type) and issubclass(cls, Model)):
+        raise TypeError(
+            f"the pickled class is {_checks.describe(cls)}, expected nvpflow.Flow or a class derived from it"
+        )
     where = _where(device, precision, weights)
-    spec = FlowSpec.from_json(spec_json)
-    state = (_joined(parameters, spec) if isinstance(parameters, tuple) else parameters, mean_low)
-    return _restore(cls, spec, state, num_threads, where, list(column_names), threshold, statistics)
+    spec = FlowSpec.from_json(_checks.text("the pickled spec", spec_json))
+    flat = _core._new_flat_parameters(spec)
+    if isinstance(parameters, tuple):
+        _join(parameters, flat)
+    else:
+        flat[:] = _flat("the pickled array of weights", parameters, flat.dtype, flat.size)
+    if mean_low is not None:
+        mean_low = _flat("the pickled mean_low", mean_low, np.dtype(np.float32), spec.input_size)
+    names = _checks.column_names("the pickled column_names", column_names)
+    threads, how = _checks.integer("the pickled num_threads", num_threads), _checks.text("standardize", statistics)
+    return _restore(cls, spec, (flat, mean_low), threads, where, names, _threshold_of(threshold), how)
+
+
+def _flat(name: str, values: Any, dtype: np.dtype[Any], size: int) -> NDArray[Any]:
+    """Return an array [size] of a pickle, which may be anything."""
+    if not isinstance(values, np.ndarray) or values.shape != (size,) or values.dtype != dtype:
+        came = f"has shape {values.shape} and dtype {values.dtype}" if isinstance(values, np.ndarray) else ""
+        raise TypeError(f"{name} {came or f'is {_checks.describe(values)}'}, expected an array ({size},) of {dtype}")
+    return values
+
+
+def _threshold_of(pickled: Any) -> tuple[float, float | None] | None:
+    if pickled is None:
+        return None
+    if not isinstance(pickled, tuple) or len(pickled) != 2:
+        raise TypeError(f"the pickled threshold is {_checks.describe(pickled)}, expected (log_p, quantile) or None")
+    limit, quantile = pickled
+    share = None if quantile is None else _checks.real("the pickled threshold's quantile", quantile)
+    return _checks.real("the pickled threshold's log_p", limit), share
 
 
 _PIECE_BYTES = 1 << 19
@@ -96,16 +126,17 @@ def _pieces(parameters: NDArray[Any]) -> tuple[_Piece, ...]:
     return tuple(_Piece(parameters[at : at + step]) for at in range(0, len(parameters), step))
 
 
-def _joined(pieces: tuple[Any, ...], spec: FlowSpec) -> NDArray[Any]:
-    parameters = _core._new_flat_parameters(spec)
+def _join(pieces: tuple[Any, ...], parameters: NDArray[Any]) -> None:
     into, at = parameters.view(np.uint8), 0
     for piece in pieces:
-        data = piece._bytes if isinstance(piece, _Piece) else np.frombuffer(piece, np.uint8)
-        into[at : at + len(data)] = data
+        if not isinstance(piece, (_Piece, bytes, bytearray, memoryview, pickle.PickleBuffer)):
+            raise TypeError(f"the pickled weights hold {_checks.describe(piece)}, expected bytes")
+        data: Any = piece._bytes if isinstance(piece, _Piece) else np.frombuffer(memoryview(piece), np.uint8)
+        if at + len(data) <= len(into):
+            into[at : at + len(data)] = data
         at += len(data)
     if at != len(into):
         raise ValueError(f"the pickle holds {at} bytes of weights, expected {len(into)}")
-    return parameters
 
 
 for _named in (_unpickle, _piece):

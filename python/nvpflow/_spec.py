@@ -164,6 +164,7 @@ def _bound_in_words(layer: Coupling) -> str:
 def _completed(spec: type[FlowSpec]) -> None:
     """Give the compiled class functions of Python: those that pybind11 makes name no argument in their messages."""
     initialise, read_json, write_json, convert = spec.__init__, spec.from_json, spec.to_json, spec.with_dtype
+    set_state: Any = spec.__setstate__  # type: ignore[attr-defined]
 
     def __init__(
         self: FlowSpec,
@@ -212,6 +213,9 @@ def _completed(spec: type[FlowSpec]) -> None:
     def __reduce__(self: FlowSpec) -> tuple[Any, tuple[str]]:
         return from_json, (write_json(self),)
 
+    def __setstate__(self: FlowSpec, state: str) -> None:
+        set_state(self, _checks.text("the pickled FlowSpec", state))
+
     static: dict[str, Any] = {"from_json": read, "from_layers": from_layers}
     bound: dict[str, Any] = {"__init__": __init__, "to_json": write, "with_dtype": with_dtype}
     for name, function in (static | bound).items():
@@ -219,7 +223,12 @@ def _completed(spec: type[FlowSpec]) -> None:
             function.__name__, function.__qualname__ = name, f"FlowSpec.{name}"
         explained: Any = _hints.explained(function)
         setattr(spec, name, staticmethod(explained) if name in static else explained)
-    plain: dict[str, Any] = {"__repr__": __repr__, "__reduce__": __reduce__, "layers": property(layers_of)}
+    plain: dict[str, Any] = {
+        "__repr__": __repr__,
+        "__reduce__": __reduce__,
+        "__setstate__": __setstate__,
+        "layers": property(layers_of),
+    }
     for name, member in plain.items():
         setattr(spec, name, member)
 

@@ -437,6 +437,33 @@ def test_repr_makes_the_spec_again_unless_it_is_long(count) -> None:
     assert repr(spec) in repr(nvpflow.Flow(spec))
 
 
+@pytest.mark.parametrize(
+    ("layer", "changed", "message"),
+    [
+        (Standardize(), {"a": 1}, r"the pickled Standardize is \{'a': 1\} \(dict\), expected a dict of nothing"),
+        (ActNorm(), {"inverse": 1}, r"inverse must be True or False, got 1 \(int\)"),
+        (Permutation((1, 0)), {"order": (0, 0)}, r"order\[1\] is 0 again"),
+        (MLP(), {"hidden_sizes": "8"}, "hidden_sizes must be a sequence of integers"),
+        (Affine(), {"factor": -1.0}, r"factor is -1\.0"),
+        (Coupling(), {"network": 5}, r"network is 5 \(int\), expected MLP or ResidualNet"),
+        (Coupling(), {"_mask_size": "4"}, r"_mask_size must be an integer, got '4' \(str\)"),
+        (
+            Coupling(),
+            {"more": 1},
+            "the pickled Coupling is .*, expected a dict of transformed, transform, netw",
+        ),
+    ],
+)
+def test_an_odd_pickle_of_a_layer_is_refused(layer, changed, message) -> None:
+    kind = type(layer)
+    with pytest.raises((TypeError, ValueError), match=message):
+        kind.__new__(kind).__setstate__(vars(layer) | changed)
+    for odd in (5, None, "state", {}) if vars(layer) else (5, None, "state"):
+        expected = rf"the pickled {kind.__name__} is {re.escape(repr(odd))} \(\w+\), expected a dict of "
+        with pytest.raises(TypeError, match=expected):
+            kind.__new__(kind).__setstate__(odd)
+
+
 def test_odd_numbers_and_texts_are_named() -> None:
     with pytest.raises(TypeError, match="hidden_sizes has 2 dimensions, expected one"):
         MLP(np.array([[3, 4]]))

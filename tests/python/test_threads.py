@@ -206,7 +206,7 @@ def test_swap_exchanges_and_reload_replaces_or_nothing_changes(make_flow, tmp_pa
     wider = nvpflow.build(5, 2, (8,), standardize=False)
     wider.save(tmp_path / "wider")
     (tmp_path / "broken").write_bytes((tmp_path / "b").read_bytes()[:-1])
-    with pytest.raises(ValueError, match="other has another spec"):
+    with pytest.raises(ValueError, match=r"^layers\[0\]\.hidden_sizes is \[8\] in other, expected \[7\]$"):
         a.swap(wider)
     with pytest.raises(nvpflow.FileFormatError, match=r"hidden_sizes is \[8\] in the file, expected \[7\]"):
         a.reload(tmp_path / "wider")
@@ -604,6 +604,43 @@ def test_a_pickle_names_public_modules() -> None:
     assert nvpflow.flow._unpickle(*state[:2], whole, *state[3:]) == flow
     with pytest.raises(ValueError, match=r"the pickle holds 0 bytes of weights, expected \d+"):
         nvpflow.flow._unpickle(*state[:2], (), *state[3:])
+
+
+@pytest.mark.parametrize(
+    ("place", "odd", "message"),
+    [
+        (0, 5, r"the pickled class is 5 \(int\), expected nvpflow\.Flow"),
+        (1, 5, r"the pickled spec must be a string, got 5 \(int\)"),
+        (2, None, r"the pickled array of weights is None \(NoneType\), expected an array \(\d+,\) of float32"),
+        (2, np.zeros(3), r"the pickled array of weights has shape \(3,\) and dtype float64, expected an array"),
+        (2, ("a",), r"the pickled weights hold 'a' \(str\), expected bytes"),
+        (2, (bytes(1 << 20),), r"the pickle holds 1048576 bytes of weights, expected \d+"),
+        (3, "two", r"the pickled num_threads must be an integer, got 'two' \(str\)"),
+        (4, None, "device must be a string, got None"),
+        (7, [1], r"the pickled column_names\[0\] must be a string, got 1 \(int\)"),
+        (8, 5, r"the pickled threshold is 5 \(int\), expected \(log_p, quantile\) or None"),
+        (8, ("low", None), r"the pickled threshold's log_p must be a real number, got 'low' \(str\)"),
+        (8, (1.0, "one"), r"the pickled threshold's quantile must be a real number, got 'one' \(str\)"),
+        (9, None, "standardize must be a string, got None"),
+        (
+            10,
+            np.zeros(3),
+            r"the pickled mean_low has shape \(3,\) and dtype float64, expected an array \(2,\) of float32",
+        ),
+    ],
+)
+def test_an_odd_pickle_of_a_flow_is_refused(place, odd, message) -> None:
+    state = list(nvpflow.build(2, 1, (3,)).__reduce__()[1])
+    state[place] = odd
+    with pytest.raises((TypeError, ValueError), match=message):
+        nvpflow.flow._unpickle(*state)
+
+
+def test_an_odd_pickle_of_a_spec_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"the pickled FlowSpec must be a string, got 5 \(int\)"):
+        nvpflow.FlowSpec.__new__(nvpflow.FlowSpec).__setstate__(5)
+    with pytest.raises(nvpflow.FileFormatError, match="input_size is missing"):
+        nvpflow.FlowSpec.__new__(nvpflow.FlowSpec).__setstate__("{}")
 
 
 def test_a_spec_can_be_pickled_hashed_and_compared() -> None:
