@@ -28,6 +28,7 @@ import numpy as np
 
 import nvpflow
 from nvpflow import _certify, _checks, _data, _output, _training_options, certificate, data_io
+from nvpflow._architecture import MASKS, MIXINGS, NETWORKS, OPTIONS, SCALES, TRANSFORMS, Options
 from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS, default_activation
 from nvpflow._source import rows_per_block
 from nvpflow._spec import begins_with_standardize
@@ -209,18 +210,39 @@ def _add_fit(commands: Any) -> None:
 
     model = fit.add_argument_group("model")
     _add_option(model, "--num-flows", type=int, metavar="K", default=NUM_FLOWS, help="coupling layers")
-    sizes_help = "widths of the hidden layers of each coupling's network; none: no hidden layer"
-    _add_option(
-        model, "--hidden-sizes", type=_sizes, metavar="N,N", default=",".join(map(str, HIDDEN_SIZES)), help=sizes_help
-    )
+    sizes_help = "widths of the hidden layers of each coupling's network; none: no hidden layer (default: "
+    sizes_help += f"{','.join(map(str, HIDDEN_SIZES))}; {HIDDEN_SIZES[0]} with --network residual)"
+    _add_option(model, "--hidden-sizes", type=_sizes, metavar="N,N", help=sizes_help)
     activation_help = f"of the hidden layers: {_ACTIVATIONS} (default: relu for up to 12 columns, silu above)"
     _add_option(model, "--activation", metavar="NAME", help=activation_help)
     _add_option(model, "--scale-bound", type=float, metavar="B", default=1.0, help="largest log-scale of a layer")
+    _add_architecture(model)
     standardize_help = "leave out the layer for the columns' means and standard deviations"
     _add_option(model, "--no-standardize", action="store_true", help=standardize_help)
     _add_option(model, "--dtype", choices=("float32", "float64"), default="float32", help="of weights and arithmetic")
     _add_training_options(fit.add_argument_group("training"))
     _add_reading(fit.add_argument_group("table"))
+
+
+def _add_architecture(group: Any) -> None:
+    """Add the options of `nvpflow.build` beyond those of a RealNVP, by its names."""
+    _add_option(group, "--transform", choices=TRANSFORMS, default="affine", help="affine: RealNVP; additive: NICE")
+    scale_help = "log-scale of a layer; --scale-bound bounds the first four"
+    _add_option(group, "--scale", choices=SCALES, default="tanh", help=scale_help)
+    mask_help = "what couplings transform, in turns: halves, odd and even columns, or a random half and the other"
+    _add_option(group, "--mask", choices=MASKS, default="halves", help=mask_help)
+    mixing_help = (
+        "of the columns before each coupling: their reverse order, a random one (permutation), or that and a trained "
+        "linear layer (lu) (default: none)"
+    )
+    _add_option(group, "--mixing", choices=MIXINGS, help=mixing_help)
+    _add_option(
+        group, "--actnorm", action="store_true", help="begin each step with a trained scale and shift per column"
+    )
+    network_help = "of each coupling; residual: blocks of one width, the only one of --hidden-sizes"
+    _add_option(group, "--network", choices=NETWORKS, default="mlp", help=network_help)
+    _add_option(group, "--num-blocks", type=int, metavar="N", default=2, help="blocks of --network residual")
+    _add_option(group, "--layer-norm", action="store_true", help="normalize the output of each hidden layer")
 
 
 def _add_training_options(group: Any) -> None:
@@ -379,6 +401,8 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 def _run_fit(arguments: argparse.Namespace) -> None:
     _check_fit_paths(arguments)
+    model = {name: getattr(arguments, name) for name in OPTIONS} | {"hidden_sizes": _hidden_sizes(arguments)}
+    Options(**model).checked()
     _output.check_target(arguments.output, force=arguments.force)
     # Before minutes go into reading the data: is the device there?
     nvpflow.build(2, 1, (), dtype=arguments.dtype, device=arguments.device, precision=arguments.precision)
@@ -387,9 +411,8 @@ def _run_fit(arguments: argparse.Namespace) -> None:
     flow = nvpflow.build(
         rows.shape[1],
         arguments.num_flows,
-        arguments.hidden_sizes,
-        default_activation(rows.shape[1]) if arguments.activation is None else arguments.activation,
-        scale_bound=arguments.scale_bound,
+        activation=default_activation(rows.shape[1]) if arguments.activation is None else arguments.activation,
+        **model,
         standardize=not arguments.no_standardize,
         dtype=arguments.dtype,
         seed=arguments.seed,
@@ -409,6 +432,13 @@ def _run_fit(arguments: argparse.Namespace) -> None:
     kind, count = ("held-out", history.validation_rows) if history.validation_rows else ("training", history.train_rows)
     say(f"{kind} log-likelihood: {-history.best_loss:.4f} nats per row (epoch {history.best_epoch}, {count:,} rows)")
     say(f"model written to {arguments.output}")
+
+
+def _hidden_sizes(arguments: argparse.Namespace) -> Sequence[int]:
+    if arguments.hidden_sizes is not None:
+        sizes: Sequence[int] = arguments.hidden_sizes
+        return sizes
+    return HIDDEN_SIZES[:1] if arguments.network == "residual" else HIDDEN_SIZES
 
 
 def _check_fit_paths(arguments: argparse.Namespace) -> None:

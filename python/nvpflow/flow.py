@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from nvpflow import _certify, _checks, _core, _frames, _hints, _html, _spec, _training_options, certificate, training
+from nvpflow._architecture import Options, spec_of, spec_of_layers
 from nvpflow._core import FlowSpec
 from nvpflow._model import Model, _restore, _where
 from nvpflow._model import Threshold as Threshold
 from nvpflow._model import _piece as _piece  # by the name in pickles
 from nvpflow._model import _unpickle as _unpickle
+from nvpflow.layers import Layer
 
 
 @_hints.explained
@@ -24,8 +27,19 @@ def build(
     hidden_sizes: Sequence[int] = (256,),
     activation: str = "relu",
     *,
+    context_size: int = 0,
+    transform: str = "affine",
+    scale: str = "tanh",
     scale_bound: float = 1.0,
+    mask: str | NDArray[np.bool_] = "halves",
+    mixing: str | None = None,
+    actnorm: bool = False,
+    network: str = "mlp",
+    num_blocks: int = 2,
+    layer_norm: bool = False,
     standardize: bool | Literal["mean", "robust"] = True,
+    standardize_context: bool | None = None,
+    layers: Iterable[Layer] | None = None,
     dtype: DTypeLike = "float32",
     seed: int = 0,
     init: str = "fan_in",
@@ -33,29 +47,60 @@ def build(
     precision: str = "float32",
     weights: str = "full",
 ) -> Flow:
-    """Build a RealNVP flow with new weights.
+    """Build a flow of coupling layers with new weights; without further options a RealNVP.
 
     Parameters
     ----------
     input_size
-        D, the number of columns; at least 2, even or odd. Each coupling layer splits them at ``D // 2``.
+        D, the number of columns; at least 2, even or odd; with a context at least 1.
     num_flows
-        K, the number of coupling layers. They alternate: the first half conditions the second, then the reverse.
+        K, the number of coupling layers.
     hidden_sizes
-        Widths of the hidden layers of each coupling's network; ``()`` makes it affine.
+        Widths of the hidden layers of each coupling's network; ``()`` makes its results linear in its inputs. One width
+        with ``network="residual"``.
     activation
         Of the hidden layers: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid or softplus.
+    context_size
+        C, how many numbers condition each row; 0: none.
+    transform
+        "affine": ``x exp(s) + t`` (RealNVP). "additive": ``x + t`` (NICE), which keeps volumes.
+    scale
+        The log-scale s as a function of what the network gives: "tanh", "softsign", "atan" or "sigmoid", which
+        `scale_bound` bounds, or "softplus" or "exp", which have no bound. `nvpflow.layers.Affine` has the formulas.
     scale_bound
-        B in the log-scale ``s = B tanh(u / B)``: no layer can stretch or shrink by more than ``exp(B)``.
+        B, of the log-scale: no layer can stretch or shrink by more than ``exp(B)``. With "tanh" ``s = B tanh(u / B)``.
+    mask
+        What couplings transform. "halves": in turns the features from ``D // 2`` on, and those before. "checkered": in
+        turns the odd and the even ones. "random": in turns a random half and the other. Or an array of bools [K, D],
+        True where a feature is transformed. With `mixing`, too, the second of each two couplings transforms what the
+        first has left.
+    mixing
+        What mixes the features before each coupling, and at the end. "reverse": their order is turned round.
+        "permutation": a random order. "lu": a random order, and a linear layer that is trained (`LULinear`).
+    actnorm
+        Begin each step with a trained scale and shift per feature (`ActNorm`), which `Flow.fit` sets from the data.
+    network
+        "mlp": the hidden layers of `hidden_sizes`. "residual": `num_blocks` blocks that add to what they are given
+        (`ResidualNet`).
+    num_blocks
+        Of ``network="residual"``, two layers each.
+    layer_norm
+        Of ``network="mlp"``: normalize the output of each hidden layer.
     standardize
         Put a diagonal affine layer in front, which `Flow.fit` sets from the training rows. Until then it is the
         identity. Its log-determinant counts, so densities stay those of the data as given. "mean" and "robust" say what
         `fit` sets it from, as its `standardize` does; True leaves it to `fit`. That choice is the flow's and its
         copies', but not in the file of `Flow.save`, where the layer looks the same: give it to `fit` after `load`.
+    standardize_context
+        Standardize the context likewise. None: where there is a context and `standardize` is not False.
+    layers
+        The layers themselves, of `nvpflow.layers`, the one first applied to data first, in place of all options above
+        but `input_size`, `context_size` and `standardize_context`. A standardize layer is one of them.
     dtype
         float32 or float64: of the weights, of the arrays and of the arithmetic.
     seed
-        Of the initial weights, in [0, 2**64): the same seed gives the same weights.
+        Of the initial weights, random masks and random orders, in [0, 2**64): the same seed gives the same flow. Masks
+        and orders are in the flow's `spec` as they were drawn.
     init
         How the initial weights are drawn. "fan_in": kernels and biases of hidden layers uniform within
         ``1 / sqrt(inputs)``, as `torch.nn.Linear` draws them. "glorot": kernels uniform within
@@ -82,7 +127,7 @@ def build(
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, what was given and what was expected.
+        Naming the argument, what was given and what was expected. Options that contradict each other are refused.
     CudaError
         CUDA cannot be used; the message says why (`nvpflow.cuda.why_unavailable`).
     MemoryError
@@ -90,22 +135,22 @@ def build(
 
     Notes
     -----
-    The coupling layer is equation 7 and 8 of Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real NVP"
-    (2017).
+    The affine coupling layer is equation 7 and 8 of Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real
+    NVP" (2017), the additive one that of Dinh, Krueger and Bengio, "NICE" (2015). A step of actnorm, a trained linear
+    layer and a coupling is Glow's (Kingma and Dhariwal, 2018).
     """
+    given = locals()
+    options = Options(**{field.name: given[field.name] for field in dataclasses.fields(Options)}).checked()
     standardizes, statistics = _checks.standardize(standardize)
-    spec = FlowSpec(
-        input_size=_checks.integer("input_size", input_size),
-        num_flows=_checks.integer("num_flows", num_flows),
-        hidden_sizes=_checks.sizes("hidden_sizes", hidden_sizes),
-        activation=_checks.text("activation", activation),
-        scale_bound=_checks.real("scale_bound", scale_bound),
-        standardize=standardizes,
-        dtype=_checks.dtype_name("dtype", dtype),
-    )
+    size, name = _checks.integer("input_size", input_size), _checks.dtype_name("dtype", dtype)
+    number = _checks.integer("seed", seed, unsigned=True)
+    if layers is None:
+        spec = spec_of(size, options, standardize=standardizes, dtype=name, seed=number)
+    else:
+        spec = spec_of_layers(size, layers, options, standardize=standardize, dtype=name)
     flow = Flow(
         spec,
-        _checks.integer("seed", seed, unsigned=True),
+        number,
         device=_checks.text("device", device),
         precision=_checks.text("precision", precision),
         weights=_checks.text("weights", weights),

@@ -19,6 +19,7 @@ except ImportError as error:
     raise ImportError('nvpflow.sklearn needs scikit-learn 1.6 or newer: pip install "scikit-learn>=1.6"') from error
 
 from nvpflow import _checks, _frames, _hints, _training_options
+from nvpflow._architecture import OPTIONS
 from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS, default_activation
 from nvpflow.flow import Flow, build
 
@@ -27,11 +28,15 @@ if TYPE_CHECKING:
 
 __all__ = ["FlowDensity", "FlowOutlierDetector"]
 
-_PARAMETERS = """num_flows, hidden_sizes, activation, scale_bound, dtype
+_PARAMETERS = """num_flows, hidden_sizes, activation, dtype
         The model, as in `nvpflow.build`; activation None is relu for up to 12 features and silu above. A layer that
         standardizes the features comes first, so that raw data will do; its log-determinant counts, and densities are
         those of the data as given. The layer is applied in float64, so that X of
         float64 loses no digit there in float32 either.
+    coupling, scale, scale_bound, mask, mixing, actnorm, network, num_blocks, layer_norm
+        Other models than a RealNVP of halves, as in `nvpflow.build`. `coupling` is its `transform`, "affine" or
+        "additive"; scikit-learn has a method of that name. network="residual" takes one width, for example
+        ``hidden_sizes=(64,)``.
     epochs, learning_rate, schedule, weight_decay, clip_norm, averaging
         Training, as in `nvpflow.Flow.fit`.
     standardize, max_deviation
@@ -102,7 +107,15 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         num_flows: int = NUM_FLOWS,
         hidden_sizes: Sequence[int] = HIDDEN_SIZES,
         activation: str | None = None,
+        coupling: str = "affine",
+        scale: str = "tanh",
         scale_bound: float = 1.0,
+        mask: Any = "halves",
+        mixing: str | None = None,
+        actnorm: bool = False,
+        network: str = "mlp",
+        num_blocks: int = 2,
+        layer_norm: bool = False,
         dtype: str = "float32",
         epochs: int = 100,
         batch_size: int | None = None,
@@ -125,7 +138,15 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         self.num_flows = num_flows
         self.hidden_sizes = hidden_sizes
         self.activation = activation
+        self.coupling = coupling
+        self.scale = scale
         self.scale_bound = scale_bound
+        self.mask = mask
+        self.mixing = mixing
+        self.actnorm = actnorm
+        self.network = network
+        self.num_blocks = num_blocks
+        self.layer_norm = layer_norm
         self.dtype = dtype
         self.epochs = epochs
         self.batch_size = batch_size
@@ -193,7 +214,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
             self.num_flows,
             self.hidden_sizes,
             default_activation(rows.shape[1]) if self.activation is None else self.activation,
-            scale_bound=self.scale_bound,
+            **{name: getattr(self, "coupling" if name == "transform" else name) for name in OPTIONS},
             standardize=True,
             dtype=self.dtype,
             seed=seed,
@@ -425,7 +446,15 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
         num_flows: int = NUM_FLOWS,
         hidden_sizes: Sequence[int] = HIDDEN_SIZES,
         activation: str | None = None,
+        coupling: str = "affine",
+        scale: str = "tanh",
         scale_bound: float = 1.0,
+        mask: Any = "halves",
+        mixing: str | None = None,
+        actnorm: bool = False,
+        network: str = "mlp",
+        num_blocks: int = 2,
+        layer_norm: bool = False,
         dtype: str = "float32",
         epochs: int = 100,
         batch_size: int | None = None,
@@ -450,7 +479,15 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
             num_flows=num_flows,
             hidden_sizes=hidden_sizes,
             activation=activation,
+            coupling=coupling,
+            scale=scale,
             scale_bound=scale_bound,
+            mask=mask,
+            mixing=mixing,
+            actnorm=actnorm,
+            network=network,
+            num_blocks=num_blocks,
+            layer_norm=layer_norm,
             dtype=dtype,
             epochs=epochs,
             batch_size=batch_size,

@@ -140,6 +140,30 @@ def test_fit_passes_every_option_on(run, folder, rows):
     assert (folder / "checkpoint").exists()
 
 
+def test_fit_of_another_model_than_a_real_nvp(run, folder):
+    """The layers, and with them the masks and orders that the seed draws, are those of build."""
+    options = ("--mixing", "permutation", "--mask", "random", "--transform", "additive", "--actnorm")
+    run("fit", "data.npy", "-o", "new.safetensors", "--quiet", *QUICK, "--hidden-sizes", "8", *options, "--seed", 3)
+    flow = nvpflow.load(folder / "new.safetensors")
+    more = {"mixing": "permutation", "mask": "random", "transform": "additive", "actnorm": True, "seed": 3}
+    assert flow.spec == nvpflow.build(3, flow.spec.num_flows, (8,), **more).spec
+    result = run("info", "new.safetensors")
+    for layer in flow.spec.layers:
+        assert f"\n    {layer!r}," in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--scale", "exp", "--scale-bound", 2), "--scale-bound is 2.0 with scale='exp', expected it left out: that f"),
+        (("--network", "residual", "--hidden-sizes", "8,8"), "--hidden-sizes is (8, 8) with network='residual', expe"),
+    ],
+)
+def test_fit_refuses_options_that_contradict_each_other(call, options, message):
+    code, _, errors = call("fit", "data.npy", "-o", "new.safetensors", *options)
+    assert (code, errors[: 16 + len(message)]) == (1, f"nvpflow: error: {message}")
+
+
 def test_fit_without_hidden_layers_and_quiet(run, folder):
     result = run("fit", "data.npy", "-o", "new.safetensors", "--quiet", *QUICK, "--hidden-sizes", "none")
     assert result.stdout == result.stderr == ""

@@ -354,3 +354,14 @@ def test_how_far_rows_count_is_a_parameter(x):
     assert density.history_.standardized == {}
     with pytest.raises(ValueError, match="standardize is 'median'"):
         FlowDensity(epochs=1, standardize="median").fit(x)
+
+
+def test_every_option_of_the_model_reaches_the_flow():
+    x = np.random.default_rng(0).normal(size=(200, 4))
+    options = {"mask": "random", "mixing": "permutation", "actnorm": True}
+    density = clone(FlowDensity(**SMALL, **options, coupling="additive")).fit(x)
+    assert density.flow_.spec == nvpflow.build(4, 2, (16,), **options, transform="additive").spec
+    assert {name: density.get_params()[name] for name in options} == options
+    mask = np.array([[True, False, False, True], [False, True, True, False]])
+    detector = clone(FlowOutlierDetector(**SMALL, mask=mask)).set_params(mixing="reverse").fit(x)
+    assert detector.flow_.spec == nvpflow.build(4, 2, (16,), mask=mask, mixing="reverse").spec
