@@ -24,7 +24,9 @@ from nvpflow import _core
 from oracle import AdamW, assert_same_bits, assert_within_budget
 
 # What the kernels have of the oracle's FEATURES.
-SUPPORTED = frozenset({"transformed", "inverse", "additive", "permutation", "actnorm"})
+SUPPORTED = frozenset(
+    {"transformed", "inverse", "additive", "permutation", "actnorm", "two_networks", "layer_norm", "residual"}
+)
 
 DTYPES = ("float32", "float64")
 SEEDS = [*range(24), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(24, 400))]

@@ -29,6 +29,10 @@ NVPFLOW_INLINE void map(const T* in, T* out, int64_t count, F f) {
 template <class T>
 void activate(Act act, const T* in, T* out, int64_t count) {
   switch (act) {
+    case Act::relu:
+      return map(in, out, count, [](Vec<T> v) { return rectify<T>(v, Act::relu); });
+    case Act::leaky_relu:
+      return map(in, out, count, [](Vec<T> v) { return rectify<T>(v, Act::leaky_relu); });
     case Act::elu:
       return map(in, out, count, [](Vec<T> v) { return elu<T>(v); });
     case Act::gelu:

@@ -2,6 +2,7 @@
 // features, or a shift only.
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
 
 #include "blocks.hpp"
@@ -28,10 +29,13 @@ struct AffineLayer {
                     int64_t rows);
   static void backward(const Layer<T>& layer, bool inverse, bool input_wanted, const FixedTape<T>& fixed, T* tape,
                        int64_t count, int64_t rows);
-  static int32_t parts(const Layer<T>& layer) { return layer.network[0].num_dense; }
+  /// Those of the networks, one after the other.
+  static int32_t parts(const Layer<T>& layer) {
+    return network_parts(layer.network[0]) + (layer.num_networks > 1 ? network_parts(layer.network[1]) : 0);
+  }
   static PartSize part(const Layer<T>& layer, int32_t index) {
-    const Dense<T>& dense = layer.network[0].dense[index];
-    return {dense.in, dense.out};
+    const int32_t of_first = network_parts(layer.network[0]);
+    return index < of_first ? network_part(layer.network[0], index) : network_part(layer.network[1], index - of_first);
   }
   static void weight_gradient(const Layer<T>& layer, int32_t part, int64_t first, int64_t last,
                               const TileTapes<T>& tapes, T* gradient, bool add);
@@ -42,11 +46,11 @@ NVPFLOW_INLINE bool is_additive(const Layer<T>& layer) {
   return layer.scale.function == ScaleFunction::none;
 }
 
-/// Of an affine coupling ds / du, exp(+-s) and the product d(output) / d(s), [b][rows] each; then what the network
-/// keeps.
+/// Of an affine coupling ds / du, exp(+-s) and the product d(output) / d(s), [b][rows] each; then what the networks
+/// keep.
 template <class T>
 struct AffineTape {
-  T *slope, *scale, *product, *network;
+  T *slope, *scale, *product, *network[2];
 
   static int64_t row(const Layer<T>& layer) { return is_additive(layer) ? 0 : 3 * layer.b.count; }
 
@@ -54,13 +58,53 @@ struct AffineTape {
     slope = tape;
     scale = slope + layer.b.count * rows;
     product = scale + layer.b.count * rows;
-    network = tape + row(layer) * rows;
+    network[0] = tape + row(layer) * rows;
+    network[1] = layer.num_networks > 1 ? after_network(layer.network[0], network[0], rows) : nullptr;
   }
 };
 
 template <class T>
 TapeSize AffineLayer<T>::tape(const Layer<T>& layer) {
-  return {AffineTape<T>::row(layer) + network_tape(layer.network[0]), 0};
+  TapeSize size = {AffineTape<T>::row(layer), 0};
+  for (int32_t i = 0; i < layer.num_networks; ++i) {
+    const TapeSize of_network = network_tape(layer.network[i]);
+    size.row += of_network.row;
+    size.unit += of_network.unit;
+  }
+  return size;
+}
+
+/// What the networks say: u [b][rows] and t [b][rows], which are one where the coupling is additive.
+template <class T>
+struct Heads {
+  const T *u, *t;
+};
+
+/// Of a tile; a: the conditioning features [a][rows].
+template <class T>
+NVPFLOW_INLINE Heads<T> heads_tile(const Layer<T>& layer, const T* a, const TileState<T>& s) {
+  const int64_t size = layer.b.count * s.rows;
+  const T* u = network_tile<T>(layer.network[0], a, s.buffer0, s.buffer1, s.kept, s.rows);
+  if (layer.num_networks == 1) return {u, is_additive(layer) ? u : u + size};
+  __builtin_memcpy(s.kept, u, static_cast<size_t>(size) * sizeof(T));
+  return {s.kept, network_tile<T>(layer.network[1], a, s.buffer0, s.buffer1, nullptr, s.rows)};
+}
+
+/// The same of a few rows, [rows][stride] each.
+template <class T>
+struct RowHeads {
+  const T *u, *t;
+  int64_t stride;
+};
+
+template <class T>
+NVPFLOW_INLINE RowHeads<T> heads_rows(const Layer<T>& layer, const RowPart<T>& a, const RowState<T>& s) {
+  const int64_t n = layer.b.count, heads = is_additive(layer) || layer.num_networks > 1 ? 1 : 2;
+  const int64_t stride = row_stride<T>(heads * n);
+  const T* u = network_rows<T>(layer.network[0], a.first, a.stride, s);
+  if (layer.num_networks == 1) return {u, u + (heads - 1) * n, stride};
+  __builtin_memcpy(s.kept, u, static_cast<size_t>(s.rows * stride) * sizeof(T));
+  return {s.kept, network_rows<T>(layer.network[1], a.first, a.stride, s), stride};
 }
 
 /// The vectors that the transformed part is taken through in step: what fits in the registers.
@@ -109,8 +153,8 @@ void AffineLayer<T>::tile(const Layer<T>& layer, bool inverse, const TileState<T
   constexpr int64_t L = kLanes<T>, kStep = kVectors<Steps<T>> * L;
   const int64_t rows = s.rows, size = layer.b.count * rows, partials = L * rows;
   const T* a = take_features<T>(layer.a, s.state, s.gathered, rows);
-  const T* u = network_tile<T>(layer.network[0], a, s.buffer0, s.buffer1, rows);
-  const T* t = is_additive(layer) ? u : u + size;
+  const Heads<T> heads = heads_tile<T>(layer, a, s);
+  const T *u = heads.u, *t = heads.t;
   T* b = take_features<T>(layer.b, s.state, s.gathered, rows);
   T* partial = s.log_det;
   with_log_scale(layer.scale, [&]<class G>(const G& g) __attribute__((always_inline)) {
@@ -130,10 +174,11 @@ void AffineLayer<T>::tile(const Layer<T>& layer, bool inverse, const TileState<T
 template <class T>
 void AffineLayer<T>::few_rows(const Layer<T>& layer, bool inverse, const RowState<T>& s) {
   constexpr int64_t L = kLanes<T>, kStep = kVectors<Steps<T>>;
-  const int64_t n = layer.b.count, heads = is_additive(layer) ? 1 : 2, u_stride = row_stride<T>(heads * n);
+  const int64_t n = layer.b.count;
   const RowPart<T> a = take_features<T>(layer.a, s, s.gathered);
-  const T* u = network_rows<T>(layer.network[0], a.first, a.stride, s);
-  const T* shift = u + (heads - 1) * n;
+  const RowHeads<T> heads = heads_rows<T>(layer, a, s);
+  const T *u = heads.u, *shift = heads.t;
+  const int64_t u_stride = heads.stride;
   const RowPart<T> b = take_features<T>(layer.b, s, s.gathered);
   with_log_scale(layer.scale, [&]<class G>(const G& g) __attribute__((always_inline)) {
     const Affine<T, G> affine = {g, inverse, u_stride, b.stride, L};
@@ -184,22 +229,29 @@ struct TapedAffine {
   }
 };
 
+/// What the networks say, head [heads b][rows].
+template <class T>
+void taped_heads(const Layer<T>& layer, const AffineTape<T>& keep, const FixedTape<T>& fixed, T* head, int64_t count,
+                 int64_t rows) {
+  const T* a = take_features<T>(layer.a, fixed.state, fixed.gathered, rows);
+  for (int32_t i = 0; i < layer.num_networks; ++i) {
+    const Network<T>& net = layer.network[i];
+    network_taped<T>(net, a, keep.network[i], fixed.buffer0, count, rows);
+    const int64_t out = net.dense[net.num_dense - 1].out, stride = row_stride<T>(out);
+    gather_tile<T>([&](int64_t r) { return fixed.buffer0 + r * stride; }, count, out, head, rows);
+    head += out * rows;
+  }
+}
+
 template <class T>
 void AffineLayer<T>::taped(const Layer<T>& layer, bool inverse, const FixedTape<T>& fixed, T* tape, int64_t count,
                            int64_t rows) {
   const AffineTape<T> keep(layer, tape, rows);
-  const Network<T>& net = layer.network[0];
-  const NetworkTape<T> network(net, keep.network, rows);
-  const int64_t n = layer.b.count, heads = is_additive(layer) ? 1 : 2;
-  const T* a = take_features<T>(layer.a, fixed.state, fixed.gathered, rows);
-  scatter_tile<T>(a, rows, count, layer.a.count, network.input, row_stride<T>(layer.a.count));
-  network_taped<T>(net, network, fixed.buffer0, count, rows);
   T* head = fixed.buffer1;
-  const int64_t stride = row_stride<T>(heads * n);
-  gather_tile<T>([&](int64_t r) { return fixed.buffer0 + r * stride; }, count, heads * n, head, rows);
+  taped_heads<T>(layer, keep, fixed, head, count, rows);
   constexpr int64_t L = kLanes<T>, kStep = kVectors<Steps<T>> * L;
-  const int64_t size = n * rows, partials = L * rows;
-  const T* t = head + (heads - 1) * size;
+  const int64_t size = layer.b.count * rows, partials = L * rows;
+  const T* t = is_additive(layer) ? head : head + size;
   T* b = take_features<T>(layer.b, fixed.state, fixed.gathered, rows);
   with_log_scale(layer.scale, [&]<class G>(const G& g) __attribute__((always_inline)) {
     const TapedAffine<T, G> affine = {g, inverse};
@@ -244,23 +296,28 @@ template <class T>
 void AffineLayer<T>::backward(const Layer<T>& layer, bool inverse, bool input_wanted, const FixedTape<T>& fixed,
                               T* tape, int64_t count, int64_t rows) {
   const AffineTape<T> keep(layer, tape, rows);
-  const Network<T>& net = layer.network[0];
-  const NetworkTape<T> network(net, keep.network, rows);
   T* head = fixed.buffer0;
   T* b = take_features<T>(layer.b, fixed.cotangent, fixed.gathered, rows);
   affine_backward<T>(layer, inverse, keep, fixed, b, head, rows);
   put_features<T>(layer.b, b, fixed.cotangent, rows);
   T* a = input_wanted ? take_features<T>(layer.a, fixed.cotangent, fixed.gathered, rows) : nullptr;
-  network_backward<T>(net, network, head, fixed.buffer1, a, count, rows);
+  for (int32_t i = 0; i < layer.num_networks; ++i) {  // of both, before buffer0 serves as scratch
+    start_network_backward<T>(layer.network[i], head + i * layer.b.count * rows, keep.network[i], count, rows);
+  }
+  for (int32_t i = 0; i < layer.num_networks; ++i) {
+    network_backward<T>(layer.network[i], keep.network[i], fixed.buffer0, fixed.buffer1, a, count, rows);
+  }
   if (input_wanted) put_features<T>(layer.a, a, fixed.cotangent, rows);
 }
 
 template <class T>
 void AffineLayer<T>::weight_gradient(const Layer<T>& layer, int32_t part, int64_t first, int64_t last,
                                      const TileTapes<T>& tapes, T* gradient, bool add) {
+  const AffineTape<T> keep(layer, const_cast<T*>(tapes.first), tapes.rows);
+  const int32_t of_first = network_parts(layer.network[0]), i = part < of_first ? 0 : 1;
   TileTapes<T> of_network = tapes;
-  of_network.first = AffineTape<T>(layer, const_cast<T*>(tapes.first), tapes.rows).network;
-  network_weight_gradient<T>(layer.network[0], part, first, last, of_network, gradient, add);
+  of_network.first = keep.network[i];
+  network_weight_gradient<T>(layer.network[i], i == 0 ? part : part - of_first, first, last, of_network, gradient, add);
 }
 
 }  // namespace

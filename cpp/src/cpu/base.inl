@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #include "elementary.hpp"
+#include "partial_sums.inl"
 #include "simd.hpp"
 #include "tile.inl"
 
@@ -15,28 +16,6 @@ namespace {
 
 template <class T>
 constexpr T kHalfLogTwoPi = static_cast<T>(0.91893853320467274178);
-
-/// Sum of kLanes partial sums, halved as in sum_lanes.
-template <class T>
-NVPFLOW_INLINE Vec<T> sum_partials(Vec<T> (&partial)[kLanes<T>]) {
-#pragma GCC unroll 8
-  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
-#pragma GCC unroll 16
-    for (int l = 0; l < width; ++l) partial[l] = partial[l] + partial[l + width];
-  }
-  return partial[0];
-}
-
-/// out [rows] = sums of the rows of partial [kLanes][rows].
-template <class T>
-void sum_partials_tile(const T* partial, T* out, int64_t rows) {
-  for (int64_t r = 0; r < rows; r += kLanes<T>) {
-    Vec<T> sums[kLanes<T>];
-#pragma GCC unroll 16
-    for (int l = 0; l < kLanes<T>; ++l) sums[l] = load<T>(partial + l * rows + r);
-    store<T>(out + r, sum_partials<T>(sums));
-  }
-}
 
 /// log N(z; 0, I) + log_det, from |z|^2.
 template <class T>

@@ -207,5 +207,12 @@ void dense_few_rows(const W& weights, const T* x, int64_t x_stride, T* y, int64_
   few_rows<T, MR, 1>(weights, x, x_stride, y, y_stride, act);
 }
 
+/// The same of either kind of weights.
+template <class T>
+void dense_few(const Dense<T>& d, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t rows, Act act) {
+  if (d.narrow == nullptr) return dense_few_rows<T>(FullWeights<T>{d}, x, x_stride, y, y_stride, rows, act);
+  if constexpr (sizeof(T) == 4) dense_few_rows<T>(NarrowWeights{d}, x, x_stride, y, y_stride, rows, act);
+}
+
 }  // namespace
 }  // namespace nvpflow::cpu

@@ -17,6 +17,7 @@
 #include "blocks.hpp"
 #include "kernels.hpp"
 #include "layers.inl"
+#include "partial_sums.inl"
 #include "poison.inl"
 #include "simd.hpp"
 #include "tape.inl"

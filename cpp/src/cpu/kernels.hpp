@@ -42,14 +42,27 @@ struct DenseGradient {
   int64_t bias_offset = -1;   // [out]; -1: the part has no bias
 };
 
-/// From the conditioning features to the heads: hidden layers, then one layer with all heads side by side.
+/// An affine map of each unit, before the first activation of a residual block.
+template <class T>
+struct BlockAffine {
+  const T* scale = nullptr;  // zero up to whole vectors
+  const T* shift = nullptr;  // the same
+  int64_t width = 0;
+  int64_t scale_offset = 0, shift_offset = 0;  // in the flat parameters
+};
+
+/// From the conditioning features to the heads: hidden layers, or the initial layer and two of each residual block;
+/// then one layer with all heads side by side.
 template <class T>
 struct Network {
   const Dense<T>* dense = nullptr;
   int32_t num_dense = 0;
   Act activation = Act::relu;
-  const DenseGradient* gradients = nullptr;  // one per hidden layer, then one per head
+  const DenseGradient* gradients = nullptr;  // one per dense layer before the last, then one per head
   int32_t num_heads = 0;                     // 1 or 2
+  bool layer_norm = false;                   // after each activation
+  bool residual = false;
+  const BlockAffine<T>* affines = nullptr;  // residual: of each block; null: none
 };
 
 /// Rows of a tile that hold the features of a part, in the order of the features.
@@ -106,7 +119,8 @@ struct Program {
   bool gathers = false;  // a coupling's features lie in rows that do not follow each other
   int64_t num_layers = 0;
   const Layer<T>* layers = nullptr;
-  int64_t max_width = 0;      // widest dense output or input
+  int64_t max_width = 0;      // widest dense output or input, or all heads of a coupling
+  int64_t kept_width = 0;     // widest of what networks keep while they use both buffers; 0: nothing
   bool few_at_once = false;   // less than two vectors of rows are faster as few rows twice: the weights are many
   int64_t tile_rows = 0;      // rows of an inference tile: results do not depend on it
   int64_t gradient_rows = 0;  // rows of a gradient tile: sums over rows are formed tile by tile

@@ -89,6 +89,7 @@ Packed<T>::Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels
 
   std::int64_t size = 0;
   for (const Dense<T>& d : dense_) size += round_up(d.out, lanes_) * (d.in + 1);
+  for (const BlockAffine<T>& map : affines_) size += 2 * round_up(map.width, lanes_);
   size += static_cast<std::int64_t>(diagonal_.size()) * 3 * round_up(spec.input_size, lanes_);
   T* next = static_cast<T*>(weights_.reserve(size * static_cast<std::int64_t>(sizeof(T))));
   std::memset(next, 0, static_cast<std::size_t>(size) * sizeof(T));  // the padding stays zero for ever
@@ -96,6 +97,11 @@ Packed<T>::Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels
     d.weights = next;
     d.bias = next + round_up(d.out, lanes_) * d.in;
     next += round_up(d.out, lanes_) * (d.in + 1);
+  }
+  for (BlockAffine<T>& map : affines_) {
+    map.scale = next;
+    map.shift = next + round_up(map.width, lanes_);
+    next += 2 * round_up(map.width, lanes_);
   }
   for (const std::size_t index : diagonal_) {
     Layer<T>& layer = layers_[index];
@@ -139,18 +145,20 @@ void Packed<T>::keep_narrow() {
 /// The program holds pointers into the vectors: they may not grow while layers are added.
 template <class T>
 void Packed<T>::reserve(const Lowered& lowered) {
-  std::size_t num_dense = 0, num_gradients = 0;
+  std::size_t num_dense = 0, num_gradients = 0, num_affines = 0;
   for (const LoweredLayer& layer : lowered.layers) {
     const auto* coupling = std::get_if<LoweredCoupling>(&layer);
     if (coupling == nullptr) continue;
     for (const LoweredNetwork& network : coupling->networks) {
       num_dense += network.dense.size();
+      num_affines += network.affines.size();
       for (const LoweredDense& dense : network.dense) num_gradients += dense.parts.size();
     }
   }
   dense_.reserve(num_dense);
   sources_.reserve(num_dense);
   gradients_.reserve(num_gradients);
+  affines_.reserve(num_affines);
   layers_.reserve(lowered.layers.size());
 }
 
@@ -168,11 +176,12 @@ FeatureRows Packed<T>::rows_of(const Places& places) {
 
 template <class T>
 Network<T> Packed<T>::add_network(const LoweredNetwork& from) {
-  if (from.residual) refuse_on_cpu("a residual network");
-  if (from.layer_norm) refuse_on_cpu("layer_norm");
+  if (!from.gates.empty()) refuse_on_cpu("context_gates");
   if (from.context) refuse_on_cpu("a context");
   Network<T> network;
   network.activation = from.activation;
+  network.layer_norm = from.layer_norm;
+  network.residual = from.residual;
   network.dense = dense_.data() + dense_.size();
   network.gradients = gradients_.data() + gradients_.size();
   network.num_dense = static_cast<std::int32_t>(from.dense.size());
@@ -191,6 +200,11 @@ Network<T> Packed<T>::add_network(const LoweredNetwork& from) {
     sources_.push_back(source);
   }
   dense_[dense_.size() - from.dense.size()].paired = 2 * from.dense.front().in <= lanes_;
+  if (from.residual) program_.kept_width = std::max(program_.kept_width, network.dense->out);
+  if (!from.affines.empty()) network.affines = affines_.data() + affines_.size();
+  for (const LoweredAffine& map : from.affines) {
+    affines_.push_back({nullptr, nullptr, network.dense->out, map.scale, map.shift});
+  }
   return network;
 }
 
@@ -202,7 +216,6 @@ void Packed<T>::add(const LoweredCoupling& from) {
   layer.place = keep(from.place);
   layer.a = rows_of(from.conditioning);
   layer.b = rows_of(from.transformed);
-  if (from.networks.size() > 1) refuse_on_cpu("a network for each head");
   if (from.scale.function != ScaleFunction::none && from.scale.function != ScaleFunction::tanh) {
     refuse_on_cpu("this log-scale function");
   }
@@ -212,6 +225,10 @@ void Packed<T>::add(const LoweredCoupling& from) {
   layer.scale.inverse_divisor = static_cast<T>(1.0 / from.scale.divisor);
   layer.scale.slope = static_cast<T>(from.scale.factor / from.scale.divisor);
   for (const LoweredNetwork& network : from.networks) layer.network[layer.num_networks++] = add_network(network);
+  if (layer.num_networks > 1) {
+    program_.max_width = std::max(program_.max_width, 2 * layer.b.count);
+    program_.kept_width = std::max(program_.kept_width, layer.b.count);
+  }
   layers_.push_back(layer);
 }
 
@@ -277,6 +294,10 @@ void Packed<T>::pack(const T* parameters, bool transposed, int threads, const fl
     if constexpr (sizeof(T) == 4) {
       if (d.narrow != nullptr) narrow(d);
     }
+  }
+  for (const BlockAffine<T>& map : affines_) {
+    std::copy_n(parameters + map.scale_offset, map.width, const_cast<T*>(map.scale));
+    std::copy_n(parameters + map.shift_offset, map.width, const_cast<T*>(map.shift));
   }
   for (const std::size_t index : diagonal_) pack_diagonal(layers_[index], parameters);
   if (!rest_layers_.empty() && !transposed) pack_rest(parameters, mean_low);

@@ -73,6 +73,7 @@ class Packed {
   std::vector<Dense<T>> dense_;
   std::vector<DenseSource> sources_;
   std::vector<DenseGradient> gradients_;
+  std::vector<BlockAffine<T>> affines_;
   std::vector<Layer<T>> layers_;
   std::vector<std::size_t> diagonal_;  // which of them
   std::deque<std::vector<std::int64_t>> places_;

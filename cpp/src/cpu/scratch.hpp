@@ -42,8 +42,9 @@ struct TileState {
   T* state;    // [D][rows]
   T* log_det;  // [kLanes][rows]: partial sums
   T *buffer0, *buffer1;
-  T* gathered;   // [D][rows]; null where Program::gathers is false
-  int64_t rows;  // a multiple of the lanes
+  T* gathered;        // [D][rows]; null where Program::gathers is false
+  int64_t rows;       // a multiple of the lanes
+  T* kept = nullptr;  // [Program::kept_width][rows]
 };
 
 /// Row-major numbers of a few rows on their way through the flow.
@@ -55,6 +56,7 @@ struct RowState {
   T *buffer0, *buffer1;
   T* gathered;  // [rows][row_stride(D)]; null where Program::gathers is false
   int64_t rows;
+  T* kept = nullptr;  // [rows][row_stride(Program::kept_width)]
 };
 
 }  // namespace

@@ -20,7 +20,7 @@
 #include "kernels.hpp"
 #include "layers.inl"
 #include "log_scale.inl"
-#include "network.inl"
+#include "partial_sums.inl"
 #include "poison.inl"
 #include "round_up.hpp"
 #include "scratch.hpp"
@@ -61,7 +61,7 @@ NVPFLOW_INLINE bool is_placed(const Program<T>& program) {
 /// gathered: where Program::gathers; ordered, where the program is placed: one row, its features in order.
 template <class T>
 struct TransformScratch {
-  T *state, *partial, *buffer0, *buffer1, *poison, *log_det, *gathered, *ordered;
+  T *state, *partial, *buffer0, *buffer1, *poison, *log_det, *gathered, *ordered, *kept;
   int64_t size;
 
   TransformScratch(const Program<T>& p, T* scratch, int64_t rows) {
@@ -74,6 +74,7 @@ struct TransformScratch {
     log_det = carver.take(rows);
     gathered = carver.take(p.gathers ? row_stride<T>(p.input_size) * rows : 0);
     ordered = carver.take(is_placed(p) ? row_stride<T>(p.input_size) : 0);
+    kept = carver.take(p.kept_width > 0 ? row_stride<T>(p.kept_width) * rows : 0);
     size = carver.used;
   }
 };
@@ -99,7 +100,7 @@ void transform_tile(const Program<T>& program, const TransformCall<T>& call, int
   } else {
     load_tile<T>(call.in, call.index, begin, count, features, s.state, rows, in);
   }
-  flow_tile<T>(program, call.inverse, {s.state, s.partial, s.buffer0, s.buffer1, s.gathered, rows});
+  flow_tile<T>(program, call.inverse, {s.state, s.partial, s.buffer0, s.buffer1, s.gathered, rows, s.kept});
   const bool summed = call.log_det != nullptr || call.log_prob != nullptr;
   if (summed) sum_partials_tile<T>(s.partial, s.log_det, rows);
   // What comes in as NaN or inf never becomes finite: one look at the end finds all there is to settle.
@@ -157,7 +158,7 @@ void transform_rows(const Program<T>& program, const TransformCall<T>& call, int
       store<T>(s.state + r * stride + j, load_upto<T>(in + j, features - j));
     }
   }
-  flow_rows<T>(program, call.inverse, {s.state, stride, s.partial, s.buffer0, s.buffer1, s.gathered, count});
+  flow_rows<T>(program, call.inverse, {s.state, stride, s.partial, s.buffer0, s.buffer1, s.gathered, count, s.kept});
   for (int64_t r = 0; r < count; ++r) {
     T* state = s.state + r * stride;
     if (out_place != nullptr) {
@@ -211,14 +212,18 @@ void conditioner(const Program<T>& program, int64_t index, const T* in, int64_t 
     with_place(layer.place, [&](auto place) { load_tile<T>(in, nullptr, r, count, features, s.state, rows, place); });
     const bool poisoned = find_poison<T>(s.state, features, s.poison, rows);
     const T* x = take_features<T>(layer.a, s.state, s.gathered, rows);
-    T* u = const_cast<T*>(network_tile<T>(layer.network[0], x, s.buffer0, s.buffer1, rows));
-    T* t = is_additive(layer) ? u : u + n * rows;
+    const Heads<T> heads =
+        heads_tile<T>(layer, x, {s.state, s.partial, s.buffer0, s.buffer1, s.gathered, rows, s.kept});
+    T *u = const_cast<T*>(heads.u), *t = const_cast<T*>(heads.t);
     with_log_scale(layer.scale, [&]<class G>(const G& g) __attribute__((always_inline)) {
       if constexpr (!G::kIsZero) {
         for (int64_t i = 0; i < n * rows; i += kLanes<T>) store<T>(u + i, g.log_scale(load<T>(u + i)));
       }
     });
-    if (poisoned) spread_poison<T>(s.poison, u, (is_additive(layer) ? 1 : 2) * n, rows);
+    if (poisoned) {
+      spread_poison<T>(s.poison, u, n, rows);
+      spread_poison<T>(s.poison, t, n, rows);
+    }
     scatter_tile<T>(t, rows, count, n, t_out + r * n, n);
     if (is_additive(layer)) {
       for (int64_t i = 0; i < n * count; ++i) s_out[r * n + i] = poisoned ? s.poison[i / n] : T(0);
