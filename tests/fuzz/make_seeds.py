@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import nvpflow
+from nvpflow import _core
+from nvpflow import layers as L
 
 # The run of Run in file.cpp, as checkpoint.cpp describes it.
 RUN = {
@@ -27,6 +29,24 @@ RUN = {
 }
 # One epoch of 3 steps: its losses, rate, norm and seconds; there is no max_round_trip.
 HISTORY = (1.0, 2.0, 0.25, 1e-3, 5.0, 6.0, float("nan"))
+
+
+# Every kind of layer, network and log-scale, small.
+WIDE = nvpflow.FlowSpec.from_layers(
+    3,
+    [
+        L.Standardize(),
+        L.Permutation([2, 0, 1]),
+        L.LULinear(),
+        L.Coupling("odd", L.Affine("softsign", 2.0), L.ResidualNet(2, 1, context_gates=True, block_affines=True)),
+        L.ActNorm(inverse=True),
+        L.Coupling([0, 2], L.Affine("sigmoid", 2.0), L.MLP((2,), "tanh", layer_norm=True), inverse=True),
+        L.Coupling("all", L.Affine("softplus"), scale_network=L.MLP(()), translation_network=L.MLP((1,))),
+        L.Coupling("even", L.Additive(), L.MLP(())),
+    ],
+    context_size=2,
+    standardize_context=True,
+)
 
 
 def write(path: Path, metadata: dict[str, str], tensors: list[tuple[str, str, list[int]]]) -> None:
@@ -58,6 +78,12 @@ def main() -> None:
         flow.save(folder / name)
         dtype = "F32" if flow.spec.dtype == "float32" else "F64"
         write(folder / f"{name}_alone", {}, [(n, dtype, list(v.shape)) for n, v in flow.parameters().items()])
+    metadata = {
+        "nvpflow.format_version": "1.1",
+        "nvpflow.dtype": "float32",
+        "nvpflow.spec": WIDE.to_json(),
+    }
+    write(folder / "wide", metadata, [(name, "F32", list(shape)) for name, shape, _ in _core._layout_of(WIDE)])
     arrays = [(name, "F32", [10]) for name in ("parameters", "best_parameters", "first_moment", "second_moment")]
     training = json.dumps({"key": RUN, "adam_steps": 3, "best_epoch": 1})
     write(
