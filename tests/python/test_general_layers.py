@@ -276,10 +276,16 @@ def test_float32_flows_that_begin_with_standardize_take_float64_rows(seed) -> No
 
 
 def smooth_case(seed: int, dtype: str, direction: str, rows: int) -> Case:
-    """A case without the rows whose pre-activations are so near a kink that rounding decides the branch."""
+    """A case without the rows whose gradients rounding decides.
+
+    They have pre-activations near a kink, or results so far out that what a saturated tanh leaves of 1 - s^2 counts.
+    """
     case = make_case(seed, dtype, rows=40 * rows + 200)
     margin = 2e-5 if dtype == "float32" else 1e-12
-    smooth = np.flatnonzero(case.oracle.smallest_pre_activation(case.x, direction, case.context) > margin)[:rows]
+    out, _ = getattr(case.oracle, direction)(case.x, case.context)
+    tame = np.max(np.abs(out), axis=1) < 5
+    smooth = case.oracle.smallest_pre_activation(case.x, direction, case.context) > margin
+    smooth = np.flatnonzero(smooth & tame)[:rows]
     assert len(smooth) == rows
     case.x = case.x[smooth]
     if case.context is not None:
