@@ -588,7 +588,11 @@ void Flow::conditioner(std::int64_t layer, std::span<const T> in, std::span<T> s
   refuse_overlap(out_s, input);
   refuse_overlap(out_t, input);
   refuse_overlap(out_s, out_t);
-  conditioner_unchecked(layer, in.data(), rows, s.data(), t.data());
+  // A permutation has no kernel, so that the backend does not count it.
+  const auto first = spec().layers.begin();
+  const auto kernel = std::count_if(
+      first, first + layer, [](const LayerSpec& before) { return !std::holds_alternative<Permutation>(before); });
+  conditioner_unchecked(kernel, in.data(), rows, s.data(), t.data());
 }
 
 // ---- the core: what the calls above, the bindings and XLA's handlers share

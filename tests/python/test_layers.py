@@ -177,6 +177,20 @@ def test_functions_without_a_bound() -> None:
     assert Affine("identity").factor is Affine().low is Affine().negated is None
 
 
+def test_the_network_of_a_layer_behind_permutations() -> None:
+    """It is found by the index among all layers, and reads the columns as they stand before its layer."""
+    layers = [Standardize(), Permutation((3, 0, 4, 1, 2)), FIRST, Permutation((1, 0, 2, 4, 3)), Coupling("odd")]
+    flow = nvpflow.Flow(nvpflow.FlowSpec.from_layers(5, layers, "float64"), 1)
+    parameters = {name: value + 0.1 for name, value in flow.parameters().items()}
+    flow.set_parameters(parameters)
+    x = np.random.default_rng(0).normal(size=(40, 5))
+    for index, name in ((2, "flow_0"), (4, "flow_1")):
+        plain = nvpflow.Flow(nvpflow.FlowSpec.from_layers(5, [layers[index]], "float64"))
+        plain.set_parameters({key: parameters[key.replace("flow_0", name)] for key in plain.parameters()})
+        for found, expected in zip(flow._conditioner(index, x), plain._conditioner(0, x), strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
 # ------------------------------------------------------------------------------------------------- properties of a spec
 
 
