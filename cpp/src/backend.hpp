@@ -64,6 +64,10 @@ class Backend {
   /// gradients, so that they allocate nothing from then on. Backends whose calls allocate all the same do nothing.
   virtual void prepare() const {}
 
+  /// What Execution's ContextRows::folded points to, of one context row [C], for calls on this backend: it is folded
+  /// anew by each call after set_parameters. null: the backend has no such thing.
+  virtual std::shared_ptr<const void> fold(const void* /*context*/) const { return nullptr; }
+
   /// A training run that starts from the flat `parameters`. A batch of more than `slice_rows` comes in slices of so
   /// many, of which only the last one may be shorter.
   virtual std::unique_ptr<Training> begin_training(const TrainingData& data, const void* parameters,

@@ -172,11 +172,13 @@ struct Flow::State {
 
   /// Execution with its threads settled.
   Execution settled(Execution how) const {
+    require_context(how);
     if (how.threads == 0) how.threads = threads();
     return how;
   }
   /// The same for a call of the kind that prepare() speaks of.
   Execution settled(Execution how, std::int64_t rows) const {
+    require_context(how);
     if (how.threads == 0) how.threads = rows <= prepared_rows.load(std::memory_order_relaxed) ? 1 : threads();
     return how;
   }
@@ -187,6 +189,53 @@ struct Flow::State {
     Execution how;
     how.float64_rows = is_wide<T>();
     return how;
+  }
+  /// The same with a context for so many rows. divides: also one row for each of several consecutive rows.
+  template <class T>
+  Execution execution(const Context& context, std::int64_t rows, bool divides = false) const {
+    Execution how = execution<T>();
+    if (context.element() > 0 || spec.context_size > 0) how.context = check_context(context, rows, divides);
+    return how;
+  }
+
+  /// Where a call's context row begins.
+  const void* context_row(const Context& context, std::int64_t row) const {
+    return static_cast<const unsigned char*>(context.data()) + row * spec.context_size * size_of(spec.dtype);
+  }
+
+  void require_context(const Execution& how) const {
+    if (spec.context_size == 0 || how.context.rows != nullptr || how.context.folded != nullptr) return;
+    fail_missing_context();
+  }
+  [[noreturn]] void fail_missing_context() const {
+    const std::string size = std::to_string(spec.context_size);
+    fail("context is missing, expected [B, " + size + "] or [" + size + "]: the flow is a density given a context");
+  }
+  ContextRows check_context(const Context& context, std::int64_t rows, bool divides) const {
+    const std::int64_t size = spec.context_size;
+    if (size == 0)
+      fail("context holds " + std::to_string(context.size()) + " elements, expected none: the flow has no context");
+    if (context.element() == 0) fail_missing_context();
+    if (context.element() != static_cast<std::size_t>(size_of(spec.dtype))) {
+      throw Error(ErrorCode::type_mismatch,
+                  "context is of another type, expected the flow's " + std::string(name_of(spec.dtype)));
+    }
+    ContextRows found;
+    found.rows = context.data();
+    found.folded = context.folded();
+    if (context.size() == size) {
+      found.repeat = ContextRows::kForAll;
+    } else if (context.size() != rows * size) {
+      const std::int64_t count = context.size() / size;
+      if (!divides || count == 0 || context.size() % size != 0 || rows % count != 0) {
+        fail("context holds " + std::to_string(context.size()) + " elements, expected " + std::to_string(rows * size) +
+             " ([B, C]) or " + std::to_string(size) + " ([C])" +
+             (divides ? ", or rows of a number that divides " + std::to_string(rows) : ""));
+      }
+      found.repeat = rows / count;
+    }
+    if (found.rows == nullptr) found.rows = this;  // of no rows: nothing is read
+    return found;
   }
 
   /// Of the first layer where it is a standardize layer, else zeros and ones; [D] each.
@@ -417,29 +466,35 @@ void check_transform(std::int64_t rows, const Named<std::span<const In>>& in, co
 }  // namespace
 
 template <class T>
-void Flow::forward(std::span<const T> x, std::span<T> z, std::span<T> log_det) const {
+void Flow::forward(std::span<const T> x, std::span<T> z, std::span<T> log_det, const Context& context) const {
   const std::int64_t rows = state_->check_rows(Named{"x", x});
   check_transform(rows, Named{"x", x}, Named{"z", z}, Named{"log_det", log_det});
-  transform_unchecked(Direction::forward, x.data(), rows, z.data(), data_or_null(log_det));
+  transform_unchecked(Direction::forward, x.data(), rows, z.data(), data_or_null(log_det),
+                      state_->execution<T>(context, rows));
 }
 
 template <class T>
-void Flow::inverse(std::span<const T> z, std::span<T> x, std::span<T> log_det) const {
+void Flow::inverse(std::span<const T> z, std::span<T> x, std::span<T> log_det, const Context& context) const {
   const std::int64_t rows = state_->check_rows(Named{"z", z});
   check_transform(rows, Named{"z", z}, Named{"x", x}, Named{"log_det", log_det});
-  transform_unchecked(Direction::inverse, z.data(), rows, x.data(), data_or_null(log_det));
+  transform_unchecked(Direction::inverse, z.data(), rows, x.data(), data_or_null(log_det),
+                      state_->execution<T>(context, rows));
 }
 
-void Flow::forward(std::span<const double> x, std::span<float> z, std::span<float> log_det) const {
+void Flow::forward(std::span<const double> x, std::span<float> z, std::span<float> log_det,
+                   const Context& context) const {
   const std::int64_t rows = state_->check_wide(Named{"x", x});
   check_transform(rows, Named{"x", x}, Named{"z", z}, Named{"log_det", log_det});
-  transform_unchecked(Direction::forward, x.data(), rows, z.data(), data_or_null(log_det), state_->execution<double>());
+  transform_unchecked(Direction::forward, x.data(), rows, z.data(), data_or_null(log_det),
+                      state_->execution<double>(context, rows));
 }
 
-void Flow::inverse(std::span<const float> z, std::span<double> x, std::span<float> log_det) const {
+void Flow::inverse(std::span<const float> z, std::span<double> x, std::span<float> log_det,
+                   const Context& context) const {
   const std::int64_t rows = state_->check_wide(Named{"x", std::span<const double>(x)});
   check_transform(rows, Named{"z", z}, Named{"x", x}, Named{"log_det", log_det});
-  transform_unchecked(Direction::inverse, z.data(), rows, x.data(), data_or_null(log_det), state_->execution<double>());
+  transform_unchecked(Direction::inverse, z.data(), rows, x.data(), data_or_null(log_det),
+                      state_->execution<double>(context, rows));
 }
 
 namespace {
@@ -464,7 +519,7 @@ double row_error(const T* x, const T* back, const std::vector<double>& centres, 
 }  // namespace
 
 template <class T>
-double Flow::round_trip_error(std::span<const T> x) const {
+double Flow::round_trip_error(std::span<const T> x, const Context& context) const {
   const FloatMode mode;
   const std::int64_t rows = state_->check_data(Named{"x", x}), features = spec().input_size;
   const bool wide = state_->is_wide<T>();
@@ -474,11 +529,12 @@ double Flow::round_trip_error(std::span<const T> x) const {
       std::clamp<std::int64_t>(kRoundTripElements / features, 1, std::max<std::int64_t>(1, rows));
   std::vector<T> back(static_cast<std::size_t>(chunk * features));
   std::vector<unsigned char> latents(back.size() * static_cast<std::size_t>(size_of(spec().dtype)));
-  const Execution how = state_->settled(state_->execution<T>());
+  Execution how = state_->settled(state_->execution<T>(context, rows));
   double largest = 0;
   for (std::int64_t first = 0; first < rows; first += chunk) {
     const T* from = x.data() + first * features;
     const std::int64_t count = std::min(chunk, rows - first);
+    if (how.context.repeat == 1) how.context.rows = state_->context_row(context, first);
     transform_unchecked(Direction::forward, from, count, latents.data(), nullptr, how);
     transform_unchecked(Direction::inverse, latents.data(), count, back.data(), nullptr, how);
     for (std::int64_t r = 0; r < count; ++r) {
@@ -491,44 +547,45 @@ double Flow::round_trip_error(std::span<const T> x) const {
 }
 
 template <class T>
-void Flow::log_prob(std::span<const T> x, std::span<T> out) const {
+void Flow::log_prob(std::span<const T> x, std::span<T> out, const Context& context) const {
   const std::int64_t rows = state_->check_rows(Named{"x", x});
   check_length(Named{"out", out}, rows, "[B]");
   refuse_overlap(Named{"out", out}, Named{"x", x});
-  log_prob_unchecked(x.data(), rows, out.data());
+  log_prob_unchecked(x.data(), rows, out.data(), state_->execution<T>(context, rows));
 }
 
-void Flow::log_prob(std::span<const double> x, std::span<float> out) const {
+void Flow::log_prob(std::span<const double> x, std::span<float> out, const Context& context) const {
   const std::int64_t rows = state_->check_wide(Named{"x", x});
   check_length(Named{"out", out}, rows, "[B]");
   refuse_overlap(Named{"out", out}, Named{"x", x});
-  log_prob_unchecked(x.data(), rows, out.data(), state_->execution<double>());
+  log_prob_unchecked(x.data(), rows, out.data(), state_->execution<double>(context, rows));
 }
 
 template <class T>
-void Flow::sample(std::uint64_t seed, std::span<T> x, std::uint64_t first_row) const {
+void Flow::sample(std::uint64_t seed, std::span<T> x, std::uint64_t first_row, const Context& context) const {
   const std::int64_t rows = state_->check_data(Named{"x", std::span<const T>(x)});
-  sample_unchecked(seed, first_row, rows, x.data(), state_->execution<T>());
+  sample_unchecked(seed, first_row, rows, x.data(), state_->execution<T>(context, rows, /*divides=*/true));
 }
 
 template <class T>
-double Flow::nll(std::span<const T> x) const {
-  return nll_unchecked(x.data(), state_->check_data(Named{"x", x}), state_->execution<T>());
+double Flow::nll(std::span<const T> x, const Context& context) const {
+  const std::int64_t rows = state_->check_data(Named{"x", x});
+  return nll_unchecked(x.data(), rows, state_->execution<T>(context, rows));
 }
 
 template <class T>
-double Flow::nll_gradient(std::span<const T> x, std::span<T> gradient) const {
+double Flow::nll_gradient(std::span<const T> x, std::span<T> gradient, const Context& context) const {
   const std::int64_t rows = state_->check_rows(Named{"x", x});
   check_length(Named{"gradient", gradient}, num_parameters(), "the flat buffer of ParamLayout");
   refuse_overlap(Named{"gradient", gradient}, Named{"x", x});
-  return nll_gradient_unchecked(x.data(), rows, gradient.data());
+  return nll_gradient_unchecked(x.data(), rows, gradient.data(), state_->execution<T>(context, rows));
 }
 
-double Flow::nll_gradient(std::span<const double> x, std::span<float> gradient) const {
+double Flow::nll_gradient(std::span<const double> x, std::span<float> gradient, const Context& context) const {
   const std::int64_t rows = state_->check_wide(Named{"x", x});
   check_length(Named{"gradient", gradient}, num_parameters(), "the flat buffer of ParamLayout");
   refuse_overlap(Named{"gradient", gradient}, Named{"x", x});
-  return nll_gradient_unchecked(x.data(), rows, gradient.data(), state_->execution<double>());
+  return nll_gradient_unchecked(x.data(), rows, gradient.data(), state_->execution<double>(context, rows));
 }
 
 namespace {
@@ -552,27 +609,79 @@ void check_vjp(std::int64_t rows, std::int64_t parameters, const Named<std::span
 
 }  // namespace
 
+namespace {
+
+/// The cotangent of a context, in the context's own shape: that of one row for all is the sum over the rows.
+template <class T>
+class ContextGradient {
+ public:
+  ContextGradient(ContextRows& rows, const Context& context, const Named<std::span<T>>& wanted, std::int64_t count)
+      : wanted_(wanted.span) {
+    if (wanted_.empty()) return;
+    check_length(wanted, context.size(), "as context");
+    if (rows.repeat == ContextRows::kForAll && count != 1)
+      of_rows_.resize(static_cast<std::size_t>(count * context.size()));
+    rows.gradient = of_rows_.empty() ? wanted_.data() : of_rows_.data();
+    if (count == 0) std::fill(wanted_.begin(), wanted_.end(), T(0));
+  }
+
+  void finish() const {
+    for (std::size_t i = 0; i < wanted_.size() && !of_rows_.empty(); ++i) {
+      double sum = 0;
+      for (std::size_t r = i; r < of_rows_.size(); r += wanted_.size()) sum += static_cast<double>(of_rows_[r]);
+      wanted_[i] = static_cast<T>(sum);
+    }
+  }
+
+ private:
+  std::span<T> wanted_;
+  std::vector<T> of_rows_;
+};
+
+}  // namespace
+
 template <class T>
 void Flow::vjp(Direction direction, std::span<const T> in, std::span<const T> grad_out, std::span<const T> grad_log_det,
-               std::span<T> grad_in, std::span<T> grad_parameters, bool accumulate) const {
+               std::span<T> grad_in, std::span<T> grad_parameters, bool accumulate, const Context& context,
+               std::span<T> grad_context) const {
   const std::int64_t rows = state_->check_rows(Named{"in", in});
   check_vjp(rows, num_parameters(), Named{"in", in}, Named{"grad_out", grad_out}, Named{"grad_log_det", grad_log_det},
             Named{"grad_in", grad_in}, Named{"grad_parameters", grad_parameters});
+  Execution how = state_->execution<T>(context, rows);
+  const ContextGradient<T> of_context(how.context, context, Named{"grad_context", grad_context}, rows);
   vjp_unchecked(direction, in.data(), rows, data_or_null(grad_out), data_or_null(grad_log_det), data_or_null(grad_in),
-                data_or_null(grad_parameters), accumulate);
+                data_or_null(grad_parameters), accumulate, how);
+  of_context.finish();
 }
 
 void Flow::vjp(std::span<const double> x, std::span<const float> grad_out, std::span<const float> grad_log_det,
-               std::span<float> grad_x, std::span<float> grad_parameters, bool accumulate) const {
+               std::span<float> grad_x, std::span<float> grad_parameters, bool accumulate, const Context& context,
+               std::span<float> grad_context) const {
   const std::int64_t rows = state_->check_wide(Named{"x", x});
   check_vjp(rows, num_parameters(), Named{"x", x}, Named{"grad_out", grad_out}, Named{"grad_log_det", grad_log_det},
             Named{"grad_x", grad_x}, Named{"grad_parameters", grad_parameters});
+  Execution how = state_->execution<double>(context, rows);
+  const ContextGradient<float> of_context(how.context, context, Named{"grad_context", grad_context}, rows);
   vjp_unchecked(Direction::forward, x.data(), rows, data_or_null(grad_out), data_or_null(grad_log_det),
-                data_or_null(grad_x), data_or_null(grad_parameters), accumulate, state_->execution<double>());
+                data_or_null(grad_x), data_or_null(grad_parameters), accumulate, how);
+  of_context.finish();
 }
 
 template <class T>
-void Flow::conditioner(std::int64_t layer, std::span<const T> in, std::span<T> s, std::span<T> t) const {
+ConditionedFlow Flow::condition(std::span<const T> context) const {
+  state_->check_dtype<T>();
+  if (spec().context_size == 0) fail("condition is for flows with a context, and this one has context_size 0");
+  check_length(Named{"context", context}, spec().context_size, "[C]");
+  const auto row = std::make_shared<const std::vector<T>>(context.begin(), context.end());
+  Context bound(*row);
+  std::shared_ptr<const void> folded = state_->backend->fold(row->data());
+  bound.folded_ = folded.get();
+  return {*this, row, std::move(folded), bound};
+}
+
+template <class T>
+void Flow::conditioner(std::int64_t layer, std::span<const T> in, std::span<T> s, std::span<T> t,
+                       const Context& context) const {
   const Named input{"in", in};
   const std::int64_t rows = state_->check_rows(input);
   const auto layers = static_cast<std::int64_t>(spec().layers.size());
@@ -592,7 +701,7 @@ void Flow::conditioner(std::int64_t layer, std::span<const T> in, std::span<T> s
   const auto first = spec().layers.begin();
   const auto kernel = std::count_if(
       first, first + layer, [](const LayerSpec& before) { return !std::holds_alternative<Permutation>(before); });
-  conditioner_unchecked(kernel, in.data(), rows, s.data(), t.data());
+  conditioner_unchecked(kernel, in.data(), rows, s.data(), t.data(), state_->execution<T>(context, rows));
 }
 
 // ---- the core: what the calls above, the bindings and XLA's handlers share
@@ -614,7 +723,9 @@ void Flow::sample_unchecked(std::uint64_t seed, std::uint64_t first_row, std::in
 
 void Flow::noise_unchecked(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* z,
                            const Execution& how) const {
-  state_->backend->noise(seed, first_row, rows, z, state_->settled(how));
+  Execution settled = how;  // without a context
+  if (settled.threads == 0) settled.threads = state_->threads();
+  state_->backend->noise(seed, first_row, rows, z, settled);
 }
 
 namespace {
@@ -683,16 +794,17 @@ int FlowAccess::threads(const Flow& flow) { return flow.state_->threads(); }
   template std::span<const T> Flow::parameters() const;                                                        \
   template void Flow::copy_parameters(std::span<T>, std::vector<float>*) const;                                \
   template void Flow::set_parameters(std::span<const T>, std::span<const float>);                              \
-  template void Flow::forward(std::span<const T>, std::span<T>, std::span<T>) const;                           \
-  template void Flow::inverse(std::span<const T>, std::span<T>, std::span<T>) const;                           \
-  template double Flow::round_trip_error(std::span<const T>) const;                                            \
-  template void Flow::log_prob(std::span<const T>, std::span<T>) const;                                        \
-  template void Flow::sample(std::uint64_t, std::span<T>, std::uint64_t) const;                                \
-  template double Flow::nll(std::span<const T>) const;                                                         \
-  template double Flow::nll_gradient(std::span<const T>, std::span<T>) const;                                  \
+  template void Flow::forward(std::span<const T>, std::span<T>, std::span<T>, const Context&) const;           \
+  template void Flow::inverse(std::span<const T>, std::span<T>, std::span<T>, const Context&) const;           \
+  template double Flow::round_trip_error(std::span<const T>, const Context&) const;                            \
+  template void Flow::log_prob(std::span<const T>, std::span<T>, const Context&) const;                        \
+  template void Flow::sample(std::uint64_t, std::span<T>, std::uint64_t, const Context&) const;                \
+  template double Flow::nll(std::span<const T>, const Context&) const;                                         \
+  template double Flow::nll_gradient(std::span<const T>, std::span<T>, const Context&) const;                  \
   template void Flow::vjp(Direction, std::span<const T>, std::span<const T>, std::span<const T>, std::span<T>, \
-                          std::span<T>, bool) const;                                                           \
-  template void Flow::conditioner(std::int64_t, std::span<const T>, std::span<T>, std::span<T>) const;
+                          std::span<T>, bool, const Context&, std::span<T>) const;                             \
+  template ConditionedFlow Flow::condition(std::span<const T>) const;                                          \
+  template void Flow::conditioner(std::int64_t, std::span<const T>, std::span<T>, std::span<T>, const Context&) const;
 NVPFLOW_INSTANTIATE(float)
 NVPFLOW_INSTANTIATE(double)
 #undef NVPFLOW_INSTANTIATE

@@ -33,10 +33,12 @@ inline AdamCoefficients coefficients(const AdamStep& step) {
 
 /// Rows of a training run, in the host's memory; they outlive it.
 struct TrainingData {
-  const void* x = nullptr;           ///< [rows, D]
-  std::int64_t rows = 0;             ///< of x
-  const void* validation = nullptr;  ///< null: none of its own
-  std::int64_t validation_rows = 0;  ///< of validation
+  const void* x = nullptr;                   ///< [rows, D]
+  std::int64_t rows = 0;                     ///< of x
+  const void* validation = nullptr;          ///< null: none of its own
+  std::int64_t validation_rows = 0;          ///< of validation
+  const void* context = nullptr;             ///< [rows, C], of the flow's dtype; null: the flow has none
+  const void* validation_context = nullptr;  ///< [validation_rows, C]
 };
 
 /// What the work since the last report came to.

@@ -442,6 +442,166 @@ TEST_CASE("gradients of layers of all features, directions and places agree with
   }
 }
 
+TEST_CASE_TEMPLATE("a context, by rows and one for all, agrees with the oracle", T, float, double) {
+  for (const std::int64_t features : {1, 2, 5, 17}) {
+    for (std::uint64_t seed = 0; seed < 6; ++seed) {
+      CAPTURE(features);
+      CAPTURE(seed);
+      FlowSpec spec = features > 1 ? mixed_spec(features, seed, dtype_of<T>) : FlowSpec();
+      spec.input_size = features;
+      spec.dtype = dtype_of<T>;
+      nvpflow::Coupling of_all;
+      of_all.transformed.name = nvpflow::FeatureSet::Name::all;
+      of_all.network.hidden_sizes = seed % 2 == 0 ? std::vector<std::int64_t>{9} : std::vector<std::int64_t>{};
+      spec.layers.emplace_back(of_all);
+      spec.context_size = static_cast<std::int64_t>(1 + seed * 7);
+      spec.standardize_context = seed % 2 == 1;
+      Flow flow(spec);
+      const std::vector<T> parameters = random_parameters<T>(flow.layout(), static_cast<unsigned>(seed));
+      flow.template set_parameters<T>(parameters);
+      oracle::Flow oracle(spec, widened<T>(parameters));
+      for (const std::int64_t rows : {0, 1, 3, 16, 37, 200}) {
+        CAPTURE(rows);
+        const std::vector<T> x = random_values<T>(rows * features, 5);
+        const std::vector<T> context = random_values<T>(rows * spec.context_size, 9);
+        std::vector<T> z(x.size(), kPoison<T>), log_det(static_cast<std::size_t>(rows), kPoison<T>), log_prob = log_det;
+        flow.template forward<T>(x, z, log_det, context);
+        flow.template log_prob<T>(x, log_prob, context);
+        std::int64_t wrong = 0;
+        for (std::int64_t row = 0; row < rows; ++row) {
+          const std::vector<double> given = row_of(context, row, spec.context_size);
+          const auto expected = oracle.forward(row_of(x, row, features), given);
+          for (std::int64_t d = 0; d < features; ++d) {
+            wrong += !within(z[static_cast<std::size_t>(row * features + d)],
+                             expected.values[static_cast<std::size_t>(d)], 4 * kBudget<T>);
+          }
+          wrong += !within(log_det[static_cast<std::size_t>(row)], expected.log_det, kBudget<T>);
+          wrong += !within(log_prob[static_cast<std::size_t>(row)], oracle.log_prob(row_of(x, row, features), given),
+                           4 * kBudget<T>);
+        }
+        CHECK(wrong == 0);
+        // One for all rows: by rows, in the call, and bound before it.
+        const std::vector<T> one = random_values<T>(spec.context_size, 10);
+        std::vector<T> repeated;
+        for (std::int64_t row = 0; row < rows; ++row) repeated.insert(repeated.end(), one.begin(), one.end());
+        std::vector<T> by_rows(x.size(), kPoison<T>), at_once = by_rows, bound = by_rows;
+        const nvpflow::ConditionedFlow given = flow.template condition<T>(one);
+        flow.template inverse<T>(x, by_rows, log_det, repeated);
+        flow.template inverse<T>(x, at_once, log_prob, one);
+        CHECK(same_bits<T>(by_rows, at_once));
+        CHECK(same_bits<T>(log_det, log_prob));
+        given.template inverse<T>(x, bound);
+        CHECK(same_bits<T>(by_rows, bound));
+        flow.template sample<T>(3, by_rows, 0, repeated);
+        given.template sample<T>(3, bound);
+        CHECK(same_bits<T>(by_rows, bound));
+      }
+      // A row whose context holds NaN is NaN, and no other.
+      const std::vector<T> x = random_values<T>(20 * features, 5);
+      std::vector<T> context = random_values<T>(20 * spec.context_size, 9), log_prob(20, kPoison<T>);
+      context[static_cast<std::size_t>(7 * spec.context_size)] = std::numeric_limits<T>::quiet_NaN();
+      context[static_cast<std::size_t>(18 * spec.context_size)] = std::numeric_limits<T>::infinity();
+      flow.template log_prob<T>(x, log_prob, context);
+      for (std::size_t row = 0; row < 20; ++row) CHECK(std::isnan(log_prob[row]) == (row == 7 || row == 18));
+      context.resize(static_cast<std::size_t>(8 * spec.context_size));
+      flow.template log_prob<T>(x, log_prob, std::span(context).last(static_cast<std::size_t>(spec.context_size)));
+      for (std::size_t row = 0; row < 20; ++row) CHECK(std::isnan(log_prob[row]));
+    }
+  }
+}
+
+TEST_CASE("gradients with a context agree with finite differences") {
+  for (const std::int64_t features : {1, 4, 7}) {
+    for (std::uint64_t seed = 0; seed < 4; ++seed) {
+      CAPTURE(features);
+      CAPTURE(seed);
+      FlowSpec spec = features > 1 ? mixed_spec(features, seed, DType::float64) : FlowSpec();
+      spec.input_size = features;
+      spec.dtype = DType::float64;
+      nvpflow::Coupling of_all;
+      of_all.transformed.name = nvpflow::FeatureSet::Name::all;
+      if (seed % 2 == 0) of_all.network.hidden_sizes = {9};
+      of_all.network.activation = Activation::silu;
+      spec.layers.emplace_back(of_all);
+      spec.context_size = static_cast<std::int64_t>(1 + seed * 3);
+      spec.standardize_context = seed % 2 == 1;
+      Flow flow(spec);
+      const std::vector<double> parameters = random_parameters<double>(flow.layout(), static_cast<unsigned>(seed));
+      flow.set_parameters<double>(parameters);
+      oracle::Flow oracle(spec, parameters);
+      const std::int64_t rows = 35;
+      std::vector<double> x = random_values<double>(rows * features, 6);
+      for (const bool shared : {false, true}) {
+        const std::int64_t context_rows = shared ? 1 : rows;
+        std::vector<double> context = random_values<double>(context_rows * spec.context_size, 9);
+        const std::vector<double> grad_out = random_values<double>(rows * features, 7);
+        const std::vector<double> grad_log_det = random_values<double>(rows, 8);
+        const auto loss = [&] {
+          double sum = 0;
+          for (std::int64_t row = 0; row < rows; ++row) {
+            const auto result =
+                oracle.forward(row_of(x, row, features), row_of(context, shared ? 0 : row, spec.context_size));
+            for (std::int64_t d = 0; d < features; ++d) {
+              sum +=
+                  grad_out[static_cast<std::size_t>(row * features + d)] * result.values[static_cast<std::size_t>(d)];
+            }
+            sum += grad_log_det[static_cast<std::size_t>(row)] * result.log_det;
+          }
+          return sum;
+        };
+        std::vector<double> gradient(parameters.size(), kPoison<double>), grad_in(x.size(), kPoison<double>);
+        std::vector<double> grad_context(context.size(), kPoison<double>);
+        flow.vjp<double>(Direction::forward, x, grad_out, grad_log_det, grad_in, gradient, false, context,
+                         grad_context);
+        std::vector<double>& values = oracle.parameters();
+        std::int64_t wrong = 0;
+        for (std::size_t i = 0; i < values.size(); ++i) {
+          wrong += !within(gradient[i], oracle::central_difference(values[i], loss), 1e-7);
+        }
+        for (std::size_t i = 0; i < x.size(); i += 11) {
+          wrong += !within(grad_in[i], oracle::central_difference(x[i], loss), 1e-7);
+        }
+        for (std::size_t i = 0; i < context.size(); ++i) {
+          wrong += !within(grad_context[i], oracle::central_difference(context[i], loss), 1e-7);
+        }
+        CHECK(wrong == 0);
+        std::vector<double> again(gradient.size(), kPoison<double>);
+        for (const int threads : {2, 3}) {
+          flow.set_num_threads(threads);
+          flow.vjp<double>(Direction::forward, x, grad_out, grad_log_det, grad_in, again, false, context);
+          CHECK(same_bits<double>(gradient, again));
+        }
+        flow.set_num_threads(1);
+      }
+    }
+  }
+}
+
+TEST_CASE("a context that is missing, superfluous or of a wrong size is refused by name") {
+  FlowSpec spec = FlowSpec::real_nvp(4, 2, {8});
+  Flow plain(spec);
+  spec.context_size = 3;
+  Flow flow(spec);
+  const std::vector<float> x(8), context(6), short_one(4);
+  const std::vector<double> wide(6);
+  std::vector<float> out(2);
+  const auto refused = [](const char* fragment, auto&& call) {
+    try {
+      call();
+      FAIL("nothing was refused");
+    } catch (const nvpflow::Error& error) {
+      CHECK(std::string(error.what()).find(fragment) != std::string::npos);
+    }
+  };
+  refused("context is missing, expected [B, 3] or [3]", [&] { flow.log_prob<float>(x, out); });
+  refused("context is missing", [&] { flow.log_prob_unchecked(x.data(), 2, out.data()); });
+  refused("expected none: the flow has no context", [&] { plain.log_prob<float>(x, out, context); });
+  refused("context holds 4 elements, expected 6 ([B, C]) or 3 ([C])", [&] { flow.log_prob<float>(x, out, short_one); });
+  refused("context is of another type", [&] { flow.log_prob<float>(x, out, wide); });
+  refused("has context_size 0", [&] { plain.condition<float>(context); });
+  refused("context holds 6 elements, expected 3 ([C])", [&] { flow.condition<float>(context); });
+}
+
 TEST_CASE("nll_gradient agrees with finite differences of the oracle") {
   // Smooth activations: finite differences are meaningless across a kink. The kinked ones are compared with the
   // hand-written reverse mode in the Python tests.

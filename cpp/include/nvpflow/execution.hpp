@@ -2,10 +2,58 @@
 /// How one call on a flow runs, and where its arrays are.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
 namespace nvpflow {
 
 /// data -> latent, latent -> data.
 enum class Direction { forward, inverse };
+
+class Flow;
+
+/// The context of a call through Execution::context, unchecked.
+struct ContextRows {
+  /// [n, C], of the flow's dtype, in the same memory as the other arrays; null: `folded`, or the flow has no context.
+  const void* rows = nullptr;
+  /// Row r of the call goes with context row r / repeat; kForAll: all go with the first.
+  std::int64_t repeat = 1;
+  /// What Flow::condition made of one row.
+  const void* folded = nullptr;
+  /// Of calls that form gradients: [B, C], the cotangent of the context of each row, written; null: not wanted.
+  void* gradient = nullptr;
+
+  static constexpr std::int64_t kForAll = std::int64_t{1} << 62;
+};
+
+/// The context of a call, checked by it: [B, C], one row for each row of the call, or [C], one for all.
+class Context {
+ public:
+  /// Of flows without a context.
+  Context() = default;
+  /// Rows of the flow's dtype, which the caller keeps.
+  template <class T, std::size_t extent>
+  Context(std::span<T, extent> rows) : data_(rows.data()), size_(rows.size()), element_(sizeof(T)) {}  // NOLINT
+  /// The same.
+  template <class T>
+  Context(const std::vector<T>& rows) : Context(std::span<const T>(rows)) {}  // NOLINT(google-explicit-constructor)
+
+  /// The first element.
+  const void* data() const { return data_; }
+  /// Elements.
+  std::int64_t size() const { return static_cast<std::int64_t>(size_); }
+  /// Bytes of one; 0: none was given.
+  std::size_t element() const { return element_; }
+  /// What Flow::condition computed of one row; null: nothing.
+  const void* folded() const { return folded_; }
+
+ private:
+  friend class Flow;
+  const void *data_ = nullptr, *folded_ = nullptr;
+  std::size_t size_ = 0, element_ = 0;
+};
 
 /// How a call runs and where its arrays are.
 struct Execution {
@@ -23,6 +71,8 @@ struct Execution {
   /// float64; of flows with takes_float64_rows, whose first layer is then applied in float64, and of arrays of the
   /// host. All other arrays are of the flow's dtype.
   bool float64_rows = false;
+  /// Of a flow with a context.
+  ContextRows context;
 
   /// Arrays of the host, and the threads that the flow takes.
   Execution() = default;

@@ -8,6 +8,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include <nvpflow/device.hpp>
@@ -20,6 +21,7 @@
 /// The C++ interface: Flow, FlowSpec, fit() and what they need.
 namespace nvpflow {
 
+class ConditionedFlow;
 struct FlowAccess;
 struct LoadedModel;
 
@@ -46,6 +48,11 @@ NVPFLOW_API Statistics parse_statistics(std::string_view name);
 /// large are infinite, and inf where they cannot be told (inf - inf); a log-determinant that cannot be told is -inf of
 /// forward and inf of inverse, so that the density is 0 either way. A density of 0 has no gradient: it is NaN or
 /// infinite.
+///
+/// A flow whose spec has a context_size C is a density p(x | c). Its calls take a context of the flow's dtype: [B, C],
+/// one row for each row of the call, or [C], one for all, which is cheaper and gives the same bits. Without one, or
+/// with one that is superfluous or of the wrong size: Error(invalid_argument). condition() binds one. A context row
+/// that holds NaN or inf counts as one of x.
 ///
 /// Const members may be called from any number of threads at once, also while another thread replaces the parameters:
 /// each call sees the old or the new ones whole.
@@ -164,50 +171,61 @@ class NVPFLOW_API Flow {
 
   /// z [B, D] and log|det dz/dx| [B] (may be empty: not wanted), nats.
   template <class T>
-  void forward(std::span<const T> x, std::span<T> z, std::span<T> log_det = {}) const;
+  void forward(std::span<const T> x, std::span<T> z, std::span<T> log_det = {}, const Context& context = {}) const;
   /// float64 rows of a float32 flow.
-  void forward(std::span<const double> x, std::span<float> z, std::span<float> log_det = {}) const;
+  void forward(std::span<const double> x, std::span<float> z, std::span<float> log_det = {},
+               const Context& context = {}) const;
   /// x [B, D] and log|det dx/dz| [B] (may be empty).
   template <class T>
-  void inverse(std::span<const T> z, std::span<T> x, std::span<T> log_det = {}) const;
+  void inverse(std::span<const T> z, std::span<T> x, std::span<T> log_det = {}, const Context& context = {}) const;
   /// float64 rows of a float32 flow.
-  void inverse(std::span<const float> z, std::span<double> x, std::span<float> log_det = {}) const;
+  void inverse(std::span<const float> z, std::span<double> x, std::span<float> log_det = {},
+               const Context& context = {}) const;
   /// How far x is from inverse(forward(x)): the largest |x' - x| / (sigma + |x|) over all elements, in float64. sigma
   /// is the standard deviation of the column where the flow begins with a standardize layer, else 1; of float64 rows of
   /// a float32 flow |x| is counted from the column's mean. Rows of x with NaN or inf do not count; infinite where a
   /// finite row does not come back finite; 0 without rows.
   template <class T>
-  double round_trip_error(std::span<const T> x) const;
+  double round_trip_error(std::span<const T> x, const Context& context = {}) const;
   /// log p(x) [B], nats.
   template <class T>
-  void log_prob(std::span<const T> x, std::span<T> out) const;
+  void log_prob(std::span<const T> x, std::span<T> out, const Context& context = {}) const;
   /// float64 rows of a float32 flow.
-  void log_prob(std::span<const double> x, std::span<float> out) const;
+  void log_prob(std::span<const double> x, std::span<float> out, const Context& context = {}) const;
   /// x [B, D]: rows first_row .. first_row + B of the endless sample that `seed` names. The same for every batch size
   /// and thread count (Philox 4x32-10, Salmon et al. 2011, keyed by seed, counter = row and column). Of a float32 flow
-  /// with takes_float64_rows also as float64.
+  /// with takes_float64_rows also as float64. A context of [M, C], M a divisor of B, gives B / M consecutive rows under
+  /// each of its rows.
   template <class T>
-  void sample(std::uint64_t seed, std::span<T> x, std::uint64_t first_row = 0) const;
+  void sample(std::uint64_t seed, std::span<T> x, std::uint64_t first_row = 0, const Context& context = {}) const;
   /// -mean log p(x) over the batch, nats; at least one row. Also of float64 rows of a float32 flow.
   template <class T>
-  double nll(std::span<const T> x) const;
+  double nll(std::span<const T> x, const Context& context = {}) const;
   /// nll(x); its gradient with respect to the flat parameters overwrites `gradient`.
   template <class T>
-  double nll_gradient(std::span<const T> x, std::span<T> gradient) const;
+  double nll_gradient(std::span<const T> x, std::span<T> gradient, const Context& context = {}) const;
   /// float64 rows of a float32 flow.
-  double nll_gradient(std::span<const double> x, std::span<float> gradient) const;
+  double nll_gradient(std::span<const double> x, std::span<float> gradient, const Context& context = {}) const;
   /// Vector-Jacobian products. grad_out [B, D] and grad_log_det [B] may be empty (zero); grad_in [B, D] and
   /// grad_parameters may be empty (not wanted); accumulate adds to grad_parameters instead of overwriting them.
-  /// Forward: `in` is x, grad_out is dL/dz. Inverse: `in` is z, grad_out is dL/dx.
+  /// Forward: `in` is x, grad_out is dL/dz. Inverse: `in` is z, grad_out is dL/dx. grad_context, of the context's own
+  /// size, may be empty.
   template <class T>
   void vjp(Direction direction, std::span<const T> in, std::span<const T> grad_out, std::span<const T> grad_log_det,
-           std::span<T> grad_in, std::span<T> grad_parameters, bool accumulate = false) const;
+           std::span<T> grad_in, std::span<T> grad_parameters, bool accumulate = false, const Context& context = {},
+           std::span<T> grad_context = {}) const;
   /// float64 rows x of a float32 flow, forward.
   void vjp(std::span<const double> x, std::span<const float> grad_out, std::span<const float> grad_log_det,
-           std::span<float> grad_x, std::span<float> grad_parameters, bool accumulate = false) const;
+           std::span<float> grad_x, std::span<float> grad_parameters, bool accumulate = false,
+           const Context& context = {}, std::span<float> grad_context = {}) const;
+  /// The flow under one context [C]: x -> p(x | c), with the same bits as the calls above with `context`. What the
+  /// context comes to in each network is computed here and not in each call. The view must not outlive the flow.
+  template <class T>
+  ConditionedFlow condition(std::span<const T> context) const;
   /// Log-scale s and shift t [B, |b|] of layer `layer`, which must be a coupling, on that layer's own input [B, D].
   template <class T>
-  void conditioner(std::int64_t layer, std::span<const T> in, std::span<T> s, std::span<T> t) const;
+  void conditioner(std::int64_t layer, std::span<const T> in, std::span<T> s, std::span<T> t,
+                   const Context& context = {}) const;
 
   /// @{
   /// The calls above for arrays that the caller has checked: `rows` rows behind each pointer, null where a span may be
@@ -244,6 +262,64 @@ class NVPFLOW_API Flow {
   explicit Flow(std::unique_ptr<State> state);
   static Flow from_model(LoadedModel&& model, Device device, Precision precision, Weights weights);
   std::unique_ptr<State> state_;
+};
+
+/// A flow under one context, made by Flow::condition, which it must not outlive. Its calls are the flow's without a
+/// context, on the flow's present parameters. After they change each call computes anew what the view was made to save:
+/// make it again. Copies share what was computed.
+class ConditionedFlow {
+ public:
+  /// The flow.
+  const Flow& flow() const { return *flow_; }
+  /// What it is conditioned on, for the flow's own calls.
+  const Context& context() const { return context_; }
+
+  /// @{
+  /// As the calls of Flow by the same names.
+  template <class T>
+  void forward(std::span<const T> x, std::span<T> z, std::span<T> log_det = {}) const {
+    flow_->forward<T>(x, z, log_det, context_);
+  }
+  template <class T>
+  void inverse(std::span<const T> z, std::span<T> x, std::span<T> log_det = {}) const {
+    flow_->inverse<T>(z, x, log_det, context_);
+  }
+  template <class T>
+  double round_trip_error(std::span<const T> x) const {
+    return flow_->round_trip_error<T>(x, context_);
+  }
+  template <class T>
+  void log_prob(std::span<const T> x, std::span<T> out) const {
+    flow_->log_prob<T>(x, out, context_);
+  }
+  template <class T>
+  void sample(std::uint64_t seed, std::span<T> x, std::uint64_t first_row = 0) const {
+    flow_->sample<T>(seed, x, first_row, context_);
+  }
+  template <class T>
+  double nll(std::span<const T> x) const {
+    return flow_->nll<T>(x, context_);
+  }
+  template <class T>
+  double nll_gradient(std::span<const T> x, std::span<T> gradient) const {
+    return flow_->nll_gradient<T>(x, gradient, context_);
+  }
+  template <class T>
+  void vjp(Direction direction, std::span<const T> in, std::span<const T> grad_out, std::span<const T> grad_log_det,
+           std::span<T> grad_in, std::span<T> grad_parameters, bool accumulate = false) const {
+    flow_->vjp<T>(direction, in, grad_out, grad_log_det, grad_in, grad_parameters, accumulate, context_);
+  }
+  /// @}
+
+ private:
+  friend class Flow;
+  ConditionedFlow(const Flow& flow, std::shared_ptr<const void> row, std::shared_ptr<const void> folded,
+                  const Context& context)
+      : flow_(&flow), row_(std::move(row)), folded_(std::move(folded)), context_(context) {}
+
+  const Flow* flow_;
+  std::shared_ptr<const void> row_, folded_;  // what context_ points to
+  Context context_;
 };
 
 }  // namespace nvpflow

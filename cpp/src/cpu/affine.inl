@@ -84,10 +84,10 @@ struct Heads {
 template <class T>
 NVPFLOW_INLINE Heads<T> heads_tile(const Layer<T>& layer, const T* a, const TileState<T>& s) {
   const int64_t size = layer.b.count * s.rows;
-  const T* u = network_tile<T>(layer.network[0], a, s.buffer0, s.buffer1, s.kept, s.rows);
+  const T* u = network_tile<T>(layer.network[0], a, s.context, s.buffer0, s.buffer1, s.kept, s.rows);
   if (layer.num_networks == 1) return {u, is_additive(layer) ? u : u + size};
   __builtin_memcpy(s.kept, u, static_cast<size_t>(size) * sizeof(T));
-  return {s.kept, network_tile<T>(layer.network[1], a, s.buffer0, s.buffer1, nullptr, s.rows)};
+  return {s.kept, network_tile<T>(layer.network[1], a, s.context, s.buffer0, s.buffer1, nullptr, s.rows)};
 }
 
 /// The same of a few rows, [rows][stride] each.
@@ -236,7 +236,7 @@ void taped_heads(const Layer<T>& layer, const AffineTape<T>& keep, const FixedTa
   const T* a = take_features<T>(layer.a, fixed.state, fixed.gathered, rows);
   for (int32_t i = 0; i < layer.num_networks; ++i) {
     const Network<T>& net = layer.network[i];
-    network_taped<T>(net, a, keep.network[i], fixed.buffer0, count, rows);
+    network_taped<T>(net, a, fixed.context, keep.network[i], fixed.buffer0, count, rows);
     const int64_t out = net.dense[net.num_dense - 1].out, stride = row_stride<T>(out);
     gather_tile<T>([&](int64_t r) { return fixed.buffer0 + r * stride; }, count, out, head, rows);
     head += out * rows;
@@ -305,7 +305,8 @@ void AffineLayer<T>::backward(const Layer<T>& layer, bool inverse, bool input_wa
     start_network_backward<T>(layer.network[i], head + i * layer.b.count * rows, keep.network[i], count, rows);
   }
   for (int32_t i = 0; i < layer.num_networks; ++i) {
-    network_backward<T>(layer.network[i], keep.network[i], fixed.buffer0, fixed.buffer1, a, count, rows);
+    network_backward<T>(layer.network[i], keep.network[i], fixed.buffer0, fixed.buffer1, a, fixed.context_cotangent,
+                        count, rows);
   }
   if (input_wanted) put_features<T>(layer.a, a, fixed.cotangent, rows);
 }

@@ -48,8 +48,12 @@ class CpuBackend final : public Backend {
 
   void set_parameters(const void* parameters, const float* mean_low) override {
     const FloatMode mode;
+    const std::uint64_t version = ++version_;
     packed_.rewrite([this] { return make_packed(); },
-                    [&](Packed<T>& packed) { packed.pack(static_cast<const T*>(parameters), false, 1, mean_low); });
+                    [&](Packed<T>& packed) {
+                      packed.pack(static_cast<const T*>(parameters), false, 1, mean_low);
+                      packed.set_version(version);
+                    });
   }
 
   void transform(Direction direction, const void* in, std::int64_t rows, void* out, void* log_det,
@@ -93,9 +97,10 @@ class CpuBackend final : public Backend {
                    const Execution& how) const override {
     const FloatMode mode;
     const Reading packed(packed_);
+    const cpu::ContextRows<T> context = context_of(*packed, rows, how);
     parallel_for(rows, flow_.grain(), how.threads, [&](std::int64_t begin, std::int64_t end) {
       T* scratch = thread_scratch<T>(flow_.transform_scratch());
-      kernels_.conditioner(packed->program(), layer, static_cast<const T*>(in), begin, end, static_cast<T*>(s),
+      kernels_.conditioner(packed->program(), layer, static_cast<const T*>(in), context, begin, end, static_cast<T*>(s),
                            static_cast<T*>(t), scratch);
     });
   }
@@ -130,6 +135,7 @@ class CpuBackend final : public Backend {
     call.index = index;
     call.nll = true;
     call.nll_factor = static_cast<T>(1.0 / static_cast<double>(total_rows));
+    call.context.index = index;
     return run_gradient(call, rows, static_cast<T*>(grad_parameters), accumulate, how);
   }
 
@@ -138,12 +144,15 @@ class CpuBackend final : public Backend {
     const FloatMode mode;
     const Reading packed(packed_);
     const bool wide = how.float64_rows || packed->first().is_split();
+    const cpu::ContextRows<T> context = context_of(*packed, rows, how);
     return flow_.sum_log_prob(rows, staged_size_, how.threads,
                               [&](std::int64_t begin, std::int64_t end, T* log_prob, T* scratch) {
                                 TransformCall<T> call;
                                 call.in = index == nullptr ? data_at(x, begin, how) : static_cast<const T*>(x);
                                 call.index = index == nullptr ? nullptr : index + begin;
                                 call.log_prob = log_prob;
+                                call.context = cpu::part_of(context, begin);
+                                if (index != nullptr) call.context.index = index + begin;
                                 if (wide) {
                                   transform_wide(*packed, call, 0, end - begin, how, scratch);
                                 } else {
@@ -158,7 +167,23 @@ class CpuBackend final : public Backend {
     // Written, so that the pages are there, and used, so that whatever is made on first use has been made.
     std::memset(scratch, 0, static_cast<std::size_t>(elements) * sizeof(T));
     const std::vector<T> x(static_cast<std::size_t>(flow_.tile_rows() * spec_.input_size));
-    sum_log_prob(x.data(), nullptr, flow_.tile_rows(), Execution(1));
+    const std::vector<T> context(static_cast<std::size_t>(spec_.context_size));
+    Execution how(1);
+    how.context.rows = context.data();
+    how.context.repeat = nvpflow::ContextRows::kForAll;
+    sum_log_prob(x.data(), nullptr, flow_.tile_rows(), how);
+  }
+
+  std::shared_ptr<const void> fold(const void* context) const override {
+    const FloatMode mode;
+    const Reading packed(packed_);
+    const T* row = static_cast<const T*>(context);
+    auto folded = std::make_shared<Folded>();
+    folded->version = packed->version();
+    folded->row.assign(row, row + spec_.context_size);
+    folded->biases.resize(static_cast<std::size_t>(packed->program().fold_size));
+    fold_into(*packed, row, folded->biases.data());
+    return folded;
   }
 
   std::unique_ptr<Training> begin_training(const TrainingData& data, const void* parameters, std::int64_t,
@@ -176,9 +201,52 @@ class CpuBackend final : public Backend {
   /// Elements of scratch that every call but those of gradients does with.
   std::int64_t call_scratch() const { return flow_.transform_scratch() + staged_size_ + CpuFlow<T>::kSumRows; }
 
-  void run(const TransformCall<T>& call, std::int64_t rows, const Execution& how) const {
+  /// What fold() makes of one context row.
+  struct Folded {
+    std::uint64_t version;
+    std::vector<T> row;
+    AlignedVector<T> biases;
+  };
+
+  void fold_into(const Packed<T>& packed, const T* row, T* biases) const {
+    kernels_.fold(packed.program(), row, biases, thread_scratch<T>(flow_.transform_scratch()));
+  }
+
+  /// The context of a call of so many rows. One for all rows is folded: once by fold(), or here.
+  cpu::ContextRows<T> context_of(const Packed<T>& packed, std::int64_t rows, const Execution& how) const {
+    cpu::ContextRows<T> context;
+    context.rows = static_cast<const T*>(how.context.rows);
+    context.repeat = how.context.repeat;
+    const auto* folded = static_cast<const Folded*>(how.context.folded);
+    if (folded != nullptr) context.rows = folded->row.data(), context.repeat = nvpflow::ContextRows::kForAll;
+    if (spec_.context_size == 0 || context.repeat < rows || rows <= 1) return context;
+    if (folded != nullptr && folded->version == packed.version()) {
+      context.folded = folded->biases.data();
+    } else {
+      T* biases = cpu::thread_folded<T>(packed.program().fold_size);
+      fold_into(packed, context.rows, biases);
+      context.folded = biases;
+    }
+    context.rows = nullptr;
+    return context;
+  }
+
+  /// As rows, as gradients need it.
+  cpu::ContextRows<T> context_rows_of(const Execution& how) const {
+    cpu::ContextRows<T> context;
+    context.rows = static_cast<const T*>(how.context.rows);
+    context.repeat = how.context.repeat;
+    if (how.context.folded != nullptr) {
+      context.rows = static_cast<const Folded*>(how.context.folded)->row.data();
+      context.repeat = nvpflow::ContextRows::kForAll;
+    }
+    return context;
+  }
+
+  void run(TransformCall<T> call, std::int64_t rows, const Execution& how) const {
     const FloatMode mode;
     const Reading packed(packed_);
+    if (spec_.context_size > 0) call.context = context_of(*packed, rows, how);
     if (how.float64_rows || packed->first().is_split()) return run_wide(*packed, call, rows, how);
     flow_.transform(packed->program(), call, rows, how.threads);
   }
@@ -213,6 +281,7 @@ class CpuBackend final : public Backend {
       const std::int64_t count = std::min(flow_.tile_rows(), end - r);
       TransformCall<T> tile = call;
       tile.index = nullptr;
+      tile.context = cpu::part_of(call.context, r);
       tile.first_row += static_cast<std::uint64_t>(r);
       if (call.log_det != nullptr) tile.log_det += r;
       if (call.log_prob != nullptr) tile.log_prob += r;
@@ -255,6 +324,8 @@ class CpuBackend final : public Backend {
       GradientCall<T> part = call;
       part.in = staged.data();
       part.index = nullptr;
+      part.context = cpu::part_of(call.context, first);
+      if (call.grad_context != nullptr) part.grad_context += first * spec_.context_size;
       if (call.grad_out != nullptr) part.grad_out += first * features;
       if (call.grad_log_det != nullptr) part.grad_log_det += first;
       if (call.log_prob != nullptr) part.log_prob += first;
@@ -274,14 +345,46 @@ class CpuBackend final : public Backend {
     if constexpr (sizeof(T) == 4) packed.first().scale_gradient(g, rows);
   }
 
-  double run_gradient(const GradientCall<T>& call, std::int64_t rows, T* gradient, bool accumulate,
+  double run_gradient(GradientCall<T> call, std::int64_t rows, T* gradient, bool accumulate,
                       const Execution& how) const {
     const FloatMode mode;
     const Reading packed(packed_);
     packed->ensure_transposed();
+    const std::int64_t* index = call.context.index;
+    call.context = context_rows_of(how);
+    call.context.index = index;
+    call.grad_context = static_cast<T*>(how.context.gradient);
+    const bool statistics = gradient != nullptr && spec_.standardize_context;
+    std::vector<T> of_context;  // where the caller wants none
+    if (statistics && call.grad_context == nullptr) {
+      of_context.resize(static_cast<std::size_t>(rows * spec_.context_size));
+      call.grad_context = of_context.data();
+    }
     const bool wide = !call.inverse && (how.float64_rows || packed->first().is_split());
-    return wide ? run_gradient_wide(*packed, call, rows, gradient, accumulate, how)
-                : flow_.gradient(packed->program(), call, rows, gradient, accumulate, how.threads);
+    const double sum = wide ? run_gradient_wide(*packed, call, rows, gradient, accumulate, how)
+                            : flow_.gradient(packed->program(), call, rows, gradient, accumulate, how.threads);
+    if (statistics) add_context_statistics(packed->program(), call, rows, gradient, accumulate);
+    return sum;
+  }
+
+  /// The gradients of context.mean and context.log_std, from that of the context as it came in.
+  void add_context_statistics(const Program<T>& program, const GradientCall<T>& call, std::int64_t rows, T* gradient,
+                              bool accumulate) const {
+    const std::int64_t size = spec_.context_size;
+    for (std::int64_t i = 0; i < size; ++i) {
+      double mean = 0, log_std = 0;
+      for (std::int64_t r = 0; r < rows; ++r) {
+        const std::int64_t row = call.context.index == nullptr ? r / call.context.repeat : call.context.index[r];
+        const auto g = static_cast<double>(call.grad_context[r * size + i]);
+        mean -= g;
+        log_std -=
+            g * (static_cast<double>(call.context.rows[row * size + i]) - static_cast<double>(program.context_mean[i]));
+      }
+      T* to_mean = gradient + program.context_mean_offset + i;
+      T* to_log_std = gradient + program.context_log_std_offset + i;
+      *to_mean = static_cast<T>(accumulate ? static_cast<double>(*to_mean) + mean : mean);
+      *to_log_std = static_cast<T>(accumulate ? static_cast<double>(*to_log_std) + log_std : log_std);
+    }
   }
 
   const FlowSpec spec_;
@@ -289,6 +392,7 @@ class CpuBackend final : public Backend {
   const Weights weights_;
   const Kernels<T>& kernels_;
   LeftRight<Packed<T>> packed_;
+  std::uint64_t version_ = 0;  // of the parameters
   const CpuFlow<T> flow_;
   const std::int64_t staged_size_;  // elements of a tile of standardized rows; 0: without takes_float64_rows
 };

@@ -31,6 +31,21 @@ T* thread_scratch(std::int64_t elements) {
   return static_cast<T*>(buffer.reserve(elements * static_cast<std::int64_t>(sizeof(T))));
 }
 
+/// The same for a context that is folded for one call.
+template <class T>
+T* thread_folded(std::int64_t elements) {
+  thread_local AlignedBuffer buffer;
+  return static_cast<T*>(buffer.reserve(elements * static_cast<std::int64_t>(sizeof(T))));
+}
+
+/// The context of rows from `begin` on.
+template <class T>
+ContextRows<T> part_of(ContextRows<T> context, std::int64_t begin) {
+  if (context.index != nullptr) context.index += begin;
+  context.first += begin;
+  return context;
+}
+
 /// The sum of f(begin, end) over parts of [0, count), each of `size` but the last, in order whatever the threads.
 template <std::int64_t size, class F>
 double sum_of_parts(std::int64_t count, int threads, F f) {

@@ -53,6 +53,8 @@ class CpuTraining final : public Training {
     GradientCall<T> call;
     call.in = static_cast<const T*>(data_.x);
     call.index = index_.data();
+    call.context.rows = static_cast<const T*>(data_.context);
+    call.context.index = index_.data();
     call.nll = true;
     call.nll_factor = static_cast<T>(1.0 / static_cast<double>(total_rows));
     batch_sum_ += flow_.gradient(packed_.program(), call, count, gradient_.data(), accumulate, threads_);
@@ -87,6 +89,8 @@ class CpuTraining final : public Training {
           call.in = static_cast<const T*>(validation ? data_.validation : data_.x);
           call.index = index_.data() + begin;
           call.log_prob = log_prob;
+          call.context.rows = static_cast<const T*>(validation ? data_.validation_context : data_.context);
+          call.context.index = index_.data() + begin;
           kernels_.transform(packed_.program(), call, 0, end - begin, scratch);
         });
   }

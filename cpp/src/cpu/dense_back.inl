@@ -77,21 +77,31 @@ void add_input_cotangent(const Dense<T>& d, const T* g_out, T* by_row, T* by_fea
   }
 }
 
-/// The gradient of dense layer j, inputs [first, last), and of its bias with the first of them, from its inputs x and
-/// its outputs' cotangents g on the first tape.
+/// Adds the cotangent of the context [count][row_stride(C)], from that of the outputs of a first layer. d: what reads
+/// the context.
 template <class T>
-void dense_gradient(const Network<T>& net, int32_t j, const T* x, const T* g, int64_t first, int64_t last,
+void add_context_cotangent(const Dense<T>& d, const T* g_out, T* scratch, T* context_cotangent, int64_t count) {
+  dense_back<T>(d, g_out, scratch, count);
+  const int64_t size = count * row_stride<T>(d.in);
+  for (int64_t i = 0; i < size; i += kLanes<T>) {
+    store<T>(context_cotangent + i, load<T>(context_cotangent + i) + load<T>(scratch + i));
+  }
+}
+
+/// The gradient of a dense layer, inputs [first, last), and of its bias with the first of them, from its inputs x and
+/// its outputs' cotangents g on the first tape. to: where it goes, of the heads two tensors.
+template <class T>
+void dense_gradient(const Dense<T>& d, const DenseGradient* to, const T* x, const T* g, int64_t first, int64_t last,
                     const TileTapes<T>& tapes, T* gradient, bool add) {
-  const Dense<T>& d = net.dense[j];
-  const bool heads = j + 1 == net.num_dense && net.num_heads > 1;
-  const DenseGradient& one = net.gradients[j];
-  const DenseGradient& two = net.gradients[heads ? j + 1 : j];
-  const int64_t n[2] = {one.out, heads ? two.out : 0};
+  const bool heads = to[0].out < d.out;
+  const DenseGradient &one = to[0], &two = to[heads ? 1 : 0];
+  const int64_t n[2] = {one.out, heads ? two.out : 0}, none[2] = {0, 0};
+  const int64_t* biases = one.bias_offset < 0 ? none : n;
   const OuterProduct<T> p = {x,          row_stride<T>(d.in), g,    row_stride<T>(d.out), tapes.count,
                              tapes.rows, tapes.stride,        d.out};
   outer_product<T>(p, first, last,
                    {{{gradient + one.kernel_offset, gradient + two.kernel_offset}, {n[0], n[1]}, add},
-                    {{gradient + one.bias_offset, gradient + two.bias_offset}, {n[0], n[1]}, add}});
+                    {{gradient + one.bias_offset, gradient + two.bias_offset}, {biases[0], biases[1]}, add}});
 }
 
 }  // namespace

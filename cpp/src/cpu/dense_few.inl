@@ -145,7 +145,9 @@ NVPFLOW_INLINE void few_block(const W& weights, int64_t o, const T* x, int64_t x
   const Dense<T>& d = weights.d;
   Vec<T> total[MR][NV];
   for (int n = 0; n < NV; ++n) {
-    for (int m = 0; m < MR; ++m) total[m][n] = load<T>(d.bias + o + n * L);
+    for (int m = 0; m < MR; ++m) {
+      total[m][n] = load<T>(d.bias == nullptr ? y + m * y_stride + o + n * L : d.bias + o + n * L);
+    }
   }
   if constexpr (S == 1) {
     const auto* w = weights.block(o);
@@ -190,7 +192,7 @@ NVPFLOW_NOINLINE void few_rows(const W& weights, const T* x, int64_t x_stride, T
 }
 
 /// y[rows][out] = rectify(W^T x[rows][in] + c), row-major, for MR <= rows <= kMaxFewRows; whole vectors of y are
-/// written.
+/// written. Without a bias the sums start from y.
 template <class T, int MR = 1, class W>
 void dense_few_rows(const W& weights, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t rows, Act act) {
   if constexpr (MR < kMaxFewRows<T>) {

@@ -39,7 +39,7 @@ NVPFLOW_INLINE void dense_block(const Dense<T>& d, const T* w, const T* bias, co
   constexpr bool kInRegisters = 2 * MO * NV <= kRegisters;
   Vec<T> sum[MO][NV], total[kInRegisters ? MO : 1][NV] = {};
   for (int m = 0; m < MO; ++m) {
-    for (int n = 0; n < NV; ++n) sum[m][n] = set1(bias == nullptr ? T(0) : bias[m]);
+    for (int n = 0; n < NV; ++n) sum[m][n] = bias == nullptr ? load<T>(y + m * rows + n * kLanes<T>) : set1(bias[m]);
   }
   const auto each = [&](auto&& f) __attribute__((always_inline)) {
     T* to = y;
@@ -137,7 +137,7 @@ void dense_tile_act(const Dense<T>& d, const T* x, T* y, int64_t rows) {
   if (main < rows) dense_strips<T, act, 2 * kBlockOut>(d, x, y, rows, main, rows);
 }
 
-/// y[out][rows] = rectify(W^T x[in][rows] + c). rows: a multiple of the lanes.
+/// y[out][rows] = rectify(W^T x[in][rows] + c). rows: a multiple of the lanes. Without a bias the sums start from y.
 template <class T>
 void dense_tile(const Dense<T>& d, const T* x, T* y, int64_t rows, Act act) {
   switch (act) {

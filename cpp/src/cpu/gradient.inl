@@ -15,6 +15,7 @@
 
 #include "base.inl"
 #include "blocks.hpp"
+#include "context.inl"
 #include "kernels.hpp"
 #include "layers.inl"
 #include "partial_sums.inl"
@@ -87,6 +88,30 @@ void start_cotangents(const Program<T>& program, const GradientCall<T>& call, co
   }
 }
 
+/// The context of the rows, row-major, and zero for its cotangent.
+template <class T>
+void start_context(const Program<T>& program, const GradientCall<T>& call, const FixedTape<T>& fixed, int64_t begin,
+                   int64_t count) {
+  load_context_rows<T>(program, call.context, begin, count, fixed.context);
+  const int64_t elements = row_stride<T>(program.context_size) * count;
+  for (int64_t i = 0; fixed.context_cotangent != nullptr && i < elements; i += kLanes<T>) {
+    store<T>(fixed.context_cotangent + i, Vec<T>{});
+  }
+}
+
+/// to [count][C] = the cotangent of the context as it came in.
+template <class T>
+void store_context_cotangent(const Program<T>& program, const T* cotangent, int64_t count, T* to) {
+  const int64_t size = program.context_size, stride = row_stride<T>(size);
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t i = 0; i < size; i += kLanes<T>) {
+      Vec<T> g = load<T>(cotangent + r * stride + i);
+      if (program.context_inverse_std != nullptr) g = g * load_upto<T>(program.context_inverse_std + i, size - i);
+      store_upto<T>(to + r * size + i, g, size - i);
+    }
+  }
+}
+
 template <class T>
 void sum_units(const T* values, int64_t count, double* sums) {
   for (int64_t r = 0; r < count; ++r) {
@@ -99,13 +124,18 @@ template <class T>
 void gradient_tile(const Program<T>& program, const GradientCall<T>& call, int64_t begin, int64_t end, int64_t rows,
                    T* tape, double* sums) {
   const int64_t count = end - begin, features = program.input_size;
-  const FixedTape<T> fixed(program, tape, rows);
+  FixedTape<T> fixed(program, tape, rows);
+  if (call.grad_context == nullptr) fixed.context_cotangent = nullptr;
   const int64_t* in_place = call.inverse ? program.latent_place : program.data_place;
   const int64_t* out_place = call.inverse ? program.data_place : program.latent_place;
   with_place(in_place,
              [&](auto at) { load_tile<T>(call.in, call.index, begin, count, features, fixed.state, rows, at); });
   T* poison = fixed.log_prob;  // free until the densities are written
-  const bool poisoned = find_poison<T>(fixed.state, features, poison, rows);
+  bool poisoned = find_poison<T>(fixed.state, features, poison, rows);
+  if (program.context_size > 0) {
+    poisoned |= add_context_poison<T>(program, call.context, begin, count, poison);
+    start_context<T>(program, call, fixed, begin, count);
+  }
   if (poisoned) spread_poison<T>(poison, fixed.state, features, rows);
   flow_forward_taped<T>(program, call.inverse, fixed, count, rows);
   start_cotangents<T>(program, call, fixed, begin, count, rows, out_place);
@@ -120,7 +150,10 @@ void gradient_tile(const Program<T>& program, const GradientCall<T>& call, int64
     if (find_poison<T>(fixed.log_prob, 1, log_det, rows)) {
       for (int64_t r = 0; r < count; ++r) {  // as settle_row
         T& value = fixed.log_prob[r];
-        if (__builtin_isnan(value) && input_is_finite<T>(call, begin + r, features)) value = -kInfinity<T>;
+        if (__builtin_isnan(value) && input_is_finite<T>(call, begin + r, features) &&
+            context_is_finite<T>(program, call.context, begin + r)) {
+          value = -kInfinity<T>;
+        }
       }
     }
     if (call.nll) sum_units<T>(fixed.log_prob, count, sums);
@@ -133,7 +166,12 @@ void gradient_tile(const Program<T>& program, const GradientCall<T>& call, int64
     visit(layer, [&]<class LayerKind>(LayerKind) {
       LayerKind::backward(layer, call.inverse != layer.inverse, input_wanted, fixed, of_layer, count, rows);
     });
-    if (call.gradient != nullptr) layer_gradient<T>(layer, {of_layer, 0, rows, count}, call.gradient, call.add);
+    if (call.gradient != nullptr)
+      layer_gradient<T>(layer, {of_layer, 0, rows, count, fixed.context}, call.gradient, call.add);
+  }
+  if (call.grad_context != nullptr) {
+    store_context_cotangent<T>(program, fixed.context_cotangent, count,
+                               call.grad_context + begin * program.context_size);
   }
   if (call.grad_in != nullptr) {
     with_place(in_place, [&](auto at) {
@@ -157,7 +195,8 @@ void weight_gradient(const Program<T>& program, int64_t index, int32_t part, int
                      const TileTapes<T>& tapes, T* gradient, bool add) {
   const Layer<T>& layer = program.layers[index];
   const FixedTape<T> fixed(program, const_cast<T*>(tapes.first), tapes.rows);
-  const TileTapes<T> of_layer = {tape_of(layer, fixed.layers, tapes.rows), tapes.stride, tapes.rows, tapes.count};
+  const TileTapes<T> of_layer = {tape_of(layer, fixed.layers, tapes.rows), tapes.stride, tapes.rows, tapes.count,
+                                 fixed.context};
   visit(layer, [&]<class LayerKind>(LayerKind) {
     LayerKind::weight_gradient(layer, part, first, last, of_layer, gradient, add);
   });

@@ -20,6 +20,7 @@ constexpr Kernels<T> kTable = {
     transform_scratch<T>,
     transform<T>,
     conditioner<T>,
+    fold<T>,
     noise<T>,
     transpose_weights<T>,
     layer_tape<T>,

@@ -17,7 +17,7 @@ namespace nvpflow::cpu {
 template <class T>
 struct Dense {
   const T* weights = nullptr;
-  const T* bias = nullptr;  // [ceil(out / lanes) * lanes]; null: zero
+  const T* bias = nullptr;  // [ceil(out / lanes) * lanes]; null: zero, or with `adds` what the output holds
   // The weights with inputs and outputs exchanged, null until gradients are wanted: [ceil(in / lanes)][out][lanes], or,
   // if `paired`, [ceil(out / 2)][lanes] with the weight of input i and output 2 o + q in lane 2 i + q of o.
   const T* transposed = nullptr;
@@ -28,6 +28,7 @@ struct Dense {
   // A word holds an output's weights of two consecutive inputs of a segment, the first in its lower half.
   const uint32_t* narrow = nullptr;
   int64_t narrow_words = 0;
+  bool adds = false;    // without a bias: the sums start from what the output holds
   bool paired = false;  // the first layer of a conditioner whose inputs fill at most half a vector
   bool far = false;     // the flow's weights come from beyond the caches
   // Register blocks of a vector more, and a hidden layer and the head behind it in one kernel, where the kernels have
@@ -63,6 +64,11 @@ struct Network {
   bool layer_norm = false;                   // after each activation
   bool residual = false;
   const BlockAffine<T>* affines = nullptr;  // residual: of each block; null: none
+  // With a context: what dense[0], which adds to it, starts from; holds the bias. A context that is one for all rows
+  // makes it a bias, which lies `fold` elements into the call's folded context.
+  const Dense<T>* context = nullptr;
+  const DenseGradient* context_gradients = nullptr;  // one, or one per head where dense[0] is the heads
+  int64_t fold = 0;
 };
 
 /// Rows of a tile that hold the features of a part, in the order of the features.
@@ -116,6 +122,11 @@ struct Program {
   /// Rows of a tile that hold the features of data and of the latent space; null: feature j lies in row j.
   const int64_t* data_place = nullptr;
   const int64_t* latent_place = nullptr;
+  int64_t context_size = 0;
+  const T* context_mean = nullptr;                                // of a context that is standardized
+  const T* context_inverse_std = nullptr;                         // the same
+  int64_t fold_size = 0;                                          // elements of a folded context
+  int64_t context_mean_offset = -1, context_log_std_offset = -1;  // -1: it is not standardized
   bool gathers = false;  // a coupling's features lie in rows that do not follow each other
   int64_t num_layers = 0;
   const Layer<T>* layers = nullptr;
@@ -125,6 +136,15 @@ struct Program {
   int64_t tile_rows = 0;      // rows of an inference tile: results do not depend on it
   int64_t gradient_rows = 0;  // rows of a gradient tile: sums over rows are formed tile by tile
   TapeSize tape;              // of all layers
+};
+
+/// The context rows of a call: one for `repeat` rows, or one for all, folded.
+template <class T>
+struct ContextRows {
+  const T* rows = nullptr;         // [.., C]; null: folded, or the flow has no context
+  const int64_t* index = nullptr;  // row r of the call goes with context row index[r]; null: ...
+  int64_t first = 0, repeat = 1;   // ... with (first + r) / repeat
+  const T* folded = nullptr;       // [Program::fold_size]: 0 or NaN, then the biases that the context makes
 };
 
 /// Rows [begin, end) of one call. Any of out, log_det, log_prob may be null.
@@ -137,6 +157,7 @@ struct TransformCall {
   T* log_det = nullptr;
   T* log_prob = nullptr;
   uint64_t seed = 0, first_row = 0;
+  ContextRows<T> context;
 };
 
 template <class T>
@@ -153,6 +174,8 @@ struct GradientCall {
   T* grad_in = nullptr;             // null: not wanted
   T* gradient = nullptr;            // flat; null: left to weight_gradient, or not wanted
   bool add = false;                 // to the gradient; else it is replaced
+  ContextRows<T> context;           // by rows
+  T* grad_context = nullptr;        // [rows, C], one for each row of the call; null: not wanted
 };
 
 /// The `count` rows of a gradient tile on tapes of `rows` each (the last may hold fewer), `stride` elements apart.
@@ -160,6 +183,7 @@ template <class T>
 struct TileTapes {
   const T* first;
   int64_t stride, rows, count;
+  const T* context = nullptr;  // where the rows' context begins on the first tape
 };
 
 /// How a part of a layer's gradient is shared out.
@@ -176,8 +200,10 @@ struct Kernels {
   /// Elements of scratch that transform, conditioner and noise need; `scratch` is aligned to 64 bytes.
   int64_t (*transform_scratch)(const Program<T>&);
   void (*transform)(const Program<T>&, const TransformCall<T>&, int64_t begin, int64_t end, T* scratch);
-  void (*conditioner)(const Program<T>&, int64_t layer, const T* in, int64_t begin, int64_t end, T* s, T* t,
-                      T* scratch);
+  void (*conditioner)(const Program<T>&, int64_t layer, const T* in, const ContextRows<T>&, int64_t begin, int64_t end,
+                      T* s, T* t, T* scratch);
+  /// One context row [C] to ContextRows::folded. scratch: as for transform.
+  void (*fold)(const Program<T>&, const T* context, T* folded, T* scratch);
   void (*noise)(const Program<T>&, uint64_t seed, uint64_t first_row, int64_t begin, int64_t end, T* z, T* scratch);
 
   /// Inputs [first, last) of Dense::transposed; first: a multiple of the lanes, last: another or all of them.

@@ -9,6 +9,7 @@
 #include "dense_few.inl"
 #include "dense_rows.inl"
 #include "dense_tile.inl"
+#include "first_layer.inl"
 #include "hidden_and_head.inl"
 #include "kernels.hpp"
 #include "layer_norm.inl"
@@ -23,6 +24,7 @@ template <class T>
 bool mlp_at_once(const Network<T>& net, const T* x, T* y, int64_t rows) {
   if constexpr (kHasHiddenHead<T>) {
     if (net.num_dense != 2 || net.activation != Act::relu || net.layer_norm) return false;
+    if (net.context != nullptr) return false;
     const Dense<T>&hidden = net.dense[0], &head = net.dense[1];
     if (!head.wide_blocks || head.in % kHeadUnits != 0 || head.segment % kHeadUnits != 0) return false;
     return hidden_and_head_of<T>(hidden, head, x, y, rows);
@@ -33,13 +35,18 @@ bool mlp_at_once(const Network<T>& net, const T* x, T* y, int64_t rows) {
 
 /// network_tile.
 template <class T>
-const T* mlp_tile(const Network<T>& net, const T* x, T* buffer0, T* buffer1, int64_t rows) {
+const T* mlp_tile(const Network<T>& net, const T* x, const StateContext<T>& context, T* buffer0, T* buffer1,
+                  int64_t rows) {
   if (mlp_at_once<T>(net, x, buffer0, rows)) return buffer0;
   for (int32_t j = 0; j < net.num_dense; ++j) {
     const bool head = j + 1 == net.num_dense;
     T* y = j % 2 == 0 ? buffer0 : buffer1;
     const Act act = head ? Act::none : net.activation;
-    dense_tile<T>(net.dense[j], x, y, rows, act);
+    if (j == 0) {
+      first_tile<T>(net, x, context, y, rows, act);
+    } else {
+      dense_tile<T>(net.dense[j], x, y, rows, act);
+    }
     if (needs_pass(act)) activate<T>(act, y, y, net.dense[j].out * rows);
     if (net.layer_norm && !head) layer_norm_tile<T>(y, net.dense[j].out, rows);
     x = y;
@@ -56,7 +63,11 @@ const T* mlp_rows(const Network<T>& net, const T* x, int64_t stride, const RowSt
     const Act act = head ? Act::none : net.activation;
     const int64_t y_stride = row_stride<T>(d.out);
     T* y = j % 2 == 0 ? s.buffer0 : s.buffer1;
-    dense_few<T>(d, x, stride, y, y_stride, s.rows, act);
+    if (j == 0) {
+      first_rows<T>(net, x, stride, y, y_stride, s, act);
+    } else {
+      dense_few<T>(d, x, stride, y, y_stride, s.rows, act);
+    }
     if (needs_pass(act)) activate<T>(act, y, y, s.rows * y_stride);
     if (net.layer_norm && !head) layer_norm_rows<T>(y, y, d.out, y_stride, s.rows, nullptr);
     x = y;
@@ -124,16 +135,21 @@ struct MlpTape {
   }
 };
 
-/// The network on `count` rows, row-major from the tape's input to the head's outputs [count][out] in `head`.
+/// The network on `count` rows, row-major from the tape's input to the head's outputs [count][out] in `head`. context:
+/// [count][row_stride(C)].
 template <class T>
-void mlp_taped(const Network<T>& net, const MlpTape<T>& keep, T* head, int64_t count, int64_t rows) {
+void mlp_taped(const Network<T>& net, const MlpTape<T>& keep, const T* context, T* head, int64_t count, int64_t rows) {
   for (int32_t j = 0; j < net.num_dense; ++j) {
     const Dense<T>& d = net.dense[j];
     const bool last = j + 1 == net.num_dense;
     const Act act = last ? Act::none : net.activation;
     const int64_t stride = row_stride<T>(d.out);
     T* y = last ? head : keep.before(net, j, rows);
-    dense_rows<T>(d, keep.input_of(net, j, rows), row_stride<T>(d.in), y, stride, count, act);
+    if (j == 0) {
+      first_many_rows<T>(net, keep.input, context, y, stride, count, act);
+    } else {
+      dense_rows<T>(d, keep.input_of(net, j, rows), row_stride<T>(d.in), y, stride, count, act);
+    }
     if (last) break;
     T* value = keep.value(net, j, rows);
     T* activated = net.layer_norm && !keeps_argument(act) ? y : value;

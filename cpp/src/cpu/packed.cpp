@@ -80,8 +80,17 @@ Packed<T>::Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels
   program_.input_size = lowered.input_size;
   program_.data_place = keep(lowered.data_place);
   program_.latent_place = keep(lowered.latent_place);
+  program_.context_size = lowered.context_size;
+  program_.context_mean_offset = lowered.context_mean;
+  program_.context_log_std_offset = lowered.context_log_std;
+  if (lowered.context_size > 0) program_.fold_size = lanes_;  // the first: ContextRows::folded
   for (const LoweredLayer& layer : lowered.layers) {
     std::visit([&](const auto& kind) { add(kind); }, layer);
+  }
+  if (lowered.context_mean >= 0) {
+    context_statistics_.resize(static_cast<std::size_t>(2 * lowered.context_size));
+    program_.context_mean = context_statistics_.data();
+    program_.context_inverse_std = context_statistics_.data() + lowered.context_size;
   }
   program_.layers = layers_.data();
   program_.num_layers = static_cast<std::int64_t>(layers_.size());
@@ -130,6 +139,7 @@ template <class T>
 void Packed<T>::keep_narrow() {
   std::int64_t size = 0;
   for (Dense<T>& d : dense_) {
+    if (d.in == 0) continue;                            // all of it is the context's
     const std::int64_t whole = (d.in - 1) / d.segment;  // segments before the last
     d.narrow_words = whole * ((d.segment + 1) / 2) + (d.in - whole * d.segment + 1) / 2;
     size += round_up(d.out, lanes_) * d.narrow_words;
@@ -150,9 +160,10 @@ void Packed<T>::reserve(const Lowered& lowered) {
     const auto* coupling = std::get_if<LoweredCoupling>(&layer);
     if (coupling == nullptr) continue;
     for (const LoweredNetwork& network : coupling->networks) {
-      num_dense += network.dense.size();
+      num_dense += network.dense.size() + (network.context ? 1 : 0);
       num_affines += network.affines.size();
       for (const LoweredDense& dense : network.dense) num_gradients += dense.parts.size();
+      if (network.context) num_gradients += network.context->parts.size();
     }
   }
   dense_.reserve(num_dense);
@@ -175,9 +186,23 @@ FeatureRows Packed<T>::rows_of(const Places& places) {
 }
 
 template <class T>
+void Packed<T>::add_dense(const LoweredDense& from) {
+  dense_.push_back({nullptr, nullptr, nullptr, from.in, from.out(), segment_of(from.in)});
+  program_.max_width = std::max({program_.max_width, from.in, from.out()});
+  DenseSource source{};
+  for (std::size_t part = 0; part < from.parts.size(); ++part) {
+    const DensePart& tensors = from.parts[part];
+    source.kernel[part] = tensors.kernel;
+    source.bias[part] = tensors.bias;
+    source.columns[part] = tensors.columns;
+    gradients_.push_back({tensors.columns, tensors.kernel, tensors.bias});
+  }
+  sources_.push_back(source);
+}
+
+template <class T>
 Network<T> Packed<T>::add_network(const LoweredNetwork& from) {
   if (!from.gates.empty()) refuse_on_cpu("context_gates");
-  if (from.context) refuse_on_cpu("a context");
   Network<T> network;
   network.activation = from.activation;
   network.layer_norm = from.layer_norm;
@@ -186,24 +211,19 @@ Network<T> Packed<T>::add_network(const LoweredNetwork& from) {
   network.gradients = gradients_.data() + gradients_.size();
   network.num_dense = static_cast<std::int32_t>(from.dense.size());
   network.num_heads = static_cast<std::int32_t>(from.dense.back().parts.size());
-  for (const LoweredDense& dense : from.dense) {
-    dense_.push_back({nullptr, nullptr, nullptr, dense.in, dense.out(), segment_of(dense.in)});
-    program_.max_width = std::max({program_.max_width, dense.in, dense.out()});
-    DenseSource source{};
-    for (std::size_t part = 0; part < dense.parts.size(); ++part) {
-      const DensePart& tensors = dense.parts[part];
-      source.kernel[part] = tensors.kernel;
-      source.bias[part] = tensors.bias;
-      source.columns[part] = tensors.columns;
-      gradients_.push_back({tensors.columns, tensors.kernel, tensors.bias});
-    }
-    sources_.push_back(source);
-  }
+  for (const LoweredDense& dense : from.dense) add_dense(dense);
   dense_[dense_.size() - from.dense.size()].paired = 2 * from.dense.front().in <= lanes_;
   if (from.residual) program_.kept_width = std::max(program_.kept_width, network.dense->out);
   if (!from.affines.empty()) network.affines = affines_.data() + affines_.size();
   for (const LoweredAffine& map : from.affines) {
     affines_.push_back({nullptr, nullptr, network.dense->out, map.scale, map.shift});
+  }
+  if (from.context) {
+    network.context = dense_.data() + dense_.size();
+    network.context_gradients = gradients_.data() + gradients_.size();
+    add_dense(*from.context);
+    network.fold = program_.fold_size;
+    program_.fold_size += round_up(from.context->out(), lanes_);
   }
   return network;
 }
@@ -300,6 +320,7 @@ void Packed<T>::pack(const T* parameters, bool transposed, int threads, const fl
     std::copy_n(parameters + map.shift_offset, map.width, const_cast<T*>(map.shift));
   }
   for (const std::size_t index : diagonal_) pack_diagonal(layers_[index], parameters);
+  if (!context_statistics_.empty()) pack_context(parameters);
   if (!rest_layers_.empty() && !transposed) pack_rest(parameters, mean_low);
   transposed_ready_.store(transposed, std::memory_order_relaxed);
 }
@@ -308,7 +329,7 @@ template <class T>
 void Packed<T>::pack_bias(const DenseSource& source, Dense<T>& dense, const T* parameters) {
   T* bias = const_cast<T*>(dense.bias);
   for (int part = 0; part < 2; ++part) {
-    if (source.columns[part] > 0) {
+    if (source.columns[part] > 0 && source.bias[part] >= 0) {
       std::copy_n(parameters + source.bias[part], source.columns[part], bias + part * source.columns[0]);
     }
   }
@@ -377,6 +398,16 @@ void Packed<T>::pack_diagonal(Layer<T>& layer, const T* parameters) {
     sum += log_std;
   }
   layer.log_det = static_cast<T>(-sum);
+}
+
+/// In double, rounded once.
+template <class T>
+void Packed<T>::pack_context(const T* parameters) {
+  for (std::int64_t i = 0; i < program_.context_size; ++i) {
+    const auto log_std = static_cast<double>(parameters[program_.context_log_std_offset + i]);
+    context_statistics_[static_cast<std::size_t>(i)] = parameters[program_.context_mean_offset + i];
+    context_statistics_[static_cast<std::size_t>(program_.context_size + i)] = static_cast<T>(std::exp(-log_std));
+  }
 }
 
 template <class T>

@@ -36,6 +36,9 @@ class Packed {
   /// The transposed weights, built on first use after pack(); safe from several threads.
   void ensure_transposed() const;
   const Program<T>& program() const { return program_; }
+  /// Of the parameters: what is folded from others is out of date.
+  std::uint64_t version() const { return version_; }
+  void set_version(std::uint64_t version) { version_ = version; }
 
   /// Of flows with takes_float64_rows: the program with the identity in place of the first layer, whose log-determinant
   /// it keeps, and that layer, to be put in front of it or behind it.
@@ -52,6 +55,7 @@ class Packed {
   void add(const LoweredCoupling& from);
   void add(const LoweredDiagonal& from);
   void add(const LoweredLinear& from);
+  void add_dense(const LoweredDense& from);
   Network<T> add_network(const LoweredNetwork& from);
   const std::int64_t* keep(const std::vector<std::int64_t>& places);
   FeatureRows rows_of(const Places& places);
@@ -63,12 +67,14 @@ class Packed {
   void keep_narrow();
   void narrow(Dense<T>& d);
   void pack_diagonal(Layer<T>& layer, const T* parameters);
+  void pack_context(const T* parameters);
   void place_rest(const FlowSpec& spec);
   void pack_rest(const T* parameters, const float* mean_low);
   void choose_tiles(const Kernels<T>& kernels, bool wide_blocks);
   void place_transposed() const;
 
   std::int64_t lanes_;
+  std::uint64_t version_ = 0;
   void (*const transpose_)(const Dense<T>&, std::int64_t, std::int64_t, T*);
   std::vector<Dense<T>> dense_;
   std::vector<DenseSource> sources_;
@@ -79,7 +85,8 @@ class Packed {
   std::deque<std::vector<std::int64_t>> places_;
   Program<T> program_, rest_;
   std::vector<Layer<T>> rest_layers_;
-  std::vector<T> identity_;  // zeros, then ones, each as long as the vectors that read them
+  std::vector<T> context_statistics_;  // mean and exp(-log_std), [2 C]
+  std::vector<T> identity_;            // zeros, then ones, each as long as the vectors that read them
   WideRows first_;
   AlignedBuffer weights_, narrow_;
   mutable AlignedBuffer transposed_;

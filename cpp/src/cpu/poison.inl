@@ -74,11 +74,12 @@ NVPFLOW_INLINE T settled_log_det(T value, bool inverse) {
   return inverse ? kInfinity<T> : -kInfinity<T>;
 }
 
-/// Settles a row [features], its numbers `step` apart, whose results hold NaN or inf. log_det: null if not wanted.
+/// Settles a row [features], its numbers `step` apart, whose results hold NaN or inf, or whose context does. log_det:
+/// null if not wanted.
 template <class T>
-NVPFLOW_NOINLINE void settle_row(const TransformCall<T>& call, int64_t row, int64_t features, T* state, int64_t step,
-                                 T* log_det) {
-  const bool finite = call.in == nullptr || input_is_finite<T>(call, row, features);
+NVPFLOW_NOINLINE void settle_row(const TransformCall<T>& call, bool context_is_finite, int64_t row, int64_t features,
+                                 T* state, int64_t step, T* log_det) {
+  const bool finite = context_is_finite && (call.in == nullptr || input_is_finite<T>(call, row, features));
   for (int64_t j = 0; j < features; ++j, state += step) *state = finite ? settled<T>(*state) : kNaN<T>;
   if (log_det != nullptr) *log_det = finite ? settled_log_det<T>(*log_det, call.inverse) : kNaN<T>;
 }

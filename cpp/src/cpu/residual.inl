@@ -14,6 +14,7 @@
 #include "dense_few.inl"
 #include "dense_rows.inl"
 #include "dense_tile.inl"
+#include "first_layer.inl"
 #include "kernels.hpp"
 #include "scratch.hpp"
 #include "simd.hpp"
@@ -25,6 +26,12 @@ namespace {
 template <class T>
 int32_t residual_blocks(const Network<T>& net) {
   return (net.num_dense - 2) / 2;
+}
+
+/// Affine maps of the blocks.
+template <class T>
+int32_t affine_maps(const Network<T>& net) {
+  return net.affines == nullptr ? 0 : residual_blocks(net);
 }
 
 /// h += v.
@@ -50,9 +57,10 @@ void enter_block_tile(const Network<T>& net, int32_t block, const T* h, T* w, in
 
 /// network_tile; h: TileState::kept.
 template <class T>
-const T* residual_tile(const Network<T>& net, const T* x, T* buffer0, T* buffer1, T* h, int64_t rows) {
+const T* residual_tile(const Network<T>& net, const T* x, const StateContext<T>& context, T* buffer0, T* buffer1, T* h,
+                       int64_t rows) {
   const int64_t size = net.dense[0].out * rows;
-  dense_tile<T>(net.dense[0], x, h, rows, Act::none);
+  first_tile<T>(net, x, context, h, rows, Act::none);
   for (int32_t block = 0; block < residual_blocks(net); ++block) {
     const Dense<T>* dense = net.dense + 1 + 2 * block;
     enter_block_tile<T>(net, block, h, buffer0, rows);
@@ -90,7 +98,7 @@ template <class T>
 const T* residual_rows(const Network<T>& net, const T* x, int64_t x_stride, const RowState<T>& s) {
   const int64_t stride = row_stride<T>(net.dense[0].out), size = s.rows * stride;
   T *h = s.kept, *w = s.buffer0, *v = s.buffer1;
-  dense_few<T>(net.dense[0], x, x_stride, h, stride, s.rows, Act::none);
+  first_rows<T>(net, x, x_stride, h, stride, s, Act::none);
   for (int32_t block = 0; block < residual_blocks(net); ++block) {
     const Dense<T>* dense = net.dense + 1 + 2 * block;
     enter_block_rows<T>(net, block, h, w, stride, s.rows);
@@ -165,14 +173,15 @@ class ResidualTape {
   T *hidden_, *cotangents_, *sums_;
 };
 
-/// The network on `count` rows, row-major from the tape's input to the head's outputs [count][out] in `head`.
+/// The network on `count` rows, row-major from the tape's input to the head's outputs [count][out] in `head`. context:
+/// [count][row_stride(C)].
 template <class T>
-void residual_taped(const Network<T>& net, const ResidualTape<T>& keep, T* head, int64_t count) {
+void residual_taped(const Network<T>& net, const ResidualTape<T>& keep, const T* context, T* head, int64_t count) {
   const int64_t stride = row_stride<T>(net.dense[0].out), size = count * stride;
   const auto dense = [&](int32_t j, T* y, int64_t y_stride, Act act) {
     dense_rows<T>(net.dense[j], keep.input_of(j), row_stride<T>(net.dense[j].in), y, y_stride, count, act);
   };
-  dense(0, keep.h(0), stride, Act::none);
+  first_many_rows<T>(net, keep.input, context, keep.h(0), stride, count, Act::none);
   for (int32_t block = 0; block < residual_blocks(net); ++block) {
     T *h = keep.h(block), *next = keep.h(block + 1), *change = head;
     enter_block_rows<T>(net, block, h, keep.w(block), stride, count);

@@ -36,6 +36,14 @@ struct Carver {
   }
 };
 
+/// The context of rows on their way through the flow: feature-major in a tile, row-major of a few rows; or folded.
+template <class T>
+struct StateContext {
+  const T* rows = nullptr;  // [C][rows], or [rows][row_stride(C)]
+  int64_t stride = 0;       // of a few rows: row_stride(C)
+  const T* folded = nullptr;
+};
+
 /// Feature-major numbers of a tile on their way through the flow.
 template <class T>
 struct TileState {
@@ -45,6 +53,7 @@ struct TileState {
   T* gathered;        // [D][rows]; null where Program::gathers is false
   int64_t rows;       // a multiple of the lanes
   T* kept = nullptr;  // [Program::kept_width][rows]
+  StateContext<T> context = {};
 };
 
 /// Row-major numbers of a few rows on their way through the flow.
@@ -57,6 +66,7 @@ struct RowState {
   T* gathered;  // [rows][row_stride(D)]; null where Program::gathers is false
   int64_t rows;
   T* kept = nullptr;  // [rows][row_stride(Program::kept_width)]
+  StateContext<T> context = {};
 };
 
 }  // namespace

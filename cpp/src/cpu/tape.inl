@@ -12,10 +12,12 @@ namespace nvpflow::cpu {
 namespace {
 
 /// state [D][rows], partial [kLanes][rows], log_prob [rows], two buffers of rows x max_width, cotangent [D][rows],
-/// log_det_cotangent [rows], and, where a coupling gathers its features, a copy of them [D][rows].
+/// log_det_cotangent [rows], and, where a coupling gathers its features, a copy of them [D][rows]. With a
+/// context the context of the rows and its cotangent, [rows][row_stride(C)].
 template <class T>
 struct FixedTape {
-  T *state, *partial, *log_prob, *buffer0, *buffer1, *cotangent, *log_det_cotangent, *gathered, *layers;
+  T *state, *partial, *log_prob, *buffer0, *buffer1, *cotangent, *log_det_cotangent, *gathered, *context,
+      *context_cotangent, *layers;
   int64_t size;  // elements before `layers`
 
   FixedTape(const Program<T>& p, T* tape, int64_t rows) {
@@ -28,6 +30,9 @@ struct FixedTape {
     cotangent = carver.take(p.input_size * rows);
     log_det_cotangent = carver.take(rows);
     gathered = carver.take(p.gathers ? p.input_size * rows : 0);
+    const int64_t context_row = p.context_size == 0 ? 0 : row_stride<T>(p.context_size);
+    context = carver.take(context_row * rows);
+    context_cotangent = carver.take(context_row * rows);
     layers = carver.take(0);
     size = carver.used;
   }

@@ -15,6 +15,7 @@
 #include "affine.inl"
 #include "base.inl"
 #include "blocks.hpp"
+#include "context.inl"
 #include "dense_few.inl"
 #include "features.inl"
 #include "kernels.hpp"
@@ -58,11 +59,12 @@ NVPFLOW_INLINE bool is_placed(const Program<T>& program) {
   return program.data_place != nullptr || program.latent_place != nullptr;
 }
 
-/// gathered: where Program::gathers; ordered, where the program is placed: one row, its features in order.
+/// gathered: where Program::gathers; ordered, where the program is placed: one row, its features in order; context:
+/// of the rows.
 template <class T>
 struct TransformScratch {
-  T *state, *partial, *buffer0, *buffer1, *poison, *log_det, *gathered, *ordered, *kept;
-  int64_t size;
+  T *state, *partial, *buffer0, *buffer1, *poison, *log_det, *gathered, *ordered, *kept, *context;
+  int64_t context_stride, size;
 
   TransformScratch(const Program<T>& p, T* scratch, int64_t rows) {
     Carver<T> carver{scratch};
@@ -75,6 +77,8 @@ struct TransformScratch {
     gathered = carver.take(p.gathers ? row_stride<T>(p.input_size) * rows : 0);
     ordered = carver.take(is_placed(p) ? row_stride<T>(p.input_size) : 0);
     kept = carver.take(p.kept_width > 0 ? row_stride<T>(p.kept_width) * rows : 0);
+    context_stride = p.context_size > 0 ? row_stride<T>(p.context_size) : 0;
+    context = carver.take(context_stride * rows);
     size = carver.used;
   }
 };
@@ -82,6 +86,12 @@ struct TransformScratch {
 template <class T>
 int64_t transform_scratch(const Program<T>& program) {
   return TransformScratch<T>(program, nullptr, program.tile_rows).size;
+}
+
+template <class T>
+NVPFLOW_INLINE StateContext<T> context_of(const TransformCall<T>& call, const TransformScratch<T>& s) {
+  if (call.context.rows == nullptr) return {nullptr, 0, call.context.folded};
+  return {s.context, s.context_stride, nullptr};
 }
 
 template <class T>
@@ -100,14 +110,19 @@ void transform_tile(const Program<T>& program, const TransformCall<T>& call, int
   } else {
     load_tile<T>(call.in, call.index, begin, count, features, s.state, rows, in);
   }
-  flow_tile<T>(program, call.inverse, {s.state, s.partial, s.buffer0, s.buffer1, s.gathered, rows, s.kept});
+  if (call.context.rows != nullptr) load_context_tile<T>(program, call.context, begin, count, s.context, rows);
+  flow_tile<T>(program, call.inverse,
+               {s.state, s.partial, s.buffer0, s.buffer1, s.gathered, rows, s.kept, context_of(call, s)});
   const bool summed = call.log_det != nullptr || call.log_prob != nullptr;
   if (summed) sum_partials_tile<T>(s.partial, s.log_det, rows);
   // What comes in as NaN or inf never becomes finite: one look at the end finds all there is to settle.
-  if (find_poison<T>(s.state, features, s.poison, rows)) {
+  bool poisoned = find_poison<T>(s.state, features, s.poison, rows);
+  if (program.context_size > 0) poisoned |= add_context_poison<T>(program, call.context, begin, count, s.poison);
+  if (poisoned) {
     for (int64_t r = 0; r < count; ++r) {
       if (s.poison[r] == T(0)) continue;
-      settle_row<T>(call, begin + r, features, s.state + r, rows, summed ? s.log_det + r : nullptr);
+      settle_row<T>(call, context_is_finite<T>(program, call.context, begin + r), begin + r, features, s.state + r,
+                    rows, summed ? s.log_det + r : nullptr);
     }
   }
   if (call.out != nullptr) scatter_tile<T>(s.state, rows, count, features, call.out + begin * features, features, out);
@@ -158,7 +173,9 @@ void transform_rows(const Program<T>& program, const TransformCall<T>& call, int
       store<T>(s.state + r * stride + j, load_upto<T>(in + j, features - j));
     }
   }
-  flow_rows<T>(program, call.inverse, {s.state, stride, s.partial, s.buffer0, s.buffer1, s.gathered, count, s.kept});
+  if (call.context.rows != nullptr) load_context_rows<T>(program, call.context, begin, count, s.context);
+  flow_rows<T>(program, call.inverse,
+               {s.state, stride, s.partial, s.buffer0, s.buffer1, s.gathered, count, s.kept, context_of(call, s)});
   for (int64_t r = 0; r < count; ++r) {
     T* state = s.state + r * stride;
     if (out_place != nullptr) {
@@ -170,7 +187,8 @@ void transform_rows(const Program<T>& program, const TransformCall<T>& call, int
     for (int64_t j = 0; j < features; j += kLanes<T>) {
       zeros = fma(load_upto<T>(state + j, features - j), Vec<T>{}, zeros);
     }
-    if (sum_lanes<T>(zeros) != T(0)) settle_row<T>(call, begin + r, features, state, 1, &log_det);
+    const bool known = program.context_size == 0 || context_is_finite<T>(program, call.context, begin + r);
+    if (sum_lanes<T>(zeros) != T(0) || !known) settle_row<T>(call, known, begin + r, features, state, 1, &log_det);
     if (call.log_det != nullptr) call.log_det[begin + r] = log_det;
     if (call.log_prob != nullptr) call.log_prob[begin + r] = log_prob_row<T>(state, features, log_det);
     if (call.out == nullptr) continue;
@@ -202,18 +220,24 @@ void transform(const Program<T>& program, const TransformCall<T>& call, int64_t 
 }
 
 template <class T>
-void conditioner(const Program<T>& program, int64_t index, const T* in, int64_t begin, int64_t end, T* s_out, T* t_out,
-                 T* scratch) {
+void conditioner(const Program<T>& program, int64_t index, const T* in, const ContextRows<T>& context, int64_t begin,
+                 int64_t end, T* s_out, T* t_out, T* scratch) {
   const Layer<T>& layer = program.layers[index];
   const int64_t features = program.input_size, n = layer.b.count;
   for (int64_t r = begin; r < end; r += program.tile_rows) {
     const int64_t count = smaller(program.tile_rows, end - r), rows = round_up(count, kLanes<T>);
     const TransformScratch<T> s(program, scratch, rows);
     with_place(layer.place, [&](auto place) { load_tile<T>(in, nullptr, r, count, features, s.state, rows, place); });
-    const bool poisoned = find_poison<T>(s.state, features, s.poison, rows);
+    bool poisoned = find_poison<T>(s.state, features, s.poison, rows);
+    StateContext<T> of_rows = {nullptr, 0, context.folded};
+    if (program.context_size > 0) poisoned |= add_context_poison<T>(program, context, r, count, s.poison);
+    if (context.rows != nullptr) {
+      load_context_tile<T>(program, context, r, count, s.context, rows);
+      of_rows = {s.context, s.context_stride, nullptr};
+    }
     const T* x = take_features<T>(layer.a, s.state, s.gathered, rows);
     const Heads<T> heads =
-        heads_tile<T>(layer, x, {s.state, s.partial, s.buffer0, s.buffer1, s.gathered, rows, s.kept});
+        heads_tile<T>(layer, x, {s.state, s.partial, s.buffer0, s.buffer1, s.gathered, rows, s.kept, of_rows});
     T *u = const_cast<T*>(heads.u), *t = const_cast<T*>(heads.t);
     with_log_scale(layer.scale, [&]<class G>(const G& g) __attribute__((always_inline)) {
       if constexpr (!G::kIsZero) {
