@@ -33,6 +33,8 @@ cpu::Vec<T> vector_of(Function function, cpu::Vec<T> x) {
       return cpu::elu<T>(x);
     case Function::log:
       return cpu::log<T>(x);
+    case Function::atan:
+      return cpu::atan<T>(x);
     case Function::sin_quarter:
       return cpu::sin_quarter<T>(x);
     case Function::cos_quarter:

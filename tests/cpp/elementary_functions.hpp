@@ -16,6 +16,7 @@ enum class Function : int32_t {
   silu,
   elu,
   log,
+  atan,
   sin_quarter,
   cos_quarter
 };

@@ -79,6 +79,7 @@ const Case kCases[] = {
     {"silu", Function::silu, [](Real x) { return x * sigmoid(x); }, -112, 112, -757, 757, 2},
     {"elu", Function::elu, [](Real x) { return x > 0 ? x : std::expm1(x); }, -30, 30, -50, 50, 2},
     {"log", Function::log, [](Real x) { return std::log(x); }, 1e-37, 3e38, 1e-300, 1e300, 1},
+    {"atan", Function::atan, [](Real x) { return std::atan(x); }, -1e9, 1e9, -1e18, 1e18, 2},
     {"sin_quarter", Function::sin_quarter, [](Real x) { return std::sin(kHalfPi * x); }, -0.5, 0.5, -0.5, 0.5, 2},
     {"cos_quarter", Function::cos_quarter, [](Real x) { return std::cos(kHalfPi * x); }, -0.5, 0.5, -0.5, 0.5, 1.5},
 };
@@ -160,6 +161,9 @@ void check_special_values(Evaluate<T> evaluate) {
   CHECK(at(Function::tanh, inf) == T(1));
   CHECK(at(Function::tanh, -inf) == T(-1));
   CHECK(std::signbit(at(Function::tanh, T(-0.0))));
+  CHECK(at(Function::atan, inf) == static_cast<T>(kHalfPi));
+  CHECK(at(Function::atan, -inf) == -static_cast<T>(kHalfPi));
+  CHECK(std::signbit(at(Function::atan, T(-0.0))));
   CHECK(at(Function::sigmoid, -inf) == T(0));
   CHECK(at(Function::sigmoid, inf) == T(1));
   CHECK(at(Function::elu, -inf) == T(-1));

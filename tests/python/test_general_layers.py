@@ -25,7 +25,17 @@ from oracle import AdamW, assert_same_bits, assert_within_budget
 
 # What the kernels have of the oracle's FEATURES.
 SUPPORTED = frozenset(
-    {"transformed", "inverse", "additive", "permutation", "actnorm", "two_networks", "layer_norm", "residual"}
+    {
+        "transformed",
+        "inverse",
+        "additive",
+        "permutation",
+        "log_scales",
+        "actnorm",
+        "two_networks",
+        "layer_norm",
+        "residual",
+    }
 )
 
 DTYPES = ("float32", "float64")

@@ -107,6 +107,13 @@ NVPFLOW_INLINE RowHeads<T> heads_rows(const Layer<T>& layer, const RowPart<T>& a
   return {s.kept, network_rows<T>(layer.network[1], a.first, a.stride, s), stride};
 }
 
+/// The buffer that the heads have left free.
+template <class T, class SomeHeads, class State>
+NVPFLOW_INLINE T* free_buffer(const Layer<T>& layer, const SomeHeads& heads, const State& s) {
+  const T* taken = layer.num_networks > 1 ? heads.t : heads.u;
+  return taken == s.buffer0 ? s.buffer1 : s.buffer0;
+}
+
 /// The vectors that the transformed part is taken through in step: what fits in the registers.
 #if defined(__AVX512F__)
 template <class T>
@@ -123,6 +130,17 @@ using Steps = decltype(steps_of<T>());
 template <class T>
 using Steps = Pair<Vec<T>>;
 #endif
+/// Known scales leave no chain of operations.
+template <class T, class LogScale>
+constexpr auto steps_with() {
+  if constexpr (LogScale::kIsKnown) {
+    return Vec<T>{};
+  } else {
+    return Steps<T>{};
+  }
+}
+template <class T, class LogScale>
+using StepsWith = decltype(steps_with<T, LogScale>());
 
 /// What a coupling layer does to its transformed part: vectors of it, of the heads u and t, and of the partial sums of
 /// the log-determinant, each kind with its own distance between one vector and the next.
@@ -130,41 +148,47 @@ template <class T, class LogScale>
 struct Affine {
   const LogScale& g;
   bool inverse;
-  int64_t u_stride, b_stride, log_det_stride;
+  int64_t u_stride, t_stride, b_stride, log_det_stride;
 
   /// n: elements of each vector.
   template <class V>
   NVPFLOW_INLINE void apply(const T* u, const T* t, T* b, T* log_det, int64_t n) const {
     if constexpr (LogScale::kIsZero) {
-      const V in = load_steps<T, V>(b, b_stride, n), shift = load_steps<T, V>(t, u_stride, n);
+      const V in = load_steps<T, V>(b, b_stride, n), shift = load_steps<T, V>(t, t_stride, n);
       store_steps<T>(b, b_stride, inverse ? in - shift : in + shift, n);
     } else {
-      const V s = g.log_scale(load_steps<T, V>(u, u_stride, n));
-      const V in = load_steps<T, V>(b, b_stride, n), shift = load_steps<T, V>(t, u_stride, n);
+      const auto at = g.template load<V>(u, u_stride, n);
+      const V in = load_steps<T, V>(b, b_stride, n), shift = load_steps<T, V>(t, t_stride, n);
       const V sum = load_steps<T, V>(log_det, log_det_stride, n);
-      store_steps<T>(b, b_stride, inverse ? (in - shift) * g.scale(-s) : fma(in, g.scale(s), shift), n);
-      store_steps<T>(log_det, log_det_stride, inverse ? sum - s : sum + s, n);
+      store_steps<T>(b, b_stride, inverse ? (in - shift) * g.scale(at, true) : fma(in, g.scale(at, false), shift), n);
+      store_steps<T>(log_det, log_det_stride, inverse ? sum - at.s : sum + at.s, n);
     }
   }
 };
 
 template <class T>
 void AffineLayer<T>::tile(const Layer<T>& layer, bool inverse, const TileState<T>& s) {
-  constexpr int64_t L = kLanes<T>, kStep = kVectors<Steps<T>> * L;
+  constexpr int64_t L = kLanes<T>;
   const int64_t rows = s.rows, size = layer.b.count * rows, partials = L * rows;
   const T* a = take_features<T>(layer.a, s.state, s.gathered, rows);
   const Heads<T> heads = heads_tile<T>(layer, a, s);
   const T *u = heads.u, *t = heads.t;
   T* b = take_features<T>(layer.b, s.state, s.gathered, rows);
   T* partial = s.log_det;
-  with_log_scale(layer.scale, [&]<class G>(const G& g) __attribute__((always_inline)) {
-    const Affine<T, G> affine = {g, inverse, L, L, L};
+  with_log_scale(layer.scale, [&]<class G>(G g) __attribute__((always_inline)) {
+    constexpr int64_t kStep = kVectors<StepsWith<T, G>> * L;
+    if constexpr (G::kIsKnown) {
+      T* known = free_buffer(layer, heads, s);
+      g = known_scale<T>(layer.scale, inverse, {u, size, known, known + size, nullptr, size, size, 1});
+      u = known;
+    }
+    const Affine<T, G> affine = {g, inverse, L, L, L, L};
     // As many features as there are partial sums lie beside each other just as the sums do.
     for (int64_t begin = 0; begin < size; begin += partials) {
       const int64_t end = smaller(begin + partials, size);
       T* log_det = partial - begin;
       int64_t i = begin;
-      for (; i + kStep <= end; i += kStep) affine.template apply<Steps<T>>(u + i, t + i, b + i, log_det + i, L);
+      for (; i + kStep <= end; i += kStep) affine.template apply<StepsWith<T, G>>(u + i, t + i, b + i, log_det + i, L);
       for (; i < end; i += L) affine.template apply<Vec<T>>(u + i, t + i, b + i, log_det + i, L);
     }
   });
@@ -173,22 +197,31 @@ void AffineLayer<T>::tile(const Layer<T>& layer, bool inverse, const TileState<T
 
 template <class T>
 void AffineLayer<T>::few_rows(const Layer<T>& layer, bool inverse, const RowState<T>& s) {
-  constexpr int64_t L = kLanes<T>, kStep = kVectors<Steps<T>>;
+  constexpr int64_t L = kLanes<T>;
   const int64_t n = layer.b.count;
   const RowPart<T> a = take_features<T>(layer.a, s, s.gathered);
   const RowHeads<T> heads = heads_rows<T>(layer, a, s);
   const T *u = heads.u, *shift = heads.t;
-  const int64_t u_stride = heads.stride;
+  const int64_t t_stride = heads.stride;
   const RowPart<T> b = take_features<T>(layer.b, s, s.gathered);
-  with_log_scale(layer.scale, [&]<class G>(const G& g) __attribute__((always_inline)) {
-    const Affine<T, G> affine = {g, inverse, u_stride, b.stride, L};
+  with_log_scale(layer.scale, [&]<class G>(G g) __attribute__((always_inline)) {
+    constexpr int64_t kStep = kVectors<StepsWith<T, G>>;
+    int64_t u_stride = t_stride;
+    if constexpr (G::kIsKnown) {
+      T* known = free_buffer(layer, heads, s);
+      u_stride = row_stride<T>(2 * padded<T>(n));
+      g = known_scale<T>(layer.scale, inverse,
+                         {u, t_stride, known, known + padded<T>(n), nullptr, u_stride, n, s.rows});
+      u = known;
+    }
+    const Affine<T, G> affine = {g, inverse, u_stride, t_stride, b.stride, L};
     for (int64_t j = 0; j < n; j += L) {
       const auto at = [&](int64_t r, auto&& apply) __attribute__((always_inline)) {
-        apply(u + r * u_stride + j, shift + r * u_stride + j, b.first + r * b.stride + j, s.log_det + r * L, n - j);
+        apply(u + r * u_stride + j, shift + r * t_stride + j, b.first + r * b.stride + j, s.log_det + r * L, n - j);
       };
       int64_t r = 0;
       for (; r + kStep <= s.rows; r += kStep) {
-        at(r, [&](auto... p) __attribute__((always_inline)) { affine.template apply<Steps<T>>(p...); });
+        at(r, [&](auto... p) __attribute__((always_inline)) { affine.template apply<StepsWith<T, G>>(p...); });
       }
       if constexpr (kStep > 4) {
         for (; r + 4 <= s.rows; r += 4) {
@@ -213,17 +246,19 @@ struct TapedAffine {
   NVPFLOW_INLINE void apply(int64_t i, const T* u, const T* t, T* b, T* log_det, const AffineTape<T>& keep) const {
     constexpr int64_t L = kLanes<T>;
     if constexpr (LogScale::kIsZero) {
-      Affine<T, LogScale>{g, inverse, L, L, L}.template apply<V>(u + i, t + i, b + i, log_det + i, L);
+      Affine<T, LogScale>{g, inverse, L, L, L, L}.template apply<V>(u + i, t + i, b + i, log_det + i, L);
     } else {
-      const V argument = load_steps<T, V>(u + i, L, L), shift = load_steps<T, V>(t + i, L, L);
-      const V s = g.log_scale(argument);
+      const auto at = g.template load<V>(u + i, L, L);
+      const V shift = load_steps<T, V>(t + i, L, L);
       const V in = load_steps<T, V>(b + i, L, L), sum = load_steps<T, V>(log_det + i, L, L);
-      const V scale = g.scale(inverse ? -s : s);
+      const V scale = g.scale(at, inverse);
       const V out = inverse ? (in - shift) * scale : fma(in, scale, shift);
-      store_steps<T>(log_det + i, L, inverse ? sum - s : sum + s, L);
+      store_steps<T>(log_det + i, L, inverse ? sum - at.s : sum + at.s, L);
       store_steps<T>(b + i, L, out, L);
-      store_steps<T>(keep.slope + i, L, g.slope(argument, s), L);
-      store_steps<T>(keep.scale + i, L, scale, L);
+      if constexpr (!LogScale::kIsKnown) {
+        store_steps<T>(keep.slope + i, L, g.slope(at), L);
+        store_steps<T>(keep.scale + i, L, scale, L);
+      }
       store_steps<T>(keep.product + i, L, inverse ? -out : in * scale, L);
     }
   }
@@ -249,18 +284,24 @@ void AffineLayer<T>::taped(const Layer<T>& layer, bool inverse, const FixedTape<
   const AffineTape<T> keep(layer, tape, rows);
   T* head = fixed.buffer1;
   taped_heads<T>(layer, keep, fixed, head, count, rows);
-  constexpr int64_t L = kLanes<T>, kStep = kVectors<Steps<T>> * L;
+  constexpr int64_t L = kLanes<T>;
   const int64_t size = layer.b.count * rows, partials = L * rows;
   const T* t = is_additive(layer) ? head : head + size;
   T* b = take_features<T>(layer.b, fixed.state, fixed.gathered, rows);
-  with_log_scale(layer.scale, [&]<class G>(const G& g) __attribute__((always_inline)) {
+  const T* u = head;
+  with_log_scale(layer.scale, [&]<class G>(G g) __attribute__((always_inline)) {
+    constexpr int64_t kStep = kVectors<StepsWith<T, G>> * L;
+    if constexpr (G::kIsKnown) {
+      u = fixed.buffer0;
+      g = known_scale<T>(layer.scale, inverse, {head, size, fixed.buffer0, keep.scale, keep.slope, size, size, 1});
+    }
     const TapedAffine<T, G> affine = {g, inverse};
     for (int64_t begin = 0; begin < size; begin += partials) {  // as in tile()
       const int64_t end = smaller(begin + partials, size);
       T* log_det = fixed.partial - begin;
       int64_t i = begin;
-      for (; i + kStep <= end; i += kStep) affine.template apply<Steps<T>>(i, head, t, b, log_det, keep);
-      for (; i < end; i += L) affine.template apply<Vec<T>>(i, head, t, b, log_det, keep);
+      for (; i + kStep <= end; i += kStep) affine.template apply<StepsWith<T, G>>(i, u, t, b, log_det, keep);
+      for (; i < end; i += L) affine.template apply<Vec<T>>(i, u, t, b, log_det, keep);
     }
   });
   put_features<T>(layer.b, b, fixed.state, rows);

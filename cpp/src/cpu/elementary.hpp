@@ -55,6 +55,7 @@ NVPFLOW_INLINE V polynomial(V x, const T (&c)[N]) {
 NVPFLOW_DEFINE_COEFFICIENTS(kExpm1Tail)
 NVPFLOW_DEFINE_COEFFICIENTS(kAtanhTailWide)
 NVPFLOW_DEFINE_COEFFICIENTS(kAtanhTail)
+NVPFLOW_DEFINE_COEFFICIENTS(kAtanTail)
 NVPFLOW_DEFINE_COEFFICIENTS(kSinTail)
 NVPFLOW_DEFINE_COEFFICIENTS(kCosTail)
 NVPFLOW_DEFINE_COEFFICIENTS(kMills)
@@ -334,6 +335,11 @@ NVPFLOW_INLINE Vec<T> log1p_unit(Vec<T> e) {
   return twice + fma(twice * w, NVPFLOW_COEFFICIENTS(T, kAtanhTailWide, w), correction);
 }
 
+template <class T, class V>
+NVPFLOW_INLINE Pair<V> log1p_unit(Pair<V> e) {
+  return {log1p_unit<T>(e.a), log1p_unit<T>(e.b)};
+}
+
 template <class T>
 NVPFLOW_INLINE Vec<T> softplus(Vec<T> x) {
   const Vec<T> positive = x > T(0) ? x : set1(T(0));
@@ -408,6 +414,29 @@ NVPFLOW_INLINE Vec<T> log(Vec<T> x) {
   const Vec<T> inner = accurate_fma<T>(w + w, NVPFLOW_COEFFICIENTS(T, kAtanhTail, w), -f);
   const Vec<T> low = accurate_fma<T>(s, inner, n * Simd<T>::kLn2Low);
   return fma(n, set1(Simd<T>::kLn2High), f + low);
+}
+
+template <class T, class V>
+NVPFLOW_INLINE Pair<V> log(Pair<V> x) {
+  return {log<T>(x.a), log<T>(x.b)};
+}
+
+/// b + atan t with b = 0, pi / 4 or pi / 2 and |t| <= 1/2: of a = |x|, t is a below 1/2, -1 / a from 2 on, and
+/// (a - 1) / (a + 1) between, where a - 1 is exact. What rounding takes from b + t goes into the last addition.
+template <class T, class V>
+NVPFLOW_INLINE V atan(V x) {
+  constexpr T kQuarterPi = static_cast<T>(0.78539816339744830962);
+  constexpr T kRest = sizeof(T) == 4 ? T(-0x1.de12cap-26) : T(0x1.678afae35cdd1p-55);  // (pi / 4) / kQuarterPi - 1
+  const V a = absolute<T>(x);
+  const auto low = a < T(0.5);
+  const auto high = a > T(2);
+  const Vec<T> zero = set1(T(0)), one = set1(T(1));
+  const V t = select<T>(low, a, select<T>(high, -one, a - T(1))) / select<T>(low, one, select<T>(high, a, a + T(1)));
+  const V base = select<T>(low, zero, select<T>(high, set1(2 * kQuarterPi), set1(kQuarterPi)));
+  const V w = t * t;
+  const V sum = base + t;
+  const V rest = (t - (sum - base)) + fma(t * w, NVPFLOW_COEFFICIENTS(T, kAtanTail, w), base * kRest);
+  return copy_sign<T>(sum + rest, x);
 }
 
 /// sin(pi f / 2) and cos(pi f / 2) for |f| <= 1/2.

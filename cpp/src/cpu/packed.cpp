@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <mutex>
 #include <string>
 #include <variant>
@@ -63,6 +64,27 @@ void copy_rows(const T* from, std::int64_t from_stride, T* to, std::int64_t to_s
   } else {
     for (std::int64_t i = 0; i < rows; ++i) std::copy_n(from + i * from_stride, count, to + i * to_stride);
   }
+}
+
+template <class T>
+Scale<T> scale_of(const LoweredScale& from) {
+  Scale<T> scale;
+  scale.function = from.function;
+  scale.factor = static_cast<T>(from.factor);
+  scale.inverse_factor = static_cast<T>(1.0 / from.factor);
+  scale.inverse_divisor = static_cast<T>(1.0 / from.divisor);
+  scale.slope = static_cast<T>(from.factor / from.divisor);
+  scale.low = static_cast<T>(from.low);
+  scale.high = static_cast<T>(from.high);
+  scale.range = static_cast<T>(from.high - from.low);
+  scale.offset = static_cast<T>(from.offset);
+  scale.log_high = static_cast<T>(std::log(from.high));
+  // Below it softplus(x) = e (1 - e / 2) with e = e^x, to the last bit of its logarithm.
+  constexpr T kTail = sizeof(T) == 4 ? -9 : -20;
+  scale.tail = from.low == 0 ? kTail : -std::numeric_limits<T>::infinity();
+  scale.negated = from.negated;
+  scale.sign = from.negated ? T(-1) : T(1);
+  return scale;
 }
 
 [[noreturn]] void refuse_on_cpu(const std::string& what) {
@@ -236,14 +258,11 @@ void Packed<T>::add(const LoweredCoupling& from) {
   layer.place = keep(from.place);
   layer.a = rows_of(from.conditioning);
   layer.b = rows_of(from.transformed);
+  layer.scale = scale_of<T>(from.scale);
   if (from.scale.function != ScaleFunction::none && from.scale.function != ScaleFunction::tanh) {
-    refuse_on_cpu("this log-scale function");
+    // s and the scale of a row lie side by side in one buffer.
+    program_.max_width = std::max(program_.max_width, 2 * round_up(from.transformed.count, lanes_));
   }
-  layer.scale.function = from.scale.function;
-  layer.scale.factor = static_cast<T>(from.scale.factor);
-  layer.scale.inverse_factor = static_cast<T>(1.0 / from.scale.factor);
-  layer.scale.inverse_divisor = static_cast<T>(1.0 / from.scale.divisor);
-  layer.scale.slope = static_cast<T>(from.scale.factor / from.scale.divisor);
   for (const LoweredNetwork& network : from.networks) layer.network[layer.num_networks++] = add_network(network);
   if (layer.num_networks > 1) {
     program_.max_width = std::max(program_.max_width, 2 * layer.b.count);

@@ -63,6 +63,14 @@ NVPFLOW_INLINE Pair<V> operator-(double x, Pair<V> y) {
   return {x - y.a, x - y.b};
 }
 template <class V>
+NVPFLOW_INLINE Pair<V> operator/(float x, Pair<V> y) {
+  return {x / y.a, x / y.b};
+}
+template <class V>
+NVPFLOW_INLINE Pair<V> operator/(double x, Pair<V> y) {
+  return {x / y.a, x / y.b};
+}
+template <class V>
 NVPFLOW_INLINE Pair<V> operator>>(Pair<V> x, int n) {
   return {x.a >> n, x.b >> n};
 }
@@ -77,6 +85,25 @@ NVPFLOW_INLINE Pair<V> at_most(Pair<V> x, T high) {
 template <class V, class T>
 NVPFLOW_INLINE Pair<V> at_least(Pair<V> x, T low) {
   return {at_least(x.a, low), at_least(x.b, low)};
+}
+
+// Comparisons with a number, and the choice by their result.
+template <class V, class T>
+NVPFLOW_INLINE auto operator<(Pair<V> x, T y) {
+  return Pair<decltype(x.a < y)>{x.a < y, x.b < y};
+}
+template <class V, class T>
+NVPFLOW_INLINE auto operator>(Pair<V> x, T y) {
+  return Pair<decltype(x.a > y)>{x.a > y, x.b > y};
+}
+template <class T>
+NVPFLOW_INLINE Vec<T> select(IntVec<T> where, Vec<T> yes, Vec<T> no) {
+  return where ? yes : no;
+}
+template <class T, class I, class Y, class Z>
+NVPFLOW_INLINE auto select(Pair<I> where, Y yes, Z no) {
+  using V = decltype(select<T>(where.a, first(yes), first(no)));
+  return Pair<V>{select<T>(where.a, first(yes), first(no)), select<T>(where.b, second(yes), second(no))};
 }
 
 /// Vectors in V.

@@ -240,8 +240,12 @@ void conditioner(const Program<T>& program, int64_t index, const T* in, const Co
         heads_tile<T>(layer, x, {s.state, s.partial, s.buffer0, s.buffer1, s.gathered, rows, s.kept, of_rows});
     T *u = const_cast<T*>(heads.u), *t = const_cast<T*>(heads.t);
     with_log_scale(layer.scale, [&]<class G>(const G& g) __attribute__((always_inline)) {
-      if constexpr (!G::kIsZero) {
-        for (int64_t i = 0; i < n * rows; i += kLanes<T>) store<T>(u + i, g.log_scale(load<T>(u + i)));
+      const int64_t size = n * rows;
+      if constexpr (G::kIsKnown) {
+        T* scale = free_buffer(layer, heads, s);
+        log_scales<T>(layer.scale, false, {u, size, u, scale, nullptr, size, size, 1});
+      } else if constexpr (!G::kIsZero) {
+        for (int64_t i = 0; i < size; i += kLanes<T>) store<T>(u + i, g.at(load<T>(u + i)).s);
       }
     });
     if (poisoned) {

@@ -36,6 +36,12 @@ def atanh_tail(w: mp.mpf) -> mp.mpf:
     return (mp.atanh(s) - s) / s**3 if w > mp.mpf(10) ** -20 else mp.mpf(1) / 3
 
 
+def atan_tail(w: mp.mpf) -> mp.mpf:
+    """(atan(t) - t) / t^3 as a function of w = t^2."""
+    t = mp.sqrt(w)
+    return (mp.atan(t) - t) / t**3 if w > mp.mpf(10) ** -20 else -mp.mpf(1) / 3
+
+
 def sin_tail(w: mp.mpf) -> mp.mpf:
     """(sin(pi f / 2) - pi f / 2) / f^3 as a function of w = f^2."""
     f = mp.sqrt(w)
@@ -69,6 +75,7 @@ FITS = [
     ("kExpm1Tail", "(e^r - 1 - r) / r^2, |r| <= ln 2 / 2", expm1_tail, -HALF_LN2, HALF_LN2, 4, 10),
     ("kAtanhTailWide", "(atanh s - s) / s^3 in s^2, s <= 1/3", atanh_tail, mp.mpf(0), mp.mpf(1) / 9, 4, 12),
     ("kAtanhTail", "(atanh s - s) / s^3 in s^2, |s| <= 3 - 2 sqrt 2", atanh_tail, mp.mpf(0), mp.mpf("0.0296"), 3, 8),
+    ("kAtanTail", "(atan t - t) / t^3 in t^2, |t| <= 1/2", atan_tail, mp.mpf(0), mp.mpf("0.2501"), 5, 12),
     ("kSinTail", "(sin(pi f / 2) - pi f / 2) / f^3 in f^2, |f| <= 1/2", sin_tail, mp.mpf(0), mp.mpf("0.2501"), 3, 7),
     ("kCosTail", "(cos(pi f / 2) - 1) / f^2 in f^2, |f| <= 1/2", cos_tail, mp.mpf(0), mp.mpf("0.2501"), 3, 7),
     ("kMills", "(x + 5/4) Q(x) exp(x^2 / 2) - 1/2 in (x - 4) / (x + 4), x >= 0", mills, mp.mpf(-1), mp.mpf(1), 11, 26),

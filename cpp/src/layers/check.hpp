@@ -26,6 +26,8 @@ void check_named(const std::string& prefix, Enum value) {
     refuse(prefix + error.what());
   }
 }
+/// A number that is finite, also when it is rounded to dtype.
+void check_finite(const std::string& field, double value, DType dtype);
 /// As short as it reads back the same.
 std::string text_of(double value);
 

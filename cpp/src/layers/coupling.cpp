@@ -41,13 +41,14 @@ void check(const LogScale& scale, DType dtype, const std::string& prefix) {
   if (!(scale.low >= 0) || !std::isfinite(scale.low)) {
     refuse(prefix + "low is " + text_of(scale.low) + ", expected finite and >= 0");
   }
+  if (scale.low > 0) check_positive(prefix + "low", scale.low, dtype);
   const bool open = scale.function == Function::softplus && std::isinf(scale.high);
   if (!(scale.high > scale.low) || (!open && !std::isfinite(scale.high))) {
     refuse(prefix + "high is " + text_of(scale.high) + ", expected " +
            (scale.function == Function::sigmoid ? "finite and " : "") + "> low, which is " + text_of(scale.low));
   }
   if (!open) check_positive(prefix + "high", scale.high, dtype);
-  if (!std::isfinite(scale.offset)) refuse(prefix + "offset is " + text_of(scale.offset) + ", expected finite");
+  check_finite(prefix + "offset", scale.offset, dtype);
 }
 
 void check(const FeatureSet& set, const FlowSpec& spec, const std::string& prefix) {
