@@ -152,13 +152,15 @@ template <class T, class X>
 class Trainer {
  public:
   Trainer(Flow& flow, std::span<const X> x, std::span<const X> validation, const FitOptions& options,
-          FitObserver* observer)
+          FitObserver* observer, const Context& context, const Context& validation_context)
       : flow_(flow),
         options_(options),
         observer_(observer != nullptr ? *observer : silent_),
         features_(flow.spec().input_size),
         given_x_(x),
         given_validation_(validation),
+        context_(checked_context("context", context, x)),
+        validation_context_(checked_context("the context of validation", validation_context, validation)),
         rows_(checked_rows(), held_out_rows(), options.seed),
         threads_(options.num_threads > 0 ? options.num_threads : FlowAccess::threads(flow)) {
     // Forward and back.
@@ -190,13 +192,19 @@ class Trainer {
     check_folder();
     check_finite("x", given_x_, features_, [this] { poll(); });
     check_finite("validation", given_validation_, features_, [this] { poll(); });
+    if (context_size() > 0) {
+      check_finite("context", context_, context_size(), [this] { poll(); });
+      check_finite("the context of validation", validation_context_, context_size(), [this] { poll(); });
+    }
     best_.resize(static_cast<std::size_t>(flow_.num_parameters()));
     flow_.template copy_parameters<T>(best_, &standardized_.mean_low);
     if (options_.averaging > 0) average_.resize(best_.size());
     standardize_from_data();
+    standardize_context();
     take_rows();
     leave_out_far_rows();
-    const TrainingData data = {x_.data(), total_rows(), validation_.data(), validation_rows()};
+    const TrainingData data = {x_.data(),         total_rows(),    validation_.data(),
+                               validation_rows(), context_.data(), validation_context_.data()};
     std::vector<T> start = best_;
     if (standardized_.on) std::fill_n(start.begin(), 2 * features_, T(0));
     training_ =
@@ -251,6 +259,26 @@ class Trainer {
   std::int64_t total_rows() const { return rows_in(taken_ ? x_.size() : given_x_.size()); }
   std::int64_t validation_rows() const { return rows_in(taken_ ? validation_.size() : given_validation_.size()); }
   std::int64_t rows_in(std::size_t elements) const { return static_cast<std::int64_t>(elements) / features_; }
+
+  std::int64_t context_size() const { return flow_.spec().context_size; }
+
+  /// One context row for each row of x, of the flow's type; none where the flow has no context.
+  std::span<const T> checked_context(const char* name, const Context& context, std::span<const X> x) const {
+    const std::int64_t rows = rows_in(x.size()), wanted = rows * context_size();
+    if (context.element() == 0 && wanted == 0) return {};
+    const std::string shape = context_size() == 0 ? "none: the flow has no context"
+                                                  : "[" + std::to_string(rows) + ", " + std::to_string(context_size()) +
+                                                        "], a row for each row of its data";
+    if (context.element() == 0) fail(std::string(name) + " is missing, expected " + shape);
+    if (context_size() == 0 || context.size() != wanted) {
+      fail(std::string(name) + " holds " + std::to_string(context.size()) + " elements, expected " + shape);
+    }
+    if (context.element() != sizeof(T)) {
+      throw Error(ErrorCode::type_mismatch, std::string(name) + " is of another type, expected the flow's " +
+                                                std::string(name_of(flow_.spec().dtype)));
+    }
+    return {static_cast<const T*>(context.data()), static_cast<std::size_t>(context.size())};
+  }
 
   std::int64_t checked_rows() const {
     options_.validate();
@@ -312,6 +340,35 @@ class Trainer {
     history_.standardized = set_layer(layer, found);
   }
 
+  /// Mean and standard deviation of each number of the training rows' context, where they are still zeros. A number
+  /// that never changes keeps its unit.
+  void standardize_context() {
+    if (!flow_.spec().standardize_context) return;
+    const auto size = static_cast<std::size_t>(context_size());
+    const auto statistics = std::span<T>(best_).last(2 * size);  // the last tensors of the layout
+    if (std::any_of(statistics.begin(), statistics.end(), [](T v) { return v != T(0); })) return;
+    const RowOrder order = rows_.training();
+    const auto rows = static_cast<double>(rows_.train());
+    std::vector<double> means(size), squares(size);
+    const auto add = [&](auto&& term, std::vector<double>& sums) {
+      order.each(0, rows_.train(), [&](std::int64_t i, std::int64_t at) {
+        if (i % kPollRows == 0) poll();
+        const T* row = context_.data() + at * context_size();
+        for (std::size_t j = 0; j < size; ++j) sums[j] += term(static_cast<double>(row[j]), j);
+      });
+      for (double& sum : sums) sum /= rows;
+    };
+    add([](double c, std::size_t) { return c; }, means);
+    add([&](double c, std::size_t j) { return (c - means[j]) * (c - means[j]); }, squares);
+    for (std::size_t j = 0; j < size; ++j) {
+      statistics[j] = static_cast<T>(means[j]);
+      const double log_std = 0.5 * std::log(squares[j]);
+      // A spread that float32 does not see is none.
+      const bool varies = std::sqrt(squares[j]) > 1e-6 * std::abs(means[j]) && std::isfinite(log_std);
+      statistics[size + j] = varies ? static_cast<T>(log_std) : T(0);
+    }
+  }
+
   /// The rows that the run is given: the caller's, or standardized ones.
   void take_rows() {
     taken_ = true;
@@ -353,7 +410,7 @@ class Trainer {
     return near;
   }
 
-  /// f(row) for those of the rows order(0) .. order(count - 1) of x that are near, or that are not.
+  /// f(row, its index) for those of the rows order(0) .. order(count - 1) of x that are near, or that are not.
   template <class F>
   void each_row_that_is(bool near, std::span<const T> x, const RowOrder& order, std::int64_t count, F&& f) {
     std::vector<double> most(static_cast<std::size_t>(features_));
@@ -364,26 +421,32 @@ class Trainer {
     order.each(0, count, [&](std::int64_t i, std::int64_t at) {
       if (i % kPollRows == 0) poll();
       const T* row = x.data() + at * features_;
-      if (is_near(row, most) == near) f(row);
+      if (is_near(row, most) == near) f(row, at);
     });
   }
 
   void leave_out_far_rows() {
     if (!standardizes() || options_.max_deviation == 0) return;
-    const auto count = [this](const T*) { ++history_.rows_left_out; };
+    const auto count = [this](const T*, std::int64_t) { ++history_.rows_left_out; };
     each_row_that_is(false, x_, RowOrder(), total_rows(), count);
     each_row_that_is(false, validation_, RowOrder(), validation_rows(), count);
     if (history_.rows_left_out == 0) return;
-    const auto near_rows = [this](std::span<const T> x, const RowOrder& order, std::int64_t rows) {
-      std::vector<T> kept;
-      each_row_that_is(true, x, order, rows, [&](const T* row) { kept.insert(kept.end(), row, row + features_); });
+    const auto near_rows = [this](std::span<const T> x, std::span<const T> context, const RowOrder& order,
+                                  std::int64_t rows) {
+      Kept kept;
+      each_row_that_is(true, x, order, rows, [&](const T* row, std::int64_t at) {
+        kept.rows.insert(kept.rows.end(), row, row + features_);
+        const T* given = context.data() + at * context_size();
+        kept.context.insert(kept.context.end(), given, given + context_size());
+      });
       return kept;
     };
     // Those set aside become an array of their own, so that no row changes sides.
-    kept_validation_ = has_array() ? near_rows(validation_, RowOrder(), validation_rows())
-                                   : near_rows(x_, rows_.validating(), rows_.held_out());
-    kept_ = near_rows(x_, rows_.training(), rows_.train());
-    x_ = kept_, validation_ = kept_validation_;
+    kept_validation_ = has_array() ? near_rows(validation_, validation_context_, RowOrder(), validation_rows())
+                                   : near_rows(x_, context_, rows_.validating(), rows_.held_out());
+    kept_ = near_rows(x_, context_, rows_.training(), rows_.train());
+    x_ = kept_.rows, validation_ = kept_validation_.rows;
+    context_ = kept_.context, validation_context_ = kept_validation_.context;
     const bool lacks_validation = history_.validation_rows > 0 && validation_.empty();
     if (x_.empty() || lacks_validation) {
       fail(std::string(x_.empty() ? "x" : "validation") + " has no row within max_deviation " +
@@ -540,13 +603,17 @@ class Trainer {
     probe_->template set_parameters<T>({candidate(), size});
     const Selection of = selection();
     const std::span<const T> x = has_array() ? validation_ : x_;
+    const std::span<const T> given = has_array() ? validation_context_ : context_;
     double largest = 0;
     each_slice(epoch, of.rows, [&](std::int64_t first, std::int64_t count) {
       probe_rows_.resize(static_cast<std::size_t>(count * features_));
+      probe_context_.resize(static_cast<std::size_t>(count * context_size()));
       of.order.each(first, count, [&](std::int64_t i, std::int64_t row) {
         std::copy_n(x.data() + row * features_, features_, probe_rows_.data() + i * features_);
+        std::copy_n(given.data() + row * context_size(), context_size(), probe_context_.data() + i * context_size());
       });
-      largest = std::max(largest, probe_->template round_trip_error<T>(probe_rows_));
+      const Context context = context_size() > 0 ? Context(probe_context_) : Context();
+      largest = std::max(largest, probe_->template round_trip_error<T>(probe_rows_, context));
     });
     return largest;
   }
@@ -578,12 +645,17 @@ class Trainer {
   CheckpointKey key() {
     const auto look = [this] { poll(); };
     const auto of = [&](std::span<const X> rows) { return fingerprint(rows.data(), rows.size_bytes(), look); };
+    std::uint64_t of_contexts = 0;
+    if (context_size() > 0) {
+      of_contexts = fingerprint(context_.data(), context_.size_bytes(), look) << 2;
+      of_contexts ^= fingerprint(validation_context_.data(), validation_context_.size_bytes(), look) << 3;
+    }
     FitOptions taken = options_;
     taken.batch_size = batch_;
     taken.weight_decay = weight_decay_;
     return {flow_.spec(),
             taken,
-            of(given_x_) ^ (of(given_validation_) << 1),
+            of(given_x_) ^ (of(given_validation_) << 1) ^ of_contexts,
             rows_in(given_x_.size()),
             rows_in(given_validation_.size()),
             steps_};
@@ -634,12 +706,17 @@ class Trainer {
   std::span<const T> x_, validation_;              // what is trained on and compared by: those, or
   Standardized standardized_;
   std::vector<T> standardized_x_, standardized_validation_;  // these, or
-  std::vector<T> kept_, kept_validation_;                    // these, where rows are left out
+  /// Rows that are not left out, and their context.
+  struct Kept {
+    std::vector<T> rows, context;
+  };
+  Kept kept_, kept_validation_;                      // these, where rows are left out
+  std::span<const T> context_, validation_context_;  // of x_ and validation_
   FitRows rows_;
   int threads_;
   std::unique_ptr<Training> training_;
   std::optional<Flow> probe_;  // where max_round_trip is set
-  std::vector<T> probe_rows_;
+  std::vector<T> probe_rows_, probe_context_;
   std::vector<T> best_;     // before the first epoch is done, the parameters that training starts from
   std::vector<T> average_;  // empty where options_.averaging is 0
   bool average_is_better_ = false;
@@ -756,10 +833,12 @@ template std::vector<std::string> Flow::initialize_from(std::span<const double>,
 
 template <class T>
 History fit(Flow& flow, std::span<const T> x, std::span<const T> validation, const FitOptions& options,
-            FitObserver* observer) {
+            FitObserver* observer, const Context& context, const Context& validation_context) {
   const FloatMode mode;  // also for what the training itself computes; the observer is called in it
   if constexpr (std::is_same_v<T, double>) {
-    if (takes_float64_rows(flow.spec())) return Trainer<float, T>(flow, x, validation, options, observer).run();
+    if (takes_float64_rows(flow.spec())) {
+      return Trainer<float, T>(flow, x, validation, options, observer, context, validation_context).run();
+    }
   }
   if (flow.spec().dtype != (sizeof(T) == 4 ? DType::float32 : DType::float64)) {
     options.validate();
@@ -768,10 +847,12 @@ History fit(Flow& flow, std::span<const T> x, std::span<const T> validation, con
                                                                 "with a standardize layer"
                                                               : ""));
   }
-  return Trainer<T, T>(flow, x, validation, options, observer).run();
+  return Trainer<T, T>(flow, x, validation, options, observer, context, validation_context).run();
 }
 
-template History fit(Flow&, std::span<const float>, std::span<const float>, const FitOptions&, FitObserver*);
-template History fit(Flow&, std::span<const double>, std::span<const double>, const FitOptions&, FitObserver*);
+template History fit(Flow&, std::span<const float>, std::span<const float>, const FitOptions&, FitObserver*,
+                     const Context&, const Context&);
+template History fit(Flow&, std::span<const double>, std::span<const double>, const FitOptions&, FitObserver*,
+                     const Context&, const Context&);
 
 }  // namespace nvpflow

@@ -1078,3 +1078,41 @@ int main(int argc, char** argv) {
   std::printf("instruction set: %s\n", nvpflow::cpu_isa());
   return doctest::Context(argc, argv).run();
 }
+
+TEST_CASE_TEMPLATE("fit finds a conditional density", T, float, double) {
+  // x = 2 c + 0.5 e, for which -mean log p is the entropy of 0.5 e; c in units far from 1.
+  for (const bool divided : {true, false}) {
+    FlowSpec spec;
+    spec.input_size = 1;
+    spec.context_size = 2;
+    spec.standardize_context = true;
+    spec.dtype = dtype_of<T>;
+    nvpflow::Coupling coupling;
+    coupling.transformed.name = nvpflow::FeatureSet::Name::all;
+    coupling.network.hidden_sizes = {16};
+    spec.layers = {nvpflow::Standardize{}, coupling, coupling};
+    Flow flow(spec, 1);
+    const std::int64_t rows = 2000;
+    const std::vector<T> units = random_values<T>(rows, 3), noise = random_values<T>(rows, 4);
+    std::vector<T> x, context;
+    for (std::size_t r = 0; r < static_cast<std::size_t>(rows); ++r) {
+      x.push_back(T(2) * units[r] + T(0.5) * noise[r]);
+      context.insert(context.end(), {T(300) + T(1000) * units[r], T(7)});  // the second never changes
+    }
+    nvpflow::FitOptions options;
+    options.epochs = 60;
+    options.learning_rate = 5e-3;
+    const std::span<const T> all = x, given = context;
+    const auto history = divided ? nvpflow::fit<T>(flow, all, {}, options, nullptr, given)
+                                 : nvpflow::fit<T>(flow, all.first(1800), all.subspan(1800), options, nullptr,
+                                                   given.first(3600), given.subspan(3600));
+    const double entropy = 0.5 * std::log(2 * std::acos(-1.0) * std::exp(1.0)) + std::log(0.5);
+    CHECK(history.best_loss < entropy + 0.15);
+    CHECK(flow.template nll<T>(x, context) < entropy + 0.1);
+    const auto size = static_cast<std::size_t>(flow.num_parameters());
+    CHECK(flow.template parameters<T>()[size - 4] > T(200));  // context.mean
+    CHECK(flow.template parameters<T>()[size - 1] == T(0));   // the second's log_std
+    CHECK_THROWS_AS(nvpflow::fit<T>(flow, all, {}, options), nvpflow::Error);
+    CHECK_THROWS_AS(nvpflow::fit<T>(flow, all, {}, options, nullptr, given.first(4)), nvpflow::Error);
+  }
+}

@@ -167,6 +167,10 @@ class NVPFLOW_API FitObserver {
 /// float32 flow with takes_float64_rows, whose rows are then standardized in float64, once, into a float32 copy that is
 /// trained on; losses are the same, max_round_trip is measured on the standardized rows.
 ///
+/// Of a flow with a context: minimises -mean log p(x | c). context [N, C] and validation_context hold a row for each
+/// row of x and of validation, of the flow's dtype. Where the flow standardizes its context, its mean and standard
+/// deviation are set from the training rows where they are still zeros.
+///
 /// Rows are visited in a new order each epoch, given only by `seed`. The same data, options and seed give the same
 /// weights bit for bit on one instruction set, for any number of threads, also across a stop and a resume from a
 /// checkpoint. The flow ends with the weights of the epoch with the lowest validation loss, or, without validation
@@ -180,6 +184,7 @@ class NVPFLOW_API FitObserver {
 /// other than by an interruption, and no epoch was inside max_round_trip; the flow is then as it was.
 template <class T>
 NVPFLOW_API History fit(Flow& flow, std::span<const T> x, std::span<const T> validation, const FitOptions& options,
-                        FitObserver* observer = nullptr);
+                        FitObserver* observer = nullptr, const Context& context = {},
+                        const Context& validation_context = {});
 
 }  // namespace nvpflow
