@@ -150,7 +150,7 @@ class ActNorm(Expression):
 
 @dataclass(frozen=True, init=False, repr=False)
 class Permutation(Expression):
-    """``y[j] = x[order[j]]``: the features in another order. It costs no time.
+    """``y[j] = x[order[j]]``: the features in another order; no arithmetic runs for it.
 
     Parameters
     ----------
