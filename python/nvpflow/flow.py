@@ -61,7 +61,8 @@ def build(
     activation
         Of the hidden layers: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid or softplus.
     context_size
-        C, how many numbers condition each row; 0: none.
+        C, how many numbers condition each row; 0: none. Specs hold any, but a flow of another than 0 is refused yet:
+        its methods take no context in Python.
     transform
         "affine": ``x exp(s) + t`` (RealNVP). "additive": ``x + t`` (NICE), which keeps volumes.
     scale
@@ -126,6 +127,8 @@ def build(
 
     Raises
     ------
+    RuntimeError
+        The spec holds what the device does not compute yet; the message names it.
     TypeError, ValueError
         Naming the argument, what was given and what was expected. Options that contradict each other are refused.
     CudaError

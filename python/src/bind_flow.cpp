@@ -25,6 +25,7 @@
 #include "bound_flow.hpp"
 #include "gil.hpp"
 #include "plain_methods.hpp"
+#include "without_context.hpp"
 
 namespace nvpflow::python {
 namespace {
@@ -234,7 +235,7 @@ py::object as_python(const std::optional<Threshold>& threshold) {
 
 BoundFlow::BoundFlow(const FlowSpec& spec, std::uint64_t seed, Device on, Precision precision, Weights weights,
                      Init init)
-    : flow(spec, seed, on, precision, weights, init),
+    : flow(without_context(spec), seed, on, precision, weights, init),
       dtype(spec.dtype),
       features(spec.input_size),
       device(on.kind == DeviceKind::cuda ? on.index : kHost),

@@ -34,6 +34,7 @@
 #include <nvpflow/spec_json.hpp>
 
 #include "../../cpp/src/parallel.hpp"
+#include "without_context.hpp"
 #include "xla_ffi.h"
 
 namespace nvpflow::python {
@@ -140,7 +141,7 @@ std::shared_ptr<Model> model_of(std::string_view spec) {
   const std::lock_guard<std::mutex> lock(all.mutex);
   auto found = std::find_if(all.kept.begin(), all.kept.end(), [&](const auto& entry) { return entry.first == spec; });
   if (found == all.kept.end()) {
-    auto made = std::make_shared<Model>(parse_spec(std::string(spec)));
+    auto made = std::make_shared<Model>(without_context(parse_spec(std::string(spec))));
     if (all.kept.size() == Models::kKept) all.kept.pop_back();
     found = all.kept.emplace(all.kept.end(), std::string(spec), std::move(made));
   }
