@@ -48,17 +48,19 @@ NVPFLOW_DEVICE T polynomial(T x, const T (&c)[N]) {
   return sum;
 }
 
-enum class Series { expm1_tail, atanh_tail_wide, atanh_tail, sin_tail, cos_tail, mills };
+enum class Series { expm1_tail, atanh_tail_wide, atanh_tail, atan_tail, sin_tail, cos_tail, mills };
 
 /// One of the polynomials of coefficients.inl, which has to stand in a function: device code cannot read arrays of
 /// the host's namespaces.
 template <Series series>
 NVPFLOW_DEVICE float evaluate(float x) {
 #include "../cpp/src/elementary/coefficients.inl"
-  (void)kExpm1TailD, (void)kAtanhTailWideD, (void)kAtanhTailD, (void)kSinTailD, (void)kCosTailD, (void)kMillsD;
+  (void)kExpm1TailD, (void)kAtanhTailWideD, (void)kAtanhTailD, (void)kAtanTailD, (void)kSinTailD, (void)kCosTailD,
+      (void)kMillsD;
   if constexpr (series == Series::expm1_tail) return polynomial(x, kExpm1TailF);
   if constexpr (series == Series::atanh_tail_wide) return polynomial(x, kAtanhTailWideF);
   if constexpr (series == Series::atanh_tail) return polynomial(x, kAtanhTailF);
+  if constexpr (series == Series::atan_tail) return polynomial(x, kAtanTailF);
   if constexpr (series == Series::sin_tail) return polynomial(x, kSinTailF);
   if constexpr (series == Series::cos_tail) return polynomial(x, kCosTailF);
   return polynomial(x, kMillsF);
@@ -67,10 +69,12 @@ NVPFLOW_DEVICE float evaluate(float x) {
 template <Series series>
 NVPFLOW_DEVICE double evaluate(double x) {
 #include "../cpp/src/elementary/coefficients.inl"
-  (void)kExpm1TailF, (void)kAtanhTailWideF, (void)kAtanhTailF, (void)kSinTailF, (void)kCosTailF, (void)kMillsF;
+  (void)kExpm1TailF, (void)kAtanhTailWideF, (void)kAtanhTailF, (void)kAtanTailF, (void)kSinTailF, (void)kCosTailF,
+      (void)kMillsF;
   if constexpr (series == Series::expm1_tail) return polynomial(x, kExpm1TailD);
   if constexpr (series == Series::atanh_tail_wide) return polynomial(x, kAtanhTailWideD);
   if constexpr (series == Series::atanh_tail) return polynomial(x, kAtanhTailD);
+  if constexpr (series == Series::atan_tail) return polynomial(x, kAtanTailD);
   if constexpr (series == Series::sin_tail) return polynomial(x, kSinTailD);
   if constexpr (series == Series::cos_tail) return polynomial(x, kCosTailD);
   return polynomial(x, kMillsD);
