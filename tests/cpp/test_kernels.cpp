@@ -26,6 +26,7 @@
 #include "cpu/kernels.hpp"
 #include "cpu/packed.hpp"
 #include "memory.hpp"
+#include "mixed_spec.hpp"
 #include "oracle.hpp"
 
 namespace {
@@ -38,6 +39,7 @@ using nvpflow::DType;
 using nvpflow::ErrorCode;
 using nvpflow::Flow;
 using nvpflow::FlowSpec;
+using nvpflow::mixed_spec;
 using nvpflow::ParamLayout;
 using nvpflow::Weights;
 
@@ -310,49 +312,6 @@ TEST_CASE_TEMPLATE("a layer list need not alternate", T, float, double) {
     CHECK(within(log_det[static_cast<std::size_t>(row)], expected.log_det, kBudget<T>));
   }
 }
-
-namespace {
-
-/// Feature sets, orientations, permutations, actnorms and both transforms, such that some couplings find their features
-/// one after the other and some do not.
-FlowSpec mixed_spec(std::int64_t features, std::uint64_t seed, DType dtype) {
-  std::mt19937_64 random(seed);
-  const auto below = [&](std::uint64_t n) { return static_cast<std::size_t>(random() % n); };
-  FlowSpec spec;
-  spec.input_size = features;
-  spec.dtype = dtype;
-  using Name = nvpflow::FeatureSet::Name;
-  if (below(2) == 0) spec.layers.emplace_back(nvpflow::Standardize{});
-  for (int k = 0; k < 5; ++k) {
-    if (below(2) == 0) {
-      nvpflow::Permutation permutation;
-      for (std::int64_t j = 0; j < features; ++j) permutation.order.push_back(j);
-      std::shuffle(permutation.order.begin(), permutation.order.end(), random);
-      spec.layers.emplace_back(permutation);
-    }
-    if (below(3) == 0) spec.layers.emplace_back(nvpflow::ActNorm{below(2) == 0});
-    nvpflow::Coupling coupling;
-    coupling.inverse = below(2) == 0;
-    coupling.transformed.name = std::array{Name::first_half, Name::second_half, Name::even, Name::odd}[below(4)];
-    if (below(3) == 0) {
-      coupling.transformed.name = Name::indices;
-      const std::size_t kept = below(static_cast<std::uint64_t>(features));
-      for (std::size_t j = 0; j < static_cast<std::size_t>(features); ++j) {
-        if (j != kept && (below(2) == 0 || j == (kept + 1) % static_cast<std::size_t>(features))) {
-          coupling.transformed.indices.push_back(static_cast<std::int64_t>(j));
-        }
-      }
-    }
-    if (below(3) == 0) coupling.transform = nvpflow::Additive{};
-    if (below(3) == 0) coupling.transform = nvpflow::Affine{{nvpflow::LogScale::Function::tanh, 0.7, 1.9}};
-    coupling.network.hidden_sizes = below(4) == 0 ? std::vector<std::int64_t>{} : std::vector<std::int64_t>{7, 5};
-    coupling.network.activation = Activation::tanh;
-    spec.layers.emplace_back(coupling);
-  }
-  return spec;
-}
-
-}  // namespace
 
 TEST_CASE_TEMPLATE("layers of all features, directions and places agree with the oracle", T, float, double) {
   for (const std::int64_t features : {2, 3, 5, 8, 17, 33}) {
