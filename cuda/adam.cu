@@ -55,11 +55,11 @@ pack_kernel(const std::int64_t* source, const std::int64_t count, const T* param
 }
 
 template <class T>
-NVPFLOW_DEVICE void pack_numbers(Of<Kind::coupling>, const Layer<T>&, int, const T*, T*) {}
+NVPFLOW_DEVICE void pack_numbers(Of<Kind::coupling>, const Program<T>&, const Layer<T>&, const T*, T*) {}
 template <class T>
-NVPFLOW_DEVICE void pack_numbers(Of<Kind::diagonal>, const Layer<T>& layer, int features, const T* parameters,
-                                 T* packed) {
-  pack_diagonal(layer, features, parameters, packed);
+NVPFLOW_DEVICE void pack_numbers(Of<Kind::diagonal>, const Program<T>& program, const Layer<T>& layer,
+                                 const T* parameters, T* packed) {
+  pack_diagonal(program, layer, parameters, packed);
 }
 
 /// One block: the numbers of all layers that are no copies of parameters.
@@ -68,7 +68,7 @@ NVPFLOW_KERNEL(kThreads)
 pack_numbers_kernel(NVPFLOW_ARGUMENT Program<T> program, const T* parameters, T* packed) {
   for (int k = 0; k < program.num_layers; ++k) {
     const Layer<T>& layer = program.layers[k];
-    visit(layer, [&](auto kind) { pack_numbers(kind, layer, program.input_size, parameters, packed); });
+    visit(layer, [&](auto kind) { pack_numbers(kind, program, layer, parameters, packed); });
   }
 }
 

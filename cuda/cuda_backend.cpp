@@ -155,7 +155,7 @@ class CudaBackend final : public Backend {
     TransformCall<T> call;
     call.in = static_cast<const T*>(in);
     call.conditioner = static_cast<std::int32_t>(layer);
-    call.transformed = transformed_count(flow_->layers()->on_host().layers[layer], flow_->features());
+    call.transformed = flow_->layers()->on_host().layers[layer].num_outputs;
     call.log_scale = static_cast<T*>(s);
     call.shift = static_cast<T*>(t);
     run(call, rows, how);

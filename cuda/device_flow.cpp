@@ -58,7 +58,7 @@ GradientPlan DeviceFlow<T>::gradient_plan(std::int64_t rows) const {
 template <class T>
 void DeviceFlow<T>::transform(const TransformPlan& plan, const Program<T>& program, const TransformCall<T>& call,
                               void* workspace, Stream stream) const {
-  require_on_device({program.packed, program.layers, program.dense, call.index, workspace});
+  require_on_device({program.packed, program.layers, program.dense, program.places, call.index, workspace});
   require_rows_on_device(call, features());
   launch_on(stream, "running a flow", [plan, program, call, workspace, stream] {
     return launch_transform(plan, program, call, workspace, stream);
@@ -69,8 +69,8 @@ template <class T>
 void DeviceFlow<T>::gradient(const GradientPlan& plan, const Program<T>& program, const GradientCall<T>& call,
                              void* workspace, Stream stream) const {
   const auto* tasks = static_cast<const GradientTask*>(tasks_.at(plan.tile_rows).data());
-  require_on_device({program.packed, program.transposed, program.layers, program.dense, tasks, call.index,
-                     call.gradient, call.sum_log_prob, workspace});
+  require_on_device({program.packed, program.transposed, program.layers, program.dense, program.places, program.source,
+                     tasks, call.index, call.gradient, call.sum_log_prob, workspace});
   require_rows_on_device(call, features());
   launch_on(stream, "forming a gradient", [plan, program, tasks, call, workspace, stream] {
     return launch_gradient(plan, program, tasks, call, workspace, stream);

@@ -8,15 +8,19 @@
 
 namespace nvpflow::cuda {
 
-/// The numbers that the layer computes with (Layer::affine), by one block, in the arithmetic of the CPU's packing.
+/// The numbers that the layer computes with (Layer::affine), in the order of the places, by one block, in the
+/// arithmetic of the CPU's packing.
 template <class T>
-NVPFLOW_DEVICE void pack_diagonal(const Layer<T>& layer, int features, const T* parameters, T* packed) {
+NVPFLOW_DEVICE void pack_diagonal(const Program<T>& program, const Layer<T>& layer, const T* parameters, T* packed) {
+  const int features = program.input_size;
+  const std::int32_t* places = program.places_at(layer.place);
   T* to = packed + layer.affine;
   for (int f = thread_index(); f < features; f += num_threads()) {
     const double log_std = static_cast<double>(parameters[layer.log_std_offset + f]);
-    to[f] = parameters[layer.mean_offset + f];
-    to[features + f] = static_cast<T>(exponential(log_std));
-    to[2 * features + f] = static_cast<T>(exponential(-log_std));
+    const int at = listed(places, f);
+    to[at] = parameters[layer.mean_offset + f];
+    to[features + at] = static_cast<T>(exponential(log_std));
+    to[2 * features + at] = static_cast<T>(exponential(-log_std));
   }
   if (thread_index() != 0) return;
   double sum = 0;
@@ -27,11 +31,12 @@ NVPFLOW_DEVICE void pack_diagonal(const Layer<T>& layer, int features, const T* 
 /// Whoever wrote the tile before must have met the others of the team.
 template <class Walk, class T>
 NVPFLOW_DEVICE void diagonal(Walk& walk, const Layer<T>& layer) {
-  const bool inverse = walk.call.inverse;
+  const bool inverse = is_backwards(walk, layer);
   const int features = walk.program.input_size;
   const T* mean = walk.packed + layer.affine;
   const T* factor = mean + (inverse ? features : 2 * features);
-  walk.tile.for_each(walk.team(), [&](int, int f, T& value) {
+  walk.tile.for_each(walk.team(), [&](int r, int f) {
+    T& value = walk.tile.at(r, f);
     value = inverse ? multiply_add(value, factor[f], mean[f]) : (value - mean[f]) * factor[f];
   });
   walk.barrier();
@@ -48,13 +53,13 @@ NVPFLOW_DEVICE void diagonal(Walk& walk, const Layer<T>& layer) {
 template <class Walk, class T>
 NVPFLOW_DEVICE void diagonal_taped(Walk& walk, const Layer<T>& layer, T* part) {
   diagonal(walk, layer);
-  walk.copy(walk.tile.state0, part, state_elements(walk.program.input_size, walk.plan.tile_rows));
+  walk.copy(walk.tile.state0, part, state_elements(walk.program, walk.plan.tile_rows));
 }
 
 /// From the cotangent of the layer's output to that of its input, in place, and to the tile's sums for the parameters.
 template <class Walk, class T>
 NVPFLOW_DEVICE void diagonal_backward(Walk& walk, const Layer<T>& layer, T* part) {
-  const bool inverse = walk.call.inverse;
+  const bool inverse = is_backwards(walk, layer);
   const int features = walk.program.input_size;
   const T* mean = walk.packed + layer.affine;
   const T *std = mean + features, *inverse_std = mean + 2 * features;
@@ -85,13 +90,16 @@ NVPFLOW_DEVICE void diagonal_backward(Walk& walk, const Layer<T>& layer, T* part
 
 /// One block's part of the gradient: the sums of `tiles` tiles, the first at `sums`, added up in order.
 template <class T>
-NVPFLOW_DEVICE void diagonal_gradient(const Layer<T>& layer, int features, const T* sums, std::int64_t tape_elements,
-                                      std::int64_t tiles, T* gradient) {
+NVPFLOW_DEVICE void diagonal_gradient(const Program<T>& program, const Layer<T>& layer, const T* sums,
+                                      std::int64_t tape_elements, std::int64_t tiles, T* gradient) {
+  const int features = program.input_size;
+  const std::int32_t* places = program.places_at(layer.place);
   for (int f = thread_index(); f < features; f += num_threads()) {
     T mean = 0, log_std = 0;
+    const int at = listed(places, f);
     for (std::int64_t t = 0; t < tiles; ++t) {
-      mean += sums[t * tape_elements + f];
-      log_std += sums[t * tape_elements + features + f];
+      mean += sums[t * tape_elements + at];
+      log_std += sums[t * tape_elements + features + at];
     }
     gradient[layer.mean_offset + f] = mean;
     gradient[layer.log_std_offset + f] = log_std;

@@ -21,7 +21,7 @@ struct Real<float> {
   static constexpr float kRoundMagic = 12582912.0f;
   static constexpr float kLn2High = 0x1.62e400p-1f, kLn2Low = 0x1.7f7d1cp-20f;
   static constexpr float kExpLow = -110.0f, kExpHigh = 89.5f, kExpm1Low = -26.0f, kTanhHigh = 10.0f;
-  static constexpr float kTailHigh = 14.5f;
+  static constexpr float kTailHigh = 14.5f, kSoftsignHigh = 1e30f;
   static constexpr float kHalfPiLow = -0x1.777a5cp-25f;
 };
 
@@ -36,7 +36,7 @@ struct Real<double> {
   static constexpr double kRoundMagic = 6755399441055744.0;
   static constexpr double kLn2High = 0x1.62e42fee00000p-1, kLn2Low = 0x1.a39ef35793c76p-33;
   static constexpr double kExpLow = -755.0, kExpHigh = 710.5, kExpm1Low = -46.0, kTanhHigh = 20.0;
-  static constexpr double kTailHigh = 39.0;
+  static constexpr double kTailHigh = 39.0, kSoftsignHigh = 1e300;
   static constexpr double kHalfPiLow = 0x1.1a62633145c07p-54;
 };
 

@@ -30,6 +30,7 @@ namespace {
 
 template <class T, Multiply M>
 struct Reverse {
+  static constexpr bool kGeneral = true;
   const GradientPlan& plan;
   const Program<T>& program;
   const GradientCall<T>& call;
@@ -48,8 +49,8 @@ struct Reverse {
         program(f),
         call(c),
         stream(s),
-        tile(f.input_size),
-        cotangents(f.input_size),
+        tile(f),
+        cotangents(f),
         packed(f.packed),
         lane(thread_index() % kWarp),
         across(thread_index() / kWarp % p.warps_across),
@@ -80,7 +81,7 @@ struct Reverse {
 
   NVPFLOW_DEVICE void begin(std::int64_t index, T* tile_tape) {
     tape = tile_tape;
-    const std::int64_t size = state_elements(program.input_size, plan.tile_rows);
+    const std::int64_t size = state_elements(program, plan.tile_rows);
     tile.begin(index, call.rows);
     tile.state0 = tape;
     cotangents = tile;
@@ -93,9 +94,8 @@ struct Reverse {
 
   NVPFLOW_DEVICE void forward(Of<Kind::coupling>, const Layer<T>& layer, T* part) {
     const CouplingTape<T> keep(program, layer, plan.tile_rows);
-    network_taped<M>(*this, keep, part, [&](int first, int valid, const Sums<T>& sums) {
-      affine_taped(*this, keep, part, first, valid, sums);
-    });
+    network_taped<M>(*this, keep, part,
+                     [&](int first, int valid, Sums<T>& sums) { affine_taped(*this, keep, part, first, valid, sums); });
   }
   NVPFLOW_DEVICE void forward(Of<Kind::diagonal>, const Layer<T>& layer, T* part) {
     diagonal_taped(*this, layer, part);
@@ -114,15 +114,17 @@ struct Reverse {
 
   /// The cotangents that the way back starts from: zero for rows past the end, NaN for poisoned ones.
   NVPFLOW_DEVICE void start_cotangents() {
-    cotangents.for_each(team(), [&](int r, int f, T& value) {
+    const std::int32_t* places = program.places_out(call.inverse);
+    cotangents.for_each(team(), [&](int r, int f) {
       T g = 0;
+      const int at = listed(places, f);
       if (r < tile.valid) {
-        if (call.nll) g = tile.at(r, f) * call.nll_factor;
-        if (call.density) g = -tile.at(r, f) * call.grad_log_det[tile.first + r];
+        if (call.nll) g = tile.at(r, at) * call.nll_factor;
+        if (call.density) g = -tile.at(r, at) * call.grad_log_det[tile.first + r];
         if (!call.nll && call.grad_out != nullptr) g = call.grad_out[(tile.first + r) * program.input_size + f];
         g = tile.clean(r, g);
       }
-      value = g;
+      cotangents.at(r, at) = g;
     });
     for (int r = thread_index(); r < tile.rows; r += num_threads()) {
       T g = 0;
@@ -174,13 +176,14 @@ gradient_tiles(NVPFLOW_ARGUMENT GradientPlan plan, NVPFLOW_ARGUMENT Program<T> p
     reverse.tile.clear(reverse.team());
     reverse.cotangents.clear_padding(reverse.team());
     block_barrier();
-    reverse.tile.load(reverse.team(), call.in, call.index);
+    reverse.tile.load(reverse.team(), call.in, call.index, program.places_in(call.inverse));
     reverse.forward();
     write_row_sums(reverse.tile, density, reverse.team(), reverse.lane, reverse.row_block, reverse.across,
                    plan.warps_across, reverse.log_det, [] { block_barrier(); });
     reverse.start_cotangents();
     reverse.backward();
-    if (call.grad_in != nullptr) reverse.cotangents.store(reverse.team(), call.grad_in, not_a_number<T>());
+    if (call.grad_in != nullptr)
+      reverse.cotangents.store(reverse.team(), call.grad_in, program.places_in(call.inverse), not_a_number<T>());
   }
 }
 
@@ -322,12 +325,24 @@ struct TaskWorker {
     store(d, lane, 2 * first_in, 2 * first_out, sums);
     const int o = task.first_out + thread_index();
     if (task.first_in != 0 || thread_index() >= kTaskOut || o >= d.out) return;
-    partial[is_head(d) ? d.bias_offset[o % 2] + o / 2 : d.bias_offset[0] + o] = bias;
+    const std::int64_t at = bias_at(d, o);
+    if (at >= 0) partial[at] = bias;
   }
 
   NVPFLOW_DEVICE bool is_head(const Dense& d) const {
     const Layer<T>& layer = program.layers[task.layer];
     return program.dense + layer.first_dense + layer.num_dense - 1 == &d;
+  }
+
+  /// Where the gradient of a weight goes, or of a bias; -1: it is no parameter.
+  NVPFLOW_DEVICE std::int64_t weight_at(const Dense& d, bool head, int i, int o, int part) const {
+    if (d.listed) return program.source[d.weights + weight_index(i, o, d.in)];
+    return head ? d.kernel_offset[part] + static_cast<std::int64_t>(i) * (d.out / 2) + o / 2
+                : d.kernel_offset[0] + static_cast<std::int64_t>(i) * d.out + o;
+  }
+  NVPFLOW_DEVICE std::int64_t bias_at(const Dense& d, int o) const {
+    if (d.listed) return program.source[d.bias + o];
+    return is_head(d) ? d.bias_offset[o % 2] + o / 2 : d.bias_offset[0] + o;
   }
 
   NVPFLOW_DEVICE void store(const Dense& d, const Lane& lane, int first_in, int first_out,
@@ -342,17 +357,16 @@ struct TaskWorker {
           const int i = task.first_in + first_in + 16 * m + 2 * lane.g + e / 2;
           const int o = task.first_out + first_out + 16 * (n / 2) + 4 * lane.t + 2 * (e % 2) + n % 2;
           if (i >= d.in || o >= d.out) continue;
-          const std::int64_t at = head ? d.kernel_offset[n % 2] + static_cast<std::int64_t>(i) * (d.out / 2) + o / 2
-                                       : d.kernel_offset[0] + static_cast<std::int64_t>(i) * d.out + o;
-          partial[at] = sums[m][n][e];
+          const std::int64_t at = weight_at(d, head, i, o, n % 2);
+          if (at >= 0) partial[at] = sums[m][n][e];
         }
       }
     }
   }
 
   NVPFLOW_DEVICE void diagonal(std::int64_t first_tile, std::int64_t tiles) const {
-    diagonal_gradient(program.layers[task.layer], program.input_size,
-                      tape + first_tile * plan.tape_elements + task.input, plan.tape_elements, tiles, partial);
+    diagonal_gradient(program, program.layers[task.layer], tape + first_tile * plan.tape_elements + task.input,
+                      plan.tape_elements, tiles, partial);
   }
 };
 

@@ -65,6 +65,7 @@ NVPFLOW_HOST_DEVICE constexpr std::int64_t activation_index(std::int64_t r, std:
 }
 
 /// y = W^T x + c. The last dense layer of a coupling holds both heads interleaved: output 2j is u_s[j], 2j + 1 is t[j].
+/// An additive coupling has zeros for u_s, which are no parameters.
 struct Dense {
   std::int32_t in = 0;
   std::int32_t out = 0;
@@ -74,27 +75,41 @@ struct Dense {
   // Into the flat gradient; hidden layers use only [0], the head scale [0] and translation [1].
   std::int64_t kernel_offset[2] = {0, 0};  // [in, out], of a head [in, out / 2]
   std::int64_t bias_offset[2] = {0, 0};
+  bool listed = false;  // the gradient of a packed number goes where Program::source says instead
 };
 
+/// The log-scale s = g(u) of an affine coupling: LogScale of <nvpflow/layers.hpp>.
+template <class T>
+struct Scale {
+  ScaleFunction function = ScaleFunction::tanh;
+  T factor = 1, inverse_factor = 1, inverse_divisor = 1;
+  T slope = 1;  // of g at 0: factor / divisor
+};
+
+/// Layer::condition where the conditioning features are no part of the state.
+inline constexpr std::int32_t kGathered = 2;
+
+/// The state of a row has two parts: the features in the places [0, split) and the others. A coupling takes one of them
+/// to its network and transforms the other one; where its features lie otherwise, it takes both by lists of places.
 template <class T>
 struct Layer {
   Kind kind = Kind::coupling;
+  bool inverse = false;     // the formula runs against the direction of the call
+  std::int64_t place = -1;  // of each feature of the layer's input, into Program::places; -1: its own index
   // coupling
-  std::int32_t condition = 0;  // 0: features [0, D / 2) condition the others; 1: the other way round
+  std::int32_t condition = 0;                        // the part that conditions the other one, or kGathered
+  std::int32_t num_inputs = 0, num_outputs = 0;      // features that condition and that are transformed
+  std::int64_t input_place = -1, output_place = -1;  // their places, into Program::places; kGathered only
+  std::int64_t output_order = -1;  // which of the transformed features each output of the head is, into
+                                   // Program::places; -1: one after the other
   Act activation = Act::relu;
   std::int32_t first_dense = 0, num_dense = 0;  // into Program::dense: hidden layers, then the head
-  T bound = 1, inverse_bound = 1;
+  Scale<T> scale;
   // diagonal
   std::int64_t affine = 0;  // into Program::packed: mean, std = exp(log_std), exp(-log_std), each [D], then
                             // -sum(log_std) at 3 D; affine_size(D) elements, filled by launch_pack
   std::int64_t mean_offset = 0, log_std_offset = 0;  // into the flat parameters and gradient
 };
-
-/// Features that a coupling transforms; the others condition it.
-template <class T>
-NVPFLOW_HOST_DEVICE constexpr std::int64_t transformed_count(const Layer<T>& layer, std::int64_t input_size) {
-  return layer.condition == 0 ? input_size - input_size / 2 : input_size / 2;
-}
 
 /// A kind as a type, to choose a function by.
 template <Kind kind>
@@ -126,6 +141,7 @@ NVPFLOW_HOST_DEVICE constexpr std::int64_t affine_size(std::int64_t input_size) 
 template <class T>
 struct Program {
   std::int32_t input_size = 0;
+  std::int32_t split = 0;  // features of the first part of the state
   std::int32_t num_layers = 0;
   std::int32_t num_dense = 0;
   const Layer<T>* layers = nullptr;
@@ -135,7 +151,34 @@ struct Program {
   const T* transposed = nullptr;  // only gradients read it
   std::int64_t transposed_size = 0;
   std::int64_t num_parameters = 0;  // of the flat buffer
+  const std::int32_t* places = nullptr;
+  std::int64_t data_place = -1, latent_place = -1;  // of the features of data and of the latent space, as Layer::place
+  bool general = false;                             // is_general(): kernels of their own transform such flows
+  const std::int64_t* source = nullptr;             // of launch_pack for packed
+
+  /// The list that begins there; null: each its own index.
+  NVPFLOW_HOST_DEVICE const std::int32_t* places_at(std::int64_t begin) const {
+    return begin < 0 ? nullptr : places + begin;
+  }
+  /// Places of the features of what comes in and goes out.
+  NVPFLOW_HOST_DEVICE const std::int32_t* places_in(bool inverse) const {
+    return places_at(inverse ? latent_place : data_place);
+  }
+  NVPFLOW_HOST_DEVICE const std::int32_t* places_out(bool inverse) const { return places_in(!inverse); }
 };
+
+/// Whether a flow has layers that run backwards, features in other places than their own, or log-scales other than
+/// tanh's. Kernels for flows without them need fewer registers.
+template <class T>
+constexpr bool is_general(const Program<T>& program) {
+  bool general = program.data_place >= 0 || program.latent_place >= 0;
+  for (std::int32_t k = 0; k < program.num_layers; ++k) {
+    const Layer<T>& layer = program.layers[k];
+    general = general || layer.inverse || layer.place >= 0 || layer.condition == kGathered || layer.output_order >= 0 ||
+              layer.scale.function != ScaleFunction::tanh;
+  }
+  return general;
+}
 
 /// packed[i] = source[i] < 0 ? 0 : parameters[source[i]] for i < count; then, where program is given, the affine
 /// numbers of its diagonal layers (whose source is -1). Called for packed and for transposed (program: null).

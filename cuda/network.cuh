@@ -5,6 +5,7 @@
 #include "dense.cuh"
 #include "elementary.cuh"
 #include "tape.hpp"
+#include "tile.cuh"
 
 namespace nvpflow::cuda {
 
@@ -35,6 +36,17 @@ NVPFLOW_DEVICE void hidden_and_head(const Dense& hidden, const Dense& head, Act 
   }
 }
 
+/// The features that condition a coupling, where they are no part of the state, one after the other in `to`, an array
+/// of activations. Whoever wrote the state before must have met the others of the team.
+template <class T>
+NVPFLOW_DEVICE void gather(Team team, const Tile<T>& tile, const std::int32_t* places, int count, T* to) {
+  const int blocks = blocks_of(count), rows = tile.rows;
+  for (int e = team.index; e < 8 * blocks * rows; e += team.size) {
+    const int f = e / rows, r = e - f * rows;
+    to[place(r, f, blocks)] = f < count ? tile.at(r, places[f]) : T(0);
+  }
+}
+
 /// run(dense layer, rows of its input, finish) forms one dense layer, finish(first output block, valid, sums) takes the
 /// heads'.
 template <Multiply M, class Walk, class T, class Run, class Finish>
@@ -42,9 +54,16 @@ NVPFLOW_DEVICE void network(Walk& walk, const Layer<T>& layer, Run run, Finish f
   constexpr bool kResident = Walk::kResident;
   const int last = layer.num_dense - 1;
   const bool joined = is_joined(walk.program, layer, kResident);
-  auto rows = walk.rows_of(walk.tile.state(layer.condition), walk.tile.count(layer.condition));
+  const bool gathered = Walk::kGeneral && layer.condition == kGathered;
+  if (gathered) {
+    walk.barrier();
+    gather(walk.team(), walk.tile, walk.program.places + layer.input_place, layer.num_inputs, walk.tile.hidden(0));
+    if constexpr (kResident) walk.barrier();
+  }
+  auto rows = walk.rows_of(gathered ? walk.tile.hidden(0) : walk.tile.state(layer.condition), layer.num_inputs);
   for (int j = 0; j < (joined ? last - 1 : last); ++j) {
-    const auto to = walk.rows_of(walk.tile.hidden(j % 2), walk.program.dense[layer.first_dense + j].out);
+    const auto to =
+        walk.rows_of(walk.tile.hidden((gathered ? j + 1 : j) % 2), walk.program.dense[layer.first_dense + j].out);
     run(walk.program.dense[layer.first_dense + j], rows, [&](int first, int valid, Sums<T>& sums) {
       activate_sums(layer.activation, sums);
       store_sums(sums, first, valid, walk.lane, to);
@@ -71,7 +90,11 @@ NVPFLOW_DEVICE void network(Walk& walk, const Layer<T>& layer, Run run, Finish f
 template <Multiply M, class Walk, class T, class Finish>
 NVPFLOW_DEVICE void network_taped(Walk& walk, const CouplingTape<T>& keep, T* part, Finish finish) {
   const Layer<T>& layer = keep.layer;
-  walk.copy(walk.tile.state(layer.condition), part, array_size(walk.plan.tile_rows, keep.a));
+  if (layer.condition == kGathered) {
+    gather(walk.team(), walk.tile, walk.program.places + layer.input_place, layer.num_inputs, part);
+  } else {
+    walk.copy(walk.tile.state(layer.condition), part, array_size(walk.plan.tile_rows, keep.a));
+  }
   for (int j = 0; j < layer.num_dense; ++j) {
     const Dense& d = walk.program.dense[layer.first_dense + j];
     const bool head = j + 1 == layer.num_dense;
@@ -112,10 +135,32 @@ NVPFLOW_DEVICE void derive(Walk& walk, const CouplingTape<T>& keep, T* part, int
   }
 }
 
-/// Adds to the cotangent of the conditioning half.
+/// Adds to the cotangent of the conditioning features, where they were gathered.
+template <class Walk, class T>
+NVPFLOW_DEVICE void add_to_gathered(Walk& walk, const Layer<T>& layer, int first, int valid, const Sums<T>& sums) {
+  const std::int32_t* places = walk.program.places + layer.input_place;
+  NVPFLOW_UNROLL
+  for (int nb = 0; nb < kOutBlocks; ++nb) {
+    NVPFLOW_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const int f = 8 * (first + nb) + 2 * walk.lane.t + i;
+      if (nb >= valid || f >= layer.num_inputs) continue;
+      const Column<T> column = walk.cotangents.column_at(places[f]);
+      NVPFLOW_UNROLL
+      for (int rb = 0; rb < kRowBlocks; ++rb) {
+        const int r = 16 * (walk.row_block + rb) + walk.lane.g;
+        column.at(r) += sums[rb * kOutBlocks + nb][i];
+        column.at(r + 8) += sums[rb * kOutBlocks + nb][2 + i];
+      }
+    }
+  }
+}
+
+/// Adds to the cotangent of the conditioning features.
 template <class Walk, class T>
 NVPFLOW_DEVICE void add_to_input(Walk& walk, const Layer<T>& layer, int first, int valid, const Sums<T>& sums) {
-  const auto to = walk.rows_of(walk.cotangents.state(layer.condition), walk.tile.count(layer.condition));
+  if (layer.condition == kGathered) return add_to_gathered(walk, layer, first, valid, sums);
+  const auto to = walk.rows_of(walk.cotangents.state(layer.condition), layer.num_inputs);
   NVPFLOW_UNROLL
   for (int nb = 0; nb < kOutBlocks; ++nb) {
     if (nb >= valid) continue;
@@ -129,7 +174,7 @@ NVPFLOW_DEVICE void add_to_input(Walk& walk, const Layer<T>& layer, int first, i
   }
 }
 
-/// From the cotangent of the heads' sums, on the tape, to those of all dense layers and of the conditioning half.
+/// From the cotangent of the heads' sums, on the tape, to those of all dense layers and of the conditioning features.
 template <Multiply M, class Walk, class T>
 NVPFLOW_DEVICE void network_backward(Walk& walk, const CouplingTape<T>& keep, T* part, bool input_wanted) {
   const Layer<T>& layer = keep.layer;

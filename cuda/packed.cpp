@@ -4,8 +4,11 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <string>
+#include <utility>
 #include <variant>
+#include <vector>
 
 #include <nvpflow/error.hpp>
 #include <nvpflow/spec.hpp>
@@ -28,33 +31,57 @@ void refuse_unavailable(const LoweredNetwork& network) {
   refuse_on_cuda(network.layer_norm, "layer_norm");
 }
 
-void refuse_unavailable(const LoweredCoupling& layer, std::int64_t input_size) {
-  refuse_on_cuda(layer.inverse, "a coupling with inverse: true");
+void refuse_unavailable(const LoweredCoupling& layer) {
   refuse_on_cuda(layer.networks.size() > 1, "a network for each head");
   for (const LoweredNetwork& network : layer.networks) refuse_unavailable(network);
-  refuse_on_cuda(layer.scale.function == ScaleFunction::none, "an additive coupling");
-  refuse_on_cuda(layer.scale.function != ScaleFunction::tanh || layer.scale.factor != layer.scale.divisor,
-                 "a log-scale other than B tanh(u / B)");
-  const Places& a = layer.conditioning;
-  const bool first = a.begin == 0 && a.count == input_size / 2;
-  const bool second = a.begin == input_size / 2 && a.count == input_size - input_size / 2;
-  const bool listed = !a.index.empty() || !layer.transformed.index.empty() || !layer.place.empty();
-  refuse_on_cuda(!(first || second) || listed, "a coupling of other features than halves");
+  refuse_on_cuda(layer.scale.function == ScaleFunction::softsign, "the log-scale function softsign");
+  refuse_on_cuda(layer.scale.function == ScaleFunction::atan, "the log-scale function atan");
+  refuse_on_cuda(layer.scale.function == ScaleFunction::identity, "the log-scale function identity");
+  refuse_on_cuda(layer.scale.function == ScaleFunction::sigmoid, "the log-scale function sigmoid");
+  refuse_on_cuda(layer.scale.function == ScaleFunction::softplus, "the log-scale function softplus");
 }
 
-void refuse_unavailable(const LoweredDiagonal& layer, std::int64_t) {
-  refuse_on_cuda(layer.inverse, "an actnorm layer");
-}
+void refuse_unavailable(const LoweredDiagonal&) {}
 
-void refuse_unavailable(const LoweredLinear&, std::int64_t) { refuse_on_cuda(true, "a layer of kind lu_linear"); }
+void refuse_unavailable(const LoweredLinear&) { refuse_on_cuda(true, "a layer of kind lu_linear"); }
 
 /// What the kernels do not compute: each by its name.
 void refuse_unavailable(const Lowered& lowered) {
   refuse_on_cuda(lowered.context_size > 0, "a context");
   for (const LoweredLayer& layer : lowered.layers) {
-    std::visit([&](const auto& kind) { refuse_unavailable(kind, lowered.input_size); }, layer);
+    std::visit([](const auto& kind) { refuse_unavailable(kind); }, layer);
   }
-  refuse_on_cuda(!lowered.data_place.empty() || !lowered.latent_place.empty(), "a permutation");
+}
+
+std::vector<std::int64_t> places_of(const Places& from) {
+  if (!from.index.empty()) return from.index;
+  std::vector<std::int64_t> places(static_cast<std::size_t>(from.count));
+  std::iota(places.begin(), places.end(), from.begin);
+  return places;
+}
+
+/// Features of the first part of the state: such that the first coupling finds its features in the two parts. lower()
+/// has put them one after the other, those first that place 0 belongs to.
+std::int64_t split_of(const Lowered& lowered) {
+  for (const LoweredLayer& layer : lowered.layers) {
+    const auto* coupling = std::get_if<LoweredCoupling>(&layer);
+    if (coupling == nullptr) continue;
+    const std::vector<std::int64_t> a = places_of(coupling->conditioning);
+    const bool a_first = std::find(a.begin(), a.end(), 0) != a.end();
+    return a_first ? coupling->conditioning.count : coupling->transformed.count;
+  }
+  return lowered.input_size / 2;
+}
+
+/// Which of the places is each of those from `begin` on; empty: one after the other.
+std::vector<std::int64_t> order_of(const std::vector<std::int64_t>& places, std::int64_t begin) {
+  std::vector<std::int64_t> order(places.size());
+  bool in_order = true;
+  for (std::size_t i = 0; i < places.size(); ++i) {
+    order[static_cast<std::size_t>(places[i] - begin)] = static_cast<std::int64_t>(i);
+    in_order = in_order && places[i] - begin == static_cast<std::int64_t>(i);
+  }
+  return in_order ? std::vector<std::int64_t>() : order;
 }
 
 }  // namespace
@@ -75,26 +102,31 @@ void upload(Memory& to, const void* from, std::int64_t bytes, const char* what, 
 
 template <class T>
 Layers<T>::Layers(const FlowSpec& spec, const ParamLayout& layout, Stream stream) {
-  host_.input_size = static_cast<std::int32_t>(spec.input_size);
-  host_.num_parameters = layout.size();
   const Lowered lowered = lower(spec, layout);
   refuse_unavailable(lowered);
+  host_.input_size = static_cast<std::int32_t>(spec.input_size);
+  host_.split = static_cast<std::int32_t>(split_of(lowered));
+  host_.num_parameters = layout.size();
+  host_.data_place = keep(lowered.data_place);
+  host_.latent_place = keep(lowered.latent_place);
   for (const LoweredLayer& layer : lowered.layers) {
     std::visit([&](const auto& kind) { add(kind); }, layer);
   }
   host_.num_layers = static_cast<std::int32_t>(layers_.size());
   host_.num_dense = static_cast<std::int32_t>(dense_.size());
   host_.layers = layers_.data();
+  host_.general = is_general(host_);
   host_.dense = dense_.data();
   packed_from_.assign(static_cast<std::size_t>(host_.packed_size), -1);
   transposed_from_.assign(static_cast<std::size_t>(host_.transposed_size), -1);
-  for (std::size_t i = 0; i < dense_.size(); ++i) fill_sources(dense_[i], heads_[i]);
+  for (std::size_t i = 0; i < dense_.size(); ++i) fill_sources(dense_[i], sources_[i]);
 
   const auto send = [&](Memory& to, const auto& from, const char* what) {
     upload(to, from.data(), static_cast<std::int64_t>(from.size() * sizeof(from[0])), what, stream);
   };
   send(device_layers_, layers_, "the flow's layers");
   send(device_dense_, dense_, "the flow's layers");
+  send(device_places_, places_, "the flow's layers");
   send(packed_source_, packed_from_, "the order of the packed parameters");
   send(transposed_source_, transposed_from_, "the order of the packed parameters");
   packed_from_ = {};
@@ -102,39 +134,79 @@ Layers<T>::Layers(const FlowSpec& spec, const ParamLayout& layout, Stream stream
   device_ = host_;
   device_.layers = static_cast<const Layer<T>*>(device_layers_.data());
   device_.dense = static_cast<const Dense*>(device_dense_.data());
+  device_.places = static_cast<const std::int32_t*>(device_places_.data());
+  device_.source = packed_source();
+}
+
+/// The list's place; an empty one has none.
+template <class T>
+std::int64_t Layers<T>::keep(const std::vector<std::int64_t>& places) {
+  if (places.empty()) return -1;
+  const auto begin = static_cast<std::int64_t>(places_.size());
+  for (const std::int64_t place : places) places_.push_back(static_cast<std::int32_t>(place));
+  return begin;
 }
 
 template <class T>
-void Layers<T>::add_dense(const LoweredDense& from) {
-  const std::int64_t in = from.in, out = from.out();
+void Layers<T>::add_dense(const LoweredDense& from, DenseSource source) {
+  const bool additive = source.head && from.parts.size() == 1;
+  const std::int64_t in = from.in, out = (additive ? 2 : 1) * from.out();
   Dense dense;
   dense.in = static_cast<std::int32_t>(in);
   dense.out = static_cast<std::int32_t>(out);
+  if (additive) dense.kernel_offset[0] = dense.bias_offset[0] = -1;
   for (std::size_t part = 0; part < from.parts.size(); ++part) {
-    dense.kernel_offset[part] = from.parts[part].kernel;
-    dense.bias_offset[part] = from.parts[part].bias;
+    dense.kernel_offset[part + (additive ? 1 : 0)] = from.parts[part].kernel;
+    dense.bias_offset[part + (additive ? 1 : 0)] = from.parts[part].bias;
   }
+  dense.listed = additive || !source.rows.empty() || !source.columns.empty();
   dense.weights = host_.packed_size;
   dense.bias = dense.weights + weight_size(in, out);
   host_.packed_size = dense.bias + bias_size(out);
   dense.transposed = host_.transposed_size;
   host_.transposed_size += weight_size(out, in);
   dense_.push_back(dense);
-  heads_.push_back(from.parts.size() > 1);
+  sources_.push_back(std::move(source));
 }
 
 template <class T>
 void Layers<T>::add(const LoweredCoupling& from) {
   Layer<T> layer;
   layer.kind = Kind::coupling;
-  layer.condition = from.conditioning.begin == 0 ? 0 : 1;
+  layer.inverse = from.inverse;
+  layer.place = keep(from.place);
+  layer.num_inputs = static_cast<std::int32_t>(from.conditioning.count);
+  layer.num_outputs = static_cast<std::int32_t>(from.transformed.count);
+  const std::vector<std::int64_t> a = places_of(from.conditioning), b = places_of(from.transformed);
+  std::vector<std::int64_t> rows, columns;
+  const auto lies_in = [this](const std::vector<std::int64_t>& places, bool first) {
+    const std::int64_t size = first ? host_.split : host_.input_size - host_.split;
+    return static_cast<std::int64_t>(places.size()) == size &&
+           std::all_of(places.begin(), places.end(), [&](std::int64_t p) { return (p < host_.split) == first; });
+  };
+  if (lies_in(a, true) || lies_in(a, false)) {
+    layer.condition = lies_in(a, true) ? 0 : 1;
+    rows = order_of(a, layer.condition == 0 ? 0 : host_.split);
+    columns = order_of(b, layer.condition == 0 ? host_.split : 0);
+    layer.output_order = keep(columns);
+  } else {
+    layer.condition = kGathered;
+    layer.input_place = keep(a);
+    layer.output_place = keep(b);
+  }
   const LoweredNetwork& network = from.networks.front();
   layer.activation = network.activation;
   layer.first_dense = static_cast<std::int32_t>(dense_.size());
   layer.num_dense = static_cast<std::int32_t>(network.dense.size());
-  layer.bound = static_cast<T>(from.scale.factor);
-  layer.inverse_bound = static_cast<T>(1.0 / from.scale.factor);
-  for (const LoweredDense& dense : network.dense) add_dense(dense);
+  layer.scale.function = from.scale.function;
+  layer.scale.factor = static_cast<T>(from.scale.factor);
+  layer.scale.inverse_factor = static_cast<T>(1.0 / from.scale.factor);
+  layer.scale.inverse_divisor = static_cast<T>(1.0 / from.scale.divisor);
+  layer.scale.slope = static_cast<T>(from.scale.factor / from.scale.divisor);
+  for (const LoweredDense& dense : network.dense) {
+    const bool first = &dense == &network.dense.front(), head = &dense == &network.dense.back();
+    add_dense(dense, {head, first ? rows : std::vector<std::int64_t>(), head ? columns : std::vector<std::int64_t>()});
+  }
   layers_.push_back(layer);
 }
 
@@ -145,6 +217,8 @@ template <class T>
 void Layers<T>::add(const LoweredDiagonal& from) {
   Layer<T> layer;
   layer.kind = Kind::diagonal;
+  layer.inverse = from.inverse;
+  layer.place = keep(from.place);
   layer.mean_offset = from.mean;
   layer.log_std_offset = from.log_std;
   layer.affine = host_.packed_size;
@@ -153,15 +227,18 @@ void Layers<T>::add(const LoweredDiagonal& from) {
   ++num_diagonal_;
 }
 
-/// The head's outputs alternate between scale and translation.
 template <class T>
-void Layers<T>::fill_sources(const Dense& dense, bool head) {
-  const std::int64_t parts = head ? 2 : 1, columns = dense.out / parts;
+void Layers<T>::fill_sources(const Dense& dense, const DenseSource& source) {
+  const std::int64_t parts = source.head ? 2 : 1, columns = dense.out / parts;
+  const auto listed = [](const std::vector<std::int64_t>& list, std::int64_t i) {
+    return list.empty() ? i : list[static_cast<std::size_t>(i)];
+  };
   for (std::int64_t o = 0; o < dense.out; ++o) {
-    const std::int64_t part = o % parts, column = o / parts;
+    const std::int64_t part = o % parts, column = listed(source.columns, o / parts);
+    if (dense.kernel_offset[part] < 0) continue;
     packed_from_[static_cast<std::size_t>(dense.bias + o)] = dense.bias_offset[part] + column;
     for (std::int64_t i = 0; i < dense.in; ++i) {
-      const std::int64_t from = dense.kernel_offset[part] + i * columns + column;
+      const std::int64_t from = dense.kernel_offset[part] + listed(source.rows, i) * columns + column;
       packed_from_[static_cast<std::size_t>(dense.weights + weight_index(i, o, dense.in))] = from;
       transposed_from_[static_cast<std::size_t>(dense.transposed + weight_index(o, i, dense.out))] = from;
     }

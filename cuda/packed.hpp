@@ -32,19 +32,28 @@ class Layers {
   const std::int64_t* transposed_source() const { return static_cast<const std::int64_t*>(transposed_source_.data()); }
 
  private:
+  /// Where the numbers of a dense layer come from.
+  struct DenseSource {
+    bool head;                                // its outputs alternate between scale and translation
+    std::vector<std::int64_t> rows, columns;  // of the tensors, for each packed input and output; empty: as they are
+  };
+
   void add(const LoweredCoupling& from);
   void add(const LoweredDiagonal& from);
   void add(const LoweredLinear& from);
-  void add_dense(const LoweredDense& from);
-  void fill_sources(const Dense& dense, bool head);
+  void add_dense(const LoweredDense& from, DenseSource source);
+  void fill_sources(const Dense& dense, const DenseSource& source);
+  std::int64_t keep(const std::vector<std::int64_t>& places);
 
   std::vector<Layer<T>> layers_;
   std::vector<Dense> dense_;
-  std::vector<bool> heads_;
+  std::vector<DenseSource> sources_;
+  std::vector<std::int32_t> places_;
   std::vector<std::int64_t> packed_from_, transposed_from_;  // empty once they are on the device
   Program<T> host_, device_;
   std::int32_t num_diagonal_ = 0;
-  Memory device_layers_{Memory::Kind::device}, device_dense_{Memory::Kind::device};
+  Memory device_layers_{Memory::Kind::device}, device_dense_{Memory::Kind::device},
+      device_places_{Memory::Kind::device};
   Memory packed_source_{Memory::Kind::device}, transposed_source_{Memory::Kind::device};
 };
 

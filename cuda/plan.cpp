@@ -29,11 +29,16 @@ void size_hidden(const Program<T>& program, bool resident, TransformPlan& plan) 
   plan.hidden_buffers = 0;
   for (int k = 0; k < program.num_layers; ++k) {
     const Layer<T>& layer = program.layers[k];
-    const int stored = layer.num_dense - (is_joined(program, layer, resident) ? 2 : 1);
-    plan.hidden_buffers = std::max(plan.hidden_buffers, std::min(stored, 2));
+    if (layer.kind != Kind::coupling) continue;
+    int stored = layer.num_dense - (is_joined(program, layer, resident) ? 2 : 1);
     for (int j = 0; j < stored; ++j) {
       plan.hidden_width = std::max<std::int64_t>(plan.hidden_width, program.dense[layer.first_dense + j].out);
     }
+    if (layer.condition == kGathered) {  // the network's input comes first
+      plan.hidden_width = std::max<std::int64_t>(plan.hidden_width, layer.num_inputs);
+      ++stored;
+    }
+    plan.hidden_buffers = std::max(plan.hidden_buffers, std::min(stored, 2));
   }
 }
 
@@ -47,7 +52,7 @@ bool plan_resident(const Program<T>& program, const Device& device, std::int64_t
   plan.stage_inputs = 0;
   size_hidden(program, true, plan);
   const std::int64_t weights = program.packed_size * static_cast<std::int64_t>(sizeof(T));
-  const std::int64_t tile = tile_bytes<T>(program.input_size, plan);
+  const std::int64_t tile = tile_bytes<T>(program, plan);
   const int threads = plan.multiply == Multiply::fma ? kMaxThreads<T, Multiply::fma, Storage::resident>
                                                      : kMaxThreads<T, Multiply::tf32x3, Storage::resident>;
   const std::int64_t most = std::min<std::int64_t>((device.shared_bytes_per_block - weights) / tile, threads / kWarp);
@@ -86,7 +91,7 @@ bool plan_streamed(const Program<T>& program, const Device& device, std::int64_t
       plan.tile_rows = rows_warps * kWarpRows;
       plan.warps_across = kWarps / rows_warps;
       plan.stage_inputs = 32;
-      plan.shared_bytes = stage_bytes<T>(plan) + tile_bytes<T>(program.input_size, plan);
+      plan.shared_bytes = stage_bytes<T>(plan) + tile_bytes<T>(program, plan);
       if (plan.shared_bytes > device.shared_bytes_per_block) continue;
       // Fewer rows a block keep more multiprocessors busy where the call is short; the warps across stay.
       const std::int64_t wanted = std::max<std::int64_t>(1, ceil_div(rows, kWarpRows * device.multiprocessors));
@@ -94,10 +99,9 @@ bool plan_streamed(const Program<T>& program, const Device& device, std::int64_t
           static_cast<int>(std::min<std::int64_t>(rows_warps, std::bit_ceil(static_cast<std::uint64_t>(wanted))));
       plan.tile_rows = along * kWarpRows;
       plan.warps = along * plan.warps_across;
-      plan.shared_bytes = stage_bytes<T>(plan) + tile_bytes<T>(program.input_size, plan);
+      plan.shared_bytes = stage_bytes<T>(plan) + tile_bytes<T>(program, plan);
       plan.blocks = device.multiprocessors;
-      plan.workspace_bytes =
-          plan.blocks * workspace_elements(program.input_size, plan) * static_cast<std::int64_t>(sizeof(T));
+      plan.workspace_bytes = plan.blocks * workspace_elements(program, plan) * static_cast<std::int64_t>(sizeof(T));
       return true;
     }
   }

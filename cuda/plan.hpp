@@ -30,23 +30,25 @@ constexpr int kMaxThreads = M != Multiply::fma && S == Storage::resident ? 384 :
 
 // ---- what a tile needs ---------------------------------------------------------------------------------------------
 
-NVPFLOW_HOST_DEVICE inline std::int64_t state_elements(std::int64_t input_size, std::int64_t rows) {
-  return rows * (round_up(input_size / 2, 8) + round_up(input_size - input_size / 2, 8));
+template <class T>
+NVPFLOW_HOST_DEVICE std::int64_t state_elements(const Program<T>& program, std::int64_t rows) {
+  return rows * (round_up(program.split, 8) + round_up(program.input_size - program.split, 8));
 }
 NVPFLOW_HOST_DEVICE inline std::int64_t hidden_elements(const TransformPlan& plan) {
   return plan.hidden_buffers * plan.tile_rows * round_up(plan.hidden_width, 8);
 }
 /// Shared memory of one tile: state and hidden activations (where they lie there), sums of the warps across, poison.
 template <class T>
-NVPFLOW_HOST_DEVICE std::int64_t tile_bytes(std::int64_t input_size, const TransformPlan& plan) {
+NVPFLOW_HOST_DEVICE std::int64_t tile_bytes(const Program<T>& program, const TransformPlan& plan) {
   std::int64_t elements = plan.warps_across > 1 ? 2 * plan.warps_across * plan.tile_rows : 0;
-  if (plan.state_shared) elements += state_elements(input_size, plan.tile_rows);
+  if (plan.state_shared) elements += state_elements(program, plan.tile_rows);
   if (plan.hidden_shared) elements += hidden_elements(plan);
   return elements * static_cast<std::int64_t>(sizeof(T)) + plan.tile_rows * static_cast<std::int64_t>(sizeof(int));
 }
 /// Global memory of one block's tile.
-NVPFLOW_HOST_DEVICE inline std::int64_t workspace_elements(std::int64_t input_size, const TransformPlan& plan) {
-  return (plan.state_shared ? 0 : state_elements(input_size, plan.tile_rows)) +
+template <class T>
+NVPFLOW_HOST_DEVICE std::int64_t workspace_elements(const Program<T>& program, const TransformPlan& plan) {
+  return (plan.state_shared ? 0 : state_elements(program, plan.tile_rows)) +
          (plan.hidden_shared ? 0 : hidden_elements(plan));
 }
 /// Shared memory of a gradient's tile beside the stages: sums of the warps across, cotangents of the log-determinant,

@@ -4,7 +4,7 @@
 // Arrays of activations (kernels.cuh) of one tile, one after the other:
 //   state, cotangent of the state
 //   per coupling: input of the conditioner [a]; per hidden layer value [H], where kept argument [H], cotangent [H];
-//                 cotangent of the head [2 b]; log-scale, scale = exp(+-s), product = d(output) / d(s), [b] each
+//                 cotangent of the head [2 b]; slope = ds / du, scale = exp(+-s), product = d(output) / d(s), [b] each
 //   per diagonal layer: its output, in the form of a state; sums over the rows for mean and log_std, [2 D] numbers
 // clang-format on
 #pragma once
@@ -29,8 +29,8 @@ struct CouplingTape {
 
   NVPFLOW_HOST_DEVICE CouplingTape(const Program<T>& p, const Layer<T>& l, std::int64_t tile_rows)
       : program(p), layer(l), rows(tile_rows) {
-    b = transformed_count(l, p.input_size);
-    a = p.input_size - b;
+    a = l.num_inputs;
+    b = l.num_outputs;
   }
   NVPFLOW_HOST_DEVICE std::int64_t width(int j) const { return program.dense[layer.first_dense + j].out; }
   NVPFLOW_HOST_DEVICE std::int64_t hidden(int j) const {
@@ -46,8 +46,8 @@ struct CouplingTape {
   NVPFLOW_HOST_DEVICE std::int64_t cotangent(int j) const {
     return j + 1 == layer.num_dense ? hidden(j) : argument(j) + array_size(rows, width(j));
   }
-  NVPFLOW_HOST_DEVICE std::int64_t log_scale() const { return hidden(layer.num_dense - 1) + array_size(rows, 2 * b); }
-  NVPFLOW_HOST_DEVICE std::int64_t scale() const { return log_scale() + array_size(rows, b); }
+  NVPFLOW_HOST_DEVICE std::int64_t slope() const { return hidden(layer.num_dense - 1) + array_size(rows, 2 * b); }
+  NVPFLOW_HOST_DEVICE std::int64_t scale() const { return slope() + array_size(rows, b); }
   NVPFLOW_HOST_DEVICE std::int64_t product() const { return scale() + array_size(rows, b); }
   NVPFLOW_HOST_DEVICE std::int64_t size() const { return product() + array_size(rows, b); }
   /// The input of dense layer j.
@@ -57,12 +57,13 @@ struct CouplingTape {
 /// Offsets within a diagonal layer's part of the tape.
 template <class T>
 struct DiagonalTape {
-  std::int64_t features, rows;
+  const Program<T>& program;
+  std::int64_t rows;
 
   NVPFLOW_HOST_DEVICE DiagonalTape(const Program<T>& p, const Layer<T>&, std::int64_t tile_rows)
-      : features(p.input_size), rows(tile_rows) {}
-  NVPFLOW_HOST_DEVICE std::int64_t sums() const { return state_elements(features, rows); }
-  NVPFLOW_HOST_DEVICE std::int64_t size() const { return sums() + round_up(2 * features, 16); }
+      : program(p), rows(tile_rows) {}
+  NVPFLOW_HOST_DEVICE std::int64_t sums() const { return state_elements(program, rows); }
+  NVPFLOW_HOST_DEVICE std::int64_t size() const { return sums() + round_up(2 * std::int64_t{program.input_size}, 16); }
 };
 
 template <class T>
@@ -79,7 +80,7 @@ NVPFLOW_HOST_DEVICE DiagonalTape<T> tape_of(Of<Kind::diagonal>, const Program<T>
 /// Where the part of layer k begins; k = num_layers: the size of the tape.
 template <class T>
 NVPFLOW_HOST_DEVICE std::int64_t layer_tape(const Program<T>& program, int k, std::int64_t rows) {
-  std::int64_t at = 2 * state_elements(program.input_size, rows);
+  std::int64_t at = 2 * state_elements(program, rows);
   for (int i = 0; i < k; ++i) {
     const Layer<T>& layer = program.layers[i];
     visit(layer, [&](auto kind) { at += tape_of(kind, program, layer, rows).size(); });

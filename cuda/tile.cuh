@@ -20,9 +20,27 @@ NVPFLOW_DEVICE T sum_over_lanes(T value) {
   return value + shuffle_xor(value, 2);
 }
 
+/// One feature of all rows of a tile.
+template <class T>
+struct Column {
+  T* array;
+  int feature, blocks;  // of the array
+
+  NVPFLOW_DEVICE T& at(int r) const { return array[place(r, feature, blocks)]; }
+};
+
+/// Entry i of a list, null for one that counts.
+NVPFLOW_DEVICE int listed(const std::int32_t* list, int i) { return list == nullptr ? i : list[i]; }
+
+/// Whether a layer's formula runs backwards.
+template <class Walk, class T>
+NVPFLOW_DEVICE bool is_backwards(const Walk& walk, const Layer<T>& layer) {
+  return Walk::kGeneral ? walk.call.inverse != layer.inverse : walk.call.inverse;
+}
+
 template <class T>
 struct Tile {
-  int features, half;  // half: of the first part of the features, [0, half)
+  int features, half;  // half: of the first part of the features, those in the places [0, half)
   int rows = 0;        // of a full tile
   int valid = 0;       // of them that are rows of the call
   std::int64_t first = 0;
@@ -32,20 +50,20 @@ struct Tile {
   T* sums = nullptr;      // [2][warps across][rows]
   int* poison = nullptr;  // [rows]: not 0 where the row holds NaN or inf
 
-  NVPFLOW_DEVICE explicit Tile(int input_size) : features(input_size), half(input_size / 2) {}
+  NVPFLOW_DEVICE explicit Tile(const Program<T>& program) : features(program.input_size), half(program.split) {}
 
   NVPFLOW_DEVICE int count(int part) const { return part == 0 ? half : features - half; }
   NVPFLOW_DEVICE T* state(int part) const { return state0 + part * rows * 8 * blocks_of(half); }
   NVPFLOW_DEVICE T* hidden(int buffer) const { return hidden0 + buffer * hidden_size; }
 
-  NVPFLOW_DEVICE void carve(unsigned char* shared, T* global, const TransformPlan& plan) {
+  NVPFLOW_DEVICE void carve(unsigned char* shared, T* global, const Program<T>& program, const TransformPlan& plan) {
     rows = plan.tile_rows;
     T* next = reinterpret_cast<T*>(shared);
     state0 = plan.state_shared ? next : global;
     if (plan.state_shared) {
-      next += state_elements(features, rows);
+      next += state_elements(program, rows);
     } else {
-      global += state_elements(features, rows);
+      global += state_elements(program, rows);
     }
     hidden0 = plan.hidden_shared ? next : global;
     hidden_size = static_cast<int>(rows * round_up(plan.hidden_width, 8));
@@ -60,10 +78,22 @@ struct Tile {
     valid = static_cast<int>(total - first < rows ? total - first : rows);
   }
 
-  NVPFLOW_DEVICE T& at(int r, int f) const {
-    const int part = f < half ? 0 : 1;
-    return state(part)[place(r, f - part * half, blocks_of(count(part)))];
+  /// The column of a part of the state, or of the feature in a place.
+  NVPFLOW_DEVICE Column<T> column(int part, int feature) const {
+    return {state(part), feature, blocks_of(count(part))};
   }
+  NVPFLOW_DEVICE Column<T> column_at(int f) const {
+    const int part = f < half ? 0 : 1;
+    return column(part, f - part * half);
+  }
+  /// Transformed feature j of a coupling.
+  template <bool kGeneral>
+  NVPFLOW_DEVICE Column<T> transformed(const Program<T>& program, const Layer<T>& layer, int j) const {
+    return kGeneral && layer.condition == kGathered ? column_at(program.places[layer.output_place + j])
+                                                    : column(1 - layer.condition, j);
+  }
+  /// Of the feature in place f.
+  NVPFLOW_DEVICE T& at(int r, int f) const { return column_at(f).at(r); }
 
   /// No poison; zeros in the features that pad a block.
   NVPFLOW_DEVICE void clear(Team team) const {
@@ -84,13 +114,13 @@ struct Tile {
     }
   }
 
-  /// visit(r, f, value) for every feature of every row.
+  /// visit(r, f) for every feature of every row.
   template <class Visit>
   NVPFLOW_DEVICE void for_each(Team team, Visit visit) const {
     const auto width = static_cast<unsigned>(features), size = static_cast<unsigned>(rows) * width;
     for (auto e = static_cast<unsigned>(team.index); e < size; e += static_cast<unsigned>(team.size)) {
       const auto r = static_cast<int>(e / width), f = static_cast<int>(e - static_cast<unsigned>(r) * width);
-      visit(r, f, at(r, f));
+      visit(r, f);
     }
   }
 
@@ -100,7 +130,8 @@ struct Tile {
   }
 
   /// Rows of `in`; past the end the last one again, whose numbers are as finite as they should be. Notes the poisoned.
-  NVPFLOW_DEVICE void load(Team team, const T* in, const std::int64_t* index) const {
+  /// places: of the features.
+  NVPFLOW_DEVICE void load(Team team, const T* in, const std::int64_t* index, const std::int32_t* places) const {
     const bool quads = in_quads(in);
     const auto step = quads ? 4u : 1u, width = static_cast<unsigned>(features) / step;
     const auto size = static_cast<unsigned>(rows) * width;
@@ -116,11 +147,11 @@ struct Tile {
         v.x = *from;
       }
       if (!is_finite(v.x) || !is_finite(v.y) || !is_finite(v.z) || !is_finite(v.w)) poison[r] = 1;
-      at(r, f) = v.x;
+      at(r, listed(places, f)) = v.x;
       if (!quads) continue;
-      at(r, f + 1) = v.y;
-      at(r, f + 2) = v.z;
-      at(r, f + 3) = v.w;
+      at(r, listed(places, f + 1)) = v.y;
+      at(r, listed(places, f + 2)) = v.z;
+      at(r, listed(places, f + 3)) = v.w;
     }
   }
 
@@ -131,7 +162,8 @@ struct Tile {
   }
   NVPFLOW_DEVICE T clean(int r, T value) const { return clean(r, value, value); }
 
-  NVPFLOW_DEVICE void store(Team team, T* out, T lost) const {
+  NVPFLOW_DEVICE void store(Team team, T* out, const std::int32_t* places, T lost) const {
+    const auto cleaned = [&](int r, int f) { return clean(r, at(r, listed(places, f)), lost); };
     const bool quads = in_quads(out);
     const auto step = quads ? 4u : 1u, width = static_cast<unsigned>(features) / step;
     const auto size = static_cast<unsigned>(valid) * width;
@@ -140,10 +172,9 @@ struct Tile {
       const auto f = static_cast<int>((e - static_cast<unsigned>(r) * width) * step);
       T* to = out + (first + r) * features + f;
       if (quads) {
-        store4(to, Vec4<T>{clean(r, at(r, f), lost), clean(r, at(r, f + 1), lost), clean(r, at(r, f + 2), lost),
-                           clean(r, at(r, f + 3), lost)});
+        store4(to, Vec4<T>{cleaned(r, f), cleaned(r, f + 1), cleaned(r, f + 2), cleaned(r, f + 3)});
       } else {
-        *to = clean(r, at(r, f), lost);
+        *to = cleaned(r, f);
       }
     }
   }
@@ -163,7 +194,8 @@ struct Tile {
   }
 
   /// Standard normals of the call's rows (base.cuh); of rows past the end too, which are not read.
-  NVPFLOW_DEVICE void fill_noise(Team team, std::uint64_t seed, std::uint64_t first_row) const {
+  NVPFLOW_DEVICE void fill_noise(Team team, std::uint64_t seed, std::uint64_t first_row,
+                                 const std::int32_t* places) const {
     const unsigned width = static_cast<unsigned>((features + kNoiseColumns<T> - 1) / kNoiseColumns<T>);
     const auto size = static_cast<unsigned>(rows) * width;
     for (auto e = static_cast<unsigned>(team.index); e < size; e += static_cast<unsigned>(team.size)) {
@@ -173,7 +205,7 @@ struct Tile {
       NVPFLOW_UNROLL
       for (int i = 0; i < kNoiseColumns<T>; ++i) {
         const int f = static_cast<int>(block) * kNoiseColumns<T> + i;
-        if (f < features) at(static_cast<int>(r), f) = normals[i];
+        if (f < features) at(static_cast<int>(r), listed(places, f)) = normals[i];
       }
     }
   }

@@ -41,10 +41,10 @@ NVPFLOW_DEVICE void copy_to_shared(T* to, const T* from, std::int64_t count) {
   copies_commit();
 }
 
-/// One team of threads (a warp, or a block) and the tile it works on.
-template <class T, Multiply M, Storage S>
+/// One team of threads (a warp, or a block) and the tile it works on. general: Program::general.
+template <class T, Multiply M, Storage S, bool general>
 struct Walker {
-  static constexpr bool kResident = S == Storage::resident;
+  static constexpr bool kResident = S == Storage::resident, kGeneral = general;
   using Rows = MemoryRows<T, S != Storage::workspace>;
 
   const TransformPlan& plan;
@@ -57,7 +57,7 @@ struct Walker {
   T log_det[kRowBlocks][2];
 
   NVPFLOW_DEVICE Walker(const TransformPlan& p, const Program<T>& f, const TransformCall<T>& c)
-      : plan(p), program(f), call(c), tile(f.input_size), packed(f.packed), lane(thread_index() % kWarp) {
+      : plan(p), program(f), call(c), tile(f), packed(f.packed), lane(thread_index() % kWarp) {
     const int warp = thread_index() / kWarp;
     across = kResident ? 0 : warp % p.warps_across;
     row_block = kResident ? 0 : warp / p.warps_across * kRowBlocks;
@@ -78,6 +78,16 @@ struct Walker {
   NVPFLOW_DEVICE Rows rows_of(T* base, int features) const {
     const int stride = blocks_of(features) * kBlock;
     return Rows(base + row_block * stride, stride);
+  }
+
+  NVPFLOW_DEVICE const std::int32_t* places_in() const {
+    if constexpr (!kGeneral) return nullptr;
+    return call.conditioner < 0 ? program.places_in(call.inverse)
+                                : program.places_at(program.layers[call.conditioner].place);
+  }
+
+  NVPFLOW_DEVICE const std::int32_t* places_out() const {
+    return kGeneral ? program.places_out(call.inverse) : nullptr;
   }
 
   template <class Run>
@@ -110,31 +120,31 @@ struct Walker {
     tile.clear(team());
     barrier();
     if (call.in == nullptr) {
-      tile.fill_noise(team(), call.seed, call.first_row);
+      tile.fill_noise(team(), call.seed, call.first_row, places_in());
     } else {
-      tile.load(team(), call.in, call.index);
+      tile.load(team(), call.in, call.index, places_in());
     }
     barrier();
     layers(run);
     barrier();
-    if (call.out != nullptr) tile.store(team(), call.out, infinity<T>());
+    if (call.out != nullptr) tile.store(team(), call.out, places_out(), infinity<T>());
     write_row_sums(tile, call, team(), lane, row_block, across, num_across(), log_det, [&] { barrier(); });
   }
 };
 
-template <class T, Multiply M>
+template <class T, Multiply M, bool general>
 NVPFLOW_KERNEL((kMaxThreads<T, M, Storage::resident>))
 transform_resident(NVPFLOW_ARGUMENT TransformPlan plan, NVPFLOW_ARGUMENT Program<T> program,
                    NVPFLOW_ARGUMENT TransformCall<T> call) {
   if constexpr (M != Multiply::fma && !kHasMatrixUnits) return;
   T* weights = reinterpret_cast<T*>(shared_memory());
   copy_to_shared(weights, program.packed, program.packed_size);
-  Walker<T, M, Storage::resident> walker(plan, program, call);
+  Walker<T, M, Storage::resident, general> walker(plan, program, call);
   const int warp = thread_index() / kWarp, warps = num_threads() / kWarp;
   walker.packed = weights;
   walker.tile.carve(
-      reinterpret_cast<unsigned char*>(weights + program.packed_size) + warp * tile_bytes<T>(program.input_size, plan),
-      nullptr, plan);
+      reinterpret_cast<unsigned char*>(weights + program.packed_size) + warp * tile_bytes<T>(program, plan), nullptr,
+      program, plan);
   copies_wait<0>();
   block_barrier();
   const std::int64_t tiles = ceil_div(call.rows, kWarpRows);
@@ -146,7 +156,7 @@ transform_resident(NVPFLOW_ARGUMENT TransformPlan plan, NVPFLOW_ARGUMENT Program
   }
 }
 
-template <class T, Multiply M, Storage S>
+template <class T, Multiply M, Storage S, bool general>
 NVPFLOW_KERNEL((kMaxThreads<T, M, S>))
 transform_streamed(NVPFLOW_ARGUMENT TransformPlan plan, NVPFLOW_ARGUMENT Program<T> program,
                    NVPFLOW_ARGUMENT TransformCall<T> call, T* workspace) {
@@ -159,11 +169,10 @@ transform_streamed(NVPFLOW_ARGUMENT TransformPlan plan, NVPFLOW_ARGUMENT Program
   WeightStream<T, false> stream(Passes<T, false>(program, call.inverse && !one, one ? call.conditioner : 0,
                                                  one ? call.conditioner + 1 : program.num_layers, false),
                                 stages, across_blocks, plan.stage_inputs, mine);
-  Walker<T, M, S> walker(plan, program, call);
-  walker.tile.carve(
-      reinterpret_cast<unsigned char*>(stages + 2 * stream.stage_size()),
-      S == Storage::workspace ? workspace + block_index() * workspace_elements(program.input_size, plan) : nullptr,
-      plan);
+  Walker<T, M, S, general> walker(plan, program, call);
+  walker.tile.carve(reinterpret_cast<unsigned char*>(stages + 2 * stream.stage_size()),
+                    S == Storage::workspace ? workspace + block_index() * workspace_elements(program, plan) : nullptr,
+                    program, plan);
   for (std::int64_t i = block_index(); i < tiles; i += num_blocks()) {
     walker.walk(i, [&](const Dense& d, const auto& rows, auto finish) {
       dense_streamed<M>(stream, d.in, d.out, program.packed + d.bias, rows, walker.across, plan.warps_across,
@@ -174,30 +183,43 @@ transform_streamed(NVPFLOW_ARGUMENT TransformPlan plan, NVPFLOW_ARGUMENT Program
 
 // ---- launches ------------------------------------------------------------------------------------------------------
 
-template <class T, Multiply M>
-Status launch_transform_with(const TransformPlan& plan, const Program<T>& program, const TransformCall<T>& call,
-                             void* workspace, Stream stream) {
+template <class T, Multiply M, bool general>
+Status launch_kernel(const TransformPlan& plan, const Program<T>& program, const TransformCall<T>& call,
+                     void* workspace, Stream stream) {
   const std::int64_t rows_of_block = plan.storage == Storage::resident ? plan.warps * kWarpRows : plan.tile_rows;
   const std::int64_t blocks = std::min<std::int64_t>(plan.blocks, ceil_div(call.rows, rows_of_block));
   const int threads = plan.warps * kWarp;
   T* memory = static_cast<T*>(workspace);
   switch (plan.storage) {
     case Storage::resident:
-      return launch(transform_resident<T, M>, blocks, threads, plan.shared_bytes, stream, plan, program, call);
+      return launch(transform_resident<T, M, general>, blocks, threads, plan.shared_bytes, stream, plan, program, call);
     case Storage::streamed:
-      return launch(transform_streamed<T, M, Storage::streamed>, blocks, threads, plan.shared_bytes, stream, plan,
-                    program, call, memory);
+      return launch(transform_streamed<T, M, Storage::streamed, general>, blocks, threads, plan.shared_bytes, stream,
+                    plan, program, call, memory);
     default:
-      return launch(transform_streamed<T, M, Storage::workspace>, blocks, threads, plan.shared_bytes, stream, plan,
-                    program, call, memory);
+      return launch(transform_streamed<T, M, Storage::workspace, general>, blocks, threads, plan.shared_bytes, stream,
+                    plan, program, call, memory);
   }
 }
 
 template <class T, Multiply M>
+Status launch_transform_with(const TransformPlan& plan, const Program<T>& program, const TransformCall<T>& call,
+                             void* workspace, Stream stream) {
+  return program.general ? launch_kernel<T, M, true>(plan, program, call, workspace, stream)
+                         : launch_kernel<T, M, false>(plan, program, call, workspace, stream);
+}
+
+template <class T, Multiply M, bool general>
+Status allow_shared_of(std::int64_t bytes) {
+  if (const Status s = allow_shared(transform_resident<T, M, general>, bytes)) return s;
+  if (const Status s = allow_shared(transform_streamed<T, M, Storage::streamed, general>, bytes)) return s;
+  return allow_shared(transform_streamed<T, M, Storage::workspace, general>, bytes);
+}
+
+template <class T, Multiply M>
 Status prepare_transform_with(std::int64_t bytes) {
-  if (const Status s = allow_shared(transform_resident<T, M>, bytes)) return s;
-  if (const Status s = allow_shared(transform_streamed<T, M, Storage::streamed>, bytes)) return s;
-  return allow_shared(transform_streamed<T, M, Storage::workspace>, bytes);
+  if (const Status s = allow_shared_of<T, M, false>(bytes)) return s;
+  return allow_shared_of<T, M, true>(bytes);
 }
 
 }  // namespace

@@ -18,7 +18,10 @@
 
 #include <nvpflow/train.hpp>
 
+#include "backend.hpp"
 #include "flow_access.hpp"
+#include "mixed_spec.hpp"
+#include "oracle.hpp"
 #include "row_order.hpp"
 #include "training.hpp"
 
@@ -155,6 +158,33 @@ TEST_CASE("other shapes, and no rows") {
   std::vector<float> gradient(static_cast<std::size_t>(cuda.num_parameters()), 5.0f);
   cuda.vjp<float>(Direction::forward, none, none, none, none, gradient);
   CHECK(gradient == zeros<float>(cuda.num_parameters()));
+}
+
+TEST_CASE_TEMPLATE("layers of all features, directions and places", T, float, double) {
+  for (const std::int64_t features : {2, 3, 6, 17}) {
+    for (std::uint64_t seed = 0; seed < 6; ++seed) {
+      CAPTURE(features);
+      CAPTURE(seed);
+      Flow cpu(mixed_spec(features, seed, dtype_of<T>));
+      cpu.set_parameters<T>(normals<T>(cpu.num_parameters(), static_cast<unsigned>(seed), 0.2));
+      const Flow cuda = cpu.to(kCuda0);
+      check_equal<T>(cpu, cuda, 40);
+
+      // Of the layer that the spec counts, permutations with the others.
+      const FlowSpec& spec = cpu.spec();
+      const std::size_t last = spec.layers.size() - 1;
+      const auto parameters = cpu.parameters<T>();
+      const oracle::Flow oracle(spec, {parameters.begin(), parameters.end()});
+      const std::vector<T> row = normals<T>(features, 5);
+      const auto expected = oracle.conditioner(last, {row.begin(), row.end()});
+      for (const Flow* flow : std::initializer_list<const Flow*>{&cpu, &cuda}) {
+        std::vector<T> s(expected.shift.size()), t(expected.shift.size());
+        flow->conditioner<T>(static_cast<std::int64_t>(last), row, s, t);
+        CHECK(worst(std::vector<double>(s.begin(), s.end()), expected.log_scale) < kBudget<T>);
+        CHECK(worst(std::vector<double>(t.begin(), t.end()), expected.shift) < kBudget<T>);
+      }
+    }
+  }
 }
 
 TEST_CASE("a row's bits do not depend on the batch") {
@@ -454,7 +484,7 @@ TEST_CASE("devices and precisions that are not there") {
 TEST_CASE("what CUDA does not compute is refused by its name") {
   const auto message = [](const FlowSpec& spec) {
     try {
-      (void)Flow(spec, 1).to(kCuda0);
+      (void)make_cuda_backend(spec, ParamLayout(spec), 0, Precision::float32);
     } catch (const Error& error) {
       CHECK(error.code() == ErrorCode::unavailable);
       return std::string(error.what());
@@ -466,15 +496,20 @@ TEST_CASE("what CUDA does not compute is refused by its name") {
     change(spec, std::get<Coupling>(spec.layers[1]));
     return spec;
   };
-  CHECK(message(with([](FlowSpec&, Coupling& c) { c.inverse = true; })).find("inverse") != std::string::npos);
-  CHECK(message(with([](FlowSpec&, Coupling& c) { c.transform = Additive(); })).find("additive") != std::string::npos);
-  CHECK(message(with([](FlowSpec&, Coupling& c) { c.transformed.name = FeatureSet::Name::odd; })).find("halves") !=
-        std::string::npos);
-  CHECK(message(with([](FlowSpec& s, Coupling&) { s.layers.emplace_back(ActNorm()); })).find("actnorm") !=
-        std::string::npos);
-  CHECK(message(with([](FlowSpec& s, Coupling&) {
-          s.layers.emplace_back(Permutation{{1, 0, 3, 2}});
-        })).find("permutation") != std::string::npos);
+  const auto names = [&](const std::string& what, auto change) {
+    CAPTURE(what);
+    CHECK(message(with(change)).find(what) != std::string::npos);
+  };
+  names("lu_linear", [](FlowSpec& s, Coupling&) { s.layers.emplace_back(LULinear()); });
+  names("residual", [](FlowSpec&, Coupling& c) { c.network.kind = Network::Kind::residual; });
+  names("layer_norm", [](FlowSpec&, Coupling& c) { c.network.layer_norm = true; });
+  names("each head", [](FlowSpec&, Coupling& c) { c.translation_network = c.network; });
+  names("context", [](FlowSpec& s, Coupling&) { s.context_size = 3; });
+  for (const auto function : {LogScale::Function::softsign, LogScale::Function::atan, LogScale::Function::identity,
+                              LogScale::Function::sigmoid, LogScale::Function::softplus}) {
+    names(std::string(name_of(function)),
+          [&](FlowSpec&, Coupling& c) { c.transform = Affine{{function, 1.0, 1.0, 0.001, 1.001, 2.0}}; });
+  }
   CHECK(message(with([](FlowSpec&, Coupling&) {})).empty());
 }
 

@@ -25,6 +25,7 @@
 #include "../../cuda/transform.cu"
 #include "flow_access.hpp"
 #include "lower.hpp"
+#include "mixed_spec.hpp"
 #include "oracle.hpp"
 #include "training.hpp"
 
@@ -111,14 +112,21 @@ cuda::Device test_device() {
 /// with.
 template <class T>
 struct PackedFlow {
-  explicit PackedFlow(const FlowSpec& s, const std::vector<T>& flat) : spec(s), layout(spec), parameters(flat) {
+  /// gather: also where the features lie in the parts of the state.
+  explicit PackedFlow(const FlowSpec& s, const std::vector<T>& flat, bool gather = false)
+      : spec(s), layout(spec), parameters(flat), gathers(gather) {
+    const Lowered lowered = lower(spec, layout);
     program.input_size = static_cast<std::int32_t>(spec.input_size);
-    program.num_layers = static_cast<std::int32_t>(spec.layers.size());
-    for (const LoweredLayer& layer : lower(spec, layout).layers) {
+    program.num_layers = static_cast<std::int32_t>(lowered.layers.size());
+    program.split = program.input_size / 2;
+    program.data_place = keep(lowered.data_place);
+    program.latent_place = keep(lowered.latent_place);
+    for (const LoweredLayer& layer : lowered.layers) {
       std::visit([&](const auto& kind) { add(kind); }, layer);
     }
     program.num_dense = static_cast<std::int32_t>(dense.size());
     program.layers = layers.data();
+    program.general = cuda::is_general(program);
     program.dense = dense.data();
     program.packed_size = static_cast<std::int64_t>(source.size());
     program.transposed_size = static_cast<std::int64_t>(transposed_source.size());
@@ -129,13 +137,28 @@ struct PackedFlow {
     program.transposed = transposed->data();
     const GuardedArray<T> from(parameters);
     const GuardedArray<std::int64_t> index(source), transposed_index(transposed_source);
+    program.places = places.data();
+    packed_from = std::make_unique<GuardedArray<std::int64_t>>(source);
+    program.source = packed_from->data();
     cuda::launch_pack(&program, num_diagonal, index.data(), program.packed_size, from.data(), packed->data(), {});
     cuda::launch_pack<T>(nullptr, 0, transposed_index.data(), program.transposed_size, from.data(), transposed->data(),
                          {});
   }
 
-  /// The outputs of several parts alternate.
-  void add_dense(const LoweredDense& from) {
+  std::int64_t keep(const std::vector<std::int64_t>& list) {
+    if (list.empty()) return -1;
+    places.insert(places.end(), list.begin(), list.end());
+    return static_cast<std::int64_t>(places.size() - list.size());
+  }
+  std::int64_t keep(const Places& from) {
+    if (!from.index.empty()) return keep(from.index);
+    for (std::int64_t i = 0; i < from.count; ++i) places.push_back(static_cast<std::int32_t>(from.begin + i));
+    return static_cast<std::int64_t>(places.size()) - from.count;
+  }
+
+  /// The outputs of several parts alternate; before those of a translation without a scale there are zeros.
+  void add_dense(LoweredDense from, bool additive) {
+    if (additive) from.parts.insert(from.parts.begin(), {-1, -1, from.out()});
     const std::int64_t in = from.in, out = from.out(), parts = static_cast<std::int64_t>(from.parts.size());
     cuda::Dense d;
     d.in = static_cast<std::int32_t>(in);
@@ -150,8 +173,10 @@ struct PackedFlow {
       d.kernel_offset[p] = from.parts[p].kernel;
       d.bias_offset[p] = from.parts[p].bias;
     }
+    d.listed = additive;
     for (std::int64_t o = 0; o < out; ++o) {
       const DensePart& part = from.parts[static_cast<std::size_t>(o % parts)];
+      if (part.kernel < 0) continue;
       const std::int64_t column = o / parts;
       source[static_cast<std::size_t>(d.bias + o)] = part.bias + column;
       for (std::int64_t i = 0; i < in; ++i) {
@@ -165,14 +190,29 @@ struct PackedFlow {
 
   void add(const LoweredCoupling& from) {
     cuda::Layer<T> layer;
+    layer.inverse = from.inverse;
+    layer.place = keep(from.place);
+    layer.num_inputs = static_cast<std::int32_t>(from.conditioning.count);
+    layer.num_outputs = static_cast<std::int32_t>(from.transformed.count);
     layer.condition = from.conditioning.begin == 0 ? 0 : 1;
+    const std::int64_t first = layer.condition == 0 ? layer.num_inputs : layer.num_outputs;
+    if (gathers || first != program.split || !from.conditioning.index.empty() || !from.transformed.index.empty()) {
+      layer.condition = cuda::kGathered;
+      layer.input_place = keep(from.conditioning);
+      layer.output_place = keep(from.transformed);
+    }
     const LoweredNetwork& network = from.networks.front();
     layer.activation = network.activation;
-    layer.bound = static_cast<T>(from.scale.factor);
-    layer.inverse_bound = static_cast<T>(1 / from.scale.factor);
+    layer.scale.function = from.scale.function;
+    layer.scale.factor = static_cast<T>(from.scale.factor);
+    layer.scale.inverse_factor = static_cast<T>(1 / from.scale.factor);
+    layer.scale.inverse_divisor = static_cast<T>(1 / from.scale.divisor);
+    layer.scale.slope = static_cast<T>(from.scale.factor / from.scale.divisor);
     layer.first_dense = static_cast<std::int32_t>(dense.size());
     layer.num_dense = static_cast<std::int32_t>(network.dense.size());
-    for (const LoweredDense& one : network.dense) add_dense(one);
+    for (const LoweredDense& one : network.dense) {
+      add_dense(one, &one == &network.dense.back() && from.scale.function == ScaleFunction::none);
+    }
     layers.push_back(layer);
   }
 
@@ -181,6 +221,8 @@ struct PackedFlow {
   void add(const LoweredDiagonal& from) {
     cuda::Layer<T> layer;
     layer.kind = Kind::diagonal;
+    layer.inverse = from.inverse;
+    layer.place = keep(from.place);
     layer.affine = static_cast<std::int64_t>(source.size());
     layer.mean_offset = from.mean;
     layer.log_std_offset = from.log_std;
@@ -196,7 +238,10 @@ struct PackedFlow {
   std::vector<cuda::Dense> dense;
   std::vector<std::int64_t> source, transposed_source;
   std::int32_t num_diagonal = 0;
+  std::vector<std::int32_t> places;
+  bool gathers;
   std::unique_ptr<GuardedArray<T>> packed, transposed;
+  std::unique_ptr<GuardedArray<std::int64_t>> packed_from;
   cuda::Program<T> program;
 };
 
@@ -298,6 +343,32 @@ TEST_CASE_TEMPLATE("every path agrees with the oracle", T, float, double) {
   }
 }
 
+TEST_CASE_TEMPLATE("layers of all features, directions and places agree with the oracle on every path", T, float,
+                   double) {
+  for (const std::int64_t features : {2, 3, 8, 17, 33}) {
+    for (std::uint64_t seed = 0; seed < 6; ++seed) {
+      const FlowSpec spec = mixed_spec(features, seed, dtype_of<T>);
+      const std::vector<T> parameters = random_parameters<T>(ParamLayout(spec), static_cast<unsigned>(seed));
+      const PackedFlow<T> flow(spec, parameters, seed % 2 == 1);
+      const oracle::Flow oracle(spec, widened(parameters));
+      const std::vector<T> x = random_values<T>(35 * features, 2);
+      for (const Storage storage : {Storage::resident, Storage::streamed, Storage::workspace}) {
+        const auto plan = cuda::plan_transform<T>(flow.program, test_device(), 35,
+                                                  {cuda::Precision::float32, false, static_cast<int>(storage)});
+        for (const bool inverse : {false, true}) {
+          CAPTURE(features);
+          CAPTURE(seed);
+          CAPTURE(static_cast<int>(storage));
+          CAPTURE(inverse);
+          cuda::TransformCall<T> call;
+          call.inverse = inverse;
+          CHECK(count_wrong(transform(flow, plan, call, x), oracle, inverse, x, features, 4 * kBudget<T>) == 0);
+        }
+      }
+    }
+  }
+}
+
 namespace {
 
 template <class T>
@@ -393,6 +464,41 @@ TEST_CASE_TEMPLATE("gradients agree with the CPU backend in float64", T, float, 
   }
 }
 
+TEST_CASE_TEMPLATE("gradients of layers of all features, directions and places agree with the CPU backend", T, float,
+                   double) {
+  for (const std::int64_t features : {2, 3, 17, 33}) {
+    for (std::uint64_t seed = 0; seed < 4; ++seed) {
+      CAPTURE(features);
+      CAPTURE(seed);
+      const FlowSpec spec = mixed_spec(features, seed, dtype_of<T>);
+      const std::vector<T> parameters = random_parameters<T>(ParamLayout(spec), static_cast<unsigned>(seed));
+      const PackedFlow<T> flow(spec, parameters, seed % 2 == 1);
+      Flow reference(mixed_spec(features, seed, DType::float64));
+      reference.set_parameters<double>(widened(parameters));
+      const std::int64_t rows = 70;
+      const std::vector<T> x = random_values<T>(rows * features, 2), g = random_values<T>(rows * features, 3),
+                           g_det = random_values<T>(rows, 4);
+      std::vector<double> expected(parameters.size()), expected_in(x.size());
+      const auto plan = cuda::plan_gradient<T>(flow.program, test_device(), rows);
+      cuda::GradientCall<T> call;
+      call.nll = true;
+      call.nll_factor = static_cast<T>(1.0 / static_cast<double>(rows));
+      const Gradients<T> nll = run_gradient(flow, plan, call, x);
+      reference.nll_gradient<double>(widened(x), expected);
+      CHECK(count_different(nll.gradient, expected, kBudget<T> * largest(expected)) == 0);
+      for (const bool inverse : {false, true}) {
+        call = {};
+        call.inverse = inverse;
+        const Gradients<T> vjp = run_gradient(flow, plan, call, x, g, g_det);
+        reference.vjp<double>(inverse ? Direction::inverse : Direction::forward, widened(x), widened(g), widened(g_det),
+                              expected_in, expected);
+        CHECK(count_different(vjp.grad_in, expected_in, kBudget<T> * largest(expected_in)) == 0);
+        CHECK(count_different(vjp.gradient, expected, kBudget<T> * largest(expected)) == 0);
+      }
+    }
+  }
+}
+
 // ---- the flows of the benchmark ------------------------------------------------------------------------------------
 
 namespace {
@@ -480,6 +586,9 @@ TEST_CASE("whole flows of the size of C and E fit the plans of every architectur
         in = width;
       }
       dense.push_back({static_cast<std::int32_t>(in), static_cast<std::int32_t>(shape.input_size + 1) / 2 * 2});
+      layers[0].num_inputs = static_cast<std::int32_t>(shape.input_size / 2);
+      layers[0].num_outputs = static_cast<std::int32_t>(shape.input_size + 1) / 2;
+      program.split = layers[0].num_inputs;
       for (const cuda::Dense& d : dense) program.packed_size += cuda::weight_size(d.in, d.out) + cuda::bias_size(d.out);
       layers[0].num_dense = program.num_dense = static_cast<std::int32_t>(dense.size());
       program.input_size = static_cast<std::int32_t>(shape.input_size);
@@ -622,7 +731,7 @@ TEST_CASE_TEMPLATE("a poisoned row yields NaN for itself alone", T, float, doubl
     for (const bool fma : {true, false}) {
       auto plan = cuda::plan_transform<T>(flow.program, device, rows, {{}, fma, storage});
       if (storage == 0) {
-        plan.shared_bytes -= (plan.warps - 1) * cuda::tile_bytes<T>(width, plan);
+        plan.shared_bytes -= (plan.warps - 1) * cuda::tile_bytes<T>(flow.program, plan);
         plan.warps = 1;
       }
       cuda::TransformCall<T> call;

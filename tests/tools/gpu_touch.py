@@ -18,12 +18,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 import nvpflow
 from oracle import unit_data
 
-SHAPES = [  # (D, K, hidden sizes, activation, standardize)
-    (16, 2, (128,), "relu", True),
-    (5, 2, (20, 33), "gelu", True),
-    (64, 1, (256, 256), "silu", False),
-    (784, 1, (1024,), "relu", False),
-    (3, 2, (), "tanh", False),
+SHAPES = [  # (D, K, hidden sizes, activation, further options of build)
+    (16, 2, (128,), "relu", {}),
+    (5, 2, (20, 33), "gelu", {}),
+    (64, 1, (256, 256), "silu", {"standardize": False}),
+    (784, 1, (1024,), "relu", {"standardize": False}),
+    (3, 2, (), "tanh", {"standardize": False}),
+    # The kernels of general flows: resident, streamed, with a workspace.
+    (17, 3, (40,), "tanh", {"mask": "random", "mixing": "permutation", "actnorm": True}),
+    (64, 2, (256, 256), "relu", {"mask": "random", "mixing": "reverse", "transform": "additive"}),
+    (784, 1, (1024,), "relu", {"mask": "checkered", "mixing": "permutation"}),
 ]
 MODES = [("float32", "float32"), ("float64", "float32"), ("float32", "tf32"), ("float32", "bfloat16")]
 BUDGET = {"float32": 1e-4, "float64": 1e-11}
@@ -31,8 +35,8 @@ BUDGET = {"float32": 1e-4, "float64": 1e-11}
 
 def touch(shape: tuple, dtype: str, precision: str, rows: int) -> float:
     """Worst relative difference from the CPU over all calls."""
-    size, layers, hidden, activation, standardize = shape
-    cpu = nvpflow.build(size, layers, hidden, activation, standardize=standardize, dtype=dtype)
+    size, layers, hidden, activation, options = shape
+    cpu = nvpflow.build(size, layers, hidden, activation, dtype=dtype, **options)
     cuda = cpu.to("cuda", precision)
     x = unit_data(rows, size, seed=1, dtype=dtype)
     results = []
