@@ -21,7 +21,8 @@ struct Real<float> {
   static constexpr float kRoundMagic = 12582912.0f;
   static constexpr float kLn2High = 0x1.62e400p-1f, kLn2Low = 0x1.7f7d1cp-20f;
   static constexpr float kExpLow = -110.0f, kExpHigh = 89.5f, kExpm1Low = -26.0f, kTanhHigh = 10.0f;
-  static constexpr float kTailHigh = 14.5f, kSoftsignHigh = 1e30f;
+  static constexpr float kTailHigh = 14.5f;
+  static constexpr float kQuarterPiRest = -0x1.de12cap-26f;
   static constexpr float kHalfPiLow = -0x1.777a5cp-25f;
 };
 
@@ -36,7 +37,8 @@ struct Real<double> {
   static constexpr double kRoundMagic = 6755399441055744.0;
   static constexpr double kLn2High = 0x1.62e42fee00000p-1, kLn2Low = 0x1.a39ef35793c76p-33;
   static constexpr double kExpLow = -755.0, kExpHigh = 710.5, kExpm1Low = -46.0, kTanhHigh = 20.0;
-  static constexpr double kTailHigh = 39.0, kSoftsignHigh = 1e300;
+  static constexpr double kTailHigh = 39.0;
+  static constexpr double kQuarterPiRest = 0x1.678afae35cdd1p-55;
   static constexpr double kHalfPiLow = 0x1.1a62633145c07p-54;
 };
 
@@ -295,6 +297,19 @@ NVPFLOW_DEVICE T logarithm(T x) {
   const T inner = multiply_add(w + w, evaluate<Series::atanh_tail>(w), -f);
   const T low = multiply_add(s, inner, n * Real<T>::kLn2Low);
   return multiply_add(n, Real<T>::kLn2High, f + low);
+}
+
+/// b + atan t with b = 0, pi / 4 or pi / 2 and |t| <= 1/2 (which t: elementary.hpp).
+template <class T>
+NVPFLOW_DEVICE T arctangent(T x) {
+  const T quarter_pi = static_cast<T>(0.78539816339744830962), a = absolute(x);
+  const bool low = a<T(0.5), high = a> T(2);
+  const T t = (low ? a : high ? T(-1) : a - T(1)) / (low ? T(1) : high ? a : a + T(1));
+  const T base = low ? T(0) : high ? 2 * quarter_pi : quarter_pi;
+  const T w = t * t, sum = base + t;
+  const T rest =
+      (t - (sum - base)) + multiply_add(t * w, evaluate<Series::atan_tail>(w), base * Real<T>::kQuarterPiRest);
+  return copy_sign(sum + rest, x);
 }
 
 /// sin(pi f / 2) and cos(pi f / 2) for |f| <= 1/2.

@@ -83,7 +83,10 @@ template <class T>
 struct Scale {
   ScaleFunction function = ScaleFunction::tanh;
   T factor = 1, inverse_factor = 1, inverse_divisor = 1;
-  T slope = 1;  // of g at 0: factor / divisor
+  T slope = 1;                           // factor / divisor
+  T low = 0, high = 0, range = 0;        // range = high - low
+  T log_high = 0, offset = 0, tail = 0;  // tail: where softplus(x) with low = 0 has log v = x, all but a trifle
+  T sign = 1;                            // of s: -1 where negated
 };
 
 /// Layer::condition where the conditioning features are no part of the state.

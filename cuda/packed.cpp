@@ -1,8 +1,10 @@
 #include "packed.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <numeric>
 #include <string>
@@ -34,11 +36,6 @@ void refuse_unavailable(const LoweredNetwork& network) {
 void refuse_unavailable(const LoweredCoupling& layer) {
   refuse_on_cuda(layer.networks.size() > 1, "a network for each head");
   for (const LoweredNetwork& network : layer.networks) refuse_unavailable(network);
-  refuse_on_cuda(layer.scale.function == ScaleFunction::softsign, "the log-scale function softsign");
-  refuse_on_cuda(layer.scale.function == ScaleFunction::atan, "the log-scale function atan");
-  refuse_on_cuda(layer.scale.function == ScaleFunction::identity, "the log-scale function identity");
-  refuse_on_cuda(layer.scale.function == ScaleFunction::sigmoid, "the log-scale function sigmoid");
-  refuse_on_cuda(layer.scale.function == ScaleFunction::softplus, "the log-scale function softplus");
 }
 
 void refuse_unavailable(const LoweredDiagonal&) {}
@@ -71,6 +68,25 @@ std::int64_t split_of(const Lowered& lowered) {
     return a_first ? coupling->conditioning.count : coupling->transformed.count;
   }
   return lowered.input_size / 2;
+}
+
+template <class T>
+Scale<T> scale_of(const LoweredScale& from) {
+  Scale<T> scale;
+  scale.function = from.function;
+  scale.factor = static_cast<T>(from.factor);
+  scale.inverse_factor = static_cast<T>(1.0 / from.factor);
+  scale.inverse_divisor = static_cast<T>(1.0 / from.divisor);
+  scale.slope = static_cast<T>(from.factor / from.divisor);
+  scale.low = static_cast<T>(from.low);
+  scale.high = static_cast<T>(from.high);
+  scale.range = static_cast<T>(from.high - from.low);
+  scale.log_high = static_cast<T>(std::log(from.high));
+  scale.offset = static_cast<T>(from.offset);
+  constexpr T kTail = sizeof(T) == 4 ? -9 : -20;
+  scale.tail = from.low == 0 ? kTail : -std::numeric_limits<T>::infinity();
+  scale.sign = from.negated ? T(-1) : T(1);
+  return scale;
 }
 
 /// Which of the places is each of those from `begin` on; empty: one after the other.
@@ -198,11 +214,7 @@ void Layers<T>::add(const LoweredCoupling& from) {
   layer.activation = network.activation;
   layer.first_dense = static_cast<std::int32_t>(dense_.size());
   layer.num_dense = static_cast<std::int32_t>(network.dense.size());
-  layer.scale.function = from.scale.function;
-  layer.scale.factor = static_cast<T>(from.scale.factor);
-  layer.scale.inverse_factor = static_cast<T>(1.0 / from.scale.factor);
-  layer.scale.inverse_divisor = static_cast<T>(1.0 / from.scale.divisor);
-  layer.scale.slope = static_cast<T>(from.scale.factor / from.scale.divisor);
+  layer.scale = scale_of<T>(from.scale);
   for (const LoweredDense& dense : network.dense) {
     const bool first = &dense == &network.dense.front(), head = &dense == &network.dense.back();
     add_dense(dense, {head, first ? rows : std::vector<std::int64_t>(), head ? columns : std::vector<std::int64_t>()});

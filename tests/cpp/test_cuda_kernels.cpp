@@ -208,6 +208,13 @@ struct PackedFlow {
     layer.scale.inverse_factor = static_cast<T>(1 / from.scale.factor);
     layer.scale.inverse_divisor = static_cast<T>(1 / from.scale.divisor);
     layer.scale.slope = static_cast<T>(from.scale.factor / from.scale.divisor);
+    layer.scale.low = static_cast<T>(from.scale.low);
+    layer.scale.high = static_cast<T>(from.scale.high);
+    layer.scale.range = static_cast<T>(from.scale.high - from.scale.low);
+    layer.scale.log_high = static_cast<T>(std::log(from.scale.high));
+    layer.scale.offset = static_cast<T>(from.scale.offset);
+    layer.scale.tail = from.scale.low > 0 ? -std::numeric_limits<T>::infinity() : T(sizeof(T) == 4 ? -9 : -20);
+    layer.scale.sign = from.scale.negated ? T(-1) : T(1);
     layer.first_dense = static_cast<std::int32_t>(dense.size());
     layer.num_dense = static_cast<std::int32_t>(network.dense.size());
     for (const LoweredDense& one : network.dense) {
@@ -371,6 +378,69 @@ TEST_CASE_TEMPLATE("layers of all features, directions and places agree with the
 
 namespace {
 
+/// Every log-scale function, in a coupling that is read from data to latent and in one that is read backwards.
+std::vector<FlowSpec> log_scale_specs(DType dtype) {
+  using Function = LogScale::Function;
+  const double inf = std::numeric_limits<double>::infinity();
+  const LogScale scales[] = {{Function::softsign, 2, 1.5},
+                             {Function::atan, 1.2, 0.8},
+                             {Function::identity},
+                             {Function::sigmoid, 1, 1, 0.001, 1.001, 2},
+                             {Function::sigmoid, 1, 1, 0, 1, 2, true},
+                             {Function::softplus, 1, 1, 0.01, inf, 0.5},
+                             {Function::softplus, 1, 1, 0, 3, -2},
+                             {Function::softplus, 1, 1, 0, 0.7, 0, true}};
+  std::vector<FlowSpec> specs;
+  for (const LogScale& scale : scales) {
+    FlowSpec spec = FlowSpec::real_nvp(5, 2, {9}, Activation::tanh, 1.0, false, dtype);
+    for (LayerSpec& layer : spec.layers) std::get<Coupling>(layer).transform = Affine{scale};
+    std::get<Coupling>(spec.layers[1]).inverse = true;
+    specs.push_back(spec);
+  }
+  return specs;
+}
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("every log-scale function agrees with the oracle", T, float, double) {
+  for (const FlowSpec& spec : log_scale_specs(dtype_of<T>)) {
+    const std::vector<T> parameters = random_parameters<T>(ParamLayout(spec), 3);
+    const PackedFlow<T> flow(spec, parameters);
+    const oracle::Flow oracle(spec, widened(parameters));
+    const std::vector<T> x = random_values<T>(40 * 5, 4);
+    for (const Storage storage : {Storage::resident, Storage::streamed}) {
+      const auto plan = cuda::plan_transform<T>(flow.program, test_device(), 40,
+                                                {cuda::Precision::float32, false, static_cast<int>(storage)});
+      for (const bool inverse : {false, true}) {
+        const LogScale& scale = std::get<Affine>(std::get<Coupling>(spec.layers[0]).transform).log_scale;
+        CAPTURE(name_of(scale.function));
+        CAPTURE(scale.offset);
+        CAPTURE(inverse);
+        cuda::TransformCall<T> call;
+        call.inverse = inverse;
+        CHECK(count_wrong(transform(flow, plan, call, x), oracle, inverse, x, 5, kBudget<T>) == 0);
+      }
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("the logarithm of softplus is exact far below 0", T, float, double) {
+  cuda::Scale<T> scale;
+  scale.function = ScaleFunction::softplus;
+  scale.high = 3;
+  scale.log_high = static_cast<T>(std::log(3.0));
+  scale.tail = T(sizeof(T) == 4 ? -9 : -20);
+  for (double u = -60; u < 0; u += 0.37) {
+    const T x = static_cast<T>(u);
+    const double softplus = std::log1p(std::exp(static_cast<double>(x)));
+    const cuda::LogScaleAt<T> at = cuda::log_scale_at(scale, x);
+    CHECK(within(at.s, std::log(softplus), kBudget<T> / 10));
+    CHECK(within(at.slope, 1 / (1 + std::exp(-static_cast<double>(x))) / softplus, kBudget<T> / 10));
+  }
+}
+
+namespace {
+
 template <class T>
 struct Gradients {
   std::vector<T> grad_in, gradient;
@@ -495,6 +565,30 @@ TEST_CASE_TEMPLATE("gradients of layers of all features, directions and places a
         CHECK(count_different(vjp.grad_in, expected_in, kBudget<T> * largest(expected_in)) == 0);
         CHECK(count_different(vjp.gradient, expected, kBudget<T> * largest(expected)) == 0);
       }
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("gradients of every log-scale function agree with the CPU backend", T, float, double) {
+  for (const FlowSpec& spec : log_scale_specs(dtype_of<T>)) {
+    const std::vector<T> parameters = random_parameters<T>(ParamLayout(spec), 3);
+    const PackedFlow<T> flow(spec, parameters);
+    Flow reference(spec.with_dtype(DType::float64));
+    reference.set_parameters<double>(widened(parameters));
+    const std::vector<T> x = random_values<T>(40 * 5, 4), g = random_values<T>(40 * 5, 5),
+                         g_det = random_values<T>(40, 6);
+    std::vector<double> expected(parameters.size()), expected_in(x.size());
+    for (const bool inverse : {false, true}) {
+      CAPTURE(name_of(std::get<Affine>(std::get<Coupling>(spec.layers[0]).transform).log_scale.function));
+      CAPTURE(inverse);
+      cuda::GradientCall<T> call;
+      call.inverse = inverse;
+      const auto plan = cuda::plan_gradient<T>(flow.program, test_device(), 40);
+      const Gradients<T> vjp = run_gradient(flow, plan, call, x, g, g_det);
+      reference.vjp<double>(inverse ? Direction::inverse : Direction::forward, widened(x), widened(g), widened(g_det),
+                            expected_in, expected);
+      CHECK(count_different(vjp.grad_in, expected_in, kBudget<T> * largest(expected_in)) == 0);
+      CHECK(count_different(vjp.gradient, expected, kBudget<T> * largest(expected)) == 0);
     }
   }
 }
@@ -932,6 +1026,7 @@ TEST_CASE_TEMPLATE("elementary functions", T, float, double) {
       {"sigmoid", cuda::sigmoid<T>, -30, 30, 2.0, [](long double x) { return 1 / (1 + std::exp(-x)); }},
       {"softplus", cuda::softplus<T>, -30, 30, 2.0,
        [](long double x) { return std::fmax(x, 0.0L) + std::log1p(std::exp(-std::fabs(x))); }},
+      {"atan", cuda::arctangent<T>, -20, 20, 2.0, [](long double x) { return std::atan(x); }},
       {"gelu", cuda::gelu<T>, -8, 8, 2.0, [](long double x) { return 0.5L * x * std::erfc(-x / std::sqrt(2.0L)); }},
       {"silu", cuda::silu<T>, -30, 30, 2.0, [](long double x) { return x / (1 + std::exp(-x)); }},
       {"elu", cuda::elu<T>, -20, 5, 2.0, [](long double x) { return x > 0 ? x : std::expm1(x); }},
