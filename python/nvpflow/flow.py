@@ -79,7 +79,7 @@ def build(
         What mixes the features before each coupling, and at the end. "reverse": their order is turned round.
         "permutation": a random order. "lu": a random order, and a linear layer that is trained (`LULinear`).
     actnorm
-        Begin each step with a trained scale and shift per feature (`ActNorm`), which `Flow.fit` sets from the data.
+        Begin each step with a trained scale and shift per feature (`ActNorm`).
     network
         "mlp": the hidden layers of `hidden_sizes`. "residual": `num_blocks` blocks that add to what they are given
         (`ResidualNet`).
