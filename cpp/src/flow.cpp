@@ -29,6 +29,7 @@
 #include "flow_access.hpp"
 #include "io/model_file.hpp"
 #include "io/spec_json.hpp"
+#include "layers/layer.hpp"
 #include "parallel.hpp"
 
 namespace nvpflow {
@@ -265,8 +266,16 @@ struct Flow::State {
     threshold = new_threshold;
   }
 
+  void check_sign(const TensorInfo& tensor, const void* values) const {
+    const std::string wrong = layers::describe_wrong_sign(tensor, spec.dtype, values);
+    if (!wrong.empty()) fail(wrong);
+  }
+
   /// The caller holds write_mutex.
   void publish_locked(const void* values, std::span<const float> low) {
+    for (const TensorInfo& tensor : layout.tensors()) {
+      check_sign(tensor, static_cast<const unsigned char*>(values) + tensor.offset * size_of(spec.dtype));
+    }
     const bool none = std::all_of(low.begin(), low.end(), [](float v) { return v == 0; });
     std::vector<float> kept(none ? low.end() : low.begin(), low.end());
     // The backend first: a device may refuse, and then nothing has changed.
@@ -780,6 +789,7 @@ void Flow::set_tensors_unchecked(std::span<const void* const> tensors) {
   unsigned char* flat = state_->parameters.data();
   const std::int64_t size = size_of(spec().dtype);
   const std::vector<TensorInfo>& layout = state_->layout.tensors();
+  for (std::size_t i = 0; i < layout.size(); ++i) state_->check_sign(layout[i], tensors[i]);
   for (std::size_t i = 0; i < layout.size(); ++i) {
     std::memcpy(flat + layout[i].offset * size, tensors[i], static_cast<std::size_t>(layout[i].size * size));
   }

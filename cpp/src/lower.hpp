@@ -87,7 +87,8 @@ struct LoweredDiagonal {
 /// Kind::linear: y = L U x + bias, offsets of the tensors of lu_linear.
 struct LoweredLinear {
   bool inverse = false;
-  std::vector<std::int64_t> in_place, out_place;  // as above, of x and of y
+  // As above, of the layer's input and of its output on the way from data; x is the input unless inverse.
+  std::vector<std::int64_t> in_place, out_place;
   std::int64_t lower = 0, upper = 0, log_diagonal = 0, sign = 0, bias = 0;
 };
 

@@ -32,6 +32,7 @@ SUPPORTED = frozenset(
         "permutation",
         "log_scales",
         "actnorm",
+        "lu_linear",
         "two_networks",
         "layer_norm",
         "residual",

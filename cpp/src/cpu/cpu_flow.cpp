@@ -10,6 +10,7 @@
 
 #include "../parallel.hpp"
 #include "kernels.hpp"
+#include "lu_matrix.hpp"
 
 namespace nvpflow::cpu {
 namespace {
@@ -82,8 +83,9 @@ double CpuFlow<T>::gradient(const Program<T>& program, GradientCall<T> call, std
   }
   const int team = threads_for(rows, threads);
   if (team > 1) return gradient_by_team(program, call, rows, gradient, accumulate, team);
-  T* tape = thread_scratch<T>(tape_size_);
+  T* tape = thread_scratch<T>(tape_size_ + program.products);
   call.gradient = gradient;
+  call.products = start_products(program, tape + tape_size_);
   double total = 0;
   for (std::int64_t row = 0; row < rows; row += gradient_rows_) {
     call.add = accumulate || row > 0;
@@ -93,7 +95,26 @@ double CpuFlow<T>::gradient(const Program<T>& program, GradientCall<T> call, std
     kernels_.gradient_tile(program, call, row, row + count, tape_rows, tape, sums);
     for (const double sum : sums) total += sum;
   }
+  if (gradient != nullptr && rows > 0) finish_gradient(program, call, gradient, accumulate, team);
   return total;
+}
+
+/// Zero, so that every tile adds to them.
+template <class T>
+T* CpuFlow<T>::start_products(const Program<T>& program, T* products) const {
+  std::fill_n(products, program.products, T(0));
+  return products;
+}
+
+/// Once for each call: the products of linear layers are sums over all its rows.
+template <class T>
+void CpuFlow<T>::finish_gradient(const Program<T>& program, const GradientCall<T>& call, T* gradient, bool accumulate,
+                                 int threads) const {
+  for (std::int64_t k = 0; program.products > 0 && k < program.num_layers; ++k) {
+    const Layer<T>& layer = program.layers[k];
+    if (layer.kind != Kind::linear) continue;
+    add_lu_gradient(*layer.linear, call.inverse != layer.inverse, call.products, gradient, accumulate, threads);
+  }
 }
 
 /// How the threads share the tiles: rows of the parts that a tile is cut into where there are more threads than
@@ -106,13 +127,14 @@ std::int64_t CpuFlow<T>::part_rows(std::int64_t tiles, int team) const {
 
 /// The threads share a few tiles, meet, and share the parameters: the same sums in the same order as one thread's.
 template <class T>
-double CpuFlow<T>::gradient_by_team(const Program<T>& program, const GradientCall<T>& call, std::int64_t rows,
-                                    T* gradient, bool accumulate, int team) const {
+double CpuFlow<T>::gradient_by_team(const Program<T>& program, GradientCall<T> call, std::int64_t rows, T* gradient,
+                                    bool accumulate, int team) const {
   const std::int64_t tiles = (rows + gradient_rows_ - 1) / gradient_rows_;
   const std::int64_t tape_rows = part_rows(tiles, team), parts = (gradient_rows_ + tape_rows - 1) / tape_rows;
   const std::int64_t tape_size = kernels_.tape_size(program, tape_rows);
   const std::int64_t group = std::min<std::int64_t>(tiles, team * tiles_per_thread());
-  T* tapes = thread_scratch<T>(group * parts * tape_size);
+  T* tapes = thread_scratch<T>(group * parts * tape_size + program.products);
+  call.products = start_products(program, tapes + group * parts * tape_size);
   std::vector<double> sums(static_cast<std::size_t>(group * parts * kMaxGradientUnits));
   double total = 0;
   for (std::int64_t first = 0; first < tiles; first += group) {
@@ -132,16 +154,18 @@ double CpuFlow<T>::gradient_by_team(const Program<T>& program, const GradientCal
     parallel_for(static_cast<std::int64_t>(tasks_.size()), 1, team, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = begin; i < end; ++i) {
         const Task& task = tasks_[static_cast<std::size_t>(i)];
+        T* to = program.layers[task.layer].kind == Kind::linear ? call.products : gradient;
         for (std::int64_t tile = 0; tile < here; ++tile) {
           const std::int64_t row = (first + tile) * gradient_rows_;
           kernels_.weight_gradient(
               program, task.layer, task.part, task.first, task.last,
-              {tapes + tile * parts * tape_size, tape_size, tape_rows, std::min(gradient_rows_, rows - row)}, gradient,
+              {tapes + tile * parts * tape_size, tape_size, tape_rows, std::min(gradient_rows_, rows - row)}, to,
               accumulate || row > 0);
         }
       }
     });
   }
+  if (gradient != nullptr) finish_gradient(program, call, gradient, accumulate, team);
   return total;
 }
 

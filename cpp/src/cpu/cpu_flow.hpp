@@ -120,8 +120,11 @@ class CpuFlow {
   void add_tasks(std::int64_t layer, std::int32_t part, PartSize size);
   std::int64_t tiles_per_thread() const;
   std::int64_t part_rows(std::int64_t tiles, int team) const;
-  double gradient_by_team(const Program<T>& program, const GradientCall<T>& call, std::int64_t rows, T* gradient,
+  double gradient_by_team(const Program<T>& program, GradientCall<T> call, std::int64_t rows, T* gradient,
                           bool accumulate, int team) const;
+  T* start_products(const Program<T>& program, T* products) const;
+  void finish_gradient(const Program<T>& program, const GradientCall<T>& call, T* gradient, bool accumulate,
+                       int threads) const;
 
   const Kernels<T>& kernels_;
   const std::int64_t features_, num_parameters_;

@@ -166,8 +166,9 @@ void gradient_tile(const Program<T>& program, const GradientCall<T>& call, int64
     visit(layer, [&]<class LayerKind>(LayerKind) {
       LayerKind::backward(layer, call.inverse != layer.inverse, input_wanted, fixed, of_layer, count, rows);
     });
-    if (call.gradient != nullptr)
-      layer_gradient<T>(layer, {of_layer, 0, rows, count, fixed.context}, call.gradient, call.add);
+    if (call.gradient == nullptr) continue;
+    T* gradient = layer.kind == Kind::linear ? call.products : call.gradient;
+    layer_gradient<T>(layer, {of_layer, 0, rows, count, fixed.context}, gradient, call.add);
   }
   if (call.grad_context != nullptr) {
     store_context_cotangent<T>(program, fixed.context_cotangent, count,

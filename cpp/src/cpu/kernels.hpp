@@ -96,6 +96,25 @@ struct Scale {
   bool negated = false;
 };
 
+/// A linear layer, y = W x + bias, x = W^-1 (y - bias), W = L U. Inputs of the dense layers are in the order of the
+/// features, so that no sum depends on their places; outputs are in the order of a tile's rows.
+template <class T>
+struct Linear {
+  Dense<T> forward;  // W and the bias
+  Dense<T> inverse;  // W^-1; its bias is zero: the layer's is taken off first, which rounds less
+  const int64_t *x_place = nullptr, *y_place = nullptr;  // as Layer::place
+  // Where the products that its gradient comes from lie in GradientCall::products: the sums over the rows of x times
+  // the cotangents of y [x][y], of these cotangents [y], and of those of the log-determinant.
+  int64_t products = 0;
+  // As lu_matrix.cpp reads them: the tensors' values, and the offsets of their gradients.
+  const T *lower = nullptr, *upper = nullptr;
+  const double* diagonal = nullptr;  // of U
+  int64_t lower_offset = 0, upper_offset = 0, log_diagonal_offset = 0, sign_offset = 0, bias_offset = 0;
+};
+
+/// Elements of GradientCall::products that a linear layer of so many features takes.
+constexpr int64_t products_size(int64_t features) { return features * features + features + 1; }
+
 template <class T>
 struct Layer {
   Kind kind = Kind::coupling;
@@ -112,8 +131,9 @@ struct Layer {
   const T* mean = nullptr;
   const T* std = nullptr;          // exp(log_std)
   const T* inverse_std = nullptr;  // exp(-log_std)
-  T log_det = 0;                   // -sum(log_std)
+  T log_det = 0;                   // -sum(log_std), linear: sum(log_diagonal)
   int64_t mean_offset = 0, log_std_offset = 0;
+  const Linear<T>* linear = nullptr;  // linear; b.count: features
 };
 
 /// Rows of a unit of a gradient tile. Threads share a tile by whole units, and what is added up row by row is added up
@@ -141,6 +161,7 @@ struct Program {
   int64_t tile_rows = 0;      // rows of an inference tile: results do not depend on it
   int64_t gradient_rows = 0;  // rows of a gradient tile: sums over rows are formed tile by tile
   TapeSize tape;              // of all layers
+  int64_t products = 0;       // elements of GradientCall::products; 0: no linear layer
 };
 
 /// The context rows of a call: one for `repeat` rows, or one for all, folded.
@@ -178,6 +199,7 @@ struct GradientCall {
   T* log_prob = nullptr;            // density only, may be null: = log p of the rows
   T* grad_in = nullptr;             // null: not wanted
   T* gradient = nullptr;            // flat; null: left to weight_gradient, or not wanted
+  T* products = nullptr;            // Linear::products are added to here, whatever `add` says
   bool add = false;                 // to the gradient; else it is replaced
   ContextRows<T> context;           // by rows
   T* grad_context = nullptr;        // [rows, C], one for each row of the call; null: not wanted
@@ -227,7 +249,8 @@ struct Kernels {
   int32_t (*gradient_parts)(const Layer<T>&);
   PartSize (*gradient_part)(const Layer<T>&, int32_t part);
   /// One tile's share of a part of a layer's gradient: [first, last) of what it is shared out by; the bias goes with
-  /// the first. Added to what is there, or in its place.
+  /// the first. Added to what is there, or in its place. gradient: flat, or the products for a
+  /// linear layer.
   void (*weight_gradient)(const Program<T>&, int64_t layer, int32_t part, int64_t first, int64_t last,
                           const TileTapes<T>&, T* gradient, bool add);
 

@@ -15,6 +15,7 @@
 #include "affine.inl"
 #include "diagonal.inl"
 #include "kernels.hpp"
+#include "linear.inl"
 #include "simd.hpp"
 
 namespace nvpflow::cpu {
@@ -30,7 +31,7 @@ NVPFLOW_INLINE decltype(auto) visit(const Layer<T>& layer, F&& f) {
     case Kind::diagonal:
       return f(DiagonalLayer<T>{});
     case Kind::linear:
-      break;
+      return f(LinearLayer<T>{});
   }
   __builtin_unreachable();
 }

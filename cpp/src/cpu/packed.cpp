@@ -292,8 +292,20 @@ void Packed<T>::add(const LoweredDiagonal& from) {
 }
 
 template <class T>
-void Packed<T>::add(const LoweredLinear&) {
-  refuse_on_cpu("a layer of kind lu_linear");
+void Packed<T>::add(const LoweredLinear& from) {
+  const std::int64_t features = program_.input_size;
+  Layer<T> layer;
+  layer.kind = Kind::linear;
+  layer.inverse = from.inverse;
+  layer.place = keep(from.in_place);
+  layer.b.count = features;
+  Linear<T>& linear = matrices_.emplace_back(from, features, lanes_, segment_of(features)).linear();
+  linear.products = program_.products;
+  layer.linear = &linear;
+  program_.products += products_size(features);
+  program_.max_width = std::max(program_.max_width, features);
+  linear_.push_back(layers_.size());
+  layers_.push_back(layer);
 }
 
 template <class T>
@@ -310,9 +322,13 @@ void Packed<T>::choose_tiles(const Kernels<T>& kernels, bool wide_blocks) {
   const std::int64_t row_unit = wide_blocks ? kernels.wide_row_unit : kernels.row_unit;
   program_.tile_rows = row_unit;
   for (const Dense<T>& d : dense_) transposed_size_ += round_up(d.in, lanes_) * d.out;
-  const std::int64_t weights = transposed_size_ * static_cast<std::int64_t>(sizeof(T));
+  // A call reads one of a linear layer's two matrices.
+  const std::int64_t square = round_up(program_.input_size, lanes_) * program_.input_size;
+  const std::int64_t matrices = static_cast<std::int64_t>(matrices_.size()) * square;
+  const std::int64_t weights = (transposed_size_ + matrices) * static_cast<std::int64_t>(sizeof(T));
+  transposed_size_ += 2 * matrices;
   program_.few_at_once = weights > kNearBytes;
-  for (Dense<T>& d : dense_) d.far = weights > kFarBytes, d.wide_blocks = wide_blocks;
+  each_dense([&](Dense<T>& d) { d.far = weights > kFarBytes, d.wide_blocks = wide_blocks; });
   program_.tile_rows =
       row_unit * units(std::max(kTileBytes, weights / kWeightsPerTile), kernels.transform_scratch(program_),
                        program_.few_at_once ? kMaxRowUnitsOfLarge : kMaxRowUnits);
@@ -340,6 +356,9 @@ void Packed<T>::pack(const T* parameters, bool transposed, int threads, const fl
   }
   for (const std::size_t index : diagonal_) pack_diagonal(layers_[index], parameters);
   if (!context_statistics_.empty()) pack_context(parameters);
+  for (std::size_t i = 0; i < linear_.size(); ++i) {
+    pack_linear(layers_[linear_[i]], matrices_[i], parameters, transposed, threads);
+  }
   if (!rest_layers_.empty() && !transposed) pack_rest(parameters, mean_low);
   transposed_ready_.store(transposed, std::memory_order_relaxed);
 }
@@ -430,6 +449,16 @@ void Packed<T>::pack_context(const T* parameters) {
 }
 
 template <class T>
+void Packed<T>::pack_linear(Layer<T>& layer, LuMatrix<T>& matrix, const T* parameters, bool training, int threads) {
+  const Linear<T>& linear = matrix.linear();
+  matrix.pack(parameters, !training || !layer.inverse, !training || layer.inverse, threads);
+  layer.log_det = matrix.log_det();
+  if (!training) return;
+  const Dense<T>& dense = layer.inverse ? linear.inverse : linear.forward;
+  transpose_(dense, 0, dense.in, const_cast<T*>(dense.transposed));
+}
+
+template <class T>
 void Packed<T>::pack_rest(const T* parameters, const float* mean_low) {
   if constexpr (sizeof(T) == 4) {
     const Layer<T>& layer = layers_.front();
@@ -442,10 +471,10 @@ void Packed<T>::pack_rest(const T* parameters, const float* mean_low) {
 template <class T>
 void Packed<T>::place_transposed() const {
   T* next = static_cast<T*>(transposed_.reserve(transposed_size_ * static_cast<std::int64_t>(sizeof(T))));
-  for (const Dense<T>& d : dense_) {
+  each_dense([&](const Dense<T>& d) {
     const_cast<Dense<T>&>(d).transposed = next;
     next += round_up(d.in, lanes_) * d.out;
-  }
+  });
 }
 
 template <class T>
@@ -454,7 +483,7 @@ void Packed<T>::ensure_transposed() const {
   const std::lock_guard<ForkSafeMutex> lock(transpose_mutex_);
   if (transposed_ready_.load(std::memory_order_relaxed)) return;
   place_transposed();
-  for (const Dense<T>& d : dense_) transpose_(d, 0, d.in, const_cast<T*>(d.transposed));
+  each_dense([&](const Dense<T>& d) { transpose_(d, 0, d.in, const_cast<T*>(d.transposed)); });
   transposed_ready_.store(true, std::memory_order_release);
 }
 

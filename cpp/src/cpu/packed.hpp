@@ -17,6 +17,7 @@
 #include "../wide_rows.hpp"
 #include "isa.hpp"
 #include "kernels.hpp"
+#include "lu_matrix.hpp"
 
 namespace nvpflow::cpu {
 
@@ -30,8 +31,8 @@ class Packed {
   Packed& operator=(const Packed&) = delete;
 
   /// parameters: the flat buffer. transposed: with the transposed weights, in one go, where weights are not rounded,
-  /// and without the rest(): for training. mean_low: Backend::set_parameters. No other thread may use this
-  /// object meanwhile.
+  /// without the rest() and without the matrices of linear layers that only the inverse reads: for training. mean_low:
+  /// Backend::set_parameters. No other thread may use this object meanwhile.
   void pack(const T* parameters, bool transposed = false, int threads = 1, const float* mean_low = nullptr);
   /// The transposed weights, built on first use after pack(); safe from several threads.
   void ensure_transposed() const;
@@ -68,10 +69,20 @@ class Packed {
   void narrow(Dense<T>& d);
   void pack_diagonal(Layer<T>& layer, const T* parameters);
   void pack_context(const T* parameters);
+  void pack_linear(Layer<T>& layer, LuMatrix<T>& matrix, const T* parameters, bool training, int threads);
   void place_rest(const FlowSpec& spec);
   void pack_rest(const T* parameters, const float* mean_low);
   void choose_tiles(const Kernels<T>& kernels, bool wide_blocks);
   void place_transposed() const;
+  /// f(dense layer) for those of couplings, then those of linear layers.
+  template <class F>
+  void each_dense(F&& f) const {
+    for (const Dense<T>& d : dense_) f(const_cast<Dense<T>&>(d));
+    for (const LuMatrix<T>& matrix : matrices_) {
+      f(const_cast<Dense<T>&>(matrix.linear().forward));
+      f(const_cast<Dense<T>&>(matrix.linear().inverse));
+    }
+  }
 
   std::int64_t lanes_;
   std::uint64_t version_ = 0;
@@ -81,7 +92,8 @@ class Packed {
   std::vector<DenseGradient> gradients_;
   std::vector<BlockAffine<T>> affines_;
   std::vector<Layer<T>> layers_;
-  std::vector<std::size_t> diagonal_;  // which of them
+  std::vector<std::size_t> diagonal_, linear_;  // which of them
+  std::deque<LuMatrix<T>> matrices_;            // of the linear ones
   std::deque<std::vector<std::int64_t>> places_;
   Program<T> program_, rest_;
   std::vector<Layer<T>> rest_layers_;

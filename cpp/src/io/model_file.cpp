@@ -371,7 +371,8 @@ LoadedModel load_model(const std::string& path, const FlowSpec* expected) {
   const auto read = [&](const TensorInfo& tensor, void* values) {
     const StoredTensor& stored = *tensors.at(tensor.name);
     file.read_data(stored.begin, stored.end, static_cast<unsigned char*>(values));
-    const std::string wrong = describe_not_finite(tensor, dtype, values);
+    std::string wrong = describe_not_finite(tensor, dtype, values);
+    if (wrong.empty()) wrong = layers::describe_wrong_sign(tensor, dtype, values);
     if (!wrong.empty()) fail_format(path, wrong);
   };
   for (const TensorInfo& tensor : layout.tensors()) {

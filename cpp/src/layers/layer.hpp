@@ -89,6 +89,8 @@ void each_tensor(const FlowSpec& spec, const TensorSink& sink);
 std::int64_t num_tensors(const Coupling& layer);
 /// Tensors of the flow.
 std::int64_t num_tensors(const FlowSpec& spec);
+/// "" where the tensor may hold the numbers of `values` [size]: a sign is 1 or -1.
+std::string describe_wrong_sign(const TensorInfo& tensor, DType dtype, const void* values);
 /// [size], one number per feature or context number.
 TensorInfo vector_tensor(std::string name, std::int64_t size, std::int64_t layer);
 

@@ -1,4 +1,5 @@
 // The lu_linear layer: a square matrix as the product of a unit lower and an upper triangular one, and a bias.
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <utility>
@@ -14,6 +15,17 @@ namespace {
 
 /// Forming the matrix takes D^3 operations whenever the parameters change.
 constexpr std::int64_t kMaxLinearSize = 4096;
+
+constexpr const char* kSign = ".sign";
+
+template <class T>
+std::string describe_wrong_sign(const TensorInfo& tensor, const T* values) {
+  const T* const end = values + tensor.size;
+  const T* const wrong = std::find_if(values, end, [](T value) { return value != T(1) && value != T(-1); });
+  if (wrong == end) return "";
+  return tensor.name + "[" + std::to_string(wrong - values) + "] is " + text_of(static_cast<double>(*wrong)) +
+         ", expected 1 or -1";
+}
 
 }  // namespace
 
@@ -38,8 +50,14 @@ void tensors(const LULinear&, const FlowSpec& spec, const Site& site, const Tens
   put(".lower", triangle, true, true);
   put(".upper", triangle, true, true);
   put(".log_diagonal", features, true, true);
-  put(".sign", features, false, false);
+  put(kSign, features, false, false);
   put(".bias", features, true, false);
+}
+
+std::string describe_wrong_sign(const TensorInfo& tensor, DType dtype, const void* values) {
+  if (!tensor.name.ends_with(kSign)) return "";
+  if (dtype == DType::float32) return describe_wrong_sign(tensor, static_cast<const float*>(values));
+  return describe_wrong_sign(tensor, static_cast<const double*>(values));
 }
 
 void lower(const LULinear& layer, const FlowSpec&, const TensorInfo* first, Lowering& to) {
