@@ -21,12 +21,14 @@
 #include <system_error>
 #include <type_traits>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include <nvpflow/error.hpp>
 #include <nvpflow/flow.hpp>
 #include <nvpflow/spec.hpp>
 
+#include "actnorm_start.hpp"
 #include "backend.hpp"
 #include "checkpoint.hpp"
 #include "fit_rows.hpp"
@@ -61,7 +63,7 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 /// Arithmetic between two looks at the observer, in float32: 0.2 s on one core with AVX-512, 0.6 with 16-byte vectors.
 /// A batch that is cut in slices reads the weights and adds to the gradient once for each.
 constexpr double kSliceFlops = 16e9;
-/// Training rows that epochs are compared by where there is no validation data.
+/// Training rows that actnorm layers are set from, and that epochs are compared by where there is no validation data.
 constexpr std::int64_t kSelectionRows = 1 << 16;
 
 /// The weight decay that is taken where none is given: a prior that weighs less the more rows there are. Measured by
@@ -207,6 +209,7 @@ class Trainer {
                                validation_rows(), context_.data(), validation_context_.data()};
     std::vector<T> start = best_;
     if (standardized_.on) std::fill_n(start.begin(), 2 * features_, T(0));
+    start_actnorm_layers(start);
     training_ =
         FlowAccess::backend(flow_).begin_training(data, start.data(), std::min(slice_, batch_), Execution(threads_));
     if (options_.max_round_trip == 0) return;
@@ -368,6 +371,26 @@ class Trainer {
       statistics[size + j] = varies ? static_cast<T>(log_std) : T(0);
     }
   }
+
+  /// From the training rows, or some of them, as the run's first layer sees them.
+  void start_actnorm_layers(std::vector<T>& start) {
+    const auto is_actnorm = [](const LayerSpec& layer) { return std::holds_alternative<ActNorm>(layer); };
+    const std::vector<LayerSpec>& layers = flow_.spec().layers;
+    if (std::none_of(layers.begin(), layers.end(), is_actnorm)) return;
+    const std::int64_t count = std::min(rows_.train(), kSelectionRows);
+    std::vector<T> rows(static_cast<std::size_t>(count * features_));
+    std::vector<T> context(static_cast<std::size_t>(count * context_size()));
+    rows_.shuffled(0).each(0, count, [&](std::int64_t i, std::int64_t row) {
+      std::copy_n(x_.data() + row * features_, features_, rows.data() + i * features_);
+      std::copy_n(context_.data() + row * context_size(), context_size(), context.data() + i * context_size());
+    });
+    start_actnorms<T>(flow_.spec(), start, std::move(rows), context, slice_, threads_, [this] { poll(); });
+    const std::int64_t kept = own_begin();
+    std::copy(start.begin() + kept, start.end(), best_.begin() + kept);
+  }
+
+  /// Behind the standardize layer that the run does not have.
+  std::int64_t own_begin() const { return standardized_.on ? 2 * features_ : 0; }
 
   /// The rows that the run is given: the caller's, or standardized ones.
   void take_rows() {
@@ -627,8 +650,7 @@ class Trainer {
     if (loss < history_.best_loss && within_bound(record)) {
       history_.best_loss = loss;
       history_.best_epoch = record.epoch;
-      // Behind the standardize layer that the run does not have.
-      const std::int64_t kept = standardized_.on ? 2 * features_ : 0;
+      const std::int64_t kept = own_begin();
       std::copy_n(candidate() + kept, best_.size() - static_cast<std::size_t>(kept), best_.data() + kept);
     }
     if (options_.patience > 0 && record.epoch - history_.best_epoch >= options_.patience) {

@@ -79,7 +79,7 @@ def build(
         What mixes the features before each coupling, and at the end. "reverse": their order is turned round.
         "permutation": a random order. "lu": a random order, and a linear layer that is trained (`LULinear`).
     actnorm
-        Begin each step with a trained scale and shift per feature (`ActNorm`).
+        Begin each step with a trained scale and shift per feature (`ActNorm`), which `Flow.fit` sets from the data.
     network
         "mlp": the hidden layers of `hidden_sizes`. "residual": `num_blocks` blocks that add to what they are given
         (`ResidualNet`).
@@ -388,9 +388,10 @@ class Flow(Model):
 
         The flow ends with the weights of its best epoch: the lowest validation loss, or training loss where there is
         no validation data. A standardize layer that is still the identity is first set from the training rows
-        (`standardize`), and rows that are extremely far out are left out (`max_deviation`). The same data, options and
-        seed give the same weights, bit for bit, for any number of threads. The `threshold` is removed: it was that of
-        other weights.
+        (`standardize`), and rows that are extremely far out are left out (`max_deviation`). Every actnorm layer that is
+        still all zeros is then set such that its outputs have mean 0 and standard deviation 1 over the training rows.
+        The same data, options and seed give the same weights, bit for bit, for any number of threads. The `threshold`
+        is removed: it was that of other weights.
 
         Parameters
         ----------

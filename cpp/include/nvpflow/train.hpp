@@ -163,9 +163,11 @@ class NVPFLOW_API FitObserver {
 
 /// Fits `flow` to x [N, D] by minimising -mean log p. A first layer of kind standardize that is still the identity is
 /// set from the training rows beforehand (FitOptions::standardize), and is not trained. Rows that are extremely far out
-/// are then left out (FitOptions::max_deviation). T: the flow's dtype, or double for a
-/// float32 flow with takes_float64_rows, whose rows are then standardized in float64, once, into a float32 copy that is
-/// trained on; losses are the same, max_round_trip is measured on the standardized rows.
+/// are then left out (FitOptions::max_deviation). Every actnorm layer that is still all zeros is then set such that its
+/// outputs, on their way from data to the latent space, have mean 0 and standard deviation 1 over the training rows, of
+/// which up to 65,536 are looked at; one that is constant there is only brought to 0. T: the flow's dtype, or double
+/// for a float32 flow with takes_float64_rows, whose rows are then standardized in float64, once, into a float32 copy
+/// that is trained on; losses are the same, max_round_trip is measured on the standardized rows.
 ///
 /// Of a flow with a context: minimises -mean log p(x | c). context [N, C] and validation_context hold a row for each
 /// row of x and of validation, of the flow's dtype. Where the flow standardizes its context, its mean and standard
