@@ -195,45 +195,66 @@ void AffineLayer<T>::tile(const Layer<T>& layer, bool inverse, const TileState<T
   put_features<T>(layer.b, b, s.state, rows);
 }
 
+/// The transformed part b of a few rows, from its heads.
+template <class T, class LogScale>
+NVPFLOW_INLINE void affine_rows(const Affine<T, LogScale>& affine, const T* u, const T* t, int64_t t_stride, T* b,
+                                int64_t n, const RowState<T>& s) {
+  constexpr int64_t L = kLanes<T>, kStep = kVectors<StepsWith<T, LogScale>>;
+  for (int64_t j = 0; j < n; j += L) {
+    const auto at = [&](int64_t r, auto&& apply) __attribute__((always_inline)) {
+      apply(u + r * affine.u_stride + j, t + r * t_stride + j, b + r * affine.b_stride + j, s.log_det + r * L, n - j);
+    };
+    int64_t r = 0;
+    for (; r + kStep <= s.rows; r += kStep) {
+      at(r, [&](auto... p) __attribute__((always_inline)) { affine.template apply<StepsWith<T, LogScale>>(p...); });
+    }
+    if constexpr (kStep > 4) {
+      for (; r + 4 <= s.rows; r += 4) {
+        at(r, [&](auto... p) __attribute__((always_inline)) { affine.template apply<Pair<Pair<Vec<T>>>>(p...); });
+      }
+    }
+    for (; r < s.rows; ++r) {
+      at(r, [&](auto... p) __attribute__((always_inline)) { affine.template apply<Vec<T>>(p...); });
+    }
+  }
+}
+
+/// few_rows of a plain layer.
 template <class T>
-void AffineLayer<T>::few_rows(const Layer<T>& layer, bool inverse, const RowState<T>& s) {
-  constexpr int64_t L = kLanes<T>;
+NVPFLOW_INLINE void plain_rows(const Layer<T>& layer, bool inverse, const RowState<T>& s) {
+  const int64_t n = layer.b.count, stride = row_stride<T>(2 * n);
+  const T* u = mlp_rows<T, /*plain=*/true>(layer.network[0], s.state + layer.a.begin, s.stride, s);
+  const Affine<T, TanhScale<T>> affine = {{layer.scale}, inverse, stride, stride, s.stride, kLanes<T>};
+  affine_rows<T>(affine, u, u + n, stride, s.state + layer.b.begin, n, s);
+}
+
+/// few_rows of any layer.
+template <class T>
+NVPFLOW_NOINLINE void general_rows(const Layer<T>& layer, bool inverse, const RowState<T>& s) {
   const int64_t n = layer.b.count;
   const RowPart<T> a = take_features<T>(layer.a, s, s.gathered);
   const RowHeads<T> heads = heads_rows<T>(layer, a, s);
-  const T *u = heads.u, *shift = heads.t;
-  const int64_t t_stride = heads.stride;
   const RowPart<T> b = take_features<T>(layer.b, s, s.gathered);
   with_log_scale(layer.scale, [&]<class G>(G g) __attribute__((always_inline)) {
-    constexpr int64_t kStep = kVectors<StepsWith<T, G>>;
-    int64_t u_stride = t_stride;
+    const T* u = heads.u;
+    int64_t u_stride = heads.stride;
     if constexpr (G::kIsKnown) {
       T* known = free_buffer(layer, heads, s);
       u_stride = row_stride<T>(2 * padded<T>(n));
       g = known_scale<T>(layer.scale, inverse,
-                         {u, t_stride, known, known + padded<T>(n), nullptr, u_stride, n, s.rows});
+                         {u, heads.stride, known, known + padded<T>(n), nullptr, u_stride, n, s.rows});
       u = known;
     }
-    const Affine<T, G> affine = {g, inverse, u_stride, t_stride, b.stride, L};
-    for (int64_t j = 0; j < n; j += L) {
-      const auto at = [&](int64_t r, auto&& apply) __attribute__((always_inline)) {
-        apply(u + r * u_stride + j, shift + r * t_stride + j, b.first + r * b.stride + j, s.log_det + r * L, n - j);
-      };
-      int64_t r = 0;
-      for (; r + kStep <= s.rows; r += kStep) {
-        at(r, [&](auto... p) __attribute__((always_inline)) { affine.template apply<StepsWith<T, G>>(p...); });
-      }
-      if constexpr (kStep > 4) {
-        for (; r + 4 <= s.rows; r += 4) {
-          at(r, [&](auto... p) __attribute__((always_inline)) { affine.template apply<Pair<Pair<Vec<T>>>>(p...); });
-        }
-      }
-      for (; r < s.rows; ++r) {
-        at(r, [&](auto... p) __attribute__((always_inline)) { affine.template apply<Vec<T>>(p...); });
-      }
-    }
+    const Affine<T, G> affine = {g, inverse, u_stride, heads.stride, b.stride, kLanes<T>};
+    affine_rows<T>(affine, u, heads.t, heads.stride, b.first, n, s);
   });
   put_features<T>(layer.b, b, s);
+}
+
+template <class T>
+void AffineLayer<T>::few_rows(const Layer<T>& layer, bool inverse, const RowState<T>& s) {
+  if (layer.plain) return plain_rows<T>(layer, inverse, s);
+  general_rows<T>(layer, inverse, s);
 }
 
 /// Affine that leaves on the tape what the way back needs.

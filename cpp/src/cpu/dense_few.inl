@@ -191,13 +191,10 @@ NVPFLOW_NOINLINE void few_rows(const W& weights, const T* x, int64_t x_stride, T
   for (; o < d.out; o += L) few_block<T, MR, 1, kParallel>(weights, o, x, x_stride, y, y_stride, act);
 }
 
-/// y[rows][out] = rectify(W^T x[rows][in] + c), row-major, for MR <= rows <= kMaxFewRows; whole vectors of y are
-/// written. Without a bias the sums start from y.
-template <class T, int MR = 1, class W>
-void dense_few_rows(const W& weights, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t rows, Act act) {
-  if constexpr (MR < kMaxFewRows<T>) {
-    if (rows > MR) return dense_few_rows<T, MR + 1>(weights, x, x_stride, y, y_stride, rows, act);
-  }
+/// MR rows.
+template <class T, int MR, class W>
+NVPFLOW_INLINE void dense_so_many_rows(const W& weights, const T* x, int64_t x_stride, T* y, int64_t y_stride,
+                                       Act act) {
   const Dense<T>& d = weights.d;
   if constexpr (W::kCanFetchAhead && MR >= kFewSums / 2) {
     if (d.far) return few_rows<T, MR, 1>(FullWeights<T, true>{d}, x, x_stride, y, y_stride, act);
@@ -209,11 +206,32 @@ void dense_few_rows(const W& weights, const T* x, int64_t x_stride, T* y, int64_
   few_rows<T, MR, 1>(weights, x, x_stride, y, y_stride, act);
 }
 
-/// The same of either kind of weights.
+/// y[rows][out] = rectify(W^T x[rows][in] + c), row-major, for MR <= rows <= kMaxFewRows; whole vectors of y are
+/// written. Without a bias the sums start from y.
+template <class T, int MR = 1, class W>
+void dense_few_rows(const W& weights, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t rows, Act act) {
+  if constexpr (MR < kMaxFewRows<T>) {
+    if (rows > MR) return dense_few_rows<T, MR + 1>(weights, x, x_stride, y, y_stride, rows, act);
+  }
+  dense_so_many_rows<T, MR>(weights, x, x_stride, y, y_stride, act);
+}
+
+/// The same of either kind of weights, where every instruction of one row counts.
 template <class T>
-void dense_few(const Dense<T>& d, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t rows, Act act) {
+NVPFLOW_INLINE void dense_few_inlined(const Dense<T>& d, const T* x, int64_t x_stride, T* y, int64_t y_stride,
+                                      int64_t rows, Act act) {
+  if (d.narrow == nullptr && rows == 1) {
+    return dense_so_many_rows<T, 1>(FullWeights<T>{d}, x, x_stride, y, y_stride, act);
+  }
   if (d.narrow == nullptr) return dense_few_rows<T>(FullWeights<T>{d}, x, x_stride, y, y_stride, rows, act);
   if constexpr (sizeof(T) == 4) dense_few_rows<T>(NarrowWeights{d}, x, x_stride, y, y_stride, rows, act);
+}
+
+/// The same, one copy for all others.
+template <class T>
+NVPFLOW_NOINLINE void dense_few(const Dense<T>& d, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t rows,
+                                Act act) {
+  dense_few_inlined<T>(d, x, x_stride, y, y_stride, rows, act);
 }
 
 }  // namespace

@@ -127,6 +127,9 @@ struct Layer {
   Scale<T> scale;
   Network<T> network[2];  // of all heads, or one of each
   int32_t num_networks = 0;
+  // Tanh, features that follow each other, one mlp without a context and LayerNorm: what most flows are made of. A few
+  // rows of it take a path of their own, where every instruction counts.
+  bool plain = false;
   // diagonal: in the order of a tile's rows
   const T* mean = nullptr;
   const T* std = nullptr;          // exp(log_std)

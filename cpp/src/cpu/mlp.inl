@@ -54,22 +54,24 @@ const T* mlp_tile(const Network<T>& net, const T* x, const StateContext<T>& cont
   return x;
 }
 
-/// network_rows.
-template <class T>
-const T* mlp_rows(const Network<T>& net, const T* x, int64_t stride, const RowState<T>& s) {
+/// network_rows. plain: of a plain layer.
+template <class T, bool plain = false>
+NVPFLOW_INLINE const T* mlp_rows(const Network<T>& net, const T* x, int64_t stride, const RowState<T>& s) {
   for (int32_t j = 0; j < net.num_dense; ++j) {
     const Dense<T>& d = net.dense[j];
     const bool head = j + 1 == net.num_dense;
     const Act act = head ? Act::none : net.activation;
     const int64_t y_stride = row_stride<T>(d.out);
     T* y = j % 2 == 0 ? s.buffer0 : s.buffer1;
-    if (j == 0) {
-      first_rows<T>(net, x, stride, y, y_stride, s, act);
+    if (!plain && j == 0 && net.context != nullptr) {
+      context_layer_rows<T>(net, x, stride, y, y_stride, s, act);
+    } else if constexpr (plain) {
+      dense_few_inlined<T>(d, x, stride, y, y_stride, s.rows, act);
     } else {
       dense_few<T>(d, x, stride, y, y_stride, s.rows, act);
     }
     if (needs_pass(act)) activate<T>(act, y, y, s.rows * y_stride);
-    if (net.layer_norm && !head) layer_norm_rows<T>(y, y, d.out, y_stride, s.rows, nullptr);
+    if (!plain && net.layer_norm && !head) layer_norm_rows<T>(y, y, d.out, y_stride, s.rows, nullptr);
     x = y;
     stride = y_stride;
   }

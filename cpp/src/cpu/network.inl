@@ -28,7 +28,7 @@ const T* network_tile(const Network<T>& net, const T* x, const StateContext<T>& 
 /// The network on a few rows; x is its input [rows][stride]; returns the head's outputs [rows][out], in one of the
 /// buffers.
 template <class T>
-const T* network_rows(const Network<T>& net, const T* x, int64_t stride, const RowState<T>& s) {
+NVPFLOW_NOINLINE const T* network_rows(const Network<T>& net, const T* x, int64_t stride, const RowState<T>& s) {
   if (net.residual) return residual_rows<T>(net, x, stride, s);
   return mlp_rows<T>(net, x, stride, s);
 }

@@ -268,6 +268,9 @@ void Packed<T>::add(const LoweredCoupling& from) {
     program_.max_width = std::max(program_.max_width, 2 * layer.b.count);
     program_.kept_width = std::max(program_.kept_width, layer.b.count);
   }
+  const Network<T>& net = layer.network[0];
+  layer.plain = layer.scale.function == ScaleFunction::tanh && layer.a.index == nullptr && layer.b.index == nullptr &&
+                layer.num_networks == 1 && !net.residual && !net.layer_norm && net.context == nullptr;
   layers_.push_back(layer);
 }
 

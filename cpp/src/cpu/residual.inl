@@ -95,7 +95,7 @@ void enter_block_rows(const Network<T>& net, int32_t block, const T* h, T* w, in
 
 /// network_rows.
 template <class T>
-const T* residual_rows(const Network<T>& net, const T* x, int64_t x_stride, const RowState<T>& s) {
+NVPFLOW_NOINLINE const T* residual_rows(const Network<T>& net, const T* x, int64_t x_stride, const RowState<T>& s) {
   const int64_t stride = row_stride<T>(net.dense[0].out), size = s.rows * stride;
   T *h = s.kept, *w = s.buffer0, *v = s.buffer1;
   first_rows<T>(net, x, x_stride, h, stride, s, Act::none);
