@@ -401,6 +401,17 @@ TEST_CASE("gradients of layers of all features, directions and places agree with
   }
 }
 
+nvpflow::Network gated_network(std::uint64_t seed) {
+  nvpflow::Network network;
+  network.kind = nvpflow::Network::Kind::residual;
+  network.hidden_sizes = {seed % 2 == 0 ? 19 : 5};
+  network.activation = seed % 2 == 0 ? Activation::gelu : Activation::tanh;
+  network.num_blocks = 2;
+  network.context_gates = true;
+  network.block_affines = seed % 2 == 1;
+  return network;
+}
+
 TEST_CASE_TEMPLATE("a context, by rows and one for all, agrees with the oracle", T, float, double) {
   for (const std::int64_t features : {1, 2, 5, 17}) {
     for (std::uint64_t seed = 0; seed < 6; ++seed) {
@@ -412,6 +423,7 @@ TEST_CASE_TEMPLATE("a context, by rows and one for all, agrees with the oracle",
       nvpflow::Coupling of_all;
       of_all.transformed.name = nvpflow::FeatureSet::Name::all;
       of_all.network.hidden_sizes = seed % 2 == 0 ? std::vector<std::int64_t>{9} : std::vector<std::int64_t>{};
+      if (seed >= 2) of_all.network = gated_network(seed);
       spec.layers.emplace_back(of_all);
       spec.context_size = static_cast<std::int64_t>(1 + seed * 7);
       spec.standardize_context = seed % 2 == 1;
@@ -481,6 +493,7 @@ TEST_CASE("gradients with a context agree with finite differences") {
       of_all.transformed.name = nvpflow::FeatureSet::Name::all;
       if (seed % 2 == 0) of_all.network.hidden_sizes = {9};
       of_all.network.activation = Activation::silu;
+      if (seed >= 2) of_all.network = gated_network(seed);
       spec.layers.emplace_back(of_all);
       spec.context_size = static_cast<std::int64_t>(1 + seed * 3);
       spec.standardize_context = seed % 2 == 1;

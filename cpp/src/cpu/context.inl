@@ -102,6 +102,7 @@ void fold(const Program<T>& program, const T* context, T* folded, T* scratch) {
       const Network<T>& net = layer.network[n];
       const int64_t stride = row_stride<T>(net.context->out);
       dense_few<T>(*net.context, scratch, row_stride<T>(program.context_size), folded + net.fold, stride, 1, Act::none);
+      if (net.gates != nullptr) fold_gates<T>(net, residual_blocks(net), scratch, folded + net.gate_fold);
     }
   }
 }

@@ -69,6 +69,11 @@ struct Network {
   const Dense<T>* context = nullptr;
   const DenseGradient* context_gradients = nullptr;  // one, or one per head where dense[0] is the heads
   int64_t fold = 0;
+  // Residual: what the context makes the gates of each block of; null: there are none. The gates of a context that is
+  // one for all rows lie, block after block, `gate_fold` elements into the call's folded context.
+  const Dense<T>* gates = nullptr;
+  const DenseGradient* gate_gradients = nullptr;
+  int64_t gate_fold = 0;
 };
 
 /// Rows of a tile that hold the features of a part, in the order of the features.

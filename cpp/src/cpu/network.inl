@@ -72,7 +72,7 @@ void network_backward(const Network<T>& net, T* tape, T* scratch0, T* scratch1, 
   const T* of_first = nullptr;
   if (net.residual) {
     const ResidualTape<T> keep(net, tape, rows);
-    residual_backward<T>(net, keep, scratch0, scratch1, count);
+    residual_backward<T>(net, keep, scratch0, scratch1, context_cotangent, count);
     of_first = keep.cotangent(0);
   } else {
     const MlpTape<T> keep(net, tape, rows);
@@ -85,17 +85,60 @@ void network_backward(const Network<T>& net, T* tape, T* scratch0, T* scratch1, 
   add_input_cotangent<T>(net.dense[0], of_first, scratch0, scratch1, input_cotangent, count, rows);
 }
 
-/// The dense layers, the affine maps, and what reads the context.
+/// The parts of a network's gradient: the dense layers, what reads the context for the first of them, the gates, the
+/// affine maps.
+struct NetworkParts {
+  int32_t context, gates, affines, end;
+};
+
+template <class T>
+NVPFLOW_INLINE NetworkParts parts_of(const Network<T>& net) {
+  const int32_t blocks = net.residual ? residual_blocks(net) : 0;
+  NetworkParts parts;
+  parts.context = net.num_dense;
+  parts.gates = parts.context + (net.context == nullptr ? 0 : 1);
+  parts.affines = parts.gates + (net.gates == nullptr ? 0 : blocks);
+  parts.end = parts.affines + (net.affines == nullptr ? 0 : blocks);
+  return parts;
+}
+
 template <class T>
 int32_t network_parts(const Network<T>& net) {
-  return net.num_dense + affine_maps(net) + (net.context == nullptr ? 0 : 1);
+  return parts_of(net).end;
+}
+
+/// The layer of a part that is one.
+template <class T>
+const Dense<T>& dense_of_part(const Network<T>& net, const NetworkParts& parts, int32_t part) {
+  return part < parts.context ? net.dense[part] : part < parts.gates ? *net.context : net.gates[part - parts.gates];
 }
 
 template <class T>
 PartSize network_part(const Network<T>& net, int32_t part) {
-  if (part == net.num_dense + affine_maps(net)) return {net.context->in, net.context->out};
-  if (part >= net.num_dense) return {net.affines[part - net.num_dense].width, 0};
-  return {net.dense[part].in, net.dense[part].out};
+  const NetworkParts parts = parts_of(net);
+  if (part >= parts.affines) return {net.affines[part - parts.affines].width, 0};
+  const Dense<T>& d = dense_of_part(net, parts, part);
+  return {d.in, d.out};
+}
+
+/// The inputs of a part that is a dense layer, and the cotangents of its outputs, on the first tape.
+template <class T>
+struct PartTape {
+  const T *x, *g;
+};
+
+template <class T>
+PartTape<T> tape_of_part(const Network<T>& net, const NetworkParts& parts, int32_t part, const TileTapes<T>& tapes) {
+  T* tape = const_cast<T*>(tapes.first);
+  const int32_t layer = part < parts.context ? part : 0;  // the first has its outputs in common with the context's
+  if (net.residual) {
+    const ResidualTape<T> keep(net, tape, tapes.rows);
+    if (part < parts.context) return {keep.input_of(part), keep.cotangent(part)};
+    return {tapes.context, part < parts.gates ? keep.cotangent(0) : keep.gate_cotangent(part - parts.gates)};
+  }
+  const MlpTape<T> keep(net, tape, tapes.rows);
+  return {part < parts.context ? keep.input_of(net, part, tapes.rows) : tapes.context,
+          keep.cotangent(net, layer, tapes.rows)};
 }
 
 /// Of one part, [first, last) of what it is shared out by; a dense layer's bias goes with the first. tapes: of the
@@ -103,24 +146,15 @@ PartSize network_part(const Network<T>& net, int32_t part) {
 template <class T>
 void network_weight_gradient(const Network<T>& net, int32_t part, int64_t first, int64_t last,
                              const TileTapes<T>& tapes, T* gradient, bool add) {
-  T* tape = const_cast<T*>(tapes.first);
-  const bool of_context = part == net.num_dense + affine_maps(net);
-  if (part >= net.num_dense && !of_context) {
-    return affine_map_gradient<T>(net, part - net.num_dense, first, last, tapes, gradient, add);
+  const NetworkParts parts = parts_of(net);
+  if (part >= parts.affines) {
+    return affine_map_gradient<T>(net, part - parts.affines, first, last, tapes, gradient, add);
   }
-  if (of_context) part = 0;  // whose outputs they share
-  const T *x = nullptr, *g = nullptr;
-  if (net.residual) {
-    const ResidualTape<T> keep(net, tape, tapes.rows);
-    x = keep.input_of(part), g = keep.cotangent(part);
-  } else {
-    const MlpTape<T> keep(net, tape, tapes.rows);
-    x = keep.input_of(net, part, tapes.rows), g = keep.cotangent(net, part, tapes.rows);
-  }
-  if (of_context) {
-    return dense_gradient<T>(*net.context, net.context_gradients, tapes.context, g, first, last, tapes, gradient, add);
-  }
-  dense_gradient<T>(net.dense[part], net.gradients + part, x, g, first, last, tapes, gradient, add);
+  const DenseGradient* to = part < parts.context ? net.gradients + part
+                            : part < parts.gates ? net.context_gradients
+                                                 : net.gate_gradients + (part - parts.gates);
+  const PartTape<T> tape = tape_of_part(net, parts, part, tapes);
+  dense_gradient<T>(dense_of_part(net, parts, part), to, tape.x, tape.g, first, last, tapes, gradient, add);
 }
 
 }  // namespace

@@ -182,7 +182,8 @@ void Packed<T>::reserve(const Lowered& lowered) {
     const auto* coupling = std::get_if<LoweredCoupling>(&layer);
     if (coupling == nullptr) continue;
     for (const LoweredNetwork& network : coupling->networks) {
-      num_dense += network.dense.size() + (network.context ? 1 : 0);
+      num_dense += network.dense.size() + network.gates.size() + (network.context ? 1 : 0);
+      num_gradients += network.gates.size();
       num_affines += network.affines.size();
       for (const LoweredDense& dense : network.dense) num_gradients += dense.parts.size();
       if (network.context) num_gradients += network.context->parts.size();
@@ -224,7 +225,6 @@ void Packed<T>::add_dense(const LoweredDense& from) {
 
 template <class T>
 Network<T> Packed<T>::add_network(const LoweredNetwork& from) {
-  if (!from.gates.empty()) refuse_on_cpu("context_gates");
   Network<T> network;
   network.activation = from.activation;
   network.layer_norm = from.layer_norm;
@@ -246,6 +246,15 @@ Network<T> Packed<T>::add_network(const LoweredNetwork& from) {
     add_dense(*from.context);
     network.fold = program_.fold_size;
     program_.fold_size += round_up(from.context->out(), lanes_);
+  }
+  if (!from.gates.empty()) {
+    network.gates = dense_.data() + dense_.size();
+    network.gate_gradients = gradients_.data() + gradients_.size();
+    network.gate_fold = program_.fold_size;
+    for (const LoweredDense& gate : from.gates) {
+      add_dense(gate);
+      program_.fold_size += round_up(gate.out(), lanes_);
+    }
   }
   return network;
 }

@@ -1,9 +1,10 @@
 // KERNEL: a residual network: an initial layer, blocks of two layers whose output is added to their input h, and the
 // head: on a tile, on a few rows, and there and back with a tape.
 //
-//   h = W x + b;  per block h += W_1 act(W_0 act(A(h)) + b_0) + b_1;  the head is linear in h
+//   h = W x + b;  per block h += gate (W_1 act(W_0 act(A(h)) + b_0) + b_1);  the head is linear in h
 //
-// A is an affine map of each unit, or nothing. h stays where it is while a block goes through both buffers.
+// A is an affine map of each unit, or nothing; the gates are in gates.inl. h stays where it is while a block goes
+// through both buffers.
 #pragma once
 
 #include <stdint.h>
@@ -15,6 +16,7 @@
 #include "dense_rows.inl"
 #include "dense_tile.inl"
 #include "first_layer.inl"
+#include "gates.inl"
 #include "kernels.hpp"
 #include "scratch.hpp"
 #include "simd.hpp"
@@ -32,12 +34,6 @@ int32_t residual_blocks(const Network<T>& net) {
 template <class T>
 int32_t affine_maps(const Network<T>& net) {
   return net.affines == nullptr ? 0 : residual_blocks(net);
-}
-
-/// h += v.
-template <class T>
-void add_to(const T* v, T* h, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes<T>) store<T>(h + i, load<T>(h + i) + load<T>(v + i));
 }
 
 /// w = act(A(h)) on a tile.
@@ -67,7 +63,7 @@ const T* residual_tile(const Network<T>& net, const T* x, const StateContext<T>&
     dense_tile<T>(dense[0], buffer0, buffer1, rows, net.activation);
     if (needs_pass(net.activation)) activate<T>(net.activation, buffer1, buffer1, size);
     dense_tile<T>(dense[1], buffer1, buffer0, rows, Act::none);
-    add_to<T>(buffer0, h, size);
+    leave_block_tile<T>(net, block, context, buffer0, buffer1, h, rows);
   }
   dense_tile<T>(net.dense[net.num_dense - 1], h, buffer0, rows, Act::none);
   return buffer0;
@@ -105,7 +101,7 @@ NVPFLOW_NOINLINE const T* residual_rows(const Network<T>& net, const T* x, int64
     dense_few<T>(dense[0], w, stride, v, stride, s.rows, net.activation);
     if (needs_pass(net.activation)) activate<T>(net.activation, v, v, size);
     dense_few<T>(dense[1], v, stride, w, stride, s.rows, Act::none);
-    add_to<T>(w, h, size);
+    leave_block_rows<T>(net, block, s.context, w, v, h, stride, s.rows);
   }
   const Dense<T>& head = net.dense[net.num_dense - 1];
   dense_few<T>(head, h, stride, w, row_stride<T>(head.out), s.rows, Act::none);
@@ -113,9 +109,10 @@ NVPFLOW_NOINLINE const T* residual_rows(const Network<T>& net, const T* x, int64
 }
 
 /// What a residual network keeps for the way back, row-major: input [rows][in]; of each block w = act(A(h)) and
-/// v = act(W_0 w + b_0), and, where the way back needs them, the argument of v and h, [rows][H] each; the last h; the
-/// cotangents of the outputs of the dense layers. Columns are up to whole vectors. Per unit of rows: of each block's
-/// affine map the sums of the gradients of scale and shift, [2 H].
+/// v = act(W_0 w + b_0), where the way back needs them the argument of v and h, and with gates what is gated, the gates
+/// and the cotangents of their arguments, [rows][H] each; the last h; the cotangents of the outputs of the dense
+/// layers. Columns are up to whole vectors. Per unit of rows: of each block's affine map the sums of the gradients of
+/// scale and shift, [2 H].
 template <class T>
 class ResidualTape {
  public:
@@ -132,6 +129,7 @@ class ResidualTape {
       : input(tape),
         argument_(keeps_argument(net.activation)),
         entry_(keeps_entry(net)),
+        gated_(net.gates != nullptr),
         blocks_(residual_blocks(net)),
         matrix_(row_stride<T>(net.dense[0].out) * rows),
         block_(block_size(net) * rows),
@@ -152,22 +150,29 @@ class ResidualTape {
     const int32_t block = (dense - 1) / 2;
     return block == blocks_ ? h(block) : dense % 2 == 1 ? w(block) : v(block);
   }
-  /// Of the outputs of a dense layer. Those of a block's second layer, and of the initial one, are those of h behind
-  /// it.
+  /// What a block adds to h before the gates, the gates, and the cotangents of their arguments; only with gates.
+  T* change(int32_t block) const { return w(block + 1) - 3 * matrix_; }
+  T* gate(int32_t block) const { return w(block + 1) - 2 * matrix_; }
+  T* gate_cotangent(int32_t block) const { return w(block + 1) - matrix_; }
+  /// Of the outputs of a dense layer.
   T* cotangent(int32_t dense) const { return cotangents_ + dense * matrix_; }
+  /// Of h before a block, or behind the last one. Without gates it is that of the outputs of the layer before, so that
+  /// it is kept once; with gates, the part of the initial layer holds it on its way.
+  T* h_cotangent(int32_t block) const { return cotangent(gated_ ? 0 : 2 * block); }
   /// Of a block's affine map and a unit of rows.
   T* sums(int32_t block, int64_t unit) const { return sums_ + (unit * blocks_ + block) * unit_; }
 
  private:
   static bool keeps_entry(const Network<T>& net) { return net.affines != nullptr || keeps_argument(net.activation); }
   static int64_t block_size(const Network<T>& net) {
-    return row_stride<T>(net.dense[0].out) * (2 + keeps_argument(net.activation) + keeps_entry(net));
+    return row_stride<T>(net.dense[0].out) *
+           (2 + keeps_argument(net.activation) + keeps_entry(net) + (net.gates != nullptr ? 3 : 0));
   }
   static int64_t unit_stride(const Network<T>& net) {
     return net.affines == nullptr ? 0 : row_stride<T>(2 * padded<T>(net.dense[0].out));
   }
 
-  bool argument_, entry_;
+  bool argument_, entry_, gated_;
   int32_t blocks_;
   int64_t matrix_, block_, unit_;
   T *hidden_, *cotangents_, *sums_;
@@ -183,12 +188,13 @@ void residual_taped(const Network<T>& net, const ResidualTape<T>& keep, const T*
   };
   first_many_rows<T>(net, keep.input, context, keep.h(0), stride, count, Act::none);
   for (int32_t block = 0; block < residual_blocks(net); ++block) {
-    T *h = keep.h(block), *next = keep.h(block + 1), *change = head;
+    T *h = keep.h(block), *next = keep.h(block + 1);
+    T* change = net.gates == nullptr ? head : keep.change(block);
     enter_block_rows<T>(net, block, h, keep.w(block), stride, count);
     dense(1 + 2 * block, keep.argument(block), stride, net.activation);
     if (needs_pass(net.activation)) activate<T>(net.activation, keep.argument(block), keep.v(block), size);
     dense(2 + 2 * block, change, stride, Act::none);
-    for (int64_t i = 0; i < size; i += kLanes<T>) store<T>(next + i, load<T>(h + i) + load<T>(change + i));
+    leave_block_taped<T>(net, block, context, h, change, keep.gate(block), next, stride, count);
   }
   const int32_t last = net.num_dense - 1;
   dense(last, head, row_stride<T>(net.dense[last].out), Act::none);
@@ -232,25 +238,34 @@ void leave_block_backward(const Network<T>& net, const ResidualTape<T>& keep, in
   }
 }
 
-/// From the cotangent of the head's outputs to those of the other layers'.
+/// From the cotangent of the head's outputs to those of the other layers'. To context_cotangent, where it is wanted,
+/// the gates' part is added.
 template <class T>
-void residual_backward(const Network<T>& net, const ResidualTape<T>& keep, T* scratch0, T* scratch1, int64_t count) {
+void residual_backward(const Network<T>& net, const ResidualTape<T>& keep, T* scratch0, T* scratch1,
+                       T* context_cotangent, int64_t count) {
   const int64_t size = count * row_stride<T>(net.dense[0].out);
   const int32_t last = net.num_dense - 1;
-  dense_back<T>(net.dense[last], keep.cotangent(last), keep.cotangent(last - 1), count);
+  dense_back<T>(net.dense[last], keep.cotangent(last), keep.h_cotangent(residual_blocks(net)), count);
   for (int32_t block = residual_blocks(net) - 1; block >= 0; --block) {
     const Dense<T>* dense = net.dense + 1 + 2 * block;
-    const T* of_output = keep.cotangent(2 + 2 * block);
-    T *of_first = keep.cotangent(1 + 2 * block), *of_input = keep.cotangent(2 * block);
-    dense_back<T>(dense[1], net.activation, keep.v(block), keep.argument(block), of_output, of_first, count);
+    const T* of_output = keep.h_cotangent(block + 1);
+    T *of_first = keep.cotangent(1 + 2 * block), *of_second = keep.cotangent(2 + 2 * block);
+    T* of_input = keep.h_cotangent(block);
+    if (net.gates != nullptr) {
+      T* of_gate = keep.gate_cotangent(block);
+      gate_backward<T>(of_output, keep.change(block), keep.gate(block), of_second, of_gate, size);
+      if (context_cotangent != nullptr) {
+        add_context_cotangent<T>(net.gates[block], of_gate, scratch0, context_cotangent, count);
+      }
+    }
+    dense_back<T>(dense[1], net.activation, keep.v(block), keep.argument(block), of_second, of_first, count);
     if (net.affines != nullptr) {
       dense_back<T>(dense[0], of_first, scratch0, count);
       leave_block_backward<T>(net, keep, block, scratch0, of_output, of_input, scratch1, count);
       continue;
     }
     dense_back<T>(dense[0], net.activation, keep.w(block), keep.h(block), of_first, scratch0, count);
-    for (int64_t i = 0; i < size; i += kLanes<T>)
-      store<T>(of_input + i, load<T>(of_output + i) + load<T>(scratch0 + i));
+    add_change<T>(of_output, scratch0, of_input, size);
   }
 }
 
