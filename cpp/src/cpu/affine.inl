@@ -224,7 +224,8 @@ template <class T>
 NVPFLOW_INLINE void plain_rows(const Layer<T>& layer, bool inverse, const RowState<T>& s) {
   const int64_t n = layer.b.count, stride = row_stride<T>(2 * n);
   const T* u = mlp_rows<T, /*plain=*/true>(layer.network[0], s.state + layer.a.begin, s.stride, s);
-  const Affine<T, TanhScale<T>> affine = {{layer.scale}, inverse, stride, stride, s.stride, kLanes<T>};
+  const TanhScale<T> g = {layer.scale};
+  const Affine<T, TanhScale<T>> affine = {g, inverse, stride, stride, s.stride, kLanes<T>};
   affine_rows<T>(affine, u, u + n, stride, s.state + layer.b.begin, n, s);
 }
 

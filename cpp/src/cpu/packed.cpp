@@ -9,11 +9,9 @@
 #include <cstring>
 #include <limits>
 #include <mutex>
-#include <string>
 #include <variant>
 
 #include <nvpflow/device.hpp>
-#include <nvpflow/error.hpp>
 #include <nvpflow/spec.hpp>
 
 #include "../lower.hpp"
@@ -85,10 +83,6 @@ Scale<T> scale_of(const LoweredScale& from) {
   scale.negated = from.negated;
   scale.sign = from.negated ? T(-1) : T(1);
   return scale;
-}
-
-[[noreturn]] void refuse_on_cpu(const std::string& what) {
-  throw Error(ErrorCode::unavailable, what + " is in the spec, which the CPU does not compute yet");
 }
 
 }  // namespace
