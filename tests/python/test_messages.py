@@ -121,7 +121,6 @@ HABITS = [
     (lambda flow: flow.fit(X, bounds=(0, 1), **QUICK), "'bounds'; columns have no bounds yet"),
     (lambda flow: flow.fit(X, lr=1e-3), "'lr'; the step size is called learning_rate"),
     (lambda flow: flow.fit(X, verbose=1), "'verbose'; it is called progress"),
-    (lambda flow: nvpflow.build(3, context_size=2), "'context_size'; flows here have no conditions yet"),
     (lambda flow: nvpflow.build(features=3), "'features'; the number of columns is called input_size"),
     (lambda flow: flow.log_prob(X, context=None), "'context'; flows here have no conditions yet"),
     (lambda flow: flow.log_probability(X, X), "got 2; rows have neither weights nor conditions yet"),

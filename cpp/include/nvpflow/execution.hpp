@@ -25,6 +25,7 @@ struct ContextRows {
   /// Of calls that form gradients: [B, C], the cotangent of the context of each row, written; null: not wanted.
   void* gradient = nullptr;
 
+  /// More than any number of rows.
   static constexpr std::int64_t kForAll = std::int64_t{1} << 62;
 };
 

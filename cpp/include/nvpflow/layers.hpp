@@ -22,7 +22,7 @@ struct NVPFLOW_API FeatureSet {
   /// How the set is named; `indices`: by its members.
   enum class Name { first_half, second_half, even, odd, all, indices };
 
-  Name name = Name::second_half;
+  Name name = Name::second_half;      ///< which set
   std::vector<std::int64_t> indices;  ///< ascending; only where name is `indices`
 
   /// The members, ascending, of a layer with so many features.
@@ -46,7 +46,7 @@ struct LogScale {
   /// g.
   enum class Function { tanh, softsign, atan, identity, sigmoid, softplus };
 
-  Function function = Function::tanh;
+  Function function = Function::tanh;                     ///< g
   double factor = 1.0;                                    ///< F > 0
   double divisor = 1.0;                                   ///< d > 0
   double low = 0.0;                                       ///< smallest scale, >= 0
@@ -87,10 +87,10 @@ struct Network {
   /// Which of the two.
   enum class Kind { mlp, residual };
 
-  Kind kind = Kind::mlp;
+  Kind kind = Kind::mlp;  ///< which of them
   /// Units of each hidden layer; none: linear heads. residual: exactly one, the width of h.
   std::vector<std::int64_t> hidden_sizes;
-  Activation activation = Activation::relu;
+  Activation activation = Activation::relu;  ///< after each hidden layer; residual: before each layer of a block
   /// mlp: each hidden layer's output is brought to mean 0 and variance 1 (unbiased, plus 1e-5), without an affine map.
   bool layer_norm = false;
   std::int64_t num_blocks = 2;  ///< residual
@@ -107,8 +107,8 @@ struct Network {
 struct Coupling {
   bool inverse = false;    ///< the formula is read latent -> data
   FeatureSet transformed;  ///< b; all of them need a context
-  Transform transform;
-  Network network;  ///< of both heads, or of the scale only
+  Transform transform;     ///< of b
+  Network network;         ///< of both heads, or of the scale only
   /// Affine only: the translation head has a network of its own.
   std::optional<Network> translation_network;
 
