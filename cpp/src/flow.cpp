@@ -239,6 +239,37 @@ struct Flow::State {
     return found;
   }
 
+  /// Calls f(execution) and gives the cotangent of the context its own shape: one row for all has the sum of those of
+  /// the rows, which is what backends give.
+  template <class F>
+  void with_context_gradient(const Execution& asked, std::int64_t rows, F&& f) const {
+    Execution how = settled(asked);
+    void* sum = how.context.gradient;
+    if (sum == nullptr || how.context.repeat == 1 || rows == 1) return f(how);
+    if (how.device_arrays || how.context.repeat != ContextRows::kForAll) {
+      throw Error(ErrorCode::unavailable,
+                  "the gradient of one context row for several rows is summed for arrays of the host only; pass a "
+                  "context of [B, C]");
+    }
+    std::vector<unsigned char> of_rows(static_cast<std::size_t>(rows * spec.context_size * size_of(spec.dtype)));
+    how.context.gradient = of_rows.data();
+    f(how);
+    if (spec.dtype == DType::float32) {
+      add_rows(reinterpret_cast<const float*>(of_rows.data()), rows, static_cast<float*>(sum));
+    } else {
+      add_rows(reinterpret_cast<const double*>(of_rows.data()), rows, static_cast<double*>(sum));
+    }
+  }
+  /// sum [C] of rows [rows, C]
+  template <class T>
+  void add_rows(const T* from, std::int64_t rows, T* sum) const {
+    for (std::int64_t i = 0; i < spec.context_size; ++i) {
+      double total = 0;
+      for (std::int64_t r = 0; r < rows; ++r) total += static_cast<double>(from[r * spec.context_size + i]);
+      sum[i] = static_cast<T>(total);
+    }
+  }
+
   /// Of the first layer where it is a standardize layer, else zeros and ones; [D] each.
   struct Columns {
     std::vector<double> means, deviations;
@@ -616,36 +647,11 @@ void check_vjp(std::int64_t rows, std::int64_t parameters, const Named<std::span
   refuse_overlap(grad_in, grad_parameters);
 }
 
-}  // namespace
-
-namespace {
-
-/// The cotangent of a context, in the context's own shape: that of one row for all is the sum over the rows.
 template <class T>
-class ContextGradient {
- public:
-  ContextGradient(ContextRows& rows, const Context& context, const Named<std::span<T>>& wanted, std::int64_t count)
-      : wanted_(wanted.span) {
-    if (wanted_.empty()) return;
-    check_length(wanted, context.size(), "as context");
-    if (rows.repeat == ContextRows::kForAll && count != 1)
-      of_rows_.resize(static_cast<std::size_t>(count * context.size()));
-    rows.gradient = of_rows_.empty() ? wanted_.data() : of_rows_.data();
-    if (count == 0) std::fill(wanted_.begin(), wanted_.end(), T(0));
-  }
-
-  void finish() const {
-    for (std::size_t i = 0; i < wanted_.size() && !of_rows_.empty(); ++i) {
-      double sum = 0;
-      for (std::size_t r = i; r < of_rows_.size(); r += wanted_.size()) sum += static_cast<double>(of_rows_[r]);
-      wanted_[i] = static_cast<T>(sum);
-    }
-  }
-
- private:
-  std::span<T> wanted_;
-  std::vector<T> of_rows_;
-};
+T* checked_context_gradient(const Named<std::span<T>>& wanted, const Context& context) {
+  if (!wanted.span.empty()) check_length(wanted, context.size(), "as context");
+  return data_or_null(wanted.span);
+}
 
 }  // namespace
 
@@ -657,10 +663,9 @@ void Flow::vjp(Direction direction, std::span<const T> in, std::span<const T> gr
   check_vjp(rows, num_parameters(), Named{"in", in}, Named{"grad_out", grad_out}, Named{"grad_log_det", grad_log_det},
             Named{"grad_in", grad_in}, Named{"grad_parameters", grad_parameters});
   Execution how = state_->execution<T>(context, rows);
-  const ContextGradient<T> of_context(how.context, context, Named{"grad_context", grad_context}, rows);
+  how.context.gradient = checked_context_gradient(Named{"grad_context", grad_context}, context);
   vjp_unchecked(direction, in.data(), rows, data_or_null(grad_out), data_or_null(grad_log_det), data_or_null(grad_in),
                 data_or_null(grad_parameters), accumulate, how);
-  of_context.finish();
 }
 
 void Flow::vjp(std::span<const double> x, std::span<const float> grad_out, std::span<const float> grad_log_det,
@@ -670,10 +675,9 @@ void Flow::vjp(std::span<const double> x, std::span<const float> grad_out, std::
   check_vjp(rows, num_parameters(), Named{"x", x}, Named{"grad_out", grad_out}, Named{"grad_log_det", grad_log_det},
             Named{"grad_x", grad_x}, Named{"grad_parameters", grad_parameters});
   Execution how = state_->execution<double>(context, rows);
-  const ContextGradient<float> of_context(how.context, context, Named{"grad_context", grad_context}, rows);
+  how.context.gradient = checked_context_gradient(Named{"grad_context", grad_context}, context);
   vjp_unchecked(Direction::forward, x.data(), rows, data_or_null(grad_out), data_or_null(grad_log_det),
                 data_or_null(grad_x), data_or_null(grad_parameters), accumulate, how);
-  of_context.finish();
 }
 
 template <class T>
@@ -763,14 +767,16 @@ double Flow::nll_gradient_unchecked(const void* x, std::int64_t rows, void* grad
 void Flow::vjp_unchecked(Direction direction, const void* in, std::int64_t rows, const void* grad_out,
                          const void* grad_log_det, void* grad_in, void* grad_parameters, bool accumulate,
                          const Execution& how) const {
-  state_->backend->vjp(direction, in, rows, grad_out, grad_log_det, grad_in, grad_parameters, accumulate,
-                       state_->settled(how));
+  state_->with_context_gradient(how, rows, [&](const Execution& settled) {
+    state_->backend->vjp(direction, in, rows, grad_out, grad_log_det, grad_in, grad_parameters, accumulate, settled);
+  });
 }
 
 void Flow::log_prob_vjp_unchecked(const void* x, std::int64_t rows, const void* grad_log_prob, void* log_prob,
                                   void* grad_x, void* grad_parameters, bool accumulate, const Execution& how) const {
-  state_->backend->log_prob_vjp(x, rows, grad_log_prob, log_prob, grad_x, grad_parameters, accumulate,
-                                state_->settled(how));
+  state_->with_context_gradient(how, rows, [&](const Execution& settled) {
+    state_->backend->log_prob_vjp(x, rows, grad_log_prob, log_prob, grad_x, grad_parameters, accumulate, settled);
+  });
 }
 
 void Flow::conditioner_unchecked(std::int64_t layer, const void* in, std::int64_t rows, void* s, void* t,

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nvpflow import _checks, _core, _frames, _hints
+from nvpflow.conditioned import ConditionedFlow
 from nvpflow.flow import Flow
 
 Array = NDArray[Any]
@@ -20,7 +21,7 @@ _ELEMENTS = 1 << 20  # of the rows that are scored at once
 
 
 @_hints.explained
-def blame(flow: Flow, x: ArrayLike) -> Any:
+def blame(flow: Flow | ConditionedFlow, x: ArrayLike) -> Any:
     """Tell which columns make a row unlikely: by how much log p would rise if one column had its likeliest value.
 
     ``blame[i, j] = max over t of log p(x_i with column j set to t) - log p(x_i)``, in nats: the other columns stay as
@@ -32,7 +33,7 @@ def blame(flow: Flow, x: ArrayLike) -> Any:
     Parameters
     ----------
     flow
-        The flow.
+        The flow; one with a context under one, ``flow.condition(c)``.
     x
         Rows [B, D] or one row [D], as `Flow.log_probability` takes them.
 
@@ -66,9 +67,11 @@ def blame(flow: Flow, x: ArrayLike) -> Any:
     >>> int(nvpflow.blame(flow, np.float32([0.1, 5.0, -0.3])).argmax())
     1
     """
-    if not isinstance(flow, Flow):
+    if not isinstance(flow, (Flow, ConditionedFlow)):
         raise TypeError(f"flow must be a Flow, got {_checks.describe(flow)}")
-    given, _ = _frames.read("x", x, flow._column_names())
+    if isinstance(flow, Flow) and flow.spec.context_size:
+        raise ValueError("flow has a context, and rows are blamed under one; expected flow.condition(context)")
+    given, _ = _frames.read("x", x, flow.column_names)
     log_p = np.asarray(_core._host_array(flow.log_probability(given)), dtype=np.float64)  # and checks the rest
     rows = np.asarray(_core._host_array(given))
     if isinstance(given, (list, tuple)) or rows.dtype not in (np.float32, np.float64):
@@ -88,7 +91,7 @@ def blame(flow: Flow, x: ArrayLike) -> Any:
     return type(frame)(found, index=frame.index, columns=frame.columns) if hasattr(frame, "iloc") else found
 
 
-def _first_values(flow: Flow, dtype: np.dtype[Any]) -> Array:
+def _first_values(flow: Flow | ConditionedFlow, dtype: np.dtype[Any]) -> Array:
     """Return quantiles [_QUANTILES, D] of the flow's samples, the least and the largest among them."""
     wide = "float64" if dtype == np.float64 and flow.spec._takes_float64_rows else None
     samples = np.asarray(_core._host_array(flow.sample(_SAMPLES, seed=0, dtype=wide)), dtype=np.float64)
@@ -98,7 +101,7 @@ def _first_values(flow: Flow, dtype: np.dtype[Any]) -> Array:
     return np.quantile(samples, np.linspace(0, 1, _QUANTILES), axis=0).astype(dtype)
 
 
-def _gains(flow: Flow, rows: Array, log_p: Array, tried: Array) -> Array:
+def _gains(flow: Flow | ConditionedFlow, rows: Array, log_p: Array, tried: Array) -> Array:
     """Return what each row would gain by the best value of each column [B, D]."""
     finite = np.isfinite(rows).all(axis=1)
     log_p = np.where(finite & np.isnan(log_p), -np.inf, log_p)  # so far out that the arithmetic has overflown
@@ -111,7 +114,7 @@ def _gains(flow: Flow, rows: Array, log_p: Array, tried: Array) -> Array:
     return gains
 
 
-def _best(flow: Flow, rows: Array, column: int, values: Array) -> Array:
+def _best(flow: Flow | ConditionedFlow, rows: Array, column: int, values: Array) -> Array:
     """Return the largest log p [B] that rows reach by their column `column`."""
     tried = np.broadcast_to(values, (len(rows), len(values)))
     best = np.full(len(rows), -np.inf)
@@ -126,7 +129,7 @@ def _best(flow: Flow, rows: Array, column: int, values: Array) -> Array:
     return best
 
 
-def _scores(flow: Flow, rows: Array, column: int, values: Array) -> Array:
+def _scores(flow: Flow | ConditionedFlow, rows: Array, column: int, values: Array) -> Array:
     """Return log p [B, V] of rows with one column set to each of the values [B, V]; -inf where it is not finite."""
     changed = np.repeat(rows[:, None, :], values.shape[1], axis=1)
     changed[:, :, column] = values

@@ -6,6 +6,7 @@ The derivation is in python/docs/certify.md of the sources; its letters are used
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -154,9 +155,9 @@ class Unbounded:
     def __init__(self, flow: Model) -> None:
         self._flow = flow
 
-    def log_prob(self, x: Array) -> Array:
-        """Return log p of rows [n, D], in nats."""
-        found: Array = self._flow.log_probability(x)
+    def log_prob(self, x: Array, context: NDArray[Any] | None = None) -> Array:
+        """Return log p of rows [n, D] under their contexts [n, C], in nats."""
+        found: Array = self._flow.log_probability(x, context=context)
         return found
 
     def bound(self, eps: float) -> None:
@@ -181,8 +182,9 @@ class Walk:
                 self._layers.append(_Standardize(flow, f"standardize_{i}", parameters, first=i == 0))
         self._walked = False
 
-    def log_prob(self, x: Array) -> Array:
-        """Return log p of rows [n, D], n > 0, in nats."""
+    def log_prob(self, x: Array, context: NDArray[Any] | None = None) -> Array:
+        """Return log p of rows [n, D], n > 0, in nats; the derivation knows no context."""
+        assert context is None
         self._walked = True
         log_det = np.zeros(len(x))
         for layer in self._layers:
@@ -205,7 +207,8 @@ class Walk:
 
 def walk(flow: Model) -> Walk | Unbounded:
     """Return what takes rows through the layers of a float64 flow on the CPU."""
-    return Walk(flow) if all(map(_is_covered, flow.spec.layers)) else Unbounded(flow)
+    covered = flow.spec.context_size == 0 and all(map(_is_covered, flow.spec.layers))
+    return Walk(flow) if covered else Unbounded(flow)
 
 
 def _is_covered(layer: Layer) -> bool:

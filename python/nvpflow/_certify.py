@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from nvpflow import _bound, _checks, _core, _data, _frames, _spec
+from nvpflow import _bound, _checks, _context, _core, _data, _frames, _spec
 from nvpflow._model import Model
 from nvpflow._text import counted
 from nvpflow.certificate import PROMISED, TOLERANCE, Certificate, Deviation, first
@@ -22,6 +22,28 @@ _JACOBIAN_FLOPS = 2e10  # for all Jacobians, a few seconds of one core
 _LARGEST_JACOBIAN_FLOPS = 1e12  # where one takes minutes, none is formed unless asked for
 _MOST_JACOBIANS = 64
 _VJP_COST = 6  # FLOPs per parameter and row
+
+
+def certify(
+    flow: Model, x: ArrayLike, *, context: ArrayLike | None, tolerance: float, jacobian_rows: int | None
+) -> Certificate:
+    """Measure `flow` on rows [N, D] or one row; `Flow.certify` documents the arguments."""
+    given, _ = _frames.read("x", x, flow._column_names())
+    rows = _checks.rows("x", _core._host_array(given), flow.spec, one_row=True)
+    contexts = _context.rows(context, len(rows), flow.spec)
+    certifier = Certifier(flow, tolerance=tolerance, jacobian_rows=jacobian_rows)
+    certifier.add(rows, contexts)
+    return certifier.certificate()
+
+
+def _widened(contexts: Array | None) -> Array | None:
+    return None if contexts is None else contexts.astype(np.float64)
+
+
+def _joined(parts: Iterable[Array | None]) -> Array | None:
+    """Return contexts that may be none, one behind the other."""
+    there = [part for part in parts if part is not None]
+    return np.concatenate(there) if there else None
 
 
 class _Worst:
@@ -81,6 +103,9 @@ class Certifier:
         self._drawn_rows = np.empty(0, np.int64)
         self._worst = self._drawn[:0]
         self._worst_row = self._drawn_rows[:0]
+        size = self._flow.spec.context_size
+        self._drawn_contexts = np.empty((0, size), self._flow.spec.dtype) if size else None
+        self._worst_context = self._drawn_contexts
 
     def _affordable(self) -> int:
         columns = self._flow.spec.input_size
@@ -89,15 +114,19 @@ class Certifier:
             return 0
         return max(1, min(_MOST_JACOBIANS, int(_JACOBIAN_FLOPS / cost)))
 
-    def add(self, rows: Array) -> None:
-        """Measure rows [n, D] of the flow's dtype, or of float64 where the flow takes that; all of one dtype."""
+    def add(self, rows: Array, contexts: Array | None = None) -> None:
+        """Measure rows [n, D] of the flow's dtype, or of float64 where the flow takes that; all of one dtype.
+
+        contexts: [n, C] of the flow's dtype, of a flow with a context.
+        """
         if self.rows == 0 and rows.dtype != self._flow.spec.dtype:
             self._count_from_means()
         step = max(1, _BLOCK_VALUES // self._flow.spec.input_size)
         for start in range(0, len(rows), step):
             # What overflows is looked for and counted.
             with np.errstate(all="ignore"):
-                self._add_block(rows[start : start + step])
+                part = slice(start, start + step)
+                self._add_block(rows[part], None if contexts is None else contexts[part])
 
     def _count_from_means(self) -> None:
         parameters = dict(self._reference.parameters())
@@ -106,23 +135,27 @@ class Certifier:
         self._walk = _bound.walk(self._reference)
         self._drawn = self._worst = np.empty((0, len(self._centre)))
 
-    def _add_block(self, x: Array) -> None:
+    def _add_block(self, x: Array, contexts: Array | None) -> None:
         numbers = np.arange(self.rows, self.rows + len(x))
         keys = self._random.random(len(x))
         self.rows += len(x)
         finite = np.isfinite(x).all(axis=1)
+        if contexts is not None:
+            finite &= np.isfinite(contexts).all(axis=1)
         if not finite.all():
             self._nonfinite += int(np.count_nonzero(~finite))
             self._first_nonfinite = _earlier(self._first_nonfinite, numbers[~finite])
             x, numbers, keys = x[finite], numbers[finite], keys[finite]
+            contexts = None if contexts is None else contexts[finite]
         if len(x) == 0:
             return
         wide = x.astype(np.float64) - self._centre
         self._digits.add(x)
-        z, log_det = self._flow.forward(x)
-        back = self._flow.inverse(z, dtype=x.dtype)
-        again, _ = self._flow.forward(back)
-        log_prob, expected = self._flow.log_probability(x), self._walk.log_prob(wide)
+        z, log_det = self._flow.forward(x, context=contexts)
+        back = self._flow.inverse(z, dtype=x.dtype, context=contexts)
+        again, _ = self._flow.forward(back, context=contexts)
+        log_prob = self._flow.log_probability(x, context=contexts)
+        expected = self._walk.log_prob(wide, _widened(contexts))
         good = np.isfinite(log_det) & np.isfinite(log_prob) & np.isfinite(expected)
         for results in (z, back, again):
             good &= np.isfinite(results).all(axis=1)
@@ -131,34 +164,39 @@ class Certifier:
             self._first_failed = _earlier(self._first_failed, numbers[~good])
             x, wide, z, back, again = x[good], wide[good], z[good], back[good], again[good]
             log_prob, expected, numbers, keys = log_prob[good], expected[good], numbers[good], keys[good]
+            contexts = None if contexts is None else contexts[good]
         if len(x) == 0:
             return
         self._largest = max(self._largest, float((np.abs(wide) / self._std).max()))
         at = self._round_trip.add(*self._round_trip_errors(wide, back - self._centre), numbers)
         if at is not None:
             self._worst, self._worst_row = x[at : at + 1].copy(), numbers[at : at + 1]
+            self._worst_context = None if contexts is None else contexts[at : at + 1].copy()
         error = np.abs(again.astype(np.float64) - z)
         self._latent.add(error / (1 + np.abs(z)), error, numbers)
         error = np.abs(log_prob - expected)
         self._log_prob.add(error / (1 + np.abs(expected)), error, numbers)
-        self._draw(x, numbers, keys)
+        self._draw(x, contexts, numbers, keys)
 
     def _round_trip_errors(self, x: Array, back: Array) -> tuple[Array, Array]:
         error = np.abs(back - x)
         return error / (self._std + np.abs(x)), error / self._std
 
-    def _draw(self, x: Array, numbers: Array, keys: Array) -> None:
+    def _draw(self, x: Array, contexts: Array | None, numbers: Array, keys: Array) -> None:
         """Keep the rows with the smallest keys: a uniform draw without replacement, whatever the blocks are."""
         if self._wanted == 0:
             return
         if len(self._keys) == self._wanted:
             candidates = keys < self._keys.max()
             x, numbers, keys = x[candidates], numbers[candidates], keys[candidates]
+            contexts = None if contexts is None else contexts[candidates]
         keys = np.concatenate([self._keys, keys])
         kept = np.argsort(keys, kind="stable")[: self._wanted]
         self._keys = keys[kept]
         self._drawn = np.concatenate([self._drawn, x])[kept]
         self._drawn_rows = np.concatenate([self._drawn_rows, numbers])[kept]
+        drawn = _joined((self._drawn_contexts, contexts))
+        self._drawn_contexts = None if drawn is None else drawn[kept]
 
     # -- the end
 
@@ -204,15 +242,21 @@ class Certifier:
         fresh = ~np.isin(self._worst_row, self._drawn_rows)
         x = np.concatenate([self._drawn, self._worst[fresh]])
         numbers = np.concatenate([self._drawn_rows, self._worst_row[fresh]])
+        contexts = _joined((self._drawn_contexts, self._worst_context if fresh.any() else None))
+        wide_contexts = _widened(contexts)
         worst, measured, resolution, stretch, shrink = _Worst(), 0, 0.0, 0.0, 0.0
         self._judged_log_det = 0.0
         columns = self._flow.spec.input_size
         constant = float(np.log(self._std).sum())
         with np.errstate(all="ignore"):
             wide = x.astype(np.float64) - self._centre
-            _, computed = self._flow.forward(x)
-            for row, log_det, number in zip(wide, computed, numbers, strict=True) if self._wanted else ():
-                jacobian, _ = self._reference.vjp(np.tile(row, (columns, 1)), np.eye(columns))
+            _, computed = self._flow.forward(x, context=contexts)
+            for i, (row, log_det, number) in enumerate(zip(wide, computed, numbers, strict=True)):
+                if self._wanted == 0:  # of the worst row neither
+                    break
+                of_row = None if wide_contexts is None else wide_contexts[i]
+                tiled = np.tile(row, (columns, 1))
+                jacobian = self._reference.vjp(tiled, np.eye(columns), wrt="x", context=of_row)[0]
                 jacobian *= self._std  # of z with respect to x in units of its standard deviations
                 expected = np.linalg.slogdet(jacobian)[1] - constant
                 if not np.isfinite(expected):  # beyond the range of float64: nothing to compare with
@@ -228,7 +272,8 @@ class Certifier:
                 worst.add(relative, error, np.array([number]))
                 if relative[0] > own:
                     self._judged_log_det = max(self._judged_log_det, float(relative[0]))
-            back = self._reference.inverse(self._reference.forward(wide)[0])
+            latents, _ = self._reference.forward(wide, context=wide_contexts)
+            back = self._reference.inverse(latents, context=wide_contexts)
             errors = self._round_trip_errors(wide, back)[0]
         return {
             "log_det": worst.found(),

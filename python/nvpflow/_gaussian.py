@@ -35,7 +35,7 @@ def gaussian_log_prob(train: Array, rows: Array) -> NDArray[np.float64]:
     return _log_density(rows - train.mean(axis=0), covariance)
 
 
-def shrunk_log_prob(train: Array, rows: Array) -> NDArray[np.float64]:
+def shrunk_log_prob(train: Array, rows: Array, given: int = 0) -> NDArray[np.float64]:
     """Return log p [B] in nats under a Gaussian that few training rows are enough for.
 
     Its correlations are shrunk towards none (Ledoit and Wolf, 2004), so that their matrix is never singular.
@@ -46,6 +46,8 @@ def shrunk_log_prob(train: Array, rows: Array) -> NDArray[np.float64]:
         Rows [N, D] to take mean and covariance from.
     rows
         Rows [B, D].
+    given
+        How many of the last columns are a context: the density is that of the others under it.
 
     Raises
     ------
@@ -57,8 +59,12 @@ def shrunk_log_prob(train: Array, rows: Array) -> NDArray[np.float64]:
     if not std.all():
         raise np.linalg.LinAlgError("a column of train is constant")
     z = (train - mean) / std
-    density = _log_density((rows - mean) / std, _shrunk_correlations(z))
-    density -= np.log(std).sum()
+    deviations, correlations = (rows - mean) / std, _shrunk_correlations(z)
+    density = _log_density(deviations, correlations)
+    own = len(std) - given
+    if given:
+        density -= _log_density(deviations[:, own:], correlations[own:, own:])
+    density -= np.log(std[:own]).sum()
     return density
 
 

@@ -10,10 +10,6 @@ from typing import NoReturn, ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_NO_CONDITIONS = (
-    "flows here have no conditions yet, p(x) and not p(x | context): train one flow for each condition, or one of the "
-    "joint columns, log p(x, c) - log p(c)"
-)
 _NO_WEIGHTS = (
     "rows have no weights yet: draw rows in proportion to their weights, x[rng.choice(len(x), len(x), p=w / w.sum())], "
     "or weight the loss of nvpflow.torch.FlowModule"
@@ -24,15 +20,12 @@ _NO_BOUNDS = (
 )
 _NO_OTHER_BASE = "latents are standard normal: there is no other base yet"
 _ABOUT = {
-    **dict.fromkeys(
-        ("context", "cond", "condition", "conditions", "conditional", "conditioner", "labels"), _NO_CONDITIONS
-    ),
-    **dict.fromkeys(("context_size", "context_features", "cond_dim", "num_classes"), _NO_CONDITIONS),
     **dict.fromkeys(("sample_weight", "sample_weights", "weight", "w", "importance"), _NO_WEIGHTS),
     **dict.fromkeys(("bounds", "low", "high", "lower", "upper", "support", "limits"), _NO_BOUNDS),
     **dict.fromkeys(("base", "prior", "latent", "temperature"), _NO_OTHER_BASE),
+    "context": "a view of Flow.condition has its context already, and what has none takes none",
     # By position, behind the arguments that there are.
-    "": "rows have neither weights nor conditions yet; options are given by name",
+    "": "a context and options are given by name, context=c; rows have no weights yet",
 }
 # What others call an argument, for functions that have it under its own name.
 _RENAMED = {
@@ -50,6 +43,14 @@ _RENAMED = {
     "verbose": (("progress",), "it is called verbose"),
     "input_size": (("features", "dim", "n_features"), "the number of columns is called input_size"),
     "num_flows": (("num_layers", "n_layers", "transforms"), "the number of coupling layers is called num_flows"),
+    "context": (
+        ("cond", "condition", "conditions", "conditional", "conditioner", "labels", "y", "c"),
+        "what conditions the rows is called context",
+    ),
+    "context_size": (
+        ("context_features", "cond_dim", "condition_size", "conditions", "num_classes"),
+        "how many numbers condition a row is called context_size",
+    ),
     "hidden_sizes": (
         ("hidden_features", "hidden_size", "n_hidden"),
         "widths of hidden layers are called hidden_sizes",

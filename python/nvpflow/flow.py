@@ -17,6 +17,7 @@ from nvpflow._model import Model, _restore, _where
 from nvpflow._model import Threshold as Threshold
 from nvpflow._model import _piece as _piece  # by the name in pickles
 from nvpflow._model import _unpickle as _unpickle
+from nvpflow.conditioned import ConditionedFlow
 from nvpflow.layers import Layer
 
 
@@ -61,8 +62,8 @@ def build(
     activation
         Of the hidden layers: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid or softplus.
     context_size
-        C, how many numbers condition each row; 0: none. Specs hold any, but a flow of another than 0 is refused yet:
-        its methods take no context in Python.
+        C, how many numbers condition each row: the flow is then a density p(x | c), whose methods need ``context=``.
+        0: none.
     transform
         "affine": ``x exp(s) + t`` (RealNVP). "additive": ``x + t`` (NICE), which keeps volumes.
     scale
@@ -206,9 +207,11 @@ def load(
 
 
 class Flow(Model):
-    """A RealNVP normalizing flow: an invertible map between data x and latents z that are standard normal.
+    """A normalizing flow of coupling layers: an invertible map between data x and latents z that are standard normal.
 
     ``log p(x) = log N(z; 0, I) + log|det dz/dx|``, in nats, exactly. Made by `build` and `load`, or from a `FlowSpec`.
+    With a `FlowSpec.context_size` C it is a density p(x | c): methods on rows then need ``context=``, a row [B, C] for
+    each row of x, or one [C] for all; `condition` binds one.
 
     Parameters
     ----------
@@ -254,7 +257,31 @@ class Flow(Model):
     __slots__ = ()
 
     @_hints.explained
-    def fit_threshold(self, x: ArrayLike, quantile: float = 0.01) -> Threshold:
+    def condition(self, context: ArrayLike) -> ConditionedFlow:
+        """Return the flow under one context: a view with the methods of a flow without one.
+
+        Its calls give the same bits as those with ``context=``, and cost as little as those of a flow without a
+        context: what the context comes to in each network is computed here.
+
+        Parameters
+        ----------
+        context
+            One context [C], rounded to the flow's dtype.
+
+        Returns
+        -------
+        ConditionedFlow
+            The view, which keeps the flow alive and follows its weights.
+
+        Raises
+        ------
+        ValueError
+            The flow has no context, or the context is not [C].
+        """
+        return ConditionedFlow(self, context)
+
+    @_hints.explained
+    def fit_threshold(self, x: ArrayLike, quantile: float = 0.01, *, context: ArrayLike | None = None) -> Threshold:
         """Set `threshold` to a quantile of the log-densities of rows, best rows that the flow was not trained on.
 
         Parameters
@@ -263,6 +290,8 @@ class Flow(Model):
             Rows [N, D], as `log_probability` takes them.
         quantile
             The share of these rows in [0, 1] that is to lie below, interpolated as `numpy.quantile` does.
+        context
+            As of `log_probability`.
 
         Returns
         -------
@@ -278,7 +307,7 @@ class Flow(Model):
         share = _checks.real("quantile", quantile)
         if not 0 <= share <= 1:
             raise ValueError(f"quantile is {share}, expected a share of the rows in [0, 1]")
-        log_p = np.atleast_1d(np.asarray(_core._host_array(self.log_probability(x)), dtype=np.float64))
+        log_p = np.atleast_1d(np.asarray(_core._host_array(self.log_probability(x, context=context)), dtype=np.float64))
         if not log_p.size:
             raise ValueError("x has no rows, expected at least one")
         with np.errstate(invalid="ignore"):
@@ -294,7 +323,12 @@ class Flow(Model):
 
     @_hints.explained
     def certify(
-        self, x: ArrayLike, *, tolerance: float = certificate.TOLERANCE, jacobian_rows: int | None = None
+        self,
+        x: ArrayLike,
+        *,
+        context: ArrayLike | None = None,
+        tolerance: float = certificate.TOLERANCE,
+        jacobian_rows: int | None = None,
     ) -> certificate.Certificate:
         """Measure how exactly the flow computes on the rows of `x`, and say what to think of it.
 
@@ -307,6 +341,8 @@ class Flow(Model):
         x
             Rows [N, D] or one row [D] as the model meets them, of its dtype or one that NumPy converts to it safely.
             Rows with NaN or infinity are counted and left out.
+        context
+            Of a flow with a context: [N, C], or [C] for all rows.
         tolerance
             The largest relative error that is not called unreliable, at least what the dtype promises.
         jacobian_rows
@@ -324,11 +360,7 @@ class Flow(Model):
         TypeError, ValueError
             Naming the argument: no rows, another shape, a dtype that does not convert safely.
         """
-        given, _ = _frames.read("x", x, self._column_names())
-        rows = _checks.rows("x", _core._host_array(given), self.spec, one_row=True)
-        certifier = _certify.Certifier(self, tolerance=tolerance, jacobian_rows=jacobian_rows)
-        certifier.add(rows)
-        return certifier.certificate()
+        return _certify.certify(self, x, context=context, tolerance=tolerance, jacobian_rows=jacobian_rows)
 
     @_hints.explained
     def initialize_from(
@@ -366,7 +398,8 @@ class Flow(Model):
         self,
         x: ArrayLike,
         *,
-        validation: float | ArrayLike | None = 0.1,
+        context: ArrayLike | None = None,
+        validation: float | ArrayLike | tuple[ArrayLike, ArrayLike] | None = 0.1,
         epochs: int = 100,
         batch_size: int | None = None,
         learning_rate: float = 3e-3,
@@ -400,8 +433,12 @@ class Flow(Model):
             array of that dtype is read in place (also a memory-mapped one). On a CUDA device they are copied there once
             and stay until training ends. A frame (pandas, polars, pyarrow) gives the flow its column names; one with
             other names than the flow has already is refused. `check_data` looks at them first.
+        context
+            Of a flow with a context: [N, C], all finite, a row for each row of x; the flow then learns p(x | c). Where
+            the flow standardizes its context and has not yet, its mean and standard deviation are set first.
         validation
-            A share of the rows in [0, 1) to set aside, drawn by `seed`; or rows [M, D] of their own; or None.
+            A share of the rows in [0, 1) to set aside, drawn by `seed`; or rows [M, D] of their own, with a context a
+            tuple (rows [M, D], context [M, C]); or None.
         epochs
             Passes over the training rows.
         batch_size
@@ -488,6 +525,7 @@ class Flow(Model):
         return training.fit(
             self,
             x,
+            context=context,
             validation=validation,
             options=options,
             progress=progress,

@@ -9,12 +9,12 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nvpflow import _checks, _core, _data, _frames, _gaussian, _spec, _training_options
+from nvpflow import _checks, _context, _core, _data, _frames, _gaussian, _spec, _training_options
 from nvpflow._model import Model
 from nvpflow.history import History as History  # also by this path, in pickles too
 
@@ -119,20 +119,33 @@ def unlike_mean(flow: Model, how: Sequence[str]) -> dict[str, str]:
     return {names[j]: found for j, found in enumerate(how) if found != "mean"}
 
 
-def _split(
-    flow: Model, validation: float | ArrayLike | None, names: list[str] | None
-) -> tuple[NDArray[Any] | None, float]:
-    """Tell a validation array from a share of the rows."""
+class _Split(NamedTuple):
+    """What epochs are compared by: rows with their contexts, or a share of the training rows."""
+
+    rows: NDArray[Any] | None = None
+    context: NDArray[Any] | None = None
+    share: float = 0.0
+
+
+def _split(flow: Model, validation: Any, names: list[str] | None) -> _Split:
     if validation is None:
-        return None, 0.0
+        return _Split()
+    context = None
+    if flow.spec.context_size and isinstance(validation, tuple):
+        if len(validation) != 2:
+            raise ValueError(f"validation is a tuple of {len(validation)}, expected two: rows and their context")
+        validation, context = validation
     if isinstance(validation, (str, bytes, bool)):
         expected = "expected a share of the rows in [0, 1), an array of rows or None"
         raise TypeError(f"validation is {_checks.describe(validation)}, {expected}")
     validation, _ = _frames.read("validation", validation, names)
     validation = _core._host_array(validation)
     if np.ndim(validation) == 0:
-        return None, _checks.real("validation", validation)
-    return _checks.rows("validation", validation, flow.spec), 0.0
+        return _Split(share=_checks.real("validation", validation))
+    rows = _checks.rows("validation", validation, flow.spec)
+    if flow.spec.context_size and context is None:
+        raise ValueError("validation holds rows without their context, expected a tuple (rows, context)")
+    return _Split(rows, _context.rows(context, len(rows), flow.spec, "the context of validation", one_for_all=False))
 
 
 @contextmanager
@@ -152,7 +165,8 @@ def fit(
     flow: Model,
     x: ArrayLike,
     *,
-    validation: float | ArrayLike | None,
+    context: ArrayLike | None,
+    validation: float | ArrayLike | tuple[ArrayLike, ArrayLike] | None,
     options: Mapping[str, Any],
     progress: bool | None,
     callback: Callable[[EpochRecord], object] | None,
@@ -163,11 +177,13 @@ def fit(
     given, frame_names = _frames.read("x", x, flow._column_names())
     rows = _checks.rows("x", _core._host_array(given), flow.spec)
     names = flow._column_names() or frame_names
-    validation_rows, fraction = _split(flow, validation, names)
-    checked = _training_options.checked(options) | {"validation": fraction}
+    contexts = _context.rows(context, len(rows), flow.spec, one_for_all=False)
+    held_out = _split(flow, validation, names)
+    checked = _training_options.checked(options) | {"validation": held_out.share}
     checked["standardize"] = _statistics_to_use(flow, options["standardize"])
     trained, standardizes = _data.trained_scales(flow), _spec.begins_with_standardize(flow.spec)
     report = _data.require_density(rows, names, flow.spec.dtype, standardizes, trained=trained)
+    _context.warn_of_lost_digits(contexts)
 
     bar = _open_bar(progress, checked["epochs"])
 
@@ -179,12 +195,15 @@ def fit(
 
     on_progress = None if bar is None else bar.on_progress
     with _named(flow, names), bar or nullcontext():
-        summary = flow._fit(rows, validation_rows, checked, on_progress, on_epoch)
+        summary = flow._fit(rows, held_out.rows, checked, on_progress, on_epoch, contexts, held_out.context)
     history = History._from_summary(summary, unlike_mean(flow, summary["standardized"]))
     if not any(finding.kind == "outliers" for finding in report.warnings):  # one warning for one finding
         _warn_of_far_rows(history, asked=checked["standardize"] == "robust")
     if history.best_epoch > 0 and history.validation_rows >= _JUDGING_ROWS and rows.shape[1] <= _MOST_COLUMNS:
-        tables = _near_rows(flow, _samples(rows, validation_rows, checked), checked["max_deviation"])
+        tables = [
+            _near_rows(flow, table, checked["max_deviation"])
+            for table in _samples(_Split(rows, contexts), held_out, checked)
+        ]
         _warn_where_a_gaussian_is_better(flow, history, *tables, mend_first=bool(report.warnings))
     return history
 
@@ -213,36 +232,53 @@ def _warn_of_far_rows(history: History, *, asked: bool) -> None:
         )
 
 
-def _samples(
-    rows: NDArray[Any], validation: NDArray[Any] | None, options: Mapping[str, Any]
-) -> tuple[NDArray[Any], NDArray[Any]]:
+def _samples(train: _Split, held_out: _Split, options: Mapping[str, Any]) -> tuple[_Split, _Split]:
     """Return some of the rows that were trained on, and some of those that were set aside, drawn at random."""
-    columns = rows.shape[1]
+    assert train.rows is not None
+    columns = train.rows.shape[1]
     most = min(_MOST_ROWS, max(_MOST_VALUES // columns, 10 * columns))
-    if validation is not None:
-        return _data.drawn(rows, most), _data.drawn(validation, most)
-    set_aside, trained_on = _core._split_rows(len(rows), options["validation"], options["seed"], most)
-    return rows[np.sort(trained_on)], rows[np.sort(set_aside)]
+    if held_out.rows is not None:
+        return _drawn(train, most), _drawn(held_out, most)
+    set_aside, trained_on = _core._split_rows(len(train.rows), options["validation"], options["seed"], most)
+    return _taken(train, np.sort(trained_on)), _taken(train, np.sort(set_aside))
 
 
-def _near_rows(flow: Model, tables: Sequence[NDArray[Any]], max_deviation: float) -> list[NDArray[Any]]:
-    """Return the tables without the rows that `fit` has left out."""
+def _drawn(table: _Split, most: int) -> _Split:
+    assert table.rows is not None
+    return _taken(table, _data.drawn(np.arange(len(table.rows)), most))
+
+
+def _taken(table: _Split, which: NDArray[Any]) -> _Split:
+    assert table.rows is not None
+    return _Split(table.rows[which], None if table.context is None else table.context[which])
+
+
+def _near_rows(flow: Model, table: _Split, max_deviation: float) -> _Split:
+    """Return the table without the rows that `fit` has left out."""
     scales = _data.trained_scales(flow)
     if scales is None or max_deviation == 0:
-        return list(tables)
+        return table
     mean, std = scales
-    return [rows[(np.abs(rows - mean) <= max_deviation * std).all(axis=1)] for rows in tables]
+    return _taken(table, (np.abs(table.rows - mean) <= max_deviation * std).all(axis=1))
 
 
 def _warn_where_a_gaussian_is_better(
-    flow: Model, history: History, trained_on: NDArray[Any], set_aside: NDArray[Any], *, mend_first: bool
+    flow: Model, history: History, trained_on: _Split, set_aside: _Split, *, mend_first: bool
 ) -> None:
     """Warn of a flow to which a Gaussian is to be preferred, by more than chance explains."""
+    assert trained_on.rows is not None
+    assert set_aside.rows is not None
+    train, rows, given = trained_on.rows, set_aside.rows, 0
+    if trained_on.context is not None and set_aside.context is not None:
+        varies = _context.varying(trained_on.context)
+        given = int(varies.sum())
+        train = np.hstack([train, trained_on.context[:, varies]])
+        rows = np.hstack([rows, set_aside.context[:, varies]])
     try:
-        gaussian = _gaussian.shrunk_log_prob(trained_on, set_aside)
+        gaussian = _gaussian.shrunk_log_prob(train, rows, given)
     except np.linalg.LinAlgError:  # a column that varies, but not in the sample
         return
-    ours = flow.log_probability(set_aside).astype(np.float64)
+    ours = flow.log_probability(set_aside.rows, context=set_aside.context).astype(np.float64)
     better = gaussian - ours
     mean, error = float(better.mean()), float(better.std(ddof=1) / math.sqrt(len(better)))
     if not mean > max(_VISIBLE_NATS, _VISIBLE_ERRORS * error):
@@ -255,7 +291,8 @@ def _warn_where_a_gaussian_is_better(
         remedy = f"mend what nvpflow.check_data finds in x, then {remedy}"
     warnings.warn(
         f"the flow is worse than a Gaussian: the mean log-density of {len(better):,} validation rows is "
-        f"{ours.mean():.3f} nats, and {gaussian.mean():.3f} under a Gaussian of the training rows (better by "
+        f"{ours.mean():.3f} nats, and {gaussian.mean():.3f} under a Gaussian of the training rows"
+        f"{' and their context' if given else ''} (better by "
         f"{mean:.2f}, with a standard error of {error:.2f}; the best epoch was {history.best_epoch} of {done}); "
         f"{remedy}",
         _data.DataWarning,

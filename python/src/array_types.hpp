@@ -26,10 +26,11 @@ enum class Place { unknown, host, device };
 struct InputArray {
   py::object owner;
   void* data = nullptr;
-  std::int64_t bytes = 0;  // of input_rows and input_vector
-  bool wide = false;       // float64 rows of a float32 flow (Kind::data)
-  std::int64_t rows = 0;   // of input_rows only
-  bool single = false;     // came as [D]: results lose the batch axis
+  std::int64_t bytes = 0;   // of input_rows and input_vector
+  bool wide = false;        // float64 rows of a float32 flow (Kind::data)
+  std::int64_t rows = 0;    // of input_rows only
+  bool single = false;      // came as [D]: results lose the batch axis
+  std::int64_t outer = -1;  // of samples: contexts, an axis before the rows; negative: none
   Library library = Library::numpy;
   py::object source;  // the caller's object, where it is not NumPy's
   // In the memory of a CUDA device (device_arrays.hpp): used as it is.
@@ -43,6 +44,7 @@ enum class Kind {
   data,       // rows of data, of a flow that takes only its dtype
   wide_data,  // the same, of a float32 flow that takes float64, too (takes_float64_rows)
   other,      // latents, cotangents and the like, whose values are of unit scale
+  context,    // an input of networks: float64 is rounded to the flow's dtype
 };
 
 struct OutputArray {

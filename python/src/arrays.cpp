@@ -3,10 +3,11 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <span>
 #include <string>
-#include <utility>
 #include <vector>
 
+#include <nvpflow/error.hpp>
 #include <nvpflow/flow.hpp>
 #include <nvpflow/overlap.hpp>
 #include <nvpflow/spec.hpp>
@@ -52,13 +53,24 @@ InputArray input_vector(PyObject* object, const char* name, DType dtype, const I
   return host_vector(object, name, dtype, x, place);
 }
 
-std::pair<PyObject*, PyObject*> out_pair(PyObject* out, const char* second_name) {
-  if (out == nullptr || out == Py_None) return {nullptr, nullptr};
-  if (!PyTuple_Check(out) || PyTuple_GET_SIZE(out) != 2) {
-    raise(PyExc_TypeError, "out is " + std::string(Py_TYPE(out)->tp_name) +
-                               ", expected a tuple of two arrays, the second for " + second_name);
+void fill_from_tuple(PyObject* out, const char* what, std::span<PyObject*> members) {
+  if (out == nullptr || out == Py_None) return;
+  const auto count = static_cast<Py_ssize_t>(members.size());
+  if (!PyTuple_Check(out) || PyTuple_GET_SIZE(out) != count) {
+    raise(PyExc_TypeError, "out is " + std::string(Py_TYPE(out)->tp_name) + ", expected a tuple of " +
+                               (count == 2 ? "two" : "three") + " arrays, " + what);
   }
-  return {PyTuple_GET_ITEM(out, 0), PyTuple_GET_ITEM(out, 1)};
+  for (Py_ssize_t i = 0; i < count; ++i) members[static_cast<std::size_t>(i)] = PyTuple_GET_ITEM(out, i);
+}
+
+void require_beside(const InputArray& array, const char* name, const InputArray& x) {
+  if (array.on_device == x.on_device) {
+    if (x.on_device) wait_beside(array, x);
+    return;
+  }
+  throw Error(ErrorCode::invalid_argument, std::string(x.on_device ? "x" : name) + " is on a CUDA device, " +
+                                               (x.on_device ? name : "x") +
+                                               " in the host's memory; expected both in one place");
 }
 
 void refuse_overlap(const OutputArray& out, const char* out_name, const InputArray& in, const char* in_name,

@@ -4,7 +4,10 @@
 // Everything here needs the GIL. Failures set a Python error and throw py::error_already_set.
 #pragma once
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
+#include <span>
 #include <utility>
 
 #include <nvpflow/flow.hpp>
@@ -26,8 +29,14 @@ inline InputArray input_rows(PyObject* object, const char* name, DType dtype, st
   if (is_numpy_array(object)) return host_rows(object, name, dtype, features, kind, Place::host);
   return foreign_rows(object, name, dtype, features, device, kind, named);
 }
+/// Of an array that is on another side than x, the host's memory or a device's: an error. On a device the call waits
+/// for what makes it.
+void require_beside(const InputArray& array, const char* name, const InputArray& x);
 /// [B], or a number where x is a single row; where x is.
 InputArray input_vector(PyObject* object, const char* name, DType dtype, const InputArray& x);
+
+/// See out_members.
+void fill_from_tuple(PyObject* out, const char* what, std::span<PyObject*> members);
 
 /// Beside an input: [rows, columns], or [rows] where columns is 0; single as it is, in the memory where it is, of its
 /// library. `given`: null or None for a new array, else the caller's, which must have exactly this shape and dtype, be
@@ -37,8 +46,13 @@ inline OutputArray output_array(PyObject* given, const char* name, DType dtype, 
   return like.on_device ? device_output(given, name, dtype, like.rows, columns, like)
                         : host_output(given, name, dtype, columns, like);
 }
-/// The two members of out=(first, second), or null ones; second_name: what the second takes.
-std::pair<PyObject*, PyObject*> out_pair(PyObject* out, const char* second_name);
+/// The members of a tuple out=, or null ones; what: that each of them takes.
+template <std::size_t count>
+std::array<PyObject*, count> out_members(PyObject* out, const char* what) {
+  std::array<PyObject*, count> members{};
+  fill_from_tuple(out, what, members);
+  return members;
+}
 void refuse_overlap(const OutputArray& out, const char* out_name, const InputArray& in, const char* in_name,
                     std::int64_t in_bytes);
 void refuse_overlap(const OutputArray& a, const char* a_name, const OutputArray& b, const char* b_name);

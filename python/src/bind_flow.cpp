@@ -23,9 +23,9 @@
 #include "arrays.hpp"
 #include "bindings.hpp"
 #include "bound_flow.hpp"
+#include "call_context.hpp"
 #include "gil.hpp"
 #include "plain_methods.hpp"
-#include "without_context.hpp"
 
 namespace nvpflow::python {
 namespace {
@@ -42,19 +42,23 @@ py::object noise(const BoundFlow& self, std::int64_t rows, std::uint64_t seed) {
   return object_of(std::move(z));
 }
 
-py::object conditioner(const BoundFlow& self, const Arguments& given) {
+py::object conditioner(const Caller& caller, const Arguments& given) {
+  const BoundFlow& self = caller.flow;
   const auto layer = given.object(0).cast<std::int64_t>();
   const InputArray in = input_rows(given[1], "x", self.dtype, self.features, kHost);
   const FlowSpec& spec = self.flow.spec();
   const bool known = layer >= 0 && layer < static_cast<std::int64_t>(spec.layers.size());
   const auto* coupling = known ? std::get_if<Coupling>(&spec.layers[static_cast<std::size_t>(layer)]) : nullptr;
   const std::int64_t width = coupling != nullptr ? coupling->transformed.count(spec.input_size) : 1;  // refused below
+  const GivenContext context = context_of(caller, given[2], in);
+  const std::int64_t context_rows = in.single || context.array.single ? 1 : in.rows;
   OutputArray s = new_array(self.dtype, in.rows, width);
   OutputArray t = new_array(self.dtype, in.rows, width);
   run_released(self, in.rows, [&] {
     by_dtype(self.dtype, [&](auto v) {
       using T = decltype(v);
-      self.flow.conditioner(layer, view<T>(in, in.rows * self.features), view<T>(s), view<T>(t));
+      const Context c = context.given() ? Context(view<T>(context.array, context_rows * self.context_size)) : Context();
+      self.flow.conditioner(layer, view<T>(in, in.rows * self.features), view<T>(s), view<T>(t), c);
     });
   });
   return py::make_tuple(s.array, t.array);
@@ -204,18 +208,40 @@ void set_threshold(BoundFlow& self, std::optional<double> log_prob, std::optiona
   self.flow.set_threshold(threshold);
 }
 
+py::object condition_context(const py::object& self) {
+  const auto& condition = self.cast<const BoundCondition&>();
+  condition.require_ready();
+  return readonly_view(condition.rows.rows, condition.flow->dtype, condition.flow->context_size, self);
+}
+
+py::object read_context_row(BoundFlow& self, const Arguments& given) { return context_row(self, given[0]); }
+
 /// What takes arrays of the caller's; see plain_methods.hpp for why pybind11 does not bind it.
 void add_plain_methods(py::class_<BoundFlow>& type) {
   for (PyMethodDef* method : {
            plain<&set_flat_parameters>("_set_flat_parameters", 1, 2, {"parameters", "mean_low"}, nullptr),
            plain<&has_flat_parameters>("_has_flat_parameters", 1, 1, {"parameters"}, nullptr),
-           plain<&conditioner>("_conditioner", 2, 2, {"layer", "x"}, nullptr),
+           plain<&read_context_row>("_context_row", 1, 1, {"context"}, nullptr),
+           plain<&conditioner>("_conditioner", 2, 2, {"layer", "x", "context"}, nullptr),
        }) {
     add_method(type, method);
   }
   PyObject* num_threads = PyDescr_NewGetSet(reinterpret_cast<PyTypeObject*>(type.ptr()), &kNumThreads);
   if (num_threads == nullptr) throw py::error_already_set();
   type.attr("num_threads") = py::reinterpret_steal<py::object>(num_threads);
+}
+
+void bind_condition(py::module_& module) {
+  py::class_<BoundCondition> type(module, "ConditionedFlow", "The compiled part of nvpflow.ConditionedFlow.");
+  type.def(py::init([](const py::object& flow, const py::object& context) {
+             return std::make_unique<BoundCondition>(flow, context);
+           }),
+           py::arg("flow"), py::arg("context"))
+      .def_property_readonly("flow", on_ready(+[](const BoundCondition& c) { return c.owner; }),
+                             "The flow that the view looks at.")
+      .def_property_readonly("context", &condition_context, "What it is conditioned on: [C], read-only.");
+  add_gradient_methods(type);
+  add_hot_methods(type);
 }
 
 }  // namespace
@@ -235,9 +261,10 @@ py::object as_python(const std::optional<Threshold>& threshold) {
 
 BoundFlow::BoundFlow(const FlowSpec& spec, std::uint64_t seed, Device on, Precision precision, Weights weights,
                      Init init)
-    : flow(without_context(spec), seed, on, precision, weights, init),
+    : flow(spec, seed, on, precision, weights, init),
       dtype(spec.dtype),
       features(spec.input_size),
+      context_size(spec.context_size),
       device(on.kind == DeviceKind::cuda ? on.index : kHost),
       data(takes_float64_rows(spec) ? Kind::wide_data : Kind::data) {
   const double multiply_adds = flow.layout().multiply_adds_per_row();
@@ -302,6 +329,7 @@ void bind_flow(py::module_& module) {
   add_training_methods(type);
   add_file_methods(type);
   add_hot_methods(type);
+  bind_condition(module);
 }
 
 }  // namespace nvpflow::python

@@ -1,5 +1,6 @@
 // nll, its gradient, and the vector-Jacobian products.
 
+#include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <string>
@@ -12,7 +13,8 @@
 #include "arrays.hpp"
 #include "bindings.hpp"
 #include "bound_flow.hpp"
-#include "device_arrays.hpp"
+#include "call_context.hpp"
+#include "errors.hpp"
 #include "plain_methods.hpp"
 
 namespace nvpflow::python {
@@ -29,43 +31,63 @@ OutputArray parameter_array(const BoundFlow& self, const char* name, const Input
   return output_array(given, name, self.dtype, 0, like);
 }
 
-py::object nll(const BoundFlow& self, const Arguments& given) {
+py::object nll(const Caller& caller, const Arguments& given) {
+  const BoundFlow& self = caller.flow;
   const InputArray in = self.rows_of(given[0], "x");
+  const GivenContext context = context_of(caller, given[1], in);
   double result = 0;
-  run_beside(self, in, in.rows, [&](const Execution& how) { result = self.flow.nll_unchecked(in.data, in.rows, how); });
+  run_beside(self, in, in.rows, context.rows,
+             [&](const Execution& how) { result = self.flow.nll_unchecked(in.data, in.rows, how); });
   return py::float_(result);
 }
 
-py::object nll_gradient(const BoundFlow& self, const Arguments& given) {
+py::object nll_gradient(const Caller& caller, const Arguments& given) {
+  const BoundFlow& self = caller.flow;
   const InputArray in = self.rows_of(given[0], "x");
+  const GivenContext context = context_of(caller, given[1], in);
   OutputArray gradient = parameter_array(self, "gradient", in);
   double result = 0;
-  run_beside(self, in, kGradientCost * in.rows, [&](const Execution& how) {
+  run_beside(self, in, kGradientCost * in.rows, context.rows, [&](const Execution& how) {
     result = self.flow.nll_gradient_unchecked(in.data, in.rows, gradient.data, how);
   });
   return py::make_tuple(result, object_of(std::move(gradient)));
 }
 
-void require_beside(const InputArray& array, const char* name, const InputArray& x) {
-  if (array.on_device == x.on_device) {
-    if (x.on_device) wait_beside(array, x);
-    return;
-  }
-  throw Error(ErrorCode::invalid_argument, std::string(x.on_device ? "x" : name) + " is on a CUDA device, " +
-                                               (x.on_device ? name : "x") +
-                                               " in the host's memory; expected both in one place");
-}
-
 /// The cotangents that a vector-Jacobian product is asked for.
 struct Wanted {
-  bool x, parameters;
+  bool x, parameters, context;
 };
 
-Wanted wanted_of(const std::string& wrt) {
-  if (wrt != "both" && wrt != "x" && wrt != "parameters") {
-    throw Error(ErrorCode::invalid_argument, "wrt is '" + wrt + "', expected 'both', 'x' or 'parameters'");
+/// One name of wrt=.
+Wanted wanted_by(const std::string& name, bool has_context) {
+  if (name == "all") return {true, true, has_context};
+  if (name == "both") return {true, true, false};
+  if (name == "x") return {true, false, false};
+  if (name == "parameters") return {false, true, false};
+  if (name == "context" && has_context) return {false, false, true};
+  throw Error(ErrorCode::invalid_argument, "wrt is '" + name + "', expected 'all', 'both', 'x', 'parameters'" +
+                                               (has_context         ? ", 'context'"
+                                                : name == "context" ? " (the call has no context=)"
+                                                                    : "") +
+                                               " or a tuple of them");
+}
+
+/// wrt: null for all, a name or a tuple of names.
+Wanted wanted_of(PyObject* wrt, bool has_context) {
+  if (wrt == nullptr) return wanted_by("all", has_context);
+  const auto text = [](PyObject* name) {
+    if (PyUnicode_Check(name) == 0) {
+      raise(PyExc_TypeError, std::string("wrt takes a str or a tuple of them, got ") + Py_TYPE(name)->tp_name);
+    }
+    return py::reinterpret_borrow<py::str>(name).cast<std::string>();
+  };
+  if (!PyTuple_Check(wrt)) return wanted_by(text(wrt), has_context);
+  Wanted wanted{};
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(wrt); ++i) {
+    const Wanted one = wanted_by(text(PyTuple_GET_ITEM(wrt, i)), has_context);
+    wanted = {wanted.x || one.x, wanted.parameters || one.parameters, wanted.context || one.context};
   }
-  return {wrt != "parameters", wrt != "x"};
+  return wanted;
 }
 
 struct NamedInput {
@@ -73,36 +95,77 @@ struct NamedInput {
   const char* name;
 };
 
-/// Arrays for the wanted ones, new or given in out=(grad_x, grad_parameters); the call f(grad_x, grad_parameters) fills
-/// them. None for an unwanted one.
-template <class F>
-py::object gradients(const BoundFlow& self, const InputArray& in, const std::string& wrt, PyObject* out,
-                     std::initializer_list<NamedInput> inputs, F&& f) {
-  constexpr const char *first = "out[0] (grad_x)", *second = "out[1] (grad_parameters)";
-  const Wanted wanted = wanted_of(wrt);
-  const auto [out_first, out_second] = out_pair(out, "grad_parameters");
-  OutputArray grad_in, parameters;
-  if (wanted.x) grad_in = output_array(out_first, first, self.dtype, self.features, in);
-  if (wanted.parameters) parameters = parameter_array(self, second, in, out_second);
-  for (const NamedInput& input : inputs) {
-    refuse_overlap(grad_in, first, input.array, input.name, input.array.bytes);
-    refuse_overlap(parameters, second, input.array, input.name, input.array.bytes);
+/// Where the cotangents go: new arrays or those of out=; nothing for an unwanted one.
+struct Gradients {
+  static constexpr const char *kIn = "out[0] (grad_x)", *kParameters = "out[1] (grad_parameters)",
+                              *kContext = "out[2] (grad_context)";
+  Wanted wanted;
+  OutputArray in, parameters, context;
+
+  Gradients(const BoundFlow& self, const InputArray& x, const GivenContext& given, PyObject* wrt, PyObject* out)
+      : wanted(wanted_of(wrt, given.given())), has_context_(given.given()) {
+    std::array<PyObject*, 3> outs{};
+    if (has_context_) {
+      outs = out_members<3>(out, "for grad_x, grad_parameters and grad_context");
+    } else {
+      const auto two = out_members<2>(out, "the second for grad_parameters");
+      outs = {two[0], two[1], nullptr};
+    }
+    if (wanted.x) in = output_array(outs[0], kIn, self.dtype, self.features, x);
+    if (wanted.parameters) parameters = parameter_array(self, kParameters, x, outs[1]);
+    if (!wanted.context) return;
+    InputArray like = x;
+    like.single = given.array.single;
+    context = output_array(outs[2], kContext, self.dtype, self.context_size, like);
   }
-  refuse_overlap(grad_in, first, parameters, second);
-  run_beside(self, in, kGradientCost * in.rows, [&](const Execution& how) { f(grad_in.data, parameters.data, how); });
-  return py::make_tuple(wanted.x ? object_of(std::move(grad_in)) : py::none(),
-                        wanted.parameters ? object_of(std::move(parameters)) : py::none());
+
+  void refuse_overlaps(std::initializer_list<NamedInput> inputs) const {
+    for (const auto& [out, name] :
+         {std::pair(&in, kIn), std::pair(&parameters, kParameters), std::pair(&context, kContext)}) {
+      for (const NamedInput& input : inputs) refuse_overlap(*out, name, input.array, input.name, input.array.bytes);
+    }
+    refuse_overlap(in, kIn, parameters, kParameters);
+    refuse_overlap(in, kIn, context, kContext);
+    refuse_overlap(parameters, kParameters, context, kContext);
+  }
+
+  /// A tuple with None for an unwanted one; of three where the call has a context.
+  py::object results() && {
+    const auto or_none = [](bool there, OutputArray& array) {
+      return there ? object_of(std::move(array)) : py::object(py::none());
+    };
+    py::object first = or_none(wanted.x, in), second = or_none(wanted.parameters, parameters);
+    if (!has_context_) return py::make_tuple(first, second);
+    return py::make_tuple(first, second, or_none(wanted.context, context));
+  }
+
+ private:
+  bool has_context_;
+};
+
+/// Calls f(grads, execution), which writes them.
+template <class F>
+py::object gradients(const BoundFlow& self, const InputArray& in, const GivenContext& context, Gradients&& grads,
+                     F&& f) {
+  ContextRows rows = context.rows;
+  rows.gradient = grads.context.data;
+  run_beside(self, in, kGradientCost * in.rows, rows, [&](const Execution& how) { f(grads, how); });
+  return std::move(grads).results();
 }
 
-py::object vjp(const BoundFlow& self, const Arguments& given) {
-  const std::string direction = given.text(3, "forward"), wrt = given.text(4, "both");
-  if (direction != "forward" && direction != "inverse") {
-    throw Error(ErrorCode::invalid_argument, "direction is '" + direction + "', expected 'forward' or 'inverse'");
-  }
-  const Direction way = direction == "forward" ? Direction::forward : Direction::inverse;
+Direction direction_of(const std::string& name) {
+  if (name == "forward") return Direction::forward;
+  if (name == "inverse") return Direction::inverse;
+  throw Error(ErrorCode::invalid_argument, "direction is '" + name + "', expected 'forward' or 'inverse'");
+}
+
+py::object vjp(const Caller& caller, const Arguments& given) {
+  const BoundFlow& self = caller.flow;
+  const Direction way = direction_of(given.text(3, "forward"));
   const InputArray in = way == Direction::forward ? self.rows_of(given[0], "x")
                                                   : input_rows(given[0], "x", self.dtype, self.features, self.device,
                                                                Kind::other, &self.flow);
+  const GivenContext context = context_of(caller, given[6], in);
   InputArray g_out, g_log_det;
   if (given.given(1)) {
     g_out = input_rows(given[1], "grad_out", self.dtype, self.features, self.device);
@@ -113,29 +176,37 @@ py::object vjp(const BoundFlow& self, const Arguments& given) {
     }
   }
   if (given.given(2)) g_log_det = input_vector(given[2], "grad_log_det", self.dtype, in);
-  const std::initializer_list<NamedInput> inputs = {{in, "x"}, {g_out, "grad_out"}, {g_log_det, "grad_log_det"}};
-  return gradients(self, in, wrt, given[5], inputs, [&](void* grad_in, void* parameters, const Execution& how) {
-    self.flow.vjp_unchecked(way, in.data, in.rows, g_out.data, g_log_det.data, grad_in, parameters, false, how);
+  Gradients out(self, in, context, given[4], given[5]);
+  out.refuse_overlaps({{in, "x"}, {g_out, "grad_out"}, {g_log_det, "grad_log_det"}, {context.array, "context"}});
+  return gradients(self, in, context, std::move(out), [&](Gradients& grads, const Execution& how) {
+    self.flow.vjp_unchecked(way, in.data, in.rows, g_out.data, g_log_det.data, grads.in.data, grads.parameters.data,
+                            false, how);
   });
 }
 
-py::object log_prob_vjp(const BoundFlow& self, const Arguments& given) {
+py::object log_prob_vjp(const Caller& caller, const Arguments& given) {
+  const BoundFlow& self = caller.flow;
   const InputArray in = self.rows_of(given[0], "x");
+  const GivenContext context = context_of(caller, given[4], in);
   const InputArray g = input_vector(given[1], "grad_log_prob", self.dtype, in);
-  const std::initializer_list<NamedInput> inputs = {{in, "x"}, {g, "grad_log_prob"}};
-  return gradients(self, in, given.text(2, "both"), given[3], inputs, [&](void* grad_in, void* parameters, auto& how) {
-    self.flow.log_prob_vjp_unchecked(in.data, in.rows, g.data, nullptr, grad_in, parameters, false, how);
+  Gradients out(self, in, context, given[2], given[3]);
+  out.refuse_overlaps({{in, "x"}, {g, "grad_log_prob"}, {context.array, "context"}});
+  return gradients(self, in, context, std::move(out), [&](Gradients& grads, const Execution& how) {
+    self.flow.log_prob_vjp_unchecked(in.data, in.rows, g.data, nullptr, grads.in.data, grads.parameters.data, false,
+                                     how);
   });
 }
 
 /// log_prob, and what log_prob_vjp gives for the parameters, in one pass; `out` (None: a new array) takes the latter
 /// and must not overlap the others.
-py::object log_prob_and_vjp(const BoundFlow& self, const Arguments& given) {
+py::object log_prob_and_vjp(const Caller& caller, const Arguments& given) {
+  const BoundFlow& self = caller.flow;
   const InputArray in = self.rows_of(given[0], "x");
+  const GivenContext context = context_of(caller, given[3], in);
   const InputArray g = input_vector(given[1], "grad_log_prob", self.dtype, in);
   OutputArray log_prob = output_array(nullptr, "log_prob", self.dtype, 0, in);
   OutputArray parameters = parameter_array(self, "grad_parameters", in, given[2]);
-  run_beside(self, in, kGradientCost * in.rows, [&](const Execution& how) {
+  run_beside(self, in, kGradientCost * in.rows, context.rows, [&](const Execution& how) {
     self.flow.log_prob_vjp_unchecked(in.data, in.rows, g.data, log_prob.data, nullptr, parameters.data, false, how);
   });
   return py::make_tuple(object_of(std::move(log_prob)), object_of(std::move(parameters)));
@@ -145,30 +216,56 @@ py::object log_prob_and_vjp(const BoundFlow& self, const Arguments& given) {
 
 void add_gradient_methods(py::class_<BoundFlow>& type) {
   for (PyMethodDef* method : {
-           plain<&nll>("nll", 1, 1, {"x"},
-                       "nll($self, x)\n--\n\n"
-                       "Mean negative log-likelihood of x [B, D], nats, summed in float64."),
-           plain<&nll_gradient>("nll_gradient", 1, 1, {"x"},
-                                "nll_gradient($self, x)\n--\n\n"
+           plain<&nll>("nll", 1, 1, {"x", "context"},
+                       "nll($self, x, *, context=None)\n--\n\n"
+                       "Mean negative log-likelihood of x [B, D], nats, summed in float64. context: as of "
+                       "log_probability."),
+           plain<&nll_gradient>("nll_gradient", 1, 1, {"x", "context"},
+                                "nll_gradient($self, x, *, context=None)\n--\n\n"
                                 "Mean negative log-likelihood of x [B, D], nats, and its gradient [num_parameters] "
-                                "(order of parameters())."),
+                                "(order of parameters()).\ncontext: as of log_probability."),
            plain<&vjp>(
-               "vjp", 1, 3, {"x", "grad_out", "grad_log_det", "direction", "wrt", "out"},
-               "vjp($self, x, grad_out=None, grad_log_det=None, *, direction='forward', wrt='both', out=None)\n--\n\n"
+               "vjp", 1, 3, {"x", "grad_out", "grad_log_det", "direction", "wrt", "out", "context"},
+               "vjp($self, x, grad_out=None, grad_log_det=None, *, direction='forward', wrt='all', out=None, "
+               "context=None)\n--\n\n"
                "Vector-Jacobian product of forward (or inverse): from the cotangents of the output [B, D] and of "
                "log_det\n"
-               "[B] (None: zero) to those of x [B, D] and of the flat parameters [num_parameters]. wrt: 'both', or 'x' "
-               "or\n"
-               "'parameters' where the other is not wanted (None), which saves up to half of the work. out: a tuple\n"
-               "(grad_x, grad_parameters) of arrays to write to."),
+               "[B] (None: zero) to those of x [B, D], of the flat parameters [num_parameters] and, where a context "
+               "is\n"
+               "given ([B, C] or [C]), of the context in its shape: a tuple of two, or of three.\n\n"
+               "wrt: 'all', or 'x', 'parameters', 'context' or a tuple of these where the others are not wanted "
+               "(None),\n"
+               "which saves up to half of the work; 'both' stands for ('x', 'parameters'). out: a tuple of arrays to "
+               "write to,\n"
+               "in the order of the results."),
            plain<&log_prob_vjp>(
-               "log_prob_vjp", 2, 2, {"x", "grad_log_prob", "wrt", "out"},
-               "log_prob_vjp($self, x, grad_log_prob, *, wrt='both', out=None)\n--\n\n"
-               "Vector-Jacobian product of log_prob: from its cotangent [B] to those of x [B, D] and of the flat "
+               "log_prob_vjp", 2, 2, {"x", "grad_log_prob", "wrt", "out", "context"},
+               "log_prob_vjp($self, x, grad_log_prob, *, wrt='all', out=None, context=None)\n--\n\n"
+               "Vector-Jacobian product of log_prob: from its cotangent [B] to those of x [B, D], of the flat "
                "parameters\n"
-               "[num_parameters]; wrt and out as in vjp. With ones, wrt='x' is the score, the gradient of log p(x) by "
-               "x."),
-           plain<&log_prob_and_vjp>("_log_prob_and_vjp", 3, 3, {"x", "grad_log_prob", "out"}, nullptr),
+               "[num_parameters] and of the context; results, wrt and out as in vjp. With ones, wrt='x' is the score, "
+               "the gradient\nof log p(x) by x."),
+           plain<&log_prob_and_vjp>("_log_prob_and_vjp", 3, 3, {"x", "grad_log_prob", "out", "context"}, nullptr),
+       }) {
+    add_method(type, method);
+  }
+}
+
+void add_gradient_methods(py::class_<BoundCondition>& type) {
+  for (PyMethodDef* method : {
+           plain<&nll, BoundCondition>("nll", 1, 1, {"x"},
+                                       "nll($self, x)\n--\n\n"
+                                       "Mean negative log-likelihood of x [B, D] under the context, nats."),
+           plain<&nll_gradient, BoundCondition>(
+               "nll_gradient", 1, 1, {"x"},
+               "nll_gradient($self, x)\n--\n\nThe same, and its gradient [num_parameters]."),
+           plain<&vjp, BoundCondition>(
+               "vjp", 1, 3, {"x", "grad_out", "grad_log_det", "direction", "wrt", "out"},
+               "vjp($self, x, grad_out=None, grad_log_det=None, *, direction='forward', wrt='all', out=None)\n--\n\n"
+               "As `Flow.vjp`, without a cotangent of the context."),
+           plain<&log_prob_vjp, BoundCondition>("log_prob_vjp", 2, 2, {"x", "grad_log_prob", "wrt", "out"},
+                                                "log_prob_vjp($self, x, grad_log_prob, *, wrt='all', out=None)\n--\n\n"
+                                                "As `Flow.log_prob_vjp`, without a cotangent of the context."),
        }) {
     add_method(type, method);
   }

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include <nvpflow/error.hpp>
+#include <nvpflow/execution.hpp>
 #include <nvpflow/flow.hpp>
 #include <nvpflow/train.hpp>
 
@@ -18,6 +19,7 @@
 #include "arrays.hpp"
 #include "bindings.hpp"
 #include "bound_flow.hpp"
+#include "call_context.hpp"
 #include "gil.hpp"
 #include "plain_methods.hpp"
 
@@ -90,7 +92,28 @@ class PythonObserver final : public FitObserver {
   bool training_ = false;           // the preparation is over
 };
 
-/// x, validation, options, on_progress, on_epoch
+/// The context of so many rows, [rows, C]; nothing for a flow without one.
+InputArray context_rows(const BoundFlow& self, PyObject* array, const char* name, std::int64_t rows) {
+  if (self.context_size == 0 && (array == nullptr || array == Py_None)) return {};
+  InputArray in = read_context_rows(self, array, name, "N");
+  if (!in.on_device && !in.single && in.rows == rows) return in;
+  throw Error(ErrorCode::invalid_argument, std::string(name) +
+                                               (in.on_device ? " is on a CUDA device"
+                                                : in.single  ? " has one axis"
+                                                             : " has " + std::to_string(in.rows) + " rows") +
+                                               ", expected (" + std::to_string(rows) + ", " +
+                                               std::to_string(self.context_size) +
+                                               ") in the host's memory, a row for each row of " +
+                                               (std::string(name) == "context" ? "x" : "validation"));
+}
+
+Context as_context(const BoundFlow& self, const InputArray& array) {
+  if (!array.owner) return {};
+  return by_dtype(self.dtype,
+                  [&](auto t) { return Context(view<decltype(t)>(array, array.rows * self.context_size)); });
+}
+
+/// x, validation, options, on_progress, on_epoch, context, validation_context
 py::object fit_flow(BoundFlow& self, const Arguments& given) {
   const auto rows_of = [&](PyObject* array, const char* name, DType dtype, Kind kind) {
     InputArray in = input_rows(array, name, dtype, self.features, kHost, kind);
@@ -108,6 +131,9 @@ py::object fit_flow(BoundFlow& self, const Arguments& given) {
     if (held_out.wide && !in.wide) in = rows_of(given[0], "x", DType::float64, Kind::data);
     if (held_out.rows == 0) throw Error(ErrorCode::invalid_argument, "validation has no rows, expected at least one");
   }
+  const InputArray context = context_rows(self, given[5], "context", in.rows);
+  InputArray held_out_context;
+  if (given.given(1)) held_out_context = context_rows(self, given[6], "the context of validation", held_out.rows);
   const FitOptions fit_options = options_from(given.object(2).cast<py::dict>());
   PythonObserver observer(given.object(3), given.object(4));
   History history;
@@ -116,7 +142,7 @@ py::object fit_flow(BoundFlow& self, const Arguments& given) {
     history = by_dtype(in.wide || held_out.wide ? DType::float64 : self.dtype, [&](auto t) {
       using T = decltype(t);
       return fit(self.flow, view<T>(in, in.rows * self.features), view<T>(held_out, held_out.rows * self.features),
-                 fit_options, &observer);
+                 fit_options, &observer, as_context(self, context), as_context(self, held_out_context));
     });
   }
   py::list epochs;
@@ -162,7 +188,9 @@ void bind_training(py::module_& module) {
 void add_training_methods(py::class_<BoundFlow>& type) {
   for (PyMethodDef* method : {
            plain<&initialize_from>("_initialize_from", 2, 2, {"x", "statistics"}, nullptr),
-           plain<&fit_flow>("_fit", 5, 5, {"x", "validation", "options", "on_progress", "on_epoch"}, nullptr),
+           plain<&fit_flow>("_fit", 5, 7,
+                            {"x", "validation", "options", "on_progress", "on_epoch", "context", "validation_context"},
+                            nullptr),
        }) {
     add_method(type, method);
   }

@@ -3,7 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include "bound_flow.hpp"
+#include "call_context.hpp"
 
 namespace nvpflow::python {
 
@@ -11,7 +11,7 @@ namespace nvpflow::python {
 void bind_machine(py::module_& module);
 /// FlowSpec, the names of activations, and the layout of a spec's parameters.
 void bind_spec(py::module_& module);
-/// Flow, with the methods below.
+/// Flow and ConditionedFlow, with the methods below.
 void bind_flow(py::module_& module);
 /// DeviceArray: nvpflow.cuda's own array, for callers without a library of their own.
 void bind_device_array(py::module_& module);
@@ -22,6 +22,7 @@ void bind_files(py::module_& module);
 
 /// nll, vjp and their like.
 void add_gradient_methods(py::class_<BoundFlow>& type);
+void add_gradient_methods(py::class_<BoundCondition>& type);
 /// fit, and setting the first layer from data.
 void add_training_methods(py::class_<BoundFlow>& type);
 /// save and reload.
@@ -29,5 +30,6 @@ void add_file_methods(py::class_<BoundFlow>& type);
 /// The methods that programs call a million times a second: plain C functions, because pybind11's array arguments cost
 /// several times as much as the smallest flow.
 void add_hot_methods(py::class_<BoundFlow>& type);
+void add_hot_methods(py::class_<BoundCondition>& type);
 
 }  // namespace nvpflow::python

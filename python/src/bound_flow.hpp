@@ -5,6 +5,7 @@
 #include <optional>
 #include <vector>
 
+#include <nvpflow/execution.hpp>
 #include <nvpflow/flow.hpp>
 
 #include "arrays.hpp"
@@ -18,6 +19,7 @@ struct BoundFlow : ZeroedMemory {
   Flow flow;
   DType dtype;
   std::int64_t features;
+  std::int64_t context_size;
   /// Index of the CUDA device, or kHost.
   int device;
   /// What rows of data are to it.
@@ -72,14 +74,13 @@ void run_released(const BoundFlow& flow, std::int64_t rows, F&& f) {
 
 /// Calls f(execution) on arrays that lie where x does.
 template <class F>
-void run_beside(const BoundFlow& flow, const InputArray& x, std::int64_t rows, F&& f) {
+void run_beside(const BoundFlow& flow, const InputArray& x, std::int64_t rows, const ContextRows& context, F&& f) {
   run_released(flow, rows, [&] {
-    if (!x.on_device) {
-      Execution how;
-      how.float64_rows = x.wide;
-      return f(how);
-    }
-    f(Execution::on_stream(x.stream));
+    Execution how = x.on_device ? Execution::on_stream(x.stream) : Execution();
+    how.float64_rows = x.wide;
+    how.context = context;
+    f(how);
+    if (!x.on_device) return;
     // These libraries know nothing of the stream: their arrays may go as soon as the call is over.
     if (x.library == Library::jax || x.library == Library::other) cuda_synchronize(x.device, x.stream);
   });

@@ -193,9 +193,10 @@ InputArray input_of(Found&& found, PyObject* object) {
   return in;
 }
 
-std::vector<std::int64_t> shape_of(std::int64_t rows, std::int64_t columns, bool single) {
+std::vector<std::int64_t> shape_of(std::int64_t rows, std::int64_t columns, const InputArray& like) {
   std::vector<std::int64_t> shape;
-  if (!single) shape.push_back(rows);
+  if (like.outer >= 0) shape.push_back(like.outer);
+  if (!like.single) shape.push_back(rows);
   if (columns > 0) shape.push_back(columns);
   return shape;
 }
@@ -250,7 +251,7 @@ InputArray device_vector(PyObject* object, const char* name, DType dtype, const 
   }
   Found found = find(object, name, like.device);
   check(found, name, dtype, like.device);
-  const std::vector<std::int64_t> expected = shape_of(like.rows, 0, like.single);
+  const std::vector<std::int64_t> expected = shape_of(like.rows, 0, like);
   if (found.shape != expected) {
     raise(PyExc_ValueError,
           std::string(name) + " has shape " + shape_text(found.shape) + ", expected " + shape_text(expected));
@@ -264,7 +265,7 @@ OutputArray device_output(PyObject* given, const char* name, DType dtype, std::i
   OutputArray out;
   out.on_device = true;
   out.library = like.library;
-  const std::vector<std::int64_t> shape = shape_of(rows, columns, like.single);
+  const std::vector<std::int64_t> shape = shape_of(rows, columns, like);
   out.bytes = size_of(dtype);
   for (const std::int64_t n : shape) out.bytes *= n;
   if (given == nullptr || given == Py_None) {

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <cfloat>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -95,13 +96,14 @@ std::string conversion_text(const char* name, DType dtype, Library library) {
   return std::string(name) + ".astype(" + (library == Library::jax ? "jnp." : "np.") + to + ")";
 }
 
-/// What an array may be: of the flow's dtype, or float64 where `kind` is wide_data.
+/// What an array may be: of the flow's dtype, or float64 where `kind` says so.
 struct Accepted {
   DType dtype;
   Kind kind;
 
+  bool takes_float64() const { return kind == Kind::wide_data || (kind == Kind::context && dtype == DType::float32); }
   bool as_is(PyArrayObject* array) const {
-    return usable_as_is(array, dtype) || (kind == Kind::wide_data && usable_as_is(array, DType::float64));
+    return usable_as_is(array, dtype) || (takes_float64() && usable_as_is(array, DType::float64));
   }
 };
 
@@ -112,7 +114,7 @@ std::string advice(const char* name, const Accepted& accepted, Library library) 
            "(flow.astype(\"float64\") gives a copy); a cast to float32 loses digits where values are large beside "
            "their spread";
   }
-  const DType to = accepted.kind == Kind::wide_data ? DType::float64 : accepted.dtype;
+  const DType to = accepted.takes_float64() ? DType::float64 : accepted.dtype;
   return "; convert it with " + conversion_text(name, to, library);
 }
 
@@ -134,7 +136,7 @@ py::object convert(PyObject* object, const char* name, const Accepted& accepted,
   auto* from = reinterpret_cast<PyArrayObject*>(array.ptr());
   const bool real = PyArray_ISBOOL(from) || PyArray_ISINTEGER(from) || PyArray_ISFLOAT(from);
   const bool own_dtype = !real || has_own_dtype(object);
-  const bool takes_both = accepted.kind == Kind::wide_data;
+  const bool takes_both = accepted.takes_float64();
   // Numbers of Python are float64 where that is taken. NumPy calls int64 to float64 safe: exact up to 2^53.
   DType dtype = takes_both && !own_dtype ? DType::float64 : accepted.dtype;
   auto wanted = py::reinterpret_steal<py::object>(descr_of(dtype));
@@ -254,6 +256,22 @@ py::object from_outside(PyObject* object, const char* name, const Accepted& acce
   return convert(view.ptr(), name, accepted, library);
 }
 
+/// The values of a C-contiguous array of float64 as float32.
+py::object rounded(const py::object& array, const char* name) {
+  auto* from = reinterpret_cast<PyArrayObject*>(array.ptr());
+  auto result = py::reinterpret_steal<py::object>(PyArray_SimpleNew(PyArray_NDIM(from), PyArray_DIMS(from), NPY_FLOAT));
+  if (!result) throw py::error_already_set();
+  const auto* values = static_cast<const double*>(PyArray_DATA(from));
+  auto* to = static_cast<float*>(PyArray_DATA(reinterpret_cast<PyArrayObject*>(result.ptr())));
+  bool fits = true;
+  for (npy_intp i = 0; i < PyArray_SIZE(from); ++i) {
+    to[i] = static_cast<float>(values[i]);
+    fits = fits && (std::isinf(to[i]) == std::isinf(values[i]));
+  }
+  if (!fits) raise(PyExc_ValueError, std::string(name) + " holds a number too large for float32");
+  return result;
+}
+
 /// Sets in.owner to a C-contiguous array of the host. place: of an object that is not a NumPy array.
 void read_host(PyObject* object, const char* name, const Accepted& accepted, Place place, InputArray& in) {
   if (PyArray_CheckExact(object)) {
@@ -264,6 +282,10 @@ void read_host(PyObject* object, const char* name, const Accepted& accepted, Pla
         PyArray_Check(object) ? convert(object, name, accepted) : from_outside(object, name, accepted, place, in);
   }
   auto* array = reinterpret_cast<PyArrayObject*>(in.owner.ptr());
+  if (accepted.kind == Kind::context && PyArray_TYPE(array) != type_number(accepted.dtype)) {
+    in.owner = rounded(in.owner, name);
+    array = reinterpret_cast<PyArrayObject*>(in.owner.ptr());
+  }
   in.data = PyArray_DATA(array);
   in.bytes = PyArray_NBYTES(array);
   in.wide = PyArray_TYPE(array) != type_number(accepted.dtype);
@@ -383,8 +405,9 @@ InputArray host_vector(PyObject* object, const char* name, DType dtype, const In
 }
 
 OutputArray host_output(PyObject* given, const char* name, DType dtype, std::int64_t columns, const InputArray& like) {
-  npy_intp shape[2];
+  npy_intp shape[3];
   int dims = 0;
+  if (like.outer >= 0) shape[dims++] = like.outer;
   if (!like.single) shape[dims++] = like.rows;
   if (columns > 0) shape[dims++] = columns;
   OutputArray out;

@@ -1,8 +1,8 @@
 // forward, inverse, log_probability and sample, with the vectorcall convention.
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <initializer_list>
 #include <random>
 #include <string>
 #include <utility>
@@ -12,6 +12,7 @@
 #include "arrays.hpp"
 #include "bindings.hpp"
 #include "bound_flow.hpp"
+#include "call_context.hpp"
 #include "device_arrays.hpp"
 #include "errors.hpp"
 #include "outside.hpp"
@@ -29,6 +30,7 @@ struct Names {
   PyObject* seed = PyUnicode_InternFromString("seed");
   PyObject* start = PyUnicode_InternFromString("start");
   PyObject* with_log_det = PyUnicode_InternFromString("with_log_det");
+  PyObject* context = PyUnicode_InternFromString("context");
 };
 
 /// Never freed: the interpreter may call a method until its last moment.
@@ -37,34 +39,50 @@ const Names& names() {
   return *made;
 }
 
-using HotArguments = ArgumentsOf<5>;
+using HotArguments = ArgumentsOf<6>;
 
+template <class Self>
 PyObject* log_probability(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
   return guarded([&] {
-    const BoundFlow& flow = bound(self);
-    const HotArguments given("log_probability", 1, {names().x, names().out}, args, count, keywords);
+    const auto caller = Caller::of<Self>(self);
+    const BoundFlow& flow = caller.flow;
+    const HotArguments given("log_probability", 1, caller.known({names().x, names().out, names().context}), args, count,
+                             keywords);
     const InputArray x = flow.rows_of(given[0], "x");
+    const GivenContext context = context_of(caller, given[2], x);
     OutputArray out = output_array(given[1], "out", flow.dtype, 0, x);
     refuse_overlap(out, "out", x, "x", x.bytes);
-    run_beside(flow, x, x.rows,
+    refuse_overlap(out, "out", context.array, "context", context.array.bytes);
+    run_beside(flow, x, x.rows, context.rows,
                [&](const Execution& how) { flow.flow.log_prob_unchecked(x.data, x.rows, out.data, how); });
     return result_of(std::move(out));
   });
 }
 
+/// One direction of a call: its rows and their context, and whether data come out as float64.
+struct Transform {
+  Direction direction;
+  const InputArray& in;
+  const char* in_name;
+  const GivenContext& context;
+  bool wide_out = false;
+};
+
 /// Both results of one direction, as a tuple.
-PyObject* transform_pair(const BoundFlow& flow, Direction direction, const InputArray& in, const char* in_name,
-                         PyObject* out, const char* first, bool wide_out = false) {
+PyObject* transform_pair(const BoundFlow& flow, const Transform& call, PyObject* out, const char* first) {
   constexpr const char* second = "out[1] (log_det)";
-  const auto [out_first, out_second] = out_pair(out, "log_det");
-  OutputArray value = output_array(out_first, first, wide_out ? DType::float64 : flow.dtype, flow.features, in);
+  const InputArray& in = call.in;
+  const auto [out_first, out_second] = out_members<2>(out, "the second for log_det");
+  OutputArray value = output_array(out_first, first, call.wide_out ? DType::float64 : flow.dtype, flow.features, in);
   OutputArray log_det = output_array(out_second, second, flow.dtype, 0, in);
-  refuse_overlap(value, first, in, in_name, in.bytes);
-  refuse_overlap(log_det, second, in, in_name, in.bytes);
+  for (const auto& [array, name] : {std::pair(&in, call.in_name), std::pair(&call.context.array, "context")}) {
+    refuse_overlap(value, first, *array, name, array->bytes);
+    refuse_overlap(log_det, second, *array, name, array->bytes);
+  }
   refuse_overlap(value, first, log_det, second);
-  run_beside(flow, in, in.rows, [&](Execution how) {
-    how.float64_rows = how.float64_rows || wide_out;
-    flow.flow.transform_unchecked(direction, in.data, in.rows, value.data, log_det.data, how);
+  run_beside(flow, in, in.rows, call.context.rows, [&](Execution how) {
+    how.float64_rows = how.float64_rows || call.wide_out;
+    flow.flow.transform_unchecked(call.direction, in.data, in.rows, value.data, log_det.data, how);
   });
   auto a = py::reinterpret_steal<py::object>(result_of(std::move(value)));
   auto b = py::reinterpret_steal<py::object>(result_of(std::move(log_det)));
@@ -74,29 +92,40 @@ PyObject* transform_pair(const BoundFlow& flow, Direction direction, const Input
   return pair;
 }
 
+template <class Self>
 PyObject* forward(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
   return guarded([&] {
-    const BoundFlow& flow = bound(self);
-    const HotArguments given("forward", 1, {names().x, names().out}, args, count, keywords);
+    const auto caller = Caller::of<Self>(self);
+    const BoundFlow& flow = caller.flow;
+    const HotArguments given("forward", 1, caller.known({names().x, names().out, names().context}), args, count,
+                             keywords);
     const InputArray x = flow.rows_of(given[0], "x");
-    return transform_pair(flow, Direction::forward, x, "x", given[1], "out[0] (z)");
+    const GivenContext context = context_of(caller, given[2], x);
+    return transform_pair(flow, {Direction::forward, x, "x", context}, given[1], "out[0] (z)");
   });
 }
 
+template <class Self>
 PyObject* inverse(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
   return guarded([&]() -> PyObject* {
-    const BoundFlow& flow = bound(self);
-    const HotArguments given("inverse", 1, {names().z, names().with_log_det, names().out, names().dtype}, args, count,
-                             keywords);
+    const auto caller = Caller::of<Self>(self);
+    const BoundFlow& flow = caller.flow;
+    const HotArguments given(
+        "inverse", 1, caller.known({names().z, names().with_log_det, names().out, names().dtype, names().context}),
+        args, count, keywords);
     const InputArray z = input_rows(given[0], "z", flow.dtype, flow.features, flow.device);
+    const GivenContext context = context_of(caller, given[4], z);
     const int with_log_det = given[1] == nullptr ? 0 : PyObject_IsTrue(given[1]);
     if (with_log_det < 0) throw py::error_already_set();
-    PyObject* first = with_log_det != 0 ? out_pair(given[2], "log_det").first : given[2];
+    PyObject* first = with_log_det != 0 ? out_members<2>(given[2], "the second for log_det")[0] : given[2];
     const bool wide = flow.gives_float64(given[3], first, z);
-    if (with_log_det != 0) return transform_pair(flow, Direction::inverse, z, "z", given[2], "out[0] (x)", wide);
+    if (with_log_det != 0) {
+      return transform_pair(flow, {Direction::inverse, z, "z", context, wide}, given[2], "out[0] (x)");
+    }
     OutputArray out = output_array(given[2], "out", wide ? DType::float64 : flow.dtype, flow.features, z);
     refuse_overlap(out, "out", z, "z", z.bytes);
-    run_beside(flow, z, z.rows, [&](Execution how) {
+    refuse_overlap(out, "out", context.array, "context", context.array.bytes);
+    run_beside(flow, z, z.rows, context.rows, [&](Execution how) {
       how.float64_rows = wide;
       flow.flow.transform_unchecked(Direction::inverse, z.data, z.rows, out.data, nullptr, how);
     });
@@ -139,29 +168,53 @@ std::uint64_t fresh_seed() {
   return (std::uint64_t{entropy()} << 32) | entropy();
 }
 
+/// Where a sample of so many rows goes: the host's memory, that of `out`, or that of its contexts, with an axis for
+/// them where there are several.
+InputArray sample_place(const BoundFlow& flow, const GivenContext& context, PyObject* out, std::int64_t rows) {
+  InputArray where;
+  if (context.array.on_device || context.array.library != Library::numpy) where = context.array;
+  if (flow.device != kHost && out != nullptr && out != Py_None && place_of(out, "out") == Place::device) {
+    where = device_target(out, "out", flow.dtype, flow.device);
+    if (context.given()) require_beside(context.array, "context", where);
+  }
+  where.single = where.wide = false;
+  where.rows = rows;
+  where.outer = context.given() && !context.array.single ? context.array.rows : -1;
+  return where;
+}
+
+/// Rows of a sample in all; throws where their bytes cannot be counted.
+std::int64_t total_rows(const InputArray& where, std::int64_t row_bytes) {
+  const std::int64_t times = where.outer < 0 ? 1 : where.outer;
+  if (times > 0 && where.rows > INT64_MAX / row_bytes / times) {
+    const std::string of = where.outer < 0 ? "" : " for each of " + std::to_string(times) + " contexts";
+    raise(PyExc_MemoryError, "n is " + std::to_string(where.rows) + " rows of " + std::to_string(row_bytes) + " bytes" +
+                                 of + ": more than can be addressed");
+  }
+  return where.rows * times;
+}
+
+template <class Self>
 PyObject* sample(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
   return guarded([&] {
-    const BoundFlow& flow = bound(self);
-    const HotArguments given("sample", 1, {names().n, names().seed, names().start, names().out, names().dtype}, args,
-                             count, keywords);
-    const auto rows = static_cast<std::int64_t>(unsigned_of(given[0], "n", true));
+    const auto caller = Caller::of<Self>(self);
+    const BoundFlow& flow = caller.flow;
+    const HotArguments given(
+        "sample", 1,
+        caller.known({names().n, names().seed, names().start, names().out, names().dtype, names().context}), args,
+        count, keywords);
+    const auto n = static_cast<std::int64_t>(unsigned_of(given[0], "n", true));
     const std::uint64_t seed = given.given(1) ? unsigned_of(given[1], "seed", false) : fresh_seed();
     const std::uint64_t start = given.given(2) ? unsigned_of(given[2], "start", true) : 0;
-    InputArray where;  // the host's memory, or that of `out`
-    if (flow.device != kHost && given.given(3) && place_of(given[3], "out") == Place::device) {
-      where = device_target(given[3], "out", flow.dtype, flow.device);
-    }
-    where.rows = rows;
+    GivenContext context = sample_context(caller, given[5]);
+    const InputArray where = sample_place(flow, context, given[3], n);
     const bool wide = flow.gives_float64(given[4], given[3], where);
-    const std::int64_t row_bytes = flow.features * size_of(wide ? DType::float64 : flow.dtype);
-    if (rows > INT64_MAX / row_bytes) {
-      PyErr_SetString(PyExc_MemoryError, ("n is " + std::to_string(rows) + " rows of " + std::to_string(row_bytes) +
-                                          " bytes: more than can be addressed")
-                                             .c_str());
-      throw py::error_already_set();
-    }
-    OutputArray out = output_array(given[3], "out", wide ? DType::float64 : flow.dtype, flow.features, where);
-    run_beside(flow, where, rows, [&](Execution how) {
+    const DType dtype = wide ? DType::float64 : flow.dtype;
+    const std::int64_t rows = total_rows(where, flow.features * size_of(dtype));
+    if (where.outer >= 0) context.rows.repeat = std::max<std::int64_t>(1, n);
+    OutputArray out = output_array(given[3], "out", dtype, flow.features, where);
+    refuse_overlap(out, "out", context.array, "context", context.array.bytes);
+    run_beside(flow, where, rows, context.rows, [&](Execution how) {
       how.float64_rows = wide;
       flow.flow.sample_unchecked(seed, start, rows, out.data, how);
     });
@@ -169,39 +222,47 @@ PyObject* sample(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObje
   });
 }
 
+using Vectorcall = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t, PyObject*);
+PyCFunction function_of(Vectorcall f) { return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f)); }
+
 PyMethodDef kMethods[] = {
-    {"log_probability", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(log_probability)),
-     METH_FASTCALL | METH_KEYWORDS,
-     "log_probability($self, x, *, out=None)\n--\n\n"
-     "Exact log-density log p(x) = log N(z; 0, I) + log|det dz/dx|, in nats.\n\n"
+    {"log_probability", function_of(log_probability<BoundFlow>), METH_FASTCALL | METH_KEYWORDS,
+     "log_probability($self, x, *, out=None, context=None)\n--\n\n"
+     "Exact log-density log p(x) = log N(z; 0, I) + log|det dz/dx|, in nats; with a context log p(x | context).\n\n"
      "Parameters\n----------\n"
      "x : array, [B, D] or [D]\n    Rows, of NumPy, PyTorch, JAX or anything with DLPack or the buffer protocol. A\n"
      "    C-contiguous array of the flow's dtype is used in place; others are converted where NumPy calls that safe.\n"
      "    A float32 flow that begins with a standardize layer applies that layer to float64 rows in float64.\n"
      "    A flow on a CUDA device also takes arrays of that device, by DLPack or ``__cuda_array_interface__``, as\n"
      "    they are, on the caller's current stream. The result is an array of the same library.\n"
-     "out : array, [B], optional\n    Where the result is written; must not overlap ``x``. ``()`` for one row.\n\n"
+     "out : array, [B], optional\n    Where the result is written; must not overlap ``x``. ``()`` for one row.\n"
+     "context : array, [B, C] or [C]\n    Of a flow with a context, which needs it: a row for each row of ``x``, or "
+     "one "
+     "for all, which costs\n    less and gives the same bits. float64 is rounded to the flow's dtype. A row with NaN "
+     "or "
+     "inf gives NaN.\n\n"
      "Returns\n-------\narray, [B], or a NumPy scalar for one row. NaN for a row that holds NaN or inf.\n"
      "    -inf for a finite row whose density, or a number on the way to it, is beyond the dtype: never NaN.\n\n"
      "Raises\n------\nTypeError\n    A dtype that would lose digits.\n"
      "ValueError\n    A wrong shape or device, or an ``out`` that cannot be written in place.\n"
      "MemoryError\n    With the size; the flow can be used on.\n"
      "nvpflow.CudaError\n    The CUDA device failed, or this process was forked from one that used it.\n"},
-    {"log_prob", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(log_probability)),
-     METH_FASTCALL | METH_KEYWORDS,
-     "log_prob($self, x, *, out=None)\n--\n\nThe same as `log_probability`, under the field's other name."},
-    {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(forward)), METH_FASTCALL | METH_KEYWORDS,
-     "forward($self, x, *, out=None)\n--\n\n"
+    {"log_prob", function_of(log_probability<BoundFlow>), METH_FASTCALL | METH_KEYWORDS,
+     "log_prob($self, x, *, out=None, context=None)\n--\n\nThe same as `log_probability`, under the field's other "
+     "name."},
+    {"forward", function_of(forward<BoundFlow>), METH_FASTCALL | METH_KEYWORDS,
+     "forward($self, x, *, out=None, context=None)\n--\n\n"
      "Data to latent: z and log|det dz/dx|.\n\n"
      "Parameters\n----------\n"
      "x : array, [B, D] or [D]\n"
-     "out : tuple (z, log_det) of arrays, [B, D] and [B], optional\n\n"
+     "out : tuple (z, log_det) of arrays, [B, D] and [B], optional\n"
+     "context : as of `log_probability`\n\n"
      "Returns\n-------\n"
      "z : array, [B, D]\n    Of a finite row, numbers beyond the dtype are infinite; one that cannot be told (inf - "
      "inf) is inf.\n"
      "log_det : array, [B], nats\n    -inf where it cannot be told.\n"},
-    {"inverse", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(inverse)), METH_FASTCALL | METH_KEYWORDS,
-     "inverse($self, z, *, with_log_det=False, out=None, dtype=None)\n--\n\n"
+    {"inverse", function_of(inverse<BoundFlow>), METH_FASTCALL | METH_KEYWORDS,
+     "inverse($self, z, *, with_log_det=False, out=None, dtype=None, context=None)\n--\n\n"
      "Latent to data: x, and log|det dx/dz| where asked for.\n\n"
      "Parameters\n----------\n"
      "z : array, [B, D] or [D]\n"
@@ -209,31 +270,52 @@ PyMethodDef kMethods[] = {
      "out : array [B, D], or tuple (x, log_det) with ``with_log_det``, optional\n"
      "dtype : of x; None: the flow's, or that of ``out``\n    \"float64\" of a float32 flow that begins with a "
      "standardize layer: its last step,\n"
-     "    ``x = y * exp(log_std) + mean``, is then made in float64. log_det is of the flow's dtype.\n\n"
+     "    ``x = y * exp(log_std) + mean``, is then made in float64. log_det is of the flow's dtype.\n"
+     "context : as of `log_probability`\n\n"
      "Returns\n-------\n"
      "x : array, [B, D]\n    Of a finite row, numbers beyond the dtype are infinite; one that cannot be told (inf - "
      "inf) is inf.\n"
      "log_det : array, [B], nats\n    With ``with_log_det`` only. inf where it cannot be told.\n"},
-    {"sample", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(sample)), METH_FASTCALL | METH_KEYWORDS,
-     "sample($self, n, *, seed=None, start=0, out=None, dtype=None)\n--\n\n"
+    {"sample", function_of(sample<BoundFlow>), METH_FASTCALL | METH_KEYWORDS,
+     "sample($self, n, *, seed=None, start=0, out=None, dtype=None, context=None)\n--\n\n"
      "Draw n rows: the inverse of standard normal noise.\n\n"
      "Row i depends only on (seed, start + i), whatever n and the number of threads: a long sample can be\n"
      "drawn in pieces.\n\n"
      "Parameters\n----------\n"
-     "n : int\n"
+     "n : int\n    Rows; under several contexts, for each of them.\n"
      "seed : int from 0 to 2**64 - 1, optional\n    None: a new one from the operating system.\n"
      "start : int\n    First row of the endless sample that ``seed`` names.\n"
-     "out : array, [n, D], optional\n"
-     "dtype : as of `inverse`\n\n"
-     "Returns\n-------\nx : array, [n, D]\n"},
-    {nullptr, nullptr, 0, nullptr},
+     "out : array, as returned, optional\n"
+     "dtype : as of `inverse`\n"
+     "context : array, [M, C] or [C]\n    Of a flow with a context: each of M gets n rows. Row i of context m is row "
+     "``m n + i`` of the sample.\n\n"
+     "Returns\n-------\nx : array, [n, D], or [M, n, D] under M contexts\n"},
+};
+
+PyMethodDef kConditionedMethods[] = {
+    {"log_probability", function_of(log_probability<BoundCondition>), METH_FASTCALL | METH_KEYWORDS,
+     "log_probability($self, x, *, out=None)\n--\n\nlog p(x | context) [B], nats: `Flow.log_probability`."},
+    {"log_prob", function_of(log_probability<BoundCondition>), METH_FASTCALL | METH_KEYWORDS,
+     "log_prob($self, x, *, out=None)\n--\n\nThe same as `log_probability`, under the field's other name."},
+    {"forward", function_of(forward<BoundCondition>), METH_FASTCALL | METH_KEYWORDS,
+     "forward($self, x, *, out=None)\n--\n\nData to latent: z [B, D] and log|det dz/dx| [B], as `Flow.forward`."},
+    {"inverse", function_of(inverse<BoundCondition>), METH_FASTCALL | METH_KEYWORDS,
+     "inverse($self, z, *, with_log_det=False, out=None, dtype=None)\n--\n\n"
+     "Latent to data: x [B, D], as `Flow.inverse`."},
+    {"sample", function_of(sample<BoundCondition>), METH_FASTCALL | METH_KEYWORDS,
+     "sample($self, n, *, seed=None, start=0, out=None, dtype=None)\n--\n\n"
+     "Draw n rows [n, D] under the context, as `Flow.sample`."},
 };
 
 }  // namespace
 
 void add_hot_methods(py::class_<BoundFlow>& type) {
   names();
-  for (PyMethodDef* method = kMethods; method->ml_name != nullptr; ++method) add_method(type, method);
+  for (PyMethodDef& method : kMethods) add_method(type, &method);
+}
+
+void add_hot_methods(py::class_<BoundCondition>& type) {
+  for (PyMethodDef& method : kConditionedMethods) add_method(type, &method);
 }
 
 }  // namespace nvpflow::python

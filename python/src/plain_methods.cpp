@@ -17,7 +17,7 @@ std::string path_of(const py::object& path) {
   return py::reinterpret_steal<py::bytes>(bytes);
 }
 
-void add_method(py::class_<BoundFlow>& type, PyMethodDef* method) {
+void add_method(const py::object& type, PyMethodDef* method) {
   PyObject* descriptor = PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type.ptr()), method);
   if (descriptor == nullptr) throw py::error_already_set();
   type.attr(method->ml_name) = py::reinterpret_steal<py::object>(descriptor);

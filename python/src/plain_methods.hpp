@@ -10,8 +10,11 @@
 #include <cstddef>
 #include <initializer_list>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <vector>
+
+#include <nvpflow/execution.hpp>
 
 #include "arrays.hpp"
 #include "bound_flow.hpp"
@@ -19,13 +22,34 @@
 
 namespace nvpflow::python {
 
-/// The C++ object behind `self`, whose type Python has checked.
-inline BoundFlow& bound(PyObject* self) {
+/// The C++ object behind `self`, whose type Python has checked; not initialised where Python made it without that.
+template <class Bound>
+Bound& bound_as(PyObject* self) {
   auto* instance = reinterpret_cast<py::detail::instance*>(self);
-  auto* flow = instance->simple_layout ? static_cast<BoundFlow*>(instance->simple_value_holder[0]) : nullptr;
-  if (flow == nullptr) raise_uninitialised();
-  flow->require_ready();
-  return *flow;
+  auto* made = instance->simple_layout ? static_cast<Bound*>(instance->simple_value_holder[0]) : nullptr;
+  if (made == nullptr || !made->ready) raise_uninitialised();
+  return *made;
+}
+inline BoundFlow& bound(PyObject* self) { return bound_as<BoundFlow>(self); }
+
+/// Who is called: a flow, or a view of one, whose methods do not have the last argument of the flow's, context.
+struct Caller {
+  const BoundFlow& flow;
+  const ContextRows* condition = nullptr;  // of a view
+
+  /// self: of nvpflow._core.Flow or ConditionedFlow (call_context.hpp).
+  template <class Self>
+  static Caller of(PyObject* self);
+
+  /// Names of a method's arguments, context last; they live as long as the list.
+  std::span<PyObject* const> known(std::initializer_list<PyObject*> names) const {
+    return {names.begin(), names.size() - (condition != nullptr ? 1 : 0)};
+  }
+};
+
+template <>
+inline Caller Caller::of<BoundFlow>(PyObject* self) {
+  return {bound(self)};
 }
 
 /// "; " and what nvpflow._hints says of an argument that is not among those known, if anything; "" stands for one by
@@ -39,10 +63,7 @@ std::string path_of(const py::object& path);
 template <int kMax>
 class ArgumentsOf {
  public:
-  /// names: interned strings; those of a list in braces are looked at only here.
-  ArgumentsOf(const char* method, int positional, std::initializer_list<PyObject*> names, PyObject* const* args,
-              Py_ssize_t count, PyObject* keywords)
-      : ArgumentsOf(method, positional, std::span(names.begin(), names.size()), args, count, keywords) {}
+  /// names: interned strings, which require() looks at again.
   ArgumentsOf(const char* method, int positional, std::span<PyObject* const> names, PyObject* const* args,
               Py_ssize_t count, PyObject* keywords)
       : method_(method), names_(names) {
@@ -98,7 +119,8 @@ class ArgumentsOf {
 };
 
 /// What most methods take their arguments as.
-using Arguments = ArgumentsOf<6>;
+inline constexpr int kMostArguments = 7;
+using Arguments = ArgumentsOf<kMostArguments>;
 
 /// The names of a function's arguments; those from `positional` on are keyword-only, those before `required` must be
 /// given.
@@ -114,8 +136,8 @@ struct Signature {
   }
 };
 
-/// f(flow, given) as a method of Flow, f(given) as a function of the module.
-template <auto f>
+/// f(flow, given) as a method of Flow, f(caller, given) as one of Self, f(given) as a function of the module.
+template <auto f, class Self>
 struct Plain {
   inline static const Signature* signature = nullptr;
 
@@ -125,6 +147,9 @@ struct Plain {
       if constexpr (requires { f(bound(self), signature->parse(args, count, keywords)); }) {
         BoundFlow& flow = bound(self);
         result = f(flow, signature->parse(args, count, keywords));
+      } else if constexpr (requires { f(Caller::of<Self>(self), signature->parse(args, count, keywords)); }) {
+        const auto caller = Caller::of<Self>(self);
+        result = f(caller, signature->parse(args, count, keywords));
       } else {
         result = f(signature->parse(args, count, keywords));
       }
@@ -135,17 +160,19 @@ struct Plain {
 
 /// The definition of a plain function, never freed: the interpreter may call it until its last moment. doc begins with
 /// the signature, as Python's own do.
-template <auto f>
+template <auto f, class Self = BoundFlow>
 PyMethodDef* plain(const char* name, int required, int positional, std::initializer_list<const char*> names,
                    const char* doc) {
   auto* made = new Signature{name, required, positional, {}};
+  if (names.size() > kMostArguments) throw std::logic_error(std::string(name) + " has more than kMostArguments");
   for (const char* argument : names) made->names.push_back(PyUnicode_InternFromString(argument));
-  Plain<f>::signature = made;
-  return new PyMethodDef{name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&Plain<f>::call)),
+  Plain<f, Self>::signature = made;
+  return new PyMethodDef{name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&Plain<f, Self>::call)),
                          METH_FASTCALL | METH_KEYWORDS, doc};
 }
 
-void add_method(py::class_<BoundFlow>& type, PyMethodDef* method);
+/// To a class of pybind11's.
+void add_method(const py::object& type, PyMethodDef* method);
 void add_function(py::module_& module, PyMethodDef* function);
 
 }  // namespace nvpflow::python

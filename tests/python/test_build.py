@@ -127,14 +127,6 @@ def test_contexts() -> None:
     assert [layer.network for layer in couplings(of)] == [ResidualNet(8, context_gates=True)] * 2
 
 
-def test_a_flow_with_a_context_is_refused() -> None:
-    """Its methods take none in Python, and the kernels would read where nothing is."""
-    of = spec(3, 2, (8,), context_size=2)
-    for make in (lambda: nvpflow.build(3, 2, (8,), context_size=2), lambda: nvpflow.Flow(of)):
-        with pytest.raises(RuntimeError, match=r"^context_size is 2, expected 0: flows in Python take no context yet$"):
-            make()
-
-
 def test_given_layers() -> None:
     layers = [Standardize(), Coupling("odd", network=MLP((4,))), ActNorm(), Coupling("even", Additive(), MLP((4,)))]
     flow = nvpflow.build(4, layers=layers, dtype="float64", seed=2, standardize="robust")

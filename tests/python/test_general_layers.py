@@ -23,22 +23,6 @@ from general_oracle import (
 from nvpflow import _core
 from oracle import AdamW, assert_same_bits, assert_within_budget
 
-# What the kernels have of the oracle's FEATURES.
-SUPPORTED = frozenset(
-    {
-        "transformed",
-        "inverse",
-        "additive",
-        "permutation",
-        "log_scales",
-        "actnorm",
-        "lu_linear",
-        "two_networks",
-        "layer_norm",
-        "residual",
-    }
-)
-
 DTYPES = ("float32", "float64")
 SEEDS = [*range(24), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(24, 400))]
 FEW_SEEDS = range(12)
@@ -82,7 +66,7 @@ def well_conditioned(spec: Spec, rng: np.random.Generator, dtype: str, x: np.nda
     raise AssertionError("no kernel_scale is small enough")
 
 
-def make_case(seed: int, dtype: str, rows: int = 100, features=SUPPORTED, max_size: int = 40) -> Case:
+def make_case(seed: int, dtype: str, rows: int = 100, features=FEATURES, max_size: int = 40) -> Case:
     rng = np.random.default_rng([seed, 0x6E11])
     spec = random_spec(rng, features, dtype, max_size)
     x = rng.normal(size=(rows, spec["input_size"])).astype(dtype)
@@ -200,23 +184,33 @@ def test_threads_change_no_bit(seed, dtype) -> None:
         assert_same_bits(three, one)
 
 
+def every_result(flow, x: np.ndarray, **given) -> list[np.ndarray]:
+    cotangent = np.ones(len(x), x.dtype)
+    return [
+        *flow.forward(x, **given),
+        *flow.inverse(x, with_log_det=True, **given),
+        flow.log_prob(x, **given),
+        *flow.log_prob_vjp(x, cotangent, wrt="both", **given)[:2],
+    ]
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_one_context_is_that_context_in_every_row(seed, dtype) -> None:
     case = make_case(seed, dtype)
     if case.context is None:
         pytest.skip("this flow has no context")
     flow, x, c = case.flow, case.x, case.context[3]
-    for rows in (1, 2, 7, 100):
-        tiled = np.tile(c, (rows, 1))
-        for call in (
-            flow.forward,
-            flow.log_prob,
-            lambda x, context: flow.inverse(x, with_log_det=True, context=context),
-        ):
-            for one, many in zip(
-                np.atleast_1d(call(x[:rows], context=c)), np.atleast_1d(call(x[:rows], context=tiled)), strict=True
-            ):
+    view = flow.condition(c)
+    for rows in (0, 1, 2, 7, 100):
+        part, tiled = x[:rows], np.tile(c, (rows, 1))
+        expected = every_result(flow, part, context=tiled)
+        for found in (every_result(flow, part, context=c), every_result(view, part)):
+            for one, many in zip(found, expected, strict=True):
                 assert_same_bits(one, many)
+        if rows:
+            assert view.nll(part) == flow.nll(part, context=c) == flow.nll(part, context=tiled)
+    for row in x[:3]:
+        assert view.log_prob(row) == flow.log_prob(row, context=c) == flow.log_prob(row[None], context=c[None])[0]
 
 
 @pytest.mark.parametrize("seed", FEW_SEEDS)
@@ -402,7 +396,7 @@ def test_orientation_is_the_other_direction(seed, dtype) -> None:
     case = make_case(seed, dtype)
     oracle = case.oracle
     kept = [i for i, layer in enumerate(oracle.layers) if layer["kind"] != "standardize"]  # it has one orientation
-    if "inverse" not in SUPPORTED or not any(oracle.layers[i]["kind"] == "coupling" for i in kept):
+    if not any(oracle.layers[i]["kind"] == "coupling" for i in kept):
         pytest.skip("nothing can be turned over")
 
     def turned(layer: Spec) -> Spec:

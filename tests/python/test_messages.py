@@ -117,14 +117,14 @@ def test_a_value_of_any_type_gets_an_answer(name, value, tmp_path, monkeypatch) 
 
 HABITS = [
     (lambda flow: flow.fit(X, sample_weight=np.ones(200), **QUICK), "'sample_weight'; rows have no weights yet"),
-    (lambda flow: flow.fit(X, context=X, **QUICK), "'context'; flows here have no conditions yet"),
+    (lambda flow: flow.fit(X, cond=X, **QUICK), "'cond'; what conditions the rows is called context"),
     (lambda flow: flow.fit(X, bounds=(0, 1), **QUICK), "'bounds'; columns have no bounds yet"),
     (lambda flow: flow.fit(X, lr=1e-3), "'lr'; the step size is called learning_rate"),
     (lambda flow: flow.fit(X, verbose=1), "'verbose'; it is called progress"),
     (lambda flow: nvpflow.build(features=3), "'features'; the number of columns is called input_size"),
-    (lambda flow: flow.log_prob(X, context=None), "'context'; flows here have no conditions yet"),
-    (lambda flow: flow.log_probability(X, X), "got 2; rows have neither weights nor conditions yet"),
-    (lambda flow: flow.nll(X, np.ones(200)), "got 2; rows have neither weights nor conditions yet"),
+    (lambda flow: flow.log_prob(X, condition=None), "'condition'; what conditions the rows is called context"),
+    (lambda flow: flow.log_probability(X, X), "got 2; a context and options are given by name"),
+    (lambda flow: flow.nll(X, np.ones(200)), "got 2; a context and options are given by name"),
     (lambda flow: flow.nll(X, sample_weight=X), "'sample_weight'; rows have no weights yet"),
     (lambda flow: flow.log_prob(value=X), "'value'; the rows are called x"),
     (
@@ -132,7 +132,7 @@ HABITS = [
         r"n is tuple, expected an integer; rows have one axis, and sample\(5\) draws five",
     ),
     (lambda flow: flow.sample(num_samples=5), "'num_samples'; the number of rows is called n"),
-    (lambda flow: flow.sample(5, context=X), "'context'; flows here have no conditions yet"),
+    (lambda flow: nvpflow.build(3, cond_dim=2), "'cond_dim'; how many numbers condition a row is called context_size"),
     (lambda flow: flow.sample(5, generator=None), "'generator'; randomness comes from an integer, seed="),
     (lambda flow: flow.sample(5, sed=1), "'sed'; did you mean 'seed'"),
     (lambda flow: flow.fit(X, epoch=1), "Flow.fit.. got an unexpected argument 'epoch'; did you mean 'epochs'"),
@@ -159,7 +159,7 @@ def test_arguments_of_modules_and_distributions_are_answered() -> None:
     x = torch.from_numpy(X)
     for call, message in (
         (lambda: FlowModule(new_flow(), device="cpu"), r"FlowModule.__init__\(\) got an unexpected argument 'device'"),
-        (lambda: module(x, cond=x), r"FlowModule.forward\(\) .* 'cond'; flows here have no conditions yet"),
+        (lambda: module(x, cond=x), r"FlowModule.forward\(\) .* 'cond'; what conditions the rows is called context"),
         (lambda: module.log_prob(value=x), "'value'; the rows are called x"),
         (lambda: module.rsample(num_samples=3), "'num_samples'; the number of rows is called n"),
         (lambda: module.to_flow(drop_bases=True), "'drop_bases'; did you mean 'drop_base'"),
@@ -181,7 +181,6 @@ def test_arguments_of_jax_functions_are_answered() -> None:
     flow = new_flow()
     parameters = nj.parameters(flow)
     for call, message in (
-        (lambda: nj.log_prob(flow.spec, parameters, X, context=X), r"log_prob\(\) .* 'context'; flows here have no"),
         (lambda: nj.sample(flow.spec, parameters, seed=1, n=3), "'seed'; randomness comes from a key of JAX, key="),
         (lambda: nj.forward(flow.spec, params=parameters, x=X), "'params'; did you mean 'parameters'"),
     ):

@@ -22,7 +22,8 @@ struct ContextRows {
   std::int64_t repeat = 1;
   /// What Flow::condition made of one row.
   const void* folded = nullptr;
-  /// Of calls that form gradients: [B, C], the cotangent of the context of each row, written; null: not wanted.
+  /// Of vector-Jacobian products: the cotangent of the context, written; [C] with kForAll (arrays of the host only),
+  /// else [B, C] with a context row for each row. Null: not wanted.
   void* gradient = nullptr;
 
   /// More than any number of rows.

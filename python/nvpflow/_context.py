@@ -1,0 +1,73 @@
+"""Contexts as Python has them: what may come in, and what is said of their numbers."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from nvpflow import _checks, _core, _data, _frames
+from nvpflow._core import FlowSpec
+
+Array = NDArray[Any]
+
+
+def rows(
+    value: ArrayLike | None, count: int, spec: FlowSpec, name: str = "context", *, one_for_all: bool = True
+) -> Array | None:
+    """Return contexts [count, C] of the spec's dtype, a row for each of so many rows; None for a spec without one.
+
+    Parameters
+    ----------
+    value
+        [count, C] or, with `one_for_all`, [C]: an array or a frame of numbers, rounded to the dtype.
+
+    Raises
+    ------
+    TypeError, ValueError
+        It is missing, superfluous, of another shape, no numbers, or too large for the dtype.
+    """
+    size = spec.context_size
+    if size == 0:
+        if value is None:
+            return None
+        raise ValueError(f"{name} is {_checks.describe(value)}, expected None: the flow has no context")
+    wanted = f"[{count}, {size}], a row for each row" + (f", or [{size}], one for all" if one_for_all else "")
+    if value is None:
+        raise ValueError(f"{name} is missing, expected {wanted}: the flow is a density p(x | context)")
+    given, _ = _frames.read(name, value, ())
+    found = _checks.numbers(name, _core._host_array(given))
+    if found.shape != (count, size) and not (one_for_all and found.shape == (size,)):
+        raise ValueError(f"{name} has shape {found.shape}, expected {wanted}")
+    with np.errstate(over="ignore"):
+        rounded = np.ascontiguousarray(np.broadcast_to(found, (count, size)), dtype=spec.dtype)
+    if (np.isinf(rounded) & np.isfinite(found)).any():
+        raise ValueError(f"{name} holds a number too large for {spec.dtype}")
+    return rounded
+
+
+def warn_of_lost_digits(context: Array | None) -> None:
+    """Warn of columns of a context to train on, [N, C], whose numbers the dtype does not tell apart."""
+    if context is None or not len(context) or not np.isfinite(context).all():
+        return
+    digits = _data.Digits(context.shape[1])
+    digits.add(context)
+    steps = digits.resolution(np.zeros(context.shape[1]))
+    coarse = np.flatnonzero(steps > _data.COARSE)
+    if len(coarse):
+        names = ", ".join(str(j + 1) for j in coarse[:5]) + (f" and {len(coarse) - 5} more" if len(coarse) > 5 else "")
+        warnings.warn(
+            f"context: {context.dtype} keeps few digits of what varies in column {names}: neighbouring numbers are "
+            f"{steps[coarse].max():.1g} standard deviations apart; subtract an offset in float64, in training and in "
+            "each call",
+            _data.DataWarning,
+            stacklevel=_data._outside(),
+        )
+
+
+def varying(context: Array) -> NDArray[np.bool_]:
+    """Tell which columns [C] of contexts [N, C] are not constant."""
+    varies: NDArray[np.bool_] = (context != context[:1]).any(axis=0)
+    return varies

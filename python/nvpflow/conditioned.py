@@ -1,0 +1,74 @@
+"""A flow under one context: `ConditionedFlow`, which `Flow.condition` makes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numpy.typing import ArrayLike
+
+from nvpflow import _core, _hints, certificate
+from nvpflow._certify import certify
+from nvpflow._core import FlowSpec
+
+
+class ConditionedFlow(_core.ConditionedFlow):
+    """The density p(x | c) under one context c: a view of a flow, made by `Flow.condition`.
+
+    Parameters
+    ----------
+    flow
+        A `Flow` with a context, which the view keeps alive.
+    context
+        c [C], rounded to the flow's dtype; it is copied.
+
+    Attributes
+    ----------
+    flow : Flow
+        The flow.
+    context : ndarray [C]
+        The context, read-only.
+
+    Notes
+    -----
+    `log_probability`, `log_prob`, `forward`, `inverse`, `sample`, `nll`, `nll_gradient`, `vjp` and `log_prob_vjp` are
+    those of `Flow` without ``context=``, and give the same bits as with it. What the context comes to in each network
+    is computed when the view is made, and not in each call. After the flow's weights have changed the view gives the
+    new results, but computes that anew in each call: make it again.
+    """
+
+    __slots__ = ()
+
+    flow: Any  # a Flow, whose module is above this one
+
+    @_hints.explained
+    def __init__(self, flow: _core.Flow, context: ArrayLike) -> None:
+        super().__init__(flow, flow._context_row(context))
+
+    @property
+    def spec(self) -> FlowSpec:
+        """The flow's spec."""
+        spec: FlowSpec = self.flow.spec
+        return spec
+
+    @property
+    def column_names(self) -> tuple[str, ...] | None:
+        """The flow's names of the columns of x."""
+        names: tuple[str, ...] | None = self.flow.column_names
+        return names
+
+    @_hints.explained
+    def certify(
+        self, x: ArrayLike, *, tolerance: float = certificate.TOLERANCE, jacobian_rows: int | None = None
+    ) -> certificate.Certificate:
+        """Measure how exactly the flow computes on rows under this context: `Flow.certify`."""
+        return certify(self.flow, x, context=self.context, tolerance=tolerance, jacobian_rows=jacobian_rows)
+
+    def __repr__(self) -> str:
+        """Return a summary such as ``ConditionedFlow(Flow(...), context=[0.5, 1])``."""
+        shown = [f"{number:.6g}" for number in self.context[:6].tolist()]
+        more = ", ..." if len(self.context) > len(shown) else ""
+        return f"{type(self).__name__}({self.flow!r}, context=[{', '.join(shown)}{more}])"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the flow and the context."""
+        return type(self), (self.flow, self.context.copy())
