@@ -158,7 +158,7 @@ NVPFLOW_INLINE Vec<float> set_pairs(const float* p) {
   __builtin_memcpy(&both, p, sizeof both);
   return (Vec<float>)set1(both);
 #else
-  Vec<float> v;
+  Vec<float> v = {};
   for (int l = 0; l < kLanes<float>; ++l) v[l] = p[l % 2];
   return v;
 #endif
@@ -169,7 +169,7 @@ NVPFLOW_INLINE Vec<double> set_pairs(const double* p) {
 #elif defined(__AVX2__)
   return _mm256_set_pd(p[1], p[0], p[1], p[0]);
 #else
-  Vec<double> v;
+  Vec<double> v = {};  // or g++ -O1 takes it for uninitialized
   for (int l = 0; l < kLanes<double>; ++l) v[l] = p[l % 2];
   return v;
 #endif
