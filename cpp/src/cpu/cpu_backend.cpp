@@ -219,9 +219,11 @@ class CpuBackend final : public Backend {
     context.repeat = how.context.repeat;
     const auto* folded = static_cast<const Folded*>(how.context.folded);
     if (folded != nullptr) context.rows = folded->row.data(), context.repeat = nvpflow::ContextRows::kForAll;
-    if (spec_.context_size == 0 || context.repeat < rows || rows <= 1) return context;
+    if (spec_.context_size == 0 || context.repeat < rows) return context;
     if (folded != nullptr && folded->version == packed.version()) {
       context.folded = folded->biases.data();
+    } else if (rows <= 1) {
+      return context;  // as a row it costs what folding it would
     } else {
       T* biases = cpu::thread_folded<T>(packed.program().fold_size);
       fold_into(packed, context.rows, biases);
