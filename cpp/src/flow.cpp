@@ -59,6 +59,12 @@ void refuse_overlap(const Named<A>& a, const Named<B>& b) {
   nvpflow::refuse_overlap(memory_of(a), memory_of(b));
 }
 
+template <class... Outputs>
+void refuse_overlap(const Context& context, const Named<Outputs>&... outputs) {
+  const NamedMemory given = {"context", context.data(), context.size() * static_cast<std::int64_t>(context.element())};
+  (nvpflow::refuse_overlap(memory_of(outputs), given), ...);
+}
+
 template <class Span>
 void check_length(const Named<Span>& s, std::int64_t expected, const char* shape) {
   if (static_cast<std::int64_t>(s.span.size()) != expected) {
@@ -495,12 +501,13 @@ namespace {
 
 template <class In, class Out, class T>
 void check_transform(std::int64_t rows, const Named<std::span<const In>>& in, const Named<std::span<Out>>& out,
-                     const Named<std::span<T>>& log_det) {
+                     const Named<std::span<T>>& log_det, const Context& context) {
   check_length(out, static_cast<std::int64_t>(in.span.size()), "[B, D] as the input");
   if (!log_det.span.empty()) check_length(log_det, rows, "[B]");
   refuse_overlap(out, in);
   refuse_overlap(log_det, in);
   refuse_overlap(out, log_det);
+  refuse_overlap(context, out, log_det);
 }
 
 }  // namespace
@@ -508,7 +515,7 @@ void check_transform(std::int64_t rows, const Named<std::span<const In>>& in, co
 template <class T>
 void Flow::forward(std::span<const T> x, std::span<T> z, std::span<T> log_det, const Context& context) const {
   const std::int64_t rows = state_->check_rows(Named{"x", x});
-  check_transform(rows, Named{"x", x}, Named{"z", z}, Named{"log_det", log_det});
+  check_transform(rows, Named{"x", x}, Named{"z", z}, Named{"log_det", log_det}, context);
   transform_unchecked(Direction::forward, x.data(), rows, z.data(), data_or_null(log_det),
                       state_->execution<T>(context, rows));
 }
@@ -516,7 +523,7 @@ void Flow::forward(std::span<const T> x, std::span<T> z, std::span<T> log_det, c
 template <class T>
 void Flow::inverse(std::span<const T> z, std::span<T> x, std::span<T> log_det, const Context& context) const {
   const std::int64_t rows = state_->check_rows(Named{"z", z});
-  check_transform(rows, Named{"z", z}, Named{"x", x}, Named{"log_det", log_det});
+  check_transform(rows, Named{"z", z}, Named{"x", x}, Named{"log_det", log_det}, context);
   transform_unchecked(Direction::inverse, z.data(), rows, x.data(), data_or_null(log_det),
                       state_->execution<T>(context, rows));
 }
@@ -524,7 +531,7 @@ void Flow::inverse(std::span<const T> z, std::span<T> x, std::span<T> log_det, c
 void Flow::forward(std::span<const double> x, std::span<float> z, std::span<float> log_det,
                    const Context& context) const {
   const std::int64_t rows = state_->check_wide(Named{"x", x});
-  check_transform(rows, Named{"x", x}, Named{"z", z}, Named{"log_det", log_det});
+  check_transform(rows, Named{"x", x}, Named{"z", z}, Named{"log_det", log_det}, context);
   transform_unchecked(Direction::forward, x.data(), rows, z.data(), data_or_null(log_det),
                       state_->execution<double>(context, rows));
 }
@@ -532,7 +539,7 @@ void Flow::forward(std::span<const double> x, std::span<float> z, std::span<floa
 void Flow::inverse(std::span<const float> z, std::span<double> x, std::span<float> log_det,
                    const Context& context) const {
   const std::int64_t rows = state_->check_wide(Named{"x", std::span<const double>(x)});
-  check_transform(rows, Named{"z", z}, Named{"x", x}, Named{"log_det", log_det});
+  check_transform(rows, Named{"z", z}, Named{"x", x}, Named{"log_det", log_det}, context);
   transform_unchecked(Direction::inverse, z.data(), rows, x.data(), data_or_null(log_det),
                       state_->execution<double>(context, rows));
 }
@@ -591,6 +598,7 @@ void Flow::log_prob(std::span<const T> x, std::span<T> out, const Context& conte
   const std::int64_t rows = state_->check_rows(Named{"x", x});
   check_length(Named{"out", out}, rows, "[B]");
   refuse_overlap(Named{"out", out}, Named{"x", x});
+  refuse_overlap(context, Named{"out", out});
   log_prob_unchecked(x.data(), rows, out.data(), state_->execution<T>(context, rows));
 }
 
@@ -598,12 +606,14 @@ void Flow::log_prob(std::span<const double> x, std::span<float> out, const Conte
   const std::int64_t rows = state_->check_wide(Named{"x", x});
   check_length(Named{"out", out}, rows, "[B]");
   refuse_overlap(Named{"out", out}, Named{"x", x});
+  refuse_overlap(context, Named{"out", out});
   log_prob_unchecked(x.data(), rows, out.data(), state_->execution<double>(context, rows));
 }
 
 template <class T>
 void Flow::sample(std::uint64_t seed, std::span<T> x, std::uint64_t first_row, const Context& context) const {
   const std::int64_t rows = state_->check_data(Named{"x", std::span<const T>(x)});
+  refuse_overlap(context, Named{"x", x});
   sample_unchecked(seed, first_row, rows, x.data(), state_->execution<T>(context, rows, /*divides=*/true));
 }
 
@@ -618,6 +628,7 @@ double Flow::nll_gradient(std::span<const T> x, std::span<T> gradient, const Con
   const std::int64_t rows = state_->check_rows(Named{"x", x});
   check_length(Named{"gradient", gradient}, num_parameters(), "the flat buffer of ParamLayout");
   refuse_overlap(Named{"gradient", gradient}, Named{"x", x});
+  refuse_overlap(context, Named{"gradient", gradient});
   return nll_gradient_unchecked(x.data(), rows, gradient.data(), state_->execution<T>(context, rows));
 }
 
@@ -625,6 +636,7 @@ double Flow::nll_gradient(std::span<const double> x, std::span<float> gradient, 
   const std::int64_t rows = state_->check_wide(Named{"x", x});
   check_length(Named{"gradient", gradient}, num_parameters(), "the flat buffer of ParamLayout");
   refuse_overlap(Named{"gradient", gradient}, Named{"x", x});
+  refuse_overlap(context, Named{"gradient", gradient});
   return nll_gradient_unchecked(x.data(), rows, gradient.data(), state_->execution<double>(context, rows));
 }
 
@@ -633,18 +645,22 @@ namespace {
 template <class In, class T>
 void check_vjp(std::int64_t rows, std::int64_t parameters, const Named<std::span<const In>>& in,
                const Named<std::span<const T>>& grad_out, const Named<std::span<const T>>& grad_log_det,
-               const Named<std::span<T>>& grad_in, const Named<std::span<T>>& grad_parameters) {
+               const Named<std::span<T>>& grad_in, const Named<std::span<T>>& grad_parameters, const Context& context,
+               const Named<std::span<T>>& grad_context) {
   const auto size = static_cast<std::int64_t>(in.span.size());
   if (!grad_out.span.empty()) check_length(grad_out, size, "[B, D]");
   if (!grad_log_det.span.empty()) check_length(grad_log_det, rows, "[B]");
   if (!grad_in.span.empty()) check_length(grad_in, size, "[B, D]");
   if (!grad_parameters.span.empty()) check_length(grad_parameters, parameters, "the flat buffer of ParamLayout");
-  for (const auto& out : {grad_in, grad_parameters}) {
+  for (const auto& out : {grad_in, grad_parameters, grad_context}) {
     refuse_overlap(out, in);
     refuse_overlap(out, grad_out);
     refuse_overlap(out, grad_log_det);
+    refuse_overlap(context, out);
   }
   refuse_overlap(grad_in, grad_parameters);
+  refuse_overlap(grad_context, grad_in);
+  refuse_overlap(grad_context, grad_parameters);
 }
 
 template <class T>
@@ -661,7 +677,8 @@ void Flow::vjp(Direction direction, std::span<const T> in, std::span<const T> gr
                std::span<T> grad_context) const {
   const std::int64_t rows = state_->check_rows(Named{"in", in});
   check_vjp(rows, num_parameters(), Named{"in", in}, Named{"grad_out", grad_out}, Named{"grad_log_det", grad_log_det},
-            Named{"grad_in", grad_in}, Named{"grad_parameters", grad_parameters});
+            Named{"grad_in", grad_in}, Named{"grad_parameters", grad_parameters}, context,
+            Named{"grad_context", grad_context});
   Execution how = state_->execution<T>(context, rows);
   how.context.gradient = checked_context_gradient(Named{"grad_context", grad_context}, context);
   vjp_unchecked(direction, in.data(), rows, data_or_null(grad_out), data_or_null(grad_log_det), data_or_null(grad_in),
@@ -673,7 +690,8 @@ void Flow::vjp(std::span<const double> x, std::span<const float> grad_out, std::
                std::span<float> grad_context) const {
   const std::int64_t rows = state_->check_wide(Named{"x", x});
   check_vjp(rows, num_parameters(), Named{"x", x}, Named{"grad_out", grad_out}, Named{"grad_log_det", grad_log_det},
-            Named{"grad_x", grad_x}, Named{"grad_parameters", grad_parameters});
+            Named{"grad_x", grad_x}, Named{"grad_parameters", grad_parameters}, context,
+            Named{"grad_context", grad_context});
   Execution how = state_->execution<double>(context, rows);
   how.context.gradient = checked_context_gradient(Named{"grad_context", grad_context}, context);
   vjp_unchecked(Direction::forward, x.data(), rows, data_or_null(grad_out), data_or_null(grad_log_det),
@@ -710,6 +728,7 @@ void Flow::conditioner(std::int64_t layer, std::span<const T> in, std::span<T> s
   refuse_overlap(out_s, input);
   refuse_overlap(out_t, input);
   refuse_overlap(out_s, out_t);
+  refuse_overlap(context, out_s, out_t);
   // A permutation has no kernel, so that the backend does not count it.
   const auto first = spec().layers.begin();
   const auto kernel = std::count_if(

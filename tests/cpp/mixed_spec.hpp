@@ -1,4 +1,4 @@
-// Random flows of many kinds of layers, for tests that compare a backend with the oracle.
+// Random flows of many kinds of layers, for tests that compare a backend with the oracle, or two ways to call a flow.
 #pragma once
 
 #include <algorithm>
@@ -48,6 +48,47 @@ inline FlowSpec mixed_spec(std::int64_t features, std::uint64_t seed, DType dtyp
     coupling.network.activation = Activation::tanh;
     spec.layers.emplace_back(coupling);
   }
+  return spec;
+}
+
+/// A residual network that the context gates.
+inline Network gated_network(std::uint64_t seed) {
+  Network network;
+  network.kind = Network::Kind::residual;
+  network.hidden_sizes = {seed % 2 == 0 ? 19 : 5};
+  network.activation = seed % 2 == 0 ? Activation::gelu : Activation::tanh;
+  network.num_blocks = 2;
+  network.context_gates = true;
+  network.block_affines = seed % 2 == 1;
+  return network;
+}
+
+/// A density given a context: what mixed_spec() gives, an lu_linear layer, couplings with LayerNorm and with a network
+/// for each head, and one that transforms all features, which alone stands where there is one feature only. Networks
+/// are gated from seed 2 on; odd seeds standardize the context.
+inline FlowSpec conditional_spec(std::int64_t features, std::uint64_t seed, std::int64_t context_size, DType dtype) {
+  FlowSpec spec;
+  if (features > 1) {
+    spec = mixed_spec(features, seed, dtype);
+    spec.layers.emplace_back(LULinear{seed % 2 == 0});
+    Coupling coupling;
+    coupling.network.hidden_sizes = {11, 6};
+    coupling.network.activation = Activation::silu;
+    coupling.network.layer_norm = true;
+    spec.layers.emplace_back(coupling);
+    coupling.inverse = true;
+    coupling.translation_network = Network{Network::Kind::mlp, {4}, Activation::softplus};
+    spec.layers.emplace_back(coupling);
+  }
+  Coupling of_all;
+  of_all.transformed.name = FeatureSet::Name::all;
+  of_all.network.hidden_sizes = seed % 2 == 0 ? std::vector<std::int64_t>{9} : std::vector<std::int64_t>{};
+  if (seed >= 2) of_all.network = gated_network(seed);
+  spec.layers.emplace_back(of_all);
+  spec.input_size = features;
+  spec.context_size = context_size;
+  spec.standardize_context = seed % 2 == 1;
+  spec.dtype = dtype;
   return spec;
 }
 

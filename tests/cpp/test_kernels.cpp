@@ -84,7 +84,7 @@ FlowSpec spec_of(const Shape& shape) {
                             shape.standardize, dtype_of<T>);
 }
 
-/// Far from the identity: kernels N(0, 1/in), everything else 0.1 N(0, 1).
+/// Far from the identity: kernels N(0, 1/in), signs 1 and -1, everything else 0.1 N(0, 1).
 template <class T>
 std::vector<T> random_parameters(const nvpflow::ParamLayout& layout, unsigned seed) {
   std::mt19937 engine(seed);
@@ -92,8 +92,12 @@ std::vector<T> random_parameters(const nvpflow::ParamLayout& layout, unsigned se
   std::vector<T> parameters(static_cast<std::size_t>(layout.size()));
   for (const nvpflow::TensorInfo& tensor : layout.tensors()) {
     const double scale = tensor.shape.size() == 2 ? 1 / std::sqrt(static_cast<double>(tensor.shape[0])) : 0.1;
-    for (std::int64_t i = 0; i < tensor.size; ++i)
-      parameters[static_cast<std::size_t>(tensor.offset + i)] = static_cast<T>(scale * normal(engine));
+    const bool sign = tensor.name.ends_with(".sign");
+    for (std::int64_t i = 0; i < tensor.size; ++i) {
+      const double value = normal(engine);
+      parameters[static_cast<std::size_t>(tensor.offset + i)] =
+          static_cast<T>(sign ? std::copysign(1.0, value) : scale * value);
+    }
   }
   return parameters;
 }
@@ -401,32 +405,13 @@ TEST_CASE("gradients of layers of all features, directions and places agree with
   }
 }
 
-nvpflow::Network gated_network(std::uint64_t seed) {
-  nvpflow::Network network;
-  network.kind = nvpflow::Network::Kind::residual;
-  network.hidden_sizes = {seed % 2 == 0 ? 19 : 5};
-  network.activation = seed % 2 == 0 ? Activation::gelu : Activation::tanh;
-  network.num_blocks = 2;
-  network.context_gates = true;
-  network.block_affines = seed % 2 == 1;
-  return network;
-}
-
 TEST_CASE_TEMPLATE("a context, by rows and one for all, agrees with the oracle", T, float, double) {
   for (const std::int64_t features : {1, 2, 5, 17}) {
     for (std::uint64_t seed = 0; seed < 6; ++seed) {
       CAPTURE(features);
       CAPTURE(seed);
-      FlowSpec spec = features > 1 ? mixed_spec(features, seed, dtype_of<T>) : FlowSpec();
-      spec.input_size = features;
-      spec.dtype = dtype_of<T>;
-      nvpflow::Coupling of_all;
-      of_all.transformed.name = nvpflow::FeatureSet::Name::all;
-      of_all.network.hidden_sizes = seed % 2 == 0 ? std::vector<std::int64_t>{9} : std::vector<std::int64_t>{};
-      if (seed >= 2) of_all.network = gated_network(seed);
-      spec.layers.emplace_back(of_all);
-      spec.context_size = static_cast<std::int64_t>(1 + seed * 7);
-      spec.standardize_context = seed % 2 == 1;
+      const FlowSpec spec =
+          nvpflow::conditional_spec(features, seed, static_cast<std::int64_t>(1 + seed * 7), dtype_of<T>);
       Flow flow(spec);
       const std::vector<T> parameters = random_parameters<T>(flow.layout(), static_cast<unsigned>(seed));
       flow.template set_parameters<T>(parameters);
@@ -493,7 +478,7 @@ TEST_CASE("gradients with a context agree with finite differences") {
       of_all.transformed.name = nvpflow::FeatureSet::Name::all;
       if (seed % 2 == 0) of_all.network.hidden_sizes = {9};
       of_all.network.activation = Activation::silu;
-      if (seed >= 2) of_all.network = gated_network(seed);
+      if (seed >= 2) of_all.network = nvpflow::gated_network(seed);
       spec.layers.emplace_back(of_all);
       spec.context_size = static_cast<std::int64_t>(1 + seed * 3);
       spec.standardize_context = seed % 2 == 1;
@@ -572,6 +557,23 @@ TEST_CASE("a context that is missing, superfluous or of a wrong size is refused 
   refused("context is of another type", [&] { flow.log_prob<float>(x, out, wide); });
   refused("has context_size 0", [&] { plain.condition<float>(context); });
   refused("context holds 6 elements, expected 3 ([C])", [&] { flow.condition<float>(context); });
+  std::vector<float> shared(8), other(8), gradient(static_cast<std::size_t>(flow.num_parameters())), grad_context(6);
+  const std::span<float> first(shared.data(), 2), given(shared.data() + 1, 6);
+  refused("out overlaps context", [&] { flow.log_prob<float>(x, first, given); });
+  refused("z overlaps context", [&] { flow.forward<float>(x, shared, {}, given); });
+  refused("log_det overlaps context", [&] { flow.inverse<float>(x, other, first, given); });
+  refused("x overlaps context", [&] { flow.sample<float>(1, shared, 0, given); });
+  refused("gradient overlaps context",
+          [&] { flow.nll_gradient<float>(x, gradient, std::span<const float>(gradient).first(3)); });
+  refused("grad_context overlaps context",
+          [&] { flow.vjp<float>(Direction::forward, x, {}, {}, {}, {}, false, given, given); });
+  refused("grad_in overlaps context",
+          [&] { flow.vjp<float>(Direction::forward, x, {}, {}, shared, {}, false, given, grad_context); });
+  refused("grad_context overlaps grad_in",
+          [&] { flow.vjp<float>(Direction::forward, x, {}, {}, shared, {}, false, context, given); });
+  refused("t overlaps context", [&] {
+    flow.conditioner<float>(0, x, std::span<float>(other).first(4), std::span<float>(shared).first(4), given);
+  });
 }
 
 TEST_CASE("nll_gradient agrees with finite differences of the oracle") {
