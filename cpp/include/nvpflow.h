@@ -9,6 +9,13 @@
  * the format, its log-density is -inf and its values are infinite; a log-determinant that cannot be computed is -inf
  * from nvpflow_forward and inf from nvpflow_inverse.
  *
+ * Contexts. A flow with nvpflow_context_size() C > 0 is a density p(x | c). Functions with _context in their names take
+ * its context, [context_rows, C] of the flow's dtype: context_rows = rows, a context for each row, or 1, one for all,
+ * which is cheaper and gives the same bits; where they sample also a number that divides rows. A context row that holds
+ * NaN or inf counts as a row of x that does. For many calls under one context, nvpflow_condition_f32() makes a flow
+ * that the functions without _context take. Those refuse a flow with a context, and functions with _context a flow
+ * without one, with NVPFLOW_INVALID_ARGUMENT and the name of the function to call instead.
+ *
  * Errors. Every function that can fail returns a status; no C++ exception leaves the library. After a status other
  * than NVPFLOW_OK nvpflow_last_error() says in one sentence what was wrong, and outputs hold nothing useful.
  *
@@ -20,7 +27,8 @@
  * makes and that succeed neither allocate, nor lock, nor make a system call, nor use another thread. Their work is
  * fixed, whatever the values are: one multiply-add per row and weight (nvpflow_num_parameters() bounds the weights),
  * one activation per row and hidden unit, a tanh and an exp per row and transformed feature; every weight is read once
- * per tile of rows. A call that fails also formats its message, which allocates.
+ * per tile of rows. One context for all rows counts as one row more, that of a conditioned flow as nothing. A call
+ * that fails also formats its message, which allocates.
  */
 #ifndef NVPFLOW_H
 #define NVPFLOW_H
@@ -95,9 +103,11 @@ NVPFLOW_API void nvpflow_free(nvpflow_flow* flow);
  * @{ */
 NVPFLOW_API int64_t nvpflow_input_size(const nvpflow_flow* flow);     /**< D, the columns of a row */
 NVPFLOW_API nvpflow_dtype nvpflow_dtype_of(const nvpflow_flow* flow); /**< NVPFLOW_FLOAT32 or NVPFLOW_FLOAT64 */
-NVPFLOW_API int64_t nvpflow_num_layers(const nvpflow_flow* flow);     /**< couplings and standardize layers */
-NVPFLOW_API int64_t nvpflow_num_couplings(const nvpflow_flow* flow);  /**< affine coupling layers */
+NVPFLOW_API int64_t nvpflow_num_layers(const nvpflow_flow* flow);     /**< layers of all kinds */
+NVPFLOW_API int64_t nvpflow_num_couplings(const nvpflow_flow* flow);  /**< coupling layers */
 NVPFLOW_API int64_t nvpflow_num_parameters(const nvpflow_flow* flow); /**< elements of all parameters */
+/** C, numbers of a context row; 0 where the flow's calls take no context, also of a conditioned flow. */
+NVPFLOW_API int64_t nvpflow_context_size(const nvpflow_flow* flow);
 /**
  * 1 where the flow is float32 and begins with a standardize layer, else 0. Such a flow takes and gives rows of data x
  * as float64, too, in the functions that end in _rows64: the layer is then applied in float64, so that values that are
@@ -169,6 +179,28 @@ NVPFLOW_API nvpflow_status nvpflow_reload(nvpflow_flow* flow, const char* path);
  */
 NVPFLOW_API nvpflow_status nvpflow_swap(nvpflow_flow* a, nvpflow_flow* b);
 
+/** @name A flow under one context, for many calls: x -> p(x | c).
+ * @{ */
+/**
+ * @brief Makes a flow without a context of a flow with one and a context [C], which is copied.
+ * @param flow         with nvpflow_context_size() > 0; it may be given back before or after `conditioned`
+ * @param context      the numbers of one context row
+ * @param conditioned  receives the flow, to be given back by nvpflow_free(); NULL on failure
+ *
+ * `conditioned` shares the parameters, the threads and the preparation of `flow`, and gives the bits of the functions
+ * with _context. What the context comes to in the networks is computed here and not in its calls; once the parameters
+ * of `flow` have been replaced, each call computes it anew: make another one then. Functions that change a flow
+ * (nvpflow_set_num_threads(), nvpflow_reload(), nvpflow_swap(), nvpflow_initialize_from_f32()) refuse `conditioned`.
+ *
+ * Work: one multiply-add per weight that reads the context. It allocates: where the context is new in every call, the
+ * functions with _context are those for real time.
+ */
+NVPFLOW_API nvpflow_status nvpflow_condition_f32(const nvpflow_flow* flow, const float* context,
+                                                 nvpflow_flow** conditioned);
+NVPFLOW_API nvpflow_status nvpflow_condition_f64(const nvpflow_flow* flow, const double* context,
+                                                 nvpflow_flow** conditioned);
+/** @} */
+
 /** @name The standardize layer, which must be the flow's first, set from rows x [rows, D]: to each column's mean and
  * standard deviation, or to its median and interquartile range where far rows decide the standard deviation. For rows
  * in other units than those the flow was trained on. Replaces parameters, as nvpflow_reload() does.
@@ -188,6 +220,14 @@ NVPFLOW_API nvpflow_status nvpflow_log_prob_f64(const nvpflow_flow* flow, const 
 /** @brief float64 rows x of a float32 flow: nvpflow_takes_float64_rows(). */
 NVPFLOW_API nvpflow_status nvpflow_log_prob_rows64(const nvpflow_flow* flow, const double* x, int64_t rows,
                                                    float* log_prob);
+/** @brief Writes log_prob [rows] of x [rows, D] under context [context_rows, C]. */
+NVPFLOW_API nvpflow_status nvpflow_log_prob_context_f32(const nvpflow_flow* flow, const float* x, int64_t rows,
+                                                        const float* context, int64_t context_rows, float* log_prob);
+NVPFLOW_API nvpflow_status nvpflow_log_prob_context_f64(const nvpflow_flow* flow, const double* x, int64_t rows,
+                                                        const double* context, int64_t context_rows, double* log_prob);
+/** @brief float64 rows x of a float32 flow: nvpflow_takes_float64_rows(). */
+NVPFLOW_API nvpflow_status nvpflow_log_prob_context_rows64(const nvpflow_flow* flow, const double* x, int64_t rows,
+                                                           const float* context, int64_t context_rows, float* log_prob);
 /** @} */
 
 /** @name Data to latent: z and log|det dz/dx|; log_det may be NULL.
@@ -200,6 +240,17 @@ NVPFLOW_API nvpflow_status nvpflow_forward_f64(const nvpflow_flow* flow, const d
 /** @brief float64 rows x of a float32 flow: nvpflow_takes_float64_rows(). */
 NVPFLOW_API nvpflow_status nvpflow_forward_rows64(const nvpflow_flow* flow, const double* x, int64_t rows, float* z,
                                                   float* log_det);
+/** @brief Writes z [rows, D] and log_det [rows] of x [rows, D] under context [context_rows, C]. */
+NVPFLOW_API nvpflow_status nvpflow_forward_context_f32(const nvpflow_flow* flow, const float* x, int64_t rows,
+                                                       const float* context, int64_t context_rows, float* z,
+                                                       float* log_det);
+NVPFLOW_API nvpflow_status nvpflow_forward_context_f64(const nvpflow_flow* flow, const double* x, int64_t rows,
+                                                       const double* context, int64_t context_rows, double* z,
+                                                       double* log_det);
+/** @brief float64 rows x of a float32 flow: nvpflow_takes_float64_rows(). */
+NVPFLOW_API nvpflow_status nvpflow_forward_context_rows64(const nvpflow_flow* flow, const double* x, int64_t rows,
+                                                          const float* context, int64_t context_rows, float* z,
+                                                          float* log_det);
 /** @} */
 
 /** @name Latent to data: x and log|det dx/dz|; log_det may be NULL.
@@ -212,6 +263,17 @@ NVPFLOW_API nvpflow_status nvpflow_inverse_f64(const nvpflow_flow* flow, const d
 /** @brief float64 rows x of a float32 flow: nvpflow_takes_float64_rows(). */
 NVPFLOW_API nvpflow_status nvpflow_inverse_rows64(const nvpflow_flow* flow, const float* z, int64_t rows, double* x,
                                                   float* log_det);
+/** @brief Writes x [rows, D] and log_det [rows] of z [rows, D] under context [context_rows, C]. */
+NVPFLOW_API nvpflow_status nvpflow_inverse_context_f32(const nvpflow_flow* flow, const float* z, int64_t rows,
+                                                       const float* context, int64_t context_rows, float* x,
+                                                       float* log_det);
+NVPFLOW_API nvpflow_status nvpflow_inverse_context_f64(const nvpflow_flow* flow, const double* z, int64_t rows,
+                                                       const double* context, int64_t context_rows, double* x,
+                                                       double* log_det);
+/** @brief float64 rows x of a float32 flow: nvpflow_takes_float64_rows(). */
+NVPFLOW_API nvpflow_status nvpflow_inverse_context_rows64(const nvpflow_flow* flow, const float* z, int64_t rows,
+                                                          const float* context, int64_t context_rows, double* x,
+                                                          float* log_det);
 /** @} */
 
 /** @name Rows first_row, first_row + 1, ... of the endless sample that `seed` names. Row i depends only on (seed, i).
@@ -224,6 +286,17 @@ NVPFLOW_API nvpflow_status nvpflow_sample_f64(const nvpflow_flow* flow, uint64_t
 /** @brief float64 rows x of a float32 flow: nvpflow_takes_float64_rows(). */
 NVPFLOW_API nvpflow_status nvpflow_sample_rows64(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row,
                                                  int64_t rows, double* x);
+/** @brief Writes x [rows, D] under context [context_rows, C], each row of it for rows / context_rows rows of x. */
+NVPFLOW_API nvpflow_status nvpflow_sample_context_f32(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row,
+                                                      int64_t rows, const float* context, int64_t context_rows,
+                                                      float* x);
+NVPFLOW_API nvpflow_status nvpflow_sample_context_f64(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row,
+                                                      int64_t rows, const double* context, int64_t context_rows,
+                                                      double* x);
+/** @brief float64 rows x of a float32 flow: nvpflow_takes_float64_rows(). */
+NVPFLOW_API nvpflow_status nvpflow_sample_context_rows64(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row,
+                                                         int64_t rows, const float* context, int64_t context_rows,
+                                                         double* x);
 /** @} */
 
 /** @name The mean negative log-likelihood of x [rows, D], in nats, and its gradient. At least one row. They may
@@ -234,6 +307,13 @@ NVPFLOW_API nvpflow_status nvpflow_nll_gradient_f32(const nvpflow_flow* flow, co
                                                     float* gradient);
 NVPFLOW_API nvpflow_status nvpflow_nll_gradient_f64(const nvpflow_flow* flow, const double* x, int64_t rows,
                                                     double* nll, double* gradient);
+/** @brief The same of -log p(x | c), under context [context_rows, C]. */
+NVPFLOW_API nvpflow_status nvpflow_nll_gradient_context_f32(const nvpflow_flow* flow, const float* x, int64_t rows,
+                                                            const float* context, int64_t context_rows, double* nll,
+                                                            float* gradient);
+NVPFLOW_API nvpflow_status nvpflow_nll_gradient_context_f64(const nvpflow_flow* flow, const double* x, int64_t rows,
+                                                            const double* context, int64_t context_rows, double* nll,
+                                                            double* gradient);
 /** @} */
 
 #ifdef __cplusplus

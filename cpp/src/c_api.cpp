@@ -7,20 +7,24 @@
 #include <cstring>
 #include <exception>
 #include <limits>
+#include <memory>
 #include <new>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include <nvpflow/device.hpp>
 #include <nvpflow/error.hpp>
+#include <nvpflow/execution.hpp>
 #include <nvpflow/flow.hpp>
 #include <nvpflow/spec.hpp>
 #include <nvpflow/spec_json.hpp>
 
-/// What a handle points at.
+/// What a handle points at: a flow, or one that nvpflow_condition_...() made of it, which keeps it alive.
 struct nvpflow_flow {
-  nvpflow::Flow flow;
+  std::shared_ptr<nvpflow::Flow> flow;
+  std::optional<nvpflow::ConditionedFlow> conditioned = std::nullopt;
 };
 
 namespace nvpflow {
@@ -89,11 +93,26 @@ P* required(P* pointer, const char* name) {
   return pointer;
 }
 
-/// [rows, columns] at `data`, which may be NULL where it has no elements.
+const Flow& flow_of(const nvpflow_flow* handle) { return *required(handle, "flow")->flow; }
+
+/// The flow of a call that changes it.
+Flow& changed(nvpflow_flow* handle, const char* name) {
+  if (required(handle, name)->conditioned) {
+    refuse(std::string(name) + " is conditioned, expected the flow that it was made of");
+  }
+  return *handle->flow;
+}
+
+std::int64_t context_size(const nvpflow_flow& handle) {
+  return handle.conditioned ? 0 : handle.flow->spec().context_size;
+}
+
+/// [rows, columns] at `data`, which may be NULL where it has no elements. count: what the caller calls `rows`.
 template <class T>
-std::span<T> array(T* data, const char* name, std::int64_t rows, std::int64_t columns) {
+std::span<T> array(T* data, const char* name, std::int64_t rows, std::int64_t columns, const char* count = "rows") {
   if (rows < 0 || rows > std::numeric_limits<std::int64_t>::max() / columns / static_cast<std::int64_t>(sizeof(T))) {
-    refuse("rows is " + std::to_string(rows) + ", expected 0 or more, and fewer than can be addressed");
+    refuse(std::string(count) + " is " + std::to_string(rows) +
+           ", expected 0 or more, and fewer than can be addressed");
   }
   return {rows == 0 ? data : required(data, name), static_cast<std::size_t>(rows * columns)};
 }
@@ -104,55 +123,127 @@ std::span<T> wanted(T* data, std::int64_t rows) {
 }
 
 template <class T>
+constexpr DType kDType = sizeof(T) == 4 ? DType::float32 : DType::float64;
+
+/// The context that a call was given: that of a function with _context in its name, or none.
+template <class T>
+struct Given {
+  bool is_given = false;
+  const T* data = nullptr;
+  std::int64_t rows = 0;
+
+  Given() = default;
+  Given(const T* context, std::int64_t context_rows) : is_given(true), data(context), rows(context_rows) {}
+};
+
+/// X: of rows of data; T: of all other arrays.
+template <class X, class T>
+constexpr const char* suffix_of() {
+  if (sizeof(X) > sizeof(T)) return "_rows64";
+  return sizeof(T) == 4 ? "_f32" : "_f64";
+}
+
+[[noreturn]] void refuse_context(const nvpflow_flow& handle, const std::string& advice) {
+  refuse((handle.conditioned ? "the flow is conditioned" : "the flow has context_size 0") +
+         std::string(", expected one that takes a context") + advice);
+}
+
+/// The context of a call of so many rows of the function `name`, checked but for its dtype. divides: context_rows may
+/// be a number that divides rows.
+template <class X, class T>
+Context context_of(const nvpflow_flow& handle, const char* name, std::int64_t rows, const Given<T>& given,
+                   bool divides = false) {
+  const std::int64_t size = context_size(handle);
+  if (!given.is_given) {
+    if (handle.conditioned) return handle.conditioned->context();
+    if (size > 0 && handle.flow->spec().dtype == kDType<T>) {
+      refuse("context is missing, expected [context_rows, " + std::to_string(size) + "]; call " + name + "_context" +
+             suffix_of<X, T>() + ", or give a flow that nvpflow_condition" + suffix_of<T, T>() + " has made");
+    }
+    return {};
+  }
+  if (size == 0) refuse_context(handle, std::string("; call ") + name + suffix_of<X, T>());
+  if (given.rows != 1 && given.rows != rows && !(divides && given.rows > 0 && rows % given.rows == 0)) {
+    refuse("context_rows is " + std::to_string(given.rows) + ", expected 1 or rows, " + std::to_string(rows) +
+           (divides ? ", or a number that divides it" : ""));
+  }
+  return std::span<const T>(array(given.data, "context", given.rows, size, "context_rows"));
+}
+
+template <class T>
+nvpflow_status condition(const nvpflow_flow* handle, const T* context, nvpflow_flow** conditioned) {
+  return guarded([&] {
+    *required(conditioned, "conditioned") = nullptr;
+    const std::int64_t size = context_size(*required(handle, "flow"));
+    if (size == 0) refuse_context(*handle, "");
+    const std::span<const T> row = array(context, "context", 1, size);
+    *conditioned = new nvpflow_flow{handle->flow, handle->flow->condition<T>(row)};
+  });
+}
+
+template <class T>
 nvpflow_status initialize_from(nvpflow_flow* handle, const T* x, std::int64_t rows) {
   return guarded([&] {
-    Flow& flow = required(handle, "flow")->flow;
+    Flow& flow = changed(handle, "flow");
     flow.initialize_from<T>(array(x, "x", rows, flow.spec().input_size));
   });
 }
 
 /// X: T, or double where T is float.
 template <class X, class T>
-nvpflow_status log_prob(const nvpflow_flow* handle, const X* x, std::int64_t rows, T* out) {
+nvpflow_status log_prob(const nvpflow_flow* handle, const X* x, std::int64_t rows, T* out, const Given<T>& given = {}) {
   return guarded([&] {
-    const Flow& flow = required(handle, "flow")->flow;
-    flow.log_prob(array(x, "x", rows, flow.spec().input_size), array(out, "log_prob", rows, 1));
+    const Flow& flow = flow_of(handle);
+    flow.log_prob(array(x, "x", rows, flow.spec().input_size), array(out, "log_prob", rows, 1),
+                  context_of<X, T>(*handle, "nvpflow_log_prob", rows, given));
   });
 }
 
 template <class X, class T>
-nvpflow_status forward(const nvpflow_flow* handle, const X* x, std::int64_t rows, T* z, T* log_det) {
+nvpflow_status forward(const nvpflow_flow* handle, const X* x, std::int64_t rows, T* z, T* log_det,
+                       const Given<T>& given = {}) {
   return guarded([&] {
-    const Flow& flow = required(handle, "flow")->flow;
+    const Flow& flow = flow_of(handle);
     const std::int64_t columns = flow.spec().input_size;
-    flow.forward(array(x, "x", rows, columns), array(z, "z", rows, columns), wanted(log_det, rows));
+    flow.forward(array(x, "x", rows, columns), array(z, "z", rows, columns), wanted(log_det, rows),
+                 context_of<X, T>(*handle, "nvpflow_forward", rows, given));
   });
 }
 
 template <class X, class T>
-nvpflow_status inverse(const nvpflow_flow* handle, const T* z, std::int64_t rows, X* x, T* log_det) {
+nvpflow_status inverse(const nvpflow_flow* handle, const T* z, std::int64_t rows, X* x, T* log_det,
+                       const Given<T>& given = {}) {
   return guarded([&] {
-    const Flow& flow = required(handle, "flow")->flow;
+    const Flow& flow = flow_of(handle);
     const std::int64_t columns = flow.spec().input_size;
-    flow.inverse(array(z, "z", rows, columns), array(x, "x", rows, columns), wanted(log_det, rows));
+    flow.inverse(array(z, "z", rows, columns), array(x, "x", rows, columns), wanted(log_det, rows),
+                 context_of<X, T>(*handle, "nvpflow_inverse", rows, given));
+  });
+}
+
+template <class T, class X>
+nvpflow_status sample(const nvpflow_flow* handle, std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, X* x,
+                      const Given<T>& given = {}) {
+  return guarded([&] {
+    const Flow& flow = flow_of(handle);
+    if (sizeof(X) > sizeof(T) && !takes_float64_rows(flow.spec())) {
+      throw Error(ErrorCode::type_mismatch,
+                  "the flow gives no float64 rows beside float32, expected a float32 flow that begins with a "
+                  "standardize layer");
+    }
+    flow.sample<X>(seed, array(x, "x", rows, flow.spec().input_size), first_row,
+                   context_of<X, T>(*handle, "nvpflow_sample", rows, given, true));
   });
 }
 
 template <class T>
-nvpflow_status sample(const nvpflow_flow* handle, std::uint64_t seed, std::uint64_t first_row, std::int64_t rows,
-                      T* x) {
+nvpflow_status nll_gradient(const nvpflow_flow* handle, const T* x, std::int64_t rows, double* nll, T* gradient,
+                            const Given<T>& given = {}) {
   return guarded([&] {
-    const Flow& flow = required(handle, "flow")->flow;
-    flow.sample<T>(seed, array(x, "x", rows, flow.spec().input_size), first_row);
-  });
-}
-
-template <class T>
-nvpflow_status nll_gradient(const nvpflow_flow* handle, const T* x, std::int64_t rows, double* nll, T* gradient) {
-  return guarded([&] {
-    const Flow& flow = required(handle, "flow")->flow;
+    const Flow& flow = flow_of(handle);
     *required(nll, "nll") = flow.nll_gradient<T>(array(x, "x", rows, flow.spec().input_size),
-                                                 array(gradient, "gradient", 1, flow.num_parameters()));
+                                                 array(gradient, "gradient", 1, flow.num_parameters()),
+                                                 context_of<T, T>(*handle, "nvpflow_nll_gradient", rows, given));
   });
 }
 
@@ -165,14 +256,6 @@ void write_text(const std::string& from, char* text, size_t capacity, size_t* ne
     refuse("capacity is " + std::to_string(capacity) + ", expected " + std::to_string(bytes) + " or more");
   }
   std::memcpy(required(text, "text"), from.c_str(), bytes);
-}
-
-nvpflow_status refuse_rows64() {
-  return guarded([] {
-    throw Error(ErrorCode::type_mismatch,
-                "the flow gives no float64 rows beside float32, expected a float32 flow that begins with a standardize "
-                "layer");
-  });
 }
 
 }  // namespace
@@ -196,39 +279,40 @@ nvpflow_status nvpflow_load_on(const char* path, const char* device, const char*
     const Device on = device == nullptr ? Device{} : parse_device(device);
     const Precision rounding = precision == nullptr ? Precision::float32 : parse_precision(precision);
     const Weights storage = weights == nullptr ? Weights::full : parse_weights(weights);
-    *flow = new nvpflow_flow{Flow::load(required(path, "path"), on, rounding, storage)};
+    *flow = new nvpflow_flow{std::make_shared<Flow>(Flow::load(required(path, "path"), on, rounding, storage))};
   });
 }
 
 void nvpflow_free(nvpflow_flow* flow) { delete flow; }
 
-int64_t nvpflow_input_size(const nvpflow_flow* flow) { return flow == nullptr ? -1 : flow->flow.spec().input_size; }
+int64_t nvpflow_input_size(const nvpflow_flow* flow) { return flow == nullptr ? -1 : flow->flow->spec().input_size; }
 nvpflow_dtype nvpflow_dtype_of(const nvpflow_flow* flow) {
   if (flow == nullptr) return -1;
-  return flow->flow.spec().dtype == nvpflow::DType::float32 ? NVPFLOW_FLOAT32 : NVPFLOW_FLOAT64;
+  return flow->flow->spec().dtype == nvpflow::DType::float32 ? NVPFLOW_FLOAT32 : NVPFLOW_FLOAT64;
 }
 int64_t nvpflow_num_layers(const nvpflow_flow* flow) {
-  return flow == nullptr ? -1 : static_cast<int64_t>(flow->flow.spec().layers.size());
+  return flow == nullptr ? -1 : static_cast<int64_t>(flow->flow->spec().layers.size());
 }
 int64_t nvpflow_num_couplings(const nvpflow_flow* flow) {
-  return flow == nullptr ? -1 : flow->flow.spec().num_couplings();
+  return flow == nullptr ? -1 : flow->flow->spec().num_couplings();
 }
 int nvpflow_takes_float64_rows(const nvpflow_flow* flow) {
   if (flow == nullptr) return -1;
-  return nvpflow::takes_float64_rows(flow->flow.spec()) ? 1 : 0;
+  return nvpflow::takes_float64_rows(flow->flow->spec()) ? 1 : 0;
 }
-int64_t nvpflow_num_parameters(const nvpflow_flow* flow) { return flow == nullptr ? -1 : flow->flow.num_parameters(); }
+int64_t nvpflow_context_size(const nvpflow_flow* flow) { return flow == nullptr ? -1 : nvpflow::context_size(*flow); }
+int64_t nvpflow_num_parameters(const nvpflow_flow* flow) { return flow == nullptr ? -1 : flow->flow->num_parameters(); }
 
 nvpflow_status nvpflow_spec_json(const nvpflow_flow* flow, char* text, size_t capacity, size_t* needed) {
   using namespace nvpflow;
-  return guarded([&] { write_text(to_json(required(flow, "flow")->flow.spec()), text, capacity, needed); });
+  return guarded([&] { write_text(to_json(flow_of(flow).spec()), text, capacity, needed); });
 }
 
 nvpflow_status nvpflow_column_name(const nvpflow_flow* flow, int64_t column, char* text, size_t capacity,
                                    size_t* needed) {
   using namespace nvpflow;
   return guarded([&] {
-    const Flow& named = required(flow, "flow")->flow;
+    const Flow& named = flow_of(flow);
     if (column < 0 || column >= named.spec().input_size) {
       refuse("column is " + std::to_string(column) + ", expected 0 to " + std::to_string(named.spec().input_size - 1));
     }
@@ -241,7 +325,7 @@ nvpflow_status nvpflow_threshold(const nvpflow_flow* flow, double* log_prob, dou
   using namespace nvpflow;
   return guarded([&] {
     constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
-    const Threshold threshold = required(flow, "flow")->flow.threshold().value_or(Threshold{kNone, kNone});
+    const Threshold threshold = flow_of(flow).threshold().value_or(Threshold{kNone, kNone});
     *required(log_prob, "log_prob") = threshold.log_prob;
     if (quantile != nullptr) *quantile = threshold.quantile;
   });
@@ -249,24 +333,30 @@ nvpflow_status nvpflow_threshold(const nvpflow_flow* flow, double* log_prob, dou
 
 nvpflow_status nvpflow_set_num_threads(nvpflow_flow* flow, int threads) {
   using namespace nvpflow;
-  return guarded([&] { required(flow, "flow")->flow.set_num_threads(threads); });
+  return guarded([&] { changed(flow, "flow").set_num_threads(threads); });
 }
 
 nvpflow_status nvpflow_prepare(const nvpflow_flow* flow, int64_t max_rows) {
   using namespace nvpflow;
-  return guarded([&] { required(flow, "flow")->flow.prepare(max_rows); });
+  return guarded([&] { flow_of(flow).prepare(max_rows); });
 }
 
 nvpflow_status nvpflow_reload(nvpflow_flow* flow, const char* path) {
   using namespace nvpflow;
-  return guarded([&] { required(flow, "flow")->flow.reload(required(path, "path")); });
+  return guarded([&] { changed(flow, "flow").reload(required(path, "path")); });
 }
 
 nvpflow_status nvpflow_swap(nvpflow_flow* a, nvpflow_flow* b) {
   using namespace nvpflow;
-  return guarded([&] { required(a, "a")->flow.swap(required(b, "b")->flow); });
+  return guarded([&] { changed(a, "a").swap(changed(b, "b")); });
 }
 
+nvpflow_status nvpflow_condition_f32(const nvpflow_flow* flow, const float* context, nvpflow_flow** conditioned) {
+  return nvpflow::condition(flow, context, conditioned);
+}
+nvpflow_status nvpflow_condition_f64(const nvpflow_flow* flow, const double* context, nvpflow_flow** conditioned) {
+  return nvpflow::condition(flow, context, conditioned);
+}
 nvpflow_status nvpflow_initialize_from_f32(nvpflow_flow* flow, const float* x, int64_t rows) {
   return nvpflow::initialize_from(flow, x, rows);
 }
@@ -276,53 +366,110 @@ nvpflow_status nvpflow_initialize_from_f64(nvpflow_flow* flow, const double* x, 
 nvpflow_status nvpflow_log_prob_f32(const nvpflow_flow* flow, const float* x, int64_t rows, float* log_prob) {
   return nvpflow::log_prob(flow, x, rows, log_prob);
 }
+nvpflow_status nvpflow_log_prob_context_f32(const nvpflow_flow* flow, const float* x, int64_t rows,
+                                            const float* context, int64_t context_rows, float* log_prob) {
+  return nvpflow::log_prob(flow, x, rows, log_prob, {context, context_rows});
+}
 nvpflow_status nvpflow_log_prob_f64(const nvpflow_flow* flow, const double* x, int64_t rows, double* log_prob) {
   return nvpflow::log_prob(flow, x, rows, log_prob);
+}
+nvpflow_status nvpflow_log_prob_context_f64(const nvpflow_flow* flow, const double* x, int64_t rows,
+                                            const double* context, int64_t context_rows, double* log_prob) {
+  return nvpflow::log_prob(flow, x, rows, log_prob, {context, context_rows});
 }
 nvpflow_status nvpflow_log_prob_rows64(const nvpflow_flow* flow, const double* x, int64_t rows, float* log_prob) {
   return nvpflow::log_prob(flow, x, rows, log_prob);
 }
+nvpflow_status nvpflow_log_prob_context_rows64(const nvpflow_flow* flow, const double* x, int64_t rows,
+                                               const float* context, int64_t context_rows, float* log_prob) {
+  return nvpflow::log_prob(flow, x, rows, log_prob, {context, context_rows});
+}
 nvpflow_status nvpflow_forward_f32(const nvpflow_flow* flow, const float* x, int64_t rows, float* z, float* log_det) {
   return nvpflow::forward(flow, x, rows, z, log_det);
+}
+nvpflow_status nvpflow_forward_context_f32(const nvpflow_flow* flow, const float* x, int64_t rows, const float* context,
+                                           int64_t context_rows, float* z, float* log_det) {
+  return nvpflow::forward(flow, x, rows, z, log_det, {context, context_rows});
 }
 nvpflow_status nvpflow_forward_f64(const nvpflow_flow* flow, const double* x, int64_t rows, double* z,
                                    double* log_det) {
   return nvpflow::forward(flow, x, rows, z, log_det);
 }
+nvpflow_status nvpflow_forward_context_f64(const nvpflow_flow* flow, const double* x, int64_t rows,
+                                           const double* context, int64_t context_rows, double* z, double* log_det) {
+  return nvpflow::forward(flow, x, rows, z, log_det, {context, context_rows});
+}
 nvpflow_status nvpflow_forward_rows64(const nvpflow_flow* flow, const double* x, int64_t rows, float* z,
                                       float* log_det) {
   return nvpflow::forward(flow, x, rows, z, log_det);
 }
+nvpflow_status nvpflow_forward_context_rows64(const nvpflow_flow* flow, const double* x, int64_t rows,
+                                              const float* context, int64_t context_rows, float* z, float* log_det) {
+  return nvpflow::forward(flow, x, rows, z, log_det, {context, context_rows});
+}
 nvpflow_status nvpflow_inverse_f32(const nvpflow_flow* flow, const float* z, int64_t rows, float* x, float* log_det) {
   return nvpflow::inverse(flow, z, rows, x, log_det);
+}
+nvpflow_status nvpflow_inverse_context_f32(const nvpflow_flow* flow, const float* z, int64_t rows, const float* context,
+                                           int64_t context_rows, float* x, float* log_det) {
+  return nvpflow::inverse(flow, z, rows, x, log_det, {context, context_rows});
 }
 nvpflow_status nvpflow_inverse_f64(const nvpflow_flow* flow, const double* z, int64_t rows, double* x,
                                    double* log_det) {
   return nvpflow::inverse(flow, z, rows, x, log_det);
 }
+nvpflow_status nvpflow_inverse_context_f64(const nvpflow_flow* flow, const double* z, int64_t rows,
+                                           const double* context, int64_t context_rows, double* x, double* log_det) {
+  return nvpflow::inverse(flow, z, rows, x, log_det, {context, context_rows});
+}
 nvpflow_status nvpflow_inverse_rows64(const nvpflow_flow* flow, const float* z, int64_t rows, double* x,
                                       float* log_det) {
   return nvpflow::inverse(flow, z, rows, x, log_det);
 }
+nvpflow_status nvpflow_inverse_context_rows64(const nvpflow_flow* flow, const float* z, int64_t rows,
+                                              const float* context, int64_t context_rows, double* x, float* log_det) {
+  return nvpflow::inverse(flow, z, rows, x, log_det, {context, context_rows});
+}
 nvpflow_status nvpflow_sample_f32(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row, int64_t rows, float* x) {
-  return nvpflow::sample(flow, seed, first_row, rows, x);
+  return nvpflow::sample<float>(flow, seed, first_row, rows, x);
+}
+nvpflow_status nvpflow_sample_context_f32(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row, int64_t rows,
+                                          const float* context, int64_t context_rows, float* x) {
+  return nvpflow::sample<float>(flow, seed, first_row, rows, x, {context, context_rows});
 }
 nvpflow_status nvpflow_sample_f64(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row, int64_t rows,
                                   double* x) {
-  return nvpflow::sample(flow, seed, first_row, rows, x);
+  return nvpflow::sample<double>(flow, seed, first_row, rows, x);
+}
+nvpflow_status nvpflow_sample_context_f64(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row, int64_t rows,
+                                          const double* context, int64_t context_rows, double* x) {
+  return nvpflow::sample<double>(flow, seed, first_row, rows, x, {context, context_rows});
 }
 nvpflow_status nvpflow_sample_rows64(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row, int64_t rows,
                                      double* x) {
-  if (flow != nullptr && nvpflow_takes_float64_rows(flow) == 0) return nvpflow::refuse_rows64();
-  return nvpflow::sample(flow, seed, first_row, rows, x);
+  return nvpflow::sample<float>(flow, seed, first_row, rows, x);
+}
+nvpflow_status nvpflow_sample_context_rows64(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row, int64_t rows,
+                                             const float* context, int64_t context_rows, double* x) {
+  return nvpflow::sample<float>(flow, seed, first_row, rows, x, {context, context_rows});
 }
 nvpflow_status nvpflow_nll_gradient_f32(const nvpflow_flow* flow, const float* x, int64_t rows, double* nll,
                                         float* gradient) {
   return nvpflow::nll_gradient(flow, x, rows, nll, gradient);
 }
+nvpflow_status nvpflow_nll_gradient_context_f32(const nvpflow_flow* flow, const float* x, int64_t rows,
+                                                const float* context, int64_t context_rows, double* nll,
+                                                float* gradient) {
+  return nvpflow::nll_gradient(flow, x, rows, nll, gradient, {context, context_rows});
+}
 nvpflow_status nvpflow_nll_gradient_f64(const nvpflow_flow* flow, const double* x, int64_t rows, double* nll,
                                         double* gradient) {
   return nvpflow::nll_gradient(flow, x, rows, nll, gradient);
+}
+nvpflow_status nvpflow_nll_gradient_context_f64(const nvpflow_flow* flow, const double* x, int64_t rows,
+                                                const double* context, int64_t context_rows, double* nll,
+                                                double* gradient) {
+  return nvpflow::nll_gradient(flow, x, rows, nll, gradient, {context, context_rows});
 }
 
 }  // extern "C"

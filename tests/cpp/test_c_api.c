@@ -17,7 +17,8 @@ static void check(int holds, const char* what, int line) {
 
 enum { MAX_ELEMENTS = 4096 };
 
-static void check_errors(const char* path, nvpflow_flow* flow) {
+/* program: a file that is no model. */
+static void check_errors(const char* program, const char* path, nvpflow_flow* flow) {
   nvpflow_flow* none = flow;
   float x[MAX_ELEMENTS] = {0}, out[64];
   double wide[MAX_ELEMENTS] = {0};
@@ -29,7 +30,7 @@ static void check_errors(const char* path, nvpflow_flow* flow) {
   CHECK(nvpflow_load("there/is/no/such/file", &none) == NVPFLOW_IO);
   CHECK(nvpflow_system_error() == 2);
   CHECK(strstr(nvpflow_last_error(), "there/is/no/such/file") != NULL);
-  CHECK(nvpflow_load(__FILE__, &none) == NVPFLOW_FILE_FORMAT);
+  CHECK(nvpflow_load(program, &none) == NVPFLOW_FILE_FORMAT);
   CHECK(nvpflow_system_error() == 0);
   CHECK(nvpflow_load_on(path, "abacus", NULL, NULL, &none) == NVPFLOW_INVALID_ARGUMENT);
   CHECK(strstr(nvpflow_last_error(), "abacus") != NULL);
@@ -58,7 +59,45 @@ static void check_errors(const char* path, nvpflow_flow* flow) {
   CHECK(nvpflow_swap(flow, NULL) == NVPFLOW_INVALID_ARGUMENT);
   CHECK(nvpflow_input_size(NULL) == -1 && nvpflow_dtype_of(NULL) == -1 && nvpflow_num_parameters(NULL) == -1);
   CHECK(nvpflow_num_layers(NULL) == -1 && nvpflow_num_couplings(NULL) == -1);
+  CHECK(nvpflow_context_size(NULL) == -1 && nvpflow_context_size(flow) == 0);
   nvpflow_free(NULL);
+}
+
+/* What a flow without a context and NULL make of each function with one; test_c_context.cpp has the flows with one. */
+static void check_context_errors(nvpflow_flow* flow) {
+  nvpflow_flow* none;
+  float x[MAX_ELEMENTS] = {0}, z[MAX_ELEMENTS], out[4], c[1] = {0}, gradient[1];
+  double x64[MAX_ELEMENTS] = {0}, z64[MAX_ELEMENTS], out64[4], c64[1] = {0}, gradient64[1], nll;
+  nvpflow_flow* flows[2];
+  int i;
+  flows[0] = flow;
+  flows[1] = NULL;
+  for (i = 0; i < 2; ++i) {
+    const nvpflow_flow* f = flows[i];
+    CHECK(nvpflow_log_prob_context_f32(f, x, 1, c, 1, out) == NVPFLOW_INVALID_ARGUMENT);
+    CHECK(nvpflow_log_prob_context_f64(f, x64, 1, c64, 1, out64) == NVPFLOW_INVALID_ARGUMENT);
+    CHECK(nvpflow_log_prob_context_rows64(f, x64, 1, c, 1, out) == NVPFLOW_INVALID_ARGUMENT);
+    CHECK(nvpflow_forward_context_f32(f, x, 1, c, 1, z, out) == NVPFLOW_INVALID_ARGUMENT);
+    CHECK(nvpflow_forward_context_f64(f, x64, 1, c64, 1, z64, out64) == NVPFLOW_INVALID_ARGUMENT);
+    CHECK(nvpflow_forward_context_rows64(f, x64, 1, c, 1, z, out) == NVPFLOW_INVALID_ARGUMENT);
+    CHECK(nvpflow_inverse_context_f32(f, z, 1, c, 1, x, out) == NVPFLOW_INVALID_ARGUMENT);
+    CHECK(nvpflow_inverse_context_f64(f, z64, 1, c64, 1, x64, out64) == NVPFLOW_INVALID_ARGUMENT);
+    CHECK(nvpflow_inverse_context_rows64(f, z, 1, c, 1, x64, out) == NVPFLOW_INVALID_ARGUMENT);
+    CHECK(nvpflow_sample_context_f32(f, 1, 0, 1, c, 1, x) == NVPFLOW_INVALID_ARGUMENT);
+    CHECK(nvpflow_sample_context_f64(f, 1, 0, 1, c64, 1, x64) == NVPFLOW_INVALID_ARGUMENT);
+    CHECK(nvpflow_sample_context_rows64(f, 1, 0, 1, c, 1, x64) == NVPFLOW_INVALID_ARGUMENT);
+    CHECK(nvpflow_nll_gradient_context_f32(f, x, 1, c, 1, &nll, gradient) == NVPFLOW_INVALID_ARGUMENT);
+    CHECK(nvpflow_nll_gradient_context_f64(f, x64, 1, c64, 1, &nll, gradient64) == NVPFLOW_INVALID_ARGUMENT);
+    none = flow;
+    CHECK(nvpflow_condition_f32(f, c, &none) == NVPFLOW_INVALID_ARGUMENT && none == NULL);
+    none = flow;
+    CHECK(nvpflow_condition_f64(f, c64, &none) == NVPFLOW_INVALID_ARGUMENT && none == NULL);
+  }
+  CHECK(nvpflow_log_prob_context_rows64(flow, x64, 1, c, 1, out) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(strcmp(nvpflow_last_error(),
+               "the flow has context_size 0, expected one that takes a context; call nvpflow_log_prob_rows64") == 0);
+  CHECK(nvpflow_condition_f32(flow, c, NULL) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(strcmp(nvpflow_last_error(), "conditioned is NULL") == 0);
 }
 
 static void check_spec(nvpflow_flow* flow) {
@@ -207,7 +246,8 @@ int main(int argc, char** argv) {
   CHECK(nvpflow_load(argv[2], &wide) == NVPFLOW_OK);
   if (flow == NULL || wide == NULL) return 1;
   CHECK(nvpflow_dtype_of(flow) == NVPFLOW_FLOAT32 && nvpflow_dtype_of(wide) == NVPFLOW_FLOAT64);
-  check_errors(argv[1], flow);
+  check_errors(argv[0], argv[1], flow);
+  check_context_errors(flow);
   check_spec(flow);
   check_numbers(flow, wide);
   check_names_and_threshold(flow);

@@ -19,7 +19,7 @@ build() {
   mkdir -p "$out"
   find "$out" -name '*.gcda' -delete
   rm -f "$out"/.coverage*
-  local tests="test_c_api;test_core;test_cuda_backend;test_elementary;test_kernels;test_parallel;test_reload;replay_file;replay_layout"
+  local tests="test_c_api;test_c_context;test_core;test_cuda_backend;test_elementary;test_kernels;test_parallel;test_reload;replay_file;replay_layout"
   python -m pip install -q --no-build-isolation --no-deps --upgrade --target "$out/site" -C build-dir="$out/build" \
     -C cmake.define.NVPFLOW_CUDA=EMULATED -C cmake.define.NVPFLOW_TESTS=ON -C cmake.define.CMAKE_CXX_FLAGS=--coverage \
     -C cmake.build-type=Debug -C cmake.define.CMAKE_CXX_FLAGS_DEBUG=-g0 -C install.strip=false \

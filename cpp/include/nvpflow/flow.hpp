@@ -219,7 +219,8 @@ class NVPFLOW_API Flow {
            std::span<float> grad_x, std::span<float> grad_parameters, bool accumulate = false,
            const Context& context = {}, std::span<float> grad_context = {}) const;
   /// The flow under one context [C]: x -> p(x | c), with the same bits as the calls above with `context`. What the
-  /// context comes to in each network is computed here and not in each call. The view must not outlive the flow.
+  /// context comes to in each network is computed here and not in each call. The view must not outlive the flow. Makes
+  /// copies, which allocates: where the context is new in every call, `context` is for real time.
   template <class T>
   ConditionedFlow condition(std::span<const T> context) const;
   /// Log-scale s and shift t [B, |b|] of layer `layer`, which must be a coupling, on that layer's own input [B, D].
