@@ -21,12 +21,15 @@
 #include <cstdlib>
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include <nvpflow.h>
 #include <nvpflow/flow.hpp>
+
+#include "mixed_spec.hpp"
 
 namespace {
 
@@ -193,9 +196,59 @@ struct Calls {
   double sum = 0;
 };
 
+/// The same of a flow with a context, in every way that a context is given: by rows, one for all, one for several rows
+/// of a sample, and bound before the call.
 template <class T>
-void check_calls(std::int64_t rows, nvpflow::DType dtype, nvpflow::Weights weights = nvpflow::Weights::full) {
-  Calls<T> calls(rows, dtype, weights);
+struct ConditionalCalls {
+  nvpflow::Flow flow;
+  std::int64_t rows;
+  std::vector<T> x, z, out, contexts;
+  std::vector<double> x64;
+  std::span<const T> one, half;
+  nvpflow::ConditionedFlow given;
+
+  ConditionalCalls(const nvpflow::FlowSpec& spec, std::int64_t n)
+      : flow(spec, 1),
+        rows(n),
+        x(static_cast<std::size_t>(n * spec.input_size), T(0.5)),
+        z(x.size()),
+        out(static_cast<std::size_t>(n)),
+        contexts(static_cast<std::size_t>(n * spec.context_size), T(0.25)),
+        x64(x.begin(), x.end()),
+        one(std::span(contexts).first(static_cast<std::size_t>(spec.context_size))),
+        half(std::span(contexts).first(contexts.size() / (n % 2 == 0 ? 2 : 1))),
+        given(flow.condition<T>(one)) {
+    flow.set_num_threads(4);
+  }
+
+  void operator()() {
+    for (const std::span<const T> context : {std::span<const T>(contexts), one}) {
+      flow.log_prob<T>(x, out, context);
+      flow.forward<T>(x, z, out, context);
+      flow.inverse<T>(x, z, out, context);
+      flow.sample<T>(7, z, 0, context);
+      sum += flow.nll<T>(x, context);
+      if (sizeof(T) == 4 && takes_float64_rows(flow.spec())) wide_rows(context);
+    }
+    flow.sample<T>(7, z, 0, half);
+    given.template log_prob<T>(x, out);
+    given.template forward<T>(x, z, out);
+    given.template inverse<T>(x, z, out);
+    given.template sample<T>(7, z);
+    sum += given.template nll<T>(x);
+  }
+  void wide_rows(std::span<const T> context) {
+    if constexpr (sizeof(T) == 4) {
+      flow.log_prob(std::span<const double>(x64), std::span<float>(out), context);
+      flow.inverse(std::span<const float>(z), std::span<double>(x64), std::span<float>(out), context);
+    }
+  }
+  double sum = 0;
+};
+
+/// Calls that work on calls.flow.
+template <class C>
+void check_calls(C& calls, std::int64_t rows) {
   Counts counts{};
   std::thread([&] {  // a thread that has called nothing yet
     calls.flow.prepare(rows);
@@ -210,6 +263,42 @@ void check_calls(std::int64_t rows, nvpflow::DType dtype, nvpflow::Weights weigh
   } else {
     CHECK(found == 0);
   }
+}
+
+template <class T>
+void check_calls(std::int64_t rows, nvpflow::DType dtype, nvpflow::Weights weights = nvpflow::Weights::full) {
+  Calls<T> calls(rows, dtype, weights);
+  check_calls(calls, rows);
+}
+
+/// Calls while another thread replaces the parameters of calls.flow.
+template <class C>
+void check_calls_across_swaps(C& calls, std::int64_t rows) {
+  nvpflow::Flow other(calls.flow.spec(), 2);
+  std::atomic<bool> stop{false};
+  std::atomic<long> swaps{0};
+  std::thread writer;
+  const auto start = [&] {
+    calls.flow.prepare(rows);
+    writer = std::thread([&] {
+      while (!stop.load()) {
+        calls.flow.swap(other);
+        swaps.fetch_add(1);
+      }
+    });
+  };
+  const auto calls_across_a_swap = [&] {
+    const long before = swaps.load();
+    do calls();
+    while (swaps.load() < before + 2);
+  };
+  const int found = system_calls(start, calls_across_a_swap);
+  CHECK((found == 0 || found == kNoFilter));
+  start();
+  const Counts counts = counted(calls_across_a_swap);
+  stop.store(true);
+  writer.join();
+  check_none(counts);
 }
 
 }  // namespace
@@ -256,33 +345,31 @@ TEST_CASE("without prepare a large batch does use threads: the test above is non
 }
 #endif
 
+TEST_CASE_TEMPLATE("the same with a context, through all kinds of layers and networks", T, float, double) {
+  const nvpflow::DType dtype = sizeof(T) == 4 ? nvpflow::DType::float32 : nvpflow::DType::float64;
+  const auto check = [&](std::int64_t features, std::uint64_t seed, std::int64_t rows) {
+    CAPTURE(features);
+    CAPTURE(seed);
+    CAPTURE(rows);
+    ConditionalCalls<T> calls(nvpflow::conditional_spec(features, seed, 3, dtype), rows);
+    check_calls(calls, rows);
+  };
+  for (const std::int64_t rows : {1, 3, 16, 100}) {
+    for (std::uint64_t seed = 0; seed < 4; ++seed) {
+      check(1, seed, rows);
+      check(6, seed, rows);
+    }
+  }
+  check(6, 2, 1000);
+}
+
 TEST_CASE("a prepared thread stays real-time while another replaces the parameters") {
   Calls<float> calls(1, nvpflow::DType::float32);
-  nvpflow::Flow other(calls.flow.spec(), 2);
-  std::atomic<bool> stop{false};
-  std::atomic<long> swaps{0};
-  std::thread writer;
-  const auto start = [&] {
-    calls.flow.prepare(1);
-    writer = std::thread([&] {
-      while (!stop.load()) {
-        calls.flow.swap(other);
-        swaps.fetch_add(1);
-      }
-    });
-  };
-  const auto calls_across_a_swap = [&] {
-    const long before = swaps.load();
-    do calls();
-    while (swaps.load() < before + 2);
-  };
-  const int found = system_calls(start, calls_across_a_swap);
-  CHECK((found == 0 || found == kNoFilter));
-  start();
-  const Counts counts = counted(calls_across_a_swap);
-  stop.store(true);
-  writer.join();
-  check_none(counts);
+  check_calls_across_swaps(calls, 1);
+  for (const std::int64_t rows : {1, 20}) {
+    ConditionalCalls<float> conditional(nvpflow::conditional_spec(6, 2, 3, nvpflow::DType::float32), rows);
+    check_calls_across_swaps(conditional, rows);
+  }
 }
 
 TEST_CASE("the C interface") {
@@ -305,4 +392,35 @@ TEST_CASE("the C interface") {
   CHECK((found == 0 || found == kNoFilter));
   CHECK(bad == 0);
   nvpflow_free(flow);
+}
+
+TEST_CASE("the C interface with a context") {
+  const std::string path = "test_realtime_context.safetensors";
+  nvpflow::Flow(nvpflow::conditional_spec(5, 2, 3, nvpflow::DType::float32), 3).save(path);
+  nvpflow_flow *flow = nullptr, *given = nullptr;
+  REQUIRE(nvpflow_load(path.c_str(), &flow) == NVPFLOW_OK);
+  std::remove(path.c_str());
+  std::vector<float> x(40, 0.25f), z(40), out(8), contexts(24, 0.5f);
+  const float* c = contexts.data();
+  REQUIRE(nvpflow_condition_f32(flow, c, &given) == NVPFLOW_OK);
+  REQUIRE(nvpflow_prepare(given, 8) == NVPFLOW_OK);
+  long bad = 0;
+  const auto calls = [&] {
+    for (const std::int64_t n : {1, 8}) {
+      bad += nvpflow_log_prob_context_f32(flow, x.data(), 8, c, n, out.data());
+      bad += nvpflow_forward_context_f32(flow, x.data(), 8, c, n, z.data(), out.data());
+      bad += nvpflow_inverse_context_f32(flow, x.data(), 8, c, n, z.data(), nullptr);
+      bad += nvpflow_sample_context_f32(flow, 1, 0, 8, c, n == 1 ? 1 : 4, z.data());
+      bad += nvpflow_log_prob_f32(given, x.data(), n, out.data());
+      bad += nvpflow_forward_f32(given, x.data(), n, z.data(), out.data());
+      bad += nvpflow_inverse_f32(given, x.data(), n, z.data(), nullptr);
+      bad += nvpflow_sample_f32(given, 1, 0, n, z.data());
+    }
+  };
+  check_none(counted(calls));
+  const int found = system_calls([&] { nvpflow_prepare(given, 8); }, calls);
+  CHECK((found == 0 || found == kNoFilter));
+  CHECK(bad == 0);
+  nvpflow_free(flow);
+  nvpflow_free(given);
 }
