@@ -33,7 +33,8 @@ def rows(
     if size == 0:
         if value is None:
             return None
-        raise ValueError(f"{name} is {_checks.describe(value)}, expected None: the flow has no context")
+        kind = type(value).__name__
+        raise ValueError(f"{name} is {kind}, expected None: the flow has no context; build it with context_size=")
     wanted = f"[{count}, {size}], a row for each row" + (f", or [{size}], one for all" if one_for_all else "")
     if value is None:
         raise ValueError(f"{name} is missing, expected {wanted}: the flow is a density p(x | context)")
@@ -48,18 +49,21 @@ def rows(
     return rounded
 
 
-def warn_of_lost_digits(context: Array | None) -> None:
-    """Warn of columns of a context to train on, [N, C], whose numbers the dtype does not tell apart."""
-    if context is None or not len(context) or not np.isfinite(context).all():
+def warn_of_lost_digits(value: ArrayLike | None, spec: FlowSpec) -> None:
+    """Warn of columns of a context to train on, as it was given, whose numbers the spec's dtype does not tell apart."""
+    if value is None:
         return
-    digits = _data.Digits(context.shape[1])
-    digits.add(context)
-    steps = digits.resolution(np.zeros(context.shape[1]))
+    given = _checks.numbers("context", _core._host_array(_frames.read("context", value, ())[0]))
+    if len(given) == 0 or not np.isfinite(given).all():
+        return
+    spread, largest = given.std(axis=0, dtype=np.float64), np.abs(given).max(axis=0)
+    with np.errstate(all="ignore"):
+        steps = np.where(spread > 0, float(np.finfo(spec.dtype).eps) * largest / spread, 0.0)
     coarse = np.flatnonzero(steps > _data.COARSE)
     if len(coarse):
         names = ", ".join(str(j + 1) for j in coarse[:5]) + (f" and {len(coarse) - 5} more" if len(coarse) > 5 else "")
         warnings.warn(
-            f"context: {context.dtype} keeps few digits of what varies in column {names}: neighbouring numbers are "
+            f"context: {spec.dtype} keeps few digits of what varies in column {names}: neighbouring numbers are up to "
             f"{steps[coarse].max():.1g} standard deviations apart; subtract an offset in float64, in training and in "
             "each call",
             _data.DataWarning,

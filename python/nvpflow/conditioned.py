@@ -6,7 +6,7 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from nvpflow import _core, _hints, certificate
+from nvpflow import _checks, _core, _hints, certificate
 from nvpflow._certify import certify
 from nvpflow._core import FlowSpec
 
@@ -42,6 +42,8 @@ class ConditionedFlow(_core.ConditionedFlow):
 
     @_hints.explained
     def __init__(self, flow: _core.Flow, context: ArrayLike) -> None:
+        if not isinstance(flow, _core.Flow):
+            raise TypeError(f"flow must be a Flow, got {_checks.describe(flow)}")
         super().__init__(flow, flow._context_row(context))
 
     @property

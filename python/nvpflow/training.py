@@ -183,7 +183,7 @@ def fit(
     checked["standardize"] = _statistics_to_use(flow, options["standardize"])
     trained, standardizes = _data.trained_scales(flow), _spec.begins_with_standardize(flow.spec)
     report = _data.require_density(rows, names, flow.spec.dtype, standardizes, trained=trained)
-    _context.warn_of_lost_digits(contexts)
+    _context.warn_of_lost_digits(context, flow.spec)
 
     bar = _open_bar(progress, checked["epochs"])
 

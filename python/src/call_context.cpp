@@ -65,7 +65,9 @@ py::object context_row(const BoundFlow& flow, PyObject* given) {
 BoundCondition::BoundCondition(py::object object, const py::object& context)
     : owner(std::move(object)), flow(&flow_of(owner)), view([&] {
         const InputArray row = input_rows(context.ptr(), "context", flow->dtype, flow->context_size, kHost);
-        return by_dtype(flow->dtype, [&](auto t) { return flow->flow.condition(nvpflow::python::view<decltype(t)>(row, flow->context_size)); });
+        return by_dtype(flow->dtype, [&](auto t) {
+          return flow->flow.condition(nvpflow::python::view<decltype(t)>(row, flow->context_size));
+        });
       }()) {
   rows.rows = view.context().data();
   rows.repeat = ContextRows::kForAll;
@@ -88,7 +90,8 @@ GivenContext read_context(const Caller& caller, PyObject* given, const InputArra
     const std::string shape = rows_shape(flow, std::to_string(array.rows));
     fail("context has shape " + shape + ", expected " +
          (x.single ? row_shape(flow) + " beside one row"
-                   : rows_shape(flow, std::to_string(x.rows)) + ", one for each row, or " + row_shape(flow) + ", one for all"));
+                   : rows_shape(flow, std::to_string(x.rows)) + ", one for each row, or " + row_shape(flow) +
+                         ", one for all"));
   }
   context.rows.rows = rows_behind(array);
   if (array.single) context.rows.repeat = ContextRows::kForAll;

@@ -39,8 +39,8 @@ struct GivenContext {
   bool given() const { return static_cast<bool>(array.owner); }
 };
 
-/// What is given as context= under this name, [n, C] or [C]; throws where it is missing or superfluous. rows: what n is in
-/// a message.
+/// What is given as context= under this name, [n, C] or [C]; throws where it is missing or superfluous. rows: what n is
+/// in a message.
 InputArray read_context_rows(const BoundFlow& flow, PyObject* given, const char* name, const std::string& rows);
 /// One context [C] as a NumPy array.
 py::object context_row(const BoundFlow& flow, PyObject* given);
