@@ -370,7 +370,7 @@ class Library:
         self.c = ctypes.CDLL(str(SHARED))
         self.c.nvpflow_last_error.restype = ctypes.c_char_p
         self.c.nvpflow_version.restype = ctypes.c_char_p
-        for name in ("input_size", "num_layers", "num_couplings", "num_parameters"):
+        for name in ("input_size", "num_layers", "num_couplings", "num_parameters", "context_size"):
             function = getattr(self.c, f"nvpflow_{name}")
             function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_void_p]
         self.c.nvpflow_free.restype = None
@@ -429,6 +429,26 @@ def test_ctypes_gives_the_bits_that_python_gives(library, make_flow, tmp_path, d
         assert nll.value == flow.nll_gradient(x)[0]
         assert_same_bits(gradient, flow.nll_gradient(x)[1], "gradient")
     c.nvpflow_free(handle)
+
+
+def test_ctypes_takes_contexts(library, tmp_path) -> None:
+    flow = nvpflow.build(3, 2, (8,), context_size=2, network="residual")
+    flow.save(tmp_path / "m")
+    handle, given = library.load(tmp_path / "m"), ctypes.c_void_p()
+    assert library.c.nvpflow_context_size(handle) == 2
+    x, context, n = unit_data(20, 3, 1, "float32"), unit_data(20, 2, 2, "float32"), ctypes.c_int64(20)
+    out, one = np.empty(20, np.float32), ctypes.c_int64(1)
+    for rows, of in ((n, context), (one, context[0])):
+        arguments = _pointer(x), n, _pointer(context), rows, _pointer(out)
+        assert library.call("log_prob_context_f32", handle, *arguments) == 0
+        assert_same_bits(out, flow.log_prob(x, context=of), "log_prob")
+    assert library.call("condition_f32", handle, _pointer(context), ctypes.byref(given)) == 0
+    assert library.call("sample_f32", given, ctypes.c_uint64(7), ctypes.c_uint64(0), n, _pointer(x)) == 0
+    assert_same_bits(x, flow.condition(context[0]).sample(20, seed=7), "sample")
+    assert library.call("log_prob_f32", handle, _pointer(x), n, _pointer(out)) == 1
+    assert b"call nvpflow_log_prob_context_f32" in library.c.nvpflow_last_error()
+    library.c.nvpflow_free(handle)
+    library.c.nvpflow_free(given)
 
 
 def test_ctypes_gets_names_and_threshold(library, tmp_path) -> None:
