@@ -62,6 +62,15 @@ NVPFLOW_DEVICE void pack_numbers(Of<Kind::diagonal>, const Program<T>& program, 
   pack_diagonal(program, layer, parameters, packed);
 }
 
+template <class T>
+NVPFLOW_DEVICE void pack_numbers(Of<Kind::linear>, const Program<T>& program, const Layer<T>& layer,
+                                 const T* parameters, T* packed) {
+  if (thread_index() != 0) return;
+  double sum = 0;
+  for (int f = 0; f < program.input_size; ++f) sum += static_cast<double>(parameters[layer.factors.log_diagonal + f]);
+  packed[layer.log_det] = static_cast<T>(sum);
+}
+
 /// One block: the numbers of all layers that are no copies of parameters.
 template <class T>
 NVPFLOW_KERNEL(kThreads)
@@ -80,20 +89,18 @@ Status launch_adam(const AdamCall<T>& call, Stream stream) {
 }
 
 template <class T>
-Status launch_pack(const Program<T>* program, std::int32_t num_diagonal, const std::int64_t* source, std::int64_t count,
-                   const T* parameters, T* packed, Stream stream) {
+Status launch_pack(const Program<T>* program, const std::int64_t* source, std::int64_t count, const T* parameters,
+                   T* packed, Stream stream) {
   if (const Status s =
           launch(pack_kernel<T>, element_blocks(count), kThreads, 0, stream, source, count, parameters, packed))
     return s;
-  if (program == nullptr || num_diagonal == 0) return 0;
+  if (program == nullptr || program->num_numbers == 0) return 0;
   return launch(pack_numbers_kernel<T>, 1, kThreads, 0, stream, *program, parameters, packed);
 }
 
 template Status launch_adam(const AdamCall<float>&, Stream);
 template Status launch_adam(const AdamCall<double>&, Stream);
-template Status launch_pack(const Program<float>*, std::int32_t, const std::int64_t*, std::int64_t, const float*,
-                            float*, Stream);
-template Status launch_pack(const Program<double>*, std::int32_t, const std::int64_t*, std::int64_t, const double*,
-                            double*, Stream);
+template Status launch_pack(const Program<float>*, const std::int64_t*, std::int64_t, const float*, float*, Stream);
+template Status launch_pack(const Program<double>*, const std::int64_t*, std::int64_t, const double*, double*, Stream);
 
 }  // namespace nvpflow::cuda

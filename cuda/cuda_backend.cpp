@@ -113,7 +113,7 @@ class CudaBackend final : public Backend {
                       Memory flat(Memory::Kind::device);
                       T* values = static_cast<T*>(flat.reserve(flow_->parameter_bytes(), "parameters"));
                       lane->send(values, parameters, flow_->parameter_bytes());
-                      packed.pack(values, lane->stream());
+                      packed.pack(values, Matrices::both, lane->stream());
                       if constexpr (sizeof(T) == 4) {
                         if (takes_float64_rows(flow_->spec())) {
                           packed.pack_rest(values, static_cast<const T*>(parameters), mean_low, lane->stream());

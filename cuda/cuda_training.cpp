@@ -43,7 +43,7 @@ class CudaTraining final : public Training {
     host_state_.reserve(sizeof(StepState), "a step's state");
     upload_updates();
     reserve_for(slice_rows_);
-    packed_.pack(values(parameters_), stream_);
+    packed_.pack(values(parameters_), Matrices::of_forward, stream_);
     synchronize(static_cast<Stream>(stream_));
   }
 
@@ -98,7 +98,7 @@ class CudaTraining final : public Training {
     call.second_moment = values(second_moment_);
     call.parameters = values(parameters_);
     launch_on(stream_, "updating parameters", [this, call] { return launch_adam(call, stream_); });
-    packed_.pack(values(parameters_), stream_);
+    packed_.pack(values(parameters_), Matrices::of_forward, stream_);
   }
 
   void add_log_prob(bool validation, const RowOrder& order, std::int64_t first, std::int64_t count) override {
@@ -149,7 +149,7 @@ class CudaTraining final : public Training {
     upload(parameters_, host_parameters_.data(), size, "parameters", stream_);
     upload(first_moment_, host_first_moment_.data(), size, "the optimiser's moments", stream_);
     upload(second_moment_, host_second_moment_.data(), size, "the optimiser's moments", stream_);
-    packed_.pack(values(parameters_), stream_);
+    packed_.pack(values(parameters_), Matrices::of_forward, stream_);
   }
 
  private:

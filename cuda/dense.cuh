@@ -311,9 +311,16 @@ NVPFLOW_DEVICE void store_sums(const Sums<T>& sums, int first_block, int valid, 
 
 // ---- weights through shared memory ---------------------------------------------------------------------------------
 
+/// Whether a layer's matrix is multiplied on the way back: for the cotangent of its input, or, of a linear layer that
+/// runs backwards, also for that of y, from which its gradient is formed.
+template <class T>
+NVPFLOW_DEVICE bool is_linear_wanted(bool input_wanted, const Layer<T>& layer, bool inverse) {
+  return input_wanted || layer.inverse != inverse;
+}
+
 /// The dense layers of a flow in the order in which a tile meets them: layer by layer, and with kGradient all the way
-/// back with transposed weights.
-template <class T, bool kGradient>
+/// back with transposed weights. reach: Program::reach.
+template <class T, bool kGradient, Reach reach>
 struct Passes {
   const Program<T>& program;
   bool inverse;
@@ -335,6 +342,14 @@ struct Passes {
     j = -1;
   }
   NVPFLOW_DEVICE int num_dense(int s) const { return layer_at(s).num_dense; }
+  /// Of the way back.
+  NVPFLOW_DEVICE bool is_wanted() const {
+    const bool of_input = step > first_step || input_wanted;
+    if (reach == Reach::all && layer_at(step).kind == Kind::linear) {
+      return is_linear_wanted(of_input, layer_at(step), inverse);
+    }
+    return j > 0 || of_input;
+  }
   /// False at the end of the tile, from where restart() leads on.
   NVPFLOW_DEVICE bool next() {
     if (!backward) {
@@ -351,10 +366,14 @@ struct Passes {
       for (--j; j < 0; j = num_dense(step) - 1) {
         if (--step < first_step) return false;
       }
-      if (j > 0 || step > first_step || input_wanted) return true;
+      if (is_wanted()) return true;
     }
   }
-  NVPFLOW_DEVICE const Dense& dense() const { return program.dense[layer_at(step).first_dense + j]; }
+  NVPFLOW_DEVICE const Dense& dense() const {
+    const Layer<T>& layer = layer_at(step);
+    const bool other = reach == Reach::all && layer.kind == Kind::linear && layer.inverse != inverse;
+    return program.dense[layer.first_dense + j + (other ? 1 : 0)];
+  }
   NVPFLOW_DEVICE int in() const { return backward ? dense().out : dense().in; }
   NVPFLOW_DEVICE int out() const { return backward ? dense().in : dense().out; }
   NVPFLOW_DEVICE const T* weights() const {
@@ -363,9 +382,9 @@ struct Passes {
 };
 
 /// Two stages of shared memory, [output blocks][stage_blocks][128] each: one is read while the next one fills.
-template <class T, bool kGradient>
+template <class T, bool kGradient, Reach reach>
 struct WeightStream {
-  Passes<T, kGradient> passes;
+  Passes<T, kGradient, reach> passes;
   T* stages;
   int across_blocks;   // output blocks of a stage: of all warps that share their rows
   int stage_blocks;    // blocks of 16 inputs of a stage
@@ -373,7 +392,7 @@ struct WeightStream {
   int group = 0, block = 0, parity = 0;
   bool more;
 
-  NVPFLOW_DEVICE WeightStream(const Passes<T, kGradient>& order, T* memory, int out_blocks_of_stage,
+  NVPFLOW_DEVICE WeightStream(const Passes<T, kGradient, reach>& order, T* memory, int out_blocks_of_stage,
                               int inputs_of_stage, std::int64_t num_tiles)
       : passes(order),
         stages(memory),
@@ -433,6 +452,10 @@ struct WeightStream {
   }
 };
 
+/// How a dense layer multiplies, as a type.
+template <Multiply M>
+struct By {};
+
 /// One dense layer with weights in shared memory, formed by one warp. finish(first output block, valid, sums).
 template <Multiply M, class T, class Rows, class Finish>
 NVPFLOW_DEVICE void dense_resident(const Dense& d, const T* packed, const Rows& rows, const Lane& lane, Finish finish) {
@@ -449,8 +472,8 @@ NVPFLOW_DEVICE void dense_resident(const Dense& d, const T* packed, const Rows& 
 
 /// One dense layer with weights from the stream. Whatever has been stored before by any thread of the block may be the
 /// input: acquire() is a barrier. finish(first output block, valid, sums).
-template <Multiply M, class T, bool kGradient, bool kShared, class Finish>
-NVPFLOW_DEVICE void dense_streamed(WeightStream<T, kGradient>& stream, int in, int out, const T* bias,
+template <Multiply M, class T, bool kGradient, Reach reach, bool kShared, class Finish>
+NVPFLOW_DEVICE void dense_streamed(WeightStream<T, kGradient, reach>& stream, int in, int out, const T* bias,
                                    const MemoryRows<T, kShared>& rows, int across, int num_across, const Lane& lane,
                                    Finish finish) {
   const int blocks = (in + 15) / 16, outs = blocks_of(out);

@@ -18,6 +18,7 @@
 #include "affine.cuh"
 #include "dense.cuh"
 #include "diagonal.cuh"
+#include "linear.cuh"
 #include "network.cuh"
 #include "plan.hpp"
 #include "tape.hpp"
@@ -28,13 +29,14 @@ namespace {
 
 // ---- tiles forward and back ----------------------------------------------------------------------------------------
 
-template <class T, Multiply M>
+/// reach: Program::reach, or more.
+template <class T, Multiply M, Reach reach>
 struct Reverse {
   static constexpr bool kGeneral = true;
   const GradientPlan& plan;
   const Program<T>& program;
   const GradientCall<T>& call;
-  WeightStream<T, true>& stream;
+  WeightStream<T, true, reach>& stream;
   Tile<T> tile, cotangents;  // of the state; they share the notes on rows
   const T* packed;           // where biases and affine numbers are read
   Lane lane;
@@ -43,8 +45,8 @@ struct Reverse {
   T* tape = nullptr;     // of the tile
   T log_det[kRowBlocks][2];
 
-  NVPFLOW_DEVICE Reverse(const GradientPlan& p, const Program<T>& f, const GradientCall<T>& c, WeightStream<T, true>& s,
-                         T* shared)
+  NVPFLOW_DEVICE Reverse(const GradientPlan& p, const Program<T>& f, const GradientCall<T>& c,
+                         WeightStream<T, true, reach>& s, T* shared)
       : plan(p),
         program(f),
         call(c),
@@ -100,6 +102,13 @@ struct Reverse {
   NVPFLOW_DEVICE void forward(Of<Kind::diagonal>, const Layer<T>& layer, T* part) {
     diagonal_taped(*this, layer, part);
   }
+  NVPFLOW_DEVICE void forward(Of<Kind::linear>, const Layer<T>& layer, T* part) {
+    if constexpr (reach == Reach::all) {
+      linear_taped<M>(*this, layer, part, [&]<Multiply N>(By<N>, const Dense& d, const auto& rows, auto finish) {
+        dense_streamed<N>(stream, d.in, d.out, packed + d.bias, rows, across, plan.warps_across, lane, finish);
+      });
+    }
+  }
 
   NVPFLOW_DEVICE void forward() {
     for (int step = 0; step < program.num_layers; ++step) {
@@ -146,6 +155,15 @@ struct Reverse {
   NVPFLOW_DEVICE void backward(Of<Kind::diagonal>, const Layer<T>& layer, T* part, bool) {
     diagonal_backward(*this, layer, part);
   }
+  NVPFLOW_DEVICE void backward(Of<Kind::linear>, const Layer<T>& layer, T* part, bool input_wanted) {
+    if constexpr (reach == Reach::all) {
+      linear_backward<M>(*this, layer, part, is_linear_wanted(input_wanted, layer, call.inverse),
+                         [&]<Multiply N>(By<N>, const Dense& d, const auto& rows, auto finish) {
+                           dense_streamed<N>(stream, d.out, d.in, static_cast<const T*>(nullptr), rows, across,
+                                             plan.warps_across, lane, finish);
+                         });
+    }
+  }
 
   NVPFLOW_DEVICE void backward() {
     for (int step = program.num_layers - 1; step >= 0; --step) {
@@ -157,7 +175,7 @@ struct Reverse {
 };
 
 /// Tiles [first_tile, first_tile + tiles) of the call; tape [tiles][tape_elements], log_prob [tiles * tile_rows].
-template <class T, Multiply M>
+template <class T, Multiply M, Reach reach>
 NVPFLOW_KERNEL(kGradientThreads)
 gradient_tiles(NVPFLOW_ARGUMENT GradientPlan plan, NVPFLOW_ARGUMENT Program<T> program,
                NVPFLOW_ARGUMENT GradientCall<T> call, const std::int64_t first_tile, const std::int64_t tiles, T* tape,
@@ -165,9 +183,9 @@ gradient_tiles(NVPFLOW_ARGUMENT GradientPlan plan, NVPFLOW_ARGUMENT Program<T> p
   if constexpr (M != Multiply::fma && !kHasMatrixUnits) return;
   T* stages = reinterpret_cast<T*>(shared_memory());
   const std::int64_t mine = block_index() < tiles ? ceil_div(tiles - block_index(), num_blocks()) : 0;
-  WeightStream<T, true> stream(Passes<T, true>(program, call.inverse, 0, program.num_layers, call.grad_in != nullptr),
-                               stages, plan.warps_across * kOutBlocks, plan.stage_inputs, mine);
-  Reverse<T, M> reverse(plan, program, call, stream, stages + 2 * stream.stage_size());
+  const Passes<T, true, reach> passes(program, call.inverse, 0, program.num_layers, call.grad_in != nullptr);
+  WeightStream<T, true, reach> stream(passes, stages, plan.warps_across * kOutBlocks, plan.stage_inputs, mine);
+  Reverse<T, M, reach> reverse(plan, program, call, stream, stages + 2 * stream.stage_size());
   TransformCall<T> density;
   density.log_prob = call.nll ? log_prob - first_tile * plan.tile_rows : call.log_prob;
   for (std::int64_t i = block_index(); i < tiles; i += num_blocks()) {
@@ -329,25 +347,19 @@ struct TaskWorker {
     if (at >= 0) partial[at] = bias;
   }
 
-  NVPFLOW_DEVICE bool is_head(const Dense& d) const {
-    const Layer<T>& layer = program.layers[task.layer];
-    return program.dense + layer.first_dense + layer.num_dense - 1 == &d;
-  }
-
   /// Where the gradient of a weight goes, or of a bias; -1: it is no parameter.
-  NVPFLOW_DEVICE std::int64_t weight_at(const Dense& d, bool head, int i, int o, int part) const {
+  NVPFLOW_DEVICE std::int64_t weight_at(const Dense& d, int i, int o, int part) const {
     if (d.listed) return program.source[d.weights + weight_index(i, o, d.in)];
-    return head ? d.kernel_offset[part] + static_cast<std::int64_t>(i) * (d.out / 2) + o / 2
-                : d.kernel_offset[0] + static_cast<std::int64_t>(i) * d.out + o;
+    return d.interleaved ? d.kernel_offset[part] + static_cast<std::int64_t>(i) * (d.out / 2) + o / 2
+                         : d.kernel_offset[0] + static_cast<std::int64_t>(i) * d.out + o;
   }
   NVPFLOW_DEVICE std::int64_t bias_at(const Dense& d, int o) const {
     if (d.listed) return program.source[d.bias + o];
-    return is_head(d) ? d.bias_offset[o % 2] + o / 2 : d.bias_offset[0] + o;
+    return d.interleaved ? d.bias_offset[o % 2] + o / 2 : d.bias_offset[0] + o;
   }
 
   NVPFLOW_DEVICE void store(const Dense& d, const Lane& lane, int first_in, int first_out,
                             const T (&sums)[2][4][4]) const {
-    const bool head = is_head(d);
     NVPFLOW_UNROLL
     for (int m = 0; m < 2; ++m) {
       NVPFLOW_UNROLL
@@ -357,20 +369,23 @@ struct TaskWorker {
           const int i = task.first_in + first_in + 16 * m + 2 * lane.g + e / 2;
           const int o = task.first_out + first_out + 16 * (n / 2) + 4 * lane.t + 2 * (e % 2) + n % 2;
           if (i >= d.in || o >= d.out) continue;
-          const std::int64_t at = weight_at(d, head, i, o, n % 2);
+          const std::int64_t at = weight_at(d, i, o, n % 2);
           if (at >= 0) partial[at] = sums[m][n][e];
         }
       }
     }
   }
 
-  NVPFLOW_DEVICE void diagonal(std::int64_t first_tile, std::int64_t tiles) const {
-    diagonal_gradient(program, program.layers[task.layer], tape + first_tile * plan.tape_elements + task.input,
-                      plan.tape_elements, tiles, partial);
+  /// What a layer keeps as sums of a tile.
+  NVPFLOW_DEVICE void sums(std::int64_t first_tile, std::int64_t tiles) const {
+    const Layer<T>& layer = program.layers[task.layer];
+    const T* first = tape + first_tile * plan.tape_elements + task.input;
+    if (layer.kind == Kind::linear) return linear_gradient(program, layer, first, plan.tape_elements, tiles, partial);
+    diagonal_gradient(program, layer, first, plan.tape_elements, tiles, partial);
   }
 };
 
-/// Block b: task b % num_tasks over the tiles of split b / num_tasks; partials [splits][num_parameters].
+/// Block b: task b % num_tasks over the tiles of split b / num_tasks; partials [splits][partial_size].
 template <class T, Multiply M>
 NVPFLOW_KERNEL(kTaskThreads)
 weight_gradient(NVPFLOW_ARGUMENT GradientPlan plan, NVPFLOW_ARGUMENT Program<T> program, const GradientTask* tasks,
@@ -384,21 +399,22 @@ weight_gradient(NVPFLOW_ARGUMENT GradientPlan plan, NVPFLOW_ARGUMENT Program<T> 
                                 tasks[block_index() % plan.num_tasks],
                                 tape,
                                 reinterpret_cast<T*>(shared_memory()),
-                                partials + split * program.num_parameters};
+                                partials + split * partial_size(program)};
   if (worker.task.dense < 0) {
-    worker.diagonal(first, count);
+    worker.sums(first, count);
   } else {
     worker.dense(first, count);
   }
 }
 
-/// gradient = partials added up in order, or += with accumulate.
+/// gradient [count] = partials, `stride` elements apart, added up in order, or += with accumulate.
 template <class T>
 NVPFLOW_KERNEL(kThreads)
-add_partials(const T* partials, const int splits, const std::int64_t count, const bool accumulate, T* gradient) {
+add_partials(const T* partials, const int splits, const std::int64_t stride, const std::int64_t count,
+             const bool accumulate, T* gradient) {
   for (std::int64_t i = first_element(); i < count; i += element_step()) {
     T sum = accumulate ? gradient[i] : T(0);
-    for (int s = 0; s < splits; ++s) sum += partials[s * count + i];
+    for (int s = 0; s < splits; ++s) sum += partials[s * stride + i];
     gradient[i] = sum;
   }
 }
@@ -420,8 +436,10 @@ Status launch_chunk(const GradientPlan& plan, const Program<T>& program, const G
   T* partials = reinterpret_cast<T*>(workspace + plan.partials_at);
   T* log_prob = reinterpret_cast<T*>(workspace + plan.log_prob_at);
   const std::int64_t blocks = std::min<std::int64_t>(plan.blocks, tiles);
-  if (const Status s = launch(gradient_tiles<T, M>, blocks, plan.warps * kWarp, plan.shared_bytes, stream, plan,
-                              program, call, first, tiles, tape, log_prob)) {
+  const auto tiles_kernel =
+      program.reach == Reach::all ? gradient_tiles<T, M, Reach::all> : gradient_tiles<T, M, Reach::general>;
+  if (const Status s = launch(tiles_kernel, blocks, plan.warps * kWarp, plan.shared_bytes, stream, plan, program, call,
+                              first, tiles, tape, log_prob)) {
     return s;
   }
   if (call.nll && call.sum_log_prob != nullptr) {
@@ -439,8 +457,17 @@ Status launch_chunk(const GradientPlan& plan, const Program<T>& program, const G
     return s;
   }
   const T* parts = partials;
-  return launch(add_partials<T>, element_blocks(program.num_parameters), kThreads, 0, stream, parts, plan.splits,
-                program.num_parameters, call.accumulate || first > 0, call.gradient);
+  const std::int64_t stride = partial_size(program);
+  if (const Status s =
+          launch(add_partials<T>, element_blocks(program.num_parameters), kThreads, 0, stream, parts, plan.splits,
+                 stride, program.num_parameters, call.accumulate || first > 0, call.gradient)) {
+    return s;
+  }
+  if (program.products == 0) return 0;
+  T* products = reinterpret_cast<T*>(workspace + plan.products_at);
+  parts += program.num_parameters;
+  return launch(add_partials<T>, element_blocks(program.products), kThreads, 0, stream, parts, plan.splits, stride,
+                program.products, first > 0, products);
 }
 
 template <class T, Multiply M>
@@ -454,12 +481,15 @@ Status launch_gradient_with(const GradientPlan& plan, const Program<T>& program,
       return s;
     }
   }
-  return 0;
+  if (call.gradient == nullptr || program.products == 0) return 0;
+  const auto* products = static_cast<const unsigned char*>(workspace) + plan.products_at;
+  return launch_linear_gradient(program, call.inverse, reinterpret_cast<const T*>(products), call.gradient, stream);
 }
 
 template <class T, Multiply M>
 Status prepare_gradient_with(std::int64_t bytes) {
-  if (const Status s = allow_shared(gradient_tiles<T, M>, bytes)) return s;
+  if (const Status s = allow_shared(gradient_tiles<T, M, Reach::general>, bytes)) return s;
+  if (const Status s = allow_shared(gradient_tiles<T, M, Reach::all>, bytes)) return s;
   if constexpr (M != Multiply::bf16) return allow_shared(weight_gradient<T, M>, bytes);
   return 0;
 }
@@ -475,7 +505,8 @@ Status launch_gradient(const GradientPlan& plan, const Program<T>& program, cons
     }
     if (call.gradient == nullptr || call.accumulate) return 0;
     return launch(add_partials<T>, element_blocks(program.num_parameters), kThreads, 0, stream,
-                  static_cast<const T*>(nullptr), 0, program.num_parameters, false, call.gradient);
+                  static_cast<const T*>(nullptr), 0, program.num_parameters, program.num_parameters, false,
+                  call.gradient);
   }
   if constexpr (sizeof(T) == 4) {
     switch (plan.multiply) {

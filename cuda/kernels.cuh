@@ -8,6 +8,7 @@
 
 #include "../cpp/src/adam.hpp"
 #include "../cpp/src/program.hpp"
+#include "../cpp/src/scale.hpp"
 
 struct CUstream_st;
 
@@ -72,25 +73,20 @@ struct Dense {
   std::int64_t weights = 0;     // into Program::packed: weight_index(i, o, in)
   std::int64_t bias = 0;        // into Program::packed: [bias_size(out)]
   std::int64_t transposed = 0;  // into Program::transposed: weight_index(o, i, out)
-  // Into the flat gradient; hidden layers use only [0], the head scale [0] and translation [1].
+  // Into the flat gradient; all but heads use only [0], the head scale [0] and translation [1].
   std::int64_t kernel_offset[2] = {0, 0};  // [in, out], of a head [in, out / 2]
   std::int64_t bias_offset[2] = {0, 0};
-  bool listed = false;  // the gradient of a packed number goes where Program::source says instead
-};
-
-/// The log-scale s = g(u) of an affine coupling: LogScale of <nvpflow/layers.hpp>.
-template <class T>
-struct Scale {
-  ScaleFunction function = ScaleFunction::tanh;
-  T factor = 1, inverse_factor = 1, inverse_divisor = 1;
-  T slope = 1;                           // factor / divisor
-  T low = 0, high = 0, range = 0;        // range = high - low
-  T log_high = 0, offset = 0, tail = 0;  // tail: where softplus(x) with low = 0 has log v = x, all but a trifle
-  T sign = 1;                            // of s: -1 where negated
+  bool listed = false;       // the gradient of a packed number goes where Program::source says instead
+  bool interleaved = false;  // both heads
 };
 
 /// Layer::condition where the conditioning features are no part of the state.
 inline constexpr std::int32_t kGathered = 2;
+
+/// Where the tensors of a linear layer lie in the flat parameters, and in their gradient.
+struct Factors {
+  std::int64_t lower = 0, upper = 0, log_diagonal = 0, sign = 0, bias = 0;
+};
 
 /// The state of a row has two parts: the features in the places [0, split) and the others. A coupling takes one of them
 /// to its network and transforms the other one; where its features lie otherwise, it takes both by lists of places.
@@ -100,18 +96,26 @@ struct Layer {
   bool inverse = false;     // the formula runs against the direction of the call
   std::int64_t place = -1;  // of each feature of the layer's input, into Program::places; -1: its own index
   // coupling
-  std::int32_t condition = 0;                        // the part that conditions the other one, or kGathered
-  std::int32_t num_inputs = 0, num_outputs = 0;      // features that condition and that are transformed
-  std::int64_t input_place = -1, output_place = -1;  // their places, into Program::places; kGathered only
+  std::int32_t condition = 0;                    // the part that conditions the other one, or kGathered
+  std::int32_t num_inputs = 0, num_outputs = 0;  // features that condition and that are transformed
+  // Their places, into Program::places; kGathered only. linear: of the features of x and of y, as `place`.
+  std::int64_t input_place = -1, output_place = -1;
   std::int64_t output_order = -1;  // which of the transformed features each output of the head is, into
                                    // Program::places; -1: one after the other
   Act activation = Act::relu;
-  std::int32_t first_dense = 0, num_dense = 0;  // into Program::dense: hidden layers, then the head
+  // Into Program::dense: hidden layers, then the head. linear: the one that is wanted of two, W and the bias or
+  // W^-1, all in the order of the features; launch_pack_linear fills the matrices.
+  std::int32_t first_dense = 0, num_dense = 0;
   Scale<T> scale;
   // diagonal
   std::int64_t affine = 0;  // into Program::packed: mean, std = exp(log_std), exp(-log_std), each [D], then
                             // -sum(log_std) at 3 D; affine_size(D) elements, filled by launch_pack
   std::int64_t mean_offset = 0, log_std_offset = 0;  // into the flat parameters and gradient
+  // linear, y = W x + bias with W = L U
+  std::int64_t log_det = 0;   // into Program::packed: sum(log_diagonal), filled by launch_pack
+  std::int64_t products = 0;  // into the products (products_size), from which the gradients of the factors are formed
+  std::int64_t copies = 0;    // into Program::packed: the tensors but the bias, as FactorCopies says
+  Factors factors;
 };
 
 /// A kind as a type, to choose a function by.
@@ -129,14 +133,38 @@ NVPFLOW_HOST_DEVICE void visit(const Layer<T>& layer, F&& f) {
       return f(Of<Kind::coupling>());
     case Kind::diagonal:
       return f(Of<Kind::diagonal>());
-    case Kind::linear:  // refused where a flow comes to the device
-      return;
+    case Kind::linear:
+      return f(Of<Kind::linear>());
   }
 }
 
 NVPFLOW_HOST_DEVICE constexpr std::int64_t affine_size(std::int64_t input_size) {
   return round_up(3 * input_size + 1, 4);
 }
+
+/// Elements that a linear layer's number of its log-determinant takes in Program::packed.
+inline constexpr std::int64_t kLogDetSize = 4;
+/// Elements of the tensors lower, upper, log_diagonal and sign, rounded up; they begin at these of them.
+struct FactorCopies {
+  std::int64_t lower = 0, upper, log_diagonal, sign, size;
+  NVPFLOW_HOST_DEVICE constexpr explicit FactorCopies(std::int64_t features)
+      : upper(features * (features - 1) / 2),
+        log_diagonal(2 * upper),
+        sign(log_diagonal + features),
+        size(round_up(sign + features, 4)) {}
+};
+/// Elements of the products of a linear layer: sums over the rows of x times the cotangents of y, [x][y], of these
+/// cotangents [y], and of those of the log-determinant.
+NVPFLOW_HOST_DEVICE constexpr std::int64_t products_size(std::int64_t input_size) {
+  return input_size * input_size + input_size + 1;
+}
+
+/// What the kernels of a program know. Those that know less need fewer registers.
+enum class Reach : std::int32_t {
+  plain,    // networks that are perceptrons, on the two parts of the state, log-scales of tanh
+  general,  // also lists of places, layers that run backwards, every log-scale
+  all,      // also linear layers
+};
 
 /// Plans read a Program whose pointers are the host's (packed and transposed may be null), launches one whose pointers
 /// are the device's. Every offset into packed and transposed is a multiple of 4 elements, the arrays lie at multiples
@@ -154,9 +182,12 @@ struct Program {
   const T* transposed = nullptr;  // only gradients read it
   std::int64_t transposed_size = 0;
   std::int64_t num_parameters = 0;  // of the flat buffer
+  std::int32_t num_numbers = 0;     // layers with numbers that are no copies of parameters
+  std::int32_t num_linear = 0;      // linear layers
+  std::int64_t products = 0;        // elements of all their products; a part of a gradient has them behind it
   const std::int32_t* places = nullptr;
   std::int64_t data_place = -1, latent_place = -1;  // of the features of data and of the latent space, as Layer::place
-  bool general = false;                             // is_general(): kernels of their own transform such flows
+  Reach reach = Reach::plain;                       // reach_of()
   const std::int64_t* source = nullptr;             // of launch_pack for packed
 
   /// The list that begins there; null: each its own index.
@@ -170,24 +201,41 @@ struct Program {
   NVPFLOW_HOST_DEVICE const std::int32_t* places_out(bool inverse) const { return places_in(!inverse); }
 };
 
-/// Whether a flow has layers that run backwards, features in other places than their own, or log-scales other than
-/// tanh's. Kernels for flows without them need fewer registers.
+/// The least that serves a flow.
 template <class T>
-constexpr bool is_general(const Program<T>& program) {
-  bool general = program.data_place >= 0 || program.latent_place >= 0;
+constexpr Reach reach_of(const Program<T>& program) {
+  Reach reach = program.data_place >= 0 || program.latent_place >= 0 ? Reach::general : Reach::plain;
   for (std::int32_t k = 0; k < program.num_layers; ++k) {
     const Layer<T>& layer = program.layers[k];
-    general = general || layer.inverse || layer.place >= 0 || layer.condition == kGathered || layer.output_order >= 0 ||
-              layer.scale.function != ScaleFunction::tanh;
+    if (layer.kind == Kind::linear) return Reach::all;
+    const bool general = layer.inverse || layer.place >= 0 || layer.condition == kGathered || layer.output_order >= 0 ||
+                         layer.scale.function != ScaleFunction::tanh;
+    if (general) reach = Reach::general;
   }
-  return general;
+  return reach;
 }
 
-/// packed[i] = source[i] < 0 ? 0 : parameters[source[i]] for i < count; then, where program is given, the affine
-/// numbers of its diagonal layers (whose source is -1). Called for packed and for transposed (program: null).
+/// packed[i] = source[i] < 0 ? 0 : parameters[source[i]] for i < count; then, where program is given, the numbers of
+/// its diagonal and linear layers that are no copies (whose source is -1). Called for packed and for transposed
+/// (program: null).
 template <class T>
-Status launch_pack(const Program<T>* program, std::int32_t num_diagonal, const std::int64_t* source, std::int64_t count,
-                   const T* parameters, T* packed, Stream stream);
+Status launch_pack(const Program<T>* program, const std::int64_t* source, std::int64_t count, const T* parameters,
+                   T* packed, Stream stream);
+
+/// Which matrices of linear layers are formed.
+enum class Matrices : std::int32_t { both, of_forward };  // of_forward: those that the way from data reads
+
+/// Bytes that launch_pack_linear needs.
+template <class T>
+std::int64_t linear_workspace_bytes(const Program<T>& program);
+/// After launch_pack: W and W^-1 of the linear layers into packed and, where not null, transposed.
+template <class T>
+Status launch_pack_linear(const Program<T>& program, Matrices wanted, T* packed, T* transposed, void* workspace,
+                          Stream stream);
+/// Adds the gradients of the tensors of linear layers to the flat gradient, from the products of all rows. inverse: the
+/// direction of the call.
+template <class T>
+Status launch_linear_gradient(const Program<T>& program, bool inverse, const T* products, T* gradient, Stream stream);
 
 // ---- what the plans need to know of a device ------------------------------------------------------------------------
 
@@ -323,9 +371,10 @@ struct GradientCall {
   std::array<RowArray<T*>, 2> rows_out(std::int64_t input_size) { return {{{&grad_in, input_size}, {&log_prob, 1}}}; }
 };
 
-/// A part of the gradient that one block forms: inputs x outputs of one dense layer, or a diagonal layer.
+/// A part of the gradient that one block forms: inputs x outputs of one dense layer, or what else a layer keeps as sums
+/// of a tile.
 struct GradientTask {
-  std::int32_t layer = 0, dense = -1;  // dense: into Program::dense; -1: diagonal
+  std::int32_t layer = 0, dense = -1;  // dense: into Program::dense; -1: sums of a tile
   std::int32_t first_in = 0, first_out = 0;
   std::int64_t input = 0, cotangent = 0;  // where the tape holds the layer's input and its output's cotangent
 };
@@ -340,7 +389,7 @@ struct GradientPlan {
   std::int32_t num_tasks = 0;
   std::int64_t shared_bytes = 0, weight_shared_bytes = 0;
   // Parts of the workspace, bytes from its start.
-  std::int64_t partials_at = 0, log_prob_at = 0, sums_at = 0;
+  std::int64_t partials_at = 0, products_at = 0, log_prob_at = 0, sums_at = 0;
   std::int64_t workspace_bytes = 0;
 };
 

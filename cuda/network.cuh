@@ -36,19 +36,22 @@ NVPFLOW_DEVICE void hidden_and_head(const Dense& hidden, const Dense& head, Act 
   }
 }
 
-/// The features that condition a coupling, where they are no part of the state, one after the other in `to`, an array
-/// of activations. Whoever wrote the state before must have met the others of the team.
+/// Features of a tile, by their places, one after the other in `to`, an array of activations. less: null, or what is
+/// taken off each of them. Whoever wrote the state before must have met the others of the team.
 template <class T>
-NVPFLOW_DEVICE void gather(Team team, const Tile<T>& tile, const std::int32_t* places, int count, T* to) {
+NVPFLOW_DEVICE void gather(Team team, const Tile<T>& tile, const std::int32_t* places, int count, T* to,
+                           const T* less = nullptr) {
   const int blocks = blocks_of(count), rows = tile.rows;
   for (int e = team.index; e < 8 * blocks * rows; e += team.size) {
     const int f = e / rows, r = e - f * rows;
-    to[place(r, f, blocks)] = f < count ? tile.at(r, places[f]) : T(0);
+    T value = f < count ? tile.at(r, listed(places, f)) : T(0);
+    if (less != nullptr && f < count) value -= less[f];
+    to[place(r, f, blocks)] = value;
   }
 }
 
-/// run(dense layer, rows of its input, finish) forms one dense layer, finish(first output block, valid, sums) takes the
-/// heads'.
+/// run(By<M>(), dense layer, rows of its input, finish) forms one dense layer, finish(first output block, valid, sums)
+/// takes the heads'.
 template <Multiply M, class Walk, class T, class Run, class Finish>
 NVPFLOW_DEVICE void network(Walk& walk, const Layer<T>& layer, Run run, Finish finish) {
   constexpr bool kResident = Walk::kResident;
@@ -64,7 +67,7 @@ NVPFLOW_DEVICE void network(Walk& walk, const Layer<T>& layer, Run run, Finish f
   for (int j = 0; j < (joined ? last - 1 : last); ++j) {
     const auto to =
         walk.rows_of(walk.tile.hidden((gathered ? j + 1 : j) % 2), walk.program.dense[layer.first_dense + j].out);
-    run(walk.program.dense[layer.first_dense + j], rows, [&](int first, int valid, Sums<T>& sums) {
+    run(By<M>(), walk.program.dense[layer.first_dense + j], rows, [&](int first, int valid, Sums<T>& sums) {
       activate_sums(layer.activation, sums);
       store_sums(sums, first, valid, walk.lane, to);
     });
@@ -81,7 +84,7 @@ NVPFLOW_DEVICE void network(Walk& walk, const Layer<T>& layer, Run run, Finish f
       finish(0, blocks_of(walk.program.dense[layer.first_dense + last].out), sums);
     }
   } else {
-    run(walk.program.dense[layer.first_dense + last], rows, finish);
+    run(By<M>(), walk.program.dense[layer.first_dense + last], rows, finish);
   }
   if constexpr (kResident) walk.barrier();
 }
@@ -135,25 +138,34 @@ NVPFLOW_DEVICE void derive(Walk& walk, const CouplingTape<T>& keep, T* part, int
   }
 }
 
-/// Adds to the cotangent of the conditioning features, where they were gathered.
-template <class Walk, class T>
-NVPFLOW_DEVICE void add_to_gathered(Walk& walk, const Layer<T>& layer, int first, int valid, const Sums<T>& sums) {
-  const std::int32_t* places = walk.program.places + layer.input_place;
+/// visit(f, r, upper, lower) for each output f < count of a dense layer that is the lane's: its sums in the rows r and
+/// r + 8.
+template <class Walk, class T, class Visit>
+NVPFLOW_DEVICE void each_sum(const Walk& walk, int first, int valid, const Sums<T>& sums, int count, Visit visit) {
   NVPFLOW_UNROLL
   for (int nb = 0; nb < kOutBlocks; ++nb) {
     NVPFLOW_UNROLL
     for (int i = 0; i < 2; ++i) {
       const int f = 8 * (first + nb) + 2 * walk.lane.t + i;
-      if (nb >= valid || f >= layer.num_inputs) continue;
-      const Column<T> column = walk.cotangents.column_at(places[f]);
+      if (nb >= valid || f >= count) continue;
       NVPFLOW_UNROLL
       for (int rb = 0; rb < kRowBlocks; ++rb) {
         const int r = 16 * (walk.row_block + rb) + walk.lane.g;
-        column.at(r) += sums[rb * kOutBlocks + nb][i];
-        column.at(r + 8) += sums[rb * kOutBlocks + nb][2 + i];
+        visit(f, r, sums[rb * kOutBlocks + nb][i], sums[rb * kOutBlocks + nb][2 + i]);
       }
     }
   }
+}
+
+/// Adds to the cotangent of the conditioning features, where they were gathered.
+template <class Walk, class T>
+NVPFLOW_DEVICE void add_to_gathered(Walk& walk, const Layer<T>& layer, int first, int valid, const Sums<T>& sums) {
+  const std::int32_t* places = walk.program.places + layer.input_place;
+  each_sum(walk, first, valid, sums, layer.num_inputs, [&](int f, int r, T upper, T lower) {
+    const Column<T> column = walk.cotangents.column_at(places[f]);
+    column.at(r) += upper;
+    column.at(r + 8) += lower;
+  });
 }
 
 /// Adds to the cotangent of the conditioning features.

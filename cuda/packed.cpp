@@ -1,10 +1,8 @@
 #include "packed.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <numeric>
 #include <string>
@@ -40,7 +38,7 @@ void refuse_unavailable(const LoweredCoupling& layer) {
 
 void refuse_unavailable(const LoweredDiagonal&) {}
 
-void refuse_unavailable(const LoweredLinear&) { refuse_on_cuda(true, "a layer of kind lu_linear"); }
+void refuse_unavailable(const LoweredLinear&) {}
 
 /// What the kernels do not compute: each by its name.
 void refuse_unavailable(const Lowered& lowered) {
@@ -68,25 +66,6 @@ std::int64_t split_of(const Lowered& lowered) {
     return a_first ? coupling->conditioning.count : coupling->transformed.count;
   }
   return lowered.input_size / 2;
-}
-
-template <class T>
-Scale<T> scale_of(const LoweredScale& from) {
-  Scale<T> scale;
-  scale.function = from.function;
-  scale.factor = static_cast<T>(from.factor);
-  scale.inverse_factor = static_cast<T>(1.0 / from.factor);
-  scale.inverse_divisor = static_cast<T>(1.0 / from.divisor);
-  scale.slope = static_cast<T>(from.factor / from.divisor);
-  scale.low = static_cast<T>(from.low);
-  scale.high = static_cast<T>(from.high);
-  scale.range = static_cast<T>(from.high - from.low);
-  scale.log_high = static_cast<T>(std::log(from.high));
-  scale.offset = static_cast<T>(from.offset);
-  constexpr T kTail = sizeof(T) == 4 ? -9 : -20;
-  scale.tail = from.low == 0 ? kTail : -std::numeric_limits<T>::infinity();
-  scale.sign = from.negated ? T(-1) : T(1);
-  return scale;
 }
 
 /// Which of the places is each of those from `begin` on; empty: one after the other.
@@ -131,11 +110,16 @@ Layers<T>::Layers(const FlowSpec& spec, const ParamLayout& layout, Stream stream
   host_.num_layers = static_cast<std::int32_t>(layers_.size());
   host_.num_dense = static_cast<std::int32_t>(dense_.size());
   host_.layers = layers_.data();
-  host_.general = is_general(host_);
+  host_.reach = reach_of(host_);
   host_.dense = dense_.data();
   packed_from_.assign(static_cast<std::size_t>(host_.packed_size), -1);
   transposed_from_.assign(static_cast<std::size_t>(host_.transposed_size), -1);
-  for (std::size_t i = 0; i < dense_.size(); ++i) fill_sources(dense_[i], sources_[i]);
+  for (std::size_t i = 0; i < dense_.size(); ++i) {
+    if (!sources_[i].formed) fill_sources(dense_[i], sources_[i]);
+  }
+  for (const Copy& copy : copies_) {
+    std::iota(packed_from_.begin() + copy.to, packed_from_.begin() + copy.to + copy.count, copy.from);
+  }
 
   const auto send = [&](Memory& to, const auto& from, const char* what) {
     upload(to, from.data(), static_cast<std::int64_t>(from.size() * sizeof(from[0])), what, stream);
@@ -163,6 +147,14 @@ std::int64_t Layers<T>::keep(const std::vector<std::int64_t>& places) {
   return begin;
 }
 
+/// Room for so many elements, rounded up; their place.
+template <class T>
+std::int64_t Layers<T>::reserve_packed(std::int64_t elements) {
+  const std::int64_t place = host_.packed_size;
+  host_.packed_size += round_up(elements, 4);
+  return place;
+}
+
 template <class T>
 void Layers<T>::add_dense(const LoweredDense& from, DenseSource source) {
   const bool additive = source.head && from.parts.size() == 1;
@@ -170,15 +162,15 @@ void Layers<T>::add_dense(const LoweredDense& from, DenseSource source) {
   Dense dense;
   dense.in = static_cast<std::int32_t>(in);
   dense.out = static_cast<std::int32_t>(out);
+  dense.interleaved = source.head;
   if (additive) dense.kernel_offset[0] = dense.bias_offset[0] = -1;
   for (std::size_t part = 0; part < from.parts.size(); ++part) {
     dense.kernel_offset[part + (additive ? 1 : 0)] = from.parts[part].kernel;
     dense.bias_offset[part + (additive ? 1 : 0)] = from.parts[part].bias;
   }
   dense.listed = additive || !source.rows.empty() || !source.columns.empty();
-  dense.weights = host_.packed_size;
-  dense.bias = dense.weights + weight_size(in, out);
-  host_.packed_size = dense.bias + bias_size(out);
+  dense.weights = reserve_packed(weight_size(in, out));
+  dense.bias = reserve_packed(bias_size(out));
   dense.transposed = host_.transposed_size;
   host_.transposed_size += weight_size(out, in);
   dense_.push_back(dense);
@@ -223,7 +215,41 @@ void Layers<T>::add(const LoweredCoupling& from) {
 }
 
 template <class T>
-void Layers<T>::add(const LoweredLinear&) {}  // refused
+void Layers<T>::add(const LoweredLinear& from) {
+  const std::int64_t features = host_.input_size, triangle = features * (features - 1) / 2;
+  Layer<T> layer;
+  layer.kind = Kind::linear;
+  layer.inverse = from.inverse;
+  layer.place = keep(from.in_place);
+  layer.input_place = keep(from.inverse ? from.out_place : from.in_place);
+  layer.output_place = keep(from.inverse ? from.in_place : from.out_place);
+  layer.factors = {from.lower, from.upper, from.log_diagonal, from.sign, from.bias};
+  layer.log_det = reserve_packed(1);
+  const FactorCopies at(features);
+  layer.copies = reserve_packed(at.size);
+  copies_.push_back({layer.copies + at.lower, from.lower, triangle});
+  copies_.push_back({layer.copies + at.upper, from.upper, triangle});
+  copies_.push_back({layer.copies + at.log_diagonal, from.log_diagonal, features});
+  copies_.push_back({layer.copies + at.sign, from.sign, features});
+  layer.products = host_.products;
+  layer.first_dense = static_cast<std::int32_t>(dense_.size());
+  layer.num_dense = 1;
+  add_matrix();
+  copies_.push_back({dense_.back().bias, from.bias, features});
+  add_matrix();
+  host_.products += products_size(features);
+  ++host_.num_linear;
+  ++host_.num_numbers;
+  layers_.push_back(layer);
+}
+
+/// A dense layer of a linear one, that the device forms: the gradient goes to the products.
+template <class T>
+void Layers<T>::add_matrix() {
+  const std::int64_t features = host_.input_size;
+  const std::int64_t products = host_.num_parameters + host_.products;
+  add_dense({features, {{products, products + features * features, features}}}, {.formed = true});
+}
 
 template <class T>
 void Layers<T>::add(const LoweredDiagonal& from) {
@@ -233,10 +259,9 @@ void Layers<T>::add(const LoweredDiagonal& from) {
   layer.place = keep(from.place);
   layer.mean_offset = from.mean;
   layer.log_std_offset = from.log_std;
-  layer.affine = host_.packed_size;
-  host_.packed_size += affine_size(host_.input_size);
+  layer.affine = reserve_packed(affine_size(host_.input_size));
+  ++host_.num_numbers;
   layers_.push_back(layer);
-  ++num_diagonal_;
 }
 
 template <class T>
@@ -264,18 +289,35 @@ Packed<T>::Packed(std::shared_ptr<const Layers<T>> layers)
   program_.packed = static_cast<const T*>(packed_.reserve(bytes(program_.packed_size), "packed parameters"));
   program_.transposed =
       static_cast<const T*>(transposed_.reserve(bytes(program_.transposed_size), "transposed parameters"));
+  linear_workspace_.reserve(linear_workspace_bytes(program_), "the matrices of linear layers");
+}
+
+/// transposed: also the transposed weights.
+template <class T>
+void Packed<T>::pack_into(const Program<T>& program, const T* parameters, Matrices wanted, bool transposed,
+                          Stream stream) {
+  T *packed = const_cast<T*>(program.packed),
+    *transposed_to = transposed ? const_cast<T*>(program.transposed) : nullptr;
+  launch_on(stream, "packing parameters", [layers = layers_, program, parameters, packed, stream] {
+    return launch_pack(&program, layers->packed_source(), program.packed_size, parameters, packed, stream);
+  });
+  if (transposed) {
+    launch_on(stream, "packing parameters", [layers = layers_, program, parameters, transposed_to, stream] {
+      return launch_pack<T>(nullptr, layers->transposed_source(), program.transposed_size, parameters, transposed_to,
+                            stream);
+    });
+  }
+  if (program.num_linear == 0) return;
+  void* workspace = linear_workspace_.data();
+  launch_on(stream, "forming the matrices of linear layers",
+            [program, wanted, packed, transposed_to, workspace, stream] {
+              return launch_pack_linear(program, wanted, packed, transposed_to, workspace, stream);
+            });
 }
 
 template <class T>
-void Packed<T>::pack(const T* parameters, Stream stream) {
-  launch_on(stream, "packing parameters", [layers = layers_, program = program_, parameters, stream] {
-    return launch_pack(&program, layers->num_diagonal(), layers->packed_source(), program.packed_size, parameters,
-                       const_cast<T*>(program.packed), stream);
-  });
-  launch_on(stream, "packing parameters", [layers = layers_, program = program_, parameters, stream] {
-    return launch_pack<T>(nullptr, 0, layers->transposed_source(), program.transposed_size, parameters,
-                          const_cast<T*>(program.transposed), stream);
-  });
+void Packed<T>::pack(const T* parameters, Matrices wanted, Stream stream) {
+  pack_into(program_, parameters, wanted, true, stream);
 }
 
 template <class T>
@@ -286,10 +328,7 @@ void Packed<T>::pack_rest(T* parameters, const float* of_host, const float* mean
   T* to = static_cast<T*>(rest_packed_.reserve(program_.packed_size * element, "packed parameters"));
   rest_.packed = to;
   fill_zero(parameters, 2 * features * element, stream);  // mean and log_std: the identity
-  launch_on(stream, "packing parameters", [layers = layers_, program = rest_, parameters, to, stream] {
-    return launch_pack(&program, layers->num_diagonal(), layers->packed_source(), program.packed_size, parameters, to,
-                       stream);
-  });
+  pack_into(rest_, parameters, Matrices::both, false, stream);
   const std::int64_t log_det = layers_->on_host().layers[0].affine + 3 * features;
   copy_on_device(to + log_det, program_.packed + log_det, element, stream);
 }

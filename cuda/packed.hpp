@@ -26,7 +26,6 @@ class Layers {
   const Program<T>& on_host() const { return host_; }
   /// With pointers of the device but for the parameters.
   const Program<T>& on_device() const { return device_; }
-  std::int32_t num_diagonal() const { return num_diagonal_; }
   /// For each packed or transposed element the flat parameter that it is, or -1. In device memory.
   const std::int64_t* packed_source() const { return static_cast<const std::int64_t*>(packed_source_.data()); }
   const std::int64_t* transposed_source() const { return static_cast<const std::int64_t*>(transposed_source_.data()); }
@@ -34,14 +33,18 @@ class Layers {
  private:
   /// Where the numbers of a dense layer come from.
   struct DenseSource {
-    bool head;                                // its outputs alternate between scale and translation
-    std::vector<std::int64_t> rows, columns;  // of the tensors, for each packed input and output; empty: as they are
+    bool head = false;                                  // its outputs alternate between scale and translation
+    std::vector<std::int64_t> rows = {}, columns = {};  // of the tensors, for each packed input and output; empty: as
+                                                        // they are
+    bool formed = false;                                // by launch_pack_linear: no copies of parameters
   };
 
   void add(const LoweredCoupling& from);
   void add(const LoweredDiagonal& from);
   void add(const LoweredLinear& from);
   void add_dense(const LoweredDense& from, DenseSource source);
+  std::int64_t reserve_packed(std::int64_t elements);
+  void add_matrix();
   void fill_sources(const Dense& dense, const DenseSource& source);
   std::int64_t keep(const std::vector<std::int64_t>& places);
 
@@ -50,8 +53,11 @@ class Layers {
   std::vector<DenseSource> sources_;
   std::vector<std::int32_t> places_;
   std::vector<std::int64_t> packed_from_, transposed_from_;  // empty once they are on the device
+  struct Copy {
+    std::int64_t to, from, count;
+  };
+  std::vector<Copy> copies_;  // of parameters as they are, into packed_from_
   Program<T> host_, device_;
-  std::int32_t num_diagonal_ = 0;
   Memory device_layers_{Memory::Kind::device}, device_dense_{Memory::Kind::device},
       device_places_{Memory::Kind::device};
   Memory packed_source_{Memory::Kind::device}, transposed_source_{Memory::Kind::device};
@@ -63,8 +69,8 @@ class Packed {
  public:
   explicit Packed(std::shared_ptr<const Layers<T>> layers);
 
-  /// parameters: flat, in device memory.
-  void pack(const T* parameters, Stream stream);
+  /// parameters: flat, in device memory. wanted: of the matrices of linear layers.
+  void pack(const T* parameters, Matrices wanted, Stream stream);
   const Program<T>& program() const { return program_; }
 
   /// Of flows with takes_float64_rows, after pack(): makes rest(), as on the CPU, of the same parameters in device
@@ -74,7 +80,10 @@ class Packed {
   const WideRows& first() const { return first_; }
 
  private:
+  void pack_into(const Program<T>& program, const T* parameters, Matrices wanted, bool transposed, Stream stream);
+
   std::shared_ptr<const Layers<T>> layers_;
+  Memory linear_workspace_{Memory::Kind::device};
   Memory packed_{Memory::Kind::device}, transposed_{Memory::Kind::device}, rest_packed_{Memory::Kind::device};
   Program<T> program_, rest_;
   WideRows first_;

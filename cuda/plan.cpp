@@ -29,6 +29,10 @@ void size_hidden(const Program<T>& program, bool resident, TransformPlan& plan) 
   plan.hidden_buffers = 0;
   for (int k = 0; k < program.num_layers; ++k) {
     const Layer<T>& layer = program.layers[k];
+    if (layer.kind == Kind::linear) {  // a copy of the state
+      plan.hidden_width = std::max<std::int64_t>(plan.hidden_width, program.input_size);
+      plan.hidden_buffers = std::max(plan.hidden_buffers, 1);
+    }
     if (layer.kind != Kind::coupling) continue;
     int stored = layer.num_dense - (is_joined(program, layer, resident) ? 2 : 1);
     for (int j = 0; j < stored; ++j) {
@@ -110,22 +114,23 @@ bool plan_streamed(const Program<T>& program, const Device& device, std::int64_t
 
 // ---- gradients -----------------------------------------------------------------------------------------------------
 
+/// Visits the blocks of inputs and outputs of one dense layer.
+template <class T, class Visit>
+void each_block(const Program<T>& program, GradientTask task, Visit visit) {
+  const Dense& d = program.dense[task.dense];
+  for (task.first_in = 0; task.first_in < d.in; task.first_in += kTaskIn) {
+    for (task.first_out = 0; task.first_out < d.out; task.first_out += kTaskOut) visit(task);
+  }
+}
+
 /// Visits the tasks of layer k in order.
 template <class T, class Visit>
 void each_task(Of<Kind::coupling>, const Program<T>& program, const GradientPlan& plan, int k, Visit visit) {
   const Layer<T>& layer = program.layers[k];
   const std::int64_t at = layer_tape(program, k, plan.tile_rows);
   const CouplingTape<T> tape(program, layer, plan.tile_rows);
-  GradientTask task;
-  task.layer = k;
   for (int j = 0; j < layer.num_dense; ++j) {
-    task.dense = layer.first_dense + j;
-    task.input = at + tape.input(j);
-    task.cotangent = at + tape.cotangent(j);
-    const Dense& d = program.dense[task.dense];
-    for (task.first_in = 0; task.first_in < d.in; task.first_in += kTaskIn) {
-      for (task.first_out = 0; task.first_out < d.out; task.first_out += kTaskOut) visit(task);
-    }
+    each_block(program, {k, layer.first_dense + j, 0, 0, at + tape.input(j), at + tape.cotangent(j)}, visit);
   }
 }
 
@@ -136,6 +141,14 @@ void each_task(Of<Kind::diagonal>, const Program<T>& program, const GradientPlan
   task.input =
       layer_tape(program, k, plan.tile_rows) + DiagonalTape<T>(program, program.layers[k], plan.tile_rows).sums();
   visit(task);
+}
+
+template <class T, class Visit>
+void each_task(Of<Kind::linear>, const Program<T>& program, const GradientPlan& plan, int k, Visit visit) {
+  const std::int64_t at = layer_tape(program, k, plan.tile_rows);
+  const LinearTape<T> tape(program, program.layers[k], plan.tile_rows);
+  each_block(program, {k, program.layers[k].first_dense, 0, 0, at + tape.x(), at + tape.cotangent()}, visit);
+  visit({k, -1, 0, 0, at + tape.sum(), 0});
 }
 
 }  // namespace
@@ -149,7 +162,8 @@ TransformPlan plan_transform(const Program<T>& program, const Device& device, st
     return options.force_storage < 0 || options.force_storage == static_cast<int>(storage);
   };
   const bool forced = options.force_storage >= 0;
-  if (wanted(Storage::resident) && plan_resident(program, device, rows, forced, plan)) return plan;
+  if (is_resident(program.reach) && wanted(Storage::resident) && plan_resident(program, device, rows, forced, plan))
+    return plan;
   if (wanted(Storage::streamed) && plan_streamed(program, device, rows, Storage::streamed, plan)) return plan;
   plan_streamed(program, device, rows, Storage::workspace, plan);
   return plan;
@@ -208,7 +222,8 @@ GradientPlan plan_gradient(const Program<T>& program, const Device& device, std:
                                                           std::min<std::int64_t>(plan.chunk_tiles, 64)));
   const auto aligned = [](std::int64_t bytes) { return round_up(bytes, 256); };
   plan.partials_at = aligned(plan.chunk_tiles * plan.tape_elements * kSize);
-  plan.log_prob_at = plan.partials_at + aligned(plan.splits * program.num_parameters * kSize);
+  plan.products_at = plan.partials_at + aligned(plan.splits * partial_size(program) * kSize);
+  plan.log_prob_at = plan.products_at + aligned(program.products * kSize);
   plan.sums_at = plan.log_prob_at + aligned(plan.chunk_tiles * plan.tile_rows * kSize);
   plan.workspace_bytes = plan.sums_at + aligned(sum_workspace_bytes(plan.chunk_tiles * plan.tile_rows));
   return plan;

@@ -28,6 +28,10 @@ inline constexpr int kSumValues = 4096;
 template <class T, Multiply M, Storage S>
 constexpr int kMaxThreads = M != Multiply::fma && S == Storage::resident ? 384 : 256;
 
+/// Whether kernels of that reach are made for weights that stay in shared memory. Flows of Reach::all stream them: that
+/// is one set of kernels less, and what it costs small ones is for a card to say.
+constexpr bool is_resident(Reach reach) { return reach != Reach::all; }
+
 // ---- what a tile needs ---------------------------------------------------------------------------------------------
 
 template <class T>
@@ -57,6 +61,12 @@ template <class T>
 std::int64_t row_bytes(const GradientPlan& plan) {
   const std::int64_t elements = (plan.warps_across > 1 ? 2 * plan.warps_across : 0) * plan.tile_rows + plan.tile_rows;
   return elements * static_cast<std::int64_t>(sizeof(T)) + plan.tile_rows * static_cast<std::int64_t>(sizeof(int));
+}
+
+/// Elements of one part of a gradient: the flat gradient, then the products of linear layers.
+template <class T>
+NVPFLOW_HOST_DEVICE std::int64_t partial_size(const Program<T>& program) {
+  return program.num_parameters + program.products;
 }
 
 /// Whether a coupling's last hidden layer and its heads are formed together, without storing what is between them.

@@ -5,6 +5,7 @@
 //   state, cotangent of the state
 //   per coupling: input of the conditioner [a]; per hidden layer value [H], where kept argument [H], cotangent [H];
 //                 cotangent of the head [2 b]; slope = ds / du, scale = exp(+-s), product = d(output) / d(s), [b] each
+//   per linear layer: x and the cotangent of y, [D] each; the sum over the rows of the log-determinant's cotangent
 //   per diagonal layer: its output, in the form of a state; sums over the rows for mean and log_std, [2 D] numbers
 // clang-format on
 #pragma once
@@ -66,6 +67,19 @@ struct DiagonalTape {
   NVPFLOW_HOST_DEVICE std::int64_t size() const { return sums() + round_up(2 * std::int64_t{program.input_size}, 16); }
 };
 
+/// Offsets within a linear layer's part of the tape.
+template <class T>
+struct LinearTape {
+  std::int64_t array;
+
+  NVPFLOW_HOST_DEVICE LinearTape(const Program<T>& program, const Layer<T>&, std::int64_t tile_rows)
+      : array(array_size(tile_rows, program.input_size)) {}
+  NVPFLOW_HOST_DEVICE std::int64_t x() const { return 0; }
+  NVPFLOW_HOST_DEVICE std::int64_t cotangent() const { return array; }
+  NVPFLOW_HOST_DEVICE std::int64_t sum() const { return 2 * array; }
+  NVPFLOW_HOST_DEVICE std::int64_t size() const { return sum() + 16; }
+};
+
 template <class T>
 NVPFLOW_HOST_DEVICE CouplingTape<T> tape_of(Of<Kind::coupling>, const Program<T>& program, const Layer<T>& layer,
                                             std::int64_t rows) {
@@ -74,6 +88,12 @@ NVPFLOW_HOST_DEVICE CouplingTape<T> tape_of(Of<Kind::coupling>, const Program<T>
 template <class T>
 NVPFLOW_HOST_DEVICE DiagonalTape<T> tape_of(Of<Kind::diagonal>, const Program<T>& program, const Layer<T>& layer,
                                             std::int64_t rows) {
+  return {program, layer, rows};
+}
+
+template <class T>
+NVPFLOW_HOST_DEVICE LinearTape<T> tape_of(Of<Kind::linear>, const Program<T>& program, const Layer<T>& layer,
+                                          std::int64_t rows) {
   return {program, layer, rows};
 }
 

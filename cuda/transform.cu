@@ -25,6 +25,7 @@
 #include "affine.cuh"
 #include "dense.cuh"
 #include "diagonal.cuh"
+#include "linear.cuh"
 #include "network.cuh"
 #include "plan.hpp"
 #include "tile.cuh"
@@ -41,10 +42,10 @@ NVPFLOW_DEVICE void copy_to_shared(T* to, const T* from, std::int64_t count) {
   copies_commit();
 }
 
-/// One team of threads (a warp, or a block) and the tile it works on. general: Program::general.
-template <class T, Multiply M, Storage S, bool general>
+/// One team of threads (a warp, or a block) and the tile it works on. reach: Program::reach.
+template <class T, Multiply M, Storage S, Reach reach>
 struct Walker {
-  static constexpr bool kResident = S == Storage::resident, kGeneral = general;
+  static constexpr bool kResident = S == Storage::resident, kGeneral = reach != Reach::plain;
   using Rows = MemoryRows<T, S != Storage::workspace>;
 
   const TransformPlan& plan;
@@ -99,6 +100,13 @@ struct Walker {
     barrier();
     diagonal(*this, layer);
   }
+  template <class Run>
+  NVPFLOW_DEVICE void layer_of(Of<Kind::linear>, const Layer<T>& layer, Run run) {
+    if constexpr (reach == Reach::all) {
+      barrier();
+      linear<M>(*this, layer, tile.hidden(0), run, [](int, int, const Sums<T>&) {});
+    }
+  }
 
   /// run: of network().
   template <class Run>
@@ -132,14 +140,14 @@ struct Walker {
   }
 };
 
-template <class T, Multiply M, bool general>
+template <class T, Multiply M, Reach reach>
 NVPFLOW_KERNEL((kMaxThreads<T, M, Storage::resident>))
 transform_resident(NVPFLOW_ARGUMENT TransformPlan plan, NVPFLOW_ARGUMENT Program<T> program,
                    NVPFLOW_ARGUMENT TransformCall<T> call) {
   if constexpr (M != Multiply::fma && !kHasMatrixUnits) return;
   T* weights = reinterpret_cast<T*>(shared_memory());
   copy_to_shared(weights, program.packed, program.packed_size);
-  Walker<T, M, Storage::resident, general> walker(plan, program, call);
+  Walker<T, M, Storage::resident, reach> walker(plan, program, call);
   const int warp = thread_index() / kWarp, warps = num_threads() / kWarp;
   walker.packed = weights;
   walker.tile.carve(
@@ -150,13 +158,13 @@ transform_resident(NVPFLOW_ARGUMENT TransformPlan plan, NVPFLOW_ARGUMENT Program
   const std::int64_t tiles = ceil_div(call.rows, kWarpRows);
   for (std::int64_t i = static_cast<std::int64_t>(block_index()) * warps + warp; i < tiles;
        i += static_cast<std::int64_t>(num_blocks()) * warps) {
-    walker.walk(i, [&](const Dense& d, const auto& rows, auto finish) {
+    walker.walk(i, [&](By<M>, const Dense& d, const auto& rows, auto finish) {
       dense_resident<M>(d, weights, rows, walker.lane, finish);
     });
   }
 }
 
-template <class T, Multiply M, Storage S, bool general>
+template <class T, Multiply M, Storage S, Reach reach>
 NVPFLOW_KERNEL((kMaxThreads<T, M, S>))
 transform_streamed(NVPFLOW_ARGUMENT TransformPlan plan, NVPFLOW_ARGUMENT Program<T> program,
                    NVPFLOW_ARGUMENT TransformCall<T> call, T* workspace) {
@@ -166,16 +174,16 @@ transform_streamed(NVPFLOW_ARGUMENT TransformPlan plan, NVPFLOW_ARGUMENT Program
   T* stages = reinterpret_cast<T*>(shared_memory());
   const bool one = call.conditioner >= 0;
   const int across_blocks = plan.warps_across * kOutBlocks;
-  WeightStream<T, false> stream(Passes<T, false>(program, call.inverse && !one, one ? call.conditioner : 0,
-                                                 one ? call.conditioner + 1 : program.num_layers, false),
-                                stages, across_blocks, plan.stage_inputs, mine);
-  Walker<T, M, S, general> walker(plan, program, call);
+  const Passes<T, false, reach> passes(program, call.inverse && !one, one ? call.conditioner : 0,
+                                       one ? call.conditioner + 1 : program.num_layers, false);
+  WeightStream<T, false, reach> stream(passes, stages, across_blocks, plan.stage_inputs, mine);
+  Walker<T, M, S, reach> walker(plan, program, call);
   walker.tile.carve(reinterpret_cast<unsigned char*>(stages + 2 * stream.stage_size()),
                     S == Storage::workspace ? workspace + block_index() * workspace_elements(program, plan) : nullptr,
                     program, plan);
   for (std::int64_t i = block_index(); i < tiles; i += num_blocks()) {
-    walker.walk(i, [&](const Dense& d, const auto& rows, auto finish) {
-      dense_streamed<M>(stream, d.in, d.out, program.packed + d.bias, rows, walker.across, plan.warps_across,
+    walker.walk(i, [&]<Multiply N>(By<N>, const Dense& d, const auto& rows, auto finish) {
+      dense_streamed<N>(stream, d.in, d.out, program.packed + d.bias, rows, walker.across, plan.warps_across,
                         walker.lane, finish);
     });
   }
@@ -183,43 +191,53 @@ transform_streamed(NVPFLOW_ARGUMENT TransformPlan plan, NVPFLOW_ARGUMENT Program
 
 // ---- launches ------------------------------------------------------------------------------------------------------
 
-template <class T, Multiply M, bool general>
+template <class T, Multiply M, Reach reach>
 Status launch_kernel(const TransformPlan& plan, const Program<T>& program, const TransformCall<T>& call,
                      void* workspace, Stream stream) {
   const std::int64_t rows_of_block = plan.storage == Storage::resident ? plan.warps * kWarpRows : plan.tile_rows;
   const std::int64_t blocks = std::min<std::int64_t>(plan.blocks, ceil_div(call.rows, rows_of_block));
   const int threads = plan.warps * kWarp;
   T* memory = static_cast<T*>(workspace);
-  switch (plan.storage) {
-    case Storage::resident:
-      return launch(transform_resident<T, M, general>, blocks, threads, plan.shared_bytes, stream, plan, program, call);
-    case Storage::streamed:
-      return launch(transform_streamed<T, M, Storage::streamed, general>, blocks, threads, plan.shared_bytes, stream,
-                    plan, program, call, memory);
-    default:
-      return launch(transform_streamed<T, M, Storage::workspace, general>, blocks, threads, plan.shared_bytes, stream,
-                    plan, program, call, memory);
+  if constexpr (is_resident(reach)) {
+    if (plan.storage == Storage::resident) {
+      return launch(transform_resident<T, M, reach>, blocks, threads, plan.shared_bytes, stream, plan, program, call);
+    }
   }
+  if (plan.storage == Storage::streamed) {
+    return launch(transform_streamed<T, M, Storage::streamed, reach>, blocks, threads, plan.shared_bytes, stream, plan,
+                  program, call, memory);
+  }
+  return launch(transform_streamed<T, M, Storage::workspace, reach>, blocks, threads, plan.shared_bytes, stream, plan,
+                program, call, memory);
 }
 
 template <class T, Multiply M>
 Status launch_transform_with(const TransformPlan& plan, const Program<T>& program, const TransformCall<T>& call,
                              void* workspace, Stream stream) {
-  return program.general ? launch_kernel<T, M, true>(plan, program, call, workspace, stream)
-                         : launch_kernel<T, M, false>(plan, program, call, workspace, stream);
+  switch (program.reach) {
+    case Reach::plain:
+      return launch_kernel<T, M, Reach::plain>(plan, program, call, workspace, stream);
+    case Reach::general:
+      return launch_kernel<T, M, Reach::general>(plan, program, call, workspace, stream);
+    default:
+      return launch_kernel<T, M, Reach::all>(plan, program, call, workspace, stream);
+  }
 }
 
-template <class T, Multiply M, bool general>
+template <class T, Multiply M, Reach reach>
 Status allow_shared_of(std::int64_t bytes) {
-  if (const Status s = allow_shared(transform_resident<T, M, general>, bytes)) return s;
-  if (const Status s = allow_shared(transform_streamed<T, M, Storage::streamed, general>, bytes)) return s;
-  return allow_shared(transform_streamed<T, M, Storage::workspace, general>, bytes);
+  if constexpr (is_resident(reach)) {
+    if (const Status s = allow_shared(transform_resident<T, M, reach>, bytes)) return s;
+  }
+  if (const Status s = allow_shared(transform_streamed<T, M, Storage::streamed, reach>, bytes)) return s;
+  return allow_shared(transform_streamed<T, M, Storage::workspace, reach>, bytes);
 }
 
 template <class T, Multiply M>
 Status prepare_transform_with(std::int64_t bytes) {
-  if (const Status s = allow_shared_of<T, M, false>(bytes)) return s;
-  return allow_shared_of<T, M, true>(bytes);
+  if (const Status s = allow_shared_of<T, M, Reach::plain>(bytes)) return s;
+  if (const Status s = allow_shared_of<T, M, Reach::general>(bytes)) return s;
+  return allow_shared_of<T, M, Reach::all>(bytes);
 }
 
 }  // namespace

@@ -1,7 +1,9 @@
 #include "lower.hpp"
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <numeric>
 #include <type_traits>
 #include <utility>
@@ -37,6 +39,29 @@ bool is_in_order(const std::vector<std::int64_t>& numbers) {
 }
 
 }  // namespace
+
+template <class T>
+Scale<T> scale_of(const LoweredScale& from) {
+  Scale<T> scale;
+  scale.function = from.function;
+  scale.factor = static_cast<T>(from.factor);
+  scale.inverse_factor = static_cast<T>(1.0 / from.factor);
+  scale.inverse_divisor = static_cast<T>(1.0 / from.divisor);
+  scale.slope = static_cast<T>(from.factor / from.divisor);
+  scale.low = static_cast<T>(from.low);
+  scale.high = static_cast<T>(from.high);
+  scale.range = static_cast<T>(from.high - from.low);
+  scale.offset = static_cast<T>(from.offset);
+  scale.log_high = static_cast<T>(std::log(from.high));
+  // Below it softplus(x) = e (1 - e / 2) with e = e^x, to the last bit of its logarithm.
+  constexpr T kTail = sizeof(T) == 4 ? -9 : -20;
+  scale.tail = from.low == 0 ? kTail : -std::numeric_limits<T>::infinity();
+  scale.negated = from.negated;
+  scale.sign = from.negated ? T(-1) : T(1);
+  return scale;
+}
+template Scale<float> scale_of(const LoweredScale&);
+template Scale<double> scale_of(const LoweredScale&);
 
 Lowering::Lowering(const FlowSpec& spec) : spec_(spec), place_(in_order(spec.input_size)) {
   lowered_.input_size = spec.input_size;

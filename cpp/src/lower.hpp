@@ -14,6 +14,7 @@
 #include <nvpflow/spec.hpp>
 
 #include "program.hpp"
+#include "scale.hpp"
 
 namespace nvpflow {
 
@@ -60,6 +61,10 @@ struct LoweredScale {
   double factor = 1, divisor = 1, low = 0, high = 0, offset = 0;
   bool negated = false;
 };
+
+/// As the kernels read it.
+template <class T>
+Scale<T> scale_of(const LoweredScale& from);
 
 /// Places of features, in the order of the features: begin, begin + 1, ..., or index where they do not follow each
 /// other so.

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include <nvpflow/spec.hpp>
@@ -89,6 +90,20 @@ inline FlowSpec conditional_spec(std::int64_t features, std::uint64_t seed, std:
   spec.context_size = context_size;
   spec.standardize_context = seed % 2 == 1;
   spec.dtype = dtype;
+  return spec;
+}
+
+/// mixed_spec() with linear layers, which run either way, in front of layers and behind the last.
+inline FlowSpec linear_spec(std::int64_t features, std::uint64_t seed, DType dtype) {
+  FlowSpec spec = mixed_spec(features, seed, dtype);
+  std::vector<LayerSpec> layers;
+  for (std::size_t k = 0; k < spec.layers.size(); ++k) {
+    if (k > 0 && (k + seed) % 3 == 0) layers.emplace_back(LULinear{(k + seed) % 2 == 0});
+    layers.push_back(spec.layers[k]);
+  }
+  layers.emplace_back(LULinear{false});
+  layers.emplace_back(LULinear{true});
+  spec.layers = std::move(layers);
   return spec;
 }
 

@@ -55,6 +55,22 @@ std::vector<T> zeros(std::int64_t count) {
   return std::vector<T>(static_cast<std::size_t>(count));
 }
 
+/// Parameters far from the identity; signs are -1 or 1, triangles half as far, so that their product is well
+/// conditioned.
+template <class T>
+std::vector<T> some_parameters(const Flow& flow, unsigned seed) {
+  std::vector<T> values = normals<T>(flow.num_parameters(), seed, 0.2);
+  for (const TensorInfo& tensor : flow.layout().tensors()) {
+    const bool sign = tensor.name.ends_with(".sign");
+    if (!sign && !tensor.name.ends_with(".lower") && !tensor.name.ends_with(".upper")) continue;
+    for (std::int64_t i = 0; i < tensor.size; ++i) {
+      T& value = values[static_cast<std::size_t>(tensor.offset + i)];
+      value = sign ? std::copysign(T(1), value) : value / 2;
+    }
+  }
+  return values;
+}
+
 /// A flow on the CPU, far from the identity.
 template <class T>
 Flow cpu_flow(std::int64_t d = 5, std::int64_t k = 3, std::vector<std::int64_t> hidden = {12},
@@ -99,10 +115,11 @@ AllResults<T> all_results(const Flow& flow, std::int64_t rows) {
   r.nll = flow.nll<T>(in);
   r.nll_of_gradient = flow.nll_gradient<T>(in, r.gradient);
   flow.vjp<T>(Direction::inverse, in, cotangent, log_det_cotangent, r.grad_in, r.grad_parameters, true);
-  const auto layer = static_cast<std::int64_t>(flow.spec().layers.size()) - 1;
-  const std::int64_t width = std::get<Coupling>(flow.spec().layers.back()).transformed.count(d);
+  std::size_t layer = flow.spec().layers.size() - 1;
+  while (!std::holds_alternative<Coupling>(flow.spec().layers[layer])) --layer;
+  const std::int64_t width = std::get<Coupling>(flow.spec().layers[layer]).transformed.count(d);
   r.s = r.t = zeros<T>(rows * width);
-  flow.conditioner<T>(layer, in, r.s, r.t);
+  flow.conditioner<T>(static_cast<std::int64_t>(layer), in, r.s, r.t);
   return r;
 }
 
@@ -183,6 +200,18 @@ TEST_CASE_TEMPLATE("layers of all features, directions and places", T, float, do
         CHECK(worst(std::vector<double>(s.begin(), s.end()), expected.log_scale) < kBudget<T>);
         CHECK(worst(std::vector<double>(t.begin(), t.end()), expected.shift) < kBudget<T>);
       }
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("linear layers", T, float, double) {
+  for (const std::int64_t features : {2, 3, 6, 17}) {
+    for (std::uint64_t seed = 0; seed < 4; ++seed) {
+      CAPTURE(features);
+      CAPTURE(seed);
+      Flow cpu(linear_spec(features, seed, dtype_of<T>));
+      cpu.set_parameters<T>(some_parameters<T>(cpu, static_cast<unsigned>(seed)));
+      check_equal<T>(cpu, cpu.to(kCuda0), 40);
     }
   }
 }
@@ -278,6 +307,17 @@ TEST_CASE_TEMPLATE("fit on cuda follows fit on the CPU", T, float, double) {
   const std::vector<T> pa(cpu.parameters<T>().begin(), cpu.parameters<T>().end());
   const std::vector<T> pb(cuda.parameters<T>().begin(), cuda.parameters<T>().end());
   CHECK(worst(pb, pa) < 100 * budget);
+}
+
+TEST_CASE_TEMPLATE("fit of linear layers follows fit on the CPU", T, float, double) {
+  const std::vector<T> x = normals<T>(300 * 5, 45, 2.0);
+  Flow cpu(linear_spec(5, 1, dtype_of<T>), 1);
+  Flow cuda = cpu.to(kCuda0);
+  const History a = fit<T>(cpu, x, {}, short_fit()), b = fit<T>(cuda, x, {}, short_fit());
+  CHECK(b.best_loss == doctest::Approx(a.best_loss).epsilon(std::is_same_v<T, float> ? 1e-4 : 1e-10));
+  const std::vector<T> pa(cpu.parameters<T>().begin(), cpu.parameters<T>().end());
+  const std::vector<T> pb(cuda.parameters<T>().begin(), cuda.parameters<T>().end());
+  CHECK(worst(pb, pa) < (std::is_same_v<T, float> ? 1e-2 : 1e-8));
 }
 
 TEST_CASE("fit with validation rows, without any, and twice the same") {
@@ -515,7 +555,6 @@ TEST_CASE("what CUDA does not compute is refused by its name") {
     CAPTURE(what);
     CHECK(message(with(change)).find(what) != std::string::npos);
   };
-  names("lu_linear", [](FlowSpec& s, Coupling&) { s.layers.emplace_back(LULinear()); });
   names("residual", [](FlowSpec&, Coupling& c) { c.network.kind = Network::Kind::residual; });
   names("layer_norm", [](FlowSpec&, Coupling& c) { c.network.layer_norm = true; });
   names("each head", [](FlowSpec&, Coupling& c) { c.translation_network = c.network; });

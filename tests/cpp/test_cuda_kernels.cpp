@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <random>
 #include <string>
@@ -21,6 +22,7 @@
 #include "../../cuda/adam.cu"
 #include "../../cuda/base.cu"
 #include "../../cuda/gradient.cu"
+#include "../../cuda/lu.cu"
 #include "../../cuda/sums.cu"
 #include "../../cuda/transform.cu"
 #include "flow_access.hpp"
@@ -56,16 +58,23 @@ FlowSpec spec_of(const Shape& shape) {
                             shape.standardize, dtype_of<T>);
 }
 
-/// Far from the identity: kernels N(0, 1/in), everything else 0.1 N(0, 1).
+/// Far from the identity: kernels N(0, 1/in), triangles of n rows N(0, 1/(4 n)), so that large ones are no worse
+/// conditioned than small ones, signs -1 or 1, everything else 0.1 N(0, 1).
 template <class T>
 std::vector<T> random_parameters(const ParamLayout& layout, unsigned seed) {
   std::mt19937 engine(seed);
   std::normal_distribution<double> normal;
   std::vector<T> parameters(static_cast<std::size_t>(layout.size()));
   for (const TensorInfo& tensor : layout.tensors()) {
-    const double scale = tensor.shape.size() == 2 ? 1 / std::sqrt(static_cast<double>(tensor.shape[0])) : 0.1;
-    for (std::int64_t i = 0; i < tensor.size; ++i)
-      parameters[static_cast<std::size_t>(tensor.offset + i)] = static_cast<T>(scale * normal(engine));
+    const bool triangle = tensor.name.ends_with(".lower") || tensor.name.ends_with(".upper");
+    const double scale = tensor.shape.size() == 2 ? 1 / std::sqrt(static_cast<double>(tensor.shape[0]))
+                         : triangle               ? 0.5 / std::sqrt(std::sqrt(2 * static_cast<double>(tensor.size)))
+                                                  : 0.1;
+    for (std::int64_t i = 0; i < tensor.size; ++i) {
+      const double value = normal(engine);
+      parameters[static_cast<std::size_t>(tensor.offset + i)] =
+          static_cast<T>(tensor.name.ends_with(".sign") ? std::copysign(1.0, value) : scale * value);
+    }
   }
   return parameters;
 }
@@ -117,6 +126,7 @@ struct PackedFlow {
       : spec(s), layout(spec), parameters(flat), gathers(gather) {
     const Lowered lowered = lower(spec, layout);
     program.input_size = static_cast<std::int32_t>(spec.input_size);
+    program.num_parameters = layout.size();
     program.num_layers = static_cast<std::int32_t>(lowered.layers.size());
     program.split = program.input_size / 2;
     program.data_place = keep(lowered.data_place);
@@ -126,11 +136,10 @@ struct PackedFlow {
     }
     program.num_dense = static_cast<std::int32_t>(dense.size());
     program.layers = layers.data();
-    program.general = cuda::is_general(program);
+    program.reach = cuda::reach_of(program);
     program.dense = dense.data();
     program.packed_size = static_cast<std::int64_t>(source.size());
     program.transposed_size = static_cast<std::int64_t>(transposed_source.size());
-    program.num_parameters = layout.size();
     packed = std::make_unique<GuardedArray<T>>(source.size());
     transposed = std::make_unique<GuardedArray<T>>(transposed_source.size());
     program.packed = packed->data();
@@ -140,9 +149,11 @@ struct PackedFlow {
     program.places = places.data();
     packed_from = std::make_unique<GuardedArray<std::int64_t>>(source);
     program.source = packed_from->data();
-    cuda::launch_pack(&program, num_diagonal, index.data(), program.packed_size, from.data(), packed->data(), {});
-    cuda::launch_pack<T>(nullptr, 0, transposed_index.data(), program.transposed_size, from.data(), transposed->data(),
+    cuda::launch_pack(&program, index.data(), program.packed_size, from.data(), packed->data(), {});
+    cuda::launch_pack<T>(nullptr, transposed_index.data(), program.transposed_size, from.data(), transposed->data(),
                          {});
+    const GuardedArray<unsigned char> workspace(static_cast<std::size_t>(cuda::linear_workspace_bytes(program)));
+    cuda::launch_pack_linear(program, cuda::Matrices::both, packed->data(), transposed->data(), workspace.data(), {});
   }
 
   std::int64_t keep(const std::vector<std::int64_t>& list) {
@@ -157,7 +168,7 @@ struct PackedFlow {
   }
 
   /// The outputs of several parts alternate; before those of a translation without a scale there are zeros.
-  void add_dense(LoweredDense from, bool additive) {
+  void add_dense(LoweredDense from, bool additive, bool formed = false) {
     if (additive) from.parts.insert(from.parts.begin(), {-1, -1, from.out()});
     const std::int64_t in = from.in, out = from.out(), parts = static_cast<std::int64_t>(from.parts.size());
     cuda::Dense d;
@@ -174,9 +185,10 @@ struct PackedFlow {
       d.bias_offset[p] = from.parts[p].bias;
     }
     d.listed = additive;
+    d.interleaved = parts > 1;
     for (std::int64_t o = 0; o < out; ++o) {
       const DensePart& part = from.parts[static_cast<std::size_t>(o % parts)];
-      if (part.kernel < 0) continue;
+      if (part.kernel < 0 || formed) continue;
       const std::int64_t column = o / parts;
       source[static_cast<std::size_t>(d.bias + o)] = part.bias + column;
       for (std::int64_t i = 0; i < in; ++i) {
@@ -203,18 +215,7 @@ struct PackedFlow {
     }
     const LoweredNetwork& network = from.networks.front();
     layer.activation = network.activation;
-    layer.scale.function = from.scale.function;
-    layer.scale.factor = static_cast<T>(from.scale.factor);
-    layer.scale.inverse_factor = static_cast<T>(1 / from.scale.factor);
-    layer.scale.inverse_divisor = static_cast<T>(1 / from.scale.divisor);
-    layer.scale.slope = static_cast<T>(from.scale.factor / from.scale.divisor);
-    layer.scale.low = static_cast<T>(from.scale.low);
-    layer.scale.high = static_cast<T>(from.scale.high);
-    layer.scale.range = static_cast<T>(from.scale.high - from.scale.low);
-    layer.scale.log_high = static_cast<T>(std::log(from.scale.high));
-    layer.scale.offset = static_cast<T>(from.scale.offset);
-    layer.scale.tail = from.scale.low > 0 ? -std::numeric_limits<T>::infinity() : T(sizeof(T) == 4 ? -9 : -20);
-    layer.scale.sign = from.scale.negated ? T(-1) : T(1);
+    layer.scale = scale_of<T>(from.scale);
     layer.first_dense = static_cast<std::int32_t>(dense.size());
     layer.num_dense = static_cast<std::int32_t>(network.dense.size());
     for (const LoweredDense& one : network.dense) {
@@ -223,7 +224,43 @@ struct PackedFlow {
     layers.push_back(layer);
   }
 
-  void add(const LoweredLinear&) { FAIL("no CUDA kernel"); }
+  std::int64_t reserve(std::int64_t count) {
+    const std::size_t begin = source.size();
+    source.resize(begin + static_cast<std::size_t>(cuda::round_up(count, 4)), -1);
+    return static_cast<std::int64_t>(begin);
+  }
+  void copy(std::int64_t to, std::int64_t from, std::int64_t count) {
+    for (std::int64_t i = 0; i < count; ++i) source[static_cast<std::size_t>(to + i)] = from + i;
+  }
+
+  void add(const LoweredLinear& from) {
+    const std::int64_t features = spec.input_size, triangle = features * (features - 1) / 2;
+    cuda::Layer<T> layer;
+    layer.kind = Kind::linear;
+    layer.inverse = from.inverse;
+    layer.place = keep(from.in_place);
+    layer.input_place = keep(from.inverse ? from.out_place : from.in_place);
+    layer.output_place = keep(from.inverse ? from.in_place : from.out_place);
+    layer.factors = {from.lower, from.upper, from.log_diagonal, from.sign, from.bias};
+    layer.log_det = reserve(1);
+    layer.copies = reserve(2 * triangle + 2 * features);
+    copy(layer.copies, from.lower, triangle);
+    copy(layer.copies + triangle, from.upper, triangle);
+    copy(layer.copies + 2 * triangle, from.log_diagonal, features);
+    copy(layer.copies + 2 * triangle + features, from.sign, features);
+    layer.products = program.products;
+    layer.first_dense = static_cast<std::int32_t>(dense.size());
+    layer.num_dense = 1;
+    for (int matrix = 0; matrix < 2; ++matrix) {
+      const std::int64_t to = program.num_parameters + program.products;
+      add_dense({features, {{to, to + features * features, features}}}, false, true);
+      if (matrix == 0) copy(dense.back().bias, from.bias, features);
+    }
+    program.products += features * features + features + 1;
+    ++program.num_linear;
+    ++program.num_numbers;
+    layers.push_back(layer);
+  }
 
   void add(const LoweredDiagonal& from) {
     cuda::Layer<T> layer;
@@ -235,7 +272,7 @@ struct PackedFlow {
     layer.log_std_offset = from.log_std;
     source.resize(source.size() + static_cast<std::size_t>(cuda::affine_size(spec.input_size)), -1);
     layers.push_back(layer);
-    ++num_diagonal;
+    ++program.num_numbers;
   }
 
   FlowSpec spec;
@@ -244,7 +281,6 @@ struct PackedFlow {
   std::vector<cuda::Layer<T>> layers;
   std::vector<cuda::Dense> dense;
   std::vector<std::int64_t> source, transposed_source;
-  std::int32_t num_diagonal = 0;
   std::vector<std::int32_t> places;
   bool gathers;
   std::unique_ptr<GuardedArray<T>> packed, transposed;
@@ -378,6 +414,64 @@ TEST_CASE_TEMPLATE("layers of all features, directions and places agree with the
 
 namespace {
 
+/// A flow with its parameters on the kernels and in the oracle.
+template <class T>
+void check_transforms(const FlowSpec& spec, unsigned seed, bool gather, double budget,
+                      std::initializer_list<bool> fma = {false}) {
+  const std::vector<T> parameters = random_parameters<T>(ParamLayout(spec), seed);
+  const PackedFlow<T> flow(spec, parameters, gather);
+  const oracle::Flow oracle(spec, widened(parameters));
+  const std::vector<T> x = random_values<T>(35 * spec.input_size, 2);
+  for (const Storage storage : {Storage::streamed, Storage::workspace}) {
+    for (const bool without_units : fma) {
+      const auto plan = cuda::plan_transform<T>(flow.program, test_device(), 35,
+                                                {cuda::Precision::float32, without_units, static_cast<int>(storage)});
+      if (plan.storage != storage) continue;  // does not fit
+      for (const bool inverse : {false, true}) {
+        CAPTURE(static_cast<int>(storage));
+        CAPTURE(without_units);
+        CAPTURE(inverse);
+        cuda::TransformCall<T> call;
+        call.inverse = inverse;
+        CHECK(count_wrong(transform(flow, plan, call, x), oracle, inverse, x, spec.input_size, budget) == 0);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("linear layers agree with the oracle", T, float, double) {
+  for (const std::int64_t features : {2, 5, 64, 130}) {
+    CAPTURE(features);
+    for (std::uint64_t seed = 0; seed < (features > 50 ? 2 : 6); ++seed) {
+      CAPTURE(seed);
+      check_transforms<T>(linear_spec(features, seed, dtype_of<T>), static_cast<unsigned>(seed), seed % 2 == 1,
+                          4 * kBudget<T>, {false, true});
+    }
+  }
+}
+
+TEST_CASE("linear layers are exact in the rounded modes") {
+  FlowSpec spec = FlowSpec::real_nvp(33, 1, {}, Activation::relu, 1.0, false, DType::float32);
+  spec.layers.emplace_back(LULinear{false});
+  spec.layers.emplace_back(LULinear{true});
+  const ParamLayout layout(spec);
+  std::vector<float> parameters = random_parameters<float>(layout, 3);
+  for (const TensorInfo& tensor : layout.tensors()) {  // the coupling is the identity
+    if (tensor.layer == 0) std::fill_n(parameters.begin() + tensor.offset, tensor.size, 0.0f);
+  }
+  const PackedFlow<float> flow(spec, parameters);
+  const std::vector<float> x = random_values<float>(35 * 33, 2);
+  const auto results = [&](cuda::Precision precision) {
+    return transform(flow, cuda::plan_transform<float>(flow.program, test_device(), 35, {precision}), {}, x);
+  };
+  CHECK(results(cuda::Precision::tf32) == results(cuda::Precision::float32));
+  CHECK(results(cuda::Precision::bfloat16) == results(cuda::Precision::float32));
+}
+
+namespace {
+
 /// Every log-scale function, in a coupling that is read from data to latent and in one that is read backwards.
 std::vector<FlowSpec> log_scale_specs(DType dtype) {
   using Function = LogScale::Function;
@@ -425,7 +519,7 @@ TEST_CASE_TEMPLATE("every log-scale function agrees with the oracle", T, float, 
 }
 
 TEST_CASE_TEMPLATE("the logarithm of softplus is exact far below 0", T, float, double) {
-  cuda::Scale<T> scale;
+  Scale<T> scale;
   scale.function = ScaleFunction::softplus;
   scale.high = 3;
   scale.log_high = static_cast<T>(std::log(3.0));
@@ -565,6 +659,52 @@ TEST_CASE_TEMPLATE("gradients of layers of all features, directions and places a
         CHECK(count_different(vjp.grad_in, expected_in, kBudget<T> * largest(expected_in)) == 0);
         CHECK(count_different(vjp.gradient, expected, kBudget<T> * largest(expected)) == 0);
       }
+    }
+  }
+}
+
+namespace {
+
+/// The gradients of a flow with the CPU backend's in float64.
+template <class T>
+void check_gradients(const FlowSpec& spec, unsigned seed, bool gather, std::int64_t chunk = 0) {
+  const std::vector<T> parameters = random_parameters<T>(ParamLayout(spec), seed);
+  const PackedFlow<T> flow(spec, parameters, gather);
+  Flow reference(spec.with_dtype(DType::float64));
+  reference.set_parameters<double>(widened(parameters));
+  const std::int64_t rows = 70, features = spec.input_size;
+  const std::vector<T> x = random_values<T>(rows * features, 2), g = random_values<T>(rows * features, 3),
+                       g_det = random_values<T>(rows, 4), before = random_values<T>(flow.layout.size(), 5);
+  std::vector<double> expected(parameters.size()), expected_in(x.size());
+  const auto plan = cuda::plan_gradient<T>(flow.program, test_device(), rows, {cuda::Precision::float32, false, chunk});
+  cuda::GradientCall<T> call;
+  call.nll = true;
+  call.nll_factor = static_cast<T>(1.0 / static_cast<double>(rows));
+  const Gradients<T> nll = run_gradient(flow, plan, call, x);
+  reference.nll_gradient<double>(widened(x), expected);
+  CHECK(count_different(nll.gradient, expected, kBudget<T> * largest(expected)) == 0);
+  for (const bool inverse : {false, true}) {
+    CAPTURE(inverse);
+    call = {};
+    call.inverse = inverse;
+    const Gradients<T> vjp = run_gradient(flow, plan, call, x, g, g_det, before);
+    const Direction direction = inverse ? Direction::inverse : Direction::forward;
+    expected = widened(before);
+    reference.vjp<double>(direction, widened(x), widened(g), widened(g_det), expected_in, expected, true);
+    CHECK(count_different(vjp.grad_in, expected_in, kBudget<T> * largest(expected_in)) == 0);
+    CHECK(count_different(vjp.gradient, expected, kBudget<T> * largest(expected)) == 0);
+  }
+}
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("gradients of linear layers agree with the CPU backend", T, float, double) {
+  for (const std::int64_t features : {2, 5, 64, 130}) {
+    CAPTURE(features);
+    for (std::uint64_t seed = 0; seed < (features > 50 ? 1 : 4); ++seed) {
+      CAPTURE(seed);
+      check_gradients<T>(linear_spec(features, seed, dtype_of<T>), static_cast<unsigned>(seed), seed % 2 == 1,
+                         seed == 1 ? 1 : 0);
     }
   }
 }
@@ -1141,7 +1281,8 @@ TEST_CASE_TEMPLATE("gradients of gathered rows, and of a poisoned one", T, float
   small.chunk_tiles = 3;
   small.log_prob_at = small.sums_at = small.workspace_bytes = 0;
   small.partials_at = cuda::round_up(3 * small.tape_elements * static_cast<std::int64_t>(sizeof(T)), 256);
-  small.log_prob_at = small.partials_at + cuda::round_up(small.splits * flow.layout.size() * 8, 256);
+  small.log_prob_at = small.products_at =
+      small.partials_at + cuda::round_up(small.splits * flow.layout.size() * 8, 256);
   small.sums_at = small.log_prob_at + 1024;
   small.workspace_bytes = small.sums_at + 256;
   std::vector<T> bad = x;

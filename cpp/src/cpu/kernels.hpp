@@ -8,6 +8,7 @@
 
 #include "../adam.hpp"
 #include "../program.hpp"
+#include "../scale.hpp"
 
 namespace nvpflow::cpu {
 
@@ -86,19 +87,6 @@ struct FeatureRows {
 struct TapeSize {
   int64_t row = 0;
   int64_t unit = 0;
-};
-
-/// s = g(u), the log-scale of an affine coupling: LogScale.
-template <class T>
-struct Scale {
-  ScaleFunction function = ScaleFunction::none;  // none: additive
-  T factor = 1, inverse_factor = 1, inverse_divisor = 1;
-  T slope = 1;                                 // factor / divisor
-  T low = 0, high = 0, range = 0, offset = 0;  // range = high - low
-  T log_high = 0;
-  T tail = 0;  // softplus: log v is u + offset, all but a trifle, where that sum is below this
-  T sign = 1;  // of s: -1 where negated
-  bool negated = false;
 };
 
 /// A linear layer, y = W x + bias, x = W^-1 (y - bias), W = L U. Inputs of the dense layers are in the order of the

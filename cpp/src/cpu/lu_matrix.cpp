@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../lower.hpp"
+#include "../lu_index.hpp"
 #include "../parallel.hpp"
 #include "kernels.hpp"
 #include "round_up.hpp"
@@ -53,12 +54,6 @@ void each_panel(std::int64_t features, int threads, F&& f) {
       f(i * kPanel, std::min(kPanel, features - i * kPanel), panel.data());
     }
   });
-}
-
-/// Where L[i][j], i > j, and U[i][j], i < j, lie in their tensors.
-std::int64_t lower_index(std::int64_t i, std::int64_t j) { return i * (i - 1) / 2 + j; }
-std::int64_t upper_index(std::int64_t features, std::int64_t i, std::int64_t j) {
-  return i * features - i * (i + 1) / 2 + (j - i - 1);
 }
 
 /// A triangular factor as a square matrix, row-major.
