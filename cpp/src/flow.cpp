@@ -260,10 +260,11 @@ struct Flow::State {
     std::vector<unsigned char> of_rows(static_cast<std::size_t>(rows * spec.context_size * size_of(spec.dtype)));
     how.context.gradient = of_rows.data();
     f(how);
+    const void* from = of_rows.data();
     if (spec.dtype == DType::float32) {
-      add_rows(reinterpret_cast<const float*>(of_rows.data()), rows, static_cast<float*>(sum));
+      add_rows(static_cast<const float*>(from), rows, static_cast<float*>(sum));
     } else {
-      add_rows(reinterpret_cast<const double*>(of_rows.data()), rows, static_cast<double*>(sum));
+      add_rows(static_cast<const double*>(from), rows, static_cast<double*>(sum));
     }
   }
   /// sum [C] of rows [rows, C]

@@ -56,6 +56,11 @@ inline GivenContext context_of(const Caller& caller, PyObject* given, const Inpu
   return read_context(caller, given, x);
 }
 
+/// An output must not overlap it.
+inline void refuse_overlap(const OutputArray& out, const char* name, const GivenContext& context) {
+  if (context.given()) refuse_overlap(out, name, context.array, "context", context.array.bytes);
+}
+
 /// The context of a sample: context= as [M, C] or [C].
 GivenContext sample_context(const Caller& caller, PyObject* given);
 

@@ -52,7 +52,7 @@ PyObject* log_probability(PyObject* self, PyObject* const* args, Py_ssize_t coun
     const GivenContext context = context_of(caller, given[2], x);
     OutputArray out = output_array(given[1], "out", flow.dtype, 0, x);
     refuse_overlap(out, "out", x, "x", x.bytes);
-    refuse_overlap(out, "out", context.array, "context", context.array.bytes);
+    refuse_overlap(out, "out", context);
     run_beside(flow, x, x.rows, context.rows,
                [&](const Execution& how) { flow.flow.log_prob_unchecked(x.data, x.rows, out.data, how); });
     return result_of(std::move(out));
@@ -75,10 +75,10 @@ PyObject* transform_pair(const BoundFlow& flow, const Transform& call, PyObject*
   const auto [out_first, out_second] = out_members<2>(out, "the second for log_det");
   OutputArray value = output_array(out_first, first, call.wide_out ? DType::float64 : flow.dtype, flow.features, in);
   OutputArray log_det = output_array(out_second, second, flow.dtype, 0, in);
-  for (const auto& [array, name] : {std::pair(&in, call.in_name), std::pair(&call.context.array, "context")}) {
-    refuse_overlap(value, first, *array, name, array->bytes);
-    refuse_overlap(log_det, second, *array, name, array->bytes);
-  }
+  refuse_overlap(value, first, in, call.in_name, in.bytes);
+  refuse_overlap(log_det, second, in, call.in_name, in.bytes);
+  refuse_overlap(value, first, call.context);
+  refuse_overlap(log_det, second, call.context);
   refuse_overlap(value, first, log_det, second);
   run_beside(flow, in, in.rows, call.context.rows, [&](Execution how) {
     how.float64_rows = how.float64_rows || call.wide_out;
@@ -124,7 +124,7 @@ PyObject* inverse(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObj
     }
     OutputArray out = output_array(given[2], "out", wide ? DType::float64 : flow.dtype, flow.features, z);
     refuse_overlap(out, "out", z, "z", z.bytes);
-    refuse_overlap(out, "out", context.array, "context", context.array.bytes);
+    refuse_overlap(out, "out", context);
     run_beside(flow, z, z.rows, context.rows, [&](Execution how) {
       how.float64_rows = wide;
       flow.flow.transform_unchecked(Direction::inverse, z.data, z.rows, out.data, nullptr, how);
@@ -187,9 +187,9 @@ InputArray sample_place(const BoundFlow& flow, const GivenContext& context, PyOb
 std::int64_t total_rows(const InputArray& where, std::int64_t row_bytes) {
   const std::int64_t times = where.outer < 0 ? 1 : where.outer;
   if (times > 0 && where.rows > INT64_MAX / row_bytes / times) {
-    const std::string of = where.outer < 0 ? "" : " for each of " + std::to_string(times) + " contexts";
     raise(PyExc_MemoryError, "n is " + std::to_string(where.rows) + " rows of " + std::to_string(row_bytes) + " bytes" +
-                                 of + ": more than can be addressed");
+                                 (where.outer < 0 ? "" : " for each of " + std::to_string(times) + " contexts") +
+                                 ": more than can be addressed");
   }
   return where.rows * times;
 }
@@ -213,7 +213,7 @@ PyObject* sample(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObje
     const std::int64_t rows = total_rows(where, flow.features * size_of(dtype));
     if (where.outer >= 0) context.rows.repeat = std::max<std::int64_t>(1, n);
     OutputArray out = output_array(given[3], "out", dtype, flow.features, where);
-    refuse_overlap(out, "out", context.array, "context", context.array.bytes);
+    refuse_overlap(out, "out", context);
     run_beside(flow, where, rows, context.rows, [&](Execution how) {
       how.float64_rows = wide;
       flow.flow.sample_unchecked(seed, start, rows, out.data, how);

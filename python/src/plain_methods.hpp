@@ -12,6 +12,7 @@
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include <nvpflow/execution.hpp>
@@ -144,10 +145,10 @@ struct Plain {
   static PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
     return guarded([&] {
       py::object result;
-      if constexpr (requires { f(bound(self), signature->parse(args, count, keywords)); }) {
+      if constexpr (std::is_invocable_v<decltype(f), BoundFlow&, const Arguments&>) {
         BoundFlow& flow = bound(self);
         result = f(flow, signature->parse(args, count, keywords));
-      } else if constexpr (requires { f(Caller::of<Self>(self), signature->parse(args, count, keywords)); }) {
+      } else if constexpr (std::is_invocable_v<decltype(f), const Caller&, const Arguments&>) {
         const auto caller = Caller::of<Self>(self);
         result = f(caller, signature->parse(args, count, keywords));
       } else {
