@@ -109,7 +109,7 @@ struct Flow::State {
   // time.
   std::vector<unsigned char> parameters;
   std::vector<float> mean_low;  // [D]; empty: zeros
-  std::vector<std::string> column_names;
+  std::vector<std::string> column_names, context_names;
   std::optional<Threshold> threshold;  // of these parameters
   std::unique_ptr<Backend> backend;
   ForkSafeMutex write_mutex;
@@ -352,6 +352,7 @@ Flow Flow::to(Device device, Precision precision, Weights weights) const {
   copy.state_->num_threads.store(num_threads());
   const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
   copy.state_->column_names = state_->column_names;
+  copy.state_->context_names = state_->context_names;
   copy.state_->publish(state_->parameters.data(), state_->threshold, state_->mean_low);
   return copy;
 }
@@ -370,23 +371,20 @@ Flow Flow::from_model(LoadedModel&& model, Device device, Precision precision, W
   Flow flow(std::make_unique<State>(std::move(model.spec), device, precision, weights));
   flow.state_->publish(model.parameters.data(), model.threshold, model.mean_low);
   flow.state_->column_names = std::move(model.column_names);
+  flow.state_->context_names = std::move(model.context_names);
   return flow;
 }
 
 void Flow::save(const std::string& path) const {
   // A snapshot: the file must not mix two sets of parameters, and writers must not wait for the disk.
   std::vector<unsigned char> snapshot;
-  std::vector<float> low;
-  std::vector<std::string> names;
-  std::optional<Threshold> limit;
+  ModelNotes notes;
   {
     const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
     snapshot = state_->parameters;
-    low = state_->mean_low;
-    names = state_->column_names;
-    limit = state_->threshold;
+    notes = {state_->column_names, state_->context_names, state_->threshold, state_->mean_low};
   }
-  save_model(path, state_->spec, state_->layout, snapshot.data(), names, limit, low);
+  save_model(path, state_->spec, state_->layout, snapshot.data(), notes);
 }
 
 const FlowSpec& Flow::spec() const { return state_->spec; }
@@ -403,9 +401,20 @@ std::vector<std::string> Flow::column_names() const {
 }
 
 void Flow::set_column_names(std::vector<std::string> names) {
-  check_column_names(names, spec().input_size);
+  check_names("column_names", names, spec().input_size);
   const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
   state_->column_names = std::move(names);
+}
+
+std::vector<std::string> Flow::context_names() const {
+  const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
+  return state_->context_names;
+}
+
+void Flow::set_context_names(std::vector<std::string> names) {
+  check_names("context_names", names, spec().context_size);
+  const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
+  state_->context_names = std::move(names);
 }
 
 std::optional<Threshold> Flow::threshold() const {
@@ -439,7 +448,8 @@ void Flow::prepare(std::int64_t max_rows) const {
 
 void Flow::reload(const std::string& path) {
   const LoadedModel model = load_model(path, &spec());
-  const std::string differs = difference(model.column_names, column_names());
+  std::string differs = difference("column", model.column_names, column_names());
+  if (differs.empty()) differs = difference("context column", model.context_names, context_names());
   if (!differs.empty()) throw Error(ErrorCode::file_format, path + ": " + differs);
   state_->publish(model.parameters.data(), model.threshold, model.mean_low);
 }

@@ -30,7 +30,7 @@ def certify(
     """Measure `flow` on rows [N, D] or one row; `Flow.certify` documents the arguments."""
     given, _ = _frames.read("x", x, flow._column_names())
     rows = _checks.rows("x", _core._host_array(given), flow.spec, one_row=True)
-    contexts = _context.rows(context, len(rows), flow.spec)
+    contexts = _context.rows(context, len(rows), flow.spec, names=flow._context_names())
     certifier = Certifier(flow, tolerance=tolerance, jacobian_rows=jacobian_rows)
     certifier.add(rows, contexts)
     return certifier.certificate()

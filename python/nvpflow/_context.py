@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,13 @@ Array = NDArray[Any]
 
 
 def rows(
-    value: ArrayLike | None, count: int, spec: FlowSpec, name: str = "context", *, one_for_all: bool = True
+    value: ArrayLike | None,
+    count: int,
+    spec: FlowSpec,
+    name: str = "context",
+    *,
+    names: Sequence[str] | None = None,
+    one_for_all: bool = True,
 ) -> Array | None:
     """Return contexts [count, C] of the spec's dtype, a row for each of so many rows; None for a spec without one.
 
@@ -23,6 +30,16 @@ def rows(
     ----------
     value
         [count, C] or, with `one_for_all`, [C]: an array or a frame of numbers, rounded to the dtype.
+    count
+        How many rows.
+    spec
+        The flow's.
+    name
+        Of the argument, for messages.
+    names
+        That the columns of a frame must have: the flow's `context_names`.
+    one_for_all
+        Whether one context may stand for all rows.
 
     Raises
     ------
@@ -38,7 +55,7 @@ def rows(
     wanted = f"[{count}, {size}], a row for each row" + (f", or [{size}], one for all" if one_for_all else "")
     if value is None:
         raise ValueError(f"{name} is missing, expected {wanted}: the flow is a density p(x | context)")
-    given, _ = _frames.read(name, value, ())
+    given, _ = _frames.read(name, value, names, "context_names")
     found = _checks.numbers(name, _core._host_array(given))
     if found.shape != (count, size) and not (one_for_all and found.shape == (size,)):
         raise ValueError(f"{name} has shape {found.shape}, expected {wanted}")
@@ -49,11 +66,11 @@ def rows(
     return rounded
 
 
-def warn_of_lost_digits(value: ArrayLike | None, spec: FlowSpec) -> None:
+def warn_of_lost_digits(value: ArrayLike | None, names: Sequence[str] | None, spec: FlowSpec) -> None:
     """Warn of columns of a context to train on, as it was given, whose numbers the spec's dtype does not tell apart."""
     if value is None:
         return
-    given = _checks.numbers("context", _core._host_array(_frames.read("context", value, ())[0]))
+    given = _checks.numbers("context", _core._host_array(value))
     if len(given) == 0 or not np.isfinite(given).all():
         return
     spread, largest = given.std(axis=0, dtype=np.float64), np.abs(given).max(axis=0)
@@ -61,9 +78,10 @@ def warn_of_lost_digits(value: ArrayLike | None, spec: FlowSpec) -> None:
         steps = np.where(spread > 0, float(np.finfo(spec.dtype).eps) * largest / spread, 0.0)
     coarse = np.flatnonzero(steps > _data.COARSE)
     if len(coarse):
-        names = ", ".join(str(j + 1) for j in coarse[:5]) + (f" and {len(coarse) - 5} more" if len(coarse) > 5 else "")
+        called = [_checks.shortened(repr(names[j])) if names else str(j + 1) for j in coarse[:5]]
+        more = f" and {len(coarse) - 5} more" if len(coarse) > 5 else ""
         warnings.warn(
-            f"context: {spec.dtype} keeps few digits of what varies in column {names}: neighbouring numbers are up to "
+            f"context: {spec.dtype} keeps few digits of what varies in column {', '.join(called)}{more}: neighbouring numbers are up to "
             f"{steps[coarse].max():.1g} standard deviations apart; subtract an offset in float64, in training and in "
             "each call",
             _data.DataWarning,

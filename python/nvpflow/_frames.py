@@ -30,6 +30,13 @@ class Problem:
 class Frame:
     """A frame of pandas, polars or pyarrow, or of another library that is used as they are.
 
+    Parameters
+    ----------
+    frame
+        The frame.
+    name
+        Of the argument, for messages.
+
     Attributes
     ----------
     names
@@ -38,7 +45,7 @@ class Frame:
         How many columns there are.
     """
 
-    def __init__(self, frame: Any) -> None:
+    def __init__(self, frame: Any, name: str = "x") -> None:
         self._frame = frame
         named = getattr(frame, "column_names", None) if _library(frame) == "pyarrow" else frame.columns
         given: list[Any] = list(named if named is not None else frame.columns)
@@ -46,12 +53,14 @@ class Frame:
         strings = sum(isinstance(name, str) for name in given)
         if 0 < strings < len(given):
             raise TypeError(
-                f"x has columns with names of several types ({_checks.shortened(repr(given))}), expected strings; "
-                "rename them, x.columns = x.columns.astype(str) for example"
+                f"{name} has columns with names of several types ({_checks.shortened(repr(given))}), expected strings; "
+                f"rename them, {name}.columns = {name}.columns.astype(str) for example"
             )
         self.names = [str(name) for name in given] if strings else None
         if twice := _checks.repeated(self.names or ()):
-            raise ValueError(f"x has two columns of one name: {twice}, expected a name for each; rename or drop one")
+            raise ValueError(
+                f"{name} has two columns of one name: {twice}, expected a name for each; rename or drop one"
+            )
 
     def column(self, number: int) -> Any:
         """Return a column, in the library's own form."""
@@ -136,18 +145,18 @@ def _kind(dtype: Any) -> str:
     return "f" if text.startswith(("float", "double", "halffloat")) else "O"
 
 
-def inspect(value: object) -> Frame | None:
+def inspect(value: object, name: str = "x") -> Frame | None:
     """Return the frame that `value` is, or None."""
     if isinstance(value, (np.ndarray, list, tuple, int, float)) or type(value).__name__ == "LazyFrame":
         return None  # to ask a LazyFrame for its columns would be a warning of polars
     try:
         is_table = hasattr(value, "columns") and (hasattr(value, "dtypes") or hasattr(value, "schema"))
         is_frame = is_table and (hasattr(value, "__array__") or hasattr(value, "__dataframe__"))
-        return Frame(value) if is_frame else None
+        return Frame(value, name) if is_frame else None
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"x has a column whose name is not UTF-8 ({_checks.shortened(repr(error.object))}), expected strings; "
-            "rename it, x.rename_columns([...])"
+            f"{name} has a column whose name is not UTF-8 ({_checks.shortened(repr(error.object))}), expected strings; "
+            f"rename it, {name}.rename_columns([...])"
         ) from error
 
 
@@ -158,7 +167,9 @@ def labels(names: Sequence[str] | None, count: int) -> list[str]:
     return [f"column {i + 1}" for i in range(count)]
 
 
-def read(name: str, value: Any, expected: Sequence[str] | None) -> tuple[Any, list[str] | None]:
+def read(
+    name: str, value: Any, expected: Sequence[str] | None, source: str = "column_names"
+) -> tuple[Any, list[str] | None]:
     """Return rows as an array, and the names of their columns where they came in a frame.
 
     Parameters
@@ -169,6 +180,8 @@ def read(name: str, value: Any, expected: Sequence[str] | None) -> tuple[Any, li
         An array, which is returned as it is; a frame, whose columns must be numbers; or what else people try.
     expected
         Names that the columns of a frame must have, in this order; None or empty: any.
+    source
+        Of these names: "column_names", or "context_names" for a context.
 
     Raises
     ------
@@ -179,25 +192,25 @@ def read(name: str, value: Any, expected: Sequence[str] | None) -> tuple[Any, li
     """
     if isinstance(value, np.ndarray):
         return value, None
-    frame = inspect(value)
+    frame = inspect(value, name)
     if frame is None:
         refuse(name, value)
         return value, None
     if text := not_numbers(name, value):
         raise TypeError(text)
     if frame.names is not None and expected:
-        check_names(name, frame.names, expected)
+        check_names(name, frame.names, expected, source)
     return frame.array(), frame.names
 
 
-def rows(value: Any, name: str, expected: Sequence[str] | None) -> Any:
+def rows(value: Any, name: str, expected: Sequence[str] | None, source: str) -> Any:
     """Return `read`'s array: what the compiled methods call where an argument is no array."""
-    return read(name, value, expected)[0]
+    return read(name, value, expected, source)[0]
 
 
 def not_numbers(name: str, value: Any) -> str | None:
     """Return what to say of a frame whose columns are not all numbers, with the ways out; None where they are."""
-    frame = inspect(value)
+    frame = inspect(value, name)
     bad = [] if frame is None else frame.problems()
     if frame is None or not bad:
         return None
@@ -208,7 +221,7 @@ def not_numbers(name: str, value: Any) -> str | None:
     return f"{name}, {len(lines)} columns that are not numbers:\n" + "\n".join(f"  {line}." for line in lines)
 
 
-def check_names(name: str, given: Sequence[str], expected: Sequence[str]) -> None:
+def check_names(name: str, given: Sequence[str], expected: Sequence[str], source: str) -> None:
     """Check that a frame's columns have the names that the flow knows, in the same order."""
     if list(given) == list(expected):
         return
@@ -226,7 +239,8 @@ def check_names(name: str, given: Sequence[str], expected: Sequence[str]) -> Non
             f"has columns in another order: column {at + 1} is {_quoted(given[at])}, the flow was trained with "
             f"{_quoted(expected[at])} there"
         )
-    way = "take them by name, x[list(flow.column_names)]" if not missing else "rename them"
+    frame = "x" if source == "column_names" else "context"
+    way = f"take them by name, {frame}[list(flow.{source})]" if not missing else "rename them"
     raise ValueError(f"{name} {wrong}; {way}, or pass an array, without names, if only the names differ")
 
 

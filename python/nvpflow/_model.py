@@ -38,7 +38,7 @@ def _restore(
     state: tuple[NDArray[Any], NDArray[Any] | None],
     num_threads: int,
     where: dict[str, str],
-    column_names: list[str],
+    names: tuple[list[str], list[str]],
     threshold: tuple[float, float | None] | None,
     statistics: str = "auto",
 ) -> Self:
@@ -47,7 +47,8 @@ def _restore(
     flow = cls(spec, **given)
     flow._set_flat_parameters(*state)
     flow.num_threads = num_threads
-    flow._set_column_names(column_names)
+    flow._set_column_names(names[0])
+    flow._set_context_names(names[1])
     flow._set_threshold(*(threshold or (None, None)))
     flow._set_statistics(statistics)
     return flow
@@ -65,6 +66,7 @@ def _unpickle(
     threshold: tuple[float, float | None] | None = None,
     statistics: str = "auto",
     mean_low: NDArray[Any] | None = None,
+    context_names: Sequence[str] = (),
 ) -> Self:
     if not (isinstance(cls, type) and issubclass(cls, Model)):
         raise TypeError(
@@ -79,7 +81,10 @@ def _unpickle(
         flat[:] = _flat("the pickled array of weights", parameters, flat.dtype, flat.size)
     if mean_low is not None:
         mean_low = _flat("the pickled mean_low", mean_low, np.dtype(np.float32), spec.input_size)
-    names = _checks.column_names("the pickled column_names", column_names)
+    names = (
+        _checks.column_names("the pickled column_names", column_names),
+        _checks.column_names("the pickled context_names", context_names),
+    )
     threads, how = _checks.integer("the pickled num_threads", num_threads), _checks.text("standardize", statistics)
     return _restore(cls, spec, (flat, mean_low), threads, where, names, _threshold_of(threshold), how)
 
@@ -182,6 +187,15 @@ class Model(_core.Flow):
     @column_names.setter
     def column_names(self, names: Sequence[str] | None) -> None:
         self._set_column_names(_checks.column_names("column_names", names))
+
+    @property
+    def context_names(self) -> tuple[str, ...] | None:
+        """Names of the numbers of a context, in their order, or None; settable, and kept as `column_names` are."""
+        return tuple(self._context_names()) or None
+
+    @context_names.setter
+    def context_names(self, names: Sequence[str] | None) -> None:
+        self._set_context_names(_checks.column_names("context_names", names))
 
     @property
     def threshold(self) -> Threshold | None:
@@ -357,7 +371,8 @@ class Model(_core.Flow):
     def _copy(
         self: Self, spec: FlowSpec, state: tuple[NDArray[Any], NDArray[Any] | None], where: dict[str, str]
     ) -> Self:
-        described = self._column_names(), self._threshold(), self._statistics()
+        names = self._column_names(), self._context_names()
+        described = names, self._threshold(), self._statistics()
         return _restore(type(self), spec, state, self.num_threads, where, *described)
 
     def swap(self, other: _core.Flow) -> None:
@@ -398,7 +413,8 @@ class Model(_core.Flow):
         parameters, mean_low = self._copy_state()
         state = (type(self), self.spec.to_json(), _pieces(parameters), self.num_threads)
         described = (self._column_names(), self._threshold(), self._statistics(), mean_low)
-        return _unpickle, (*state, self.device, self.precision, self.weights, *described)
+        more = [names] if (names := self._context_names()) else []  # which older versions cannot take
+        return _unpickle, (*state, self.device, self.precision, self.weights, *described, *more)
 
     def __copy__(self: Self) -> Self:
         """Return a flow with weights of its own, which start equal to these."""

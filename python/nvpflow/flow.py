@@ -202,8 +202,9 @@ def load(
     """
     if spec is not None and not isinstance(spec, FlowSpec):
         raise TypeError(f"spec must be a FlowSpec or None, got {_checks.describe(spec)}")
-    found, parameters, mean_low, names, threshold = _core._load_model(_checks.path("path", path), spec)
-    return _restore(Flow, found, (parameters, mean_low), 0, _where(device, precision, weights), names, threshold)
+    found, parameters, mean_low, columns, contexts, threshold = _core._load_model(_checks.path("path", path), spec)
+    where = _where(device, precision, weights)
+    return _restore(Flow, found, (parameters, mean_low), 0, where, (columns, contexts), threshold)
 
 
 class Flow(Model):
@@ -435,7 +436,8 @@ class Flow(Model):
             other names than the flow has already is refused. `check_data` looks at them first.
         context
             Of a flow with a context: [N, C], all finite, a row for each row of x; the flow then learns p(x | c). Where
-            the flow standardizes its context and has not yet, its mean and standard deviation are set first.
+            the flow standardizes its context and has not yet, its mean and standard deviation are set first. A frame
+            gives the flow its `context_names`, as one of x gives it its column names.
         validation
             A share of the rows in [0, 1) to set aside, drawn by `seed`; or rows [M, D] of their own, with a context a
             tuple (rows [M, D], context [M, C]); or None.
@@ -561,13 +563,14 @@ class Flow(Model):
 
     def _repr_html_(self) -> str:
         """Return a table for notebooks."""
-        spec, threshold, names = self.spec, self.threshold, self.column_names
+        spec, threshold, names, contexts = self.spec, self.threshold, self.column_names, self.context_names
         where = [self.device, *(f"{v} products" for v in [self.precision] if v != "float32")]
         where += [f"{v} weights" for v in [self.weights] if v != "full"]
         lines = {
             "columns": f"{spec.input_size}" if names is None else f"{spec.input_size}: {', '.join(names[:12])}",
             "layers": _spec.kinds_in_words(spec),
             **_spec.in_words(spec),
+            **({"context": f"{spec.context_size}: {', '.join(contexts[:12])}"} if contexts else {}),
             "standardize": "yes" if spec.standardize else "no",
             "parameters": f"{self.num_parameters:,}",
             "computes in": ", ".join([spec.dtype, *where]),

@@ -119,6 +119,13 @@ def unlike_mean(flow: Model, how: Sequence[str]) -> dict[str, str]:
     return {names[j]: found for j, found in enumerate(how) if found != "mean"}
 
 
+class _Names(NamedTuple):
+    """Of the columns of rows and of contexts, where they have some."""
+
+    columns: list[str] | None
+    context: list[str] | None
+
+
 class _Split(NamedTuple):
     """What epochs are compared by: rows with their contexts, or a share of the training rows."""
 
@@ -127,7 +134,7 @@ class _Split(NamedTuple):
     share: float = 0.0
 
 
-def _split(flow: Model, validation: Any, names: list[str] | None) -> _Split:
+def _split(flow: Model, validation: Any, names: _Names) -> _Split:
     if validation is None:
         return _Split()
     context = None
@@ -138,26 +145,32 @@ def _split(flow: Model, validation: Any, names: list[str] | None) -> _Split:
     if isinstance(validation, (str, bytes, bool)):
         expected = "expected a share of the rows in [0, 1), an array of rows or None"
         raise TypeError(f"validation is {_checks.describe(validation)}, {expected}")
-    validation, _ = _frames.read("validation", validation, names)
+    validation, _ = _frames.read("validation", validation, names.columns)
     validation = _core._host_array(validation)
     if np.ndim(validation) == 0:
         return _Split(share=_checks.real("validation", validation))
     rows = _checks.rows("validation", validation, flow.spec)
     if flow.spec.context_size and context is None:
         raise ValueError("validation holds rows without their context, expected a tuple (rows, context)")
-    return _Split(rows, _context.rows(context, len(rows), flow.spec, "the context of validation", one_for_all=False))
+    given = _context.rows(
+        context, len(rows), flow.spec, "the context of validation", names=names.context, one_for_all=False
+    )
+    return _Split(rows, given)
 
 
 @contextmanager
-def _named(flow: Model, names: list[str] | None) -> Iterator[None]:
-    """Give the flow the names of a frame's columns, unless training does not begin."""
-    before = flow._column_names()
-    if names is not None:
-        flow._set_column_names(names)
+def _named(flow: Model, names: _Names) -> Iterator[None]:
+    """Give the flow the names of frames' columns, unless training does not begin."""
+    before = flow._column_names(), flow._context_names()
     try:
+        if names.columns is not None:
+            flow._set_column_names(names.columns)
+        if names.context is not None:
+            flow._set_context_names(names.context)
         yield
     except (ValueError, TypeError):
-        flow._set_column_names(before)
+        flow._set_column_names(before[0])
+        flow._set_context_names(before[1])
         raise
 
 
@@ -176,14 +189,15 @@ def fit(
         raise TypeError(f"callback must be callable or None, got {_checks.describe(callback)}")
     given, frame_names = _frames.read("x", x, flow._column_names())
     rows = _checks.rows("x", _core._host_array(given), flow.spec)
-    names = flow._column_names() or frame_names
+    context, context_names = _read_context(flow, context)
     contexts = _context.rows(context, len(rows), flow.spec, one_for_all=False)
+    names = _Names(flow._column_names() or frame_names, flow._context_names() or context_names)
     held_out = _split(flow, validation, names)
     checked = _training_options.checked(options) | {"validation": held_out.share}
     checked["standardize"] = _statistics_to_use(flow, options["standardize"])
     trained, standardizes = _data.trained_scales(flow), _spec.begins_with_standardize(flow.spec)
-    report = _data.require_density(rows, names, flow.spec.dtype, standardizes, trained=trained)
-    _context.warn_of_lost_digits(context, flow.spec)
+    report = _data.require_density(rows, names.columns, flow.spec.dtype, standardizes, trained=trained)
+    _context.warn_of_lost_digits(context, names.context, flow.spec)
 
     bar = _open_bar(progress, checked["epochs"])
 
@@ -206,6 +220,13 @@ def fit(
         ]
         _warn_where_a_gaussian_is_better(flow, history, *tables, mend_first=bool(report.warnings))
     return history
+
+
+def _read_context(flow: Model, context: ArrayLike | None) -> tuple[Any, list[str] | None]:
+    """Return a context without its frame, and the names that it had in one; what cannot be one as it is."""
+    if context is None or not flow.spec.context_size:
+        return context, None
+    return _frames.read("context", context, flow._context_names(), "context_names")
 
 
 def _statistics_to_use(flow: Model, standardize: Any) -> str:

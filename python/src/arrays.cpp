@@ -20,12 +20,15 @@ namespace {
 
 /// The columns of a frame as one array; the object itself where it is not a frame. Objects that cannot be a
 /// table are refused.
-py::object read_columns(PyObject* object, const char* name, const Flow* named) {
+py::object read_columns(PyObject* object, const char* name, Kind kind, const Flow* named) {
   if (PyList_Check(object) || PyTuple_Check(object) || PyFloat_Check(object) || PyLong_Check(object)) {
     return py::reinterpret_borrow<py::object>(object);
   }
-  const auto names = named == nullptr ? std::vector<std::string>() : named->column_names();
-  return py::module_::import("nvpflow._frames").attr("rows")(py::handle(object), name, names);
+  const bool of_context = kind == Kind::context;
+  std::vector<std::string> names;
+  if (named != nullptr) names = of_context ? named->context_names() : named->column_names();
+  return py::module_::import("nvpflow._frames")
+      .attr("rows")(py::handle(object), name, names, of_context ? "context_names" : "column_names");
 }
 
 }  // namespace
@@ -39,7 +42,7 @@ InputArray foreign_rows(PyObject* object, const char* name, DType dtype, std::in
     return in;
   }
   if (place == Place::host) return host_rows(object, name, dtype, features, kind, place);
-  const py::object read = read_columns(object, name, named);
+  const py::object read = read_columns(object, name, kind, named);
   return host_rows(read.ptr(), name, dtype, features, kind, place);
 }
 

@@ -23,7 +23,8 @@ namespace nvpflow::python {
 InputArray foreign_rows(PyObject* object, const char* name, DType dtype, std::int64_t features, int device, Kind kind,
                         const Flow* named);
 /// [B, D] or [D]; for a flow on a CUDA device arrays of that device, too.
-/// Of a frame the columns, which must be numbers, and whose names those that `named` has, if any.
+/// Of a frame the columns, which must be numbers, and whose names those that `named` has, if any: of a context for
+/// Kind::context.
 inline InputArray input_rows(PyObject* object, const char* name, DType dtype, std::int64_t features, int device,
                              Kind kind = Kind::other, const Flow* named = nullptr) {
   if (is_numpy_array(object)) return host_rows(object, name, dtype, features, kind, Place::host);

@@ -53,7 +53,7 @@ py::object load_file(const Arguments& given) {
   const auto memory = std::make_shared<std::vector<unsigned char>>(std::move(model.parameters));
   const py::object flat = owning_array(memory, memory->data(), model.spec.dtype, count);
   return py::make_tuple(BoundSpec(model.spec), flat, low_or_none(model.mean_low), model.column_names,
-                        as_python(model.threshold));
+                        model.context_names, as_python(model.threshold));
 }
 
 }  // namespace
@@ -68,9 +68,10 @@ void add_file_methods(py::class_<BoundFlow>& type) {
                "reload($self, path)\n--\n\n"
                "Replace the weights by those of a model file of the same spec, while other threads may call the flow: "
                "each\n"
-               "call sees the old or the new ones whole. The threshold is the file's. A file whose column names differ "
-               "from the\n"
-               "flow's is refused; the flow's stay. On an error (OSError, FileFormatError) nothing has changed."),
+               "call sees the old or the new ones whole. The threshold is the file's. A file whose column or context "
+               "names\n"
+               "differ from the flow's is refused; the flow's stay. On an error (OSError, FileFormatError) nothing has "
+               "changed."),
        }) {
     add_method(type, method);
   }

@@ -192,6 +192,16 @@ void set_column_names(BoundFlow& self, const std::vector<std::string>& names) {
   self.flow.set_column_names(names);
 }
 
+std::vector<std::string> context_names(const BoundFlow& self) {
+  const GilReleased released;
+  return self.flow.context_names();
+}
+
+void set_context_names(BoundFlow& self, const std::vector<std::string>& names) {
+  const GilReleased released;
+  self.flow.set_context_names(names);
+}
+
 py::object get_threshold(const BoundFlow& self) {
   std::optional<Threshold> threshold;
   {
@@ -316,6 +326,8 @@ void bind_flow(py::module_& module) {
            on_ready(+[](BoundFlow& f, const std::string& name) { f.statistics = parse_statistics(name); }))
       .def("_column_names", on_ready(&column_names))
       .def("_set_column_names", on_ready(&set_column_names))
+      .def("_context_names", on_ready(&context_names))
+      .def("_set_context_names", on_ready(&set_context_names))
       .def("_threshold", on_ready(&get_threshold))
       .def("_set_threshold", on_ready(&set_threshold))
       .def("_layout", on_ready(&layout))

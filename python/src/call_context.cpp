@@ -49,7 +49,7 @@ InputArray read_context_rows(const BoundFlow& flow, PyObject* given, const char*
     fail(std::string(name) + " is missing, expected an array " + rows_shape(flow, rows) + " or " + row_shape(flow) +
          ": the flow is a density p(x | context)");
   }
-  return input_rows(given, name, flow.dtype, flow.context_size, flow.device, Kind::context);
+  return input_rows(given, name, flow.dtype, flow.context_size, flow.device, Kind::context, &flow.flow);
 }
 
 py::object context_row(const BoundFlow& flow, PyObject* given) {

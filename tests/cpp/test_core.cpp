@@ -479,14 +479,49 @@ TEST_CASE("names of columns come back with the model and its copies") {
   check_refused(ErrorCode::invalid_argument, "column_names holds 2 names, expected 3 or none",
                 [&] { flow.set_column_names({"a", "b"}); });
   check_refused(ErrorCode::invalid_argument, "not UTF-8", [&] { flow.set_column_names({"a", "b", "\xff"}); });
-  check_refused(ErrorCode::invalid_argument, "column_names holds 2 names, expected 3 or none",
-                [&] { save_model(path, flow.spec(), flow.layout(), flow.parameters<float>().data(), {"a", "b"}); });
+  check_refused(ErrorCode::invalid_argument, "column_names holds 2 names, expected 3 or none", [&] {
+    save_model(path, flow.spec(), flow.layout(), flow.parameters<float>().data(), {.column_names = {"a", "b"}});
+  });
   CHECK(flow.column_names() == names);
 
   constexpr std::size_t kLongest = (1 << 24) - std::string_view(R"(["","",""])").size();
   CHECK_NOTHROW(flow.set_column_names({"", "", std::string(kLongest, 'n')}));
   check_refused(ErrorCode::invalid_argument, "column_names takes 16777217 bytes as JSON, expected at most 16777216",
                 [&] { flow.set_column_names({"", "", std::string(kLongest + 1, 'n')}); });
+}
+
+TEST_CASE("names of contexts come back with the model and its copies") {
+  const Folder folder;
+  const std::string path = folder / "model.safetensors", plain = folder / "plain.safetensors";
+  FlowSpec spec = FlowSpec::real_nvp(3, 2, {4});
+  spec.context_size = 2;
+  Flow flow(spec);
+  CHECK(flow.context_names().empty());
+  flow.save(plain);
+  CHECK(!read_tensor_file(plain).metadata.contains("nvpflow.context_names"));
+  const std::vector<std::string> names = {"hour", "H\xc3\xb6he"};
+  flow.set_context_names(names);
+  flow.save(path);
+  CHECK(read_tensor_file(path).metadata.at("nvpflow.context_names") == "[\"hour\",\"H\xc3\xb6he\"]");
+  CHECK(Flow(flow).context_names() == names);
+  CHECK(Flow::load(path).context_names() == names);
+  CHECK(Flow::load(path).column_names().empty());
+
+  Flow other(spec, 1);
+  other.set_context_names({"hour", "up"});
+  check_refused(ErrorCode::file_format, "model.safetensors: context column 2 is 'H\\xc3\\xb6he', expected 'up'",
+                [&] { other.reload(path); });
+  other.reload(plain);
+  CHECK(other.context_names().at(1) == "up");
+  check_refused(ErrorCode::invalid_argument, "context_names holds 3 names, expected 2 or none",
+                [&] { flow.set_context_names({"a", "b", "c"}); });
+  check_refused(ErrorCode::invalid_argument, "context_names holds 'a' twice, for columns 1 and 2",
+                [&] { flow.set_context_names({"a", "a"}); });
+  CHECK(flow.context_names() == names);
+  Flow without(FlowSpec::real_nvp(3, 2, {4}));
+  check_refused(ErrorCode::invalid_argument, "context_names holds 1 names, expected none: the flow has no context",
+                [&] { without.set_context_names({"a"}); });
+  without.set_context_names({});
 }
 
 TEST_CASE("a threshold goes where its parameters go") {

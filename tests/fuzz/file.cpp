@@ -128,11 +128,12 @@ void check_model(const Place& place, std::size_t size, bool container, bool thor
   const bool loaded = loads(size, "load_model", [&] { model = load_model(place.path, nullptr); });
   require(loaded == built, "what load_model reads makes a flow");
   if (!loaded) return;
-  save_model(place.saved, model.spec, ParamLayout(model.spec), model.parameters.data(), model.column_names,
-             model.threshold);
+  save_model(place.saved, model.spec, ParamLayout(model.spec), model.parameters.data(), model);
   const LoadedModel again = load_model(place.saved, &model.spec);
-  require(again.spec == model.spec && again.parameters == model.parameters && again.column_names == model.column_names,
+  require(again.spec == model.spec && again.parameters == model.parameters && again.mean_low == model.mean_low,
           "a model comes back");
+  require(again.column_names == model.column_names && again.context_names == model.context_names,
+          "and so do its names");
   const auto limit = [](const LoadedModel& of) { return of.threshold.value_or(Threshold{}).log_prob; };
   require(again.threshold.has_value() == model.threshold.has_value() && limit(again) == limit(model),
           "and so does its threshold");

@@ -332,6 +332,40 @@ def test_fit_says_nothing_of_sound_data_and_scoring_never_looks() -> None:
         flow.forward(np.full((5, 3), 1e9, np.float32))
 
 
+def test_fit_keeps_the_names_of_a_frame_of_contexts_and_methods_compare_them() -> None:
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    rng = np.random.default_rng(0)
+    c = pandas.DataFrame(rng.normal(size=(300, 2)), columns=["hour", "load"])
+    x = rng.normal(size=(300, 2)) + c.to_numpy()
+    flow = nvpflow.build(2, 1, (4,), context_size=2)
+    swapped = c[["load", "hour"]]
+    message = "context has columns in another order: column 1 is 'load', the flow was trained with 'hour' there; take "
+    way = "them by name, context[list(flow.context_names)]"
+    with pytest.raises(ValueError, match="the context of validation has columns in another order"):
+        flow.fit(x, context=c, validation=(x[:9], swapped[:9]), epochs=1, progress=False)
+    with pytest.raises(ValueError, match="epochs is 0"):
+        flow.fit(x, context=c, epochs=0, progress=False)
+    assert flow.context_names is None  # where training does not begin there are none
+    with pytest.warns(nvpflow.DataWarning, match="context: float32 keeps few digits of what varies in column 'load'"):
+        flow.fit(x, context=c.assign(load=c.load + 1e9), epochs=1, validation=None, progress=False)
+    assert flow.context_names == ("hour", "load")
+    assert flow.column_names is None
+    c = c[list(flow.context_names)]
+    flow.log_prob(x, context=c)
+    for call in (
+        lambda: flow.log_prob(x, context=swapped),
+        lambda: flow.sample(2, context=swapped),
+        lambda: flow.nll(x, context=swapped),
+        lambda: flow.certify(x, context=swapped),
+        lambda: flow.fit(x, context=swapped, epochs=1, progress=False),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message + way)):
+            call()
+    with pytest.raises(ValueError, match="context has two columns of one name: columns 1 and 2 are both called 'a'"):
+        flow.log_prob(x, context=c.set_axis(["a", "a"], axis=1))
+    assert "2: hour, load" in flow._repr_html_()
+
+
 def test_raw_units_without_standardize_are_warned_of() -> None:
     x = (100 + 20 * normal()).astype(np.float32)
     with pytest.warns(nvpflow.DataWarning) as seen:

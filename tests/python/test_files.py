@@ -81,6 +81,72 @@ def test_names_of_columns_go_where_the_flow_goes(saved, tmp_path) -> None:
     assert others[0] == flow
 
 
+def test_names_of_contexts_go_where_the_flow_goes(saved, tmp_path) -> None:
+    plain, path = saved
+    bytes_before = path.read_bytes()
+    plain.context_names = None
+    plain.save(path)
+    assert path.read_bytes() == bytes_before
+    with pytest.raises(ValueError, match="context_names holds 1 names, expected none: the flow has no context"):
+        plain.context_names = ["a"]
+
+    flow = nvpflow.build(3, 1, (4,), context_size=2, dtype=plain.spec.dtype, seed=3)
+    flow.save(path)
+    unnamed = read_container(path)[0]["__metadata__"]
+    flow.context_names = names = ("Höhe, m", "")
+    assert flow.column_names is None
+    flow.save(path)
+    named = read_container(path)[0]["__metadata__"]
+    assert json.loads(named.pop("nvpflow.context_names")) == list(names)
+    assert named == unnamed
+    others = [nvpflow.load(path), copy.copy(flow), copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))]
+    for other in [*others, flow.to("cpu"), flow.astype("float64")]:
+        assert other.context_names == names
+        assert other.column_names is None
+    others[0].context_names = None
+    assert others[0].context_names is None
+    assert others[0] == flow
+    for wrong, error, message in (
+        ("ab", TypeError, "context_names must be a sequence of strings or None, got 'ab'"),
+        (["a", "a"], ValueError, "context_names holds 'a' twice, for columns 1 and 2"),
+        (["a", "b", "c"], ValueError, "context_names holds 3 names, expected 2 or none"),
+    ):
+        with pytest.raises(error, match=message):
+            flow.context_names = wrong
+    assert flow.context_names == names
+
+
+def test_damaged_names_of_contexts_are_refused(tmp_path) -> None:
+    path = tmp_path / "flow.safetensors"
+    flow = nvpflow.build(3, 1, (4,), context_size=2)
+    flow.save(path)
+    header, data = read_container(path)
+    for text, message in (
+        ('["a"]', "the array holds 1 values, expected an array of 2 strings"),
+        ('["a",5]', "value 1 is no string"),
+        ("7", "the text is no array"),
+    ):
+        header["__metadata__"]["nvpflow.context_names"] = text
+        write_container(path, header, data)
+        with pytest.raises(nvpflow.FileFormatError, match=f"nvpflow.context_names: {message}"):
+            nvpflow.load(path)
+
+
+def test_reload_compares_names_of_contexts_where_both_have_some(tmp_path) -> None:
+    flow = nvpflow.build(3, 1, (4,), context_size=2)
+    other = nvpflow.Flow(flow.spec, seed=5)
+    other.save(tmp_path / "unnamed")
+    other.context_names = ["a", "b"]
+    other.save(tmp_path / "named")
+    flow.context_names = ["a", "c"]
+    with pytest.raises(nvpflow.FileFormatError, match="named: context column 2 is 'b', expected 'c'"):
+        flow.reload(tmp_path / "named")
+    assert flow != other
+    flow.reload(tmp_path / "unnamed")
+    assert flow == other
+    assert flow.context_names == ("a", "c")
+
+
 @pytest.mark.parametrize(
     ("names", "error", "message"),
     [

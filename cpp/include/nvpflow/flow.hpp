@@ -111,6 +111,11 @@ class NVPFLOW_API Flow {
   std::vector<std::string> column_names() const;
   /// One for each column, or none, distinct where they are not empty; else Error(invalid_argument).
   void set_column_names(std::vector<std::string> names);
+  /// Names of the numbers of a context, in their order, or empty; as column_names.
+  std::vector<std::string> context_names() const;
+  /// One for each of the spec's context_size numbers, or none, distinct where they are not empty; else
+  /// Error(invalid_argument).
+  void set_context_names(std::vector<std::string> names);
   /// The limit of log p that goes with the parameters, if there is one: for those who score rows, no call looks at it.
   /// A file keeps it, and so do copies. It holds for these parameters: set_parameters and fit() remove it, reload takes
   /// the file's, and swap exchanges it with them.
@@ -152,9 +157,9 @@ class NVPFLOW_API Flow {
   /// the layer in float64 as well. Files and copies keep it.
   std::vector<float> mean_low() const;
   /// Replaces them by those of a model file of this very spec (else Error(file_format), naming the difference; of the
-  /// same column names, too, where both have some), and the threshold by that of the file, while other threads may call
-  /// the flow: each call sees the old or the new ones whole. On failure nothing has changed. Work: that of load; waits
-  /// for calls under way on the old parameters, without making them wait.
+  /// same column and context names, too, where both have some), and the threshold by that of the file, while other
+  /// threads may call the flow: each call sees the old or the new ones whole. On failure nothing has changed. Work:
+  /// that of load; waits for calls under way on the old parameters, without making them wait.
   void reload(const std::string& path);
   /// Exchanges the parameters and thresholds of two flows of the same spec (else Error(invalid_argument)), whatever
   /// their devices, while other threads may call both. Each flow changes at one moment, for all callers; the two

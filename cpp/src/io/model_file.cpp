@@ -41,6 +41,7 @@ constexpr const char* kLibraryKey = "nvpflow.library_version";
 constexpr const char* kDTypeKey = "nvpflow.dtype";
 constexpr const char* kSpecKey = "nvpflow.spec";
 constexpr const char* kColumnNamesKey = "nvpflow.column_names";
+constexpr const char* kContextNamesKey = "nvpflow.context_names";
 constexpr const char* kThresholdKey = "nvpflow.threshold";
 constexpr std::uint32_t kMajorVersion = 1;
 constexpr const char* kMeanLowName = "standardize_0.mean_low";
@@ -142,22 +143,20 @@ FlowSpec spec_of(const ContainerReader& file, const TensorsByName& tensors, cons
   return spec;
 }
 
-/// Empty where the file has none.
-std::vector<std::string> column_names_of(const ContainerReader& file, std::int64_t input_size) {
-  const auto text = file.metadata().find(kColumnNamesKey);
+/// The names under a key, one for each of so many columns; none where the file has not the key.
+std::vector<std::string> names_of(const ContainerReader& file, const char* key, std::int64_t columns) {
+  const auto text = file.metadata().find(key);
   if (text == file.metadata().end()) return {};
-  const auto fail = [&](const std::string& what) {
-    fail_format(file.path(), std::string(kColumnNamesKey) + ": " + what);
-  };
+  const auto fail = [&](const std::string& what) { fail_format(file.path(), std::string(key) + ": " + what); };
   json document;
   try {
     document = parse_metadata_json(text->second);
   } catch (const Error& error) {
     fail(error.what());
   }
-  const std::string expected = "expected an array of " + std::to_string(input_size) + " strings";
+  const std::string expected = "expected an array of " + std::to_string(columns) + " strings";
   if (!document.is_array()) fail("the text is no array, " + expected);
-  if (static_cast<std::int64_t>(document.size()) != input_size) {
+  if (static_cast<std::int64_t>(document.size()) != columns) {
     fail("the array holds " + std::to_string(document.size()) + " values, " + expected);
   }
   std::vector<std::string> names;
@@ -196,15 +195,15 @@ std::string threshold_to_json(const Threshold& threshold) {
 }
 
 /// As JSON text; Error(invalid_argument) where that cannot be.
-std::string names_to_json(const std::vector<std::string>& column_names) {
+std::string names_to_json(const std::string& what, const std::vector<std::string>& names) {
   std::string text;
   try {
-    text = json(column_names).dump();
+    text = json(names).dump();
   } catch (const json::exception&) {
-    throw Error(ErrorCode::invalid_argument, "column_names holds a name that is not UTF-8");
+    throw Error(ErrorCode::invalid_argument, what + " holds a name that is not UTF-8");
   }
   if (text.size() > kMaxJsonBytes) {
-    throw Error(ErrorCode::invalid_argument, "column_names takes " + std::to_string(text.size()) +
+    throw Error(ErrorCode::invalid_argument, what + " takes " + std::to_string(text.size()) +
                                                  " bytes as JSON, expected at most " + std::to_string(kMaxJsonBytes));
   }
   return text;
@@ -281,20 +280,21 @@ std::size_t byte_offset(const TensorInfo& tensor, DType dtype) {
 
 }  // namespace
 
-void check_column_names(const std::vector<std::string>& names, std::int64_t input_size) {
-  if (!names.empty() && static_cast<std::int64_t>(names.size()) != input_size) {
-    throw Error(ErrorCode::invalid_argument, "column_names holds " + std::to_string(names.size()) +
-                                                 " names, expected " + std::to_string(input_size) + " or none");
+void check_names(const std::string& what, const std::vector<std::string>& names, std::int64_t columns) {
+  if (!names.empty() && static_cast<std::int64_t>(names.size()) != columns) {
+    throw Error(ErrorCode::invalid_argument,
+                what + " holds " + std::to_string(names.size()) + " names, expected " +
+                    (columns == 0 ? "none: the flow has no context" : std::to_string(columns) + " or none"));
   }
   std::map<std::string_view, std::size_t> first;
   for (std::size_t j = 0; j < names.size(); ++j) {
     const auto [known, is_new] = first.try_emplace(names[j], j);
     if (is_new || names[j].empty()) continue;
-    throw Error(ErrorCode::invalid_argument, "column_names holds " + quote(names[j]) + " twice, for columns " +
+    throw Error(ErrorCode::invalid_argument, what + " holds " + quote(names[j]) + " twice, for columns " +
                                                  std::to_string(known->second + 1) + " and " + std::to_string(j + 1) +
                                                  ", expected a name for each");
   }
-  names_to_json(names);
+  names_to_json(what, names);
 }
 
 void check_threshold(const Threshold& threshold) {
@@ -308,18 +308,18 @@ void check_threshold(const Threshold& threshold) {
   }
 }
 
-std::string difference(const std::vector<std::string>& names, const std::vector<std::string>& expected) {
+std::string difference(const std::string& column, const std::vector<std::string>& names,
+                       const std::vector<std::string>& expected) {
   for (std::size_t i = 0; i < std::min(names.size(), expected.size()); ++i) {
     if (names[i] != expected[i]) {
-      return "column " + std::to_string(i + 1) + " is " + quote(names[i]) + ", expected " + quote(expected[i]);
+      return column + " " + std::to_string(i + 1) + " is " + quote(names[i]) + ", expected " + quote(expected[i]);
     }
   }
   return "";
 }
 
 void save_model(const std::string& path, const FlowSpec& spec, const ParamLayout& layout, const void* parameters,
-                const std::vector<std::string>& column_names, const std::optional<Threshold>& threshold,
-                const std::vector<float>& mean_low) {
+                const ModelNotes& notes) {
   std::vector<FileTensor> tensors;
   const auto add = [&](const TensorInfo& tensor, const void* values) {
     const std::string wrong = describe_not_finite(tensor, spec.dtype, values);
@@ -329,19 +329,23 @@ void save_model(const std::string& path, const FlowSpec& spec, const ParamLayout
   for (const TensorInfo& tensor : layout.tensors()) {
     add(tensor, static_cast<const unsigned char*>(parameters) + byte_offset(tensor, spec.dtype));
   }
-  if (!mean_low.empty()) add(mean_low_of(layout), mean_low.data());
-  const bool old = mean_low.empty() && !needs_format_1_1(spec);
+  if (!notes.mean_low.empty()) add(mean_low_of(layout), notes.mean_low.data());
+  const bool old = notes.mean_low.empty() && !needs_format_1_1(spec);
   std::map<std::string, std::string> metadata = {{kVersionKey, old ? "1.0" : "1.1"},
                                                  {kLibraryKey, version()},
                                                  {kDTypeKey, std::string(name_of(spec.dtype))},
                                                  {kSpecKey, to_json(spec)}};
-  if (!column_names.empty()) {
-    check_column_names(column_names, spec.input_size);
-    metadata[kColumnNamesKey] = names_to_json(column_names);
-  }
-  if (threshold) {
-    check_threshold(*threshold);
-    metadata[kThresholdKey] = threshold_to_json(*threshold);
+  const auto add_names = [&](const char* key, const char* what, const std::vector<std::string>& names,
+                             std::int64_t columns) {
+    if (names.empty()) return;
+    check_names(what, names, columns);
+    metadata[key] = names_to_json(what, names);
+  };
+  add_names(kColumnNamesKey, "column_names", notes.column_names, spec.input_size);
+  add_names(kContextNamesKey, "context_names", notes.context_names, spec.context_size);
+  if (notes.threshold) {
+    check_threshold(*notes.threshold);
+    metadata[kThresholdKey] = threshold_to_json(*notes.threshold);
   }
   write_tensor_file(path, metadata, tensors);
 }
@@ -359,7 +363,8 @@ LoadedModel load_model(const std::string& path, const FlowSpec* expected) {
   check_count(path, model.spec, file.tensors().size());
   const ParamLayout layout(model.spec);
   check_tensors(file, tensors, wanted_tensors(tensors, model.spec, layout), dtype);
-  model.column_names = column_names_of(file, model.spec.input_size);
+  model.column_names = names_of(file, kColumnNamesKey, model.spec.input_size);
+  model.context_names = names_of(file, kContextNamesKey, model.spec.context_size);
   model.threshold = threshold_of(file);
 
   // Not before here: the tensors are all in the file, so the size asked for is the file's own.

@@ -12,26 +12,30 @@
 
 namespace nvpflow {
 
-/// Throws Error(invalid_argument) unless there is one name for each column, or none, in UTF-8 and short enough for a
-/// file.
-void check_column_names(const std::vector<std::string>& names, std::int64_t input_size);
+/// Throws Error(invalid_argument) unless there are as many names as columns, or none, distinct where they are not
+/// empty, in UTF-8 and short enough for a file. what: "column_names" or "context_names".
+void check_names(const std::string& what, const std::vector<std::string>& names, std::int64_t columns);
 /// Throws Error(invalid_argument) unless log_prob is finite and the quantile a share or NaN.
 void check_threshold(const Threshold& threshold);
-/// "" where the names agree or either side has none, else the first that differs.
-std::string difference(const std::vector<std::string>& names, const std::vector<std::string>& expected);
+/// "" where the names agree or either side has none, else the first that differs. column: what one is called.
+std::string difference(const std::string& column, const std::vector<std::string>& names,
+                       const std::vector<std::string>& expected);
+
+/// What goes with the parameters of a model; all of it may be empty.
+struct ModelNotes {
+  std::vector<std::string> column_names = {};
+  std::vector<std::string> context_names = {};
+  std::optional<Threshold> threshold = {};
+  std::vector<float> mean_low = {};  // Flow::mean_low
+};
 
 /// parameters: ParamLayout::size() elements of spec.dtype, all finite (else Error(invalid_argument)).
-/// column_names: one for each column, or none. mean_low: Flow::mean_low, or empty.
 void save_model(const std::string& path, const FlowSpec& spec, const ParamLayout& layout, const void* parameters,
-                const std::vector<std::string>& column_names = {}, const std::optional<Threshold>& threshold = {},
-                const std::vector<float>& mean_low = {});
+                const ModelNotes& notes = {});
 
-struct LoadedModel {
+struct LoadedModel : ModelNotes {
   FlowSpec spec;
   std::vector<unsigned char> parameters;  // flat, ParamLayout order, spec.dtype
-  std::vector<std::string> column_names;  // empty: the file has none
-  std::optional<Threshold> threshold;
-  std::vector<float> mean_low;  // empty: the file has none
 };
 /// expected: null, or the spec the file must have (metadata), or is to be read with (tensors only).
 LoadedModel load_model(const std::string& path, const FlowSpec* expected);
