@@ -21,7 +21,7 @@ from nvpflow import _checks, _frames
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["corner", "latent_correlation", "latent_qq", "learning_curve", "log_likelihood", "style"]
+__all__ = ["corner", "latent_correlation", "latent_qq", "learning_curve", "log_likelihood", "rank_histogram", "style"]
 
 Array = NDArray[np.float64]
 
@@ -872,6 +872,95 @@ def _mark_outliers(
     for row, value in zip(lowest, at, strict=True):
         named = f"row {row}" if names is None else str(names[row]).replace("$", r"\$")
         ax.plot([], [], linestyle="", label=f"{named} ({_signed(value, 1)})")
+
+
+def rank_histogram(
+    truth: ArrayLike, draws: ArrayLike, *, names: Sequence[str] | None = None, bins: int = 20, ax: Axes | None = None
+) -> Axes:
+    """Draw the ranks of true values among draws from their posteriors: simulation-based calibration.
+
+    Where each row of `truth` comes from the prior, and its draws from the posterior given what was simulated with it,
+    its rank among them is uniform (Talts et al., 2018). A posterior that is too narrow makes a U, one that is too wide
+    a hump, and a shifted one a slope.
+
+    Parameters
+    ----------
+    truth
+        True values [N, D], finite.
+    draws
+        Draws [N, L, D], finite, L under each row's context: ``flow.sample(L, context=observations)``.
+    names
+        Of the D dimensions.
+    bins
+        Bars, at least 2; no more than L + 1 ranks, nor than one for 20 rows, are drawn.
+    ax
+        Where to draw; None makes a new figure.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        The three dimensions that are least uniform are coloured and named, with the number of their bars out of the
+        band.
+
+    Raises
+    ------
+    ValueError, TypeError
+        An argument is not as described; the message names it.
+    ImportError
+        Matplotlib is not installed.
+
+    Notes
+    -----
+    The band holds 99 % of the counts of each bar where ranks are uniform, which are binomial.
+    """
+    values = _table("truth", truth)
+    given = np.asarray(draws)
+    rows, columns = values.shape
+    if given.ndim != 3 or given.shape[::2] != (rows, columns) or given.shape[1] == 0:
+        raise ValueError(f"draws has shape {given.shape}, expected [{rows}, L, {columns}] with at least one draw")
+    posterior = _table("draws", given.reshape(-1, columns)).reshape(given.shape)
+    wanted = _checks.integer("bins", bins)
+    if wanted < 2:
+        raise ValueError(f"bins is {wanted}, expected at least 2")
+    titles = _names(names, truth, columns, "x")
+    ranks = given.shape[1] + 1
+    count = max(2, min(wanted, ranks, rows // 20))
+    of_rank = np.arange(ranks) * count // ranks  # the bar of each rank
+    expected = np.bincount(of_rank, minlength=count) / ranks * rows
+    found = (posterior < values[:, None, :]).sum(axis=1)  # [N, D]
+    bars = np.stack([np.bincount(of_rank[found[:, j]], minlength=count) for j in range(columns)])
+    low, high = _counts_band(rows, expected / rows)
+
+    ax = _axes(ax, (5.2, 3.6))
+    edges = np.linspace(0, 1, count + 1)
+    ax.stairs(high, edges, baseline=low, fill=True, color=_muted(), alpha=0.2, label="99 % by chance")
+    ax.stairs(expected, edges, baseline=None, color=_muted(), linewidth=0.9, linestyle=(0, (4, 3)))
+    farthest = np.argsort(-((bars - expected) ** 2 / expected).sum(axis=1), kind="stable")
+    for j in farthest[3:]:
+        ax.stairs(bars[j], edges, baseline=None, color=_muted(), linewidth=0.9, alpha=0.7)
+    for colour, j in zip((_FLOW, _DATA, "C2"), farthest[:3], strict=False):
+        outside = int(((bars[j] < low) | (bars[j] > high)).sum())
+        ax.stairs(
+            bars[j],
+            edges,
+            baseline=None,
+            color=colour,
+            linewidth=1.6,
+            label=f"{titles[j]}: {outside} of {count} outside",
+        )
+    if columns > 3:
+        ax.plot([], [], color=_muted(), linewidth=0.9, alpha=0.7, label=f"{columns - 3} more, nearer")
+    ax.set(xlim=(0, 1), ylim=(0, 1.35 * float(max(bars.max(), high.max()))))
+    ax.set(xlabel=f"rank of the true value among {ranks - 1} draws, as a share", ylabel="rows")
+    _open_frame(ax)
+    ax.legend(frameon=False, loc="upper center", ncols=2)
+    return ax
+
+
+def _counts_band(rows: int, shares: Array) -> tuple[Array, Array]:
+    draws = np.random.default_rng(0).binomial(rows, shares, size=(20_000, len(shares)))
+    low, high = np.quantile(draws, [0.005, 0.995], axis=0)
+    return low, high
 
 
 def least_likely(log_p: ArrayLike, count: int) -> NDArray[np.int64]:

@@ -48,12 +48,19 @@ def draw_all(rows, history, axes):
     plot.log_likelihood(rows[:, 0], ax=axes[3])
 
 
+def posterior(rows: int, draws: int, columns: int = 2, width: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """True values, and draws of the same distribution, or of one that is as wide as `width` says."""
+    rng = np.random.default_rng(5)
+    return rng.normal(size=(rows, columns)), width * rng.normal(size=(rows, draws, columns))
+
+
 def test_every_function_draws_on_the_axes_it_is_given(rows, history):
     axes = plt.subplots(1, 4)[1]
     assert plot.latent_qq(rows, ax=axes[0]) is axes[0]
     assert plot.latent_correlation(rows, ax=axes[1]) is axes[1]
     assert plot.learning_curve(history, ax=axes[2]) is axes[2]
     assert plot.log_likelihood(rows[:, 0], ax=axes[3]) is axes[3]
+    assert plot.rank_histogram(*posterior(100, 9), ax=axes[0]) is axes[0]
     grid = plt.subplots(3, 3)[1]
     drawn = plot.corner(rows, ax=grid)
     assert all(drawn[i, j] is grid[i, j] for i in range(3) for j in range(i + 1))
@@ -70,6 +77,7 @@ def test_without_axes_there_is_a_new_figure(rows, history):
             lambda: history.plot(),
             lambda: plot.log_likelihood(rows[:, 0]),
             lambda: plot.corner(rows)[0, 0],
+            lambda: plot.rank_histogram(*posterior(100, 9)),
         ),
         1,
     ):
@@ -325,6 +333,30 @@ def test_learning_curve_without_validation(rows):
     assert labels(plot.learning_curve(history)) == ["training rows"]
 
 
+def outside(ax) -> list[int]:
+    """How many bars are out of the band, as the legend says."""
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    return [int(text.split(": ")[1].split(" of ")[0]) for text in texts if " of " in text]
+
+
+@pytest.mark.parametrize("draws", [1, 2, 9, 30, 99])  # ranks that bars divide, and others
+def test_ranks_are_uniform_where_the_draws_are_right(draws):
+    truth, drawn = posterior(2000, draws, columns=3)
+    ax = plot.rank_histogram(truth, drawn, names=["a", "b", "c"])
+    assert sum(outside(ax)) <= 3  # of at most 60 bars, each out of its band in one case of 100
+    lines = [patch.get_data().values for patch in ax.patches if patch.get_data().baseline is None]
+    counts = [values for values in lines if (values == np.round(values)).all() and values.sum() == 2000][-3:]
+    bars = min(20, draws + 1)
+    first = ((drawn < truth[:, None]).sum(axis=1) * bars // (draws + 1) == 0).sum(axis=0)
+    assert sorted(values[0] for values in counts) == sorted(first)
+    assert all(len(values) == bars for values in counts)
+
+
+@pytest.mark.parametrize("width", [0.7, 1.4])
+def test_ranks_show_a_wrong_width(width):
+    assert min(outside(plot.rank_histogram(*posterior(2000, 99, width=width)))) >= 8
+
+
 def test_log_likelihood_names_the_least_likely_rows():
     log_p = np.random.default_rng(5).normal(size=1000)
     log_p[[17, 400, 3]] = [np.nan, -np.inf, -8.0]
@@ -382,6 +414,11 @@ def damaged(rows):
         (lambda x: plot.log_likelihood(x[:, 0] * np.nan), ValueError, "no finite value among 500"),
         (lambda x: plot.log_likelihood(x[:, 0], outliers=-1), ValueError, "outliers is -1"),
         (lambda x: plot.log_likelihood(x[:, 0], names=["a"]), ValueError, "expected 500 names"),
+        (lambda x: plot.rank_histogram(x, x), ValueError, r"draws has shape \(500, 3\), expected \[500, L, 3\]"),
+        (lambda x: plot.rank_histogram(x, x[:, None, :2]), ValueError, r"draws has shape \(500, 1, 2\), expected"),
+        (lambda x: plot.rank_histogram(x, np.empty((500, 0, 3))), ValueError, "at least one draw"),
+        (lambda x: plot.rank_histogram(x, damaged(x)[:, None]), ValueError, "draws has 1 of 500"),
+        (lambda x: plot.rank_histogram(x, x[:, None], bins=1), ValueError, "bins is 1, expected at least 2"),
     ],
 )
 def test_arguments_that_are_refused(rows, draw, kind, message):
