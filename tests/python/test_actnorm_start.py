@@ -67,6 +67,26 @@ def test_behind_a_standardize_layer_and_for_float64_rows() -> None:
     np.testing.assert_allclose(out.std(axis=0), 1, rtol=1e-4)
 
 
+def test_under_contexts() -> None:
+    """The networks before a layer see each row's own context."""
+    x = rows(2000, 4)
+    c = np.random.default_rng(5).normal(3, 2, size=(2000, 2)).astype(np.float32)
+    spec = document(4, [ACTNORM, coupling("odd"), coupling("even"), ACTNORM], "float32")
+    spec |= {"context_size": 2, "standardize_context": True}
+    flow = nvpflow.Flow(nvpflow.FlowSpec.from_json(json.dumps(spec)), seed=3)
+    rng = np.random.default_rng(4)
+    values = {
+        name: (v + rng.normal(size=v.shape)).astype(v.dtype) if name.startswith("flow") else v
+        for name, v in flow.parameters().items()
+    }
+    flow.set_parameters(values)
+    flow.fit(x, context=c, epochs=1, learning_rate=1e-30, validation=0, weight_decay=0.0)
+    oracle = GeneralFlow(spec, {name: v.astype(np.float64) for name, v in flow.parameters().items()})
+    z, _ = oracle.forward(x.astype(np.float64), c.astype(np.float64))
+    np.testing.assert_allclose(z.mean(axis=0), 0, atol=1e-4)
+    np.testing.assert_allclose(z.std(axis=0), 1, rtol=1e-4)
+
+
 def test_a_layer_that_is_not_all_zeros_stays() -> None:
     x = rows(500, 4)
     given = np.array([0, 0, 0.5, 0], np.float32)

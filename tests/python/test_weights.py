@@ -10,6 +10,7 @@ import nvpflow
 import pytest
 from nvpflow import _core, demo
 from oracle import assert_same_bits, assert_within_budget, oracle_of, random_parameters, unit_data
+from test_general_layers import make_case
 
 # (input_size, num_flows, hidden_sizes, activation, standardize): one and several segments, odd widths, no hidden layer.
 CONFIGS = [
@@ -72,6 +73,29 @@ def test_results_are_those_of_the_rounded_kernels(config) -> None:
     assert_same_bits(narrow.sample(37, seed=5), full.sample(37, seed=5), "sample")
     for mine, theirs in zip(narrow.nll_gradient(x), full.nll_gradient(x), strict=True):
         assert_same_bits(np.asarray(mine), np.asarray(theirs), "gradient")
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_results_of_every_kind_of_layer(seed) -> None:
+    """Kernels of networks are rounded, those that read the context and of gates too; LU factors are not."""
+    case = make_case(seed, "float32")
+    parameters = case.flow.parameters()
+    narrow = nvpflow.Flow(case.flow.spec, weights="bfloat16")
+    narrow.set_parameters(parameters)
+    full = nvpflow.Flow(case.flow.spec)
+    full.set_parameters(
+        {name: _round_to_bfloat16(v) if name.endswith("kernel") else v for name, v in parameters.items()}
+    )
+    for batch in (0, 1, 2, 3, 7, 16, 17, 33, 100):
+        x, given = case.x[:batch], case.given(slice(batch))
+        assert_same_bits(narrow.log_prob(x, **given), full.log_prob(x, **given), f"log_prob of {batch} rows")
+        for direction in (lambda f, x, given: f.forward(x, **given), lambda f, x, given: (f.inverse(x, **given),)):
+            for mine, theirs in zip(direction(narrow, x, given), direction(full, x, given), strict=True):
+                assert_same_bits(mine, theirs, f"{batch} rows")
+    if case.context is not None:
+        views = [flow.condition(case.context[0]) for flow in (narrow, full)]
+        for batch in (1, 3, 100):
+            assert_same_bits(views[0].log_prob(case.x[:batch]), views[1].log_prob(case.x[:batch]), "under one context")
 
 
 def test_a_row_keeps_its_bits_in_every_batch() -> None:
