@@ -43,13 +43,13 @@ if __name__ == "__main__":
     truth = np.array([[3.2, -1.3]])
     posterior = flow.condition(simulate(truth, rng)[0])  # one observation: its cost is paid here
     draws = posterior.sample(10_000, seed=1)
-    for name, true, column in zip(NAMES, truth[0], draws.T):
+    for name, true, column in zip(NAMES, truth[0], draws.T, strict=True):
         print(f"Posterior  {name:16} {column.mean():6.3f} +- {column.std():.3f}, true {true:g}")
 
     truth = prior(arguments.checks, rng)
     draws = flow.sample(99, seed=2, context=simulate(truth, rng))  # 99 under each observation
     ranks = (draws < truth[:, None]).sum(axis=1)  # uniform on 0 .. 99
-    for name, column in zip(NAMES, ranks.T):
+    for name, column in zip(NAMES, ranks.T, strict=True):
         bars = np.bincount(column // 5, minlength=20)
         chi2 = ((bars - arguments.checks / 20) ** 2 / (arguments.checks / 20)).sum()
         print(f"Ranks      {name:16} chi2 {chi2:.1f} on 19 degrees of freedom (below 36.2 in 99 % of cases)")

@@ -81,9 +81,9 @@ def warn_of_lost_digits(value: ArrayLike | None, names: Sequence[str] | None, sp
         called = [_checks.shortened(repr(names[j])) if names else str(j + 1) for j in coarse[:5]]
         more = f" and {len(coarse) - 5} more" if len(coarse) > 5 else ""
         warnings.warn(
-            f"context: {spec.dtype} keeps few digits of what varies in column {', '.join(called)}{more}: neighbouring numbers are up to "
-            f"{steps[coarse].max():.1g} standard deviations apart; subtract an offset in float64, in training and in "
-            "each call",
+            f"context: {spec.dtype} keeps few digits of what varies in column {', '.join(called)}{more}: neighbouring "
+            f"numbers are up to {steps[coarse].max():.1g} standard deviations apart; subtract an offset in float64, in "
+            "training and in each call",
             _data.DataWarning,
             stacklevel=_data._outside(),
         )
