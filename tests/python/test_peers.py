@@ -160,6 +160,8 @@ class Conditioner(torch.nn.Module):
         self.layer, self.arrange = layer, arrange
 
     def forward(self, passed, context=None):
+        passed = passed if context is None else torch.cat([passed, context], 1)
+
         def dense(name, inputs):
             name = f"flow_{self.layer}_{name}"
             return inputs @ self.ours[f"{name}.kernel"] + self.ours[f"{name}.bias"]
@@ -168,21 +170,23 @@ class Conditioner(torch.nn.Module):
         return self.arrange(torch.tanh(dense("scale", hidden)), dense("translation", hidden))
 
 
-def compare(module, conditioners, forward, inverse):
+def compare(module, conditioners, forward, inverse, context=None):
     """Hold values, inverse and all gradients of FlowModule against a peer's, whose forward gives (z, log_det)."""
     size = module.to_flow().spec.input_size
     x = torch.from_numpy(unit_data(11, size, 3, "float64")).requires_grad_()
+    inputs = [x] if context is None else [x, context.requires_grad_()]
     weight = torch.linspace(-1, 1, 11, dtype=torch.float64)
     grads = []
     for call in (module, forward):
-        z, log_det = call(x)
-        x.grad = None
+        z, log_det = call(*inputs)
+        for each in inputs:
+            each.grad = None
         ((z**2).sum(1) * weight + log_det * weight.flip(0)).sum().backward()
-        grads.append(x.grad)
-        torch.testing.assert_close(z, module(x)[0], **TOLERANCE)
-        torch.testing.assert_close(log_det, module(x)[1], **TOLERANCE)
+        grads.append([each.grad for each in inputs])
+        torch.testing.assert_close(z, module(*inputs)[0], **TOLERANCE)
+        torch.testing.assert_close(log_det, module(*inputs)[1], **TOLERANCE)
     torch.testing.assert_close(grads[0], grads[1], **TOLERANCE)
-    torch.testing.assert_close(module.inverse(x), inverse(x), **TOLERANCE)
+    torch.testing.assert_close(module.inverse(*inputs), inverse(*inputs), **TOLERANCE)
     theirs = {name: p.grad for conditioner in conditioners for name, p in conditioner.ours.items()}
     assert len(theirs) == len(list(module.parameters()))
     for name, parameter in module.named_parameters():
@@ -190,14 +194,20 @@ def compare(module, conditioners, forward, inverse):
         torch.testing.assert_close(parameter.grad, theirs[name], **TOLERANCE)
 
 
+def contexts_of(size):
+    return None if size == 0 else torch.from_numpy(unit_data(11, size, 5, "float64"))
+
+
 @pytest.mark.skipif(zuko is None, reason="zuko is not installed")
+@pytest.mark.parametrize("context_size", [0, 3])
 @pytest.mark.parametrize("size", [2, 5, 8])
-def test_zukos_couplings(size):
-    module, bound = module_of(size), -math.log(1e-3)
+def test_zukos_couplings(size, context_size):
+    module, bound = module_of(size, context_size=context_size), -math.log(1e-3)
     transforms, conditioners = [], []
     for k in range(3):
         first = torch.arange(size) < size // 2
-        coupling = GeneralCouplingTransform(features=size, mask=first if k % 2 == 0 else ~first)
+        mask = first if k % 2 == 0 else ~first
+        coupling = GeneralCouplingTransform(features=size, context=context_size, mask=mask)
         # zuko's log-scale is u / (1 + |u| / bound), whose inverse is s / (1 - |s| / bound); per column (shift, u).
         conditioner = Conditioner(module, k, lambda s, t: torch.stack([t, s / (1 - s.abs() / bound)], -1).flatten(-2))
         coupling.hyper = conditioner
@@ -206,18 +216,26 @@ def test_zukos_couplings(size):
     base = zuko.flows.UnconditionalDistribution(
         zuko.distributions.DiagNormal, torch.zeros(size).double(), torch.ones(size).double(), buffer=True
     )
-    flow = zuko.flows.Flow(transforms, base)
-    transform = flow().transform
-    compare(module, conditioners, transform.call_and_ladj, transform.inv)
+    flow, context = zuko.flows.Flow(transforms, base), contexts_of(context_size)
+
+    def forward(x, c=None):
+        return flow(c).transform.call_and_ladj(x)
+
+    compare(module, conditioners, forward, lambda z, c=None: flow(c).transform.inv(z), context)
     x = torch.from_numpy(unit_data(11, size, 4, "float64"))
-    torch.testing.assert_close(module.log_prob(x), flow().log_prob(x), **TOLERANCE)
+    torch.testing.assert_close(module.log_prob(x, context), flow(context).log_prob(x), **TOLERANCE)
+    theirs, ours = flow(context), FlowDistribution(module, context)
+    assert (ours.batch_shape, ours.event_shape) == (theirs.batch_shape, theirs.event_shape)
+    for rows in (x, torch.stack([x, x + 1])):
+        torch.testing.assert_close(ours.log_prob(rows), theirs.log_prob(rows), **TOLERANCE)
 
 
 @pytest.mark.skipif(nflows is None, reason="nflows is not installed")
+@pytest.mark.parametrize("context_size", [0, 3])
 @pytest.mark.parametrize("size", [2, 5, 8])
-def test_nflows_couplings(size):
+def test_nflows_couplings(size, context_size):
     """Its scale sigmoid(u + 2) + 0.001 stays below one: its own affine layer behind each coupling makes up for that."""
-    module, shift = module_of(size), 1.5
+    module, shift = module_of(size, context_size=context_size), 1.5
 
     def arrange(s, t):
         scale = torch.exp(s - shift) - 1e-3
@@ -235,7 +253,7 @@ def test_nflows_couplings(size):
             nflows.transforms.PointwiseAffineTransform(torch.zeros(size).double(), stretch),
         ]
     flow = nflows.transforms.CompositeTransform(transforms)
-    compare(module, conditioners, flow, lambda z: flow.inverse(z)[0])
+    compare(module, conditioners, flow, lambda z, c=None: flow.inverse(z, c)[0], contexts_of(context_size))
 
 
 @pytest.mark.skipif(normflows is None, reason="normflows is not installed")

@@ -18,48 +18,57 @@ from nvpflow.torch._engine import Engine, Foreseen, engines
 
 
 @torch.library.custom_op("nvpflow::forward", mutates_args=())
-def _forward(x: torch.Tensor, parameters: list[torch.Tensor], engine: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return engines[engine].forward(x, parameters)
+def _forward(
+    x: torch.Tensor, context: torch.Tensor | None, parameters: list[torch.Tensor], engine: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return engines[engine].forward(x, context, parameters)
 
 
 @torch.library.custom_op("nvpflow::inverse", mutates_args=())
-def _inverse(z: torch.Tensor, parameters: list[torch.Tensor], engine: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return engines[engine].inverse(z, parameters)
+def _inverse(
+    z: torch.Tensor, context: torch.Tensor | None, parameters: list[torch.Tensor], engine: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return engines[engine].inverse(z, context, parameters)
 
 
 @torch.library.custom_op("nvpflow::log_prob", mutates_args=())
-def _log_prob(x: torch.Tensor, parameters: list[torch.Tensor], engine: int) -> torch.Tensor:
-    return engines[engine].log_prob(x, parameters)
+def _log_prob(
+    x: torch.Tensor, context: torch.Tensor | None, parameters: list[torch.Tensor], engine: int
+) -> torch.Tensor:
+    return engines[engine].log_prob(x, context, parameters)
 
 
 @torch.library.custom_op("nvpflow::vjp", mutates_args=())
 def _vjp(
     kind: str,
     x: torch.Tensor,
+    context: torch.Tensor | None,
     grad_out: torch.Tensor | None,
     grad_log_det: torch.Tensor | None,
     parameters: list[torch.Tensor],
     engine: int,
-    wrt: str,
+    wanted: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Engine.vjp, but a cotangent that is not wanted is an empty tensor."""
+    grads = engines[engine].vjp(kind, x, context, grad_out, grad_log_det, parameters, wanted)
+    grad_x, grad_parameters, grad_context = (x.new_empty(0) if grad is None else grad for grad in grads)
+    return grad_x, grad_parameters, grad_context
+
+
+def _pair_of_shapes(
+    rows: torch.Tensor, context: torch.Tensor | None, parameters: list[torch.Tensor], engine: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cotangents of x and of all parameters in one vector; a cotangent that is not wanted is an empty tensor."""
-    grad_x, grad_parameters = engines[engine].vjp(kind, x, grad_out, grad_log_det, parameters, wrt)
-    none = x.new_empty(0)
-    return none if grad_x is None else grad_x, none if grad_parameters is None else grad_parameters
+    return rows.new_empty(rows.shape), rows.new_empty(rows.shape[:1])
 
 
-@_forward.register_fake
-def _forward_shapes(x: torch.Tensor, parameters: list[torch.Tensor], engine: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[:1])
-
-
-@_inverse.register_fake
-def _inverse_shapes(z: torch.Tensor, parameters: list[torch.Tensor], engine: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return z.new_empty(z.shape), z.new_empty(z.shape[:1])
+_forward.register_fake(_pair_of_shapes)
+_inverse.register_fake(_pair_of_shapes)
 
 
 @_log_prob.register_fake
-def _log_prob_shape(x: torch.Tensor, parameters: list[torch.Tensor], engine: int) -> torch.Tensor:
+def _log_prob_shape(
+    x: torch.Tensor, context: torch.Tensor | None, parameters: list[torch.Tensor], engine: int
+) -> torch.Tensor:
     return x.new_empty(x.shape[:1])
 
 
@@ -67,22 +76,20 @@ def _log_prob_shape(x: torch.Tensor, parameters: list[torch.Tensor], engine: int
 def _vjp_shapes(
     kind: str,
     x: torch.Tensor,
+    context: torch.Tensor | None,
     grad_out: torch.Tensor | None,
     grad_log_det: torch.Tensor | None,
     parameters: list[torch.Tensor],
     engine: int,
-    wrt: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    wanted: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    by_x, by_parameters, by_context = wanted
     size = sum(p.numel() for p in parameters)
-    grad_x = x.new_empty(0 if wrt == "parameters" else x.shape)
-    return grad_x, x.new_empty(0 if wrt == "x" else size)
+    grad_context = x.new_empty(context.shape if context is not None and by_context else 0)
+    return x.new_empty(x.shape if by_x else 0), x.new_empty(size if by_parameters else 0), grad_context
 
 
 # ---- the backward pass ----------------------------------------------------------------------------------------------
-
-
-def _wrt(wanted: Sequence[bool]) -> str:
-    return "both" if wanted[0] and any(wanted[1:]) else "x" if wanted[0] else "parameters"
 
 
 def _parts(flat: torch.Tensor, parameters: Sequence[torch.Tensor], wanted: Sequence[bool]) -> list[torch.Tensor | None]:
@@ -94,33 +101,35 @@ def _parts(flat: torch.Tensor, parameters: Sequence[torch.Tensor], wanted: Seque
     ]
 
 
-def _remember(ctx: Any, kind: str, engine: Engine, tensors: Sequence[torch.Tensor], foreseen: Foreseen | None) -> None:
-    """Keep what `_gradients` needs: the engine, which the graph may outlive otherwise, the rows and the parameters."""
+def _remember(ctx: Any, kind: str, engine: Engine, tensors: Sequence[Any], foreseen: Foreseen | None) -> None:
+    """Keep what `_gradients` needs: the engine, which the graph may outlive otherwise, rows, context and parameters."""
     ctx.kind, ctx.engine, ctx.foreseen = kind, engine, foreseen
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, grads: Sequence[Any], wanted: Sequence[bool], *, traced: bool) -> tuple[Any, list[Any]]:
-    """Return the gradients by the rows and by each parameter, as far as they are wanted."""
-    x, *parameters = ctx.saved_tensors
+def _gradients(ctx: Any, grads: Sequence[Any], needed: Sequence[bool], *, traced: bool) -> tuple[Any, Any, list[Any]]:
+    """Return the gradients by the rows, by the context and by each parameter, as far as they are needed."""
+    x, context, *parameters = ctx.saved_tensors
+    by_x, by_context, *by_each = needed
     grad_out, grad_log_det = (None, grads[0]) if ctx.kind == "log_prob" else grads
     if grad_out is None and grad_log_det is None:
-        return None, [None] * len(parameters)
-    wrt = _wrt(wanted)
+        return None, None, [None] * len(parameters)
+    wanted = [by_x, any(by_each), by_context]
     if traced:
-        grad_x, flat = _vjp(ctx.kind, x, grad_out, grad_log_det, parameters, ctx.engine.handle, wrt)
+        grad = _vjp(ctx.kind, x, context, grad_out, grad_log_det, parameters, ctx.engine.handle, wanted)
     elif torch.is_grad_enabled():  # create_graph
-        arguments = (ctx.kind, ctx.engine, wrt, x, grad_out, grad_log_det, *parameters)
-        grad_x, flat = _Vjp.apply(*arguments)  # type: ignore[no-untyped-call]
+        arguments = (ctx.kind, ctx.engine, wanted, x, context, grad_out, grad_log_det, *parameters)
+        grad = _Vjp.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
-        grad_x, flat = None, None
-        if ctx.kind == "log_prob" and wrt == "parameters":
+        flat = None
+        if ctx.kind == "log_prob" and wanted == [False, True, False]:
             flat = ctx.engine.take_foreseen(ctx.foreseen, grad_log_det)
+        grad = None, flat, None
         if flat is None:
-            grad_x, flat = ctx.engine.vjp(ctx.kind, x, grad_out, grad_log_det, parameters, wrt)
-    by_parameter = [None] * len(parameters) if wrt == "x" else _parts(flat, parameters, wanted[1:])
-    return grad_x if wanted[0] else None, by_parameter
+            grad = ctx.engine.vjp(ctx.kind, x, context, grad_out, grad_log_det, parameters, wanted)
+    by_parameter = _parts(grad[1], parameters, by_each) if any(by_each) else [None] * len(parameters)
+    return grad[0] if by_x else None, grad[2] if by_context else None, by_parameter
 
 
 def _no_second_derivatives(ctx: Any, *grads: object) -> None:
@@ -134,12 +143,12 @@ def _differentiable(kind: str, operator: Any) -> Any:
     """Give an operator the backward pass."""
 
     def remember(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
-        x, parameters, engine = inputs
-        _remember(ctx, kind, engines[engine], [x, *parameters], None)
+        x, context, parameters, engine = inputs
+        _remember(ctx, kind, engines[engine], [x, context, *parameters], None)
 
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
-        return (*_gradients(ctx, grads, wanted, traced=True), None)
+        by_x, by_context, by_each, _ = ctx.needs_input_grad
+        return (*_gradients(ctx, grads, [by_x, by_context, *by_each], traced=True), None)
 
     operator.register_autograd(backward, setup_context=remember)
     return operator
@@ -167,9 +176,16 @@ class _Vjp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        kind: str, engine: Engine, wrt: str, x: Any, grad_out: Any, grad_log_det: Any, *parameters: torch.Tensor
+        kind: str,
+        engine: Engine,
+        wanted: Sequence[bool],
+        x: Any,
+        context: Any,
+        grad_out: Any,
+        grad_log_det: Any,
+        *parameters: torch.Tensor,
     ) -> Any:
-        return engine.vjp(kind, x, grad_out, grad_log_det, parameters, wrt)
+        return engine.vjp(kind, x, context, grad_out, grad_log_det, parameters, wanted)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -183,10 +199,12 @@ class _Call(torch.autograd.Function):
     """A method of the engine; of log_prob with the gradient that could be foreseen, or None, as a second result."""
 
     @staticmethod
-    def forward(kind: str, engine: Engine, x: torch.Tensor, *parameters: torch.Tensor) -> Any:
+    def forward(
+        kind: str, engine: Engine, x: torch.Tensor, context: torch.Tensor | None, *parameters: torch.Tensor
+    ) -> Any:
         if kind == "log_prob":
-            return engine.log_prob_foreseeing(x, parameters)
-        return getattr(engine, kind)(x, parameters)
+            return engine.log_prob_foreseeing(x, context, parameters)
+        return getattr(engine, kind)(x, context, parameters)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -195,8 +213,8 @@ class _Call(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        grad_x, by_parameter = _gradients(ctx, grads, ctx.needs_input_grad[2:], traced=False)
-        return None, None, grad_x, *by_parameter
+        grad_x, grad_context, by_parameter = _gradients(ctx, grads, ctx.needs_input_grad[2:], traced=False)
+        return None, None, grad_x, grad_context, *by_parameter
 
     vmap = staticmethod(_no_vmap)
 
@@ -211,13 +229,18 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return plain and not recorded
 
 
-def call(kind: str, engine: Engine, rows: torch.Tensor, parameters: list[torch.Tensor]) -> Any:
-    """Return what `kind` of the engine gives, differentiable where somebody may want a gradient."""
-    if not is_plain(rows):
-        return _OPERATORS[kind](rows, parameters, engine.handle)
-    if not torch.is_grad_enabled() and not torch._C._functorch.is_functorch_wrapped_tensor(rows):
-        return getattr(engine, kind)(rows, parameters)
-    result: Any = _Call.apply(kind, engine, rows, *parameters)  # type: ignore[no-untyped-call]
+def call(
+    kind: str, engine: Engine, rows: torch.Tensor, context: torch.Tensor | None, parameters: list[torch.Tensor]
+) -> Any:
+    """Return what `kind` of the engine gives on rows [B, D] under contexts [B, C], one [C] or None.
+
+    It is differentiable where somebody may want a gradient.
+    """
+    if not is_plain(rows) or (context is not None and not is_plain(context)):
+        return _OPERATORS[kind](rows, context, parameters, engine.handle)
+    if not torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None:
+        return getattr(engine, kind)(rows, context, parameters)
+    result: Any = _Call.apply(kind, engine, rows, context, *parameters)  # type: ignore[no-untyped-call]
     return result[0] if kind == "log_prob" else result
 
 

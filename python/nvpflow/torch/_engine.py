@@ -15,6 +15,7 @@ import torch
 from nvpflow.flow import Flow
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+WRT = ("x", "parameters", "context")  # what gradients are by, in the order of nvpflow's
 
 
 class _Packed:
@@ -95,52 +96,68 @@ class Engine:
             with self._lock:
                 packed.users -= 1
 
-    def forward(self, x: torch.Tensor, parameters: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x: torch.Tensor, context: torch.Tensor | None, parameters: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """As Flow.forward."""
         with self.using(parameters) as flow:
-            return flow.forward(x.detach().contiguous())
+            return flow.forward(_given(x), context=_given(context))
 
-    def inverse(self, z: torch.Tensor, parameters: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def inverse(
+        self, z: torch.Tensor, context: torch.Tensor | None, parameters: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """As Flow.inverse with log_det."""
         with self.using(parameters) as flow:
-            result: tuple[torch.Tensor, torch.Tensor] = flow.inverse(z.detach().contiguous(), with_log_det=True)
+            result: tuple[torch.Tensor, torch.Tensor]
+            result = flow.inverse(_given(z), with_log_det=True, context=_given(context))
             return result
 
-    def log_prob(self, x: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+    def log_prob(
+        self, x: torch.Tensor, context: torch.Tensor | None, parameters: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
         """As Flow.log_prob."""
         with self.using(parameters) as flow:
-            result: torch.Tensor = flow.log_prob(x.detach().contiguous())
+            result: torch.Tensor = flow.log_prob(_given(x), context=_given(context))
             return result
 
     def log_prob_foreseeing(
-        self, x: torch.Tensor, parameters: Sequence[torch.Tensor]
+        self, x: torch.Tensor, context: torch.Tensor | None, parameters: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, Foreseen | None]:
         """As Flow.log_prob, with the parameters' gradient where its cotangent can be foreseen."""
-        wanted = not x.requires_grad and any(p.requires_grad for p in parameters)
+        others = x.requires_grad or (context is not None and context.requires_grad)
+        wanted = not others and any(p.requires_grad for p in parameters)
         cotangent = self._expectation(x.shape[0]) if wanted else None
         if cotangent is None:
-            return self.log_prob(x, parameters), None
+            return self.log_prob(x, context, parameters), None
         with self.using(parameters) as flow:
-            rows, cotangents = x.detach().contiguous(), x.new_full(x.shape[:1], cotangent)
-            log_prob, gradient = flow._log_prob_and_vjp(rows, cotangents, None)
+            cotangents = x.new_full(x.shape[:1], cotangent)
+            log_prob, gradient = flow._log_prob_and_vjp(_given(x), cotangents, None, context=_given(context))
             return log_prob, Foreseen(cotangent, gradient)
 
     def vjp(
         self,
         kind: str,
         x: torch.Tensor,
+        context: torch.Tensor | None,
         grad_out: torch.Tensor | None,
         grad_log_det: torch.Tensor | None,
         parameters: Sequence[torch.Tensor],
-        wrt: str,
-    ) -> tuple[Any, Any]:
-        """As Flow.vjp of kind "forward" or "inverse", or Flow.log_prob_vjp, whose cotangent is `grad_log_det`."""
-        given: list[Any] = [None if g is None else g.detach().contiguous() for g in (grad_out, grad_log_det)]
+        wanted: Sequence[bool],
+    ) -> tuple[Any, Any, Any]:
+        """As Flow.vjp of kind "forward" or "inverse", or Flow.log_prob_vjp, whose cotangent is `grad_log_det`.
+
+        Returns the cotangents of x, of all parameters in one vector and of the context, None for each that is not
+        `wanted`.
+        """
+        options: dict[str, Any] = {"wrt": tuple(itertools.compress(WRT, wanted)), "context": _given(context)}
         with self.using(parameters) as flow:
-            rows, options = x.detach().contiguous(), dict[str, Any](wrt=wrt)
             if kind == "log_prob":
-                return flow.log_prob_vjp(rows, given[1], **options)
-            return flow.vjp(rows, *given, **(options | {"direction": kind}))
+                grads = flow.log_prob_vjp(_given(x), _given(grad_log_det), **options)
+            else:
+                options["direction"] = kind
+                grads = flow.vjp(_given(x), _given(grad_out), _given(grad_log_det), **options)
+        grad_x, grad_parameters, *grad_context = grads
+        return grad_x, grad_parameters, grad_context[0] if grad_context else None
 
     def take_foreseen(self, foreseen: Foreseen | None, cotangent: torch.Tensor) -> torch.Tensor | None:
         """Return the foreseen gradient if its cotangent is this one, and learn what to foresee next."""
@@ -237,6 +254,11 @@ class Engine:
         flow = Flow(spec, device=_place(flat.device), precision=precision)
         flow.num_threads = num_threads
         return flow
+
+
+def _given(tensor: torch.Tensor | None) -> Any:
+    """Return a tensor as the kernels read it."""
+    return None if tensor is None else tensor.detach().contiguous()
 
 
 _handles = itertools.count()

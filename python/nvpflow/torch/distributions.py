@@ -21,6 +21,8 @@ class FlowTransform(torch.distributions.Transform):
     cache_size
         As of every transform: 1 keeps the last pair (x, z) and its log-determinant, so that a log_prob of a
         ``TransformedDistribution`` passes through the flow once instead of twice.
+    context
+        Of a flow with a context, [..., C]; its leading axes broadcast with those of the rows, and gradients reach it.
     """
 
     domain = constraints.real_vector
@@ -28,29 +30,40 @@ class FlowTransform(torch.distributions.Transform):
     bijective = True
 
     @_hints.explained
-    def __init__(self, module: FlowModule, cache_size: int = 0) -> None:
+    def __init__(self, module: FlowModule, cache_size: int = 0, context: torch.Tensor | None = None) -> None:
         super().__init__(cache_size=cache_size)
         self.module = module
+        self.context = context
+        self._context_axes = _axes(module, context)
         module._has_own_base = True
         # The last rows of _inverse and their log-determinant, which log_abs_det_jacobian is asked for next.
         self._cached_log_det: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
 
     def __eq__(self, other: object) -> bool:
-        """Two transforms are equal where they are of one module."""
-        return isinstance(other, FlowTransform) and other.module is self.module
+        """Two transforms are equal where they are of one module, under the same context."""
+        if not isinstance(other, FlowTransform) or other.module is not self.module:
+            return False
+        mine, its = self.context, other.context
+        return mine is its or (mine is not None and its is not None and torch.equal(mine, its))
 
     __hash__ = None  # type: ignore[assignment]
 
     @_hints.explained
     def with_cache(self, cache_size: int = 1) -> FlowTransform:
         """Return the transform with another size of the cache."""
-        return self if self._cache_size == cache_size else FlowTransform(self.module, cache_size)
+        return self if self._cache_size == cache_size else FlowTransform(self.module, cache_size, self.context)
+
+    def forward_shape(self, shape: Any) -> torch.Size:
+        """Return the shape of the data to latents of a shape: with the axes of the context."""
+        return torch.Size((*torch.broadcast_shapes(shape[:-1], self._context_axes), *shape[-1:]))  # type: ignore[no-untyped-call]
+
+    inverse_shape = forward_shape
 
     def _call(self, x: torch.Tensor) -> torch.Tensor:
-        return self.module.inverse(x)  # type: ignore[no-any-return]
+        return self.module.inverse(x, self.context)  # type: ignore[no-any-return]
 
     def _inverse(self, y: torch.Tensor) -> torch.Tensor:
-        z, log_det = self.module.forward(y)
+        z, log_det = self.module.forward(y, self.context)
         if self._cache_size > 0:
             self._cached_log_det = y, log_det
         return z
@@ -58,7 +71,7 @@ class FlowTransform(torch.distributions.Transform):
     def log_abs_det_jacobian(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Return log|det dy/dx| [...], nats; x is the latent here, y the data, as transforms call them."""
         rows, log_det = self._cached_log_det
-        return -log_det if rows is y and log_det is not None else -self.module.forward(y)[1]
+        return -log_det if rows is y and log_det is not None else -self.module.forward(y, self.context)[1]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what the cache holds."""
@@ -72,38 +85,64 @@ class FlowDistribution(torch.distributions.Distribution):
     ----------
     module
         The flow; gradients of `log_prob` and `rsample` reach its parameters.
+    context
+        Of a flow with a context, which needs it: [C], or [*batch_shape, C] for a batch of densities p(x | c). Gradients
+        reach it.
     validate_args
         As of every distribution: check values. None: PyTorch's default.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The context is missing, superfluous, or of another size, dtype or device than the module's.
     """
 
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012  (that is how distributions say it)
     support = constraints.real_vector
     has_rsample = True
 
     @_hints.explained
-    def __init__(self, module: FlowModule, *, validate_args: bool | None = None) -> None:
+    def __init__(
+        self, module: FlowModule, context: torch.Tensor | None = None, *, validate_args: bool | None = None
+    ) -> None:
         self.module = module
-        super().__init__(torch.Size(), torch.Size([module._engine.spec.input_size]), validate_args=validate_args)
+        self.context = context
+        size = module._engine.spec.input_size
+        super().__init__(_axes(module, context), torch.Size([size]), validate_args=validate_args)
+
+    @property
+    def arg_constraints(self) -> dict[str, constraints.Constraint]:
+        """What the context must be, where there is one."""
+        if self.context is None or self.context.numel() == 0:  # PyTorch's check of vectors fails on none
+            return {}
+        return {"context": constraints.real_vector}
 
     @_hints.explained
     def expand(self, batch_shape: Any, _instance: Any = None) -> FlowDistribution:
         """Return the distribution of independent rows of a batch."""
         new: Any = self._get_checked_instance(FlowDistribution, _instance)  # type: ignore[no-untyped-call]
+        shape = torch.Size(batch_shape)
         new.module = self.module
-        super(FlowDistribution, new).__init__(torch.Size(batch_shape), self.event_shape, validate_args=False)
+        new.context = None if self.context is None else self.context.expand(*shape, self.context.shape[-1])
+        super(FlowDistribution, new).__init__(shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new  # type: ignore[no-any-return]
 
     @_hints.explained
     def rsample(self, sample_shape: Any = torch.Size()) -> torch.Tensor:  # noqa: B008  (as in PyTorch)
-        """Return rows [*sample_shape, *batch_shape, D], differentiable by the parameters."""
+        """Return rows [*sample_shape, *batch_shape, D], differentiable by the parameters and the context."""
         shape = self._extended_shape(torch.Size(sample_shape))
-        return self.module.rsample(shape[:-1].numel()).reshape(shape)
+        return self.module.inverse(self.module._noise(shape[:-1], None), self.context)  # type: ignore[no-any-return]
 
     @_hints.explained
     def log_prob(self, value: torch.Tensor) -> torch.Tensor:
-        """Return log p(value) [..., *batch_shape], nats."""
+        """Return log p(value) [..., *batch_shape], nats; with a context log p(value | context)."""
         if self._validate_args and value.numel() > 0:  # PyTorch's check of vectors fails on none
             self._validate_sample(value)
         shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)  # type: ignore[no-untyped-call]
-        return self.module.log_prob(value).expand(shape)
+        return self.module.log_prob(value, self.context).expand(shape)
+
+
+def _axes(module: FlowModule, context: torch.Tensor | None) -> torch.Size:
+    """Return the leading axes of a context that is good for the module; throws."""
+    given = module._checked_context(context, module._tensors()[0])
+    return torch.Size() if given is None else given.shape[:-1]

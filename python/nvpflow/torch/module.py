@@ -53,7 +53,10 @@ class FlowModule(torch.nn.Module):
     Where the layer is still the identity and the first batch of 16 rows or more is far from unit scale, a `DataWarning`
     says so, once.
 
-    A `context` of other libraries' calls may be given as None: these flows have no context.
+    A flow with a context, a density p(x | c), needs ``context=`` in every call: tensors ``[..., C]`` of the module's
+    dtype, on its device. Leading axes of rows and contexts broadcast, as everywhere in PyTorch, and results have them.
+    One context for all rows, ``[C]``, costs less and gives the same bits. Gradients reach the context, and so a network
+    that computes it. `FlowDistribution` is the module under given contexts.
 
     Parameters have the names of `nvpflow.Flow.parameters` (``flow_0_scale.kernel``, ...), and ``state_dict``, ``.to``,
     ``copy.deepcopy``, pickling, ``requires_grad_`` and ``torch.func.functional_call`` do with them what they do
@@ -100,35 +103,33 @@ class FlowModule(torch.nn.Module):
     # -- rows ---------------------------------------------------------------------------------------------------------
 
     @_hints.explained
-    def forward(self, x: torch.Tensor, context: None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return z [..., D] and log|det dz/dx| [...], nats: data to latent."""
-        _no_context(context)
-        z, log_det = self._call("forward", "x", x)
-        return z.reshape(x.shape), log_det.reshape(x.shape[:-1])
+        z, log_det = self._call("forward", "x", x, context)
+        return z, log_det
 
     @_hints.explained
-    def inverse(self, z: torch.Tensor, context: None = None, *, with_log_det: bool = False) -> Any:
+    def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None, *, with_log_det: bool = False) -> Any:
         """Return x [..., D], latent to data; with `with_log_det`, (x, log|det dx/dz| [...], nats)."""
-        _no_context(context)
-        x, log_det = self._call("inverse", "z", z)
-        x = x.reshape(z.shape)
-        return (x, log_det.reshape(z.shape[:-1])) if with_log_det else x
+        x, log_det = self._call("inverse", "z", z, context)
+        return (x, log_det) if with_log_det else x
 
     @_hints.explained
-    def log_prob(self, x: torch.Tensor, context: None = None) -> torch.Tensor:
-        """Return log p(x) [...], nats."""
-        _no_context(context)
-        result: torch.Tensor = self._call("log_prob", "x", x)
-        return result.reshape(x.shape[:-1])
+    def log_prob(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """Return log p(x) [...], with a context log p(x | context), nats."""
+        (result,) = self._call("log_prob", "x", x, context)
+        return result
 
     @_hints.explained
-    def sample(self, n: int, context: None = None, *, seed: int | None = None) -> torch.Tensor:
-        """Return n rows [n, D] without a gradient.
+    def sample(self, n: int, context: torch.Tensor | None = None, *, seed: int | None = None) -> torch.Tensor:
+        """Return n rows [n, D] without a gradient; under contexts [..., C] n rows for each, [..., n, D].
 
         Parameters
         ----------
         n
             How many rows.
+        context
+            [..., C], of a flow with a context.
         seed
             In [0, 2**64): the rows of `nvpflow.Flow.sample`. None: drawn from PyTorch's default generator, so that
             ``torch.manual_seed`` decides.
@@ -137,19 +138,18 @@ class FlowModule(torch.nn.Module):
             return self.rsample(n, context, seed=seed)
 
     @_hints.explained
-    def rsample(self, n: int, context: None = None, *, seed: int | None = None) -> torch.Tensor:
-        """Return the rows of `sample`, differentiable by the parameters: the inverse of noise that has none."""
-        _no_context(context)
-        return self.inverse(self._noise(_count(n), _seed(seed)))  # type: ignore[no-any-return]
+    def rsample(self, n: int, context: torch.Tensor | None = None, *, seed: int | None = None) -> torch.Tensor:
+        """Return the rows of `sample`, differentiable by parameters and context: the inverse of noise that has none."""
+        z, context = self._latents(n, context, seed)
+        return self.inverse(z, context)  # type: ignore[no-any-return]
 
     @_hints.explained
     def sample_and_log_prob(
-        self, n: int, context: None = None, *, seed: int | None = None
+        self, n: int, context: torch.Tensor | None = None, *, seed: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the rows of `rsample` [n, D] and their log p [n], nats, from one pass; both are differentiable."""
-        _no_context(context)
-        z = self._noise(_count(n), _seed(seed))
-        x, log_det = self.inverse(z, with_log_det=True)
+        """Return the rows of `rsample` [..., n, D] and their log p [..., n], nats, differentiable, from one pass."""
+        z, context = self._latents(n, context, seed)
+        x, log_det = self.inverse(z, context, with_log_det=True)
         log_normal = -0.5 * (z.square().sum(-1) + z.shape[-1] * math.log(2 * math.pi))
         return x, log_normal - log_det
 
@@ -201,7 +201,7 @@ class FlowModule(torch.nn.Module):
             The flow has no standardize layer in front, a row holds NaN or infinity, or a column is constant.
         """
         tensors = self._tensors()
-        rows = self._checked("x", x, tensors[0]).detach().cpu().numpy()
+        rows = self._checked("x", x, tensors[0]).detach().cpu().reshape(-1, x.shape[-1]).numpy()
         with self._engine.using(tensors) as flow:
             own = flow.to("cpu")
         how = own.initialize_from(rows, standardize="auto" if standardize is None else standardize)
@@ -269,20 +269,28 @@ class FlowModule(torch.nn.Module):
                 stacklevel=_data._outside(),
             )
 
-    def _call(self, kind: str, name: str, rows: torch.Tensor) -> Any:
+    def _call(self, kind: str, name: str, rows: torch.Tensor, context: torch.Tensor | None) -> list[torch.Tensor]:
+        """Return what `kind` gives, with the leading axes of rows and context."""
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise NotImplementedError("torch.jit.trace cannot record a FlowModule; use torch.compile or torch.export")
         parameters = self._tensors()
         rows = self._checked(name, rows, parameters[0])
+        context = self._checked_context(context, parameters[0])
         if forward_ad._current_level >= 0:  # a level of forward mode is open, also where gradients are switched off
-            refuse_tangents([(name, rows), *zip(map(".".join, self._names), parameters, strict=True)])
-        if self._looks_at_scale and kind != "inverse" and is_plain(rows):
-            self._look_at_scale(rows)
-        return call(kind, self._engine, rows, parameters)
+            named = [(name, rows), *zip(map(".".join, self._names), parameters, strict=True)]
+            refuse_tangents(named if context is None else [*named, ("context", context)])
+        flat, given, axes = _side_by_side(name, rows, context)
+        if self._looks_at_scale and kind != "inverse" and is_plain(flat):
+            self._look_at_scale(flat)
+        results = call(kind, self._engine, flat, given, parameters)
+        if kind == "log_prob":
+            return [results.reshape(axes)]
+        return [results[0].reshape(*axes, flat.shape[1]), results[1].reshape(axes)]
 
     def _checked(self, name: str, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """Return the rows as [B, D] of the parameters' dtype."""
-        size = self._engine.spec.input_size
+        """Return rows [..., D], or contexts [..., C], of the parameters' dtype."""
+        spec = self._engine.spec
+        size = spec.context_size if name == "context" else spec.input_size
         if not isinstance(rows, torch.Tensor):
             raise TypeError(f"{name} is {type(rows).__name__}, expected a torch.Tensor")
         if rows.layout != torch.strided:
@@ -293,20 +301,47 @@ class FlowModule(torch.nn.Module):
             raise ValueError(f"{name} is on '{rows.device}', the module on '{like.device}'; move one with .to()")
         if rows.dtype != like.dtype:
             if rows.dtype not in _NARROWER.get(like.dtype, ()):
-                way_out = "convert the rows with .to()"
-                if like.dtype == torch.float32 and not rows.dtype.is_complex:
+                way_out = f"convert it with .to({like.dtype})"
+                if name != "context" and like.dtype == torch.float32 and not rows.dtype.is_complex:
                     way_out = (
                         "make it a float64 module with module.double(); a cast of the rows to float32 loses digits "
                         "where values are large beside their spread"
                     )
                 raise TypeError(f"{name} has dtype {rows.dtype}, the module {like.dtype}; {way_out}")
             rows = rows.to(like.dtype)
-        return rows if rows.dim() == 2 else rows.reshape(-1, size)
+        return rows
 
-    def _noise(self, n: int, seed: int) -> torch.Tensor:
-        parameters = self._tensors()
+    def _checked_context(self, context: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+        size = self._engine.spec.context_size
+        if size > 0 and context is not None:
+            return self._checked("context", context, like)
+        if size > 0:
+            raise ValueError(
+                f"context is missing, expected a tensor (..., {size}): the flow is a density p(x | context)"
+            )
+        if context is not None:
+            raise ValueError(
+                f"context is {type(context).__name__}, expected None: the flow has no context; build it with "
+                "context_size="
+            )
+        return None
+
+    def _latents(
+        self, n: int, context: torch.Tensor | None, seed: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the noise of a sample [..., n, D], and its contexts with an axis for the n rows of each."""
+        count = _count(n)
+        given = self._checked_context(context, self._tensors()[0])
+        if given is None:
+            return self._noise((count,), seed), None
+        return self._noise((*given.shape[:-1], count), seed), given.unsqueeze(-2)
+
+    def _noise(self, axes: Sequence[int], seed: int | None) -> torch.Tensor:
+        """Return standard normal rows [*axes, D]; row i of them is that of the sample of `nvpflow.Flow`."""
+        number, parameters = _seed(seed), self._tensors()
         with self._engine.using(parameters) as flow:
-            return torch.from_numpy(flow._noise(n, seed)).to(parameters[0].device)
+            noise = torch.from_numpy(flow._noise(math.prod(axes), number))
+        return noise.reshape(*axes, noise.shape[1]).to(parameters[0].device)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FlowModule:
         """As nn.Module: what .to(), .double(), .cuda() and others do to every tensor."""
@@ -342,12 +377,24 @@ class FlowModule(torch.nn.Module):
 _UNIT_SCALE, _LOOK_ROWS = 10.0, 16
 
 
-def _no_context(context: object) -> None:
-    if context is not None:
-        raise TypeError(
-            f"context is a {type(context).__name__}, expected None: nvpflow's flows are not conditional; append it to "
-            "the rows for the joint density"
-        )
+def _side_by_side(
+    name: str, rows: torch.Tensor, context: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Size]:
+    """Return rows [B, D], their contexts [B, C], one [C] or None, and the axes that B stands for."""
+    axes = rows.shape[:-1]
+    if context is not None and context.dim() > 1:
+        of_context = context.shape[:-1]
+        try:
+            axes = torch.broadcast_shapes(axes, of_context)  # type: ignore[no-untyped-call]
+        except RuntimeError:
+            raise ValueError(
+                f"context has shape {tuple(context.shape)}, {name} {tuple(rows.shape)}: expected leading axes that "
+                "broadcast, such as a context for each row or one for all"
+            ) from None
+        rows = rows.expand(*axes, rows.shape[-1])
+        one = math.prod(of_context) == 1
+        context = context.reshape(-1) if one else context.expand(*axes, context.shape[-1]).flatten(0, -2)
+    return rows if rows.dim() == 2 else rows.reshape(-1, rows.shape[-1]), context, axes
 
 
 def _count(n: int) -> int:
