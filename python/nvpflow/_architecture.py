@@ -170,7 +170,10 @@ def _choice(name: str, value: Any, known: Sequence[str], more: str = "") -> str:
 def _transform(options: Options) -> Transform:
     if options.transform == "additive":
         return Additive()
-    return Affine(options.scale, None if options.scale in _UNBOUNDED else options.scale_bound)
+    try:
+        return Affine(options.scale, None if options.scale in _UNBOUNDED else options.scale_bound)
+    except ValueError as error:  # which names the argument of Affine
+        raise ValueError(str(error).replace("bound is", "scale_bound is", 1)) from None
 
 
 def _network(options: Options) -> Network:

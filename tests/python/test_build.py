@@ -210,7 +210,11 @@ def test_built_flows_compute() -> None:
         ),
         ({"context_size": -1}, "context_size is -1, expected 0 to 1048576"),
         ({"standardize_context": True}, "standardize_context is true, expected false where context_size is 0"),
-        ({"scale": "atan", "scale_bound": -1}, "bound is -1.0, expected finite and > 0"),
+        ({"scale": "atan", "scale_bound": -1}, "scale_bound is -1.0, expected finite and > 0"),
+        (
+            {"scale": "sigmoid", "scale_bound": 999},
+            "scale_bound is 999.0, expected at most 709.783 with function='sigmoid'",
+        ),
         (
             {"layers": [Coupling()], "num_flows": 8},
             "num_flows is 8 (int) beside layers, expected it left out: layers say what the flow is",
