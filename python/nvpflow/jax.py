@@ -3,6 +3,8 @@
 Each function is a custom call of XLA: compiled programs go straight into nvpflow's kernels, without Python. All of them
 are pure functions of the arrays they get; a `FlowSpec` says what model these belong to, and no `Flow` is kept.
 
+Of a flow with a context, a density p(x | c), they need ``context=`` and are differentiable by it.
+
 Needs JAX 0.5 or newer (``pip install "jax>=0.5"``; the extra ``jax``).
 
 Examples
@@ -20,7 +22,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -131,7 +133,7 @@ def initialize_from(
 
 @_hints.explained
 def forward(
-    spec: FlowSpec, parameters: Mapping[str, Any], x: Any, *, num_threads: int = 0
+    spec: FlowSpec, parameters: Mapping[str, Any], x: Any, *, context: Any = None, num_threads: int = 0
 ) -> tuple[jax.Array, jax.Array]:
     """Return z and ``log|det dz/dx|``: data to latent.
 
@@ -143,6 +145,9 @@ def forward(
         An array of the spec's dtype for each name that `parameters` gives.
     x
         Rows [..., D] of the spec's dtype, or of one that converts to it without loss.
+    context
+        Of a flow with a context, which needs it: a row for each row of `x`, [..., C], or one for all, [C]. Numbers,
+        which are rounded to the spec's dtype.
     num_threads
         Of the kernels: 0 is as many as this process may use. Small batches stay on XLA's thread.
 
@@ -162,41 +167,51 @@ def forward(
 
     Notes
     -----
-    Differentiable by `parameters` and `x`. ``vmap`` only over rows becomes one call on all rows; over parameters, or
-    of gradients by the parameters, it is one call after the other.
+    Differentiable by `parameters`, `x` and `context`. ``vmap`` only over rows, contexts or both becomes one call on all
+    rows; over parameters, or of gradients by the parameters, it is one call after the other.
     """
-    call, rows, tensors = _prepare(spec, parameters, "x", x, num_threads)
-    z, log_det = _values(call.of_kind("forward"), rows, tensors)
+    call, rows, contexts, tensors = _prepare(spec, parameters, "x", x, context, num_threads)
+    z, log_det = _values(call.of_kind("forward"), rows, contexts, tensors)
     return z.reshape(jnp.shape(x)), log_det.reshape(jnp.shape(x)[:-1])
 
 
 @_hints.explained
 def inverse(
-    spec: FlowSpec, parameters: Mapping[str, Any], z: Any, *, with_log_det: bool = False, num_threads: int = 0
+    spec: FlowSpec,
+    parameters: Mapping[str, Any],
+    z: Any,
+    *,
+    context: Any = None,
+    with_log_det: bool = False,
+    num_threads: int = 0,
 ) -> Any:
     """Return x [..., D], latent to data; with `with_log_det`, ``(x, log|det dx/dz| [...], nats)``.
 
     Parameters, errors and notes are those of `forward`; `z` are latents [..., D].
     """
-    call, rows, tensors = _prepare(spec, parameters, "z", z, num_threads)
-    x, log_det = _values(call.of_kind("inverse"), rows, tensors)
+    call, rows, contexts, tensors = _prepare(spec, parameters, "z", z, context, num_threads)
+    x, log_det = _values(call.of_kind("inverse"), rows, contexts, tensors)
     x = x.reshape(jnp.shape(z))
     return (x, log_det.reshape(jnp.shape(z)[:-1])) if _checks.boolean("with_log_det", with_log_det) else x
 
 
 @_hints.explained
-def log_prob(spec: FlowSpec, parameters: Mapping[str, Any], x: Any, *, num_threads: int = 0) -> jax.Array:
-    """Return log p(x) [...], nats.
+def log_prob(
+    spec: FlowSpec, parameters: Mapping[str, Any], x: Any, *, context: Any = None, num_threads: int = 0
+) -> jax.Array:
+    """Return log p(x) [...], nats; with a context log p(x | context).
 
     Parameters, errors and notes are those of `forward`.
     """
-    call, rows, tensors = _prepare(spec, parameters, "x", x, num_threads)
-    (result,) = _values(call.of_kind("log_prob"), rows, tensors)
+    call, rows, contexts, tensors = _prepare(spec, parameters, "x", x, context, num_threads)
+    (result,) = _values(call.of_kind("log_prob"), rows, contexts, tensors)
     return result.reshape(jnp.shape(x)[:-1])
 
 
 @_hints.explained
-def nll(spec: FlowSpec, parameters: Mapping[str, Any], x: Any, *, num_threads: int = 0) -> jax.Array:
+def nll(
+    spec: FlowSpec, parameters: Mapping[str, Any], x: Any, *, context: Any = None, num_threads: int = 0
+) -> jax.Array:
     """Return the mean of -log p over all rows of x, a scalar, nats: the loss of maximum likelihood.
 
     It is ``-log_prob(spec, parameters, x).mean()`` with the sum in float64, and faster to differentiate by the
@@ -204,14 +219,22 @@ def nll(spec: FlowSpec, parameters: Mapping[str, Any], x: Any, *, num_threads: i
 
     Parameters, errors and notes are those of `forward`; `x` has at least one row.
     """
-    call, rows, tensors = _prepare(spec, parameters, "x", x, num_threads)
+    call, rows, contexts, tensors = _prepare(spec, parameters, "x", x, context, num_threads)
     if rows.shape[0] == 0:
         raise ValueError(f"x has shape {jnp.shape(x)}, expected at least one row: the mean over none is not defined")
-    return _nll(call, rows, tensors)  # type: ignore[no-any-return]
+    return _nll(call, rows, contexts, tensors)  # type: ignore[no-any-return]
 
 
 @_hints.explained
-def sample(spec: FlowSpec, parameters: Mapping[str, Any], key: jax.Array, n: int, *, num_threads: int = 0) -> jax.Array:
+def sample(
+    spec: FlowSpec,
+    parameters: Mapping[str, Any],
+    key: jax.Array,
+    n: int,
+    *,
+    context: Any = None,
+    num_threads: int = 0,
+) -> jax.Array:
     """Return n rows [n, D], differentiable by the parameters: the inverse of ``jax.random.normal(key, (n, D))``.
 
     Parameters
@@ -221,15 +244,24 @@ def sample(spec: FlowSpec, parameters: Mapping[str, Any], key: jax.Array, n: int
     key
         Of ``jax.random``. The rows are not those of `nvpflow.Flow.sample`, whose noise is its own.
     n
-        How many rows; static.
+        How many rows; under several contexts, for each of them. Static.
+    context
+        Of a flow with a context: one [C], or several [M, C] (any leading axes [..., C]). The rows are differentiable by
+        it.
+
+    Returns
+    -------
+    x
+        [n, D], or [M, n, D] under M contexts, from the noise ``jax.random.normal(key, (M, n, D))``.
     """
     count = _checks.integer("n", n)
     if count < 0:
         raise ValueError(f"n is {count}, expected 0 or more")
-    _check_spec(spec)
-    _check_x64(spec)
-    noise = jax.random.normal(key, (count, spec.input_size), dtype=spec.dtype)
-    return inverse(spec, parameters, noise, num_threads=num_threads)  # type: ignore[no-any-return]
+    call, tensors = _checked_call(spec, parameters, num_threads)
+    contexts, leading = _checked_sample_context(spec, context)
+    noise = jax.random.normal(key, (*leading, count, spec.input_size), dtype=spec.dtype)
+    x, _ = _values(call.of_kind("inverse"), _as_rows(noise), contexts, tensors)
+    return x.reshape(noise.shape)  # type: ignore[no-any-return]
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
@@ -258,14 +290,30 @@ def _check_x64(spec: FlowSpec) -> None:
 
 
 def _prepare(
-    spec: FlowSpec, parameters: Mapping[str, Any], name: str, rows: Any, num_threads: int
-) -> tuple[_Call, jax.Array, tuple[jax.Array, ...]]:
-    """Check the arguments of a function; rows come back as [B, D]."""
+    spec: FlowSpec, parameters: Mapping[str, Any], name: str, rows: Any, context: Any, num_threads: int
+) -> tuple[_Call, jax.Array, jax.Array | None, tuple[jax.Array, ...]]:
+    """Check the arguments of a function of rows, which come back as [B, D], and their context as [B, C] or [1, C]."""
+    call, tensors = _checked_call(spec, parameters, num_threads)
+    given = _checked_rows(spec, name, rows)
+    return call, given, _checked_context(spec, context, name, jnp.shape(rows)), tensors
+
+
+def _checked_call(
+    spec: FlowSpec, parameters: Mapping[str, Any], num_threads: int
+) -> tuple[_Call, tuple[jax.Array, ...]]:
     _check_spec(spec)
     threads = _checks.integer("num_threads", num_threads)
     if threads < 0:
         raise ValueError(f"num_threads is {threads}, expected 0 or more")
-    tensors = _checked_parameters(spec, parameters)
+    return _Call(spec, threads), _checked_parameters(spec, parameters)
+
+
+def _as_rows(array: jax.Array) -> jax.Array:
+    """[..., k] -> [B, k]."""
+    return array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
+
+
+def _checked_rows(spec: FlowSpec, name: str, rows: Any) -> jax.Array:
     rows = jnp.asarray(rows)
     if rows.ndim == 0 or rows.shape[-1] != spec.input_size:
         raise ValueError(f"{name} has shape {rows.shape}, expected (..., {spec.input_size})")
@@ -279,7 +327,49 @@ def _prepare(
                 )
             raise TypeError(f"{name} has dtype {rows.dtype}, the flow {spec.dtype}; {way_out}")
         rows = rows.astype(spec.dtype)
-    return _Call(spec, threads), rows.reshape(math.prod(rows.shape[:-1]), spec.input_size), tensors
+    return _as_rows(rows)
+
+
+def _checked_context(spec: FlowSpec, context: Any, name: str, shape: tuple[int, ...]) -> jax.Array | None:
+    """Check the context of rows of a shape; None where the flow has none."""
+    one = (spec.context_size,)
+    each = (*shape[:-1], *one)
+    wanted = f"{one}" if each == one else f"{each}, one for each row of {name}, or {one}, one for all"
+    given = _context_array(spec, context, wanted)
+    if given is None:
+        return None
+    if given.shape not in (one, each):
+        raise ValueError(f"context has shape {given.shape}, expected {wanted}")
+    return _as_rows(given)
+
+
+def _checked_sample_context(spec: FlowSpec, context: Any) -> tuple[jax.Array | None, tuple[int, ...]]:
+    """Check the contexts of a sample, which come back as [M, C], with the axes before the last."""
+    size = spec.context_size
+    wanted = f"({size},), or (..., {size}) for rows under each"
+    given = _context_array(spec, context, wanted)
+    if given is None:
+        return None, ()
+    if given.ndim == 0 or given.shape[-1] != size:
+        raise ValueError(f"context has shape {given.shape}, expected {wanted}")
+    return _as_rows(given), given.shape[:-1]
+
+
+def _context_array(spec: FlowSpec, context: Any, wanted: str) -> jax.Array | None:
+    """Numbers of the spec's dtype, of any shape; None of a flow without a context."""
+    if spec.context_size == 0:
+        if context is None:
+            return None
+        raise ValueError(
+            f"context is {_checks.describe(context)}, expected None: the flow has no context; build it with "
+            "context_size="
+        )
+    if context is None:
+        raise ValueError(f"context is missing, expected {wanted}: the flow is a density p(x | context)")
+    array = jnp.asarray(context)
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
+        raise TypeError(f"context has dtype {array.dtype}, expected {spec.dtype}")
+    return array.astype(spec.dtype)
 
 
 def _checked_parameters(spec: FlowSpec, parameters: Any) -> tuple[jax.Array, ...]:
@@ -321,10 +411,12 @@ class _Call:
             return self._of("log_prob", False, "row")
         return self._of("transform", kind == "inverse", "rows", "row")
 
-    def vjp(self, of_rows: bool, of_parameters: bool) -> _Call:
+    def vjp(self, wanted: _Wanted) -> _Call:
         """Return the call of its vector-Jacobian product."""
-        wanted = ("rows" if of_rows else "absent", "parameters" if of_parameters else "absent")
-        return self._of(f"{self.handler.removeprefix('nvpflow_')}_vjp", self.inverse, *wanted)
+        results = ["rows" if wanted.rows else "absent", "parameters" if wanted.parameters else "absent"]
+        if self.has_context:
+            results.append("context" if wanted.context else "absent")
+        return self._of(f"{self.handler.removeprefix('nvpflow_')}_vjp", self.inverse, *results)
 
     def nll(self, of_parameters: bool) -> _Call:
         """Return the call of the mean of -log p and its gradient."""
@@ -334,16 +426,22 @@ class _Call:
         return _Call(self.spec, self.num_threads, f"nvpflow_{handler}", inverse, results)
 
     @property
-    def is_by_row(self) -> bool:
-        """Whether every result belongs to a row."""
-        return all(result in ("rows", "row", "absent") for result in self.results)
+    def has_context(self) -> bool:
+        """Whether the second input is a context."""
+        return self.spec.context_size > 0
 
-    def shapes(self, rows: int) -> list[jax.ShapeDtypeStruct]:
-        """Return the shapes of the results of a call on so many rows."""
+    @property
+    def is_by_row(self) -> bool:
+        """Whether every result belongs to a row or to its context."""
+        return all(result in ("rows", "row", "context", "absent") for result in self.results)
+
+    def shapes(self, rows: int, contexts: int) -> list[jax.ShapeDtypeStruct]:
+        """Return the shapes of the results of a call on so many rows and contexts."""
         _, last, offset = _layout(self.spec)[-1]
         shapes: dict[str, tuple[int, ...]] = {
             "rows": (rows, self.spec.input_size),
             "row": (rows,),
+            "context": (contexts, self.spec.context_size),
             "mean": (),
             "parameters": (offset + math.prod(last),),
             "absent": _ABSENT,
@@ -352,13 +450,19 @@ class _Call:
         return [jax.ShapeDtypeStruct(shapes[r], dtype) for r in self.results]  # type: ignore[no-untyped-call]
 
 
+def _inputs(rows: jax.Array, context: jax.Array | None, *cotangents: jax.Array) -> tuple[jax.Array, ...]:
+    """Return what a handler takes before the parameters."""
+    return (rows, *cotangents) if context is None else (rows, context, *cotangents)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _run(call: _Call, inputs: tuple[jax.Array, ...], tensors: tuple[jax.Array, ...]) -> list[jax.Array]:
     """Call a handler; under vmap once with all rows, or as often as there are sets of parameters."""
 
     @jax.custom_batching.custom_vmap  # type: ignore[untyped-decorator, unused-ignore]
     def run(inputs: tuple[jax.Array, ...], tensors: tuple[jax.Array, ...]) -> list[jax.Array]:
-        handler: Any = jax.ffi.ffi_call(call.handler, call.shapes(inputs[0].shape[0]), vmap_method="sequential")
+        shapes = call.shapes(inputs[0].shape[0], inputs[1].shape[0] if call.has_context else 0)
+        handler: Any = jax.ffi.ffi_call(call.handler, shapes, vmap_method="sequential")
         attributes = {"spec": call.spec.to_json(), "num_threads": np.int64(call.num_threads)}
         return list(handler(*inputs, *tensors, **attributes, inverse=np.int64(call.inverse)))
 
@@ -366,19 +470,7 @@ def _run(call: _Call, inputs: tuple[jax.Array, ...], tensors: tuple[jax.Array, .
     def run_batched(count: int, batched: Any, inputs: tuple[jax.Array, ...], tensors: tuple[jax.Array, ...]) -> Any:
         if any(batched[1]) or not call.is_by_row:
             return _run_one_by_one(call, batched, inputs, tensors), [True] * len(call.results)
-        rows = inputs[0].shape[1 if batched[0][0] else 0]
-        merged = []
-        for array, is_batched in zip(inputs, batched[0], strict=True):
-            if not is_batched and array.shape != _ABSENT:
-                array = jnp.broadcast_to(array, (count, *array.shape))
-            merged.append(array.reshape(count * rows, *array.shape[2:]) if array.shape != _ABSENT else array)
-        results: list[jax.Array] = _run(call, tuple(merged), tensors)
-        are_batched = [result != "absent" for result in call.results]
-        split = [
-            result.reshape(count, rows, *result.shape[1:]) if is_batched else result
-            for result, is_batched in zip(results, are_batched, strict=True)
-        ]
-        return split, are_batched
+        return _run_merged(call, count, batched[0], inputs, tensors)
 
     return run(inputs, tensors)  # type: ignore[no-any-return]
 
@@ -405,68 +497,147 @@ def _run_one_by_one(
     return jax.lax.map(one, [array for flag, array in zip(flags, arrays, strict=True) if flag])  # type: ignore[no-any-return]
 
 
-# ---- derivatives -----------------------------------------------------------------------------------------------------
-# Only the forward pass knows the wanted derivatives. The choice reaches the backward pass as the structure of the
-# residuals: () where a gradient is wanted, None where not, neither of which holds an array.
+def _run_merged(
+    call: _Call, count: int, batched: Any, inputs: tuple[jax.Array, ...], tensors: tuple[jax.Array, ...]
+) -> tuple[list[jax.Array], list[bool]]:
+    """Make one call on the rows of all; a context that is one for all rows of all stays so."""
 
-_WANTED = ()
+    def merged(place: int) -> jax.Array:
+        array, is_batched = inputs[place], batched[place]
+        is_context = call.has_context and place == 1
+        if array.shape == _ABSENT:
+            return array
+        if not is_batched:
+            if is_context and array.shape[0] == 1 and "context" not in call.results:
+                return array
+            array = jnp.broadcast_to(array, (count, *array.shape))
+        return array.reshape(count * array.shape[1], *array.shape[2:])
+
+    sizes = [array.shape[1 if is_batched else 0] for array, is_batched in zip(inputs[:2], batched, strict=False)]
+    given = tuple(merged(place) for place in range(len(inputs)))
+    shapes = call.shapes(sizes[0], sizes[1] if call.has_context else 0)
+    are_batched = [result != "absent" for result in call.results]
+    results = _run_summed(call, given, tensors)
+    split = [
+        result.reshape(count, *shape.shape) if is_batched else result
+        for result, shape, is_batched in zip(results, shapes, are_batched, strict=True)
+    ]
+    return split, are_batched
+
+
+def _run_summed(call: _Call, inputs: tuple[jax.Array, ...], tensors: tuple[jax.Array, ...]) -> list[jax.Array]:
+    """Call a handler; the cotangents of contexts that each belong to several rows are summed over these."""
+    if "context" not in call.results or inputs[1].shape[0] in (1, inputs[0].shape[0]):
+        return _run(call, inputs, tensors)  # type: ignore[no-any-return]
+    rows, context, *cotangents = inputs
+    contexts, size = context.shape
+    shape = (contexts, rows.shape[0] // contexts, size)
+    each = _as_rows(jnp.broadcast_to(context[:, None], shape))
+    *others, of_rows = _run(call, (rows, each, *cotangents), tensors)
+    return [*others, of_rows.reshape(shape).sum(axis=1)]
+
+
+# ---- derivatives -----------------------------------------------------------------------------------------------------
+# Only the forward pass knows the wanted derivatives. What it says of them reaches the backward pass within the
+# residuals, as a part of their structure.
+
+
+class _Wanted(NamedTuple):
+    """Of what a derivative is asked for."""
+
+    rows: bool
+    context: bool
+    parameters: bool
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclass(frozen=True)
+class _Residuals:
+    """What a backward pass needs."""
+
+    rows: jax.Array
+    context: jax.Array | None
+    tensors: tuple[jax.Array, ...]
+    wanted: _Wanted
+
+    @classmethod
+    def of(cls, rows: Any, context: Any, tensors: Any) -> _Residuals:
+        """Return those of what a forward pass gets."""
+        wanted = _Wanted(
+            rows.perturbed, context is not None and context.perturbed, any(tensor.perturbed for tensor in tensors)
+        )
+        return cls(
+            rows.value, None if context is None else context.value, tuple(tensor.value for tensor in tensors), wanted
+        )
+
+    def run(self, call: _Call) -> list[jax.Array]:
+        """Call a handler without cotangents."""
+        return _run(call, _inputs(self.rows, self.context), self.tensors)  # type: ignore[no-any-return]
+
+    def tree_flatten(self) -> tuple[Any, _Wanted]:
+        """As JAX wants it."""
+        return (self.rows, self.context, self.tensors), self.wanted
+
+    @classmethod
+    def tree_unflatten(cls, wanted: _Wanted, values: Any) -> _Residuals:
+        """As JAX wants it."""
+        rows, context, tensors = values
+        return cls(rows, context, tensors, wanted)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _values(call: _Call, rows: jax.Array, tensors: tuple[jax.Array, ...]) -> list[jax.Array]:
-    return _run(call, (rows,), tensors)  # type: ignore[no-any-return]
+def _values(call: _Call, rows: jax.Array, context: jax.Array | None, tensors: tuple[jax.Array, ...]) -> list[jax.Array]:
+    return _run(call, _inputs(rows, context), tensors)  # type: ignore[no-any-return]
 
 
-def _values_forward(call: _Call, rows: Any, tensors: Any) -> Any:
-    rows, of_rows, tensors, of_parameters = _unpacked(rows, tensors)
-    return _run(call, (rows,), tensors), (rows, of_rows, tensors, of_parameters)
+def _values_forward(call: _Call, rows: Any, context: Any, tensors: Any) -> Any:
+    residuals = _Residuals.of(rows, context, tensors)
+    return residuals.run(call), residuals
 
 
-def _values_backward(call: _Call, residuals: Any, cotangents: list[Any]) -> tuple[Any, Any]:
-    rows, of_rows, tensors, of_parameters = residuals
+def _values_backward(call: _Call, residuals: _Residuals, cotangents: list[Any]) -> tuple[Any, Any, Any]:
+    wanted, rows = residuals.wanted, residuals.rows
     zero = jnp.zeros(_ABSENT, rows.dtype)
     given = [zero if isinstance(c, jax.custom_derivatives.SymbolicZero) else c for c in cotangents]
     if all(c is zero for c in given):
-        return None, None
-    gradient_call = call.vjp(of_rows is not None, of_parameters is not None)
-    of_rows_value, flat = _run(gradient_call, (rows, *given), tensors)
-    return of_rows_value if of_rows is not None else None, _parts(call, flat) if of_parameters is not None else None
+        return None, None, None
+    of_rows, flat, *of_context = _run_summed(
+        call.vjp(wanted), _inputs(rows, residuals.context, *given), residuals.tensors
+    )
+    return (
+        of_rows if wanted.rows else None,
+        of_context[0] if wanted.context else None,
+        _parts(call, flat) if wanted.parameters else None,
+    )
 
 
 _values.defvjp(_values_forward, _values_backward, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _nll(call: _Call, rows: jax.Array, tensors: tuple[jax.Array, ...]) -> jax.Array:
-    return _run(call.nll(of_parameters=False), (rows,), tensors)[0]
+def _nll(call: _Call, rows: jax.Array, context: jax.Array | None, tensors: tuple[jax.Array, ...]) -> jax.Array:
+    return _run(call.nll(of_parameters=False), _inputs(rows, context), tensors)[0]
 
 
-def _nll_forward(call: _Call, rows: Any, tensors: Any) -> Any:
-    rows, of_rows, tensors, of_parameters = _unpacked(rows, tensors)
-    if of_rows is None and of_parameters is not None:
-        value, flat = _run(call.nll(of_parameters=True), (rows,), tensors)
-        return value, flat
-    value, _ = _run(call.nll(of_parameters=False), (rows,), tensors)
-    return value, (rows, of_rows, tensors, of_parameters)
+def _nll_forward(call: _Call, rows: Any, context: Any, tensors: Any) -> Any:
+    residuals = _Residuals.of(rows, context, tensors)
+    if residuals.wanted == _Wanted(rows=False, context=False, parameters=True):
+        return tuple(residuals.run(call.nll(of_parameters=True)))
+    value, _ = residuals.run(call.nll(of_parameters=False))
+    return value, residuals
 
 
-def _nll_backward(call: _Call, residuals: Any, cotangent: Any) -> tuple[Any, Any]:
+def _nll_backward(call: _Call, residuals: Any, cotangent: Any) -> tuple[Any, Any, Any]:
     if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-        return None, None
-    if not isinstance(residuals, tuple):
-        return None, _parts(call, residuals * cotangent)
-    rows = residuals[0]
-    each = jnp.full(rows.shape[0], -1 / rows.shape[0], rows.dtype) * cotangent
+        return None, None, None
+    if not isinstance(residuals, _Residuals):
+        return None, None, _parts(call, residuals * cotangent)
+    count = residuals.rows.shape[0]
+    each = jnp.full(count, -1 / count, residuals.rows.dtype) * cotangent
     return _values_backward(call.of_kind("log_prob"), residuals, [each])
 
 
 _nll.defvjp(_nll_forward, _nll_backward, symbolic_zeros=True)
-
-
-def _unpacked(rows: Any, tensors: Any) -> tuple[Any, Any, Any, Any]:
-    """Values of what a forward pass gets, and which of them gradients are wanted of."""
-    of_parameters = _WANTED if any(t.perturbed for t in tensors) else None
-    return rows.value, _WANTED if rows.perturbed else None, tuple(t.value for t in tensors), of_parameters
 
 
 def _parts(call: _Call, flat: jax.Array) -> tuple[jax.Array, ...]:

@@ -1,9 +1,10 @@
 // XLA calls these on threads of its own, without the GIL, and nothing here takes it or touches Python, so that neither
 // can wait for the other.
 //
-// Arguments are the rows and cotangents of a call, then every parameter in the order of ParamLayout. What the call is
-// stands in attributes: a handler is a function of what XLA hands it, so that programs can be cached on disk, exported
-// and run in another process.
+// Arguments are the rows of a call, their context where the flow has one, the cotangents, then every parameter in the
+// order of ParamLayout. A context is [M, C] where M divides the number of rows: each of its rows goes with as many
+// consecutive ones. What the call is stands in attributes: a handler is a function of what XLA hands it, so that
+// programs can be cached on disk, exported and run in another process.
 //
 // The kernels read parameters in a packed form. XLA's buffers change hands without notice, so an address proves
 // nothing, and every call compares all bytes of its parameters with those that were packed.
@@ -34,7 +35,6 @@
 #include <nvpflow/spec_json.hpp>
 
 #include "../../cpp/src/parallel.hpp"
-#include "without_context.hpp"
 #include "xla_ffi.h"
 
 namespace nvpflow::python {
@@ -141,7 +141,7 @@ std::shared_ptr<Model> model_of(std::string_view spec) {
   const std::lock_guard<std::mutex> lock(all.mutex);
   auto found = std::find_if(all.kept.begin(), all.kept.end(), [&](const auto& entry) { return entry.first == spec; });
   if (found == all.kept.end()) {
-    auto made = std::make_shared<Model>(without_context(parse_spec(std::string(spec))));
+    auto made = std::make_shared<Model>(parse_spec(std::string(spec)));
     if (all.kept.size() == Models::kKept) all.kept.pop_back();
     found = all.kept.emplace(all.kept.end(), std::string(spec), std::move(made));
   }
@@ -169,11 +169,13 @@ class DefaultFloatingPoint {
 /// What XLA hands over, checked: the sizes come from a program, which nvpflow.jax need not have written.
 class Call {
  public:
-  Call(const xla::CallFrame& frame, std::size_t inputs, std::size_t outputs)
+  /// inputs: beside the context and the parameters. outputs_of_context: further ones where the flow has a context.
+  Call(const xla::CallFrame& frame, std::size_t inputs, std::size_t outputs, std::size_t outputs_of_context = 0)
       : frame_(frame),
         model_(model_of(text("spec"))),
         how_(static_cast<int>(std::clamp<std::int64_t>(number("num_threads"), 0, 4096))) {
     const std::size_t tensors = model_->layout.tensors().size();
+    if (has_context()) ++inputs, outputs += outputs_of_context;
     if (frame.args.size != static_cast<std::int64_t>(inputs + tensors) ||
         frame.rets.size != static_cast<std::int64_t>(outputs)) {
       fail("the call has " + std::to_string(frame.args.size) + " arguments and " + std::to_string(frame.rets.size) +
@@ -182,6 +184,7 @@ class Call {
     const xla::Buffer& x = argument(0);
     if (x.rank != 2) fail("argument 0 has " + std::to_string(x.rank) + " axes, expected 2");
     rows_ = x.dims[0];
+    if (has_context()) read_context();
     std::vector<const void*> parameters(tensors);
     for (std::size_t i = 0; i < tensors; ++i) {
       const xla::Buffer& tensor = argument(inputs + i);
@@ -193,6 +196,17 @@ class Call {
 
   const Flow& flow() const { return *flow_; }
   const Execution& how() const { return how_; }
+  /// The same of a product that also gives the cotangent of the context as result i, where the flow has one.
+  Execution how_with_gradient(std::size_t i) const {
+    Execution how = how_;
+    if (!has_context()) return how;
+    how.context.gradient = optional_output(i, contexts());
+    if (how.context.gradient != nullptr && contexts_ != 1 && contexts_ != rows_) {
+      fail("the context has " + std::to_string(contexts_) + " rows for " + std::to_string(rows_) +
+           ", expected 1 or one for each where its cotangent is asked for");
+    }
+    return how;
+  }
   DType dtype() const { return model_->spec.dtype; }
   std::int64_t rows() const { return rows_; }
   std::int64_t features() const { return model_->spec.input_size; }
@@ -203,13 +217,18 @@ class Call {
   Shape matrix() const { return {rows_, features()}; }
   Shape vector() const { return {rows_}; }
   Shape flat() const { return {model_->layout.size()}; }
+  Shape contexts() const { return {contexts_, model_->spec.context_size}; }
 
-  const void* input(std::size_t i, const Shape& shape) const {
-    return check(argument(i), shape, "argument " + std::to_string(i));
+  /// The rows.
+  const void* input() const { return check(argument(0), matrix(), "argument 0"); }
+  /// The cotangent of result i of the call that this is the product of.
+  const void* cotangent(std::size_t i, const Shape& shape) const {
+    const std::size_t at = place_of_cotangent(i);
+    return check(argument(at), shape, "argument " + std::to_string(at));
   }
-  /// Null for an argument of shape [0], which says zero.
-  const void* optional_input(std::size_t i, const Shape& shape) const {
-    return is_absent(argument(i)) ? nullptr : input(i, shape);
+  /// Null for one of shape [0], which says zero.
+  const void* optional_cotangent(std::size_t i, const Shape& shape) const {
+    return is_absent(argument(place_of_cotangent(i))) ? nullptr : cotangent(i, shape);
   }
   void* output(std::size_t i, const Shape& shape) const {
     return check(result(i), shape, "result " + std::to_string(i));
@@ -266,10 +285,29 @@ class Call {
     return buffer.data;
   }
 
+  bool has_context() const { return model_->spec.context_size > 0; }
+
+  std::size_t place_of_cotangent(std::size_t i) const { return i + (has_context() ? 2 : 1); }
+
+  void read_context() {
+    static constexpr unsigned char kNothing = 0;
+    const xla::Buffer& context = argument(1);
+    if (context.rank != 2) fail("argument 1, the context, has " + std::to_string(context.rank) + " axes, expected 2");
+    contexts_ = context.dims[0];
+    const void* data = check(context, contexts(), "argument 1, the context,");
+    if (contexts_ == 0 ? rows_ > 0 : rows_ % contexts_ != 0) {
+      fail("argument 1, the context, has " + std::to_string(contexts_) + " rows, expected a number that divides " +
+           std::to_string(rows_));
+    }
+    how_.context.rows = data == nullptr ? &kNothing : data;  // of no rows nothing is read
+    const std::int64_t each = rows_ / std::max<std::int64_t>(1, contexts_);
+    how_.context.repeat = contexts_ == 1 ? ContextRows::kForAll : std::max<std::int64_t>(1, each);
+  }
+
   const xla::CallFrame& frame_;
   std::shared_ptr<Model> model_;
   Execution how_;
-  std::int64_t rows_ = 0;
+  std::int64_t rows_ = 0, contexts_ = 0;
   std::shared_ptr<const Flow> flow_;
 };
 
@@ -283,41 +321,40 @@ void by_dtype(DType dtype, F&& f) {
 /// x -> log_prob
 void log_prob(const xla::CallFrame& frame) {
   const Call call(frame, 1, 1);
-  call.flow().log_prob_unchecked(call.input(0, call.matrix()), call.rows(), call.output(0, call.vector()), call.how());
+  call.flow().log_prob_unchecked(call.input(), call.rows(), call.output(0, call.vector()), call.how());
 }
 
 /// in -> out, log_det
 void transform(const xla::CallFrame& frame) {
   const Call call(frame, 1, 2);
-  call.flow().transform_unchecked(call.direction(), call.input(0, call.matrix()), call.rows(),
-                                  call.output(0, call.matrix()), call.output(1, call.vector()), call.how());
+  call.flow().transform_unchecked(call.direction(), call.input(), call.rows(), call.output(0, call.matrix()),
+                                  call.output(1, call.vector()), call.how());
 }
 
-/// in, grad_out, grad_log_det -> grad_in, grad_parameters
+/// in, grad_out, grad_log_det -> grad_in, grad_parameters and, with a context, its cotangent
 void transform_vjp(const xla::CallFrame& frame) {
-  const Call call(frame, 3, 2);
-  call.flow().vjp_unchecked(call.direction(), call.input(0, call.matrix()), call.rows(),
-                            call.optional_input(1, call.matrix()), call.optional_input(2, call.vector()),
-                            call.optional_output(0, call.matrix()), call.optional_output(1, call.flat()), false,
-                            call.how());
+  const Call call(frame, 3, 2, 1);
+  call.flow().vjp_unchecked(call.direction(), call.input(), call.rows(), call.optional_cotangent(0, call.matrix()),
+                            call.optional_cotangent(1, call.vector()), call.optional_output(0, call.matrix()),
+                            call.optional_output(1, call.flat()), false, call.how_with_gradient(2));
 }
 
-/// x, grad_log_prob -> grad_x, grad_parameters
+/// x, grad_log_prob -> grad_x, grad_parameters and, with a context, its cotangent
 void log_prob_vjp(const xla::CallFrame& frame) {
-  const Call call(frame, 2, 2);
-  call.flow().log_prob_vjp_unchecked(call.input(0, call.matrix()), call.rows(), call.input(1, call.vector()), nullptr,
+  const Call call(frame, 2, 2, 1);
+  call.flow().log_prob_vjp_unchecked(call.input(), call.rows(), call.cotangent(0, call.vector()), nullptr,
                                      call.optional_output(0, call.matrix()), call.optional_output(1, call.flat()),
-                                     false, call.how());
+                                     false, call.how_with_gradient(2));
 }
 
 /// x -> nll, its gradient by the parameters
 void nll(const xla::CallFrame& frame) {
   const Call call(frame, 1, 2);
-  const void* x = call.input(0, call.matrix());
   void* value = call.output(0, {});
   void* gradient = call.optional_output(1, call.flat());
-  const double mean = gradient == nullptr ? call.flow().nll_unchecked(x, call.rows(), call.how())
-                                          : call.flow().nll_gradient_unchecked(x, call.rows(), gradient, call.how());
+  const double mean = gradient == nullptr
+                          ? call.flow().nll_unchecked(call.input(), call.rows(), call.how())
+                          : call.flow().nll_gradient_unchecked(call.input(), call.rows(), gradient, call.how());
   by_dtype(call.dtype(), [&](auto t) { *static_cast<decltype(t)*>(value) = static_cast<decltype(t)>(mean); });
 }
 
