@@ -1,4 +1,4 @@
-"""RealNVP normalizing flows: exact densities, sampling and training, on a C++ core.
+"""Normalizing flows of coupling layers: exact densities, sampling and training, on a C++ core.
 
 >>> import numpy as np, nvpflow
 >>> x = np.random.default_rng(0).normal(size=(1000, 16)).astype(np.float32)

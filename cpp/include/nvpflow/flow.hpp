@@ -1,5 +1,6 @@
 /// @file
-/// A RealNVP normalizing flow on caller-owned memory: exact density, both directions, sampling and gradients.
+/// A normalizing flow of coupling layers on caller-owned memory: exact density, both directions, sampling and
+/// gradients.
 #pragma once
 
 #include <cstdint>
