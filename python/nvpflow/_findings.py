@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,10 +33,13 @@ class Findings:
     numbers: NDArray[np.int64]  # [N], of these among all rows
     total: int
     names: list[str]
+    contexts: Array | None  # [N, C], of a flow with a context
+    context_names: list[str]
     log_p: NDArray[np.float64]  # [N]
     gaussian: NDArray[np.float64] | None  # [N]
     gaussian_source: str
-    samples: Array
+    samples: Array  # drawn under contexts of the rows
+    samples_contexts: Array | None
     samples_log_p: NDArray[np.float64]
     latents: NDArray[np.float64]  # of the rows examined
     distance: NDArray[np.float64]  # [D], Kolmogorov-Smirnov, data and samples
@@ -49,24 +52,41 @@ class Findings:
         return np.isfinite(self.log_p)
 
 
-def finite_rows(rows: Array) -> Array:
-    return rows[np.isfinite(rows).all(axis=1)]
+class Rows(NamedTuple):
+    """Rows [N, D] and their contexts [N, C], None of a flow without."""
+
+    rows: Array
+    contexts: Array | None = None
+
+    def finite(self) -> NDArray[np.bool_]:
+        """Tell the rows that hold no NaN and no infinity, nor do their contexts."""
+        finite = np.isfinite(self.rows).all(axis=1)
+        if self.contexts is not None:
+            finite &= np.isfinite(self.contexts).all(axis=1)
+        return np.asarray(finite)
+
+    def those(self, which: NDArray[Any]) -> Rows:
+        """Return some of them."""
+        return Rows(self.rows[which], None if self.contexts is None else self.contexts[which])
 
 
-def examine(flow: Flow, data: Array, train: Array | None, names: list[str] | None) -> Findings:
-    finite = np.isfinite(data).all(axis=1)
-    rows = data if finite.all() else data[finite]
+def examine(
+    flow: Flow, data: Rows, train: Rows | None, names: list[str] | None, context_names: list[str] | None = None
+) -> Findings:
+    finite = data.finite()
+    rows, contexts = table = data if finite.all() else data.those(finite)
+    total = len(data.rows)
     if len(rows) < LEAST_ROWS:
         raise ValueError(f"data has {counted(len(rows), 'row')} of finite numbers, expected at least {LEAST_ROWS}")
     notices = []
-    if len(rows) < len(data):
+    if len(rows) < total:
         bad = np.flatnonzero(~finite)
         notices.append(
-            f"{counted(len(bad), 'row')} of {len(data):,} with NaN or infinite values left out "
+            f"{counted(len(bad), 'row')} of {total:,} with NaN or infinite values left out "
             f"(row {', '.join(map(str, bad[:5]))}{', …' if len(bad) > 5 else ''}, counted from 0)."
         )
     notices += _about_columns(flow, rows, names)
-    log_p = flow.log_probability(rows).astype(np.float64)
+    log_p = flow.log_probability(rows, context=contexts).astype(np.float64)
     if not np.isfinite(log_p).any():
         raise ValueError(
             "no row of data has a finite log-density under this flow; are they on the scale of its training data?"
@@ -75,28 +95,41 @@ def examine(flow: Flow, data: Array, train: Array | None, names: list[str] | Non
         notices.append(
             f"{counted(wild, 'row')} so far out that the log-density is not a finite number; not in the means."
         )
-    samples = flow.sample(SAMPLES, seed=0, dtype=rows.dtype)
-    if wild := len(samples) - len(finite_rows(samples)):
+    drawn = _samples(flow, table)
+    samples = drawn if (kept := drawn.finite()).all() else drawn.those(kept)
+    if wild := len(drawn.rows) - len(samples.rows):
         notices.append(f"{counted(wild, 'sample')} of {SAMPLES:,} not finite, and left out.")
-        samples = finite_rows(samples)
-    gaussian, source = _gaussian(rows, train)
-    some, numbers = some_rows(rows, EXAMINED), np.flatnonzero(finite)
-    latents = flow.forward(some)[0].astype(np.float64)
+    gaussian, source = _gaussian(table, train)
+    some, numbers = table.those(some_rows(np.arange(len(rows)), EXAMINED)), np.flatnonzero(finite)
+    latents = flow.forward(some.rows, context=some.contexts)[0].astype(np.float64)
+    columns = range(flow.spec.input_size)
     return Findings(
         rows=rows,
         numbers=numbers,
-        total=len(data),
-        names=names or [f"column {i}" for i in range(data.shape[1])],
+        total=total,
+        names=names or [f"column {i}" for i in columns],
+        contexts=contexts,
+        context_names=context_names or [f"context {i}" for i in range(flow.spec.context_size)],
         log_p=log_p,
         gaussian=gaussian,
         gaussian_source=source,
-        samples=samples,
-        samples_log_p=flow.log_probability(samples).astype(np.float64),
+        samples=samples.rows,
+        samples_contexts=samples.contexts,
+        samples_log_p=flow.log_probability(samples.rows, context=samples.contexts).astype(np.float64),
         latents=latents[np.isfinite(latents).all(axis=1)],
-        distance=np.array([_kolmogorov_smirnov(some[:, i], samples[:, i]) for i in range(data.shape[1])]),
-        certificate=_certified(flow, rows, numbers),
+        distance=np.array([_kolmogorov_smirnov(some.rows[:, i], samples.rows[:, i]) for i in columns]),
+        certificate=_certified(flow, table, numbers),
         notices=notices,
     )
+
+
+def _samples(flow: Flow, table: Rows) -> Rows:
+    """Return rows of the flow, under the contexts of the table's rows where there are some, each about as often."""
+    if table.contexts is None:
+        return Rows(flow.sample(SAMPLES, seed=0, dtype=table.rows.dtype))
+    which = np.resize(some_rows(np.arange(len(table.rows)), SAMPLES), SAMPLES)
+    under = table.contexts[which]
+    return Rows(flow.sample(1, seed=0, dtype=table.rows.dtype, context=under)[:, 0], under)
 
 
 def _about_columns(flow: Flow, rows: Array, names: list[str] | None) -> list[str]:
@@ -109,18 +142,24 @@ def _about_columns(flow: Flow, rows: Array, names: list[str] | None) -> list[str
     return texts if len(texts) <= 5 else [*texts[:5], f"{len(texts) - 5} findings more: nvpflow.check_data shows them."]
 
 
-def _gaussian(rows: Array, train: Array | None) -> tuple[NDArray[np.float64] | None, str]:
+def _gaussian(table: Rows, train: Rows | None) -> tuple[NDArray[np.float64] | None, str]:
     """Return log p of the rows under a Gaussian that was not fitted to them, and how that was done."""
     try:
         if train is not None:
-            return gaussian_log_prob(train, rows), "fitted to the training rows"
-        first = np.random.default_rng(0).permutation(len(rows)) < len(rows) // 2
-        density = np.empty(len(rows))
-        density[first] = gaussian_log_prob(rows[~first], rows[first])
-        density[~first] = gaussian_log_prob(rows[first], rows[~first])
+            return _gaussian_of(train, table), "fitted to the training rows"
+        first = np.random.default_rng(0).permutation(len(table.rows)) < len(table.rows) // 2
+        halves = table.those(first), table.those(~first)
+        density = np.empty(len(table.rows))
+        density[first] = _gaussian_of(halves[1], halves[0])
+        density[~first] = _gaussian_of(*halves)
         return density, "fitted to one half of the rows and scored on the other, in turns"
     except np.linalg.LinAlgError:
         return None, "not defined: the covariance is singular (a constant or redundant column, or too few rows)"
+
+
+def _gaussian_of(train: Rows, rows: Rows) -> NDArray[np.float64]:
+    contexts = None if train.contexts is None or rows.contexts is None else (train.contexts, rows.contexts)
+    return gaussian_log_prob(train.rows, rows.rows, contexts)
 
 
 def _kolmogorov_smirnov(data: Array, samples: Array) -> float:
@@ -133,10 +172,11 @@ def _kolmogorov_smirnov(data: Array, samples: Array) -> float:
     return float(np.max(np.abs(cdfs[0] - cdfs[1])))
 
 
-def _certified(flow: Flow, rows: Array, numbers: NDArray[np.int64]) -> Certificate:
+def _certified(flow: Flow, table: Rows, numbers: NDArray[np.int64]) -> Certificate:
     """Return the certificate of some of the rows; its errors have the numbers that their rows have among all."""
     chosen = some_rows(numbers, CERTIFIED)
-    found = flow.certify(rows[np.searchsorted(numbers, chosen)])
+    some = table.those(np.searchsorted(numbers, chosen))
+    found = flow.certify(some.rows, context=some.contexts)
 
     def numbered(error: Deviation | None) -> Deviation | None:
         return None if error is None else replace(error, row=int(chosen[error.row]))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 
-def gaussian_log_prob(train: Array, rows: Array) -> NDArray[np.float64]:
+def gaussian_log_prob(train: Array, rows: Array, contexts: tuple[Array, Array] | None = None) -> NDArray[np.float64]:
     """Return log p [B] in nats under the Gaussian with the training rows' mean and full covariance.
 
     Parameters
@@ -19,20 +19,37 @@ def gaussian_log_prob(train: Array, rows: Array) -> NDArray[np.float64]:
         Rows [N, D] to take mean and covariance from.
     rows
         Rows [B, D].
+    contexts
+        Of both, [N, C] and [B, C]: the density is that under the context, whose Gaussian has a mean that is linear in
+        it. Columns of a context may be constant or depend on each other.
 
     Raises
     ------
     numpy.linalg.LinAlgError
         The covariance of `train` is singular.
     """
-    if len(train) <= train.shape[1]:
-        raise np.linalg.LinAlgError(f"{len(train)} rows of {train.shape[1]} columns have a singular covariance")
+    known = 0 if contexts is None else contexts[0].shape[1]
+    if len(train) <= train.shape[1] + known:
+        raise np.linalg.LinAlgError(f"{len(train)} rows of {train.shape[1] + known} columns have a singular covariance")
     train, rows = train.astype(np.float64), rows.astype(np.float64)
+    if contexts is not None:
+        train, rows = _without_what_is_linear(train, rows, contexts)
     covariance = np.cov(train, rowvar=False)
     std = np.sqrt(np.diag(covariance))
     if not std.all() or np.linalg.matrix_rank(covariance / np.outer(std, std), hermitian=True) < len(std):
         raise np.linalg.LinAlgError("the covariance of train is singular")
     return _log_density(rows - train.mean(axis=0), covariance)
+
+
+def _without_what_is_linear(train: Array, rows: Array, contexts: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Return rows less what a linear function of the context explains of them, fitted to the training rows."""
+    given, others = (context.astype(np.float64) for context in contexts)
+    centre, spread = given.mean(axis=0), given.std(axis=0)
+    spread[spread == 0] = 1
+    given, others = (given - centre) / spread, (others - centre) / spread
+    mean = train.mean(axis=0)
+    slopes = np.linalg.lstsq(given, train - mean, rcond=None)[0]
+    return train - given @ slopes, rows - others @ slopes
 
 
 def shrunk_log_prob(train: Array, rows: Array, given: int = 0) -> NDArray[np.float64]:

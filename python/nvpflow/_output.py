@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -90,7 +91,7 @@ def create_table(
     kind
         "csv" (as many digits as `dtype` needs to be read back exactly), "npy" or "parquet".
     dtype
-        Of the blocks.
+        Of the blocks; of a `.npy` as a whole.
     columns
         None: blocks are [n], the table has one dimension.
     rows
@@ -103,7 +104,8 @@ def create_table(
     Yields
     ------
     function
-        Takes a block and, optionally, a table of Arrow whose columns come before it.
+        Takes a block [n] and a table of Arrow whose columns come before it, with the block's name; or a block and,
+        optionally, an array [n, C] whose columns come behind it.
     """
     if kind != "csv" and target == "-" and sys.stdout.isatty():
         raise DataError(f"not writing binary .{kind} to a terminal; redirect standard output or give -o FILE")
@@ -111,7 +113,7 @@ def create_table(
         if kind == "csv":
             if names is not None:
                 file.write(_header(names))
-            yield _csv_writer(file, dtype)
+            yield _csv_writer(file)
         elif kind == "npy":
             with _npy_writer(file, np.dtype(dtype), columns, rows) as write:
                 yield write
@@ -196,19 +198,32 @@ def _header(names: Sequence[str]) -> bytes:
     return line.getvalue().encode(errors="backslashreplace")
 
 
-def _csv_writer(file: BinaryIO, dtype: str) -> Callable[..., None]:
-    digits = "%.9g" if dtype == "float32" else "%.17g"
-
-    def write(block: Array, passed: Any = None, name: str = "") -> None:
+def _csv_writer(file: BinaryIO) -> Callable[..., None]:
+    def write(block: Array, passed: Any = None, name: str = "", behind: Array | None = None) -> None:
         if passed is not None:
             from nvpflow import _arrow
 
             file.write(_arrow.csv_bytes(_arrow.appended(passed, name, block)))
             return
-        line = ",".join([digits] * (block.shape[1] if block.ndim == 2 else 1)) + "\n"
-        file.write((line * len(block) % tuple(block.ravel().tolist())).encode())
+        digits = "%.9g" if block.dtype == np.float32 else "%.17g"
+        columns = [digits] * (block.shape[1] if block.ndim == 2 else 1)
+        if behind is None:
+            cells = block.ravel().tolist()
+        else:
+            columns += ["%s"] * behind.shape[1]
+            cells = [
+                cell
+                for row, last in zip(block.tolist(), behind.tolist(), strict=True)
+                for cell in (*row, *map(_shortest, last))
+            ]
+        file.write(((",".join(columns) + "\n") * len(block) % tuple(cells)).encode())
 
     return write
+
+
+def _shortest(value: float) -> str:
+    """Write a number from a table as people do, such that it reads back exactly: 0.1, 5."""
+    return repr(value).removesuffix(".0")
 
 
 @contextmanager
@@ -222,15 +237,19 @@ def _parquet_writer(
     table = _arrow.ParquetTable(file)
     written = False
 
-    def write(block: Array, passed: Any = None, name: str = "") -> None:
+    def write(block: Array, passed: Any = None, name: str = "", behind: Array | None = None) -> None:
         nonlocal written
         written = True
         if passed is not None:
             table.write(_arrow.appended(passed, name, block))
             return
         flat = block if block.ndim == 2 else block[:, None]
-        given = names or [f"column_{i + 1}" for i in range(flat.shape[1])]
-        table.write(_arrow.table_of(flat, given, range(flat.shape[1])))
+        own, last = flat.shape[1], np.empty((len(flat), 0)) if behind is None else behind
+        given = names or [f"column_{i + 1}" for i in range(own + last.shape[1])]
+        rows = _arrow.table_of(flat, given[:own], range(own))
+        for called, column in zip(given[own:], last.T, strict=True):
+            rows = _arrow.appended(rows, called, column)
+        table.write(rows)
 
     yield write
     if not written:
@@ -246,19 +265,20 @@ def _npy_writer(
     tail = () if columns is None else (columns,)
     if rows is not None:
         file.write(_npy_header(dtype, (rows, *tail)))
-        yield lambda block: _write_all(file, block)
+        yield partial(_write_all, file, dtype)
         return
     # The header, which comes first, states the number of rows: they wait in a temporary file until they are counted.
     with tempfile.TemporaryFile() as waiting:
-        yield lambda block: _write_all(waiting, block)
+        yield partial(_write_all, waiting, dtype)
         counted = waiting.tell() // (dtype.itemsize * math.prod(tail))
         file.write(_npy_header(dtype, (counted, *tail)))
         waiting.seek(0)
         shutil.copyfileobj(waiting, file)
 
 
-def _write_all(file: IO[bytes], block: Array) -> None:
-    file.write(np.ascontiguousarray(block).data)
+def _write_all(file: IO[bytes], dtype: np.dtype[Any], block: Array, behind: Array | None = None) -> None:
+    whole = block if behind is None else np.hstack([block, behind])
+    file.write(np.ascontiguousarray(whole, dtype=dtype).data)
 
 
 def _npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:

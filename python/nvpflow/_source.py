@@ -87,6 +87,7 @@ class Problems:
         self.names: list[str] | None = None
         self.notes: list[str] = []
         self.needless: set[int] = set()  # columns that another remedy leaves out
+        self.needed: set[int] = set()  # columns that cannot be left out
 
     def __bool__(self) -> bool:
         return bool(self.general or self.ragged.count or self.wrong or self.missing)
@@ -128,8 +129,12 @@ class Problems:
             )
             shown.append(f"{self.column(column)} holds {cells.kind} ({found})")
         ways = [way for kind, way in WAYS_OUT.items() if any(cells.kind == kind for cells in self.wrong.values())]
-        drop = ",".join(option_value(self.names[i] if self.names else str(i + 1)) for i in sorted(self.wrong))
-        yield f"{', '.join(shown)}: expected numbers; {'; '.join([*ways, f'--drop {drop} leaves them out'])}"
+        spare = [option_value(self.names[i] if self.names else str(i + 1)) for i in sorted({*self.wrong} - self.needed)]
+        if spare:
+            ways.append(f"--drop {','.join(spare)} leaves them out")
+        if self.needed & {*self.wrong}:
+            ways.append("encode those of the context as numbers")
+        yield f"{', '.join(shown)}: expected numbers; {'; '.join(ways)}"
 
     def _missing(self) -> Iterator[str]:
         if self.missing:

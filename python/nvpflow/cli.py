@@ -22,12 +22,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 import nvpflow
-from nvpflow import _certify, _checks, _data, _output, _training_options, certificate, data_io
+from nvpflow import _certify, _checks, _context, _data, _output, _training_options, certificate, data_io
 from nvpflow._architecture import MASKS, MIXINGS, NETWORKS, OPTIONS, SCALES, TRANSFORMS, Options
 from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS, default_activation
 from nvpflow._source import rows_per_block
@@ -221,7 +222,10 @@ def _add_fit(commands: Any) -> None:
     _add_option(model, "--no-standardize", action="store_true", help=standardize_help)
     _add_option(model, "--dtype", choices=("float32", "float64"), default="float32", help="of weights and arithmetic")
     _add_training_options(fit.add_argument_group("training"))
-    _add_reading(fit.add_argument_group("table"))
+    table = fit.add_argument_group("table")
+    context_help = "columns that condition the others: the model is p(others | these); named as for --columns"
+    _add_context_columns(table, context_help)
+    _add_reading(table)
 
 
 def _add_architecture(group: Any) -> None:
@@ -269,6 +273,7 @@ def _add_score(commands: Any) -> None:
     score.add_argument("model", metavar="MODEL", help="model file")
     score.add_argument("data", metavar="DATA", help=f"rows: {_TABLES}; float64 is kept where the model standardizes")
     _add_ignore_names(score)
+    _add_context_columns(score)
     _add_reading(score)
     keep_help = "columns to write beside log p; not a part of the rows, unless the model has them"
     _add_option(score, "--keep", metavar="NAME,NAME", type=_listed_names, action=_Once, help=keep_help)
@@ -281,9 +286,19 @@ def _add_score(commands: Any) -> None:
 def _add_sample(commands: Any) -> None:
     sample = _add_command(commands, "sample", _run_sample, "Draw rows from a flow.")
     sample.add_argument("model", metavar="MODEL", help="model file")
-    _add_option(sample, "-n", "--rows", type=int, metavar="N", required=True, help="how many")
+    rows_help = "how many; with --context-from under each row of TABLE"
+    _add_option(sample, "-n", "--rows", type=int, metavar="N", required=True, help=rows_help)
     _add_option(sample, "--seed", type=int, metavar="S", default=0, help="the same seed gives the same rows")
     _add_option(sample, "--start", type=int, metavar="I", default=0, help="first row, of the seed's endless sample")
+    context = sample.add_argument_group("context, of a model that has one")
+    context_help = "draw under one context, such as 0.5,1.2 (--context=-1,2 where the first number is negative)"
+    _add_option(context, "--context", metavar="X,X", type=_numbers, help=context_help)
+    from_help = f"draw under each row of a table, and write its context behind the rows: {_TABLES}"
+    _add_option(context, "--context-from", metavar="TABLE", help=from_help)
+    columns_help = "columns of TABLE, in this order (default: by the model's names, else all)"
+    _add_context_columns(context, columns_help)
+    _add_ignore_names(context)
+    _add_cells(context)
     _add_table_output(sample)
     _add_threads(sample)
     _add_device(sample)
@@ -301,6 +316,16 @@ def _add_reading(command: Any) -> None:
     columns_help = "columns to use, in this order (default: all); numbers from 1 where the table has no names"
     _add_option(command, "--columns", metavar="NAME,NAME", type=_listed_names, action=_Once, help=columns_help)
     _add_option(command, "--drop", metavar="NAME,NAME", type=_listed_names, action=_Once, help="columns to leave out")
+    _add_cells(command)
+
+
+def _add_context_columns(
+    command: Any, help: str = "columns of the model's context, in this order (default: by the model's names)"
+) -> None:
+    _add_option(command, "--context-columns", metavar="NAME,NAME", type=_listed_names, action=_Once, help=help)
+
+
+def _add_cells(command: Any) -> None:
     missing_help = "rows with empty cells, NA or NaN: an error that lists them, left out, or NaN"
     _add_option(command, "--missing", choices=("refuse", "skip", "nan"), default="refuse", help=missing_help)
     delimiter_help = "of a CSV: a character or comma, semicolon, tab, pipe, space (default: as its first lines have it)"
@@ -327,6 +352,7 @@ def _add_check(commands: Any) -> None:
     check.add_argument("model", metavar="MODEL", help="model file")
     check.add_argument("data", metavar="DATA", help=f"rows: {_TABLES}; float64 is kept where the model standardizes")
     _add_ignore_names(check)
+    _add_context_columns(check)
     _add_reading(check)
     _add_option(check, "--json", action="store_true", help="print JSON")
     tolerance_help = "largest relative error that is not called unreliable"
@@ -351,6 +377,7 @@ def _add_report(commands: Any) -> None:
     _add_option(report, "-o", "--output", metavar="PAGE", required=True, help="HTML file to write, - for stdout")
     _add_option(report, "--force", action="store_true", help="overwrite PAGE")
     _add_ignore_names(report)
+    _add_context_columns(report)
     _add_reading(report)
     train_help = "training rows, to fit the Gaussian to (default: to halves of DATA in turns)"
     _add_option(report, "--train", metavar="TABLE", help=train_help)
@@ -364,6 +391,13 @@ def _add_report(commands: Any) -> None:
 
 def _listed_names(text: str) -> list[str]:
     return next(csv.reader([text]), [])
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0.5,1.2") from None
 
 
 class _Once(argparse.Action):
@@ -399,32 +433,44 @@ def _sizes(text: str) -> tuple[int, ...]:
 # -------------------------------------------------------------------------------------------------------- commands
 
 
+class _Data(NamedTuple):
+    """The rows of a table with their context, which may be none, and the names that the table has."""
+
+    rows: Any
+    context: Any
+    names: list[str] | None
+    context_names: list[str] | None
+
+
 def _run_fit(arguments: argparse.Namespace) -> None:
     _check_fit_paths(arguments)
     model = {name: getattr(arguments, name) for name in OPTIONS} | {"hidden_sizes": _hidden_sizes(arguments)}
     Options(**model).checked()
     _output.check_target(arguments.output, force=arguments.force)
     # Before minutes go into reading the data: is the device there?
-    nvpflow.build(2, 1, (), dtype=arguments.dtype, device=arguments.device, precision=arguments.precision)
-    rows, names = _read(arguments, arguments.data, arguments.dtype, wide=not arguments.no_standardize)
-    validation = _validation(arguments, rows.shape[1], names)
+    where = {"dtype": arguments.dtype, "device": arguments.device, "precision": arguments.precision}
+    context_size = len(arguments.context_columns or ())
+    nvpflow.build(2, 1, (), context_size=context_size, **where)
+    data = _read(arguments, arguments.data, arguments.dtype, wide=not arguments.no_standardize)
+    rows = data.rows
+    validation = _validation(arguments, data)
     flow = nvpflow.build(
         rows.shape[1],
         arguments.num_flows,
+        context_size=context_size,
         activation=default_activation(rows.shape[1]) if arguments.activation is None else arguments.activation,
         **model,
         standardize=not arguments.no_standardize,
-        dtype=arguments.dtype,
         seed=arguments.seed,
-        device=arguments.device,
-        precision=arguments.precision,
+        **where,
     )
-    flow.column_names = names
+    flow.column_names, flow.context_names = data.names, data.context_names
     say: Callable[..., None] = (lambda *_, **__: None) if arguments.quiet else print
-    say(f"data: {arguments.data}, {rows.shape[0]:,} rows x {rows.shape[1]} columns")
+    under = f", under {counted(context_size, 'column')} of context" if context_size else ""
+    say(f"data: {arguments.data}, {rows.shape[0]:,} rows x {rows.shape[1]} columns{under}")
     say(f"model: {flow}", flush=True)
 
-    history = _train(arguments, flow, rows, validation)
+    history = _train(arguments, flow, data, validation)
     flow.save(arguments.output)
     if arguments.history is not None:
         _write_history(arguments.history, history, force=arguments.force)
@@ -488,7 +534,7 @@ def _read_history(source: str) -> nvpflow.History:
             raise data_io.DataError(f"{source}: not a file of fit --history: {error}") from error
 
 
-def _train(arguments: argparse.Namespace, flow: nvpflow.Flow, rows: Any, validation: Any) -> nvpflow.History:
+def _train(arguments: argparse.Namespace, flow: nvpflow.Flow, data: _Data, validation: Any) -> nvpflow.History:
     started = reported = time.monotonic()
     # The progress bar is for terminals; a log gets a line now and then.
     log = not arguments.quiet and not sys.stderr.isatty()
@@ -508,7 +554,8 @@ def _train(arguments: argparse.Namespace, flow: nvpflow.Flow, rows: Any, validat
 
     try:
         history = flow.fit(
-            rows,
+            data.rows,
+            context=data.context,
             validation=validation,
             **{name: getattr(arguments, name) for name in _training_options.FLAGS},
             progress=False if arguments.quiet else None,
@@ -534,23 +581,19 @@ def _read(
     arguments: argparse.Namespace,
     source: str,
     dtype: str,
-    columns: int | None = None,
-    names: Sequence[str] | None = None,
-    of: str = "the model",
+    model: data_io.ModelColumns | None = None,
     *,
     wide: bool,
     in_place: bool = False,
-) -> tuple[Any, list[str] | None]:
-    """Return the rows of a table, which must have so many columns of these names, and the names that it has."""
+) -> _Data:
+    """Return what a table holds, which must have the model's columns."""
     reading = _in_place(_reading(arguments)) if in_place else _reading(arguments)
-    with data_io.open_table(source, reading, names) as table:
-        if columns is not None:
-            table.expect(columns, names, of=of)
-        rows = table.read(dtype, wide=wide)
+    with data_io.open_table(source, reading, model) as table:
+        rows, context = table.read(dtype, wide=wide)
     _say_notes(arguments, table)
     if len(rows) == 0:
         raise data_io.DataError(f"{source}: no rows")
-    return rows, table.names
+    return _Data(rows, context, table.names, None if context is None else table.context_names)
 
 
 def _reading(arguments: argparse.Namespace, **more: Any) -> data_io.Reading:
@@ -558,6 +601,7 @@ def _reading(arguments: argparse.Namespace, **more: Any) -> data_io.Reading:
     return data_io.Reading(
         columns=arguments.columns,
         drop=arguments.drop or (),
+        context=arguments.context_columns,
         missing=arguments.missing,
         delimiter=arguments.delimiter,
         **more,
@@ -584,21 +628,24 @@ def _quoted(name: str) -> str:
     return _checks.shortened(repr(name))
 
 
-def _expected_names(arguments: argparse.Namespace, flow: nvpflow.Flow) -> Sequence[str] | None:
-    return None if arguments.ignore_names else flow.column_names
+def _model_columns(arguments: argparse.Namespace, flow: nvpflow.Flow) -> data_io.ModelColumns:
+    """Return what the model takes of a table."""
+    names = (None, None) if arguments.ignore_names else (flow.column_names, flow.context_names)
+    return data_io.ModelColumns(flow.spec.input_size, names[0], flow.spec.context_size, names[1])
 
 
-def _validation(arguments: argparse.Namespace, columns: int, names: Sequence[str] | None) -> Any:
-    """Return the share of rows to hold out, or the rows of the table that --validation names."""
+def _validation(arguments: argparse.Namespace, data: _Data) -> Any:
+    """Return the share of rows to hold out, or the rows of the table that --validation names, with their context."""
     if not arguments.validation.strip():
         raise data_io.DataError("--validation is empty, expected a share of the rows such as 0.1, or a table")
     try:
         return float(arguments.validation)
     except ValueError:
-        names = None if arguments.ignore_names else names
-        return _read(
-            arguments, arguments.validation, arguments.dtype, columns, names, wide=not arguments.no_standardize
-        )[0]
+        names = (None, None) if arguments.ignore_names else (data.names, data.context_names)
+        size = 0 if data.context is None else data.context.shape[1]
+        model = data_io.ModelColumns(data.rows.shape[1], names[0], size, names[1])
+        found = _read(arguments, arguments.validation, arguments.dtype, model, wide=not arguments.no_standardize)
+        return found.rows if found.context is None else (found.rows, found.context)
 
 
 def _run_score(arguments: argparse.Namespace) -> None:
@@ -613,9 +660,7 @@ def _run_score(arguments: argparse.Namespace) -> None:
     reading = _in_place(
         _reading(arguments, keep=arguments.keep or (), append=arguments.append, typed=kind == "parquet")
     )
-    names = _expected_names(arguments, flow)
-    with data_io.open_table(arguments.data, reading, names) as table:
-        table.expect(flow.spec.input_size, names)
+    with data_io.open_table(arguments.data, reading, _model_columns(arguments, flow)) as table:
         if beside and _LOG_PROB in table.passed_names:
             raise data_io.DataError(f"{arguments.data}: it has a column {_LOG_PROB} already; name others with --keep")
         with _output.create_table(
@@ -627,62 +672,143 @@ def _run_score(arguments: argparse.Namespace) -> None:
             names=[*table.passed_names, _LOG_PROB] if beside else [_LOG_PROB] if kind == "parquet" else None,
             force=arguments.force,
         ) as write:
-            wide = flow.spec._takes_float64_rows
             for block in table.blocks():
-                log_p = flow.log_probability(data_io.converted(block.rows, flow.spec.dtype, wide=wide))
-                lost = np.isnan(log_p)
-                if lost.any():  # of a number beyond the model's dtype the density is 0, as of all that overflows
-                    log_p[lost & np.isfinite(block.rows).all(axis=1)] = -np.inf
+                log_p = _scores(flow, block)
                 write(log_p, block.passed, _LOG_PROB) if beside else write(log_p)
     _say_notes(arguments, table)
 
 
+def _scores(flow: nvpflow.Flow, block: data_io.Block) -> Any:
+    """Return log p of a block's rows: NaN where a row or its context holds NaN or infinity."""
+    dtype = flow.spec.dtype
+    context = None if block.context is None else data_io.converted(block.context, dtype)
+    rows = data_io.converted(block.rows, dtype, wide=flow.spec._takes_float64_rows)
+    log_p = flow.log_probability(rows, context=context)
+    lost = np.isnan(log_p)
+    if lost.any():  # of a number beyond the model's dtype the density is 0, as of all that overflows
+        sound = np.isfinite(block.rows).all(axis=1)
+        if context is not None:  # beyond the dtype, it is not known what the density is under it
+            sound &= np.isfinite(context).all(axis=1)
+        log_p[lost & sound] = -np.inf
+    return log_p
+
+
 def _run_sample(arguments: argparse.Namespace) -> None:
+    _output.check_distinct(arguments.output, {"MODEL": arguments.model, "--context-from": arguments.context_from})
     flow = nvpflow.load(arguments.model, device=arguments.device, precision=arguments.precision)
     flow.num_threads = arguments.threads
-    columns = flow.spec.input_size
-    total = arguments.rows
+    _check_sample_rows(arguments, 1)
+    contexts, names = _contexts(arguments, flow)
+    tables = [] if contexts is None or contexts.ndim == 1 else [contexts]
+    total = arguments.rows * len(tables[0]) if tables else arguments.rows
+    _check_sample_rows(arguments, len(tables[0]) if tables else 1)
+    dtype = flow._rows_dtype()
+    with _output.create_table(
+        arguments.output,
+        kind=_output.output_format(arguments.output, arguments.format),
+        dtype=np.result_type(dtype, *map(_narrowest, tables)).name,
+        columns=flow.spec.input_size + sum(table.shape[1] for table in tables),
+        rows=total,
+        names=_sampled_names(flow, names) if tables else flow.column_names,
+        force=arguments.force,
+    ) as write:
+        for drawn, under in _samples(arguments, flow, contexts, dtype):
+            write(drawn, behind=under)
+
+
+def _check_sample_rows(arguments: argparse.Namespace, contexts: int) -> None:
+    """Check -n and --start, before the first row is written."""
+    total = arguments.rows * contexts
+    asked = f"-n {arguments.rows}" + (f" for each of {contexts:,} contexts" if contexts > 1 else "")
     if total < 0:
-        raise ValueError(f"-n {total}: expected at least 0")
+        raise ValueError(f"{asked}: expected at least 0")
     if arguments.start < 0:
         raise ValueError(f"--start {arguments.start}: expected at least 0")
     if total > _ROWS_OF_A_SEED:
-        raise ValueError(f"-n {total}: a seed has {_ROWS_OF_A_SEED} rows, expected no more")
-    if arguments.start + max(total, 1) > _ROWS_OF_A_SEED:  # before the first row is written
+        raise ValueError(f"{asked}: a seed has {_ROWS_OF_A_SEED} rows, expected no more")
+    if arguments.start + max(total, 1) > _ROWS_OF_A_SEED:
         raise ValueError(
-            f"--start {arguments.start} and -n {total}: a seed has rows 0 to {_ROWS_OF_A_SEED - 1}, expected a start "
+            f"--start {arguments.start} and {asked}: a seed has rows 0 to {_ROWS_OF_A_SEED - 1}, expected a start "
             f"of at most {_ROWS_OF_A_SEED - max(total, 1)}"
         )
-    dtype = flow._rows_dtype()
-    kind = _output.output_format(arguments.output, arguments.format)
-    with _output.create_table(
-        arguments.output,
-        kind=kind,
-        dtype=dtype,
-        columns=columns,
-        rows=total,
-        names=flow.column_names,
-        force=arguments.force,
-    ) as write:
-        step = rows_per_block(columns)
-        for first in range(0, total, step):
-            count = min(step, total - first)
-            write(flow.sample(count, seed=arguments.seed, start=arguments.start + first, dtype=dtype))
+
+
+def _contexts(arguments: argparse.Namespace, flow: nvpflow.Flow) -> tuple[Any, list[str] | None]:
+    """Return under what to sample, [C], [M, C] or None, and the names that a table of contexts has."""
+    one, source, size = arguments.context, arguments.context_from, flow.spec.context_size
+    if size == 0 and (one is not None or source is not None):
+        raise data_io.DataError(f"--context{'-from' if one is None else ''}: the model has no context")
+    if size > 0 and (one is None) == (source is None):
+        called = f" ({', '.join(map(_quoted, flow.context_names))})" if flow.context_names else ""
+        raise data_io.DataError(
+            f"the model is a density under a context of {counted(size, 'number')}{called}, expected either --context "
+            "with these or --context-from with a table of them"
+        )
+    if one is not None and len(one) != size:
+        raise data_io.DataError(f"--context has {counted(len(one), 'number')}, the model takes {size}")
+    if source is None and arguments.context_columns is not None:
+        raise data_io.DataError("--context-columns is given without --context-from, whose columns it names")
+    if source is None:
+        if one is not None:
+            flow.condition(one)  # which refuses what it cannot take before anything is written
+        return (None if one is None else np.array(one)), None
+    reading = data_io.Reading(
+        context=arguments.context_columns,
+        context_only=True,
+        missing=arguments.missing,
+        delimiter=arguments.delimiter,
+    )
+    with data_io.open_table(source, reading, _model_columns(arguments, flow)) as table:
+        rows, contexts = table.read(flow.spec.dtype)
+    _say_notes(arguments, table)
+    _context.rows(contexts, len(rows), flow.spec, name=source)
+    return contexts, table.context_names
+
+
+def _narrowest(contexts: NDArray[Any]) -> np.dtype[Any]:
+    """Return float32 where it holds contexts as they are, else their own dtype."""
+    narrow = contexts.astype(np.float32)
+    return np.dtype(narrow.dtype if np.array_equal(contexts, narrow, equal_nan=True) else contexts.dtype)
+
+
+def _sampled_names(flow: nvpflow.Flow, of_table: Sequence[str] | None) -> list[str] | None:
+    """Return the names of a model's columns and of its context behind them; those of neither are None."""
+    contexts = flow.context_names or of_table
+    if flow.column_names is None and contexts is None:
+        return None
+    columns = flow.column_names or [f"column_{i + 1}" for i in range(flow.spec.input_size)]
+    return [*columns, *(contexts or [f"context_{i + 1}" for i in range(flow.spec.context_size)])]
+
+
+def _samples(arguments: argparse.Namespace, flow: nvpflow.Flow, contexts: Any, dtype: str) -> Iterator[tuple[Any, Any]]:
+    """Yield the sample in blocks, and beside each the contexts of its rows where these are a table."""
+    count, step = arguments.rows, rows_per_block(flow.spec.input_size)
+    draw = partial(flow.sample, seed=arguments.seed, dtype=dtype)
+    if contexts is None or contexts.ndim == 1:
+        for first in range(0, count, step):
+            yield draw(min(step, count - first), start=arguments.start + first, context=contexts), None
+        return
+    together = max(1, step // max(1, count))  # contexts whose rows make a block
+    for i in range(0, len(contexts), together):
+        under = contexts[i : i + together]
+        for first in range(0, count, step):
+            most = min(step, count - first)
+            drawn = draw(most, start=arguments.start + i * count + first, context=under)
+            yield drawn.reshape(-1, flow.spec.input_size), np.repeat(under, most, axis=0)
 
 
 def _run_check(arguments: argparse.Namespace) -> int:
     flow = nvpflow.load(arguments.model, device=arguments.device, precision=arguments.precision)
     flow.num_threads = arguments.threads
     certifier = _certify.Certifier(flow, tolerance=arguments.tolerance, jacobian_rows=arguments.jacobian_rows)
-    names = _expected_names(arguments, flow)
-    with data_io.open_table(arguments.data, _in_place(_reading(arguments)), names) as table:
-        table.expect(flow.spec.input_size, names)
+    reading = _in_place(_reading(arguments))
+    with data_io.open_table(arguments.data, reading, _model_columns(arguments, flow)) as table:
         spec, called = flow.spec, table.names or flow.column_names
         standardizes = begins_with_standardize(spec)
         look = _data.RunningLook(called, spec.input_size, spec.dtype, standardizes, _data.trained_scales(flow))
-        for rows in table.chunks(flow.spec.dtype, wide=flow.spec._takes_float64_rows):
+        for rows, contexts in table.chunks(spec.dtype, wide=spec._takes_float64_rows):
             look.add(rows)
-            certifier.add(rows)
+            certifier.add(rows, None if contexts is None else data_io.converted(contexts, spec.dtype))
     _say_notes(arguments, table)
     if certifier.rows == 0:
         raise data_io.DataError(f"{arguments.data}: no rows")
@@ -706,6 +832,7 @@ def _run_info(arguments: argparse.Namespace) -> None:
         info = {
             "spec": json.loads(flow.spec.to_json()),
             "column_names": flow.column_names,
+            "context_names": flow.context_names,
             "threshold": None if flow.threshold is None else flow.threshold._asdict(),
             "num_parameters": flow.num_parameters,
             "tensors": tensors,
@@ -716,6 +843,8 @@ def _run_info(arguments: argparse.Namespace) -> None:
     print(flow)
     if flow.column_names is not None:
         print(f"columns: {', '.join(map(_quoted, flow.column_names))}")
+    if flow.context_names is not None:
+        print(f"context: {', '.join(map(_quoted, flow.context_names))}")
     if flow.threshold is not None:
         limit, share = flow.threshold
         print(f"threshold: log p below {limit:.6g} nats" + ("" if share is None else f", quantile {share:g}"))
@@ -735,10 +864,9 @@ def _run_report(arguments: argparse.Namespace) -> None:
     flow.num_threads = arguments.threads
     columns = flow.spec.input_size
     history = None if arguments.history is None else _read_history(arguments.history)
-    expected = _expected_names(arguments, flow)
-    wide = flow.spec._takes_float64_rows
-    rows, found = _read(arguments, arguments.data, flow.spec.dtype, columns, expected, wide=wide, in_place=True)
-    names: Sequence[str] | None = found or flow.column_names
+    read = partial(_read, arguments, dtype=flow.spec.dtype, wide=flow.spec._takes_float64_rows)
+    data = read(arguments.data, model=_model_columns(arguments, flow), in_place=True)
+    names: Sequence[str] | None = data.names or flow.column_names
     if arguments.names is not None:
         names = arguments.names
         if len(arguments.names) != columns:
@@ -746,14 +874,24 @@ def _run_report(arguments: argparse.Namespace) -> None:
     details = {"Model file": _identified(arguments.model), "Data file": _shown(arguments.data)}
     train = None
     if arguments.train is not None:
-        train, _ = _read(arguments, arguments.train, flow.spec.dtype, columns, expected, wide=wide)
+        found = read(arguments.train, model=_model_columns(arguments, flow))
+        train = found.rows if found.context is None else (found.rows, found.context)
         details["Training file"] = _shown(arguments.train)
-    model, data = (_shown(os.path.basename(path)) for path in (arguments.model, arguments.data))
-    title = arguments.title or f"{model} on {data}"
-    page = report.html(flow, rows, train=train, history=history, names=names, title=title, details=details)
+    files = (_shown(os.path.basename(path)) for path in (arguments.model, arguments.data))
+    page = report.html(
+        flow,
+        data.rows,
+        context=data.context,
+        train=train,
+        history=history,
+        names=names,
+        context_names=data.context_names or flow.context_names,
+        title=arguments.title or " on ".join(files),
+        details=details,
+    )
     _output.write_text(arguments.output, page, force=arguments.force)
     if arguments.output != "-":
-        print(f"{len(rows):,} rows; page written to {arguments.output}")
+        print(f"{len(data.rows):,} rows; page written to {arguments.output}")
 
 
 def _shown(path: str) -> str:

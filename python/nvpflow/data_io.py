@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,6 +44,12 @@ class Reading:
         Those to use, in this order: names, or numbers counted from 1 where the table has no names. None: all.
     drop
         Columns to leave out.
+    context
+        Columns that condition the rows and are not a part of them, as `columns` names them. None: those that the model
+        knows by name.
+    context_only
+        The table holds contexts and no rows: without `context`, and where the model or the table has no names, every
+        column is one of the context.
     keep
         Columns to hand on beside the rows; left out of the rows unless the model has them.
     append
@@ -59,6 +64,8 @@ class Reading:
 
     columns: Sequence[str] | None = None
     drop: Sequence[str] = ()
+    context: Sequence[str] | None = None
+    context_only: bool = False
     keep: Sequence[str] = ()
     append: bool = False
     missing: str = "refuse"
@@ -66,11 +73,25 @@ class Reading:
     typed: bool = False
 
 
+@dataclass(frozen=True)
+class ModelColumns:
+    """What a model takes of a table; names are None where it has none, or where nobody is to look at them."""
+
+    size: int
+    names: Sequence[str] | None = None
+    context_size: int = 0
+    context_names: Sequence[str] | None = None
+
+
 @dataclass
 class Block:
-    """Rows [n, columns] that can be used, float64 or of the file's own dtype, and the columns handed on beside them."""
+    """Rows [n, columns] that can be used, float64 or of the file's own dtype.
+
+    Beside them their context [n, context columns], where the table has one, and the columns handed on.
+    """
 
     rows: Array
+    context: Array | None
     passed: Any
 
 
@@ -90,30 +111,39 @@ class Table:
         Number of rows; None where only reading to the end will tell.
     names
         Of the columns, where the file has them.
+    context_names
+        Of the columns of the context, where the file has them.
     passed_names
         Of the columns that are handed on.
     incomplete
         Rows with missing cells so far.
     """
 
-    def __init__(self, source: Source, reading: Reading, model_names: Sequence[str] | None) -> None:
+    def __init__(self, source: Source, reading: Reading, model: ModelColumns | None) -> None:
         self.name = source.name
         self.incomplete = 0
         self._source = source
         self._reading = reading
         self._problems = Problems(source.name, source.unit)
         self._problems.names = source.names
-        if source.names is None or source.names != [name.strip() for name in model_names or ()]:
+        known = model.names if model is not None else None
+        if source.names is None or source.names != [name.strip() for name in known or ()]:
             self._problems.notes += source.notes
-        self._used, self._passed = self._select(model_names)
+        self._context = self._select_context(model)
+        self._problems.needed = set(self._context)
+        self._used, self._passed = self._select(known)
         self.columns = len(self._used)
         self.names = None if source.names is None else [source.names[i] for i in self._used]
+        self.context_names = None if source.names is None else [source.names[i] for i in self._context]
         self.passed_names = [self._name(i) for i in self._passed]
         self.rows = None if reading.missing == "skip" else source.rows
         if twice := self._repeated():
             self._problems.general.append(f"{twice}, expected a name for each; rename one of them")
-        if self.columns == 0 and source.width:
+        if self.columns == 0 and source.width and not reading.context_only:
             raise DataError(f"{self.name}: no column is left")
+        if model is not None:
+            self._expect(model)
+            self._expect_context(model)
 
     @property
     def notes(self) -> list[str]:
@@ -126,7 +156,7 @@ class Table:
     def _repeated(self) -> str:
         """Return what to say where two of the columns that make the rows have one name."""
         shown = [""] * self._source.width
-        for i in self._used:
+        for i in [*self._used, *self._context]:
             shown[i] = (self._source.names or shown)[i]
         return _checks.repeated(shown)
 
@@ -135,7 +165,12 @@ class Table:
         reading, known = self._reading, {name.strip() for name in model_names or ()}
         chosen = None if reading.columns is None else self._found("--columns", reading.columns)
         drop, keep = self._found("--drop", reading.drop), self._found("--keep", reading.keep)
-        left_out = {*drop, *(i for i in keep if self._name(i).strip() not in known)}
+        for option, given in (("--columns", chosen), ("--drop", drop)):
+            if both := [self._problems.column(i) for i in given or () if i in self._context]:
+                raise DataError(f"{self.name}: {option} names {both[0]}, a column of the context; leave it out there")
+        left_out = {*drop, *self._context, *(i for i in keep if self._name(i).strip() not in known)}
+        if reading.context_only:
+            chosen = []
         if chosen is None:
             chosen = [i for i in range(self._source.width) if i not in left_out]
             index = self._source.index_column()
@@ -147,6 +182,39 @@ class Table:
         else:
             chosen = [i for i in chosen if i not in drop]
         return chosen, list(range(self._source.width)) if reading.append else keep
+
+    def _select_context(self, model: ModelColumns | None) -> list[int]:
+        """Return the columns of the context: those of the option, or those that the model knows by name."""
+        option = "--context-columns"
+        if self._reading.context is not None:
+            if model is not None and model.context_size == 0:
+                raise DataError(f"{option} is given, expected it left out: the model has no context")
+            if not self._reading.context:
+                raise DataError(f"{option} is empty, expected the columns of the context")
+            return self._found(option, self._reading.context)
+        if model is None or model.context_size == 0:
+            return []
+        names = [name.strip() for name in self._source.names or ()]
+        if names and model.context_names:
+            wanted = [name.strip() for name in model.context_names]
+            if unknown := [name for name in wanted if names.count(name) != 1]:
+                twice = " (or more than one of that name)" if any(name in names for name in unknown) else ""
+                raise DataError(
+                    f"{self.name}: there is no column {_listed(unknown)}{twice} for the context of the model; the "
+                    f"table has {_listed(names)}; {option} with --ignore-names takes others"
+                )
+            if model.names and (both := [name.strip() for name in model.names if name.strip() in wanted]):
+                raise DataError(
+                    f"{self.name}: the model calls a column and one of its context {_listed(both[:1])}; {option} with "
+                    "--ignore-names says which is which"
+                )
+            return [names.index(name) for name in wanted]
+        if self._reading.context_only:
+            return list(range(self._source.width))
+        raise DataError(
+            f"{self.name}: the model is a density under a context of {counted(model.context_size, 'column')}; say with "
+            f"{option} which of the table's these are"
+        )
 
     def _found(self, option: str, wanted: Sequence[str]) -> list[int]:
         """Return the numbers, from 0, of columns that an option names."""
@@ -161,29 +229,44 @@ class Table:
             raise DataError(f"{self.name}: {option}: there is no column {_listed(unknown)}{twice}; the table has {has}")
         return [known.index(name) for name in wanted]
 
-    def expect(self, columns: int, names: Sequence[str] | None, *, of: str = "the model") -> None:
-        """Check that the rows have so many columns, and of these names where both are named."""
-        if self.columns != columns:
+    def _expect(self, model: ModelColumns) -> None:
+        """Check that the rows have the model's columns, and of its names where both are named."""
+        names = model.names
+        if self.columns != model.size and not self._reading.context_only:
             hint = ""
             if names and self.names and {name.strip() for name in names} <= {name.strip() for name in self.names}:
                 hint = f"; --columns {','.join(map(option_value, names))} chooses those that it was trained with"
                 known = {name.strip() for name in names}
                 self._problems.needless = {i for i in self._used if self._name(i).strip() not in known}
-            self._problems.general.append(f"{counted(self.columns, 'column')}, {of} takes {columns}{hint}")
+            self._problems.general.append(f"{counted(self.columns, 'column')}, the model takes {model.size}{hint}")
             return
-        for i, (found, expected) in enumerate(zip(self.names or (), names or (), strict=False)):
-            if found.strip() != expected.strip():
-                here, there = (_checks.shortened(repr(name)) for name in (found, expected))
+        self._expect_names("column", self.names, names, "reorder the columns")
+
+    def _expect_context(self, model: ModelColumns) -> None:
+        """Check the same of the context."""
+        if len(self._context) != model.context_size:
+            self._problems.general.append(
+                f"a context of {counted(len(self._context), 'column')}, the model takes {model.context_size}"
+            )
+            return
+        self._expect_names("context column", self.context_names, model.context_names, "reorder --context-columns")
+
+    def _expect_names(
+        self, column: str, names: Sequence[str] | None, expected: Sequence[str] | None, remedy: str
+    ) -> None:
+        for i, pair in enumerate(zip(names or (), expected or (), strict=False)):
+            if pair[0].strip() != pair[1].strip():
+                here, there = (_checks.shortened(repr(name)) for name in pair)
                 self._problems.general.append(
-                    f"column {i + 1} is {here}, {of} was trained with {there} there; "
-                    "reorder the columns, or give --ignore-names if only their names differ"
+                    f"{column} {i + 1} is {here}, the model was trained with {there} there; "
+                    f"{remedy}, or give --ignore-names if only their names differ"
                 )
                 return
 
     def blocks(self) -> Iterator[Block]:
         """Yield the rows. A table that cannot be used is read to its end, and everything said in one DataError."""
-        problems = self._problems
-        for piece in self._source.pieces(self._used, self._passed, self._reading.typed, problems):
+        problems, own = self._problems, self.columns
+        for piece in self._source.pieces([*self._used, *self._context], self._passed, self._reading.typed, problems):
             rows, passed = piece.rows, piece.passed
             if rows.dtype.kind == "f" and rows.size and np.isnan(rows.min()):
                 gaps = np.isnan(rows)
@@ -195,51 +278,73 @@ class Table:
                     rows = rows[complete]
                     passed = None if passed is None else passed.filter(complete)
             if not problems:
-                yield Block(rows, passed)
+                yield Block(rows[:, :own], rows[:, own:], passed) if self._context else Block(rows, None, passed)
         problems.incomplete = self.incomplete
         problems.raise_all()
 
     def _refuse(self, gaps: Array, piece: Piece) -> None:
         for j in np.flatnonzero(gaps.any(axis=0)):
             where = np.flatnonzero(gaps[:, j])
-            column = self._used[j]
+            column = (self._used + self._context)[j]
             known = self._problems.missing.get(column)
             wanted = where[: SHOWN - len(known.first)] if known else where[:SHOWN]
             first = piece.labels(wanted.tolist()) if len(wanted) else []
             self._problems.add_missing(column, len(where), first)
 
-    def chunks(self, dtype: str, *, wide: bool = False) -> Iterator[Array]:
-        """Yield the rows in C-contiguous arrays of `dtype`, of bounded size; wide: of float64 where that rounds."""
-        for block in self.blocks():
-            yield converted(block.rows, dtype, wide=wide)
+    def chunks(self, dtype: str, *, wide: bool = False) -> Iterator[tuple[Array, Array | None]]:
+        """Yield the rows in C-contiguous arrays of `dtype`, of bounded size; wide: of float64 where that rounds.
 
-    def read(self, dtype: str, *, wide: bool = False) -> Array:
-        """Return all rows as one such array; a `.npy` of that dtype stays on disk, mapped."""
+        Beside them their context, of `dtype` or of float64 where that rounds.
+        """
+        for block in self.blocks():
+            context = None if block.context is None else converted(block.context, dtype, wide=True)
+            yield converted(block.rows, dtype, wide=wide), context
+
+    def read(self, dtype: str, *, wide: bool = False) -> tuple[Array, Array | None]:
+        """Return all of this as one array each; a `.npy` of rows of that dtype stays on disk, mapped."""
+        if self._context:
+            return self._joined(dtype, wide=wide)
         mapped = self._source.mapped()
         whole = mapped is not None and self._used == list(range(self._source.width)) and mapped.flags.c_contiguous
         if whole and mapped is not None and mapped.dtype in ((dtype, "float64") if wide else (dtype,)):
             for _ in self.blocks():
                 pass  # what is wrong with it
             if not self.incomplete or self._reading.missing == "nan":
-                return mapped
-            return np.ascontiguousarray(mapped[~np.isnan(mapped).any(axis=1)])
-        return _joined(self.chunks(dtype, wide=wide), self.columns, dtype, self.rows)
+                return mapped, None
+            return np.ascontiguousarray(mapped[~np.isnan(mapped).any(axis=1)]), None
+        return self._joined(dtype, wide=wide)
+
+    def _joined(self, dtype: str, *, wide: bool) -> tuple[Array, Array | None]:
+        rows, context = _Growing(self.columns, dtype, self.rows), _Growing(len(self._context), dtype, self.rows)
+        for block, beside in self.chunks(dtype, wide=wide):
+            rows.add(block)
+            if beside is not None:
+                context.add(beside)
+        return rows.whole(), context.whole() if self._context else None
 
 
-def _joined(blocks: Iterator[Array], columns: int, dtype: str, rows: int | None) -> Array:
-    """Return blocks as one array, which grows in place: memory for the rows once."""
-    first = next(blocks, None)
-    if first is None:
-        return np.empty((0, columns), dtype)
-    whole = np.empty((rows or 0, columns), first.dtype)
-    end = 0
-    for block in chain((first,), blocks):
-        if end + len(block) > len(whole):
-            whole.resize((max(end + len(block), len(whole) + len(whole) // 4), columns), refcheck=False)
-        whole[end : end + len(block)] = block
-        end += len(block)
-    whole.resize((end, columns), refcheck=False)
-    return whole
+class _Growing:
+    """An array [n, columns] that grows in place: memory for the rows once."""
+
+    def __init__(self, columns: int, dtype: str, expected: int | None) -> None:
+        self._rows = np.empty((0, columns), dtype)
+        self._expected = expected or 0
+        self._end = 0
+
+    def add(self, block: Array) -> None:
+        """Append rows, all of one dtype."""
+        columns, end = block.shape[1], self._end + len(block)
+        if self._end == 0:
+            self._rows = np.empty((self._expected, columns), block.dtype)
+        if end > len(self._rows):
+            self._rows.resize((max(end, len(self._rows) + len(self._rows) // 4), columns), refcheck=False)
+        self._rows[self._end : end] = block
+        self._end = end
+
+    def whole(self) -> Array:
+        """Return the rows."""
+        self._rows.resize((self._end, self._rows.shape[1]), refcheck=False)
+        return self._rows
 
 
 def converted(block: Array, dtype: str, *, wide: bool = False) -> Array:
@@ -265,9 +370,7 @@ _ZIP = b"PK\x03\x04"
 
 
 @contextmanager
-def open_table(
-    source: str, reading: Reading | None = None, model_names: Sequence[str] | None = None
-) -> Iterator[Table]:
+def open_table(source: str, reading: Reading | None = None, model: ModelColumns | None = None) -> Iterator[Table]:
     """Open a table: a file whose suffix says what it is, or `-` or a pipe that brings CSV, `.npy` or an Arrow stream.
 
     Parameters
@@ -276,8 +379,8 @@ def open_table(
         A path or `-`.
     reading
         What to take of it; None: everything.
-    model_names
-        Of the columns of the model that the rows are for, where it knows them.
+    model
+        What the model takes that the rows are for. Where it is another table, `Table.blocks` says so.
 
     Yields
     ------
@@ -293,7 +396,7 @@ def open_table(
     """
     reading = reading or Reading()
     with ExitStack() as stack:
-        yield Table(_open_source(source, reading, stack), reading, model_names)
+        yield Table(_open_source(source, reading, stack), reading, model)
 
 
 def _open_source(source: str, reading: Reading, stack: ExitStack) -> Source:

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nvpflow import _checks, _html, _spec
+from nvpflow import _checks, _context, _html, _spec
 from nvpflow._blame import blame
-from nvpflow._core import __version__, cpu_isa
-from nvpflow._findings import Findings, examine, finite_rows
+from nvpflow._core import FlowSpec, __version__, cpu_isa
+from nvpflow._findings import Findings, Rows, examine
 from nvpflow._text import counted
 from nvpflow.flow import Flow
 from nvpflow.history import History
@@ -36,7 +36,7 @@ __all__ = ["html"]
 
 Array = NDArray[Any]
 
-CORNER_COLUMNS = 8
+CORNER_COLUMNS, CORNER_CONTEXTS = 8, 3  # at most so many, and so many of them of a context
 OUTLIERS = 10
 _TIMES = "\N{MULTIPLICATION SIGN}"
 SMALL, SQUARE = (4.5, 3.5), (4.5, 4.1)  # inches; nearly the width they are shown at, so that letters keep their size
@@ -46,9 +46,11 @@ def html(
     flow: Flow,
     data: ArrayLike,
     *,
-    train: ArrayLike | None = None,
+    context: ArrayLike | None = None,
+    train: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
     history: History | None = None,
     names: Sequence[str] | None = None,
+    context_names: Sequence[str] | None = None,
     title: str = "A flow and its data",
     details: Mapping[str, str] | None = None,
 ) -> str:
@@ -61,13 +63,18 @@ def html(
     data
         Rows [N, D], of the flow's dtype or one that NumPy converts to it safely; at least 10 of them finite. Rows with
         NaN or infinite values are counted on the page and left out.
+    context
+        Of a flow with a context: [N, C], or [C] for all rows. Samples are drawn under these contexts.
     train
-        The rows [M, D] that the flow was trained on: what the Gaussian beside it is fitted to. None: it is fitted to
-        one half of `data` and scored on the other, in turns.
+        The rows [M, D] that the flow was trained on, with a context a tuple (rows [M, D], context [M, C]): what the
+        Gaussian beside it is fitted to, whose mean is then linear in the context. None: it is fitted to one half of
+        `data` and scored on the other, in turns.
     history
         What `nvpflow.Flow.fit` returned, for the learning curve.
     names
         Of the D columns.
+    context_names
+        Of the C numbers of a context.
     title
         Of the page.
     details
@@ -85,14 +92,39 @@ def html(
     ImportError
         Matplotlib is not installed.
     """
-    columns = flow.spec.input_size
     rows = _checks.rows("data", data, flow.spec)
-    reference = None if train is None else finite_rows(_checks.rows("train", train, flow.spec))
-    given = getattr(data, "columns", None) if names is None else names
-    if given is not None and (isinstance(given, str) or len(given) != columns):
-        raise ValueError(f"names is {_checks.describe(given)}, expected {columns} names, one for each column")
-    findings = examine(flow, rows, reference, None if given is None else [str(name) for name in given])
+    table = Rows(rows, _context.rows(context, len(rows), flow.spec, names=flow.context_names))
+    reference = None if train is None else _training_rows(flow, train)
+    of_columns = _names("names", names, data, flow.spec.input_size, "column")
+    of_context = _names("context_names", context_names, context, flow.spec.context_size, "number of a context")
+    findings = examine(flow, table, reference, of_columns, of_context)
     return _page(flow, findings, history, title, details or {})
+
+
+def _training_rows(flow: Flow, train: ArrayLike | tuple[ArrayLike, ArrayLike]) -> Rows:
+    """Return the rows that were trained on, those that are finite."""
+    given: Any = train
+    contexts = None
+    if flow.spec.context_size:
+        if not isinstance(train, tuple) or len(train) != 2:
+            raise ValueError("train holds rows without their context, expected a tuple (rows, context)")
+        given, contexts = train
+    rows = _checks.rows("train", given, flow.spec)
+    name = "the context of train"
+    found = Rows(rows, _context.rows(contexts, len(rows), flow.spec, name, names=flow.context_names, one_for_all=False))
+    return found.those(found.finite())
+
+
+def _names(
+    argument: str, names: Sequence[str] | None, table: ArrayLike | None, count: int, each: str
+) -> list[str] | None:
+    """Return names as they are given or as a frame has them; None where there are none."""
+    given = getattr(table, "columns", None) if names is None else names
+    if given is None:
+        return None
+    if isinstance(given, str) or len(given) != count:
+        raise ValueError(f"{argument} is {_checks.describe(given)}, expected {count} names, one for each {each}")
+    return [str(name) for name in given]
 
 
 # -------------------------------------------------------------------------------------------------------- pictures
@@ -211,9 +243,19 @@ def _corner_picture(found: Findings) -> Picture:
 
     count = len(found.names)
     worst = np.argsort(-found.distance, kind="stable")
-    chosen = sorted(worst[:CORNER_COLUMNS].tolist())
+    contexts = found.context_names[:CORNER_CONTEXTS]
+    chosen = sorted(worst[: CORNER_COLUMNS - len(contexts)].tolist())
     which = "" if len(chosen) == count else f" The {len(chosen)} of {count} columns in which they differ most."
-    draw = partial(plot.corner, found.rows, found.samples, names=found.names, columns=chosen)
+    if contexts:
+        last = "last column shows" if len(contexts) == 1 else f"last {len(contexts)} columns show"
+        part = "which" if len(contexts) == len(found.context_names) else "the first numbers of which"
+        which += f" Each sample is drawn under the context of a row, {part} the {last}."
+    chosen += range(count, count + len(contexts))
+    tables = [
+        rows if context is None else np.hstack([rows, context[:, : len(contexts)]])
+        for rows, context in ((found.rows, found.contexts), (found.samples, found.samples_contexts))
+    ]
+    draw = partial(plot.corner, *tables, names=[*found.names, *contexts], columns=chosen)
     return Picture(
         "Data and samples, column against column",
         f"Scatter plots of every pair of {len(chosen)} columns, data and samples of the flow over each other, and "
@@ -336,6 +378,7 @@ def _card(flow: Flow, found: Findings, history: History | None, details: Mapping
         "Conditioner networks": f"hidden layers {couplings['hidden layers']}, {couplings['activation']}",
         "Log-scale bound": couplings["scale bound"],
         "Standardize layer": "yes" if spec.standardize else "no",
+        **({"Context": _context_in_words(spec, found)} if spec.context_size else {}),
         "Parameters": f"{flow.num_parameters:,}, {spec.dtype}",
         **details,
         "Training": _training_line(history),
@@ -345,6 +388,12 @@ def _card(flow: Flow, found: Findings, history: History | None, details: Mapping
     return (
         '<dl class="card">' + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in lines.items()) + "</dl>"
     )
+
+
+def _context_in_words(spec: FlowSpec, found: Findings) -> str:
+    more = len(found.context_names) - 8
+    shown = ", ".join(found.context_names[:8]) + (f" and {more} more" if more > 0 else "")
+    return f"{counted(spec.context_size, 'number')}: {shown}{'; standardized' if spec.standardize_context else ''}"
 
 
 def _training_line(history: History | None) -> str:
@@ -366,8 +415,9 @@ def _comparison(found: Findings) -> str:
         lines += [("Gaussian", theirs), ("difference", ours - theirs)]
     cells = [(name, _nats(v.mean(), 3), _error(v), _nats(np.median(v), 3)) for name, v in lines]
     table = _table("Log-likelihood in nats per row", ("", "mean", "± s.e.", "median"), cells)
+    linear = "" if found.contexts is None else " and a mean that is linear in the context"
     note = (
-        f"s.e.: standard error of the mean. Gaussian: with full covariance, {found.gaussian_source}. "
+        f"s.e.: standard error of the mean. Gaussian: with full covariance{linear}, {found.gaussian_source}. "
         "These are held-out figures if the flow was trained on none of these rows, which this page cannot know."
     )
     return f'<div>{table}<p class="caption">{escape(note)}</p></div>'
@@ -381,19 +431,41 @@ def _outliers(flow: Flow, found: Findings) -> str:
     std[std == 0] = 1
     chosen = plot.least_likely(found.log_p, OUTLIERS)
     lines = []
-    for at, gains in zip(chosen, blame(flow, found.rows[chosen]), strict=True):
+    for at, gains in zip(chosen, _blame(flow, found, chosen), strict=True):
         row = found.rows[at]
         scores = (row.astype(np.float64) - mean) / std
         values = [f"{found.names[i]} {_plain(row[i], std[i])} ({_nats(scores[i], 1, '+')})" for i in _farthest(scores)]
         columns = [f"{found.names[i]} {_nats(gains[i], 1, '+')}" for i in _farthest(gains)]
-        lines.append((str(found.numbers[at]), _nats(found.log_p[at], 2), "; ".join(values), "; ".join(columns)))
-    head = ("row", "log p", "values farthest from the mean (in standard deviations)", "columns to blame (nats)")
+        texts = ["; ".join(values), "; ".join(columns)]
+        if found.contexts is not None:
+            texts.append(_context_of(found, at))
+        lines.append((str(found.numbers[at]), _nats(found.log_p[at], 2), *texts))
+    head = ["row", "log p", "values farthest from the mean (in standard deviations)", "columns to blame (nats)"]
+    given = "the other columns of the row"
+    if found.contexts is not None:
+        head.append("context")
+        given += " and its context"
     note = (
-        "To blame: by how much log p would rise if that column had its likeliest value, given the other columns of the "
-        "row. Where two columns do not fit each other, both are blamed."
+        f"To blame: by how much log p would rise if that column had its likeliest value, given {given}. "
+        "Where two columns do not fit each other, both are blamed."
     )
     table = _table("Rows counted from 0, log p in nats", head, lines, text_from=2)
     return f'{table}<p class="caption">{note}</p>'
+
+
+def _blame(flow: Flow, found: Findings, chosen: NDArray[Any]) -> Array:
+    """Return `blame` of some rows, each under its own context."""
+    if found.contexts is None:
+        return np.asarray(blame(flow, found.rows[chosen]))
+    return np.array([blame(flow.condition(found.contexts[at]), found.rows[at]) for at in chosen])
+
+
+def _context_of(found: Findings, at: int) -> str:
+    """Return the first numbers of a row's context as text."""
+    assert found.contexts is not None
+    numbers = [f"{float(number):.6g}".replace("-", "\N{MINUS SIGN}") for number in found.contexts[at, :CORNER_CONTEXTS]]
+    shown = [f"{name} {number}" for name, number in zip(found.context_names, numbers, strict=False)]
+    return "; ".join(shown) + ("; …" if len(found.context_names) > len(shown) else "")
 
 
 def _farthest(scores: Array) -> list[int]:

@@ -975,7 +975,7 @@ def test_a_npy_that_shrinks_while_it_is_read_is_an_error(call, folder, monkeypat
         np.save(folder / "big.npy", array)
         monkeypatch.setattr(_source, "BLOCK_VALUES", 3000)
 
-        def truncate(*_):
+        def truncate(*_, **__):
             os.truncate(folder / "big.npy", 1000)
             return np.zeros(1000, np.float32)
 

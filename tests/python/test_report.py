@@ -18,6 +18,7 @@ pytest.importorskip("matplotlib", reason="Matplotlib is not installed (pip insta
 
 from conftest import chromium
 from nvpflow import cli, report
+from nvpflow._findings import Rows
 from nvpflow._gaussian import gaussian_log_prob
 
 NAMES = ["a<b>&\"'", "$x_1$", "größe"]
@@ -168,7 +169,7 @@ def test_invertibility_is_that_of_the_certificate(page, trained, data):
 def test_the_certificates_rows_have_the_numbers_of_all_rows(trained, data):
     rows = data.astype(np.float32)[:50]
     holed = np.insert(rows, [0, 0, 20], np.nan, axis=0)
-    found, expected = report.examine(trained[0], holed, None, None).certificate, trained[0].certify(rows)
+    found, expected = report.examine(trained[0], Rows(holed), None, None).certificate, trained[0].certify(rows)
     assert found.rows == 50
     for name in ("round_trip", "latent_round_trip", "log_prob", "log_det"):
         row = getattr(expected, name).row
@@ -180,7 +181,7 @@ def test_gaussian_is_not_fitted_to_the_rows_it_scores():
     from nvpflow._findings import _gaussian
 
     rows = np.random.default_rng(0).normal(size=(40, 8))
-    held_out, source = _gaussian(rows, None)
+    held_out, source = _gaussian(Rows(rows), None)
     assert "in turns" in source
     assert held_out.mean() < gaussian_log_prob(rows, rows).mean() - 2
     halves = np.random.default_rng(0).permutation(40) < 20
@@ -193,13 +194,112 @@ def test_singular_gaussian_is_said_not_drawn(rows):
         gaussian_log_prob(rows, rows)
 
 
+# ------------------------------------------------------------------------------------------------------- contexts
+
+
+@pytest.fixture(scope="module")
+def conditional():
+    """A flow of two columns under two numbers, rows it has not seen, and those that it was trained on."""
+    rng = np.random.default_rng(1)
+    c = rng.normal(size=(900, 2)) * [1, 3] + [0, 40]
+    x = (c - [0, 40]) @ [[1.0, -1.0], [0.5, 0.2]] + 0.3 * rng.normal(size=(900, 2))
+    flow = nvpflow.build(2, 4, (16,), context_size=2)
+    flow.context_names = ("a<b>", "load-2")
+    flow.fit(x[:600], context=c[:600], epochs=60, progress=False, num_threads=1)
+    return flow, x[600:], c[600:].astype(np.float32), (x[:600], c[:600])
+
+
+def test_a_page_under_contexts(conditional):
+    flow, x, c, train = conditional
+    page = report.html(flow, x, context=c, train=train, context_names=flow.context_names)
+    texts = Page(page).texts
+    log_p = flow.log_prob(x, context=c).astype(np.float64)
+    assert report._nats(log_p.mean(), 3) in texts
+    gaussian = gaussian_log_prob(train[0], x, (train[1].astype(np.float32), c))
+    assert report._nats(gaussian.mean(), 3) in texts
+    assert any("a mean that is linear in the context, fitted to the training rows" in text for text in texts)
+    assert texts[texts.index("Context") + 1] == "2 numbers: a<b>, load-2; standardized"
+    at = int(log_p.argmin())
+    shown = [f"{value:.6g}".replace("-", "\N{MINUS SIGN}") for value in c[at].tolist()]
+    assert f"a<b> {shown[0]}; load-2 {shown[1]}" in texts
+    assert any(
+        "Each sample is drawn under the context of a row, which the last 2 columns show." in text for text in texts
+    )
+    assert page.count('class="light"') == 4
+    found = report.examine(flow, Rows(x, c), None, None)
+    assert found.context_names == ["context 0", "context 1"]
+    with np.errstate(all="ignore"):
+        assert {tuple(row) for row in found.samples_contexts} == {tuple(row) for row in c}
+    expected = flow.forward(x, context=c)[0]
+    assert np.array_equal(found.latents, expected.astype(np.float64))
+    assert np.array_equal(found.samples_log_p, flow.log_prob(found.samples, context=found.samples_contexts))
+    assert found.certificate.log_prob == flow.certify(x, context=c).log_prob
+    # The samples are those of the density under each context: they depend on it as the data do.
+    correlation = [
+        np.corrcoef(rows[:, 0], given[:, 1])[0, 1] for rows, given in ((x, c), (found.samples, found.samples_contexts))
+    ]
+    assert correlation[1] == pytest.approx(correlation[0], abs=0.15)
+
+
+def test_rows_whose_context_is_not_finite_are_counted(conditional):
+    flow, x, c, _ = conditional
+    c = c.copy()
+    c[4, 1] = np.nan
+    assert report.examine(flow, Rows(x, c), None, None).notices == [
+        "1 row of 300 with NaN or infinite values left out (row 4, counted from 0)."
+    ]
+
+
+def test_a_gaussian_under_a_context_is_the_joint_one_over_that_of_the_context():
+    rng = np.random.default_rng(3)
+    train, rows = rng.normal(size=(2, 60, 5)) @ rng.normal(size=(5, 5))
+    expected = gaussian_log_prob(train, rows) - gaussian_log_prob(train[:, 2:], rows[:, 2:])
+    found = gaussian_log_prob(train[:, :2], rows[:, :2], (train[:, 2:], rows[:, 2:]))
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    # Columns of a context may be constant and depend on each other, as indicators of categories do.
+    more = [np.hstack([part[:, 2:], part[:, 2:3] - 2 * part[:, 3:4], np.ones((60, 1))]) for part in (train, rows)]
+    np.testing.assert_allclose(gaussian_log_prob(train[:, :2], rows[:, :2], tuple(more)), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, r"context is missing, expected \[300, 2\]"),
+        ({"context": np.ones((300, 3))}, r"context has shape \(300, 3\), expected \[300, 2\]"),
+        (
+            {"context": np.ones(2), "train": np.ones((20, 2))},
+            "train holds rows without their context, expected a tuple",
+        ),
+        ({"context": np.ones(2), "train": (np.ones((20, 2)), np.ones(2))}, "the context of train has shape"),
+        (
+            {"context": np.ones(2), "context_names": "ab"},
+            r"context_names is 'ab' \(str\), expected 2 names, one for each n",
+        ),
+    ],
+)
+def test_contexts_that_are_refused(conditional, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        report.html(conditional[0], conditional[1], **arguments)
+
+
+def test_command_under_contexts(conditional, tmp_path):
+    flow, x, c, _ = conditional
+    flow.save(tmp_path / "model")
+    np.save(tmp_path / "data.npy", np.hstack([c[:, :1], x, c[:, 1:]]))
+    arguments = ("report", "model", "data.npy", "--train", "data.npy", "-o", "-")
+    page = run(tmp_path, *arguments, "--context-columns", "1,4").stdout
+    assert report._nats(flow.log_prob(x, context=c).mean(), 3) in Page(page).texts
+    assert "a&lt;b&gt;" in page
+    assert "say with --context-columns which" in run(tmp_path, *arguments, fails=1).stderr
+
+
 # ------------------------------------------------------------------------------------------------ what goes wrong
 
 
 def test_rows_that_are_not_finite_are_counted(trained, data):
     rows = data.astype(np.float32)
     rows[3], rows[5, 1] = np.nan, np.inf
-    assert report.examine(trained[0], rows, None, None).notices == [
+    assert report.examine(trained[0], Rows(rows), None, None).notices == [
         "2 rows of 400 with NaN or infinite values left out (row 3, 5, counted from 0)."
     ]
     rows = data.astype(np.float32)
