@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,7 @@ except ImportError as error:
 from nvpflow import _checks, _frames, _hints, _training_options
 from nvpflow._architecture import OPTIONS
 from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS, default_activation
+from nvpflow.conditioned import ConditionedFlow
 from nvpflow.flow import Flow, build
 
 if TYPE_CHECKING:
@@ -37,6 +38,10 @@ _PARAMETERS = """num_flows, hidden_sizes, activation, dtype
         Other models than a RealNVP of halves, as in `nvpflow.build`. `coupling` is its `transform`, "affine" or
         "additive"; scikit-learn has a method of that name. network="residual" takes one width, for example
         ``hidden_sizes=(64,)``.
+    context_features
+        The features of X that condition the others: the density is p(others | these), and a row's log-density, its
+        score and its threshold are so. An int: so many last ones. A sequence: their indices, or their names where X has
+        some. They are standardized, too. None: no feature.
     epochs, learning_rate, schedule, weight_decay, clip_norm, averaging
         Training, as in `nvpflow.Flow.fit`.
     standardize, max_deviation
@@ -65,8 +70,10 @@ _ATTRIBUTES = """flow_ : nvpflow.Flow
         Losses of every epoch in nats per row, the best epoch, and why training stopped.
     n_iter_ : int
         Epochs trained.
+    context_features_ : ndarray of shape (n_context_features,)
+        The indices of `context_features`, in their order, which is that of the flow's context.
     n_features_in_ : int
-        Features seen in `fit`.
+        Features seen in `fit`, those of the context among them.
     feature_names_in_ : ndarray of shape (n_features_in_,)
         Their names, where X had some (a DataFrame with strings for columns)."""
 
@@ -116,6 +123,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         network: str = "mlp",
         num_blocks: int = 2,
         layer_norm: bool = False,
+        context_features: int | Sequence[int] | Sequence[str] | None = None,
         dtype: str = "float32",
         epochs: int = 100,
         batch_size: int | None = None,
@@ -147,6 +155,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         self.network = network
         self.num_blocks = num_blocks
         self.layer_norm = layer_norm
+        self.context_features = context_features
         self.dtype = dtype
         self.epochs = epochs
         self.batch_size = batch_size
@@ -200,8 +209,12 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
             Of all else that `nvpflow.check_data` finds in X, in one message: lost digits, outliers, values that repeat.
             After training, where the validation rows are likelier under a Gaussian (see `nvpflow.Flow.fit`).
         """
-        rows = self._training_rows(X)
-        validation: Any = self._validation(len(rows)) if X_val is None else self._in_dtype(self._checked_rows(X_val))
+        table = self._training_rows(X)
+        self.context_features_: NDArray[np.intp] = self._context_places(table.shape[1])
+        rows, context = self._parts(table)
+        validation: Any = self._validation(len(rows)) if X_val is None else self._parts(self._rows(X_val))
+        if X_val is not None and context is None:
+            validation = validation[0]
         held_out = 0 if X_val is not None or validation is None else math.floor(validation * len(rows))
         if len(rows) - held_out < 2:
             raise ValueError(
@@ -215,6 +228,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
             self.hidden_sizes,
             default_activation(rows.shape[1]) if self.activation is None else self.activation,
             **{name: getattr(self, "coupling" if name == "transform" else name) for name in OPTIONS},
+            context_size=self.context_features_.size,
             standardize=True,
             dtype=self.dtype,
             seed=seed,
@@ -223,9 +237,13 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
             weights=self.weights,
         )
         flow.num_threads = effective_n_jobs(self.n_jobs)
-        flow.column_names = getattr(self, "feature_names_in_", None)
+        names = getattr(self, "feature_names_in_", None)
+        if names is not None:
+            flow.column_names = names[self._own_places()]
+            flow.context_names = names[self.context_features_]
         history = flow.fit(
             rows,
+            context=context,
             validation=validation,
             **_training_options.among(self.get_params(deep=False)),
             seed=seed,
@@ -253,11 +271,74 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
             the arithmetic of `dtype` overflows.
         """
         check_is_fitted(self)
-        rows = self._rows(X)
+        rows, context = self._parts(self._rows(X))
         # Another n_jobs may have been set since, and a process of a pool has other processors than the one that fitted.
         self.flow_.num_threads = effective_n_jobs(self.n_jobs)
-        log_p = self.flow_.log_probability(rows).astype(np.float64)
+        log_p = self.flow_.log_probability(rows, context=context).astype(np.float64)
         return np.asarray(log_p)
+
+    @_hints.explained
+    def condition(self, context: Any) -> ConditionedFlow:
+        """Return the flow under one context, with the methods of a flow that has none.
+
+        Parameters
+        ----------
+        context : array-like of shape (n_context_features,)
+            Values of `context_features`, in their order.
+
+        Returns
+        -------
+        nvpflow.ConditionedFlow
+            A view of `flow_`, whose ``log_probability(x)`` takes the other features, and whose ``sample`` draws them.
+        """
+        check_is_fitted(self)
+        self.flow_.num_threads = effective_n_jobs(self.n_jobs)
+        return self.flow_.condition(context)
+
+    def _context_places(self, count: int) -> NDArray[np.intp]:
+        """Return the indices of `context_features` among so many features."""
+        given: Any = self.context_features
+        if given is None:
+            return np.empty(0, np.intp)
+        if hasattr(given, "__index__") and not isinstance(given, np.ndarray):
+            last = _checks.integer("context_features", given)
+            if not 1 <= last < count:
+                raise ValueError(f"context_features is {last}, expected 1 to {count - 1} of X's {count} features")
+            return np.arange(count - last, count)
+        if isinstance(given, (str, bytes, Set, Mapping)) or not isinstance(given, Iterable):
+            expected = "expected how many last features, a sequence of their indices or names, or None"
+            raise TypeError(f"context_features is {_checks.describe(given)}, {expected}")
+        found = [self._place(f"context_features[{i}]", feature, count) for i, feature in enumerate(given)]
+        if again := [place for i, place in enumerate(found) if place in found[:i]]:
+            raise ValueError(f"context_features holds feature {again[0]} twice, expected each once")
+        if len(found) == count:
+            raise ValueError(f"context_features holds all {count} features of X, expected some that they condition")
+        return np.array(found, np.intp)
+
+    def _place(self, argument: str, feature: Any, count: int) -> int:
+        """Return the index of a feature that is given by index or by name."""
+        if not isinstance(feature, str):
+            place = _checks.integer(argument, feature)
+            if not 0 <= place < count:
+                raise ValueError(f"{argument} is {place}, expected an index from 0 to {count - 1}")
+            return place
+        names = getattr(self, "feature_names_in_", None)
+        if names is None:
+            raise ValueError(f"{argument} is {feature!r}, but X has no names; expected an index, or X as a DataFrame")
+        if feature not in names:
+            known = _checks.shortened(", ".join(map(repr, names)))
+            raise ValueError(f"{argument} is {_checks.shortened(repr(feature))}, expected one of X's features: {known}")
+        return int(np.flatnonzero(names == feature)[0])
+
+    def _own_places(self) -> NDArray[np.intp]:
+        """Return the indices of the features whose density it is."""
+        return np.setdiff1d(np.arange(self.n_features_in_), self.context_features_)
+
+    def _parts(self, X: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        """Return the features whose density it is, and those of the context."""
+        if not self.context_features_.size:
+            return X, None
+        return np.take(X, self._own_places(), axis=1), np.take(X, self.context_features_, axis=1)
 
     def _training_rows(self, X: Any) -> NDArray[Any]:
         """Return X as the flow takes it."""
@@ -265,18 +346,14 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         if X.shape[1] < 2:
             raise ValueError(
                 f"Found array with 1 feature(s) (shape={X.shape}) while a minimum of 2 is required by "
-                f"{type(self).__name__}: each layer transforms some features given the others. For one feature take "
-                "sklearn.neighbors.KernelDensity."
+                f"{type(self).__name__}: each layer transforms some features given the others, or given those of "
+                "context_features. For one feature take sklearn.neighbors.KernelDensity."
             )
         return self._in_dtype(X)
 
     def _rows(self, X: Any) -> NDArray[Any]:
         """Return X as the flow takes it, with the features that `fit` has seen."""
-        return self._in_dtype(self._checked_rows(X))
-
-    def _checked_rows(self, X: Any) -> NDArray[Any]:
-        """Return X as scikit-learn checks it, in its own dtype, with the features that `fit` has seen."""
-        return self._validated(X, reset=False)
+        return self._in_dtype(self._validated(X, reset=False))
 
     def _validated(self, X: Any, **options: Any) -> NDArray[Any]:
         try:
@@ -293,12 +370,6 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         if dtype not in ("float32", "float64"):
             raise ValueError(f"dtype is {dtype!r}, expected 'float32' or 'float64'")
         return X if dtype == "float32" else X.astype(dtype, copy=False)  # a flow that standardizes takes both
-
-    def _named(self, features: NDArray[np.int64]) -> str:
-        names = getattr(self, "feature_names_in_", None)
-        shown = ", ".join(f"{i}" if names is None else f"{names[i]!r}" for i in features[:5])
-        more = f" and {features.size - 5} more" if features.size > 5 else ""
-        return f"feature{'s' if features.size > 1 else ''} {shown}{more}"
 
     def _validation(self, rows: int) -> float | None:
         if self.validation_fraction is None:
@@ -340,6 +411,7 @@ class FlowDensity(DensityMixin, _FlowEstimator):  # type: ignore[misc]
     """Density estimation with a RealNVP flow: exact log-densities and samples.
 
     Used as `sklearn.neighbors.KernelDensity` and `sklearn.mixture.GaussianMixture` are; needs two features or more.
+    With `context_features` it is a conditional density, of the other features given these.
 
     Parameters
     ----------
@@ -381,9 +453,9 @@ class FlowDensity(DensityMixin, _FlowEstimator):  # type: ignore[misc]
 
     @_hints.explained
     def sample(
-        self, n_samples: int = 1, random_state: int | np.random.RandomState | None = None
+        self, n_samples: int = 1, random_state: int | np.random.RandomState | None = None, *, context: Any = None
     ) -> NDArray[np.float32] | NDArray[np.float64]:
-        """Draw rows from the density.
+        """Draw rows from the density, of the features that are not `context_features`.
 
         Parameters
         ----------
@@ -392,10 +464,12 @@ class FlowDensity(DensityMixin, _FlowEstimator):  # type: ignore[misc]
         random_state : int, RandomState instance or None, default=None
             An int gives the same rows every time, those of ``flow_.sample(n_samples, seed=random_state)``, but for
             their dtype.
+        context : array-like or DataFrame of shape (n_context_features,) or (n_contexts, n_context_features)
+            With `context_features`: their values, in their order, to draw under one or under each of.
 
         Returns
         -------
-        ndarray of shape (n_samples, n_features)
+        ndarray of shape (n_samples, n_features) or (n_contexts, n_samples, n_features)
             Of `dtype`, or of float64 where float32 would blur a feature, whose values are large beside their spread.
         """
         check_is_fitted(self)
@@ -403,15 +477,45 @@ class FlowDensity(DensityMixin, _FlowEstimator):  # type: ignore[misc]
         if count < 0:
             raise ValueError(f"n_samples is {count}, expected at least 0")
         self.flow_.num_threads = effective_n_jobs(self.n_jobs)
-        drawn: NDArray[Any] = self.flow_.sample(count, seed=_seed_of(random_state), dtype=self.flow_._rows_dtype())
+        drawn: NDArray[Any] = self.flow_.sample(
+            count, seed=_seed_of(random_state), dtype=self.flow_._rows_dtype(), context=context
+        )
         return drawn
+
+    @_hints.explained
+    def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
+        """Return the names of the features that `sample` draws: those of X that are not `context_features`.
+
+        Parameters
+        ----------
+        input_features : array-like of str, default=None
+            The names of X's features, where `fit` has seen none; else none or the same. None: x0, x1 and so on.
+
+        Returns
+        -------
+        ndarray of str
+            In their order.
+        """
+        check_is_fitted(self)
+        known, count = getattr(self, "feature_names_in_", None), self.n_features_in_
+        names = known
+        if input_features is not None:
+            names = np.asarray(input_features, dtype=object)
+            if names.shape != (count,) or (known is not None and names.tolist() != known.tolist()):
+                raise ValueError(
+                    f"input_features is {_checks.describe(input_features)}, expected the {count} names that fit saw"
+                )
+        if names is None:
+            names = np.array([f"x{i}" for i in range(count)], dtype=object)
+        return np.asarray(names[self._own_places()], dtype=object)
 
 
 @_documented
 class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
     """Outlier detection with a RealNVP flow: a row is an outlier where its density is low.
 
-    Used as `sklearn.ensemble.IsolationForest` is; needs two features or more.
+    Used as `sklearn.ensemble.IsolationForest` is; needs two features or more. With `context_features` it judges a row
+    by its other features given these.
 
     Parameters
     ----------
@@ -455,6 +559,7 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
         network: str = "mlp",
         num_blocks: int = 2,
         layer_norm: bool = False,
+        context_features: int | Sequence[int] | Sequence[str] | None = None,
         dtype: str = "float32",
         epochs: int = 100,
         batch_size: int | None = None,
@@ -488,6 +593,7 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
             network=network,
             num_blocks=num_blocks,
             layer_norm=layer_norm,
+            context_features=context_features,
             dtype=dtype,
             epochs=epochs,
             batch_size=batch_size,

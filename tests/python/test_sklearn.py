@@ -14,7 +14,7 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed (pip instal
 from nvpflow.sklearn import FlowDensity, FlowOutlierDetector
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
@@ -234,6 +234,175 @@ def test_unfitted(estimator, method, x):
     if hasattr(estimator, method):
         with pytest.raises(NotFittedError):
             getattr(estimator(), method)(3 if method == "sample" else x)
+
+
+# --------------------------------------------------------------------------------------------- context_features
+
+
+@pytest.fixture(scope="module")
+def given():
+    """Rows of four features: the second and the last one condition the others."""
+    rng = np.random.default_rng(5)
+    c = rng.normal([0, 30], 1, size=(500, 2))
+    own = (c - np.array([0, 30])) @ [[1.0, -1.0], [0.5, 0.3]] + 0.5 * rng.normal(size=(500, 2))
+    return np.column_stack([own[:, 0], c[:, 0], own[:, 1], c[:, 1]])
+
+
+@pytest.fixture(scope="module")
+def given_frame(given):
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    return pandas.DataFrame(given, columns=["a", "hour", "b", "load"])
+
+
+OWN, GIVEN = [0, 2], [1, 3]
+OF_CONTEXT = SMALL | {"num_flows": 4, "epochs": 30, "context_features": [1, 3]}
+
+
+def test_a_conditional_density_is_the_flow_bit_for_bit(given):
+    density = FlowDensity(**OF_CONTEXT).fit(given)
+    flow = nvpflow.build(2, 4, (16,), context_size=2, seed=0)
+    flow.fit(given[:, OWN], context=given[:, GIVEN], epochs=30, progress=False)
+    assert density.flow_ == flow
+    assert density.context_features_.tolist() == GIVEN
+    assert density.n_features_in_ == 4
+    expected = flow.log_prob(given[:, OWN], context=given[:, GIVEN]).astype(np.float64)
+    assert np.array_equal(density.score_samples(given), expected)
+    assert density.score(given) == expected.mean()
+    one, many = given[0, GIVEN], given[:7, GIVEN]
+    assert np.array_equal(density.sample(5, random_state=3, context=one), flow.sample(5, seed=3, context=one))
+    assert np.array_equal(density.sample(5, random_state=3, context=many), flow.sample(5, seed=3, context=many))
+    assert np.array_equal(density.condition(one).log_prob(given[:5, OWN]), flow.log_prob(given[:5, OWN], context=one))
+    again = pickle.loads(pickle.dumps(density))
+    assert np.array_equal(again.score_samples(given), expected)
+
+
+def test_ways_to_name_the_context(given, given_frame):
+    expected = FlowDensity(**OF_CONTEXT).fit(given)
+    by_name = FlowDensity(**OF_CONTEXT | {"context_features": ["hour", "load"]}).fit(given_frame)
+    assert by_name.flow_ == expected.flow_
+    assert (by_name.flow_.column_names, by_name.flow_.context_names) == (("a", "b"), ("hour", "load"))
+    assert np.array_equal(by_name.score_samples(given_frame), expected.score_samples(given))
+    assert by_name.feature_names_in_.tolist() == ["a", "hour", "b", "load"]
+    by_index = FlowDensity(**OF_CONTEXT | {"context_features": given_frame.columns[GIVEN]}).fit(given_frame)
+    assert by_index.flow_ == expected.flow_
+    last = FlowDensity(**OF_CONTEXT | {"context_features": 2}).fit(given[:, OWN + GIVEN])
+    assert last.flow_ == expected.flow_
+    turned = FlowDensity(**OF_CONTEXT | {"context_features": np.array([3, 1])}).fit(given)
+    assert turned.context_features_.tolist() == [3, 1]
+    assert np.array_equal(turned.flow_.parameters()["context.mean"], expected.flow_.parameters()["context.mean"][::-1])
+    none = FlowDensity(**OF_CONTEXT | {"context_features": []}).fit(given)
+    assert none.flow_ == FlowDensity(**OF_CONTEXT | {"context_features": None}).fit(given).flow_
+    with pytest.raises(ValueError, match="context has columns in another order"):
+        by_name.sample(1, context=given_frame[["load", "hour"]])
+    assert by_name.sample(1, context=given_frame[["hour", "load"]]).shape == (500, 1, 2)
+
+
+@pytest.mark.filterwarnings("ignore:the flow is worse than a Gaussian")  # of few epochs
+def test_names_of_what_is_sampled(given, given_frame):
+    density = FlowDensity(**OF_CONTEXT | {"epochs": 1}).fit(given)
+    assert density.get_feature_names_out().tolist() == ["x0", "x2"]
+    assert density.get_feature_names_out(["p", "q", "r", "s"]).tolist() == ["p", "r"]
+    density.fit(given_frame)
+    assert density.get_feature_names_out().tolist() == ["a", "b"]
+    assert density.get_feature_names_out(given_frame.columns).tolist() == ["a", "b"]
+    for wrong in (["a", "b"], ["a", "b", "c", "d"]):
+        with pytest.raises(ValueError, match="expected the 4 names that fit saw"):
+            density.get_feature_names_out(wrong)
+    assert FlowDensity(**SMALL).fit(given).get_feature_names_out().tolist() == ["x0", "x1", "x2", "x3"]
+
+
+def test_one_feature_given_others(given):
+    density = FlowDensity(**OF_CONTEXT | {"context_features": 2}).fit(given[:, [0, 1, 3]])
+    spread = np.sqrt(0.5**2)
+    entropy = 0.5 * np.log(2 * np.pi * np.e * spread**2)
+    assert density.score(given[:, [0, 1, 3]]) == pytest.approx(-entropy, abs=0.15)
+    assert density.sample(3, context=[0.0, 30.0]).shape == (3, 1)
+
+
+def test_validation_rows_with_their_context(given):
+    density = FlowDensity(**OF_CONTEXT).fit(given[:400], X_val=given[400:])
+    assert density.history_.validation_rows == 100
+    flow = nvpflow.build(2, 4, (16,), context_size=2)
+    held_out = given[400:, OWN], given[400:, GIVEN]
+    flow.fit(given[:400, OWN], context=given[:400, GIVEN], validation=held_out, epochs=30, progress=False)
+    assert density.flow_ == flow
+
+
+def test_outliers_given_a_context(given):
+    """A row that is ordinary among all and odd under its context."""
+    odd = np.vstack([given, [[0.0, 2.0, 2.0, 30.0]]])  # the mean of a is 2 there
+    detector = FlowOutlierDetector(**OF_CONTEXT, contamination=0.01).fit(given)
+    assert detector.predict(odd)[-1] == -1
+    assert detector.decision_function(odd)[-1] < -5
+    plain = FlowOutlierDetector(**SMALL, contamination=0.01).fit(given[:, OWN])
+    assert plain.predict(odd[-1:, OWN])[0] == 1
+    assert detector.flow_.threshold.log_p == detector.offset_ == np.quantile(detector.score_samples(given), 0.01)
+
+
+@pytest.mark.filterwarnings("ignore:the flow is worse than a Gaussian")  # of few epochs
+def test_a_conditional_density_in_searches_and_pipelines(given, given_frame):
+    quick = OF_CONTEXT | {"epochs": 3}
+    grid = {"context_features": [None, 1, [1, 3]]}
+    search = GridSearchCV(FlowDensity(**quick), grid, cv=2, refit=False).fit(given)
+    assert len(set(search.cv_results_["mean_test_score"])) == 3
+    model = make_pipeline(
+        StandardScaler().set_output(transform="pandas"), FlowDensity(**quick | {"context_features": ["hour", "load"]})
+    )
+    assert len(cross_val_score(model, given_frame, cv=2)) == 2
+    assert model.fit(given_frame)[-1].flow_.context_names == ("hour", "load")
+    assert model.get_feature_names_out().tolist() == ["a", "b"]
+
+
+@BOTH
+def test_check_estimator_with_a_context(estimator):
+    """scikit-learn's own checks, of which a few use tables of one feature, which leave nothing to condition."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", nvpflow.DataWarning)
+        results = check_estimator(
+            estimator(hidden_sizes=(8,), epochs=2, context_features=1), on_skip=None, on_fail=None
+        )
+    failed = {result["check_name"] for result in results if result["status"] == "failed"}
+    assert failed <= {"check_fit2d_1feature"}, failed
+    assert len([result for result in results if result["status"] == "passed"]) > 35
+
+
+@pytest.mark.parametrize(
+    ("features", "kind", "message"),
+    [
+        (0, ValueError, "context_features is 0, expected 1 to 3 of X's 4 features"),
+        (4, ValueError, "context_features is 4, expected 1 to 3 of X's 4 features"),
+        (True, TypeError, "context_features must be an integer, got True"),
+        (1.5, TypeError, "context_features is 1.5 .*, expected how many last features"),
+        ("load", TypeError, "context_features is 'load' .*, expected how many last features, a sequence"),
+        ({1, 2}, TypeError, "context_features is {1, 2} .*, expected how many last features, a sequence"),
+        ([1, 4], ValueError, r"context_features\[1\] is 4, expected an index from 0 to 3"),
+        ([-1], ValueError, r"context_features\[0\] is -1, expected an index from 0 to 3"),
+        ([1, 1], ValueError, "context_features holds feature 1 twice, expected each once"),
+        ([0, 1, 2, 3], ValueError, "context_features holds all 4 features of X, expected some that they condition"),
+        ([1.0], TypeError, r"context_features\[0\] must be an integer"),
+        (
+            ["load"],
+            ValueError,
+            r"context_features\[0\] is 'load', but X has no names; expected an index, or X as a Dat",
+        ),
+    ],
+)
+def test_context_features_that_are_refused(given, features, kind, message):
+    with pytest.raises(kind, match=message):
+        FlowDensity(context_features=features).fit(given)
+
+
+@pytest.mark.filterwarnings("ignore:the flow is worse than a Gaussian")  # of few epochs
+def test_a_context_that_is_missing_or_unknown(given, given_frame):
+    with pytest.raises(
+        ValueError, match=r"context_features\[0\] is 'loads', expected one of X's features: 'a', 'hour', "
+    ):
+        FlowDensity(context_features=["loads"]).fit(given_frame)
+    density = FlowDensity(**OF_CONTEXT | {"epochs": 1}).fit(given)
+    with pytest.raises(ValueError, match=r"context is missing, expected .*the flow is a density p\(x \| context\)"):
+        density.sample(3)
+    with pytest.raises(ValueError, match=r"context is .*, expected None: the flow has no context"):
+        FlowDensity(**SMALL).fit(given).sample(3, context=[1.0])
 
 
 # ------------------------------------------------------------------------------------------------------ refusals
