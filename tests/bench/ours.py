@@ -55,6 +55,10 @@ class Nvpflow(Peer):
             batch_size=batch,
             learning_rate=LEARNING_RATE,
             schedule="constant",
+            weight_decay=0,  # a step is the peers' step: Adam alone, on every row
+            clip_norm=None,
+            averaging=None,
+            max_deviation=None,
             progress=False,
             callback=lambda record: losses.append(record["train_loss"]),
         )
