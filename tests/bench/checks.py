@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from configurations import CONFIGURATIONS, data, reference
+from configurations import Configuration, given, reference
 from peers import LEARNING_RATE, Peer
 from timing import Call
 
@@ -39,17 +39,17 @@ def _first_rows(results: Any) -> Any:
 
 
 @cache
-def oracle_losses(configuration_name: str, batch: int, steps: int = 3) -> tuple[float, ...]:
+def oracle_losses(configuration: Configuration, batch: int, steps: int = 3) -> tuple[float, ...]:
     """The loss before each of the first Adam steps on one batch, in float64."""
-    configuration = CONFIGURATIONS[configuration_name]
-    oracle, x = reference(configuration), data(configuration, batch)
-    first = {name: np.zeros_like(value) for name, value in oracle.parameters.items()}
-    second = {name: np.zeros_like(value) for name, value in oracle.parameters.items()}
+    oracle, rows = reference(configuration), given(configuration, batch)
+    trained = [name for name in oracle.parameters if not name.endswith(".sign")]
+    first, second = ({name: np.zeros_like(oracle.parameters[name]) for name in trained} for _ in range(2))
     losses = []
     for step in range(1, steps + 1):
-        loss, gradients = oracle.nll_gradient(x)
+        loss, gradients = oracle.nll_gradient(*rows)
         losses.append(loss)
-        for name, gradient in gradients.items():
+        for name in trained:
+            gradient = gradients.parameters[name]
             first[name] = 0.9 * first[name] + 0.1 * gradient
             second[name] = 0.999 * second[name] + 0.001 * gradient**2
             corrected = np.sqrt(second[name] / (1 - 0.999**step)) + 1e-8
@@ -59,46 +59,52 @@ def oracle_losses(configuration_name: str, batch: int, steps: int = 3) -> tuple[
     return tuple(losses)
 
 
-def _expected(peer: Peer, configuration_name: str, op: str, x: np.ndarray) -> tuple[str, Any]:
+def _first_given(rows: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+    return tuple(array[:ROWS] if array.ndim == 2 else array for array in rows)
+
+
+def _expected(peer: Peer, configuration: Configuration, op: str, rows: tuple[np.ndarray, ...]) -> tuple[str, Any]:
     """What to compare with, in words and numbers; None where only a round trip is left."""
-    rows = x[:ROWS]
+    rows = _first_given(rows)
     if peer.other_maths:
-        return "its own float64", peer.reference(op, rows)
-    oracle = reference(CONFIGURATIONS[configuration_name])
-    return "oracle", {"log_prob": oracle.log_prob, "forward": oracle.forward, "inverse": oracle.inverse}[op](rows)
+        return "its own float64", peer.reference(op, *rows)
+    oracle = reference(peer.checked_as(configuration))
+    return "oracle", {"log_prob": oracle.log_prob, "forward": oracle.forward, "inverse": oracle.inverse}[op](*rows)
 
 
-def _round_trip_error(peer: Peer, op: str, x: np.ndarray, results: Any) -> float:
+def _round_trip_error(peer: Peer, op: str, rows: tuple[np.ndarray, ...], results: Any) -> float:
     """inverse(forward(x)) against x, and log_prob against the density of forward's latents."""
+    x, context = rows[0], rows[1:]
     if op == "inverse":
-        return error(_first_rows(peer.function("forward", x)(results)[0]), _first_rows(x))
-    z, log_det = (np.asarray(part, np.float64) for part in peer.function("forward", x)(x))
+        return error(_first_rows(peer.function("forward", *rows)(results, *context)[0]), _first_rows(x))
+    z, log_det = (np.asarray(part, np.float64) for part in peer.function("forward", *rows)(*rows))
     if op == "forward":
-        return error(_first_rows(peer.function("inverse", x)(results[0])), _first_rows(x))
+        return error(_first_rows(peer.function("inverse", *rows)(results[0], *context)), _first_rows(x))
     log_normal = -0.5 * (x.shape[1] * LOG_2_PI + np.sum(z * z, axis=1))
     return error(_first_rows(results), _first_rows(log_normal + log_det))
 
 
-def _training_error(peer: Peer, configuration_name: str, x: np.ndarray, losses: list[float]) -> tuple[str, float]:
+def _training_error(
+    peer: Peer, configuration: Configuration, rows: tuple[np.ndarray, ...], losses: list[float]
+) -> tuple[str, float]:
     if not peer.other_maths:
-        return "oracle, three steps", error(losses, oracle_losses(configuration_name, len(x)))
-    rows = data(CONFIGURATIONS[configuration_name], len(x))
-    return "its own float64, first loss", error(losses[:1], [-np.mean(peer.reference("log_prob", rows))])
+        return "oracle, three steps", error(losses, oracle_losses(peer.checked_as(configuration), len(rows[0])))
+    return "its own float64, first loss", error(losses[:1], [-np.mean(peer.reference("log_prob", *rows))])
 
 
-def check(peer: Peer, configuration_name: str, op: str, x: np.ndarray, timed: Any) -> dict:
+def check(peer: Peer, configuration: Configuration, op: str, rows: tuple[np.ndarray, ...], timed: Any) -> dict:
     """Run what will be timed once and compare its first rows; raises WrongResultError."""
     results = timed.result()
     if op == "train":
-        against, worst = _training_error(peer, configuration_name, x, results)
+        against, worst = _training_error(peer, configuration, rows, results)
     else:
         if isinstance(timed, Call):
             results = tuple(np.array(r) for r in results) if op == "forward" else np.array(results)
-        against, expected = _expected(peer, configuration_name, op, x)
+        against, expected = _expected(peer, configuration, op, rows)
         if op == "inverse" and not peer.other_maths:
             expected = expected[0]
         if expected is None:
-            against, worst = "round trip", _round_trip_error(peer, op, x, results)
+            against, worst = "round trip", _round_trip_error(peer, op, rows, results)
         else:
             worst = error(_first_rows(results), expected)
     if not worst <= LIMIT:

@@ -2,51 +2,151 @@
 
 from __future__ import annotations
 
-import itertools
+import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))  # for the oracle
 
-from oracle import OracleFlow, random_parameters, real_nvp, unit_data, well_conditioned_scale
+from general_oracle import GeneralFlow, tensor_shapes
+from oracle import random_parameters, unit_data, well_conditioned_scale
 
 FLOAT32_BYTES = 4
 # Forward, and twice as much back: for the inputs and for the weights.
 TRAINING_FLOPS_FACTOR = 3
+# The dense layers that a context enters.
+_ENTERED = re.compile(r"flow_\d+_(coupling_dense_0|initial|block_\d+_context)\.kernel")
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """A RealNVP with relu; float32 throughout the benchmark unless a contender says otherwise."""
+    """A flow in the terms of `nvpflow.build`, relu unless it says otherwise, without a standardize layer.
+
+    network="pair" is the coupling of the MAF paper (Papamakarios et al., 2017) without its batch normalization: a
+    network with tanh for the scale, one with relu for the translation, read from latents to data, a scale of exp(u).
+    Float32 throughout the benchmark unless a contender says otherwise.
+    """
 
     name: str
     input_size: int
     num_flows: int
     hidden_sizes: tuple[int, ...]
+    mask: str = "halves"
+    mixing: str | None = None
+    network: str = "mlp"
+    num_blocks: int = 2
+    context_size: int = 0
+    one_context: bool = False  # for all rows of a call; else each row has its own
 
-    def dense_shapes(self, layer: int) -> list[tuple[int, int]]:
-        """(in, out) of the dense layers of one coupling; the two heads count as one matrix."""
-        first = self.input_size // 2
-        halves = (first, self.input_size - first)
-        passed, moved = halves if layer % 2 == 0 else halves[::-1]
-        widths = (passed, *self.hidden_sizes, 2 * moved)
-        return list(itertools.pairwise(widths))
+    @property
+    def plain(self) -> bool:
+        """Whether it is a RealNVP of halves: what every peer can be."""
+        return (self.mask, self.mixing, self.network, self.context_size) == ("halves", None, "mlp", 0)
 
-    def _all_dense_shapes(self) -> list[tuple[int, int]]:
-        return [shape for layer in range(self.num_flows) for shape in self.dense_shapes(layer)]
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of the hidden layers of a network; of a residual one those of the perceptron with as many layers."""
+        return self.hidden_sizes * (1 + 2 * self.num_blocks) if self.network == "residual" else self.hidden_sizes
+
+    @property
+    def expression(self) -> str:
+        """The flow in Python, where `from nvpflow.layers import *` has been run."""
+        if self.network == "pair":
+            networks = f'scale_network=MLP({self.hidden_sizes}, "tanh"), translation_network=MLP({self.hidden_sizes})'
+            coupling = f'Coupling(features, Affine("exp"), inverse=True, {networks})'
+            sets = f'{self.num_flows // 2} * ("odd", "even")'
+            return f"nvpflow.build({self.input_size}, layers=[{coupling} for features in {sets}])"
+        given = {"mask": self.mask, "mixing": self.mixing, "network": self.network, "context_size": self.context_size}
+        usual = {"mask": "halves", "mixing": None, "network": "mlp", "context_size": 0}
+        options = [f'{k}="{v}"' if isinstance(v, str) else f"{k}={v}" for k, v in given.items() if v != usual[k]]
+        if self.network == "residual":
+            options.append(f"num_blocks={self.num_blocks}")
+        sizes = f"{self.input_size}, {self.num_flows}, {self.hidden_sizes}"
+        return f"nvpflow.build({', '.join([sizes, *options, 'standardize=False'])})"
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The same as the file format writes it, with orders and masks that never change."""
+        rng = np.random.default_rng([4, self.input_size])
+        layers: list[dict[str, Any]] = []
+
+        def mix() -> None:
+            if self.mixing == "lu":
+                order = [int(j) for j in rng.permutation(self.input_size)]
+                layers.extend([{"kind": "permutation", "order": order}, {"kind": "lu_linear", "inverse": False}])
+
+        for features in self._feature_sets(rng):
+            mix()
+            layers.append({"kind": "coupling", "inverse": False, "transformed": features, **self._coupling()})
+        mix()
+        return {
+            "input_size": self.input_size,
+            "context_size": self.context_size,
+            "standardize_context": False,
+            "dtype": "float32",
+            "base": {"kind": "normal"},
+            "layers": layers,
+        }
+
+    def _feature_sets(self, rng: np.random.Generator) -> Iterator[str | list[int]]:
+        """What each coupling transforms: the second of two takes what the first has left."""
+        named = {"halves": ("second_half", "first_half"), "checkered": ("odd", "even")}
+        for k in range(self.num_flows):
+            if self.mask in named:
+                yield named[self.mask][k % 2]
+                continue
+            if k % 2 == 0:
+                order = rng.permutation(self.input_size)
+            half = self.input_size // 2
+            yield sorted(int(j) for j in (order[half:] if k % 2 == 0 else order[:half]))
+
+    def _coupling(self) -> dict[str, Any]:
+        mlp = {"kind": "mlp", "hidden_sizes": list(self.hidden_sizes), "activation": "relu", "layer_norm": False}
+        if self.network == "pair":
+            return {
+                "inverse": True,
+                "transform": {"kind": "affine", "log_scale": {"function": "identity"}},
+                "scale_network": {**mlp, "activation": "tanh"},
+                "translation_network": mlp,
+            }
+        residual = {
+            "kind": "residual",
+            "hidden_size": self.hidden_sizes[0],
+            "num_blocks": self.num_blocks,
+            "activation": "relu",
+            "context_gates": self.context_size > 0,
+            "block_affines": False,
+        }
+        tanh = {"function": "tanh", "factor": 1.0, "divisor": 1.0}
+        network = residual if self.network == "residual" else mlp
+        return {"transform": {"kind": "affine", "log_scale": tanh}, "network": network}
+
+    def _products(self) -> Iterator[tuple[int, int]]:
+        """(in, out) of each matrix that a row is multiplied with.
+
+        An lu_linear layer is one matrix, as it is computed. One context for all rows has been made into biases.
+        """
+        folded = self.context_size if self.one_context else 0
+        for name, shape in tensor_shapes(self.spec):
+            if name.endswith(".kernel"):
+                yield shape[0] - (folded if _ENTERED.fullmatch(name) else 0), shape[1]
+            elif name.endswith(".log_diagonal"):
+                yield self.input_size, self.input_size
 
     @property
     def flops_per_row(self) -> int:
-        """2 per multiply-add of the dense layers, nothing else."""
-        return sum(2 * size_in * size_out for size_in, size_out in self._all_dense_shapes())
+        """2 per multiply-add of the dense and the linear layers, nothing else."""
+        return sum(2 * size_in * size_out for size_in, size_out in self._products())
 
     @property
     def weight_bytes(self) -> int:
-        """Kernels and biases in float32."""
-        return FLOAT32_BYTES * sum((size_in + 1) * size_out for size_in, size_out in self._all_dense_shapes())
+        """What a density reads beside its rows: matrices and biases in float32, and gates that are one for all rows."""
+        return FLOAT32_BYTES * sum((size_in + 1) * size_out for size_in, size_out in self._products())
 
     def flops(self, op: str, batch: int) -> int:
         return self.flops_per_row * batch * (TRAINING_FLOPS_FACTOR if op == "train" else 1)
@@ -60,19 +160,36 @@ CONFIGURATIONS = {
         Configuration("C", 64, 8, (256, 256)),
         Configuration("D", 6, 8, (64, 64)),
         Configuration("E", 784, 8, (1024,)),
+        # As in Glow (Kingma and Dhariwal, 2018).
+        Configuration("J", 6, 10, (100, 100), mixing="lu"),
+        # A conditional density as sbi builds its flows, with affine couplings instead of splines.
+        Configuration("G", 5, 5, (50,), mixing="lu", network="residual", context_size=10),
+        Configuration("G1", 5, 5, (50,), mixing="lu", network="residual", context_size=10, one_context=True),
+        Configuration("M", 6, 10, (100, 100), mask="checkered", network="pair"),
+        # What masks cost that no placement of the features makes contiguous: beside A, its halves.
+        Configuration("R", 16, 4, (128,), mask="random"),
     )
 }
 
 
-def reference(configuration: Configuration) -> OracleFlow:
+def reference(configuration: Configuration) -> GeneralFlow:
     """The float64 oracle with parameters that are float32 values: every contender starts from the same ones."""
-    oracle = real_nvp(configuration.input_size, configuration.num_flows, configuration.hidden_sizes, "relu")
+    shapes = dict(tensor_shapes(configuration.spec))
     # Weights at which a flow does not amplify rounding, so that a check against the oracle tests the contender alone.
-    random = random_parameters(oracle.shapes(), seed=1, kernel_scale=well_conditioned_scale(configuration.num_flows))
-    oracle.set_parameters({name: value.astype(np.float32) for name, value in random.items()})
-    return oracle
+    random = random_parameters(shapes, seed=1, kernel_scale=well_conditioned_scale(configuration.num_flows))
+    random |= {name: np.ones(shape) for name, shape in shapes.items() if name.endswith(".sign")}
+    return GeneralFlow(configuration.spec, {name: value.astype(np.float32) for name, value in random.items()})
 
 
 def data(configuration: Configuration, rows: int) -> np.ndarray:
     """Rows of unit scale, float32 [rows, D]; fewer rows are the first of more."""
     return unit_data(rows, configuration.input_size, seed=2, dtype="float32")
+
+
+def given(configuration: Configuration, rows: int) -> tuple[np.ndarray, ...]:
+    """What a call is given: the rows, and where there is a context that, [rows, C] or [C]."""
+    x, c = data(configuration, rows), configuration
+    if not c.context_size:
+        return (x,)
+    contexts = unit_data(1 if c.one_context else rows, c.context_size, seed=3, dtype="float32")
+    return x, contexts[0] if c.one_context else contexts

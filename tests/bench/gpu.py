@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import nvpflow
 from configurations import CONFIGURATIONS, Configuration, data, reference
+from ours import flow_of
 
 try:
     import torch
@@ -53,15 +54,11 @@ class Flow:
 
     @classmethod
     def make(cls, configuration: Configuration, precision: str) -> Flow:
-        c = configuration
-        model: dict[str, Any] = {"standardize": False, "device": "cuda", "precision": precision}
-        flow = nvpflow.build(c.input_size, c.num_flows, c.hidden_sizes, "relu", **model)
-        oracle = reference(c)
-        flow.set_parameters({name: value.astype(np.float32) for name, value in oracle.parameters.items()})
-        x = data(c, 256)
-        expected = oracle.log_prob(x)
+        flow = flow_of(configuration, device="cuda", precision=precision)
+        x = data(configuration, 256)
+        expected = reference(configuration).log_prob(x)
         error = float(np.max(np.abs(flow.log_prob(x) - expected) / (1 + np.abs(expected))))
-        return cls(c, precision, flow, error)
+        return cls(configuration, precision, flow, error)
 
 
 # ---- clocks ----------------------------------------------------------------------------------------------------------

@@ -1,41 +1,35 @@
 """What else a Python user can run an affine flow with, each as its documentation says to run it fast.
 
 A peer is a class whose constructor takes a configuration and the number of threads and imports its library: one that
-is not installed raises ImportError and is skipped. `function(op, x)` returns a function of arrays of x's shape,
-prepared for that shape (compiled, bound) where the library can be. Peers whose mathematics is ours (`other_maths`
-False) hold the same parameters as nvpflow and answer to the oracle. The others answer to `reference`, their own model
-in float64. NumPy arrays go in and come out.
+is not installed raises ImportError and is skipped. `function(op, *given)` returns a function of arrays of such shapes,
+rows and where there is one a context, prepared for them (compiled, bound) where the library can be. Peers whose
+mathematics is ours (`other_maths` False) hold the same parameters as nvpflow and answer to the oracle. The others
+answer to `reference`, their own model in float64. NumPy arrays go in and come out.
 """
 
 from __future__ import annotations
 
 import copy
-import math
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import formula
 import numpy as np
 from configurations import Configuration, reference
 from timing import Call, Function
 
-LOG_2_PI = math.log(2 * math.pi)
 LEARNING_RATE = 1e-3
 CHUNK = 1024
 
 
 def fused_layers(configuration: Configuration) -> list[list[tuple[np.ndarray, np.ndarray]]]:
-    """Per coupling, (kernel [in, out], bias) of its dense layers; the last is scale and translation side by side."""
-    parameters = reference(configuration).parameters
-    layers = []
+    """Per coupling with one network, (kernel [in, out], bias) of its layers; the last are scale and translation."""
+    found, layers = formula.parameters(configuration), []
     for k in range(configuration.num_flows):
-        names = [f"flow_{k}_coupling_dense_{j}" for j in range(len(configuration.hidden_sizes))]
-        dense = [(parameters[f"{name}.kernel"], parameters[f"{name}.bias"]) for name in names]
-        heads = [
-            np.concatenate([parameters[f"flow_{k}_{head}.{part}"] for head in ("scale", "translation")], axis=-1)
-            for part in ("kernel", "bias")
-        ]
-        layers.append([(kernel.astype(np.float32), bias.astype(np.float32)) for kernel, bias in (*dense, heads)])
+        names = [name.removesuffix(".kernel") for name in found if name.startswith(f"flow_{k}_") and "kernel" in name]
+        layers.append([(found[f"{name}.kernel"], found[f"{name}.bias"]) for name in names])
     return layers
 
 
@@ -52,14 +46,14 @@ def training_steps(step: Callable[[], Any]) -> Function:
     return Function(seconds_per_call, result=lambda: [float(step()) for _ in range(3)])
 
 
-def in_chunks(function: Callable[[np.ndarray], Any], x: np.ndarray, op: str) -> Callable[[np.ndarray], Any]:
-    """Feeds x to a function of CHUNK rows, chunk by chunk, and collects the results."""
+def in_chunks(function: Callable[..., Any], x: np.ndarray, op: str) -> Callable[..., Any]:
+    """Feeds rows, and contexts, to a function of CHUNK rows, chunk by chunk, and collects the results."""
     out = (np.empty_like(x), np.empty(len(x), x.dtype))
     wanted = {"forward": out, "inverse": out[:1], "log_prob": out[1:]}[op]
 
-    def run(x: np.ndarray) -> Any:
+    def run(x: np.ndarray, *context: np.ndarray) -> Any:
         for at in range(0, len(x), CHUNK):
-            results = function(x[at : at + CHUNK])
+            results = function(x[at : at + CHUNK], *(c[at : at + CHUNK] if c.ndim == 2 else c for c in context))
             for target, part in zip(wanted, results if op == "forward" else (results,), strict=True):
                 target[at : at + CHUNK] = part
         return wanted if op == "forward" else wanted[0]
@@ -75,96 +69,95 @@ class Peer:
     chunks = False  # also run large batches in chunks of CHUNK rows
     slow_to_build = False  # seconds for each shape: not run at every batch size
 
-    def function(self, op: str, x: np.ndarray) -> Callable[[np.ndarray], Any]:
+    @staticmethod
+    def holds(configuration: Configuration) -> bool:
+        """Whether it can be such a flow, or with other mathematics one that is used for the same."""
+        return configuration.plain
+
+    @staticmethod
+    def checked_as(configuration: Configuration) -> Configuration:
+        """Whose oracle it answers to."""
+        return configuration
+
+    def function(self, op: str, x: np.ndarray, *context: np.ndarray) -> Callable[..., Any]:
         raise NotImplementedError
 
-    def call(self, op: str, x: np.ndarray, chunked: bool = False) -> Call:
-        run = in_chunks(self.function(op, x[:CHUNK].copy()), x, op) if chunked else self.function(op, x)
-        return Call("run(x)", {"run": run, "x": x})
+    def call(self, op: str, x: np.ndarray, *context: np.ndarray, chunked: bool = False) -> Call:
+        if chunked:
+            run = in_chunks(self.function(op, *(a[:CHUNK].copy() if a.ndim == 2 else a for a in (x, *context))), x, op)
+        else:
+            run = self.function(op, x, *context)
+        names = dict(zip("xc", (x, *context), strict=False))
+        return Call(f"run({', '.join(names)})", {"run": run, **names})
 
-    def train(self, x: np.ndarray) -> Function:
+    def train(self, x: np.ndarray, *context: np.ndarray) -> Function:
         raise NotImplementedError
 
-    def reference(self, op: str, x: np.ndarray) -> Any:
+    def reference(self, op: str, x: np.ndarray, *context: np.ndarray) -> Any:
         """Float64 results of a model with other mathematics; None where the library cannot, then by round trip."""
         return None
 
 
-# ------------------------------------------------------------------------------------------ NumPy and JAX: one formula
+# ------------------------------------------------------------------------------------------ one formula
 
 
-def _run_flow(xp: Any, layers: Any, op: str, x: Any) -> Any:
-    """log_prob, forward or inverse in any array library; halves are kept apart and joined once."""
-    half = x.shape[1] // 2
-    halves = [x[:, :half], x[:, half:]]
-    log_det = 0
-    order = list(enumerate(layers))
-    for k, dense in order if op != "inverse" else reversed(order):
-        passed, moved = (0, 1) if k % 2 == 0 else (1, 0)
-        hidden = halves[passed]
-        for kernel, bias in dense[:-1]:
-            hidden = xp.maximum(hidden @ kernel + bias, 0)
-        heads = hidden @ dense[-1][0] + dense[-1][1]
-        width = heads.shape[1] // 2
-        scale, shift = xp.tanh(heads[:, :width]), heads[:, width:]
-        if op == "inverse":
-            halves[moved] = (halves[moved] - shift) * xp.exp(-scale)
-        else:
-            halves[moved] = halves[moved] * xp.exp(scale) + shift
-            log_det = log_det + scale.sum(axis=1)
-    if op == "log_prob":
-        squares = sum((part * part).sum(axis=1) for part in halves)
-        return log_det - 0.5 * (squares + x.shape[1] * LOG_2_PI)
-    joined = xp.concatenate(halves, axis=1)
-    return joined if op == "inverse" else (joined, log_det)
+class Formula(Peer):
+    """formula.py in an array library: every configuration, with our parameters."""
 
-
-class Numpy(Peer):
     chunks = True
 
+    @staticmethod
+    def holds(configuration):
+        return True
+
+
+class Numpy(Formula):
     def __init__(self, configuration: Configuration, threads: int) -> None:
-        self.layers = fused_layers(configuration)
+        self.arrays, self.steps = formula.numpy_arrays(), formula.steps(configuration)
+        self.parameters = formula.composed(configuration, formula.parameters(configuration))
 
-    def function(self, op, x):
-        return lambda x: _run_flow(np, self.layers, op, x)
+    def function(self, op, x, *context):
+        return lambda *given: formula.run(self.arrays, self.steps, self.parameters, op, *given)
 
 
-class Jax(Peer):
+class Jax(Formula):
     """jit with the weights as constants, which it runs faster than weights passed as arguments."""
 
-    can_train = chunks = True
+    can_train = True
 
     def __init__(self, configuration: Configuration, threads: int) -> None:
         import jax
 
-        self.layers = self.parameters = fused_layers(configuration)
         self.jax = jax
+        self.arrays, self.steps = formula.jax_arrays(), formula.steps(configuration)
+        self.parameters = formula.parameters(configuration)
+        self.composed = formula.composed(configuration, self.parameters)
 
-    def function(self, op, x):
-        import jax.numpy as jnp
+    def function(self, op, x, *context):
+        weights = self.jax.tree.map(self.arrays.module.asarray, self.composed)
+        return self.compiled(lambda *given: formula.run(self.arrays, self.steps, weights, op, *given), op)
 
-        layers = self.jax.tree.map(jnp.asarray, self.layers)
-        compiled = self.jax.jit(lambda x: _run_flow(jnp, layers, op, x))
+    def compiled(self, run: Callable, op: str) -> Callable[..., Any]:
+        """A jitted function whose results are NumPy's."""
+        compiled = self.jax.jit(run)
         if op == "forward":
-            return lambda x: tuple(map(np.asarray, compiled(x)))
-        return lambda x: np.asarray(compiled(x))
+            return lambda *given: tuple(map(np.asarray, compiled(*given)))
+        return lambda *given: np.asarray(compiled(*given))
 
-    def nll(self, parameters, x):
-        import jax.numpy as jnp
+    def nll(self, parameters, x, *context):
+        return -formula.run(self.arrays, self.steps, parameters, "log_prob", x, *context).mean()
 
-        return -_run_flow(jnp, parameters, "log_prob", x).mean()
-
-    def train(self, x):
+    def train(self, *given):
         import jax.numpy as jnp
         import optax
 
         adam = optax.adam(LEARNING_RATE)
         parameters = self.jax.tree.map(jnp.array, self.parameters)  # copies: a step overwrites them
         state = (parameters, adam.init(parameters))
-        x = jnp.asarray(x)
+        given = tuple(map(jnp.asarray, given))
 
-        def update(state, x):
-            loss, gradient = self.jax.value_and_grad(self.nll)(state[0], x)
+        def update(state, given):
+            loss, gradient = self.jax.value_and_grad(self.nll)(state[0], *given)
             updates, moments = adam.update(gradient, state[1])
             return (optax.apply_updates(state[0], updates), moments), loss
 
@@ -172,7 +165,7 @@ class Jax(Peer):
 
         def step():
             nonlocal state
-            state, loss = compiled(state, x)
+            state, loss = compiled(state, given)
             return loss
 
         return training_steps(step)
@@ -181,67 +174,39 @@ class Jax(Peer):
 # ------------------------------------------------------------------------------------------ PyTorch
 
 
-def _torch_flow(configuration: Configuration, fused: bool) -> Any:
-    """The flow as one would write it in PyTorch: separate heads, or one matrix for both."""
+def _torch_flow(configuration: Configuration, one_head: bool) -> Any:
+    """The formula as a module: what depends on no row is computed ahead in eval mode, in each step in training."""
     import torch
     from torch import nn
 
-    def linear(kernel: np.ndarray, bias: np.ndarray) -> nn.Linear:
-        layer = nn.utils.skip_init(nn.Linear, *kernel.shape)
-        with torch.no_grad():
-            layer.weight.copy_(torch.from_numpy(np.ascontiguousarray(kernel.T)))
-            layer.bias.copy_(torch.from_numpy(bias))
-        return layer
+    arrays, steps = formula.torch_arrays(), formula.steps(configuration)
+    trained = formula.parameters(configuration, one_head)
 
-    class Coupling(nn.Module):
-        def __init__(self, dense):
-            super().__init__()
-            hidden = [module for kernel, bias in dense[:-1] for module in (linear(kernel, bias), nn.ReLU())]
-            self.trunk = nn.Sequential(*hidden)
-            kernel, bias = dense[-1]
-            parts = [slice(None)] if fused else [slice(0, bias.size // 2), slice(bias.size // 2, None)]
-            self.heads = nn.ModuleList(linear(kernel[:, part], bias[part]) for part in parts)
-
-        def forward(self, passed):
-            hidden = self.trunk(passed)
-            raw, shift = self.heads[0](hidden).chunk(2, 1) if fused else (head(hidden) for head in self.heads)
-            return torch.tanh(raw), shift
-
-    class RealNVP(nn.Module):
+    class Flow(nn.Module):
         def __init__(self):
             super().__init__()
-            self.couplings = nn.ModuleList(Coupling(dense) for dense in fused_layers(configuration))
+            self.composed = self._tensors(formula.composed(configuration, trained))
+            self.trained = {name: nn.Parameter(value) for name, value in self._tensors(trained).items()}
+            for name, value in self.trained.items():
+                self.register_parameter(name.replace(".", "_"), value)
 
-        def halves(self, x):
-            half = x.shape[1] // 2
-            return [x[:, :half], x[:, half:]]
+        @staticmethod
+        def _tensors(values):
+            return {name: torch.tensor(value) for name, value in values.items()}
 
-        def transform(self, x):
-            halves, log_det = self.halves(x), 0
-            for k, coupling in enumerate(self.couplings):
-                passed, moved = (0, 1) if k % 2 == 0 else (1, 0)
-                scale, shift = coupling(halves[passed])
-                halves[moved] = halves[moved] * torch.exp(scale) + shift
-                log_det = log_det + scale.sum(1)
-            return halves, log_det
+        def run(self, op, *given):
+            return formula.run(arrays, steps, self.trained if self.training else self.composed, op, *given)
 
-        def log_prob(self, x):
-            halves, log_det = self.transform(x)
-            return log_det - 0.5 * (sum((h * h).sum(1) for h in halves) + x.shape[1] * LOG_2_PI)
+        def log_prob(self, *given):
+            return self.run("log_prob", *given)
 
-        def forward(self, x):
-            halves, log_det = self.transform(x)
-            return torch.cat(halves, 1), log_det
+        def forward(self, *given):
+            return self.run("forward", *given)
 
-        def inverse(self, z):
-            halves = self.halves(z)
-            for k in reversed(range(len(self.couplings))):
-                passed, moved = (0, 1) if k % 2 == 0 else (1, 0)
-                scale, shift = self.couplings[k](halves[passed])
-                halves[moved] = (halves[moved] - shift) * torch.exp(-scale)
-            return torch.cat(halves, 1)
+        def inverse(self, *given):
+            return self.run("inverse", *given)
 
-    return RealNVP()
+    return Flow()
 
 
 class TorchPeer(Peer):
@@ -256,62 +221,61 @@ class TorchPeer(Peer):
         torch.set_num_threads(threads)
         self.torch = torch
         self.module = self.build(configuration).eval()
+        self.serving = copy.deepcopy(self.module)  # what some libraries cache for inference stays in here
 
     def build(self, configuration: Configuration) -> Any:
         raise NotImplementedError
 
-    def run(self, module: Any, op: str, x: Any) -> Any:
-        return {"log_prob": module.log_prob, "forward": module, "inverse": module.inverse}[op](x)
+    def run(self, module: Any, op: str, x: Any, *context: Any) -> Any:
+        return {"log_prob": module.log_prob, "forward": module, "inverse": module.inverse}[op](x, *context)
 
     def compile(self, function: Callable) -> Callable:
         return function
 
-    def function(self, op, x):
-        run = self.compile(lambda x: self.run(self.module, op, x))
+    def function(self, op, *given):
+        run = self.compile(lambda *given: self.run(self.serving, op, *given))
 
-        def call(x):
+        def call(*given):
             with self.torch.inference_mode():
-                results = run(self.torch.from_numpy(x))
+                results = run(*map(self.torch.from_numpy, given))
             return tuple(r.numpy() for r in results) if op == "forward" else results.numpy()
 
         return call
 
-    def train(self, x):
-        x = self.torch.from_numpy(x)
+    def train(self, *given):
+        given = tuple(map(self.torch.from_numpy, given))
         module = copy.deepcopy(self.module).train()
         adam = self.torch.optim.Adam(module.parameters(), lr=LEARNING_RATE, **self.adam_options)
-        nll = self.compile(lambda x: -self.run(module, "log_prob", x).mean())
+        nll = self.compile(lambda *given: -self.run(module, "log_prob", *given).mean())
 
         def step():
             adam.zero_grad()
-            loss = nll(x)
+            loss = nll(*given)
             loss.backward()
             adam.step()
             return loss.detach()
 
         return training_steps(step)
 
-    def reference(self, op, x):
+    def reference(self, op, *given):
+        module = copy.deepcopy(self.module).double().train()  # the caches of nflows make float32 matrices in eval mode
         with self.torch.no_grad():
-            results = self.run(copy.deepcopy(self.module).double(), op, self.torch.from_numpy(x).double())
+            results = self.run(module, op, *(self.torch.from_numpy(array).double() for array in given))
         return tuple(r.numpy() for r in results) if op == "forward" else results.numpy()
 
 
-class TorchEager(TorchPeer):
-    chunks = True
-
+class TorchEager(TorchPeer, Formula):
     def build(self, configuration):
-        return _torch_flow(configuration, fused=False)
+        return _torch_flow(configuration, one_head=False)
 
 
-class TorchFused(TorchPeer):
+class TorchFused(TorchPeer, Formula):
     """One matrix for both heads, and Adam's fused implementation."""
 
-    chunks = True
     adam_options: ClassVar[dict[str, Any]] = {"fused": True}
 
     def build(self, configuration):
-        return _torch_flow(configuration, fused=True)
+        return _torch_flow(configuration, one_head=True)
 
 
 class TorchCompile(TorchFused):
@@ -327,10 +291,26 @@ class TorchCompile(TorchFused):
 # ------------------------------------------------------------------------------------------ flow libraries
 
 
-def _assign_linears(module: Any, layers: Any, order: str) -> None:
-    """Give a module's dense layers our weights, the heads' outputs in the library's order."""
+class Library(TorchPeer):
+    """A library of flows on PyTorch: A to E, and what else it can be of the others."""
+
+    other_maths = True
+
+    @staticmethod
+    def holds(configuration):
+        return configuration.mask != "random"  # R is about nvpflow alone
+
+
+def _assign(linear: Any, kernel: np.ndarray, bias: np.ndarray) -> None:
     import torch
 
+    with torch.no_grad():
+        linear.weight.copy_(torch.from_numpy(np.ascontiguousarray(kernel.T)))
+        linear.bias.copy_(torch.from_numpy(bias))
+
+
+def _assign_linears(module: Any, layers: Any, order: str) -> None:
+    """Give a module's dense layers our weights, the heads' outputs in the library's order."""
     # zuko's Linear is a class of its own.
     linears = iter([m for m in module.modules() if type(m).__name__ == "Linear"])
     for dense in layers:
@@ -339,88 +319,194 @@ def _assign_linears(module: Any, layers: Any, order: str) -> None:
                 at = np.arange(bias.size).reshape(2, -1)[::-1]  # shift first, then scale
                 at = at.T.ravel() if order == "interleaved" else at.ravel()
                 kernel, bias = kernel[:, at], bias[at]
-            linear = next(linears)
-            with torch.no_grad():
-                linear.weight.copy_(torch.from_numpy(np.ascontiguousarray(kernel.T)))
-                linear.bias.copy_(torch.from_numpy(bias))
+            _assign(next(linears), kernel, bias)
     assert next(linears, None) is None, "the library's model has more layers than ours"
 
 
-class Zuko(TorchPeer):
-    """zuko.flows.NICE, its RealNVP: checkered masks, a soft clip of the log-scale."""
+def _assign_factors(linears: Any, configuration: Configuration) -> None:
+    """Give LU layers of nflows, or of normflows, which took them over, our factors; the diagonal is softplus + eps."""
+    import torch
 
-    other_maths = True
+    parameters = reference(configuration).parameters
+    names = [step.name for step in formula.steps(configuration) if isinstance(step, formula.Linear)]
+    for name, linear in zip(names, linears, strict=True):
+        values = {
+            "lower_entries": parameters[f"{name}.lower"],
+            "upper_entries": parameters[f"{name}.upper"],
+            "unconstrained_upper_diag": np.log(np.expm1(np.exp(parameters[f"{name}.log_diagonal"]) - linear.eps)),
+            "bias": parameters[f"{name}.bias"],
+        }
+        with torch.no_grad():
+            for part, value in values.items():
+                getattr(linear, part).copy_(torch.from_numpy(value))
+
+
+def _marks(configuration: Configuration, features: tuple[int, ...]) -> Any:
+    """A mask [D] of PyTorch, true at `features`."""
+    import torch
+
+    return torch.from_numpy(np.isin(np.arange(configuration.input_size), features))
+
+
+class Zuko(Library):
+    """zuko.flows.NICE, its RealNVP: checkered masks, a soft clip of the log-scale; one perceptron a coupling."""
 
     def build(self, configuration):
         import zuko
 
-        flow = zuko.flows.NICE(
-            configuration.input_size, transforms=configuration.num_flows, hidden_features=configuration.hidden_sizes
-        )
-        _assign_linears(flow, fused_layers(configuration), "interleaved")
+        c = configuration
+        sizes = {"context": c.context_size, "hidden_features": c.widths}
+        if c.mixing == "lu":
+            return self.mixed(configuration, sizes)
+        flow = zuko.flows.NICE(c.input_size, transforms=c.num_flows, **sizes)
+        if c.plain:
+            _assign_linears(flow, fused_layers(configuration), "interleaved")
         return flow
 
-    def run(self, module, op, x):
-        distribution = module()
+    def mixed(self, configuration: Configuration, sizes: dict[str, Any]) -> Any:
+        """With permutations and LULinearTransform, which has no bias."""
+        import torch
+        from zuko import distributions, flows, lazy, transforms
+
+        size, steps = configuration.input_size, []
+        for step in formula.steps(configuration):
+            if isinstance(step, formula.Linear):
+                steps += [
+                    lazy.UnconditionalTransform(transforms.PermutationTransform, torch.tensor(step.order), buffer=True),
+                    lazy.UnconditionalTransform(transforms.LULinearTransform, torch.eye(size)),
+                ]
+            else:
+                mask = _marks(configuration, step.passed)
+                steps.append(flows.GeneralCouplingTransform(size, mask=mask, **sizes))
+        moments = {"loc": torch.zeros(size), "scale": torch.ones(size)}
+        return lazy.Flow(steps, lazy.UnconditionalDistribution(distributions.DiagNormal, buffer=True, **moments))
+
+    def run(self, module, op, x, *context):
+        distribution = module(*context)
         if op == "log_prob":
             return distribution.log_prob(x)
         return distribution.transform.call_and_ladj(x) if op == "forward" else distribution.transform.inv(x)
 
 
-class Nflows(TorchPeer):
-    """nflows' AffineCouplingTransform with its MLP: scale sigmoid(u + 2) + 1e-3."""
+class Nflows(Library):
+    """nflows' AffineCouplingTransform: scale sigmoid(u + 2) + 1e-3; its MLP, ResidualNet and LULinear, cached."""
 
-    other_maths = True
+    @staticmethod
+    def holds(configuration):
+        return Library.holds(configuration) and configuration.network != "pair"
 
     def build(self, configuration):
         import torch
+        from nflows import transforms
         from nflows.distributions import StandardNormal
         from nflows.flows import Flow
-        from nflows.nn.nets import MLP
-        from nflows.transforms import AffineCouplingTransform, CompositeTransform
+
+        def network(size_in, size_out):
+            return self.network(configuration, size_in, size_out)
+
+        size, steps, linears = configuration.input_size, [], []
+        for step in formula.steps(configuration):
+            if isinstance(step, formula.Linear):
+                linears.append(transforms.LULinear(size, using_cache=True))
+                steps += [transforms.Permutation(torch.tensor(step.order)), linears[-1]]
+            else:
+                steps.append(transforms.AffineCouplingTransform(_marks(configuration, step.moved).int(), network))
+        flow = Flow(transforms.CompositeTransform(steps), StandardNormal([size]))
+        layers = fused_layers(configuration)
+        if configuration.network == "residual":  # the gate stands first in a block
+            at = [0, *(3 * j + i for j in range(configuration.num_blocks) for i in (3, 1, 2)), -1]
+            layers = [[dense[i] for i in at] for dense in layers]
+        _assign_linears(flow, layers, "consecutive")
+        _assign_factors(linears, configuration)
+        return flow
+
+    @staticmethod
+    def network(configuration: Configuration, size_in: int, size_out: int) -> Any:
+        from nflows.nn.nets import MLP, ResidualNet
 
         class Net(MLP):
             def forward(self, inputs, context=None):
                 return super().forward(inputs)
 
-        size = configuration.input_size
-        first = torch.arange(size) >= size // 2
-        couplings = [
-            AffineCouplingTransform(
-                (first if k % 2 == 0 else ~first).int(),
-                lambda size_in, size_out: Net([size_in], [size_out], list(configuration.hidden_sizes)),
-            )
-            for k in range(configuration.num_flows)
-        ]
-        flow = Flow(CompositeTransform(couplings), StandardNormal([size]))
-        _assign_linears(flow, fused_layers(configuration), "consecutive")
-        return flow
+        hidden = list(configuration.hidden_sizes)
+        if configuration.network == "mlp":
+            return Net([size_in], [size_out], hidden)
+        sizes = {"context_features": configuration.context_size, "num_blocks": configuration.num_blocks}
+        return ResidualNet(size_in, size_out, hidden[0], **sizes)
 
-    def run(self, module, op, x):
+    def run(self, module, op, x, *context):
+        context = [c.expand(len(x), -1) for c in context]
         if op == "log_prob":
-            return module.log_prob(x)
-        return module._transform(x) if op == "forward" else module._transform.inverse(x)[0]
+            return module.log_prob(x, *context)
+        return module._transform(x, *context) if op == "forward" else module._transform.inverse(x, *context)[0]
 
 
-class Normflows(TorchPeer):
-    """normflows' AffineCouplingBlock: scale exp(u) without tanh; its log_prob runs the couplings' inverses."""
+class Normflows(Library):
+    """normflows' AffineCouplingBlock: scale exp(u) without tanh; its log_prob runs the couplings' inverses.
 
-    other_maths = True
+    With permuted LU layers between; with a network for each head its MaskedAffineFlow, whose mathematics is ours.
+    """
+
+    @staticmethod
+    def holds(configuration):
+        return Library.holds(configuration) and not configuration.context_size
 
     def build(self, configuration):
         import normflows as nf
 
-        flows = []
-        for k in range(configuration.num_flows):
-            shapes = configuration.dense_shapes(k)
-            flows += [
-                nf.flows.AffineCouplingBlock(nf.nets.MLP([shapes[0][0], *(size_out for _, size_out in shapes)])),
-                nf.flows.Permute(configuration.input_size, mode="swap"),
-            ]
+        self.other_maths = configuration.network != "pair"
+        flows = self.pairs(configuration) if configuration.network == "pair" else self.blocks(configuration)
         base = nf.distributions.DiagGaussian(configuration.input_size, trainable=False)
-        model = nf.NormalizingFlow(base, flows)
-        _assign_linears(model, fused_layers(configuration), "interleaved")
-        return model
+        return nf.NormalizingFlow(base, flows)
+
+    @staticmethod
+    def blocks(configuration: Configuration) -> list[Any]:
+        import normflows as nf
+        import torch
+
+        layers, size = iter(fused_layers(configuration)), configuration.input_size
+        flows, linears = [], []
+        for step in formula.steps(configuration):
+            if isinstance(step, formula.Linear):
+                linears.append(nf.flows.LULinearPermute(size))
+                flows.append(linears[-1])
+                continue
+            dense = next(layers)
+            flows.append(nf.flows.AffineCouplingBlock(nf.nets.MLP([len(dense[0][0]), *(b.size for _, b in dense)])))
+            if configuration.mixing is None:
+                flows.append(nf.flows.Permute(size, mode="swap"))
+        _assign_linears(torch.nn.ModuleList(flows), fused_layers(configuration), "interleaved")
+        if linears:
+            _assign_factors([flow.linear for flow in linears], configuration)
+            flows.reverse()  # its order is from latents to data
+        return flows
+
+    @staticmethod
+    def pairs(configuration: Configuration) -> list[Any]:
+        import normflows as nf
+        import torch
+        from torch import nn
+
+        size, parameters = configuration.input_size, formula.parameters(configuration)
+
+        def network(step: formula.Coupling, head: str, activation: type[nn.Module]) -> nn.Module:
+            """All features in and out: of those that are masked, zeros."""
+            names = [f"{step.name}_{head}_dense_{j}" for j in range(len(configuration.hidden_sizes))]
+            widths, modules = [size, *configuration.hidden_sizes, size], []
+            for name, size_in, size_out in zip([*names, f"{step.name}_{head}"], widths, widths[1:], strict=False):
+                kernel, bias = np.zeros((size_in, size_out), np.float32), np.zeros(size_out, np.float32)
+                rows = list(step.passed) if size_in == size else slice(None)
+                columns = list(step.moved) if size_out == size else slice(None)
+                kernel[rows, columns], bias[columns] = parameters[f"{name}.kernel"], parameters[f"{name}.bias"]
+                modules += [nn.Linear(size_in, size_out), activation()]
+                _assign(modules[-2], kernel, bias)
+            return nn.Sequential(*modules[:-1])
+
+        flows = []
+        for step in formula.steps(configuration):
+            networks = (network(step, "translation", nn.ReLU), network(step, "scale", nn.Tanh))
+            flows.append(nf.flows.MaskedAffineFlow(_marks(configuration, step.passed).to(torch.float32), *networks))
+        return flows[::-1]
 
     def run(self, module, op, x):
         if op == "log_prob":
@@ -428,10 +514,57 @@ class Normflows(TorchPeer):
         return module.inverse_and_log_det(x) if op == "forward" else module.forward(x)
 
 
-class Flowjax(Peer):
+class Freia(Library):
+    """FrEIA's AllInOneBlock, a step of Glow: coupling, actnorm, a fixed rotation; RNVPCouplingBlock for two networks.
+
+    Its own weights; the networks are perceptrons without gates.
+    """
+
+    @staticmethod
+    def holds(configuration):
+        return Library.holds(configuration) and not configuration.plain
+
+    def build(self, configuration):
+        from FrEIA import framework, modules
+        from torch import nn
+
+        c = configuration
+
+        def network(size_in, size_out):
+            widths = [size_in, *c.widths]
+            hidden = [m for pair in itertools.pairwise(widths) for m in (nn.Linear(*pair), nn.ReLU())]
+            return nn.Sequential(*hidden, nn.Linear(widths[-1], size_out))
+
+        flow = framework.SequenceINN(c.input_size)
+        options: dict[str, Any] = {"subnet_constructor": network}
+        if c.context_size:
+            options |= {"cond": 0, "cond_shape": (c.context_size,)}
+        for _ in range(c.num_flows // 2 if c.network == "pair" else c.num_flows):
+            if c.network == "pair":  # two couplings each
+                flow.append(modules.RNVPCouplingBlock, **options)
+            else:
+                flow.append(modules.AllInOneBlock, permute_soft=True, **options)
+        return flow
+
+    def run(self, module, op, x, *context):
+        context = [c.expand(len(x), -1) for c in context]
+        if op == "inverse":
+            return module(x, c=context, rev=True, jac=False)[0]
+        z, log_det = module(x, c=context)
+        if op == "forward":
+            return z, log_det
+        return log_det - 0.5 * ((z * z).sum(1) + x.shape[1] * formula.LOG_2_PI)
+
+
+class Flowjax(Jax):
     """flowjax' coupling_flow with Affine: softplus scale, its own permutations and weights; jit over the whole."""
 
     other_maths = True
+    can_train = chunks = False
+
+    @staticmethod
+    def holds(configuration):
+        return Library.holds(configuration)
 
     def __init__(self, configuration: Configuration, threads: int) -> None:
         import jax
@@ -440,27 +573,26 @@ class Flowjax(Peer):
         from flowjax.distributions import Normal
         from flowjax.flows import coupling_flow
 
-        self.jax = jax
+        self.jax, c = jax, configuration
         self.flow = coupling_flow(
             jax.random.key(0),
-            base_dist=Normal(jnp.zeros(configuration.input_size)),
+            base_dist=Normal(jnp.zeros(c.input_size)),
             transformer=Affine(),
-            flow_layers=configuration.num_flows,
-            nn_width=configuration.hidden_sizes[0],
-            nn_depth=len(configuration.hidden_sizes),
+            cond_dim=c.context_size or None,
+            flow_layers=c.num_flows,
+            nn_width=c.widths[0],
+            nn_depth=len(c.widths),
         )
 
-    def function(self, op, x):
+    def function(self, op, x, *context):
         bijection = self.flow.bijection
+        axes = (0, *(0 if c.ndim == 2 else None for c in context))
         run = {
-            "log_prob": lambda x: self.flow.log_prob(x),  # jit wants something with a hash
-            "forward": self.jax.vmap(bijection.inverse_and_log_det),
-            "inverse": self.jax.vmap(bijection.transform),
+            "log_prob": lambda *given: self.flow.log_prob(*given),  # jit wants something with a hash
+            "forward": self.jax.vmap(bijection.inverse_and_log_det, axes),
+            "inverse": self.jax.vmap(bijection.transform, axes),
         }[op]
-        compiled = self.jax.jit(run)
-        if op == "forward":
-            return lambda x: tuple(map(np.asarray, compiled(x)))
-        return lambda x: np.asarray(compiled(x))
+        return self.compiled(run, op)
 
 
 # ------------------------------------------------------------------------------------------ inference runtimes
@@ -569,10 +701,12 @@ PEERS: dict[str, type[Peer]] = {
     "zuko": Zuko,
     "nflows": Nflows,
     "normflows": Normflows,
+    "freia": Freia,
     "flowjax": Flowjax,
 }
 # The flow libraries on PyTorch; flowjax, compiled as a whole, is as fast as hand-written JAX.
-TORCH_FLOW_LIBRARIES = ("zuko", "nflows", "normflows")
+TORCH_FLOW_LIBRARIES = ("zuko", "nflows", "normflows", "freia")
+COMPILED = ("torch_compile", "jax", "flowjax")
 PACKAGES = [
     "numpy",
     "nvpflow",
@@ -582,6 +716,9 @@ PACKAGES = [
     "openvino",
     "jax",
     "optax",
-    *TORCH_FLOW_LIBRARIES,
+    "zuko",
+    "nflows",
+    "normflows",
+    "FrEIA",
     "flowjax",
 ]

@@ -14,6 +14,7 @@ from configurations import FLOAT32_BYTES
 from results import Results
 
 COLOURS = {"A": "#0072B2", "B": "#D55E00", "C": "#009E73", "D": "#CC79A7", "E": "#8C6D1F"}
+COLOURS |= {"J": "#56B4E9", "G": "#E69F00", "G1": "#A0522D", "M": "#882255", "R": "#44AA99"}
 GREY = "#7F7F7F"
 BOUND = {"color": GREY, "linewidth": 0.8, "linestyle": (0, (4, 3))}
 # What the batch curve shows beside nvpflow, in the order of the legend.

@@ -3,21 +3,29 @@
 python tests/bench/report.py results.json              # prints them
 python tests/bench/report.py results.json --write      # puts them between the markers in both files
 python tests/bench/report.py results.json --check      # tells, by its exit status, whether both files have them
+
+A to E are a section of the page and the README's table, the other flows another section of the page: results write
+what they have.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import tables
+from peers import COMPILED, TORCH_FLOW_LIBRARIES
 from results import Results
 
+Rivals = Mapping[str, Sequence[str] | None]
 ROOT = Path(__file__).resolve().parent.parent.parent
 README, PAGE = ROOT / "README.md", ROOT / "python/docs/benchmarks.md"
-BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+SPEED, GENERAL = (tuple(f"<!-- {name}:{end} -->" for end in ("begin", "end")) for name in ("speed", "general"))
+# Whom a table shows beside nvpflow: the fastest of all, or of those named.
+EVERYONE: Rivals = {"fastest peer": None}
+GENERAL_RIVALS: Rivals = {"fastest PyTorch library": TORCH_FLOW_LIBRARIES, "fastest compiled peer": COMPILED}
 LARGE_BATCHES = (1024, 65_536)
 MIDDLE_BATCH = 16  # between the single row and the large batches
 PEER_NAMES = {
@@ -29,6 +37,7 @@ PEER_NAMES = {
     "onnxruntime_bound": "ONNX Runtime, I/O binding",
     "openvino": "OpenVINO",
     "jax": "JAX jit",
+    "freia": "FrEIA",
 }
 
 
@@ -37,8 +46,8 @@ def _name(contender: str) -> str:
     return PEER_NAMES.get(peer, peer) + (" in chunks of 1,024" if contender.endswith("_chunks") else "")
 
 
-def _rival(r: Results, name: str, op: str, batch: int) -> tuple[str, float | None]:
-    rival = r.rival(name, op, batch)
+def _rival(r: Results, name: str, op: str, batch: int, among: Sequence[str] | None = None) -> tuple[str, float | None]:
+    rival = r.rival(name, op, batch, among)
     return (_name(rival.name), rival.seconds) if rival else ("-", None)
 
 
@@ -59,28 +68,40 @@ def one_row(r: Results) -> str:
     return tables.table(["one row", "nvpflow", "p99", "cold", "fastest peer", "PyTorch eager"], rows)
 
 
-def many_rows(r: Results) -> str:
+def many_rows(r: Results, op: str = "log_prob", rivals: Rivals = EVERYONE) -> str:
     rows = []
     for name in r.configurations:
         for batch in (MIDDLE_BATCH, *LARGE_BATCHES):
-            if r.seconds(name, "log_prob", batch) is None:
+            if r.seconds(name, op, batch) is None:
                 continue
-            peer, seconds = _rival(r, name, "log_prob", batch)
-            ours = tables.rate(r.rows_per_second(name, "log_prob", batch))
-            share = tables.percent(r.peak_fraction(name, "log_prob", batch))
-            rows.append([f"{name}, {batch:,}", ours, share, f"{tables.rate(seconds and batch / seconds)} ({peer})"])
-    return tables.table(["rows at once", "nvpflow", "of FMA peak", "fastest peer"], rows)
+            ours = tables.rate(r.rows_per_second(name, op, batch))
+            share = tables.percent(r.peak_fraction(name, op, batch))
+            found = [_rival(r, name, op, batch, among) for among in rivals.values()]
+            theirs = [f"{tables.rate(seconds and batch / seconds)} ({peer})" for peer, seconds in found]
+            rows.append([f"{name}, {batch:,}", ours, share, *theirs])
+    return tables.table(["rows at once", "nvpflow", "of FMA peak", *rivals], rows)
 
 
-def training(r: Results) -> str:
+def training(r: Results, rivals: Rivals = EVERYONE) -> str:
     rows = []
     for name in r.configurations:
         for batch in r.batches(name, "train"):
-            peer, seconds = _rival(r, name, "train", batch)
             ours = tables.time(r.seconds(name, "train", batch))
             share = tables.percent(r.peak_fraction(name, "train", batch))
-            rows.append([f"{name}, {batch:,}", ours, share, f"{tables.time(seconds)} ({peer})"])
-    return tables.table(["training step", "nvpflow", "of FMA peak", "fastest peer"], rows)
+            found = [_rival(r, name, "train", batch, among) for among in rivals.values()]
+            rows.append([f"{name}, {batch:,}", ours, share, *(f"{tables.time(s)} ({peer})" for peer, s in found)])
+    return tables.table(["training step", "nvpflow", "of FMA peak", *rivals], rows)
+
+
+def masks(r: Results) -> str:
+    """Random masks beside halves, which were measured in the same cells."""
+    rows = []
+    for name in r.configurations:
+        for op in ("log_prob", "inverse", "train"):
+            for batch in r.batches(name, op, "nvpflow_halves"):
+                random, halves = (r.seconds(name, op, batch, who) for who in ("nvpflow", "nvpflow_halves"))
+                rows.append([f"{op}, {batch:,}", *map(tables.time, (random, halves)), f"{random / halves:.2f}"])
+    return tables.table(["rows at once", "random masks", "halves", "ratio"], rows)
 
 
 def models(r: Results) -> str:
@@ -89,6 +110,14 @@ def models(r: Results) -> str:
         for name, c in r.configurations.items()
     ]
     return tables.table(["model", "columns", "couplings", "hidden layers"], rows)
+
+
+def general_models(r: Results) -> str:
+    rows = [
+        [name, f"{c['context_size']}", f"{c['flops_per_row'] / 1e3:.0f}", f"`{c['expression']}`"]
+        for name, c in r.configurations.items()
+    ]
+    return tables.table(["model", "context", "kFLOP a row", "built by"], rows)
 
 
 def _processor(r: Results) -> str:
@@ -117,27 +146,34 @@ def summary(r: Results) -> str:
         rows.append(cells)
     header = ["model", "columns, couplings, hidden", "one row", "fastest peer", f"{batch:,} rows", "fastest peer"]
     parts = [
-        BEGIN,
+        SPEED[0],
         f"Median time of one call of `flow.log_probability(x, out=out)` on one core of\n{_processor(r)}.\n{_quick(r)}",
         tables.table(header, rows) + "\n",
-        END,
+        SPEED[1],
     ]
     return "\n".join(parts)
 
 
-def section(r: Results) -> str:
-    """The page's tables, with the markers."""
-    document = r.document
-    limits = document["limits"].get("1")
+def _machine(r: Results) -> str:
+    limits = r.document["limits"].get("1")
     isa = r.native_isa()
-    machine = [f"Processor: {_processor(r)}", f"Date: {document['date']}"]
+    lines = [f"Processor: {_processor(r)}", f"Date: {r.document['date']}"]
     if limits and isa:
-        machine.append(f"Multiply-add peak of one core, measured: {limits['fma'][isa] / 1e9:.0f} GFLOP/s")
-    versions = [f"{name} {version}" for name, version in document["versions"].items()]
+        lines.append(f"Multiply-add peak of one core, measured: {limits['fma'][isa] / 1e9:.0f} GFLOP/s")
+    return _list(lines)
+
+
+def _versions_and_command(r: Results) -> list[str]:
+    versions = [f"{name} {version}" for name, version in r.document["versions"].items()]
+    return ["The versions are:\n", _list(versions) + "\n", f"Command: `{r.document['command']}`"]
+
+
+def section(r: Results) -> str:
+    """The page's tables on A to E, with the markers."""
     parts = [
-        BEGIN,
+        SPEED[0],
         f"The times are medians on one core.\nThe flows are float32 with relu.\n{_quick(r)}",
-        _list(machine) + "\n",
+        _machine(r) + "\n",
         models(r) + "\n",
         "The first table has one row through Python, `flow.log_probability(x, out=out)`.\n"
         "Its medians come from blocks of calls; p99 and cold come from calls timed one at a time.\n"
@@ -147,19 +183,53 @@ def section(r: Results) -> str:
         many_rows(r) + "\n",
         "The third table has one training step, gradient and Adam, at a batch size.\n",
         training(r) + "\n",
-        "The versions are:\n",
-        _list(versions) + "\n",
-        f"Command: `{document['command']}`",
-        END,
+        *_versions_and_command(r),
+        SPEED[1],
     ]
     return "\n".join(parts)
 
 
-def replaced(text: str, new: str) -> str:
+def general_section(r: Results) -> str:
+    """The page's tables on the other flows, with the markers."""
+    flows = r.only(lambda c: c["mask"] != "random")
+    parts = [
+        GENERAL[0],
+        f"The times are medians on one core.\nThe flows are float32.\n{_quick(r)}",
+        _machine(r) + "\n",
+        general_models(r) + "\n",
+        "One row through Python:\n",
+        one_row(flows) + "\n",
+        "Many rows, `log_probability`, in rows per second:\n",
+        many_rows(flows, rivals=GENERAL_RIVALS) + "\n",
+        "Many rows, `inverse`, which is sampling without drawing the noise:\n",
+        many_rows(flows, "inverse", GENERAL_RIVALS) + "\n",
+        "One training step:\n",
+        training(flows, GENERAL_RIVALS) + "\n",
+        "Random masks, in turns with halves of the same sizes:\n",
+        masks(r) + "\n",
+        *_versions_and_command(r),
+        GENERAL[1],
+    ]
+    return "\n".join(parts)
+
+
+def sections(r: Results, readme: Path, page: Path) -> list[tuple[Path, tuple[str, str], str]]:
+    """What results have to say: a file, the markers in it, and what stands between them."""
+    plain, general = (r.only(lambda c, wanted=wanted: c.get("plain", True) is wanted) for wanted in (True, False))
+    found = []
+    if plain.configurations:
+        found += [(readme, SPEED, summary(plain)), (page, SPEED, section(plain))]
+    if general.configurations:
+        found.append((page, GENERAL, general_section(general)))
+    return found
+
+
+def replaced(text: str, markers: tuple[str, str], new: str) -> str:
     """A text with the section between its markers replaced."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"expected one {BEGIN} and one {END} after it")
-    return text[: text.index(BEGIN)] + new + text[text.index(END) + len(END) :]
+    begin, end = markers
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"expected one {begin} and one {end} after it")
+    return text[: text.index(begin)] + new + text[text.index(end) + len(end) :]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -171,23 +241,22 @@ def main(arguments: list[str] | None = None) -> int:
     action.add_argument("--write", action="store_true", help="replace the sections in the README and the page")
     action.add_argument("--check", action="store_true", help="exit with 1 if a section differs")
     options = parser.parse_args(arguments)
-    results = Results.read(options.results)
-    sections = {options.readme: summary(results), options.page: section(results)}
+    found = sections(Results.read(options.results), options.readme, options.page)
     if not (options.write or options.check):
-        print("\n\n".join(sections.values()))
+        print("\n\n".join(new for _, _, new in found))
         return 0
     differs = False
-    for path, new in sections.items():
+    for path, markers, new in found:
         text = path.read_text(encoding="utf-8")
         try:
-            wanted = replaced(text, new)
+            wanted = replaced(text, markers, new)
         except ValueError as error:
             print(f"{path}: {error}", file=sys.stderr)
             return 1
         if options.write:
             path.write_text(wanted, encoding="utf-8")
         elif text != wanted:
-            print(f"{path}: the speed section is not what {options.results} gives", file=sys.stderr)
+            print(f"{path}: the section of {markers[0]} is not what {options.results} gives", file=sys.stderr)
             differs = True
     return int(differs)
 

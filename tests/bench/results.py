@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,11 @@ class Results:
     @classmethod
     def read(cls, path: Path) -> Results:
         return cls(json.loads(path.read_text(encoding="utf-8")))
+
+    def only(self, wanted: Callable[[dict], bool]) -> Results:
+        """The same results with those of their configurations that are wanted."""
+        kept = {name: c for name, c in self.configurations.items() if wanted(c)}
+        return Results({**self.document, "configurations": kept})
 
     @staticmethod
     def _key(record: dict) -> tuple:

@@ -10,12 +10,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from configurations import CONFIGURATIONS, Configuration
-from ours import OURS
+from ours import OURS, Nvpflow
 from peers import CHUNK, PEERS
 from timing import summary, summary_of_singles
 
@@ -130,9 +130,13 @@ class Cell:
 
 
 def cells(names: Iterable[str], ops: Iterable[str], batches: Iterable[int], train: Iterable[int]) -> list[Cell]:
-    """Every cell asked for."""
+    """Every cell asked for; under one context for all rows nothing trains."""
     return [
-        Cell(name, op, batch) for name in names for op in ops for batch in sorted(train if op == "train" else batches)
+        Cell(name, op, batch)
+        for name in names
+        for op in ops
+        for batch in sorted(train if op == "train" else batches)
+        if op != "train" or not CONFIGURATIONS[name].one_context
     ]
 
 
@@ -148,9 +152,11 @@ def takes_part(label: str, cell: Cell) -> bool:
         return cell.op == "train"
     if label == "nvpflow_jax":
         return cell.op == "train" or cell.batch in BATCHES_OF_SLOW_BUILDERS
+    peer = {**OURS, **PEERS}.get(label.removesuffix("_chunks"), Nvpflow)  # a forced instruction set has no entry
+    if not peer.holds(CONFIGURATIONS[cell.configuration]):
+        return False
     if label.startswith("nvpflow"):
-        return True
-    peer = PEERS[label.removesuffix("_chunks")]
+        return cell.op != "train" or peer.can_train
     if cell.op == "train":
         return peer.can_train and not label.endswith("_chunks")
     if label.endswith("_chunks") and cell.batch <= CHUNK:
@@ -269,9 +275,9 @@ class Session:
 def describe(configuration: Configuration) -> dict:
     """What the results say about a configuration."""
     return {
-        "input_size": configuration.input_size,
-        "num_flows": configuration.num_flows,
-        "hidden_sizes": list(configuration.hidden_sizes),
+        **{name: value for name, value in asdict(configuration).items() if name != "name"},
+        "plain": configuration.plain,
+        "expression": configuration.expression,
         "flops_per_row": configuration.flops_per_row,
         "weight_bytes": configuration.weight_bytes,
     }

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peers import TORCH_FLOW_LIBRARIES
+from peers import COMPILED, TORCH_FLOW_LIBRARIES
 from results import Results
 
 ONE_ROW_SECONDS = {"A": 1.2e-6, "B": 1.8e-6, "D": 2.5e-6}
 PEAK_FRACTION = {"A": 0.8, "B": 0.8, "C": 0.8, "D": 0.7, "E": 0.8}
 TRAINING_FRACTION = {"A": 0.6, "B": 0.6, "C": 0.6, "D": 0.45}
+# The flows beyond plain RealNVP, log_prob.
+ONE_ROW_SECONDS_OF_ISA = {
+    "J": {"avx512": 6e-6, "avx2": 11e-6},
+    "G": {"avx512": 8e-6, "avx2": 12e-6},
+    "G1": {"avx512": 8e-6, "avx2": 12e-6},
+}
+GENERAL_PEAK_FRACTION = {"J": 0.55, "G": 0.45, "G1": 0.45, "M": 0.55}
+MOST_FOR_RANDOM_MASKS = 1.05  # of the time of halves of the same size
 SMALL_BATCHES = range(2, 65)
 OPS = ("log_prob", "forward", "inverse")
 # The batch curve may dip by this much before it is called a cliff: what repeated measurements differ by.
@@ -81,6 +89,41 @@ def large_batches(r: Results) -> list[Target]:
     return rows
 
 
+def general(r: Results) -> list[Target]:
+    """Flows with linear layers, contexts, residual networks, two networks a coupling."""
+    rows = []
+    isa = r.native_isa()
+    for name, limits in ONE_ROW_SECONDS_OF_ISA.items():
+        if isa in limits:
+            rows.append(at_most(f"one row, median, {isa}", name, r.seconds(name, "log_prob", 1), limits[isa]))
+    leads = (("PyTorch flow libraries", TORCH_FLOW_LIBRARIES, 4, 3), ("the fastest compiled peer", COMPILED, 1.3, 1.5))
+    for name, limit in GENERAL_PEAK_FRACTION.items():
+        fraction = r.peak_fraction(name, "log_prob", 1024)
+        rows.append(at_least("1,024 rows, share of FMA peak", name, fraction, limit, "%", 100))
+        for whom, peers, of_log_prob, of_training in leads:
+            rows.append(
+                at_least(f"1,024 rows, ahead of {whom}", name, r.lead(name, "log_prob", 1024, peers), of_log_prob)
+            )
+            rows += [
+                at_least(f"training step, ahead of {whom}", f"{name} {batch:,}", lead, of_training)
+                for batch in r.batches(name, "train")
+                if (lead := r.lead(name, "train", batch, peers)) is not None
+            ]
+    return rows
+
+
+def masks(r: Results) -> list[Target]:
+    """R beside its halves, in the same cells."""
+    rows = []
+    for op in (*OPS, "train"):
+        for batch in r.batches("R", op, "nvpflow_halves"):
+            cost = r.seconds("R", op, batch) / r.seconds("R", op, batch, "nvpflow_halves")
+            rows.append(
+                at_most("random masks over halves", f"R {op} {batch:,}", cost, MOST_FOR_RANDOM_MASKS, "x", factor=1)
+            )
+    return rows
+
+
 def cliffs(r: Results, name: str, op: str) -> list[tuple[int, int, float]]:
     """Neighbouring batches up to 64 between which rows/s falls by more than noise, and the ratio."""
     batches = [batch for batch in r.batches(name, op) if batch <= 64]
@@ -142,7 +185,7 @@ def pytorch(r: Results) -> list[Target]:
 def avx2(r: Results) -> list[Target]:
     contender = "nvpflow" if r.native_isa() == "avx2" else "nvpflow_avx2"
     rows = []
-    for name in r.configurations:
+    for name in PEAK_FRACTION:
         batches = [batch for batch in r.batches(name, "log_prob", contender) if batch >= 1024]
         fraction = _smallest(r.peak_fraction(name, "log_prob", batch, contender) for batch in batches)
         rows.append(at_least("AVX2 forced, share of AVX2's peak", name, fraction, 0.8, "%", 100))
@@ -160,6 +203,6 @@ def float64(r: Results) -> list[Target]:
 
 def evaluate(results: Results) -> list[Target]:
     """Every target for the configurations that were asked for, in their order."""
-    groups = (one_row, large_batches, small_batches, threads, training, pytorch, avx2, float64)
+    groups = (one_row, large_batches, general, masks, small_batches, threads, training, pytorch, avx2, float64)
     every = [target for group in groups for target in group(results)]
     return [target for target in every if target.case.split()[0] in results.configurations]

@@ -14,16 +14,15 @@ import statistics
 import subprocess
 import sys
 
-MODELS = {
-    "A": (16, 4, (128,)),
-    "B": (16, 4, (256,)),
-    "C": (64, 8, (256, 256)),
-    "D": (6, 8, (64, 64)),
-    "E": (784, 8, (1024,)),
-}
+from configurations import CONFIGURATIONS
+
 WORKER = r"""
 import inspect, json, sys, time
 import numpy as np, nvpflow
+try:
+    from nvpflow.layers import *
+except ImportError:  # a build from before there were layers
+    pass
 
 EPOCHS = 5
 
@@ -48,31 +47,36 @@ def epochs(flow, x, options):  # from the end of the first epoch to that of the 
     return (ends[-1] - ends[0]) / (len(ends) - 1)
 
 cells = {}
-def make(size, flows, hidden, op, rows):
-    key = json.dumps([size, flows, hidden, op, rows])
+def make(model, one_context, op, rows):
+    key = json.dumps([model, one_context, op, rows])
     if key in cells:
         return cells[key]
-    flow = nvpflow.build(size, flows, tuple(hidden), "relu", standardize=False)
+    flow = eval(model)
     flow.num_threads = 1
     rng = np.random.default_rng(0)
     flow.set_parameters({k: rng.normal(scale=0.5 / max(1, v.shape[0]) ** 0.5, size=v.shape).astype("float32")
-                         for k, v in flow.parameters().items()})
-    x = rng.normal(size=(rows if op == "log_prob" else max(rows, 8192 // rows * rows), size)).astype("float32")
+                         if k.endswith((".kernel", ".bias")) else v for k, v in flow.parameters().items()})
+    rows_of_x = rows if op == "log_prob" else max(rows, 8192 // rows * rows)
+    x = rng.normal(size=(rows_of_x, flow.spec.input_size)).astype("float32")
+    size = getattr(flow.spec, "context_size", 0)
+    context = {"context": rng.normal(size=(rows_of_x, size)).astype("float32")} if size else {}
     if op == "log_prob":
         out = np.empty(rows, "float32")
-        cells[key] = many(lambda: flow.log_probability(x, out=out), max(1, 1000 // rows))
+        if one_context:
+            flow, context = flow.condition(context["context"][0]), {}
+        cells[key] = many(lambda: flow.log_probability(x, out=out, **context), max(1, 1000 // rows))
     else:
         known = inspect.signature(flow.fit).parameters
         plain = dict(batch_size=rows, epochs=EPOCHS, learning_rate=1e-4, schedule="constant", validation=0,
                      clip_norm=None, weight_decay=0.0, averaging=None, max_deviation=0, progress=False)
-        options = {k: v for k, v in plain.items() if k in known}
+        options = {**{k: v for k, v in plain.items() if k in known}, **context}
         cells[key] = lambda: epochs(flow, x, options)
     cells[key]()
     return cells[key]
 
 for line in sys.stdin:
-    size, flows, hidden, op, rows, seconds = json.loads(line)
-    print(json.dumps(timed(make(size, flows, hidden, op, rows), seconds)), flush=True)
+    *cell, seconds = json.loads(line)
+    print(json.dumps(timed(make(*cell), seconds)), flush=True)
 """
 
 
@@ -99,15 +103,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("old", help="the interpreter of the environment with the old build")
     parser.add_argument("new", help="the interpreter of the environment with the new build")
-    parser.add_argument("--models", default="A,B,C,D,E")
+    parser.add_argument("--models", default="A,B,C,D,E", help=f"of {','.join(CONFIGURATIONS)}; both builds need them")
+    parser.add_argument("--rows", default="1,16,1024,65536", help="of log_prob")
+    parser.add_argument("--train-rows", default="256,4096", help="of a training step")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--slice", type=float, default=0.1, help="seconds of one timing, at least one call")
     arguments = parser.parse_args()
+    counts = {"log_prob": arguments.rows, "train": arguments.train_rows}
+    cells = [(op, int(rows)) for op, given in counts.items() for rows in given.split(",")]
     old, new = Worker(arguments.old), Worker(arguments.new)
     print("| model | operation | rows | old, us | new / old | quartiles |\n| --- | --- | ---: | ---: | ---: | --- |")
     for model in arguments.models.split(","):
-        for op, rows in [("log_prob", n) for n in (1, 16, 1024, 65536)] + [("train", n) for n in (256, 4096)]:
-            cell = (*MODELS[model], op, rows)
+        configuration = CONFIGURATIONS[model]
+        for op, rows in cells:
+            if op == "train" and configuration.one_context:
+                continue
+            cell = (configuration.expression, configuration.one_context, op, rows)
             first, ratios = [], []
             for i in range(arguments.rounds + 1):
                 pair = [old, new] if i % 2 == 0 else [new, old]

@@ -24,13 +24,16 @@ class Worker:
     def prepare(self, configuration: str, op: str, batch: int, seconds: float) -> dict:
         """Build, check, and find out how many calls fill a block of `seconds`."""
         import checks
-        from configurations import CONFIGURATIONS, data
+        from configurations import CONFIGURATIONS, given
 
         if self.configuration != configuration:
             self.peer, self.configuration = self._class()(CONFIGURATIONS[configuration], self.threads), configuration
-        x = data(CONFIGURATIONS[configuration], batch)
-        self.timed = self.peer.train(x) if op == "train" else self.peer.call(op, x, self.name.endswith("_chunks"))
-        answer = checks.check(self.peer, configuration, op, x, self.timed)
+        rows = given(CONFIGURATIONS[configuration], batch)
+        if op == "train":
+            self.timed = self.peer.train(*rows)
+        else:
+            self.timed = self.peer.call(op, *rows, chunked=self.name.endswith("_chunks"))
+        answer = checks.check(self.peer, CONFIGURATIONS[configuration], op, rows, self.timed)
         answer["isa"] = getattr(self.peer, "isa", None)
         return {**answer, "calls": self.timed.calibrate(seconds), "other_maths": self.peer.other_maths}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,29 +17,40 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import bench
 import checks
+import formula
 import machine
 import report
 import session
 import tables
 import targets
-from configurations import CONFIGURATIONS, data, reference
+from configurations import CONFIGURATIONS, data, given, reference
 from results import Results
 from timing import Call, summary
 
 BENCH = Path(__file__).parents[1] / "bench"
 
 
-@pytest.fixture(scope="module")
-def document(tmp_path_factory) -> dict:
+def run_bench(path: Path, *arguments: str) -> dict:
     """What a short run writes."""
-    path = tmp_path_factory.mktemp("bench") / "results.json"
-    arguments = ["--quick", "--configs", "A", "--ops", "log_prob", "--peers", "numpy", "--batches", "1,64", "--json"]
+    words = ["--quick", "--peers", "numpy", *arguments, "--json", str(path)]
     done = subprocess.run(
-        [sys.executable, str(BENCH / "bench.py"), *arguments, str(path)], capture_output=True, text=True, check=False
+        [sys.executable, str(BENCH / "bench.py"), *words], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "## Targets" in done.stdout
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def document(tmp_path_factory) -> dict:
+    path = tmp_path_factory.mktemp("bench") / "results.json"
+    return run_bench(path, "--configs", "A", "--ops", "log_prob", "--batches", "1,64")
+
+
+@pytest.fixture(scope="module")
+def general_document(tmp_path_factory) -> dict:
+    path = tmp_path_factory.mktemp("bench") / "general.json"
+    return run_bench(path, "--configs", "G1,R", "--ops", "log_prob", "--batches", "1")
 
 
 # ---------------------------------------------------------------------------------------------- configurations
@@ -46,7 +58,22 @@ def document(tmp_path_factory) -> dict:
 
 @pytest.mark.parametrize(
     ("name", "flops", "kibibytes"),
-    [("A", 24_576, 50), ("B", 49_152, 100), ("C", 1_441_792, 2_834), ("D", 74_752, 150), ("E", 19_267_584, 37_688)],
+    [
+        *(
+            ("A", 24_576, 50),
+            ("B", 49_152, 100),
+            ("C", 1_441_792, 2_834),
+            ("D", 74_752, 150),
+            ("E", 19_267_584, 37_688),
+        ),
+        # J: 10 networks 3 -> 100 -> 100 -> 6 and 11 matrices 6 x 6.
+        ("J", 2 * (10 * (3 * 100 + 100 * 100 + 100 * 6) + 11 * 6 * 6), 436),
+        # G: 10 numbers of context in the first layer and in both gates; with halves of 2 and 3 three couplings give 3.
+        ("G", 2 * (62 * 50 + 5 * 4 * 2_500 + 5 * 2 * 500 + 26 * 50 + 6 * 25), 240),
+        ("G1", 2 * (12 * 50 + 5 * 4 * 2_500 + 26 * 50 + 6 * 25), 210),
+        ("M", 2 * 10 * 2 * (3 * 100 + 100 * 100 + 100 * 3), 844),
+        ("R", 24_576, 50),
+    ],
 )
 def test_arithmetic_and_size_of_a_configuration(name, flops, kibibytes) -> None:
     configuration = CONFIGURATIONS[name]
@@ -59,16 +86,46 @@ def test_the_models_are_those_that_nvpflow_builds() -> None:
     import nvpflow
 
     for configuration in CONFIGURATIONS.values():
-        c = configuration
-        flow = nvpflow.build(c.input_size, c.num_flows, c.hidden_sizes, standardize=False)
-        assert 4 * flow.num_parameters == configuration.weight_bytes
-        kernels = sum(value.size for name, value in flow.parameters().items() if name.endswith(".kernel"))
-        assert 2 * kernels == configuration.flops_per_row
+        spec = nvpflow.FlowSpec.from_json(json.dumps(configuration.spec))
+        built = eval(configuration.expression, {"nvpflow": nvpflow, **vars(nvpflow.layers)}).spec
+        if configuration.mixing is None and configuration.mask != "random":
+            assert built == spec
+        else:  # but for the orders and the masks that were drawn
+            found, wanted = ([re.sub(r"\d+(?=[,)])", "", repr(layer)) for layer in s.layers] for s in (built, spec))
+            assert found == wanted
+        flow = nvpflow.Flow(spec)
         assert list(flow.parameters()) == list(reference(configuration).parameters)
+        if configuration.plain:
+            assert 4 * flow.num_parameters == configuration.weight_bytes
+            kernels = sum(value.size for name, value in flow.parameters().items() if name.endswith(".kernel"))
+            assert 2 * kernels == configuration.flops_per_row
 
 
 def test_fewer_rows_are_the_first_of_more() -> None:
     assert np.array_equal(data(CONFIGURATIONS["A"], 3), data(CONFIGURATIONS["A"], 64)[:3])
+    for few, many in zip(given(CONFIGURATIONS["G"], 3), given(CONFIGURATIONS["G"], 64), strict=True):
+        assert np.array_equal(few, many[:3])
+    assert given(CONFIGURATIONS["G1"], 3)[1].shape == (10,)
+
+
+# ---------------------------------------------------------------------------------------------- the formula
+
+
+@pytest.mark.parametrize("name", ["A", "J", "G", "G1", "M", "R"])
+@pytest.mark.parametrize("library", ["numpy", "jax", "torch"])
+def test_the_formula_is_the_oracle_s_in_every_library(name, library) -> None:
+    module = pytest.importorskip("jax.numpy" if library == "jax" else library)
+    arrays, convert = getattr(formula, f"{library}_arrays")(), module.tensor if library == "torch" else module.asarray
+    configuration, oracle = CONFIGURATIONS[name], reference(CONFIGURATIONS[name])
+    rows, steps = given(configuration, 5), formula.steps(configuration)
+    for one_head in (True, False):
+        trained = formula.parameters(configuration, one_head)
+        for op in ("log_prob", "forward", "inverse"):
+            expected = getattr(oracle, op)(*rows)
+            for p in [formula.composed(configuration, trained), *([trained] if op != "inverse" else [])]:
+                p = {key: convert(value) for key, value in p.items()}
+                found = formula.run(arrays, steps, p, op, *map(convert, rows))
+                assert checks.error(found, expected[0] if op == "inverse" else expected) < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------- timing and checks
@@ -105,10 +162,57 @@ def test_a_contender_that_is_wrong_is_refused() -> None:
     from peers import Numpy
 
     peer, x = Numpy(CONFIGURATIONS["A"], 1), data(CONFIGURATIONS["A"], 5)
-    assert checks.check(peer, "A", "log_prob", x, peer.call("log_prob", x))["error"] < 1e-5
-    peer.layers[2][0][0][0, 0] += 0.5
+    assert checks.check(peer, CONFIGURATIONS["A"], "log_prob", (x,), peer.call("log_prob", x))["error"] < 1e-5
+    peer.parameters["flow_2_coupling_dense_0.kernel"][0, 0] += 0.5
     with pytest.raises(checks.WrongResultError, match="the limit is 1e-04"):
-        checks.check(peer, "A", "log_prob", x, peer.call("log_prob", x))
+        checks.check(peer, CONFIGURATIONS["A"], "log_prob", (x,), peer.call("log_prob", x))
+
+
+@pytest.mark.parametrize("name", ["A", "J", "G", "M", "R"])
+@pytest.mark.filterwarnings("ignore:.*:nvpflow.DataWarning")  # there are few rows
+def test_a_step_of_ours_is_a_step_of_adam(name) -> None:
+    from ours import Nvpflow
+
+    peer, rows = Nvpflow(CONFIGURATIONS[name], 1), given(CONFIGURATIONS[name], 32)
+    assert checks.check(peer, CONFIGURATIONS[name], "train", rows, peer.train(*rows))["error"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("label", "name"),
+    [
+        *(("torch_eager", "J"), ("torch_fused", "G"), ("jax", "G"), ("zuko", "J"), ("zuko", "G1"), ("nflows", "J")),
+        *(("nflows", "G"), ("normflows", "J"), ("normflows", "M"), ("freia", "G"), ("freia", "M"), ("flowjax", "G1")),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # theirs
+def test_peers_pass_their_checks(label, name) -> None:
+    packages = {"jax": "optax", "freia": "FrEIA", "torch_eager": "torch", "torch_fused": "torch"}
+    pytest.importorskip(packages.get(label, label))
+    from peers import PEERS
+
+    configuration, rows = CONFIGURATIONS[name], given(CONFIGURATIONS[name], 3)
+    peer = PEERS[label](configuration, 1)
+    for op in ("log_prob",) if label in ("jax", "flowjax") else ("log_prob", "inverse"):
+        checks.check(peer, configuration, op, rows, peer.call(op, *rows))
+    if peer.can_train and not configuration.one_context:
+        checks.check(peer, configuration, "train", rows, peer.train(*rows))
+
+
+def test_nothing_trains_under_one_context() -> None:
+    found = session.cells(["G", "G1"], ["log_prob", "train"], [1], [256])
+    assert [(c.configuration, c.op) for c in found] == [("G", "log_prob"), ("G", "train"), ("G1", "log_prob")]
+
+
+def test_who_takes_part() -> None:
+    def contenders(name: str) -> list[str]:
+        every = session.labels(session.PEERS, ["native", "avx2"])
+        return [label for label in every if session.takes_part(label, session.Cell(name, "log_prob", 1024))]
+
+    assert {"onnxruntime", "zuko", "nflows", "normflows", "flowjax", "jax"} <= set(contenders("A"))
+    assert {"nvpflow_halves", "onnxruntime", "freia"} & set(contenders("J")) == {"freia"}
+    assert {"nflows", "normflows", "freia", "zuko"} & set(contenders("G")) == {"nflows", "freia", "zuko"}
+    assert {"nflows", "normflows", "freia", "zuko"} & set(contenders("M")) == {"normflows", "freia", "zuko"}
+    assert {"nvpflow", "nvpflow_halves", "nvpflow_avx2"} <= set(contenders("R"))
 
 
 def test_chunks_give_what_the_whole_gives() -> None:
@@ -187,6 +291,17 @@ def test_tables_and_targets_come_from_the_document(document) -> None:
     assert {case.split()[0] for _, case in by_name} == {"A"}
 
 
+def test_flows_beyond_halves_are_held_to_targets_of_their_own(general_document) -> None:
+    results = Results(general_document)
+    by_name = {(t.what, t.case): t for t in targets.evaluate(results)}
+    assert by_name["random masks over halves", "R log_prob 1"].met is not None
+    isa = results.native_isa()
+    assert ((f"one row, median, {isa}", "G1") in by_name) == (isa in ("avx512", "avx2"))
+    assert by_name["1,024 rows, share of FMA peak", "G1"].target == "at least 45 %"
+    assert ("1,024 rows, ahead of PyTorch flow libraries", "G1") in by_name
+    assert {case.split()[0] for _, case in by_name} == {"G1", "R"}
+
+
 def test_a_fall_of_the_batch_curve_is_found(document) -> None:
     record = next(r for r in document["records"] if (r["contender"], r["batch"]) == ("nvpflow", 1))
     slow = {**record, "batch": 2, "seconds": {**record["seconds"], "median": 10 * record["seconds"]["median"]}}
@@ -204,16 +319,17 @@ def test_results_of_another_format_are_refused(document) -> None:
 def test_report_is_written_and_checked(document, tmp_path, capsys) -> None:
     results, readme, page = (tmp_path / name for name in ("results.json", "README.md", "benchmarks.md"))
     results.write_text(json.dumps(document), encoding="utf-8")
+    begin, end = report.SPEED
     for path in (readme, page):
-        path.write_text(f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nThe rest.\n", encoding="utf-8")
+        path.write_text(f"# Title\n\n{begin}\nold\n{end}\n\nThe rest.\n", encoding="utf-8")
     arguments = [str(results), "--readme", str(readme), "--page", str(page)]
     assert report.main([*arguments, "--check"]) == 1
     assert report.main([*arguments, "--write"]) == 0
     assert report.main([*arguments, "--check"]) == 0
     for path in (readme, page):
         text = path.read_text(encoding="utf-8")
-        assert text.startswith("# Title\n\n" + report.BEGIN)
-        assert text.endswith(report.END + "\n\nThe rest.\n")
+        assert text.startswith("# Title\n\n" + begin)
+        assert text.endswith(end + "\n\nThe rest.\n")
         assert document["machine"]["cpu"] in text
     for part in (document["date"], document["command"], "numpy " + np.__version__):
         assert part in page.read_text(encoding="utf-8")
@@ -225,6 +341,34 @@ def test_report_is_written_and_checked(document, tmp_path, capsys) -> None:
     readme.write_text("no markers", encoding="utf-8")
     assert report.main([*arguments, "--check"]) == 1
     assert "expected one" in capsys.readouterr().err
+
+
+def test_flows_beyond_halves_have_a_section_of_their_own(general_document, tmp_path) -> None:
+    results, page = tmp_path / "results.json", tmp_path / "benchmarks.md"
+    results.write_text(json.dumps(general_document), encoding="utf-8")
+    speed, general = "\n".join(report.SPEED), "\n".join(report.GENERAL)
+    page.write_text(f"{speed}\n\n{general}\n", encoding="utf-8")
+    arguments = [str(results), "--readme", str(tmp_path / "no such file"), "--page", str(page)]
+    assert report.main([*arguments, "--write"]) == 0
+    assert report.main([*arguments, "--check"]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith(speed)
+    assert "| G1 " in text
+    assert "random masks" in text
+    assert CONFIGURATIONS["R"].expression in text
+
+
+def test_versus_compares_flows_beyond_halves() -> None:
+    words = [str(BENCH / "versus.py"), sys.executable, sys.executable]
+    words += ["--models", "G,G1", "--rounds", "2", "--slice", "0.001", "--rows", "1", "--train-rows", "4096"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1:4] for line in done.stdout.splitlines()[2:]]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["G", "log_prob", "1"],
+        ["G", "train", "4096"],
+        ["G1", "log_prob", "1"],
+    ]
 
 
 def test_pictures_are_drawn(document, tmp_path) -> None:
