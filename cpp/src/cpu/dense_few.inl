@@ -137,17 +137,25 @@ NVPFLOW_INLINE void accumulate_segments(const W& weights, int64_t o, const T* x,
   }
 }
 
+/// Where the sums of few rows begin: at the bias, one for all of them, or without one at y.
+template <class T>
+struct FewStart {
+  const T* first;
+  int64_t stride;
+
+  FewStart(const Dense<T>& d, const T* y, int64_t y_stride)
+      : first(d.bias == nullptr ? y : d.bias), stride(d.bias == nullptr ? y_stride : 0) {}
+};
+
 /// MR rows x NV vectors of outputs from o. S: segments at once, all or (1) one after the other.
 template <class T, int MR, int NV, int S, class W>
-NVPFLOW_INLINE void few_block(const W& weights, int64_t o, const T* x, int64_t x_stride, T* y, int64_t y_stride,
-                              Act act) {
+NVPFLOW_INLINE void few_block(const W& weights, const FewStart<T>& start, int64_t o, const T* x, int64_t x_stride, T* y,
+                              int64_t y_stride, Act act) {
   constexpr int L = kLanes<T>;
   const Dense<T>& d = weights.d;
   Vec<T> total[MR][NV];
   for (int n = 0; n < NV; ++n) {
-    for (int m = 0; m < MR; ++m) {
-      total[m][n] = load<T>(d.bias == nullptr ? y + m * y_stride + o + n * L : d.bias + o + n * L);
-    }
+    for (int m = 0; m < MR; ++m) total[m][n] = load<T>(start.first + m * start.stride + o + n * L);
   }
   if constexpr (S == 1) {
     const auto* w = weights.block(o);
@@ -179,16 +187,17 @@ NVPFLOW_NOINLINE void few_rows(const W& weights, const T* x, int64_t x_stride, T
   constexpr int kParallel = MR * S <= kFewSums ? S : 1;
   constexpr int kFitting = kFewSums / (MR * S);  // vectors of which all segments can be under way
   constexpr int kMiddle = kFitting < kWide / 2 ? kFitting : kWide / 2;
+  const FewStart<T> start(d, y, y_stride);
   int64_t o = 0;
   for (; o + (kWide - 1) * L < d.out; o += kWide * L) {
-    few_block<T, MR, kWide, 1>(weights, o, x, x_stride, y, y_stride, act);
+    few_block<T, MR, kWide, 1>(weights, start, o, x, x_stride, y, y_stride, act);
   }
   if constexpr (kMiddle > 1) {
     for (; o + (kMiddle - 1) * L < d.out; o += kMiddle * L) {
-      few_block<T, MR, kMiddle, kParallel>(weights, o, x, x_stride, y, y_stride, act);
+      few_block<T, MR, kMiddle, kParallel>(weights, start, o, x, x_stride, y, y_stride, act);
     }
   }
-  for (; o < d.out; o += L) few_block<T, MR, 1, kParallel>(weights, o, x, x_stride, y, y_stride, act);
+  for (; o < d.out; o += L) few_block<T, MR, 1, kParallel>(weights, start, o, x, x_stride, y, y_stride, act);
 }
 
 /// MR rows.

@@ -149,6 +149,7 @@ struct Program {
   int64_t fold_size = 0;                                          // elements of a folded context
   int64_t context_mean_offset = -1, context_log_std_offset = -1;  // -1: it is not standardized
   bool gathers = false;  // a coupling's features lie in rows that do not follow each other
+  bool plain = false;    // plain couplings and diagonal layers, features in their order, no context
   int64_t num_layers = 0;
   const Layer<T>* layers = nullptr;
   int64_t max_width = 0;      // widest dense output or input, or all heads of a coupling

@@ -89,6 +89,7 @@ Packed<T>::Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels
   }
   program_.layers = layers_.data();
   program_.num_layers = static_cast<std::int64_t>(layers_.size());
+  program_.plain = is_plain();
   choose_tiles(kernels, wide_blocks);
 
   std::int64_t size = 0;
@@ -116,6 +117,15 @@ Packed<T>::Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels
   }
   if (weights == Weights::bfloat16) keep_narrow();
   if (takes_float64_rows(spec)) place_rest(spec);
+}
+
+template <class T>
+bool Packed<T>::is_plain() const {
+  const bool in_order = program_.data_place == nullptr && program_.latent_place == nullptr;
+  return in_order && program_.context_size == 0 &&
+         std::all_of(layers_.begin(), layers_.end(), [](const Layer<T>& layer) {
+           return layer.kind == Kind::diagonal || (layer.kind == Kind::coupling && layer.plain);
+         });
 }
 
 template <class T>

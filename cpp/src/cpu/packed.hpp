@@ -70,6 +70,7 @@ class Packed {
   void pack_diagonal(Layer<T>& layer, const T* parameters);
   void pack_context(const T* parameters);
   void pack_linear(Layer<T>& layer, LuMatrix<T>& matrix, const T* parameters, bool training, int threads);
+  bool is_plain() const;
   void place_rest(const FlowSpec& spec);
   void pack_rest(const T* parameters, const float* mean_low);
   void choose_tiles(const Kernels<T>& kernels, bool wide_blocks);

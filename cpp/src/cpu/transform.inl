@@ -42,12 +42,17 @@ void flow_tile(const Program<T>& program, bool inverse, const TileState<T>& s) {
   }
 }
 
-template <class T>
-void flow_rows(const Program<T>& program, bool inverse, const RowState<T>& s) {
+/// plain: the program is.
+template <class T, bool plain>
+NVPFLOW_INLINE void flow_rows(const Program<T>& program, bool inverse, const RowState<T>& s) {
   for (int64_t i = 0; i < s.rows * kLanes<T>; i += kLanes<T>) store<T>(s.log_det + i, Vec<T>{});
   for (int64_t k = 0; k < program.num_layers; ++k) {
     const Layer<T>& layer = program.layers[inverse ? program.num_layers - 1 - k : k];
     const bool backwards = inverse != layer.inverse;
+    if (plain && layer.kind == Kind::coupling) {
+      plain_rows<T>(layer, backwards, s);
+      continue;
+    }
     visit(layer,
           [&]<class LayerKind>(LayerKind) __attribute__((always_inline)) { LayerKind::few_rows(layer, backwards, s); });
   }
@@ -59,21 +64,31 @@ NVPFLOW_INLINE bool is_placed(const Program<T>& program) {
   return program.data_place != nullptr || program.latent_place != nullptr;
 }
 
+/// What every transform needs.
+template <class T>
+struct PlainScratch {
+  T *state, *partial, *buffer0, *buffer1, *poison, *log_det;
+
+  PlainScratch(const Program<T>& p, Carver<T>& carver, int64_t rows)
+      : state(carver.take(row_stride<T>(p.input_size) * rows)),
+        partial(carver.take(kLanes<T> * rows)),
+        buffer0(carver.take(row_stride<T>(p.max_width) * rows)),
+        buffer1(carver.take(row_stride<T>(p.max_width) * rows)),
+        poison(carver.take(rows)),
+        log_det(carver.take(rows)) {}
+};
+
 /// gathered: where Program::gathers; ordered, where the program is placed: one row, its features in order; context:
 /// of the rows.
 template <class T>
-struct TransformScratch {
-  T *state, *partial, *buffer0, *buffer1, *poison, *log_det, *gathered, *ordered, *kept, *context;
+struct TransformScratch : PlainScratch<T> {
+  T *gathered, *ordered, *kept, *context;
   int64_t context_stride, size;
 
-  TransformScratch(const Program<T>& p, T* scratch, int64_t rows) {
-    Carver<T> carver{scratch};
-    state = carver.take(row_stride<T>(p.input_size) * rows);
-    partial = carver.take(kLanes<T> * rows);
-    buffer0 = carver.take(row_stride<T>(p.max_width) * rows);
-    buffer1 = carver.take(row_stride<T>(p.max_width) * rows);
-    poison = carver.take(rows);
-    log_det = carver.take(rows);
+  TransformScratch(const Program<T>& p, T* scratch, int64_t rows) : TransformScratch(p, Carver<T>{scratch}, rows) {}
+
+ private:
+  TransformScratch(const Program<T>& p, Carver<T> carver, int64_t rows) : PlainScratch<T>(p, carver, rows) {
     gathered = carver.take(p.gathers ? row_stride<T>(p.input_size) * rows : 0);
     ordered = carver.take(is_placed(p) ? row_stride<T>(p.input_size) : 0);
     kept = carver.take(p.kept_width > 0 ? row_stride<T>(p.kept_width) * rows : 0);
@@ -156,45 +171,72 @@ NVPFLOW_NOINLINE void order_row(const T* state, const int64_t* place, int64_t fe
   for (int64_t j = 0; j < features; ++j) ordered[j] = state[place[j]];
 }
 
+template <class T>
+NVPFLOW_INLINE void load_row(const T* in, int64_t features, T* state) {
+  for (int64_t j = 0; j < features; j += kLanes<T>) store<T>(state + j, load_upto<T>(in + j, features - j));
+}
+
+/// Settles a row that has come through the flow, and writes what the call wants of it. known: its context is finite.
+template <class T>
+NVPFLOW_INLINE void finish_row(const TransformCall<T>& call, int64_t r, int64_t features, T* state, const T* partial,
+                               bool known) {
+  T log_det = sum_lanes<T>(load<T>(partial));
+  Vec<T> zeros = {};
+  for (int64_t j = 0; j < features; j += kLanes<T>) {
+    zeros = fma(load_upto<T>(state + j, features - j), Vec<T>{}, zeros);
+  }
+  if (sum_lanes<T>(zeros) != T(0) || !known) settle_row<T>(call, known, r, features, state, 1, &log_det);
+  if (call.log_det != nullptr) call.log_det[r] = log_det;
+  if (call.log_prob != nullptr) call.log_prob[r] = log_prob_row<T>(state, features, log_det);
+  if (call.out == nullptr) return;
+  for (int64_t j = 0; j < features; j += kLanes<T>) {
+    store_upto<T>(call.out + r * features + j, load<T>(state + j), features - j);
+  }
+}
+
+/// transform_rows of a plain program.
+template <class T>
+void transform_plain_rows(const Program<T>& program, const TransformCall<T>& call, int64_t begin, int64_t count,
+                          T* scratch) {
+  const int64_t features = program.input_size, stride = row_stride<T>(features);
+  Carver<T> carver{scratch};
+  const PlainScratch<T> s(program, carver, count);
+  for (int64_t r = 0; r < count; ++r) {
+    load_row<T>(input_row<T>(call, begin + r, features), features, s.state + r * stride);
+  }
+  flow_rows<T, /*plain=*/true>(program, call.inverse,
+                               {s.state, stride, s.partial, s.buffer0, s.buffer1, nullptr, count});
+  for (int64_t r = 0; r < count; ++r) {
+    finish_row<T>(call, begin + r, features, s.state + r * stride, s.partial + r * kLanes<T>, true);
+  }
+}
+
 /// A few rows of call.in, which is given.
 template <class T>
-void transform_rows(const Program<T>& program, const TransformCall<T>& call, int64_t begin, int64_t count, T* scratch) {
+NVPFLOW_NOINLINE void transform_rows(const Program<T>& program, const TransformCall<T>& call, int64_t begin,
+                                     int64_t count, T* scratch) {
+  if (program.plain) return transform_plain_rows<T>(program, call, begin, count, scratch);
   const int64_t features = program.input_size, stride = row_stride<T>(features);
   const TransformScratch<T> s(program, scratch, count);
   const int64_t* in_place = call.inverse ? program.latent_place : program.data_place;
   const int64_t* out_place = call.inverse ? program.data_place : program.latent_place;
   for (int64_t r = 0; r < count; ++r) {
     const T* in = input_row<T>(call, begin + r, features);
-    if (in_place != nullptr) {
-      load_placed<T>(in, in_place, features, s.state + r * stride);
-      continue;
-    }
-    for (int64_t j = 0; j < features; j += kLanes<T>) {
-      store<T>(s.state + r * stride + j, load_upto<T>(in + j, features - j));
-    }
+    T* state = s.state + r * stride;
+    in_place != nullptr ? load_placed<T>(in, in_place, features, state) : load_row<T>(in, features, state);
   }
   if (call.context.rows != nullptr) load_context_rows<T>(program, call.context, begin, count, s.context);
-  flow_rows<T>(program, call.inverse,
-               {s.state, stride, s.partial, s.buffer0, s.buffer1, s.gathered, count, s.kept, context_of(call, s)});
+  flow_rows<T, /*plain=*/false>(
+      program, call.inverse,
+      {s.state, stride, s.partial, s.buffer0, s.buffer1, s.gathered, count, s.kept, context_of(call, s)});
   for (int64_t r = 0; r < count; ++r) {
     T* state = s.state + r * stride;
     if (out_place != nullptr) {
       order_row<T>(state, out_place, features, s.ordered);
       state = s.ordered;
     }
-    T log_det = sum_lanes<T>(load<T>(s.partial + r * kLanes<T>));
-    Vec<T> zeros = {};
-    for (int64_t j = 0; j < features; j += kLanes<T>) {
-      zeros = fma(load_upto<T>(state + j, features - j), Vec<T>{}, zeros);
-    }
     const bool known = program.context_size == 0 || context_is_finite<T>(program, call.context, begin + r);
-    if (sum_lanes<T>(zeros) != T(0) || !known) settle_row<T>(call, known, begin + r, features, state, 1, &log_det);
-    if (call.log_det != nullptr) call.log_det[begin + r] = log_det;
-    if (call.log_prob != nullptr) call.log_prob[begin + r] = log_prob_row<T>(state, features, log_det);
-    if (call.out == nullptr) continue;
-    for (int64_t j = 0; j < features; j += kLanes<T>) {
-      store_upto<T>(call.out + (begin + r) * features + j, load<T>(state + j), features - j);
-    }
+    finish_row<T>(call, begin + r, features, state, s.partial + r * kLanes<T>, known);
   }
 }
 
