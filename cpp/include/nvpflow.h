@@ -201,13 +201,20 @@ NVPFLOW_API nvpflow_status nvpflow_condition_f64(const nvpflow_flow* flow, const
                                                  nvpflow_flow** conditioned);
 /** @} */
 
-/** @name The standardize layer, which must be the flow's first, set from rows x [rows, D]: to each column's mean and
- * standard deviation, or to its median and interquartile range where far rows decide the standard deviation. For rows
- * in other units than those the flow was trained on. Replaces parameters, as nvpflow_reload() does.
+/** @name What training sets from rows x [rows, D] before it begins. A standardize layer in front: to each column's mean
+ * and standard deviation, or to its median and interquartile range where far rows decide the standard deviation;
+ * actnorm layers: such that their outputs have mean 0 and standard deviation 1; the statistics of a context [rows, C]
+ * that the flow standardizes. For rows in other units than those the flow was trained on. Replaces parameters, as
+ * nvpflow_reload() does.
  * @{ */
-/** @brief Sets the layer from x [rows, D]; on failure the flow is as it was. */
+/** @brief Sets the layers from x [rows, D]; on failure the flow is as it was. */
 NVPFLOW_API nvpflow_status nvpflow_initialize_from_f32(nvpflow_flow* flow, const float* x, int64_t rows);
 NVPFLOW_API nvpflow_status nvpflow_initialize_from_f64(nvpflow_flow* flow, const double* x, int64_t rows);
+/** @brief The same of a flow with a context, given a row of it for each row: context [rows, C]. */
+NVPFLOW_API nvpflow_status nvpflow_initialize_from_context_f32(nvpflow_flow* flow, const float* x, int64_t rows,
+                                                               const float* context);
+NVPFLOW_API nvpflow_status nvpflow_initialize_from_context_f64(nvpflow_flow* flow, const double* x, int64_t rows,
+                                                               const double* context);
 /** @} */
 
 /** @name log p(x) = log N(z; 0, I) + log|det dz/dx| of each row, in nats.

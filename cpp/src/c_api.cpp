@@ -182,10 +182,11 @@ nvpflow_status condition(const nvpflow_flow* handle, const T* context, nvpflow_f
 }
 
 template <class T>
-nvpflow_status initialize_from(nvpflow_flow* handle, const T* x, std::int64_t rows) {
+nvpflow_status initialize_from(nvpflow_flow* handle, const T* x, std::int64_t rows, const Given<T>& given = {}) {
   return guarded([&] {
     Flow& flow = changed(handle, "flow");
-    flow.initialize_from<T>(array(x, "x", rows, flow.spec().input_size));
+    const Context context = context_of<T, T>(*handle, "nvpflow_initialize_from", rows, given);
+    flow.initialize_from<T>(array(x, "x", rows, flow.spec().input_size), Statistics::automatic, context);
   });
 }
 
@@ -362,6 +363,14 @@ nvpflow_status nvpflow_initialize_from_f32(nvpflow_flow* flow, const float* x, i
 }
 nvpflow_status nvpflow_initialize_from_f64(nvpflow_flow* flow, const double* x, int64_t rows) {
   return nvpflow::initialize_from(flow, x, rows);
+}
+nvpflow_status nvpflow_initialize_from_context_f32(nvpflow_flow* flow, const float* x, int64_t rows,
+                                                   const float* context) {
+  return nvpflow::initialize_from<float>(flow, x, rows, {context, rows});
+}
+nvpflow_status nvpflow_initialize_from_context_f64(nvpflow_flow* flow, const double* x, int64_t rows,
+                                                   const double* context) {
+  return nvpflow::initialize_from<double>(flow, x, rows, {context, rows});
 }
 nvpflow_status nvpflow_log_prob_f32(const nvpflow_flow* flow, const float* x, int64_t rows, float* log_prob) {
   return nvpflow::log_prob(flow, x, rows, log_prob);

@@ -32,6 +32,7 @@
 #include "backend.hpp"
 #include "checkpoint.hpp"
 #include "fit_rows.hpp"
+#include "fit_start.hpp"
 #include "float_mode.hpp"
 #include "flow_access.hpp"
 #include "parallel.hpp"
@@ -63,8 +64,6 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 /// Arithmetic between two looks at the observer, in float32: 0.2 s on one core with AVX-512, 0.6 with 16-byte vectors.
 /// A batch that is cut in slices reads the weights and adds to the gradient once for each.
 constexpr double kSliceFlops = 16e9;
-/// Training rows that actnorm layers are set from, and that epochs are compared by where there is no validation data.
-constexpr std::int64_t kSelectionRows = 1 << 16;
 
 /// The weight decay that is taken where none is given: a prior that weighs less the more rows there are. Measured by
 /// tests/bench/defaults.py; in proportion to columns / rows it cost half a nat on 18,000 rows of ten columns.
@@ -92,37 +91,6 @@ std::uint64_t fingerprint(const void* data, std::size_t bytes, Poll poll) {
   return hash;
 }
 
-template <class T, class Poll>
-void check_finite(const char* name, std::span<const T> values, std::int64_t features, Poll poll) {
-  constexpr std::int64_t kNamed = 5;
-  std::int64_t bad = 0;
-  std::string which;
-  const auto rows = static_cast<std::int64_t>(values.size()) / features;
-  for (std::int64_t r = 0; r < rows; ++r) {
-    if (r % kPollRows == 0) poll();
-    const T* row = values.data() + r * features;
-    if (std::all_of(row, row + features, [](T v) { return std::isfinite(v); })) continue;
-    if (bad < kNamed) which += (bad == 0 ? "" : ", ") + std::to_string(r);
-    ++bad;
-  }
-  if (bad == 0) return;
-  fail(std::string(name) + " has " + std::to_string(bad) + " of " + std::to_string(rows) +
-       " rows with NaN or infinite values (row " + which + (bad > kNamed ? ", ..." : "") +
-       ", counted from 0); remove or repair them");
-}
-
-/// Writes the means and log standard deviations of a layer; returns how they were found.
-template <class T>
-std::vector<std::string> set_layer(std::span<T> layer, const std::vector<ColumnScale>& scales) {
-  std::vector<std::string> how;
-  for (std::size_t j = 0; j < scales.size(); ++j) {
-    layer[j] = static_cast<T>(scales[j].centre);
-    layer[scales.size() + j] = static_cast<T>(scales[j].log_scale);
-    how.push_back(scales[j].how);
-  }
-  return how;
-}
-
 /// Thrown through the preparation of a fit when the observer asks to stop.
 struct Stopped {};
 
@@ -134,20 +102,6 @@ struct Standardized {
   std::vector<float> mean_low;
   double log_det = 0;  // 0 where it is not on
 };
-
-/// Below this part of the standard deviation it does not matter what float32 does not hold of a mean.
-constexpr double kMeanTolerance = 1.0 / 128;
-
-/// Flow::mean_low of these means: what float32 does not hold of them, where it matters.
-std::vector<float> mean_low_of(const std::vector<ColumnScale>& scales) {
-  std::vector<float> low;
-  for (const ColumnScale& scale : scales) {
-    const double rest = scale.centre - static_cast<double>(static_cast<float>(scale.centre));
-    const bool matters = std::abs(rest) > kMeanTolerance * std::exp(scale.log_scale);
-    low.push_back(matters ? static_cast<float>(rest) : 0.0f);
-  }
-  return low;
-}
 
 /// T: of the flow. Rows of X: T, or double for a float32 flow with takes_float64_rows.
 template <class T, class X>
@@ -161,8 +115,9 @@ class Trainer {
         features_(flow.spec().input_size),
         given_x_(x),
         given_validation_(validation),
-        context_(checked_context("context", context, x)),
-        validation_context_(checked_context("the context of validation", validation_context, validation)),
+        context_(checked_context<T>(flow.spec(), "context", context, rows_in(x.size()))),
+        validation_context_(checked_context<T>(flow.spec(), "the context of validation", validation_context,
+                                               rows_in(validation.size()))),
         rows_(checked_rows(), held_out_rows(), options.seed),
         threads_(options.num_threads > 0 ? options.num_threads : FlowAccess::threads(flow)) {
     // Forward and back.
@@ -265,24 +220,6 @@ class Trainer {
 
   std::int64_t context_size() const { return flow_.spec().context_size; }
 
-  /// One context row for each row of x, of the flow's type; none where the flow has no context.
-  std::span<const T> checked_context(const char* name, const Context& context, std::span<const X> x) const {
-    const std::int64_t rows = rows_in(x.size()), wanted = rows * context_size();
-    if (context.element() == 0 && wanted == 0) return {};
-    const std::string shape = context_size() == 0 ? "none: the flow has no context"
-                                                  : "[" + std::to_string(rows) + ", " + std::to_string(context_size()) +
-                                                        "], a row for each row of its data";
-    if (context.element() == 0) fail(std::string(name) + " is missing, expected " + shape);
-    if (context_size() == 0 || context.size() != wanted) {
-      fail(std::string(name) + " holds " + std::to_string(context.size()) + " elements, expected " + shape);
-    }
-    if (context.element() != sizeof(T)) {
-      throw Error(ErrorCode::type_mismatch, std::string(name) + " is of another type, expected the flow's " +
-                                                std::string(name_of(flow_.spec().dtype)));
-    }
-    return {static_cast<const T*>(context.data()), static_cast<std::size_t>(context.size())};
-  }
-
   std::int64_t checked_rows() const {
     options_.validate();
     for (const auto& [name, span] : {std::pair{"x", given_x_}, std::pair{"validation", given_validation_}}) {
@@ -343,33 +280,12 @@ class Trainer {
     history_.standardized = set_layer(layer, found);
   }
 
-  /// Mean and standard deviation of each number of the training rows' context, where they are still zeros. A number
-  /// that never changes keeps its unit.
+  /// Where they are still zeros.
   void standardize_context() {
     if (!flow_.spec().standardize_context) return;
-    const auto size = static_cast<std::size_t>(context_size());
-    const auto statistics = std::span<T>(best_).last(2 * size);  // the last tensors of the layout
+    const auto statistics = std::span<T>(best_).last(static_cast<std::size_t>(2 * context_size()));
     if (std::any_of(statistics.begin(), statistics.end(), [](T v) { return v != T(0); })) return;
-    const RowOrder order = rows_.training();
-    const auto rows = static_cast<double>(rows_.train());
-    std::vector<double> means(size), squares(size);
-    const auto add = [&](auto&& term, std::vector<double>& sums) {
-      order.each(0, rows_.train(), [&](std::int64_t i, std::int64_t at) {
-        if (i % kPollRows == 0) poll();
-        const T* row = context_.data() + at * context_size();
-        for (std::size_t j = 0; j < size; ++j) sums[j] += term(static_cast<double>(row[j]), j);
-      });
-      for (double& sum : sums) sum /= rows;
-    };
-    add([](double c, std::size_t) { return c; }, means);
-    add([&](double c, std::size_t j) { return (c - means[j]) * (c - means[j]); }, squares);
-    for (std::size_t j = 0; j < size; ++j) {
-      statistics[j] = static_cast<T>(means[j]);
-      const double log_std = 0.5 * std::log(squares[j]);
-      // A spread that float32 does not see is none.
-      const bool varies = std::sqrt(squares[j]) > 1e-6 * std::abs(means[j]) && std::isfinite(log_std);
-      statistics[size + j] = varies ? static_cast<T>(log_std) : T(0);
-    }
+    set_context_statistics(statistics, context_, rows_.training(), rows_.train(), [this] { poll(); });
   }
 
   /// From the training rows, or some of them, as the run's first layer sees them.
@@ -810,48 +726,6 @@ Statistics parse_statistics(std::string_view name) {
   }
   fail("standardize is '" + std::string(name) + "', expected one of auto, mean, robust");
 }
-
-namespace {
-
-/// Rows of X: T, the flow's type, or double for a float32 flow with takes_float64_rows.
-template <class T, class X>
-std::vector<std::string> initialize(Flow& flow, std::span<const X> x, Statistics statistics) {
-  const std::int64_t features = flow.spec().input_size, rows = static_cast<std::int64_t>(x.size()) / features;
-  if (rows == 0 || static_cast<std::int64_t>(x.size()) % features != 0) {
-    fail("x holds " + std::to_string(x.size()) + " elements, expected rows of input_size " + std::to_string(features) +
-         ", at least one");
-  }
-  (void)name_of(statistics);  // throws
-  const auto on = [] {};
-  check_finite("x", x, features, on);
-  std::vector<T> values(static_cast<std::size_t>(flow.num_parameters()));
-  flow.copy_parameters<T>(values);
-  const RowOrder as_they_lie;
-  const auto layer = std::span<T>(values).first(static_cast<std::size_t>(2 * features));
-  ColumnScales scales(flow.spec().dtype, x, flow.column_names(), features, as_they_lie, rows, on);
-  const std::vector<ColumnScale> found = scales.take(statistics);
-  std::vector<std::string> how = set_layer(layer, found);
-  std::vector<float> low;
-  if constexpr (sizeof(X) > sizeof(T)) low = mean_low_of(found);
-  flow.set_parameters<T>(values, low);
-  return how;
-}
-
-}  // namespace
-
-template <class T>
-std::vector<std::string> Flow::initialize_from(std::span<const T> x, Statistics statistics) {
-  if (!spec().begins_with_standardize()) {
-    fail("the flow does not begin with a standardize layer, which initialize_from sets; make one with standardize");
-  }
-  if constexpr (std::is_same_v<T, double>) {
-    if (takes_float64_rows(spec())) return initialize<float>(*this, x, statistics);
-  }
-  return initialize<T>(*this, x, statistics);
-}
-
-template std::vector<std::string> Flow::initialize_from(std::span<const float>, Statistics);
-template std::vector<std::string> Flow::initialize_from(std::span<const double>, Statistics);
 
 template <class T>
 History fit(Flow& flow, std::span<const T> x, std::span<const T> validation, const FitOptions& options,

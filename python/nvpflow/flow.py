@@ -10,7 +10,19 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from nvpflow import _certify, _checks, _core, _frames, _hints, _html, _spec, _training_options, certificate, training
+from nvpflow import (
+    _certify,
+    _checks,
+    _context,
+    _core,
+    _frames,
+    _hints,
+    _html,
+    _spec,
+    _training_options,
+    certificate,
+    training,
+)
 from nvpflow._architecture import Options, spec_of, spec_of_layers
 from nvpflow._core import FlowSpec
 from nvpflow._model import Model, _restore, _where
@@ -365,16 +377,24 @@ class Flow(Model):
 
     @_hints.explained
     def initialize_from(
-        self, x: ArrayLike, *, standardize: Literal["auto", "mean", "robust"] | None = None
+        self,
+        x: ArrayLike,
+        *,
+        context: ArrayLike | None = None,
+        standardize: Literal["auto", "mean", "robust"] | None = None,
     ) -> dict[str, str]:
-        """Set the standardize layer from rows, as `fit` does before it trains, whatever the layer was.
+        """Set from rows what `fit` sets before it trains, whatever it was.
 
-        For training loops of one's own (PyTorch, JAX), and for rows in other units than those trained on.
+        That is the standardize layer in front, the actnorm layers, and the mean and standard deviation of a context
+        that is standardized. For training loops of one's own (PyTorch, JAX), and for rows in other units than those
+        trained on.
 
         Parameters
         ----------
         x
-            Rows [N, D], all finite, as for `fit`; every one of them counts.
+            Rows [N, D], all finite, as for `fit`; every one of them counts (of actnorm layers up to 65,536).
+        context
+            Of a flow with a context: [N, C], a row for each row of x.
         standardize
             What the layer is set from, as in `fit`.
 
@@ -387,11 +407,13 @@ class Flow(Model):
         Raises
         ------
         TypeError, ValueError
-            The flow has no standardize layer in front, a row holds NaN or infinity, or a column is constant.
+            The flow has nothing that is set so, a row holds NaN or infinity, a column is constant, or the context is
+            missing.
         """
         given, _ = _frames.read("x", x, self._column_names())
         rows = _checks.rows("x", _core._host_array(given), self.spec)
-        how = self._initialize_from(rows, training.statistics_of(self, standardize))
+        contexts = _context.rows(context, len(rows), self.spec, names=self._context_names(), one_for_all=False)
+        how = self._initialize_from(rows, training.statistics_of(self, standardize), contexts)
         return training.unlike_mean(self, how)
 
     @_hints.explained

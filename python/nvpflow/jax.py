@@ -97,10 +97,11 @@ def initialize_from(
     spec: FlowSpec,
     parameters: Mapping[str, Any],
     x: Any,
+    context: Any = None,
     *,
     standardize: Literal["auto", "mean", "robust"] | None = None,
 ) -> dict[str, jax.Array]:
-    """Return the parameters with the standardize layer set from rows, as `nvpflow.Flow.initialize_from` does.
+    """Return the parameters with those set from rows that `nvpflow.Flow.initialize_from` sets.
 
     Parameters
     ----------
@@ -110,6 +111,8 @@ def initialize_from(
         An array for each name of `parameters`; they stay as they are.
     x
         Rows [N, D] with values: it cannot be traced.
+    context
+        Of a flow with a context: [N, C], with values.
     standardize
         What the layer is set from, as in `nvpflow.Flow.fit`.
 
@@ -121,14 +124,22 @@ def initialize_from(
     Raises
     ------
     TypeError, ValueError
-        The flow has no standardize layer in front, a row holds NaN or infinity, or a column is constant.
+        The flow has nothing that is set so, a row holds NaN or infinity, a column is constant, or the context is
+        missing.
     """
     _check_spec(spec)
-    _check_x64(spec)
+    tensors = _checked_parameters(spec, parameters)
     flow = Flow(spec)
-    flow.initialize_from(np.asarray(x), standardize="auto" if standardize is None else standardize)
-    front = {name: value for name, value in flow.parameters().items() if name.startswith("standardize_0.")}
-    return {**parameters, **{name: jnp.array(value) for name, value in front.items()}}
+    names = [name for name, _, _ in _layout(spec)]
+    flow.set_parameters({name: np.asarray(tensor) for name, tensor in zip(names, tensors, strict=True)})
+    flow.initialize_from(
+        np.asarray(x),
+        context=None if context is None else np.asarray(context),
+        standardize="auto" if standardize is None else standardize,
+    )
+    set_from_data = ("standardize_0.", "actnorm_", "context.")
+    found = {name: value for name, value in flow.parameters().items() if name.startswith(set_from_data)}
+    return {**parameters, **{name: jnp.array(value) for name, value in found.items()}}
 
 
 @_hints.explained

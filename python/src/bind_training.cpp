@@ -154,15 +154,17 @@ py::object fit_flow(BoundFlow& self, const Arguments& given) {
                   "rows_left_out"_a = history.rows_left_out);
 }
 
-/// x, statistics
+/// x, statistics, context
 py::object initialize_from(BoundFlow& self, const Arguments& given) {
   const InputArray in = input_rows(given[0], "x", self.dtype, self.features, kHost, self.data);
+  const InputArray context = context_rows(self, given[2], "context", in.rows);
   const Statistics statistics = parse_statistics(given.object(1).cast<std::string>());
   std::vector<std::string> how;
   {
     const GilReleased released;
     how = by_dtype(in.wide ? DType::float64 : self.dtype, [&](auto t) {
-      return self.flow.initialize_from(view<decltype(t)>(in, in.rows * self.features), statistics);
+      return self.flow.initialize_from(view<decltype(t)>(in, in.rows * self.features), statistics,
+                                       as_context(self, context));
     });
   }
   return py::cast(how);
@@ -187,7 +189,7 @@ void bind_training(py::module_& module) {
 
 void add_training_methods(py::class_<BoundFlow>& type) {
   for (PyMethodDef* method : {
-           plain<&initialize_from>("_initialize_from", 2, 2, {"x", "statistics"}, nullptr),
+           plain<&initialize_from>("_initialize_from", 2, 3, {"x", "statistics", "context"}, nullptr),
            plain<&fit_flow>("_fit", 5, 7,
                             {"x", "validation", "options", "on_progress", "on_epoch", "context", "validation_context"},
                             nullptr),

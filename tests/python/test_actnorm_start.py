@@ -87,6 +87,51 @@ def test_under_contexts() -> None:
     np.testing.assert_allclose(z.std(axis=0), 1, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("dtype", "of_rows"), [("float32", "float32"), ("float64", "float64"), ("float32", "float64")])
+def test_initialize_from_does_what_fit_does(dtype: str, of_rows: str) -> None:
+    """The layer in front, the context's statistics and every actnorm layer, whatever they were."""
+    x = rows(2000, 4, of_rows)
+    c = np.random.default_rng(5).normal(3, 2, size=(2000, 2)).astype(dtype)
+    layers = [{"kind": "standardize"}, coupling("odd"), ACTNORM, coupling("even"), BACKWARDS]
+    spec = document(4, layers, dtype) | {"context_size": 2, "standardize_context": True}
+    flow = nvpflow.Flow(nvpflow.FlowSpec.from_json(json.dumps(spec)), seed=3)
+    rng = np.random.default_rng(4)
+    values = {
+        name: (v + rng.normal(size=v.shape)).astype(v.dtype) if name.startswith(("flow", "actnorm")) else v
+        for name, v in flow.parameters().items()
+    }
+    flow.set_parameters(values)
+    assert flow.initialize_from(x, context=c) == {}
+    after = flow.parameters()
+    np.testing.assert_allclose(after["context.mean"], c.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(np.exp(after["context.log_std"]), c.std(axis=0), rtol=1e-5)
+    oracle = GeneralFlow(spec, {name: v.astype(np.float64) for name, v in after.items()})
+    for end in (3, 5):
+        oracle.layers = json.loads(json.dumps(spec["layers"]))[:end]
+        z, _ = oracle.forward(x.astype(np.float64), c.astype(np.float64))
+        np.testing.assert_allclose(z.mean(axis=0), 0, atol=1e-4)
+        np.testing.assert_allclose(z.std(axis=0), 1, rtol=1e-4)
+    for name, value in after.items():
+        if name.startswith("flow"):
+            np.testing.assert_array_equal(value, values[name])
+    again = nvpflow.Flow(flow.spec)
+    again.set_parameters({**values, **{name: np.zeros_like(v) for name, v in values.items() if name[:4] != "flow"}})
+    again.fit(x, context=c, epochs=1, learning_rate=1e-30, validation=0, weight_decay=0.0, standardize="mean")
+    for name, value in again.parameters().items():
+        np.testing.assert_allclose(value, after[name], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_initialize_from_needs_the_context_and_something_to_set() -> None:
+    x, c = rows(50, 3), np.zeros((50, 2))
+    flow = nvpflow.build(3, 1, (4,), context_size=2)
+    for wrong, message in ((None, "context is missing, expected"), (c[:9], r"context has shape \(9, 2\)")):
+        with pytest.raises(ValueError, match=message):
+            flow.initialize_from(x, context=wrong)
+    with pytest.raises(ValueError, match="the flow does not begin with a standardize layer, which"):
+        nvpflow.build(3, 1, (4,), standardize=False).initialize_from(x)
+    nvpflow.build(3, 1, (4,), standardize=False, actnorm=True).initialize_from(x)
+
+
 def test_a_layer_that_is_not_all_zeros_stays() -> None:
     x = rows(500, 4)
     given = np.array([0, 0, 0.5, 0], np.float32)

@@ -167,13 +167,16 @@ class NVPFLOW_API Flow {
   /// moments differ. On failure nothing has changed. Work: packs both sets of parameters.
   void swap(Flow& other);
 
-  /// Sets the first layer, which must be of kind standardize, from the rows of x [N, D] as fit() does before it trains,
-  /// whatever it was. Returns, for each column, what it was set from: "mean", "robust", "robust (5 to 95 %)" or
-  /// "robust (1 to 99 %)". Throws Error(invalid_argument) for another first layer, for no rows, for rows with NaN or
-  /// inf and for a column that is constant. The same for any number of threads and any device. T: also double, for a
-  /// float32 flow with takes_float64_rows; mean_low() is then set, too.
+  /// Sets from rows x [N, D] what fit() does before it trains, whatever it was: a standardize layer that comes first,
+  /// actnorm layers, and, where the flow standardizes its context [N, C], the context's mean and standard deviation.
+  /// Returns, for each column, what a standardize layer was set from, if there is one: "mean", "robust",
+  /// "robust (5 to 95 %)" or "robust (1 to 99 %)". Throws Error(invalid_argument) for a flow with none of these, for no
+  /// rows, for rows with NaN or inf, for a column that is constant and for a missing context. The same for any number
+  /// of threads and any device. T: also double, for a float32 flow with takes_float64_rows; mean_low() is then set,
+  /// too.
   template <class T>
-  std::vector<std::string> initialize_from(std::span<const T> x, Statistics statistics = Statistics::automatic);
+  std::vector<std::string> initialize_from(std::span<const T> x, Statistics statistics = Statistics::automatic,
+                                           const Context& context = {});
 
   /// z [B, D] and log|det dz/dx| [B] (may be empty: not wanted), nats.
   template <class T>

@@ -26,6 +26,10 @@ class _Parameters(torch.nn.Module):
     """The tensors of one layer: names with a dot are a module and its parameter in PyTorch."""
 
 
+def _is_set_from_data(layer: str) -> bool:
+    return layer in ("standardize_0", "context") or layer.startswith("actnorm_")
+
+
 class FlowModule(torch.nn.Module):
     """A flow whose parameters are PyTorch's, for losses, layers and optimizers of one's own.
 
@@ -191,21 +195,31 @@ class FlowModule(torch.nn.Module):
 
     @_hints.explained
     def initialize_from(
-        self, x: torch.Tensor, *, standardize: Literal["auto", "mean", "robust"] | None = None
+        self,
+        x: torch.Tensor,
+        context: torch.Tensor | None = None,
+        *,
+        standardize: Literal["auto", "mean", "robust"] | None = None,
     ) -> dict[str, str]:
-        """Set the standardize layer from rows [..., D], as `nvpflow.Flow.initialize_from` does; returns what it does.
+        """Set from rows [..., D] what `nvpflow.Flow.initialize_from` sets; returns what it does.
+
+        `context` [..., C] has a row for each row of x. That of an embedding network changes as it trains: leave such a
+        flow's context as it is (``standardize_context=False``).
 
         Raises
         ------
         TypeError, ValueError
-            The flow has no standardize layer in front, a row holds NaN or infinity, or a column is constant.
+            The flow has nothing that is set so, a row holds NaN or infinity, a column is constant, or the context is
+            missing.
         """
         tensors = self._tensors()
         rows = self._checked("x", x, tensors[0]).detach().cpu().reshape(-1, x.shape[-1]).numpy()
+        given = self._checked_context(context, tensors[0])
+        contexts = None if given is None else given.detach().cpu().reshape(-1, given.shape[-1]).numpy()
         with self._engine.using(tensors) as flow:
             own = flow.to("cpu")
-        how = own.initialize_from(rows, standardize="auto" if standardize is None else standardize)
-        self._take(own, only=("standardize_0",))
+        how = own.initialize_from(rows, context=contexts, standardize="auto" if standardize is None else standardize)
+        self._take(own, only=[layer for layer, _ in self._names if _is_set_from_data(layer)])
         self._looks_at_scale = False
         return how
 

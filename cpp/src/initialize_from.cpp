@@ -1,0 +1,146 @@
+// Flow::initialize_from: what fit sets from data before it trains, for training loops of one's own.
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include <nvpflow/error.hpp>
+#include <nvpflow/execution.hpp>
+#include <nvpflow/flow.hpp>
+#include <nvpflow/layers.hpp>
+#include <nvpflow/spec.hpp>
+
+#include "actnorm_start.hpp"
+#include "fit_start.hpp"
+#include "float_mode.hpp"
+#include "flow_access.hpp"
+#include "row_order.hpp"
+#include "statistics.hpp"
+#include "wide_rows.hpp"
+
+namespace nvpflow {
+namespace {
+
+/// Rows of a walk at once.
+constexpr std::int64_t kSliceRows = 4096;
+
+bool has_actnorm(const FlowSpec& spec) {
+  return std::any_of(spec.layers.begin(), spec.layers.end(),
+                     [](const LayerSpec& layer) { return std::holds_alternative<ActNorm>(layer); });
+}
+
+/// Rows of X: T, the flow's type, or double for a float32 flow with takes_float64_rows.
+template <class T, class X>
+class Initializer {
+ public:
+  Initializer(Flow& flow, std::span<const X> x, const Context& context)
+      : flow_(flow),
+        x_(x),
+        features_(flow.spec().input_size),
+        rows_(static_cast<std::int64_t>(x.size()) / features_),
+        values_(static_cast<std::size_t>(flow.num_parameters())) {
+    if (rows_ == 0 || static_cast<std::int64_t>(x.size()) % features_ != 0) {
+      throw Error(ErrorCode::invalid_argument, "x holds " + std::to_string(x.size()) +
+                                                   " elements, expected rows of input_size " +
+                                                   std::to_string(features_) + ", at least one");
+    }
+    context_ = checked_context<T>(flow.spec(), "context", context, rows_);
+    check_finite("x", x_, features_, no_poll);
+    if (!context_.empty()) check_finite("context", context_, flow.spec().context_size, no_poll);
+    flow.copy_parameters<T>(values_, &low_);
+  }
+
+  std::vector<std::string> run(Statistics statistics) {
+    std::vector<std::string> how;
+    if (flow_.spec().begins_with_standardize()) how = standardize(statistics);
+    if (flow_.spec().standardize_context) {
+      const auto size = static_cast<std::size_t>(2 * flow_.spec().context_size);
+      set_context_statistics(std::span<T>(values_).last(size), context_, RowOrder(), rows_, no_poll);
+    }
+    if (has_actnorm(flow_.spec())) start_actnorm_layers();
+    flow_.set_parameters<T>(values_, low_);
+    return how;
+  }
+
+ private:
+  static void no_poll() {}
+
+  std::span<T> front() { return std::span<T>(values_).first(static_cast<std::size_t>(2 * features_)); }
+
+  std::vector<std::string> standardize(Statistics statistics) {
+    ColumnScales scales(flow_.spec().dtype, x_, flow_.column_names(), features_, RowOrder(), rows_, no_poll);
+    const std::vector<ColumnScale> found = scales.take(statistics);
+    low_.clear();
+    if constexpr (sizeof(X) > sizeof(T)) low_ = mean_low_of(found);
+    return set_layer(front(), found);
+  }
+
+  /// From some of the rows, evenly taken.
+  void start_actnorm_layers() {
+    const std::int64_t count = std::min(rows_, kSelectionRows), width = flow_.spec().context_size;
+    std::vector<X> some(static_cast<std::size_t>(count * features_));
+    std::vector<T> context(static_cast<std::size_t>(count * width));
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::int64_t row = i * rows_ / count;
+      std::copy_n(x_.data() + row * features_, features_, some.data() + i * features_);
+      std::copy_n(context_.data() + row * width, width, context.data() + i * width);
+    }
+    const ParamLayout& layout = flow_.layout();
+    for (std::size_t i = 0; i < flow_.spec().layers.size(); ++i) {
+      if (!std::holds_alternative<ActNorm>(flow_.spec().layers[i])) continue;
+      std::fill_n(values_.begin() + layout.tensors()[layout.first_tensor(i)].offset, 2 * features_, T(0));
+    }
+    if constexpr (std::is_same_v<T, X>) {
+      walk(std::move(some), context);
+    } else {
+      std::vector<T> standardized(some.size());
+      WideRows layer;
+      layer.set(features_, values_.data(), values_.data() + features_, low_.empty() ? nullptr : low_.data());
+      layer.standardize(some.data(), /*float64=*/true, nullptr, 0, count, standardized.data());
+      // What begins behind the layer sees it as the identity.
+      const std::vector<T> kept(front().begin(), front().end());
+      std::fill(front().begin(), front().end(), T(0));
+      walk(std::move(standardized), context);
+      std::copy(kept.begin(), kept.end(), values_.begin());
+    }
+  }
+
+  void walk(std::vector<T> rows, const std::vector<T>& context) {
+    start_actnorms<T>(flow_.spec(), values_, std::move(rows), context, kSliceRows, FlowAccess::threads(flow_), no_poll);
+  }
+
+  Flow& flow_;
+  const std::span<const X> x_;
+  const std::int64_t features_, rows_;
+  std::span<const T> context_;
+  std::vector<T> values_;
+  std::vector<float> low_;
+};
+
+}  // namespace
+
+template <class T>
+std::vector<std::string> Flow::initialize_from(std::span<const T> x, Statistics statistics, const Context& context) {
+  const FloatMode mode;
+  (void)name_of(statistics);  // throws
+  if (!spec().begins_with_standardize() && !spec().standardize_context && !has_actnorm(spec())) {
+    throw Error(ErrorCode::invalid_argument,
+                "the flow does not begin with a standardize layer, which initialize_from sets; make one with "
+                "standardize");
+  }
+  if constexpr (std::is_same_v<T, double>) {
+    if (takes_float64_rows(spec())) return Initializer<float, T>(*this, x, context).run(statistics);
+  }
+  return Initializer<T, T>(*this, x, context).run(statistics);
+}
+
+template std::vector<std::string> Flow::initialize_from(std::span<const float>, Statistics, const Context&);
+template std::vector<std::string> Flow::initialize_from(std::span<const double>, Statistics, const Context&);
+
+}  // namespace nvpflow
