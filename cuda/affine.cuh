@@ -53,10 +53,10 @@ NVPFLOW_DEVICE void affine(Walk& walk, const Layer<T>& layer, int first_block, i
   }
 }
 
-/// The same, with what the way back needs.
-template <class Walk, class T, class LogScale>
-NVPFLOW_DEVICE void affine_taped_by(Walk& walk, const CouplingTape<T>& keep, T* part, LogScale scale_of,
-                                    int first_block, int valid, const Sums<T>& sums) {
+/// The same, with what the way back needs. keep: CouplingTape or NetworksTape.
+template <class Walk, class Tape, class T, class LogScale>
+NVPFLOW_DEVICE void affine_taped_by(Walk& walk, const Tape& keep, T* part, LogScale scale_of, int first_block,
+                                    int valid, const Sums<T>& sums) {
   const bool inverse = is_backwards(walk, keep.layer);
   const int count = keep.layer.num_outputs, blocks = blocks_of(count);
   NVPFLOW_UNROLL
@@ -85,9 +85,8 @@ NVPFLOW_DEVICE void affine_taped_by(Walk& walk, const CouplingTape<T>& keep, T* 
   }
 }
 
-template <class Walk, class T>
-NVPFLOW_DEVICE void affine_taped(Walk& walk, const CouplingTape<T>& keep, T* part, int first_block, int valid,
-                                 Sums<T>& sums) {
+template <class Walk, class Tape, class T>
+NVPFLOW_DEVICE void affine_taped(Walk& walk, const Tape& keep, T* part, int first_block, int valid, Sums<T>& sums) {
   const Scale<T>& scale = keep.layer.scale;
   if (scale.function == ScaleFunction::tanh) {
     affine_taped_by(walk, keep, part, TanhScale<T>{scale}, first_block, valid, sums);
@@ -103,8 +102,8 @@ NVPFLOW_DEVICE void affine_taped(Walk& walk, const CouplingTape<T>& keep, T* par
 }
 
 /// From the cotangent of the layer's output to that of its input, in place, and to that of the heads' sums.
-template <class Walk, class T>
-NVPFLOW_DEVICE void affine_backward(Walk& walk, const CouplingTape<T>& keep, T* part) {
+template <class Walk, class Tape, class T>
+NVPFLOW_DEVICE void affine_backward(Walk& walk, const Tape& keep, T* part) {
   const bool inverse = is_backwards(walk, keep.layer);
   const bool additive = keep.layer.scale.function == ScaleFunction::none;
   const int count = keep.layer.num_outputs, blocks = blocks_of(count);

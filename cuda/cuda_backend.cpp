@@ -244,14 +244,19 @@ class CudaBackend final : public Backend {
       for (std::int64_t first = 0; first < rows; first += chunk) {
         call.in = static_cast<const T*>(x) + (index == nullptr ? first * flow_->features() : 0);
         call.index = index == nullptr ? nullptr : index + first;
+        call.context = context_on_device(how, rows);
+        call.context.first = first;
         add(call, first, std::min(chunk, rows - first), stream_of(how));
       }
       synchronize(stream_of(how));
     } else {
-      HostInput in{x, flow_->row_bytes()};
-      if (wide) in.make = standardizing(*packed, x, index, how);
-      lane->run({in}, {}, index, rows, how.threads, [&](const Lane::Chunk& c) {
+      Lane::Inputs inputs;
+      inputs[0] = HostInput{x, flow_->row_bytes()};
+      if (wide) inputs[0].make = standardizing(*packed, x, index, how);
+      call.context = stage_context(*lane, how, rows, inputs);
+      lane->run(inputs, {}, index, rows, how.threads, [&](const Lane::Chunk& c) {
         call.in = static_cast<const T*>(c.inputs[0]);
+        if (c.inputs[Lane::kContext] != nullptr) call.context.rows = static_cast<const T*>(c.inputs[Lane::kContext]);
         add(call, c.first_row, c.rows, lane->stream());
       });
     }
@@ -325,7 +330,7 @@ class CudaBackend final : public Backend {
   Lane::Outputs outputs_of(Call call) const {
     Lane::Outputs outputs;
     std::size_t i = 0;
-    for (const auto& array : call.rows_out(flow_->features())) {
+    for (const auto& array : call.rows_out(flow_->features(), flow_->context_size())) {
       outputs[i++] = HostOutput{*array.at, array.width * static_cast<std::int64_t>(sizeof(T))};
     }
     return outputs;
@@ -337,11 +342,45 @@ class CudaBackend final : public Backend {
     std::size_t i = 0;
     for (const auto& array : call.rows_in(flow_->features())) *array.at = static_cast<const T*>(chunk.inputs[i++]);
     i = 0;
-    for (const auto& array : call.rows_out(flow_->features())) *array.at = static_cast<T*>(chunk.outputs[i++]);
+    for (const auto& array : call.rows_out(flow_->features(), flow_->context_size())) {
+      *array.at = static_cast<T*>(chunk.outputs[i++]);
+    }
+    if (chunk.inputs[Lane::kContext] != nullptr)
+      call.context.rows = static_cast<const T*>(chunk.inputs[Lane::kContext]);
     return call;
   }
 
-  void run(const TransformCall<T>& call, std::int64_t rows, const Execution& how) const {
+  // ---- contexts ----------------------------------------------------------------------------------------------------
+
+  /// Of a call on device arrays of so many rows.
+  static ContextRows<T> context_on_device(const Execution& how, std::int64_t rows) {
+    return {static_cast<const T*>(how.context.rows), 0, how.context.repeat >= rows ? 0 : how.context.repeat};
+  }
+
+  /// Of a call on arrays of the host: one for all rows goes to the device here; else each chunk brings a row for each
+  /// of its rows, as an input.
+  ContextRows<T> stage_context(Lane& lane, const Execution& how, std::int64_t rows, Lane::Inputs& inputs) const {
+    const nvpflow::ContextRows& given = how.context;
+    const std::int64_t bytes = flow_->context_bytes();
+    if (given.rows == nullptr) return {};
+    if (given.repeat >= rows && given.repeat > 1) {
+      void* const one = lane.context(bytes);
+      lane.send(one, given.rows, bytes);
+      return {static_cast<const T*>(one), 0, 0};
+    }
+    inputs[Lane::kContext] = {given.rows, bytes};
+    if (given.repeat == 1) return {};
+    inputs[Lane::kContext].make = [given, bytes](std::int64_t first, std::int64_t count, void* to) {
+      for (std::int64_t r = 0; r < count; ++r) {
+        std::memcpy(static_cast<unsigned char*>(to) + r * bytes,
+                    static_cast<const unsigned char*>(given.rows) + (first + r) / given.repeat * bytes,
+                    static_cast<std::size_t>(bytes));
+      }
+    };
+    return {};
+  }
+
+  void run(TransformCall<T> call, std::int64_t rows, const Execution& how) const {
     if (rows == 0) return;
     const FloatMode mode;  // of rows that are standardized on the host
     const OnDevice on(flow_->index());
@@ -352,6 +391,7 @@ class CudaBackend final : public Backend {
       if (call.is_of_data()) require_narrow(*packed, how);
       TransformCall<T> whole = call;
       whole.rows = rows;
+      whole.context = context_on_device(how, rows);
       return flow_->transform(plan, packed->program(), whole, workspace, stream_of(how));
     }
     const Lanes::Loan lane(lanes_);
@@ -360,6 +400,7 @@ class CudaBackend final : public Backend {
     const Program<T>& program = wide ? packed->rest() : packed->program();
     Lane::Inputs inputs = inputs_of(call);
     Lane::Outputs outputs = outputs_of(call);
+    call.context = stage_context(*lane, how, rows, inputs);
     if (wide && call.inverse) {
       outputs[0].take = restoring(*packed, call.out, how);
     } else if (wide) {
@@ -379,8 +420,8 @@ class CudaBackend final : public Backend {
   }
 
   /// Sum of log p where the call is one of the NLL.
-  double run_gradient(const GradientCall<T>& call, const std::int64_t* index, std::int64_t rows,
-                      const Execution& how) const {
+  double run_gradient(GradientCall<T> call, const std::int64_t* index, std::int64_t rows, const Execution& how) const {
+    call.grad_context = static_cast<T*>(how.context.gradient);
     const OnDevice on(flow_->index());
     const FloatMode mode;  // of rows that are standardized on the host
     if (rows == 0) {
@@ -408,6 +449,7 @@ class CudaBackend final : public Backend {
     GradientCall<T> whole = call;
     whole.index = index;
     whole.rows = rows;
+    whole.context = context_on_device(how, rows);
     if (!call.nll) {
       const Reading packed(packed_);
       if (!call.inverse) require_narrow(*packed, how);
@@ -425,7 +467,7 @@ class CudaBackend final : public Backend {
     return lane->read_sum();
   }
 
-  double gradient_on_host(const GradientCall<T>& call, const std::int64_t* index, std::int64_t rows,
+  double gradient_on_host(GradientCall<T> call, const std::int64_t* index, std::int64_t rows,
                           const Execution& how) const {
     const Lanes::Loan lane(lanes_);
     const Reading packed(packed_);
@@ -447,6 +489,7 @@ class CudaBackend final : public Backend {
     unsigned char* workspace = nullptr;
     Lane::Inputs inputs = inputs_of(call);
     Lane::Outputs outputs = outputs_of(call);
+    call.context = stage_context(*lane, how, rows, inputs);
     if (wide) {
       inputs[0].make = standardizing(*packed, call.in, index, how);
       outputs[0].take = [&](std::int64_t first, std::int64_t count, const void* from) {

@@ -34,6 +34,9 @@ class CudaTraining final : public Training {
     const std::int64_t size = flow_->parameter_bytes();
     upload(x_, data.x, data.rows * flow_->row_bytes(), "the training rows", stream_);
     upload(validation_, data.validation, data.validation_rows * flow_->row_bytes(), "the validation rows", stream_);
+    upload(context_, data.context, context_bytes(data.context, data.rows), "the contexts", stream_);
+    upload(validation_context_, data.validation_context, context_bytes(data.validation_context, data.validation_rows),
+           "the validation rows' contexts", stream_);
     upload(parameters_, parameters, size, "parameters", stream_);
     for (Memory* zeroed : {&first_moment_, &second_moment_}) {
       fill_zero(zeroed->reserve(size, "the optimiser's moments"), size, stream_);
@@ -67,6 +70,7 @@ class CudaTraining final : public Training {
     call.in = values(x_);
     call.index = index();
     call.rows = count;
+    call.context.rows = values(context_);
     call.nll = true;
     call.nll_factor = static_cast<T>(1.0 / static_cast<double>(total_rows));
     call.gradient = values(gradient_);
@@ -109,6 +113,7 @@ class CudaTraining final : public Training {
     call.in = values(validation ? validation_ : x_);
     call.index = index();
     call.rows = count;
+    call.context.rows = values(validation ? validation_context_ : context_);
     call.log_prob = values(log_prob_);
     flow_->transform(transform_plan_, packed_.program(), call, workspace_.data(), stream_);
     launch_on(stream_, "adding up log-densities", [this, count] {
@@ -157,6 +162,10 @@ class CudaTraining final : public Training {
   std::int64_t* index() const { return static_cast<std::int64_t*>(index_.data()); }
   double* sums() const { return static_cast<double*>(sums_.data()); }
   StepState* step_state() const { return static_cast<StepState*>(state_.data()); }
+
+  std::int64_t context_bytes(const void* context, std::int64_t rows) const {
+    return context == nullptr ? 0 : rows * flow_->context_bytes();
+  }
 
   /// What each parameter's update is, and the runs of parameters that are trained at all.
   void upload_updates() {
@@ -213,6 +222,7 @@ class CudaTraining final : public Training {
   TransformPlan transform_plan_;
   GradientPlan gradient_plan_;
   Memory x_{Memory::Kind::device}, validation_{Memory::Kind::device};
+  Memory context_{Memory::Kind::device}, validation_context_{Memory::Kind::device};
   Memory parameters_{Memory::Kind::device}, gradient_{Memory::Kind::device};
   Memory first_moment_{Memory::Kind::device}, second_moment_{Memory::Kind::device}, updates_{Memory::Kind::device};
   Memory index_{Memory::Kind::device}, log_prob_{Memory::Kind::device}, workspace_{Memory::Kind::device};

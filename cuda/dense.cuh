@@ -318,6 +318,12 @@ NVPFLOW_DEVICE bool is_linear_wanted(bool input_wanted, const Layer<T>& layer, b
   return input_wanted || layer.inverse != inverse;
 }
 
+/// The same of a dense layer of Reach::all.
+NVPFLOW_DEVICE bool is_dense_wanted(const Dense& d, bool input_wanted, bool context_wanted) {
+  if (d.role == Role::gate) return context_wanted;
+  return !d.first || input_wanted || context_wanted;
+}
+
 /// The dense layers of a flow in the order in which a tile meets them: layer by layer, and with kGradient all the way
 /// back with transposed weights. reach: Program::reach.
 template <class T, bool kGradient, Reach reach>
@@ -326,11 +332,18 @@ struct Passes {
   bool inverse;
   int first_step, last_step;  // layers in the order of the run; [0, num_layers) or one of them
   bool input_wanted;          // of the backward pass: also the cotangent of the flow's input
+  bool context_wanted;        // the same of the context
   int step, j;
   bool backward;
 
-  NVPFLOW_DEVICE Passes(const Program<T>& p, bool run_inverse, int first, int last, bool wanted)
-      : program(p), inverse(run_inverse), first_step(first), last_step(last), input_wanted(wanted) {
+  NVPFLOW_DEVICE Passes(const Program<T>& p, bool run_inverse, int first, int last, bool of_input = false,
+                        bool of_context = false)
+      : program(p),
+        inverse(run_inverse),
+        first_step(first),
+        last_step(last),
+        input_wanted(of_input),
+        context_wanted(of_context) {
     restart();
   }
   NVPFLOW_DEVICE const Layer<T>& layer_at(int s) const {
@@ -345,8 +358,9 @@ struct Passes {
   /// Of the way back.
   NVPFLOW_DEVICE bool is_wanted() const {
     const bool of_input = step > first_step || input_wanted;
-    if (reach == Reach::all && layer_at(step).kind == Kind::linear) {
-      return is_linear_wanted(of_input, layer_at(step), inverse);
+    if constexpr (reach == Reach::all) {
+      if (layer_at(step).kind == Kind::linear) return is_linear_wanted(of_input, layer_at(step), inverse);
+      return is_dense_wanted(dense(), of_input, context_wanted);
     }
     return j > 0 || of_input;
   }

@@ -18,9 +18,10 @@ namespace {
 constexpr std::int64_t kMostRows = 1 << 24;
 
 template <class Call>
-void require_rows_on_device(Call call, std::int64_t features) {
+void require_rows_on_device(Call call, std::int64_t features, std::int64_t context) {
   for (const auto& array : call.rows_in(features)) require_on_device({*array.at});
-  for (const auto& array : call.rows_out(features)) require_on_device({*array.at});
+  for (const auto& array : call.rows_out(features, context)) require_on_device({*array.at});
+  require_on_device({call.context.rows});
 }
 
 }  // namespace
@@ -59,7 +60,7 @@ template <class T>
 void DeviceFlow<T>::transform(const TransformPlan& plan, const Program<T>& program, const TransformCall<T>& call,
                               void* workspace, Stream stream) const {
   require_on_device({program.packed, program.layers, program.dense, program.places, call.index, workspace});
-  require_rows_on_device(call, features());
+  require_rows_on_device(call, features(), context_size());
   launch_on(stream, "running a flow", [plan, program, call, workspace, stream] {
     return launch_transform(plan, program, call, workspace, stream);
   });
@@ -71,7 +72,7 @@ void DeviceFlow<T>::gradient(const GradientPlan& plan, const Program<T>& program
   const auto* tasks = static_cast<const GradientTask*>(tasks_.at(plan.tile_rows).data());
   require_on_device({program.packed, program.transposed, program.layers, program.dense, program.places, program.source,
                      tasks, call.index, call.gradient, call.sum_log_prob, workspace});
-  require_rows_on_device(call, features());
+  require_rows_on_device(call, features(), context_size());
   launch_on(stream, "forming a gradient", [plan, program, tasks, call, workspace, stream] {
     return launch_gradient(plan, program, tasks, call, workspace, stream);
   });

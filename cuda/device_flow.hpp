@@ -23,6 +23,8 @@ class DeviceFlow {
   const ParamLayout& layout() const { return layout_; }
   int index() const { return index_; }
   std::int64_t features() const { return spec_.input_size; }
+  std::int64_t context_size() const { return spec_.context_size; }
+  std::int64_t context_bytes() const { return spec_.context_size * static_cast<std::int64_t>(sizeof(T)); }
   std::int64_t row_bytes() const { return spec_.input_size * static_cast<std::int64_t>(sizeof(T)); }
   std::int64_t parameter_bytes() const { return layout_.size() * static_cast<std::int64_t>(sizeof(T)); }
   const std::shared_ptr<const Layers<T>>& layers() const { return layers_; }

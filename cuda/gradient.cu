@@ -20,6 +20,7 @@
 #include "diagonal.cuh"
 #include "linear.cuh"
 #include "network.cuh"
+#include "networks.cuh"
 #include "plan.hpp"
 #include "tape.hpp"
 #include "tile.cuh"
@@ -43,6 +44,7 @@ struct Reverse {
   int across, row_block;
   T* log_det_cotangent;  // [rows], shared memory
   T* tape = nullptr;     // of the tile
+  bool context_wanted;
   T log_det[kRowBlocks][2];
 
   NVPFLOW_DEVICE Reverse(const GradientPlan& p, const Program<T>& f, const GradientCall<T>& c,
@@ -56,7 +58,8 @@ struct Reverse {
         packed(f.packed),
         lane(thread_index() % kWarp),
         across(thread_index() / kWarp % p.warps_across),
-        row_block(thread_index() / kWarp / p.warps_across * kRowBlocks) {
+        row_block(thread_index() / kWarp / p.warps_across * kRowBlocks),
+        context_wanted(is_context_wanted(f, c)) {
     tile.rows = p.tile_rows;
     tile.sums = shared;
     if (p.warps_across > 1) shared += 2 * p.warps_across * p.tile_rows;
@@ -70,13 +73,15 @@ struct Reverse {
     return program.layers[call.inverse ? program.num_layers - 1 - step : step];
   }
   NVPFLOW_DEVICE T* tape_at(int step) const {
-    return tape + layer_tape(program, call.inverse ? program.num_layers - 1 - step : step, plan.tile_rows);
+    return tape + layer_tape<reach>(program, call.inverse ? program.num_layers - 1 - step : step, plan.tile_rows);
   }
   /// The warp's rows of an array on the tape.
   NVPFLOW_DEVICE MemoryRows<T, false> rows_of(T* base, std::int64_t features) const {
     const int stride = blocks_of(static_cast<int>(features)) * kBlock;
     return {base + row_block * stride, stride};
   }
+  NVPFLOW_DEVICE T* context() const { return tape + ContextTape<T>(program, plan.tile_rows).context; }
+  NVPFLOW_DEVICE T* context_cotangent() const { return tape + ContextTape<T>(program, plan.tile_rows).cotangent(); }
   NVPFLOW_DEVICE void copy(const T* from, T* to, std::int64_t count) const {
     for (std::int64_t i = 4 * thread_index(); i < count; i += 4 * num_threads()) store4(to + i, load4(from + i));
   }
@@ -95,9 +100,15 @@ struct Reverse {
   // ---- forward -----------------------------------------------------------------------------------------------------
 
   NVPFLOW_DEVICE void forward(Of<Kind::coupling>, const Layer<T>& layer, T* part) {
-    const CouplingTape<T> keep(program, layer, plan.tile_rows);
-    network_taped<M>(*this, keep, part,
-                     [&](int first, int valid, Sums<T>& sums) { affine_taped(*this, keep, part, first, valid, sums); });
+    const auto keep = tape_of<reach>(Of<Kind::coupling>(), program, layer, plan.tile_rows);
+    const auto finish = [&](int first, int valid, Sums<T>& sums) {
+      affine_taped(*this, keep, part, first, valid, sums);
+    };
+    if constexpr (reach == Reach::all) {
+      networks_taped<M>(*this, keep, part, finish);
+    } else {
+      network_taped<M>(*this, keep, part, finish);
+    }
   }
   NVPFLOW_DEVICE void forward(Of<Kind::diagonal>, const Layer<T>& layer, T* part) {
     diagonal_taped(*this, layer, part);
@@ -148,9 +159,13 @@ struct Reverse {
   }
 
   NVPFLOW_DEVICE void backward(Of<Kind::coupling>, const Layer<T>& layer, T* part, bool input_wanted) {
-    const CouplingTape<T> keep(program, layer, plan.tile_rows);
+    const auto keep = tape_of<reach>(Of<Kind::coupling>(), program, layer, plan.tile_rows);
     affine_backward(*this, keep, part);
-    network_backward<M>(*this, keep, part, input_wanted);
+    if constexpr (reach == Reach::all) {
+      networks_backward<M>(*this, keep, part, input_wanted);
+    } else {
+      network_backward<M>(*this, keep, part, input_wanted);
+    }
   }
   NVPFLOW_DEVICE void backward(Of<Kind::diagonal>, const Layer<T>& layer, T* part, bool) {
     diagonal_backward(*this, layer, part);
@@ -174,6 +189,24 @@ struct Reverse {
   }
 };
 
+/// The context on the tape, its poison, and zero for its cotangent.
+template <class Walk>
+NVPFLOW_DEVICE void start_context(Walk& walk) {
+  note_context_poison(walk);
+  take_context(walk, walk.context());
+  const std::int64_t count = array_size(walk.plan.tile_rows, walk.program.context_size);
+  for (std::int64_t i = thread_index(); i < count; i += num_threads()) walk.context_cotangent()[i] = 0;
+}
+
+/// What the context's cotangent gives.
+template <class Walk, class T>
+NVPFLOW_DEVICE void finish_context(const Walk& walk, T* grad_context) {
+  if (!walk.context_wanted) return;
+  if (grad_context != nullptr) store_context_cotangent(walk, walk.context_cotangent(), grad_context);
+  const ContextTape<T> at(walk.program, walk.plan.tile_rows);
+  if (at.standardized) sum_context_statistics(walk, at, walk.tape);
+}
+
 /// Tiles [first_tile, first_tile + tiles) of the call; tape [tiles][tape_elements], log_prob [tiles * tile_rows].
 template <class T, Multiply M, Reach reach>
 NVPFLOW_KERNEL(kGradientThreads)
@@ -183,7 +216,8 @@ gradient_tiles(NVPFLOW_ARGUMENT GradientPlan plan, NVPFLOW_ARGUMENT Program<T> p
   if constexpr (M != Multiply::fma && !kHasMatrixUnits) return;
   T* stages = reinterpret_cast<T*>(shared_memory());
   const std::int64_t mine = block_index() < tiles ? ceil_div(tiles - block_index(), num_blocks()) : 0;
-  const Passes<T, true, reach> passes(program, call.inverse, 0, program.num_layers, call.grad_in != nullptr);
+  const Passes<T, true, reach> passes(program, call.inverse, 0, program.num_layers, call.grad_in != nullptr,
+                                      is_context_wanted(program, call));
   WeightStream<T, true, reach> stream(passes, stages, plan.warps_across * kOutBlocks, plan.stage_inputs, mine);
   Reverse<T, M, reach> reverse(plan, program, call, stream, stages + 2 * stream.stage_size());
   TransformCall<T> density;
@@ -195,6 +229,7 @@ gradient_tiles(NVPFLOW_ARGUMENT GradientPlan plan, NVPFLOW_ARGUMENT Program<T> p
     reverse.cotangents.clear_padding(reverse.team());
     block_barrier();
     reverse.tile.load(reverse.team(), call.in, call.index, program.places_in(call.inverse));
+    if constexpr (reach == Reach::all) start_context(reverse);
     reverse.forward();
     write_row_sums(reverse.tile, density, reverse.team(), reverse.lane, reverse.row_block, reverse.across,
                    plan.warps_across, reverse.log_det, [] { block_barrier(); });
@@ -202,6 +237,7 @@ gradient_tiles(NVPFLOW_ARGUMENT GradientPlan plan, NVPFLOW_ARGUMENT Program<T> p
     reverse.backward();
     if (call.grad_in != nullptr)
       reverse.cotangents.store(reverse.team(), call.grad_in, program.places_in(call.inverse), not_a_number<T>());
+    if constexpr (reach == Reach::all) finish_context(reverse, call.grad_context);
   }
 }
 
@@ -376,10 +412,15 @@ struct TaskWorker {
     }
   }
 
-  /// What a layer keeps as sums of a tile.
+  /// What the tiles hold as sums.
   NVPFLOW_DEVICE void sums(std::int64_t first_tile, std::int64_t tiles) const {
     const Layer<T>& layer = program.layers[task.layer];
     const T* first = tape + first_tile * plan.tape_elements + task.input;
+    if (task.task == Task::context) return context_gradient(program, first, plan.tape_elements, tiles, partial);
+    if (task.task == Task::map) {
+      return map_gradient(program.dense[task.dense], first, plan.tape_elements, tiles, plan.tile_rows / kWarpRows,
+                          partial);
+    }
     if (layer.kind == Kind::linear) return linear_gradient(program, layer, first, plan.tape_elements, tiles, partial);
     diagonal_gradient(program, layer, first, plan.tape_elements, tiles, partial);
   }
@@ -400,10 +441,10 @@ weight_gradient(NVPFLOW_ARGUMENT GradientPlan plan, NVPFLOW_ARGUMENT Program<T> 
                                 tape,
                                 reinterpret_cast<T*>(shared_memory()),
                                 partials + split * partial_size(program)};
-  if (worker.task.dense < 0) {
-    worker.sums(first, count);
-  } else {
+  if (worker.task.task == Task::product) {
     worker.dense(first, count);
+  } else {
+    worker.sums(first, count);
   }
 }
 

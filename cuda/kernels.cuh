@@ -65,8 +65,36 @@ NVPFLOW_HOST_DEVICE constexpr std::int64_t activation_index(std::int64_t r, std:
   return kBlockElements * block + 4 * swizzle(r % 8, f % 8 / 2) + r % 16 / 8 * 2 + f % 2;
 }
 
+/// What becomes of the sums of a dense layer.
+enum class Role : std::int32_t {
+  hidden,      // activation, LayerNorm where wanted: what the next layer reads
+  head,        // the coupling's heads
+  scale_head,  // of two networks: that of the first, which the head of the second is added to
+  // Residual networks: h = initial; per block h += [gate] outer(inner(act(A(h)))), act after inner, A an affine map.
+  initial,
+  inner,
+  outer,
+  gate,  // sigmoid of what is made of the context
+};
+
+/// Where the numbers of a dense layer lie on a tape of Reach::all, in elements a row from the beginning of the layer's
+/// part; -1: nowhere. An array of activations takes round_up(width, 8).
+struct DenseTape {
+  std::int32_t input = -1;        // what it reads; of a gate the tile's context
+  std::int32_t value = -1;        // what the next layer reads; of an outer layer in front of a gate its sums
+  std::int32_t argument = -1;     // of the activation, where its derivative needs it; else with LayerNorm its value
+  std::int32_t factors = -1;      // with LayerNorm: 1 / the standard deviation, [1]
+  std::int32_t cotangent = -1;    // of its sums
+  std::int32_t from_h = -1;       // what is added to its sums
+  std::int32_t h = -1;            // those sums, where they are kept
+  std::int32_t h_cotangent = -1;  // of h
+  std::int32_t gate = -1;         // of a gate: its values
+  std::int32_t scratch = -1;      // of an inner layer, on the way back; of a gate what it scales
+  std::int32_t sums = -1;         // with a map: for each 32 rows the sums of the gradients of scale, then of shift
+};
+
 /// y = W^T x + c. The last dense layer of a coupling holds both heads interleaved: output 2j is u_s[j], 2j + 1 is t[j].
-/// An additive coupling has zeros for u_s, which are no parameters.
+/// An additive coupling, and each of two networks, has zeros for the head that it has not; they are no parameters.
 struct Dense {
   std::int32_t in = 0;
   std::int32_t out = 0;
@@ -78,6 +106,21 @@ struct Dense {
   std::int64_t bias_offset[2] = {0, 0};
   bool listed = false;       // the gradient of a packed number goes where Program::source says instead
   bool interleaved = false;  // both heads
+
+  // Reach::all
+  Role role = Role::hidden;
+  Act activation = Act::none;  // of hidden and inner layers; of those that make h the one that enters the next block
+  bool first = false;          // reads the network's input: the conditioning features, then the context
+  bool layer_norm = false;
+  // The affine map that enters the next block, into Program::packed: scale, then shift, [bias_size(out)] each; -1:
+  // none.
+  std::int64_t map = -1;
+  std::int64_t scale_offset = 0, shift_offset = 0;  // into the flat gradient, [out]
+  // Filled by place_networks. The buffers of hidden activations that it reads and writes, -1: none; whether it adds to
+  // its sums what is kept in the third of them, and keeps them there.
+  std::int32_t from = 0, to = -1;
+  bool adds = false, keeps = false;
+  DenseTape tape;
 };
 
 /// Layer::condition where the conditioning features are no part of the state.
@@ -106,6 +149,7 @@ struct Layer {
   // Into Program::dense: hidden layers, then the head. linear: the one that is wanted of two, W and the bias or
   // W^-1, all in the order of the features; launch_pack_linear fills the matrices.
   std::int32_t first_dense = 0, num_dense = 0;
+  std::int64_t tape_width = 0;  // Reach::all, filled by place_networks: elements a row of its part of the tape
   Scale<T> scale;
   // diagonal
   std::int64_t affine = 0;  // into Program::packed: mean, std = exp(log_std), exp(-log_std), each [D], then
@@ -163,7 +207,7 @@ NVPFLOW_HOST_DEVICE constexpr std::int64_t products_size(std::int64_t input_size
 enum class Reach : std::int32_t {
   plain,    // networks that are perceptrons, on the two parts of the state, log-scales of tanh
   general,  // also lists of places, layers that run backwards, every log-scale
-  all,      // also linear layers
+  all,      // also linear layers, two networks for a coupling, LayerNorm, residual networks, a context
 };
 
 /// Plans read a Program whose pointers are the host's (packed and transposed may be null), launches one whose pointers
@@ -173,6 +217,7 @@ template <class T>
 struct Program {
   std::int32_t input_size = 0;
   std::int32_t split = 0;  // features of the first part of the state
+  std::int32_t context_size = 0;
   std::int32_t num_layers = 0;
   std::int32_t num_dense = 0;
   const Layer<T>* layers = nullptr;
@@ -182,9 +227,12 @@ struct Program {
   const T* transposed = nullptr;  // only gradients read it
   std::int64_t transposed_size = 0;
   std::int64_t num_parameters = 0;  // of the flat buffer
-  std::int32_t num_numbers = 0;     // layers with numbers that are no copies of parameters
+  std::int32_t num_numbers = 0;     // layers with numbers that are no copies of parameters, and the context's
   std::int32_t num_linear = 0;      // linear layers
   std::int64_t products = 0;        // elements of all their products; a part of a gradient has them behind it
+  // Of a context that is standardized: into packed, mean, then exp(-log_std), [C] each, filled by launch_pack; -1: it
+  // is not. Into the flat parameters and gradient the same, [C] each.
+  std::int64_t context_statistics = -1, context_mean_offset = 0, context_log_std_offset = 0;
   const std::int32_t* places = nullptr;
   std::int64_t data_place = -1, latent_place = -1;  // of the features of data and of the latent space, as Layer::place
   Reach reach = Reach::plain;                       // reach_of()
@@ -204,6 +252,11 @@ struct Program {
 /// The least that serves a flow.
 template <class T>
 constexpr Reach reach_of(const Program<T>& program) {
+  if (program.context_size > 0) return Reach::all;
+  for (std::int32_t i = 0; i < program.num_dense; ++i) {
+    const Dense& d = program.dense[i];
+    if ((d.role != Role::hidden && d.role != Role::head) || d.layer_norm) return Reach::all;
+  }
   Reach reach = program.data_place >= 0 || program.latent_place >= 0 ? Reach::general : Reach::plain;
   for (std::int32_t k = 0; k < program.num_layers; ++k) {
     const Layer<T>& layer = program.layers[k];
@@ -214,6 +267,10 @@ constexpr Reach reach_of(const Program<T>& program) {
   }
   return reach;
 }
+
+/// Fills what Dense and Layer leave to it, of a program whose other numbers are there; for programs of Reach::all.
+template <class T>
+void place_networks(const Program<T>& program, Layer<T>* layers, Dense* dense);
 
 /// packed[i] = source[i] < 0 ? 0 : parameters[source[i]] for i < count; then, where program is given, the numbers of
 /// its diagonal and linear layers that are no copies (whose source is -1). Called for packed and for transposed
@@ -261,6 +318,14 @@ struct RowArray {
   std::int64_t width;
 };
 
+/// The context rows of a call: row r, or index[r], goes with context row (first + r) / repeat, or index[r] / repeat;
+/// repeat 0: all go with the first.
+template <class T>
+struct ContextRows {
+  const T* rows = nullptr;  // null: the flow has no context
+  std::int64_t first = 0, repeat = 1;
+};
+
 // ---- transform, log_prob, sample, conditioner ----------------------------------------------------------------------
 
 /// Rows [0, rows) of one call. Any of out, log_det, log_prob may be null.
@@ -280,12 +345,13 @@ struct TransformCall {
   std::int64_t transformed = 0;  // |b| of it
   T* log_scale = nullptr;
   T* shift = nullptr;
+  ContextRows<T> context;
 
   /// Whether `in` or `out` are rows of data, which the first layer takes or gives.
   bool is_of_data() const { return conditioner < 0; }
-  /// The arrays that come in and go out, those of data first.
+  /// The arrays that come in, but for the context, and go out, those of data first.
   std::array<RowArray<const T*>, 1> rows_in(std::int64_t input_size) { return {{{&in, input_size}}}; }
-  std::array<RowArray<T*>, 5> rows_out(std::int64_t input_size) {
+  std::array<RowArray<T*>, 5> rows_out(std::int64_t input_size, std::int64_t) {
     return {{{&out, input_size}, {&log_det, 1}, {&log_prob, 1}, {&log_scale, transformed}, {&shift, transformed}}};
   }
 };
@@ -359,24 +425,35 @@ struct GradientCall {
   const T* grad_log_det = nullptr;  // null: zero
   bool density = false;             // grad_log_det is the cotangent of log p: that of z is -z times it
   T* log_prob = nullptr;            // density only, may be null: = log p of the rows
-  T* grad_in = nullptr;             // null: not wanted
-  T* gradient = nullptr;            // flat; null: not wanted
-  bool accumulate = false;          // adds to `gradient` instead of overwriting it
-  double* sum_log_prob = nullptr;   // nll only, may be null: = the sum over the rows, nats
+  ContextRows<T> context;
+  T* grad_context = nullptr;       // [rows, C], one for each row of the call; null: not wanted
+  T* grad_in = nullptr;            // null: not wanted
+  T* gradient = nullptr;           // flat; null: not wanted
+  bool accumulate = false;         // adds to `gradient` instead of overwriting it
+  double* sum_log_prob = nullptr;  // nll only, may be null: = the sum over the rows, nats
 
   /// As of TransformCall.
   std::array<RowArray<const T*>, 3> rows_in(std::int64_t input_size) {
     return {{{&in, input_size}, {&grad_out, input_size}, {&grad_log_det, 1}}};
   }
-  std::array<RowArray<T*>, 2> rows_out(std::int64_t input_size) { return {{{&grad_in, input_size}, {&log_prob, 1}}}; }
+  std::array<RowArray<T*>, 3> rows_out(std::int64_t input_size, std::int64_t context_size) {
+    return {{{&grad_in, input_size}, {&log_prob, 1}, {&grad_context, context_size}}};
+  }
 };
 
-/// A part of the gradient that one block forms: inputs x outputs of one dense layer, or what else a layer keeps as sums
-/// of a tile.
+/// What one block forms of the gradient.
+enum class Task : std::int32_t {
+  product,  // inputs x outputs of one dense layer
+  sums,     // what a layer keeps as sums of a tile
+  map,      // the affine map of a residual block
+  context,  // the statistics of the context
+};
+
 struct GradientTask {
-  std::int32_t layer = 0, dense = -1;  // dense: into Program::dense; -1: sums of a tile
+  Task task = Task::product;
+  std::int32_t layer = 0, dense = 0;  // into Program::layers and dense
   std::int32_t first_in = 0, first_out = 0;
-  std::int64_t input = 0, cotangent = 0;  // where the tape holds the layer's input and its output's cotangent
+  std::int64_t input = 0, cotangent = 0;  // where the tape holds what it reads: a layer's input, its sums' cotangent
 };
 
 struct GradientPlan {

@@ -114,13 +114,21 @@ NVPFLOW_DEVICE void network_taped(Walk& walk, const CouplingTape<T>& keep, T* pa
   }
 }
 
-/// Multiplies the cotangents of hidden layer j's values by the activation's derivative.
-template <class Walk, class T>
-NVPFLOW_DEVICE void derive(Walk& walk, const CouplingTape<T>& keep, T* part, int j, int first, int valid,
-                           Sums<T>& sums) {
-  const std::int64_t width = keep.width(j);
-  const auto value = walk.rows_of(part + keep.value(j), width), argument = walk.rows_of(part + keep.argument(j), width);
-  const auto to = walk.rows_of(part + keep.cotangent(j), width);
+/// g times the derivative of an activation with the value v at u.
+template <class T>
+NVPFLOW_DEVICE Vec4<T> derived(Act act, Vec4<T> g, Vec4<T> v, Vec4<T> u) {
+  g.x *= activation_derivative(act, v.x, u.x);
+  g.y *= activation_derivative(act, v.y, u.y);
+  g.z *= activation_derivative(act, v.z, u.z);
+  g.w *= activation_derivative(act, v.w, u.w);
+  return g;
+}
+
+/// The sums, cotangents of the values of an activation, to `to`, multiplied by its derivative.
+template <class Walk, class T, bool kShared>
+NVPFLOW_DEVICE void derive(Walk& walk, Act act, const MemoryRows<T, kShared>& value,
+                           const MemoryRows<T, kShared>& argument, const MemoryRows<T, kShared>& to, int first,
+                           int valid, Sums<T>& sums) {
   store_sums(sums, first, valid, walk.lane, to);
   // Each lane meets its own numbers again, one at a time: one copy of the text for all of them.
 #if !defined(NVPFLOW_SIMT)
@@ -128,13 +136,7 @@ NVPFLOW_DEVICE void derive(Walk& walk, const CouplingTape<T>& keep, T* part, int
 #endif
   for (int i = 0; i < kRowBlocks * valid; ++i) {
     const int rb = i % kRowBlocks, at = rb * to.stride + (first + i / kRowBlocks) * kBlock + walk.lane.chunk;
-    Vec4<T> g = load4(to.at(at));
-    const Vec4<T> v = load4(value.at(at)), u = load4(argument.at(at));
-    g.x *= activation_derivative(keep.layer.activation, v.x, u.x);
-    g.y *= activation_derivative(keep.layer.activation, v.y, u.y);
-    g.z *= activation_derivative(keep.layer.activation, v.z, u.z);
-    g.w *= activation_derivative(keep.layer.activation, v.w, u.w);
-    store4(to.at(at), g);
+    store4(to.at(at), derived(act, load4(to.at(at)), load4(value.at(at)), load4(argument.at(at))));
   }
 }
 
@@ -197,7 +199,10 @@ NVPFLOW_DEVICE void network_backward(Walk& walk, const CouplingTape<T>& keep, T*
                       walk.rows_of(part + keep.cotangent(j), d.out), walk.across, walk.plan.warps_across, walk.lane,
                       [&](int first, int valid, Sums<T>& sums) {
                         if (j > 0) {
-                          derive(walk, keep, part, j - 1, first, valid, sums);
+                          const std::int64_t width = keep.width(j - 1);
+                          derive(walk, layer.activation, walk.rows_of(part + keep.value(j - 1), width),
+                                 walk.rows_of(part + keep.argument(j - 1), width),
+                                 walk.rows_of(part + keep.cotangent(j - 1), width), first, valid, sums);
                         } else {
                           add_to_input(walk, layer, first, valid, sums);
                         }

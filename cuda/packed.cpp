@@ -22,32 +22,6 @@ namespace {
 
 constexpr std::int64_t kUploadBytes = 16 << 20;
 
-void refuse_on_cuda(bool there, const std::string& what) {
-  if (there) throw Error(ErrorCode::unavailable, what + " is in the spec, which CUDA does not compute yet; use 'cpu'");
-}
-
-void refuse_unavailable(const LoweredNetwork& network) {
-  refuse_on_cuda(network.residual, "a residual network");
-  refuse_on_cuda(network.layer_norm, "layer_norm");
-}
-
-void refuse_unavailable(const LoweredCoupling& layer) {
-  refuse_on_cuda(layer.networks.size() > 1, "a network for each head");
-  for (const LoweredNetwork& network : layer.networks) refuse_unavailable(network);
-}
-
-void refuse_unavailable(const LoweredDiagonal&) {}
-
-void refuse_unavailable(const LoweredLinear&) {}
-
-/// What the kernels do not compute: each by its name.
-void refuse_unavailable(const Lowered& lowered) {
-  refuse_on_cuda(lowered.context_size > 0, "a context");
-  for (const LoweredLayer& layer : lowered.layers) {
-    std::visit([](const auto& kind) { refuse_unavailable(kind); }, layer);
-  }
-}
-
 std::vector<std::int64_t> places_of(const Places& from) {
   if (!from.index.empty()) return from.index;
   std::vector<std::int64_t> places(static_cast<std::size_t>(from.count));
@@ -79,6 +53,16 @@ std::vector<std::int64_t> order_of(const std::vector<std::int64_t>& places, std:
   return in_order ? std::vector<std::int64_t>() : order;
 }
 
+/// The first layer for the features and the context: the weights of the context lie behind the others.
+LoweredDense joined(const LoweredNetwork& network) {
+  LoweredDense first = network.dense.front();
+  if (!network.context) return first;
+  first.in += network.context->in;
+  for (std::size_t part = 0; part < first.parts.size(); ++part)
+    first.parts[part].bias = network.context->parts[part].bias;
+  return first;
+}
+
 }  // namespace
 
 void upload(Memory& to, const void* from, std::int64_t bytes, const char* what, Stream stream) {
@@ -98,10 +82,16 @@ void upload(Memory& to, const void* from, std::int64_t bytes, const char* what, 
 template <class T>
 Layers<T>::Layers(const FlowSpec& spec, const ParamLayout& layout, Stream stream) {
   const Lowered lowered = lower(spec, layout);
-  refuse_unavailable(lowered);
   host_.input_size = static_cast<std::int32_t>(spec.input_size);
   host_.split = static_cast<std::int32_t>(split_of(lowered));
   host_.num_parameters = layout.size();
+  host_.context_size = static_cast<std::int32_t>(lowered.context_size);
+  if (lowered.context_mean >= 0) {
+    host_.context_statistics = reserve_packed(2 * lowered.context_size);
+    host_.context_mean_offset = lowered.context_mean;
+    host_.context_log_std_offset = lowered.context_log_std;
+    ++host_.num_numbers;
+  }
   host_.data_place = keep(lowered.data_place);
   host_.latent_place = keep(lowered.latent_place);
   for (const LoweredLayer& layer : lowered.layers) {
@@ -110,8 +100,9 @@ Layers<T>::Layers(const FlowSpec& spec, const ParamLayout& layout, Stream stream
   host_.num_layers = static_cast<std::int32_t>(layers_.size());
   host_.num_dense = static_cast<std::int32_t>(dense_.size());
   host_.layers = layers_.data();
-  host_.reach = reach_of(host_);
   host_.dense = dense_.data();
+  host_.reach = reach_of(host_);
+  if (host_.reach == Reach::all) place_networks(host_, layers_.data(), dense_.data());
   packed_from_.assign(static_cast<std::size_t>(host_.packed_size), -1);
   transposed_from_.assign(static_cast<std::size_t>(host_.transposed_size), -1);
   for (std::size_t i = 0; i < dense_.size(); ++i) {
@@ -155,26 +146,77 @@ std::int64_t Layers<T>::reserve_packed(std::int64_t elements) {
   return place;
 }
 
+/// kind: what of Dense the caller knows.
 template <class T>
-void Layers<T>::add_dense(const LoweredDense& from, DenseSource source) {
-  const bool additive = source.head && from.parts.size() == 1;
-  const std::int64_t in = from.in, out = (additive ? 2 : 1) * from.out();
-  Dense dense;
+void Layers<T>::add_dense(const LoweredDense& from, DenseSource source, Dense kind) {
+  Dense dense = kind;
+  const bool head = source.head != Heads::none, one = head && from.parts.size() == 1;
+  const std::int64_t in = from.in, out = (one ? 2 : 1) * from.out();
+  const std::size_t first = source.head == Heads::translation ? 1 : 0;
   dense.in = static_cast<std::int32_t>(in);
   dense.out = static_cast<std::int32_t>(out);
-  dense.interleaved = source.head;
-  if (additive) dense.kernel_offset[0] = dense.bias_offset[0] = -1;
+  dense.interleaved = head;
+  if (one) dense.kernel_offset[1 - first] = dense.bias_offset[1 - first] = -1;
   for (std::size_t part = 0; part < from.parts.size(); ++part) {
-    dense.kernel_offset[part + (additive ? 1 : 0)] = from.parts[part].kernel;
-    dense.bias_offset[part + (additive ? 1 : 0)] = from.parts[part].bias;
+    dense.kernel_offset[part + first] = from.parts[part].kernel;
+    dense.bias_offset[part + first] = from.parts[part].bias;
   }
-  dense.listed = additive || !source.rows.empty() || !source.columns.empty();
+  dense.listed = one || !source.rows.empty() || !source.columns.empty();
   dense.weights = reserve_packed(weight_size(in, out));
   dense.bias = reserve_packed(bias_size(out));
   dense.transposed = host_.transposed_size;
   host_.transposed_size += weight_size(out, in);
   dense_.push_back(dense);
   sources_.push_back(std::move(source));
+}
+
+template <class T>
+Role Layers<T>::role_of(const LoweredNetwork& network, std::size_t j, Heads heads) {
+  if (j + 1 == network.dense.size()) return heads == Heads::scale ? Role::scale_head : Role::head;
+  if (!network.residual) return Role::hidden;
+  return j == 0 ? Role::initial : j % 2 == 1 ? Role::inner : Role::outer;
+}
+
+/// The dense layers of a network. heads: of the coupling, that it makes.
+template <class T>
+void Layers<T>::add_network(const LoweredNetwork& from, const NetworkPlaces& places, Heads heads) {
+  const std::size_t blocks = from.residual ? (from.dense.size() - 2) / 2 : 0;
+  for (std::size_t j = 0; j < from.dense.size(); ++j) {
+    const bool first = j == 0, last = j + 1 == from.dense.size();
+    Dense dense;
+    dense.first = first;
+    dense.role = role_of(from, j, heads);
+    dense.layer_norm = from.layer_norm && !last;
+    if (dense.role == Role::hidden || dense.role == Role::inner) dense.activation = from.activation;
+    DenseSource source;
+    if (last) source.head = heads, source.columns = places.columns;
+    if (first) source.rows = places.rows;
+    const std::size_t block = j / 2;  // the next one, behind a layer that makes h
+    if (dense.role == Role::outer && !from.gates.empty()) {
+      add_dense(from.dense[j], {}, dense);
+      dense.role = Role::gate;
+      enter_block(from, block, blocks, dense);
+      add_dense(from.gates[block - 1], {}, dense);
+      continue;
+    }
+    if (dense.role == Role::initial || dense.role == Role::outer) enter_block(from, block, blocks, dense);
+    add_dense(first ? joined(from) : from.dense[j], std::move(source), dense);
+  }
+}
+
+/// What a layer that makes h does to enter a residual block, where there is another one.
+template <class T>
+void Layers<T>::enter_block(const LoweredNetwork& from, std::size_t block, std::size_t blocks, Dense& dense) {
+  if (block >= blocks) return;
+  dense.activation = from.activation;
+  if (from.affines.empty()) return;
+  const LoweredAffine& map = from.affines[block];
+  const std::int64_t width = from.dense.front().out();
+  dense.map = reserve_packed(2 * bias_size(width));
+  dense.scale_offset = map.scale;
+  dense.shift_offset = map.shift;
+  copies_.push_back({dense.map, map.scale, width});
+  copies_.push_back({dense.map + bias_size(width), map.shift, width});
 }
 
 template <class T>
@@ -186,31 +228,33 @@ void Layers<T>::add(const LoweredCoupling& from) {
   layer.num_inputs = static_cast<std::int32_t>(from.conditioning.count);
   layer.num_outputs = static_cast<std::int32_t>(from.transformed.count);
   const std::vector<std::int64_t> a = places_of(from.conditioning), b = places_of(from.transformed);
-  std::vector<std::int64_t> rows, columns;
+  NetworkPlaces networks;
   const auto lies_in = [this](const std::vector<std::int64_t>& places, bool first) {
     const std::int64_t size = first ? host_.split : host_.input_size - host_.split;
     return static_cast<std::int64_t>(places.size()) == size &&
            std::all_of(places.begin(), places.end(), [&](std::int64_t p) { return (p < host_.split) == first; });
   };
-  if (lies_in(a, true) || lies_in(a, false)) {
+  if (host_.context_size == 0 && (lies_in(a, true) || lies_in(a, false))) {
     layer.condition = lies_in(a, true) ? 0 : 1;
-    rows = order_of(a, layer.condition == 0 ? 0 : host_.split);
-    columns = order_of(b, layer.condition == 0 ? host_.split : 0);
-    layer.output_order = keep(columns);
+    networks.rows = order_of(a, layer.condition == 0 ? 0 : host_.split);
+    networks.columns = order_of(b, layer.condition == 0 ? host_.split : 0);
+    layer.output_order = keep(networks.columns);
   } else {
     layer.condition = kGathered;
     layer.input_place = keep(a);
     layer.output_place = keep(b);
   }
-  const LoweredNetwork& network = from.networks.front();
-  layer.activation = network.activation;
-  layer.first_dense = static_cast<std::int32_t>(dense_.size());
-  layer.num_dense = static_cast<std::int32_t>(network.dense.size());
+  layer.activation = from.networks.front().activation;
   layer.scale = scale_of<T>(from.scale);
-  for (const LoweredDense& dense : network.dense) {
-    const bool first = &dense == &network.dense.front(), head = &dense == &network.dense.back();
-    add_dense(dense, {head, first ? rows : std::vector<std::int64_t>(), head ? columns : std::vector<std::int64_t>()});
+  layer.first_dense = static_cast<std::int32_t>(dense_.size());
+  if (from.networks.size() > 1) {
+    add_network(from.networks[0], networks, Heads::scale);
+    add_network(from.networks[1], networks, Heads::translation);
+  } else {
+    add_network(from.networks[0], networks,
+                from.scale.function == ScaleFunction::none ? Heads::translation : Heads::both);
   }
+  layer.num_dense = static_cast<std::int32_t>(dense_.size()) - layer.first_dense;
   layers_.push_back(layer);
 }
 
@@ -248,7 +292,7 @@ template <class T>
 void Layers<T>::add_matrix() {
   const std::int64_t features = host_.input_size;
   const std::int64_t products = host_.num_parameters + host_.products;
-  add_dense({features, {{products, products + features * features, features}}}, {.formed = true});
+  add_dense({features, {{products, products + features * features, features}}}, {.formed = true}, Dense());
 }
 
 template <class T>
@@ -266,7 +310,7 @@ void Layers<T>::add(const LoweredDiagonal& from) {
 
 template <class T>
 void Layers<T>::fill_sources(const Dense& dense, const DenseSource& source) {
-  const std::int64_t parts = source.head ? 2 : 1, columns = dense.out / parts;
+  const std::int64_t parts = source.head == Heads::none ? 1 : 2, columns = dense.out / parts;
   const auto listed = [](const std::vector<std::int64_t>& list, std::int64_t i) {
     return list.empty() ? i : list[static_cast<std::size_t>(i)];
   };

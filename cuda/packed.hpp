@@ -31,18 +31,27 @@ class Layers {
   const std::int64_t* transposed_source() const { return static_cast<const std::int64_t*>(transposed_source_.data()); }
 
  private:
+  /// Which heads of a coupling a dense layer makes; those that it has not are zero.
+  enum class Heads { none, scale, translation, both };
   /// Where the numbers of a dense layer come from.
   struct DenseSource {
-    bool head = false;                                  // its outputs alternate between scale and translation
+    Heads head = Heads::none;                           // its outputs alternate between scale and translation
     std::vector<std::int64_t> rows = {}, columns = {};  // of the tensors, for each packed input and output; empty: as
                                                         // they are
     bool formed = false;                                // by launch_pack_linear: no copies of parameters
+  };
+  /// DenseSource::rows of a network's first layer, DenseSource::columns of its last.
+  struct NetworkPlaces {
+    std::vector<std::int64_t> rows, columns;
   };
 
   void add(const LoweredCoupling& from);
   void add(const LoweredDiagonal& from);
   void add(const LoweredLinear& from);
-  void add_dense(const LoweredDense& from, DenseSource source);
+  static Role role_of(const LoweredNetwork& network, std::size_t j, Heads heads);
+  void add_network(const LoweredNetwork& from, const NetworkPlaces& places, Heads heads);
+  void enter_block(const LoweredNetwork& from, std::size_t block, std::size_t blocks, Dense& dense);
+  void add_dense(const LoweredDense& from, DenseSource source, Dense kind);
   std::int64_t reserve_packed(std::int64_t elements);
   void add_matrix();
   void fill_sources(const Dense& dense, const DenseSource& source);

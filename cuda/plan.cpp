@@ -22,17 +22,33 @@ Multiply choose_multiply(bool float64, const Device& device, Precision precision
 
 // ---- inference -----------------------------------------------------------------------------------------------------
 
+/// size_hidden for Reach::all.
+template <class T>
+void size_all_hidden(const Program<T>& program, TransformPlan& plan) {
+  const auto take = [&](std::int64_t width, std::int32_t buffers) {
+    plan.hidden_width = std::max(plan.hidden_width, width);
+    plan.hidden_buffers = std::max(plan.hidden_buffers, buffers);
+  };
+  for (int k = 0; k < program.num_layers; ++k) {
+    const Layer<T>& layer = program.layers[k];
+    if (layer.kind == Kind::linear) take(program.input_size, 1);  // a copy of the state
+    for (int j = 0; layer.kind == Kind::coupling && j < layer.num_dense; ++j) {
+      const Dense& d = program.dense[layer.first_dense + j];
+      if (!d.first || layer.condition == kGathered) take(d.in, d.from + 1);
+      if (d.to >= 0) take(d.out, d.to + 1);
+      if (d.keeps) take(d.out, kKept + 1);
+    }
+  }
+}
+
 /// Widest hidden activations that have to be stored, and in how many buffers.
 template <class T>
 void size_hidden(const Program<T>& program, bool resident, TransformPlan& plan) {
   plan.hidden_width = 0;
   plan.hidden_buffers = 0;
+  if (program.reach == Reach::all) return size_all_hidden(program, plan);
   for (int k = 0; k < program.num_layers; ++k) {
     const Layer<T>& layer = program.layers[k];
-    if (layer.kind == Kind::linear) {  // a copy of the state
-      plan.hidden_width = std::max<std::int64_t>(plan.hidden_width, program.input_size);
-      plan.hidden_buffers = std::max(plan.hidden_buffers, 1);
-    }
     if (layer.kind != Kind::coupling) continue;
     int stored = layer.num_dense - (is_joined(program, layer, resident) ? 2 : 1);
     for (int j = 0; j < stored; ++j) {
@@ -112,6 +128,138 @@ bool plan_streamed(const Program<T>& program, const Device& device, std::int64_t
   return false;
 }
 
+// ---- networks of Reach::all ----------------------------------------------------------------------------------------
+
+bool makes_h(const Dense& d) {
+  return d.role == Role::initial || d.role == Role::gate || (d.role == Role::outer && d.keeps);
+}
+
+/// The buffers that the dense layers of a coupling read and write.
+void place_buffers(std::span<Dense> networks) {
+  const bool two =
+      std::any_of(networks.begin(), networks.end(), [](const Dense& d) { return d.role == Role::scale_head; });
+  for (std::size_t j = 0; j < networks.size(); ++j) {
+    Dense& d = networks[j];
+    const bool gated = j + 1 < networks.size() && networks[j + 1].role == Role::gate;
+    const bool enters = d.activation != Act::none;  // the next block, or layer
+    if (!d.first) d.from = networks[j - 1].to;
+    switch (d.role) {
+      case Role::hidden:
+        d.to = d.first ? 1 : 1 - d.from;
+        break;
+      case Role::head:
+        d.adds = two;
+        if (!d.first && makes_h(networks[j - 1])) d.from = kKept;
+        break;
+      case Role::scale_head:
+        d.keeps = true;
+        break;
+      case Role::initial:
+        d.keeps = true;
+        d.to = enters ? 1 : -1;
+        break;
+      case Role::inner:
+        d.to = 0;
+        break;
+      case Role::outer:
+        d.adds = d.keeps = !gated;
+        d.to = gated || enters ? 1 : -1;
+        break;
+      case Role::gate:
+        d.from = 0;
+        d.adds = d.keeps = true;
+        d.to = enters ? 1 : -1;
+        break;
+    }
+  }
+}
+
+/// Hands out arrays of a coupling's part of the tape, in elements a row.
+struct TapeRoom {
+  std::int64_t used = 0;
+
+  std::int32_t take(std::int64_t elements) {
+    const std::int64_t at = used;
+    used += elements;
+    return static_cast<std::int32_t>(at);
+  }
+  std::int32_t array(std::int64_t width) { return take(round_up(width, 8)); }
+};
+
+/// What the layer in front of dense layer j leaves for it.
+std::int32_t input_of(const std::span<Dense> networks, std::size_t j) {
+  const Dense& before = networks[j - 1];
+  return networks[j].role == Role::head && makes_h(before) ? before.tape.h : before.tape.value;
+}
+
+/// The arrays of a perceptron's dense layer.
+void place_hidden(Dense& d, TapeRoom& room) {
+  const bool argument = keeps_argument(d.activation);
+  d.tape.value = room.array(d.out);
+  if (argument || d.layer_norm) d.tape.argument = room.array(d.out);
+  if (d.layer_norm) d.tape.factors = room.take(1);
+  d.tape.cotangent = room.array(d.out);
+}
+
+/// The arrays of a layer that makes h, or a part of it. initial: the network's first.
+void place_block(std::span<Dense> networks, std::size_t j, const Dense& initial, TapeRoom& room) {
+  Dense& d = networks[j];
+  d.tape.cotangent = room.array(d.out);
+  if (d.activation != Act::none || !makes_h(d)) d.tape.value = room.array(d.out);
+  if (!makes_h(d)) return;
+  const bool gated = std::any_of(networks.begin(), networks.end(), [](const Dense& g) { return g.role == Role::gate; });
+  if (d.role == Role::initial) {
+    d.tape.h = room.array(d.out);
+  } else {
+    const std::size_t entry = j - (d.role == Role::gate ? 3 : 2);
+    const Dense& before = networks[entry];
+    d.tape.from_h = before.tape.h;
+    // What a block starts from is kept where its activation needs its argument, or its map its input.
+    const bool needed = before.map >= 0 || keeps_argument(before.activation);
+    d.tape.h = needed ? room.array(d.out) : before.tape.h;
+  }
+  d.tape.h_cotangent = gated ? initial.tape.cotangent : d.tape.cotangent;
+  if (d.map >= 0) d.tape.sums = room.take(ceil_div(2 * bias_size(d.out), kWarpRows));
+  if (d.role != Role::gate) return;
+  d.tape.gate = room.array(d.out);
+  d.tape.scratch = networks[j - 1].tape.value;
+}
+
+/// Where the dense layers of a coupling find their numbers on the tape; its width.
+std::int64_t place_tape(std::int64_t transformed, std::span<Dense> networks) {
+  TapeRoom room;
+  for (int i = 0; i < 3; ++i) room.array(transformed);  // slope, scale, product
+  const std::int32_t heads = room.array(2 * transformed);
+  std::int32_t network_input = -1;
+  for (std::size_t j = 0; j < networks.size(); ++j) {
+    Dense& d = networks[j];
+    if (d.first && network_input < 0) network_input = room.array(d.in);
+    d.tape.input = d.first ? network_input : d.role == Role::gate ? -1 : input_of(networks, j);
+    switch (d.role) {
+      case Role::hidden:
+      case Role::inner:
+        place_hidden(d, room);
+        break;
+      case Role::head:
+        d.tape.cotangent = heads;
+        if (d.adds) d.tape.from_h = heads;
+        break;
+      case Role::scale_head:
+        d.tape.cotangent = d.tape.h = heads;
+        break;
+      default:
+        place_block(networks, j, networks.front(), room);
+    }
+  }
+  for (std::size_t j = 0; j < networks.size(); ++j) {
+    if (networks[j].role != Role::inner) continue;
+    // The gates' values are not read any more where the inner layer is reached; without any, the cotangent that comes.
+    const Dense& end = networks[j + 1].keeps ? networks[j - 1] : networks[j + 2];
+    networks[j].tape.scratch = networks[j + 1].keeps ? end.tape.h_cotangent : end.tape.gate;
+  }
+  return round_up(room.used, 8);
+}
+
 // ---- gradients -----------------------------------------------------------------------------------------------------
 
 /// Visits the blocks of inputs and outputs of one dense layer.
@@ -123,32 +271,65 @@ void each_block(const Program<T>& program, GradientTask task, Visit visit) {
   }
 }
 
-/// Visits the tasks of layer k in order.
-template <class T, class Visit>
-void each_task(Of<Kind::coupling>, const Program<T>& program, const GradientPlan& plan, int k, Visit visit) {
+/// Visits the tasks of layer k, whose part of the tape begins at `at`, in order.
+template <Reach reach, class T, class Visit>
+void each_task(Of<Kind::coupling>, const Program<T>& program, const GradientPlan& plan, int k, std::int64_t at,
+               Visit visit) {
   const Layer<T>& layer = program.layers[k];
-  const std::int64_t at = layer_tape(program, k, plan.tile_rows);
-  const CouplingTape<T> tape(program, layer, plan.tile_rows);
+  const auto tape = tape_of<reach>(Of<Kind::coupling>(), program, layer, plan.tile_rows);
   for (int j = 0; j < layer.num_dense; ++j) {
-    each_block(program, {k, layer.first_dense + j, 0, 0, at + tape.input(j), at + tape.cotangent(j)}, visit);
+    const int dense = layer.first_dense + j;
+    const Dense& d = program.dense[dense];
+    if constexpr (reach == Reach::all) {
+      const std::int64_t input =
+          d.role == Role::gate ? ContextTape<T>(program, plan.tile_rows).context : at + tape.at(d.tape.input);
+      each_block(program, {Task::product, k, dense, 0, 0, input, at + tape.cotangent(j)}, visit);
+      if (d.map >= 0) visit({Task::map, k, dense, 0, 0, at + tape.at(d.tape.sums), 0});
+    } else {
+      each_block(program, {Task::product, k, dense, 0, 0, at + tape.input(j), at + tape.cotangent(j)}, visit);
+    }
   }
 }
 
-template <class T, class Visit>
-void each_task(Of<Kind::diagonal>, const Program<T>& program, const GradientPlan& plan, int k, Visit visit) {
-  GradientTask task;
-  task.layer = k;
-  task.input =
-      layer_tape(program, k, plan.tile_rows) + DiagonalTape<T>(program, program.layers[k], plan.tile_rows).sums();
-  visit(task);
+template <Reach reach, class T, class Visit>
+void each_task(Of<Kind::diagonal>, const Program<T>& program, const GradientPlan& plan, int k, std::int64_t at,
+               Visit visit) {
+  visit({Task::sums, k, 0, 0, 0, at + DiagonalTape<T>(program, program.layers[k], plan.tile_rows).sums(), 0});
 }
 
-template <class T, class Visit>
-void each_task(Of<Kind::linear>, const Program<T>& program, const GradientPlan& plan, int k, Visit visit) {
-  const std::int64_t at = layer_tape(program, k, plan.tile_rows);
+template <Reach reach, class T, class Visit>
+void each_task(Of<Kind::linear>, const Program<T>& program, const GradientPlan& plan, int k, std::int64_t at,
+               Visit visit) {
   const LinearTape<T> tape(program, program.layers[k], plan.tile_rows);
-  each_block(program, {k, program.layers[k].first_dense, 0, 0, at + tape.x(), at + tape.cotangent()}, visit);
-  visit({k, -1, 0, 0, at + tape.sum(), 0});
+  each_block(program, {Task::product, k, program.layers[k].first_dense, 0, 0, at + tape.x(), at + tape.cotangent()},
+             visit);
+  visit({Task::sums, k, 0, 0, 0, at + tape.sum(), 0});
+}
+
+template <Reach reach, class T, class Visit>
+void each_task(const Program<T>& program, const GradientPlan& plan, Visit visit_task) {
+  for (int k = 0; k < program.num_layers; ++k) {
+    const std::int64_t at = layer_tape<reach>(program, k, plan.tile_rows);
+    visit(program.layers[k], [&](auto kind) { each_task<reach>(kind, program, plan, k, at, visit_task); });
+  }
+  if (program.context_statistics < 0) return;
+  visit_task({Task::context, 0, 0, 0, 0, ContextTape<T>(program, plan.tile_rows).sums(), 0});
+}
+
+/// A reach as a type.
+template <Reach reach>
+struct Known {
+  static constexpr Reach value = reach;
+};
+
+/// f(Known<>()) of the gradient's kernels for a program.
+template <class T, class F>
+void with_reach(const Program<T>& program, F&& f) {
+  if (program.reach == Reach::all) {
+    f(Known<Reach::all>());
+  } else {
+    f(Known<Reach::general>());
+  }
 }
 
 }  // namespace
@@ -172,14 +353,12 @@ TransformPlan plan_transform(const Program<T>& program, const Device& device, st
 template <class T>
 std::int32_t gradient_tasks(const Program<T>& program, const GradientPlan& plan, GradientTask* tasks) {
   std::int32_t count = 0;
-  for (int k = 0; k < program.num_layers; ++k) {
-    visit(program.layers[k], [&](auto kind) {
-      each_task(kind, program, plan, k, [&](const GradientTask& task) {
-        if (tasks != nullptr) tasks[count] = task;
-        ++count;
-      });
+  with_reach(program, [&](auto reach) {
+    each_task<reach.value>(program, plan, [&](const GradientTask& task) {
+      if (tasks != nullptr) tasks[count] = task;
+      ++count;
     });
-  }
+  });
   return count;
 }
 
@@ -208,7 +387,9 @@ GradientPlan plan_gradient(const Program<T>& program, const Device& device, std:
           2 * std::int64_t{plan.warps_across} * 8 * kOutBlocks * plan.stage_inputs * kSize + row_bytes<T>(plan);
       if (plan.shared_bytes <= device.shared_bytes_per_block) break;
     }
-    plan.tape_elements = layer_tape(program, program.num_layers, plan.tile_rows);
+    with_reach(program, [&](auto reach) {
+      plan.tape_elements = layer_tape<reach.value>(program, program.num_layers, plan.tile_rows);
+    });
     tiles = std::max<std::int64_t>(1, ceil_div(rows, plan.tile_rows));
     plan.chunk_tiles = std::clamp<std::int64_t>(device.workspace_bytes / (plan.tape_elements * kSize), 1, tiles);
     if (along == 1 || plan.chunk_tiles >= std::min<std::int64_t>(plan.blocks, tiles)) break;
@@ -229,6 +410,16 @@ GradientPlan plan_gradient(const Program<T>& program, const Device& device, std:
   return plan;
 }
 
+template <class T>
+void place_networks(const Program<T>& program, Layer<T>* layers, Dense* dense) {
+  for (int k = 0; k < program.num_layers; ++k) {
+    if (layers[k].kind != Kind::coupling) continue;
+    const std::span<Dense> networks(dense + layers[k].first_dense, static_cast<std::size_t>(layers[k].num_dense));
+    place_buffers(networks);
+    layers[k].tape_width = place_tape(layers[k].num_outputs, networks);
+  }
+}
+
 std::int64_t sum_workspace_bytes(std::int64_t count) {
   return static_cast<std::int64_t>(sizeof(double)) *
          std::max<std::int64_t>(2, round_up(ceil_div(count, kSumValues), 2));
@@ -241,6 +432,7 @@ Status prepare_kernels(const Device& device) {
 
 #define NVPFLOW_INSTANTIATE(T)                                                                                       \
   template TransformPlan plan_transform(const Program<T>&, const Device&, std::int64_t, const TransformOptions<T>&); \
+  template void place_networks(const Program<T>&, Layer<T>*, Dense*);                                                \
   template std::int32_t gradient_tasks(const Program<T>&, const GradientPlan&, GradientTask*);                       \
   template GradientPlan plan_gradient(const Program<T>&, const Device&, std::int64_t, const GradientOptions<T>&);
 NVPFLOW_INSTANTIATE(float)

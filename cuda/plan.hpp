@@ -24,6 +24,9 @@ inline constexpr int kTaskStage = 2 * 2 * 8 * kBlock;
 /// Values that one block adds up.
 inline constexpr int kSumValues = 4096;
 
+/// The buffer of hidden activations that keeps h, or what the first of two networks says.
+inline constexpr int kKept = 2;
+
 /// Threads of a block at most: the registers of a multiprocessor over what a thread needs.
 template <class T, Multiply M, Storage S>
 constexpr int kMaxThreads = M != Multiply::fma && S == Storage::resident ? 384 : 256;

@@ -32,7 +32,8 @@ struct HostOutput {
 /// Streams and buffers for one call at a time.
 class Lane {
  public:
-  static constexpr std::size_t kInputs = 3, kOutputs = 5;  // of a call, at most
+  static constexpr std::size_t kInputs = 4, kOutputs = 5;  // of a call, at most
+  static constexpr std::size_t kContext = kInputs - 1;     // which of the inputs is the context
   using Inputs = std::array<HostInput, kInputs>;
   using Outputs = std::array<HostOutput, kOutputs>;
   /// Where one chunk's rows are on the device; null where the call has no such array.
@@ -55,6 +56,8 @@ class Lane {
   void* workspace(std::int64_t bytes) { return workspace_.reserve(bytes, "the kernels' workspace"); }
   /// Device memory for a result that is not one value a row, kept for the next call.
   void* result(std::int64_t bytes) { return result_.reserve(bytes, "a result"); }
+  /// Device memory for a context that is one for all rows, kept for the next call.
+  void* context(std::int64_t bytes) { return context_.reserve(bytes, "a context"); }
   /// Device memory for two sums, kept for the next call; read_sum() waits for stream() and reads the first.
   double* sum() { return static_cast<double*>(sum_.reserve(2 * sizeof(double), "a sum")); }
   double read_sum();
@@ -80,6 +83,7 @@ class Lane {
   OwnedStream send_, compute_, receive_;
   std::array<Slot, kSlots> slots_;
   Memory workspace_{Memory::Kind::device}, result_{Memory::Kind::device}, sum_{Memory::Kind::device};
+  Memory context_{Memory::Kind::device};
 };
 
 /// Lanes of one device, handed out to calls that run at the same time.

@@ -3,8 +3,11 @@
 // clang-format off
 // Arrays of activations (kernels.cuh) of one tile, one after the other:
 //   state, cotangent of the state
+//   Reach::all: context, cotangent of the context [C]; where it is standardized the sums over the rows for mean and
+//                 log_std, [2 C] numbers
 //   per coupling: input of the conditioner [a]; per hidden layer value [H], where kept argument [H], cotangent [H];
 //                 cotangent of the head [2 b]; slope = ds / du, scale = exp(+-s), product = d(output) / d(s), [b] each
+//                 Reach::all: slope, scale, product, then what DenseTape says
 //   per linear layer: x and the cotangent of y, [D] each; the sum over the rows of the log-determinant's cotangent
 //   per diagonal layer: its output, in the form of a state; sums over the rows for mean and log_std, [2 D] numbers
 // clang-format on
@@ -19,6 +22,12 @@ NVPFLOW_HOST_DEVICE inline bool keeps_argument(Act act) { return act == Act::gel
 
 NVPFLOW_HOST_DEVICE inline std::int64_t array_size(std::int64_t rows, std::int64_t features) {
   return rows * round_up(features, 8);
+}
+
+/// Whether a gradient forms the context's cotangent: where it is asked for, or the statistics' gradient comes of it.
+template <class T>
+NVPFLOW_HOST_DEVICE bool is_context_wanted(const Program<T>& program, const GradientCall<T>& call) {
+  return call.grad_context != nullptr || (program.context_statistics >= 0 && call.gradient != nullptr);
 }
 
 /// Offsets within a coupling's part of the tape.
@@ -55,6 +64,42 @@ struct CouplingTape {
   NVPFLOW_HOST_DEVICE std::int64_t input(int j) const { return j == 0 ? 0 : value(j - 1); }
 };
 
+/// The same for Reach::all.
+template <class T>
+struct NetworksTape {
+  const Program<T>& program;
+  const Layer<T>& layer;
+  std::int64_t rows;
+
+  NVPFLOW_HOST_DEVICE NetworksTape(const Program<T>& p, const Layer<T>& l, std::int64_t tile_rows)
+      : program(p), layer(l), rows(tile_rows) {}
+  NVPFLOW_HOST_DEVICE const Dense& dense(int j) const { return program.dense[layer.first_dense + j]; }
+  NVPFLOW_HOST_DEVICE std::int64_t slope() const { return 0; }
+  NVPFLOW_HOST_DEVICE std::int64_t scale() const { return array_size(rows, layer.num_outputs); }
+  NVPFLOW_HOST_DEVICE std::int64_t product() const { return 2 * scale(); }
+  NVPFLOW_HOST_DEVICE std::int64_t cotangent(int j) const { return at(dense(j).tape.cotangent); }
+  NVPFLOW_HOST_DEVICE std::int64_t size() const { return at(layer.tape_width); }
+  /// Of an array of DenseTape.
+  NVPFLOW_HOST_DEVICE std::int64_t at(std::int64_t elements_of_row) const { return rows * elements_of_row; }
+};
+
+/// Offsets of the context's arrays within a tape of Reach::all.
+template <class T>
+struct ContextTape {
+  std::int64_t context, array;
+  bool standardized;
+  std::int64_t count;
+
+  NVPFLOW_HOST_DEVICE ContextTape(const Program<T>& program, std::int64_t tile_rows)
+      : context(2 * state_elements(program, tile_rows)),
+        array(array_size(tile_rows, program.context_size)),
+        standardized(program.context_statistics >= 0),
+        count(program.context_size) {}
+  NVPFLOW_HOST_DEVICE std::int64_t cotangent() const { return context + array; }
+  NVPFLOW_HOST_DEVICE std::int64_t sums() const { return context + 2 * array; }
+  NVPFLOW_HOST_DEVICE std::int64_t end() const { return sums() + (standardized ? round_up(2 * count, 16) : 0); }
+};
+
 /// Offsets within a diagonal layer's part of the tape.
 template <class T>
 struct DiagonalTape {
@@ -80,30 +125,34 @@ struct LinearTape {
   NVPFLOW_HOST_DEVICE std::int64_t size() const { return sum() + 16; }
 };
 
-template <class T>
-NVPFLOW_HOST_DEVICE CouplingTape<T> tape_of(Of<Kind::coupling>, const Program<T>& program, const Layer<T>& layer,
-                                            std::int64_t rows) {
-  return {program, layer, rows};
+template <Reach reach, class T>
+NVPFLOW_HOST_DEVICE auto tape_of(Of<Kind::coupling>, const Program<T>& program, const Layer<T>& layer,
+                                 std::int64_t rows) {
+  if constexpr (reach == Reach::all) {
+    return NetworksTape<T>(program, layer, rows);
+  } else {
+    return CouplingTape<T>(program, layer, rows);
+  }
 }
-template <class T>
+template <Reach reach, class T>
 NVPFLOW_HOST_DEVICE DiagonalTape<T> tape_of(Of<Kind::diagonal>, const Program<T>& program, const Layer<T>& layer,
                                             std::int64_t rows) {
   return {program, layer, rows};
 }
-
-template <class T>
+template <Reach reach, class T>
 NVPFLOW_HOST_DEVICE LinearTape<T> tape_of(Of<Kind::linear>, const Program<T>& program, const Layer<T>& layer,
                                           std::int64_t rows) {
   return {program, layer, rows};
 }
 
-/// Where the part of layer k begins; k = num_layers: the size of the tape.
-template <class T>
+/// Where the part of layer k begins; k = num_layers: the size of the tape. reach: of the gradient's kernels.
+template <Reach reach, class T>
 NVPFLOW_HOST_DEVICE std::int64_t layer_tape(const Program<T>& program, int k, std::int64_t rows) {
   std::int64_t at = 2 * state_elements(program, rows);
+  if constexpr (reach == Reach::all) at = ContextTape<T>(program, rows).end();
   for (int i = 0; i < k; ++i) {
     const Layer<T>& layer = program.layers[i];
-    visit(layer, [&](auto kind) { at += tape_of(kind, program, layer, rows).size(); });
+    visit(layer, [&](auto kind) { at += tape_of<reach>(kind, program, layer, rows).size(); });
   }
   return at;
 }

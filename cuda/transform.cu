@@ -27,6 +27,7 @@
 #include "diagonal.cuh"
 #include "linear.cuh"
 #include "network.cuh"
+#include "networks.cuh"
 #include "plan.hpp"
 #include "tile.cuh"
 
@@ -93,7 +94,12 @@ struct Walker {
 
   template <class Run>
   NVPFLOW_DEVICE void layer_of(Of<Kind::coupling>, const Layer<T>& layer, Run run) {
-    network<M>(*this, layer, run, [&](int first, int valid, auto& sums) { affine(*this, layer, first, valid, sums); });
+    const auto finish = [&](int first, int valid, auto& sums) { affine(*this, layer, first, valid, sums); };
+    if constexpr (reach == Reach::all) {
+      networks<M>(*this, layer, run, finish);
+    } else {
+      network<M>(*this, layer, run, finish);
+    }
   }
   template <class Run>
   NVPFLOW_DEVICE void layer_of(Of<Kind::diagonal>, const Layer<T>& layer, Run) {
@@ -132,6 +138,7 @@ struct Walker {
     } else {
       tile.load(team(), call.in, call.index, places_in());
     }
+    if constexpr (reach == Reach::all) note_context_poison(*this);
     barrier();
     layers(run);
     barrier();
@@ -175,7 +182,7 @@ transform_streamed(NVPFLOW_ARGUMENT TransformPlan plan, NVPFLOW_ARGUMENT Program
   const bool one = call.conditioner >= 0;
   const int across_blocks = plan.warps_across * kOutBlocks;
   const Passes<T, false, reach> passes(program, call.inverse && !one, one ? call.conditioner : 0,
-                                       one ? call.conditioner + 1 : program.num_layers, false);
+                                       one ? call.conditioner + 1 : program.num_layers);
   WeightStream<T, false, reach> stream(passes, stages, across_blocks, plan.stage_inputs, mine);
   Walker<T, M, S, reach> walker(plan, program, call);
   walker.tile.carve(reinterpret_cast<unsigned char*>(stages + 2 * stream.stage_size()),

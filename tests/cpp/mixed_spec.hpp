@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <random>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include <nvpflow/spec.hpp>
@@ -48,6 +49,39 @@ inline FlowSpec mixed_spec(std::int64_t features, std::uint64_t seed, DType dtyp
     coupling.network.hidden_sizes = below(4) == 0 ? std::vector<std::int64_t>{} : std::vector<std::int64_t>{7, 5};
     coupling.network.activation = Activation::tanh;
     spec.layers.emplace_back(coupling);
+  }
+  return spec;
+}
+
+/// What is particular of the networks of networks_spec().
+enum class Networks { two, layer_norm, residual, affine_maps };
+
+/// mixed_spec() with networks of one kind, of many sizes and activations.
+inline FlowSpec networks_spec(std::int64_t features, std::uint64_t seed, Networks kind, DType dtype) {
+  FlowSpec spec = mixed_spec(features, seed, dtype);
+  std::uint64_t k = seed;
+  for (LayerSpec& layer : spec.layers) {
+    auto* coupling = std::get_if<Coupling>(&layer);
+    if (coupling == nullptr) continue;
+    Network& network = coupling->network;
+    network.activation = std::array{Activation::gelu, Activation::tanh, Activation::softplus, Activation::silu}[k % 4];
+    if (kind == Networks::two && std::holds_alternative<Affine>(coupling->transform)) {
+      coupling->translation_network = Network{Network::Kind::mlp, {}, Activation::silu};
+      if (k % 3 > 0) coupling->translation_network->hidden_sizes = {4, 11};
+    }
+    if (kind == Networks::layer_norm) {
+      // Two units that are nearly equal are blown up, and with them what float32 rounds.
+      network.hidden_sizes = {7, dtype == DType::float64 ? 2 : 11, 33};
+      if (k % 2 == 0) network.hidden_sizes = {19};
+      network.layer_norm = true;
+    }
+    if (kind == Networks::residual || kind == Networks::affine_maps) {
+      network.kind = Network::Kind::residual;
+      network.hidden_sizes = {k % 2 == 0 ? 19 : 5};
+      network.num_blocks = static_cast<std::int64_t>(k % 3);
+      network.block_affines = kind == Networks::affine_maps;
+    }
+    ++k;
   }
   return spec;
 }

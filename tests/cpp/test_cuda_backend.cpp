@@ -94,39 +94,45 @@ double worst(const std::vector<T>& a, const std::vector<T>& b) {
 
 template <class T>
 struct AllResults {
-  std::vector<T> z, log_det, x, inverse_log_det, log_prob, samples, gradient, grad_in, grad_parameters, s, t;
+  std::vector<T> z, log_det, x, inverse_log_det, log_prob, samples, gradient, grad_in, grad_parameters, s, t,
+      grad_context;
   double nll = 0, nll_of_gradient = 0;
 };
 
+/// shared: one context for all rows.
 template <class T>
-AllResults<T> all_results(const Flow& flow, std::int64_t rows) {
+AllResults<T> all_results(const Flow& flow, std::int64_t rows, bool shared) {
   const std::int64_t d = flow.spec().input_size, p = flow.num_parameters();
   const std::vector<T> in = normals<T>(rows * d, 1), cotangent = normals<T>(rows * d, 2),
                        log_det_cotangent = normals<T>(rows, 3);
+  const std::vector<T> given = normals<T>((shared ? 1 : rows) * flow.spec().context_size, 8);
+  const Context context = given.empty() ? Context() : Context(given);
   AllResults<T> r;
+  r.grad_context = std::vector<T>(given.size(), T(7));
   r.z = r.x = r.grad_in = r.samples = zeros<T>(rows * d);
   r.log_det = r.inverse_log_det = r.log_prob = zeros<T>(rows);
   r.gradient = zeros<T>(p);
   r.grad_parameters = std::vector<T>(static_cast<std::size_t>(p), T(1));
-  flow.forward<T>(in, r.z, r.log_det);
-  flow.inverse<T>(in, r.x, r.inverse_log_det);
-  flow.log_prob<T>(in, r.log_prob);
-  flow.sample<T>(9, r.samples, 100);
-  r.nll = flow.nll<T>(in);
-  r.nll_of_gradient = flow.nll_gradient<T>(in, r.gradient);
-  flow.vjp<T>(Direction::inverse, in, cotangent, log_det_cotangent, r.grad_in, r.grad_parameters, true);
+  flow.forward<T>(in, r.z, r.log_det, context);
+  flow.inverse<T>(in, r.x, r.inverse_log_det, context);
+  flow.log_prob<T>(in, r.log_prob, context);
+  flow.sample<T>(9, r.samples, 100, context);
+  r.nll = flow.nll<T>(in, context);
+  r.nll_of_gradient = flow.nll_gradient<T>(in, r.gradient, context);
+  flow.vjp<T>(Direction::inverse, in, cotangent, log_det_cotangent, r.grad_in, r.grad_parameters, true, context,
+              r.grad_context);
   std::size_t layer = flow.spec().layers.size() - 1;
   while (!std::holds_alternative<Coupling>(flow.spec().layers[layer])) --layer;
   const std::int64_t width = std::get<Coupling>(flow.spec().layers[layer]).transformed.count(d);
   r.s = r.t = zeros<T>(rows * width);
-  flow.conditioner<T>(static_cast<std::int64_t>(layer), in, r.s, r.t);
+  flow.conditioner<T>(static_cast<std::int64_t>(layer), in, r.s, r.t, context);
   return r;
 }
 
 template <class T>
-void check_equal(const Flow& cpu, const Flow& cuda, std::int64_t rows) {
+void check_equal(const Flow& cpu, const Flow& cuda, std::int64_t rows, bool shared = false) {
   CAPTURE(rows);
-  const AllResults<T> a = all_results<T>(cuda, rows), b = all_results<T>(cpu, rows);
+  const AllResults<T> a = all_results<T>(cuda, rows, shared), b = all_results<T>(cpu, rows, shared);
   CHECK(worst(a.z, b.z) < kBudget<T>);
   CHECK(worst(a.log_det, b.log_det) < kBudget<T>);
   CHECK(worst(a.x, b.x) < kBudget<T>);
@@ -139,6 +145,7 @@ void check_equal(const Flow& cpu, const Flow& cuda, std::int64_t rows) {
   CHECK(a.nll_of_gradient == doctest::Approx(b.nll).epsilon(kBudget<T>));
   CHECK(worst(a.gradient, b.gradient) < 10 * kBudget<T>);
   CHECK(worst(a.grad_in, b.grad_in) < 10 * kBudget<T>);
+  CHECK(worst(a.grad_context, b.grad_context) < 10 * kBudget<T> * (shared ? std::sqrt(static_cast<double>(rows)) : 1));
   CHECK(worst(a.grad_parameters, b.grad_parameters) < 10 * kBudget<T> * std::sqrt(static_cast<double>(rows)));
 }
 
@@ -213,6 +220,136 @@ TEST_CASE_TEMPLATE("linear layers", T, float, double) {
       cpu.set_parameters<T>(some_parameters<T>(cpu, static_cast<unsigned>(seed)));
       check_equal<T>(cpu, cpu.to(kCuda0), 40);
     }
+  }
+}
+
+TEST_CASE_TEMPLATE("networks of every kind", T, float, double) {
+  for (const Networks kind : {Networks::two, Networks::layer_norm, Networks::residual, Networks::affine_maps}) {
+    for (const std::int64_t features : {2, 3, 17}) {
+      for (std::uint64_t seed = 0; seed < 4; ++seed) {
+        CAPTURE(static_cast<int>(kind));
+        CAPTURE(features);
+        CAPTURE(seed);
+        Flow cpu(networks_spec(features, seed, kind, dtype_of<T>));
+        cpu.set_parameters<T>(some_parameters<T>(cpu, static_cast<unsigned>(seed)));
+        check_equal<T>(cpu, cpu.to(kCuda0), 40);
+      }
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("a context, by rows and one for all", T, float, double) {
+  for (const std::int64_t features : {1, 2, 5, 17}) {
+    for (std::uint64_t seed = 0; seed < 6; ++seed) {
+      CAPTURE(features);
+      CAPTURE(seed);
+      Flow cpu(conditional_spec(features, seed, static_cast<std::int64_t>(1 + seed * 7), dtype_of<T>));
+      cpu.set_parameters<T>(some_parameters<T>(cpu, static_cast<unsigned>(seed)));
+      const Flow cuda = cpu.to(kCuda0);
+      check_equal<T>(cpu, cuda, 40);
+      check_equal<T>(cpu, cuda, 1);
+      check_equal<T>(cpu, cuda, 37, true);
+      if (features != 5 || seed != 3) continue;
+      check_equal<T>(cpu, cuda, 700);  // chunks of 16 KiB
+      check_equal<T>(cpu, cuda, 701, true);
+    }
+  }
+}
+
+namespace {
+
+/// An array on device 0 with the values of the host's.
+template <class T>
+struct OnDevice {
+  explicit OnDevice(const std::vector<T>& from) : memory(0, bytes(from)), count(from.size()) {
+    memory.upload(from.data(), bytes(from));
+  }
+  explicit OnDevice(std::size_t size) : OnDevice(std::vector<T>(size)) {}
+  static std::int64_t bytes(const std::vector<T>& from) { return static_cast<std::int64_t>(from.size() * sizeof(T)); }
+  T* data() const { return static_cast<T*>(memory.data()); }
+  std::vector<T> values() const {
+    std::vector<T> to(count);
+    cuda_download(0, to.data(), memory.data(), bytes(to), nullptr);
+    return to;
+  }
+
+  DeviceMemory memory;
+  std::size_t count;
+};
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("contexts that several rows share, in the host's memory and the device's", T, float, double) {
+  Flow cpu(conditional_spec(5, 3, 4, dtype_of<T>));
+  cpu.set_parameters<T>(some_parameters<T>(cpu, 3));
+  const Flow flow = cpu.to(kCuda0);
+  const Backend& backend = FlowAccess::backend(flow);
+  for (const std::int64_t rows : {60, 720}) {  // 720: several chunks
+    const std::vector<T> x = normals<T>(rows * 5, 1), g_det = normals<T>(rows, 2);
+    const auto n = static_cast<std::size_t>(rows), p = static_cast<std::size_t>(flow.num_parameters());
+    for (const std::int64_t repeat : {std::int64_t{1}, std::int64_t{3}, ContextRows::kForAll}) {
+      CAPTURE(rows);
+      CAPTURE(repeat);
+      const std::vector<T> context = normals<T>((repeat > rows ? 1 : rows / repeat) * 4, 3);
+      std::vector<T> each;  // a row for each row
+      for (std::int64_t r = 0; r < rows; ++r) {
+        const auto from = context.begin() + r / repeat * 4;
+        each.insert(each.end(), from, from + 4);
+      }
+      std::vector<T> expected(n), log_prob(n);
+      flow.log_prob<T>(x, expected, each);
+      Execution how(1);
+      how.context.rows = context.data();
+      how.context.repeat = repeat;
+      backend.log_prob(x.data(), rows, log_prob.data(), how);
+      CHECK(log_prob == expected);
+      const double sum = backend.sum_log_prob(x.data(), nullptr, rows, how);
+
+      std::vector<T> grad_in(x.size()), gradient(p), grad_context(each.size());
+      how.context.gradient = grad_context.data();
+      backend.vjp(Direction::forward, x.data(), rows, x.data(), g_det.data(), grad_in.data(), gradient.data(), false,
+                  how);
+      const OnDevice<T> x2(x), g_det2(g_det), context2(context), log_prob2(n), grad_in2(x.size()), gradient2(p),
+          grad_context2(each.size());
+      Execution there = Execution::on_stream(nullptr);
+      there.context.rows = context2.data();
+      there.context.repeat = repeat;
+      backend.log_prob(x2.data(), rows, log_prob2.data(), there);
+      CHECK(backend.sum_log_prob(x2.data(), nullptr, rows, there) == doctest::Approx(sum).epsilon(1e-12));
+      there.context.gradient = grad_context2.data();
+      backend.vjp(Direction::forward, x2.data(), rows, x2.data(), g_det2.data(), grad_in2.data(), gradient2.data(),
+                  false, there);
+      CHECK(log_prob2.values() == expected);
+      CHECK(worst(grad_in2.values(), grad_in) < kBudget<T>);
+      CHECK(worst(grad_context2.values(), grad_context) < kBudget<T>);
+      CHECK(worst(gradient2.values(), gradient) < 10 * kBudget<T> * std::sqrt(static_cast<double>(rows)));
+
+      std::vector<T> cpu_in(x.size()), cpu_gradient(p), cpu_context(each.size());
+      how.context.gradient = cpu_context.data();
+      FlowAccess::backend(cpu).vjp(Direction::forward, x.data(), rows, x.data(), g_det.data(), cpu_in.data(),
+                                   cpu_gradient.data(), false, how);
+      CHECK(worst(grad_context, cpu_context) < 10 * kBudget<T>);
+      CHECK(worst(grad_in, cpu_in) < 10 * kBudget<T>);
+    }
+  }
+}
+
+TEST_CASE("rows whose context holds NaN or inf are NaN, and no others") {
+  Flow cpu(conditional_spec(3, 0, 5, DType::float32));
+  cpu.set_parameters<float>(some_parameters<float>(cpu, 1));
+  const Flow cuda = cpu.to(kCuda0);
+  const std::vector<float> x = normals<float>(30 * 3, 45);
+  std::vector<float> context = normals<float>(30 * 5, 46), clean(30), out(30), gradient(x.size()), of_context(30 * 5);
+  cuda.log_prob<float>(x, clean, context);
+  context[7 * 5 + 4] = std::numeric_limits<float>::quiet_NaN();
+  context[20 * 5] = std::numeric_limits<float>::infinity();
+  cuda.log_prob<float>(x, out, context);
+  cuda.vjp<float>(Direction::forward, x, x, {}, gradient, {}, false, context, of_context);
+  for (std::size_t i = 0; i < 30; ++i) {
+    const bool bad = i == 7 || i == 20;
+    CHECK((bad ? std::isnan(out[i]) : out[i] == clean[i]));
+    CHECK(std::isnan(gradient[i * 3]) == bad);
+    CHECK(std::isnan(of_context[i * 5 + 2]) == bad);
   }
 }
 
@@ -318,6 +455,24 @@ TEST_CASE_TEMPLATE("fit of linear layers follows fit on the CPU", T, float, doub
   const std::vector<T> pa(cpu.parameters<T>().begin(), cpu.parameters<T>().end());
   const std::vector<T> pb(cuda.parameters<T>().begin(), cuda.parameters<T>().end());
   CHECK(worst(pb, pa) < (std::is_same_v<T, float> ? 1e-2 : 1e-8));
+}
+
+TEST_CASE_TEMPLATE("fit with a context follows fit on the CPU", T, float, double) {
+  const std::vector<T> x = normals<T>(300 * 3, 45, 2.0), context = normals<T>(300 * 4, 46),
+                       other = normals<T>(50 * 3, 47), other_context = normals<T>(50 * 4, 48);
+  for (const bool with_rows : {true, false}) {
+    Flow cpu(conditional_spec(3, 3, 4, dtype_of<T>), 1);
+    Flow cuda = cpu.to(kCuda0);
+    const auto run = [&](Flow& flow) {
+      return with_rows ? fit<T>(flow, x, other, short_fit(), nullptr, context, other_context)
+                       : fit<T>(flow, x, {}, short_fit(), nullptr, context);
+    };
+    const History a = run(cpu), b = run(cuda);
+    CHECK(b.best_loss == doctest::Approx(a.best_loss).epsilon(std::is_same_v<T, float> ? 1e-4 : 1e-10));
+    const std::vector<T> pa(cpu.parameters<T>().begin(), cpu.parameters<T>().end());
+    const std::vector<T> pb(cuda.parameters<T>().begin(), cuda.parameters<T>().end());
+    CHECK(worst(pb, pa) < (std::is_same_v<T, float> ? 1e-2 : 1e-8));
+  }
 }
 
 TEST_CASE("fit with validation rows, without any, and twice the same") {
@@ -534,32 +689,6 @@ TEST_CASE("devices and precisions that are not there") {
     CHECK(message([&] { (void)parse_device(bad); }).find(bad) != std::string::npos);
   }
   CHECK(parse_device("cuda:3").index == 3);
-}
-
-TEST_CASE("what CUDA does not compute is refused by its name") {
-  const auto message = [](const FlowSpec& spec) {
-    try {
-      (void)make_cuda_backend(spec, ParamLayout(spec), 0, Precision::float32);
-    } catch (const Error& error) {
-      CHECK(error.code() == ErrorCode::unavailable);
-      return std::string(error.what());
-    }
-    return std::string();
-  };
-  const auto with = [](auto change) {
-    FlowSpec spec = FlowSpec::real_nvp(4, 2, {8});
-    change(spec, std::get<Coupling>(spec.layers[1]));
-    return spec;
-  };
-  const auto names = [&](const std::string& what, auto change) {
-    CAPTURE(what);
-    CHECK(message(with(change)).find(what) != std::string::npos);
-  };
-  names("residual", [](FlowSpec&, Coupling& c) { c.network.kind = Network::Kind::residual; });
-  names("layer_norm", [](FlowSpec&, Coupling& c) { c.network.layer_norm = true; });
-  names("each head", [](FlowSpec&, Coupling& c) { c.translation_network = c.network; });
-  names("context", [](FlowSpec& s, Coupling&) { s.context_size = 3; });
-  CHECK(message(with([](FlowSpec&, Coupling&) {})).empty());
 }
 
 TEST_CASE("after a fork the CPU goes on and CUDA says why it does not") {

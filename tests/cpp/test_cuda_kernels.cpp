@@ -108,6 +108,14 @@ bool same_bits(const std::vector<T>& left, const std::vector<T>& right) {
          (left.empty() || std::memcmp(left.data(), right.data(), left.size() * sizeof(T)) == 0);
 }
 
+/// Threads run in that order.
+struct InOrder {
+  explicit InOrder(simt::Order order) { simt::order = order; }
+  ~InOrder() { simt::order = simt::Order::ascending; }
+  InOrder(const InOrder&) = delete;
+  InOrder& operator=(const InOrder&) = delete;
+};
+
 /// A small device: two multiprocessors of the newest kind.
 cuda::Device test_device() {
   cuda::Device device;
@@ -131,13 +139,21 @@ struct PackedFlow {
     program.split = program.input_size / 2;
     program.data_place = keep(lowered.data_place);
     program.latent_place = keep(lowered.latent_place);
+    program.context_size = static_cast<std::int32_t>(spec.context_size);
+    if (spec.standardize_context) {
+      program.context_statistics = reserve(2 * spec.context_size);
+      program.context_mean_offset = lowered.context_mean;
+      program.context_log_std_offset = lowered.context_log_std;
+      ++program.num_numbers;
+    }
     for (const LoweredLayer& layer : lowered.layers) {
       std::visit([&](const auto& kind) { add(kind); }, layer);
     }
     program.num_dense = static_cast<std::int32_t>(dense.size());
     program.layers = layers.data();
-    program.reach = cuda::reach_of(program);
     program.dense = dense.data();
+    program.reach = cuda::reach_of(program);
+    if (program.reach == cuda::Reach::all) cuda::place_networks(program, layers.data(), dense.data());
     program.packed_size = static_cast<std::int64_t>(source.size());
     program.transposed_size = static_cast<std::int64_t>(transposed_source.size());
     packed = std::make_unique<GuardedArray<T>>(source.size());
@@ -167,11 +183,14 @@ struct PackedFlow {
     return static_cast<std::int64_t>(places.size()) - from.count;
   }
 
-  /// The outputs of several parts alternate; before those of a translation without a scale there are zeros.
-  void add_dense(LoweredDense from, bool additive, bool formed = false) {
-    if (additive) from.parts.insert(from.parts.begin(), {-1, -1, from.out()});
+  /// The outputs of several parts alternate; of heads one of which is missing, it is zeros. d: what is known of it.
+  void add_dense(LoweredDense from, cuda::Dense d, bool heads = false, bool formed = false) {
+    if (heads && from.parts.size() == 1) {
+      const std::int64_t columns = from.out();
+      from.parts.insert(d.role == cuda::Role::scale_head ? from.parts.end() : from.parts.begin(), {-1, -1, columns});
+      d.listed = true;
+    }
     const std::int64_t in = from.in, out = from.out(), parts = static_cast<std::int64_t>(from.parts.size());
-    cuda::Dense d;
     d.in = static_cast<std::int32_t>(in);
     d.out = static_cast<std::int32_t>(out);
     d.weights = static_cast<std::int64_t>(source.size());
@@ -184,8 +203,7 @@ struct PackedFlow {
       d.kernel_offset[p] = from.parts[p].kernel;
       d.bias_offset[p] = from.parts[p].bias;
     }
-    d.listed = additive;
-    d.interleaved = parts > 1;
+    d.interleaved = heads;
     for (std::int64_t o = 0; o < out; ++o) {
       const DensePart& part = from.parts[static_cast<std::size_t>(o % parts)];
       if (part.kernel < 0 || formed) continue;
@@ -208,20 +226,79 @@ struct PackedFlow {
     layer.num_outputs = static_cast<std::int32_t>(from.transformed.count);
     layer.condition = from.conditioning.begin == 0 ? 0 : 1;
     const std::int64_t first = layer.condition == 0 ? layer.num_inputs : layer.num_outputs;
-    if (gathers || first != program.split || !from.conditioning.index.empty() || !from.transformed.index.empty()) {
+    if (gathers || spec.context_size > 0 || first != program.split || !from.conditioning.index.empty() ||
+        !from.transformed.index.empty()) {
       layer.condition = cuda::kGathered;
       layer.input_place = keep(from.conditioning);
       layer.output_place = keep(from.transformed);
     }
-    const LoweredNetwork& network = from.networks.front();
-    layer.activation = network.activation;
+    layer.activation = from.networks.front().activation;
     layer.scale = scale_of<T>(from.scale);
     layer.first_dense = static_cast<std::int32_t>(dense.size());
-    layer.num_dense = static_cast<std::int32_t>(network.dense.size());
-    for (const LoweredDense& one : network.dense) {
-      add_dense(one, &one == &network.dense.back() && from.scale.function == ScaleFunction::none);
+    for (const LoweredNetwork& network : from.networks) {
+      const bool scale_only = &network != &from.networks.back();
+      if (network.residual) {
+        add_residual(network);
+      } else {
+        add_perceptron(network, scale_only ? cuda::Role::scale_head : cuda::Role::head);
+      }
     }
+    layer.num_dense = static_cast<std::int32_t>(dense.size()) - layer.first_dense;
     layers.push_back(layer);
+  }
+
+  /// What a network reads first: the features, then the context.
+  static LoweredDense first_of(const LoweredNetwork& network) {
+    LoweredDense first = network.dense.front();
+    if (!network.context) return first;
+    first.in += network.context->in;
+    for (std::size_t p = 0; p < first.parts.size(); ++p) first.parts[p].bias = network.context->parts[p].bias;
+    return first;
+  }
+
+  void add_perceptron(const LoweredNetwork& network, cuda::Role head) {
+    for (std::size_t j = 0; j < network.dense.size(); ++j) {
+      cuda::Dense d;
+      d.first = j == 0;
+      const bool last = j + 1 == network.dense.size();
+      d.role = last ? head : cuda::Role::hidden;
+      d.activation = last ? Act::none : network.activation;
+      d.layer_norm = network.layer_norm && !last;
+      add_dense(d.first ? first_of(network) : network.dense[j], d, last);
+    }
+  }
+
+  void add_residual(const LoweredNetwork& network) {
+    const std::size_t blocks = network.dense.size() / 2 - 1;
+    const std::int64_t width = network.dense.front().out();
+    const auto entering = [&](cuda::Role role, std::size_t block) {
+      cuda::Dense d;
+      d.role = role;
+      if (block == blocks) return d;
+      d.activation = network.activation;
+      if (network.affines.empty()) return d;
+      d.map = reserve(2 * cuda::bias_size(width));
+      d.scale_offset = network.affines[block].scale;
+      d.shift_offset = network.affines[block].shift;
+      copy(d.map, d.scale_offset, width);
+      copy(d.map + cuda::bias_size(width), d.shift_offset, width);
+      return d;
+    };
+    cuda::Dense initial = entering(cuda::Role::initial, 0), head;
+    initial.first = true;
+    add_dense(first_of(network), initial);
+    for (std::size_t block = 0; block < blocks; ++block) {
+      cuda::Dense inner, outer;
+      inner.role = cuda::Role::inner;
+      inner.activation = network.activation;
+      add_dense(network.dense[1 + 2 * block], inner);
+      outer.role = cuda::Role::outer;
+      const bool gated = !network.gates.empty();
+      add_dense(network.dense[2 + 2 * block], gated ? outer : entering(cuda::Role::outer, block + 1));
+      if (gated) add_dense(network.gates[block], entering(cuda::Role::gate, block + 1));
+    }
+    head.role = cuda::Role::head;
+    add_dense(network.dense.back(), head, true);
   }
 
   std::int64_t reserve(std::int64_t count) {
@@ -253,7 +330,7 @@ struct PackedFlow {
     layer.num_dense = 1;
     for (int matrix = 0; matrix < 2; ++matrix) {
       const std::int64_t to = program.num_parameters + program.products;
-      add_dense({features, {{to, to + features * features, features}}}, false, true);
+      add_dense({features, {{to, to + features * features, features}}}, {}, false, true);
       if (matrix == 0) copy(dense.back().bias, from.bias, features);
     }
     program.products += features * features + features + 1;
@@ -300,11 +377,14 @@ struct Results {
 /// One call of every output, in guarded arrays.
 template <class T>
 Results<T> transform(const PackedFlow<T>& flow, const cuda::TransformPlan& plan, cuda::TransformCall<T> call,
-                     const std::vector<T>& in, const std::vector<std::int64_t>& index = {}) {
+                     const std::vector<T>& in, const std::vector<std::int64_t>& index = {},
+                     const std::vector<T>& context = {}) {
   const std::int64_t width = flow.spec.input_size;
   if (call.rows == 0) call.rows = static_cast<std::int64_t>(in.size()) / width;
   const auto rows = static_cast<std::size_t>(call.rows);
   const GuardedArray<T> x(in), out(rows * static_cast<std::size_t>(width)), log_det(rows), log_prob(rows);
+  const GuardedArray<T> given(context);
+  if (!context.empty()) call.context.rows = given.data();
   const GuardedArray<std::int64_t> rows_of(index);
   const GuardedArray<unsigned char> workspace(static_cast<std::size_t>(plan.workspace_bytes));
   if (!in.empty()) call.in = x.data();
@@ -322,11 +402,18 @@ Results<T> transform(const PackedFlow<T>& flow, const cuda::TransformPlan& plan,
 /// Numbers that are not within `budget` of the oracle.
 template <class T>
 std::int64_t count_wrong(const Results<T>& results, const oracle::Flow& oracle, bool inverse, const std::vector<T>& in,
-                         std::int64_t width, double budget) {
+                         std::int64_t width, double budget, const std::vector<T>& context = {},
+                         std::int64_t repeat = 1) {
   std::int64_t wrong = 0;
+  const auto context_rows = static_cast<std::int64_t>(results.log_det.size()) / repeat;
   for (std::size_t r = 0; r < results.log_det.size(); ++r) {
     const auto row = row_of(in, static_cast<std::int64_t>(r), width);
-    const auto expected = inverse ? oracle.inverse(row) : oracle.forward(row);
+    std::vector<double> given;
+    if (!context.empty()) {
+      given = row_of(context, static_cast<std::int64_t>(r) / repeat,
+                     static_cast<std::int64_t>(context.size()) / context_rows);
+    }
+    const auto expected = inverse ? oracle.inverse(row, given) : oracle.forward(row, given);
     double square = 0;
     for (std::size_t d = 0; d < static_cast<std::size_t>(width); ++d) {
       wrong += !within(results.out[r * static_cast<std::size_t>(width) + d], expected.values[d], budget);
@@ -422,6 +509,8 @@ void check_transforms(const FlowSpec& spec, unsigned seed, bool gather, double b
   const PackedFlow<T> flow(spec, parameters, gather);
   const oracle::Flow oracle(spec, widened(parameters));
   const std::vector<T> x = random_values<T>(35 * spec.input_size, 2);
+  const std::int64_t repeat = spec.context_size == 0 ? 1 : seed % 3 == 0 ? 5 : 1;
+  const std::vector<T> context = random_values<T>(35 / repeat * spec.context_size, 9);
   for (const Storage storage : {Storage::streamed, Storage::workspace}) {
     for (const bool without_units : fma) {
       const auto plan = cuda::plan_transform<T>(flow.program, test_device(), 35,
@@ -433,13 +522,45 @@ void check_transforms(const FlowSpec& spec, unsigned seed, bool gather, double b
         CAPTURE(inverse);
         cuda::TransformCall<T> call;
         call.inverse = inverse;
-        CHECK(count_wrong(transform(flow, plan, call, x), oracle, inverse, x, spec.input_size, budget) == 0);
+        call.context.repeat = repeat;
+        const Results<T> results = transform(flow, plan, call, x, {}, context);
+        CHECK(count_wrong(results, oracle, inverse, x, spec.input_size, budget, context, repeat) == 0);
+        if (inverse) continue;
+        for (const simt::Order order : {simt::Order::descending, simt::Order::mixed}) {
+          const InOrder in_order(order);
+          CHECK(transform(flow, plan, call, x, {}, context) == results);
+        }
       }
     }
   }
 }
 
 }  // namespace
+
+TEST_CASE_TEMPLATE("networks of every kind agree with the oracle", T, float, double) {
+  for (const Networks kind : {Networks::two, Networks::layer_norm, Networks::residual, Networks::affine_maps}) {
+    for (const std::int64_t features : {2, 5, 33}) {
+      for (std::uint64_t seed = 0; seed < 3; ++seed) {
+        CAPTURE(static_cast<int>(kind));
+        CAPTURE(features);
+        CAPTURE(seed);
+        check_transforms<T>(networks_spec(features, seed, kind, dtype_of<T>), static_cast<unsigned>(seed),
+                            seed % 2 == 1, 4 * kBudget<T>);
+      }
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("densities given a context agree with the oracle", T, float, double) {
+  for (const std::int64_t features : {1, 2, 5, 64}) {
+    for (std::uint64_t seed = 0; seed < (features > 50 ? 2 : 6); ++seed) {
+      CAPTURE(features);
+      CAPTURE(seed);
+      check_transforms<T>(conditional_spec(features, seed, static_cast<std::int64_t>(1 + seed * 7), dtype_of<T>),
+                          static_cast<unsigned>(seed), seed % 2 == 1, 4 * kBudget<T>);
+    }
+  }
+}
 
 TEST_CASE_TEMPLATE("linear layers agree with the oracle", T, float, double) {
   for (const std::int64_t features : {2, 5, 64, 130}) {
@@ -537,7 +658,7 @@ namespace {
 
 template <class T>
 struct Gradients {
-  std::vector<T> grad_in, gradient;
+  std::vector<T> grad_in, gradient, grad_context;
   double sum = kNaN;
 };
 
@@ -545,7 +666,9 @@ struct Gradients {
 template <class T>
 Gradients<T> run_gradient(const PackedFlow<T>& flow, const cuda::GradientPlan& plan, cuda::GradientCall<T> call,
                           const std::vector<T>& in, const std::vector<T>& grad_out = {},
-                          const std::vector<T>& grad_log_det = {}, const std::vector<T>& before = {}) {
+                          const std::vector<T>& grad_log_det = {}, const std::vector<T>& before = {},
+                          const std::vector<T>& context = {}) {
+  const GuardedArray<T> given(context), grad_context(context.size());
   const GuardedArray<T> x(in), g(grad_out), g_det(grad_log_det), grad_in(in.size());
   const GuardedArray<T> gradient(static_cast<std::size_t>(flow.layout.size()));
   if (!before.empty()) std::memcpy(gradient.data(), before.data(), before.size() * sizeof(T));
@@ -561,11 +684,16 @@ Gradients<T> run_gradient(const PackedFlow<T>& flow, const cuda::GradientPlan& p
   call.gradient = gradient.data();
   call.accumulate = !before.empty();
   call.sum_log_prob = call.nll ? sum.data() : nullptr;
+  if (!context.empty()) {
+    call.context.rows = given.data();
+    call.grad_context = grad_context.data();
+  }
   REQUIRE(cuda::launch_gradient(plan, flow.program, tasks.data(), call, workspace.data(), {}) == 0);
   REQUIRE(gradient.intact());
   REQUIRE(grad_in.intact());
   REQUIRE(workspace.intact());
-  return {grad_in.values(), gradient.values(), sum[0]};
+  REQUIRE(grad_context.intact());
+  return {grad_in.values(), gradient.values(), grad_context.values(), sum[0]};
 }
 
 double largest(const std::vector<double>& values) {
@@ -674,29 +802,67 @@ void check_gradients(const FlowSpec& spec, unsigned seed, bool gather, std::int6
   reference.set_parameters<double>(widened(parameters));
   const std::int64_t rows = 70, features = spec.input_size;
   const std::vector<T> x = random_values<T>(rows * features, 2), g = random_values<T>(rows * features, 3),
-                       g_det = random_values<T>(rows, 4), before = random_values<T>(flow.layout.size(), 5);
-  std::vector<double> expected(parameters.size()), expected_in(x.size());
+                       g_det = random_values<T>(rows, 4), before = random_values<T>(flow.layout.size(), 5),
+                       context = random_values<T>(rows * spec.context_size, 9);
+  const std::vector<double> wide_context = widened(context);
+  const Context given = context.empty() ? Context() : Context(wide_context);
+  std::vector<double> expected(parameters.size()), expected_in(x.size()), expected_context(context.size());
   const auto plan = cuda::plan_gradient<T>(flow.program, test_device(), rows, {cuda::Precision::float32, false, chunk});
   cuda::GradientCall<T> call;
   call.nll = true;
   call.nll_factor = static_cast<T>(1.0 / static_cast<double>(rows));
-  const Gradients<T> nll = run_gradient(flow, plan, call, x);
-  reference.nll_gradient<double>(widened(x), expected);
+  const Gradients<T> nll = run_gradient(flow, plan, call, x, {}, {}, {}, context);
+  reference.nll_gradient<double>(widened(x), expected, given);
   CHECK(count_different(nll.gradient, expected, kBudget<T> * largest(expected)) == 0);
   for (const bool inverse : {false, true}) {
     CAPTURE(inverse);
     call = {};
     call.inverse = inverse;
-    const Gradients<T> vjp = run_gradient(flow, plan, call, x, g, g_det, before);
+    const Gradients<T> vjp = run_gradient(flow, plan, call, x, g, g_det, before, context);
     const Direction direction = inverse ? Direction::inverse : Direction::forward;
     expected = widened(before);
-    reference.vjp<double>(direction, widened(x), widened(g), widened(g_det), expected_in, expected, true);
+    reference.vjp<double>(direction, widened(x), widened(g), widened(g_det), expected_in, expected, true, given,
+                          expected_context);
     CHECK(count_different(vjp.grad_in, expected_in, kBudget<T> * largest(expected_in)) == 0);
+    CHECK(count_different(vjp.grad_context, expected_context, kBudget<T> * largest(expected_context)) == 0);
     CHECK(count_different(vjp.gradient, expected, kBudget<T> * largest(expected)) == 0);
+    if (inverse) continue;
+    for (const simt::Order order : {simt::Order::descending, simt::Order::mixed}) {
+      const InOrder in_order(order);
+      const Gradients<T> again = run_gradient(flow, plan, call, x, g, g_det, before, context);
+      CHECK(same_bits(again.gradient, vjp.gradient));
+      CHECK(same_bits(again.grad_in, vjp.grad_in));
+      CHECK(same_bits(again.grad_context, vjp.grad_context));
+    }
   }
 }
 
 }  // namespace
+
+TEST_CASE_TEMPLATE("gradients of networks of every kind agree with the CPU backend", T, float, double) {
+  for (const Networks kind : {Networks::two, Networks::layer_norm, Networks::residual, Networks::affine_maps}) {
+    for (const std::int64_t features : {2, 5, 33}) {
+      for (std::uint64_t seed = 0; seed < 3; ++seed) {
+        CAPTURE(static_cast<int>(kind));
+        CAPTURE(features);
+        CAPTURE(seed);
+        check_gradients<T>(networks_spec(features, seed, kind, dtype_of<T>), static_cast<unsigned>(seed), seed % 2 == 1,
+                           seed == 1 ? 1 : 0);
+      }
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("gradients of densities given a context agree with the CPU backend", T, float, double) {
+  for (const std::int64_t features : {1, 2, 5, 64}) {
+    for (std::uint64_t seed = 0; seed < (features > 50 ? 2 : 6); ++seed) {
+      CAPTURE(features);
+      CAPTURE(seed);
+      check_gradients<T>(conditional_spec(features, seed, static_cast<std::int64_t>(1 + seed * 7), dtype_of<T>),
+                         static_cast<unsigned>(seed), seed % 2 == 1, seed == 1 ? 1 : 0);
+    }
+  }
+}
 
 TEST_CASE_TEMPLATE("gradients of linear layers agree with the CPU backend", T, float, double) {
   for (const std::int64_t features : {2, 5, 64, 130}) {
@@ -762,13 +928,6 @@ double largest_error(const Results<T>& results, const oracle::Flow& oracle, cons
   return most;
 }
 
-struct InOrder {
-  explicit InOrder(simt::Order order) { simt::order = order; }
-  ~InOrder() { simt::order = simt::Order::ascending; }
-  InOrder(const InOrder&) = delete;
-  InOrder& operator=(const InOrder&) = delete;
-};
-
 }  // namespace
 
 TEST_CASE("the benchmark's flows take the paths they are meant to take and meet the budget of float32") {
@@ -815,11 +974,16 @@ TEST_CASE("whole flows of the size of C and E fit the plans of every architectur
       std::vector<cuda::Dense> dense;
       std::int64_t in = shape.input_size / 2;
       cuda::Program<double> program;
+      const auto add = [&](std::int64_t inputs, std::int64_t outputs) {
+        cuda::Dense& d = dense.emplace_back();
+        d.in = static_cast<std::int32_t>(inputs);
+        d.out = static_cast<std::int32_t>(outputs);
+      };
       for (const std::int64_t width : shape.hidden_sizes) {
-        dense.push_back({static_cast<std::int32_t>(in), static_cast<std::int32_t>(width)});
+        add(in, width);
         in = width;
       }
-      dense.push_back({static_cast<std::int32_t>(in), static_cast<std::int32_t>(shape.input_size + 1) / 2 * 2});
+      add(in, (shape.input_size + 1) / 2 * 2);
       layers[0].num_inputs = static_cast<std::int32_t>(shape.input_size / 2);
       layers[0].num_outputs = static_cast<std::int32_t>(shape.input_size + 1) / 2;
       program.split = layers[0].num_inputs;

@@ -18,6 +18,7 @@ import numpy as np
 import nvpflow
 import pytest
 from nvpflow import _core
+from nvpflow.layers import MLP, Affine, Coupling
 from oracle import unit_data
 
 gpu = pytest.mark.gpu
@@ -221,6 +222,41 @@ class TestValues:
             assert np.array_equal(flow.log_prob(x[start : start + 1]), together[start : start + 1])
         samples = flow.sample(3001, seed=1)
         assert np.array_equal(samples[2000:], flow.sample(1001, seed=1, start=2000))
+
+
+TWO = {"scale_network": MLP((9,), "gelu", layer_norm=True), "translation_network": MLP((5, 7), "silu")}
+KINDS = {
+    "lu": {"mixing": "lu", "actnorm": True, "mask": "random"},
+    "layer_norm": {"layer_norm": True, "mixing": "lu"},
+    "two networks": {"layers": [Coupling("odd", Affine(), **TWO), Coupling("even", Affine(), **TWO)]},
+    "residual": {"network": "residual", "hidden_sizes": (12,), "activation": "gelu"},
+    "context": {"context_size": 3, "standardize_context": True},
+    "gates": {"network": "residual", "hidden_sizes": (12,), "context_size": 9, "mixing": "lu"},
+}
+
+
+@gpu
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_layer_and_network_as_on_the_cpu(kind, dtype):
+    options = {"dtype": dtype} | KINDS[kind]
+    cpu = nvpflow.build(5, **options) if "layers" in options else nvpflow.build(5, 3, **options)
+    rng = np.random.default_rng(1)  # away from the identity
+    moved = {n: v + rng.normal(0, 0.1, v.shape) for n, v in cpu.parameters().items() if not n.endswith(".sign")}
+    cpu.set_parameters({n: moved.get(n, v).astype(dtype) for n, v in cpu.parameters().items()})
+    flow, x, cotangent = cpu.to("cuda"), unit_data(300, 5, seed=2, dtype=dtype), unit_data(300, 5, seed=3, dtype=dtype)
+    size = cpu.spec.context_size
+    given = {"context": unit_data(300, size, seed=4, dtype=dtype)} if size else {}
+    one = {"context": given["context"][0]} if size else {}
+    for call in (
+        lambda f: [*f.forward(x, **given), f.inverse(x, **given), f.log_prob(x, **given)],
+        lambda f: [f.sample(300, seed=3, **one), f.log_prob(x, **one)],
+        lambda f: [*f.nll_gradient(x, **given)],
+        lambda f: [*f.vjp(x, cotangent, cotangent[:, 0].copy(), direction="inverse", **given)],
+        lambda f: [*f.log_prob_vjp(x, cotangent[:, 0].copy(), **given)],
+    ):
+        for result, value in zip(call(flow), call(cpu), strict=True):
+            assert close(np.asarray(result), np.asarray(value), dtype, 10 * len(x) ** 0.5)
 
 
 @gpu
