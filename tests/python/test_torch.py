@@ -793,6 +793,26 @@ class TestDistributions:
         transform.log_abs_det_jacobian(transform.inv(x), x)
         assert len(calls) == 1
 
+    def test_the_cache_of_a_sample_loses_no_gradient(self, make):
+        module, _, _ = make()
+        base = torch.distributions.MultivariateNormal(torch.zeros(SIZE).double(), torch.eye(SIZE).double())
+        cached, plain = (
+            torch.distributions.TransformedDistribution(base, [FlowTransform(module, size)]) for size in (1, 0)
+        )
+        y = rows()
+        for how in ("sample", "log_prob"):
+            with torch.no_grad():
+                given = cached.sample((6,)) if how == "sample" else (cached.log_prob(y), y)[1]
+            got = gradients(module, cached.log_prob(given).sum())
+            for ours, want in zip(got, gradients(module, plain.log_prob(given).sum()), strict=True):
+                assert torch.allclose(ours, want, rtol=1e-10, atol=1e-12)
+        transform = FlowTransform(module, 1)
+        with torch.no_grad():
+            z = transform.inv(y)
+            transform.log_abs_det_jacobian(z, y)
+        assert transform.log_abs_det_jacobian(z, y).requires_grad
+        assert transform(z).requires_grad
+
     def test_other_bases(self, make):
         module, _, _ = make()
         base = torch.distributions.MultivariateNormal(

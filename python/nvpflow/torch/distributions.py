@@ -20,7 +20,8 @@ class FlowTransform(torch.distributions.Transform):
         The flow; the transform's gradients reach its parameters.
     cache_size
         As of every transform: 1 keeps the last pair (x, z) and its log-determinant, so that a log_prob of a
-        ``TransformedDistribution`` passes through the flow once instead of twice.
+        ``TransformedDistribution`` passes through the flow once instead of twice. What was computed without gradients,
+        such as rows of ``sample``, is computed anew where they are wanted.
     context
         Of a flow with a context, [..., C]; its leading axes broadcast with those of the rows, and gradients reach it.
     """
@@ -28,6 +29,7 @@ class FlowTransform(torch.distributions.Transform):
     domain = constraints.real_vector
     codomain = constraints.real_vector
     bijective = True
+    _cached_x_y: tuple[torch.Tensor | None, torch.Tensor | None]  # of Transform
 
     @_hints.explained
     def __init__(self, module: FlowModule, cache_size: int = 0, context: torch.Tensor | None = None) -> None:
@@ -59,6 +61,27 @@ class FlowTransform(torch.distributions.Transform):
 
     inverse_shape = forward_shape
 
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the data to latents x [..., D], as transforms call them."""
+        self._forget_what_has_no_graph()
+        return super().__call__(x)  # type: ignore[no-untyped-call, no-any-return]
+
+    def _inv_call(self, y: torch.Tensor) -> torch.Tensor:
+        self._forget_what_has_no_graph()
+        return super()._inv_call(y)  # type: ignore[no-untyped-call, no-any-return]
+
+    def _forget_what_has_no_graph(self) -> None:
+        """Empty the cache of a pair made under no_grad, where a gradient through it would silently be lost."""
+        if self._cache_size == 0 or not torch.is_grad_enabled():
+            return
+        pair = [tensor for tensor in self._cached_x_y if tensor is not None]
+        if not pair or any(tensor.requires_grad for tensor in pair):
+            return
+        given = [] if self.context is None else [self.context]
+        if any(tensor.requires_grad for tensor in (*self.module._tensors(), *given)):
+            self._cached_x_y = None, None
+            self._cached_log_det = None, None
+
     def _call(self, x: torch.Tensor) -> torch.Tensor:
         return self.module.inverse(x, self.context)  # type: ignore[no-any-return]
 
@@ -70,6 +93,7 @@ class FlowTransform(torch.distributions.Transform):
 
     def log_abs_det_jacobian(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Return log|det dy/dx| [...], nats; x is the latent here, y the data, as transforms call them."""
+        self._forget_what_has_no_graph()
         rows, log_det = self._cached_log_det
         return -log_det if rows is y and log_det is not None else -self.module.forward(y, self.context)[1]
 
