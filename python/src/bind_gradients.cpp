@@ -197,19 +197,19 @@ py::object log_prob_vjp(const Caller& caller, const Arguments& given) {
   });
 }
 
-/// log_prob, and what log_prob_vjp gives for the parameters, in one pass; `out` (None: a new array) takes the latter
-/// and must not overlap the others.
+/// log_prob, and the tuple that log_prob_vjp gives, in one pass.
 py::object log_prob_and_vjp(const Caller& caller, const Arguments& given) {
   const BoundFlow& self = caller.flow;
   const InputArray in = self.rows_of(given[0], "x");
   const GivenContext context = context_of(caller, given[3], in);
   const InputArray g = input_vector(given[1], "grad_log_prob", self.dtype, in);
   OutputArray log_prob = output_array(nullptr, "log_prob", self.dtype, 0, in);
-  OutputArray parameters = parameter_array(self, "grad_parameters", in, given[2]);
-  run_beside(self, in, kGradientCost * in.rows, context.rows, [&](const Execution& how) {
-    self.flow.log_prob_vjp_unchecked(in.data, in.rows, g.data, log_prob.data, nullptr, parameters.data, false, how);
-  });
-  return py::make_tuple(object_of(std::move(log_prob)), object_of(std::move(parameters)));
+  const py::object grads = gradients(self, in, context, Gradients(self, in, context, given[2], nullptr),
+                                     [&](Gradients& out, const Execution& how) {
+                                       self.flow.log_prob_vjp_unchecked(in.data, in.rows, g.data, log_prob.data,
+                                                                        out.in.data, out.parameters.data, false, how);
+                                     });
+  return py::make_tuple(object_of(std::move(log_prob)), grads);
 }
 
 }  // namespace
@@ -245,7 +245,7 @@ void add_gradient_methods(py::class_<BoundFlow>& type) {
                "parameters\n"
                "[num_parameters] and of the context; results, wrt and out as in vjp. With ones, wrt='x' is the score, "
                "the gradient\nof log p(x) by x."),
-           plain<&log_prob_and_vjp>("_log_prob_and_vjp", 3, 3, {"x", "grad_log_prob", "out", "context"}, nullptr),
+           plain<&log_prob_and_vjp>("_log_prob_and_vjp", 2, 2, {"x", "grad_log_prob", "wrt", "context"}, nullptr),
        }) {
     add_method(type, method);
   }

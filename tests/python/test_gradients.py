@@ -293,9 +293,10 @@ def test_what_is_not_wanted_changes_nothing_else(make_flow, dtype) -> None:
     by_rows = flow.log_prob_vjp(x, cotangent)
     for got, chained in zip(by_rows, flow.vjp(x, -z * cotangent[:, None], cotangent), strict=True):
         np.testing.assert_allclose(got, chained, **tolerance)
-    value, gradient = flow._log_prob_and_vjp(x, cotangent, None)
-    assert np.array_equal(value, flow.log_prob(x))
-    assert np.array_equal(gradient, by_rows[1])
+    for wrt, wanted in (("all", by_rows), ("x", (by_rows[0], None)), ("parameters", (None, by_rows[1]))):
+        value, grads = flow._log_prob_and_vjp(x, cotangent, wrt=wrt)
+        assert np.array_equal(value, flow.log_prob(x))
+        assert all(map(np.array_equal, grads, wanted))
     calls = {
         "log_prob": lambda **options: flow.log_prob_vjp(x, cotangent, **options),
         "forward": lambda **options: flow.vjp(x, z, cotangent, **options),

@@ -183,7 +183,7 @@ def check_batches(function: Mapping[str, Any], size: int, dtype: str) -> None:
         first = (len(x) - batch) // 2
         for part, expected in zip(results(flow, x[first : first + batch]), whole, strict=True):
             assert_same_bits(part, expected[first : first + batch], f"{function}, {batch} rows of {size}")
-    taped, _ = flow._log_prob_and_vjp(x, np.ones(len(x), dtype), None)
+    taped, _ = flow._log_prob_and_vjp(x, np.ones(len(x), dtype), wrt="parameters")
     assert_same_bits(taped, whole[-1], f"{function}, log_prob beside its gradient")
 
 

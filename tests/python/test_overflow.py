@@ -100,7 +100,7 @@ def check_paths(size, hidden, activation, standardize, dtype) -> None:
                 ("log_prob", "z", "log_det", "x", "log_det"), whole, *pieces, strict=True
             ):
                 assert_same_bits(np.concatenate(parts), together, f"{name} of {rows} rows")
-        taped, _ = flow._log_prob_and_vjp(x, np.ones(len(x), dtype), None)
+        taped, _ = flow._log_prob_and_vjp(x, np.ones(len(x), dtype), wrt="parameters")
         assert_same_bits(taped[finite], whole[0][finite], "log_prob beside its gradient")
         assert np.isnan(taped[~finite]).all()
 

@@ -276,6 +276,22 @@ def test_steps_of_a_mean_loss_have_the_gradients_of_a_first_one(follows):
             assert (got is None and expected is None) or torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("tensors", ["x", "context", "parameters", "x context", "x context parameters"])
+def test_those_steps_pass_through_the_flow_once(tensors, monkeypatch):
+    module, _ = make()
+    module.requires_grad_("parameters" in tensors)
+    x, c = given()
+    leaves = [x.requires_grad_("x " in f"{tensors} "), c.requires_grad_("context" in tensors), *module.parameters()]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    expected = torch.autograd.grad(module.log_prob(x, c).sum(), wanted)
+    with monkeypatch.context() as patch:
+        patch.setattr(module._engine, "vjp", None)
+        for got, first in zip(torch.autograd.grad(module.log_prob(x, c).sum(), wanted), expected, strict=True):
+            assert torch.equal(got, first)
+        # Of what was formed, only a part may be asked for.
+        assert torch.equal(torch.autograd.grad(module.log_prob(x, c).sum(), wanted[:1])[0], expected[0])
+
+
 def test_second_derivatives_are_refused():
     module, _ = make()
     x, c = given()

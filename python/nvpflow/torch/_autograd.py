@@ -122,11 +122,10 @@ def _gradients(ctx: Any, grads: Sequence[Any], needed: Sequence[bool], *, traced
         arguments = (ctx.kind, ctx.engine, wanted, x, context, grad_out, grad_log_det, *parameters)
         grad = _Vjp.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
-        flat = None
-        if ctx.kind == "log_prob" and wanted == [False, True, False]:
-            flat = ctx.engine.take_foreseen(ctx.foreseen, grad_log_det)
-        grad = None, flat, None
-        if flat is None:
+        grad = None
+        if ctx.kind == "log_prob":
+            grad = ctx.engine.take_foreseen(ctx.foreseen, grad_log_det, wanted)
+        if grad is None:
             grad = ctx.engine.vjp(ctx.kind, x, context, grad_out, grad_log_det, parameters, wanted)
     by_parameter = _parts(grad[1], parameters, by_each) if any(by_each) else [None] * len(parameters)
     return grad[0] if by_x else None, grad[2] if by_context else None, by_parameter
@@ -196,7 +195,7 @@ class _Vjp(torch.autograd.Function):
 
 
 class _Call(torch.autograd.Function):
-    """A method of the engine; of log_prob with the gradient that could be foreseen, or None, as a second result."""
+    """A method of the engine; of log_prob with the gradients that could be foreseen, or None, as a second result."""
 
     @staticmethod
     def forward(

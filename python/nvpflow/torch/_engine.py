@@ -15,7 +15,6 @@ import torch
 from nvpflow.flow import Flow
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
-WRT = ("x", "parameters", "context")  # what gradients are by, in the order of nvpflow's
 
 
 class _Packed:
@@ -28,21 +27,23 @@ class _Packed:
 
 
 class Foreseen:
-    """The parameters' gradient of one call of log_prob, formed with the value because its cotangent could be foreseen.
+    """The gradients of one call of log_prob, formed with the value because their cotangent could be foreseen.
 
     A mean over the rows, the usual loss, gives every row the same cotangent, and the same one as in the step before.
     With it a training step passes forward once instead of twice. It belongs to one call and counts only where the
     cotangent turns out to be that one: it changes when a gradient is formed, never what it is.
     """
 
-    def __init__(self, cotangent: float, gradient: torch.Tensor) -> None:
+    def __init__(self, cotangent: float, gradients: tuple[Any, Any, Any]) -> None:
         self.cotangent = cotangent
-        self.gradient: torch.Tensor | None = gradient
+        self.gradients: tuple[Any, Any, Any] | None = gradients  # as Engine.vjp gives them
 
-    def take(self) -> torch.Tensor | None:
-        """Return the gradient, once: the caller owns it from then on and may add to it."""
-        gradient, self.gradient = self.gradient, None
-        return gradient
+    def take(self, wanted: Sequence[bool]) -> tuple[Any, Any, Any] | None:
+        """Return the gradients where all that are wanted are there, once: the caller owns them and may add to them."""
+        gradients, self.gradients = self.gradients, None
+        if gradients is None or any(w and g is None for w, g in zip(wanted, gradients, strict=True)):
+            return None
+        return gradients
 
 
 def _common_value(values: torch.Tensor) -> float | None:
@@ -123,16 +124,16 @@ class Engine:
     def log_prob_foreseeing(
         self, x: torch.Tensor, context: torch.Tensor | None, parameters: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, Foreseen | None]:
-        """As Flow.log_prob, with the parameters' gradient where its cotangent can be foreseen."""
-        others = x.requires_grad or (context is not None and context.requires_grad)
-        wanted = not others and any(p.requires_grad for p in parameters)
-        cotangent = self._expectation(x.shape[0]) if wanted else None
+        """As Flow.log_prob, with the gradients that tensors require where their cotangent can be foreseen."""
+        by_context = context is not None and context.requires_grad
+        wanted = [x.requires_grad, any(p.requires_grad for p in parameters), by_context]
+        cotangent = self._expectation(x.shape[0]) if any(wanted) else None
         if cotangent is None:
             return self.log_prob(x, context, parameters), None
         with self.using(parameters) as flow:
             cotangents = x.new_full(x.shape[:1], cotangent)
-            log_prob, gradient = flow._log_prob_and_vjp(_given(x), cotangents, None, context=_given(context))
-            return log_prob, Foreseen(cotangent, gradient)
+            log_prob, grads = flow._log_prob_and_vjp(_given(x), cotangents, **_options(context, wanted))
+            return log_prob, Foreseen(cotangent, _three(grads))
 
     def vjp(
         self,
@@ -149,22 +150,23 @@ class Engine:
         Returns the cotangents of x, of all parameters in one vector and of the context, None for each that is not
         `wanted`.
         """
-        options: dict[str, Any] = {"wrt": tuple(itertools.compress(WRT, wanted)), "context": _given(context)}
+        options = _options(context, wanted)
         with self.using(parameters) as flow:
             if kind == "log_prob":
                 grads = flow.log_prob_vjp(_given(x), _given(grad_log_det), **options)
             else:
                 options["direction"] = kind
                 grads = flow.vjp(_given(x), _given(grad_out), _given(grad_log_det), **options)
-        grad_x, grad_parameters, *grad_context = grads
-        return grad_x, grad_parameters, grad_context[0] if grad_context else None
+        return _three(grads)
 
-    def take_foreseen(self, foreseen: Foreseen | None, cotangent: torch.Tensor) -> torch.Tensor | None:
-        """Return the foreseen gradient if its cotangent is this one, and learn what to foresee next."""
+    def take_foreseen(
+        self, foreseen: Foreseen | None, cotangent: torch.Tensor, wanted: Sequence[bool]
+    ) -> tuple[Any, Any, Any] | None:
+        """Return the foreseen gradients if their cotangent is this one, and learn what to foresee next."""
         value = _common_value(cotangent)
         with self._lock:
             self._expected = None if value is None else (cotangent.shape[0], value)
-        return foreseen.take() if foreseen is not None and foreseen.cotangent == value else None
+        return foreseen.take(wanted) if foreseen is not None and foreseen.cotangent == value else None
 
     def _expectation(self, rows: int) -> float | None:
         with self._lock:
@@ -259,6 +261,16 @@ class Engine:
 def _given(tensor: torch.Tensor | None) -> Any:
     """Return a tensor as the kernels read it."""
     return None if tensor is None else tensor.detach().contiguous()
+
+
+def _options(context: torch.Tensor | None, wanted: Sequence[bool]) -> dict[str, Any]:
+    """Return what the vector-Jacobian products of a flow take: which of x, parameters and context are wanted."""
+    return {"wrt": tuple(itertools.compress(("x", "parameters", "context"), wanted)), "context": _given(context)}
+
+
+def _three(grads: tuple[Any, ...]) -> tuple[Any, Any, Any]:
+    """Return their results, with None for the context of a call without one."""
+    return (*grads, None) if len(grads) == 2 else grads  # type: ignore[return-value]
 
 
 _handles = itertools.count()
