@@ -1086,6 +1086,12 @@ TEST_CASE_TEMPLATE("fit finds a conditional density", T, float, double) {
     const auto size = static_cast<std::size_t>(flow.num_parameters());
     CHECK(flow.template parameters<T>()[size - 4] > T(200));  // context.mean
     CHECK(flow.template parameters<T>()[size - 1] == T(0));   // the second's log_std
+    Flow initialized(spec, 1);
+    CHECK(initialized.template initialize_from<T>(all, nvpflow::Statistics::mean, given).size() == 1);
+    CHECK(initialized.template parameters<T>()[size - 2] != T(0));  // context.log_std
+    CHECK(initialized.template parameters<T>()[size - 1] == T(0));
+    CHECK_THROWS_AS(initialized.template initialize_from<T>(all, nvpflow::Statistics::mean, given.first(4)),
+                    nvpflow::Error);
     CHECK_THROWS_AS(nvpflow::fit<T>(flow, all, {}, options), nvpflow::Error);
     CHECK_THROWS_AS(nvpflow::fit<T>(flow, all, {}, options, nullptr, given.first(4)), nvpflow::Error);
   }

@@ -441,6 +441,41 @@ def test_names_copies_and_the_way_back(tmp_path):
     assert torch.equal(module.to_flow().condition(c[0]).log_prob(x), module.log_prob(x, c[0]))
 
 
+def test_initialize_from_sets_what_standardizes_the_context():
+    flow = nvpflow.build(SIZE, 2, (4,), context_size=CONTEXT)
+    x, c = normal(200, SIZE).float() * 3, normal(200, CONTEXT, seed=2).float() * 50 + 7
+    module = FlowModule(flow)
+    assert module.initialize_from(x.reshape(4, 50, SIZE), c.reshape(4, 50, CONTEXT)) == {}
+    flow.initialize_from(x.numpy(), context=c.numpy())
+    assert module.to_flow() == flow
+    module.initialize_from(x, c[:1])  # one for all
+    flow.initialize_from(x.numpy(), context=c[:1].expand(200, -1).numpy())
+    assert module.to_flow() == flow
+    with pytest.raises(ValueError, match="context is missing"):
+        module.initialize_from(x)
+    with pytest.raises(ValueError, match="the flow has no context"):
+        FlowModule(nvpflow.build(SIZE)).initialize_from(x, c)
+
+
+def test_contexts_far_from_unit_scale_are_said_once():
+    x, c = normal(200, SIZE).float(), normal(200, CONTEXT, seed=2).float()
+    far = c * torch.tensor([1.0, 100.0, 1.0])
+    module = FlowModule(nvpflow.build(SIZE, context_size=CONTEXT))
+    module.log_prob(x, far[0])  # one context cannot tell
+    with torch.no_grad():
+        module.log_prob(x, far)  # nor those that a network may have made
+    with pytest.warns(nvpflow.DataWarning, match=r"the context is still the identity and column 2 of the context"):
+        module.log_prob(x, far)
+    module.log_prob(x, far)
+    initialized = FlowModule(nvpflow.build(SIZE, context_size=CONTEXT))
+    initialized.initialize_from(x, far)
+    initialized.log_prob(x, far * 100)
+    FlowModule(nvpflow.build(SIZE, context_size=CONTEXT, standardize_context=False)).log_prob(x, far)
+    embedded = FlowModule(nvpflow.build(SIZE, context_size=CONTEXT))
+    embedded.log_prob(x, far.clone().requires_grad_())
+    embedded.log_prob(x, far)
+
+
 def test_a_module_of_shapes_alone():
     module, _ = make()
     module.to("meta")

@@ -27,7 +27,7 @@ class _Parameters(torch.nn.Module):
 
 
 def _is_set_from_data(layer: str) -> bool:
-    return layer in ("standardize_0", "context") or layer.startswith("actnorm_")
+    return layer in _STANDARDIZING or layer.startswith("actnorm_")
 
 
 class FlowModule(torch.nn.Module):
@@ -53,9 +53,9 @@ class FlowModule(torch.nn.Module):
     converted. Results have the leading axes of the rows. A tensor that is C-contiguous is read where it is; others are
     copied.
 
-    Nothing sets a standardize layer here as `nvpflow.Flow.fit` does: call `initialize_from` before a loop of your own.
-    Where the layer is still the identity and the first batch of 16 rows or more is far from unit scale, a `DataWarning`
-    says so, once.
+    Nothing sets standardize and actnorm layers here as `nvpflow.Flow.fit` does: call `initialize_from` before a loop of
+    your own. Where a standardize layer is still the identity and the first batch of 16 rows or more is far from unit
+    scale, a `DataWarning` says so, once. So it is with what standardizes the context, unless a network makes it.
 
     A flow with a context, a density p(x | c), needs ``context=`` in every call: tensors ``[..., C]`` of the module's
     dtype, on its device. Leading axes of rows and contexts broadcast, as everywhere in PyTorch, and results have them.
@@ -80,7 +80,8 @@ class FlowModule(torch.nn.Module):
     torch.Size([3])
     """
 
-    _looks_at_scale = False  # the next batch is to be looked at; False for what was pickled without it
+    # The standardizing layers that are the identity, for rows of which the next batch is to be looked at.
+    _unset: tuple[str, ...] = ()
     _has_own_base = False  # a FlowTransform goes through the module, from a base that is not in it
 
     @_hints.explained
@@ -102,7 +103,7 @@ class FlowModule(torch.nn.Module):
             self.get_submodule(layer).register_parameter(tensor, parameter)
             self._names.append((layer, tensor))
         self._engine.flatten(self._tensors())
-        self._looks_at_scale = self._standardizes() and not bool(self._layer_in_front().any())
+        self._unset = tuple(layer for layer in _STANDARDIZING if self._is_identity(layer))
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
@@ -206,6 +207,8 @@ class FlowModule(torch.nn.Module):
         `context` [..., C] has a row for each row of x. That of an embedding network changes as it trains: leave such a
         flow's context as it is (``standardize_context=False``).
 
+        With their contexts [..., C] it also sets what standardizes the context.
+
         Raises
         ------
         TypeError, ValueError
@@ -213,14 +216,17 @@ class FlowModule(torch.nn.Module):
             missing.
         """
         tensors = self._tensors()
-        rows = self._checked("x", x, tensors[0]).detach().cpu().reshape(-1, x.shape[-1]).numpy()
-        given = self._checked_context(context, tensors[0])
-        contexts = None if given is None else given.detach().cpu().reshape(-1, given.shape[-1]).numpy()
+        rows = self._checked("x", x, tensors[0])
+        rows, given, _ = _side_by_side("x", rows, self._checked_context(context, tensors[0]))
         with self._engine.using(tensors) as flow:
             own = flow.to("cpu")
-        how = own.initialize_from(rows, context=contexts, standardize="auto" if standardize is None else standardize)
+        how = own.initialize_from(
+            rows.detach().cpu().numpy(),
+            context=None if given is None else given.detach().expand(len(rows), -1).cpu().numpy(),
+            standardize="auto" if standardize is None else standardize,
+        )
         self._take(own, only=[layer for layer, _ in self._names if _is_set_from_data(layer)])
-        self._looks_at_scale = False
+        self._unset = ()
         return how
 
     @_hints.explained
@@ -252,11 +258,10 @@ class FlowModule(torch.nn.Module):
         except KeyError:  # parametrized: no parameter any more, but a property
             return [getattr(modules[layer], tensor) for layer, tensor in self._names]
 
-    def _standardizes(self) -> bool:
-        return self._names[0][0] == "standardize_0"
-
-    def _layer_in_front(self) -> torch.Tensor:
-        return torch.cat([tensor.detach() for tensor in self._tensors()[:2]])
+    def _is_identity(self, layer: str) -> bool:
+        """Whether the flow has a standardizing layer of this name, and nobody has set it."""
+        tensors = [tensor for (of, _), tensor in zip(self._names, self._tensors(), strict=True) if of == layer]
+        return bool(tensors) and not any(bool(tensor.detach().any()) for tensor in tensors)
 
     def _take(self, flow: Flow, only: Sequence[str]) -> None:
         """Copy the parameters of some layers from a flow on the CPU."""
@@ -266,19 +271,31 @@ class FlowModule(torch.nn.Module):
                 if layer in only:
                     parameter.copy_(torch.tensor(values[f"{layer}.{tensor}"], dtype=parameter.dtype))
 
-    def _look_at_scale(self, rows: torch.Tensor) -> None:
-        """Warn where nobody has set the standardize layer and the rows need it; looks at one batch."""
-        if len(rows) < _LOOK_ROWS or torch._C._functorch.is_functorch_wrapped_tensor(rows):
+    def _look_at_scales(self, rows: torch.Tensor, context: torch.Tensor | None) -> None:
+        if "standardize_0" in self._unset:
+            self._look_at_scale("standardize_0", rows)
+        # Of a context without a graph nobody can say whether a network made it, whose outputs are as they are.
+        if "context" in self._unset and context is not None and torch.is_grad_enabled():
+            if context.requires_grad:
+                self._unset = tuple(layer for layer in self._unset if layer != "context")
+            elif context.dim() == 2:
+                self._look_at_scale("context", context)
+
+    def _look_at_scale(self, layer: str, rows: torch.Tensor) -> None:
+        """Warn where nobody has set a standardizing layer and its rows need it; looks at one batch."""
+        if len(rows) < _LOOK_ROWS or torch._C._functorch.peek_interpreter_stack() is not None:
             return
-        self._looks_at_scale = False
+        self._unset = tuple(other for other in self._unset if other != layer)
         spread, centre = torch.std_mean(rows.detach(), dim=0)
         far = (centre.abs() > _UNIT_SCALE) | (spread > _UNIT_SCALE) | (spread < 1 / _UNIT_SCALE)
-        if bool(far.any()) and not bool(self._layer_in_front().any()):
+        if bool(far.any()) and self._is_identity(layer):
             columns = ", ".join(str(int(j) + 1) for j in far.nonzero()[:5])
+            of_rows = layer != "context"
             warnings.warn(
-                f"the standardize layer is still the identity and column {columns}{', ...' * (far.sum() > 5)} of the "
-                "rows is far from mean 0 and standard deviation 1, which trains badly; call "
-                "module.initialize_from(rows) with the training rows before you train",
+                f"{'the standardize layer' if of_rows else 'what standardizes the context'} is still the identity and "
+                f"column {columns}{', ...' * (far.sum() > 5)} of the {'rows' if of_rows else 'context'} is far from "
+                "mean 0 and standard deviation 1, which trains badly; call "
+                f"module.initialize_from(rows{'' if of_rows else ', context'}) with the training rows before you train",
                 _data.DataWarning,
                 stacklevel=_data._outside(),
             )
@@ -294,8 +311,8 @@ class FlowModule(torch.nn.Module):
             named = [(name, rows), *zip(map(".".join, self._names), parameters, strict=True)]
             refuse_tangents(named if context is None else [*named, ("context", context)])
         flat, given, axes = _side_by_side(name, rows, context)
-        if self._looks_at_scale and kind != "inverse" and is_plain(flat):
-            self._look_at_scale(flat)
+        if self._unset and kind != "inverse" and is_plain(flat):
+            self._look_at_scales(flat, given)
         results = call(kind, self._engine, flat, given, parameters)
         if kind == "log_prob":
             return [results.reshape(axes)]
@@ -386,6 +403,8 @@ class FlowModule(torch.nn.Module):
             self._engine.flatten(tensors)
 
 
+# The layers that standardize rows and their contexts.
+_STANDARDIZING = ("standardize_0", "context")
 # A column's mean beyond this, or its standard deviation beyond it or below one over it, is far from unit scale; a batch
 # of fewer rows cannot tell.
 _UNIT_SCALE, _LOOK_ROWS = 10.0, 16
