@@ -978,6 +978,24 @@ def test_rows_far_from_unit_scale_are_said_once() -> None:
     initialized(raw_rows() * 1e3)
 
 
+@pytest.mark.parametrize("how", ["as it is", "double", "deepcopy", "pickle"])
+def test_what_a_flow_was_told_stays_with_it(how) -> None:
+    flow = nvpflow.build(2, 2, (4,), context_size=1, standardize="robust")
+    flow.column_names, flow.context_names = ["speed", "load"], ["day"]
+    module = FlowModule(flow)
+    if how == "double":
+        module.double()
+    elif how == "deepcopy":
+        module = copy.deepcopy(module).double()
+    elif how == "pickle":
+        module = pickle.loads(pickle.dumps(module))
+    back = module.to_flow()
+    assert (back.column_names, back.context_names) == (("speed", "load"), ("day",))
+    assert "standardize='robust'" in repr(back)
+    x = raw_rows().to(module.context.mean.dtype)
+    assert set(module.initialize_from(x[:, :2], x[:, 2:3])) == {"speed", "load"}
+
+
 def test_to_flow_does_not_drop_a_base() -> None:
     module = FlowModule(nvpflow.build(4, 2, (8,)))
     module.to_flow()

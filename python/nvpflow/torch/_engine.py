@@ -7,7 +7,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,23 @@ import torch
 from nvpflow.flow import Flow
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+
+
+class Description(NamedTuple):
+    """What a flow is told beside its spec and its weights."""
+
+    columns: list[str]
+    context: list[str]
+    statistics: str
+
+    @classmethod
+    def of(cls, flow: Flow) -> Description:
+        return cls(flow._column_names(), flow._context_names(), flow._statistics())
+
+    def tell(self, flow: Flow) -> None:
+        flow._set_column_names(self.columns)
+        flow._set_context_names(self.context)
+        flow._set_statistics(self.statistics)
 
 
 class _Packed:
@@ -66,6 +83,7 @@ class Engine:
     def __init__(self, flow: Flow) -> None:
         self.spec = flow.spec
         self.precision = flow.precision
+        self.description = Description.of(flow)
         self.flat: torch.Tensor | None = None  # the memory that the parameters lie in, unless somebody moved them
         self._layout = [(name, torch.Size(shape), offset) for name, shape, offset in flow._layout()]
         self._places: tuple[int, list[tuple[int, torch.Size]]] = (0, [])
@@ -255,6 +273,7 @@ class Engine:
         precision = self.precision if lower else "float32"
         flow = Flow(spec, device=_place(flat.device), precision=precision)
         flow.num_threads = num_threads
+        self.description.tell(flow)
         return flow
 
 

@@ -223,7 +223,7 @@ class FlowModule(torch.nn.Module):
         how = own.initialize_from(
             rows.detach().cpu().numpy(),
             context=None if given is None else given.detach().expand(len(rows), -1).cpu().numpy(),
-            standardize="auto" if standardize is None else standardize,
+            standardize=standardize,
         )
         self._take(own, only=[layer for layer, _ in self._names if _is_set_from_data(layer)])
         self._unset = ()
@@ -390,13 +390,14 @@ class FlowModule(torch.nn.Module):
         """Leave out what is made anew."""
         state = self.__dict__.copy()
         engine = state.pop("_engine")
-        return {**state, "_settings": (engine.spec, engine.precision, engine.num_threads)}
+        return {**state, "_settings": (engine.spec, engine.precision, engine.num_threads, engine.description)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        spec, precision, num_threads = state.pop("_settings")
+        spec, precision, num_threads, description = state.pop("_settings")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         flow = Flow(spec)
         flow.num_threads = num_threads
+        description.tell(flow)
         self._engine = Engine(flow)
         self._engine.precision = precision
         if not are_shared(tensors := self._tensors()):
