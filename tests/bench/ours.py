@@ -41,7 +41,7 @@ class Nvpflow(Peer):
 
         self.configuration = configuration
         self.flow = flow_of(configuration, self.dtype)
-        self.parameters = self.flow.parameters()
+        self.parameters = {name: value.copy() for name, value in self.flow.parameters().items()}
         self.flow.num_threads = threads
         self.isa = nvpflow.cpu_isa()
 
