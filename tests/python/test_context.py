@@ -212,6 +212,27 @@ def test_samples_under_many_contexts(dtype) -> None:
     assert_same_bits(first, flow.inverse(noise, context=np.repeat(c, 7, axis=0)))
 
 
+@pytest.mark.parametrize(
+    ("contexts", "n", "size"), [(50, 15, 40), (50, 16, 40), (9, 17, 40), (9, 127, 2), (9, 300, 2), (2, 4000, 40)]
+)
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_folding_contexts_of_many_rows_changes_no_bit(dtype, threads, contexts, n, size) -> None:
+    """What a context of several rows makes is computed once, where that pays; the rows do not tell."""
+    flow = scrambled(nvpflow.build(D, 3, (33,), "tanh", context_size=size, dtype=dtype))
+    flow.num_threads = threads
+    given, repeated = rows(contexts, size, dtype), np.repeat(rows(contexts, size, dtype), n, axis=0)
+    noise = flow._noise(contexts * n, 3)
+    drawn = flow.sample(n, seed=3, context=given)
+    assert_same_bits(drawn.reshape(-1, D), flow.inverse(noise, context=repeated))
+    wide = flow.sample(n, seed=3, context=given, dtype="float64")
+    assert_same_bits(wide.reshape(-1, D), flow.inverse(noise, context=repeated, dtype="float64"))
+    given[1, -1] = np.nan
+    poisoned = flow.sample(n, seed=3, context=given)
+    assert np.isnan(poisoned[1]).all()
+    assert_same_bits(np.delete(poisoned, 1, axis=0), np.delete(drawn, 1, axis=0))
+
+
 def test_empty_samples() -> None:
     flow = new_flow()
     assert flow.sample(0, context=CONTEXT[:5]).shape == (5, 0, D)

@@ -33,6 +33,8 @@ using cpu::TransformCall;
 
 /// Standardized rows of a gradient that are kept at a time.
 constexpr std::int64_t kStagedBytes = 4 << 20;
+/// Vectors of context numbers that folding a context for several rows must spare to be worth it.
+constexpr std::int64_t kSparedVectors = 16;
 
 template <class T>
 class CpuBackend final : public Backend {
@@ -143,7 +145,7 @@ class CpuBackend final : public Backend {
                       const Execution& how) const override {
     const FloatMode mode;
     const Reading packed(packed_);
-    const bool wide = how.float64_rows || packed->first().is_split();
+    const bool wide = is_wide(*packed, how);
     const cpu::ContextRows<T> context = context_of(*packed, rows, how);
     return flow_.sum_log_prob(rows, staged_size_, how.threads,
                               [&](std::int64_t begin, std::int64_t end, T* log_prob, T* scratch) {
@@ -248,9 +250,51 @@ class CpuBackend final : public Backend {
   void run(TransformCall<T> call, std::int64_t rows, const Execution& how) const {
     const FloatMode mode;
     const Reading packed(packed_);
-    if (spec_.context_size > 0) call.context = context_of(*packed, rows, how);
-    if (how.float64_rows || packed->first().is_split()) return run_wide(*packed, call, rows, how);
+    if (spec_.context_size > 0) {
+      if (folds_each(how.context.repeat, rows)) return run_by_contexts(*packed, call, rows, how);
+      call.context = context_of(*packed, rows, how);
+    }
+    if (is_wide(*packed, how)) return run_range(*packed, call, 0, rows, how, how.threads);
     flow_.transform(packed->program(), call, rows, how.threads);
+  }
+
+  /// Whether contexts of so many rows each are folded: a few rows of each, or few numbers, cost less as rows.
+  bool folds_each(std::int64_t each, std::int64_t rows) const {
+    return each < rows && each >= kernels_.lanes && each * spec_.context_size >= kSparedVectors * kernels_.lanes;
+  }
+
+  /// Rows of several contexts, each of which is folded. The threads share the contexts, or the rows of each where there
+  /// are fewer contexts than threads.
+  void run_by_contexts(const Packed<T>& packed, const TransformCall<T>& call, std::int64_t rows,
+                       const Execution& how) const {
+    const std::int64_t each = how.context.repeat, contexts = (rows + each - 1) / each;
+    const int threads = flow_.threads_for(rows, how.threads);
+    const bool together = contexts < threads;
+    parallel_for(contexts, 1, together ? 1 : threads, [&](std::int64_t first, std::int64_t last) {
+      T* biases = cpu::thread_folded<T>(packed.program().fold_size);
+      TransformCall<T> part = call;
+      part.context.folded = biases;
+      for (std::int64_t i = first; i < last; ++i) {
+        fold_into(packed, static_cast<const T*>(how.context.rows) + i * spec_.context_size, biases);
+        run_range(packed, part, i * each, std::min(rows, (i + 1) * each), how, together ? threads : 1);
+      }
+    });
+  }
+
+  bool is_wide(const Packed<T>& packed, const Execution& how) const {
+    return how.float64_rows || packed.first().is_split();
+  }
+
+  /// Rows [begin, end) of a call.
+  void run_range(const Packed<T>& packed, const TransformCall<T>& call, std::int64_t begin, std::int64_t end,
+                 const Execution& how, int threads) const {
+    const bool wide = is_wide(packed, how);
+    parallel_for(end - begin, flow_.tile_rows(), flow_.threads_for(end - begin, threads),
+                 [&](std::int64_t first, std::int64_t last) {
+                   T* scratch = thread_scratch<T>(call_scratch());
+                   if (wide) return transform_wide(packed, call, begin + first, begin + last, how, scratch);
+                   kernels_.transform(packed.program(), call, begin + first, begin + last, scratch);
+                 });
   }
 
   // ---- the first layer in float64 ----------------------------------------------------------------------------------
@@ -266,13 +310,6 @@ class CpuBackend final : public Backend {
   void standardize(const Packed<T>& packed, const T* x, const std::int64_t* index, std::int64_t begin,
                    std::int64_t count, T* y, const Execution& how) const {
     if constexpr (sizeof(T) == 4) packed.first().standardize(x, how.float64_rows, index, begin, count, y);
-  }
-
-  void run_wide(const Packed<T>& packed, const TransformCall<T>& call, std::int64_t rows, const Execution& how) const {
-    parallel_for(rows, flow_.tile_rows(), flow_.threads_for(rows, how.threads),
-                 [&](std::int64_t begin, std::int64_t end) {
-                   transform_wide(packed, call, begin, end, how, thread_scratch<T>(call_scratch()));
-                 });
   }
 
   /// Rows [begin, end) tile by tile, so that what is staged stays in the cache.
