@@ -226,7 +226,7 @@ def nll(
     """Return the mean of -log p over all rows of x, a scalar, nats: the loss of maximum likelihood.
 
     It is ``-log_prob(spec, parameters, x).mean()`` with the sum in float64, and faster to differentiate by the
-    parameters: value and gradient come from one pass.
+    parameters: value and gradients, also by `x` and `context`, come from one pass.
 
     Parameters, errors and notes are those of `forward`; `x` has at least one row.
     """
@@ -424,14 +424,19 @@ class _Call:
 
     def vjp(self, wanted: _Wanted) -> _Call:
         """Return the call of its vector-Jacobian product."""
-        results = ["rows" if wanted.rows else "absent", "parameters" if wanted.parameters else "absent"]
-        if self.has_context:
-            results.append("context" if wanted.context else "absent")
-        return self._of(f"{self.handler.removeprefix('nvpflow_')}_vjp", self.inverse, *results)
+        return self._of(f"{self.handler.removeprefix('nvpflow_')}_vjp", self.inverse, *self._gradients(wanted))
 
     def nll(self, of_parameters: bool) -> _Call:
         """Return the call of the mean of -log p and its gradient."""
         return self._of("nll", False, "mean", "parameters" if of_parameters else "absent")
+
+    def nll_vjp(self, wanted: _Wanted) -> _Call:
+        """Return the call of the mean of -log p, of each row's log p, and of its vector-Jacobian product."""
+        return self._of("nll_vjp", False, "mean", "row", *self._gradients(wanted))
+
+    def _gradients(self, wanted: _Wanted) -> list[str]:
+        results = ["rows" if wanted.rows else "absent", "parameters" if wanted.parameters else "absent"]
+        return [*results, "context" if wanted.context else "absent"] if self.has_context else results
 
     def _of(self, handler: str, inverse: bool, *results: str) -> _Call:
         return _Call(self.spec, self.num_threads, f"nvpflow_{handler}", inverse, results)
@@ -581,9 +586,9 @@ class _Residuals:
             rows.value, None if context is None else context.value, tuple(tensor.value for tensor in tensors), wanted
         )
 
-    def run(self, call: _Call) -> list[jax.Array]:
-        """Call a handler without cotangents."""
-        return _run(call, _inputs(self.rows, self.context), self.tensors)  # type: ignore[no-any-return]
+    def run(self, call: _Call, *cotangents: jax.Array) -> list[jax.Array]:
+        """Call a handler."""
+        return _run_summed(call, _inputs(self.rows, self.context, *cotangents), self.tensors)
 
     def tree_flatten(self) -> tuple[Any, _Wanted]:
         """As JAX wants it."""
@@ -607,14 +612,12 @@ def _values_forward(call: _Call, rows: Any, context: Any, tensors: Any) -> Any:
 
 
 def _values_backward(call: _Call, residuals: _Residuals, cotangents: list[Any]) -> tuple[Any, Any, Any]:
-    wanted, rows = residuals.wanted, residuals.rows
-    zero = jnp.zeros(_ABSENT, rows.dtype)
+    wanted = residuals.wanted
+    zero = jnp.zeros(_ABSENT, residuals.rows.dtype)
     given = [zero if isinstance(c, jax.custom_derivatives.SymbolicZero) else c for c in cotangents]
     if all(c is zero for c in given):
         return None, None, None
-    of_rows, flat, *of_context = _run_summed(
-        call.vjp(wanted), _inputs(rows, residuals.context, *given), residuals.tensors
-    )
+    of_rows, flat, *of_context = residuals.run(call.vjp(wanted), *given)
     return (
         of_rows if wanted.rows else None,
         of_context[0] if wanted.context else None,
@@ -632,20 +635,29 @@ def _nll(call: _Call, rows: jax.Array, context: jax.Array | None, tensors: tuple
 
 def _nll_forward(call: _Call, rows: Any, context: Any, tensors: Any) -> Any:
     residuals = _Residuals.of(rows, context, tensors)
-    if residuals.wanted == _Wanted(rows=False, context=False, parameters=True):
-        return tuple(residuals.run(call.nll(of_parameters=True)))
-    value, _ = residuals.run(call.nll(of_parameters=False))
-    return value, residuals
+    wanted = residuals.wanted
+    if not wanted.parameters:
+        return residuals.run(call.nll(of_parameters=False))[0], residuals
+    # Value and gradients come from one pass: those of the parameters are of the whole batch under vmap, too.
+    if not (wanted.rows or wanted.context):
+        value, flat = residuals.run(call.nll(of_parameters=True))
+        return value, (None, None, flat)
+    value, _, of_rows, flat, *of_context = residuals.run(call.nll_vjp(wanted), _nll_cotangent(residuals.rows))
+    return value, (of_rows if wanted.rows else None, of_context[0] if wanted.context else None, flat)
+
+
+def _nll_cotangent(rows: jax.Array) -> jax.Array:
+    """Return that of each row's log p."""
+    return jnp.full(rows.shape[0], -1 / rows.shape[0], rows.dtype)
 
 
 def _nll_backward(call: _Call, residuals: Any, cotangent: Any) -> tuple[Any, Any, Any]:
     if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
         return None, None, None
-    if not isinstance(residuals, _Residuals):
-        return None, None, _parts(call, residuals * cotangent)
-    count = residuals.rows.shape[0]
-    each = jnp.full(count, -1 / count, residuals.rows.dtype) * cotangent
-    return _values_backward(call.of_kind("log_prob"), residuals, [each])
+    if isinstance(residuals, _Residuals):
+        return _values_backward(call.of_kind("log_prob"), residuals, [_nll_cotangent(residuals.rows) * cotangent])
+    of_rows, of_context, flat = jax.tree.map(lambda gradient: gradient * cotangent, residuals)
+    return of_rows, of_context, _parts(call, flat)
 
 
 _nll.defvjp(_nll_forward, _nll_backward, symbolic_zeros=True)

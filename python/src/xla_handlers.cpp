@@ -22,6 +22,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <numeric>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -358,6 +359,23 @@ void nll(const xla::CallFrame& frame) {
   by_dtype(call.dtype(), [&](auto t) { *static_cast<decltype(t)*>(value) = static_cast<decltype(t)>(mean); });
 }
 
+/// x, grad_log_prob -> nll, log_prob, and what log_prob_vjp gives
+void nll_vjp(const xla::CallFrame& frame) {
+  const Call call(frame, 2, 4, 1);
+  void* value = call.output(0, {});
+  void* log_prob = call.output(1, call.vector());
+  if (call.rows() == 0) fail("argument 0 has no rows: the mean over an empty batch is not defined");
+  call.flow().log_prob_vjp_unchecked(call.input(), call.rows(), call.cotangent(0, call.vector()), log_prob,
+                                     call.optional_output(2, call.matrix()), call.optional_output(3, call.flat()),
+                                     false, call.how_with_gradient(4));
+  by_dtype(call.dtype(), [&](auto t) {
+    using T = decltype(t);
+    const T* each = static_cast<const T*>(log_prob);
+    const double sum = std::accumulate(each, each + call.rows(), 0.0);
+    *static_cast<T*>(value) = static_cast<T>(-sum / static_cast<double>(call.rows()));
+  });
+}
+
 // ---- handlers -------------------------------------------------------------------------------------------------------
 
 xla::Error* error_of(const xla::CallFrame& frame, xla::ErrorCode code, const char* message) {
@@ -426,6 +444,7 @@ pybind11::dict xla_handlers() {
       {"nvpflow_transform_vjp", &handler<&transform_vjp>},
       {"nvpflow_log_prob_vjp", &handler<&log_prob_vjp>},
       {"nvpflow_nll", &handler<&nll>},
+      {"nvpflow_nll_vjp", &handler<&nll_vjp>},
   };
   pybind11::dict capsules;
   for (const auto& [name, address] : handlers) capsules[name] = pybind11::capsule(reinterpret_cast<void*>(address));

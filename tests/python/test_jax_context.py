@@ -224,6 +224,23 @@ def test_only_wanted_gradients_are_formed(kind, argnums, rows, flat, contexts):
     assert [results for _, results in formed][1:] == [wanted]
 
 
+def test_a_training_step_is_one_call():
+    flow, x, context = new_flow(), numbers(B, D), numbers(B, C, seed=2)
+    parameters = nj.parameters(flow)
+    wanted = {
+        (0,): [(), (flow.num_parameters,)],
+        (0, 2): [(), (B,), (0,), (flow.num_parameters,), (B, C)],
+        (0, 1): [(), (B,), (B, D), (flow.num_parameters,), (0,)],
+    }
+    for argnums, results in wanted.items():
+        step = jax.value_and_grad(lambda p, x, c: 3 * nj.nll(flow.spec, p, x, context=c), argnums=argnums)
+        assert [shapes for _, shapes in calls(step, parameters, x, context)] == [results]
+        value, found = jax.jit(step)(parameters, x, context)
+        np.testing.assert_allclose(value, 3 * flow.nll(np.asarray(x), context=np.asarray(context)), rtol=1e-14)
+        mean = jax.grad(lambda p, x, c: -3 * nj.log_prob(flow.spec, p, x, context=c).mean(), argnums=argnums)
+        assert_close(found, mean(parameters, x, context), 1e-13)
+
+
 def test_second_derivatives_are_refused():
     flow = new_flow()
     parameters, x, context = nj.parameters(flow), numbers(B, D), numbers(B, C)
@@ -272,6 +289,18 @@ def test_vmap_is_one_call(kind, case):
     for found, each in zip(jax.jit(batched)(x, context), zip(*one_by_one, strict=True), strict=True):
         assert_close(found, np.stack(each), 1e-13)
     assert len(calls(batched, x, context)) == 2
+
+
+def test_contexts_of_many_rows_each_have_the_bits_of_rows():
+    flow = scrambled(nvpflow.build(D, 2, (9,), context_size=20))
+    parameters = nj.parameters(flow)
+    x, context = numbers(5, 300, D, dtype="float32"), numbers(5, 20, dtype="float32", seed=2)
+    every = np.repeat(np.asarray(context), 300, axis=0)
+    log_p = jax.vmap(lambda x, c: nj.log_prob(flow.spec, parameters, x, context=c))(x, context)
+    assert_same_bits(np.asarray(log_p).ravel(), flow.log_prob(np.asarray(x).reshape(-1, D), context=every))
+    z, log_det = jax.vmap(lambda x, c: nj.forward(flow.spec, parameters, x, context=c))(x, context)
+    for found, expected in zip((z, log_det), flow.forward(np.asarray(x).reshape(-1, D), context=every), strict=True):
+        assert_same_bits(np.asarray(found).reshape(expected.shape), expected)
 
 
 def test_nested_vmap_and_jacobians():
@@ -399,7 +428,7 @@ def test_the_handlers_check_the_context_that_a_program_hands_them():
     tensors = tuple(nj.parameters(flow)[name] for name, _, _ in flow._layout())
     attributes = {"spec": flow.spec.to_json(), "num_threads": np.int64(1), "inverse": np.int64(0)}
 
-    def call(given, target="nvpflow_log_prob", shapes=((B,),)):
+    def call(given, target="nvpflow_log_prob", shapes=((B,),), x=x):
         results = [jax.ShapeDtypeStruct(shape, "float64") for shape in shapes]
         handler = jax.ffi.ffi_call(target, results, vmap_method="sequential")
         return jax.jit(lambda *a: handler(*a, **attributes))(x, *given, *tensors)[0].block_until_ready()
@@ -421,6 +450,11 @@ def test_the_handlers_check_the_context_that_a_program_hands_them():
             (context[:2], x[:, 0]),
             {**product, "shapes": (*of_x, (2, C))},
             "the context has 2 rows for 6, expected 1 or one for each where its cotangent is asked for",
+        ),
+        (
+            (context[:0], x[:0, 0]),
+            {"target": "nvpflow_nll_vjp", "shapes": ((), (0,), (0,), (flow.num_parameters,), (0,)), "x": x[:0]},
+            "argument 0 has no rows: the mean over an empty batch is not defined",
         ),
     ]:
         with pytest.raises(Exception, match=message) as caught:
