@@ -380,6 +380,22 @@ def test_samples_under_contexts_are_one_call_and_keep_one_row_for_each():
         assert_same_bits(np.asarray(drawn[i]), np.asarray(nj.sample(flow.spec, parameters, key, 5, context=context[i])))
 
 
+# ---- what training starts from ---------------------------------------------------------------------------------------
+
+
+def test_initialize_from_sets_what_the_flow_sets():
+    flow = nvpflow.build(D, context_size=C, dtype="float64", **MODELS["general"])
+    x, context, before = 30 * numbers(100, D) + 5, 7 * numbers(100, C, seed=2) - 3, nj.parameters(flow)
+    after = nj.initialize_from(flow.spec, before, x, context)
+    flow.initialize_from(np.asarray(x), context=np.asarray(context))
+    assert all(np.array_equal(after[name], value) for name, value in flow.parameters().items())
+    for name in ("standardize_0.mean", "actnorm_1.shift", "context.mean"):
+        assert not before[name].any()
+        assert after[name].all()
+    with pytest.raises(ValueError, match="context is missing"):
+        nj.initialize_from(flow.spec, before, x)
+
+
 # ---- programs --------------------------------------------------------------------------------------------------------
 
 
