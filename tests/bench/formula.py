@@ -1,4 +1,4 @@
-"""A configuration's formula, written once for NumPy, JAX and PyTorch.
+"""A configuration's formula, written once for NumPy, JAX, PyTorch and ONNX.
 
 What does not depend on rows is computed ahead for inference (`composed`) and in each step of training.
 """
@@ -25,6 +25,8 @@ class Arrays(NamedTuple):
     relu: Callable
     sigmoid: Callable
     columns: Callable  # (rows, a slice or a list of indices)
+    split: Callable = lambda x, at: (x[:, :at], x[:, at:])
+    total: Callable = sum
 
 
 def numpy_arrays() -> Arrays:
@@ -149,8 +151,11 @@ class _Columns:
     def split(self, passed: tuple[int, ...], moved: tuple[int, ...]) -> tuple[Any, Any]:
         if set(self.sets) != {passed, moved}:
             x = self.whole()
-            self.sets = [passed, moved]
-            self.held = [self.arrays.columns(x, _evenly(features)) for features in self.sets]
+            self.sets = sorted([passed, moved])
+            if self.sets[0][-1] < self.sets[1][0]:
+                self.held = list(self.arrays.split(x, len(self.sets[0])))
+            else:
+                self.held = [self.arrays.columns(x, _evenly(features)) for features in self.sets]
         first, second = self.held
         return (first, second) if self.sets[0] == passed else (second, first)
 
@@ -160,9 +165,8 @@ class _Columns:
     def whole(self) -> Any:
         if len(self.sets) == 1:
             return self.held[0]
-        first, second = (0, 1) if self.sets[0] < self.sets[1] else (1, 0)
-        x = self.arrays.module.concatenate([self.held[first], self.held[second]], axis=1)
-        places = _places([*self.sets[first], *self.sets[second]])
+        x = self.arrays.module.concatenate(self.held, axis=1)
+        places = _places([*self.sets[0], *self.sets[1]])
         return x if places == list(range(len(places))) else self.arrays.columns(x, places)
 
 
@@ -226,7 +230,7 @@ def _log_scale_and_shift(arrays: Arrays, p: Mapping[str, Any], step: Coupling, x
     def head(name: str, hidden: Any) -> Any:
         return arrays.dense(hidden, p[f"{step.name}_{name}.kernel"], p[f"{step.name}_{name}.bias"])
 
-    layer, width = step.layer, len(step.moved)
+    layer = step.layer
     if "network" not in layer:
         raw, shift = (
             head(name, _hidden(arrays, p, step.name, layer[f"{name}_network"], f"{name}_dense", x, c))
@@ -235,8 +239,7 @@ def _log_scale_and_shift(arrays: Arrays, p: Mapping[str, Any], step: Coupling, x
     else:
         hidden = _hidden(arrays, p, step.name, layer["network"], "coupling_dense", x, c)
         if f"{step.name}_heads.kernel" in p:
-            heads = head("heads", hidden)
-            raw, shift = heads[:, :width], heads[:, width:]
+            raw, shift = arrays.split(head("heads", hidden), len(step.moved))
         else:
             raw, shift = head("scale", hidden), head("translation", hidden)
     function = layer["transform"]["log_scale"]
@@ -245,14 +248,14 @@ def _log_scale_and_shift(arrays: Arrays, p: Mapping[str, Any], step: Coupling, x
 
 def run(arrays: Arrays, flow: list[Linear | Coupling], p: Mapping[str, Any], op: str, x: Any, c: Any = None) -> Any:
     """log_prob, forward or inverse; in training p are `parameters`, else `composed`."""
-    inverse, columns, log_det, exp = op == "inverse", _Columns(arrays, x), 0, arrays.module.exp
+    inverse, columns, log_dets, exp = op == "inverse", _Columns(arrays, x), [], arrays.module.exp
     for step in reversed(flow) if inverse else flow:
         if isinstance(step, Linear):
             if inverse:
                 kernel, bias = p[f"{step.name}.inverse"], p[f"{step.name}.inverse_bias"]
             else:
-                (kernel, step_log_det), bias = _matrix(arrays, p, step), p[f"{step.name}.bias"]
-                log_det = log_det + step_log_det
+                (kernel, log_det), bias = _matrix(arrays, p, step), p[f"{step.name}.bias"]
+                log_dets.append(log_det)
             columns = _Columns(arrays, arrays.dense(columns.whole(), kernel, bias))
             continue
         passed, moved = columns.split(step.passed, step.moved)
@@ -260,8 +263,8 @@ def run(arrays: Arrays, flow: list[Linear | Coupling], p: Mapping[str, Any], op:
         backwards = inverse != step.layer["inverse"]
         columns.put(step.moved, (moved - shift) * exp(-log_scale) if backwards else moved * exp(log_scale) + shift)
         if not inverse:
-            log_det = log_det + (-log_scale if backwards else log_scale).sum(axis=1)
+            log_dets.append((-log_scale if backwards else log_scale).sum(axis=1))
     if op == "log_prob":
-        squares = sum((part * part).sum(axis=1) for part in columns.held)
-        return log_det - 0.5 * (squares + x.shape[1] * LOG_2_PI)
-    return columns.whole() if inverse else (columns.whole(), log_det)
+        squares = arrays.total([(part * part).sum(axis=1) for part in columns.held])
+        return arrays.total([*log_dets, squares * -0.5, -0.5 * x.shape[1] * LOG_2_PI])
+    return columns.whole() if inverse else (columns.whole(), arrays.total(log_dets))

@@ -1,91 +1,143 @@
-"""The flow as an ONNX model, for the runtimes that read one. Both heads are one matrix; the batch size is fixed."""
+"""The formula as an ONNX model, for the runtimes that read one; all shapes are fixed."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
+import formula
 import numpy as np
 
 OPSET = 18
 
 
+class _Value:
+    """What a node gives, under a generated name, with the operators that the formula uses on arrays."""
+
+    __array_ufunc__ = None  # ndarray + _Value comes here
+
+    def __init__(self, graph: _Graph, name: str, shape: tuple[int, ...]) -> None:
+        self.graph, self.name, self.shape = graph, name, shape
+        self.ndim = len(shape)
+
+    def _with(self, kind: str, other: Any) -> _Value:
+        other = self.graph.value(other)
+        return self.graph.node(kind, self, other, shape=np.broadcast_shapes(self.shape, other.shape))
+
+    def __add__(self, other: Any) -> _Value:
+        return self._with("Add", other)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> _Value:
+        return self._with("Sub", other)
+
+    def __mul__(self, other: Any) -> _Value:
+        return self._with("Mul", other)
+
+    def __neg__(self) -> _Value:
+        return self.graph.node("Neg", self)
+
+    def __matmul__(self, kernel: np.ndarray) -> _Value:
+        return self.graph.node("MatMul", self, kernel, shape=(*self.shape[:-1], kernel.shape[1]))
+
+    def sum(self, axis: int) -> _Value:
+        return self.graph.node("ReduceSum", self, np.array([axis]), shape=self.shape[:axis], keepdims=0)
+
+
 class _Graph:
-    """Nodes and constants under generated names."""
+    """Nodes and constants."""
 
     def __init__(self) -> None:
         self.nodes: list[Any] = []
         self.constants: list[Any] = []
 
-    def constant(self, value: np.ndarray) -> str:
+    def value(self, given: Any) -> _Value:
+        """Numbers and arrays as constants: float32, or the integers that operators take."""
         from onnx import numpy_helper
 
-        name = f"c{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(value, name))
-        return name
+        if isinstance(given, _Value):
+            return given
+        array = np.atleast_1d(given)
+        array = array.astype(np.int64 if array.dtype.kind == "i" else np.float32)
+        self.constants.append(numpy_helper.from_array(array, f"c{len(self.constants)}"))
+        return _Value(self, self.constants[-1].name, array.shape)
 
-    def node(self, kind: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
+    def nodes_of(self, kind: str, *inputs: Any, shapes: Sequence[tuple[int, ...]], **attributes: Any) -> list[_Value]:
         from onnx import helper
 
-        names = [f"n{len(self.nodes)}_{i}" for i in range(outputs)]
-        self.nodes.append(helper.make_node(kind, list(inputs), names, **attributes))
-        return names[0] if outputs == 1 else names
+        names = [f"n{len(self.nodes)}_{i}" for i in range(len(shapes))]
+        self.nodes.append(helper.make_node(kind, [self.value(i).name for i in inputs], names, **attributes))
+        return [_Value(self, name, shape) for name, shape in zip(names, shapes, strict=True)]
 
-    def split(self, value: str, sizes: Sequence[int]) -> list[str]:
-        return self.node("Split", value, self.constant(np.array(sizes, np.int64)), outputs=len(sizes), axis=1)
+    def node(self, kind: str, *inputs: Any, shape: tuple[int, ...] | None = None, **attributes: Any) -> _Value:
+        return self.nodes_of(kind, *inputs, shapes=[inputs[0].shape if shape is None else shape], **attributes)[0]
 
-    def row_sum(self, value: str) -> str:
-        return self.node("ReduceSum", value, self.constant(np.array([1], np.int64)), keepdims=0)
+    def rename(self, value: _Value, name: str) -> None:
+        """Give a result the name of an output."""
+        for node in self.nodes:
+            for names in (node.input, node.output):
+                names[:] = [name if known == value.name else known for known in names]
+
+    # -- what formula.Arrays asks for
+
+    def arrays(self) -> formula.Arrays:
+        module = SimpleNamespace(
+            exp=lambda u: self.node("Exp", u), tanh=lambda u: self.node("Tanh", u), concatenate=self._concatenate
+        )
+        return formula.Arrays(
+            module,
+            dense=lambda x, kernel, bias: self.node("Gemm", x, kernel, bias, shape=(x.shape[0], kernel.shape[1])),
+            relu=lambda u: self.node("Relu", u),
+            sigmoid=lambda u: self.node("Sigmoid", u),
+            columns=self._columns,
+            split=self._split,
+            total=self._total,
+        )
+
+    def _concatenate(self, parts: Sequence[_Value], axis: int) -> _Value:
+        shape = (parts[0].shape[0], sum(part.shape[1] for part in parts))
+        return self.node("Concat", *parts, shape=shape, axis=axis)
+
+    def _columns(self, x: _Value, indices: slice | list[int]) -> _Value:
+        if isinstance(indices, slice):
+            wanted = range(x.shape[1])[indices]
+            ends = (np.array([bound]) for bound in (indices.start, indices.stop, 1, indices.step))
+            return self.node("Slice", x, *ends, shape=(x.shape[0], len(wanted)))
+        return self.node("Gather", x, np.array(indices), shape=(x.shape[0], len(indices)), axis=1)
+
+    def _split(self, x: _Value, at: int) -> list[_Value]:
+        sizes = [at, x.shape[1] - at]
+        return self.nodes_of("Split", x, np.array(sizes), shapes=[(x.shape[0], size) for size in sizes], axis=1)
+
+    def _total(self, terms: Sequence[Any]) -> _Value:
+        values = [self.value(term) for term in terms]
+        shape = np.broadcast_shapes(*(value.shape for value in values))
+        return self.node("Sum", *values, shape=shape) if len(values) > 1 else values[0]
 
 
-def _scale_and_shift(graph: _Graph, dense: Sequence[tuple[np.ndarray, np.ndarray]], passed: str) -> tuple[str, str]:
-    hidden = passed
-    for kernel, bias in dense[:-1]:
-        hidden = graph.node("Relu", graph.node("Gemm", hidden, graph.constant(kernel), graph.constant(bias)))
-    kernel, bias = dense[-1]
-    moved = bias.size // 2
-    heads = graph.node("Gemm", hidden, graph.constant(kernel), graph.constant(bias))
-    raw, shift = graph.split(heads, [moved, moved])
-    return graph.node("Tanh", raw), shift
-
-
-def build(layers: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], op: str, batch: int, size: int) -> bytes:
-    """The serialized model of one of log_prob, forward (two outputs) and inverse; input "x" [batch, size]."""
+def build(steps: list[Any], parameters: Mapping[str, np.ndarray], op: str, *given: np.ndarray) -> bytes:
+    """The serialized model of one of log_prob, forward (two outputs) and inverse; inputs "x", and "c" for a context."""
     from onnx import TensorProto, helper
 
     graph = _Graph()
-    halves = graph.split("x", [size // 2, size - size // 2])
-    scales = []
-    order = list(enumerate(layers))
-    for k, dense in order if op != "inverse" else reversed(order):
-        passed, moved = (0, 1) if k % 2 == 0 else (1, 0)
-        scale, shift = _scale_and_shift(graph, dense, halves[passed])
-        if op == "inverse":
-            grown = graph.node("Exp", graph.node("Neg", scale))
-            halves[moved] = graph.node("Mul", graph.node("Sub", halves[moved], shift), grown)
-        else:
-            grown = graph.node("Exp", scale)
-            halves[moved] = graph.node("Add", graph.node("Mul", halves[moved], grown), shift)
-            scales.append(graph.row_sum(scale))
-    outputs = {"inverse": ["y"], "forward": ["y", "log_det"], "log_prob": ["log_prob"]}[op]
-    if op != "log_prob":
-        graph.nodes.append(helper.make_node("Concat", halves, ["y"], axis=1))
-    if op == "forward":
-        graph.nodes.append(helper.make_node("Sum", scales, ["log_det"]))
-    if op == "log_prob":
-        squares = [graph.row_sum(graph.node("Mul", half, half)) for half in halves]
-        norm = graph.node("Mul", graph.node("Add", *squares), graph.constant(np.float32(-0.5).reshape(1)))
-        constant = graph.constant(np.float32(-0.5 * size * math.log(2 * math.pi)).reshape(1))
-        graph.nodes.append(helper.make_node("Sum", [norm, constant, *scales], ["log_prob"]))
+    inputs = [_Value(graph, name, array.shape) for name, array in zip("xc", given, strict=False)]
+    results = formula.run(graph.arrays(), steps, parameters, op, *inputs)
+    named = {"inverse": ["y"], "forward": ["y", "log_det"], "log_prob": ["log_prob"]}[op]
+    outputs = dict(zip(named, results if op == "forward" else [results], strict=True))
+    for name, value in outputs.items():
+        graph.rename(value, name)
 
-    shapes = {"y": [batch, size], "log_det": [batch], "log_prob": [batch]}
+    def described(name: str, value: _Value) -> Any:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, value.shape)
+
     model = helper.make_model(
         helper.make_graph(
             graph.nodes,
-            "real_nvp",
-            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, size])],
-            [helper.make_tensor_value_info(name, TensorProto.FLOAT, shapes[name]) for name in outputs],
+            "flow",
+            [described(value.name, value) for value in inputs],
+            [described(name, value) for name, value in outputs.items()],
             graph.constants,
         ),
         opset_imports=[helper.make_opsetid("", OPSET)],

@@ -598,68 +598,75 @@ class Flowjax(Jax):
 # ------------------------------------------------------------------------------------------ inference runtimes
 
 
-class OnnxRuntime(Peer):
-    """session.run with a dictionary of arrays."""
-
-    chunks = True
+class OnnxPeer(Formula):
+    """A runtime of ONNX models."""
 
     def __init__(self, configuration: Configuration, threads: int) -> None:
         import onnx  # noqa: F401  (says here what is missing)
-        import onnxruntime
 
-        self.runtime = onnxruntime
-        self.configuration, self.layers = configuration, fused_layers(configuration)
-        self.options = onnxruntime.SessionOptions()
-        self.options.intra_op_num_threads, self.options.inter_op_num_threads = threads, 1
+        self.steps, self.threads = formula.steps(configuration), threads
+        self.parameters = formula.composed(configuration, formula.parameters(configuration))
 
-    def session(self, op: str, x: np.ndarray) -> Any:
+    def model(self, op: str, *given: np.ndarray) -> bytes:
         import onnx_graph
 
-        model = onnx_graph.build(self.layers, op, len(x), self.configuration.input_size)
-        return self.runtime.InferenceSession(model, self.options, providers=["CPUExecutionProvider"])
+        return onnx_graph.build(self.steps, self.parameters, op, *given)
 
-    def function(self, op, x):
-        session = self.session(op, x)
+
+class OnnxRuntime(OnnxPeer):
+    """session.run with a dictionary of arrays."""
+
+    def __init__(self, configuration: Configuration, threads: int) -> None:
+        import onnxruntime
+
+        super().__init__(configuration, threads)
+        self.runtime, self.options = onnxruntime, onnxruntime.SessionOptions()
+        self.options.intra_op_num_threads, self.options.inter_op_num_threads = threads, 1
+
+    def session(self, op: str, *given: np.ndarray) -> Any:
+        return self.runtime.InferenceSession(self.model(op, *given), self.options, providers=["CPUExecutionProvider"])
+
+    def function(self, op, x, *context):
+        session = self.session(op, x, *context)
         if op == "forward":
-            return lambda x: tuple(session.run(None, {"x": x}))
-        return lambda x: session.run(None, {"x": x})[0]
+            return lambda *given: tuple(session.run(None, dict(zip("xc", given, strict=False))))
+        return lambda *given: session.run(None, dict(zip("xc", given, strict=False)))[0]
 
 
 class OnnxRuntimeBound(OnnxRuntime):
-    """The same with I/O binding: input and outputs live in arrays that are bound once."""
+    """The same with I/O binding: inputs and outputs live in arrays that are bound once."""
 
-    def function(self, op, x):
-        session = self.session(op, x)
+    def function(self, op, x, *context):
+        bound = (x, *context)
+        session = self.session(op, *bound)
         binding = session.io_binding()
-        bound = x
-        source = self.runtime.OrtValue.ortvalue_from_numpy(bound)
-        binding.bind_ortvalue_input("x", source)
+        sources = [self.runtime.OrtValue.ortvalue_from_numpy(array) for array in bound]
+        for name, source in zip("xc", sources, strict=False):
+            binding.bind_ortvalue_input(name, source)
         names = [output.name for output in session.get_outputs()]
         arrays = [np.empty((len(x), x.shape[1]) if name == "y" else len(x), np.float32) for name in names]
         for name, array in zip(names, arrays, strict=True):
             binding.bind_ortvalue_output(name, self.runtime.OrtValue.ortvalue_from_numpy(array))
         results = tuple(arrays) if op == "forward" else arrays[0]
 
-        def call(x):
-            if x is not bound:
-                source.update_inplace(x)
+        def call(*given):
+            if given[0] is not bound[0]:
+                for source, array in zip(sources, given, strict=True):
+                    source.update_inplace(array)
             session.run_with_iobinding(binding)
             return results
 
         return call
 
 
-class OpenVino(Peer):
-    """Latency hint, float32, input and outputs shared with NumPy arrays."""
-
-    chunks = True
+class OpenVino(OnnxPeer):
+    """Latency hint, float32, inputs and outputs shared with NumPy arrays."""
 
     def __init__(self, configuration: Configuration, threads: int) -> None:
-        import onnx  # noqa: F401  (says here what is missing)
         import openvino
 
+        super().__init__(configuration, threads)
         self.openvino = openvino
-        self.configuration, self.layers = configuration, fused_layers(configuration)
         self.options = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "f32",
@@ -667,21 +674,19 @@ class OpenVino(Peer):
             "NUM_STREAMS": 1,
         }
 
-    def function(self, op, x):
-        import onnx_graph
-
-        model = onnx_graph.build(self.layers, op, len(x), self.configuration.input_size)
-        core = self.openvino.Core()
-        compiled = core.compile_model(core.read_model(model), "CPU", self.options)
+    def function(self, op, x, *context):
+        bound, core = (x, *context), self.openvino.Core()
+        compiled = core.compile_model(core.read_model(self.model(op, *bound)), "CPU", self.options)
         request = compiled.create_infer_request()
-        bound = x
-        request.set_input_tensor(self.openvino.Tensor(bound, shared_memory=True))
+        for i, array in enumerate(bound):
+            request.set_input_tensor(i, self.openvino.Tensor(array, shared_memory=True))
         outputs = tuple(request.get_output_tensor(i).data for i in range(len(compiled.outputs)))
         results = outputs if op == "forward" else outputs[0]
 
-        def call(x):
-            if x is not bound:
-                bound[:] = x
+        def call(*given):
+            if given[0] is not bound[0]:
+                for target, array in zip(bound, given, strict=True):
+                    target[:] = array
             request.infer(share_outputs=True)
             return results
 
@@ -706,7 +711,7 @@ PEERS: dict[str, type[Peer]] = {
 }
 # The flow libraries on PyTorch; flowjax, compiled as a whole, is as fast as hand-written JAX.
 TORCH_FLOW_LIBRARIES = ("zuko", "nflows", "normflows", "freia")
-COMPILED = ("torch_compile", "jax", "flowjax")
+COMPILED = ("torch_compile", "jax", "flowjax", "onnxruntime", "onnxruntime_bound", "openvino")
 PACKAGES = [
     "numpy",
     "nvpflow",

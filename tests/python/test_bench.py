@@ -184,11 +184,15 @@ def test_a_step_of_ours_is_a_step_of_adam(name) -> None:
     [
         *(("torch_eager", "J"), ("torch_fused", "G"), ("jax", "G"), ("zuko", "J"), ("zuko", "G1"), ("nflows", "J")),
         *(("nflows", "G"), ("normflows", "J"), ("normflows", "M"), ("freia", "G"), ("freia", "M"), ("flowjax", "G1")),
+        *(("onnxruntime", "J"), ("onnxruntime_bound", "G"), ("openvino", "G1"), ("openvino", "M")),
     ],
 )
 @pytest.mark.filterwarnings("ignore")  # theirs
 def test_peers_pass_their_checks(label, name) -> None:
     packages = {"jax": "optax", "freia": "FrEIA", "torch_eager": "torch", "torch_fused": "torch"}
+    packages["onnxruntime_bound"] = "onnxruntime"
+    if label in ("onnxruntime", "onnxruntime_bound", "openvino"):
+        pytest.importorskip("onnx")
     pytest.importorskip(packages.get(label, label))
     from peers import PEERS
 
@@ -211,7 +215,7 @@ def test_who_takes_part() -> None:
         return [label for label in every if session.takes_part(label, session.Cell(name, "log_prob", 1024))]
 
     assert {"onnxruntime", "zuko", "nflows", "normflows", "flowjax", "jax"} <= set(contenders("A"))
-    assert {"nvpflow_halves", "onnxruntime", "freia"} & set(contenders("J")) == {"freia"}
+    assert {"nvpflow_halves", "onnxruntime", "freia"} & set(contenders("J")) == {"onnxruntime", "freia"}
     assert {"nflows", "normflows", "freia", "zuko"} & set(contenders("G")) == {"nflows", "freia", "zuko"}
     assert {"nflows", "normflows", "freia", "zuko"} & set(contenders("M")) == {"normflows", "freia", "zuko"}
     assert {"nvpflow", "nvpflow_halves", "nvpflow_avx2"} <= set(contenders("R"))
