@@ -51,6 +51,7 @@ json describe(const CheckpointKey& key) {
   json text = {{"flow", json::parse(to_json(key.spec))},
                {"x", std::to_string(key.rows) + " rows with fingerprint " + hex(key.data)},
                {"validation rows", key.validation_rows}};
+  if (key.spec.context_size > 0) text["context"] = "rows with fingerprint " + hex(key.contexts);
   FitOptions::fields([&](const char* name, auto member, const OptionRange*) { text[name] = as_json(o.*member); });
   for (const char* name : {"num_threads", "checkpoint"}) text.erase(name);  // decide nothing
   if (o.averaging == 0) text.erase("averaging");                            // as checkpoints were before there was one

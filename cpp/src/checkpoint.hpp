@@ -15,6 +15,7 @@ struct CheckpointKey {
   FlowSpec spec;
   FitOptions options;  // threads and checkpoint do not count
   std::uint64_t data = 0;
+  std::uint64_t contexts;  // of the contexts of both; 0 where the flow has none
   std::int64_t rows = 0;
   std::int64_t validation_rows = 0;
   std::int64_t steps_per_epoch = 1;

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <string>
 #include <vector>
@@ -108,8 +109,10 @@ void set_context_statistics(std::span<T> statistics, std::span<const T> context,
   for (std::size_t j = 0; j < size; ++j) {
     statistics[j] = static_cast<T>(means[j]);
     const double log_std = 0.5 * std::log(squares[j]);
-    // A spread that float32 does not see is none.
-    const bool varies = std::sqrt(squares[j]) > 1e-6 * std::abs(means[j]) && std::isfinite(log_std);
+    // A spread that float32 does not see is none, nor is one whose inverse T does not hold.
+    const double spread = std::sqrt(squares[j]);
+    const bool varies = spread > 1e-6 * std::abs(means[j]) && std::isfinite(log_std) &&
+                        spread >= static_cast<double>(std::numeric_limits<T>::min());
     statistics[size + j] = varies ? static_cast<T>(log_std) : T(0);
   }
 }

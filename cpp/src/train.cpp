@@ -585,15 +585,16 @@ class Trainer {
     const auto of = [&](std::span<const X> rows) { return fingerprint(rows.data(), rows.size_bytes(), look); };
     std::uint64_t of_contexts = 0;
     if (context_size() > 0) {
-      of_contexts = fingerprint(context_.data(), context_.size_bytes(), look) << 2;
-      of_contexts ^= fingerprint(validation_context_.data(), validation_context_.size_bytes(), look) << 3;
+      of_contexts = fingerprint(context_.data(), context_.size_bytes(), look);
+      of_contexts ^= fingerprint(validation_context_.data(), validation_context_.size_bytes(), look) << 1;
     }
     FitOptions taken = options_;
     taken.batch_size = batch_;
     taken.weight_decay = weight_decay_;
     return {flow_.spec(),
             taken,
-            of(given_x_) ^ (of(given_validation_) << 1) ^ of_contexts,
+            of(given_x_) ^ (of(given_validation_) << 1),
+            of_contexts,
             rows_in(given_x_.size()),
             rows_in(given_validation_.size()),
             steps_};

@@ -14,6 +14,8 @@ from nvpflow._core import FlowSpec
 
 Array = NDArray[Any]
 
+_JUDGED_ROWS = 1 << 16  # of a context, whose quantiles are taken
+
 
 def rows(
     value: ArrayLike | None,
@@ -66,27 +68,48 @@ def rows(
     return rounded
 
 
-def warn_of_lost_digits(value: ArrayLike | None, names: Sequence[str] | None, spec: FlowSpec) -> None:
-    """Warn of columns of a context to train on, as it was given, whose numbers the spec's dtype does not tell apart."""
+def warn(value: ArrayLike | None, names: Sequence[str] | None, spec: FlowSpec) -> None:
+    """Warn once of what makes columns of a context to train on, as it was given, of little use to the flow."""
     if value is None:
         return
     given = _checks.numbers("context", _core._host_array(value))
     if len(given) == 0 or not np.isfinite(given).all():
         return
-    spread, largest = given.std(axis=0, dtype=np.float64), np.abs(given).max(axis=0)
+    spread, largest = given.std(axis=0, dtype=np.float64), np.abs(given).max(axis=0).astype(np.float64)
+    found = []
+
+    def add(columns: NDArray[np.bool_], text: str) -> None:
+        at = np.flatnonzero(columns)
+        if len(at):
+            called = ", ".join(_checks.shortened(repr(names[j])) if names else str(j + 1) for j in at[:5])
+            found.append(f"column {called}{f' and {len(at) - 5} more' if len(at) > 5 else ''} {text}")
+
     with np.errstate(all="ignore"):
-        steps = np.where(spread > 0, float(np.finfo(spec.dtype).eps) * largest / spread, 0.0)
-    coarse = np.flatnonzero(steps > _data.COARSE)
-    if len(coarse):
-        called = [_checks.shortened(repr(names[j])) if names else str(j + 1) for j in coarse[:5]]
-        more = f" and {len(coarse) - 5} more" if len(coarse) > 5 else ""
-        warnings.warn(
-            f"context: {spec.dtype} keeps few digits of what varies in column {', '.join(called)}{more}: neighbouring "
-            f"numbers are up to {steps[coarse].max():.1g} standard deviations apart; subtract an offset in float64, in "
-            "training and in each call",
-            _data.DataWarning,
-            stacklevel=_data._outside(),
+        steps = float(np.finfo(spec.dtype).eps) * largest / spread
+    coarse = (spread > 0) & (steps > _data.COARSE)
+    if coarse.any():
+        apart = f"neighbouring numbers of {spec.dtype} are up to {steps[coarse].max():.1g} standard deviations apart"
+        add(coarse, f"keeps few digits, {apart}: subtract an offset in float64, in training and in each call")
+    add((spread == 0) & (len(given) > 1), "is constant: the flow learns nothing of it")
+    if spec.standardize_context:
+        add(
+            _is_far(given, spread),
+            "has far rows that make its standard deviation: the others come out alike; mend them",
         )
+    if found:
+        text = "; ".join(found)
+        warnings.warn(f"context: {text}", _data.DataWarning, stacklevel=_data._outside())
+
+
+def _is_far(given: Array, spread: Array) -> NDArray[np.bool_]:
+    """Tell of which columns [C] a few far rows decide the standard deviation, as of columns of x (`statistics.hpp`)."""
+    some = _data.drawn(given, _JUDGED_ROWS)
+    low, first, middle, third, high = np.quantile(some, [0.01, 0.25, 0.5, 0.75, 0.99], axis=0)
+    with np.errstate(all="ignore"):
+        unit = (third - first) / 1.349
+        farthest = np.abs(given - middle).max(axis=0)
+        far: NDArray[np.bool_] = (unit > 0) & (spread > 10 * unit) & (farthest > 5 * (high - low))
+    return far
 
 
 def varying(context: Array) -> NDArray[np.bool_]:

@@ -195,12 +195,22 @@ def read(
     frame = inspect(value, name)
     if frame is None:
         refuse(name, value)
+        if expected and (row := _labels_of_row(value)):
+            check_names(name, row, expected, source)
         return value, None
     if text := not_numbers(name, value):
         raise TypeError(text)
     if frame.names is not None and expected:
         check_names(name, frame.names, expected, source)
     return frame.array(), frame.names
+
+
+def _labels_of_row(value: Any) -> list[str]:
+    """Return the labels of one row of a frame of pandas, which is a Series; empty where they are no names."""
+    if _library(value) != "pandas" or getattr(value, "ndim", 0) != 1:
+        return []
+    labels = list(value.index)
+    return labels if all(isinstance(label, str) for label in labels) else []
 
 
 def rows(value: Any, name: str, expected: Sequence[str] | None, source: str) -> Any:

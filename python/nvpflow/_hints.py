@@ -23,7 +23,7 @@ _ABOUT = {
     **dict.fromkeys(("sample_weight", "sample_weights", "weight", "w", "importance"), _NO_WEIGHTS),
     **dict.fromkeys(("bounds", "low", "high", "lower", "upper", "support", "limits"), _NO_BOUNDS),
     **dict.fromkeys(("base", "prior", "latent", "temperature"), _NO_OTHER_BASE),
-    "context": "a view of Flow.condition has its context already, and what has none takes none",
+    "context": "a view of Flow.condition has its context already, and an estimator takes it in X",
     # By position, behind the arguments that there are.
     "": "a context and options are given by name, context=c; rows have no weights yet",
 }

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from nvpflow import _checks, _context, _core, _data, _frames, _gaussian, _spec, _training_options
 from nvpflow._model import Model
 from nvpflow.history import History as History  # also by this path, in pickles too
+from nvpflow.layers import Coupling
 
 if TYPE_CHECKING:
     from nvpflow._core import EpochRecord  # of the stub only: the type of a plain dict
@@ -26,6 +27,7 @@ _MOST_COLUMNS = 1000  # of a flow that is compared with a Gaussian: the work gro
 _MOST_ROWS, _MOST_VALUES = 20_000, 1 << 20  # of the comparison
 _JUDGING_ROWS = 5  # fewer have no standard error to speak of
 _VISIBLE_NATS, _VISIBLE_ERRORS = 0.05, 2.0
+_LEAST_FOR_SHAPE, _SKEWED, _UNLIKE_NORMAL = 100, 0.75, 1.5  # rows, |skewness| and |excess kurtosis| of latents
 _LATE = 0.8  # share of the epochs after which the best one suggests that more would help
 
 
@@ -138,10 +140,13 @@ def _split(flow: Model, validation: Any, names: _Names) -> _Split:
     if validation is None:
         return _Split()
     context = None
-    if flow.spec.context_size and isinstance(validation, tuple):
-        if len(validation) != 2:
-            raise ValueError(f"validation is a tuple of {len(validation)}, expected two: rows and their context")
+    if flow.spec.context_size and isinstance(validation, (tuple, list)):
+        if isinstance(validation, list) or len(validation) != 2:
+            kind = type(validation).__name__
+            raise ValueError(f"validation is a {kind} of {len(validation)}, expected a tuple of two: (rows, context)")
         validation, context = validation
+        if np.ndim(validation) == 0:
+            raise ValueError("validation is a tuple of a share and a context, expected (rows, context) or only a share")
     if isinstance(validation, (str, bytes, bool)):
         expected = "expected a share of the rows in [0, 1), an array of rows or None"
         raise TypeError(f"validation is {_checks.describe(validation)}, {expected}")
@@ -197,7 +202,7 @@ def fit(
     checked["standardize"] = _statistics_to_use(flow, options["standardize"])
     trained, standardizes = _data.trained_scales(flow), _spec.begins_with_standardize(flow.spec)
     report = _data.require_density(rows, names.columns, flow.spec.dtype, standardizes, trained=trained)
-    _context.warn_of_lost_digits(context, names.context, flow.spec)
+    _context.warn(context, names.context, flow.spec)
 
     bar = _open_bar(progress, checked["epochs"])
 
@@ -218,6 +223,7 @@ def fit(
             _near_rows(flow, table, checked["max_deviation"])
             for table in _samples(_Split(rows, contexts), held_out, checked)
         ]
+        _warn_of_normal_flow(flow, tables[1])
         _warn_where_a_gaussian_is_better(flow, history, *tables, mend_first=bool(report.warnings))
     return history
 
@@ -227,6 +233,31 @@ def _read_context(flow: Model, context: ArrayLike | None) -> tuple[Any, list[str
     if context is None or not flow.spec.context_size:
         return context, None
     return _frames.read("context", context, flow._context_names(), "context_names")
+
+
+def _warn_of_normal_flow(flow: Model, set_aside: _Split) -> None:
+    """Warn where couplings only of all columns make p(x | c) a normal distribution, and the rows are of another."""
+    couplings = [layer for layer in flow.spec.layers if isinstance(layer, Coupling)]
+    if not flow.spec.context_size or not all(_takes_all(layer, flow.spec.input_size) for layer in couplings):
+        return
+    assert set_aside.rows is not None
+    z = np.asarray(flow.forward(set_aside.rows, context=set_aside.context)[0], dtype=np.float64)
+    if len(z) < _LEAST_FOR_SHAPE:
+        return
+    z = (z - z.mean(axis=0)) / z.std(axis=0)
+    if (np.abs((z**3).mean(axis=0)) > _SKEWED).any() or (np.abs((z**4).mean(axis=0) - 3) > _UNLIKE_NORMAL).any():
+        warnings.warn(
+            "p(x | context) of this flow is a normal distribution, whose mean and width depend on the context, because "
+            "every coupling transforms all columns; the rows are of another shape. Give x a second column, of random "
+            "normal numbers, for a flow that can bend",
+            _data.DataWarning,
+            stacklevel=_data._outside(),
+        )
+
+
+def _takes_all(layer: Coupling, size: int) -> bool:
+    transformed = layer.transformed
+    return transformed == "all" or size == 1 or (not isinstance(transformed, str) and len(transformed) == size)
 
 
 def _statistics_to_use(flow: Model, standardize: Any) -> str:

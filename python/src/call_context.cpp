@@ -11,6 +11,7 @@
 #include <nvpflow/flow.hpp>
 
 #include "bindings.hpp"
+#include "errors.hpp"
 #include "layout.hpp"
 
 namespace nvpflow::python {
@@ -33,6 +34,9 @@ const void* rows_behind(const InputArray& array) {
 }
 
 BoundFlow& flow_of(const py::object& object) {
+  if (!py::isinstance<BoundFlow>(object)) {
+    raise(PyExc_TypeError, std::string("flow is ") + Py_TYPE(object.ptr())->tp_name + ", expected a Flow");
+  }
   auto& flow = object.cast<BoundFlow&>();
   flow.require_ready();
   return flow;
@@ -65,6 +69,7 @@ py::object context_row(const BoundFlow& flow, PyObject* given) {
 BoundCondition::BoundCondition(py::object object, const py::object& context)
     : owner(std::move(object)), flow(&flow_of(owner)), view([&] {
         const InputArray row = input_rows(context.ptr(), "context", flow->dtype, flow->context_size, kHost);
+        if (!row.single) fail("context has two axes, expected (C,)");
         return by_dtype(flow->dtype, [&](auto t) {
           return flow->flow.condition(nvpflow::python::view<decltype(t)>(row, flow->context_size));
         });

@@ -112,7 +112,7 @@ def test_fit_with_a_table_to_validate_by(call, data, tmp_path, table):
 def test_digits_of_a_context_that_float32_loses_are_warned_of(call, tmp_path, table):
     write(tmp_path / "late.csv", table + np.array([0, 0, 1e9, 0]), NAMES)
     errors = call("fit", "late.csv", *CONTEXT, "--quiet", "-o", "new", *QUICK)[2]
-    assert "nvpflow: warning: context: float32 keeps few digits of what varies in column 'load'" in errors
+    assert "nvpflow: warning: context: column 'load' keeps few digits, neighbouring numbers of float32" in errors
 
 
 @pytest.mark.parametrize(

@@ -315,6 +315,11 @@ def test_a_view_that_was_never_initialised() -> None:
         for use in (lambda v: v.log_prob(X), lambda v: v.nll(X), lambda v: v.flow, lambda v: v.context):
             with pytest.raises(TypeError):
                 use(view)
+    for wrong in (CONTEXT[:0], CONTEXT[:6]):
+        with pytest.raises(ValueError, match="context has two axes"):
+            nvpflow._core.ConditionedFlow(new_flow(), wrong)
+    with pytest.raises(TypeError, match="flow is int, expected a Flow"):
+        nvpflow._core.ConditionedFlow(3, CONTEXT[0])
     for wrong in (CONTEXT, None, [1.0], np.zeros(3)):
         with pytest.raises(ValueError, match="context"):
             new_flow().condition(wrong)
@@ -515,8 +520,16 @@ def test_validation_with_its_context() -> None:
             "validation holds rows without their context",
         ),
         (
+            {"context": np.zeros((300, 2)), "validation": [np.zeros((9, 3)), np.zeros((9, 2))]},
+            "validation is a list of 2, expected a tuple of two",
+        ),
+        (
+            {"context": np.zeros((300, 2)), "validation": (0.2, np.zeros((9, 2)))},
+            "validation is a tuple of a share and a context",
+        ),
+        (
             {"context": np.zeros((300, 2)), "validation": (np.zeros((9, 3)),)},
-            "validation is a tuple of 1, expected two",
+            "validation is a tuple of 1, expected a tuple of two",
         ),
         (
             {"context": np.zeros((300, 2)), "validation": (np.zeros((9, 3)), np.zeros((8, 2)))},
@@ -534,10 +547,63 @@ def test_a_wrong_context_is_refused_by_fit(arguments, message) -> None:
 
 
 @SHORT
+def test_fit_warns_of_constant_and_far_contexts() -> None:
+    x, c, _ = simulated(300, 5)
+    spoilt = c.copy()
+    spoilt[7, 1] = 1e30
+    with pytest.warns(nvpflow.DataWarning, match="context: column 2 has far rows that make its standard deviation"):
+        nvpflow.build(D, 2, (8,), context_size=C).fit(x, context=spoilt, epochs=1, progress=False)
+    with pytest.warns(nvpflow.DataWarning, match="context: column 1 is constant: the flow learns nothing of it"):
+        nvpflow.build(D, 2, (8,), context_size=C).fit(x, context=c * [0, 1], epochs=1, progress=False)
+    one_hot = np.eye(2)[np.random.default_rng(0).integers(0, 2, 300)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", nvpflow.DataWarning)
+        nvpflow.build(D, 2, (8,), context_size=C).fit(x, context=one_hot, epochs=1, validation=None, progress=False)
+
+
+def test_a_context_of_a_spread_that_the_dtype_cannot_divide_by() -> None:
+    x, c, _ = simulated(300, 8)
+    flow = nvpflow.build(D, 2, (8,), context_size=C)
+    flow.initialize_from(x, context=(c - 50) * 1e-40)
+    assert not flow.parameters()["context.log_std"].any()
+    assert np.isfinite(flow.log_prob(x, context=(c - 50) * 1e-40)).all()
+
+
+@pytest.mark.filterwarnings("ignore:the flow is worse than a Gaussian")
+def test_fit_warns_where_one_column_is_not_normal() -> None:
+    rng = np.random.default_rng(3)
+    c = rng.normal(size=(2000, 1))
+    flow = nvpflow.build(1, 2, (8,), context_size=1)
+    with pytest.warns(nvpflow.DataWarning, match="of this flow is a normal distribution, whose mean and width depend"):
+        flow.fit(c + rng.exponential(size=(2000, 1)), context=c, epochs=3, progress=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=r"p\(x \| context\) of this flow")
+        nvpflow.build(1, 2, (8,), context_size=1).fit(
+            c + rng.normal(size=(2000, 1)), context=c, epochs=8, progress=False
+        )
+
+
+def test_rows_of_frames_are_checked_by_their_names() -> None:
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    flow = new_flow()
+    flow.context_names = ["p", "q"]
+    flow.column_names = ["a", "b", "c"]
+    row = pandas.Series({"p": 1.0, "q": 2.0})
+    assert_same_bits(flow.condition(row).context, np.float32([1, 2]))
+    for wrong in (row[["q", "p"]], row.rename({"q": "z"})):
+        with pytest.raises(ValueError, match=r"context (has columns in another order|lacks columns)"):
+            flow.condition(wrong)
+        with pytest.raises(ValueError, match=r"context (has columns in another order|lacks columns)"):
+            flow.log_prob(X, context=wrong)
+    with pytest.raises(ValueError, match="x has columns in another order"):
+        flow.log_prob(pandas.Series({"b": 1.0, "a": 2.0, "c": 0.0}), context=row)
+
+
+@SHORT
 def test_fit_warns_of_a_context_whose_digits_are_lost() -> None:
     x, c, _ = simulated(300, 5)
     flow = nvpflow.build(D, 2, (8,), context_size=C)
-    with pytest.warns(nvpflow.DataWarning, match="context: float32 keeps few digits of what varies in column 2"):
+    with pytest.warns(nvpflow.DataWarning, match="context: column 2 keeps few digits, neighbouring numbers of float32"):
         flow.fit(x, context=c + np.array([0, 1e9]), epochs=1, progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error", nvpflow.DataWarning)  # and there are no validation rows to judge it by
@@ -561,6 +627,8 @@ def test_checkpoints_with_a_context(tmp_path) -> None:
     part = nvpflow.build(D, 2, (8,), context_size=C)
     options = {"context": c, "epochs": 4, "progress": False, "checkpoint": tmp_path / "run"}
     part.fit(x, callback=lambda record: record["epoch"] < 2, **options)
+    with pytest.raises(ValueError, match="belongs to another run: its context is"):
+        nvpflow.build(D, 2, (8,), context_size=C).fit(x, **{**options, "context": c + 1})
     part = nvpflow.build(D, 2, (8,), context_size=C)
     part.fit(x, **options)
     assert part == whole

@@ -165,6 +165,11 @@ std::vector<std::string> names_of(const ContainerReader& file, const char* key, 
     if (!name.is_string()) fail("value " + std::to_string(names.size()) + " is no string, " + expected);
     names.push_back(std::move(name.get_ref<std::string&>()));
   }
+  try {
+    check_names("the array", names, columns);
+  } catch (const Error& error) {
+    fail(error.what());
+  }
   return names;
 }
 
