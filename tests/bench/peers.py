@@ -349,7 +349,7 @@ def _marks(configuration: Configuration, features: tuple[int, ...]) -> Any:
 
 
 class Zuko(Library):
-    """zuko.flows.NICE, its RealNVP: checkered masks, a soft clip of the log-scale; one perceptron a coupling."""
+    """zuko.flows.NICE, its RealNVP: checkered masks, a soft clip of the log-scale; networks without gates."""
 
     def build(self, configuration):
         import zuko
@@ -361,7 +361,30 @@ class Zuko(Library):
         flow = zuko.flows.NICE(c.input_size, transforms=c.num_flows, **sizes)
         if c.plain:
             _assign_linears(flow, fused_layers(configuration), "interleaved")
+        else:
+            for transform in flow.transform.transforms:
+                transform.hyper = self.pair(transform.hyper, c.widths)
         return flow
+
+    @staticmethod
+    def pair(one: Any, widths: tuple[int, ...]) -> Any:
+        """Two networks in place of one, whose results it wants side by side for each feature: shift, then scale."""
+        import torch
+        import zuko
+        from torch import nn
+
+        class Pair(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.shift, self.scale = (
+                    zuko.nn.MLP(one.in_features, one.out_features // 2, widths, activation)
+                    for activation in (nn.ReLU, nn.Tanh)
+                )
+
+            def forward(self, x):
+                return torch.stack([self.shift(x), self.scale(x)], dim=-1).flatten(-2)
+
+        return Pair()
 
     def mixed(self, configuration: Configuration, sizes: dict[str, Any]) -> Any:
         """With permutations and LULinearTransform, which has no bias."""
@@ -557,14 +580,17 @@ class Freia(Library):
 
 
 class Flowjax(Jax):
-    """flowjax' coupling_flow with Affine: softplus scale, its own permutations and weights; jit over the whole."""
+    """flowjax' coupling_flow with Affine: softplus scale, its own permutations and weights; jit over the whole.
+
+    Not with two networks: one of them is half the arithmetic.
+    """
 
     other_maths = True
     can_train = chunks = False
 
     @staticmethod
     def holds(configuration):
-        return Library.holds(configuration)
+        return Library.holds(configuration) and configuration.network != "pair"
 
     def __init__(self, configuration: Configuration, threads: int) -> None:
         import jax
