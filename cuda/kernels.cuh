@@ -179,6 +179,8 @@ NVPFLOW_HOST_DEVICE void visit(const Layer<T>& layer, F&& f) {
       return f(Of<Kind::diagonal>());
     case Kind::linear:
       return f(Of<Kind::linear>());
+    case Kind::spline:  // make_cuda_backend refuses it
+      return;
   }
 }
 

@@ -46,6 +46,7 @@ class Layers {
   };
 
   void add(const LoweredCoupling& from);
+  void add(const LoweredSpline&) {}  // make_cuda_backend refuses it
   void add(const LoweredDiagonal& from);
   void add(const LoweredLinear& from);
   static Role role_of(const LoweredNetwork& network, std::size_t j, Heads heads);

@@ -731,7 +731,9 @@ void Flow::conditioner(std::int64_t layer, std::span<const T> in, std::span<T> s
     fail("layer is " + std::to_string(layer) + ", expected 0 to " + std::to_string(layers - 1));
   }
   const auto* which = std::get_if<Coupling>(&spec().layers[static_cast<std::size_t>(layer)]);
-  if (which == nullptr) fail("layer " + std::to_string(layer) + " is not a coupling layer");
+  if (which == nullptr || std::holds_alternative<Spline>(which->transform)) {
+    fail("layer " + std::to_string(layer) + " is not an affine or additive coupling");
+  }
   const Named out_s{"s", s}, out_t{"t", t};
   const std::int64_t size = rows * which->transformed.count(spec().input_size);
   check_length(out_s, size, "[B, |b|]");

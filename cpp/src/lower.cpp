@@ -22,7 +22,7 @@ template <Kind kind, class Layer>
 constexpr bool stands_at =
     std::is_same_v<std::variant_alternative_t<static_cast<std::size_t>(kind), LoweredLayer>, Layer>;
 static_assert(stands_at<Kind::coupling, LoweredCoupling> && stands_at<Kind::diagonal, LoweredDiagonal> &&
-                  stands_at<Kind::linear, LoweredLinear>,
+                  stands_at<Kind::linear, LoweredLinear> && stands_at<Kind::spline, LoweredSpline>,
               "Kind and LoweredLayer have one order");
 
 std::vector<std::int64_t> in_order(std::int64_t count) {
@@ -62,6 +62,41 @@ Scale<T> scale_of(const LoweredScale& from) {
 }
 template Scale<float> scale_of(const LoweredScale&);
 template Scale<double> scale_of(const LoweredScale&);
+
+template <class T>
+SplineMap<T> map_of(const Spline& from) {
+  const auto bins = static_cast<double>(from.num_bins);
+  SplineMap<T> map;
+  map.num_bins = static_cast<std::int32_t>(from.num_bins);
+  map.num_slopes = static_cast<std::int32_t>(from.num_slopes());
+  map.free_ends = from.boundary == Spline::Boundary::free;
+  map.exp_slopes = from.derivative.function == KnotSlope::Function::exp;
+  map.slope_tails = from.tails == Spline::Tails::slope && map.free_ends;  // a slope of 1 is the identity
+  map.squashed = !std::isinf(from.size_bound);
+  map.lower = static_cast<T>(from.lower);
+  map.upper = static_cast<T>(from.upper);
+  map.span = static_cast<T>(from.upper - from.lower);
+  map.inverse_span = static_cast<T>(1 / (from.upper - from.lower));
+  map.width_share = static_cast<T>(1 - bins * from.min_bin_width);
+  map.height_share = static_cast<T>(1 - bins * from.min_bin_height);
+  map.width_floor = static_cast<T>(from.min_bin_width / (1 - bins * from.min_bin_width));
+  map.height_floor = static_cast<T>(from.min_bin_height / (1 - bins * from.min_bin_height));
+  map.min_slope = static_cast<T>(from.min_derivative);
+  map.gain = static_cast<T>(from.derivative.gain);
+  map.offset = static_cast<T>(from.derivative.offset);
+  map.slope_factor = static_cast<T>(1 / from.derivative.bound);
+  map.size_factor = map.squashed ? static_cast<T>(1 / from.size_bound) : T(0);
+  return map;
+}
+template SplineMap<float> map_of(const Spline&);
+template SplineMap<double> map_of(const Spline&);
+
+const std::vector<LoweredNetwork>& networks_of(const LoweredLayer& layer) {
+  static const std::vector<LoweredNetwork> none;
+  if (const auto* coupling = std::get_if<LoweredCoupling>(&layer)) return coupling->networks;
+  const auto* spline = std::get_if<LoweredSpline>(&layer);
+  return spline != nullptr ? spline->networks : none;
+}
 
 Lowering::Lowering(const FlowSpec& spec) : spec_(spec), place_(in_order(spec.input_size)) {
   lowered_.input_size = spec.input_size;
@@ -126,6 +161,14 @@ void Lowering::add_coupling(LoweredCoupling coupling, const std::vector<std::int
   coupling.transformed = places_of(b);
   coupling.place = place_or_empty();
   lowered_.layers.emplace_back(std::move(coupling));
+}
+
+void Lowering::add_spline(LoweredSpline spline, const std::vector<std::int64_t>& a,
+                          const std::vector<std::int64_t>& b) {
+  spline.conditioning = places_of(a);
+  spline.transformed = places_of(b);
+  spline.place = place_or_empty();
+  lowered_.layers.emplace_back(std::move(spline));
 }
 
 void Lowering::add_diagonal(bool inverse, std::int64_t mean, std::int64_t log_std) {

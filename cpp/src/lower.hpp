@@ -15,6 +15,7 @@
 
 #include "program.hpp"
 #include "scale.hpp"
+#include "spline_map.hpp"
 
 namespace nvpflow {
 
@@ -62,9 +63,13 @@ struct LoweredScale {
   bool negated = false;
 };
 
+/// @{
 /// As the kernels read it.
 template <class T>
 Scale<T> scale_of(const LoweredScale& from);
+template <class T>
+SplineMap<T> map_of(const Spline& from);
+/// @}
 
 /// Places of features, in the order of the features: begin, begin + 1, ..., or index where they do not follow each
 /// other so.
@@ -97,8 +102,26 @@ struct LoweredLinear {
   std::int64_t lower = 0, upper = 0, log_diagonal = 0, sign = 0, bias = 0;
 };
 
+/// A tensor of numbers that are the same for all rows.
+struct LoweredConstants {
+  std::int64_t offset = 0, size = 0;
+};
+
+/// Kind::spline: a coupling, or features whose splines are the same for all rows.
+struct LoweredSpline {
+  bool inverse = false;
+  Places conditioning, transformed;
+  std::vector<std::int64_t> place;  // as above
+  Spline spline;
+  std::vector<LoweredNetwork> networks;     // one, or none ...
+  std::vector<LoweredConstants> constants;  // ... and these in its stead: what it would say, part by part
+};
+
 /// The alternatives are in the order of Kind.
-using LoweredLayer = std::variant<LoweredCoupling, LoweredDiagonal, LoweredLinear>;
+using LoweredLayer = std::variant<LoweredCoupling, LoweredDiagonal, LoweredLinear, LoweredSpline>;
+
+/// The networks of a layer.
+const std::vector<LoweredNetwork>& networks_of(const LoweredLayer& layer);
 
 struct Lowered {
   std::int64_t input_size = 0, context_size = 0;
@@ -117,6 +140,7 @@ class Lowering {
   void permute(const std::vector<std::int64_t>& order);
   /// a, b: features that condition, and that are transformed.
   void add_coupling(LoweredCoupling coupling, const std::vector<std::int64_t>& a, const std::vector<std::int64_t>& b);
+  void add_spline(LoweredSpline spline, const std::vector<std::int64_t>& a, const std::vector<std::int64_t>& b);
   void add_diagonal(bool inverse, std::int64_t mean, std::int64_t log_std);
   void add_linear(LoweredLinear linear);
   Lowered finish();

@@ -13,6 +13,6 @@ enum class Act : int32_t { relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, sof
 enum class ScaleFunction : int32_t { tanh, softsign, atan, identity, sigmoid, softplus, none };
 
 /// What the kernels do at one layer of a program: the order of LoweredLayer.
-enum class Kind : int32_t { coupling, diagonal, linear };
+enum class Kind : int32_t { coupling, diagonal, linear, spline };
 
 }  // namespace nvpflow

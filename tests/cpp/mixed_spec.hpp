@@ -127,6 +127,50 @@ inline FlowSpec conditional_spec(std::int64_t features, std::uint64_t seed, std:
   return spec;
 }
 
+/// A spline of some kind: few bins and many, both ends, tails, slopes, bounds of sizes.
+inline Spline some_spline(std::uint64_t k) {
+  Spline spline;
+  spline.num_bins = std::array<std::int64_t, 5>{8, 1, 3, 20, 2}[k % 5];
+  if (k % 3 == 1) spline.boundary = Spline::Boundary::free;
+  if (k % 6 == 1) spline.tails = Spline::Tails::slope;
+  if (k % 4 == 2) {  // as zuko's
+    spline.derivative = {KnotSlope::Function::exp, 0, 1, 6.9};
+    spline.size_bound = 3.45;
+    spline.min_bin_width = spline.min_bin_height = spline.min_derivative = 0;
+    spline.lower = -1.5;
+    spline.upper = 2;
+  }
+  if (k % 4 == 3) spline.derivative.gain = 1.4;
+  return spline;
+}
+
+/// mixed_spec() of fewer layers with splines in place of the transforms, and element splines.
+inline FlowSpec spline_spec(std::int64_t features, std::uint64_t seed, DType dtype) {
+  FlowSpec spec = mixed_spec(features, seed, dtype);
+  std::uint64_t k = seed;
+  std::vector<LayerSpec> layers;
+  for (LayerSpec& layer : spec.layers) {
+    auto* coupling = std::get_if<Coupling>(&layer);
+    if (coupling != nullptr) {
+      coupling->transform = some_spline(++k);
+      if (k % 3 == 0) {
+        coupling->network.kind = Network::Kind::residual;
+        coupling->network.hidden_sizes = {6};
+        coupling->network.num_blocks = 1;
+      }
+    }
+    layers.push_back(layer);
+    if (k - seed == 3) break;  // the condition numbers of splines multiply
+  }
+  ElementSpline element;
+  element.inverse = seed % 2 == 0;
+  element.features.name = std::array{FeatureSet::Name::all, FeatureSet::Name::odd, FeatureSet::Name::even}[seed % 3];
+  element.spline = some_spline(seed);
+  layers.insert(layers.begin() + static_cast<std::ptrdiff_t>(seed % 2), element);
+  spec.layers = std::move(layers);
+  return spec;
+}
+
 /// mixed_spec() with linear layers, which run either way, in front of layers and behind the last.
 inline FlowSpec linear_spec(std::int64_t features, std::uint64_t seed, DType dtype) {
   FlowSpec spec = mixed_spec(features, seed, dtype);

@@ -2,6 +2,7 @@
 // FlowSpec and ParamLayout tell them only what the layers are and where each named parameter lies.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -13,6 +14,8 @@
 #include <vector>
 
 #include <nvpflow/spec.hpp>
+
+#include "spline_oracle.hpp"
 
 namespace oracle {
 
@@ -217,15 +220,20 @@ class Flow {
     return h;
   }
 
-  Conditioner conditioner(const nvpflow::Coupling& layer, std::size_t index, const Row& x, const Row& context) const {
-    const std::string prefix = prefix_of_coupling(index);
+  /// What a coupling's networks read.
+  Row given_to(const nvpflow::Coupling& layer, const Row& x, const Row& context) const {
     const std::vector<bool> in = is_transformed(layer.transformed);
     Row given;
     for (std::size_t f = 0; f < x.size(); ++f) {
       if (!in[f]) given.push_back(x[f]);
     }
     given.insert(given.end(), context.begin(), context.end());
+    return given;
+  }
 
+  Conditioner conditioner(const nvpflow::Coupling& layer, std::size_t index, const Row& x, const Row& context) const {
+    const std::string prefix = prefix_of_coupling(index);
+    const Row given = given_to(layer, x, context);
     const bool two = layer.translation_network.has_value();
     const Row of_first = hidden(layer.network, prefix, two ? "scale_dense" : "coupling_dense", given, context);
     Row t = dense(prefix + "translation",
@@ -252,7 +260,53 @@ class Flow {
 
   static bool runs_backwards(Walk walk, bool inverse) { return (walk == Walk::inverse) != inverse; }
 
+  /// raw [P n]: parameter p of feature i at p n + i.
+  double apply_splines(const nvpflow::Spline& spline, const std::vector<bool>& in, const Row& raw, bool backwards,
+                       Row& row) const {
+    const auto n = static_cast<std::size_t>(std::count(in.begin(), in.end(), true));
+    double log_det = 0;
+    std::size_t i = 0;
+    for (std::size_t f = 0; f < row.size(); ++f) {
+      if (!in[f]) continue;
+      Row own;
+      for (std::size_t p = i++; p < raw.size(); p += n) own.push_back(raw[p]);
+      const Spline of_feature(spline, own);
+      const SplineResult result = backwards ? of_feature.inverse(row[f]) : of_feature.forward(row[f]);
+      row[f] = static_cast<double>(result.value);
+      log_det += static_cast<double>(result.log_derivative);
+    }
+    return log_det;
+  }
+
+  double apply_spline_coupling(const nvpflow::Coupling& layer, std::size_t index, bool backwards, Row& row,
+                               const Row& context) const {
+    const std::string prefix = prefix_of_coupling(index);
+    const auto& spline = std::get<nvpflow::Spline>(layer.transform);
+    const Row h = hidden(layer.network, prefix, "coupling_dense", given_to(layer, row, context), context);
+    Row raw;
+    for (const char* const head : {"widths", "heights", "derivatives"}) {
+      if (layout_.find(prefix + head + ".bias") == nullptr) continue;
+      const Row part = dense(prefix + head, h);
+      raw.insert(raw.end(), part.begin(), part.end());
+    }
+    return apply_splines(spline, is_transformed(layer.transformed), raw, backwards, row);
+  }
+
+  double apply(const nvpflow::ElementSpline& layer, std::size_t index, Walk walk, Row& row, const Row&) const {
+    Row raw;
+    for (const char* const part : {".widths", ".heights", ".derivatives"}) {
+      const nvpflow::TensorInfo* info = layout_.find("spline_" + std::to_string(index) + part);
+      if (info == nullptr) continue;
+      const double* values = parameters_.data() + info->offset;
+      raw.insert(raw.end(), values, values + info->size);
+    }
+    return apply_splines(layer.spline, is_transformed(layer.features), raw, runs_backwards(walk, layer.inverse), row);
+  }
+
   double apply(const nvpflow::Coupling& layer, std::size_t index, Walk walk, Row& row, const Row& context) const {
+    if (std::holds_alternative<nvpflow::Spline>(layer.transform)) {
+      return apply_spline_coupling(layer, index, runs_backwards(walk, layer.inverse), row, context);
+    }
     const auto [s, t] = conditioner(layer, index, row, context);
     const std::vector<bool> in = is_transformed(layer.transformed);
     const bool backwards = runs_backwards(walk, layer.inverse);

@@ -310,6 +310,8 @@ struct PackedFlow {
     for (std::int64_t i = 0; i < count; ++i) source[static_cast<std::size_t>(to + i)] = from + i;
   }
 
+  void add(const LoweredSpline&) {}  // make_cuda_backend refuses it
+
   void add(const LoweredLinear& from) {
     const std::int64_t features = spec.input_size, triangle = features * (features - 1) / 2;
     cuda::Layer<T> layer;

@@ -73,8 +73,57 @@ struct Additive {
   bool operator==(const Additive&) const = default;
 };
 
+/// The slope d = g(u) of a spline at a knot, where u is what the network says, and min_derivative is added to:
+///
+///     softplus  d = gain softplus(u + offset)
+///     exp       d = exp(v / (1 + |v / bound|)),  v = u
+struct KnotSlope {
+  /// g.
+  enum class Function { softplus, exp };
+
+  Function function = Function::softplus;  ///< g
+  double offset = 0.539742417236952;       ///< softplus: added to u; log(e^0.999 - 1), so that d + 0.001 is 1 at u = 0
+  double gain = 1.0;                       ///< softplus: > 0
+  double bound = 1.0;                      ///< exp: of |log d|, > 0
+
+  /// Every field is equal.
+  bool operator==(const KnotSlope&) const = default;
+};
+
+/// A monotone rational-quadratic spline of num_bins bins on [lower, upper] (Gregory and Delbourgo 1982; Durkan et al.,
+/// Neural Spline Flows, 2019). Heads for each transformed feature: num_bins widths, num_bins heights, and the slopes at
+/// the inner knots (boundary one), or at all of them (free). Output p n + j of a head is parameter p of the j-th of n
+/// features.
+///
+/// Widths and heights of bins are (upper - lower) (m + (1 - num_bins m) softmax(u)), m the smallest as a fraction.
+/// A u that is more than 40 (float32) or 340 (float64) below the largest counts as that: such a bin is empty.
+struct NVPFLOW_API Spline {
+  /// The slopes at both ends: 1, or from the network.
+  enum class Boundary { one, free };
+  /// Outside [lower, upper]: y = x, or the straight line with the slope at the end.
+  enum class Tails { identity, slope };
+
+  std::int64_t num_bins = 8;                                    ///< 1 to 256
+  double lower = -3.0;                                          ///< where the spline begins, of x and of y
+  double upper = 3.0;                                           ///< where it ends, > lower
+  double min_bin_width = 1e-3;                                  ///< of upper - lower, >= 0, below 1 / num_bins
+  double min_bin_height = 1e-3;                                 ///< the same
+  double min_derivative = 1e-3;                                 ///< added to every slope that the network gives, >= 0
+  KnotSlope derivative;                                         ///< the slopes
+  double size_bound = std::numeric_limits<double>::infinity();  ///< S: u / (1 + |u / S|) in place of u of the sizes
+  Boundary boundary = Boundary::one;                            ///< slopes at the ends
+  Tails tails = Tails::identity;                                ///< outside
+
+  /// Every field is equal.
+  bool operator==(const Spline&) const = default;
+  /// Slopes that the network gives for each feature.
+  std::int64_t num_slopes() const { return boundary == Boundary::one ? num_bins - 1 : num_bins + 1; }
+  /// All that the network gives for each feature.
+  std::int64_t num_parameters() const { return 2 * num_bins + num_slopes(); }
+};
+
 /// What a coupling does to the transformed features.
-using Transform = std::variant<Affine, Additive>;
+using Transform = std::variant<Affine, Additive, Spline>;
 
 /// From the conditioning features and the context to the heads.
 ///
@@ -145,11 +194,21 @@ struct LULinear {
   bool operator==(const LULinear&) const = default;
 };
 
+/// A spline on some features, whose parameters are the layer's own instead of a network's (Durkan et al. 2019 use it
+/// for the features that a coupling leaves as they are).
+struct ElementSpline {
+  bool inverse = false;                               ///< the formula is read latent -> data
+  FeatureSet features = {FeatureSet::Name::all, {}};  ///< which have a spline
+  Spline spline;                                      ///< of each
+  /// Every field is equal.
+  bool operator==(const ElementSpline&) const = default;
+};
+
 /// The alternatives of LayerSpec, in its order.
-enum class LayerKind { coupling, standardize, actnorm, permutation, lu_linear };
+enum class LayerKind { coupling, standardize, actnorm, permutation, lu_linear, element_spline };
 
 /// One invertible layer; the alternatives are in the order of LayerKind.
-using LayerSpec = std::variant<Coupling, Standardize, ActNorm, Permutation, LULinear>;
+using LayerSpec = std::variant<Coupling, Standardize, ActNorm, Permutation, LULinear, ElementSpline>;
 
 /// Which alternative it is.
 inline LayerKind kind_of(const LayerSpec& layer) { return static_cast<LayerKind>(layer.index()); }
@@ -161,11 +220,17 @@ NVPFLOW_API std::string_view name_of(LayerKind kind);
 NVPFLOW_API std::string_view name_of(FeatureSet::Name name);
 NVPFLOW_API std::string_view name_of(LogScale::Function function);
 NVPFLOW_API std::string_view name_of(Network::Kind kind);
+NVPFLOW_API std::string_view name_of(KnotSlope::Function function);
+NVPFLOW_API std::string_view name_of(Spline::Boundary boundary);
+NVPFLOW_API std::string_view name_of(Spline::Tails tails);
 NVPFLOW_API Activation parse_activation(std::string_view name);
 NVPFLOW_API LayerKind parse_layer_kind(std::string_view name);
 NVPFLOW_API FeatureSet::Name parse_feature_set(std::string_view name);
 NVPFLOW_API LogScale::Function parse_log_scale(std::string_view name);
 NVPFLOW_API Network::Kind parse_network_kind(std::string_view name);
+NVPFLOW_API KnotSlope::Function parse_knot_slope(std::string_view name);
+NVPFLOW_API Spline::Boundary parse_spline_boundary(std::string_view name);
+NVPFLOW_API Spline::Tails parse_spline_tails(std::string_view name);
 /// @}
 /// Every activation's name, in the order of the enum.
 NVPFLOW_API std::vector<std::string> activation_names();

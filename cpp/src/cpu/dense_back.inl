@@ -89,19 +89,22 @@ void add_context_cotangent(const Dense<T>& d, const T* g_out, T* scratch, T* con
 }
 
 /// The gradient of a dense layer, inputs [first, last), and of its bias with the first of them, from its inputs x and
-/// its outputs' cotangents g on the first tape. to: where it goes, of the heads two tensors.
+/// its outputs' cotangents g on the first tape. to: where it goes, of the heads several.
 template <class T>
 void dense_gradient(const Dense<T>& d, const DenseGradient* to, const T* x, const T* g, int64_t first, int64_t last,
                     const TileTapes<T>& tapes, T* gradient, bool add) {
-  const bool heads = to[0].out < d.out;
-  const DenseGradient &one = to[0], &two = to[heads ? 1 : 0];
-  const int64_t n[2] = {one.out, heads ? two.out : 0}, none[2] = {0, 0};
-  const int64_t* biases = one.bias_offset < 0 ? none : n;
+  DenseColumns<T> columns = {{{}, {}, add}, {{}, {}, add}};
+  int64_t outputs = 0;
+  for (int part = 0; part < kMaxHeads && outputs < d.out; outputs += to[part].out, ++part) {
+    columns.kernel.to[part] = gradient + to[part].kernel_offset;
+    columns.kernel.n[part] = to[part].out;
+    if (to[part].bias_offset < 0) continue;
+    columns.bias.to[part] = gradient + to[part].bias_offset;
+    columns.bias.n[part] = to[part].out;
+  }
   const OuterProduct<T> p = {x,          row_stride<T>(d.in), g,    row_stride<T>(d.out), tapes.count,
                              tapes.rows, tapes.stride,        d.out};
-  outer_product<T>(p, first, last,
-                   {{{gradient + one.kernel_offset, gradient + two.kernel_offset}, {n[0], n[1]}, add},
-                    {{gradient + one.bias_offset, gradient + two.bias_offset}, {biases[0], biases[1]}, add}});
+  outer_product<T>(p, first, last, columns);
 }
 
 }  // namespace

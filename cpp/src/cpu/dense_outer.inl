@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #include "blocks.hpp"
+#include "kernels.hpp"
 #include "simd.hpp"
 #include "tile.inl"
 
@@ -22,20 +23,21 @@ constexpr int64_t kWideGradient = 256;
 // Vectors of inputs from which on outer_exchanged is worth its transposition.
 constexpr int64_t kManyInputs = 2;
 
-/// A dense layer's part of the flat gradient. Its columns may lie in two tensors, one after the other: the heads'.
+/// A dense layer's part of the flat gradient. Its columns may lie in several tensors, one after the other: the heads'.
 template <class T>
 struct Columns {
-  T* to[2];      // element 0 of each
-  int64_t n[2];  // columns of each; the second may be 0
-  bool add;      // to what is there; else what is there is replaced
+  T* to[kMaxHeads];      // element 0 of each
+  int64_t n[kMaxHeads];  // columns of each; the others may be 0
+  bool add;              // to what is there; else what is there is replaced
 
   /// Fetches what put() will write: MI rows from i, NO vectors from column o. A block's rows lie a page or so apart,
   /// where the processor fetches nothing by itself.
   template <int MI, int NO>
   NVPFLOW_INLINE void fetch(int64_t i, int64_t o) const {
     for (int k = 0; k < NO; ++k, o += kLanes<T>) {
-      const int64_t width = o < n[0] ? n[0] : n[1];
-      const T* p = o < n[0] ? to[0] + i * width + o : to[1] + i * width + (o - n[0]);
+      const int part = part_of(o);
+      const int64_t width = n[part];
+      const T* p = to[part] + i * width + (o - begin_of(part));
       for (int m = 0; m < MI; ++m) __builtin_prefetch(p + m * width, 1);
     }
   }
@@ -45,7 +47,9 @@ struct Columns {
   NVPFLOW_INLINE void put(int64_t i, int64_t o, const Vec<T> (&v)[MI][NO]) const {
     constexpr int64_t kColumns = NO * kLanes<T>;
     if (o + kColumns <= n[0]) return put_whole(to[0] + i * n[0] + o, n[0], v);
-    if (o >= n[0] && o + kColumns <= n[0] + n[1]) return put_whole(to[1] + i * n[1] + (o - n[0]), n[1], v);
+    const int part = part_of(o);
+    const int64_t within = o - begin_of(part);
+    if (within + kColumns <= n[part]) return put_whole(to[part] + i * n[part] + within, n[part], v);
     Vec<T> waiting[MI][NO];  // a copy, or the sums would have to be in memory all the time
 #pragma GCC unroll 16
     for (int m = 0; m < MI; ++m) {
@@ -68,11 +72,17 @@ struct Columns {
     }
   }
 
+  /// The tensor of column o, and the first column of a tensor.
+  NVPFLOW_INLINE int part_of(int64_t o) const { return o < n[0] ? 0 : o < n[0] + n[1] ? 1 : 2; }
+  NVPFLOW_INLINE int64_t begin_of(int part) const { return (part > 0 ? n[0] : 0) + (part > 1 ? n[1] : 0); }
+
   void put_lanes(int64_t i, int64_t o, Vec<T> v) const {
-    const int64_t valid = smaller(kLanes<T>, n[0] + n[1] - o);
-    const int64_t first = smaller(valid, n[0] > o ? n[0] - o : 0);  // lanes that belong to the first tensor
-    if (first > 0) put_part(to[0] + i * n[0] + o, v, 0, first);
-    if (first < valid) put_part(to[1] + i * n[1] + (o - n[0]), v, first, valid);
+    int64_t begin = 0;
+    for (int part = 0; part < kMaxHeads; begin += n[part], ++part) {
+      const int64_t first = o > begin ? 0 : begin - o;  // lanes that belong to the tensor
+      const int64_t last = smaller(kLanes<T>, begin + n[part] - o);
+      if (first < last) put_part(to[part] + i * n[part] + (o - begin), v, first, last);
+    }
   }
   void put_part(T* p, Vec<T> v, int64_t begin, int64_t end) const {
     store_lanes<T>(p, add ? load_lanes<T>(p, begin, end) + v : v, begin, end);
@@ -190,7 +200,7 @@ void put_by_input(const T* by_output, int64_t stride, int64_t outputs, int64_t i
   constexpr int L = kLanes<T>;
   alignas(64) T by_input[kGradientOut * L * L];
   int64_t begin = 0;
-  for (int part = 0; part < 2; begin += to.n[part], ++part) {
+  for (int part = 0; part < kMaxHeads; begin += to.n[part], ++part) {
     const int64_t width = to.n[part], first = o > begin ? o : begin;
     const int64_t columns = smaller(o + outputs, begin + width) - first;
     if (columns <= 0) continue;

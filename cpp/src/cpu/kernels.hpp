@@ -9,6 +9,7 @@
 #include "../adam.hpp"
 #include "../program.hpp"
 #include "../scale.hpp"
+#include "../spline_map.hpp"
 
 namespace nvpflow::cpu {
 
@@ -37,6 +38,9 @@ struct Dense {
   bool wide_blocks = false;
 };
 
+/// Tensor pairs that the outputs of a dense layer may belong to.
+constexpr int kMaxHeads = 3;
+
 /// Where the gradient of a part of a dense layer lies in the flat gradient.
 struct DenseGradient {
   int64_t out = 0;
@@ -61,7 +65,7 @@ struct Network {
   int32_t num_dense = 0;
   Act activation = Act::relu;
   const DenseGradient* gradients = nullptr;  // one per dense layer before the last, then one per head
-  int32_t num_heads = 0;                     // 1 or 2
+  int32_t num_heads = 0;                     // 1 to kMaxHeads
   bool layer_norm = false;                   // after each activation
   bool residual = false;
   const BlockAffine<T>* affines = nullptr;  // residual: of each block; null: none
@@ -105,6 +109,20 @@ struct Linear {
   int64_t lower_offset = 0, upper_offset = 0, log_diagonal_offset = 0, sign_offset = 0, bias_offset = 0;
 };
 
+/// Vectors of a few rows' splines that may hold less than whole rows.
+constexpr int kSplineVectors = 4;
+
+/// A spline of each transformed feature.
+template <class T>
+struct Splines {
+  SplineMap<T> map;
+  int64_t parameters = 0;  // of each feature
+  // Without a network, what it would say, the same for all rows: parameter p of feature j at p n + j. Its tensors'
+  // places in the flat parameters, one after the other.
+  const T* constants = nullptr;
+  int64_t offset[kMaxHeads] = {}, size[kMaxHeads] = {};
+};
+
 /// Elements of GradientCall::products that a linear layer of so many features takes.
 constexpr int64_t products_size(int64_t features) { return features * features + features + 1; }
 
@@ -129,7 +147,8 @@ struct Layer {
   const T* inverse_std = nullptr;  // exp(-log_std)
   T log_det = 0;                   // -sum(log_std), linear: sum(log_diagonal)
   int64_t mean_offset = 0, log_std_offset = 0;
-  const Linear<T>* linear = nullptr;  // linear; b.count: features
+  const Linear<T>* linear = nullptr;    // linear; b.count: features
+  const Splines<T>* splines = nullptr;  // spline: a, network[0] (none: num_networks is 0) and b, as a coupling's
 };
 
 /// Rows of a unit of a gradient tile. Threads share a tile by whole units, and what is added up row by row is added up
@@ -159,6 +178,7 @@ struct Program {
   int64_t gradient_rows = 0;  // rows of a gradient tile: sums over rows are formed tile by tile
   TapeSize tape;              // of all layers
   int64_t products = 0;       // elements of GradientCall::products; 0: no linear layer
+  double spline_flops = 0;    // of a row's splines, roughly
 };
 
 /// The context rows of a call: one for `repeat` rows, or one for all, folded.

@@ -17,6 +17,7 @@
 #include "kernels.hpp"
 #include "linear.inl"
 #include "simd.hpp"
+#include "spline.inl"
 
 namespace nvpflow::cpu {
 namespace {
@@ -32,6 +33,8 @@ NVPFLOW_INLINE decltype(auto) visit(const Layer<T>& layer, F&& f) {
       return f(DiagonalLayer<T>{});
     case Kind::linear:
       return f(LinearLayer<T>{});
+    case Kind::spline:
+      return f(SplineLayer<T>{});
   }
   __builtin_unreachable();
 }

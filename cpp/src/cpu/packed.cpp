@@ -33,6 +33,8 @@ constexpr std::int64_t kWeightsPerTile = 16, kTapePerWeights = 2;
 // Units of an inference tile's rows at most: the tile of a small flow stays close to the first-level cache, that of a
 // large one is worth its weights by more.
 constexpr std::int64_t kMaxRowUnits = 3, kMaxRowUnitsOfLarge = 8;
+// Operations of a spline, and of each of its bins.
+constexpr double kFlopsPerSpline = 100, kFlopsPerBin = 30;
 // Inputs that are packed in one go: a multiple of every vector's lanes, so that all of a paired layer's are one go.
 // Parameters that are worth a thread of their own.
 constexpr std::int64_t kBand = 16, kPackSize = 1 << 14;
@@ -96,6 +98,7 @@ Packed<T>::Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels
   for (const Dense<T>& d : dense_) size += round_up(d.out, lanes_) * (d.in + 1);
   for (const BlockAffine<T>& map : affines_) size += 2 * round_up(map.width, lanes_);
   size += static_cast<std::int64_t>(diagonal_.size()) * 3 * round_up(spec.input_size, lanes_);
+  for (const Splines<T>& splines : splines_) size += constants_size(splines);
   T* next = static_cast<T*>(weights_.reserve(size * static_cast<std::int64_t>(sizeof(T))));
   std::memset(next, 0, static_cast<std::size_t>(size) * sizeof(T));  // the padding stays zero for ever
   for (Dense<T>& d : dense_) {
@@ -115,8 +118,18 @@ Packed<T>::Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels
     layer.inverse_std = next + 2 * round_up(spec.input_size, lanes_);
     next += 3 * round_up(spec.input_size, lanes_);
   }
+  for (Splines<T>& splines : splines_) {
+    splines.constants = splines.size[0] > 0 ? next : nullptr;
+    next += constants_size(splines);
+  }
   if (weights == Weights::bfloat16) keep_narrow();
   if (takes_float64_rows(spec)) place_rest(spec);
+}
+
+template <class T>
+std::int64_t Packed<T>::constants_size(const Splines<T>& splines) const {
+  const std::int64_t size = splines.size[0] + splines.size[1] + splines.size[2];
+  return size == 0 ? 0 : round_up(size, lanes_) + lanes_;  // vectors are read from any of them on
 }
 
 template <class T>
@@ -162,9 +175,7 @@ template <class T>
 void Packed<T>::reserve(const Lowered& lowered) {
   std::size_t num_dense = 0, num_gradients = 0, num_affines = 0;
   for (const LoweredLayer& layer : lowered.layers) {
-    const auto* coupling = std::get_if<LoweredCoupling>(&layer);
-    if (coupling == nullptr) continue;
-    for (const LoweredNetwork& network : coupling->networks) {
+    for (const LoweredNetwork& network : networks_of(layer)) {
       num_dense += network.dense.size() + network.gates.size() + (network.context ? 1 : 0);
       num_gradients += network.gates.size();
       num_affines += network.affines.size();
@@ -304,6 +315,31 @@ void Packed<T>::add(const LoweredLinear& from) {
 }
 
 template <class T>
+void Packed<T>::add(const LoweredSpline& from) {
+  Layer<T> layer;
+  layer.kind = Kind::spline;
+  layer.inverse = from.inverse;
+  layer.place = keep(from.place);
+  layer.a = rows_of(from.conditioning);
+  layer.b = rows_of(from.transformed);
+  Splines<T>& splines = splines_.emplace_back();
+  splines.map = map_of<T>(from.spline);
+  splines.parameters = from.spline.num_parameters();
+  for (std::size_t part = 0; part < from.constants.size(); ++part) {
+    splines.offset[part] = from.constants[part].offset;
+    splines.size[part] = from.constants[part].size;
+  }
+  layer.splines = &splines;
+  program_.spline_flops += static_cast<double>(from.transformed.count) *
+                           (kFlopsPerSpline + kFlopsPerBin * static_cast<double>(from.spline.num_bins));
+  for (const LoweredNetwork& network : from.networks) layer.network[layer.num_networks++] = add_network(network);
+  // Of a few rows all numbers of a spline lie side by side in one buffer, with what it makes of them, as whole vectors.
+  program_.max_width =
+      std::max(program_.max_width, (splines.parameters + 3) * from.transformed.count + kSplineVectors * lanes_);
+  layers_.push_back(layer);
+}
+
+template <class T>
 void Packed<T>::choose_tiles(const Kernels<T>& kernels, bool wide_blocks) {
   const auto units = [](std::int64_t target, std::int64_t elements_of_unit, std::int64_t most) {
     return std::clamp<std::int64_t>(target / (elements_of_unit * static_cast<std::int64_t>(sizeof(T))), 1, most);
@@ -351,6 +387,7 @@ void Packed<T>::pack(const T* parameters, bool transposed, int threads, const fl
   }
   for (const std::size_t index : diagonal_) pack_diagonal(layers_[index], parameters);
   if (!context_statistics_.empty()) pack_context(parameters);
+  for (const Splines<T>& splines : splines_) pack_constants(splines, parameters);
   for (std::size_t i = 0; i < linear_.size(); ++i) {
     pack_linear(layers_[linear_[i]], matrices_[i], parameters, transposed, threads);
   }
@@ -361,9 +398,9 @@ void Packed<T>::pack(const T* parameters, bool transposed, int threads, const fl
 template <class T>
 void Packed<T>::pack_bias(const DenseSource& source, Dense<T>& dense, const T* parameters) {
   T* bias = const_cast<T*>(dense.bias);
-  for (int part = 0; part < 2; ++part) {
+  for (int part = 0; part < kMaxHeads; bias += source.columns[part], ++part) {
     if (source.columns[part] > 0 && source.bias[part] >= 0) {
-      std::copy_n(parameters + source.bias[part], source.columns[part], bias + part * source.columns[0]);
+      std::copy_n(parameters + source.bias[part], source.columns[part], bias);
     }
   }
 }
@@ -375,8 +412,9 @@ void Packed<T>::pack_inputs(const DenseSource& source, Dense<T>& dense, const T*
                             std::int64_t end, T* transposed) {
   for (std::int64_t i = begin; i < end; i += kBand) {
     const std::int64_t last = std::min(end, i + kBand);
-    for (int part = 0; part < 2; ++part) {
-      pack_kernel(dense, parameters + source.kernel[part], part * source.columns[0], source.columns[part], i, last);
+    std::int64_t first = 0;
+    for (int part = 0; part < kMaxHeads; first += source.columns[part], ++part) {
+      pack_kernel(dense, parameters + source.kernel[part], first, source.columns[part], i, last);
     }
     if (transposed != nullptr) transpose_(dense, i, last, transposed);
   }
@@ -440,6 +478,14 @@ void Packed<T>::pack_context(const T* parameters) {
     const auto log_std = static_cast<double>(parameters[program_.context_log_std_offset + i]);
     context_statistics_[static_cast<std::size_t>(i)] = parameters[program_.context_mean_offset + i];
     context_statistics_[static_cast<std::size_t>(program_.context_size + i)] = static_cast<T>(std::exp(-log_std));
+  }
+}
+
+template <class T>
+void Packed<T>::pack_constants(const Splines<T>& splines, const T* parameters) {
+  T* to = const_cast<T*>(splines.constants);
+  for (int part = 0; part < kMaxHeads; to += splines.size[part], ++part) {
+    if (splines.size[part] > 0) std::copy_n(parameters + splines.offset[part], splines.size[part], to);
   }
 }
 

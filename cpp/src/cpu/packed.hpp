@@ -48,14 +48,15 @@ class Packed {
 
  private:
   struct DenseSource {
-    std::int64_t kernel[2], bias[2];  // offsets in the flat buffer; the head joins scale and translation
-    std::int64_t columns[2];          // outputs of each; columns[1] is 0 for hidden layers
+    std::int64_t kernel[kMaxHeads], bias[kMaxHeads];  // offsets in the flat buffer; the last layer joins the heads
+    std::int64_t columns[kMaxHeads];                  // outputs of each; 0 where there is none
   };
 
   void reserve(const Lowered& lowered);
   void add(const LoweredCoupling& from);
   void add(const LoweredDiagonal& from);
   void add(const LoweredLinear& from);
+  void add(const LoweredSpline& from);
   void add_dense(const LoweredDense& from);
   Network<T> add_network(const LoweredNetwork& from);
   const std::int64_t* keep(const std::vector<std::int64_t>& places);
@@ -69,8 +70,10 @@ class Packed {
   void narrow(Dense<T>& d);
   void pack_diagonal(Layer<T>& layer, const T* parameters);
   void pack_context(const T* parameters);
+  void pack_constants(const Splines<T>& splines, const T* parameters);
   void pack_linear(Layer<T>& layer, LuMatrix<T>& matrix, const T* parameters, bool training, int threads);
   bool is_plain() const;
+  std::int64_t constants_size(const Splines<T>& splines) const;
   void place_rest(const FlowSpec& spec);
   void pack_rest(const T* parameters, const float* mean_low);
   void choose_tiles(const Kernels<T>& kernels, bool wide_blocks);
@@ -95,6 +98,7 @@ class Packed {
   std::vector<Layer<T>> layers_;
   std::vector<std::size_t> diagonal_, linear_;  // which of them
   std::deque<LuMatrix<T>> matrices_;            // of the linear ones
+  std::deque<Splines<T>> splines_;
   std::deque<std::vector<std::int64_t>> places_;
   Program<T> program_, rest_;
   std::vector<Layer<T>> rest_layers_;

@@ -37,7 +37,8 @@ ordered_json value_to_json(const FeatureSet& set) {
 }
 
 const char* name_of_transform(const Transform& transform) {
-  return std::visit(Overloaded{[](const Affine&) { return "affine"; }, [](const Additive&) { return "additive"; }},
+  return std::visit(Overloaded{[](const Affine&) { return "affine"; }, [](const Additive&) { return "additive"; },
+                               [](const Spline&) { return "spline"; }},
                     transform);
 }
 
@@ -53,7 +54,15 @@ ordered_json value_to_json(Network& network) {
   return fields_to_json({{"kind", name_of(network.kind)}}, layers::fields(network));
 }
 
+ordered_json value_to_json(KnotSlope& slope) {
+  return fields_to_json({{"function", name_of(slope.function)}}, layers::fields(slope));
+}
+
+ordered_json value_to_json(Spline& spline) { return fields_to_json(ordered_json::object(), layers::fields(spline)); }
+
 ordered_json value_to_json(Activation activation) { return name_of(activation); }
+ordered_json value_to_json(Spline::Boundary boundary) { return name_of(boundary); }
+ordered_json value_to_json(Spline::Tails tails) { return name_of(tails); }
 ordered_json value_to_json(bool value) { return value; }
 ordered_json value_to_json(double value) { return value; }  // infinity as null
 ordered_json value_to_json(std::int64_t value) { return value; }
@@ -116,17 +125,36 @@ auto tag_of(const json& value, const Place& place, const char* tag, Parse parse)
 }
 
 void read_value(const json& value, const Place& place, Transform& to) {
-  const bool affine = tag_of(value, place, "kind", [](std::string_view name) {
-    if (name == "affine" || name == "additive") return name == "affine";
-    throw Error(ErrorCode::invalid_argument, "kind is " + quote(name) + ", expected one of affine, additive");
+  to = tag_of(value, place, "kind", [](std::string_view name) {
+    if (name == "affine") return Transform(Affine{});
+    if (name == "additive") return Transform(Additive{});
+    if (name == "spline") return Transform(Spline{});
+    throw Error(ErrorCode::invalid_argument, "kind is " + quote(name) + ", expected one of affine, additive, spline");
   });
-  to = affine ? Transform(Affine{}) : Transform(Additive{});
   read_fields(value, place.path(), "kind", layers::fields(to));
 }
 
 void read_value(const json& value, const Place& place, LogScale& to) {
   to.function = tag_of(value, place, "function", parse_log_scale);
   read_fields(value, place.path(), "function", layers::fields(to));
+}
+
+void read_value(const json& value, const Place& place, KnotSlope& to) {
+  to.function = tag_of(value, place, "function", parse_knot_slope);
+  read_fields(value, place.path(), "function", layers::fields(to));
+}
+
+void read_value(const json& value, const Place& place, Spline& to) {
+  if (!value.is_object()) fail_field(place.path(), value, "an object");
+  read_fields(value, place.path(), nullptr, layers::fields(to));
+}
+
+void read_value(const json& value, const Place& place, Spline::Boundary& to) {
+  to = name_from(value, place.prefix, place.name, parse_spline_boundary);
+}
+
+void read_value(const json& value, const Place& place, Spline::Tails& to) {
+  to = name_from(value, place.prefix, place.name, parse_spline_tails);
 }
 
 void read_value(const json& value, const Place& place, Network& to) {

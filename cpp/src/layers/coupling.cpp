@@ -14,6 +14,7 @@
 #include "check.hpp"
 #include "layer.hpp"
 #include "network.hpp"
+#include "spline.hpp"
 
 namespace nvpflow::layers {
 namespace {
@@ -51,9 +52,11 @@ void check(const LogScale& scale, DType dtype, const std::string& prefix) {
   check_finite(prefix + "offset", scale.offset, dtype);
 }
 
-void check(const FeatureSet& set, const FlowSpec& spec, const std::string& prefix) {
+}  // namespace
+
+void check_features(const FeatureSet& set, const FlowSpec& spec, const std::string& prefix, const char* field) {
   check_named(prefix, set.name);
-  const std::string name = prefix + "transformed";
+  const std::string name = prefix + field;
   if (set.name != FeatureSet::Name::indices && !set.indices.empty()) {
     refuse(name + " has both a name and indices, expected one of them");
   }
@@ -65,11 +68,16 @@ void check(const FeatureSet& set, const FlowSpec& spec, const std::string& prefi
              ", expected ascending indices");
     }
   }
-  const std::int64_t count = set.count(spec.input_size);
-  if (count == 0) refuse(name + " holds no feature, expected at least one");
-  if (count == spec.input_size && spec.context_size == 0) {
-    refuse(name + " holds all features, expected one less at least: without a context nothing says how to transform " +
-           "them");
+  if (set.count(spec.input_size) == 0) refuse(name + " holds no feature, expected at least one");
+}
+
+namespace {
+
+void check_transformed(const FeatureSet& set, const FlowSpec& spec, const std::string& prefix) {
+  check_features(set, spec, prefix, "transformed");
+  if (set.count(spec.input_size) == spec.input_size && spec.context_size == 0) {
+    refuse(prefix + "transformed holds all features, expected one less at least: without a context nothing says how " +
+           "to transform them");
   }
 }
 
@@ -79,7 +87,8 @@ bool is_split(const Coupling& layer) { return layer.translation_network.has_valu
 std::vector<NetworkHead> heads_of(const Coupling& layer, std::int64_t columns) {
   return std::visit(
       Overloaded{[&](const Affine&) { return std::vector<NetworkHead>{{"scale", columns}, {"translation", columns}}; },
-                 [&](const Additive&) { return std::vector<NetworkHead>{{"translation", columns}}; }},
+                 [&](const Additive&) { return std::vector<NetworkHead>{{"translation", columns}}; },
+                 [&](const Spline& spline) { return layers::heads_of(spline, columns); }},
       layer.transform);
 }
 
@@ -96,9 +105,10 @@ LoweredScale lower(const LogScale& scale) {
 }  // namespace
 
 std::vector<Field> fields(Transform& transform) {
-  return std::visit(Overloaded{[](Affine& affine) { return std::vector<Field>{{"log_scale", &affine.log_scale}}; },
-                               [](Additive&) { return std::vector<Field>{}; }},
-                    transform);
+  return std::visit(
+      Overloaded{[](Affine& affine) { return std::vector<Field>{{"log_scale", &affine.log_scale}}; },
+                 [](Additive&) { return std::vector<Field>{}; }, [](Spline& spline) { return fields(spline); }},
+      transform);
 }
 
 std::vector<Field> fields(LogScale& scale) {
@@ -145,11 +155,14 @@ void check(const Coupling& layer, const FlowSpec& spec, const std::string& prefi
     check(layer.network, spec, prefix);
     check_positive(prefix + "scale_bound", std::get<Affine>(layer.transform).log_scale.factor, spec.dtype);
   }
-  check(layer.transformed, spec, prefix);
-  if (const auto* affine = std::get_if<Affine>(&layer.transform)) {
-    check(affine->log_scale, spec.dtype, prefix + "transform.log_scale.");
-  } else if (is_split(layer)) {
-    refuse(prefix + "translation_network is given, expected only network: an additive coupling has one head");
+  check_transformed(layer.transformed, spec, prefix);
+  std::visit(
+      Overloaded{[&](const Affine& affine) { check(affine.log_scale, spec.dtype, prefix + "transform.log_scale."); },
+                 [](const Additive&) {},
+                 [&](const Spline& spline) { layers::check(spline, spec.dtype, prefix + "transform."); }},
+      layer.transform);
+  if (is_split(layer) && !std::holds_alternative<Affine>(layer.transform)) {
+    refuse(prefix + "translation_network is given, expected only network: only an affine coupling has two");
   }
   check(layer.network, spec, prefix + (is_split(layer) ? "scale_network." : "network."));
   if (is_split(layer)) check(*layer.translation_network, spec, prefix + "translation_network.");
@@ -179,21 +192,41 @@ std::int64_t num_tensors(const Coupling& layer) {
   return num_tensors(layer.network) + (is_split(layer) ? num_tensors(*layer.translation_network) : 0) + 2 * heads;
 }
 
-void lower(const Coupling& layer, const FlowSpec& spec, const TensorInfo* first, Lowering& to) {
-  LoweredCoupling lowered;
-  lowered.inverse = layer.inverse;
-  if (const auto* affine = std::get_if<Affine>(&layer.transform)) lowered.scale = lower(affine->log_scale);
+namespace {
+
+std::vector<LoweredNetwork> lower_networks(const Coupling& layer, const FlowSpec& spec, const TensorInfo* first) {
+  std::vector<LoweredNetwork> lowered;
   const std::int64_t columns = layer.transformed.count(spec.input_size), inputs = spec.input_size - columns;
   const auto network = [&](const Network& from, const std::vector<std::int64_t>& heads) {
-    lowered.networks.push_back(lower(from, inputs, spec.context_size, heads, first));
+    lowered.push_back(layers::lower(from, inputs, spec.context_size, heads, first));
   };
   if (is_split(layer)) {
     network(layer.network, {columns});
     network(*layer.translation_network, {columns});
   } else {
-    network(layer.network, std::vector<std::int64_t>(heads_of(layer, 0).size(), columns));
+    std::vector<std::int64_t> heads;
+    for (const NetworkHead& head : heads_of(layer, columns)) heads.push_back(head.columns);
+    network(layer.network, heads);
   }
-  to.add_coupling(std::move(lowered), spec.conditioning(layer), spec.transformed(layer));
+  return lowered;
+}
+
+}  // namespace
+
+void lower(const Coupling& layer, const FlowSpec& spec, const TensorInfo* first, Lowering& to) {
+  const std::vector<std::int64_t> a = spec.conditioning(layer), b = spec.transformed(layer);
+  if (const auto* spline = std::get_if<Spline>(&layer.transform)) {
+    LoweredSpline lowered;
+    lowered.inverse = layer.inverse;
+    lowered.spline = *spline;
+    lowered.networks = lower_networks(layer, spec, first);
+    return to.add_spline(std::move(lowered), a, b);
+  }
+  LoweredCoupling lowered;
+  lowered.inverse = layer.inverse;
+  if (const auto* affine = std::get_if<Affine>(&layer.transform)) lowered.scale = lower(affine->log_scale);
+  lowered.networks = lower_networks(layer, spec, first);
+  to.add_coupling(std::move(lowered), a, b);
 }
 
 }  // namespace nvpflow::layers

@@ -19,7 +19,7 @@ namespace nvpflow::layers {
 struct Field {
   const char* name;
   std::variant<bool*, std::int64_t*, double*, std::vector<std::int64_t>*, Activation*, FeatureSet*, Transform*,
-               LogScale*, Network*>
+               LogScale*, Network*, Spline*, KnotSlope*, Spline::Boundary*, Spline::Tails*>
       value;
   bool may_be_infinite = false;  // null in JSON; of a double
 };
@@ -40,6 +40,7 @@ std::vector<Field> fields(Standardize& layer);
 std::vector<Field> fields(ActNorm& layer);
 std::vector<Field> fields(Permutation& layer);
 std::vector<Field> fields(LULinear& layer);
+std::vector<Field> fields(ElementSpline& layer);
 
 /// Throws Error(invalid_argument) naming the field that is wrong. `prefix` is put before the names: "layers[3]." or
 /// nothing.
@@ -48,6 +49,7 @@ void check(const Standardize& layer, const FlowSpec& spec, const std::string& pr
 void check(const ActNorm& layer, const FlowSpec& spec, const std::string& prefix);
 void check(const Permutation& layer, const FlowSpec& spec, const std::string& prefix);
 void check(const LULinear& layer, const FlowSpec& spec, const std::string& prefix);
+void check(const ElementSpline& layer, const FlowSpec& spec, const std::string& prefix);
 
 /// The layer's tensors in the order of the flat buffer, without their offsets.
 void tensors(const Coupling& layer, const FlowSpec& spec, const Site& site, const TensorSink& sink);
@@ -55,6 +57,7 @@ void tensors(const Standardize& layer, const FlowSpec& spec, const Site& site, c
 void tensors(const ActNorm& layer, const FlowSpec& spec, const Site& site, const TensorSink& sink);
 void tensors(const Permutation& layer, const FlowSpec& spec, const Site& site, const TensorSink& sink);
 void tensors(const LULinear& layer, const FlowSpec& spec, const Site& site, const TensorSink& sink);
+void tensors(const ElementSpline& layer, const FlowSpec& spec, const Site& site, const TensorSink& sink);
 
 /// Appends what the kernels do at the layer; first: its first tensor in the layout.
 void lower(const Coupling& layer, const FlowSpec& spec, const TensorInfo* first, Lowering& to);
@@ -62,12 +65,17 @@ void lower(const Standardize& layer, const FlowSpec& spec, const TensorInfo* fir
 void lower(const ActNorm& layer, const FlowSpec& spec, const TensorInfo* first, Lowering& to);
 void lower(const Permutation& layer, const FlowSpec& spec, const TensorInfo* first, Lowering& to);
 void lower(const LULinear& layer, const FlowSpec& spec, const TensorInfo* first, Lowering& to);
+void lower(const ElementSpline& layer, const FlowSpec& spec, const TensorInfo* first, Lowering& to);
 
 // ---- what couplings are made of ----
 
+/// A set of features with at least one; field: its name.
+void check_features(const FeatureSet& set, const FlowSpec& spec, const std::string& prefix, const char* field);
 std::vector<Field> fields(Transform& transform);
 std::vector<Field> fields(LogScale& log_scale);
 std::vector<Field> fields(Network& network);
+std::vector<Field> fields(Spline& spline);
+std::vector<Field> fields(KnotSlope& slope);
 
 // ---- format 1.0 ----
 

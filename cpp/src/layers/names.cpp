@@ -20,18 +20,19 @@ constexpr Names<Activation, 8> kActivations = {{{Activation::relu, "relu"},
                                                 {Activation::tanh, "tanh"},
                                                 {Activation::sigmoid, "sigmoid"},
                                                 {Activation::softplus, "softplus"}}};
-constexpr Names<LayerKind, 5> kLayerKinds = {{{LayerKind::coupling, "coupling"},
+constexpr Names<LayerKind, 6> kLayerKinds = {{{LayerKind::coupling, "coupling"},
                                               {LayerKind::standardize, "standardize"},
                                               {LayerKind::actnorm, "actnorm"},
                                               {LayerKind::permutation, "permutation"},
-                                              {LayerKind::lu_linear, "lu_linear"}}};
+                                              {LayerKind::lu_linear, "lu_linear"},
+                                              {LayerKind::element_spline, "element_spline"}}};
 static_assert(std::variant_size_v<LayerSpec> == kLayerKinds.size(), "each kind of layer has a name");
 
 template <LayerKind kind, class Layer>
 constexpr bool stands_at = std::is_same_v<std::variant_alternative_t<static_cast<std::size_t>(kind), LayerSpec>, Layer>;
 static_assert(stands_at<LayerKind::coupling, Coupling> && stands_at<LayerKind::standardize, Standardize> &&
                   stands_at<LayerKind::actnorm, ActNorm> && stands_at<LayerKind::permutation, Permutation> &&
-                  stands_at<LayerKind::lu_linear, LULinear>,
+                  stands_at<LayerKind::lu_linear, LULinear> && stands_at<LayerKind::element_spline, ElementSpline>,
               "LayerKind and LayerSpec have one order");
 
 constexpr Names<FeatureSet::Name, 6> kFeatureSets = {{{FeatureSet::Name::first_half, "first_half"},
@@ -47,6 +48,10 @@ constexpr Names<LogScale::Function, 6> kLogScales = {{{LogScale::Function::tanh,
                                                       {LogScale::Function::sigmoid, "sigmoid"},
                                                       {LogScale::Function::softplus, "softplus"}}};
 constexpr Names<Network::Kind, 2> kNetworks = {{{Network::Kind::mlp, "mlp"}, {Network::Kind::residual, "residual"}}};
+constexpr Names<KnotSlope::Function, 2> kKnotSlopes = {
+    {{KnotSlope::Function::softplus, "softplus"}, {KnotSlope::Function::exp, "exp"}}};
+constexpr Names<Spline::Boundary, 2> kBoundaries = {{{Spline::Boundary::one, "one"}, {Spline::Boundary::free, "free"}}};
+constexpr Names<Spline::Tails, 2> kTails = {{{Spline::Tails::identity, "identity"}, {Spline::Tails::slope, "slope"}}};
 
 }  // namespace
 
@@ -55,12 +60,18 @@ std::string_view name_of(LayerKind kind) { return find_name(kLayerKinds, kind, "
 std::string_view name_of(FeatureSet::Name name) { return find_name(kFeatureSets, name, "transformed"); }
 std::string_view name_of(LogScale::Function function) { return find_name(kLogScales, function, "function"); }
 std::string_view name_of(Network::Kind kind) { return find_name(kNetworks, kind, "kind"); }
+std::string_view name_of(KnotSlope::Function function) { return find_name(kKnotSlopes, function, "function"); }
+std::string_view name_of(Spline::Boundary boundary) { return find_name(kBoundaries, boundary, "boundary"); }
+std::string_view name_of(Spline::Tails tails) { return find_name(kTails, tails, "tails"); }
 
 Activation parse_activation(std::string_view name) { return find_value(kActivations, name, "activation"); }
 LayerKind parse_layer_kind(std::string_view name) { return find_value(kLayerKinds, name, "kind"); }
 FeatureSet::Name parse_feature_set(std::string_view name) { return find_value(kFeatureSets, name, "transformed"); }
 LogScale::Function parse_log_scale(std::string_view name) { return find_value(kLogScales, name, "function"); }
 Network::Kind parse_network_kind(std::string_view name) { return find_value(kNetworks, name, "kind"); }
+KnotSlope::Function parse_knot_slope(std::string_view name) { return find_value(kKnotSlopes, name, "function"); }
+Spline::Boundary parse_spline_boundary(std::string_view name) { return find_value(kBoundaries, name, "boundary"); }
+Spline::Tails parse_spline_tails(std::string_view name) { return find_value(kTails, name, "tails"); }
 
 std::vector<std::string> activation_names() {
   std::vector<std::string> names;
