@@ -39,8 +39,7 @@ class Spline {
     const std::size_t k = bin_of(x_, x);
     const Long xi = (x - x_[k]) / (x_[k + 1] - x_[k]), s = mean_slope(k), c = slope_[k] + slope_[k + 1] - 2 * s;
     const Long height = y_[k + 1] - y_[k];
-    const Long value =
-        y_[k] + height * (s * xi * xi + slope_[k] * xi * (1 - xi)) / (s + c * xi * (1 - xi));
+    const Long value = y_[k] + height * (s * xi * xi + slope_[k] * xi * (1 - xi)) / (s + c * xi * (1 - xi));
     return {value, log_derivative(k, xi)};
   }
 

@@ -89,6 +89,8 @@ NVPFLOW_INLINE Vec<float> at_most(Vec<float> x, float high) { return _mm512_mask
 NVPFLOW_INLINE Vec<double> at_most(Vec<double> x, double high) { return _mm512_maskz_min_pd(0xff, set1(high), x); }
 NVPFLOW_INLINE Vec<float> at_least(Vec<float> x, float low) { return _mm512_maskz_max_ps(0xffff, set1(low), x); }
 NVPFLOW_INLINE Vec<double> at_least(Vec<double> x, double low) { return _mm512_maskz_max_pd(0xff, set1(low), x); }
+NVPFLOW_INLINE Vec<float> larger(Vec<float> a, Vec<float> b) { return _mm512_maskz_max_ps(0xffff, a, b); }
+NVPFLOW_INLINE Vec<double> larger(Vec<double> a, Vec<double> b) { return _mm512_maskz_max_pd(0xff, a, b); }
 constexpr bool kHasFma = true;
 #elif defined(__AVX2__)
 NVPFLOW_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a, b, c); }
@@ -102,6 +104,8 @@ NVPFLOW_INLINE Vec<float> at_most(Vec<float> x, float high) { return _mm256_min_
 NVPFLOW_INLINE Vec<double> at_most(Vec<double> x, double high) { return _mm256_min_pd(set1(high), x); }
 NVPFLOW_INLINE Vec<float> at_least(Vec<float> x, float low) { return _mm256_max_ps(set1(low), x); }
 NVPFLOW_INLINE Vec<double> at_least(Vec<double> x, double low) { return _mm256_max_pd(set1(low), x); }
+NVPFLOW_INLINE Vec<float> larger(Vec<float> a, Vec<float> b) { return _mm256_max_ps(a, b); }
+NVPFLOW_INLINE Vec<double> larger(Vec<double> a, Vec<double> b) { return _mm256_max_pd(a, b); }
 constexpr bool kHasFma = true;
 #elif defined(__SSE2__)
 NVPFLOW_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return a * b + c; }
@@ -149,6 +153,11 @@ NVPFLOW_INLINE Vec<double> at_most(Vec<double> x, double high) { return x > high
 NVPFLOW_INLINE Vec<float> at_least(Vec<float> x, float low) { return x < low ? set1(low) : x; }
 NVPFLOW_INLINE Vec<double> at_least(Vec<double> x, double low) { return x < low ? set1(low) : x; }
 constexpr bool kHasFma = false;
+#endif
+
+#if !defined(__AVX512F__) && !defined(__AVX2__)
+NVPFLOW_INLINE Vec<float> larger(Vec<float> a, Vec<float> b) { return a > b ? a : b; }
+NVPFLOW_INLINE Vec<double> larger(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
 #endif
 
 /// {p[0], p[1], p[0], p[1], ...}

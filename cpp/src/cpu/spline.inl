@@ -29,9 +29,7 @@ struct SplineLayer {
   static void backward(const Layer<T>& layer, bool inverse, bool input_wanted, const FixedTape<T>& fixed, T* tape,
                        int64_t count, int64_t rows);
   /// Those of the network; the constants are one.
-  static int32_t parts(const Layer<T>& layer) {
-    return layer.num_networks > 0 ? network_parts(layer.network[0]) : 1;
-  }
+  static int32_t parts(const Layer<T>& layer) { return layer.num_networks > 0 ? network_parts(layer.network[0]) : 1; }
   static PartSize part(const Layer<T>& layer, int32_t index) {
     if (layer.num_networks > 0) return network_part(layer.network[0], index);
     return {num_raw(layer), 0};
@@ -182,9 +180,7 @@ struct SplineLayerTape {
     const SplineMap<T>& map = layer.splines->map;
     return SplineTape<T>::kArrays + (map.squashed ? 2 * map.num_bins : 0);
   }
-  static int64_t row(const Layer<T>& layer) {
-    return (layer.splines->parameters + arrays(layer)) * layer.b.count;
-  }
+  static int64_t row(const Layer<T>& layer) { return (layer.splines->parameters + arrays(layer)) * layer.b.count; }
 
   SplineLayerTape(const Layer<T>& layer, T* tape, int64_t rows)
       : raw(tape),
@@ -241,8 +237,9 @@ void constant_sums(const T* g, int64_t size, int64_t count, int64_t rows, T* sum
   for (int64_t begin = 0; begin < count; begin += kGradientUnit, sums += row_stride<T>(size)) {
     const int64_t end = smaller(begin + kGradientUnit, count);
     for (int64_t c = 0; c < size; ++c) {
-      sums[c] = 0;
-      for (int64_t r = begin; r < end; ++r) sums[c] += g[c * rows + r];
+      Vec<T> sum = {};
+      for (int64_t r = begin; r < end; r += kLanes<T>) sum = sum + load_upto<T>(g + c * rows + r, end - r);
+      sums[c] = sum_lanes<T>(sum);
     }
   }
 }

@@ -35,20 +35,34 @@ constexpr T kLeastSize = sizeof(T) == 4 ? T(-40) : T(-340);
 template <class T>
 constexpr T kLeastSlope = sizeof(T) == 4 ? T(1e-18) : T(1e-150);
 
+#if defined(__AVX512F__)
+/// exp_of_size by the nearest sixteenth of a power of two. Where x is far below 0, its last digits do not count: e^x is
+/// a small share of a sum then.
+NVPFLOW_INLINE Vec<float> table_exp_of_size(Vec<float> x) {
+  constexpr float kSixteenths = 23.083120654223414f, kSixteenth = 0.043321698784996582f;  // 16 / ln 2, ln 2 / 16
+  constexpr float kSeries[] = {1.0f, 1.0f, 1.0f / 2, 1.0f / 6};
+  const Vec<float> magic = set1(Simd<float>::kRoundMagic);
+  const Vec<float> shifted = fma(x, set1(kSixteenths), magic);
+  const Vec<float> k = shifted - magic;
+  const Vec<float> r = fma(k, set1(-kSixteenth), x);
+  const Vec<float> power = _mm512_maskz_permutexvar_ps(0xffff, (__m512i)shifted, load<float>(kPowerTable[0]));
+  return _mm512_maskz_scalef_ps(0xffff, polynomial(r, kSeries) * power, k * (1.0f / 16));
+}
+#endif
+
 /// e^x for x in [kLeastSize, 0].
 template <class T>
 NVPFLOW_INLINE Vec<T> exp_of_size(Vec<T> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return table_exp_of_size(x);
+#endif
   const Vec<T> magic = set1(Simd<T>::kRoundMagic);
   const Vec<T> shifted = fma(x, set1(static_cast<T>(1.4426950408889634074)), magic);
   const Vec<T> n = shifted - magic;
   const Vec<T> r = fma(n, set1(-Simd<T>::kLn2Low), fma(n, set1(-Simd<T>::kLn2High), x));
   const Vec<T> p = fma(r * r, NVPFLOW_COEFFICIENTS(T, kExpm1Tail, r), r);
-#if defined(__AVX512F__)
-  return exp_from(ExpParts<Vec<T>>{p, {}, n});
-#else
   const Vec<T> scale = power_of_two<T>(integer_of<T>(shifted));
   return fma(p, scale, scale);
-#endif
 }
 
 /// The widths, or the heights, of an element's bins.
@@ -73,7 +87,7 @@ NVPFLOW_INLINE void find_sizes(const SplineMap<T>& map, T floor, const T* u, int
     for (int k = 0; k < K; ++k) sizes.e[k] = load<T>(u + k * distance);
   }
   Vec<T> most = sizes.e[0];
-  for (int k = 1; k < K; ++k) most = sizes.e[k] > most ? sizes.e[k] : most;
+  for (int k = 1; k < K; ++k) most = larger(sizes.e[k], most);
   Vec<T> sum = {};
   for (int k = 0; k < K; ++k) {
     sizes.e[k] = exp_of_size<T>(at_least(sizes.e[k] - most, kLeastSize<T>));
@@ -84,7 +98,7 @@ NVPFLOW_INLINE void find_sizes(const SplineMap<T>& map, T floor, const T* u, int
   sizes.norm = fma(sizes.floor, set1(static_cast<T>(K)), sum);
 }
 
-/// The bin that an element lies in. `size`s and `left`s are not normalized.
+/// The bin that an element lies in. Sizes and lefts are not normalized.
 template <class T>
 struct Bin {
   Vec<T> index;
@@ -93,32 +107,34 @@ struct Bin {
   Vec<T> raw0, raw1;              // what the network says of the slopes at its knots
 };
 
-/// The last bin whose left knot is at or before t, by comparing with all of them: there is nothing to gather.
+/// The last bin whose left knot is at or before t, by comparing with all of them: there is nothing to gather. The floor
+/// of the sizes comes on top of the sums, of so many floors as there are bins before.
 template <class T>
 NVPFLOW_INLINE Bin<T> find_bin(const SplineMap<T>& map, const BinSizes<T>& in, const BinSizes<T>& out,
                                const T* raw_slopes, int64_t distance, Vec<T> t) {
   const int K = map.num_bins, inner = map.free_ends ? 1 : 0;  // slopes before the one at the first inner knot
   const T* next_slope = raw_slopes + inner * distance;
-  Vec<T> size = in.e[0] + in.floor, other = out.e[0] + out.floor;
-  Vec<T> knot = {}, other_knot = {};
   Vec<T> slope = inner < map.num_slopes ? load<T>(next_slope) : Vec<T>{};
-  Bin<T> bin = {{}, {}, size, {}, other, map.free_ends ? load<T>(raw_slopes) : Vec<T>{}, slope};
+  Bin<T> bin = {{}, {}, in.e[0], {}, out.e[0], map.free_ends ? load<T>(raw_slopes) : Vec<T>{}, slope};
+  Vec<T> sum = in.e[0];
   for (int k = 1; k < K; ++k) {
     next_slope += distance;
-    knot = knot + size;
-    other_knot = other_knot + other;
-    size = in.e[k] + in.floor;
-    other = out.e[k] + out.floor;
-    const auto beyond = t >= knot;
-    bin.index = beyond ? set1(static_cast<T>(k)) : bin.index;
-    bin.left = beyond ? knot : bin.left;
-    bin.size = beyond ? size : bin.size;
-    bin.other_left = beyond ? other_knot : bin.other_left;
-    bin.other_size = beyond ? other : bin.other_size;
+    const Vec<T> index = set1(static_cast<T>(k));
+    const auto beyond = t >= fma(in.floor, index, sum);
+    bin.index = beyond ? index : bin.index;
+    bin.left = beyond ? sum : bin.left;
+    bin.size = beyond ? in.e[k] : bin.size;
+    bin.other_left = beyond ? bin.other_left + out.e[k - 1] : bin.other_left;
+    bin.other_size = beyond ? out.e[k] : bin.other_size;
     bin.raw0 = beyond ? slope : bin.raw0;
     slope = k + inner < map.num_slopes ? load<T>(next_slope) : slope;
     bin.raw1 = beyond ? slope : bin.raw1;
+    sum = sum + in.e[k];
   }
+  bin.left = fma(in.floor, bin.index, bin.left);
+  bin.other_left = fma(out.floor, bin.index, bin.other_left);
+  bin.size = bin.size + in.floor;
+  bin.other_size = bin.other_size + out.floor;
   return bin;
 }
 
@@ -132,8 +148,10 @@ NVPFLOW_INLINE void find_slope(const SplineMap<T>& map, Vec<T> raw, Vec<T>& slop
     if constexpr (with_derivative) derivative = e * r * r;
   } else {
     const Vec<T> x = raw + set1(map.offset);
-    slope = fma(softplus<T>(x), set1(map.gain), set1(map.min_slope));
-    if constexpr (with_derivative) derivative = sigmoid<T>(x) * set1(map.gain);
+    const Vec<T> e = exp_of_size<T>(at_least(-absolute<T>(x), kLeastSize<T>));
+    const Vec<T> softplus = (x > T(0) ? x : Vec<T>{}) + log1p_unit<T>(e);
+    slope = fma(softplus, set1(map.gain), set1(map.min_slope));
+    if constexpr (with_derivative) derivative = set1(map.gain) * (x < T(0) ? e : set1(T(1))) / (e + T(1));
   }
   slope = at_least(slope, kLeastSlope<T>);
 }
@@ -143,11 +161,11 @@ NVPFLOW_INLINE void find_slope(const SplineMap<T>& map, Vec<T> raw, Vec<T>& slop
 template <class T>
 struct SplineTape {
   static constexpr int kArrays = 11;
-  T *index;  // of the bin; -1: before the first, num_bins: behind the last
+  T* index;  // of the bin; -1: before the first, num_bins: behind the last
   T *xi, *b, *width, *height, *slope0, *slope1;
-  T *by_raw0, *by_raw1;  // derivatives of the slopes by what the network says
+  T *by_raw0, *by_raw1;                 // derivatives of the slopes by what the network says
   T *inverse_widths, *inverse_heights;  // 1 / the sums of e
-  T *squash;  // derivatives of the squashed sizes, [2 num_bins], `distance` apart; where sizes are squashed
+  T* squash;  // derivatives of the squashed sizes, [2 num_bins], `distance` apart; where sizes are squashed
 
   /// arrays [kArrays][elements], then that of squash.
   SplineTape(T* arrays, int64_t elements)
@@ -215,7 +233,8 @@ NVPFLOW_INLINE void solve(Vec<T> eta, Vec<T> rest, SplinePlace<T>& at) {
 
 /// The straight lines outside the interval, in place of what the spline says there. inverse: from y to x.
 template <class T>
-NVPFLOW_INLINE void follow_tails(const SplineMap<T>& map, bool inverse, Vec<T> in, Vec<T> slope, SplineValue<T>& value) {
+NVPFLOW_INLINE void follow_tails(const SplineMap<T>& map, bool inverse, Vec<T> in, Vec<T> slope,
+                                 SplineValue<T>& value) {
   const auto high = in > set1(map.upper);
   const auto outside = high | (in < set1(map.lower));
   const Vec<T> edge = high ? set1(map.upper) : set1(map.lower);
@@ -236,8 +255,8 @@ NVPFLOW_INLINE SplineValue<T> spline_value(const SplineMap<T>& map, T* u, int64_
   const Vec<T> inverse_width = T(1) / widths.norm, inverse_height = T(1) / heights.norm;
   const Vec<T> clipped = at_least(at_most(in, map.upper), map.lower);
   const Vec<T> t = (clipped - set1(map.lower)) * ((inverse ? heights : widths).norm * set1(map.inverse_span));
-  const Bin<T> bin = find_bin<T>(map, inverse ? heights : widths, inverse ? widths : heights, u + 2 * K * distance,
-                                 distance, t);
+  const Bin<T> bin =
+      find_bin<T>(map, inverse ? heights : widths, inverse ? widths : heights, u + 2 * K * distance, distance, t);
   SplinePlace<T> place;
   Vec<T> by_raw0 = {}, by_raw1 = {};
   find_slope<T, taped>(map, bin.raw0, place.d0, by_raw0);
@@ -246,13 +265,14 @@ NVPFLOW_INLINE SplineValue<T> spline_value(const SplineMap<T>& map, T* u, int64_
     place.d0 = bin.index == T(0) ? set1(T(1)) : place.d0;
     place.d1 = bin.index == static_cast<T>(K - 1) ? set1(T(1)) : place.d1;
   }
-  const Vec<T> inverse_size = T(1) / bin.size;
+  const Vec<T> of_sizes = T(1) / (bin.size * bin.other_size);
+  const Vec<T> inverse_size = bin.other_size * of_sizes;
   const Vec<T> within = at_most(at_least((t - bin.left) * inverse_size, T(0)), T(1));
   const auto inside = (in >= set1(map.lower)) & (in <= set1(map.upper));
   SplineValue<T> value;
   Vec<T> eta;
   if constexpr (inverse) {
-    place.s = bin.size * inverse_height * (widths.norm / bin.other_size);
+    place.s = bin.size * inverse_height * (widths.norm * (bin.size * of_sizes));
     solve<T>(within, T(1) - within, place);
     const Vec<T> slope = slope_at<T>(place, eta);
     value.out = fma(fma(bin.other_size, place.xi, bin.other_left) * inverse_width, set1(map.span), set1(map.lower));

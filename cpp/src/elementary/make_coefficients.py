@@ -132,9 +132,15 @@ def exp_tables() -> list[list[mp.mpf]]:
     return [list(column) for column in zip(*rows, strict=True)]
 
 
+def power_table() -> list[list[mp.mpf]]:
+    """2^(k / 16) for k = 0 .. 15, twice."""
+    return [[mp.mpf(2) ** (mp.mpf(k % 16) / 16) for k in range(ENTRIES)]]
+
+
 TABLES = [
     ("kTanhTable", "tanh: centre of the interval, value there, coefficients of the distance from it", tanh_tables),
     ("kExpTable", "e^x: x near k / 15, and its exponential", exp_tables),
+    ("kPowerTable", "2^(k / 16), k = 0 .. 15, twice", power_table),
 ]
 
 
