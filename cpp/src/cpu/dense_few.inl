@@ -154,8 +154,15 @@ NVPFLOW_INLINE void few_block(const W& weights, const FewStart<T>& start, int64_
   constexpr int L = kLanes<T>;
   const Dense<T>& d = weights.d;
   Vec<T> total[MR][NV];
-  for (int n = 0; n < NV; ++n) {
-    for (int m = 0; m < MR; ++m) total[m][n] = load<T>(start.first + m * start.stride + o + n * L);
+  if (MR == 1 || start.stride == 0) {  // one load for all rows
+    for (int n = 0; n < NV; ++n) {
+      const Vec<T> first = load<T>(start.first + o + n * L);
+      for (int m = 0; m < MR; ++m) total[m][n] = first;
+    }
+  } else {
+    for (int n = 0; n < NV; ++n) {
+      for (int m = 0; m < MR; ++m) total[m][n] = load<T>(start.first + m * start.stride + o + n * L);
+    }
   }
   if constexpr (S == 1) {
     const auto* w = weights.block(o);

@@ -43,7 +43,12 @@ NVPFLOW_INLINE void rows_block(const Dense<T>& d, int64_t o, const T* x, int64_t
   Vec<T> total[MR][NV];
   for (int n = 0; n < NV; ++n) {
     const Vec<T> bias = d.bias == nullptr ? Vec<T>{} : load<T>(d.bias + o + n * L);
-    for (int m = 0; m < MR; ++m) total[m][n] = d.adds ? load<T>(y + (row + m) * y_stride + o + n * L) : bias;
+    for (int m = 0; m < MR; ++m) total[m][n] = bias;
+  }
+  if (d.adds) {
+    for (int m = 0; m < MR; ++m) {
+      for (int n = 0; n < NV; ++n) total[m][n] = load<T>(y + (row + m) * y_stride + o + n * L);
+    }
   }
   accumulate_rows<T, MR, NV>(w, stride, x, x_stride, 0, d.segment, total);
   for (int64_t begin = d.segment; begin < d.in; begin += d.segment) {

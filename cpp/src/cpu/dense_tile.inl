@@ -38,9 +38,6 @@ NVPFLOW_INLINE void dense_block(const Dense<T>& d, const T* w, const T* bias, co
   // The total of finished segments waits in registers, or where the outputs go.
   constexpr bool kInRegisters = 2 * MO * NV <= kRegisters;
   Vec<T> sum[MO][NV], total[kInRegisters ? MO : 1][NV] = {};
-  for (int m = 0; m < MO; ++m) {
-    for (int n = 0; n < NV; ++n) sum[m][n] = bias == nullptr ? load<T>(y + m * rows + n * kLanes<T>) : set1(bias[m]);
-  }
   const auto each = [&](auto&& f) __attribute__((always_inline)) {
     T* to = y;
 #pragma GCC unroll 16
@@ -49,6 +46,13 @@ NVPFLOW_INLINE void dense_block(const Dense<T>& d, const T* w, const T* bias, co
       asm("" : "+r"(to));  // or the compiler holds the distance of each output in a register, and has too few
     }
   };
+  if (bias == nullptr) {
+    each([&](int m, int n, T* from) __attribute__((always_inline)) { sum[m][n] = load<T>(from); });
+  } else {
+    for (int m = 0; m < MO; ++m) {
+      for (int n = 0; n < NV; ++n) sum[m][n] = set1(bias[m]);
+    }
+  }
   for (int64_t begin = 0;; begin += d.segment) {
     accumulate<T, MO, NV>(w, x, begin, smaller(begin + d.segment, d.in), rows, sum);
     if (begin > 0) {

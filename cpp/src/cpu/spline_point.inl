@@ -65,6 +65,13 @@ NVPFLOW_INLINE Vec<T> exp_of_size(Vec<T> x) {
   return fma(p, scale, scale);
 }
 
+/// At least one, which the compiler does not know.
+template <class T>
+NVPFLOW_INLINE int bins_of(const SplineMap<T>& map) {
+  if (map.num_bins < 1 || map.num_bins > kMaxBins) __builtin_unreachable();
+  return map.num_bins;
+}
+
 /// The widths, or the heights, of an element's bins.
 template <class T>
 struct BinSizes {
@@ -77,7 +84,7 @@ struct BinSizes {
 /// From raw numbers u, `distance` apart.
 template <class T>
 NVPFLOW_INLINE void find_sizes(const SplineMap<T>& map, T floor, const T* u, int64_t distance, BinSizes<T>& sizes) {
-  const int K = map.num_bins;
+  const int K = bins_of(map);
   if (map.squashed) {
     for (int k = 0; k < K; ++k) {
       const Vec<T> raw = load<T>(u + k * distance);
@@ -112,7 +119,7 @@ struct Bin {
 template <class T>
 NVPFLOW_INLINE Bin<T> find_bin(const SplineMap<T>& map, const BinSizes<T>& in, const BinSizes<T>& out,
                                const T* raw_slopes, int64_t distance, Vec<T> t) {
-  const int K = map.num_bins, inner = map.free_ends ? 1 : 0;  // slopes before the one at the first inner knot
+  const int K = bins_of(map), inner = map.free_ends ? 1 : 0;  // slopes before the one at the first inner knot
   const T* next_slope = raw_slopes + inner * distance;
   Vec<T> slope = inner < map.num_slopes ? load<T>(next_slope) : Vec<T>{};
   Bin<T> bin = {{}, {}, in.e[0], {}, out.e[0], map.free_ends ? load<T>(raw_slopes) : Vec<T>{}, slope};
@@ -186,7 +193,8 @@ struct SplineTape {
 /// Where the sizes of an element came from, and where their e go: num_bins of them at u, `distance` apart.
 template <class T>
 NVPFLOW_INLINE void keep_sizes(const SplineMap<T>& map, const BinSizes<T>& sizes, T* u, int64_t distance, T* squash) {
-  for (int k = 0; k < map.num_bins; ++k) {
+  const int K = bins_of(map);
+  for (int k = 0; k < K; ++k) {
     if (map.squashed) {
       const Vec<T> r = T(1) / fma(absolute<T>(load<T>(u + k * distance)), set1(map.size_factor), set1(T(1)));
       store<T>(squash + k * distance, r * r);
@@ -248,7 +256,7 @@ NVPFLOW_INLINE void follow_tails(const SplineMap<T>& map, bool inverse, Vec<T> i
 template <class T, bool inverse, bool taped>
 NVPFLOW_INLINE SplineValue<T> spline_value(const SplineMap<T>& map, T* u, int64_t distance, Vec<T> in,
                                            const SplineTape<T>* tape, int64_t at) {
-  const int64_t K = map.num_bins;
+  const int64_t K = bins_of(map);
   BinSizes<T> widths, heights;
   find_sizes<T>(map, map.width_floor, u, distance, widths);
   find_sizes<T>(map, map.height_floor, u + K * distance, distance, heights);
@@ -325,7 +333,7 @@ struct BinCotangents {
 template <class T>
 NVPFLOW_INLINE void sizes_back(const SplineMap<T>& map, T share, const T* e, int64_t distance, Vec<T> inverse_sum,
                                Vec<T> index, Vec<T> left, Vec<T> own, const T* squash, T* to) {
-  const int K = map.num_bins;
+  const int K = bins_of(map);
   const auto cotangent = [&](int k) __attribute__((always_inline)) {
     const Vec<T> here = index == static_cast<T>(k) ? own : Vec<T>{};
     return index > static_cast<T>(k) ? left : here;
@@ -389,7 +397,7 @@ NVPFLOW_INLINE BinCotangents<T> bin_back(const SplineMap<T>& map, const SplinePl
 template <class T, bool inverse>
 NVPFLOW_INLINE Vec<T> spline_back(const SplineMap<T>& map, const T* e, int64_t distance, const SplineTape<T>& tape,
                                   int64_t i, Vec<T> g_out, Vec<T> g_log, T* to) {
-  const int64_t K = map.num_bins;
+  const int64_t K = bins_of(map);
   const Vec<T> index = load<T>(tape.index + i), width = load<T>(tape.width + i), height = load<T>(tape.height + i);
   const SplinePlace<T> at = {load<T>(tape.xi + i), load<T>(tape.b + i), height / width, load<T>(tape.slope0 + i),
                              load<T>(tape.slope1 + i)};
