@@ -139,6 +139,18 @@ NVPFLOW_API nvpflow_status nvpflow_column_name(const nvpflow_flow* flow, int64_t
                                                size_t* needed);
 
 /**
+ * @brief Writes the name of a number of the context, as nvpflow_column_name() writes that of a column.
+ * @param flow      whose context
+ * @param column    from 0 to C - 1; also of a conditioned flow, whose calls take no context any more
+ * @param text      receives at most `capacity` bytes, with a zero at the end; may be NULL where capacity is 0
+ * @param capacity  bytes that `text` has room for
+ * @param needed    receives the bytes of the whole name with its zero; may be NULL
+ * @return NVPFLOW_INVALID_ARGUMENT where there is no such number, or the name does not fit, unless capacity is 0
+ */
+NVPFLOW_API nvpflow_status nvpflow_context_name(const nvpflow_flow* flow, int64_t column, char* text, size_t capacity,
+                                                size_t* needed);
+
+/**
  * @brief Tells the limit of log p below which a row counts as unlikely, as it stands in the model file. It changes with
  * the parameters, by nvpflow_reload() and nvpflow_swap().
  * @param flow      whose threshold

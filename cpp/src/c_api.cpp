@@ -259,6 +259,14 @@ void write_text(const std::string& from, char* text, size_t capacity, size_t* ne
   std::memcpy(required(text, "text"), from.c_str(), bytes);
 }
 
+/// One of so many names, or "" where there are none.
+std::string name_of_column(int64_t column, int64_t columns, const std::vector<std::string>& names) {
+  if (column < 0 || column >= columns) {
+    refuse("column is " + std::to_string(column) + ", expected 0 to " + std::to_string(columns - 1));
+  }
+  return names.empty() ? "" : names[static_cast<std::size_t>(column)];
+}
+
 }  // namespace
 }  // namespace nvpflow
 
@@ -314,11 +322,17 @@ nvpflow_status nvpflow_column_name(const nvpflow_flow* flow, int64_t column, cha
   using namespace nvpflow;
   return guarded([&] {
     const Flow& named = flow_of(flow);
-    if (column < 0 || column >= named.spec().input_size) {
-      refuse("column is " + std::to_string(column) + ", expected 0 to " + std::to_string(named.spec().input_size - 1));
-    }
-    const std::vector<std::string> names = named.column_names();
-    write_text(names.empty() ? "" : names[static_cast<std::size_t>(column)], text, capacity, needed);
+    write_text(name_of_column(column, named.spec().input_size, named.column_names()), text, capacity, needed);
+  });
+}
+
+nvpflow_status nvpflow_context_name(const nvpflow_flow* flow, int64_t column, char* text, size_t capacity,
+                                    size_t* needed) {
+  using namespace nvpflow;
+  return guarded([&] {
+    const Flow& named = flow_of(flow);
+    if (named.spec().context_size == 0) refuse("the flow has no context, whose numbers could have names");
+    write_text(name_of_column(column, named.spec().context_size, named.context_names()), text, capacity, needed);
   });
 }
 

@@ -403,6 +403,7 @@ std::vector<std::string> Flow::column_names() const {
 void Flow::set_column_names(std::vector<std::string> names) {
   check_names("column_names", names, spec().input_size);
   const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
+  check_names_differ(names, state_->context_names);
   state_->column_names = std::move(names);
 }
 
@@ -414,6 +415,7 @@ std::vector<std::string> Flow::context_names() const {
 void Flow::set_context_names(std::vector<std::string> names) {
   check_names("context_names", names, spec().context_size);
   const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
+  check_names_differ(state_->column_names, names);
   state_->context_names = std::move(names);
 }
 

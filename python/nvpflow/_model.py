@@ -189,8 +189,16 @@ class Model(_core.Flow):
         self._set_column_names(_checks.column_names("column_names", names))
 
     @property
+    def context_size(self) -> int:
+        """C, how many numbers condition a row: that of the spec; 0 where calls take no ``context=``."""
+        return self.spec.context_size
+
+    @property
     def context_names(self) -> tuple[str, ...] | None:
-        """Names of the numbers of a context, in their order, or None; settable, and kept as `column_names` are."""
+        """Names of the numbers of a context, in their order, or None; settable, and kept as `column_names` are.
+
+        None of them may be a name of a column: a table that holds both has one column of each name.
+        """
         return tuple(self._context_names()) or None
 
     @context_names.setter

@@ -169,6 +169,9 @@ static void check_names_and_threshold(nvpflow_flow* flow) {
   CHECK(nvpflow_column_name(flow, nvpflow_input_size(flow), text, sizeof text, NULL) == NVPFLOW_INVALID_ARGUMENT);
   CHECK(strstr(nvpflow_last_error(), "column is ") != NULL);
   CHECK(nvpflow_column_name(NULL, 0, text, sizeof text, NULL) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(nvpflow_context_name(flow, 0, text, sizeof text, NULL) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(strstr(nvpflow_last_error(), "the flow has no context") != NULL);
+  CHECK(nvpflow_context_name(NULL, 0, text, sizeof text, NULL) == NVPFLOW_INVALID_ARGUMENT);
   CHECK(nvpflow_threshold(flow, &limit, &quantile) == NVPFLOW_OK && isnan(limit) && isnan(quantile));
   CHECK(nvpflow_threshold(flow, &limit, NULL) == NVPFLOW_OK);
   CHECK(nvpflow_threshold(flow, NULL, NULL) == NVPFLOW_INVALID_ARGUMENT);

@@ -518,6 +518,16 @@ TEST_CASE("names of contexts come back with the model and its copies") {
   check_refused(ErrorCode::invalid_argument, "context_names holds 'a' twice, for columns 1 and 2",
                 [&] { flow.set_context_names({"a", "a"}); });
   CHECK(flow.context_names() == names);
+  flow.set_column_names({"east", "", "up"});
+  const std::string message = "'up' is the name of column 3 and of context column 1, expected names that differ";
+  check_refused(ErrorCode::invalid_argument, message, [&] { flow.set_context_names({"up", ""}); });
+  flow.set_context_names({"", "north"});
+  check_refused(ErrorCode::invalid_argument, "'north' is the name of column 1 and of context column 2",
+                [&] { flow.set_column_names({"north", "", "up"}); });
+  CHECK(flow.column_names().at(0) == "east");
+  const ModelNotes both{.column_names = {"east", "", "up"}, .context_names = {"up", ""}};
+  check_refused(ErrorCode::invalid_argument, message,
+                [&] { save_model(path, spec, flow.layout(), flow.parameters<float>().data(), both); });
   Flow without(FlowSpec::real_nvp(3, 2, {4}));
   check_refused(ErrorCode::invalid_argument, "context_names holds 1 names, expected none: the flow has no context",
                 [&] { without.set_context_names({"a"}); });

@@ -57,7 +57,8 @@ def write(path: Path, metadata: dict[str, str], tensors: list[tuple[str, str, li
         for extent in shape:
             count *= extent
         code = "f" if dtype == "F32" else "d"
-        values = struct.pack(f"<{count}{code}", *(HISTORY if name == "history" else [0.25] * count))
+        number = 1.0 if name.endswith(".sign") else 0.25
+        values = struct.pack(f"<{count}{code}", *(HISTORY if name == "history" else [number] * count))
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(values)]}
         data += values
     text = json.dumps(header).encode()
@@ -82,6 +83,8 @@ def main() -> None:
         "nvpflow.format_version": "1.1",
         "nvpflow.dtype": "float32",
         "nvpflow.spec": WIDE.to_json(),
+        "nvpflow.column_names": '["a","","\u00f6"]',
+        "nvpflow.context_names": '["b","c\\"d"]',
     }
     write(folder / "wide", metadata, [(name, "F32", list(shape)) for name, shape, _ in _core._layout_of(WIDE)])
     arrays = [(name, "F32", [10]) for name in ("parameters", "best_parameters", "first_moment", "second_moment")]

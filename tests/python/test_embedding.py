@@ -464,6 +464,8 @@ def test_ctypes_gets_names_and_threshold(library, tmp_path) -> None:
         assert text.value.decode() == name
         assert needed.value == len(name.encode()) + 1
     assert library.call("column_name", handle, ctypes.c_int64(1), text, ctypes.c_size_t(5), None) == 1
+    assert library.call("context_name", handle, ctypes.c_int64(0), text, ctypes.c_size_t(6), None) == 1
+    assert b"the flow has no context" in library.c.nvpflow_last_error()
     limit, quantile = ctypes.c_double(), ctypes.c_double()
     assert library.call("threshold", handle, ctypes.byref(limit), ctypes.byref(quantile)) == 0
     assert (limit.value, quantile.value) == (-12.5, 0.01)
@@ -474,6 +476,25 @@ def test_ctypes_gets_names_and_threshold(library, tmp_path) -> None:
     assert limit.value == -3
     assert np.isnan(quantile.value)
     library.c.nvpflow_free(handle)
+
+
+def test_ctypes_gets_the_names_of_a_context(library, tmp_path) -> None:
+    flow = nvpflow.build(3, 2, (8,), context_size=2)
+    flow.save(tmp_path / "unnamed")
+    flow.context_names = ("Höhe", "")
+    flow.save(tmp_path / "m")
+    needed, text = ctypes.c_size_t(), ctypes.create_string_buffer(6)
+    for path, names in ((tmp_path / "m", flow.context_names), (tmp_path / "unnamed", ("", ""))):
+        handle = library.load(path)
+        for i, name in enumerate(names):
+            column = ctypes.c_int64(i)
+            assert library.call("context_name", handle, column, text, ctypes.c_size_t(6), ctypes.byref(needed)) == 0
+            assert text.value.decode() == name
+            assert needed.value == len(name.encode()) + 1
+        for wrong in (-1, 2):
+            assert library.call("context_name", handle, ctypes.c_int64(wrong), text, ctypes.c_size_t(6), None) == 1
+            assert library.c.nvpflow_last_error() == f"column is {wrong}, expected 0 to 1".encode()
+        library.c.nvpflow_free(handle)
 
 
 def test_ctypes_gets_statuses_and_messages(library, model, tmp_path) -> None:

@@ -132,6 +132,29 @@ def test_damaged_names_of_contexts_are_refused(tmp_path) -> None:
             nvpflow.load(path)
 
 
+def test_a_column_and_a_context_of_one_name_are_refused(tmp_path) -> None:
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    flow = nvpflow.build(3, 1, (4,), context_size=2)
+    flow.column_names, flow.context_names = ["a", "b", ""], ["c", ""]
+    with pytest.raises(ValueError, match="'c' is the name of column 2 and of context column 1, expected names that di"):
+        flow.column_names = ["a", "c", ""]
+    with pytest.raises(ValueError, match="'b' is the name of column 2 and of context column 2, expected names that di"):
+        flow.context_names = ["c", "b"]
+    assert (flow.column_names, flow.context_names) == (("a", "b", ""), ("c", ""))
+    flow.save(tmp_path / "flow")
+    header, data = read_container(tmp_path / "flow")
+    header["__metadata__"]["nvpflow.context_names"] = '["b","c"]'
+    write_container(tmp_path / "flow", header, data)
+    with pytest.raises(nvpflow.FileFormatError, match=r"nvpflow\.context_names: 'b' is the name of column 2 and"):
+        nvpflow.load(tmp_path / "flow")
+    rows = np.random.default_rng(0).normal(size=(60, 5))
+    x, c = pandas.DataFrame(rows[:, :3], columns=list("pqr")), pandas.DataFrame(rows[:, 3:], columns=list("sq"))
+    flow.column_names = flow.context_names = None
+    with pytest.raises(ValueError, match="'q' is the name of column 2 and of context column 2"):
+        flow.fit(x, context=c, epochs=1, progress=False)
+    assert flow.column_names is flow.context_names is None
+
+
 def test_reload_compares_names_of_contexts_where_both_have_some(tmp_path) -> None:
     flow = nvpflow.build(3, 1, (4,), context_size=2)
     other = nvpflow.Flow(flow.spec, seed=5)

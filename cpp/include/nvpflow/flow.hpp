@@ -110,12 +110,13 @@ class NVPFLOW_API Flow {
   /// Names of the columns, in their order, or empty: for people and for those who read tables, no call looks at them. A
   /// file keeps them, and so do copies.
   std::vector<std::string> column_names() const;
-  /// One for each column, or none, distinct where they are not empty; else Error(invalid_argument).
+  /// One for each column, or none, distinct where they are not empty, and from context_names; else
+  /// Error(invalid_argument).
   void set_column_names(std::vector<std::string> names);
   /// Names of the numbers of a context, in their order, or empty; as column_names.
   std::vector<std::string> context_names() const;
-  /// One for each of the spec's context_size numbers, or none, distinct where they are not empty; else
-  /// Error(invalid_argument).
+  /// One for each of the spec's context_size numbers, or none, distinct where they are not empty, and from
+  /// column_names; else Error(invalid_argument).
   void set_context_names(std::vector<std::string> names);
   /// The limit of log p that goes with the parameters, if there is one: for those who score rows, no call looks at it.
   /// A file keeps it, and so do copies. It holds for these parameters: set_parameters and fit() remove it, reload takes

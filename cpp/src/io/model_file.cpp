@@ -302,6 +302,18 @@ void check_names(const std::string& what, const std::vector<std::string>& names,
   names_to_json(what, names);
 }
 
+void check_names_differ(const std::vector<std::string>& columns, const std::vector<std::string>& context) {
+  if (columns.empty() || context.empty()) return;
+  const std::set<std::string_view> known(columns.begin(), columns.end());
+  for (std::size_t j = 0; j < context.size(); ++j) {
+    if (context[j].empty() || !known.contains(context[j])) continue;
+    const auto column = std::find(columns.begin(), columns.end(), context[j]) - columns.begin();
+    throw Error(ErrorCode::invalid_argument,
+                quote(context[j]) + " is the name of column " + std::to_string(column + 1) + " and of context column " +
+                    std::to_string(j + 1) + ", expected names that differ; rename one of them");
+  }
+}
+
 void check_threshold(const Threshold& threshold) {
   if (!std::isfinite(threshold.log_prob)) {
     throw Error(ErrorCode::invalid_argument,
@@ -348,6 +360,7 @@ void save_model(const std::string& path, const FlowSpec& spec, const ParamLayout
   };
   add_names(kColumnNamesKey, "column_names", notes.column_names, spec.input_size);
   add_names(kContextNamesKey, "context_names", notes.context_names, spec.context_size);
+  check_names_differ(notes.column_names, notes.context_names);
   if (notes.threshold) {
     check_threshold(*notes.threshold);
     metadata[kThresholdKey] = threshold_to_json(*notes.threshold);
@@ -370,6 +383,11 @@ LoadedModel load_model(const std::string& path, const FlowSpec* expected) {
   check_tensors(file, tensors, wanted_tensors(tensors, model.spec, layout), dtype);
   model.column_names = names_of(file, kColumnNamesKey, model.spec.input_size);
   model.context_names = names_of(file, kContextNamesKey, model.spec.context_size);
+  try {
+    check_names_differ(model.column_names, model.context_names);
+  } catch (const Error& error) {
+    fail_format(path, std::string(kContextNamesKey) + ": " + error.what());
+  }
   model.threshold = threshold_of(file);
 
   // Not before here: the tensors are all in the file, so the size asked for is the file's own.

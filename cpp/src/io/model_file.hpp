@@ -15,6 +15,9 @@ namespace nvpflow {
 /// Throws Error(invalid_argument) unless there are as many names as columns, or none, distinct where they are not
 /// empty, in UTF-8 and short enough for a file. what: "column_names" or "context_names".
 void check_names(const std::string& what, const std::vector<std::string>& names, std::int64_t columns);
+/// Throws Error(invalid_argument) where a column and a number of the context have one name, which tables would have
+/// twice.
+void check_names_differ(const std::vector<std::string>& columns, const std::vector<std::string>& context);
 /// Throws Error(invalid_argument) unless log_prob is finite and the quantile a share or NaN.
 void check_threshold(const Threshold& threshold);
 /// "" where the names agree or either side has none, else the first that differs. column: what one is called.
