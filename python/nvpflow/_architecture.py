@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from nvpflow import _checks
 from nvpflow._core import FlowSpec
 from nvpflow._networks import Network
+from nvpflow._spec import untransformed
 from nvpflow._transforms import Transform
 from nvpflow.layers import (
     MLP,
@@ -129,13 +130,26 @@ def spec_of(input_size: int, options: Options, *, standardize: bool, dtype: str,
     FlowSpec(max(input_size, 2) if options.context_size > 0 else input_size, options.num_flows, (), dtype=dtype)
     layers = [Standardize()] if standardize else []
     of_context = options.standardize_context
-    return FlowSpec.from_layers(
+    spec = FlowSpec.from_layers(
         input_size,
         [*layers, *_steps(input_size, options, seed)],
         dtype,
         options.context_size,
         standardize and options.context_size > 0 if of_context is None else of_context,
     )
+    if not isinstance(options.mask, str) and options.num_flows > 1:  # one coupling cannot transform all
+        _check_all_transformed(spec)
+    return spec
+
+
+def _check_all_transformed(spec: FlowSpec) -> None:
+    left, _ = untransformed(spec)
+    if left.size:
+        columns = ", ".join(str(column + 1) for column in left[:5]) + (", ..." if left.size > 5 else "")
+        raise ValueError(
+            f"mask never transforms column{'s' if left.size > 1 else ''} {columns}, expected each column True in some "
+            "row: the flow would take it for normally distributed; layers= builds such a flow all the same"
+        )
 
 
 def spec_of_layers(

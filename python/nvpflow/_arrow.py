@@ -22,7 +22,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from nvpflow import _checks
-from nvpflow._source import Array, DataError, Piece, Problems, Stream, numbered, rows_per_block
+from nvpflow._source import TRUTHS, Array, DataError, Piece, Problems, Stream, numbered, rows_per_block
 from nvpflow._text import counted
 
 CHUNK = 1 << 22
@@ -31,7 +31,6 @@ PARALLEL = 1 << 20  # bytes that one thread parses
 SNIFFED = 1 << 16
 MISSING = ("", "NA", "N/A", "n/a", "#N/A", "NULL", "null", "None", "<NA>", "NaN", "nan", "-nan", "-NaN")
 DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "\\t": "\t", "pipe": "|", "space": " "}
-TRUTHS = {"true": 1.0, "false": 0.0}
 INDEX_NAMES = ("", "Unnamed: 0", "__index_level_0__")
 
 _NO_UTF_8 = "not UTF-8 text; convert it (iconv -f LATIN1 -t UTF-8)"

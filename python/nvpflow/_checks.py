@@ -135,15 +135,23 @@ def array(name: str, value: ArrayLike, dtype: DTypeLike) -> NDArray[Any]:
 
 
 def numbers(name: str, value: Any) -> NDArray[Any]:
-    """Return `value` as an array of real numbers in its own dtype."""
+    """Return `value` as an array of real numbers in its own dtype; false and true are 0 and 1."""
     unmasked(name, value)
     try:
         given = np.asarray(value)
     except (TypeError, ValueError) as error:  # ragged lists and the like
         raise TypeError(f"{name} cannot be read as an array of numbers") from error
+    if given.dtype.kind == "b":
+        return given.astype(np.uint8)
     if given.dtype.kind not in "fiu":
-        raise TypeError(f"{name} has dtype {given.dtype}, expected real numbers")
+        way = "; encode text as numbers: a category as columns of 0 and 1" if given.dtype.kind in "US" else ""
+        raise TypeError(f"{name} has dtype {given.dtype}, expected real numbers{way}")
     return given
+
+
+def reshaped(name: str, shape: tuple[int, ...], columns: int) -> str:
+    """Return what to say of numbers that were to be rows of one column; "" of all else."""
+    return f"; np.reshape({name}, (-1, 1)) makes a row of each number" if columns == 1 == len(shape) else ""
 
 
 def unmasked(name: str, value: object) -> None:

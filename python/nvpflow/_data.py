@@ -37,6 +37,7 @@ _STEPS = 20.0  # integers whose standard deviation is more steps than this look 
 _REPEATED = 0.1  # share of the rows with one and the same value
 _DEPENDENT = 1e-4  # of its spread, to within which a column follows from others
 _QUARTILES_PER_STD = 1.349  # of a normal distribution
+_RARE = 0.01  # share of the rows below which what differs from all others is rare: beyond 10 standard deviations
 
 
 class DataWarning(UserWarning):
@@ -54,8 +55,8 @@ class Finding:
     Attributes
     ----------
     kind
-        "type", "missing", "rows", "constant", "copy", "dependent", "digits", "scale", "outliers", "repeated", "few" or
-        "integers".
+        "type", "missing", "rows", "constant", "copy", "dependent", "digits", "scale", "outliers", "repeated", "few",
+        "integers" or "rare".
     severity
         "error": there is no density, and `Flow.fit` refuses the table. "warning": there is one, and it will not be what
         one expects.
@@ -69,6 +70,8 @@ class Finding:
         What to do about it.
     figures
         The numbers behind it.
+    argument
+        What it is of: "x" or "context".
     """
 
     kind: str
@@ -78,6 +81,7 @@ class Finding:
     text: str
     remedy: str
     figures: dict[str, float] = field(default_factory=dict)
+    argument: str = "x"
 
     def __str__(self) -> str:
         """Return it as one sentence."""
@@ -96,11 +100,14 @@ class DataReport:
         Names of the columns, or "column 1" and so on where they have none.
     findings
         All of them, errors first.
+    context_columns
+        Names of the columns of the context, "context column 1" and so on where they have none; empty without one.
     """
 
     rows: int
     columns: tuple[str, ...]
     findings: tuple[Finding, ...]
+    context_columns: tuple[str, ...] = ()
 
     @property
     def errors(self) -> tuple[Finding, ...]:
@@ -119,6 +126,8 @@ class DataReport:
 
     def _summary(self) -> str:
         table = f"DataReport: {counted(self.rows, 'row')} of {counted(len(self.columns), 'column')}"
+        if self.context_columns:
+            table += f" under {counted(len(self.context_columns), 'column')} of context"
         if self.ok:
             return f"{table}; nothing found"
         return f"{table}; {counted(len(self.errors), 'error')}, {counted(len(self.warnings), 'warning')}"
@@ -143,7 +152,13 @@ class DataReport:
 
 
 def check_data(
-    x: ArrayLike, *, names: Sequence[str] | None = None, dtype: DTypeLike = "float32", standardize: bool = True
+    x: ArrayLike,
+    *,
+    context: ArrayLike | None = None,
+    names: Sequence[str] | None = None,
+    context_names: Sequence[str] | None = None,
+    dtype: DTypeLike = "float32",
+    standardize: bool = True,
 ) -> DataReport:
     """Look at every column of a table for what stands in the way of a density, and say what to do about it.
 
@@ -154,12 +169,14 @@ def check_data(
     ----------
     x
         Rows [N, D]: an array of real numbers, or a frame of pandas, polars or pyarrow, whose column names are used.
-    names
+    context
+        Of a density p(x | context): [N, C], a row for each row of x.
+    names, context_names
         Of the columns. None: those of a frame, else the columns are counted from 1.
     dtype
         Of the flow that is meant: float32 or float64.
     standardize
-        Whether the flow has a standardize layer. Without one columns must be near unit scale.
+        Whether the flow standardizes its rows and their context. Without that columns of x must be near unit scale.
 
     Returns
     -------
@@ -170,10 +187,13 @@ def check_data(
         "outliers" (standard deviation and quartiles disagree by 10 and more), "repeated" (a tenth of the rows and more
         hold one value), "few" (distinct values), "integers", and "rows" (fewer than ten for each column).
 
+        A context needs no density. Errors: "type" and "missing". Warnings: "constant", "digits", "outliers", and "rare"
+        (all but one in a hundred rows hold one value).
+
     Raises
     ------
     TypeError, ValueError
-        `x` is no table, or `names` are not as many as its columns.
+        `x` or `context` is no table, or names are not as many as its columns.
 
     Examples
     --------
@@ -186,32 +206,66 @@ def check_data(
     if flow_dtype not in ("float32", "float64"):
         raise ValueError(f"dtype is {flow_dtype!r}, expected 'float32' or 'float64'")
     _checks.boolean("standardize", standardize)
-    good: Sequence[int]
-    frame = _frames.inspect(x)
-    if frame is None:
-        _frames.refuse("x", x)
-        rows, bad, given = _checks.numbers("x", _core._host_array(x)), [], None
-        if rows.ndim != 2:
-            raise ValueError(f"x has shape {rows.shape}, expected [N, D]")
-        count, good = rows.shape[1], range(rows.shape[1])
-    else:
-        bad, given, count = frame.problems(), frame.names, frame.width
-        unusable = {problem.column for problem in bad}
-        good = [i for i in range(count) if i not in unusable]
-        rows = frame.array(good)
-    if count == 0:
-        raise ValueError(f"x has shape {rows.shape}, expected [N, D] with at least one column")
-    listed = _checks.column_names("names", names) or given
-    if listed is not None and len(listed) != count:
-        raise ValueError(f"names holds {len(listed)} names, expected {count}, one for each column")
-    labels = _frames.labels(listed, count)
-    found = [
-        Finding(p.kind, "error", (p.column + 1,), (labels[p.column],), f"{labels[p.column]} {p.text}", p.remedy)
-        for p in bad
-    ]
-    found += _look_at(rows, labels, list(good), flow_dtype, standardize)
+    table = _Table.read("x", x, "names", names)
+    found = [*table.found, *_look_at(table.rows, table.labels, table.good, flow_dtype, standardize)]
+    beside = None
+    if context is not None:
+        beside = _Table.read("context", context, "context_names", context_names)
+        if len(beside.rows) != len(table.rows):
+            raise ValueError(f"context has {len(beside.rows):,} rows, x {len(table.rows):,}; expected one for each row")
+        found += [*beside.found, *_look_at_context(beside.rows, beside.labels, beside.good, flow_dtype, standardize)]
     order = {"error": 0, "warning": 1}
-    return DataReport(len(rows), tuple(labels), tuple(sorted(found, key=lambda f: order[f.severity])))
+    findings = tuple(sorted(found, key=lambda f: order[f.severity]))
+    return DataReport(len(table.rows), tuple(table.labels), findings, tuple(beside.labels) if beside else ())
+
+
+@dataclass
+class _Table:
+    """What `check_data` was given: columns of numbers [N, d], their places `good` in it, and what the others are."""
+
+    rows: Array
+    good: list[int]
+    labels: list[str]
+    found: list[Finding]
+
+    @classmethod
+    def read(cls, name: str, value: Any, names_name: str, names: Sequence[str] | None) -> _Table:
+        """Read the argument of this name, and that which names its columns."""
+        expected, columns = ("[N, D]", "column") if name == "x" else ("[N, C]", "context column")
+        bad, given, frame = [], None, _frames.inspect(value, name)
+        if frame is None:
+            _frames.refuse(name, value, "column_names" if name == "x" else "context_names")
+            rows = _checks.numbers(name, _core._host_array(value))
+            if rows.ndim != 2:
+                way = _checks.reshaped(name, rows.shape, 1) if name == "context" else ""
+                raise ValueError(f"{name} has shape {rows.shape}, expected {expected}{way}")
+            count = rows.shape[1]
+            good = list(range(count))
+        else:
+            bad, given, count = frame.problems(), frame.names, frame.width
+            unusable = {problem.column for problem in bad}
+            good = [i for i in range(count) if i not in unusable]
+            rows = frame.array(good)
+        if count == 0:
+            raise ValueError(f"{name} has shape {rows.shape}, expected {expected} with at least one column")
+        listed = _checks.column_names(names_name, names) or given
+        if listed is not None and len(listed) != count:
+            raise ValueError(f"{names_name} holds {len(listed)} names, expected {count}, one for each column")
+        labels = _frames.labels(listed, count, columns)
+        found = [
+            Finding(
+                p.kind,
+                "error",
+                (p.column + 1,),
+                (labels[p.column],),
+                f"{labels[p.column]} {p.text}",
+                p.remedy,
+                {},
+                name,
+            )
+            for p in bad
+        ]
+        return cls(rows, good, labels, found)
 
 
 def require_density(
@@ -238,6 +292,20 @@ def require_density(
         text = f"{_message(name, report.warnings)} {SHOWN_BY}"
         warnings.warn(text, DataWarning, stacklevel=_outside())
     return report
+
+
+def warn_of_context(
+    context: Array, names: Sequence[str] | None, dtype: str, standardize: bool, trained: tuple[Array, Array] | None
+) -> None:
+    """Warn once of what makes columns of a context [N, C] to train on of little use to the flow.
+
+    `trained`: mean and standard deviation that the flow standardizes contexts by, where these have been set. What has
+    NaN or infinity is left to the training loop, which refuses it.
+    """
+    labels = _frames.labels(names, context.shape[1])
+    found = _look_at_context(context, labels, list(range(len(labels))), dtype, standardize, trained)
+    if found and not any(finding.severity == "error" for finding in found):
+        warnings.warn(f"{_message('context', found)} {SHOWN_BY}", DataWarning, stacklevel=_outside())
 
 
 def _message(name: str, findings: Iterable[Finding]) -> str:
@@ -365,8 +433,28 @@ def _look_at(
     return look.findings()
 
 
+def _look_at_context(
+    context: Array,
+    labels: list[str],
+    numbers: list[int],
+    dtype: str,
+    standardize: bool,
+    trained: tuple[Array, Array] | None = None,
+) -> list[Finding]:
+    """Look at contexts [N, C]; arguments as of `_look_at`."""
+    columns = context.shape[1]
+    if columns == 0 or len(context) == 0:
+        return []
+    measures, sample = _Measures(columns), drawn(context, _sample_size(columns))
+    look = _ContextLook(measures, sample, context.dtype, labels, numbers, dtype, standardize, trained=trained)
+    with np.errstate(all="ignore"):
+        for block in _blocks(context):
+            measures.add(block, look.middle)
+    return look.findings()
+
+
 class RunningLook:
-    """`check_data` of rows that come in blocks: one pass over them, in memory that does not grow.
+    """`check_data` of rows, or of contexts, that come in blocks: one pass over them, in memory that does not grow.
 
     Dependence is that of the rows drawn, at most 20,000, and the text says so where there are more.
     """
@@ -378,9 +466,13 @@ class RunningLook:
         dtype: str,
         standardize: bool,
         trained: tuple[Array, Array] | None = None,
+        *,
+        of_context: bool = False,
     ) -> None:
-        """Take the columns' names and the flow's dtype; `trained`: mean and standard deviation of its first layer."""
-        self._options = _frames.labels(names, columns), list(range(columns)), dtype, standardize
+        """Take the columns' names and the flow's dtype; `trained`: what it standardizes them by, mean and deviation."""
+        labels = _frames.labels(names, columns, "context column" if of_context else "column")
+        self._options = labels, list(range(columns)), dtype, standardize
+        self._look = _ContextLook if of_context else _Look
         self._trained = trained
         self._measures = _Measures(columns)
         self._dtype = np.dtype(dtype)
@@ -403,17 +495,24 @@ class RunningLook:
     def report(self) -> DataReport:
         """Return what was found so far."""
         labels = self._options[0]
-        look = _Look(self._measures, self._sample, self._dtype, *self._options, trained=self._trained)
+        look = self._look(self._measures, self._sample, self._dtype, *self._options, trained=self._trained)
         return DataReport(self._measures.rows, tuple(labels), tuple(look.findings()))
 
 
 def trained_scales(flow: Model) -> tuple[Array, Array] | None:
     """Return mean and standard deviation [D] of the standardize layer that a flow begins with; None: it knows none."""
-    if not begins_with_standardize(flow.spec):
-        return None
+    return _scales(flow, "standardize_0") if begins_with_standardize(flow.spec) else None
+
+
+def trained_context_scales(flow: Model) -> tuple[Array, Array] | None:
+    """Return the same [C] of what standardizes a flow's contexts."""
+    return _scales(flow, "context") if flow.spec.standardize_context else None
+
+
+def _scales(flow: Model, layer: str) -> tuple[Array, Array] | None:
     parameters = flow.parameters()
-    log_std = parameters["standardize_0.log_std"]
-    mean = parameters["standardize_0.mean"] + np.asarray(parameters.get("standardize_0.mean_low", 0), np.float64)
+    log_std = parameters[f"{layer}.log_std"]
+    mean = parameters[f"{layer}.mean"] + np.asarray(parameters.get(f"{layer}.mean_low", 0), np.float64)
     return (mean, np.exp(log_std.astype(np.float64))) if mean.any() or log_std.any() else None
 
 
@@ -426,6 +525,8 @@ class _Look:
     `numbers` are the places of the columns in the whole table, which `labels` name. `again` yields all rows once more;
     None: they are gone, and the sample has to do.
     """
+
+    _argument = "x"
 
     def __init__(
         self,
@@ -442,7 +543,7 @@ class _Look:
     ) -> None:
         self._measures, self._own, self._again = measures, own, again
         self._labels, self._numbers = labels, numbers
-        self._standardize, self._trained = standardize, trained
+        self._standardize, self._trained, self._dtype = standardize, trained, dtype
         wide = own.name if own.kind == "f" else "float64"
         kept = wide if standardize else min(wide, dtype)  # "float32" < "float64"; a standardize layer takes both
         self._digits = kept if kept in ("float16", "float32", "float64") else "float64"
@@ -489,7 +590,7 @@ class _Look:
         names = tuple(self._label(j) for j in at)
         numbers = tuple(self._numbers[j] + 1 for j in at)
         finite = {name: float(value) for name, value in figures.items() if np.isfinite(value)}
-        self._found.append(Finding(kind, severity, numbers, names, text, remedy, finite))
+        self._found.append(Finding(kind, severity, numbers, names, text, remedy, finite, self._argument))
 
     def _label(self, column: int) -> str:
         return self._labels[self._numbers[column]]
@@ -504,7 +605,8 @@ class _Look:
             f"{bad:,} of {measures.rows:,} rows with NaN or infinite values (row{'s' * (bad > 1)} {shown}, counted "
             f"from 0; {where})"
         )
-        remedy = "remove or repair them: x[np.isfinite(x).all(axis=1)]"
+        given = self._argument
+        remedy = f"remove or repair them: {given}[np.isfinite({given}).all(axis=1)]"
         self._add("missing", "error", columns, text, remedy, rows=bad)
 
     # -- one column
@@ -617,14 +719,15 @@ class _Look:
         """Report a column that lies elsewhere, or is wider or narrower, than what the flow was trained on."""
         middle, std = float(self._percentiles[1, j]), float(self._std[j])
         spreads = [value / trained_std for value in (std, spread) if value > 0]
-        same = min(spreads) <= _UNIT_SCALE and max(spreads) >= 1 / _UNIT_SCALE
+        same = not spreads or (min(spreads) <= _UNIT_SCALE and max(spreads) >= 1 / _UNIT_SCALE)
         if same and abs(middle - trained_mean) <= _UNIT_SCALE * trained_std:
             return
         text = (
             f"{self._label(j)} has mean {self._mean[j]:.3g} and standard deviation {std:.3g}, the flow was trained "
             f"around {trained_mean:.3g} with {trained_std:.3g}"
         )
-        remedy = "give the rows in the units of its training, or train it anew after flow.initialize_from(x)"
+        given = "x" if self._argument == "x" else "x, context=context"
+        remedy = f"give it in the units of its training, or train the flow anew after flow.initialize_from({given})"
         figures = {"mean": self._mean[j], "std": std, "trained_mean": trained_mean, "trained_std": trained_std}
         self._add("scale", "warning", (j,), text, remedy, **figures)
 
@@ -710,6 +813,73 @@ class _Look:
             error = error[np.isfinite(error)]
             low, high = min(low, error.min(initial=np.inf)), max(high, error.max(initial=-np.inf))
         return bool(high - low <= 2 * limit)
+
+
+class _ContextLook(_Look):
+    """One look at a context, which needs no density: columns that are far out, or of which little can be learned."""
+
+    _argument = "context"
+
+    def findings(self) -> list[Finding]:
+        measures = self._measures
+        self._low, self._high = measures.low, measures.high
+        with np.errstate(all="ignore"):
+            self._mean, self._std = measures.mean(), measures.std()
+            if measures.count < measures.rows:
+                self._report_missing()
+            elif measures.rows >= 2:
+                for j in range(len(self._low)):
+                    self._column(j)
+        return self._found
+
+    def _column(self, j: int) -> None:
+        if self._low[j] == self._high[j]:
+            text = f"{self._label(j)} is constant, {self._low[j]:g} in all rows: the flow learns nothing of it"
+            self._add("constant", "warning", (j,), text, "leave it out", value=self._low[j])
+        elif not self._has_few_digits(j) and not (self._standardize and self._has_far_rows(j)):
+            self._rarities(j)
+        if self._standardize and self._trained is not None:
+            spread = float(self._percentiles[2, j] - self._percentiles[0, j]) / _QUARTILES_PER_STD
+            self._other_units(j, spread, *(float(values[j]) for values in self._trained))
+
+    def _has_few_digits(self, j: int) -> bool:
+        """Tell whether rounding to the flow's dtype loses what varies."""
+        step = float(np.finfo(self._dtype).eps) * max(abs(self._low[j]), abs(self._high[j])) / self._std[j]
+        if not step > COARSE:
+            return False
+        text = (
+            f"{self._label(j)} keeps few digits, neighbouring numbers of {self._dtype} are up to {step:.1g} standard "
+            "deviations apart"
+        )
+        remedy = "subtract an offset in float64, in training and in each call"
+        self._add("digits", "warning", (j,), text, remedy, step=step)
+        return True
+
+    def _has_far_rows(self, j: int) -> bool:
+        """Tell whether a few far rows decide the standard deviation, as of columns of x (`statistics.hpp`)."""
+        first, middle, third, low, high = self._percentiles[:, j]
+        unit = (third - first) / _QUARTILES_PER_STD
+        farthest = max(self._high[j] - middle, middle - self._low[j])
+        if not (self._std[j] > _OUTLYING * unit > 0 and farthest > _BEYOND * (high - low)):
+            return False
+        text = (
+            f"{self._label(j)} has far rows that make its standard deviation, from {self._low[j]:.3g} to "
+            f"{self._high[j]:.3g} around {middle:.3g}: the others come out alike"
+        )
+        figures = {"std": self._std[j], "spread": unit, "low": self._low[j], "high": self._high[j]}
+        self._add("outliers", "warning", (j,), text, "look at these rows and mend what is wrong", **figures)
+        return True
+
+    def _rarities(self, j: int) -> None:
+        """Report a value that nearly all rows have: of the others the flow sees little, and that far out."""
+        common, values = float(self._percentiles[1, j]), self._sample[j]
+        others = float(np.mean(values != common))
+        if others >= _RARE:
+            return
+        often = f"all but one in {1 / others:,.0f}" if others > 0 else "nearly all"
+        text = f"{self._label(j)} is {common:g} in {often} rows: the flow learns little of its other values"
+        remedy = "give more rows of these, join rare categories, or leave the column out"
+        self._add("rare", "warning", (j,), text, remedy, value=common, share=others)
 
 
 class Digits:

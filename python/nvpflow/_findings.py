@@ -85,7 +85,7 @@ def examine(
             f"{counted(len(bad), 'row')} of {total:,} with NaN or infinite values left out "
             f"(row {', '.join(map(str, bad[:5]))}{', …' if len(bad) > 5 else ''}, counted from 0)."
         )
-    notices += _about_columns(flow, rows, names)
+    notices += _about_columns(flow, table, names, context_names)
     log_p = flow.log_probability(rows, context=contexts).astype(np.float64)
     if not np.isfinite(log_p).any():
         raise ValueError(
@@ -132,10 +132,15 @@ def _samples(flow: Flow, table: Rows) -> Rows:
     return Rows(flow.sample(1, seed=0, dtype=table.rows.dtype, context=under)[:, 0], under)
 
 
-def _about_columns(flow: Flow, rows: Array, names: list[str] | None) -> list[str]:
+def _about_columns(flow: Flow, table: Rows, names: list[str] | None, context_names: list[str] | None) -> list[str]:
     """Return what stands in the way of a density of these rows, as `nvpflow.check_data` finds it."""
     found = check_data(
-        rows, names=names, dtype=flow.spec.dtype, standardize=begins_with_standardize(flow.spec)
+        table.rows,
+        context=table.contexts,
+        names=names,
+        context_names=context_names,
+        dtype=flow.spec.dtype,
+        standardize=begins_with_standardize(flow.spec),
     ).findings
     told = [finding for finding in found if finding.kind not in ("rows", "outliers")]  # the page shows rows far out
     texts = [f"{finding.text[:1].upper()}{finding.text[1:]}; {finding.remedy}." for finding in told]

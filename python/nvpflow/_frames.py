@@ -160,11 +160,11 @@ def inspect(value: object, name: str = "x") -> Frame | None:
         ) from error
 
 
-def labels(names: Sequence[str] | None, count: int) -> list[str]:
+def labels(names: Sequence[str] | None, count: int, column: str = "column") -> list[str]:
     """Return how messages call the columns: by name, or by number counted from 1."""
     if names:
-        return [f"column {_checks.shortened(repr(name))}" for name in names]
-    return [f"column {i + 1}" for i in range(count)]
+        return [f"{column} {_checks.shortened(repr(name))}" for name in names]
+    return [f"{column} {i + 1}" for i in range(count)]
 
 
 def read(
@@ -194,7 +194,7 @@ def read(
         return value, None
     frame = inspect(value, name)
     if frame is None:
-        refuse(name, value)
+        refuse(name, value, source)
         if expected and (row := _labels_of_row(value)):
             check_names(name, row, expected, source)
         return value, None
@@ -263,19 +263,23 @@ def _listed(names: Sequence[str]) -> str:
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
 
 
-def refuse(name: str, value: Any) -> None:
-    """Raise TypeError for what people pass in place of rows, with what to pass instead; return for all else."""
+def refuse(name: str, value: Any, source: str = "column_names") -> None:
+    """Raise TypeError for what people pass in place of rows, with what to pass instead; return for all else.
+
+    `source` tells rows from contexts, as in `read`.
+    """
     if isinstance(value, (list, tuple, int, float, np.generic)) or hasattr(value, "__dlpack__"):
         return
     kind = type(value).__name__
     bases = {base.__name__ for base in type(value).__mro__}
     way = None
+    expected, argument = ("contexts [N, C]", "context") if source == "context_names" else ("rows [N, D]", "x")
     if isinstance(value, (str, bytes, os.PathLike)):
         way = "read the file first, numpy.load(path) or pandas.read_csv(path); the command `nvpflow fit` takes files"
     elif hasattr(value, "toarray"):
-        way = "x.toarray(), for sparse ones are not read"
+        way = f"{argument}.toarray(), for sparse ones are not read"
     elif value is None:
-        way = "an array of shape [N, D]"
+        way = f"an array of shape {expected[-6:]}"
     elif "DataLoader" in bases:
         way = (
             "all rows at once, torch.cat([batch[0] for batch in loader]), and give batch_size; for a loop of your own "
@@ -284,17 +288,19 @@ def refuse(name: str, value: Any) -> None:
     elif "Dataset" in bases or hasattr(value, "tensors"):
         way = "its rows as one tensor, dataset.tensors[0] or torch.stack([item[0] for item in dataset])"
     elif "LazyFrame" in bases:
-        way = "its rows, x.collect()"
+        way = f"its rows, {argument}.collect()"
+    elif isinstance(value, Mapping) and argument == "context":
+        way = "of one its numbers, [context[name] for name in flow.context_names]; of many a frame"
     elif isinstance(value, Mapping):
         way = "one array, numpy.column_stack(list(x.values())), or a frame, pandas.DataFrame(x)"
     elif isinstance(value, Iterator):
-        way = "all rows at once, numpy.stack(list(x))"
+        way = f"all rows at once, numpy.stack(list({argument}))"
     elif hasattr(value, "log_prob") and hasattr(value, "sample"):
         way = "rows drawn from it: a flow learns from samples"
     elif isinstance(value, (set, frozenset)):
         way = "a list, which has an order"
     if way is not None:
-        raise TypeError(f"{name} is {_article(kind)} {kind}, expected rows [N, D] in an array or a frame: {way}")
+        raise TypeError(f"{name} is {_article(kind)} {kind}, expected {expected} in an array or a frame: {way}")
 
 
 def _article(word: str) -> str:

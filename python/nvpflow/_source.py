@@ -16,6 +16,7 @@ from nvpflow._text import counted
 Array = NDArray[Any]
 
 BLOCK_VALUES = 1 << 20
+TRUTHS = {"true": 1.0, "false": 0.0}  # words that are numbers
 SHOWN = 3  # of the rows in which something was found
 
 
@@ -84,6 +85,7 @@ class Problems:
         self.wrong: dict[int, _Cells] = {}
         self.missing: dict[int, _Cells] = {}
         self.incomplete = 0  # rows with missing cells
+        self.in_place = False  # no row may be left out
         self.names: list[str] | None = None
         self.notes: list[str] = []
         self.needless: set[int] = set()  # columns that another remedy leaves out
@@ -141,10 +143,11 @@ class Problems:
             shown = ", ".join(
                 f"{self.column(column)} ({self._where(cells)})" for column, cells in sorted(self.missing.items())
             )
-            yield (
-                f"missing cells in {shown}: --missing skip leaves {counted(self.incomplete, 'row')} out, "
-                "--missing nan takes the cells as NaN"
-            )
+            rows = counted(self.incomplete, "row")
+            ways = f"--missing skip leaves {rows} out, --missing nan takes the cells as NaN"
+            if self.in_place:
+                ways = f"--missing nan takes them as NaN, and gives NaN for {rows}"
+            yield f"missing cells in {shown}: {ways}"
 
     def _where(self, cells: _Cells) -> str:
         unit = self.unit if cells.count == 1 else f"{self.unit}s"

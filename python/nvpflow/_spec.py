@@ -8,14 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nvpflow import _checks, _hints, _layer_json
 from nvpflow._core import FileFormatError, FlowSpec
 from nvpflow._networks import Network
 from nvpflow._text import counted
-from nvpflow.layers import MLP, ActNorm, Additive, Coupling, Layer, LULinear, Permutation, Standardize
+from nvpflow.layers import MLP, ActNorm, Additive, Coupling, Layer, LULinear, Permutation, Standardize, members
 
-__all__ = ["FlowSpec", "begins_with_standardize", "in_words", "regular"]
+__all__ = ["FlowSpec", "begins_with_standardize", "in_words", "regular", "untransformed"]
 
 MOST_LAYERS = 1 << 16
 _SHOWN_LAYERS, _SHOWN_ENDS = 64, 3  # of a repr: all of so many layers, else so many of the first and of the last
@@ -112,6 +113,24 @@ def _shown(layers: Sequence[Layer]) -> list[str]:
 def begins_with_standardize(spec: FlowSpec) -> bool:
     """Tell whether a standardize layer is the first one, which `fit` sets and which the units of x come from."""
     return isinstance(spec.layers[0], Standardize)
+
+
+def untransformed(spec: FlowSpec) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return the columns of x that a flow only shifts and scales, and their places in z; none where one mixes columns.
+
+    Such a column is normally distributed under the flow, and independent of all others and of a context.
+    """
+    at = np.arange(spec.input_size)  # the column at each place
+    free = np.ones(spec.input_size, np.bool_)  # by column
+    for layer in spec.layers:
+        if isinstance(layer, Permutation):
+            at = at[list(layer.order)]
+        elif isinstance(layer, Coupling):
+            free[at[members(layer.transformed, spec.input_size)]] = False
+        elif not isinstance(layer, (Standardize, ActNorm)):
+            free[:] = False
+    places = np.flatnonzero(free[at])
+    return at[places], places
 
 
 def in_words(spec: FlowSpec, between: str = ", ") -> dict[str, str]:

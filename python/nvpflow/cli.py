@@ -28,10 +28,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 import nvpflow
-from nvpflow import _certify, _checks, _context, _data, _output, _training_options, certificate, data_io
+from nvpflow import _certify, _checks, _data, _output, _training_options, certificate, data_io
 from nvpflow._architecture import MASKS, MIXINGS, NETWORKS, OPTIONS, SCALES, TRANSFORMS, Options
 from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS, default_activation
-from nvpflow._source import rows_per_block
+from nvpflow._source import TRUTHS, rows_per_block
 from nvpflow._spec import begins_with_standardize
 from nvpflow._text import counted
 
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _ending_cleanly(), warnings.catch_warnings():
             warnings.simplefilter("always", nvpflow.DataWarning)
             warnings.showwarning = partial(_show_warning, arguments)
-            _parser().parse_args(argv, arguments)
+            _parser().parse_args(_with_negative_lists(sys.argv[1:] if argv is None else argv), arguments)
             code: int = arguments.run(arguments) or 0
             sys.stdout.flush()
     except _Ended as end:
@@ -148,6 +148,17 @@ def _as_options(text: str, arguments: argparse.Namespace) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------- usage
+
+
+def _with_negative_lists(argv: Sequence[str]) -> list[str]:
+    """Write ``--context -20,3`` as ``--context=-20,3``: of what begins with "-" argparse takes single numbers only."""
+    joined: list[str] = []
+    for argument in argv:
+        if joined and joined[-1] == "--context" and re.match(r"-[\d.]", argument):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -274,7 +285,7 @@ def _add_score(commands: Any) -> None:
     score.add_argument("data", metavar="DATA", help=f"rows: {_TABLES}; float64 is kept where the model standardizes")
     _add_ignore_names(score)
     _add_context_columns(score)
-    _add_reading(score)
+    _add_reading(score, in_place=True)
     keep_help = "columns to write beside log p; not a part of the rows, unless the model has them"
     _add_option(score, "--keep", metavar="NAME,NAME", type=_listed_names, action=_Once, help=keep_help)
     _add_option(score, "--append", action="store_true", help="write every column of DATA, and log_prob behind them")
@@ -291,8 +302,10 @@ def _add_sample(commands: Any) -> None:
     _add_option(sample, "--seed", type=int, metavar="S", default=0, help="the same seed gives the same rows")
     _add_option(sample, "--start", type=int, metavar="I", default=0, help="first row, of the seed's endless sample")
     context = sample.add_argument_group("context, of a model that has one")
-    context_help = "draw under one context, such as 0.5,1.2 (--context=-1,2 where the first number is negative)"
-    _add_option(context, "--context", metavar="X,X", type=_numbers, help=context_help)
+    context_help = (
+        "draw under one context: numbers in the model's order, such as 0.5,-1.2, or by its names, a=0.5,b=-1.2"
+    )
+    _add_option(context, "--context", metavar="X,X", type=_context_cells, action=_Once, help=context_help)
     from_help = f"draw under each row of a table, and write its context behind the rows: {_TABLES}"
     _add_option(context, "--context-from", metavar="TABLE", help=from_help)
     columns_help = "columns of TABLE, in this order (default: by the model's names, else all)"
@@ -312,11 +325,12 @@ def _add_table_output(command: Any) -> None:
     _add_option(command, "--force", action="store_true", help="overwrite OUT")
 
 
-def _add_reading(command: Any) -> None:
+def _add_reading(command: Any, *, in_place: bool = False) -> None:
+    """Add the options of reading a table. in_place: its rows keep their numbers, whatever they hold."""
     columns_help = "columns to use, in this order (default: all); numbers from 1 where the table has no names"
     _add_option(command, "--columns", metavar="NAME,NAME", type=_listed_names, action=_Once, help=columns_help)
     _add_option(command, "--drop", metavar="NAME,NAME", type=_listed_names, action=_Once, help="columns to leave out")
-    _add_cells(command)
+    _add_cells(command, in_place=in_place)
 
 
 def _add_context_columns(
@@ -325,8 +339,10 @@ def _add_context_columns(
     _add_option(command, "--context-columns", metavar="NAME,NAME", type=_listed_names, action=_Once, help=help)
 
 
-def _add_cells(command: Any) -> None:
+def _add_cells(command: Any, *, in_place: bool = False) -> None:
     missing_help = "rows with empty cells, NA or NaN: an error that lists them, left out, or NaN"
+    if in_place:
+        missing_help = "rows with empty cells, NA or NaN: an error that lists them; skip and nan: NaN for a result"
     _add_option(command, "--missing", choices=("refuse", "skip", "nan"), default="refuse", help=missing_help)
     delimiter_help = "of a CSV: a character or comma, semicolon, tab, pipe, space (default: as its first lines have it)"
     _add_option(command, "--delimiter", metavar="C", help=delimiter_help)
@@ -353,7 +369,7 @@ def _add_check(commands: Any) -> None:
     check.add_argument("data", metavar="DATA", help=f"rows: {_TABLES}; float64 is kept where the model standardizes")
     _add_ignore_names(check)
     _add_context_columns(check)
-    _add_reading(check)
+    _add_reading(check, in_place=True)
     _add_option(check, "--json", action="store_true", help="print JSON")
     tolerance_help = "largest relative error that is not called unreliable"
     _add_option(check, "--tolerance", type=float, metavar="X", default=certificate.TOLERANCE, help=tolerance_help)
@@ -378,7 +394,7 @@ def _add_report(commands: Any) -> None:
     _add_option(report, "--force", action="store_true", help="overwrite PAGE")
     _add_ignore_names(report)
     _add_context_columns(report)
-    _add_reading(report)
+    _add_reading(report, in_place=True)
     train_help = "training rows, to fit the Gaussian to (default: to halves of DATA in turns)"
     _add_option(report, "--train", metavar="TABLE", help=train_help)
     _add_option(report, "--history", metavar="FILE", help="what fit --history wrote, for the learning curve")
@@ -393,11 +409,28 @@ def _listed_names(text: str) -> list[str]:
     return next(csv.reader([text]), [])
 
 
-def _numbers(text: str) -> list[float]:
+def _context_cells(text: str) -> list[tuple[str, float]]:
+    """Return the numbers of one context, each with its name; "" where they are told by their order."""
+    cells = []
+    for cell in _listed_names(text):
+        name, _, number = cell.rpartition("=")
+        cells.append((name.strip(), _finite(number)))
+    if not cells or ("" in dict(cells) and any(name for name, _ in cells)):
+        example = "0.5,1.2, or of names with a number each, a=0.5,b=1.2"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as {example}")
+    return cells
+
+
+def _finite(text: str) -> float:
+    """Return a number as tables have it."""
+    word = text.strip().lower()
     try:
-        return [float(number) for number in text.split(",")]
+        number = TRUTHS[word] if word in TRUTHS else float(word.replace("_", "x"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0.5,1.2") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is no finite number, true or false")
+    return number
 
 
 class _Once(argparse.Action):
@@ -405,7 +438,7 @@ class _Once(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
         if getattr(namespace, self.dest) is not None:
-            parser.error(f"{option} is given twice, expected one list; write {option} NAME,NAME")
+            parser.error(f"{option} is given twice, expected one list; write {option} {self.metavar}")
         setattr(namespace, self.dest, values)
 
 
@@ -610,7 +643,7 @@ def _reading(arguments: argparse.Namespace, **more: Any) -> data_io.Reading:
 
 def _in_place(reading: data_io.Reading) -> data_io.Reading:
     """Return how to read a table whose rows are to keep their numbers: what `skip` leaves out is NaN."""
-    return replace(reading, missing="nan") if reading.missing == "skip" else reading
+    return replace(reading, in_place=True, missing="nan" if reading.missing == "skip" else reading.missing)
 
 
 def _say_notes(arguments: argparse.Namespace, table: data_io.Table) -> None:
@@ -738,20 +771,18 @@ def _contexts(arguments: argparse.Namespace, flow: nvpflow.Flow) -> tuple[Any, l
     one, source, size = arguments.context, arguments.context_from, flow.spec.context_size
     if size == 0 and (one is not None or source is not None):
         raise data_io.DataError(f"--context{'-from' if one is None else ''}: the model has no context")
-    if size > 0 and (one is None) == (source is None):
+    if one is not None and source is not None:
+        raise data_io.DataError("--context and --context-from are both given, expected one of them")
+    if size > 0 and one is None and source is None:
         called = f" ({', '.join(map(_quoted, flow.context_names))})" if flow.context_names else ""
         raise data_io.DataError(
             f"the model is a density under a context of {counted(size, 'number')}{called}, expected either --context "
             "with these or --context-from with a table of them"
         )
-    if one is not None and len(one) != size:
-        raise data_io.DataError(f"--context has {counted(len(one), 'number')}, the model takes {size}")
     if source is None and arguments.context_columns is not None:
         raise data_io.DataError("--context-columns is given without --context-from, whose columns it names")
     if source is None:
-        if one is not None:
-            flow.condition(one)  # which refuses what it cannot take before anything is written
-        return (None if one is None else np.array(one)), None
+        return (None if one is None else _one_context(one, flow)), None
     reading = data_io.Reading(
         context=arguments.context_columns,
         context_only=True,
@@ -759,10 +790,47 @@ def _contexts(arguments: argparse.Namespace, flow: nvpflow.Flow) -> tuple[Any, l
         delimiter=arguments.delimiter,
     )
     with data_io.open_table(source, reading, _model_columns(arguments, flow)) as table:
-        rows, contexts = table.read(flow.spec.dtype)
+        _, contexts = table.read(flow.spec.dtype)
     _say_notes(arguments, table)
-    _context.rows(contexts, len(rows), flow.spec, name=source)
+    assert contexts is not None
+    _check_range(source, contexts, table.context_names or flow.context_names, flow.spec.dtype)
     return contexts, table.context_names
+
+
+def _one_context(given: Sequence[tuple[str, float]], flow: nvpflow.Flow) -> NDArray[np.float64]:
+    """Return the numbers of --context in the model's order."""
+    names, known, size = [name for name, _ in given], flow.context_names, flow.spec.context_size
+    if names[0] and known is None:
+        raise data_io.DataError(
+            f"--context names {_quoted(names[0])}, but the model has no names for its context; give the "
+            f"{counted(size, 'number')} in their order"
+        )
+    if names[0] and known is not None and sorted(names) != sorted(name.strip() for name in known):
+        raise data_io.DataError(
+            f"--context names {', '.join(map(_quoted, names))}, expected each number of the model's context once: "
+            f"{', '.join(map(_quoted, known))}"
+        )
+    if len(given) != size:
+        raise data_io.DataError(f"--context has {counted(len(given), 'number')}, the model takes {size}")
+    if names[0] and known is not None:
+        by_name = dict(given)
+        given = [(name, by_name[name.strip()]) for name in known]
+    numbers = np.array([number for _, number in given])
+    _check_range("--context", numbers[None], known, flow.spec.dtype)
+    return numbers
+
+
+def _check_range(source: str, contexts: NDArray[Any], names: Sequence[str] | None, dtype: str) -> None:
+    """Refuse numbers [M, C] that are infinite in the model's dtype; NaN is what was asked for."""
+    with np.errstate(over="ignore"):
+        bad = np.argwhere(np.isinf(contexts.astype(dtype)))
+    if len(bad):
+        row, column = bad[0]
+        called = _quoted(names[column]) if names else f"column {column + 1} of the context"
+        where = f" in row {row}, counted from 0" if len(contexts) > 1 else ""
+        raise data_io.DataError(
+            f"{source}: {called} is {contexts[row, column]:g}{where}, expected a number that {dtype} holds"
+        )
 
 
 def _narrowest(contexts: NDArray[Any]) -> np.dtype[Any]:
@@ -806,22 +874,31 @@ def _run_check(arguments: argparse.Namespace) -> int:
         spec, called = flow.spec, table.names or flow.column_names
         standardizes = begins_with_standardize(spec)
         look = _data.RunningLook(called, spec.input_size, spec.dtype, standardizes, _data.trained_scales(flow))
+        beside = _look_at_contexts(flow, table)
         for rows, contexts in table.chunks(spec.dtype, wide=spec._takes_float64_rows):
             look.add(rows)
+            if contexts is not None:
+                beside.add(contexts)
             certifier.add(rows, None if contexts is None else data_io.converted(contexts, spec.dtype))
     _say_notes(arguments, table)
     if certifier.rows == 0:
         raise data_io.DataError(f"{arguments.data}: no rows")
-    _say_columns(arguments.data, look.report())
+    _say_columns(arguments.data, (*look.report().findings, *beside.report().findings))
     found = certifier.certificate()
     print(found.to_json() if arguments.json else found)
     return 0 if found.ok else _UNRELIABLE
 
 
-def _say_columns(source: str, report: nvpflow.DataReport) -> None:
-    """Say on stderr what was found in the columns of a table, but for lost digits, which a certificate tells."""
-    for finding in report.findings:
-        if finding.kind not in ("digits", "rows"):
+def _look_at_contexts(flow: nvpflow.Flow, table: data_io.Table) -> _data.RunningLook:
+    spec, names = flow.spec, table.context_names or flow.context_names
+    trained = _data.trained_context_scales(flow)
+    return _data.RunningLook(names, spec.context_size, spec.dtype, spec.standardize_context, trained, of_context=True)
+
+
+def _say_columns(source: str, findings: Sequence[nvpflow.Finding]) -> None:
+    """Say on stderr what was found in the columns of a table, but for lost digits of x, which a certificate tells."""
+    for finding in findings:
+        if (finding.argument, finding.kind) not in (("x", "digits"), ("x", "rows")):
             print(f"nvpflow: {source}: {finding}", file=sys.stderr)
 
 

@@ -56,6 +56,9 @@ class Reading:
         Hand on every column of the file.
     missing
         What missing cells do: "refuse" (one error for all of them), "skip" (their rows are left out) or "nan".
+    in_place
+        No row is to be left out, because each has a result of its own: what the error of "refuse" says does not offer
+        it.
     delimiter
         Of a CSV; None: found out from its first lines.
     typed
@@ -69,6 +72,7 @@ class Reading:
     keep: Sequence[str] = ()
     append: bool = False
     missing: str = "refuse"
+    in_place: bool = False
     delimiter: str | None = None
     typed: bool = False
 
@@ -125,7 +129,7 @@ class Table:
         self._source = source
         self._reading = reading
         self._problems = Problems(source.name, source.unit)
-        self._problems.names = source.names
+        self._problems.names, self._problems.in_place = source.names, reading.in_place
         known = model.names if model is not None else None
         if source.names is None or source.names != [name.strip() for name in known or ()]:
             self._problems.notes += source.notes

@@ -202,7 +202,10 @@ def fit(
     checked["standardize"] = _statistics_to_use(flow, options["standardize"])
     trained, standardizes = _data.trained_scales(flow), _spec.begins_with_standardize(flow.spec)
     report = _data.require_density(rows, names.columns, flow.spec.dtype, standardizes, trained=trained)
-    _context.warn(context, names.context, flow.spec)
+    if context is not None:
+        spec, trained = flow.spec, _data.trained_context_scales(flow)
+        given = _checks.numbers("context", _core._host_array(context))  # before it was rounded
+        _data.warn_of_context(given, names.context, spec.dtype, spec.standardize_context, trained)
 
     bar = _open_bar(progress, checked["epochs"])
 
@@ -223,7 +226,7 @@ def fit(
             _near_rows(flow, table, checked["max_deviation"])
             for table in _samples(_Split(rows, contexts), held_out, checked)
         ]
-        _warn_of_normal_flow(flow, tables[1])
+        _warn_of_normal_columns(flow, names.columns, tables[1])
         _warn_where_a_gaussian_is_better(flow, history, *tables, mend_first=bool(report.warnings))
     return history
 
@@ -235,24 +238,36 @@ def _read_context(flow: Model, context: ArrayLike | None) -> tuple[Any, list[str
     return _frames.read("context", context, flow._context_names(), "context_names")
 
 
-def _warn_of_normal_flow(flow: Model, set_aside: _Split) -> None:
-    """Warn where couplings only of all columns make p(x | c) a normal distribution, and the rows are of another."""
-    couplings = [layer for layer in flow.spec.layers if isinstance(layer, Coupling)]
-    if not flow.spec.context_size or not all(_takes_all(layer, flow.spec.input_size) for layer in couplings):
-        return
+def _warn_of_normal_columns(flow: Model, names: Sequence[str] | None, set_aside: _Split) -> None:
+    """Warn where the flow takes for normal what is not: p(x | c) whole, or columns that no coupling transforms."""
+    spec = flow.spec
+    couplings = [layer for layer in spec.layers if isinstance(layer, Coupling)]
+    whole = spec.context_size > 0 and all(_takes_all(layer, spec.input_size) for layer in couplings)
+    columns, places = _spec.untransformed(spec)
     assert set_aside.rows is not None
-    z = np.asarray(flow.forward(set_aside.rows, context=set_aside.context)[0], dtype=np.float64)
-    if len(z) < _LEAST_FOR_SHAPE:
+    if not (whole or columns.size) or len(set_aside.rows) < _LEAST_FOR_SHAPE:
         return
-    z = (z - z.mean(axis=0)) / z.std(axis=0)
-    if (np.abs((z**3).mean(axis=0)) > _SKEWED).any() or (np.abs((z**4).mean(axis=0) - 3) > _UNLIKE_NORMAL).any():
-        warnings.warn(
+    z = np.asarray(flow.forward(set_aside.rows, context=set_aside.context)[0], dtype=np.float64)
+    with np.errstate(all="ignore"):
+        z = (z - z.mean(axis=0)) / z.std(axis=0)
+        unlike = np.abs((z**3).mean(axis=0)) > _SKEWED
+        unlike |= np.abs((z**4).mean(axis=0) - 3) > _UNLIKE_NORMAL
+    text = None
+    if whole and unlike.any():
+        text = (
             "p(x | context) of this flow is a normal distribution, whose mean and width depend on the context, because "
             "every coupling transforms all columns; the rows are of another shape. Give x a second column, of random "
-            "normal numbers, for a flow that can bend",
-            _data.DataWarning,
-            stacklevel=_data._outside(),
+            "normal numbers, for a flow that can bend"
         )
+    elif (left := columns[unlike[places]]).size:
+        labels = _frames.labels(names, spec.input_size)
+        text = (
+            f"x: {', '.join(labels[column] for column in left[:5])}{', ...' if left.size > 5 else ''} is normally "
+            "distributed under this flow, because no coupling transforms it; the rows are of another shape. Put it "
+            "into what a Coupling transforms, or into a mask of build"
+        )
+    if text is not None:
+        warnings.warn(text, _data.DataWarning, stacklevel=_data._outside())
 
 
 def _takes_all(layer: Coupling, size: int) -> bool:

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import nvpflow
 import pytest
+from nvpflow import _spec
 from nvpflow._architecture import MASKS, MIXINGS, Options, spec_of
 from nvpflow.layers import MLP, ActNorm, Additive, Affine, Coupling, LULinear, Permutation, ResidualNet, Standardize
 
@@ -101,6 +102,26 @@ def test_two_couplings_transform_every_feature(columns, mask, mixing) -> None:
             transformed.append(features[places[layer.transformed] if named else list(layer.transformed)])
     for pair in range(3):
         assert set(np.concatenate(transformed[2 * pair : 2 * pair + 2])) == set(range(columns))
+
+
+def test_masks_that_leave_columns_alone() -> None:
+    mask = np.array([[1, 0, 0], [0, 1, 0]], bool)
+    nvpflow.build(3, 2, (4,), mask=mask, mixing="lu")  # which mixes the columns
+    nvpflow.build(3, 1, (4,), mask=mask[:1])  # with one coupling some are always left
+    columns = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 0]], bool)
+    nvpflow.build(4, 4, (4,), mask=columns, mixing="reverse", actnorm=True)
+
+
+def test_untransformed_columns_are_found_where_they_lie() -> None:
+    def found(*layers):
+        columns, places = _spec.untransformed(nvpflow.FlowSpec.from_layers(4, layers))
+        return columns.tolist(), places.tolist()
+
+    assert found(Coupling([1])) == ([0, 2, 3], [0, 2, 3])
+    assert found(Permutation([2, 0, 3, 1]), Coupling([1]), ActNorm()) == ([2, 3, 1], [0, 2, 3])
+    assert found(Coupling([1]), Permutation([2, 0, 3, 1]), Coupling([0, 3])) == ([0, 3], [1, 2])
+    assert found(Coupling("odd"), Coupling("even")) == ([], [])
+    assert found(LULinear(), Coupling([1])) == ([], [])
 
 
 def test_what_is_random_comes_from_the_seed_and_is_in_the_spec() -> None:
@@ -207,6 +228,16 @@ def test_built_flows_compute() -> None:
         (
             {"mask": np.zeros((1, 4), bool), "num_flows": 1},
             "mask[0] is all False, expected a feature that is transformed",
+        ),
+        (
+            {"mask": np.array([[1, 0, 0, 0], [0, 1, 0, 0], [1, 1, 0, 0]], bool), "num_flows": 3},
+            "mask never transforms columns 3, 4, expected each column True in some row: the flow would take it for "
+            "normally distributed; layers= builds such a flow all the same",
+        ),
+        (  # place 0 is column 4 first, and then column 1
+            {"mask": np.array([[1, 0, 0, 0], [1, 1, 0, 0]], bool), "num_flows": 2, "mixing": "reverse"},
+            "mask never transforms column 3, expected each column True in some row: the flow would take it for "
+            "normally distributed; layers= builds such a flow all the same",
         ),
         ({"context_size": -1}, "context_size is -1, expected 0 to 1048576"),
         ({"standardize_context": True}, "standardize_context is true, expected false where context_size is 0"),

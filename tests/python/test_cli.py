@@ -833,7 +833,10 @@ def test_dialects_of_csv(call, folder, flow, name):
         ('a,b,c\n"x\ny",2,3\n4,5\n1,,six\n', "bad.csv: line 4: 2 columns, expected 3 as in line 1; 'a' holds text"),
         ('a,b,c\n"x\ny",2,3\n4,5\n1,,six\n', "missing cells in 'b' (line 5)"),
         ("a,b\n1,x\n", "bad.csv: 2 columns, the model takes 3; 'b' holds text (first 'x', line 2)"),
-        ("a,b,c\n1,2,NA\n3,4,5\n", "missing cells in 'c' (line 2): --missing skip leaves 1 row out"),
+        (
+            "a,b,c\n1,2,NA\n3,4,5\n",
+            "missing cells in 'c' (line 2): --missing nan takes them as NaN, and gives NaN for 1 row",
+        ),
         ("1,1_0,2\n", "column 2 holds text (first '1_0', line 1)"),
         ("a\0,b,c\n1,2,\0\n", "'c' holds text"),
     ],

@@ -197,7 +197,7 @@ def test_a_model_without_a_context_takes_none(call):
 
 def test_one_name_for_a_column_and_a_context_needs_the_option(call, tmp_path, table):
     flow = nvpflow.load("model.safetensors")
-    flow.column_names = ("east", "load")
+    flow.column_names = ("east", "load ")
     flow.save("same")
     assert "the model calls a column and one of its context 'load'" in error_of(call("score", "same", "data.csv"))
     assert call("score", "same", "data.csv", *CONTEXT, "--ignore-names")[0] == 0
@@ -333,21 +333,41 @@ def test_tables_of_contexts(call, data, tmp_path):
             (),
             "the model is a density under a context of 2 numbers ('hour', 'load'), expected either --context with the",
         ),
-        (("--context", "1,2", "--context-from", "data.csv"), "the model is a density under a context of 2 numbers ("),
+        (
+            ("--context", "1,2", "--context-from", "data.csv"),
+            "--context and --context-from are both given, expected on",
+        ),
         (("--context", "1,2,3"), "--context has 3 numbers, the model takes 2"),
         (("--context-from", "data.npy"), "data.npy: a context of 4 columns, the model takes 2"),
         (("--context-from", "few.csv"), "few.csv: there is no column 'load' for the context of the model; the table h"),
         (("--context-from", "gap.csv"), "gap.csv: missing cells in 'load' (line 2)"),
-        (("--context", "1e300,2"), "context holds a number too large for float32"),
+        (("--context", "1e300,2"), "--context: 'hour' is 1e+300, expected a number that float32 holds"),
+        (
+            ("--context", "hour=1"),
+            "--context names 'hour', expected each number of the model's context once: 'h",
+        ),
+        (
+            ("--context", "hour=1,hour=2"),
+            "--context names 'hour', 'hour', expected each number of the model's context",
+        ),
+        (
+            ("--context", "hour=1,day=2"),
+            "--context names 'hour', 'day', expected each number of the model's context ",
+        ),
         (("--context", "1,2", *CONTEXT), "--context-columns is given without --context-from, whose columns it names"),
-        (("--context-from", "huge.csv"), "huge.csv holds a number too large for float32"),
+        (
+            ("--context-from", "huge.csv"),
+            "huge.csv: 'load' is 1e+300 in row 1, counted from 0, expected a number that",
+        ),
+        (("--context-from", "inf.csv"), "inf.csv: 'hour' is inf, expected a number that float32 holds"),
         (("--context-from", "data.csv", "-o", "data.csv", "--force"), "-o: data.csv is --context-from too; give the"),
     ],
 )
 def test_sample_refuses_what_is_no_context(call, tmp_path, arguments, message):
     (tmp_path / "few.csv").write_text("hour\n1\n")
     (tmp_path / "gap.csv").write_text("hour,load\n1,\n")
-    (tmp_path / "huge.csv").write_text("hour,load\n1,1e300\n")
+    (tmp_path / "huge.csv").write_text("hour,load\n1,2\n1,1e300\n")
+    (tmp_path / "inf.csv").write_text("hour,load\ninf,2\n")
     assert message in error_of(call("sample", "model.safetensors", "-n", 2, *arguments))
 
 
@@ -357,7 +377,69 @@ def test_rows_that_a_seed_does_not_have_are_counted_over_all_contexts(call, tmp_
     assert "for each of 2 contexts" in error_of(call(*arguments, "--start", 1))
 
 
-def test_numbers_that_are_none_are_wrong_usage(call):
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("1,x", "'x' is no finite number, true or false"),
+        ("nan,1", "'nan' is no finite number, true or false"),
+        ("hour=1,load=-inf", "'-inf' is no finite number, true or false"),
+        ("1_0,2", "'1_0' is no finite number, true or false"),
+        ("-,2", "'-' is no finite number"),
+        ("hour=1,2", "'hour=1,2' is not a list of numbers such as 0.5,1.2, or of names with a number each"),
+        ("", "'' is not a list of numbers"),
+    ],
+)
+def test_numbers_that_are_none_are_wrong_usage(call, capfdbinary, given, message):
     with pytest.raises(SystemExit) as end:
-        call("sample", "model.safetensors", "-n", 1, "--context", "1,x")
+        call("sample", "model.safetensors", "-n", 1, f"--context={given}")
     assert end.value.code == 2
+    assert message in capfdbinary.readouterr().err.decode()
+
+
+@pytest.mark.parametrize(
+    ("given", "numbers"),
+    [
+        (("--context", "-20,3"), (-20, 3)),
+        (("--context", "-.5,-1e2"), (-0.5, -100)),
+        (("--context", "hour=-20,load=3"), (-20, 3)),
+        (("--context", " load = 3 , hour=-20"), (-20, 3)),
+        (("--context", "true,False"), (1, 0)),
+        (("--context", "load=true,hour=2"), (2, 1)),
+    ],
+)
+def test_ways_to_give_one_context(call, given, numbers):
+    found = call("sample", "model.safetensors", "-n", 4, "-o", "s.npy", "--force", *given)
+    assert found == (0, "", "")
+    expected = nvpflow.load("model.safetensors").sample(4, seed=0, context=numbers)
+    assert np.array_equal(np.load("s.npy"), expected)
+
+
+def test_names_of_a_context_may_hold_any_character(call):
+    flow = nvpflow.load("model.safetensors")
+    flow.context_names = ("a=b", 'c,"d"')
+    flow.save("odd")
+    expected = flow.sample(1, seed=0, context=(1, 2))
+    assert call("sample", "odd", "-n", 1, "-o", "s.npy", "--context", '"c,""d""=2",a=b=1')[0] == 0
+    assert np.array_equal(np.load("s.npy"), expected)
+    flow.context_names = None
+    flow.save("none")
+    message = error_of(call("sample", "none", "-n", 1, "--context", "a=1,b=2"))
+    assert message == (
+        "--context names 'a', but the model has no names for its context; give the 2 numbers in their order\n"
+    )
+
+
+def test_a_second_context_is_not_taken_for_the_first(call, capfdbinary):
+    with pytest.raises(SystemExit) as end:
+        call("sample", "model.safetensors", "-n", 1, "--context", "hour=1", "--context", "load=2")
+    assert end.value.code == 2
+    assert "--context is given twice, expected one list; write --context X,X" in capfdbinary.readouterr().err.decode()
+
+
+def test_commands_that_leave_no_row_out_do_not_offer_it(call, tmp_path):
+    (tmp_path / "gap.csv").write_text("hour,load,east,north\n1,2,,4\n1,,3,4\n1,2,3,4\n")
+    for command in (("score",), ("check",), ("report", "-o", "page.html")):
+        message = error_of(call(command[0], "model.safetensors", "gap.csv", *command[1:]))
+        assert message.endswith(": --missing nan takes them as NaN, and gives NaN for 2 rows\n")
+    message = error_of(call("fit", "gap.csv", *CONTEXT, "-o", "new"))
+    assert message.endswith(": --missing skip leaves 2 rows out, --missing nan takes the cells as NaN\n")

@@ -548,3 +548,163 @@ def test_the_command_check_looks_at_every_row(tmp_path, capsys, monkeypatch) -> 
     for text in ("column 'b' has mean", "column 'c' is a copy of column 'a'", "column 'b': 1"):
         assert text in said.err
     assert all(line.startswith(f"nvpflow: {check[2]}: ") for line in said.err.splitlines())
+
+
+# ---------------------------------------------------------------------------------------------------------- contexts
+
+
+def contexts(rows: int = 3000) -> np.ndarray:
+    """Sound ones: numbers, a coin, counts, an hour and a one-hot column of a fiftieth of the rows."""
+    random = np.random.default_rng(7)
+    hour, coin, rare = random.integers(0, 24, rows), random.integers(0, 2, rows), np.arange(rows) % 50 == 0
+    return np.column_stack([normal(rows, 1), coin, random.poisson(3, rows), hour, rare])
+
+
+def of_context(context: object, **options: object) -> dict[str, nvpflow.Finding]:
+    x = normal(len(context), 2)
+    report = nvpflow.check_data(x, context=context, **options)
+    assert all(finding.argument == "context" for finding in report.findings)
+    return {finding.kind: finding for finding in report.findings}
+
+
+def test_nothing_is_found_in_sound_contexts() -> None:
+    c = contexts()
+    report = nvpflow.check_data(normal(3000, 2), context=c)
+    assert repr(report) == "DataReport: 3,000 rows of 2 columns under 5 columns of context; nothing found"
+    assert report.context_columns == tuple(f"context column {i}" for i in range(1, 6))
+    for other in (c.astype(np.float32), c.tolist(), c[:, 1:2] > 0, np.hstack([c, c[:, :1]])):  # copies do no harm
+        assert of_context(other) == {}
+
+
+def test_each_finding_of_a_context() -> None:
+    c = contexts()
+    c[:, 0] += 1e9
+    c[:, 1] = 4
+    c[7, 2] = 1e6
+    c[:, 4] = np.arange(3000) % 1000 == 5
+    names = ["time", "kind", "count", "hour", "rare"]
+    found = of_context(c, context_names=names)
+    assert {kind: (f.names, f.columns, f.severity) for kind, f in found.items()} == {
+        "digits": (("context column 'time'",), (1,), "warning"),
+        "constant": (("context column 'kind'",), (2,), "warning"),
+        "outliers": (("context column 'count'",), (3,), "warning"),
+        "rare": (("context column 'rare'",), (5,), "warning"),
+    }
+    assert found["rare"].text == (
+        "context column 'rare' is 0 in all but one in 1,000 rows: the flow learns little of its other values"
+    )
+    assert found["rare"].figures == {"value": 0, "share": 0.001}
+    assert found["constant"].text.endswith("is constant, 4 in all rows: the flow learns nothing of it")
+    assert set(of_context(c, standardize=False)) == {"digits", "constant", "rare"}
+    assert set(of_context(c, dtype="float64")) == {"constant", "outliers", "rare"}
+    report = nvpflow.check_data(normal(3000, 2), context=c, context_names=names)
+    assert json.loads(report.to_json())["findings"][0]["argument"] == "context"
+
+
+def test_a_rare_value_that_no_sample_holds() -> None:
+    c = np.zeros((100_000, 1))
+    seen = _data.drawn(np.arange(100_000), _data._sample_size(1))
+    c[np.setdiff1d(np.arange(100_000), seen)[50]] = 1
+    assert of_context(c)["rare"].text.startswith("context column 1 is 0 in nearly all rows: ")
+
+
+def test_contexts_that_are_no_numbers_are_errors() -> None:
+    c = contexts()
+    c[3, 1], c[5, 0] = np.nan, np.inf
+    finding = of_context(c)["missing"]
+    assert (finding.severity, finding.columns) == ("error", (1, 2))
+    assert finding.text.startswith("2 of 3,000 rows with NaN or infinite values (rows 3, 5, counted from 0; context co")
+    assert finding.remedy == "remove or repair them: context[np.isfinite(context).all(axis=1)]"
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    frame = pandas.DataFrame({"kind": ["a", "b"] * 50, "hour": np.arange(100.0), "day": True})
+    report = nvpflow.check_data(normal(100, 2), context=frame)
+    assert [(f.kind, f.severity, f.names) for f in report.findings] == [
+        ("type", "error", ("context column 'kind'",)),
+        ("constant", "warning", ("context column 'day'",)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("context", "options", "error", "message"),
+    [
+        (np.zeros((5, 2)), {}, ValueError, "context has 5 rows, x 1,000; expected one for each row"),
+        (
+            np.zeros(1000),
+            {},
+            ValueError,
+            r"context has shape \(1000,\), expected \[N, C\]; np.reshape\(context, \(-1, 1\)\)",
+        ),
+        (
+            np.zeros((1000, 0)),
+            {},
+            ValueError,
+            r"context has shape \(1000, 0\), expected \[N, C\] with at least one col",
+        ),
+        (np.array([["a"]]), {}, TypeError, "context has dtype <U1, expected real numbers; encode text as numbers"),
+        ({"a": [1.0]}, {}, TypeError, r"context is a dict, expected contexts \[N, C\]"),
+        (normal(), {"context_names": ["a"]}, ValueError, "context_names holds 1 names, expected 3"),
+    ],
+)
+def test_contexts_that_are_refused(context, options, error, message) -> None:
+    with pytest.raises(error, match=message):
+        nvpflow.check_data(normal(), context=context, **options)
+
+
+@pytest.mark.filterwarnings("ignore:the flow is worse than a Gaussian")  # of one epoch
+def test_fit_warns_of_contexts_once_and_names_the_column() -> None:
+    c = contexts(1000)[:, [0, 1]]
+    x = normal(1000, 2).astype(np.float32)
+    c[:, 1] = np.arange(1000) == 500
+    flow = flow_of(x, context_size=2)
+    flow.context_names = ["hour", "rare"]
+    with pytest.warns(nvpflow.DataWarning) as seen:
+        flow.fit(x, context=c, **QUICK)
+    (message,) = [str(warning.message) for warning in seen if "Gaussian" not in str(warning.message)]
+    assert message == (
+        "context: column 'rare' is 0 in all but one in 1,000 rows: the flow learns little of its other values; give "
+        "more rows of these, join rare categories, or leave the column out (nvpflow.check_data shows them as a table)"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:the flow is worse than a Gaussian")  # of one epoch
+def test_a_second_fit_under_other_contexts_names_initialize_from() -> None:
+    x, c = normal(1000, 2).astype(np.float32), contexts(1000)[:, [0, 1]]
+    flow = flow_of(x, context_size=2)
+    assert _data.trained_context_scales(flow) is None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="context")
+        flow.fit(x, context=c, **QUICK)
+        flow.fit(x, context=c, **QUICK)  # the same units: no word
+    mean, std = _data.trained_context_scales(flow)
+    np.testing.assert_allclose(mean, c.mean(axis=0), atol=0.05)  # of nine tenths of the rows
+    np.testing.assert_allclose(std, c.std(axis=0), rtol=0.05)
+    moved = c + np.array([50, 0])
+    for other in (moved, c * [1000, 1]):
+        with pytest.warns(
+            nvpflow.DataWarning,
+            match=r"context: column 1 has mean .* trained around .*flow\.initialize_from\(x, context=context\)",
+        ):
+            flow.fit(x, context=other, **QUICK)
+    flow.initialize_from(x, context=moved)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="context")
+        flow.fit(x, context=moved, **QUICK)
+
+
+def test_the_command_check_looks_at_contexts(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(_source, "BLOCK_VALUES", 600)
+    x, c = normal(3000, 2), contexts()[:, [0, 4]]
+    flow = flow_of(x, context_size=2)
+    flow.initialize_from(x, context=c)
+    flow.context_names = ["hour", "rare"]
+    flow.save(tmp_path / "m.safetensors")
+    c[:, 0] += 50
+    c[:, 1] = 0
+    c[7, 1] = 1
+    np.save(tmp_path / "x.npy", np.hstack([x, c]))
+    check = ["check", str(tmp_path / "m.safetensors"), str(tmp_path / "x.npy"), "--jacobian-rows", "0"]
+    cli.main([*check, "--context-columns", "3,4", "--json"])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith(f"nvpflow: {check[2]}: context column 'hour' has mean 50")
+    assert lines[1].startswith(f"nvpflow: {check[2]}: context column 'rare' is 0 in all but one in 3,000 rows")

@@ -10,6 +10,7 @@ import nvpflow
 import pytest
 from nvpflow import _core, cli, training
 from nvpflow._gaussian import shrunk_log_prob
+from nvpflow.layers import MLP, Coupling, Permutation, Standardize
 
 FIGURES = re.compile(
     r"^the flow is worse than a Gaussian: the mean log-density of ([\d,]+) validation rows is (\S+) nats, and (\S+) "
@@ -140,6 +141,23 @@ def test_what_chance_explains_is_no_finding() -> None:
         x = np.random.default_rng(seed).normal(size=(100, 2)).astype(np.float32)
         warned += bool(told(small(2), x, epochs=2, seed=seed)[0])
     assert warned <= 4
+
+
+@pytest.mark.parametrize("order", [None, [1, 2, 0]])
+def test_a_column_that_no_coupling_transforms_is_named_where_it_is_not_normal(order) -> None:
+    x = np.random.default_rng(0).normal(size=(2000, 3))
+    x[:, 2] = np.exp(x[:, 2])
+    layers = [Standardize(), Coupling([0], network=MLP((8,))), Coupling([1], network=MLP((8,)))]
+    layers += [] if order is None else [Permutation(order)]
+    flow = nvpflow.build(3, layers=layers)
+    flow.column_names = ["a", "b", "income"]
+    told_of = [message for message in told(flow, x, epochs=3)[0] if "normally distributed" in message]
+    assert told_of == [
+        "x: column 'income' is normally distributed under this flow, because no coupling transforms it; the rows are "
+        "of another shape. Put it into what a Coupling transforms, or into a mask of build"
+    ]
+    x[:, 2] = np.log(x[:, 2])
+    assert "normally distributed" not in "".join(told(nvpflow.build(3, layers=layers), x, epochs=3)[0])
 
 
 @pytest.mark.parametrize(("rows", "share"), [(10, 0.3), (1000, 0.1), (1000, 0.0)])
