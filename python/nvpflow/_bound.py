@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nvpflow import _checks
 from nvpflow._model import Model
 from nvpflow.layers import MLP, Affine, Coupling, Layer, Standardize
 
@@ -152,16 +153,17 @@ def _largest_norm(rows: Array) -> float:
 class Unbounded:
     """Stands for a walk through layers that the derivation does not cover: log p is that of the flow itself."""
 
-    def __init__(self, flow: Model) -> None:
-        self._flow = flow
+    def __init__(self, flow: Model, reason: str) -> None:
+        self._flow, self._reason = flow, reason
 
     def log_prob(self, x: Array, context: NDArray[Any] | None = None) -> Array:
         """Return log p of rows [n, D] under their contexts [n, C], in nats."""
         found: Array = self._flow.log_probability(x, context=context)
         return found
 
-    def bound(self, eps: float) -> None:
-        """Return None: there is no bound."""
+    def bound(self, eps: float) -> tuple[None, str]:
+        """Return no bound, and why there is none."""
+        return None, self._reason
 
 
 class Walk:
@@ -193,22 +195,25 @@ class Walk:
         log_normal: Array = -0.5 * (x.shape[1] * math.log(2 * math.pi) + np.square(x).sum(axis=1))
         return log_normal + log_det
 
-    def bound(self, eps: float) -> float | None:
-        """Bound the relative error of a round trip in arithmetic of `eps`; None where there is no finite bound."""
+    def bound(self, eps: float) -> tuple[float | None, str | None]:
+        """Bound the relative error of a round trip in arithmetic of `eps`; or tell why there is no bound."""
         if not self._walked:
-            return None
+            return None, "there is no finite row"
         errors = [0.0, 0.0]
         with np.errstate(over="ignore", invalid="ignore"):
             for layer in reversed(self._layers):
                 errors = layer.pull_back(errors, eps)
-        worst = max(errors)
-        return worst if math.isfinite(sum(errors)) else None
+        return (max(errors), None) if math.isfinite(sum(errors)) else (None, "it is beyond the range of float64")
 
 
 def walk(flow: Model) -> Walk | Unbounded:
     """Return what takes rows through the layers of a float64 flow on the CPU."""
-    covered = flow.spec.context_size == 0 and all(map(_is_covered, flow.spec.layers))
-    return Walk(flow) if covered else Unbounded(flow)
+    if flow.spec.context_size:
+        return Unbounded(flow, "it is not derived for flows with a context")
+    for layer in flow.spec.layers:
+        if not _is_covered(layer):
+            return Unbounded(flow, f"it is not derived for {_checks.shortened(repr(layer))}")
+    return Walk(flow)
 
 
 def _is_covered(layer: Layer) -> bool:

@@ -205,7 +205,9 @@ class Certifier:
         if self.rows == 0:
             raise ValueError("x has no rows, expected at least one: there is nothing to measure")
         flow, spec = self._flow, self._flow.spec
-        rounded = flow.precision != "float32" or flow.weights != "full"
+        bound, why_none = self._walk.bound(float(np.finfo(spec.dtype).eps))
+        if flow.precision != "float32" or flow.weights != "full":
+            bound, why_none = None, "the flow rounds on purpose"
         resolution = self._digits.resolution(self._std if self._standardizes else np.zeros(spec.input_size))
         labels = _frames.labels(flow._column_names(), spec.input_size)
         known = resolution[np.isfinite(resolution)]
@@ -224,7 +226,8 @@ class Certifier:
             "latent_round_trip": self._latent.found(),
             "log_prob": self._log_prob.found(),
             **self._jacobians(),
-            "round_trip_bound": None if rounded else self._walk.bound(float(np.finfo(spec.dtype).eps)),
+            "round_trip_bound": bound,
+            "no_bound": why_none,
             "flow": repr(flow),
             "dtype": spec.dtype,
             "device": flow.device,

@@ -95,6 +95,8 @@ class Certificate:
         these rows were seen in each layer; derived from the weights' norms, and usually far too large. None where it is
         not finite, for arithmetic that is rounded on purpose (tf32, bfloat16), and for flows of other layers than
         couplings of halves with one MLP and the log-scale ``B tanh(u / B)``, and standardize layers.
+    no_bound
+        Why `round_trip_bound` is None, in words; None where there is a bound.
     flow
         The flow as it prints.
     dtype, device, precision, weights
@@ -128,6 +130,7 @@ class Certificate:
     shrink: float | None
     float64_round_trip: float | None
     round_trip_bound: float | None
+    no_bound: str | None
     flow: str
     dtype: str
     device: str
@@ -153,7 +156,7 @@ class Certificate:
 
     def __repr__(self) -> str:
         """Return the table."""
-        bound = "none" if self.round_trip_bound is None else f"{self.round_trip_bound:.1e}"
+        bound = f"none: {self.no_bound}" if self.round_trip_bound is None else f"{self.round_trip_bound:.1e}"
         double = "not measured" if self.float64_round_trip is None else f"{self.float64_round_trip:.1e}"
         resolution = "not known" if self.input_resolution is None else f"{self.input_resolution:.1e}"
         singular = ["not known" if v is None else f"{v:.3g}" for v in (self.stretch, self.shrink)]

@@ -53,6 +53,11 @@ class ConditionedFlow(_core.ConditionedFlow):
         return spec
 
     @property
+    def context_size(self) -> int:
+        """0: calls take no ``context=`` any more; that of the flow is ``flow.context_size``."""
+        return 0
+
+    @property
     def column_names(self) -> tuple[str, ...] | None:
         """The flow's names of the columns of x."""
         names: tuple[str, ...] | None = self.flow.column_names

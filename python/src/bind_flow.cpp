@@ -24,6 +24,7 @@
 #include "bindings.hpp"
 #include "bound_flow.hpp"
 #include "call_context.hpp"
+#include "errors.hpp"
 #include "gil.hpp"
 #include "plain_methods.hpp"
 
@@ -290,13 +291,13 @@ BoundFlow::~BoundFlow() {
                     [this] { const Flow gone = std::move(flow); });
 }
 
-void raise_uninitialised() {
-  PyErr_SetString(PyExc_TypeError, "this Flow was never initialised: call Flow.__init__ from the subclass");
-  throw py::error_already_set();
+void raise_uninitialised(const char* type) {
+  const std::string name(type);
+  raise(PyExc_TypeError, "this " + name + " was never initialised: call " + name + ".__init__ from the subclass");
 }
 
 void BoundFlow::require_ready() const {
-  if (!ready) raise_uninitialised();
+  if (!ready) raise_uninitialised(kName);
 }
 
 void bind_flow(py::module_& module) {

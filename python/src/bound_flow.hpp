@@ -16,6 +16,7 @@ namespace nvpflow::python {
 
 /// nvpflow._core.Flow.
 struct BoundFlow : ZeroedMemory {
+  static constexpr const char* kName = "Flow";
   Flow flow;
   DType dtype;
   std::int64_t features;
@@ -48,7 +49,8 @@ struct BoundFlow : ZeroedMemory {
   }
 };
 
-[[noreturn]] void raise_uninitialised();
+/// type: the name of its class in Python.
+[[noreturn]] void raise_uninitialised(const char* type);
 
 /// Calls f with a value of the flow's type, so that it can say `auto`.
 template <class F>

@@ -92,11 +92,13 @@ GivenContext read_context(const Caller& caller, PyObject* given, const InputArra
   const InputArray& array = context.array;
   require_beside(array, "context", x);
   if (!array.single && (x.single || array.rows != x.rows)) {
-    const std::string shape = rows_shape(flow, std::to_string(array.rows));
+    const std::string count = std::to_string(array.rows), shape = rows_shape(flow, count);
+    const bool repeats = x.rows == 1 && array.rows > 1;
     fail("context has shape " + shape + ", expected " +
          (x.single ? row_shape(flow) + " beside one row"
                    : rows_shape(flow, std::to_string(x.rows)) + ", one for each row, or " + row_shape(flow) +
-                         ", one for all"));
+                         ", one for all") +
+         (repeats ? "; np.tile(x, (" + count + ", 1)) puts the row beside each context" : ""));
   }
   context.rows.rows = rows_behind(array);
   if (array.single) context.rows.repeat = ContextRows::kForAll;

@@ -14,6 +14,7 @@ namespace nvpflow::python {
 
 /// nvpflow._core.ConditionedFlow: a flow under one context.
 struct BoundCondition : ZeroedMemory {
+  static constexpr const char* kName = "ConditionedFlow";
   py::object owner;  // of the flow
   const BoundFlow* flow;
   ConditionedFlow view;
@@ -24,7 +25,7 @@ struct BoundCondition : ZeroedMemory {
   BoundCondition(py::object flow, const py::object& context);
   /// Throws where the object was never initialised.
   void require_ready() const {
-    if (!ready) raise_uninitialised();
+    if (!ready) raise_uninitialised(kName);
   }
 };
 

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <memory>
 #include <optional>
 #include <span>
@@ -78,15 +79,32 @@ void refuse_masked(PyObject* array, const char* name) {
   }
 }
 
+/// Of an array's element, counted in C order: "[3, 1]"; "" where the array has no axes.
+std::string index_text(std::span<const npy_intp> shape, npy_intp at) {
+  std::string text;
+  for (auto extent = shape.rbegin(); extent != shape.rend(); ++extent) {
+    text.insert(0, (extent + 1 == shape.rend() ? "" : ", ") + std::to_string(at % *extent));
+    at /= *extent;
+  }
+  return shape.empty() ? "" : "[" + text + "]";
+}
+
+[[noreturn]] void raise_too_large(const char* name, std::span<const npy_intp> shape, npy_intp at, double value) {
+  char number[32];
+  std::snprintf(number, sizeof number, "%g", value);
+  raise(PyExc_ValueError, name + index_text(shape, at) + " is " + number + ", expected a number that float32 holds");
+}
+
 /// Python's numbers may be too large for the dtype: asked before NumPy makes them infinite.
 void refuse_overflow(const py::object& array, DType dtype, const char* name) {
   if (dtype != DType::float32) return;
   const auto numpy = py::module_::import("numpy");
-  const py::object size = numpy.attr("abs")(numpy.attr("asarray")(array, "float64"));
+  const py::object wide = numpy.attr("asarray")(array, "float64"), size = numpy.attr("abs")(wide);
   const py::object large = numpy.attr("logical_and")(numpy.attr("isfinite")(size), size.attr("__gt__")(FLT_MAX));
-  if (large.attr("any")().cast<bool>()) {
-    raise(PyExc_ValueError, std::string(name) + " holds a number too large for float32");
-  }
+  if (!large.attr("any")().cast<bool>()) return;
+  const auto at = large.attr("argmax")().cast<npy_intp>();
+  raise_too_large(name, shape_of(reinterpret_cast<PyArrayObject*>(wide.ptr())), at,
+                  wide.attr("item")(at).cast<double>());
 }
 
 /// How the caller's library writes a conversion to the dtype.
@@ -155,6 +173,10 @@ py::object convert(PyObject* object, const char* name, const Accepted& accepted,
     std::string message = std::string(name) + " has dtype " + dtype_text(from) + ", expected " + model +
                           ", the flow's dtype, or one that converts to it without loss";
     if (real) message += advice(name, accepted, library);
+    if (PyArray_ISSTRING(from)) {
+      message += accepted.kind == Kind::context ? "; encode text as columns of 0 and 1"
+                                                : "; encode text as numbers, or leave it out";
+    }
     raise(PyExc_TypeError, message);
   }
   if (!own_dtype) refuse_overflow(array, dtype, name);
@@ -263,13 +285,16 @@ py::object rounded(const py::object& array, const char* name) {
   if (!result) throw py::error_already_set();
   const auto* values = static_cast<const double*>(PyArray_DATA(from));
   auto* to = static_cast<float*>(PyArray_DATA(reinterpret_cast<PyArrayObject*>(result.ptr())));
+  const npy_intp count = PyArray_SIZE(from);
   bool fits = true;
-  for (npy_intp i = 0; i < PyArray_SIZE(from); ++i) {
+  for (npy_intp i = 0; i < count; ++i) {
     to[i] = static_cast<float>(values[i]);
     fits = fits && (std::isinf(to[i]) == std::isinf(values[i]));
   }
-  if (!fits) raise(PyExc_ValueError, std::string(name) + " holds a number too large for float32");
-  return result;
+  if (fits) return result;
+  npy_intp large = 0;
+  while (std::isinf(to[large]) == std::isinf(values[large])) ++large;
+  raise_too_large(name, shape_of(from), large, values[large]);
 }
 
 /// Sets in.owner to a C-contiguous array of the host. place: of an object that is not a NumPy array.
@@ -381,9 +406,12 @@ InputArray host_rows(PyObject* object, const char* name, DType dtype, std::int64
   auto* array = reinterpret_cast<PyArrayObject*>(in.owner.ptr());
   const int dims = PyArray_NDIM(array);
   if (!are_rows(shape_of(array), features)) {
-    const std::string d = std::to_string(features);
-    raise(PyExc_ValueError, std::string(name) + " has shape " + shape_text(array) + ", expected (B, " + d +
-                                ") or, for one row, (" + d + ",)");
+    const std::string d = std::to_string(features), given(name);
+    std::string way;
+    if (features == 1 && dims == 1) way = "; np.reshape(" + given + ", (-1, 1)) makes a row of each number";
+    if (features == 1 && dims == 0) way = "; [" + given + "] makes a row of it";
+    raise(PyExc_ValueError,
+          given + " has shape " + shape_text(array) + ", expected (B, " + d + ") or, for one row, (" + d + ",)" + way);
   }
   in.single = dims == 1;
   in.rows = in.single ? 1 : PyArray_DIM(array, 0);

@@ -194,6 +194,15 @@ std::int64_t total_rows(const InputArray& where, std::int64_t row_bytes) {
   return where.rows * times;
 }
 
+/// A seed has rows 0 to 2^63 - 1, so that each can be drawn by itself.
+void require_rows_of_seed(std::uint64_t start, std::int64_t rows) {
+  constexpr std::uint64_t kRowsOfSeed = std::uint64_t{1} << 63;
+  const std::uint64_t most = kRowsOfSeed - static_cast<std::uint64_t>(std::max<std::int64_t>(rows, 1));
+  if (start <= most) return;
+  raise(PyExc_ValueError, "start is " + std::to_string(start) + ", expected at most " + std::to_string(most) + ": of " +
+                              std::to_string(rows) + " rows in all the last would be beyond row 2**63 - 1");
+}
+
 template <class Self>
 PyObject* sample(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
   return guarded([&] {
@@ -211,6 +220,7 @@ PyObject* sample(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObje
     const bool wide = flow.gives_float64(given[4], given[3], where);
     const DType dtype = wide ? DType::float64 : flow.dtype;
     const std::int64_t rows = total_rows(where, flow.features * size_of(dtype));
+    require_rows_of_seed(start, rows);
     if (where.outer >= 0) context.rows.repeat = std::max<std::int64_t>(1, n);
     OutputArray out = output_array(given[3], "out", dtype, flow.features, where);
     refuse_overlap(out, "out", context);
@@ -284,7 +294,7 @@ PyMethodDef kMethods[] = {
      "Parameters\n----------\n"
      "n : int\n    Rows; under several contexts, for each of them.\n"
      "seed : int from 0 to 2**64 - 1, optional\n    None: a new one from the operating system.\n"
-     "start : int\n    First row of the endless sample that ``seed`` names.\n"
+     "start : int\n    First row of the sample that ``seed`` names, which has 2**63 rows.\n"
      "out : array, as returned, optional\n"
      "dtype : as of `inverse`\n"
      "context : array, [M, C] or [C]\n    Of a flow with a context: each of M gets n rows. Row i of context m is row "

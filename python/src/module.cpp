@@ -46,6 +46,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   bind_files(module);
   refuse_second_init(module.attr("FlowSpec"));
   refuse_second_init(module.attr("Flow"));
+  refuse_second_init(module.attr("ConditionedFlow"));
   module.def("_xla_handlers", &xla_handlers);
 }
 

@@ -28,7 +28,7 @@ template <class Bound>
 Bound& bound_as(PyObject* self) {
   auto* instance = reinterpret_cast<py::detail::instance*>(self);
   auto* made = instance->simple_layout ? static_cast<Bound*>(instance->simple_value_holder[0]) : nullptr;
-  if (made == nullptr || !made->ready) raise_uninitialised();
+  if (made == nullptr || !made->ready) raise_uninitialised(Bound::kName);
   return *made;
 }
 inline BoundFlow& bound(PyObject* self) { return bound_as<BoundFlow>(self); }

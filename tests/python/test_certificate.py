@@ -95,7 +95,7 @@ def test_rounding_on_purpose_is_named() -> None:
     flow = random_flow(0.5, num_flows=2).to("cpu", weights="bfloat16")
     found = flow.certify(unit_data(100, 16, 1, "float32"))
     assert found.weights == "bfloat16"
-    assert found.round_trip_bound is None
+    assert (found.round_trip_bound, found.no_bound) == (None, "the flow rounds on purpose")
     # Compared with the weights in full, which its file holds.
     assert found.log_prob.relative > 1e-4
     assert found.round_trip.relative < 1e-5
@@ -302,6 +302,7 @@ def test_rows_without_any_number_prove_nothing() -> None:
     found = nvpflow.build(3, 2, (4,)).certify(np.full((7, 3), np.nan, np.float32))
     assert (found.verdict, found.nonfinite_rows, found.jacobian_rows) == ("unreliable", 7, 0)
     assert found.round_trip is found.log_prob is found.log_det is found.round_trip_bound is None
+    assert found.no_bound == "there is no finite row"
     assert "not measured" in repr(found)
     assert nvpflow.Certificate.from_json(found.to_json()) == found
 
@@ -633,7 +634,7 @@ def test_check_of_data_that_cannot_be_used(tmp_path) -> None:
     assert "2 columns, the model takes 3" in command(tmp_path, *check, "-", stdin="1,2\n", fails=1).stderr
     assert "tolerance is 1e-09" in command(tmp_path, *check, "-", "--tolerance", 1e-9, stdin="1,2,3\n", fails=1).stderr
     refused = command(tmp_path, *check, "-", stdin="1,2,3\n4,nan,6\n", fails=1).stderr
-    assert "missing cells in column 2 (line 2): --missing skip leaves 1 row out" in refused
+    assert "missing cells in column 2 (line 2): --missing nan takes them as NaN, and gives NaN for 1 row\n" in refused
     output = command(tmp_path, *check, "-", "--missing", "nan", stdin="1,2,3\n4,nan,6\n").stdout
     assert "2 rows; 1 with NaN or inf (first: row 1)" in output
     command(tmp_path, *check, "none.npy", fails=1)

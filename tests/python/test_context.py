@@ -109,13 +109,22 @@ WRONG = {
     "too wide, one": (rows(1, 3)[0], ValueError, r"context has shape \(3,\), expected"),
     "three axes": (CONTEXT[None], ValueError, r"context has shape \(1, 41, 2\), expected"),
     "a number": (1.5, ValueError, r"context has shape \(\), expected"),
-    "text": (["a", "b"], TypeError, "context has dtype <U1, expected float32"),
+    "text": (
+        ["a", "b"],
+        TypeError,
+        "context has dtype <U1, expected float32.* loss; encode text as columns of 0 and 1",
+    ),
     "complex": (CONTEXT * 1j, TypeError, "context has dtype complex64"),
-    "too large": (np.array([1e300, 0]), ValueError, "context holds a number too large for float32"),
-    "too large, a list": ([1e300, 0], ValueError, "context holds a number too large for float32"),
+    "too large": (np.array([1e300, 0]), ValueError, r"context\[0\] is 1e\+300, expected a number that float32 holds"),
+    "too large, a list": ([0, -1e300], ValueError, r"context\[1\] is -1e\+300, expected a number that float32 holds"),
+    "too large, rows": (
+        np.where(np.arange(2 * B).reshape(B, 2) > 4, 1e39, 0),
+        ValueError,
+        r"context\[2, 1\] is 1e\+39, ",
+    ),
     "masked": (np.ma.masked_array(CONTEXT, CONTEXT > 0), ValueError, "context is a masked array with masked values"),
     "a str": ("abc", TypeError, "context is a str"),
-    "a dict": ({"a": 1}, TypeError, "context is a dict"),
+    "a dict": ({"a": 1}, TypeError, r"context is a dict, .*: of one its numbers, \[context\[name\] for name in"),
 }
 
 
@@ -139,8 +148,35 @@ def test_a_wrong_context_is_refused_by_every_call(wrong) -> None:
 
 
 def test_one_row_takes_one_context() -> None:
-    with pytest.raises(ValueError, match=r"context has shape \(41, 2\), expected \(2,\) beside one row"):
-        new_flow().log_prob(X[0], context=CONTEXT)
+    flow = new_flow()
+    way = r"; np.tile\(x, \(41, 1\)\) puts the row beside each context"
+    with pytest.raises(ValueError, match=rf"context has shape \(41, 2\), expected \(2,\) beside one row{way}"):
+        flow.log_prob(X[0], context=CONTEXT)
+    with pytest.raises(ValueError, match=rf"context has shape \(41, 2\), expected \(1, 2\), .*, one for all{way}"):
+        flow.log_prob(X[:1], context=CONTEXT)
+    for x in (X[0], X[:1]):
+        assert flow.log_prob(np.tile(x, (41, 1)), context=CONTEXT).shape == (41,)
+
+
+def test_contexts_of_one_number_that_are_no_rows() -> None:
+    flow = nvpflow.build(D, 2, (8,), context_size=1)
+    with pytest.raises(
+        ValueError, match=r"context has shape \(41,\), expected .*; np.reshape\(context, \(-1, 1\)\) makes"
+    ):
+        flow.log_prob(X, context=CONTEXT[:, 0])
+    with pytest.raises(ValueError, match=r"context has shape \(\), expected .*; \[context\] makes a row of it"):
+        flow.sample(3, context=0.5)
+    with pytest.raises(
+        ValueError, match=r"context has shape \(41,\), .* each row; np.reshape\(context, \(-1, 1\)\) makes"
+    ):
+        flow.fit(X, context=CONTEXT[:, 0], progress=False)
+    with pytest.raises(
+        ValueError, match=r"\[41, 1\], a row for each row, or \[1\], one for all; np.reshape\(context, "
+    ):
+        flow.certify(X, context=CONTEXT[:, 0])
+    assert_same_bits(
+        flow.log_prob(X, context=np.reshape(CONTEXT[:, 0], (-1, 1))), flow.log_prob(X, context=CONTEXT[:, :1])
+    )
 
 
 def test_a_flow_without_a_context_takes_none() -> None:
@@ -253,6 +289,24 @@ def test_samples_into_out() -> None:
     np.testing.assert_allclose(wide, out, rtol=0, atol=1e-5)
 
 
+def test_rows_that_a_seed_does_not_have() -> None:
+    flow, view = new_flow(), new_flow().condition(CONTEXT[0])
+    last = 2**63 - 12
+    assert flow.sample(4, seed=1, start=last, context=CONTEXT[:3]).shape == (3, 4, D)
+    for m in range(3):
+        drawn = flow.sample(4, seed=1, start=last + 4 * m, context=CONTEXT[m])
+        assert_same_bits(flow.sample(4, seed=1, start=last, context=CONTEXT[:3])[m], drawn)
+    message = (
+        rf"start is {last + 1}, expected at most {last}: of 12 rows in all the last would be beyond row 2\*\*63 - 1"
+    )
+    with pytest.raises(ValueError, match=message):
+        flow.sample(4, seed=1, start=last + 1, context=CONTEXT[:3])
+    assert view.sample(1, seed=1, start=2**63 - 1).shape == (1, D)
+    assert view.sample(0, seed=1, start=2**63 - 1).shape == (0, D)
+    with pytest.raises(ValueError, match="start is 9223372036854775807, expected at most 9223372036854775806: of 2"):
+        view.sample(2, seed=1, start=2**63 - 1)
+
+
 def test_samples_that_no_memory_holds() -> None:
     with pytest.raises(MemoryError, match=r"n is \d+ rows of 12 bytes for each of 41 contexts: more than can be"):
         new_flow().sample(2**58, context=CONTEXT)
@@ -313,7 +367,9 @@ def test_a_view_that_was_never_initialised() -> None:
     for kind in (nvpflow.ConditionedFlow, nvpflow._core.ConditionedFlow):
         view = kind.__new__(kind)
         for use in (lambda v: v.log_prob(X), lambda v: v.nll(X), lambda v: v.flow, lambda v: v.context):
-            with pytest.raises(TypeError):
+            with pytest.raises(
+                TypeError, match=r"this ConditionedFlow was never initialised: call ConditionedFlow\.__in"
+            ):
                 use(view)
     for wrong in (CONTEXT[:0], CONTEXT[:6]):
         with pytest.raises(ValueError, match="context has two axes"):
@@ -325,6 +381,25 @@ def test_a_view_that_was_never_initialised() -> None:
             new_flow().condition(wrong)
     with pytest.raises(TypeError, match="flow must be a Flow, got"):
         nvpflow.ConditionedFlow(X, CONTEXT[0])
+
+
+def test_the_number_of_a_context_that_calls_take() -> None:
+    flow = new_flow()
+    assert flow.context_size == flow.spec.context_size == C
+    assert nvpflow.build(D, 2, (8,)).context_size == 0
+    view = flow.condition(CONTEXT[0])
+    assert (view.context_size, view.flow.context_size) == (0, C)
+    with pytest.raises(AttributeError):
+        flow.context_size = 3
+
+
+def test_a_view_is_made_once() -> None:
+    view = new_flow().condition(CONTEXT[0])
+    with pytest.raises(
+        TypeError, match=r"ConditionedFlow\.__init__\(\) was called on an object that has been made already"
+    ):
+        view.__init__(new_flow(), CONTEXT[1])
+    assert_same_bits(view.context, CONTEXT[0])
 
 
 def test_views_in_many_threads_while_weights_change() -> None:
@@ -553,7 +628,9 @@ def test_fit_warns_of_constant_and_far_contexts() -> None:
     spoilt[7, 1] = 1e30
     with pytest.warns(nvpflow.DataWarning, match="context: column 2 has far rows that make its standard deviation"):
         nvpflow.build(D, 2, (8,), context_size=C).fit(x, context=spoilt, epochs=1, progress=False)
-    with pytest.warns(nvpflow.DataWarning, match="context: column 1 is constant: the flow learns nothing of it"):
+    with pytest.warns(
+        nvpflow.DataWarning, match="context: column 1 is constant, 0 in all rows: the flow learns nothing of"
+    ):
         nvpflow.build(D, 2, (8,), context_size=C).fit(x, context=c * [0, 1], epochs=1, progress=False)
     one_hot = np.eye(2)[np.random.default_rng(0).integers(0, 2, 300)]
     with warnings.catch_warnings():
@@ -620,6 +697,17 @@ def test_fit_warns_where_a_linear_gaussian_of_the_context_is_better() -> None:
 
 
 @SHORT
+def test_fit_takes_contexts_of_bools() -> None:
+    x, c, _ = simulated(300, 5)
+    flows = [nvpflow.build(D, 2, (8,), context_size=C) for _ in range(2)]
+    for flow, context in zip(flows, (c > 50, (c > 50).astype(np.float32)), strict=True):
+        flow.fit(x, context=context, validation=(x[:50], context[:50]), epochs=2, progress=False)
+        flow.certify(x, context=context)
+        flow.initialize_from(x, context=context)
+    assert flows[0] == flows[1]
+
+
+@SHORT
 def test_checkpoints_with_a_context(tmp_path) -> None:
     x, c, _ = simulated(300, 7)
     whole = nvpflow.build(D, 2, (8,), context_size=C)
@@ -653,7 +741,8 @@ def test_certificates_under_a_context() -> None:
     assert found.verdict == "accurate"
     assert (found.rows, found.nonfinite_rows, found.first_nonfinite_row) == (B, 1, 4)
     assert found.log_det.relative < 1e-5
-    assert found.round_trip_bound is None
+    assert (found.round_trip_bound, found.no_bound) == (None, "it is not derived for flows with a context")
+    assert "  bound on x -> z -> x, by weights  none: it is not derived for flows with a context\n" in f"{found}\n"
     view = flow.condition(CONTEXT[0]).certify(X)
     assert view.to_json() == flow.certify(X, context=CONTEXT[0]).to_json()
     assert flow.certify(X, context=np.full(C, np.nan)).nonfinite_rows == B
