@@ -1,4 +1,4 @@
-"""An independent float64 oracle of every affine flow that a spec can say, in plain NumPy.
+"""An independent float64 oracle of every flow that a spec can say, in plain NumPy.
 
 Nothing here imports nvpflow. A flow is a spec, as `json.loads` reads it from a model file, and its tensors by name.
 Each layer is written once, from its formula. Gradients come from a tape of NumPy operations; test_general_oracle.py
@@ -42,9 +42,16 @@ class Node:
     def __sub__(self, other: Node | np.ndarray | float) -> Node:
         return self + -_node(other)
 
+    def __rsub__(self, other: float) -> Node:
+        return other + -self
+
     def __mul__(self, other: Node | np.ndarray | float) -> Node:
         other = _node(other)
         return Node(self.value * other.value, (self, lambda g: g * other.value), (other, lambda g: g * self.value))
+
+    def __truediv__(self, other: Node) -> Node:
+        quotient = self.value / other.value
+        return Node(quotient, (self, lambda g: g / other.value), (other, lambda g: -g * quotient / other.value))
 
     def __matmul__(self, other: Node) -> Node:
         return Node(self.value @ other.value, (self, lambda g: g @ other.value.T), (other, lambda g: self.value.T @ g))
@@ -73,8 +80,39 @@ class Node:
         return Node(whole, (self, lambda g: g[places]))
 
     def sum_of_row(self) -> Node:
-        """[B, n] -> [B]; a vector [n] -> []."""
+        """[..., n] -> [...]."""
         return Node(np.sum(self.value, axis=-1), (self, lambda g: np.broadcast_to(g[..., None], self.value.shape)))
+
+    def sums_from_left(self) -> Node:
+        """[..., n] -> [..., n + 1]: 0, the first, the first two, ..., all."""
+        nothing = np.zeros((*self.value.shape[:-1], 1))
+        sums = np.concatenate([nothing, np.cumsum(self.value, axis=-1)], axis=-1)
+        return Node(sums, (self, lambda g: np.cumsum(g[..., :0:-1], axis=-1)[..., ::-1]))
+
+    def pick(self, index: np.ndarray) -> Node:
+        """[..., n] -> [...]: of each row the element at `index` [...]."""
+
+        def pull(g: np.ndarray) -> np.ndarray:
+            whole = np.zeros_like(self.value)
+            np.put_along_axis(whole, index[..., None], g[..., None], axis=-1)
+            return whole
+
+        return Node(np.take_along_axis(self.value, index[..., None], axis=-1)[..., 0], (self, pull))
+
+    def of_features(self, n: int) -> Node:
+        """[B, p n] -> [B, n, p]; column i n + j is number i of feature j."""
+        rows, columns = self.value.shape
+        return Node(
+            self.value.reshape(rows, columns // n, n).transpose(0, 2, 1),
+            (self, lambda g: g.transpose(0, 2, 1).reshape(rows, columns)),
+        )
+
+    def between(self, low: float, high: float) -> Node:
+        """Each element, brought into [low, high]."""
+        inside = (self.value >= low) & (self.value <= high)
+        # Also of NaN, so that what is computed from it is a number: a row that holds one is set to NaN at the end.
+        brought = np.where(inside, self.value, np.where(self.value > high, high, low))
+        return Node(brought, (self, lambda g: np.where(inside, g, 0.0)))
 
     def mean_of_row(self) -> Node:
         """[B, n] -> [B, 1]."""
@@ -175,6 +213,99 @@ def log_scale(function: Spec, u: Node) -> Node:
     return -s if function["negated"] else s
 
 
+# ---------------------------------------------------------------------------------------------- splines
+
+
+def _where(chosen: np.ndarray, yes: Node, no: Node) -> Node:
+    return Node(
+        np.where(chosen, yes.value, no.value),
+        (yes, lambda g: np.where(chosen, g, 0.0)),
+        (no, lambda g: np.where(chosen, 0.0, g)),
+    )
+
+
+def _as_column(values: Node) -> Node:
+    """[...] -> [..., 1]."""
+    return Node(values.value[..., None], (values, lambda g: g[..., 0]))
+
+
+def _with_ends(inner: Node, end: float) -> Node:
+    """[..., n] -> [..., n + 2]."""
+    column = np.full((*inner.value.shape[:-1], 1), end)
+    return Node(np.concatenate([column, inner.value, column], axis=-1), (inner, lambda g: g[..., 1:-1]))
+
+
+def _bin_sizes(spline: Spec, raw: Node, smallest: float) -> Node:
+    """Widths or heights of the bins [B, n, K]: a softmax with a floor, of the interval."""
+    if (bound := spline["size_bound"]) is not None:
+        raw = raw.map(lambda u: u / (1.0 + np.abs(u / bound)), lambda u: (1.0 + np.abs(u / bound)) ** -2.0)
+    e = _exp(raw - np.max(raw.value, axis=-1, keepdims=True))  # a softmax is that of shifted numbers, too
+    share = e / _as_column(e.sum_of_row())
+    return (share * (1.0 - spline["num_bins"] * smallest) + smallest) * (spline["upper"] - spline["lower"])
+
+
+def _knot_slopes(spline: Spec, raw: Node | None, shape: Shape) -> Node:
+    """Derivatives at the knots [B, n, K + 1]; raw is None where there are no inner knots."""
+    how, least = spline["derivative"], spline["min_derivative"]
+    if raw is None:
+        return Node(np.ones((*shape, 2)))
+    if how["function"] == "exp":
+        bound = how["bound"]
+        v = raw.map(lambda u: u / (1.0 + np.abs(u / bound)), lambda u: (1.0 + np.abs(u / bound)) ** -2.0)
+        slopes = _exp(v) + least
+    else:
+        slopes = _softplus(raw + how["offset"]) * how["gain"] + least
+    return slopes if spline["boundary"] == "free" else _with_ends(slopes, 1.0)
+
+
+def rational_quadratic(
+    spline: Spec, widths: Node, heights: Node, derivatives: Node | None, x: Node, backwards: bool, kinks: list
+) -> tuple[Node, Node]:
+    """Map x [B, n] and give log |dy/dx| [B, n]: Durkan et al., Neural Spline Flows, 2019, equations 4 to 8.
+
+    Raw numbers are [B, n, K] for the bins and, for the knots, [B, n, K - 1], or K + 1 where the ends are free.
+    """
+    low, high, bins = spline["lower"], spline["upper"], spline["num_bins"]
+    knots_x = _bin_sizes(spline, widths, spline["min_bin_width"]).sums_from_left() + low
+    knots_y = _bin_sizes(spline, heights, spline["min_bin_height"]).sums_from_left() + low
+    delta = _knot_slopes(spline, derivatives, x.value.shape)
+
+    knots = (knots_y if backwards else knots_x).value
+    kinks.append((x.value[..., None] - knots).reshape(len(x.value), -1))
+    inside = x.between(low, high)
+    k = np.sum(knots[..., 1:-1] <= inside.value[..., None], axis=-1)
+    x_k, y_k, d_k, d_next = knots_x.pick(k), knots_y.pick(k), delta.pick(k), delta.pick(k + 1)
+    width, height = knots_x.pick(k + 1) - x_k, knots_y.pick(k + 1) - y_k
+    s = height / width
+    curvature = d_next + d_k - 2.0 * s
+    if backwards:
+        rise = inside - y_k
+        a = height * (s - d_k) + rise * curvature
+        b = height * d_k - rise * curvature
+        c = -s * rise
+        root = (b * b - 4.0 * a * c).map(lambda v: np.sqrt(np.maximum(v, 0.0)), lambda v: 0.5 / np.sqrt(v))
+        xi = 2.0 * c / (-b - root)
+        y = x_k + xi * width
+    else:
+        xi = (inside - x_k) / width
+        y = y_k + height * (s * xi * xi + d_k * xi * (1.0 - xi)) / (s + curvature * xi * (1.0 - xi))
+    rest = 1.0 - xi
+    slope = s * s * (d_next * xi * xi + 2.0 * s * xi * rest + d_k * rest * rest)
+    log_slope = _log(slope) - 2.0 * _log(s + curvature * xi * rest)
+
+    below, above = x.value < low, x.value > high
+    ends = {}
+    for name, edge, at in (("below", low, 0), ("above", high, bins)):
+        d = delta.pick(np.full(x.value.shape, at))
+        if spline["tails"] == "identity":
+            ends[name] = x, Node(np.zeros_like(x.value))
+        else:
+            ends[name] = ((x - edge) / d if backwards else (x - edge) * d) + edge, _log(d)
+    y = _where(below, ends["below"][0], _where(above, ends["above"][0], y))
+    log_slope = _where(below, ends["below"][1], _where(above, ends["above"][1], log_slope))
+    return y, -log_slope if backwards else log_slope
+
+
 # ---------------------------------------------------------------------------------------------- the flow
 
 
@@ -207,6 +338,20 @@ def transformed_features(transformed: str | list[int], input_size: int) -> np.nd
         "all": np.arange(input_size),
     }
     return names[transformed] if isinstance(transformed, str) else np.asarray(transformed, dtype=np.int64)
+
+
+def heads_of(transform: Spec) -> dict[str, int]:
+    """What a network gives for each transformed feature: how many numbers of each name."""
+    if transform["kind"] == "additive":
+        return {"translation": 1}
+    return {"scale": 1, "translation": 1} if transform["kind"] == "affine" else raw_numbers(transform)
+
+
+def raw_numbers(spline: Spec) -> dict[str, int]:
+    """How many numbers of each name make one spline; no entry where there are none."""
+    bins = spline["num_bins"]
+    counts = {"widths": bins, "heights": bins, "derivatives": bins + 1 if spline["boundary"] == "free" else bins - 1}
+    return {name: count for name, count in counts.items() if count > 0}
 
 
 def tensor_shapes(spec: Spec) -> list[tuple[str, Shape]]:
@@ -245,9 +390,8 @@ def tensor_shapes(spec: Spec) -> list[tuple[str, Shape]]:
             width = size - n + context
             if "network" in layer:
                 width = hidden(layer["network"], prefix, "coupling_dense", width)
-                for head in ("scale", "translation"):
-                    if head == "translation" or layer["transform"]["kind"] == "affine":
-                        dense(f"{prefix}_{head}", width, n)
+                for head, count in heads_of(layer["transform"]).items():
+                    dense(f"{prefix}_{head}", width, count * n)
             else:
                 for head in ("scale", "translation"):
                     dense(f"{prefix}_{head}", hidden(layer[f"{head}_network"], prefix, f"{head}_dense", width), n)
@@ -258,6 +402,9 @@ def tensor_shapes(spec: Spec) -> list[tuple[str, Shape]]:
             shapes.extend((f"lu_linear_{i}.{part}", (size,)) for part in ("log_diagonal", "sign", "bias"))
         elif layer["kind"] == "actnorm":
             shapes.extend((f"actnorm_{i}.{part}", (size,)) for part in ("log_scale", "shift"))
+        elif layer["kind"] == "element_spline":
+            n = len(transformed_features(layer["features"], size))
+            shapes.extend((f"spline_{i}.{name}", (count, n)) for name, count in raw_numbers(layer["spline"]).items())
         elif layer["kind"] == "standardize":
             shapes.extend((f"standardize_{i}.{part}", (size,)) for part in ("mean", "log_std"))
     if spec.get("standardize_context", False):
@@ -383,8 +530,8 @@ class GeneralFlow:
     def prefixes(self) -> list[str]:
         couplings = itertools.count()
         return [
-            f"flow_{next(couplings)}" if layer["kind"] == "coupling" else f"{layer['kind']}_{i}"
-            for i, layer in enumerate(self.layers)
+            f"flow_{next(couplings)}" if kind == "coupling" else f"{kind.removeprefix('element_')}_{i}"
+            for i, kind in enumerate(layer["kind"] for layer in self.layers)
         ]
 
     # -- the layers: output and log-determinant from the input, by the formula or by its inverse
@@ -393,27 +540,22 @@ class GeneralFlow:
         b = transformed_features(layer["transformed"], self.input_size)
         a = np.setdiff1d(np.arange(self.input_size), b)
         given = x.columns(a) if c is None else _side_by_side([x.columns(a), c])
+        heads = heads_of(layer["transform"])
         if "network" in layer:
-            h = self._hidden(layer["network"], prefix, "coupling_dense", p, given, c, kinks)
-            last = {"scale": h, "translation": h}
+            last = dict.fromkeys(heads, self._hidden(layer["network"], prefix, "coupling_dense", p, given, c, kinks))
         else:
             last = {
                 head: self._hidden(layer[f"{head}_network"], prefix, f"{head}_dense", p, given, c, kinks)
-                for head in ("scale", "translation")
+                for head in heads
             }
-        t = _dense(p, f"{prefix}_translation", last["translation"])
-        if layer["transform"]["kind"] == "additive":
-            s = Node(np.zeros_like(t.value))
+        raw = {head: _dense(p, f"{prefix}_{head}", last[head]) for head in heads}
+        if layer["transform"]["kind"] == "spline":
+            of_features = {name: numbers.of_features(len(b)) for name, numbers in raw.items()}
+            y_b, step = _spline(layer["transform"], of_features, x.columns(b), backwards, kinks)
         else:
-            u = _dense(p, f"{prefix}_scale", last["scale"])
-            s = log_scale(function := layer["transform"]["log_scale"], u)
-            if function["function"] == "softplus" and function["high"] is not None:
-                v = u.value + function["offset"]
-                kinks.append(ACTIVATIONS["softplus"](v) + function["low"] - function["high"])
-        x_b = x.columns(b)
-        y_b = (x_b - t) * _exp(-s) if backwards else x_b * _exp(s) + t
+            y_b, step = _affine(layer["transform"], raw, x.columns(b), backwards, kinks)
         places = np.argsort(np.concatenate([a, b]))
-        return _side_by_side([x.columns(a), y_b]).columns(places), (-s if backwards else s).sum_of_row()
+        return _side_by_side([x.columns(a), y_b]).columns(places), step.sum_of_row()
 
     def _hidden(self, network, prefix, dense_name, p, given, c, kinks):
         """The network up to its last hidden layer."""
@@ -443,6 +585,15 @@ class GeneralFlow:
             h = h + v
         return h
 
+    def _element_spline(self, layer, prefix, p, x, c, backwards, kinks):
+        b = transformed_features(layer["features"], self.input_size)
+        a = np.setdiff1d(np.arange(self.input_size), b)
+        rows = np.zeros((len(x.value), 1, 1))
+        raw = {name: _transposed(p[f"{prefix}.{name}"]) + rows for name in raw_numbers(layer["spline"])}
+        y_b, step = _spline(layer["spline"], raw, x.columns(b), backwards, kinks)
+        places = np.argsort(np.concatenate([a, b]))
+        return _side_by_side([x.columns(a), y_b]).columns(places), step.sum_of_row()
+
     def _permutation(self, layer, prefix, p, x, c, backwards, kinks):
         order = np.asarray(layer["order"])
         return x.columns(np.argsort(order) if backwards else order), Node(np.zeros(len(x.value)))
@@ -467,6 +618,23 @@ class GeneralFlow:
         mean, log_std = p[f"{prefix}.mean"], p[f"{prefix}.log_std"]
         step = log_std.sum_of_row() + np.zeros(len(x.value))
         return (x * _exp(log_std) + mean, step) if backwards else ((x - mean) * _exp(-log_std), -step)
+
+
+def _affine(transform: Spec, raw: Mapping[str, Node], x: Node, backwards: bool, kinks: list) -> tuple[Node, Node]:
+    """x exp(s) + t and s, or the inverse of it."""
+    t = raw["translation"]
+    if transform["kind"] == "additive":
+        s = Node(np.zeros_like(t.value))
+    else:
+        s = log_scale(function := transform["log_scale"], raw["scale"])
+        if function["function"] == "softplus" and function["high"] is not None:
+            v = raw["scale"].value + function["offset"]
+            kinks.append(ACTIVATIONS["softplus"](v) + function["low"] - function["high"])
+    return ((x - t) * _exp(-s), -s) if backwards else (x * _exp(s) + t, s)
+
+
+def _spline(spline: Spec, raw: Mapping[str, Node], x: Node, backwards: bool, kinks: list) -> tuple[Node, Node]:
+    return rational_quadratic(spline, raw["widths"], raw["heights"], raw.get("derivatives"), x, backwards, kinks)
 
 
 def _dense(p: Mapping[str, Node], name: str, given: Node) -> Node:
@@ -498,6 +666,8 @@ FEATURES = frozenset(
         "actnorm",
         "context",
         "standardize_context",
+        "spline",
+        "element_spline",
     }
 )
 
@@ -520,6 +690,43 @@ LOG_SCALES: tuple[Spec, ...] = (
     {"function": "softplus", "low": 0.1, "high": 1.1, "offset": 0.5, "negated": True},
 )
 
+IDENTITY_OFFSET = math.log(math.expm1(1 - 1e-3))  # for which softplus(offset) + 1e-3 is 1
+
+
+def spline_of(num_bins: int, tail_bound: float = 3.0, **fields: Any) -> dict[str, Any]:
+    """The fields of a spline, by default those whose raw zeros make the identity."""
+    plain = {
+        "num_bins": num_bins,
+        "lower": -tail_bound,
+        "upper": tail_bound,
+        "min_bin_width": 1e-3,
+        "min_bin_height": 1e-3,
+        "min_derivative": 1e-3,
+        "derivative": {"function": "softplus", "offset": IDENTITY_OFFSET, "gain": 1.0},
+        "size_bound": None,
+        "boundary": "one",
+        "tails": "identity",
+    }
+    assert fields.keys() <= plain.keys()
+    return plain | fields
+
+
+_NO_FLOORS = {"min_bin_width": 0.0, "min_bin_height": 0.0, "min_derivative": 0.0}
+# Those of libraries, and the smallest ones.
+SPLINES: tuple[Spec, ...] = (
+    spline_of(8),
+    spline_of(10, derivative={"function": "softplus", "offset": 0.0, "gain": 1.0}),  # nflows
+    spline_of(8, 5.0, **_NO_FLOORS, derivative={"function": "exp", "bound": -math.log(1e-3)}, size_bound=3.45),  # zuko
+    spline_of(7, 4.0, boundary="free"),  # flowjax
+    spline_of(4, lower=-2.0, upper=4.0, min_bin_width=2e-5, min_bin_height=2e-5, boundary="free", tails="slope"),
+    spline_of(6, derivative={"function": "softplus", "offset": 0.0, "gain": 1.44}, min_bin_width=0.1),
+    spline_of(1),
+    spline_of(1, boundary="free", tails="slope"),
+    spline_of(2, lower=0.0, upper=1.0, tails="slope"),
+    spline_of(3, derivative={"function": "exp", "bound": 2.0}, boundary="free"),
+    spline_of(17),
+)
+
 
 def random_spec(
     rng: np.random.Generator, features: Iterable[str] = FEATURES, dtype: str = "float64", max_size: int = 40
@@ -538,7 +745,7 @@ def random_spec(
         "coupling",
         "coupling",
         "standardize",
-        *(kind for kind in ("permutation", "lu_linear", "actnorm") if kind in has),
+        *(kind for kind in ("permutation", "lu_linear", "actnorm", "element_spline") if kind in has),
     ]
     drawn = [str(rng.choice(kinds)) for _ in range(int(rng.integers(1, 7)))]
     if "coupling" not in drawn:
@@ -569,15 +776,23 @@ def random_spec(
         count = int(rng.integers(1, size))
         return sorted(map(int, rng.choice(size, count, replace=False)))
 
+    def spline() -> dict[str, Any]:
+        return dict(SPLINES[int(rng.integers(len(SPLINES)))])
+
     def layer(kind: str) -> dict[str, Any]:
         if kind == "standardize":
             return {"kind": kind}
         if kind == "permutation":
             return {"kind": kind, "order": [int(j) for j in rng.permutation(size)]}
         flag = {"kind": kind, "inverse": chance("inverse")}
+        if kind == "element_spline":
+            every = rng.random() < 0.3 or size == 1
+            return {**flag, "features": "all" if every else transformed(), "spline": spline()}
         if kind != "coupling":
             return flag
         flag["transformed"] = transformed()
+        if chance("spline", 0.3):
+            return {**flag, "transform": {"kind": "spline", **spline()}, "network": network()}
         if chance("additive", 0.2):
             return {**flag, "transform": {"kind": "additive"}, "network": network()}
         functions = LOG_SCALES if "log_scales" in has else LOG_SCALES[:3]
@@ -597,8 +812,27 @@ def random_spec(
     }
 
 
+def _slopes_of_one(spec: Spec) -> dict[str, float]:
+    """What to add to raw derivatives, by the tensors' names, so that their zeros are about slopes of 1."""
+    shifts: dict[str, float] = {}
+    couplings = 0
+    for i, layer in enumerate(spec["layers"]):
+        spline, name = layer.get("spline"), f"spline_{i}.derivatives"
+        if layer["kind"] == "coupling":
+            spline, name = layer.get("transform"), f"flow_{couplings}_derivatives.bias"
+            couplings += 1
+        how = {} if spline is None else spline.get("derivative", {})
+        if how.get("function") == "softplus" and "derivatives" in raw_numbers(spline):
+            rise = (1 - spline["min_derivative"]) / how["gain"]
+            shifts[name] = math.log(math.expm1(rise)) - how["offset"]
+    return shifts
+
+
 def scrambled(spec: Spec, rng: np.random.Generator, kernel_scale: float = 1.0) -> dict[str, np.ndarray]:
-    """Parameters far from the identity: kernels N(0, kernel_scale^2 / in), most of the rest 0.1 N(0, 1)."""
+    """Parameters far from the identity: kernels N(0, kernel_scale^2 / in), most of the rest 0.1 N(0, 1).
+
+    Splines are so about the identity.
+    """
     size = spec["input_size"]
 
     def draw(name: str, shape: Shape) -> np.ndarray:
@@ -607,11 +841,24 @@ def scrambled(spec: Spec, rng: np.random.Generator, kernel_scale: float = 1.0) -
             return values * (kernel_scale / math.sqrt(max(1, shape[0])))
         if name.endswith((".lower", ".upper")):
             return values * (0.4 / math.sqrt(size))
+        if name.startswith("spline_"):
+            return values * (0.5 * kernel_scale)
         if name.endswith(".sign"):
             return np.where(values < 0, -1.0, 1.0)
         return values * 0.1 + (1.0 if name.endswith("_affine.scale") else 0.0)
 
-    return {name: draw(name, shape) for name, shape in tensor_shapes(spec)}
+    drawn = {name: draw(name, shape) for name, shape in tensor_shapes(spec)}
+    for name, shift in _slopes_of_one(spec).items():
+        drawn[name] += shift
+    return drawn
+
+
+_PUSH = 2.0**-40
+
+
+def _pushed(values: np.ndarray, rng: np.random.Generator, least: float) -> np.ndarray:
+    """Each number moved up or down by one unit in a million million of itself, or of `least` where it is smaller."""
+    return values + _PUSH * np.maximum(np.abs(values), least) * rng.choice([-1.0, 1.0], size=values.shape)
 
 
 def condition(flow: GeneralFlow, x: np.ndarray, context: np.ndarray | None, rng: np.random.Generator) -> float:
@@ -619,7 +866,6 @@ def condition(flow: GeneralFlow, x: np.ndarray, context: np.ndarray | None, rng:
 
     Results are both transforms at x, and log p; the largest of three random pushes of x, context and parameters.
     """
-    unit = 2.0**-40
 
     def results(flow: GeneralFlow, x: np.ndarray, context: np.ndarray | None) -> np.ndarray:
         z, log_det = flow.forward(x, context)
@@ -627,12 +873,36 @@ def condition(flow: GeneralFlow, x: np.ndarray, context: np.ndarray | None, rng:
         log_p = flow.log_prob(x, context)
         return np.concatenate([z.ravel(), log_det, back.ravel(), back_log_det, log_p])
 
-    def pushed(values: np.ndarray) -> np.ndarray:
-        return values * (1.0 + unit * rng.choice([-1.0, 1.0], size=values.shape))
-
     here, worst = results(flow, x, context), 0.0
     for _ in range(3):
-        moved = {name: v if name.endswith(".sign") else pushed(v) for name, v in flow.parameters.items()}
-        there = results(GeneralFlow(flow.spec, moved), pushed(x), None if context is None else pushed(context))
+        moved = {n: v if n.endswith(".sign") else _pushed(v, rng, 0.0) for n, v in flow.parameters.items()}
+        of_rows = None if context is None else _pushed(context, rng, 0.0)
+        there = results(GeneralFlow(flow.spec, moved), _pushed(x, rng, 0.0), of_rows)
         worst = max(worst, float(np.max(np.abs(there - here) / (1.0 + np.abs(here)), initial=0.0)))
-    return worst / unit
+    return worst / _PUSH
+
+
+def sensitivities(
+    results: Callable[[GeneralFlow, np.ndarray, np.ndarray | None], Iterable[np.ndarray]],
+    flow: GeneralFlow,
+    x: np.ndarray,
+    context: np.ndarray | None,
+    rng: np.random.Generator,
+    pushes: int = 4,
+) -> list[np.ndarray]:
+    """How many units each result moves when rows and raw numbers of splines do by one, and kernels by one of theirs.
+
+    Of the results the shapes; the largest of some random pushes. Biases stand for the raw numbers: rounding these costs
+    a unit of 1, also where they are small.
+    """
+    here = [np.asarray(result, dtype=np.float64) for result in results(flow, x, context)]
+    worst = [np.zeros_like(result) for result in here]
+    for _ in range(pushes):
+        moved = {
+            name: value if name.endswith(".sign") else _pushed(value, rng, 0.0 if name.endswith(".kernel") else 1.0)
+            for name, value in flow.parameters.items()
+        }
+        of_rows = None if context is None else _pushed(context, rng, 0.0)
+        there = results(GeneralFlow(flow.spec, moved), _pushed(x, rng, 1.0), of_rows)
+        worst = [np.maximum(w, np.abs(t - h) / _PUSH) for w, t, h in zip(worst, there, here, strict=True)]
+    return worst

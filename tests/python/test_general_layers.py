@@ -17,6 +17,7 @@ from general_oracle import (
     condition,
     random_spec,
     scrambled,
+    sensitivities,
     tensor_shapes,
     transformed_features,
 )
@@ -283,19 +284,35 @@ def test_float32_flows_that_begin_with_standardize_take_float64_rows(seed) -> No
 def smooth_case(seed: int, dtype: str, direction: str, rows: int) -> Case:
     """A case without the rows whose gradients rounding decides.
 
-    They have pre-activations near a kink, or results so far out that what a saturated tanh leaves of 1 - s^2 counts.
+    They have pre-activations near a kink, or results so far out that what a saturated tanh leaves of 1 - s^2 counts, or
+    lie where a spline bends sharply.
     """
     case = make_case(seed, dtype, rows=40 * rows + 200)
     margin = 2e-5 if dtype == "float32" else 1e-12
     out, _ = getattr(case.oracle, direction)(case.x, case.context)
     tame = np.max(np.abs(out), axis=1) < 5
     smooth = case.oracle.smallest_pre_activation(case.x, direction, case.context) > margin
-    smooth = np.flatnonzero(smooth & tame)[:rows]
+    smooth = np.flatnonzero(smooth & tame)[: 8 * rows + 40]
+    smooth = smooth[gradient_conditions(case, smooth, direction) < LARGEST_CONDITION][:rows]
     assert len(smooth) == rows
     case.x = case.x[smooth]
     if case.context is not None:
         case.context = case.context[smooth]
     return case
+
+
+def gradient_conditions(case: Case, chosen: np.ndarray, direction: str) -> np.ndarray:
+    """By how many units a row's gradient moves for one of what is given; 0 without splines."""
+    if not any("spline" in json.dumps(layer) for layer in case.oracle.layers):
+        return np.zeros(len(chosen))
+    x, context = case.x[chosen], None if case.context is None else case.context[chosen]
+
+    def gradient(oracle: GeneralFlow, x: np.ndarray, context: np.ndarray | None) -> list[np.ndarray]:
+        return [oracle.vjp(x, np.ones_like(x), np.ones(len(x)), direction, context).x]
+
+    (moved,) = sensitivities(gradient, case.oracle, x, context, np.random.default_rng(0), pushes=2)
+    size = np.abs(gradient(case.oracle, x, context)[0]).max(axis=1)
+    return moved.max(axis=1) / (1 + size)
 
 
 def named(case: Case, flat: np.ndarray) -> dict[str, np.ndarray]:

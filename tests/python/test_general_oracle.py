@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from general_oracle import (
     LOG_SCALES,
+    SPLINES,
     GeneralFlow,
     Node,
     log_scale,
     pull_back,
     random_spec,
     scrambled,
+    spline_of,
     tensor_shapes,
 )
 from oracle import ACTIVATIONS, KINKED, finite_difference, numerical_jacobian, random_parameters, real_nvp, unit_data
@@ -61,14 +63,20 @@ def test_random_specs_use_every_feature() -> None:
     layers = [layer for spec in specs for layer in spec["layers"]]
     couplings = [layer for layer in layers if layer["kind"] == "coupling"]
     networks = [c["network"] for c in couplings if "network" in c]
-    assert {layer["kind"] for layer in layers} == {"coupling", "standardize", "permutation", "lu_linear", "actnorm"}
+    plain = {"coupling", "standardize", "permutation", "lu_linear", "actnorm"}
+    assert {layer["kind"] for layer in layers} == plain | {"element_spline"}
     assert {str(c["transformed"]) for c in couplings} >= {"first_half", "second_half", "odd", "even", "all"}
     assert any(isinstance(c["transformed"], list) for c in couplings)
     assert {layer["inverse"] for layer in layers if layer["kind"] in ("coupling", "lu_linear", "actnorm")} == {
         False,
         True,
     }
-    assert {c["transform"]["kind"] for c in couplings} == {"affine", "additive"}
+    assert {c["transform"]["kind"] for c in couplings} == {"affine", "additive", "spline"}
+    splines = [layer["spline"] for layer in layers if layer["kind"] == "element_spline"]
+    assert {str(c["transform"]) for c in couplings if c["transform"]["kind"] == "spline"} == {
+        str({"kind": "spline", **spline}) for spline in SPLINES
+    }
+    assert set(map(str, splines)) == set(map(str, SPLINES))
     assert {str(c["transform"]["log_scale"]) for c in couplings if "log_scale" in c["transform"]} == set(
         map(str, LOG_SCALES)
     )
@@ -244,14 +252,14 @@ def test_specs_of_format_1_0_agree_with_the_first_oracle(activation, direction) 
 def test_orientation_is_the_other_direction(seed) -> None:
     """A layer with `inverse` turned over computes forward what the other computes backward."""
     flow, x, context = random_flow(seed)
-    for kind in ("coupling", "lu_linear", "actnorm"):
+    for kind in ("coupling", "lu_linear", "actnorm", "element_spline"):
         for i, layer in enumerate(flow.layers):
             if layer["kind"] != kind:
                 continue
             alone = [{**layer, "inverse": flag} for flag in (False, True)]
             # Names tell a layer's index or number; alone it has the first one.
-            prefix = f"{kind}_0" if kind != "coupling" else "flow_0"
             old = flow.prefixes()[i]
+            prefix = old.rpartition("_")[0] + "_0"
             p = {
                 prefix + name.removeprefix(old): value
                 for name, value in flow.parameters.items()
@@ -389,27 +397,76 @@ def test_zuko_real_nvp(context, random_mask, normalize) -> None:
     assert_same_gradients(found.flow(), log_prob, x, c)
 
 
+@pytest.mark.skipif(zuko is None, reason="zuko is not installed")
+@pytest.mark.parametrize("context", [0, 3])
+def test_zuko_spline_couplings(context) -> None:
+    size, bins = 5, 6
+    torch.manual_seed(2)
+    transforms = [
+        zuko.flows.coupling.GeneralCouplingTransform(
+            size,
+            context,
+            mask=[k % 2 == 1, True, k % 2 == 0, False, False],
+            univariate=zuko.transforms.MonotonicRQSTransform,
+            shapes=[(bins,), (bins,), (bins - 1,)],
+            hidden_features=(9, 7),
+        )
+        for k in range(3)
+    ]
+    normal = zuko.distributions.DiagNormal
+    base = zuko.lazy.UnconditionalDistribution(normal, torch.zeros(size), torch.ones(size), buffer=True)
+    peer = scramble(zuko.flows.Flow(transforms, base), 3)
+    found, bound = Translation(size, context), -math.log(1e-3)
+    spline = spline_of(
+        bins,
+        5.0,
+        min_bin_width=0.0,
+        min_bin_height=0.0,
+        min_derivative=0.0,
+        derivative={"function": "exp", "bound": bound},
+        size_bound=bound / 2,
+    )
+    for transform in peer.transform.transforms:
+        b = np.flatnonzero(~transform.mask.numpy())
+        linears = linears_of(transform.hyper)
+        prefix = found.coupling(b.tolist(), {"kind": "spline", **spline}, network=mlp(linears, "relu"))
+        for j, linear in enumerate(linears[:-1]):
+            found.dense(f"{prefix}_coupling_dense_{j}", linear)
+        for head, columns in spline_columns(len(b), bins, 3 * bins - 1).items():
+            found.dense(f"{prefix}_{head}", linears[-1], columns=columns)
+    x, c = 2 * unit_data(50, size, 3), unit_data(50, context, 4) if context else None
+
+    def log_prob(x, c=None):
+        return peer(c).log_prob(x)
+
+    assert_same_densities(found.flow(), log_prob(*map(torch.tensor, (x, c) if context else (x,))), x, c)
+    assert_same_gradients(found.flow(), log_prob, x, c)
+
+
 def batch_norm_affine(norm) -> tuple[np.ndarray, np.ndarray]:
     """In eval mode y = x scale + shift."""
     scale = array(norm.weight) / np.sqrt(array(norm.running_var) + norm.eps)
     return scale, array(norm.bias) - array(norm.running_mean) * scale
 
 
-def add_nflows_coupling(found: Translation, transform, activation: str) -> None:
-    net, b = transform.transform_net, transform.transform_features.numpy()
-    with_norm = len(net.blocks) > 0 and net.blocks[0].use_batch_norm
-    network = {
+def has_batch_norm(net) -> bool:
+    return len(net.blocks) > 0 and net.blocks[0].use_batch_norm
+
+
+def residual(net, activation: str, context: int) -> dict:
+    return {
         "kind": "residual",
         "hidden_size": net.hidden_features,
         "num_blocks": len(net.blocks),
         "activation": activation,
-        "context_gates": found.context > 0,
-        "block_affines": with_norm,
+        "context_gates": context > 0,
+        "block_affines": has_batch_norm(net),
     }
-    additive = isinstance(transform, nflows.transforms.AdditiveCouplingTransform)
-    scale = {"function": "sigmoid", "low": 1e-3, "high": 1.001, "offset": 2.0, "negated": False}
-    kind = {"kind": "additive"} if additive else {"kind": "affine", "log_scale": scale}
-    prefix = found.coupling(b.tolist(), kind, network=network)
+
+
+def add_residual(found: Translation, prefix: str, net) -> None:
+    """All of the network but its last layer, which is the heads."""
+    with_norm = has_batch_norm(net)
     found.dense(f"{prefix}_initial", net.initial_layer)
     for j, block in enumerate(net.blocks):
         name = f"{prefix}_block_{j}"
@@ -424,10 +481,49 @@ def add_nflows_coupling(found: Translation, transform, activation: str) -> None:
             found.tensors[f"{name}_dense_0.bias"] = found.tensors[f"{name}_dense_0.bias"] * scale + shift
         if found.context:
             found.dense(f"{name}_context", block.context_layer)
+
+
+def add_nflows_coupling(found: Translation, transform, activation: str) -> None:
+    net, b = transform.transform_net, transform.transform_features.numpy()
+    additive = isinstance(transform, nflows.transforms.AdditiveCouplingTransform)
+    scale = {"function": "sigmoid", "low": 1e-3, "high": 1.001, "offset": 2.0, "negated": False}
+    kind = {"kind": "additive"} if additive else {"kind": "affine", "log_scale": scale}
+    prefix = found.coupling(b.tolist(), kind, network=residual(net, activation, found.context))
+    add_residual(found, prefix, net)
     # Outputs: all shifts, then all scales.
     found.dense(f"{prefix}_translation", net.final_layer, columns=slice(0, len(b)))
     if not additive:
         found.dense(f"{prefix}_scale", net.final_layer, columns=slice(len(b), None))
+
+
+def spline_columns(count: int, bins: int, numbers: int) -> dict[str, np.ndarray]:
+    """Where the peers' outputs are, all `numbers` of a feature and then those of the next, in the order of heads."""
+    firsts = {"widths": range(bins), "heights": range(bins, 2 * bins), "derivatives": range(2 * bins, numbers)}
+    return {name: np.array([j * numbers + p for p in places for j in range(count)]) for name, places in firsts.items()}
+
+
+def add_nflows_spline(found: Translation, transform, activation: str) -> None:
+    """The coupling, and the splines of the features that it leaves as they are."""
+    net, b, bins = transform.transform_net, transform.transform_features.numpy(), transform.num_bins
+    assert (transform.min_bin_width, transform.min_bin_height, transform.min_derivative) == (1e-3, 1e-3, 1e-3)
+    softplus = {"function": "softplus", "offset": 0.0, "gain": 1.0}
+    if transform.tails == "linear":
+        spline = spline_of(bins, float(np.max(transform.tail_bound)), derivative=softplus)
+    else:
+        spline = spline_of(bins, lower=0.0, upper=1.0, derivative=softplus, boundary="free")
+    prefix = found.coupling(b.tolist(), {"kind": "spline", **spline}, network=residual(net, activation, found.context))
+    add_residual(found, prefix, net)
+    for head, columns in spline_columns(len(b), bins, transform._transform_dim_multiplier()).items():
+        found.dense(f"{prefix}_{head}", net.final_layer, columns=columns)
+        if head != "derivatives":
+            for part in ("kernel", "bias"):
+                found.tensors[f"{prefix}_{head}.{part}"] /= math.sqrt(net.hidden_features)
+    if (alone := transform.unconditional_transform) is not None:
+        names = ("widths", "heights", "derivatives")
+        raw = {name: array(getattr(alone, f"unnormalized_{name}")).T for name in names}
+        features = transform.identity_features.tolist()
+        found.tensors |= {f"spline_{len(found.layers)}.{name}": value for name, value in raw.items()}
+        found.layers.append({"kind": "element_spline", "inverse": False, "features": features, "spline": spline})
 
 
 def add_nflows(found: Translation, transform, activation: str) -> None:
@@ -451,6 +547,8 @@ def add_nflows(found: Translation, transform, activation: str) -> None:
         scale = weight / np.sqrt(array(transform.running_var) + transform.eps)
         shift = array(transform.bias) - array(transform.running_mean) * scale
         found.named("actnorm", {"log_scale": np.log(scale), "shift": shift}, inverse=False)
+    elif kind in ("PiecewiseRationalQuadraticCouplingTransform", "PiecewiseRationalQuadraticCoupling"):
+        add_nflows_spline(found, transform, activation)
     else:
         assert "Coupling" in kind
         add_nflows_coupling(found, transform, activation)
@@ -501,6 +599,41 @@ def test_nflows_conditional_couplings_with_permutations_and_lu(within) -> None:
     assert_same_gradients(found.flow(), peer.log_prob, x, c)
 
 
+@pytest.mark.skipif(nflows is None, reason="nflows is not installed")
+@pytest.mark.parametrize("context", [0, 3])
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("tails", ["linear", None])
+def test_nflows_spline_couplings(context, alone, tails) -> None:
+    """As its examples and sbi build them; without tails rows lie between 0 and 1."""
+    transforms = nflows.transforms
+    parts = []
+    for k in range(2 if tails is None else 3):
+        parts += [
+            transforms.RandomPermutation(5),
+            *([transforms.LULinear(5)] if tails else []),
+            transforms.PiecewiseRationalQuadraticCouplingTransform(
+                [1, 0, 1, 0, 0] if k % 2 else [0, 1, 0, 1, 1],
+                lambda inputs, outputs: nflows.nn.nets.ResidualNet(
+                    inputs, outputs, 10, context_features=context or None, num_blocks=2
+                ),
+                num_bins=6,
+                tails=tails,
+                tail_bound=2.5,
+                apply_unconditional_transform=alone,
+            ),
+        ]
+    base = nflows.distributions.StandardNormal([5])
+    peer = nflows.flows.Flow(transforms.CompositeTransform(parts), base)
+    found = Translation(5, context)
+    add_nflows(found, scramble(peer, 12)._transform, "relu")
+    x, c = unit_data(50, 5, 13), unit_data(50, context, 14) if context else None
+    if tails is None:
+        x = 1 / (1 + np.exp(-x))
+    given = [torch.tensor(v) for v in (x, c) if v is not None]
+    assert_same_densities(found.flow(), peer.log_prob(*given), x, c)
+    assert_same_gradients(found.flow(), peer.log_prob, x, c)
+
+
 def add_normflows(found: Translation, layer) -> None:
     """What the layer's inverse does, which is data -> latent."""
     kind = type(layer).__name__
@@ -526,6 +659,8 @@ def add_normflows(found: Translation, layer) -> None:
             "bias": array(linear.bias),
         }
         found.named("lu_linear", tensors, inverse=False)
+    elif kind == "CoupledRationalQuadraticSpline":
+        add_nflows(found, layer.prqct, "relu")
     elif kind == "MaskedAffineFlow":
         constant = array(layer.b).ravel() > 0
         b = np.flatnonzero(~constant)
@@ -603,4 +738,15 @@ def test_normflows_masked_affine_flows_and_lu() -> None:
         mask = torch.tensor([1.0, 0, 1, 0, 0] if k % 2 else [0.0, 1, 0, 1, 1])
         nets = [normflows.nets.MLP([size, 8, size]) for _ in range(2)]
         layers += [flows.MaskedAffineFlow(mask, *nets), flows.LULinearPermute(size)]
+    check_normflows(layers, size)
+
+
+@pytest.mark.skipif(normflows is None, reason="normflows is not installed")
+def test_normflows_spline_couplings() -> None:
+    flows, size = normflows.flows, 5
+    torch.manual_seed(4)
+    layers = []
+    for k in range(3):
+        layers += [flows.CoupledRationalQuadraticSpline(size, 1, 8, reverse_mask=k % 2 == 1)]
+        layers += [flows.LULinearPermute(size)]
     check_normflows(layers, size)
