@@ -24,18 +24,32 @@ from nvpflow.layers import (
     LULinear,
     Permutation,
     ResidualNet,
+    Spline,
     Standardize,
     members,
 )
 
-TRANSFORMS = ("affine", "additive")
+TRANSFORMS = ("affine", "additive", "spline")
 SCALES = ("tanh", "softsign", "atan", "sigmoid", "softplus", "exp")
 MASKS = ("halves", "checkered", "random")
 MIXINGS = ("reverse", "permutation", "lu")
 NETWORKS = ("mlp", "residual")
 # Options by their names that the command line and the estimators have, too.
-OPTIONS = ("transform", "scale", "scale_bound", "mask", "mixing", "actnorm", "network", "num_blocks", "layer_norm")
+OPTIONS = (
+    "transform",
+    "scale",
+    "scale_bound",
+    "num_bins",
+    "tail_bound",
+    "mask",
+    "mixing",
+    "actnorm",
+    "network",
+    "num_blocks",
+    "layer_norm",
+)
 _UNBOUNDED = ("softplus", "exp")
+_ARTICLES = {"additive": "an additive", "spline": "a spline"}
 _PAIRS = {"halves": ("second_half", "first_half"), "checkered": ("odd", "even")}
 Places = NDArray[np.bool_]
 _STREAM = 0x6E76706C  # beside the seed, so that no other use of it draws these numbers
@@ -52,6 +66,8 @@ class Options:
     transform: str = "affine"
     scale: str = "tanh"
     scale_bound: float = 1.0
+    num_bins: int = 8
+    tail_bound: float = 3.0
     mask: Any = "halves"
     mixing: str | None = None
     actnorm: bool = False
@@ -72,6 +88,8 @@ class Options:
             transform=_choice("transform", self.transform, TRANSFORMS),
             scale=_choice("scale", self.scale, SCALES),
             scale_bound=_checks.real("scale_bound", self.scale_bound),
+            num_bins=_checks.integer("num_bins", self.num_bins),
+            tail_bound=_checks.real("tail_bound", self.tail_bound),
             mask=mask,
             mixing=None if self.mixing is None else _choice("mixing", self.mixing, MIXINGS, " or None"),
             actnorm=_checks.boolean("actnorm", self.actnorm),
@@ -85,9 +103,16 @@ class Options:
         return found
 
     def _contradictions(self) -> Iterator[tuple[str, str]]:
-        if self.transform == "additive":
+        if self.transform != "affine":
             for name in self._changed("scale", "scale_bound"):
-                yield name, "with transform='additive', expected it left out: an additive coupling has no scale"
+                yield (
+                    name,
+                    f"with transform={self.transform!r}, expected it left out: {_ARTICLES[self.transform]} coupling "
+                    "has no scale",
+                )
+        if self.transform != "spline":
+            for name in self._changed("num_bins", "tail_bound"):
+                yield name, f"with transform={self.transform!r}, expected transform='spline' for it"
         if self.scale in _UNBOUNDED and self._changed("scale_bound"):
             yield "scale_bound", f"with scale={self.scale!r}, expected it left out: that function has no bound"
         if self.network == "residual":
@@ -184,6 +209,8 @@ def _choice(name: str, value: Any, known: Sequence[str], more: str = "") -> str:
 def _transform(options: Options) -> Transform:
     if options.transform == "additive":
         return Additive()
+    if options.transform == "spline":
+        return Spline(options.num_bins, options.tail_bound)
     try:
         return Affine(options.scale, None if options.scale in _UNBOUNDED else options.scale_bound)
     except ValueError as error:  # which names the argument of Affine

@@ -22,6 +22,7 @@ _JACOBIAN_FLOPS = 2e10  # for all Jacobians, a few seconds of one core
 _LARGEST_JACOBIAN_FLOPS = 1e12  # where one takes minutes, none is formed unless asked for
 _MOST_JACOBIANS = 64
 _VJP_COST = 6  # FLOPs per parameter and row
+_TAMER = {"scale bound": "a lower scale_bound", "splines": "fewer bins"}  # options by what tables call them
 
 
 def certify(
@@ -287,9 +288,13 @@ class Certifier:
             "float64_round_trip": float(errors.max()) if len(x) and np.isfinite(errors).all() else None,
         }
 
-    def _verdict(self, found: Mapping[str, Any]) -> str:
+    def _errors(self, found: Mapping[str, Any]) -> list[float]:
+        """Return the relative errors that are judged."""
         errors = [found[name].relative for name in ("round_trip", "log_prob") if found[name] is not None]
-        errors.append(self._judged_log_det)
+        return [*errors, self._judged_log_det]
+
+    def _verdict(self, found: Mapping[str, Any]) -> str:
+        errors = self._errors(found)
         if found["failed_rows"] or found["round_trip"] is None or max(errors) > self._tolerance:
             return "unreliable"
         if found["blurred_columns"] and found["input_resolution"] > self._tolerance:
@@ -298,8 +303,9 @@ class Certifier:
 
     def _exact(self, found: Mapping[str, Any]) -> bool:
         """Tell whether the arithmetic is what was promised, whatever the rows are."""
-        errors = [found[name].relative for name in ("round_trip", "log_prob") if found[name] is not None]
-        return bool(errors) and not found["failed_rows"] and max(*errors, self._judged_log_det) <= self._promised
+        if found["round_trip"] is None or found["failed_rows"]:
+            return False
+        return max(self._errors(found)) <= self._promised
 
     def _advice(self, verdict: str, found: Mapping[str, Any]) -> list[str]:
         spec, advice = self._flow.spec, []
@@ -331,6 +337,12 @@ class Certifier:
             advice.append(
                 f"The data reach {self._largest:.3g}: bring them to unit scale, or train with a standardize layer."
             )
+        if _spec.splines(spec) and not found["failed_rows"] and found["round_trip"] is not None:
+            digits = math.floor(-math.log10(max(self._errors(found))))
+            advice.append(
+                f"{spec.dtype} keeps {counted(max(0, digits), 'digit')} on these rows: splines multiply rounding where "
+                "they are steep, in any implementation."
+            )
         double = found["float64_round_trip"]
         if spec.dtype == "float32" and double is not None and double <= self._tolerance:
             when = "Use float64" if verdict == "unreliable" else "Where that is not enough, use float64"
@@ -339,10 +351,11 @@ class Certifier:
                 "or train with dtype='float64'."
             )
         if verdict == "unreliable":
+            words = _spec.in_words(spec)
+            tamer = [f"{option} (now {words[name]})" for name, option in _TAMER.items() if name in words]
             advice.append(
-                "The model is ill-conditioned on these rows. Train it with a lower scale_bound (now "
-                f"{_spec.in_words(spec)['scale bound']}), weight_decay, fewer couplings (now {spec.num_flows}), or "
-                "max_round_trip, which keeps the best epoch that can be inverted."
+                f"The model is ill-conditioned on these rows. Train it with {', '.join(tamer)}, weight_decay, fewer "
+                f"couplings (now {spec.num_flows}), or max_round_trip, which keeps the best epoch that can be inverted."
             )
         return advice
 

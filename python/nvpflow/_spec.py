@@ -14,7 +14,20 @@ from nvpflow import _checks, _hints, _layer_json
 from nvpflow._core import FileFormatError, FlowSpec
 from nvpflow._networks import Network
 from nvpflow._text import counted
-from nvpflow.layers import MLP, ActNorm, Additive, Coupling, Layer, LULinear, Permutation, Standardize, members
+from nvpflow.layers import (
+    MLP,
+    ActNorm,
+    Additive,
+    Affine,
+    Coupling,
+    ElementSpline,
+    Layer,
+    LULinear,
+    Permutation,
+    Spline,
+    Standardize,
+    members,
+)
 
 __all__ = ["FlowSpec", "begins_with_standardize", "in_words", "regular", "untransformed"]
 
@@ -67,9 +80,10 @@ def from_layers(
         layer = _layer_json.checked(f"layers[{i}]", given)
         if i == MOST_LAYERS:
             raise ValueError(f"layers holds more than {MOST_LAYERS} layers, expected at most that many")
-        masked = layer._mask_size if isinstance(layer, Coupling) else None
+        masked = layer._mask_size if isinstance(layer, (Coupling, ElementSpline)) else None
         if masked not in (None, size):
-            raise ValueError(f"layers[{i}].transformed is a mask of {masked} features, expected {size}, the input_size")
+            chosen = "transformed" if isinstance(layer, Coupling) else "features"
+            raise ValueError(f"layers[{i}].{chosen} is a mask of {masked} features, expected {size}, the input_size")
         entries.append(_layer_json.to_json(layer))
     document = {
         "input_size": size,
@@ -125,8 +139,9 @@ def untransformed(spec: FlowSpec) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     for layer in spec.layers:
         if isinstance(layer, Permutation):
             at = at[list(layer.order)]
-        elif isinstance(layer, Coupling):
-            free[at[members(layer.transformed, spec.input_size)]] = False
+        elif isinstance(layer, (Coupling, ElementSpline)):
+            changed = layer.transformed if isinstance(layer, Coupling) else layer.features
+            free[at[members(changed, spec.input_size)]] = False
         elif not isinstance(layer, (Standardize, ActNorm)):
             free[:] = False
     places = np.flatnonzero(free[at])
@@ -134,32 +149,49 @@ def untransformed(spec: FlowSpec) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
 
 
 def in_words(spec: FlowSpec, between: str = ", ") -> dict[str, str]:
-    """Return what couplings are, for tables; where they differ all values, in the order of the layers.
+    """Return what couplings and splines are, for tables; where they differ all values, in the order of the layers.
 
-    between: stands between the sizes of hidden layers.
+    between: stands between the sizes of hidden layers. What no layer has is left out.
     """
     layers = [layer for layer in spec.layers if isinstance(layer, Coupling)]
+    affine = [layer.transform for layer in layers if not isinstance(layer.transform, Spline)]
     found = {
         "hidden layers": [" and ".join(_sizes_in_words(n, between) for n in _networks(layer)) for layer in layers],
         "activation": [" and ".join(dict.fromkeys(n.activation for n in _networks(layer))) for layer in layers],
-        "scale bound": [_bound_in_words(layer) for layer in layers],
+        "scale bound": list(map(_bound_in_words, affine)),
+        "splines": list(map(_spline_in_words, splines(spec))),
     }
-    return {name: " / ".join(dict.fromkeys(values)) for name, values in found.items()}
+    return {name: " / ".join(dict.fromkeys(values)) for name, values in found.items() if values}
+
+
+def splines(spec: FlowSpec) -> list[Spline]:
+    """Return the splines of couplings and of features by themselves, in the order of the layers."""
+    of_layers = [
+        layer.transform if isinstance(layer, Coupling) else layer.spline
+        for layer in spec.layers
+        if isinstance(layer, (Coupling, ElementSpline))
+    ]
+    return [spline for spline in of_layers if isinstance(spline, Spline)]
 
 
 def kinds_in_words(spec: FlowSpec) -> str:
     """Return how many layers of each kind there are but for standardize: "4 affine couplings, 5 permutations"."""
     counts: dict[str, int] = {}
     for layer in spec.layers:
-        if isinstance(layer, Coupling):
-            noun = f"{'additive' if isinstance(layer.transform, Additive) else 'affine'} coupling"
-        else:
-            noun = _KINDS[type(layer)]
+        coupling = f"{_TRANSFORMS[type(layer.transform)]} coupling" if isinstance(layer, Coupling) else None
+        noun = coupling or _KINDS[type(layer)]
         counts[noun] = counts.get(noun, 0) + 1
     return ", ".join(counted(count, noun) for noun, count in counts.items() if noun)
 
 
-_KINDS = {Standardize: "", ActNorm: "actnorm layer", Permutation: "permutation", LULinear: "LU layer"}
+_TRANSFORMS = {Affine: "affine", Additive: "additive", Spline: "spline"}
+_KINDS: dict[type[Layer], str] = {
+    Standardize: "",
+    ActNorm: "actnorm layer",
+    Permutation: "permutation",
+    LULinear: "LU layer",
+    ElementSpline: "spline layer",
+}
 
 
 def _networks(layer: Coupling) -> list[Network]:
@@ -173,11 +205,16 @@ def _sizes_in_words(network: Network, between: str) -> str:
     return f"{counted(network.num_blocks, 'residual block')} of {network.hidden_size}"
 
 
-def _bound_in_words(layer: Coupling) -> str:
-    if isinstance(layer.transform, Additive):
+def _bound_in_words(transform: Affine | Additive) -> str:
+    if isinstance(transform, Additive):
         return "0"
-    bound, function = layer.transform.bound, layer.transform.function
+    bound, function = transform.bound, transform.function
     return ("none" if math.isinf(bound) else f"{bound:g}") + ("" if function == "tanh" else f" ({function})")
+
+
+def _spline_in_words(spline: Spline) -> str:
+    lower, upper = spline.interval
+    return f"{counted(spline.num_bins, 'bin')} on [{lower:g}, {upper:g}]"
 
 
 def _completed(spec: type[FlowSpec]) -> None:

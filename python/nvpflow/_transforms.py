@@ -1,4 +1,4 @@
-"""What a coupling layer does to the features that it transforms: `Affine` and `Additive` of `nvpflow.layers`."""
+"""What a coupling layer does to the features that it transforms: `Affine`, `Additive`; `Spline` is in _splines.py."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from nvpflow import _checks
 from nvpflow._expression import HOME, Expression
+from nvpflow._splines import Spline
 
 FUNCTIONS = ("tanh", "softsign", "atan", "identity", "sigmoid", "softplus")
 _ALIASES = {"exp": "identity"}  # the scale exp(u), by which other libraries call it
@@ -130,7 +131,7 @@ class Additive(Expression):
     """
 
 
-Transform = Affine | Additive
+Transform = Affine | Additive | Spline
 for _kind in (Affine, Additive):
     _kind.__module__ = HOME
 

@@ -241,7 +241,11 @@ def _add_fit(commands: Any) -> None:
 
 def _add_architecture(group: Any) -> None:
     """Add the options of `nvpflow.build` beyond those of a RealNVP, by its names."""
-    _add_option(group, "--transform", choices=TRANSFORMS, default="affine", help="affine: RealNVP; additive: NICE")
+    transform_help = "affine: RealNVP; additive: NICE; spline: neural spline flow"
+    _add_option(group, "--transform", choices=TRANSFORMS, default="affine", help=transform_help)
+    _add_option(group, "--num-bins", type=int, metavar="N", default=8, help="of --transform spline")
+    tail_help = "of --transform spline: splines reach from -B to B standard deviations; beyond it rows pass unchanged"
+    _add_option(group, "--tail-bound", type=float, metavar="B", default=3.0, help=tail_help)
     scale_help = "log-scale of a layer; --scale-bound bounds the first four"
     _add_option(group, "--scale", choices=SCALES, default="tanh", help=scale_help)
     mask_help = "what couplings transform, in turns: halves, odd and even columns, or a random half and the other"

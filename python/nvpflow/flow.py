@@ -44,6 +44,8 @@ def build(
     transform: str = "affine",
     scale: str = "tanh",
     scale_bound: float = 1.0,
+    num_bins: int = 8,
+    tail_bound: float = 3.0,
     mask: str | NDArray[np.bool_] = "halves",
     mixing: str | None = None,
     actnorm: bool = False,
@@ -77,12 +79,20 @@ def build(
         C, how many numbers condition each row: the flow is then a density p(x | c), whose methods need ``context=``.
         0: none.
     transform
-        "affine": ``x exp(s) + t`` (RealNVP). "additive": ``x + t`` (NICE), which keeps volumes.
+        "affine": ``x exp(s) + t`` (RealNVP). "additive": ``x + t`` (NICE), which keeps volumes. "spline": a monotonic
+        rational-quadratic spline of each feature (neural spline flows), which bends a density much more than a scale
+        and a shift do; the network then gives ``3 num_bins - 1`` numbers for each feature in place of 2.
     scale
         The log-scale s as a function of what the network gives: "tanh", "softsign", "atan" or "sigmoid", which
         `scale_bound` bounds, or "softplus" or "exp", which have no bound. `nvpflow.layers.Affine` has the formulas.
     scale_bound
         B, of the log-scale: no layer can stretch or shrink by more than ``exp(B)``. With "tanh" ``s = B tanh(u / B)``.
+    num_bins
+        Of ``transform="spline"``, 1 to 256: pieces of each spline.
+    tail_bound
+        B, of ``transform="spline"``: splines reach from -B to B; rows outside pass unchanged, and their density is that
+        of the layers around. The default suits columns of unit scale, which the standardize layer makes of others:
+        0.3 % of a normal distribution is outside. `nvpflow.layers.Spline` has further choices.
     mask
         What couplings transform. "halves": in turns the features from ``D // 2`` on, and those before. "checkered": in
         turns the odd and the even ones. "random": in turns a random half and the other. Or an array of bools [K, D],
@@ -152,8 +162,9 @@ def build(
     Notes
     -----
     The affine coupling layer is equation 7 and 8 of Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real
-    NVP" (2017), the additive one that of Dinh, Krueger and Bengio, "NICE" (2015). A step of actnorm, a trained linear
-    layer and a coupling is Glow's (Kingma and Dhariwal, 2018).
+    NVP" (2017), the additive one that of Dinh, Krueger and Bengio, "NICE" (2015), the spline that of Durkan et al.,
+    "Neural spline flows" (2019). A step of actnorm, a trained linear layer and a coupling is Glow's (Kingma and
+    Dhariwal, 2018).
     """
     given = locals()
     options = Options(**{field.name: given[field.name] for field in dataclasses.fields(Options)}).checked()

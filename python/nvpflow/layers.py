@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from nvpflow import _checks
 from nvpflow._expression import Expression
 from nvpflow._networks import MLP, Network, ResidualNet
+from nvpflow._splines import Spline
 from nvpflow._transforms import Additive, Affine, Transform
 
 __all__ = [
@@ -32,9 +33,11 @@ __all__ = [
     "Additive",
     "Affine",
     "Coupling",
+    "ElementSpline",
     "LULinear",
     "Permutation",
     "ResidualNet",
+    "Spline",
     "Standardize",
 ]
 
@@ -52,7 +55,7 @@ class Coupling(Expression):
         feature, True where the feature is transformed. Halves are split at ``D // 2``; odd is 1, 3, 5, ...; "all" needs
         a context. Some libraries' masks are True where a feature stays as it is: invert these.
     transform
-        `Affine` (the default) or `Additive`.
+        `Affine` (the default), `Additive` or `Spline`.
     network
         `MLP` (the default) or `ResidualNet`: one network that gives all parameters of the transform.
     inverse
@@ -69,7 +72,7 @@ class Coupling(Expression):
     References
     ----------
     Dinh et al., Density estimation using Real NVP, 2017, eq. 7-8; NICE: Non-linear independent components estimation,
-    2015.
+    2015. Durkan et al., Neural spline flows, 2019.
     """
 
     _by_position = 3
@@ -94,9 +97,9 @@ class Coupling(Expression):
         translation_network: MLP | None = None,
     ) -> None:
         transform = Affine() if transform is None else transform
-        if not isinstance(transform, (Affine, Additive)):
+        if not isinstance(transform, (Affine, Additive, Spline)):
             raise TypeError(
-                f"transform is {_checks.describe(transform)}, expected Affine or Additive of nvpflow.layers"
+                f"transform is {_checks.describe(transform)}, expected Affine, Additive or Spline of nvpflow.layers"
             )
         heads = {"scale_network": scale_network, "translation_network": translation_network}
         if scale_network is None and translation_network is None:
@@ -107,7 +110,7 @@ class Coupling(Expression):
                 )
         else:
             _check_heads(transform, network, heads)
-        features, mask_size = _features(transformed)
+        features, mask_size = _features("transformed", transformed)
         self._set(
             transformed=features,
             transform=transform,
@@ -208,7 +211,55 @@ class LULinear(Expression):
         self._set(inverse=_checks.boolean("inverse", self.inverse))
 
 
-Layer = Coupling | Standardize | ActNorm | Permutation | LULinear
+@dataclass(frozen=True, init=False, repr=False)
+class ElementSpline(Expression):
+    """A spline of each feature by itself: its raw numbers are parameters, and no network makes them.
+
+    It bends the marginal distributions, beside couplings that bend what depends on the other features. A new one is
+    the identity, where the spline of raw zeros is.
+
+    Parameters
+    ----------
+    features
+        Which ones, as `transformed` of `Coupling`; "all" needs no context.
+    spline
+        What it does to them. None: ``Spline()``.
+    inverse
+        False: the formula is read from data to latent. True: from latent to data.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what came and what was expected.
+
+    References
+    ----------
+    Durkan et al., Neural spline flows, 2019, section 3.2.
+    """
+
+    _by_position = 2
+
+    features: str | tuple[int, ...]
+    spline: Spline
+    inverse: bool = False
+    # As in Coupling.
+    _mask_size: int | None = field(default=None, init=False, compare=False)
+
+    def __init__(
+        self,
+        features: str | Sequence[int] | Sequence[bool] | NDArray[Any],
+        spline: Spline | None = None,
+        *,
+        inverse: bool = False,
+    ) -> None:
+        spline = Spline() if spline is None else spline
+        if not isinstance(spline, Spline):
+            raise TypeError(f"spline is {_checks.describe(spline)}, expected Spline of nvpflow.layers")
+        chosen, mask_size = _features("features", features)
+        self._set(features=chosen, spline=spline, inverse=_checks.boolean("inverse", inverse), _mask_size=mask_size)
+
+
+Layer = Coupling | ElementSpline | Standardize | ActNorm | Permutation | LULinear
 
 
 def members(transformed: str | tuple[int, ...], input_size: int) -> NDArray[np.intp]:
@@ -225,6 +276,8 @@ def _check_heads(transform: Transform, network: object, heads: dict[str, MLP | N
     given = " and ".join(name for name, value in heads.items() if value is not None)
     if isinstance(transform, Additive):
         raise ValueError(f"{given} given with transform=Additive(), expected only network: there is one head")
+    if isinstance(transform, Spline):
+        raise ValueError(f"{given} given with transform={transform!r}, expected only network: it gives all of a spline")
     if network is not None:
         raise ValueError(f"{given} given beside network, expected only network, or only the networks of both heads")
     for name, value in heads.items():
@@ -234,28 +287,28 @@ def _check_heads(transform: Transform, network: object, heads: dict[str, MLP | N
             raise TypeError(f"{name} is {_checks.describe(value)}, expected MLP of nvpflow.layers")
 
 
-def _features(value: Any) -> tuple[str | tuple[int, ...], int | None]:
+def _features(name: str, value: Any) -> tuple[str | tuple[int, ...], int | None]:
     """Return a feature set as a name or indices, and how many features it is a mask of."""
     expected = f"expected one of {', '.join(_SETS)}, ascending indices, or a mask of bools"
     if isinstance(value, str):
         if value not in _SETS:
-            raise ValueError(f"transformed is {_checks.shortened(repr(value))}, {expected}")
+            raise ValueError(f"{name} is {_checks.shortened(repr(value))}, {expected}")
         return value, None
     if isinstance(value, bytes) or not isinstance(value, (Sequence, np.ndarray)):
-        raise TypeError(f"transformed is {_checks.describe(value)}, {expected}")
+        raise TypeError(f"{name} is {_checks.describe(value)}, {expected}")
     entries: Any = value if isinstance(value, np.ndarray) else np.asarray(value) if _are_bools(value) else None
     if entries is not None and entries.dtype == np.bool_ and entries.ndim == 1:
         indices, size = tuple(np.flatnonzero(entries).tolist()), len(entries)
     else:
-        indices, size = _checks.sizes("transformed", value, example="(0, 2, 3)"), None
+        indices, size = _checks.sizes(name, value, example="(0, 2, 3)"), None
     if not indices:
-        raise ValueError("transformed holds no feature, expected at least one")
+        raise ValueError(f"{name} holds no feature, expected at least one")
     for i, index in enumerate(indices):
         if index < 0:
-            raise ValueError(f"transformed[{i}] is {index}, expected at least 0")
+            raise ValueError(f"{name}[{i}] is {index}, expected at least 0")
         if i > 0 and index <= indices[i - 1]:
             raise ValueError(
-                f"transformed[{i}] is {index} after {indices[i - 1]}, expected ascending indices; a mask holds bools"
+                f"{name}[{i}] is {index} after {indices[i - 1]}, expected ascending indices; a mask holds bools"
             )
     return indices, size
 

@@ -370,13 +370,16 @@ def _headline(found: Findings) -> str:
     return f'<dl class="headline">{items}</dl>'
 
 
+_COUPLINGS = {"scale bound": "Log-scale bound", "splines": "Splines"}
+
+
 def _card(flow: Flow, found: Findings, history: History | None, details: Mapping[str, str]) -> str:
     spec = flow.spec
     couplings = _spec.in_words(spec, f" {_TIMES} ")
     lines = {
         "Model": f"{'Coupling flow' if _spec.regular(spec) is None else 'RealNVP'}, {_spec.kinds_in_words(spec)}",
         "Conditioner networks": f"hidden layers {couplings['hidden layers']}, {couplings['activation']}",
-        "Log-scale bound": couplings["scale bound"],
+        **{title: couplings[name] for name, title in _COUPLINGS.items() if name in couplings},
         "Standardize layer": "yes" if spec.standardize else "no",
         **({"Context": _context_in_words(spec, found)} if spec.context_size else {}),
         "Parameters": f"{flow.num_parameters:,}, {spec.dtype}",

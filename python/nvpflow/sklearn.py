@@ -34,9 +34,9 @@ _PARAMETERS = """num_flows, hidden_sizes, activation, dtype
         standardizes the features comes first, so that raw data will do; its log-determinant counts, and densities are
         those of the data as given. The layer is applied in float64, so that X of
         float64 loses no digit there in float32 either.
-    coupling, scale, scale_bound, mask, mixing, actnorm, network, num_blocks, layer_norm
-        Other models than a RealNVP of halves, as in `nvpflow.build`. `coupling` is its `transform`, "affine" or
-        "additive"; scikit-learn has a method of that name. network="residual" takes one width, for example
+    coupling, scale, scale_bound, num_bins, tail_bound, mask, mixing, actnorm, network, num_blocks, layer_norm
+        Other models than a RealNVP of halves, as in `nvpflow.build`. `coupling` is its `transform`, "affine",
+        "additive" or "spline"; scikit-learn has a method of that name. network="residual" takes one width, for example
         ``hidden_sizes=(64,)``.
     context_features
         The features of X that condition the others: the density is p(others | these), and a row's log-density, its
@@ -117,6 +117,8 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         coupling: str = "affine",
         scale: str = "tanh",
         scale_bound: float = 1.0,
+        num_bins: int = 8,
+        tail_bound: float = 3.0,
         mask: Any = "halves",
         mixing: str | None = None,
         actnorm: bool = False,
@@ -149,6 +151,8 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         self.coupling = coupling
         self.scale = scale
         self.scale_bound = scale_bound
+        self.num_bins = num_bins
+        self.tail_bound = tail_bound
         self.mask = mask
         self.mixing = mixing
         self.actnorm = actnorm
@@ -553,6 +557,8 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
         coupling: str = "affine",
         scale: str = "tanh",
         scale_bound: float = 1.0,
+        num_bins: int = 8,
+        tail_bound: float = 3.0,
         mask: Any = "halves",
         mixing: str | None = None,
         actnorm: bool = False,
@@ -587,6 +593,8 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
             coupling=coupling,
             scale=scale,
             scale_bound=scale_bound,
+            num_bins=num_bins,
+            tail_bound=tail_bound,
             mask=mask,
             mixing=mixing,
             actnorm=actnorm,

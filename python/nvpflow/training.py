@@ -243,6 +243,7 @@ def _warn_of_normal_columns(flow: Model, names: Sequence[str] | None, set_aside:
     spec = flow.spec
     couplings = [layer for layer in spec.layers if isinstance(layer, Coupling)]
     whole = spec.context_size > 0 and all(_takes_all(layer, spec.input_size) for layer in couplings)
+    whole = whole and not _spec.splines(spec)  # which bend what they transform, also where it is all
     columns, places = _spec.untransformed(spec)
     assert set_aside.rows is not None
     if not (whole or columns.size) or len(set_aside.rows) < _LEAST_FOR_SHAPE:
@@ -256,8 +257,8 @@ def _warn_of_normal_columns(flow: Model, names: Sequence[str] | None, set_aside:
     if whole and unlike.any():
         text = (
             "p(x | context) of this flow is a normal distribution, whose mean and width depend on the context, because "
-            "every coupling transforms all columns; the rows are of another shape. Give x a second column, of random "
-            "normal numbers, for a flow that can bend"
+            "every coupling transforms all columns; the rows are of another shape. Build a flow that can bend, with "
+            "transform='spline'"
         )
     elif (left := columns[unlike[places]]).size:
         labels = _frames.labels(names, spec.input_size)

@@ -43,6 +43,8 @@ WIDE = nvpflow.FlowSpec.from_layers(
         L.Coupling([0, 2], L.Affine("sigmoid", 2.0), L.MLP((2,), "tanh", layer_norm=True), inverse=True),
         L.Coupling("all", L.Affine("softplus"), scale_network=L.MLP(()), translation_network=L.MLP((1,))),
         L.Coupling("even", L.Additive(), L.MLP(())),
+        L.Coupling([1], L.Spline(2), L.MLP((1,))),
+        L.ElementSpline("odd", L.Spline(3, derivative="exp", size_bound=2.0, boundary="free", tails="slope")),
     ],
     context_size=2,
     standardize_context=True,

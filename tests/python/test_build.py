@@ -10,7 +10,18 @@ import nvpflow
 import pytest
 from nvpflow import _spec
 from nvpflow._architecture import MASKS, MIXINGS, Options, spec_of
-from nvpflow.layers import MLP, ActNorm, Additive, Affine, Coupling, LULinear, Permutation, ResidualNet, Standardize
+from nvpflow.layers import (
+    MLP,
+    ActNorm,
+    Additive,
+    Affine,
+    Coupling,
+    LULinear,
+    Permutation,
+    ResidualNet,
+    Spline,
+    Standardize,
+)
 
 
 def spec(
@@ -40,6 +51,7 @@ def test_plain_arguments_give_the_plain_flow(columns, standardize) -> None:
     """Also where the other options are given at their defaults; the weights are those of the spec and the seed."""
     expected = nvpflow.FlowSpec(columns, 3, (8, 4), "silu", 2.0, standardize, "float64")
     plain = {"transform": "affine", "scale": "tanh", "mask": "halves", "mixing": None, "actnorm": False}
+    plain |= {"num_bins": 8, "tail_bound": 3.0}
     plain |= {"network": "mlp", "num_blocks": 2, "layer_norm": False, "context_size": 0, "standardize_context": None}
     for options in ({}, plain):
         flow = nvpflow.build(
@@ -57,6 +69,9 @@ def test_networks_and_transforms() -> None:
     of = spec(hidden_sizes=(16,), activation="silu", network="residual", num_blocks=3)
     assert [layer.network for layer in couplings(of)] == [residual] * 4
     assert {layer.transform for layer in couplings(spec(transform="additive"))} == {Additive()}
+    assert {layer.transform for layer in couplings(spec(transform="spline"))} == {Spline()}
+    of = spec(transform="spline", num_bins=5, tail_bound=4)
+    assert {layer.transform for layer in couplings(of)} == {Spline(5, 4)}
     for scale in ("softsign", "atan", "sigmoid"):
         assert {layer.transform for layer in couplings(spec(scale=scale, scale_bound=2))} == {Affine(scale, 2)}
     for scale in ("softplus", "exp"):
@@ -143,6 +158,8 @@ def test_contexts() -> None:
     assert [layer.transformed for layer in couplings(of)] == ["second_half", "first_half"]
     assert spec(3, context_size=2, standardize_context=False).standardize_context is False
     assert spec(3, context_size=2, standardize=False).standardize_context is False
+    of = spec(1, 2, (8,), context_size=2, transform="spline")
+    assert [(layer.transformed, layer.transform) for layer in couplings(of)] == [("all", Spline())] * 2
     of = spec(1, 2, (8,), context_size=2, network="residual")
     assert [layer.transformed for layer in couplings(of)] == ["all", "all"]
     assert [layer.network for layer in couplings(of)] == [ResidualNet(8, context_gates=True)] * 2
@@ -161,7 +178,11 @@ def test_given_layers() -> None:
 def test_built_flows_compute() -> None:
     """Density, samples and training of what the options make; the inverse undoes the map."""
     x = np.random.default_rng(0).normal(size=(300, 5)).astype(np.float32)
-    options = {"transform": ("affine", "additive"), "mask": ("checkered", "random"), "mixing": (None, "permutation")}
+    options = {
+        "transform": ("affine", "additive", "spline"),
+        "mask": ("checkered", "random"),
+        "mixing": (None, "permutation"),
+    }
     for values in itertools.product(*options.values()):
         chosen = dict(zip(options, values, strict=True))
         flow = nvpflow.build(5, 4, (8,), seed=1, actnorm=True, **chosen)
@@ -179,7 +200,26 @@ def test_built_flows_compute() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"transform": "nice"}, "transform is 'nice', expected one of affine, additive"),
+        ({"transform": "nice"}, "transform is 'nice', expected one of affine, additive, spline"),
+        *(
+            (
+                {"transform": "spline", **options},
+                f"{name} is {value!r} with transform='spline', expected it left out: a spline coupling has no scale",
+            )
+            for options in ({"scale": "exp"}, {"scale_bound": 2.0})
+            for name, value in options.items()
+        ),
+        *(
+            (
+                {"transform": transform, **options},
+                f"{name} is {value!r} with transform={transform!r}, expected transform='spline' for it",
+            )
+            for transform in ("affine", "additive")
+            for options in ({"num_bins": 4}, {"tail_bound": 5.0})
+            for name, value in options.items()
+        ),
+        ({"transform": "spline", "num_bins": 0}, "num_bins is 0, expected 1 to 256"),
+        ({"transform": "spline", "tail_bound": -1}, "tail_bound is -1.0, expected finite and > 0"),
         ({"scale": "cosh"}, "scale is 'cosh', expected one of tanh, softsign, atan, sigmoid, softplus, exp"),
         ({"mask": "half"}, "mask is 'half', expected one of halves, checkered, random"),
         ({"mixing": "none"}, "mixing is 'none', expected one of reverse, permutation, lu or None"),
@@ -274,6 +314,8 @@ def test_values_that_are_refused(options, message) -> None:
         ({"transform": 1}, "transform must be a string, got 1 (int)"),
         ({"mask": None}, "mask must be a string, got None (NoneType)"),
         ({"mixing": True}, "mixing must be a string, got True (bool)"),
+        ({"num_bins": 8.0}, "num_bins must be an integer, got 8.0 (float)"),
+        ({"tail_bound": "3"}, "tail_bound must be a real number, got '3' (str)"),
         ({"actnorm": 1}, "actnorm must be True or False, got 1 (int)"),
         ({"layer_norm": "yes"}, "layer_norm must be True or False, got 'yes' (str)"),
         ({"num_blocks": 2.0, "network": "residual"}, "num_blocks must be an integer, got 2.0 (float)"),

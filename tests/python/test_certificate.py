@@ -83,6 +83,28 @@ def test_a_flow_that_no_arithmetic_saves_is_not_sent_to_float64() -> None:
     assert any("scale_bound (now 3)" in sentence for sentence in found.advice)
 
 
+def test_splines_say_how_many_digits_they_keep() -> None:
+    x = unit_data(1000, 6, 1, "float32")
+    flow = nvpflow.build(6, 6, (32,), transform="spline", standardize=False, seed=1)
+    new = flow.certify(x)
+    assert (new.verdict, new.round_trip_bound, new.advice) == ("accurate", None, ())
+    heads = tuple(f"{head}.kernel" for head in ("widths", "heights", "derivatives"))
+    for scale, verdict in ((100, "reduced"), (200, "unreliable")):
+        values = flow.parameters().items()
+        other = nvpflow.Flow(flow.spec)
+        other.set_parameters({name: value * np.float32(scale if name.endswith(heads) else 1) for name, value in values})
+        found = other.certify(x)
+        assert (found.verdict, found.round_trip_bound) == (verdict, None)
+        worst = max(found.round_trip.relative, found.log_prob.relative, found.log_det.relative)
+        digits = int(re.search(r"float32 keeps (\d+) digits? on these rows: splines", " ".join(found.advice))[1])
+        assert 10.0 ** -(digits + 1) < worst <= 10.0**-digits
+        assert any("float64" in sentence for sentence in found.advice)
+        assert any("fewer bins (now 8 bins on [-3, 3])" in sentence for sentence in found.advice) == (scale == 200)
+        assert not any("scale_bound" in sentence for sentence in found.advice)
+        double = other.astype("float64").certify(x.astype(np.float64))
+        assert double.round_trip.relative < 1e-5 * found.round_trip.relative
+
+
 def test_a_tolerance_of_ones_own() -> None:
     x = unit_data(500, 16, 1, "float32")
     flow = random_flow(1.0)

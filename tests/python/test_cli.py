@@ -152,9 +152,24 @@ def test_fit_of_another_model_than_a_real_nvp(run, folder):
         assert f"\n    {layer!r}," in result.stdout
 
 
+def test_fit_and_sample_splines(run, folder):
+    options = ("--transform", "spline", "--num-bins", 5, "--tail-bound", 2.5)
+    run("fit", "data.npy", "-o", "new.safetensors", "--quiet", *QUICK, "--hidden-sizes", "8", *options)
+    flow = nvpflow.load(folder / "new.safetensors")
+    more = {"transform": "spline", "num_bins": 5, "tail_bound": 2.5}
+    assert flow.spec == nvpflow.build(3, flow.spec.num_flows, (8,), **more).spec
+    assert "Spline(5, tail_bound=2.5)" in run("info", "new.safetensors").stdout
+    assert "flow_0_derivatives.kernel" in run("info", "new.safetensors").stdout
+    assert json.loads(run("info", "new.safetensors", "--json").stdout)["spec"] == json.loads(flow.spec.to_json())
+    run("sample", "new.safetensors", "-n", 20, "--seed", 3, "-o", "drawn.npy")
+    np.testing.assert_array_equal(np.load(folder / "drawn.npy"), flow.sample(20, seed=3))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--num-bins", 4), "--num-bins is 4 with transform='affine', expected transform='spline' for it"),
+        (("--transform", "spline", "--scale-bound", 2), "--scale-bound is 2.0 with transform='spline', expected it "),
         (("--scale", "exp", "--scale-bound", 2), "--scale-bound is 2.0 with scale='exp', expected it left out: that f"),
         (("--network", "residual", "--hidden-sizes", "8,8"), "--hidden-sizes is (8, 8) with network='residual', expe"),
     ],

@@ -658,6 +658,8 @@ def test_fit_warns_where_one_column_is_not_normal() -> None:
         nvpflow.build(1, 2, (8,), context_size=1).fit(
             c + rng.normal(size=(2000, 1)), context=c, epochs=8, progress=False
         )
+        flow = nvpflow.build(1, 2, (8,), context_size=1, transform="spline")
+        flow.fit(c + rng.exponential(size=(2000, 1)), context=c, epochs=3, progress=False)
 
 
 def test_rows_of_frames_are_checked_by_their_names() -> None:

@@ -5,7 +5,18 @@ from __future__ import annotations
 import numpy as np
 import nvpflow
 import pytest
-from nvpflow.layers import MLP, ActNorm, Affine, Coupling, LULinear, Permutation, ResidualNet, Standardize
+from nvpflow.layers import (
+    MLP,
+    ActNorm,
+    Affine,
+    Coupling,
+    ElementSpline,
+    LULinear,
+    Permutation,
+    ResidualNet,
+    Spline,
+    Standardize,
+)
 from oracle import assert_same_bits, finite_difference
 from test_context import scrambled
 from test_general_layers import make_case
@@ -28,7 +39,16 @@ GENERAL = (
 )
 # Of the random flows these have a context.
 WITH_CONTEXT = (0, 2, 4, 6, 7)
-MODELS = {"plain": {}, "general": {"layers": GENERAL, "standardize_context": True}}
+SPLINES = (
+    Coupling("even", Spline(4), MLP((6,), "tanh")),
+    ElementSpline("all", Spline(3, 2.5, boundary="free", tails="slope"), inverse=True),
+    Coupling("all", Spline(5, derivative="exp"), MLP((4,), "silu"), inverse=True),
+)
+MODELS = {
+    "plain": {},
+    "general": {"layers": GENERAL, "standardize_context": True},
+    "spline": {"layers": SPLINES},
+}
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,19 @@ import numpy as np
 import nvpflow
 import pytest
 from nvpflow import layers as L
-from nvpflow.layers import MLP, ActNorm, Additive, Affine, Coupling, LULinear, Permutation, ResidualNet, Standardize
+from nvpflow.layers import (
+    MLP,
+    ActNorm,
+    Additive,
+    Affine,
+    Coupling,
+    ElementSpline,
+    LULinear,
+    Permutation,
+    ResidualNet,
+    Spline,
+    Standardize,
+)
 
 FIRST = Coupling(network=MLP((8,)))
 SECOND = Coupling("first_half", Affine("tanh", 2.5), MLP((16, 3), "silu"))
@@ -36,6 +48,20 @@ TRANSFORMS = [
     Affine("softplus", low=0.01, high=math.inf, offset=0.52546, negated=True),
     Additive(),
 ]
+SPLINES = [
+    Spline(),
+    Spline(16, 5),
+    Spline(1),
+    Spline(256, interval=(-1, 3)),
+    Spline(10, derivative_offset=0),
+    Spline(
+        4, derivative="exp", derivative_bound=5, min_derivative=0, size_bound=3.4, min_bin_width=0, min_bin_height=0
+    ),
+    Spline(derivative="exp"),
+    Spline(5, 0.5, derivative_gain=1.44, min_derivative=0.01),
+    Spline(2, derivative_offset=0.5, min_derivative=1),
+    Spline(3, boundary="free", tails="slope", min_bin_width=0.33),
+]
 NETWORKS = [
     MLP(()),
     MLP((64, 64), "gelu", layer_norm=True),
@@ -50,9 +76,12 @@ LAYERS = [
     LULinear(),
     LULinear(inverse=True),
     Permutation((3, 0, 4, 1, 2)),
-    *(Coupling(transform=transform) for transform in TRANSFORMS),
+    *(Coupling(transform=transform) for transform in (*TRANSFORMS, *SPLINES)),
+    *(ElementSpline("odd", spline) for spline in SPLINES),
+    ElementSpline("all", inverse=True),
     *(Coupling(network=network) for network in NETWORKS),
     *(Coupling(features, inverse=True) for features in SETS),
+    *(ElementSpline(features) for features in SETS if features != "odd"),
     Coupling(scale_network=MLP((3,), "tanh"), translation_network=MLP((4, 4), "relu")),
 ]
 
@@ -181,6 +210,45 @@ def test_functions_without_a_bound() -> None:
     assert Affine("identity").factor is Affine().low is Affine().negated is None
 
 
+def test_splines() -> None:
+    assert (Spline().tail_bound, Spline().interval, Spline(interval=(0, 1)).tail_bound) == (3, (-3, 3), None)
+    assert repr(Spline(16, tail_bound=5)) == "Spline(16, tail_bound=5.0)"
+    assert repr(Spline(interval=(0, 1), tails="slope")) == "Spline(8, interval=(0.0, 1.0), tails='slope')"
+    assert Spline(tail_bound=2) == Spline(interval=(-2, 2)) != Spline()
+    for gain, least in ((1.0, 1e-3), (1.5, 0.2), (1e-3, 1e-3)):
+        offset = Spline(derivative_gain=gain, min_derivative=least).derivative_offset
+        assert least + gain * np.logaddexp(0, offset) == pytest.approx(1)
+    assert (Spline().derivative_gain, Spline().derivative_bound) == (1, None)
+    exp = Spline(derivative="exp")
+    assert (exp.derivative_offset, exp.derivative_gain, exp.derivative_bound) == (None, None, -math.log(1e-3))
+    assert ElementSpline([False, True, True]) == ElementSpline([1, 2], Spline())
+    refused(
+        lambda: nvpflow.FlowSpec.from_layers(4, [ElementSpline([True, False]), FIRST]),
+        ValueError,
+        "layers[0].features is a mask of 2 features, expected 4, the input_size",
+    )
+
+
+def test_tensors_of_splines() -> None:
+    """Names and shapes; what has no inner knot and no free end has no derivatives."""
+    spline, free = Spline(4), Spline(2, boundary="free")
+    layers = [ElementSpline([0, 2], free), Coupling([1, 3], spline, MLP((3,))), Coupling("odd", Spline(1), MLP((3,)))]
+    flow = nvpflow.Flow(nvpflow.FlowSpec.from_layers(5, layers), 0)
+    shapes = {name: value.shape for name, value in flow.parameters().items()}
+    heads = {name: shape for name, shape in shapes.items() if "dense" not in name and name.endswith("kernel")}
+    assert heads == {
+        "flow_0_widths.kernel": (3, 8),
+        "flow_0_heights.kernel": (3, 8),
+        "flow_0_derivatives.kernel": (3, 6),
+        "flow_1_widths.kernel": (3, 2),
+        "flow_1_heights.kernel": (3, 2),
+    }
+    alone = {name: shape for name, shape in shapes.items() if name.startswith("spline")}
+    assert alone == {"spline_0.widths": (2, 2), "spline_0.heights": (2, 2), "spline_0.derivatives": (3, 2)}
+    assert not any(flow.parameters()[name].any() for name in alone)
+    assert list(shapes)[:3] == list(alone)
+
+
 def test_the_network_of_a_layer_behind_permutations() -> None:
     """It is found by the index among all layers, and reads the columns as they stand before its layer."""
     layers = [Standardize(), Permutation((3, 0, 4, 1, 2)), FIRST, Permutation((1, 0, 2, 4, 3)), Coupling("odd")]
@@ -211,6 +279,7 @@ def test_a_property_answers_where_all_couplings_agree() -> None:
     [
         (Coupling(transform=Additive()), "scale_bound"),
         (Coupling(transform=Affine("softsign")), "scale_bound"),
+        (Coupling(transform=Spline()), "scale_bound"),
         (Coupling(scale_network=MLP((8,)), translation_network=MLP((9,))), "hidden_sizes"),
         (Coupling(scale_network=MLP((), "tanh"), translation_network=MLP(())), "activation"),
     ],
@@ -308,6 +377,57 @@ BOUNDS = "expected all of low, high and offset, or only bound"
             "scale_network and translation_network given beside network, expected only network, or only the networks "
             "of both heads",
         ),
+        *((lambda v=v: Spline(v), f"num_bins is {v}, expected 1 to 256") for v in (0, -1, 257)),
+        *(
+            (lambda v=v: Spline(tail_bound=v), f"tail_bound is {float(v)}, expected finite and > 0")
+            for v in (0, math.inf)
+        ),
+        (
+            lambda: Spline(8, 3, interval=(0, 1)),
+            "tail_bound is 3 beside interval=(0, 1), expected only one of them",
+        ),
+        *(
+            (
+                lambda v=v: Spline(interval=v),
+                f"interval is ({float(v[0])}, {float(v[1])}), expected two finite numbers, the first below the second",
+            )
+            for v in ((1, 1), (2, 1), (-math.inf, 1), (0, math.nan))
+        ),
+        (
+            lambda: Spline(4, min_bin_width=0.25),
+            "min_bin_width is 0.25 with num_bins=4, expected less than 1 / num_bins, 0.25",
+        ),
+        (lambda: Spline(min_bin_height=-1), "min_bin_height is -1.0, expected finite and >= 0"),
+        (lambda: Spline(min_derivative=math.inf), "min_derivative is inf, expected finite and >= 0"),
+        (lambda: Spline(size_bound=0), "size_bound is 0.0, expected finite and > 0"),
+        (lambda: Spline(derivative_gain=0), "derivative_gain is 0.0, expected finite and > 0"),
+        (lambda: Spline(derivative_offset=math.nan), "derivative_offset is nan, expected finite"),
+        (
+            lambda: Spline(min_derivative=1),
+            "derivative_offset missing with min_derivative=1.0, expected a number: no derivative can be 1 at u = 0",
+        ),
+        (lambda: Spline(derivative="relu"), "derivative is 'relu', expected one of softplus, exp"),
+        (
+            lambda: Spline(derivative_bound=2),
+            "derivative_bound is 2 with derivative='softplus', expected it left out",
+        ),
+        (
+            lambda: Spline(derivative="exp", derivative_gain=2),
+            "derivative_gain is 2 with derivative='exp', expected it left out",
+        ),
+        (
+            lambda: Spline(derivative="exp", derivative_bound=math.inf),
+            "derivative_bound is inf, expected finite and > 0",
+        ),
+        (lambda: Spline(boundary="zero"), "boundary is 'zero', expected one of one, free"),
+        (lambda: Spline(tails="linear"), "tails is 'linear', expected one of identity, slope"),
+        (lambda: ElementSpline("half"), f"features is 'half', {FEATURES}"),
+        (lambda: ElementSpline([2, 1]), "features[1] is 1 after 2, expected ascending indices; a mask holds bools"),
+        (
+            lambda: Coupling(transform=Spline(), scale_network=MLP(), translation_network=MLP()),
+            "scale_network and translation_network given with transform=Spline(8), expected only network: it gives all "
+            "of a spline",
+        ),
         (
             lambda: Coupling(transform=Additive(), translation_network=MLP()),
             "translation_network given with transform=Additive(), expected only network: there is one head",
@@ -345,8 +465,16 @@ def test_values_out_of_range(call, message) -> None:
         (lambda: Coupling(inverse=1), "inverse must be True or False, got 1 (int)"),
         (
             lambda: Coupling(transform="affine"),
-            "transform is 'affine' (str), expected Affine or Additive of nvpflow.layers",
+            "transform is 'affine' (str), expected Affine, Additive or Spline of nvpflow.layers",
         ),
+        (lambda: ElementSpline("odd", 8), "spline is 8 (int), expected Spline of nvpflow.layers"),
+        (lambda: ElementSpline("odd", inverse=1), "inverse must be True or False, got 1 (int)"),
+        (lambda: Spline(8.0), "num_bins must be an integer, got 8.0 (float)"),
+        (lambda: Spline(tail_bound="3"), "tail_bound must be a real number, got '3' (str)"),
+        (lambda: Spline(interval=3), "interval is 3 (int), expected two numbers, (lower, upper)"),
+        (lambda: Spline(interval=(1, 2, 3)), "interval is (1, 2, 3) (tuple), expected two numbers, (lower, upper)"),
+        (lambda: Spline(interval=(0, "1")), "interval[1] must be a real number, got '1' (str)"),
+        (lambda: Spline(tails=None), "tails must be a string, got None (NoneType)"),
         (lambda: Coupling(network=(8,)), "network is (8,) (tuple), expected MLP or ResidualNet of nvpflow.layers"),
         (
             lambda: Coupling(scale_network=MLP(), translation_network=ResidualNet()),
@@ -463,6 +591,8 @@ def test_repr_makes_the_spec_again_unless_it_is_long(count) -> None:
         (Permutation((1, 0)), {"order": (0, 0)}, r"order\[1\] is 0 again"),
         (MLP(), {"hidden_sizes": "8"}, "hidden_sizes must be a sequence of integers"),
         (Affine(), {"factor": -1.0}, r"factor is -1\.0"),
+        (Spline(), {"tails": "linear"}, r"tails is 'linear', expected one of identity, slope"),
+        (ElementSpline("odd"), {"spline": 5}, r"spline is 5 \(int\), expected Spline"),
         (Coupling(), {"network": 5}, r"network is 5 \(int\), expected MLP or ResidualNet"),
         (Coupling(), {"_mask_size": "4"}, r"_mask_size must be an integer, got '4' \(str\)"),
         (

@@ -534,3 +534,11 @@ def test_every_option_of_the_model_reaches_the_flow():
     mask = np.array([[True, False, False, True], [False, True, True, False]])
     detector = clone(FlowOutlierDetector(**SMALL, mask=mask)).set_params(mixing="reverse").fit(x)
     assert detector.flow_.spec == nvpflow.build(4, 2, (16,), mask=mask, mixing="reverse").spec
+
+
+def test_splines():
+    x = np.random.default_rng(0).normal(size=(200, 4))
+    density = clone(FlowDensity(**SMALL, coupling="spline", num_bins=5, tail_bound=4.0)).fit(x)
+    assert density.flow_.spec == nvpflow.build(4, 2, (16,), transform="spline", num_bins=5, tail_bound=4.0).spec
+    detector = FlowOutlierDetector(**SMALL, coupling="spline").set_params(num_bins=3).fit(x)
+    assert detector.flow_.spec == nvpflow.build(4, 2, (16,), transform="spline", num_bins=3).spec

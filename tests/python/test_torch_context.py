@@ -24,6 +24,13 @@ KINDS = {
     "lu": {**PLAIN, "num_flows": 2, "mixing": "lu", "actnorm": True, "mask": "checkered"},
     "residual": {**PLAIN, "num_flows": 2, "hidden_sizes": (5,), "activation": "silu", "network": "residual"},
     "layer_norm": {**PLAIN, "num_flows": 2, "layer_norm": True, "scale": "softplus"},
+    "spline": {
+        "layers": [
+            L.Coupling("even", L.Spline(4), L.MLP((6,), "tanh")),
+            L.ElementSpline("all", L.Spline(3, 2.5, boundary="free", tails="slope"), inverse=True),
+            L.Coupling("odd", L.Spline(5, derivative="exp"), L.MLP((4,), "silu"), inverse=True),
+        ],
+    },
     "base": {  # a conditional diagonal Gaussian behind a coupling that is read backwards
         "layers": [
             L.Coupling("odd", L.Affine("atan"), L.MLP((5,), "softplus"), inverse=True),
