@@ -31,9 +31,11 @@ constexpr int kMaxBins = 256;  // of Spline
 /// Raw sizes further below the largest count as that: products of two sizes and their quotients stay normal numbers.
 template <class T>
 constexpr T kLeastSize = sizeof(T) == 4 ? T(-40) : T(-340);
-/// The same for slopes.
+/// The same for slopes, which are squared.
 template <class T>
 constexpr T kLeastSlope = sizeof(T) == 4 ? T(1e-18) : T(1e-150);
+template <class T>
+constexpr T kMostSlope = sizeof(T) == 4 ? T(1e18) : T(1e150);
 
 #if defined(__AVX512F__)
 /// exp_of_size by the nearest sixteenth of a power of two. Where x is far below 0, its last digits do not count: e^x is
@@ -160,7 +162,7 @@ NVPFLOW_INLINE void find_slope(const SplineMap<T>& map, Vec<T> raw, Vec<T>& slop
     slope = fma(softplus, set1(map.gain), set1(map.min_slope));
     if constexpr (with_derivative) derivative = set1(map.gain) * (x < T(0) ? e : set1(T(1))) / (e + T(1));
   }
-  slope = at_least(slope, kLeastSlope<T>);
+  slope = at_most(at_least(slope, kLeastSlope<T>), kMostSlope<T>);
 }
 
 /// What the way back needs of elements, from the place of an array's first one; with the e of their sizes in place of
