@@ -10,6 +10,7 @@ That is not the benchmark: it has fewer rows, another scale and another noise of
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from pathlib import Path
 
@@ -21,7 +22,17 @@ INK, FLOW_COLOUR = "#30435f", "#e8743b"
 COLUMNS = ("active power", "voltage", "kitchen", "laundry", "heating", "time of day")
 PAIRS = ((5, 0), (1, 0))  # columns that the picture shows
 
-# Table 1, column POWER, of the paper: mean test log-likelihood in nats, and two standard errors.
+# Options of build and of fit, by the couplings' transform.
+RECIPES = {
+    "spline": (
+        {"transform": "spline", "num_bins": 8, "tail_bound": 3.0},
+        {"epochs": 60, "learning_rate": 1e-3},
+    ),
+    "affine": ({"scale_bound": 2.0}, {"epochs": 36, "learning_rate": 3e-3}),
+}
+
+# Mean test log-likelihood in nats, and two standard errors: table 1 of the paper, and of Durkan et al., "Neural Spline
+# Flows" (NeurIPS 2019).
 PUBLISHED = {
     "Gaussian": (-7.74, 0.02),
     "MADE": (-3.08, 0.03),
@@ -31,6 +42,8 @@ PUBLISHED = {
     "MAF (10)": (0.24, 0.01),
     "MAF MoG (5)": (0.30, 0.01),
     "MADE MoG": (0.40, 0.01),
+    "Glow": (0.42, 0.01),
+    "RQ-NSF (C)": (0.64, 0.01),
 }
 
 
@@ -50,15 +63,42 @@ def mean_and_error(log_p: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(2 * values.std() / np.sqrt(len(values)))
 
 
-def draw(path: Path, results: dict[str, tuple[float, float]], data: np.ndarray, samples: np.ndarray) -> None:
-    """Draw the log-likelihoods above -2, and two pairs of columns of the data and of the samples."""
+Curve = list[tuple[float, float]]
+
+
+def curve_of(history: nvpflow.History) -> Curve:
+    """Return minutes from the start, and nats per row of the tenth that chooses the epoch, of every epoch."""
+    minutes = np.cumsum([record["seconds"] for record in history.epochs]) / 60
+    return [(float(at), -record["validation_loss"]) for at, record in zip(minutes, history.epochs, strict=True)]
+
+
+def draw_curves(ax, curves: dict[str, Curve]) -> None:
+    """Draw nats over minutes of training."""
+    for (name, curve), colour in zip(curves.items(), (FLOW_COLOUR, INK, "0.6"), strict=False):
+        ax.plot(*zip(*curve, strict=True), color=colour, label=name)
+    ax.set(xlabel="minutes of training", ylim=(0, None))
+    ax.set_title("Nats per row of the rows that choose the epoch", fontsize=10, loc="left")
+    ax.grid(color="0.92")
+    ax.legend(frameon=False, fontsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def draw(
+    path: Path,
+    results: dict[str, tuple[float, float]],
+    curves: dict[str, Curve],
+    data: np.ndarray,
+    samples: np.ndarray,
+) -> None:
+    """Draw the log-likelihoods above -2, the curves, and two pairs of columns of the data and of the samples."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.2), dpi=110, layout="constrained")
+    figure = Figure(figsize=(12, 6.2), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     left, panels = figure.subfigures(1, 2, width_ratios=[1, 1.45])
-    ax = left.subplots()
+    ax, below = left.subplots(2, height_ratios=[1.3, 1])
+    draw_curves(below, curves)
     shown = sorted(((name, value) for name, value in results.items() if value[0] > -2), key=lambda item: item[1])
     for place, (name, (mean, error)) in enumerate(shown):
         ours = name.startswith("nvpflow")
@@ -83,49 +123,76 @@ def draw(path: Path, results: dict[str, tuple[float, float]], data: np.ndarray, 
     figure.savefig(path)
 
 
-def main() -> None:
-    """Train, score, print the table and draw."""
+def train_flow(train: np.ndarray, arguments: argparse.Namespace) -> tuple[nvpflow.Flow, Curve]:
+    """Train by the recipe; return the flow and its curve."""
+    build_options, fit_options = RECIPES[arguments.transform]
+    epochs = arguments.epochs or (3 if arguments.quick else fit_options["epochs"])
+    flow = nvpflow.build(6, num_flows=10, hidden_sizes=(128, 128), mixing="lu", seed=0, **build_options)
+    flow.num_threads = arguments.threads
+    batch_size = 1024 if len(train) > 100_000 else 256
+    history = flow.fit(
+        train,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=fit_options["learning_rate"],
+        clip_norm=5.0,
+        seed=0,
+    )
+    return flow, curve_of(history)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the command's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--transform", choices=list(RECIPES), default="spline", help="of the couplings")
     parser.add_argument("--quick", action="store_true", help="20,000 rows and few epochs: seconds, and no result")
-    parser.add_argument("--epochs", type=int, help="passes over the training rows (default 36; quick 3)")
+    parser.add_argument("--epochs", type=int, help="passes over the training rows (default: the recipe's; quick 3)")
     parser.add_argument("--threads", type=int, default=0, help="0 (default): all that the process may use")
     parser.add_argument("--model", type=Path, help="write the flow here; a file that exists is read instead")
+    parser.add_argument("--curves", type=Path, help="a JSON file to which the training's curve is added, by its name")
     parser.add_argument("--picture", type=Path, help="write a PNG here (needs matplotlib)")
-    arguments = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    """Train, score, print the table and draw."""
+    arguments = parse_arguments()
     folder = os.environ.get("NVPFLOW_DATA")
     train, test = load(folder)
     if arguments.quick:
         train = train[:20_000]
     source = "POWER, the benchmark's splits" if folder else "the packaged sample: NOT the benchmark (set NVPFLOW_DATA)"
     print(f"Data       {source}; {len(train):,} rows to train on, {len(test):,} to score")
-    epochs = arguments.epochs or (3 if arguments.quick else 36)
 
+    name = f"nvpflow (10, LU, {arguments.transform})"
+    given = arguments.curves is not None and arguments.curves.exists()
+    curves: dict[str, Curve] = json.loads(arguments.curves.read_text()) if given else {}
     if arguments.model and arguments.model.exists():
         flow = nvpflow.load(arguments.model)
     else:
-        flow = nvpflow.build(6, num_flows=10, hidden_sizes=(128, 128), mixing="lu", scale_bound=2, seed=0)
-        flow.num_threads = arguments.threads
-        batch_size = 1024 if len(train) > 100_000 else 256
-        flow.fit(train, epochs=epochs, batch_size=batch_size, learning_rate=3e-3, clip_norm=5.0, seed=0)
+        flow, curves[name] = train_flow(train, arguments)
         if arguments.model:
             flow.save(arguments.model)
+        if arguments.curves:
+            arguments.curves.write_text(json.dumps(curves))
     couplings, parameters = flow.spec.num_flows, f"{flow.num_parameters:,}"
-    print(f"Model      {couplings} x (permutation, LU layer, affine coupling), {parameters} parameters\n")
+    print(
+        f"Model      {couplings} x (permutation, LU layer, {arguments.transform} coupling), {parameters} parameters\n"
+    )
 
     gaussian = "full-covariance Gaussian, here"
     results = dict(PUBLISHED)
     results[gaussian] = mean_and_error(demo.gaussian_log_prob(train, test))
-    results["nvpflow (10, LU)"] = mean_and_error(flow.log_probability(test))
-    print("Log-likelihood, nats per row, and two standard errors (published: test split, MAF paper, table 1)")
-    for name, (mean, error) in sorted(results.items(), key=lambda item: item[1]):
-        mark = "" if name in PUBLISHED else f"   <- {len(test):,} held-out rows of {source.split(':')[0].split(';')[0]}"
-        print(f"  {name:<32}{mean:>7.3f} +- {error:.3f}{mark}")
+    results[name] = mean_and_error(flow.log_probability(test))
+    print("Log-likelihood, nats per row, and two standard errors (published: test split)")
+    for label, (mean, error) in sorted(results.items(), key=lambda item: item[1]):
+        mark = "" if label in PUBLISHED else f"   <- {len(test):,} held-out rows of {source.split(':')[0].split(';')[0]}"
+        print(f"  {label:<32}{mean:>7.3f} +- {error:.3f}{mark}")
 
     if arguments.picture:
-        ours = ("nvpflow (10, LU)", *PUBLISHED) if folder else ("nvpflow (10, LU)",)
-        shown = {name: results[name] for name in ours}
-        draw(arguments.picture, shown, test, flow.sample(len(test), seed=0))
+        ours = (name, *PUBLISHED) if folder else (name,)
+        shown = {label: results[label] for label in ours}
+        draw(arguments.picture, shown, curves, test, flow.sample(len(test), seed=0))
         print(f"\nPicture    {arguments.picture}")
 
 

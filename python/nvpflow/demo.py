@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 import nvpflow
-from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS
 from nvpflow._gaussian import gaussian_log_prob
 
 Array = NDArray[Any]
@@ -25,7 +24,15 @@ Array = NDArray[Any]
 COLUMNS = ("active power", "voltage", "kitchen", "laundry", "heating", "time of day")
 UNITS = ("kW", "V", "Wh/min", "Wh/min", "Wh/min", "min")
 
-MODEL: dict[str, Any] = {"num_flows": NUM_FLOWS, "hidden_sizes": HIDDEN_SIZES}
+# The household's meters stand at a few levels for most of the time: splines have room between the levels.
+MODEL: dict[str, Any] = {
+    "num_flows": 6,
+    "hidden_sizes": (64, 64),
+    "mixing": "lu",
+    "transform": "spline",
+    "num_bins": 16,
+    "tail_bound": 4.0,
+}
 EPOCHS = 80
 SAMPLES = 10_000
 
