@@ -68,8 +68,8 @@ Curve = list[tuple[float, float]]
 
 def curve_of(history: nvpflow.History) -> Curve:
     """Return minutes from the start, and nats per row of the tenth that chooses the epoch, of every epoch."""
-    minutes = np.cumsum([record["seconds"] for record in history.epochs]) / 60
-    return [(float(at), -record["validation_loss"]) for at, record in zip(minutes, history.epochs, strict=True)]
+    minutes = np.cumsum(history.seconds) / 60
+    return [(float(at), -float(loss)) for at, loss in zip(minutes, history.validation_loss, strict=True)]
 
 
 def draw_curves(ax, curves: dict[str, Curve]) -> None:
@@ -186,7 +186,9 @@ def main() -> None:
     results[name] = mean_and_error(flow.log_probability(test))
     print("Log-likelihood, nats per row, and two standard errors (published: test split)")
     for label, (mean, error) in sorted(results.items(), key=lambda item: item[1]):
-        mark = "" if label in PUBLISHED else f"   <- {len(test):,} held-out rows of {source.split(':')[0].split(';')[0]}"
+        mark = (
+            "" if label in PUBLISHED else f"   <- {len(test):,} held-out rows of {source.split(':')[0].split(';')[0]}"
+        )
         print(f"  {label:<32}{mean:>7.3f} +- {error:.3f}{mark}")
 
     if arguments.picture:
