@@ -1,7 +1,7 @@
-// KERNEL: standard normal noise.
+// KERNEL: noise of the base.
 //
-// One Philox call gives 4 float or 2 double normals; about 30 integer and 40 floating-point operations a pair, 4 bytes
-// written a float: bound by arithmetic on recent devices, near the memory's rate.
+// One Philox call gives 4 float or 2 double numbers; of normal ones about 30 integer and 40 floating-point operations a
+// pair, 4 bytes written a float: bound by arithmetic on recent devices, near the memory's rate.
 
 #include "base.cuh"
 
@@ -10,18 +10,20 @@ namespace {
 
 template <class T>
 NVPFLOW_KERNEL(kThreads)
-noise_kernel(const std::int64_t features, const std::uint64_t seed, const std::uint64_t first_row,
-             const std::int64_t rows, T* z) {
+noise_kernel(NVPFLOW_ARGUMENT BaseDensity<T> base, const std::int64_t features, const std::uint64_t seed,
+             const std::uint64_t first_row, const std::int64_t rows, T* z) {
   constexpr int kColumns = kNoiseColumns<T>;
   const std::int64_t width = ceil_div(features, kColumns), size = rows * width;
   for (std::int64_t e = first_element(); e < size; e += element_step()) {
     const std::int64_t r = e / width, block = e - r * width;
-    T normals[kColumns];
-    noise_block(seed, first_row + static_cast<std::uint64_t>(r), static_cast<unsigned>(block), normals);
+    T numbers[kColumns];
+    visit_base(base, [&](auto kind) {
+      noise_block(kind, base, seed, first_row + static_cast<std::uint64_t>(r), static_cast<unsigned>(block), numbers);
+    });
     NVPFLOW_UNROLL
     for (int i = 0; i < kColumns; ++i) {
       const std::int64_t f = block * kColumns + i;
-      if (f < features) z[r * features + f] = normals[i];
+      if (f < features) z[r * features + f] = numbers[i];
     }
   }
 }
@@ -29,13 +31,16 @@ noise_kernel(const std::int64_t features, const std::uint64_t seed, const std::u
 }  // namespace
 
 template <class T>
-Status launch_noise(std::int64_t input_size, std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, T* z,
-                    Stream stream) {
+Status launch_noise(const BaseDensity<T>& base, std::int64_t input_size, std::uint64_t seed, std::uint64_t first_row,
+                    std::int64_t rows, T* z, Stream stream) {
   const std::int64_t calls = rows * ceil_div(input_size, kNoiseColumns<T>);
-  return launch(noise_kernel<T>, element_blocks(calls), kThreads, 0, stream, input_size, seed, first_row, rows, z);
+  return launch(noise_kernel<T>, element_blocks(calls), kThreads, 0, stream, base, input_size, seed, first_row, rows,
+                z);
 }
 
-template Status launch_noise(std::int64_t, std::uint64_t, std::uint64_t, std::int64_t, float*, Stream);
-template Status launch_noise(std::int64_t, std::uint64_t, std::uint64_t, std::int64_t, double*, Stream);
+template Status launch_noise(const BaseDensity<float>&, std::int64_t, std::uint64_t, std::uint64_t, std::int64_t,
+                             float*, Stream);
+template Status launch_noise(const BaseDensity<double>&, std::int64_t, std::uint64_t, std::uint64_t, std::int64_t,
+                             double*, Stream);
 
 }  // namespace nvpflow::cuda

@@ -1,16 +1,51 @@
-// KERNEL PART: the base density N(0, I) and standard normal noise from counters. The uniforms are the CPU's to the bit,
-// the normals to 2 ulp (cpp/src/cpu/base.inl).
+// KERNEL PART: the base densities and their noise from counters. Uniform numbers are the CPU's to the bit, where that
+// has fused multiply-adds, normal ones to 2 ulp (cpp/src/cpu/base.inl).
 #pragma once
 
 #include "elementary.cuh"
 
 namespace nvpflow::cuda {
 
-/// log N(z; 0, I) + log_det, from |z|^2.
 template <class T>
-NVPFLOW_DEVICE T log_prob_from(T square, T log_det, int features) {
-  return log_det + multiply_add(square, T(-0.5), static_cast<T>(-0.91893853320467274178) * static_cast<T>(features));
+NVPFLOW_DEVICE bool is_outside(const BaseDensity<T>& base, T z) {
+  return z < base.low || z > base.high;
 }
+
+// ---- density: log p of a row comes from its log_det and from one sum over its features
+// --------------------------------
+
+/// What latent z adds to the sum. is_feature: else it is padding, which is zero.
+template <class T>
+NVPFLOW_DEVICE T add_latent(OfBase<BaseKind::normal>, const BaseDensity<T>&, T sum, T z, bool) {
+  return multiply_add(z, z, sum);
+}
+/// 0 for all inside, NaN with NaN.
+template <class T>
+NVPFLOW_DEVICE T add_latent(OfBase<BaseKind::uniform>, const BaseDensity<T>& base, T sum, T z, bool is_feature) {
+  return !is_feature ? sum : is_outside(base, z) ? sum + 1 : z == z ? sum : z;
+}
+
+template <class T>
+NVPFLOW_DEVICE T log_prob_from(OfBase<BaseKind::normal>, const BaseDensity<T>&, T sum, T log_det, int features) {
+  return log_det + multiply_add(sum, T(-0.5), static_cast<T>(-0.91893853320467274178) * static_cast<T>(features));
+}
+template <class T>
+NVPFLOW_DEVICE T log_prob_from(OfBase<BaseKind::uniform>, const BaseDensity<T>& base, T sum, T log_det, int) {
+  return sum > 0 ? -infinity<T>() : sum + (log_det + base.log_density);
+}
+
+/// The cotangent of z from that of log p.
+template <class T>
+NVPFLOW_DEVICE T latent_cotangent(OfBase<BaseKind::normal>, T z, T g) {
+  return -z * g;
+}
+template <class T>
+NVPFLOW_DEVICE T latent_cotangent(OfBase<BaseKind::uniform>, T, T) {
+  return T(0);
+}
+
+// ---- noise
+// -----------------------------------------------------------------------------------------------------------
 
 /// Columns that one Philox call gives.
 template <class T>
@@ -48,7 +83,8 @@ NVPFLOW_DEVICE void box_muller(T u, T quarters, T& cosine, T& sine) {
 }
 
 /// Columns block * n .. + n of one row.
-NVPFLOW_DEVICE void noise_block(std::uint64_t seed, std::uint64_t row, unsigned block, float (&normals)[4]) {
+NVPFLOW_DEVICE void noise_block(OfBase<BaseKind::normal>, const BaseDensity<float>&, std::uint64_t seed,
+                                std::uint64_t row, unsigned block, float (&normals)[4]) {
   unsigned words[4];
   philox(seed, row, block, words);
   NVPFLOW_UNROLL
@@ -60,13 +96,42 @@ NVPFLOW_DEVICE void noise_block(std::uint64_t seed, std::uint64_t row, unsigned 
   }
 }
 
-NVPFLOW_DEVICE void noise_block(std::uint64_t seed, std::uint64_t row, unsigned block, double (&normals)[2]) {
+NVPFLOW_DEVICE void noise_block(OfBase<BaseKind::normal>, const BaseDensity<double>&, std::uint64_t seed,
+                                std::uint64_t row, unsigned block, double (&normals)[2]) {
   unsigned words[4];
   philox(seed, row, block, words);
   const unsigned long long first = (static_cast<unsigned long long>(words[1]) << 32 | words[0]) >> 12;
   const unsigned long long second = (static_cast<unsigned long long>(words[3]) << 32 | words[2]) >> 11;
   box_muller((static_cast<double>(first) + 0.5) * 0x1p-52, static_cast<double>(second) * 0x1p-51, normals[0],
              normals[1]);
+}
+
+/// u in (0, 1) to the interval; rounding does not carry it past `high`.
+template <class T>
+NVPFLOW_DEVICE T uniform_from(const BaseDensity<T>& base, T u) {
+  const T z = multiply_add(u, base.range, base.low);
+  return z > base.high ? base.high : z;
+}
+
+NVPFLOW_DEVICE void noise_block(OfBase<BaseKind::uniform>, const BaseDensity<float>& base, std::uint64_t seed,
+                                std::uint64_t row, unsigned block, float (&numbers)[4]) {
+  unsigned words[4];
+  philox(seed, row, block, words);
+  NVPFLOW_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    numbers[i] = uniform_from(base, (static_cast<float>(words[i] >> 9) + 0.5f) * 0x1p-23f);
+  }
+}
+
+NVPFLOW_DEVICE void noise_block(OfBase<BaseKind::uniform>, const BaseDensity<double>& base, std::uint64_t seed,
+                                std::uint64_t row, unsigned block, double (&numbers)[2]) {
+  unsigned words[4];
+  philox(seed, row, block, words);
+  NVPFLOW_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const unsigned long long word = static_cast<unsigned long long>(words[2 * i + 1]) << 32 | words[2 * i];
+    numbers[i] = uniform_from(base, (static_cast<double>(word >> 12) + 0.5) * 0x1p-52);
+  }
 }
 
 }  // namespace nvpflow::cuda

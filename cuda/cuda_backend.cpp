@@ -167,9 +167,11 @@ class CudaBackend final : public Backend {
              const Execution& how) const override {
     const OnDevice on(flow_->index());
     const auto launch = [&](T* to, std::uint64_t first, std::int64_t count, Stream stream) {
-      launch_on(stream, "drawing noise", [features = flow_->features(), seed, first, count, to, stream] {
-        return launch_noise<T>(features, seed, first, count, to, stream);
-      });
+      const Program<T>& host = flow_->layers()->on_host();
+      launch_on(stream, "drawing noise",
+                [base = host.base, features = host.input_size, seed, first, count, to, stream] {
+                  return launch_noise<T>(base, features, seed, first, count, to, stream);
+                });
     };
     if (how.device_arrays) return launch(static_cast<T*>(z), first_row, rows, stream_of(how));
     const Lanes::Loan lane(lanes_);

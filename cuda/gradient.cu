@@ -132,16 +132,23 @@ struct Reverse {
 
   // ---- back --------------------------------------------------------------------------------------------------------
 
+  /// Of the log-determinant of row r, and of log p where the call is of that.
+  NVPFLOW_DEVICE T given_cotangent(int r) const {
+    if (call.nll) return -call.nll_factor;
+    return call.grad_log_det != nullptr ? call.grad_log_det[tile.first + r] : T(0);
+  }
+
   /// The cotangents that the way back starts from: zero for rows past the end, NaN for poisoned ones.
-  NVPFLOW_DEVICE void start_cotangents() {
+  template <BaseKind kind>
+  NVPFLOW_DEVICE void start_cotangents(OfBase<kind> base) {
     const std::int32_t* places = program.places_out(call.inverse);
+    const bool of_density = call.nll || call.density;
     cotangents.for_each(team(), [&](int r, int f) {
       T g = 0;
       const int at = listed(places, f);
       if (r < tile.valid) {
-        if (call.nll) g = tile.at(r, at) * call.nll_factor;
-        if (call.density) g = -tile.at(r, at) * call.grad_log_det[tile.first + r];
-        if (!call.nll && call.grad_out != nullptr) g = call.grad_out[(tile.first + r) * program.input_size + f];
+        if (of_density) g = latent_cotangent(base, tile.at(r, at), given_cotangent(r));
+        if (!of_density && call.grad_out != nullptr) g = call.grad_out[(tile.first + r) * program.input_size + f];
         g = tile.clean(r, g);
       }
       cotangents.at(r, at) = g;
@@ -149,13 +156,22 @@ struct Reverse {
     for (int r = thread_index(); r < tile.rows; r += num_threads()) {
       T g = 0;
       if (r < tile.valid) {
-        if (call.nll) g = -call.nll_factor;
-        if (!call.nll && call.grad_log_det != nullptr) g = call.grad_log_det[tile.first + r];
+        g = given_cotangent(r);
+        if constexpr (kind == BaseKind::uniform) {
+          if (of_density && is_row_outside(r)) g = 0;  // where the density is flat, nothing moves
+        }
         g = tile.clean(r, g);
       }
       log_det_cotangent[r] = g;
     }
     block_barrier();
+  }
+
+  NVPFLOW_DEVICE bool is_row_outside(int r) const {
+    for (int f = 0; f < program.input_size; ++f) {
+      if (is_outside(program.base, tile.at(r, f))) return true;
+    }
+    return false;
   }
 
   NVPFLOW_DEVICE void backward(Of<Kind::coupling>, const Layer<T>& layer, T* part, bool input_wanted) {
@@ -231,9 +247,11 @@ gradient_tiles(NVPFLOW_ARGUMENT GradientPlan plan, NVPFLOW_ARGUMENT Program<T> p
     reverse.tile.load(reverse.team(), call.in, call.index, program.places_in(call.inverse));
     if constexpr (reach == Reach::all) start_context(reverse);
     reverse.forward();
-    write_row_sums(reverse.tile, density, reverse.team(), reverse.lane, reverse.row_block, reverse.across,
-                   plan.warps_across, reverse.log_det, [] { block_barrier(); });
-    reverse.start_cotangents();
+    with_base<reach>(program, [&](auto base) {
+      write_row_sums(base, program.base, reverse.tile, density, reverse.team(), reverse.lane, reverse.row_block,
+                     reverse.across, plan.warps_across, reverse.log_det, [] { block_barrier(); });
+      reverse.start_cotangents(base);
+    });
     reverse.backward();
     if (call.grad_in != nullptr)
       reverse.cotangents.store(reverse.team(), call.grad_in, program.places_in(call.inverse), not_a_number<T>());

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "../cpp/src/adam.hpp"
+#include "../cpp/src/base_density.hpp"
 #include "../cpp/src/program.hpp"
 #include "../cpp/src/scale.hpp"
 
@@ -184,6 +185,23 @@ NVPFLOW_HOST_DEVICE void visit(const Layer<T>& layer, F&& f) {
   }
 }
 
+template <BaseKind kind>
+struct OfBase {};
+
+/// f(OfBase<kind>()) for the kind of a base: the only switch over bases, so that a forgotten one does not compile.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable  // f may be the device's
+#endif
+template <class T, class F>
+NVPFLOW_HOST_DEVICE void visit_base(const BaseDensity<T>& base, F&& f) {
+  switch (base.kind) {
+    case BaseKind::normal:
+      return f(OfBase<BaseKind::normal>());
+    case BaseKind::uniform:
+      return f(OfBase<BaseKind::uniform>());
+  }
+}
+
 NVPFLOW_HOST_DEVICE constexpr std::int64_t affine_size(std::int64_t input_size) {
   return round_up(3 * input_size + 1, 4);
 }
@@ -209,7 +227,8 @@ NVPFLOW_HOST_DEVICE constexpr std::int64_t products_size(std::int64_t input_size
 enum class Reach : std::int32_t {
   plain,    // networks that are perceptrons, on the two parts of the state, log-scales of tanh
   general,  // also lists of places, layers that run backwards, every log-scale
-  all,      // also linear layers, two networks for a coupling, LayerNorm, residual networks, a context
+  // Also linear layers, two networks for a coupling, LayerNorm, residual networks, a context, every base.
+  all,
 };
 
 /// Plans read a Program whose pointers are the host's (packed and transposed may be null), launches one whose pointers
@@ -222,6 +241,7 @@ struct Program {
   std::int32_t context_size = 0;
   std::int32_t num_layers = 0;
   std::int32_t num_dense = 0;
+  BaseDensity<T> base;
   const Layer<T>* layers = nullptr;
   const Dense* dense = nullptr;
   const T* packed = nullptr;
@@ -254,7 +274,7 @@ struct Program {
 /// The least that serves a flow.
 template <class T>
 constexpr Reach reach_of(const Program<T>& program) {
-  if (program.context_size > 0) return Reach::all;
+  if (program.context_size > 0 || program.base.kind != BaseKind::normal) return Reach::all;
   for (std::int32_t i = 0; i < program.num_dense; ++i) {
     const Dense& d = program.dense[i];
     if ((d.role != Role::hidden && d.role != Role::head) || d.layer_norm) return Reach::all;
@@ -334,7 +354,7 @@ struct ContextRows {
 template <class T>
 struct TransformCall {
   bool inverse = false;
-  const T* in = nullptr;                // null: standard normals of `seed`, row first_row + r
+  const T* in = nullptr;                // null: noise of `seed`, row first_row + r
   const std::int64_t* index = nullptr;  // rows of `in` to take; null: all, in order
   std::int64_t rows = 0;
   T* out = nullptr;       // [rows, D]
@@ -397,10 +417,10 @@ template <class T>
 Status launch_transform(const TransformPlan& plan, const Program<T>& program, const TransformCall<T>& call,
                         void* workspace, Stream stream);
 
-/// z [rows, D]: standard normals of rows first_row .. first_row + rows of `seed`.
+/// z [rows, D]: latents of rows first_row .. first_row + rows of `seed`.
 template <class T>
-Status launch_noise(std::int64_t input_size, std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, T* z,
-                    Stream stream);
+Status launch_noise(const BaseDensity<T>& base, std::int64_t input_size, std::uint64_t seed, std::uint64_t first_row,
+                    std::int64_t rows, T* z, Stream stream);
 
 // ---- sums in float64, in an order that only `count` fixes ----------------------------------------------------------
 
@@ -425,7 +445,7 @@ struct GradientCall {
   T nll_factor = 0;
   const T* grad_out = nullptr;      // null: zero
   const T* grad_log_det = nullptr;  // null: zero
-  bool density = false;             // grad_log_det is the cotangent of log p: that of z is -z times it
+  bool density = false;             // grad_log_det is the cotangent of log p
   T* log_prob = nullptr;            // density only, may be null: = log p of the rows
   ContextRows<T> context;
   T* grad_context = nullptr;       // [rows, C], one for each row of the call; null: not wanted

@@ -86,6 +86,7 @@ Layers<T>::Layers(const FlowSpec& spec, const ParamLayout& layout, Stream stream
   host_.split = static_cast<std::int32_t>(split_of(lowered));
   host_.num_parameters = layout.size();
   host_.context_size = static_cast<std::int32_t>(lowered.context_size);
+  host_.base = density_of<T>(lowered.base);
   if (lowered.context_mean >= 0) {
     host_.context_statistics = reserve_packed(2 * lowered.context_size);
     host_.context_mean_offset = lowered.context_mean;

@@ -179,12 +179,14 @@ struct Tile {
     }
   }
 
-  NVPFLOW_DEVICE void store_row(const TransformCall<T>& call, int r, T log_det, T square) const {
+  /// log_prob(): of the row.
+  template <class LogProb>
+  NVPFLOW_DEVICE void store_row(const TransformCall<T>& call, int r, T log_det, LogProb log_prob) const {
     if (r >= valid) return;
     // What is lost is such that the density of the row is 0.
     const T inf = infinity<T>(), lost = call.inverse ? inf : -inf;
     if (call.log_det != nullptr) call.log_det[first + r] = clean(r, is_finite(log_det) ? log_det : lost);
-    if (call.log_prob != nullptr) call.log_prob[first + r] = clean(r, log_prob_from(square, log_det, features), -inf);
+    if (call.log_prob != nullptr) call.log_prob[first + r] = clean(r, log_prob(), -inf);
   }
 
   NVPFLOW_DEVICE void store_conditioner(const TransformCall<T>& call, int r, int j, int width, T s, T t) const {
@@ -193,37 +195,49 @@ struct Tile {
     call.shift[(first + r) * width + j] = clean(r, t);
   }
 
-  /// Standard normals of the call's rows (base.cuh); of rows past the end too, which are not read.
-  NVPFLOW_DEVICE void fill_noise(Team team, std::uint64_t seed, std::uint64_t first_row,
-                                 const std::int32_t* places) const {
+  /// Latents of the call's rows (base.cuh); of rows past the end too, which are not read.
+  template <BaseKind kind>
+  NVPFLOW_DEVICE void fill_noise(OfBase<kind> of, const BaseDensity<T>& base, Team team, std::uint64_t seed,
+                                 std::uint64_t first_row, const std::int32_t* places) const {
     const unsigned width = static_cast<unsigned>((features + kNoiseColumns<T> - 1) / kNoiseColumns<T>);
     const auto size = static_cast<unsigned>(rows) * width;
     for (auto e = static_cast<unsigned>(team.index); e < size; e += static_cast<unsigned>(team.size)) {
       const unsigned r = e / width, block = e - r * width;
-      T normals[kNoiseColumns<T>];
-      noise_block(seed, first_row + static_cast<std::uint64_t>(first + r), block, normals);
+      T numbers[kNoiseColumns<T>];
+      noise_block(of, base, seed, first_row + static_cast<std::uint64_t>(first + r), block, numbers);
       NVPFLOW_UNROLL
       for (int i = 0; i < kNoiseColumns<T>; ++i) {
         const int f = static_cast<int>(block) * kNoiseColumns<T> + i;
-        if (f < features) at(static_cast<int>(r), listed(places, f)) = normals[i];
+        if (f < features) at(static_cast<int>(r), listed(places, f)) = numbers[i];
       }
     }
   }
 };
 
-/// square[row block][upper, lower half] = the lane's part of |z|^2: of the blocks of 8 features that fall to this one
-/// of the warps across.
-template <class T>
-NVPFLOW_DEVICE void sum_squares(const Tile<T>& tile, const Lane& lane, int row_block, int across, int num_across,
-                                T (&square)[kRowBlocks][2]) {
+/// f(OfBase) for the base of a program; those of less than Reach::all have the normal one.
+template <Reach reach, class T, class F>
+NVPFLOW_DEVICE void with_base(const Program<T>& program, F&& f) {
+  if constexpr (reach == Reach::all) {
+    visit_base(program.base, f);
+  } else {
+    f(OfBase<BaseKind::normal>());
+  }
+}
+
+/// sums[row block][upper, lower half] = the lane's part of the sum that the density comes from (add_latent): of the
+/// blocks of 8 features that fall to this one of the warps across.
+template <BaseKind kind, class T>
+NVPFLOW_DEVICE void sum_latents(OfBase<kind> of, const BaseDensity<T>& base, const Tile<T>& tile, const Lane& lane,
+                                int row_block, int across, int num_across, T (&sums)[kRowBlocks][2]) {
   for (int part = 0; part < 2; ++part) {
     const int n = tile.count(part), blocks = blocks_of(n);
     for (int b = across; b < blocks_of(n); b += num_across) {
+      const int f = 8 * b + 2 * lane.t;
       NVPFLOW_UNROLL
       for (int rb = 0; rb < kRowBlocks; ++rb) {
         const Vec4<T> v = load4(tile.state(part) + ((row_block + rb) * blocks + b) * kBlock + lane.chunk);
-        square[rb][0] = multiply_add(v.y, v.y, multiply_add(v.x, v.x, square[rb][0]));
-        square[rb][1] = multiply_add(v.w, v.w, multiply_add(v.z, v.z, square[rb][1]));
+        sums[rb][0] = add_latent(of, base, add_latent(of, base, sums[rb][0], v.x, f < n), v.y, f + 1 < n);
+        sums[rb][1] = add_latent(of, base, add_latent(of, base, sums[rb][1], v.z, f < n), v.w, f + 1 < n);
       }
     }
   }
@@ -231,37 +245,40 @@ NVPFLOW_DEVICE void sum_squares(const Tile<T>& tile, const Lane& lane, int row_b
 
 /// From the lanes' parts of the log-determinant to call.log_det and call.log_prob, for the rows of the tile. All
 /// threads of the team come here; barrier() is theirs.
-template <class T, class Barrier>
-NVPFLOW_DEVICE void write_row_sums(const Tile<T>& tile, const TransformCall<T>& call, Team team, const Lane& lane,
-                                   int row_block, int across, int num_across, const T (&log_det)[kRowBlocks][2],
-                                   Barrier barrier) {
+template <BaseKind kind, class T, class Barrier>
+NVPFLOW_DEVICE void write_row_sums(OfBase<kind> of, const BaseDensity<T>& base, const Tile<T>& tile,
+                                   const TransformCall<T>& call, Team team, const Lane& lane, int row_block, int across,
+                                   int num_across, const T (&log_det)[kRowBlocks][2], Barrier barrier) {
   if (call.log_det == nullptr && call.log_prob == nullptr) return;
-  T square[kRowBlocks][2] = {};
-  if (call.log_prob != nullptr) sum_squares(tile, lane, row_block, across, num_across, square);
+  T latents[kRowBlocks][2] = {};
+  if (call.log_prob != nullptr) sum_latents(of, base, tile, lane, row_block, across, num_across, latents);
+  const auto store = [&](int r, T det, T sum) {
+    tile.store_row(call, r, det, [&] { return log_prob_from(of, base, sum, det, tile.features); });
+  };
   NVPFLOW_UNROLL
   for (int rb = 0; rb < kRowBlocks; ++rb) {
     NVPFLOW_UNROLL
     for (int low = 0; low < 2; ++low) {
       const int r = 16 * (row_block + rb) + lane.g + 8 * low;
-      const T det = sum_over_lanes(log_det[rb][low]), squares = sum_over_lanes(square[rb][low]);
+      const T det = sum_over_lanes(log_det[rb][low]), sum = sum_over_lanes(latents[rb][low]);
       if (lane.t != 0) continue;
       if (num_across == 1) {
-        tile.store_row(call, r, det, squares);
+        store(r, det, sum);
       } else {
         tile.sums[across * tile.rows + r] = det;
-        tile.sums[(num_across + across) * tile.rows + r] = squares;
+        tile.sums[(num_across + across) * tile.rows + r] = sum;
       }
     }
   }
   if (num_across == 1) return;
   barrier();
   for (int r = team.index; r < tile.rows; r += team.size) {
-    T det = 0, squares = 0;
+    T det = 0, sum = 0;
     for (int a = 0; a < num_across; ++a) {
       det += tile.sums[a * tile.rows + r];
-      squares += tile.sums[(num_across + a) * tile.rows + r];
+      sum += tile.sums[(num_across + a) * tile.rows + r];
     }
-    tile.store_row(call, r, det, squares);
+    store(r, det, sum);
   }
 }
 

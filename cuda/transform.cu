@@ -134,7 +134,9 @@ struct Walker {
     tile.clear(team());
     barrier();
     if (call.in == nullptr) {
-      tile.fill_noise(team(), call.seed, call.first_row, places_in());
+      with_base<reach>(program, [&](auto base) {
+        tile.fill_noise(base, program.base, team(), call.seed, call.first_row, places_in());
+      });
     } else {
       tile.load(team(), call.in, call.index, places_in());
     }
@@ -143,7 +145,10 @@ struct Walker {
     layers(run);
     barrier();
     if (call.out != nullptr) tile.store(team(), call.out, places_out(), infinity<T>());
-    write_row_sums(tile, call, team(), lane, row_block, across, num_across(), log_det, [&] { barrier(); });
+    with_base<reach>(program, [&](auto base) {
+      write_row_sums(base, program.base, tile, call, team(), lane, row_block, across, num_across(), log_det,
+                     [&] { barrier(); });
+    });
   }
 };
 

@@ -30,12 +30,12 @@ class Backend {
   /// out [rows, D]; log_det [rows] may be null; it belongs to the direction that is run.
   virtual void transform(Direction direction, const void* in, std::int64_t rows, void* out, void* log_det,
                          const Execution& how) const = 0;
-  /// out [rows] = log N(z; 0, I) + log|det dz/dx|, nats.
+  /// out [rows] = log base(z) + log|det dz/dx|, nats.
   virtual void log_prob(const void* x, std::int64_t rows, void* out, const Execution& how) const = 0;
   /// x [rows, D] = inverse(noise), row i from the noise of row first_row + i of `seed`.
   virtual void sample(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* x,
                       const Execution& how) const = 0;
-  /// noise [rows, D]: the standard normals that sample() starts from.
+  /// noise [rows, D]: the latents that sample() starts from.
   virtual void noise(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* z,
                      const Execution& how) const = 0;
   /// Log-scale s and shift t, each [rows, |b|], of coupling layer `layer` on its own input [rows, D].

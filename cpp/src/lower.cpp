@@ -196,6 +196,7 @@ Lowered lower(const FlowSpec& spec, const ParamLayout& layout) {
     std::visit([&](const auto& layer) { layers::lower(layer, spec, tensors, lowering); }, spec.layers[i]);
   }
   Lowered lowered = lowering.finish();
+  lowered.base = layers::lower_base(spec);
   if (spec.standardize_context) {
     const std::size_t count = layout.tensors().size();
     lowered.context_mean = layout.tensors()[count - 2].offset;

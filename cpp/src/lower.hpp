@@ -13,6 +13,7 @@
 
 #include <nvpflow/spec.hpp>
 
+#include "base_density.hpp"
 #include "program.hpp"
 #include "scale.hpp"
 #include "spline_map.hpp"
@@ -71,6 +72,16 @@ template <class T>
 SplineMap<T> map_of(const Spline& from);
 /// @}
 
+/// Base.
+struct LoweredBase {
+  BaseKind kind = BaseKind::normal;
+  double low = 0, high = 0, log_density = 0;
+};
+
+/// As the kernels read it.
+template <class T>
+BaseDensity<T> density_of(const LoweredBase& from);
+
 /// Places of features, in the order of the features: begin, begin + 1, ..., or index where they do not follow each
 /// other so.
 struct Places {
@@ -127,6 +138,7 @@ struct Lowered {
   std::int64_t input_size = 0, context_size = 0;
   /// Places of the features of data and of the latent space; empty: their own indices.
   std::vector<std::int64_t> data_place, latent_place;
+  LoweredBase base;
   std::int64_t context_mean = -1, context_log_std = -1;  // offsets of [C]; -1: the context is not standardized
   std::vector<LoweredLayer> layers;                      // first applied to data first
 };

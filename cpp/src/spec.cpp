@@ -125,6 +125,7 @@ std::int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 8; }
 void FlowSpec::validate() const {
   check_sizes(*this);
   find_name(kDTypes, dtype, "dtype");
+  layers::check_base(*this);
   if (layers.size() > static_cast<std::size_t>(kMaxLayers)) {
     refuse("layers holds " + std::to_string(layers.size()) + " layers, expected at most " + std::to_string(kMaxLayers));
   }

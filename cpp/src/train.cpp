@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <chrono>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -35,8 +36,10 @@
 #include "fit_start.hpp"
 #include "float_mode.hpp"
 #include "flow_access.hpp"
+#include "layers/layer.hpp"
 #include "parallel.hpp"
 #include "row_order.hpp"
+#include "rows_outside.hpp"
 #include "statistics.hpp"
 #include "training.hpp"
 #include "wide_rows.hpp"
@@ -165,6 +168,7 @@ class Trainer {
     std::vector<T> start = best_;
     if (standardized_.on) std::fill_n(start.begin(), 2 * features_, T(0));
     start_actnorm_layers(start);
+    refuse_rows_outside(start);
     training_ =
         FlowAccess::backend(flow_).begin_training(data, start.data(), std::min(slice_, batch_), Execution(threads_));
     if (options_.max_round_trip == 0) return;
@@ -303,6 +307,33 @@ class Trainer {
     start_actnorms<T>(flow_.spec(), start, std::move(rows), context, slice_, threads_, [this] { poll(); });
     const std::int64_t kept = own_begin();
     std::copy(start.begin() + kept, start.end(), best_.begin() + kept);
+  }
+
+  /// By the weights that training starts from.
+  void refuse_rows_outside(const std::vector<T>& start) {
+    if (!layers::is_bounded(flow_.spec().base)) return;
+    Flow flow(flow_);
+    flow.set_num_threads(threads_);
+    flow.template set_parameters<T>(start);
+    const auto refuse = [&](const char* name, std::span<const T> rows, std::span<const X> given,
+                            std::span<const T> context) {
+      const auto which = [&](std::size_t row) { return name_of_row(given, row); };
+      nvpflow::refuse_rows_outside<T>(flow, name, rows, context, slice_, which, [this] { poll(); });
+    };
+    refuse("x", x_, given_x_, context_);
+    refuse("validation", validation_, given_validation_, validation_context_);
+  }
+
+  /// "row 7, counted from 0, is [0.5, 1.25]".
+  std::string name_of_row(std::span<const X> given, std::size_t row) const {
+    if (history_.rows_left_out > 0) return "one of those within max_deviation";
+    constexpr std::int64_t kShown = 4;
+    std::string values;
+    for (std::int64_t j = 0; j < std::min(features_, kShown); ++j) {
+      const std::size_t at = row * static_cast<std::size_t>(features_) + static_cast<std::size_t>(j);
+      values += (j == 0 ? "" : ", ") + short_text(static_cast<double>(given[at]));
+    }
+    return "row " + std::to_string(row) + ", counted from 0, is [" + values + (features_ > kShown ? ", ..." : "") + "]";
   }
 
   /// Behind the standardize layer that the run does not have.
@@ -478,10 +509,13 @@ class Trainer {
     const std::string kept = history_.best_epoch == 0
                                  ? "the flow is left as it was"
                                  : "the flow keeps the weights of epoch " + std::to_string(history_.best_epoch);
-    throw Error(ErrorCode::not_finite, std::string(what) + " became " + (std::isnan(value) ? "NaN" : "infinite") +
-                                           " at step " + std::to_string(step + 1) + " of epoch " +
-                                           std::to_string(epoch) + "; " + kept +
-                                           "; try a lower learning_rate, clip_norm or a standardize layer");
+    const bool left = std::isinf(value) && layers::is_bounded(flow_.spec().base);
+    throw Error(ErrorCode::not_finite,
+                std::string(what) + " became " + (std::isnan(value) ? "NaN" : "infinite") + " at step " +
+                    std::to_string(step + 1) + " of epoch " + std::to_string(epoch) + "; " + kept +
+                    (left ? "; rows have left the interval of the uniform base: take layers that keep it, such as "
+                            "splines on it"
+                          : "; try a lower learning_rate, clip_norm or a standardize layer"));
   }
 
   /// The rows that epochs are compared by: of the validation array where there is one, else of x.

@@ -103,10 +103,12 @@ class Flow {
 
   double log_prob(const Row& x, const Row& context = {}) const {
     const Result result = forward(x, context);
-    double squares = 0;
-    for (const double z : result.values) squares += z * z;
-    const double log_2_pi = std::log(2 * std::acos(-1.0));
-    return -0.5 * (static_cast<double>(x.size()) * log_2_pi + squares) + result.log_det;
+    return base_density(result.values) + result.log_det;
+  }
+
+  /// The log-density of latents under the base.
+  double base_density(const Row& latents) const {
+    return std::visit([&](const auto& base) { return log_density(base, latents); }, spec_.base);
   }
 
   /// contexts: one for each row; none where the flow has no context.
@@ -123,6 +125,22 @@ class Flow {
 
  private:
   enum class Walk { forward, inverse };
+
+  static double log_density(const nvpflow::NormalBase&, const Row& latents) {
+    double squares = 0;
+    for (const double z : latents) squares += z * z;
+    const double log_2_pi = std::log(2 * std::acos(-1.0));
+    return -0.5 * (static_cast<double>(latents.size()) * log_2_pi + squares);
+  }
+
+  static double log_density(const nvpflow::UniformBase& base, const Row& latents) {
+    double sum = 0;
+    for (const double z : latents) {
+      if (std::isnan(z)) return z;
+      sum += base.low <= z && z <= base.high ? -std::log(base.high - base.low) : -HUGE_VAL;
+    }
+    return sum;
+  }
 
   /// NaN is for rows that came in with NaN or inf: of a finite row, what got lost as inf - inf on the way is infinite.
   static Result settled(const Row& given, const Row& context, Result result, double lost_log_det) {

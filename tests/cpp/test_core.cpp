@@ -1124,6 +1124,62 @@ TEST_CASE("the spec's JSON comes back equal, and every wrong field is named") {
   refused("expected at most 16777216", std::string((1 << 24) + 1, ' '));
 }
 
+TEST_CASE("a base comes back with the spec, in format 1.1, and every wrong number is named") {
+  FlowSpec spec = FlowSpec::real_nvp(4, 2, {3});
+  CHECK(to_full_json(spec).find(R"("base":{"kind":"normal"})") != std::string::npos);
+  const FlowSpec normal = spec;
+  spec.base = UniformBase{0, 0.5};
+  CHECK(spec != normal);
+  CHECK(to_json(spec).find(R"("base":{"kind":"uniform","low":0.0,"high":0.5})") != std::string::npos);
+  CHECK(parse_spec(to_json(spec)) == spec);
+  CHECK(parse_spec(to_full_json(normal)) == normal);
+  CHECK(to_json(parse_spec(to_full_json(normal))) == to_json(normal));
+  CHECK(ParamLayout(spec).size() == ParamLayout(normal).size());
+  CHECK(spec.with_dtype(DType::float64).base == spec.base);
+
+  const auto refused = [&](const std::string& fragment, const Base& base, DType dtype = DType::float32) {
+    FlowSpec changed = spec;
+    changed.base = base;
+    changed.dtype = dtype;
+    check_refused(ErrorCode::invalid_argument, fragment, [&] { changed.validate(); });
+  };
+  refused("base.high is 1, expected more than base.low, which is 1, by a finite number of float32", UniformBase{1, 1});
+  refused("base.high is -1, expected more than base.low, which is 1", UniformBase{1, -1});
+  refused("base.low is nan, expected finite in float32", UniformBase{std::nan(""), 1});
+  refused("base.high is inf, expected finite in float64", UniformBase{0, HUGE_VAL}, DType::float64);
+  refused("base.high is 1e+300, expected finite in float32", UniformBase{0, 1e300});
+  refused("by a finite number of float32", UniformBase{1, 1 + 1e-9});  // one number of float32
+  refused("by a finite number of float32", UniformBase{-3e38, 3e38});
+  refused("by a finite number of float64", UniformBase{-1.7e308, 1.7e308}, DType::float64);
+
+  const auto not_parsed = [&](const std::string& fragment, const std::string& base) {
+    std::string text = to_json(spec);
+    const std::string now = R"({"kind":"uniform","low":0.0,"high":0.5})";
+    text.replace(text.find(now), now.size(), base);
+    check_refused(ErrorCode::file_format, fragment, [&] { parse_spec(text); });
+  };
+  not_parsed("base.kind is 'cauchy', expected one of normal, uniform", R"({"kind":"cauchy"})");
+  not_parsed("base.kind is '3', expected a string", R"({"kind":3})");
+  not_parsed("base is '3', expected an object", "3");
+  not_parsed("base.high is missing", R"({"kind":"uniform","low":0})");
+  not_parsed("base.low is 'null', expected a number", R"({"kind":"uniform","low":null,"high":1})");
+  not_parsed("base.'low' is not a field", R"({"kind":"normal","low":0})");
+  not_parsed("base.high is 0, expected more than base.low", R"({"kind":"uniform","low":0,"high":0})");
+
+  const Folder folder;
+  const std::string path = folder / "uniform.safetensors";
+  const Flow flow(spec, 3);
+  flow.save(path);
+  CHECK(Flow::load(path).spec() == spec);
+  CHECK(read_tensor_file(path).metadata.at("nvpflow.format_version") == "1.1");
+  check_refused(ErrorCode::file_format, "base.kind is uniform in the file, expected normal",
+                [&] { load_model(path, &normal); });
+  FlowSpec wider = spec;
+  wider.base = UniformBase{0, 1};
+  check_refused(ErrorCode::file_format, "base.high is 0.5 in the file, expected 1.0",
+                [&] { load_model(path, &wider); });
+}
+
 // ---------------------------------------------------------------------------------------------- the file system
 
 TEST_CASE("paths that cannot hold a model are refused for what they are") {

@@ -211,6 +211,43 @@ TEST_CASE_TEMPLATE("layers of all features, directions and places", T, float, do
   }
 }
 
+TEST_CASE_TEMPLATE("a uniform base", T, float, double) {
+  for (const std::int64_t features : {2, 3, 6}) {
+    for (std::uint64_t seed = 0; seed < 4; ++seed) {
+      CAPTURE(features);
+      CAPTURE(seed);
+      FlowSpec spec = mixed_spec(features, seed, dtype_of<T>);
+      spec.base = UniformBase{-20, 20};  // all rows are inside
+      Flow wide(spec);
+      wide.set_parameters<T>(normals<T>(wide.num_parameters(), static_cast<unsigned>(seed), 0.2));
+      check_equal<T>(wide, wide.to(kCuda0), 40);
+      spec.base = UniformBase{-1.5, 1.25};
+      Flow narrow(spec);
+      narrow.set_parameters<T>(wide.parameters<T>());
+      const Flow cuda = narrow.to(kCuda0);
+      std::vector<T> x = normals<T>(60 * features, 5), ours(60), theirs(60), of_cpu(x.size()), of_cuda(x.size());
+      narrow.log_prob<T>(x, theirs);
+      cuda.log_prob<T>(x, ours);
+      std::int64_t outside = 0;
+      for (std::size_t r = 0; r < ours.size(); ++r) {
+        CHECK(std::isinf(ours[r]) == std::isinf(theirs[r]));
+        outside += std::isinf(ours[r]);
+        if (std::isinf(theirs[r])) ours[r] = theirs[r] = 0;
+      }
+      CHECK(outside > 0);
+      CHECK(outside < 60);
+      CHECK(worst(ours, theirs) < kBudget<T>);
+      CHECK(cuda.nll<T>(x) == HUGE_VAL);
+      x[0] = std::numeric_limits<T>::quiet_NaN();
+      cuda.log_prob<T>(x, ours);
+      CHECK(std::isnan(ours[0]));
+      narrow.sample<T>(9, of_cpu);
+      cuda.sample<T>(9, of_cuda);
+      CHECK(worst(of_cuda, of_cpu) < kBudget<T>);
+    }
+  }
+}
+
 TEST_CASE_TEMPLATE("linear layers", T, float, double) {
   for (const std::int64_t features : {2, 3, 6, 17}) {
     for (std::uint64_t seed = 0; seed < 4; ++seed) {

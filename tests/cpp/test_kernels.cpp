@@ -1075,6 +1075,225 @@ TEST_CASE("spans of the wrong length, overlap and dtype are refused and named") 
   CHECK(x == untouched_x);
 }
 
+namespace {
+
+/// A flow that maps every row to itself, its bits and all.
+template <class T>
+Flow identity_flow(std::int64_t features, const nvpflow::Base& base) {
+  FlowSpec spec = FlowSpec::real_nvp(features, 2, {3}, Activation::tanh, 1.0, false, dtype_of<T>);
+  for (nvpflow::LayerSpec& layer : spec.layers) std::get<nvpflow::Coupling>(layer).transform = nvpflow::Additive{};
+  spec.base = base;
+  Flow flow(spec);
+  flow.set_parameters<T>(std::vector<T>(static_cast<std::size_t>(flow.num_parameters())));
+  return flow;
+}
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("a uniform base agrees with the oracle, inside and outside", T, float, double) {
+  for (const std::int64_t features : {2, 3, 5, 17}) {
+    for (std::uint64_t seed = 0; seed < 8; ++seed) {
+      CAPTURE(features);
+      CAPTURE(seed);
+      FlowSpec spec = mixed_spec(features, seed, dtype_of<T>);
+      spec.base = nvpflow::UniformBase{-1.5, 2.25};
+      Flow flow(spec);
+      const std::vector<T> parameters = random_parameters<T>(flow.layout(), static_cast<unsigned>(seed));
+      flow.template set_parameters<T>(parameters);
+      const oracle::Flow oracle(spec, widened<T>(parameters));
+      // Latents of which those of every second row lie inside, none near an edge.
+      const std::int64_t rows = 70;
+      std::vector<T> z = random_values<T>(rows * features, 5), x(z.size());
+      for (std::size_t i = 0; i < z.size(); ++i) z[i] = T(0.5) + std::tanh(z[i]);
+      for (std::int64_t row = 1; row < rows; row += 2) {
+        z[static_cast<std::size_t>(row * features + row % features)] = row % 4 == 1 ? T(2.5) : T(-1.75);
+      }
+      flow.template inverse<T>(z, x);
+      std::vector<T> log_prob(static_cast<std::size_t>(rows), kPoison<T>);
+      flow.template log_prob<T>(x, log_prob);
+      std::int64_t wrong = 0;
+      for (std::int64_t row = 0; row < rows; ++row) {
+        const T actual = log_prob[static_cast<std::size_t>(row)];
+        const double expected = oracle.log_prob(row_of(x, row, features));
+        CHECK(std::isinf(expected) == (row % 2 == 1));
+        wrong += std::isinf(expected) ? static_cast<double>(actual) != expected
+                                      : !within(static_cast<double>(actual), expected, 4 * kBudget<T>);
+        T alone = kPoison<T>;
+        flow.template log_prob<T>(
+            std::span<const T>(x).subspan(static_cast<std::size_t>(row * features), static_cast<std::size_t>(features)),
+            std::span<T>(&alone, 1));
+        wrong += std::memcmp(&alone, &actual, sizeof(T)) != 0;
+      }
+      CHECK(wrong == 0);
+      CHECK(std::isinf(flow.template nll<T>(x)));
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("the edges of a uniform base belong to it, and what is NaN is in none", T, float, double) {
+  constexpr T kInf = std::numeric_limits<T>::infinity(), kMax = std::numeric_limits<T>::max();
+  const T low = T(0.1), high = T(0.7);
+  for (const std::int64_t features : {2, 17}) {
+    const Flow flow =
+        identity_flow<T>(features, nvpflow::UniformBase{static_cast<double>(low), static_cast<double>(high)});
+    const double inside =
+        -static_cast<double>(features) * std::log(static_cast<double>(high) - static_cast<double>(low));
+    const std::vector<T> values = {
+        low,   high,      std::nextafter(low, -kInf), std::nextafter(high, kInf), T(0.4), kMax, -kMax, kInf,
+        -kInf, kPoison<T>};
+    for (const std::int64_t rows : {1, 100}) {  // row path, tiles
+      for (std::size_t v = 0; v < values.size(); ++v) {
+        CAPTURE(values[v]);
+        std::vector<T> x(static_cast<std::size_t>(rows * features), T(0.4)), log_prob(static_cast<std::size_t>(rows));
+        for (std::int64_t row = 0; row < rows; ++row)
+          x[static_cast<std::size_t>(row * features + row % features)] = values[v];
+        flow.log_prob<T>(x, log_prob);
+        for (const T value : log_prob) {
+          if (v < 2 || v == 4) CHECK(within(static_cast<double>(value), inside, kBudget<T>));
+          if (v == 2 || v == 3 || v == 5 || v == 6) CHECK(value == -kInf);
+          if (v > 6) CHECK(std::isnan(value));
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("gradients under a uniform base agree with finite differences, and rows outside have none") {
+  for (const std::int64_t features : {2, 7}) {
+    for (std::uint64_t seed = 0; seed < 4; ++seed) {
+      CAPTURE(features);
+      CAPTURE(seed);
+      FlowSpec spec = mixed_spec(features, seed, DType::float64);
+      spec.base = nvpflow::UniformBase{-1, 2};
+      Flow flow(spec);
+      const std::vector<double> parameters = random_parameters<double>(flow.layout(), static_cast<unsigned>(seed));
+      flow.set_parameters<double>(parameters);
+      oracle::Flow oracle(spec, parameters);
+      const std::int64_t rows = 37;
+      std::vector<double> z = random_values<double>(rows * features, 5), x(z.size());
+      for (double& value : z) value = 0.5 + std::tanh(value);
+      for (std::int64_t row = 1; row < rows; row += 3) z[static_cast<std::size_t>(row * features)] = 3;
+      flow.inverse<double>(z, x);
+      const std::vector<double> weights = random_values<double>(rows, 6);
+      const auto loss = [&] {
+        double sum = 0;
+        for (std::int64_t row = 0; row < rows; ++row) {
+          const double log_prob = oracle.log_prob(row_of(x, row, features));
+          REQUIRE(std::isinf(log_prob) == (row % 3 == 1));
+          if (row % 3 != 1) sum += weights[static_cast<std::size_t>(row)] * log_prob;
+        }
+        return sum;
+      };
+      std::vector<double> gradient(parameters.size(), kPoison<double>), grad_x(x.size(), kPoison<double>);
+      std::vector<double> log_prob(static_cast<std::size_t>(rows), kPoison<double>), direct = log_prob;
+      flow.log_prob_vjp_unchecked(x.data(), rows, weights.data(), log_prob.data(), grad_x.data(), gradient.data(),
+                                  false);
+      flow.log_prob<double>(x, direct);
+      CHECK(same_bits<double>(log_prob, direct));
+      std::int64_t wrong = 0;
+      std::vector<double>& values = oracle.parameters();
+      for (std::size_t i = 0; i < values.size(); i += 3) {
+        wrong += !within(gradient[i], oracle::central_difference(values[i], loss), 1e-7);
+      }
+      for (std::size_t i = 0; i < x.size(); ++i) {
+        wrong += !within(grad_x[i], oracle::central_difference(x[i], loss), 1e-7);
+        if (static_cast<std::int64_t>(i) / features % 3 == 1) wrong += grad_x[i] != 0;
+      }
+      CHECK(wrong == 0);
+      // The mean loss of these rows is infinite, its gradient that of the rows inside.
+      std::vector<double> of_mean(gradient.size(), kPoison<double>);
+      CHECK(flow.nll_gradient<double>(x, of_mean) == HUGE_VAL);
+      const std::vector<double> ones(static_cast<std::size_t>(rows), -1.0 / static_cast<double>(rows));
+      flow.log_prob_vjp_unchecked(x.data(), rows, ones.data(), nullptr, nullptr, gradient.data(), false);
+      for (std::size_t i = 0; i < gradient.size(); ++i) CHECK(within(of_mean[i], gradient[i], 1e-12));
+      for (const int threads : {2, 3}) {
+        flow.set_num_threads(threads);
+        std::vector<double> again(gradient.size(), kPoison<double>);
+        flow.nll_gradient<double>(x, again);
+        CHECK(same_bits<double>(again, of_mean));
+      }
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("uniform noise stays inside, is uniform, and one sequence however it is cut", T, float, double) {
+  struct Interval {
+    double low, high;
+  };
+  const std::int64_t features = 5, rows = 200'000;
+  const auto count = static_cast<std::size_t>(rows * features);
+  for (const Interval interval : {Interval{0, 1}, Interval{0.1, 0.3}, Interval{-1e6, 1e6 + 0.25},
+                                  Interval{1, 1 + 0x1p-20}, Interval{-3, -1e-30}}) {
+    CAPTURE(interval.low);
+    Flow flow = identity_flow<T>(features, nvpflow::UniformBase{interval.low, interval.high});
+    const T low = static_cast<T>(interval.low), high = static_cast<T>(interval.high);
+    std::vector<T> x(count, kPoison<T>);
+    flow.template sample<T>(7, x);
+    CHECK(std::all_of(x.begin(), x.end(), [=](T v) { return v >= low && v <= high; }));
+    std::vector<T> log_prob(static_cast<std::size_t>(rows));
+    flow.template log_prob<T>(x, log_prob);
+    CHECK(std::all_of(log_prob.begin(), log_prob.end(), [](T v) { return std::isfinite(v); }));
+
+    std::vector<T> pieces(std::size_t{1000} * 5, kPoison<T>);
+    for (const int threads : {1, 3}) {
+      flow.set_num_threads(threads);
+      for (const std::int64_t piece : {1, 3, 17, 1000}) {
+        for (std::int64_t row = 0; row < 1000; row += piece) {
+          const auto size = static_cast<std::size_t>(std::min<std::int64_t>(piece, 1000 - row) * features);
+          flow.template sample<T>(7, std::span<T>(pieces).subspan(static_cast<std::size_t>(row * features), size),
+                                  static_cast<std::uint64_t>(row));
+        }
+        CHECK(same_bits<T>(pieces, std::span<const T>(x).first(pieces.size())));
+      }
+    }
+    if (interval.low == 1) continue;                              // float32 has eight steps there
+    for (std::int64_t column = 0; column < features; ++column) {  // Kolmogorov and Smirnov, at one in a million
+      std::vector<double> u;
+      for (std::size_t i = static_cast<std::size_t>(column); i < count; i += 5) {
+        u.push_back((static_cast<double>(x[i]) - interval.low) / (interval.high - interval.low));
+      }
+      std::sort(u.begin(), u.end());
+      double distance = 0;
+      for (std::size_t i = 0; i < u.size(); ++i) {
+        const double step = 1 / static_cast<double>(u.size());
+        distance = std::max({distance, std::fabs(u[i] - static_cast<double>(i) * step),
+                             std::fabs(u[i] - static_cast<double>(i + 1) * step)});
+      }
+      CHECK(distance * std::sqrt(static_cast<double>(rows)) < 2.7);
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("fit names rows outside a uniform base before it trains", T, float, double) {
+  const std::int64_t rows = 60;
+  std::vector<T> x = random_values<T>(rows * 2, 3);
+  for (T& value : x) value = T(0.5) + T(0.4) * std::tanh(value);
+  Flow flow = identity_flow<T>(2, nvpflow::UniformBase{0, 1});
+  nvpflow::FitOptions options;
+  options.epochs = 1;
+  options.validation_fraction = 0.2;
+  std::vector<T> outside = x;
+  outside[2 * 7 + 1] = T(1.25);
+  outside[2 * 50] = T(-0.5);
+  const char* expected = "x has 2 of 60 rows outside the uniform base (row 7, counted from 0, is [";
+  check_throws_code(ErrorCode::invalid_argument, expected, [&] { nvpflow::fit<T>(flow, outside, {}, options); });
+  check_throws_code(ErrorCode::invalid_argument, ", 1.25]: latent 1 is 1.25, expected 0 to 1)",
+                    [&] { nvpflow::fit<T>(flow, outside, {}, options); });
+  check_throws_code(ErrorCode::invalid_argument, "validation has 2 of 60 rows outside",
+                    [&] { nvpflow::fit<T>(flow, x, outside, options); });
+  options.learning_rate = 1e-4;
+  const nvpflow::History history = nvpflow::fit<T>(flow, x, {}, options);
+  CHECK(std::fabs(history.best_loss) < 1e-3);
+  // Layers that stretch carry rows out.
+  FlowSpec spec = FlowSpec::real_nvp(2, 2, {8}, Activation::tanh, 1.0, false, dtype_of<T>);
+  spec.base = nvpflow::UniformBase{0, 1};
+  Flow stretching(spec);
+  options.learning_rate = 0.05;
+  options.epochs = 20;
+  check_throws_code(ErrorCode::not_finite, "rows have left the interval of the uniform base",
+                    [&] { nvpflow::fit<T>(stretching, x, {}, options); });
+}
+
 /// ctest runs this program once per instruction set; 77 tells it that this processor lacks the one it asked for.
 int main(int argc, char** argv) {
   const char* wanted = std::getenv("NVPFLOW_ISA");

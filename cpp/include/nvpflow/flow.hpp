@@ -48,7 +48,7 @@ NVPFLOW_API Statistics parse_statistics(std::string_view name);
 /// A finite row never gives NaN. Where numbers are too large for `T`, its log-density is -inf. Values that are too
 /// large are infinite, and inf where they cannot be told (inf - inf); a log-determinant that cannot be told is -inf of
 /// forward and inf of inverse, so that the density is 0 either way. A density of 0 has no gradient: it is NaN or
-/// infinite.
+/// infinite; but for a row outside a bounded base, which has the gradient 0.
 ///
 /// A flow whose spec has a context_size C is a density p(x | c). Its calls take a context of the flow's dtype: [B, C],
 /// one row for each row of the call, or [C], one for all, which is cheaper and gives the same bits. Without one, or
@@ -258,7 +258,7 @@ class NVPFLOW_API Flow {
   /// Vector-Jacobian product of log_prob: from grad_log_prob [B]; also writes log_prob [B] where that is not null.
   void log_prob_vjp_unchecked(const void* x, std::int64_t rows, const void* grad_log_prob, void* log_prob, void* grad_x,
                               void* grad_parameters, bool accumulate, const Execution& how = {}) const;
-  /// The standard normals [B, D] that sample starts from.
+  /// The latents [B, D] that sample starts from.
   void noise_unchecked(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* z,
                        const Execution& how = {}) const;
   /// A flow on the CPU with these parameters: for each tensor of ParamLayout(spec), in its order, where it lies.

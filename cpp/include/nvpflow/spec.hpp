@@ -9,6 +9,7 @@
 #include <vector>
 
 #include <nvpflow/export.h>
+#include <nvpflow/base.hpp>
 #include <nvpflow/layers.hpp>
 
 namespace nvpflow {
@@ -35,6 +36,7 @@ struct NVPFLOW_API FlowSpec {
   /// The context is standardized by a mean and log_std per number, set from the data, before all layers.
   bool standardize_context = false;
   DType dtype = DType::float32;   ///< of parameters and arrays
+  Base base;                      ///< what latents are
   std::vector<LayerSpec> layers;  ///< first applied to data first
 
   /// Every field is equal.

@@ -70,15 +70,10 @@ void start_cotangents(const Program<T>& program, const GradientCall<T>& call, co
     const bool given = call.grad_log_det != nullptr && r < count;
     fixed.log_det_cotangent[r] = call.nll ? -call.nll_factor : given ? call.grad_log_det[begin + r] : T(0);
   }
-  if (call.nll) {
-    for (int64_t i = 0; i < features * rows; i += kLanes<T>) {
-      store<T>(fixed.cotangent + i, load<T>(fixed.state + i) * call.nll_factor);
-    }
-  } else if (call.density) {
-    for (int64_t i = 0; i < features * rows; i += kLanes<T>) {
-      const Vec<T> g = load<T>(fixed.log_det_cotangent + i % rows);
-      store<T>(fixed.cotangent + i, -load<T>(fixed.state + i) * g);
-    }
+  if (call.nll || call.density) {
+    visit_base(program.base, [&]<class Density>(Density) {
+      Density::backward(program.base, fixed.state, features, fixed.log_det_cotangent, fixed.cotangent, rows);
+    });
   } else if (call.grad_out != nullptr) {
     with_place(place, [&](auto at) {
       load_tile<T>(call.grad_out, nullptr, begin, count, features, fixed.cotangent, rows, at);
@@ -146,7 +141,11 @@ void gradient_tile(const Program<T>& program, const GradientCall<T>& call, int64
   if (call.nll || call.log_prob != nullptr) {
     T* log_det = fixed.buffer0;
     sum_partials_tile<T>(fixed.partial, log_det, rows);
-    with_place(out_place, [&](auto at) { log_prob_tile<T>(fixed.state, features, log_det, fixed.log_prob, rows, at); });
+    visit_base(program.base, [&]<class Density>(Density) {
+      with_place(out_place, [&](auto at) {
+        Density::log_prob_tile(program.base, fixed.state, features, log_det, fixed.log_prob, rows, at);
+      });
+    });
     if (find_poison<T>(fixed.log_prob, 1, log_det, rows)) {
       for (int64_t r = 0; r < count; ++r) {  // as settle_row
         T& value = fixed.log_prob[r];

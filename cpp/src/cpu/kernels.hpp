@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #include "../adam.hpp"
+#include "../base_density.hpp"
 #include "../program.hpp"
 #include "../scale.hpp"
 #include "../spline_map.hpp"
@@ -162,6 +163,7 @@ struct Program {
   /// Rows of a tile that hold the features of data and of the latent space; null: feature j lies in row j.
   const int64_t* data_place = nullptr;
   const int64_t* latent_place = nullptr;
+  BaseDensity<T> base;
   int64_t context_size = 0;
   const T* context_mean = nullptr;                                // of a context that is standardized
   const T* context_inverse_std = nullptr;                         // the same
@@ -194,7 +196,7 @@ struct ContextRows {
 template <class T>
 struct TransformCall {
   bool inverse = false;
-  const T* in = nullptr;           // null: standard normals of `seed`, row first_row + r
+  const T* in = nullptr;           // null: noise of `seed`, row first_row + r
   const int64_t* index = nullptr;  // rows of `in` to take; null: all, in order
   T* out = nullptr;
   T* log_det = nullptr;
@@ -212,7 +214,7 @@ struct GradientCall {
   T nll_factor = 0;
   const T* grad_out = nullptr;      // null: zero
   const T* grad_log_det = nullptr;  // null: zero
-  bool density = false;             // grad_log_det is the cotangent of log p: that of z is -z times it
+  bool density = false;             // grad_log_det is the cotangent of log p
   T* log_prob = nullptr;            // density only, may be null: = log p of the rows
   T* grad_in = nullptr;             // null: not wanted
   T* gradient = nullptr;            // flat; null: left to weight_gradient, or not wanted

@@ -77,6 +77,7 @@ Packed<T>::Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels
   program_.input_size = lowered.input_size;
   program_.data_place = keep(lowered.data_place);
   program_.latent_place = keep(lowered.latent_place);
+  program_.base = density_of<T>(lowered.base);
   program_.context_size = lowered.context_size;
   program_.context_mean_offset = lowered.context_mean;
   program_.context_log_std_offset = lowered.context_log_std;

@@ -121,7 +121,10 @@ void transform_tile(const Program<T>& program, const TransformCall<T>& call, int
   const int64_t rows = round_up(count, kLanes<T>), features = program.input_size;
   const TransformScratch<T> s(program, scratch, rows);
   if (call.in == nullptr) {
-    noise_tile<T>(call.seed, call.first_row + static_cast<uint64_t>(begin), features, s.state, rows, in);
+    const uint64_t row = call.first_row + static_cast<uint64_t>(begin);
+    visit_base(program.base, [&]<class Density>(Density) {
+      Density::noise_tile(program.base, call.seed, row, features, s.state, rows, in);
+    });
   } else {
     load_tile<T>(call.in, call.index, begin, count, features, s.state, rows, in);
   }
@@ -143,7 +146,9 @@ void transform_tile(const Program<T>& program, const TransformCall<T>& call, int
   if (call.out != nullptr) scatter_tile<T>(s.state, rows, count, features, call.out + begin * features, features, out);
   if (call.log_det != nullptr) copy_out<T>(s.log_det, call.log_det + begin, count);
   if (call.log_prob == nullptr) return;
-  log_prob_tile<T>(s.state, features, s.log_det, s.buffer0, rows, out);
+  visit_base(program.base, [&]<class Density>(Density) {
+    Density::log_prob_tile(program.base, s.state, features, s.log_det, s.buffer0, rows, out);
+  });
   copy_out<T>(s.buffer0, call.log_prob + begin, count);
 }
 
@@ -178,8 +183,9 @@ NVPFLOW_INLINE void load_row(const T* in, int64_t features, T* state) {
 
 /// Settles a row that has come through the flow, and writes what the call wants of it. known: its context is finite.
 template <class T>
-NVPFLOW_INLINE void finish_row(const TransformCall<T>& call, int64_t r, int64_t features, T* state, const T* partial,
-                               bool known) {
+NVPFLOW_INLINE void finish_row(const Program<T>& program, const TransformCall<T>& call, int64_t r, T* state,
+                               const T* partial, bool known) {
+  const int64_t features = program.input_size;
   T log_det = sum_lanes<T>(load<T>(partial));
   Vec<T> zeros = {};
   for (int64_t j = 0; j < features; j += kLanes<T>) {
@@ -187,7 +193,11 @@ NVPFLOW_INLINE void finish_row(const TransformCall<T>& call, int64_t r, int64_t 
   }
   if (sum_lanes<T>(zeros) != T(0) || !known) settle_row<T>(call, known, r, features, state, 1, &log_det);
   if (call.log_det != nullptr) call.log_det[r] = log_det;
-  if (call.log_prob != nullptr) call.log_prob[r] = log_prob_row<T>(state, features, log_det);
+  if (call.log_prob != nullptr) {
+    call.log_prob[r] = visit_base(program.base, [&]<class Density>(Density) __attribute__((always_inline)) {
+      return Density::log_prob_row(program.base, state, features, log_det);
+    });
+  }
   if (call.out == nullptr) return;
   for (int64_t j = 0; j < features; j += kLanes<T>) {
     store_upto<T>(call.out + r * features + j, load<T>(state + j), features - j);
@@ -207,7 +217,7 @@ void transform_plain_rows(const Program<T>& program, const TransformCall<T>& cal
   flow_rows<T, /*plain=*/true>(program, call.inverse,
                                {s.state, stride, s.partial, s.buffer0, s.buffer1, nullptr, count});
   for (int64_t r = 0; r < count; ++r) {
-    finish_row<T>(call, begin + r, features, s.state + r * stride, s.partial + r * kLanes<T>, true);
+    finish_row<T>(program, call, begin + r, s.state + r * stride, s.partial + r * kLanes<T>, true);
   }
 }
 
@@ -236,7 +246,7 @@ NVPFLOW_NOINLINE void transform_rows(const Program<T>& program, const TransformC
       state = s.ordered;
     }
     const bool known = program.context_size == 0 || context_is_finite<T>(program, call.context, begin + r);
-    finish_row<T>(call, begin + r, features, state, s.partial + r * kLanes<T>, known);
+    finish_row<T>(program, call, begin + r, state, s.partial + r * kLanes<T>, known);
   }
 }
 
@@ -308,7 +318,10 @@ void noise(const Program<T>& program, uint64_t seed, uint64_t first_row, int64_t
   const int64_t features = program.input_size;
   for (int64_t r = begin; r < end; r += program.tile_rows) {
     const int64_t count = smaller(program.tile_rows, end - r), rows = round_up(count, kLanes<T>);
-    noise_tile<T>(seed, first_row + static_cast<uint64_t>(r), features, scratch, rows);
+    const uint64_t row = first_row + static_cast<uint64_t>(r);
+    visit_base(program.base, [&]<class Density>(Density) {
+      Density::noise_tile(program.base, seed, row, features, scratch, rows, InOrder{});
+    });
     scatter_tile<T>(scratch, rows, count, features, z + r * features, features);
   }
 }

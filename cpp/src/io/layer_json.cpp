@@ -11,6 +11,7 @@
 #include <vector>
 
 #include <nlohmann/json.hpp>
+#include <nvpflow/base.hpp>
 #include <nvpflow/error.hpp>
 #include <nvpflow/layers.hpp>
 
@@ -211,6 +212,15 @@ LayerSpec layer_from_json(const json& value, const std::string& where, Format fo
     read_fields(value, where, "kind", layers::fields(layer));
   }
   return layer;
+}
+
+ordered_json base_to_json(Base base) { return fields_to_json({{"kind", layers::name_of(base)}}, layers::fields(base)); }
+
+Base base_from_json(const json& value, const std::string& where) {
+  if (!value.is_object() || !value.contains("kind")) check_keys(value, where, {"kind"});
+  Base base = name_from(value["kind"], where + ".", "kind", layers::parse_base);
+  read_fields(value, where, "kind", layers::fields(base));
+  return base;
 }
 
 }  // namespace nvpflow::io

@@ -4,8 +4,10 @@
 #include <cstddef>
 #include <string>
 #include <utility>
+#include <variant>
 
 #include <nlohmann/json.hpp>
+#include <nvpflow/base.hpp>
 #include <nvpflow/error.hpp>
 #include <nvpflow/spec.hpp>
 #include <nvpflow/spec_json.hpp>
@@ -29,7 +31,7 @@ ordered_json document_of(const FlowSpec& spec, Format format) {
     document["standardize_context"] = spec.standardize_context;
   }
   document["dtype"] = name_of(spec.dtype);
-  if (format == Format::v1_1) document["base"] = {{"kind", "normal"}};
+  if (format == Format::v1_1) document["base"] = base_to_json(spec.base);
   ordered_json layers = ordered_json::array();
   for (const LayerSpec& layer : spec.layers) layers.push_back(layer_to_json(layer, format));
   document["layers"] = std::move(layers);
@@ -38,6 +40,7 @@ ordered_json document_of(const FlowSpec& spec, Format format) {
 
 Format format_of(const FlowSpec& spec) {
   const bool old = spec.context_size == 0 && !spec.standardize_context &&
+                   std::holds_alternative<NormalBase>(spec.base) &&
                    std::all_of(spec.layers.begin(), spec.layers.end(), is_of_1_0);
   return old ? Format::v1_0 : Format::v1_1;
 }
@@ -49,9 +52,7 @@ void read_head(const json& document, FlowSpec& spec) {
   const json& standardized = document["standardize_context"];
   if (!standardized.is_boolean()) fail_field("standardize_context", standardized, "true or false");
   spec.standardize_context = standardized.get<bool>();
-  const json& base = document["base"];
-  check_keys(base, "base", {"kind"});
-  if (base["kind"] != "normal") fail_field("base.kind", base["kind"], "normal");
+  spec.base = base_from_json(document["base"], "base");
 }
 
 /// The first place where two documents of the same keys differ: "layers[2].network.hidden_sizes is [4] in the file,

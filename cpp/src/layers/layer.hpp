@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <string_view>
 #include <variant>
 #include <vector>
 
@@ -76,6 +77,18 @@ std::vector<Field> fields(LogScale& log_scale);
 std::vector<Field> fields(Network& network);
 std::vector<Field> fields(Spline& spline);
 std::vector<Field> fields(KnotSlope& slope);
+
+// ---- the base ----
+
+/// "normal".
+std::string_view name_of(const Base& base);
+/// A base of the kind with all fields at their defaults.
+Base parse_base(std::string_view name);
+std::vector<Field> fields(Base& base);
+void check_base(const FlowSpec& spec);
+/// Whether there are latents without a density.
+bool is_bounded(const Base& base);
+LoweredBase lower_base(const FlowSpec& spec);
 
 // ---- format 1.0 ----
 
