@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nvpflow import _checks
+from nvpflow import _bases, _checks
+from nvpflow._bases import NORMAL
 from nvpflow._core import FlowSpec
 from nvpflow._networks import Network
 from nvpflow._spec import untransformed
@@ -47,6 +48,7 @@ OPTIONS = (
     "network",
     "num_blocks",
     "layer_norm",
+    "base",
 )
 _UNBOUNDED = ("softplus", "exp")
 _ARTICLES = {"additive": "an additive", "spline": "a spline"}
@@ -74,6 +76,7 @@ class Options:
     network: str = "mlp"
     num_blocks: int = 2
     layer_norm: bool = False
+    base: Any = NORMAL
     standardize_context: bool | None = None
 
     def checked(self) -> Options:
@@ -96,6 +99,7 @@ class Options:
             network=_choice("network", self.network, NETWORKS),
             num_blocks=_checks.integer("num_blocks", self.num_blocks),
             layer_norm=_checks.boolean("layer_norm", self.layer_norm),
+            base=_bases.checked(self.base),
             standardize_context=None if context is None else _checks.boolean("standardize_context", context),
         )
         for name, message in found._contradictions():
@@ -161,6 +165,7 @@ def spec_of(input_size: int, options: Options, *, standardize: bool, dtype: str,
         dtype,
         options.context_size,
         standardize and options.context_size > 0 if of_context is None else of_context,
+        options.base,
     )
     if not isinstance(options.mask, str) and options.num_flows > 1:  # one coupling cannot transform all
         _check_all_transformed(spec)
@@ -178,17 +183,18 @@ def _check_all_transformed(spec: FlowSpec) -> None:
 
 
 def spec_of_layers(
-    input_size: int, layers: Iterable[Layer], options: Options, *, standardize: bool | str, dtype: str
+    input_size: int, layers: Iterable[Layer], options: Options, *, standardize: bool | str | None, dtype: str
 ) -> FlowSpec:
     """Return the spec of given layers, beside which options that are not at their defaults are refused."""
-    kept = ("context_size", "standardize_context")
+    kept = ("context_size", "standardize_context", "base")
     for name in options.changed():
         if name not in kept:
             value = _checks.describe(getattr(options, name))
             raise ValueError(f"{name} is {value} beside layers, expected it left out: layers say what the flow is")
-    spec = FlowSpec.from_layers(input_size, layers, dtype, options.context_size, bool(options.standardize_context))
+    of_context = bool(options.standardize_context)
+    spec = FlowSpec.from_layers(input_size, layers, dtype, options.context_size, of_context, options.base)
     begins = isinstance(spec.layers[0], Standardize)
-    if standardize is not True and begins != bool(standardize):
+    if standardize is not None and standardize is not True and begins != bool(standardize):
         put = "put one in front of" if standardize else "leave it out of"
         raise ValueError(f"standardize is {standardize!r} beside layers that begin with {spec.layers[0]!r}; {put} them")
     return spec

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvpflow import _checks
+from nvpflow._bases import NORMAL
 from nvpflow._model import Model
 from nvpflow.layers import MLP, Affine, Coupling, Layer, Standardize
 
@@ -210,6 +211,8 @@ def walk(flow: Model) -> Walk | Unbounded:
     """Return what takes rows through the layers of a float64 flow on the CPU."""
     if flow.spec.context_size:
         return Unbounded(flow, "it is not derived for flows with a context")
+    if flow.spec.base != NORMAL:
+        return Unbounded(flow, f"it is not derived for base={flow.spec.base!r}")
     for layer in flow.spec.layers:
         if not _is_covered(layer):
             return Unbounded(flow, f"it is not derived for {_checks.shortened(repr(layer))}")

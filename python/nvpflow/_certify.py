@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nvpflow import _bound, _checks, _context, _core, _data, _frames, _spec
+from nvpflow import _bases, _bound, _checks, _context, _core, _data, _frames, _spec
 from nvpflow._model import Model
 from nvpflow._text import counted
 from nvpflow.certificate import PROMISED, TOLERANCE, Certificate, Deviation, first
@@ -91,7 +91,7 @@ class Certifier:
         self._walk = _bound.walk(self._reference)
         self._std = _standard_deviations(self._reference)
         self._standardizes = _spec.begins_with_standardize(flow.spec)
-        self.rows = self._nonfinite = self._failed = 0
+        self.rows = self._nonfinite = self._failed = self._outside = 0
         self._first_nonfinite: int | None = None
         self._first_failed: int | None = None
         self._digits = _data.Digits(flow.spec.input_size)
@@ -157,7 +157,10 @@ class Certifier:
         again, _ = self._flow.forward(back, context=contexts)
         log_prob = self._flow.log_probability(x, context=contexts)
         expected = self._walk.log_prob(wide, _widened(contexts))
-        good = np.isfinite(log_det) & np.isfinite(log_prob) & np.isfinite(expected)
+        outside = np.zeros(len(x), np.bool_)
+        if _bases.is_bounded(self._flow.spec.base):  # at an edge also of one of them only
+            outside = np.isneginf(log_prob) | np.isneginf(expected)
+        good = np.isfinite(log_det) & (outside | (np.isfinite(log_prob) & np.isfinite(expected)))
         for results in (z, back, again):
             good &= np.isfinite(results).all(axis=1)
         if not good.all():
@@ -165,6 +168,7 @@ class Certifier:
             self._first_failed = _earlier(self._first_failed, numbers[~good])
             x, wide, z, back, again = x[good], wide[good], z[good], back[good], again[good]
             log_prob, expected, numbers, keys = log_prob[good], expected[good], numbers[good], keys[good]
+            outside = outside[good]
             contexts = None if contexts is None else contexts[good]
         if len(x) == 0:
             return
@@ -175,8 +179,10 @@ class Certifier:
             self._worst_context = None if contexts is None else contexts[at : at + 1].copy()
         error = np.abs(again.astype(np.float64) - z)
         self._latent.add(error / (1 + np.abs(z)), error, numbers)
+        self._outside += int(np.count_nonzero(outside))
+        log_prob, expected = log_prob[~outside], expected[~outside]
         error = np.abs(log_prob - expected)
-        self._log_prob.add(error / (1 + np.abs(expected)), error, numbers)
+        self._log_prob.add(error / (1 + np.abs(expected)), error, numbers[~outside])
         self._draw(x, contexts, numbers, keys)
 
     def _round_trip_errors(self, x: Array, back: Array) -> tuple[Array, Array]:
@@ -318,6 +324,11 @@ class Certifier:
             advice.append(
                 f"{counted(self._failed, 'finite row')}{first(self._first_failed)} overflowed: far outside the data "
                 f"that the flow was trained on, or beyond what {spec.dtype} holds."
+            )
+        if self._outside:
+            advice.append(
+                f"{counted(self._outside, 'row')} outside of the base, whose latents are {_bases.in_words(spec.base)}, "
+                "or at its edge: the density is 0 there, and there is no log p to compare."
             )
         if blurred := found["blurred_columns"]:
             shown = ", ".join(blurred[:5]) + (f" and {len(blurred) - 5} more" if len(blurred) > 5 else "")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from nvpflow import _bases
 from nvpflow._data import check_data
 from nvpflow._gaussian import gaussian_log_prob
 from nvpflow._spec import begins_with_standardize
@@ -41,7 +42,7 @@ class Findings:
     samples: Array  # drawn under contexts of the rows
     samples_contexts: Array | None
     samples_log_p: NDArray[np.float64]
-    latents: NDArray[np.float64]  # of the rows examined
+    latents: NDArray[np.float64]  # of the rows examined, as normal scores
     distance: NDArray[np.float64]  # [D], Kolmogorov-Smirnov, data and samples
     certificate: Certificate  # of at most CERTIFIED of the rows; its errors are numbered as all rows are
     notices: list[str] = field(default_factory=list)
@@ -101,7 +102,7 @@ def examine(
         notices.append(f"{counted(wild, 'sample')} of {SAMPLES:,} not finite, and left out.")
     gaussian, source = _gaussian(table, train)
     some, numbers = table.those(some_rows(np.arange(len(rows)), EXAMINED)), np.flatnonzero(finite)
-    latents = flow.forward(some.rows, context=some.contexts)[0].astype(np.float64)
+    latents = _bases.normal_scores(flow.spec.base, flow.forward(some.rows, context=some.contexts)[0])
     columns = range(flow.spec.input_size)
     return Findings(
         rows=rows,

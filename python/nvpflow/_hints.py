@@ -18,11 +18,12 @@ _NO_BOUNDS = (
     "columns have no bounds yet: fit the logarithm or the logit of a bounded column, and add the transform's "
     "log-derivative to log p"
 )
-_NO_OTHER_BASE = "latents are standard normal: there is no other base yet"
+_BASE = "what latents are belongs to the flow: nvpflow.build(base=)"
 _ABOUT = {
     **dict.fromkeys(("sample_weight", "sample_weights", "weight", "w", "importance"), _NO_WEIGHTS),
     **dict.fromkeys(("bounds", "low", "high", "lower", "upper", "support", "limits"), _NO_BOUNDS),
-    **dict.fromkeys(("base", "prior", "latent", "temperature"), _NO_OTHER_BASE),
+    **dict.fromkeys(("base", "prior", "latent"), _BASE),
+    "temperature": "samples are drawn from the base as it is",
     "context": "a view of Flow.condition has its context already, and an estimator takes it in X",
     # By position, behind the arguments that there are.
     "": "a context and options are given by name, context=c; rows have no weights yet",

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nvpflow import _checks, _hints, _layer_json
+from nvpflow import _bases, _checks, _hints, _layer_json
+from nvpflow._bases import NORMAL, Base
 from nvpflow._core import FileFormatError, FlowSpec
 from nvpflow._networks import Network
 from nvpflow._text import counted
@@ -40,12 +41,18 @@ def layers_of(spec: FlowSpec) -> tuple[Layer, ...]:
     return tuple(map(_layer_json.from_json, json.loads(spec._to_full_json())["layers"]))
 
 
+def base_of(spec: FlowSpec) -> Base:
+    """Return what latents are."""
+    return _bases.from_json(json.loads(spec._to_full_json())["base"])
+
+
 def from_layers(
     input_size: int,
     layers: Iterable[Layer],
     dtype: str = "float32",
     context_size: int = 0,
     standardize_context: bool = False,
+    base: str | Base = "normal",
 ) -> FlowSpec:
     """Return the spec of a flow with these layers of `nvpflow.layers`, the one first applied to data first.
 
@@ -61,17 +68,20 @@ def from_layers(
         C, how many numbers condition each row; 0: none.
     standardize_context
         Standardize the context by a mean and a standard deviation per number, which `fit` sets from the data.
+    base
+        What latents are: "normal", "uniform" for ``Uniform(0, 1)``, or an object of `nvpflow.layers`.
 
     Raises
     ------
     TypeError
-        `layers` has no order, or holds something else than a layer.
+        `layers` has no order, or holds something else than a layer; `base` is none.
     ValueError
         A field of a layer does not go with the sizes or the dtype, or there is no coupling.
     """
     size, name = _checks.integer("input_size", input_size), _checks.dtype_name("dtype", dtype)
     context = _checks.integer("context_size", context_size)
     standardized = _checks.boolean("standardize_context", standardize_context)
+    latents = _bases.checked(base)
     array = isinstance(layers, np.ndarray)  # of any shape: one of a single layer is no sequence
     if array or isinstance(layers, (str, bytes, Set, Mapping)) or not isinstance(layers, Iterable):  # or has no order
         raise TypeError(f"layers is {_checks.describe(layers)}, expected a sequence of layers of nvpflow.layers")
@@ -90,7 +100,7 @@ def from_layers(
         "context_size": context,
         "standardize_context": standardized,
         "dtype": name,
-        "base": {"kind": "normal"},
+        "base": _bases.to_json(latents),
         "layers": entries,
     }
     try:
@@ -263,6 +273,8 @@ def _completed(spec: type[FlowSpec]) -> None:
         rest = [f"dtype={self.dtype!r}"]
         if self.context_size:
             rest += [f"context_size={self.context_size}", f"standardize_context={self.standardize_context}"]
+        if (base := base_of(self)) != NORMAL:
+            rest.append(f"base={base!r}")
         listed = f"[{lines}\n]" if lines else "[]"
         return f"FlowSpec.from_layers({self.input_size}, {listed}, {', '.join(rest)})"
 
@@ -284,6 +296,7 @@ def _completed(spec: type[FlowSpec]) -> None:
         "__reduce__": __reduce__,
         "__setstate__": __setstate__,
         "layers": property(layers_of),
+        "base": property(base_of),
     }
     for name, member in plain.items():
         setattr(spec, name, member)

@@ -41,7 +41,7 @@ class Certificate:
     """What `Flow.certify` found. Prints as a table.
 
     Errors of x are in units of the standard deviations of the flow's first layer where that is a standardize layer,
-    else in those of the data; latents have the unit of their standard normal distribution; log p and log-determinants
+    else in those of the data; latents have the unit of the flow's base; log p and log-determinants
     are in nats. A `Deviation` is None where nothing could be measured.
 
     Attributes
@@ -75,7 +75,8 @@ class Certificate:
         Of z' = forward(inverse(z)), z = forward(x): ``|z' - z| / (1 + |z|)``. Not judged: where rows lie far from zero
         in units of their spread, x' has no room for the digits of z.
     log_prob
-        Of log p against its computation in float64.
+        Of log p against its computation in float64, of the rows that have a density in both. Rows outside of a bounded
+        base (`FlowSpec.base`) have none.
     log_det
         Of the log-determinant against that of the float64 Jacobian, on `jacobian_rows` rows.
     jacobian_rows
@@ -93,8 +94,9 @@ class Certificate:
     round_trip_bound
         Bound on the relative `round_trip` error, to first order in the dtype's epsilon, of every row that stays where
         these rows were seen in each layer; derived from the weights' norms, and usually far too large. None where it is
-        not finite, for arithmetic that is rounded on purpose (tf32, bfloat16), and for flows of other layers than
-        couplings of halves with one MLP and the log-scale ``B tanh(u / B)``, and standardize layers.
+        not finite, for arithmetic that is rounded on purpose (tf32, bfloat16), and for flows of another base than the
+        normal one or of other layers than couplings of halves with one MLP and the log-scale ``B tanh(u / B)``, and
+        standardize layers.
     no_bound
         Why `round_trip_bound` is None, in words; None where there is a bound.
     flow

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import nvpflow
-from nvpflow import _certify, _checks, _data, _output, _training_options, certificate, data_io
+from nvpflow import _bases, _certify, _checks, _data, _output, _training_options, certificate, data_io
 from nvpflow._architecture import MASKS, MIXINGS, NETWORKS, OPTIONS, SCALES, TRANSFORMS, Options
 from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS, default_activation
 from nvpflow._source import TRUTHS, rows_per_block
@@ -215,7 +215,8 @@ def _add_option(command: Any, *names: str, help: str, **options: Any) -> None:
 
 def _add_fit(commands: Any) -> None:
     fit = _add_command(commands, "fit", _run_fit, "Train a flow on a table and write it to a file.")
-    fit.add_argument("data", metavar="DATA", help=f"training rows: {_TABLES}; float64 is kept unless --no-standardize")
+    data_help = f"training rows: {_TABLES}; float64 is kept where columns are standardized"
+    fit.add_argument("data", metavar="DATA", help=data_help)
     _add_option(fit, "-o", "--output", metavar="MODEL", required=True, help="model file to write (safetensors)")
     _add_option(fit, "--force", action="store_true", help="overwrite MODEL")
     _add_option(fit, "--quiet", action="store_true", help="print errors only")
@@ -262,6 +263,8 @@ def _add_architecture(group: Any) -> None:
     _add_option(group, "--network", choices=NETWORKS, default="mlp", help=network_help)
     _add_option(group, "--num-blocks", type=int, metavar="N", default=2, help="blocks of --network residual")
     _add_option(group, "--layer-norm", action="store_true", help="normalize the output of each hidden layer")
+    base_help = "what latents are; uniform: on [0, 1], for columns in it, which are then not standardized"
+    _add_option(group, "--base", choices=_bases.NAMES, default="normal", help=base_help)
 
 
 def _add_training_options(group: Any) -> None:
@@ -488,7 +491,7 @@ def _run_fit(arguments: argparse.Namespace) -> None:
     where = {"dtype": arguments.dtype, "device": arguments.device, "precision": arguments.precision}
     context_size = len(arguments.context_columns or ())
     nvpflow.build(2, 1, (), context_size=context_size, **where)
-    data = _read(arguments, arguments.data, arguments.dtype, wide=not arguments.no_standardize)
+    data = _read(arguments, arguments.data, arguments.dtype, wide=_standardizes(arguments))
     rows = data.rows
     validation = _validation(arguments, data)
     flow = nvpflow.build(
@@ -497,7 +500,7 @@ def _run_fit(arguments: argparse.Namespace) -> None:
         context_size=context_size,
         activation=default_activation(rows.shape[1]) if arguments.activation is None else arguments.activation,
         **model,
-        standardize=not arguments.no_standardize,
+        standardize=_standardizes(arguments),
         seed=arguments.seed,
         **where,
     )
@@ -515,6 +518,10 @@ def _run_fit(arguments: argparse.Namespace) -> None:
     kind, count = ("held-out", history.validation_rows) if history.validation_rows else ("training", history.train_rows)
     say(f"{kind} log-likelihood: {-history.best_loss:.4f} nats per row (epoch {history.best_epoch}, {count:,} rows)")
     say(f"model written to {arguments.output}")
+
+
+def _standardizes(arguments: argparse.Namespace) -> bool:
+    return not arguments.no_standardize and not _bases.is_bounded(_bases.checked(arguments.base))
 
 
 def _hidden_sizes(arguments: argparse.Namespace) -> Sequence[int]:
@@ -681,7 +688,7 @@ def _validation(arguments: argparse.Namespace, data: _Data) -> Any:
         names = (None, None) if arguments.ignore_names else (data.names, data.context_names)
         size = 0 if data.context is None else data.context.shape[1]
         model = data_io.ModelColumns(data.rows.shape[1], names[0], size, names[1])
-        found = _read(arguments, arguments.validation, arguments.dtype, model, wide=not arguments.no_standardize)
+        found = _read(arguments, arguments.validation, arguments.dtype, model, wide=_standardizes(arguments))
         return found.rows if found.context is None else (found.rows, found.context)
 
 

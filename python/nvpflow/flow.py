@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from nvpflow import (
+    _bases,
     _certify,
     _checks,
     _context,
@@ -24,6 +25,7 @@ from nvpflow import (
     training,
 )
 from nvpflow._architecture import Options, spec_of, spec_of_layers
+from nvpflow._bases import NORMAL, Base
 from nvpflow._core import FlowSpec
 from nvpflow._model import Model, _restore, _where
 from nvpflow._model import Threshold as Threshold
@@ -52,7 +54,8 @@ def build(
     network: str = "mlp",
     num_blocks: int = 2,
     layer_norm: bool = False,
-    standardize: bool | Literal["mean", "robust"] = True,
+    base: str | Base = "normal",
+    standardize: bool | Literal["mean", "robust"] | None = None,
     standardize_context: bool | None = None,
     layers: Iterable[Layer] | None = None,
     dtype: DTypeLike = "float32",
@@ -110,16 +113,21 @@ def build(
         Of ``network="residual"``, two layers each.
     layer_norm
         Of ``network="mlp"``: normalize the output of each hidden layer.
+    base
+        What latents are. "normal": standard normal. "uniform": uniform on [0, 1], edges included, for data that fill it
+        and layers that keep it; a row whose latents are outside has log p = -inf. Or ``Uniform(low, high)`` of
+        `nvpflow.layers`.
     standardize
         Put a diagonal affine layer in front, which `Flow.fit` sets from the training rows. Until then it is the
-        identity. Its log-determinant counts, so densities stay those of the data as given. "mean" and "robust" say what
-        `fit` sets it from, as its `standardize` does; True leaves it to `fit`. That choice is the flow's and its
-        copies', but not in the file of `Flow.save`, where the layer looks the same: give it to `fit` after `load`.
+        identity. Its log-determinant counts, so densities stay those of the data as given. None: True with the normal
+        base, False with the uniform one, out of which it would move rows. "mean" and "robust" say what `fit` sets it
+        from, as its `standardize` does; True leaves it to `fit`. That choice is the flow's and its copies', but not in
+        the file of `Flow.save`, where the layer looks the same: give it to `fit` after `load`.
     standardize_context
         Standardize the context likewise. None: where there is a context and `standardize` is not False.
     layers
         The layers themselves, of `nvpflow.layers`, the one first applied to data first, in place of all options above
-        but `input_size`, `context_size` and `standardize_context`. A standardize layer is one of them.
+        but `input_size`, `context_size`, `standardize_context` and `base`. A standardize layer is one of them.
     dtype
         float32 or float64: of the weights, of the arrays and of the arithmetic.
     seed
@@ -168,7 +176,8 @@ def build(
     """
     given = locals()
     options = Options(**{field.name: given[field.name] for field in dataclasses.fields(Options)}).checked()
-    standardizes, statistics = _checks.standardize(standardize)
+    wanted = not _bases.is_bounded(options.base) if standardize is None else standardize
+    standardizes, statistics = _checks.standardize(wanted)
     size, name = _checks.integer("input_size", input_size), _checks.dtype_name("dtype", dtype)
     number = _checks.integer("seed", seed, unsigned=True)
     if layers is None:
@@ -233,7 +242,8 @@ def load(
 class Flow(Model):
     """A normalizing flow of coupling layers: an invertible map between data x and latents z that are standard normal.
 
-    ``log p(x) = log N(z; 0, I) + log|det dz/dx|``, in nats, exactly. Made by `build` and `load`, or from a `FlowSpec`.
+    ``log p(x) = log N(z; 0, I) + log|det dz/dx|``, in nats, exactly; N(0, I) is the base, `FlowSpec.base`, of which
+    there are others. Made by `build` and `load`, or from a `FlowSpec`.
     With a `FlowSpec.context_size` C it is a density p(x | c): methods on rows then need ``context=``, a row [B, C] for
     each row of x, or one [C] for all; `condition` binds one.
 
@@ -258,8 +268,8 @@ class Flow(Model):
     are float64 there, and rounded to the model's dtype elsewhere. ``out=`` takes the result without an allocation. A
     row's result depends only on that row, bit for bit: not on the batch, its size, or the number of threads. A row
     that holds NaN or infinity gives NaN. A finite row never does: where numbers are too large for the dtype, its
-    log-density is -inf and its latents are infinite; such a row has no gradient, which is NaN or infinite. Every method
-    may be called from many threads at once.
+    log-density is -inf and its latents are infinite; such a row has no gradient, which is NaN or infinite. Outside of a
+    uniform base log p is -inf, too, and the gradient is zero. Every method may be called from many threads at once.
 
     The same holds for arrays of other libraries that have ``__dlpack__`` or the buffer protocol. Results for arrays of
     PyTorch, JAX and libraries of the array API standard (with ``__array_namespace__``) are arrays of that library, by
@@ -605,6 +615,7 @@ class Flow(Model):
             **_spec.in_words(spec),
             **({"context": f"{spec.context_size}: {', '.join(contexts[:12])}"} if contexts else {}),
             "standardize": "yes" if spec.standardize else "no",
+            **({"base": repr(spec.base)} if spec.base != NORMAL else {}),
             "parameters": f"{self.num_parameters:,}",
             "computes in": ", ".join([spec.dtype, *where]),
         }

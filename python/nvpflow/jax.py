@@ -37,6 +37,7 @@ except ImportError as error:
     raise ImportError('nvpflow.jax needs JAX 0.5 or newer: pip install "jax>=0.5"') from error
 
 from nvpflow import _checks, _core, _hints
+from nvpflow._bases import Normal
 from nvpflow._core import FlowSpec
 from nvpflow.flow import Flow
 
@@ -246,7 +247,9 @@ def sample(
     context: Any = None,
     num_threads: int = 0,
 ) -> jax.Array:
-    """Return n rows [n, D], differentiable by the parameters: the inverse of ``jax.random.normal(key, (n, D))``.
+    """Return n rows [n, D], differentiable by the parameters: the inverse of noise ``jax.random.normal(key, (n, D))``.
+
+    Under another base (`FlowSpec.base`) the noise is of that, ``jax.random.uniform`` of the uniform one's interval.
 
     Parameters
     ----------
@@ -270,9 +273,18 @@ def sample(
         raise ValueError(f"n is {count}, expected 0 or more")
     call, tensors = _checked_call(spec, parameters, num_threads)
     contexts, leading = _checked_sample_context(spec, context)
-    noise = jax.random.normal(key, (*leading, count, spec.input_size), dtype=spec.dtype)
+    noise = _noise(spec, key, (*leading, count, spec.input_size))
     x, _ = _values(call.of_kind("inverse"), _as_rows(noise), contexts, tensors)
     return x.reshape(noise.shape)  # type: ignore[no-any-return]
+
+
+def _noise(spec: FlowSpec, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Return latents of the spec's base."""
+    base = spec.base
+    if isinstance(base, Normal):
+        return jax.random.normal(key, shape, dtype=spec.dtype)
+    drawn = jax.random.uniform(key, shape, spec.dtype, base.low, base.high)
+    return jnp.minimum(drawn, jnp.asarray(base.high, spec.dtype))  # where it was rounded up
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------

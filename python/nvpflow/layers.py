@@ -1,7 +1,8 @@
-"""The layers that flows are made of.
+"""The layers that flows are made of, and the distributions of their latents.
 
 `FlowSpec.layers` holds them in order, the one first applied to data first. `FlowSpec.from_layers` and `nvpflow.build`
-take them. All are immutable, compare by value, and print as the call that makes them.
+take them. `Normal` and `Uniform` are what latents can be: `FlowSpec.base`. All are immutable, compare by value, and
+print as the call that makes them.
 
 >>> import nvpflow
 >>> from nvpflow.layers import MLP, Affine, Coupling, Permutation, Standardize
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvpflow import _checks
+from nvpflow._bases import Normal, Uniform
 from nvpflow._expression import Expression
 from nvpflow._networks import MLP, Network, ResidualNet
 from nvpflow._splines import Spline
@@ -35,10 +37,12 @@ __all__ = [
     "Coupling",
     "ElementSpline",
     "LULinear",
+    "Normal",
     "Permutation",
     "ResidualNet",
     "Spline",
     "Standardize",
+    "Uniform",
 ]
 
 _SETS = ("first_half", "second_half", "even", "odd", "all")

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nvpflow import _checks, _frames
+from nvpflow import _bases, _checks, _frames
+from nvpflow._bases import Base
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -514,7 +515,9 @@ def _draw_corner_legend(ax: Axes, labels: Sequence[str]) -> None:
 # --------------------------------------------------------------------------------------------------------- latents
 
 
-def latent_qq(z: ArrayLike, *, names: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
+def latent_qq(
+    z: ArrayLike, *, names: Sequence[str] | None = None, base: str | Base = "normal", ax: Axes | None = None
+) -> Axes:
     """Draw how far the quantiles of every latent dimension lie from those of the standard normal distribution.
 
     A Q-Q plot with its diagonal laid level (a worm plot: van Buuren and Fredriks, Statistics in Medicine 20, 2001),
@@ -527,6 +530,9 @@ def latent_qq(z: ArrayLike, *, names: Sequence[str] | None = None, ax: Axes | No
         Latents [N, D], finite: ``flow.forward(x)[0]``.
     names
         Of the D dimensions, which are those of the data.
+    base
+        What they should be, ``flow.spec.base``. Those of another base than the normal one are drawn as normal scores:
+        the standard normal quantiles of their shares.
     ax
         Where to draw; None makes a new figure.
 
@@ -548,7 +554,12 @@ def latent_qq(z: ArrayLike, *, names: Sequence[str] | None = None, ax: Axes | No
     The band holds 95 % of such points of N independent standard normal values, each point for itself: the i-th of N
     uniform values in order is Beta(i, N + 1 - i) distributed (David and Nagaraja, Order Statistics, 2003, section 2.3).
     """
-    latents = _table("z", z)
+    own = _bases.checked(base)
+    latents = _bases.normal_scores(own, _table("z", z))
+    if not (inside := np.isfinite(latents).all(axis=1)).all():
+        raise ValueError(
+            f"z has {np.sum(~inside)} of {len(latents)} rows outside of base={own!r}, expected none; leave them out"
+        )
     titles = _names(names, z, latents.shape[1], "z")
     probability, normal = _qq_positions(len(latents))
     observed = np.quantile(latents, probability, axis=0)  # [points, D]

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nvpflow import _checks, _context, _html, _spec
+from nvpflow._bases import NORMAL, Base, Normal, in_words
 from nvpflow._blame import blame
 from nvpflow._core import FlowSpec, __version__, cpu_isa
 from nvpflow._findings import Findings, Rows, examine
@@ -268,11 +269,12 @@ def _corner_picture(found: Findings) -> Picture:
     )
 
 
-def _latent_pictures(found: Findings) -> list[Picture]:
+def _latent_pictures(found: Findings, base: Base) -> list[Picture]:
     from nvpflow import plot
 
     count = len(found.names)
-    spread = f"Standard deviations of the {count} latent dimensions lie between "
+    scores = "" if isinstance(base, Normal) else f"Latents that should be {in_words(base)}, as normal scores. "
+    spread = f"{scores}Standard deviations of the {count} latent dimensions lie between "
     std = found.latents.std(axis=0) if len(found.latents) else np.zeros(1)
     spread += f"{std.min():.3f} and {std.max():.3f}, means between "
     mean = found.latents.mean(axis=0) if len(found.latents) else np.zeros(1)
@@ -284,8 +286,8 @@ def _latent_pictures(found: Findings) -> list[Picture]:
         Picture(
             "Latents beside a normal distribution",
             f"Worm plot of the quantiles of {len(found.latents):,} latents. {spread}",
-            "Distance of the latents' quantiles from the standard normal ones. Lines that leave the band show what the "
-            "flow has not learnt: a slope a wrong width, a bow a skew, an S heavy or light tails.",
+            f"{scores}Distance of the latents' quantiles from the standard normal ones. Lines that leave the band show "
+            "what the flow has not learnt: a slope a wrong width, a bow a skew, an S heavy or light tails.",
             SMALL,
             lambda ax: plot.latent_qq(found.latents, names=found.names, ax=ax),
         ),
@@ -319,7 +321,7 @@ def _curve_picture(history: History, gaussian: float | None) -> Picture:
 def _page(flow: Flow, found: Findings, history: History | None, title: str, details: Mapping[str, str]) -> str:
     gaussian = None if found.gaussian is None else float(found.gaussian[found.scored].mean())
     training = "" if history is None else _section("Training", _curve_picture(history, gaussian).figure())
-    latents = "".join(picture.figure() for picture in _latent_pictures(found))
+    latents = "".join(picture.figure() for picture in _latent_pictures(found, flow.spec.base))
     body = [
         f"<header><h1>{escape(title)}</h1><p>{escape(repr(flow))}</p></header>",
         "".join(f'<p class="note">{escape(notice)}</p>' for notice in found.notices),
@@ -381,6 +383,7 @@ def _card(flow: Flow, found: Findings, history: History | None, details: Mapping
         "Conditioner networks": f"hidden layers {couplings['hidden layers']}, {couplings['activation']}",
         **{title: couplings[name] for name, title in _COUPLINGS.items() if name in couplings},
         "Standardize layer": "yes" if spec.standardize else "no",
+        **({} if spec.base == NORMAL else {"Base": f"latents {in_words(spec.base)}"}),
         **({"Context": _context_in_words(spec, found)} if spec.context_size else {}),
         "Parameters": f"{flow.num_parameters:,}, {spec.dtype}",
         **details,

@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     raise ImportError('nvpflow.sklearn needs scikit-learn 1.6 or newer: pip install "scikit-learn>=1.6"') from error
 
-from nvpflow import _checks, _frames, _hints, _training_options
+from nvpflow import _bases, _checks, _frames, _hints, _training_options
 from nvpflow._architecture import OPTIONS
 from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS, default_activation
 from nvpflow.conditioned import ConditionedFlow
@@ -38,6 +38,8 @@ _PARAMETERS = """num_flows, hidden_sizes, activation, dtype
         Other models than a RealNVP of halves, as in `nvpflow.build`. `coupling` is its `transform`, "affine",
         "additive" or "spline"; scikit-learn has a method of that name. network="residual" takes one width, for example
         ``hidden_sizes=(64,)``.
+    base
+        What latents are, as in `nvpflow.build`. Under a uniform base no layer standardizes: scale X to its interval.
     context_features
         The features of X that condition the others: the density is p(others | these), and a row's log-density, its
         score and its threshold are so. An int: so many last ones. A sequence: their indices, or their names where X has
@@ -125,6 +127,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         network: str = "mlp",
         num_blocks: int = 2,
         layer_norm: bool = False,
+        base: Any = "normal",
         context_features: int | Sequence[int] | Sequence[str] | None = None,
         dtype: str = "float32",
         epochs: int = 100,
@@ -159,6 +162,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         self.network = network
         self.num_blocks = num_blocks
         self.layer_norm = layer_norm
+        self.base = base
         self.context_features = context_features
         self.dtype = dtype
         self.epochs = epochs
@@ -233,7 +237,6 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
             default_activation(rows.shape[1]) if self.activation is None else self.activation,
             **{name: getattr(self, "coupling" if name == "transform" else name) for name in OPTIONS},
             context_size=self.context_features_.size,
-            standardize=True,
             dtype=self.dtype,
             seed=seed,
             device=self.device,
@@ -373,7 +376,9 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         dtype = _checks.dtype_name("dtype", self.dtype)
         if dtype not in ("float32", "float64"):
             raise ValueError(f"dtype is {dtype!r}, expected 'float32' or 'float64'")
-        return X if dtype == "float32" else X.astype(dtype, copy=False)  # a flow that standardizes takes both
+        if dtype == "float32" and not _bases.is_bounded(_bases.checked(self.base)):
+            return X  # a flow that standardizes takes both
+        return X.astype(dtype, copy=False)
 
     def _validation(self, rows: int) -> float | None:
         if self.validation_fraction is None:
@@ -565,6 +570,7 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
         network: str = "mlp",
         num_blocks: int = 2,
         layer_norm: bool = False,
+        base: Any = "normal",
         context_features: int | Sequence[int] | Sequence[str] | None = None,
         dtype: str = "float32",
         epochs: int = 100,
@@ -601,6 +607,7 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
             network=network,
             num_blocks=num_blocks,
             layer_norm=layer_norm,
+            base=base,
             context_features=context_features,
             dtype=dtype,
             epochs=epochs,

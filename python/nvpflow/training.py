@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nvpflow import _checks, _context, _core, _data, _frames, _gaussian, _spec, _training_options
+from nvpflow._bases import NORMAL
 from nvpflow._model import Model
 from nvpflow.history import History as History  # also by this path, in pickles too
 from nvpflow.layers import Coupling
@@ -241,6 +242,8 @@ def _read_context(flow: Model, context: ArrayLike | None) -> tuple[Any, list[str
 def _warn_of_normal_columns(flow: Model, names: Sequence[str] | None, set_aside: _Split) -> None:
     """Warn where the flow takes for normal what is not: p(x | c) whole, or columns that no coupling transforms."""
     spec = flow.spec
+    if spec.base != NORMAL:
+        return
     couplings = [layer for layer in spec.layers if isinstance(layer, Coupling)]
     whole = spec.context_size > 0 and all(_takes_all(layer, spec.input_size) for layer in couplings)
     whole = whole and not _spec.splines(spec)  # which bend what they transform, also where it is all

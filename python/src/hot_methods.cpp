@@ -288,7 +288,7 @@ PyMethodDef kMethods[] = {
      "log_det : array, [B], nats\n    With ``with_log_det`` only. inf where it cannot be told.\n"},
     {"sample", function_of(sample<BoundFlow>), METH_FASTCALL | METH_KEYWORDS,
      "sample($self, n, *, seed=None, start=0, out=None, dtype=None, context=None)\n--\n\n"
-     "Draw n rows: the inverse of standard normal noise.\n\n"
+     "Draw n rows: the inverse of noise of the base.\n\n"
      "Row i depends only on (seed, start + i), whatever n and the number of threads: a long sample can be\n"
      "drawn in pieces.\n\n"
      "Parameters\n----------\n"

@@ -31,7 +31,7 @@ RUN = {
 HISTORY = (1.0, 2.0, 0.25, 1e-3, 5.0, 6.0, float("nan"))
 
 
-# Every kind of layer, network and log-scale, small.
+# Every kind of layer, network and log-scale, small, and a base with numbers.
 WIDE = nvpflow.FlowSpec.from_layers(
     3,
     [
@@ -48,6 +48,7 @@ WIDE = nvpflow.FlowSpec.from_layers(
     ],
     context_size=2,
     standardize_context=True,
+    base="uniform",
 )
 
 

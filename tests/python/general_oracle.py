@@ -412,6 +412,26 @@ def tensor_shapes(spec: Spec) -> list[tuple[str, Shape]]:
     return shapes
 
 
+def base_log_density(spec: Spec, z: np.ndarray) -> np.ndarray:
+    """log of the base density of latents [B, D]; of rows with NaN it is NaN."""
+    base = spec.get("base", {"kind": "normal"})
+    if base["kind"] == "normal":
+        with np.errstate(over="ignore"):
+            return -0.5 * (spec["input_size"] * LOG_2_PI + np.sum(z * z, axis=1))
+    assert base["kind"] == "uniform"
+    inside = (z >= base["low"]) & (z <= base["high"])
+    of_one = np.where(inside, -math.log(base["high"] - base["low"]), np.where(np.isnan(z), z, -np.inf))
+    with np.errstate(invalid="ignore"):
+        return np.sum(of_one, axis=1)
+
+
+def base_cotangents(spec: Spec, z: np.ndarray, grad: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cotangents of z and of the log-determinant from those of log p, [B]."""
+    if spec.get("base", {"kind": "normal"})["kind"] == "normal":
+        return -z * grad[:, None], grad
+    return np.zeros_like(z), np.where(np.isfinite(base_log_density(spec, z)), grad, 0.0)
+
+
 class Gradients(NamedTuple):
     """Of one vector-Jacobian product."""
 
@@ -458,8 +478,7 @@ class GeneralFlow:
 
     def log_prob(self, x: np.ndarray, context: np.ndarray | None = None) -> np.ndarray:
         z, log_det = self.forward(x, context)
-        with np.errstate(over="ignore"):
-            return -0.5 * (self.input_size * LOG_2_PI + np.sum(z * z, axis=1)) + log_det
+        return base_log_density(self.spec, z) + log_det
 
     def nll(self, x: np.ndarray, context: np.ndarray | None = None) -> float:
         return -float(np.mean(self.log_prob(x, context)))
@@ -486,10 +505,14 @@ class GeneralFlow:
         of_context = None if run.context is None else of(run.context)
         return Gradients(of(run.x), of_context, {name: of(node) for name, node in run.parameters.items()})
 
-    def nll_gradient(self, x: np.ndarray, context: np.ndarray | None = None) -> tuple[float, Gradients]:
+    def log_prob_vjp(self, x: np.ndarray, grad: np.ndarray, context: np.ndarray | None = None) -> Gradients:
+        """Gradients of sum(grad * log_prob)."""
         z, _ = self.forward(x, context)
-        rows = len(z)
-        return self.nll(x, context), self.vjp(x, z / rows, np.full(rows, -1.0 / rows), context=context)
+        return self.vjp(x, *base_cotangents(self.spec, z, grad), context=context)
+
+    def nll_gradient(self, x: np.ndarray, context: np.ndarray | None = None) -> tuple[float, Gradients]:
+        rows = len(x)
+        return self.nll(x, context), self.log_prob_vjp(x, np.full(rows, -1.0 / rows), context)
 
     def smallest_pre_activation(
         self, x: np.ndarray, direction: str = "forward", context: np.ndarray | None = None

@@ -14,6 +14,8 @@ from nvpflow.torch.module import FlowModule
 class FlowTransform(torch.distributions.Transform):
     """A flow as a ``torch.distributions`` transform from latents z to data x, so that a base of one's own can be used.
 
+    The base of the flow's spec plays no part in it.
+
     Parameters
     ----------
     module
@@ -104,6 +106,9 @@ class FlowTransform(torch.distributions.Transform):
 
 class FlowDistribution(torch.distributions.Distribution):
     """A flow as a ``torch.distributions`` distribution of rows.
+
+    Its support is that of the rows' type, all of R^D: rows that a bounded base leaves out have ``log_prob`` -inf, and
+    gradients of zero.
 
     Parameters
     ----------

@@ -11,6 +11,7 @@ import torch
 from torch.autograd import forward_ad
 
 from nvpflow import _checks, _core, _data, _hints
+from nvpflow._bases import Base, Normal, in_words
 from nvpflow.flow import Flow
 from nvpflow.torch._autograd import call, is_plain, refuse_tangents
 from nvpflow.torch._engine import DTYPES, Engine, are_shared
@@ -155,8 +156,7 @@ class FlowModule(torch.nn.Module):
         """Return the rows of `rsample` [..., n, D] and their log p [..., n], nats, differentiable, from one pass."""
         z, context = self._latents(n, context, seed)
         x, log_det = self.inverse(z, context, with_log_det=True)
-        log_normal = -0.5 * (z.square().sum(-1) + z.shape[-1] * math.log(2 * math.pi))
-        return x, log_normal - log_det
+        return x, _log_density(self._engine.spec.base, z) - log_det
 
     # -- the flow -----------------------------------------------------------------------------------------------------
 
@@ -177,19 +177,20 @@ class FlowModule(torch.nn.Module):
         ----------
         drop_base
             Of a module that a `FlowTransform` goes through: True takes the module without the base distribution in
-            front of the transform, as if that were the standard normal one.
+            front of the transform, as if that were the module's own.
 
         Raises
         ------
         ValueError
-            A `FlowTransform` goes through the module and `drop_base` is False. The latents of an `nvpflow.Flow` are
-            standard normal: with another base its densities would be those of another model.
+            A `FlowTransform` goes through the module and `drop_base` is False. An `nvpflow.Flow` has the base of its
+            spec: with another one its densities would be those of another model.
         """
         if self._has_own_base and not _checks.boolean("drop_base", drop_base):
+            own = in_words(self._engine.spec.base)
             raise ValueError(
                 "to_flow of a module that a FlowTransform goes through: the transform's base distribution is not in "
-                "the module, and the latents of an nvpflow.Flow are standard normal; keep the TransformedDistribution, "
-                "or, where its base is standard normal, call to_flow(drop_base=True)"
+                f"the module, and the latents of its nvpflow.Flow are {own}; keep the TransformedDistribution, "
+                f"or, where its base is {own}, call to_flow(drop_base=True)"
             )
         with self._engine.using(self._tensors()) as flow:
             return flow.to(flow.device, flow.precision)
@@ -368,7 +369,7 @@ class FlowModule(torch.nn.Module):
         return self._noise((*given.shape[:-1], count), seed), given.unsqueeze(-2)
 
     def _noise(self, axes: Sequence[int], seed: int | None) -> torch.Tensor:
-        """Return standard normal rows [*axes, D]; row i of them is that of the sample of `nvpflow.Flow`."""
+        """Return rows of the base [*axes, D]; row i of them is that of the sample of `nvpflow.Flow`."""
         number, parameters = _seed(seed), self._tensors()
         with self._engine.using(parameters) as flow:
             noise = torch.from_numpy(flow._noise(math.prod(axes), number))
@@ -429,6 +430,13 @@ def _side_by_side(
         one = math.prod(of_context) == 1
         context = context.reshape(-1) if one else context.expand(*axes, context.shape[-1]).flatten(0, -2)
     return rows if rows.dim() == 2 else rows.reshape(-1, rows.shape[-1]), context, axes
+
+
+def _log_density(base: Base, z: torch.Tensor) -> torch.Tensor:
+    """Return log p [...] of latents [..., D] that were drawn from the base, nats."""
+    if isinstance(base, Normal):
+        return -0.5 * (z.square().sum(-1) + z.shape[-1] * math.log(2 * math.pi))
+    return z.new_full(z.shape[:-1], -z.shape[-1] * math.log(base.high - base.low))
 
 
 def _count(n: int) -> int:
