@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from nvpflow import _checks, _core, _frames, _html
+from nvpflow import _checks, _core, _frames, _hints, _html
 from nvpflow._model import Model
 from nvpflow._spec import begins_with_standardize
 from nvpflow._text import counted
@@ -28,7 +28,7 @@ _SAMPLE_VALUES = 1 << 17
 _BLOCK_VALUES = 1 << 16
 _SHOWN_ROWS = 5
 _MOST_COLUMNS = 1000  # whose dependence is looked for: the work grows with the third power
-_ROWS_PER_COLUMN = 10
+_ROWS_PER_COLUMN = 30  # with fewer most flows lose to a Gaussian, and too few validation rows are left to tell
 _OUTLYING = 10.0  # standard deviation in units of what the middle half of the rows says it is
 _BEYOND = 5.0  # the farthest row in units of how far 98 % of the rows reach
 _UNIT_SCALE = 10.0
@@ -151,6 +151,7 @@ class DataReport:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
 
+@_hints.explained
 def check_data(
     x: ArrayLike,
     *,
@@ -185,7 +186,7 @@ def check_data(
         "constant", "copy" and "dependent" (exactly, up to rounding) and "rows" (none). Warnings: "dependent"
         to within 1e-4 of the spread, "digits" (numbers too large beside their spread for their dtype), "scale",
         "outliers" (standard deviation and quartiles disagree by 10 and more), "repeated" (a tenth of the rows and more
-        hold one value), "few" (distinct values), "integers", and "rows" (fewer than ten for each column).
+        hold one value), "few" (distinct values), "integers", and "rows" (fewer than thirty for each column).
 
         A context needs no density. Errors: "type" and "missing". Warnings: "constant", "digits", "outliers", and "rare"
         (all but one in a hundred rows hold one value).
@@ -568,7 +569,9 @@ class _Look:
     def findings(self) -> list[Finding]:
         rows, columns = self._measures.rows, len(self._sample)
         if rows == 0:
-            self._add("rows", "error", (), "no rows", "give rows to learn from, ten for each column at least")
+            self._add(
+                "rows", "error", (), "no rows", f"give rows to learn from, {_ROWS_PER_COLUMN} for each column at least"
+            )
             return self._found
         if columns == 0:
             return self._found
@@ -582,7 +585,10 @@ class _Look:
                 self._dependence()
         if rows < _ROWS_PER_COLUMN * columns:
             text = f"{rows:,} row{'s are' if rows > 1 else ' is'} few for {columns:,} columns"
-            remedy = "give ten rows for each column at least; with fewer a Gaussian is the better density"
+            remedy = (
+                f"give {_ROWS_PER_COLUMN} for each column at least; with fewer a Gaussian is mostly the better "
+                "density, and the validation rows are too few to tell"
+            )
             self._add("rows", "warning", (), text, remedy, rows=rows, columns=columns)
         return sorted(self._found, key=lambda finding: finding.severity)  # "error" < "warning"
 

@@ -273,13 +273,13 @@ def refuse(name: str, value: Any, source: str = "column_names") -> None:
     kind = type(value).__name__
     bases = {base.__name__ for base in type(value).__mro__}
     way = None
-    expected, argument = ("contexts [N, C]", "context") if source == "context_names" else ("rows [N, D]", "x")
+    expected, argument = ("contexts [N, C] or [C]", "context") if source == "context_names" else ("rows [N, D]", "x")
     if isinstance(value, (str, bytes, os.PathLike)):
         way = "read the file first, numpy.load(path) or pandas.read_csv(path); the command `nvpflow fit` takes files"
     elif hasattr(value, "toarray"):
         way = f"{argument}.toarray(), for sparse ones are not read"
     elif value is None:
-        way = f"an array of shape {expected[-6:]}"
+        way = "an array of shape [N, D]"
     elif "DataLoader" in bases:
         way = (
             "all rows at once, torch.cat([batch[0] for batch in loader]), and give batch_size; for a loop of your own "
@@ -290,7 +290,7 @@ def refuse(name: str, value: Any, source: str = "column_names") -> None:
     elif "LazyFrame" in bases:
         way = f"its rows, {argument}.collect()"
     elif isinstance(value, Mapping) and argument == "context":
-        way = "of one its numbers, [context[name] for name in flow.context_names]; of many a frame"
+        way = "take the numbers by name, [context[name] for name in flow.context_names]; a frame holds many"
     elif isinstance(value, Mapping):
         way = "one array, numpy.column_stack(list(x.values())), or a frame, pandas.DataFrame(x)"
     elif isinstance(value, Iterator):

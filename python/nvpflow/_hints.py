@@ -83,16 +83,21 @@ def _refuse(called: str, name: str, known: Iterable[str]) -> NoReturn:
 
 def explained(function: Callable[P, R]) -> Callable[P, R]:
     """Make a function say of an argument that it does not have, but others do, what works instead."""
-    parameters = list(inspect.signature(function).parameters)
+    signature = inspect.signature(function).parameters
+    parameters = list(signature)
     is_method = parameters[0] == "self"
     known = parameters[is_method:]
+    by_position = sum(parameter.kind == parameter.POSITIONAL_OR_KEYWORD for parameter in signature.values())
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        # Of a method the class that the caller knows, which may inherit it.
+        called = f"{type(args[0]).__name__}.{call.__name__}" if is_method and args else call.__qualname__
+        if len(args) > by_position and "context" in known:
+            most, given = by_position - is_method, len(args) - is_method
+            raise TypeError(f"{called}() takes at most {most} positional argument(s), got {given}; {about('')}")
         for name in kwargs:
             if name not in known:
-                # Of a method the class that the caller knows, which may inherit it.
-                called = f"{type(args[0]).__name__}.{call.__name__}" if is_method and args else call.__qualname__
                 _refuse(called, name, known)
         return function(*args, **kwargs)
 

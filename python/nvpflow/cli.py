@@ -43,6 +43,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 _UNRELIABLE = 3  # exit code
 _ROWS_OF_A_SEED = 1 << 63
 _LOG_PROB = "log_prob"  # the column that score writes
+_LIKE_THIS = "expected numbers such as 0.5,1.2 or names with a number each, a=0.5,b=1.2"
 
 _TABLES = (
     "a .npy, .csv, .tsv (header or not; also .csv.gz and the like), .parquet or .feather file, or - for CSV, .npy or "
@@ -423,8 +424,7 @@ def _context_cells(text: str) -> list[tuple[str, float]]:
         name, _, number = cell.rpartition("=")
         cells.append((name.strip(), _finite(number)))
     if not cells or ("" in dict(cells) and any(name for name, _ in cells)):
-        example = "0.5,1.2, or of names with a number each, a=0.5,b=1.2"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as {example}")
+        raise argparse.ArgumentTypeError(f"{text!r} is no list, {_LIKE_THIS}")
     return cells
 
 
@@ -436,7 +436,7 @@ def _finite(text: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"{text!r} is no finite number, true or false")
+        raise argparse.ArgumentTypeError(f"{text!r} is no finite number, true or false, {_LIKE_THIS}")
     return number
 
 

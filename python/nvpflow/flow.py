@@ -562,7 +562,7 @@ class Flow(Model):
             Of all else that `check_data` finds in the rows, in one message. After training, where a Gaussian of the
             training rows (its correlations shrunk as by Ledoit and Wolf, 2004) is better than the flow: where on the
             validation rows, at most 20,000 and at least 5, its mean log-density is higher by more than 0.05 nats and by
-            more than two standard errors of the difference. It is so after few epochs, too, also where few were asked
+            more than one standard error of the difference. It is so after few epochs, too, also where few were asked
             for. With few validation rows only large differences show, and the choice of the best epoch by the same
             rows favours the flow.
         """

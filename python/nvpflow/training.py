@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _MOST_COLUMNS = 1000  # of a flow that is compared with a Gaussian: the work grows with the third power
 _MOST_ROWS, _MOST_VALUES = 20_000, 1 << 20  # of the comparison
 _JUDGING_ROWS = 5  # fewer have no standard error to speak of
-_VISIBLE_NATS, _VISIBLE_ERRORS = 0.05, 2.0
+_VISIBLE_NATS = 0.05
 _LEAST_FOR_SHAPE, _SKEWED, _UNLIKE_NORMAL = 100, 0.75, 1.5  # rows, |skewness| and |excess kurtosis| of latents
 _LATE = 0.8  # share of the epochs after which the best one suggests that more would help
 
@@ -228,7 +228,8 @@ def fit(
             for table in _samples(_Split(rows, contexts), held_out, checked)
         ]
         _warn_of_normal_columns(flow, names.columns, tables[1])
-        _warn_where_a_gaussian_is_better(flow, history, *tables, mend_first=bool(report.warnings))
+        mend_first = any(finding.kind != "rows" for finding in report.warnings)  # more rows are the remedy anyway
+        _warn_where_a_gaussian_is_better(flow, history, *tables, mend_first=mend_first)
     return history
 
 
@@ -266,9 +267,9 @@ def _warn_of_normal_columns(flow: Model, names: Sequence[str] | None, set_aside:
     elif (left := columns[unlike[places]]).size:
         labels = _frames.labels(names, spec.input_size)
         text = (
-            f"x: {', '.join(labels[column] for column in left[:5])}{', ...' if left.size > 5 else ''} is normally "
-            "distributed under this flow, because no coupling transforms it; the rows are of another shape. Put it "
-            "into what a Coupling transforms, or into a mask of build"
+            f"x: no coupling transforms {', '.join(labels[column] for column in left[:5])}"
+            f"{', ...' if left.size > 5 else ''}, for which this flow knows only normal distributions; the rows are of "
+            "another shape. Put such columns into what a Coupling transforms, or into a mask of build"
         )
     if text is not None:
         warnings.warn(text, _data.DataWarning, stacklevel=_data._outside())
@@ -352,7 +353,7 @@ def _warn_where_a_gaussian_is_better(
     ours = flow.log_probability(set_aside.rows, context=set_aside.context).astype(np.float64)
     better = gaussian - ours
     mean, error = float(better.mean()), float(better.std(ddof=1) / math.sqrt(len(better)))
-    if not mean > max(_VISIBLE_NATS, _VISIBLE_ERRORS * error):
+    if not mean > max(_VISIBLE_NATS, error):
         return
     done = int(history.epoch[-1])
     remedy = "give more rows, or take fewer couplings or hidden units (num_flows, hidden_sizes) or more weight_decay"

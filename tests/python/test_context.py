@@ -124,7 +124,7 @@ WRONG = {
     ),
     "masked": (np.ma.masked_array(CONTEXT, CONTEXT > 0), ValueError, "context is a masked array with masked values"),
     "a str": ("abc", TypeError, "context is a str"),
-    "a dict": ({"a": 1}, TypeError, r"context is a dict, .*: of one its numbers, \[context\[name\] for name in"),
+    "a dict": ({"a": 1}, TypeError, r"context is a dict, .*: take the numbers by name, \[context\[name\] for"),
 }
 
 

@@ -224,10 +224,11 @@ def test_a_variance_beyond_float64_is_left_to_the_training_loop() -> None:
 
 
 def test_too_few_rows() -> None:
-    assert found(normal(25))["rows"].severity == "warning"
+    assert found(normal(89))["rows"].severity == "warning"
+    assert found(normal(60))["rows"].text == "60 rows are few for 3 columns"
     assert found(normal(1))["rows"].severity == "warning"
     assert found(normal(0))["rows"].severity == "error"
-    assert nvpflow.check_data(normal(30)).ok
+    assert nvpflow.check_data(normal(90)).ok
     assert repr(nvpflow.check_data(normal(1, 1))).startswith("DataReport: 1 row of 1 column;")
 
 
@@ -641,7 +642,12 @@ def test_contexts_that_are_no_numbers_are_errors() -> None:
             r"context has shape \(1000, 0\), expected \[N, C\] with at least one col",
         ),
         (np.array([["a"]]), {}, TypeError, "context has dtype <U1, expected real numbers; encode text as numbers"),
-        ({"a": [1.0]}, {}, TypeError, r"context is a dict, expected contexts \[N, C\]"),
+        (
+            {"a": [1.0]},
+            {},
+            TypeError,
+            r"context is a dict, expected contexts \[N, C\] or \[C\] in an array or a frame: take",
+        ),
         (normal(), {"context_names": ["a"]}, ValueError, "context_names holds 1 names, expected 3"),
     ],
 )

@@ -75,7 +75,8 @@ def test_a_constant_column_has_no_gaussian() -> None:
 def test_fit_warns_once_of_a_flow_that_is_worse_than_a_gaussian() -> None:
     x, validation = correlated(200, 20), correlated(300, 20, seed=1)
     flow = nvpflow.build(20, num_flows=8, hidden_sizes=(64, 64), seed=0)
-    (message,), history = told(flow, x, validation=validation)
+    (few, message), history = told(flow, x, validation=validation)
+    assert few.startswith("x: 200 rows are few for 20 columns; give 30 for each column at least")
     found = FIGURES.match(message)
     assert found, message
     ours, gaussian = flow.log_prob(validation).astype(np.float64), shrunk_log_prob(x, validation)
@@ -151,13 +152,13 @@ def test_a_column_that_no_coupling_transforms_is_named_where_it_is_not_normal(or
     layers += [] if order is None else [Permutation(order)]
     flow = nvpflow.build(3, layers=layers)
     flow.column_names = ["a", "b", "income"]
-    told_of = [message for message in told(flow, x, epochs=3)[0] if "normally distributed" in message]
+    told_of = [message for message in told(flow, x, epochs=3)[0] if "only normal distributions" in message]
     assert told_of == [
-        "x: column 'income' is normally distributed under this flow, because no coupling transforms it; the rows are "
-        "of another shape. Put it into what a Coupling transforms, or into a mask of build"
+        "x: no coupling transforms column 'income', for which this flow knows only normal distributions; the rows are "
+        "of another shape. Put such columns into what a Coupling transforms, or into a mask of build"
     ]
     x[:, 2] = np.log(x[:, 2])
-    assert "normally distributed" not in "".join(told(nvpflow.build(3, layers=layers), x, epochs=3)[0])
+    assert "only normal distributions" not in "".join(told(nvpflow.build(3, layers=layers), x, epochs=3)[0])
 
 
 @pytest.mark.parametrize(("rows", "share"), [(10, 0.3), (1000, 0.1), (1000, 0.0)])

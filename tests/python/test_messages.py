@@ -135,6 +135,14 @@ HABITS = [
     (lambda flow: nvpflow.build(3, cond_dim=2), "'cond_dim'; how many numbers condition a row is called context_size"),
     (lambda flow: flow.sample(5, generator=None), "'generator'; randomness comes from an integer, seed="),
     (lambda flow: flow.sample(5, sed=1), "'sed'; did you mean 'seed'"),
+    (
+        lambda flow: flow.fit(X, X),
+        r"Flow.fit\(\) takes at most 1 positional argument\(s\), got 2; a context and options are",
+    ),
+    (
+        lambda flow: nvpflow.check_data(X, X),
+        r"check_data\(\) takes at most 1 positional .*given by name, context=c; rows",
+    ),
     (lambda flow: flow.fit(X, epoch=1), "Flow.fit.. got an unexpected argument 'epoch'; did you mean 'epochs'"),
     (lambda flow: nvpflow.build(3, hiden_sizes=(4,)), "'hiden_sizes'; did you mean 'hidden_sizes'"),
     (lambda flow: nvpflow.Flow(flow.spec, seeds=1), "Flow.__init__.. got .* 'seeds'; did you mean 'seed'"),

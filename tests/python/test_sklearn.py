@@ -276,6 +276,7 @@ def test_a_conditional_density_is_the_flow_bit_for_bit(given):
     assert np.array_equal(again.score_samples(given), expected)
 
 
+@pytest.mark.filterwarnings("ignore:the flow is worse than a Gaussian")  # of few epochs
 def test_ways_to_name_the_context(given, given_frame):
     expected = FlowDensity(**OF_CONTEXT).fit(given)
     by_name = FlowDensity(**OF_CONTEXT | {"context_features": ["hour", "load"]}).fit(given_frame)
@@ -328,6 +329,7 @@ def test_validation_rows_with_their_context(given):
     assert density.flow_ == flow
 
 
+@pytest.mark.filterwarnings("ignore:the flow is worse than a Gaussian")  # of few epochs
 def test_outliers_given_a_context(given):
     """A row that is ordinary among all and odd under its context."""
     odd = np.vstack([given, [[0.0, 2.0, 2.0, 30.0]]])  # the mean of a is 2 there
@@ -497,6 +499,7 @@ except ImportError as error:
     assert 'pip install "scikit-learn>=1.6"' in run_python(script)
 
 
+@pytest.mark.filterwarnings("ignore:the flow is worse than a Gaussian")  # of few epochs
 def test_a_dtype_set_after_fitting_waits_for_the_next_fit() -> None:
     X = np.random.default_rng(0).normal(size=(200, 3))
     density = FlowDensity(hidden_sizes=(8,), epochs=1, random_state=0).fit(X)
