@@ -1131,16 +1131,23 @@ TEST_CASE_TEMPLATE("a uniform base agrees with the oracle, inside and outside", 
 }
 
 TEST_CASE_TEMPLATE("the edges of a uniform base belong to it, and what is NaN is in none", T, float, double) {
-  constexpr T kInf = std::numeric_limits<T>::infinity(), kMax = std::numeric_limits<T>::max();
+  constexpr T kInfinite = std::numeric_limits<T>::infinity(), kMax = std::numeric_limits<T>::max();
   const T low = T(0.1), high = T(0.7);
   for (const std::int64_t features : {2, 17}) {
     const Flow flow =
         identity_flow<T>(features, nvpflow::UniformBase{static_cast<double>(low), static_cast<double>(high)});
     const double inside =
         -static_cast<double>(features) * std::log(static_cast<double>(high) - static_cast<double>(low));
-    const std::vector<T> values = {
-        low,   high,      std::nextafter(low, -kInf), std::nextafter(high, kInf), T(0.4), kMax, -kMax, kInf,
-        -kInf, kPoison<T>};
+    const std::vector<T> values = {low,
+                                   high,
+                                   std::nextafter(low, -kInfinite),
+                                   std::nextafter(high, kInfinite),
+                                   T(0.4),
+                                   kMax,
+                                   -kMax,
+                                   kInfinite,
+                                   -kInfinite,
+                                   kPoison<T>};
     for (const std::int64_t rows : {1, 100}) {  // row path, tiles
       for (std::size_t v = 0; v < values.size(); ++v) {
         CAPTURE(values[v]);
@@ -1150,7 +1157,7 @@ TEST_CASE_TEMPLATE("the edges of a uniform base belong to it, and what is NaN is
         flow.log_prob<T>(x, log_prob);
         for (const T value : log_prob) {
           if (v < 2 || v == 4) CHECK(within(static_cast<double>(value), inside, kBudget<T>));
-          if (v == 2 || v == 3 || v == 5 || v == 6) CHECK(value == -kInf);
+          if (v == 2 || v == 3 || v == 5 || v == 6) CHECK(value == -kInfinite);
           if (v > 6) CHECK(std::isnan(value));
         }
       }
