@@ -1,10 +1,11 @@
 """Normalizing flows of coupling layers: exact densities, sampling and training, on a C++ core.
 
 >>> import numpy as np, nvpflow
->>> x = np.random.default_rng(0).normal(size=(1000, 16)).astype(np.float32)
->>> flow = nvpflow.build(input_size=16, num_flows=4, hidden_sizes=(128,), activation="relu")
+>>> x = np.random.default_rng(0).normal(size=(5000, 2)).astype(np.float32)
+>>> x[:, 1] += x[:, 0] ** 2
+>>> flow = nvpflow.build(input_size=2, num_flows=4, hidden_sizes=(64,))
+>>> history = flow.fit(x, epochs=5, progress=False)
 >>> z, log_det = flow.forward(x)
->>> history = flow.fit(x, epochs=2, progress=False)
 >>> log_p = flow.log_probability(x)
 """
 

@@ -13,7 +13,7 @@ GREENLETS = """
 import sys, tempfile
 import greenlet, numpy as np, nvpflow
 
-x = np.random.default_rng(0).normal(size=(60, 3)).astype("f4")
+x = np.random.default_rng(0).normal(size=(100, 3)).astype("f4")
 flows = [nvpflow.build(3, 2, (8,), seed=seed) for seed in range(2)]
 expected = [flow.log_prob(x) for flow in flows]
 folder = tempfile.mkdtemp()
