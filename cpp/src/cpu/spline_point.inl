@@ -301,14 +301,14 @@ NVPFLOW_INLINE SplineValue<T> spline_value(const SplineMap<T>& map, T* u, int64_
   if (map.slope_tails) {
     follow_tails<T>(map, inverse, in, high ? place.d1 : place.d0, value);
   } else {
-    value.log_slope = high | low ? Vec<T>{} : value.log_slope;  // also at infinity
+    value.log_slope = (high | low) ? Vec<T>{} : value.log_slope;  // also at infinity
   }
   if constexpr (taped) {
     keep_sizes<T>(map, widths, u, distance, tape->squash + at);
     keep_sizes<T>(map, heights, u + K * distance, distance, tape->squash + K * distance + at);
     const Vec<T> from_edge = (inverse ? value.out : in) - (high ? set1(map.upper) : set1(map.lower));
     store<T>(tape->index + at, low ? set1(T(-1)) : high ? set1(static_cast<T>(K)) : bin.index);
-    store<T>(tape->xi + at, high | low ? from_edge : place.xi);
+    store<T>(tape->xi + at, (high | low) ? from_edge : place.xi);
     store<T>(tape->b + at, place.b);
     store<T>(tape->width + at, (inverse ? bin.other_size : bin.size) * inverse_width);
     store<T>(tape->height + at, (inverse ? bin.size : bin.other_size) * inverse_height);

@@ -194,8 +194,8 @@ NVPFLOW_INLINE void finish_row(const Program<T>& program, const TransformCall<T>
   if (sum_lanes<T>(zeros) != T(0) || !known) settle_row<T>(call, known, r, features, state, 1, &log_det);
   if (call.log_det != nullptr) call.log_det[r] = log_det;
   if (call.log_prob != nullptr) {
-    call.log_prob[r] = visit_base(program.base, [&]<class Density>(Density) __attribute__((always_inline)) {
-      return Density::log_prob_row(program.base, state, features, log_det);
+    visit_base(program.base, [&]<class Density>(Density) __attribute__((always_inline)) {
+      call.log_prob[r] = Density::log_prob_row(program.base, state, features, log_det);
     });
   }
   if (call.out == nullptr) return;
