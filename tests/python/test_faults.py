@@ -23,7 +23,7 @@ NOBODY = 65534
 
 # `attempt(n, action, error)` saves in a process of its own, in which the n-th call goes wrong, and says how it ended.
 DRIVER = """
-import ctypes, errno, os, signal, sys
+import ctypes, errno, os, signal, sys, warnings
 from pathlib import Path
 import numpy as np
 import nvpflow
@@ -50,6 +50,7 @@ class Checkpoints:
     "A checkpoint in the middle of a run; the faults begin with the second epoch."
     rows = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
     def fit(self, flow, epochs, callback=None):
+        warnings.simplefilter("ignore", nvpflow.DataWarning)  # of few rows
         flow.fit(self.rows, epochs=epochs, batch_size=32, schedule="constant", progress=False, callback=callback,
                  checkpoint=path, num_threads=1)
     def prepare(self):

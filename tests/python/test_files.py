@@ -754,7 +754,7 @@ def test_a_model_that_does_not_fit_in_memory_says_so(tmp_path, run_python) -> No
 import resource, sys
 import numpy as np
 import nvpflow
-rows, flow = np.random.default_rng(0).normal(size=(32, 2)).astype(np.float32), nvpflow.build(2, 1, (4,))
+rows, flow = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32), nvpflow.build(2, 1, (4,))
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 30),) * 2)
 for call in (lambda: nvpflow.load(sys.argv[1]), lambda: flow.fit(rows, batch_size=8, checkpoint=sys.argv[1])):
