@@ -52,6 +52,8 @@ _RENAMED = {
         ("context_features", "cond_dim", "condition_size", "conditions", "num_classes"),
         "how many numbers condition a row is called context_size",
     ),
+    "num_bins": (("bins", "n_bins", "count_bins", "knots"), "the number of a spline's bins is called num_bins"),
+    "tail_bound": (("bound", "B", "tails"), "how far splines reach is called tail_bound"),
     "hidden_sizes": (
         ("hidden_features", "hidden_size", "n_hidden"),
         "widths of hidden layers are called hidden_sizes",

@@ -132,6 +132,11 @@ HABITS = [
         r"n is tuple, expected an integer; rows have one axis, and sample\(5\) draws five",
     ),
     (lambda flow: flow.sample(num_samples=5), "'num_samples'; the number of rows is called n"),
+    (
+        lambda flow: nvpflow.build(3, transform="spline", bins=8),
+        "'bins'; the number of a spline's bins is called num_b",
+    ),
+    (lambda flow: nvpflow.build(3, transform="spline", bound=5), "'bound'; how far splines reach is called tail_bound"),
     (lambda flow: nvpflow.build(3, cond_dim=2), "'cond_dim'; how many numbers condition a row is called context_size"),
     (lambda flow: flow.sample(5, generator=None), "'generator'; randomness comes from an integer, seed="),
     (lambda flow: flow.sample(5, sed=1), "'sed'; did you mean 'seed'"),
