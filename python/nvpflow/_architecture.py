@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvpflow import _bases, _checks
-from nvpflow._bases import NORMAL
+from nvpflow._bases import NORMAL, Uniform
 from nvpflow._core import FlowSpec
 from nvpflow._networks import Network
 from nvpflow._spec import untransformed
@@ -117,6 +117,8 @@ class Options:
         if self.transform != "spline":
             for name in self._changed("num_bins", "tail_bound"):
                 yield name, f"with transform={self.transform!r}, expected transform='spline' for it"
+        elif isinstance(self.base, Uniform) and self._changed("tail_bound"):
+            yield "tail_bound", f"with base={self.base!r}, expected it left out: splines reach as far as the base"
         if self.scale in _UNBOUNDED and self._changed("scale_bound"):
             yield "scale_bound", f"with scale={self.scale!r}, expected it left out: that function has no bound"
         if self.network == "residual":
@@ -215,6 +217,8 @@ def _choice(name: str, value: Any, known: Sequence[str], more: str = "") -> str:
 def _transform(options: Options) -> Transform:
     if options.transform == "additive":
         return Additive()
+    if options.transform == "spline" and isinstance(options.base, Uniform):
+        return Spline(options.num_bins, interval=(options.base.low, options.base.high), boundary="free")
     if options.transform == "spline":
         return Spline(options.num_bins, options.tail_bound)
     try:

@@ -95,7 +95,8 @@ def build(
     tail_bound
         B, of ``transform="spline"``: splines reach from -B to B; rows outside pass unchanged, and their density is that
         of the layers around. The default suits columns of unit scale, which the standardize layer makes of others:
-        0.3 % of a normal distribution is outside. `nvpflow.layers.Spline` has further choices.
+        0.3 % of a normal distribution is outside. With a uniform base they reach as far as that, with free ends.
+        `nvpflow.layers.Spline` has further choices.
     mask
         What couplings transform. "halves": in turns the features from ``D // 2`` on, and those before. "checkered": in
         turns the odd and the even ones. "random": in turns a random half and the other. Or an array of bools [K, D],

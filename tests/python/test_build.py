@@ -21,6 +21,7 @@ from nvpflow.layers import (
     ResidualNet,
     Spline,
     Standardize,
+    Uniform,
 )
 
 
@@ -72,6 +73,8 @@ def test_networks_and_transforms() -> None:
     assert {layer.transform for layer in couplings(spec(transform="spline"))} == {Spline()}
     of = spec(transform="spline", num_bins=5, tail_bound=4)
     assert {layer.transform for layer in couplings(of)} == {Spline(5, 4)}
+    of = spec(transform="spline", num_bins=5, base=Uniform(-1, 2), standardize=False)
+    assert {layer.transform for layer in couplings(of)} == {Spline(5, interval=(-1, 2), boundary="free")}
     for scale in ("softsign", "atan", "sigmoid"):
         assert {layer.transform for layer in couplings(spec(scale=scale, scale_bound=2))} == {Affine(scale, 2)}
     for scale in ("softplus", "exp"):
@@ -217,6 +220,10 @@ def test_built_flows_compute() -> None:
             for transform in ("affine", "additive")
             for options in ({"num_bins": 4}, {"tail_bound": 5.0})
             for name, value in options.items()
+        ),
+        (
+            {"transform": "spline", "base": "uniform", "tail_bound": 2},
+            "tail_bound is 2.0 with base=Uniform(0.0, 1.0), expected it left out: splines reach as far as the base",
         ),
         ({"transform": "spline", "num_bins": 0}, "num_bins is 0, expected 1 to 256"),
         ({"transform": "spline", "tail_bound": -1}, "tail_bound is -1.0, expected finite and > 0"),

@@ -296,6 +296,22 @@ def test_rows_beyond_the_interval(spline, dtype) -> None:
 
 
 @over_splines
+def test_what_is_inside_stays_inside(spline, dtype) -> None:
+    """Not by a rounding beyond the ends, where a uniform base has no density."""
+    raw = draw_raw(spline, 200, 1.0, dtype, np.random.default_rng(21))
+    flow, kind = alone(spline, raw, dtype), np.dtype(dtype).type
+    low, high = kind(spline["lower"]), kind(spline["upper"])
+    unit = np.finfo(dtype).eps * (high - low)
+    near = [np.nextafter(low, high), np.nextafter(high, low), high - 2 * unit, low + 2 * unit]
+    x = np.tile(np.array([low, high, *near], dtype)[:, None], (1, 201))
+    for rows in (1, len(x)):
+        for at in range(0, len(x), rows):
+            for values in (flow.forward(x[at : at + rows])[0], flow.inverse(x[at : at + rows])):
+                assert low <= values.min()
+                assert values.max() <= high
+
+
+@over_splines
 def test_gradients_are_finite_wherever_a_row_is(spline, dtype) -> None:
     """On the knots, at both ends and far out; parameters get nothing from a row that passes."""
     rng = np.random.default_rng(7)
@@ -670,6 +686,25 @@ def test_a_new_flow_is_near_the_identity(dtype) -> None:
         z, log_det = flow.forward(x)
         assert np.abs(np.sort(z, axis=1) - np.sort(x, axis=1)).max() < 0.1
         assert np.abs(log_det).max() < 0.5
+
+
+def test_splines_with_a_uniform_base(dtype) -> None:
+    """Of columns that fill [0, 1]: every row has a density, which integrates to 1, and samples stay inside."""
+    rng = np.random.default_rng(22)
+    first = rng.beta(2, 5, size=(3000, 1))
+    x = np.hstack([first, 1 - first * rng.random((3000, 1))]).astype(dtype)
+    x[:4] = [[0, 0], [0, 1], [1, 0], [1, 1]]
+    flow = nvpflow.build(2, 4, (16,), transform="spline", base="uniform", dtype=dtype, seed=1)
+    before = flow.nll(x)
+    flow.fit(x, epochs=20, progress=False)
+    assert flow.nll(x) < before - 1.5
+    drawn = flow.sample(3000, seed=0)
+    assert drawn.min() >= 0
+    assert drawn.max() <= 1
+    assert np.abs(drawn.mean(axis=0) - x.mean(axis=0)).max() < 0.03
+    middle = (np.arange(400) + 0.5) / 400
+    grid = np.stack(np.meshgrid(middle, middle), axis=-1).reshape(-1, 2).astype(dtype)
+    assert np.exp(flow.log_prob(grid), dtype=np.float64).mean() == pytest.approx(1, abs=0.01)
 
 
 def test_training_finds_what_no_affine_coupling_can() -> None:

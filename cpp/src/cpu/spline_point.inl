@@ -295,7 +295,8 @@ NVPFLOW_INLINE SplineValue<T> spline_value(const SplineMap<T>& map, T* u, int64_
     value.out = fma(fma(bin.other_size, eta, bin.other_left) * inverse_height, set1(map.span), set1(map.lower));
     value.log_slope = log<T>(slope);
   }
-  value.out = inside ? value.out : in;
+  // A rounding beyond the end there is another map, or no density. Below the other end none can take it.
+  value.out = inside ? at_most(value.out, map.upper) : in;
   value.log_slope = inside ? value.log_slope : in * T(0);  // NaN where that came in
   const auto high = in > set1(map.upper), low = in < set1(map.lower);
   if (map.slope_tails) {
