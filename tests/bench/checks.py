@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from functools import cache
 from typing import Any
 
 import numpy as np
 from configurations import Configuration, given, reference
+from general_oracle import base_log_density
 from peers import LEARNING_RATE, Peer
 from timing import Call
 
 ROWS = 64
 LIMIT = 1e-4  # relative to max(1, |value|)
-LOG_2_PI = math.log(2 * math.pi)
 
 
 class WrongResultError(ArithmeticError):
@@ -72,7 +71,9 @@ def _expected(peer: Peer, configuration: Configuration, op: str, rows: tuple[np.
     return "oracle", {"log_prob": oracle.log_prob, "forward": oracle.forward, "inverse": oracle.inverse}[op](*rows)
 
 
-def _round_trip_error(peer: Peer, op: str, rows: tuple[np.ndarray, ...], results: Any) -> float:
+def _round_trip_error(
+    peer: Peer, configuration: Configuration, op: str, rows: tuple[np.ndarray, ...], results: Any
+) -> float:
     """inverse(forward(x)) against x, and log_prob against the density of forward's latents."""
     x, context = rows[0], rows[1:]
     if op == "inverse":
@@ -80,16 +81,18 @@ def _round_trip_error(peer: Peer, op: str, rows: tuple[np.ndarray, ...], results
     z, log_det = (np.asarray(part, np.float64) for part in peer.function("forward", *rows)(*rows))
     if op == "forward":
         return error(_first_rows(peer.function("inverse", *rows)(results[0], *context)), _first_rows(x))
-    log_normal = -0.5 * (x.shape[1] * LOG_2_PI + np.sum(z * z, axis=1))
-    return error(_first_rows(results), _first_rows(log_normal + log_det))
+    log_base = base_log_density(configuration.spec, z)
+    return error(_first_rows(results), _first_rows(log_base + log_det))
 
 
 def _training_error(
     peer: Peer, configuration: Configuration, rows: tuple[np.ndarray, ...], losses: list[float]
 ) -> tuple[str, float]:
-    if not peer.other_maths:
-        return "oracle, three steps", error(losses, oracle_losses(peer.checked_as(configuration), len(rows[0])))
-    return "its own float64, first loss", error(losses[:1], [-np.mean(peer.reference("log_prob", *rows))])
+    if peer.other_maths:
+        return "its own float64, first loss", error(losses[:1], [-np.mean(peer.reference("log_prob", *rows))])
+    if peer.other_steps:
+        return "oracle, first loss", error(losses[:1], [reference(peer.checked_as(configuration)).nll(*rows)])
+    return "oracle, three steps", error(losses, oracle_losses(peer.checked_as(configuration), len(rows[0])))
 
 
 def check(peer: Peer, configuration: Configuration, op: str, rows: tuple[np.ndarray, ...], timed: Any) -> dict:
@@ -104,7 +107,7 @@ def check(peer: Peer, configuration: Configuration, op: str, rows: tuple[np.ndar
         if op == "inverse" and not peer.other_maths:
             expected = expected[0]
         if expected is None:
-            against, worst = "round trip", _round_trip_error(peer, op, rows, results)
+            against, worst = "round trip", _round_trip_error(peer, configuration, op, rows, results)
         else:
             worst = error(_first_rows(results), expected)
     if not worst <= LIMIT:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,8 +33,25 @@ class _Value:
     def __sub__(self, other: Any) -> _Value:
         return self._with("Sub", other)
 
+    def __rsub__(self, other: Any) -> _Value:
+        return self.graph.value(other) - self
+
     def __mul__(self, other: Any) -> _Value:
         return self._with("Mul", other)
+
+    def __truediv__(self, other: Any) -> _Value:
+        return self._with("Div", other)
+
+    def __le__(self, other: Any) -> _Value:
+        return self._with("LessOrEqual", other)
+
+    def __ge__(self, other: Any) -> _Value:
+        return self._with("GreaterOrEqual", other)
+
+    def __eq__(self, other: Any) -> _Value:  # type: ignore[override]
+        return self._with("Equal", other)
+
+    __hash__ = None  # type: ignore[assignment]
 
     def __neg__(self) -> _Value:
         return self.graph.node("Neg", self)
@@ -42,8 +59,35 @@ class _Value:
     def __matmul__(self, kernel: np.ndarray) -> _Value:
         return self.graph.node("MatMul", self, kernel, shape=(*self.shape[:-1], kernel.shape[1]))
 
+    def __getitem__(self, rows: slice) -> _Value:
+        first, last, _ = rows.indices(self.shape[0])
+        ends = (np.array([bound]) for bound in (first, last, 0))
+        return self.graph.node("Slice", self, *ends, shape=(last - first, *self.shape[1:]))
+
+    @property
+    def T(self) -> _Value:
+        return self.graph.node("Transpose", self, shape=self.shape[::-1])
+
+    def reshape(self, *shape: int) -> _Value:
+        return self.graph.node("Reshape", self, np.array(shape), shape=shape)
+
     def sum(self, axis: int) -> _Value:
-        return self.graph.node("ReduceSum", self, np.array([axis]), shape=self.shape[:axis], keepdims=0)
+        return self._over(axis, "ReduceSum")
+
+    def all(self, axis: int) -> _Value:
+        return self._as("FLOAT")._over(axis, "ReduceMin")._as("BOOL")
+
+    def count(self, axis: int) -> _Value:
+        return self._as("INT64")._over(axis, "ReduceSum")
+
+    def _over(self, axis: int, kind: str) -> _Value:
+        shape = self.shape[:axis] + self.shape[axis + 1 :]
+        return self.graph.node(kind, self, np.array([axis]), shape=shape, keepdims=0)
+
+    def _as(self, kind: str) -> _Value:
+        from onnx import TensorProto
+
+        return self.graph.node("Cast", self, to=getattr(TensorProto, kind))
 
 
 class _Graph:
@@ -59,7 +103,7 @@ class _Graph:
 
         if isinstance(given, _Value):
             return given
-        array = np.atleast_1d(given)
+        array = np.asarray(given)
         array = array.astype(np.int64 if array.dtype.kind == "i" else np.float32)
         self.constants.append(numpy_helper.from_array(array, f"c{len(self.constants)}"))
         return _Value(self, self.constants[-1].name, array.shape)
@@ -84,7 +128,10 @@ class _Graph:
 
     def arrays(self) -> formula.Arrays:
         module = SimpleNamespace(
-            exp=lambda u: self.node("Exp", u), tanh=lambda u: self.node("Tanh", u), concatenate=self._concatenate
+            **{name: self._function(name.capitalize()) for name in ("abs", "exp", "log", "sqrt", "tanh")},
+            concatenate=self._concatenate,
+            cumsum=lambda x, axis: self.node("CumSum", x, np.array(axis)),
+            where=lambda condition, yes, no: self.node("Where", condition, yes, no),
         )
         return formula.Arrays(
             module,
@@ -92,9 +139,26 @@ class _Graph:
             relu=lambda u: self.node("Relu", u),
             sigmoid=lambda u: self.node("Sigmoid", u),
             columns=self._columns,
+            dense_transposed=self._dense_transposed,
+            softmax=lambda u: self.node("Softmax", u, axis=0),
+            softplus=self._function("Softplus"),
+            pick=self._pick,
+            clip=lambda x, low, high: self.node("Clip", x, low, high),
+            count=lambda conditions: conditions.count(axis=0),
             split=self._split,
             total=self._total,
         )
+
+    def _function(self, kind: str) -> Callable[[_Value], _Value]:
+        return lambda u: self.node(kind, u)
+
+    def _dense_transposed(self, x: _Value, kernel: np.ndarray, bias: np.ndarray) -> _Value:
+        shape = (kernel.shape[1], x.shape[0])
+        return self.node("Gemm", kernel, x, bias[:, None], shape=shape, transA=1, transB=1)
+
+    def _pick(self, values: _Value, places: _Value) -> _Value:
+        index = places.reshape(1, *places.shape)
+        return self.node("GatherElements", values, index, shape=index.shape, axis=0).reshape(*places.shape)
 
     def _concatenate(self, parts: Sequence[_Value], axis: int) -> _Value:
         shape = (parts[0].shape[0], sum(part.shape[1] for part in parts))
@@ -117,13 +181,13 @@ class _Graph:
         return self.node("Sum", *values, shape=shape) if len(values) > 1 else values[0]
 
 
-def build(steps: list[Any], parameters: Mapping[str, np.ndarray], op: str, *given: np.ndarray) -> bytes:
+def build(flow: formula.Flow, parameters: Mapping[str, np.ndarray], op: str, *given: np.ndarray) -> bytes:
     """The serialized model of one of log_prob, forward (two outputs) and inverse; inputs "x", and "c" for a context."""
     from onnx import TensorProto, helper
 
     graph = _Graph()
     inputs = [_Value(graph, name, array.shape) for name, array in zip("xc", given, strict=False)]
-    results = formula.run(graph.arrays(), steps, parameters, op, *inputs)
+    results = formula.run(graph.arrays(), flow, parameters, op, *inputs)
     named = {"inverse": ["y"], "forward": ["y", "log_det"], "log_prob": ["log_prob"]}[op]
     outputs = dict(zip(named, results if op == "forward" else [results], strict=True))
     for name, value in outputs.items():

@@ -1,4 +1,4 @@
-"""What else a Python user can run an affine flow with, each as its documentation says to run it fast.
+"""What else a Python user can run these flows with, each as its documentation says to run it fast.
 
 A peer is a class whose constructor takes a configuration and the number of threads and imports its library: one that
 is not installed raises ImportError and is skipped. `function(op, *given)` returns a function of arrays of such shapes,
@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import formula
 import numpy as np
 from configurations import Configuration, reference
+from general_oracle import raw_numbers
 from timing import Call, Function
 
 LEARNING_RATE = 1e-3
@@ -65,6 +68,7 @@ class Peer:
     """The defaults of a peer."""
 
     other_maths = False
+    other_steps = False  # our mathematics of other parameters: a step of Adam moves them elsewhere
     can_train = False
     chunks = False  # also run large batches in chunks of CHUNK rows
     slow_to_build = False  # seconds for each shape: not run at every batch size
@@ -113,11 +117,11 @@ class Formula(Peer):
 
 class Numpy(Formula):
     def __init__(self, configuration: Configuration, threads: int) -> None:
-        self.arrays, self.steps = formula.numpy_arrays(), formula.steps(configuration)
+        self.arrays, self.flow = formula.numpy_arrays(), formula.flow(configuration)
         self.parameters = formula.composed(configuration, formula.parameters(configuration))
 
     def function(self, op, x, *context):
-        return lambda *given: formula.run(self.arrays, self.steps, self.parameters, op, *given)
+        return lambda *given: formula.run(self.arrays, self.flow, self.parameters, op, *given)
 
 
 class Jax(Formula):
@@ -129,13 +133,13 @@ class Jax(Formula):
         import jax
 
         self.jax = jax
-        self.arrays, self.steps = formula.jax_arrays(), formula.steps(configuration)
+        self.arrays, self.flow = formula.jax_arrays(), formula.flow(configuration)
         self.parameters = formula.parameters(configuration)
         self.composed = formula.composed(configuration, self.parameters)
 
     def function(self, op, x, *context):
         weights = self.jax.tree.map(self.arrays.module.asarray, self.composed)
-        return self.compiled(lambda *given: formula.run(self.arrays, self.steps, weights, op, *given), op)
+        return self.compiled(lambda *given: formula.run(self.arrays, self.flow, weights, op, *given), op)
 
     def compiled(self, run: Callable, op: str) -> Callable[..., Any]:
         """A jitted function whose results are NumPy's."""
@@ -145,7 +149,7 @@ class Jax(Formula):
         return lambda *given: np.asarray(compiled(*given))
 
     def nll(self, parameters, x, *context):
-        return -formula.run(self.arrays, self.steps, parameters, "log_prob", x, *context).mean()
+        return -formula.run(self.arrays, self.flow, parameters, "log_prob", x, *context).mean()
 
     def train(self, *given):
         import jax.numpy as jnp
@@ -174,12 +178,12 @@ class Jax(Formula):
 # ------------------------------------------------------------------------------------------ PyTorch
 
 
-def _torch_flow(configuration: Configuration, one_head: bool) -> Any:
+def _torch_flow(configuration: Configuration, one_head: bool, compiled: bool = False) -> Any:
     """The formula as a module: what depends on no row is computed ahead in eval mode, in each step in training."""
     import torch
     from torch import nn
 
-    arrays, steps = formula.torch_arrays(), formula.steps(configuration)
+    arrays, flow = formula.torch_arrays(compiled), formula.flow(configuration)
     trained = formula.parameters(configuration, one_head)
 
     class Flow(nn.Module):
@@ -195,7 +199,7 @@ def _torch_flow(configuration: Configuration, one_head: bool) -> Any:
             return {name: torch.tensor(value) for name, value in values.items()}
 
         def run(self, op, *given):
-            return formula.run(arrays, steps, self.trained if self.training else self.composed, op, *given)
+            return formula.run(arrays, flow, self.trained if self.training else self.composed, op, *given)
 
         def log_prob(self, *given):
             return self.run("log_prob", *given)
@@ -283,6 +287,9 @@ class TorchCompile(TorchFused):
 
     slow_to_build = True
 
+    def build(self, configuration):
+        return _torch_flow(configuration, one_head=True, compiled=True)
+
     def compile(self, function):
         self.torch._dynamo.reset()
         return self.torch.compile(function, dynamic=False)
@@ -309,16 +316,47 @@ def _assign(linear: Any, kernel: np.ndarray, bias: np.ndarray) -> None:
         linear.bias.copy_(torch.from_numpy(bias))
 
 
-def _assign_linears(module: Any, layers: Any, order: str) -> None:
-    """Give a module's dense layers our weights, the heads' outputs in the library's order."""
+Head = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def _affine_head(interleaved: bool) -> Head:
+    """A network's last layer in a library's order: shift first, then scale, of each feature or of all."""
+
+    def reordered(kernel: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        at = np.arange(bias.size).reshape(2, -1)[::-1]
+        at = at.T.ravel() if interleaved else at.ravel()
+        return kernel[:, at], bias[at]
+
+    return reordered
+
+
+def _spline_head(configuration: Configuration, size_factor: float = 1.0) -> Head:
+    """The same: all numbers of a feature side by side; slopes without an offset, sizes that the library divides."""
+    counts = raw_numbers(configuration.spline)
+    factor = np.repeat([size_factor, size_factor, 1.0], list(counts.values()))
+    offset = np.repeat([0.0, 0.0, configuration.spline["derivative"]["offset"]], list(counts.values()))
+
+    def by_feature(numbers: np.ndarray) -> np.ndarray:
+        """[..., P n], number p of feature j from p n + j to j P + p."""
+        apart = numbers.reshape(*numbers.shape[:-1], len(factor), -1)
+        return np.swapaxes(apart, -1, -2).reshape(numbers.shape).astype(np.float32)
+
+    def reordered(kernel: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        features = bias.size // len(factor)
+        times, more = np.repeat(factor, features), np.repeat(offset, features)
+        return by_feature(kernel * times), by_feature(bias * times + more)
+
+    return reordered
+
+
+def _assign_linears(module: Any, layers: Any, head: Head) -> None:
+    """Give a module's dense layers our weights."""
     # zuko's Linear is a class of its own.
     linears = iter([m for m in module.modules() if type(m).__name__ == "Linear"])
     for dense in layers:
         for i, (kernel, bias) in enumerate(dense):
             if i == len(dense) - 1:
-                at = np.arange(bias.size).reshape(2, -1)[::-1]  # shift first, then scale
-                at = at.T.ravel() if order == "interleaved" else at.ravel()
-                kernel, bias = kernel[:, at], bias[at]
+                kernel, bias = head(kernel, bias)
             _assign(next(linears), kernel, bias)
     assert next(linears, None) is None, "the library's model has more layers than ours"
 
@@ -341,6 +379,15 @@ def _assign_factors(linears: Any, configuration: Configuration) -> None:
                 getattr(linear, part).copy_(torch.from_numpy(value))
 
 
+def _gates_first(configuration: Configuration) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+    """`fused_layers` in the order of the modules of nflows and normflows: a gate stands first in a block."""
+    layers = fused_layers(configuration)
+    if configuration.network != "residual" or not configuration.context_size:
+        return layers
+    at = [0, *(3 * j + i for j in range(configuration.num_blocks) for i in (3, 1, 2)), -1]
+    return [[dense[i] for i in at] for dense in layers]
+
+
 def _marks(configuration: Configuration, features: tuple[int, ...]) -> Any:
     """A mask [D] of PyTorch, true at `features`."""
     import torch
@@ -349,18 +396,21 @@ def _marks(configuration: Configuration, features: tuple[int, ...]) -> Any:
 
 
 class Zuko(Library):
-    """zuko.flows.NICE, its RealNVP: checkered masks, a soft clip of the log-scale; networks without gates."""
+    """zuko.flows.NICE, its RealNVP: checkered masks, a soft clip of the log-scale; networks without gates.
+
+    With splines coupling by coupling: its NSF(passes=2) would make masked networks of twice the arithmetic.
+    """
 
     def build(self, configuration):
         import zuko
 
         c = configuration
         sizes = {"context": c.context_size, "hidden_features": c.widths}
-        if c.mixing == "lu":
-            return self.mixed(configuration, sizes)
+        if c.mixing or c.splines:
+            return self.assembled(configuration, sizes)
         flow = zuko.flows.NICE(c.input_size, transforms=c.num_flows, **sizes)
         if c.plain:
-            _assign_linears(flow, fused_layers(configuration), "interleaved")
+            _assign_linears(flow, fused_layers(configuration), _affine_head(interleaved=True))
         else:
             for transform in flow.transform.transforms:
                 transform.hyper = self.pair(transform.hyper, c.widths)
@@ -386,23 +436,30 @@ class Zuko(Library):
 
         return Pair()
 
-    def mixed(self, configuration: Configuration, sizes: dict[str, Any]) -> Any:
-        """With permutations and LULinearTransform, which has no bias."""
+    def assembled(self, configuration: Configuration, sizes: dict[str, Any]) -> Any:
+        """With permutations and LULinearTransform, which has no bias; splines that end in slope 1."""
         import torch
         from zuko import distributions, flows, lazy, transforms
 
         size, steps = configuration.input_size, []
+        if configuration.splines:
+            bins, bound = configuration.num_bins, configuration.spline["upper"]
+            sizes |= {"univariate": partial(transforms.MonotonicRQSTransform, bound=bound)}
+            sizes |= {"shapes": [(bins,), (bins,), (bins - 1,)]}
         for step in formula.steps(configuration):
-            if isinstance(step, formula.Linear):
-                steps += [
-                    lazy.UnconditionalTransform(transforms.PermutationTransform, torch.tensor(step.order), buffer=True),
-                    lazy.UnconditionalTransform(transforms.LULinearTransform, torch.eye(size)),
-                ]
-            else:
+            if isinstance(step, formula.Coupling):
                 mask = _marks(configuration, step.passed)
                 steps.append(flows.GeneralCouplingTransform(size, mask=mask, **sizes))
-        moments = {"loc": torch.zeros(size), "scale": torch.ones(size)}
-        return lazy.Flow(steps, lazy.UnconditionalDistribution(distributions.DiagNormal, buffer=True, **moments))
+                continue
+            if step.order != tuple(range(size)):
+                order = torch.tensor(step.order)
+                steps.append(lazy.UnconditionalTransform(transforms.PermutationTransform, order, buffer=True))
+            steps.append(lazy.UnconditionalTransform(transforms.LULinearTransform, torch.eye(size)))
+        if configuration.bounded:
+            of_base = distributions.BoxUniform, {"lower": -torch.ones(size), "upper": torch.ones(size)}
+        else:
+            of_base = distributions.DiagNormal, {"loc": torch.zeros(size), "scale": torch.ones(size)}
+        return lazy.Flow(steps, lazy.UnconditionalDistribution(of_base[0], buffer=True, **of_base[1]))
 
     def run(self, module, op, x, *context):
         distribution = module(*context)
@@ -412,7 +469,11 @@ class Zuko(Library):
 
 
 class Nflows(Library):
-    """nflows' AffineCouplingTransform: scale sigmoid(u + 2) + 1e-3; its MLP, ResidualNet and LULinear, cached."""
+    """nflows' couplings, its MLP, ResidualNet and LULinear, cached.
+
+    The scale of an affine coupling is sigmoid(u + 2) + 1e-3; splines are ours, with sizes divided by the root of the
+    hidden units.
+    """
 
     @staticmethod
     def holds(configuration):
@@ -424,38 +485,63 @@ class Nflows(Library):
         from nflows.distributions import StandardNormal
         from nflows.flows import Flow
 
-        def network(size_in, size_out):
-            return self.network(configuration, size_in, size_out)
-
+        self.other_maths, self.other_steps = not configuration.splines, configuration.splines
         size, steps, linears = configuration.input_size, [], []
         for step in formula.steps(configuration):
             if isinstance(step, formula.Linear):
                 linears.append(transforms.LULinear(size, using_cache=True))
-                steps += [transforms.Permutation(torch.tensor(step.order)), linears[-1]]
+                if step.order != tuple(range(size)):
+                    steps.append(transforms.Permutation(torch.tensor(step.order)))
+                steps.append(linears[-1])
             else:
-                steps.append(transforms.AffineCouplingTransform(_marks(configuration, step.moved).int(), network))
-        flow = Flow(transforms.CompositeTransform(steps), StandardNormal([size]))
-        layers = fused_layers(configuration)
-        if configuration.network == "residual":  # the gate stands first in a block
-            at = [0, *(3 * j + i for j in range(configuration.num_blocks) for i in (3, 1, 2)), -1]
-            layers = [[dense[i] for i in at] for dense in layers]
-        _assign_linears(flow, layers, "consecutive")
+                steps.append(self.coupling(configuration, _marks(configuration, step.moved).int()))
+        base = self.uniform() if configuration.bounded else StandardNormal([size])
+        flow = Flow(transforms.CompositeTransform(steps), base)
+        head = _affine_head(interleaved=False)
+        if configuration.splines:
+            head = _spline_head(configuration, math.sqrt(configuration.hidden_sizes[0]))
+        _assign_linears(flow, _gates_first(configuration), head)
         _assign_factors(linears, configuration)
         return flow
+
+    @staticmethod
+    def coupling(configuration: Configuration, mask: Any) -> Any:
+        from nflows import transforms
+
+        network = partial(Nflows.network, configuration)
+        if not configuration.splines:
+            return transforms.AffineCouplingTransform(mask, network)
+        tails = None if configuration.bounded else "linear"
+        return transforms.PiecewiseRationalQuadraticCouplingTransform(
+            mask, network, num_bins=configuration.num_bins, tails=tails, tail_bound=configuration.spline["upper"]
+        )
 
     @staticmethod
     def network(configuration: Configuration, size_in: int, size_out: int) -> Any:
         from nflows.nn.nets import MLP, ResidualNet
 
         class Net(MLP):
+            hidden_features = configuration.hidden_sizes[0]  # by which the splines divide sizes
+
             def forward(self, inputs, context=None):
                 return super().forward(inputs)
 
         hidden = list(configuration.hidden_sizes)
         if configuration.network == "mlp":
             return Net([size_in], [size_out], hidden)
-        sizes = {"context_features": configuration.context_size, "num_blocks": configuration.num_blocks}
+        sizes = {"context_features": configuration.context_size or None, "num_blocks": configuration.num_blocks}
         return ResidualNet(size_in, size_out, hidden[0], **sizes)
+
+    @staticmethod
+    def uniform() -> Any:
+        """Uniform on the unit cube, outside of which its splines refuse rows; its BoxUniform is no base of its Flow."""
+        from nflows.distributions import Distribution
+
+        class Uniform(Distribution):
+            def _log_prob(self, inputs, context):
+                return inputs.new_zeros(len(inputs))
+
+        return Uniform()
 
     def run(self, module, op, x, *context):
         context = [c.expand(len(x), -1) for c in context]
@@ -467,20 +553,24 @@ class Nflows(Library):
 class Normflows(Library):
     """normflows' AffineCouplingBlock: scale exp(u) without tanh; its log_prob runs the couplings' inverses.
 
-    With permuted LU layers between; with a network for each head its MaskedAffineFlow, whose mathematics is ours.
+    With permuted LU layers between; with a network for each head its MaskedAffineFlow, whose mathematics is ours; with
+    splines its CoupledRationalQuadraticSpline, whose mathematics is ours, too, without those of the other features.
     """
 
     @staticmethod
     def holds(configuration):
-        return Library.holds(configuration) and not configuration.context_size
+        return Library.holds(configuration) and (configuration.splines or not configuration.context_size)
 
     def build(self, configuration):
         import normflows as nf
 
-        self.other_maths = configuration.network != "pair"
-        flows = self.pairs(configuration) if configuration.network == "pair" else self.blocks(configuration)
-        base = nf.distributions.DiagGaussian(configuration.input_size, trainable=False)
-        return nf.NormalizingFlow(base, flows)
+        c = configuration
+        self.other_maths, self.other_steps = c.network != "pair" and not c.splines, c.splines
+        made_by = self.splines if c.splines else self.pairs if c.network == "pair" else self.blocks
+        base = nf.distributions.DiagGaussian(c.input_size, trainable=False)
+        if c.bounded:
+            base = nf.distributions.base.Uniform(c.input_size, 0.0, 1.0)
+        return (nf.ConditionalNormalizingFlow if c.context_size else nf.NormalizingFlow)(base, made_by(c))
 
     @staticmethod
     def blocks(configuration: Configuration) -> list[Any]:
@@ -498,11 +588,58 @@ class Normflows(Library):
             flows.append(nf.flows.AffineCouplingBlock(nf.nets.MLP([len(dense[0][0]), *(b.size for _, b in dense)])))
             if configuration.mixing is None:
                 flows.append(nf.flows.Permute(size, mode="swap"))
-        _assign_linears(torch.nn.ModuleList(flows), fused_layers(configuration), "interleaved")
+        _assign_linears(torch.nn.ModuleList(flows), fused_layers(configuration), _affine_head(interleaved=True))
         if linears:
             _assign_factors([flow.linear for flow in linears], configuration)
             flows.reverse()  # its order is from latents to data
         return flows
+
+    @staticmethod
+    def splines(configuration: Configuration) -> list[Any]:
+        import normflows as nf
+        import torch
+
+        size, flows, linears = configuration.input_size, [], []
+        for step in formula.steps(configuration):
+            if isinstance(step, formula.Linear):
+                flows.append(nf.flows.LULinearPermute(size))
+                flows[-1].permutation._permutation.copy_(torch.tensor(step.order))
+                linears.append(flows[-1].linear)
+            else:
+                flows.append(Normflows.coupling(configuration, _marks(configuration, step.moved).int()))
+        divisor = configuration.hidden_sizes[0] if configuration.network == "residual" else 1
+        head = _spline_head(configuration, math.sqrt(divisor))
+        _assign_linears(torch.nn.ModuleList(flows), _gates_first(configuration), head)
+        _assign_factors(linears, configuration)
+        return flows[::-1]
+
+    @staticmethod
+    def coupling(configuration: Configuration, mask: Any) -> Any:
+        """CoupledRationalQuadraticSpline of any mask; its networks are residual, else nets.MLP takes their place."""
+        import normflows as nf
+        from normflows.flows.neural_spline.coupling import PiecewiseRationalQuadraticCoupling
+
+        class Mlp(nf.nets.MLP):
+            def forward(self, x, context=None):
+                return super().forward(x)
+
+        def network(size_in: int, size_out: int) -> Any:
+            hidden = configuration.hidden_sizes
+            if configuration.network == "mlp":
+                return Mlp([size_in, *hidden, size_out])
+            sizes = {"context_features": configuration.context_size or None, "num_blocks": configuration.num_blocks}
+            return nf.nets.ResidualNet(size_in, size_out, hidden[0], **sizes)
+
+        flow = nf.flows.CoupledRationalQuadraticSpline(configuration.input_size, 1, 1)
+        flow.prqct = PiecewiseRationalQuadraticCoupling(
+            mask,
+            network,
+            num_bins=configuration.num_bins,
+            tails=None if configuration.bounded else "linear",
+            tail_bound=configuration.spline["upper"],
+            apply_unconditional_transform=False,
+        )
+        return flow
 
     @staticmethod
     def pairs(configuration: Configuration) -> list[Any]:
@@ -531,10 +668,16 @@ class Normflows(Library):
             flows.append(nf.flows.MaskedAffineFlow(_marks(configuration, step.passed).to(torch.float32), *networks))
         return flows[::-1]
 
-    def run(self, module, op, x):
+    def function(self, op, *given):
+        for module in self.serving.modules():
+            if hasattr(module, "use_cache"):  # of linear layers; their inverses call what PyTorch has no longer
+                module.use_cache(op != "inverse")
+        return super().function(op, *given)
+
+    def run(self, module, op, x, *context):
         if op == "log_prob":
-            return module.log_prob(x)
-        return module.inverse_and_log_det(x) if op == "forward" else module.forward(x)
+            return module.log_prob(x, *context)
+        return module.inverse_and_log_det(x, *context) if op == "forward" else module.forward(x, *context)
 
 
 class Freia(Library):
@@ -545,7 +688,7 @@ class Freia(Library):
 
     @staticmethod
     def holds(configuration):
-        return Library.holds(configuration) and not configuration.plain
+        return Library.holds(configuration) and not (configuration.plain or configuration.splines)
 
     def build(self, configuration):
         from FrEIA import framework, modules
@@ -579,8 +722,38 @@ class Freia(Library):
         return log_det - 0.5 * ((z * z).sum(1) + x.shape[1] * formula.LOG_2_PI)
 
 
+class Madnis(Library):
+    """madnis' Flow on the unit cube: its slopes are (softplus(u) + 1e-3) / (ln 2 + 1e-3)."""
+
+    @staticmethod
+    def holds(configuration):
+        return configuration.bounded
+
+    def build(self, configuration):
+        from madnis.nn import Flow
+
+        flow = Flow(
+            configuration.input_size,
+            permutations="exchange",
+            blocks=configuration.num_flows,
+            layers=1 + len(configuration.hidden_sizes),
+            units=configuration.hidden_sizes[0],
+            bins=configuration.num_bins,
+        )
+        _assign_linears(flow, fused_layers(configuration), _spline_head(configuration))
+        return flow
+
+    def run(self, module, op, x):
+        if op == "log_prob":
+            return module.log_prob(x)
+        z, log_det = module.transform(x, inverse=op == "inverse")
+        return (z, log_det) if op == "forward" else z
+
+
 class Flowjax(Jax):
-    """flowjax' coupling_flow with Affine: softplus scale, its own permutations and weights; jit over the whole.
+    """flowjax' coupling_flow, its own permutations and weights; jit over the whole.
+
+    Scales are softplus; splines have free slopes at the ends.
 
     Not with two networks: one of them is half the arithmetic.
     """
@@ -595,15 +768,19 @@ class Flowjax(Jax):
     def __init__(self, configuration: Configuration, threads: int) -> None:
         import jax
         import jax.numpy as jnp
-        from flowjax.bijections import Affine
-        from flowjax.distributions import Normal
+        from flowjax.bijections import Affine, RationalQuadraticSpline
+        from flowjax.distributions import Normal, Uniform
         from flowjax.flows import coupling_flow
 
-        self.jax, c = jax, configuration
+        self.jax, c, transformer = jax, configuration, Affine()
+        if c.splines:
+            interval = c.spline["lower"], c.spline["upper"]
+            transformer = RationalQuadraticSpline(knots=c.num_bins - 1, interval=interval)
+        zeros = jnp.zeros(c.input_size)
         self.flow = coupling_flow(
             jax.random.key(0),
-            base_dist=Normal(jnp.zeros(c.input_size)),
-            transformer=Affine(),
+            base_dist=Uniform(zeros, zeros + 1) if c.bounded else Normal(zeros),
+            transformer=transformer,
             cond_dim=c.context_size or None,
             flow_layers=c.num_flows,
             nn_width=c.widths[0],
@@ -630,13 +807,13 @@ class OnnxPeer(Formula):
     def __init__(self, configuration: Configuration, threads: int) -> None:
         import onnx  # noqa: F401  (says here what is missing)
 
-        self.steps, self.threads = formula.steps(configuration), threads
+        self.flow, self.threads = formula.flow(configuration), threads
         self.parameters = formula.composed(configuration, formula.parameters(configuration))
 
     def model(self, op: str, *given: np.ndarray) -> bytes:
         import onnx_graph
 
-        return onnx_graph.build(self.steps, self.parameters, op, *given)
+        return onnx_graph.build(self.flow, self.parameters, op, *given)
 
 
 class OnnxRuntime(OnnxPeer):
@@ -693,6 +870,7 @@ class OpenVino(OnnxPeer):
 
         super().__init__(configuration, threads)
         self.openvino = openvino
+        self.residual = configuration.network == "residual"
         self.options = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "f32",
@@ -701,6 +879,8 @@ class OpenVino(OnnxPeer):
         }
 
     def function(self, op, x, *context):
+        if self.residual and not context and len(x) < 16:
+            raise RuntimeError("its CPU plugin (2026.4) ends the process on such a network and fewer than 16 rows")
         bound, core = (x, *context), self.openvino.Core()
         compiled = core.compile_model(core.read_model(self.model(op, *bound)), "CPU", self.options)
         request = compiled.create_infer_request()
@@ -733,10 +913,11 @@ PEERS: dict[str, type[Peer]] = {
     "nflows": Nflows,
     "normflows": Normflows,
     "freia": Freia,
+    "madnis": Madnis,
     "flowjax": Flowjax,
 }
 # The flow libraries on PyTorch; flowjax, compiled as a whole, is as fast as hand-written JAX.
-TORCH_FLOW_LIBRARIES = ("zuko", "nflows", "normflows", "freia")
+TORCH_FLOW_LIBRARIES = ("zuko", "nflows", "normflows", "freia", "madnis")
 COMPILED = ("torch_compile", "jax", "flowjax", "onnxruntime", "onnxruntime_bound", "openvino")
 PACKAGES = [
     "numpy",
@@ -751,5 +932,6 @@ PACKAGES = [
     "nflows",
     "normflows",
     "FrEIA",
+    "madnis",
     "flowjax",
 ]

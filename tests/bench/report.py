@@ -4,8 +4,8 @@ python tests/bench/report.py results.json              # prints them
 python tests/bench/report.py results.json --write      # puts them between the markers in both files
 python tests/bench/report.py results.json --check      # tells, by its exit status, whether both files have them
 
-A to E are a section of the page and the README's table, the other flows another section of the page: results write
-what they have.
+A to E are a section of the page and the README's table; flows of splines and all others have sections of their own on
+the page. Results write what they have.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from results import Results
 Rivals = Mapping[str, Sequence[str] | None]
 ROOT = Path(__file__).resolve().parent.parent.parent
 README, PAGE = ROOT / "README.md", ROOT / "python/docs/benchmarks.md"
-SPEED, GENERAL = (tuple(f"<!-- {name}:{end} -->" for end in ("begin", "end")) for name in ("speed", "general"))
+SPEED, GENERAL, SPLINES = (
+    tuple(f"<!-- {name}:{end} -->" for end in ("begin", "end")) for name in ("speed", "general", "splines")
+)
 # Whom a table shows beside nvpflow: the fastest of all, or of those named.
 EVERYONE: Rivals = {"fastest peer": None}
 GENERAL_RIVALS: Rivals = {"fastest PyTorch library": TORCH_FLOW_LIBRARIES, "fastest compiled peer": COMPILED}
@@ -189,11 +191,11 @@ def section(r: Results) -> str:
     return "\n".join(parts)
 
 
-def general_section(r: Results) -> str:
+def general_section(r: Results, markers: tuple[str, str]) -> str:
     """The page's tables on the other flows, with the markers."""
     flows = r.only(lambda c: c["mask"] != "random")
     parts = [
-        GENERAL[0],
+        markers[0],
         f"The times are medians on one core.\nThe flows are float32.\n{_quick(r)}",
         _machine(r) + "\n",
         general_models(r) + "\n",
@@ -205,22 +207,26 @@ def general_section(r: Results) -> str:
         many_rows(flows, "inverse", GENERAL_RIVALS) + "\n",
         "One training step:\n",
         training(flows, GENERAL_RIVALS) + "\n",
-        "Random masks, in turns with halves of the same sizes:\n",
-        masks(r) + "\n",
-        *_versions_and_command(r),
-        GENERAL[1],
     ]
-    return "\n".join(parts)
+    if flows.configurations != r.configurations:
+        parts += ["Random masks, in turns with halves of the same sizes:\n", masks(r) + "\n"]
+    return "\n".join([*parts, *_versions_and_command(r), markers[1]])
+
+
+def _group(configuration: dict) -> tuple[str, str]:
+    """The markers of the section of a configuration."""
+    if configuration.get("plain", True):
+        return SPEED
+    return SPLINES if configuration.get("num_bins", 0) else GENERAL
 
 
 def sections(r: Results, readme: Path, page: Path) -> list[tuple[Path, tuple[str, str], str]]:
     """What results have to say: a file, the markers in it, and what stands between them."""
-    plain, general = (r.only(lambda c, wanted=wanted: c.get("plain", True) is wanted) for wanted in (True, False))
+    of_group = {group: r.only(lambda c, group=group: _group(c) == group) for group in (SPEED, GENERAL, SPLINES)}
     found = []
-    if plain.configurations:
+    if (plain := of_group.pop(SPEED)).configurations:
         found += [(readme, SPEED, summary(plain)), (page, SPEED, section(plain))]
-    if general.configurations:
-        found.append((page, GENERAL, general_section(general)))
+    found += [(page, group, general_section(some, group)) for group, some in of_group.items() if some.configurations]
     return found
 
 

@@ -157,7 +157,8 @@ def everything(r: Results) -> str:
     threads = sorted({record["threads"] for record in r.document["records"]})
     parts = [("The machine", machine(r)), ("One row, log_prob", one_row(r)), ("Batch curve", batch_curve(r))]
     parts += [(f"Everything, {n} thread(s)", throughput(r, n)) for n in threads]
-    of_interest = [("log_prob", batch) for batch in (1, 1024, 65_536)] + [("train", batch) for batch in (256, 4096)]
+    of_interest = [("log_prob", batch) for batch in (1, 1024, 65_536)]
+    of_interest += [("train", batch) for batch in (256, 512, 4096)]
     measured = {(record["op"], record["batch"]) for record in r.document["records"]}
     parts += [
         (f"Medians (p10 to p90), {op} {batch:,}", spread(r, op, batch))

@@ -10,14 +10,22 @@ from results import Results
 ONE_ROW_SECONDS = {"A": 1.2e-6, "B": 1.8e-6, "D": 2.5e-6}
 PEAK_FRACTION = {"A": 0.8, "B": 0.8, "C": 0.8, "D": 0.7, "E": 0.8}
 TRAINING_FRACTION = {"A": 0.6, "B": 0.6, "C": 0.6, "D": 0.45}
-# The flows beyond plain RealNVP, log_prob.
+# The flows beyond plain RealNVP, log_prob. Of those with splines AVX2 may take 1.6 times what AVX-512 does.
 ONE_ROW_SECONDS_OF_ISA = {
     "J": {"avx512": 6e-6, "avx2": 11e-6},
     "G": {"avx512": 8e-6, "avx2": 12e-6},
     "G1": {"avx512": 8e-6, "avx2": 12e-6},
+    "S": {"avx512": 8e-6, "avx2": 12.8e-6},
+    "H": {"avx512": 3e-6, "avx2": 4.8e-6},
+    "I": {"avx512": 6e-6, "avx2": 9.6e-6},
 }
 GENERAL_PEAK_FRACTION = {"J": 0.55, "G": 0.45, "G1": 0.45, "M": 0.55}
 MOST_FOR_RANDOM_MASKS = 1.05  # of the time of halves of the same size
+# How many times faster than PyTorch's flow libraries, and than the fastest compiled peer, flows of splines are meant to
+# be: log_prob of 1,024 rows, a training step of 512.
+SPLINE_LEADS = {"S": ((5, 1.5), (4, 1.5)), "H": ((8, 2), None), "I": ((5, 1.5), (4, 1.5))}
+# The same of the fastest of all, where large products are most of the work.
+LEADS_OF_LARGE_PRODUCTS = {"F": (1.3, 1.2)}
 SMALL_BATCHES = range(2, 65)
 OPS = ("log_prob", "forward", "inverse")
 # The batch curve may dip by this much before it is called a cliff: what repeated measurements differ by.
@@ -112,6 +120,25 @@ def general(r: Results) -> list[Target]:
     return rows
 
 
+def splines(r: Results) -> list[Target]:
+    """Flows of spline couplings."""
+    rows = []
+    whom = (("PyTorch flow libraries", TORCH_FLOW_LIBRARIES), ("the fastest compiled peer", COMPILED))
+    wanted = [
+        (name, of_whom, peers, of_log_prob[i], of_training and of_training[i])
+        for name, (of_log_prob, of_training) in SPLINE_LEADS.items()
+        for i, (of_whom, peers) in enumerate(whom)
+    ]
+    wanted += [(name, "the fastest peer", None, *limits) for name, limits in LEADS_OF_LARGE_PRODUCTS.items()]
+    for name, of_whom, peers, of_log_prob, of_training in wanted:
+        lead = r.lead(name, "log_prob", 1024, peers)
+        rows.append(at_least(f"1,024 rows, ahead of {of_whom}", name, lead, of_log_prob))
+        if of_training is not None:
+            lead = r.lead(name, "train", 512, peers)
+            rows.append(at_least(f"training step of 512 rows, ahead of {of_whom}", name, lead, of_training))
+    return rows
+
+
 def masks(r: Results) -> list[Target]:
     """R beside its halves, in the same cells."""
     rows = []
@@ -203,6 +230,6 @@ def float64(r: Results) -> list[Target]:
 
 def evaluate(results: Results) -> list[Target]:
     """Every target for the configurations that were asked for, in their order."""
-    groups = (one_row, large_batches, general, masks, small_batches, threads, training, pytorch, avx2, float64)
+    groups = (one_row, large_batches, general, splines, masks, small_batches, threads, training, pytorch, avx2, float64)
     every = [target for group in groups for target in group(results)]
     return [target for target in every if target.case.split()[0] in results.configurations]
