@@ -58,6 +58,8 @@ pack_kernel(const std::int64_t* source, const std::int64_t count, const T* param
 template <class T>
 NVPFLOW_DEVICE void pack_numbers(Of<Kind::coupling>, const Program<T>&, const Layer<T>&, const T*, T*) {}
 template <class T>
+NVPFLOW_DEVICE void pack_numbers(Of<Kind::spline>, const Program<T>&, const Layer<T>&, const T*, T*) {}
+template <class T>
 NVPFLOW_DEVICE void pack_numbers(Of<Kind::diagonal>, const Program<T>& program, const Layer<T>& layer,
                                  const T* parameters, T* packed) {
   pack_diagonal(program, layer, parameters, packed);

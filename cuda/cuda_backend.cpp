@@ -11,7 +11,6 @@
 #include <string>
 #include <thread>
 #include <utility>
-#include <variant>
 #include <vector>
 
 #include <nvpflow/device.hpp>
@@ -21,7 +20,6 @@
 #include "../cpp/src/backend.hpp"
 #include "../cpp/src/float_mode.hpp"
 #include "../cpp/src/left_right.hpp"
-#include "../cpp/src/lower.hpp"
 #include "../cpp/src/parallel.hpp"
 #include "../cpp/src/training.hpp"
 #include "cuda_training.hpp"
@@ -580,9 +578,6 @@ std::unique_ptr<Backend> make_cuda_backend(const FlowSpec& spec, const ParamLayo
   refuse(cuda::driver_problem());
   check_index(device_index);
   refuse(cuda::architecture_problem(device_index, cuda::probe_kernels));
-  for (const LoweredLayer& layer : lower(spec, layout).layers) {
-    if (std::holds_alternative<LoweredSpline>(layer)) refuse("it has no splines yet; use device cpu");
-  }
   if (spec.dtype == DType::float32) {
     return std::make_unique<cuda::CudaBackend<float>>(spec, layout, device_index, precision);
   }

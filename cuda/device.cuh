@@ -34,6 +34,12 @@ struct alignas(16) Vec4 {
   T x, y, z, w;
 };
 
+/// Two of them.
+template <class T>
+struct alignas(2 * sizeof(T)) Vec2 {
+  T x, y;
+};
+
 #if !defined(NVPFLOW_SIMT)
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -76,6 +82,15 @@ NVPFLOW_DEVICE Vec4<T> load4(const T* p) {
 template <class T>
 NVPFLOW_DEVICE void store4(T* p, Vec4<T> v) {
   *reinterpret_cast<Vec4<T>*>(p) = v;
+}
+
+template <class T>
+NVPFLOW_DEVICE Vec2<T> load2(const T* p) {
+  return *reinterpret_cast<const Vec2<T>*>(p);
+}
+template <class T>
+NVPFLOW_DEVICE void store2(T* p, Vec2<T> v) {
+  *reinterpret_cast<Vec2<T>*>(p) = v;
 }
 
 /// 16 bytes from global to shared memory; they are there after copies_wait of their group (and a barrier, for others).

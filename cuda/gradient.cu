@@ -22,6 +22,7 @@
 #include "network.cuh"
 #include "networks.cuh"
 #include "plan.hpp"
+#include "spline.cuh"
 #include "tape.hpp"
 #include "tile.cuh"
 
@@ -34,6 +35,7 @@ namespace {
 template <class T, Multiply M, Reach reach>
 struct Reverse {
   static constexpr bool kGeneral = true;
+  using Rows = MemoryRows<T, false>;
   const GradientPlan& plan;
   const Program<T>& program;
   const GradientCall<T>& call;
@@ -76,7 +78,7 @@ struct Reverse {
     return tape + layer_tape<reach>(program, call.inverse ? program.num_layers - 1 - step : step, plan.tile_rows);
   }
   /// The warp's rows of an array on the tape.
-  NVPFLOW_DEVICE MemoryRows<T, false> rows_of(T* base, std::int64_t features) const {
+  NVPFLOW_DEVICE Rows rows_of(T* base, std::int64_t features) const {
     const int stride = blocks_of(static_cast<int>(features)) * kBlock;
     return {base + row_block * stride, stride};
   }
@@ -99,16 +101,28 @@ struct Reverse {
 
   // ---- forward -----------------------------------------------------------------------------------------------------
 
-  NVPFLOW_DEVICE void forward(Of<Kind::coupling>, const Layer<T>& layer, T* part) {
-    const auto keep = tape_of<reach>(Of<Kind::coupling>(), program, layer, plan.tile_rows);
-    const auto finish = [&](int first, int valid, Sums<T>& sums) {
+  template <class Tape>
+  NVPFLOW_DEVICE auto affine_of(const Tape& keep, T* part) {
+    return [this, &keep, part](int first, int valid, Sums<T>& sums) {
       affine_taped(*this, keep, part, first, valid, sums);
     };
+  }
+
+  /// As on the way of inference: networks run ahead of what a layer's kind does, and, on the way back, behind it.
+  NVPFLOW_DEVICE void networks_forward(const Layer<T>& layer, T* part) {
     if constexpr (reach == Reach::all) {
-      networks_taped<M>(*this, keep, part, finish);
-    } else {
-      network_taped<M>(*this, keep, part, finish);
+      const NetworksTape<T> keep(program, layer, plan.tile_rows);
+      networks_taped<M>(*this, keep, part, affine_of(keep, part));
     }
+  }
+  NVPFLOW_DEVICE void forward(Of<Kind::coupling>, const Layer<T>& layer, T* part) {
+    if constexpr (reach != Reach::all) {
+      const CouplingTape<T> keep(program, layer, plan.tile_rows);
+      network_taped<M>(*this, keep, part, affine_of(keep, part));
+    }
+  }
+  NVPFLOW_DEVICE void forward(Of<Kind::spline>, const Layer<T>& layer, T* part) {
+    if constexpr (reach == Reach::all) splines_taped(*this, layer, part);
   }
   NVPFLOW_DEVICE void forward(Of<Kind::diagonal>, const Layer<T>& layer, T* part) {
     diagonal_taped(*this, layer, part);
@@ -125,6 +139,7 @@ struct Reverse {
     for (int step = 0; step < program.num_layers; ++step) {
       block_barrier();
       const Layer<T>& layer = layer_at(step);
+      networks_forward(layer, tape_at(step));
       visit(layer, [&](auto kind) { forward(kind, layer, tape_at(step)); });
     }
     block_barrier();
@@ -177,10 +192,14 @@ struct Reverse {
   NVPFLOW_DEVICE void backward(Of<Kind::coupling>, const Layer<T>& layer, T* part, bool input_wanted) {
     const auto keep = tape_of<reach>(Of<Kind::coupling>(), program, layer, plan.tile_rows);
     affine_backward(*this, keep, part);
+    if constexpr (reach != Reach::all) network_backward<M>(*this, keep, part, input_wanted);
+  }
+  NVPFLOW_DEVICE void backward(Of<Kind::spline>, const Layer<T>& layer, T* part, bool) {
+    if constexpr (reach == Reach::all) splines_backward(*this, layer, part);
+  }
+  NVPFLOW_DEVICE void networks_backward_of(const Layer<T>& layer, T* part, bool input_wanted) {
     if constexpr (reach == Reach::all) {
-      networks_backward<M>(*this, keep, part, input_wanted);
-    } else {
-      network_backward<M>(*this, keep, part, input_wanted);
+      networks_backward<M>(*this, NetworksTape<T>(program, layer, plan.tile_rows), part, input_wanted);
     }
   }
   NVPFLOW_DEVICE void backward(Of<Kind::diagonal>, const Layer<T>& layer, T* part, bool) {
@@ -199,7 +218,9 @@ struct Reverse {
   NVPFLOW_DEVICE void backward() {
     for (int step = program.num_layers - 1; step >= 0; --step) {
       const Layer<T>& layer = layer_at(step);
-      visit(layer, [&](auto kind) { backward(kind, layer, tape_at(step), step > 0 || call.grad_in != nullptr); });
+      const bool input_wanted = step > 0 || call.grad_in != nullptr;
+      visit(layer, [&](auto kind) { backward(kind, layer, tape_at(step), input_wanted); });
+      networks_backward_of(layer, tape_at(step), input_wanted);
       block_barrier();
     }
   }

@@ -10,6 +10,7 @@
 #include "../cpp/src/base_density.hpp"
 #include "../cpp/src/program.hpp"
 #include "../cpp/src/scale.hpp"
+#include "../cpp/src/spline_map.hpp"
 
 struct CUstream_st;
 
@@ -75,7 +76,19 @@ enum class Role : std::int32_t {
   initial,
   inner,
   outer,
-  gate,  // sigmoid of what is made of the context
+  gate,     // sigmoid of what is made of the context
+  numbers,  // of splines: as they are
+};
+
+/// Where the numbers of one feature's spline lie among those of its layer: widths, heights and slopes, each from an
+/// even place on, `stride` places a feature. What lies between is zero.
+struct SplinePlaces {
+  std::int32_t widths = 0, heights, slopes, stride;
+  template <class T>
+  NVPFLOW_HOST_DEVICE constexpr explicit SplinePlaces(const SplineMap<T>& map)
+      : heights(map.num_bins + map.num_bins % 2),
+        slopes(2 * heights),
+        stride(static_cast<std::int32_t>(round_up(slopes + map.num_slopes, 8))) {}
 };
 
 /// Where the numbers of a dense layer lie on a tape of Reach::all, in elements a row from the beginning of the layer's
@@ -95,7 +108,9 @@ struct DenseTape {
 };
 
 /// y = W^T x + c. The last dense layer of a coupling holds both heads interleaved: output 2j is u_s[j], 2j + 1 is t[j].
-/// An additive coupling, and each of two networks, has zeros for the head that it has not; they are no parameters.
+/// An additive coupling, and each of two networks, has zeros for the head that it has not; they are no parameters. That
+/// of splines has the numbers of one feature after the other (SplinePlaces); where they are the same for all rows, it
+/// is a dense layer without inputs, whose bias they are.
 struct Dense {
   std::int32_t in = 0;
   std::int32_t out = 0;
@@ -117,8 +132,8 @@ struct Dense {
   // none.
   std::int64_t map = -1;
   std::int64_t scale_offset = 0, shift_offset = 0;  // into the flat gradient, [out]
-  // Filled by place_networks. The buffers of hidden activations that it reads and writes, -1: none; whether it adds to
-  // its sums what is kept in the third of them, and keeps them there.
+  // Filled by place_networks. The buffers of hidden activations that it reads and writes, -1: none, or that of numbers;
+  // whether it adds to its sums what is kept in the third of them, and keeps them there.
   std::int32_t from = 0, to = -1;
   bool adds = false, keeps = false;
   DenseTape tape;
@@ -139,7 +154,7 @@ struct Layer {
   Kind kind = Kind::coupling;
   bool inverse = false;     // the formula runs against the direction of the call
   std::int64_t place = -1;  // of each feature of the layer's input, into Program::places; -1: its own index
-  // coupling
+  // coupling, spline
   std::int32_t condition = 0;                    // the part that conditions the other one, or kGathered
   std::int32_t num_inputs = 0, num_outputs = 0;  // features that condition and that are transformed
   // Their places, into Program::places; kGathered only. linear: of the features of x and of y, as `place`.
@@ -147,11 +162,13 @@ struct Layer {
   std::int64_t output_order = -1;  // which of the transformed features each output of the head is, into
                                    // Program::places; -1: one after the other
   Act activation = Act::relu;
-  // Into Program::dense: hidden layers, then the head. linear: the one that is wanted of two, W and the bias or
-  // W^-1, all in the order of the features; launch_pack_linear fills the matrices.
+  // Into Program::dense: hidden layers, then the head. spline: none of the constants, whose dense layer no tile runs.
+  // linear: the one that is wanted of two, W and the bias or W^-1, all in the order of the features;
+  // launch_pack_linear fills the matrices.
   std::int32_t first_dense = 0, num_dense = 0;
   std::int64_t tape_width = 0;  // Reach::all, filled by place_networks: elements a row of its part of the tape
   Scale<T> scale;
+  SplineMap<T> spline;
   // diagonal
   std::int64_t affine = 0;  // into Program::packed: mean, std = exp(log_std), exp(-log_std), each [D], then
                             // -sum(log_std) at 3 D; affine_size(D) elements, filled by launch_pack
@@ -180,8 +197,8 @@ NVPFLOW_HOST_DEVICE void visit(const Layer<T>& layer, F&& f) {
       return f(Of<Kind::diagonal>());
     case Kind::linear:
       return f(Of<Kind::linear>());
-    case Kind::spline:  // make_cuda_backend refuses it
-      return;
+    case Kind::spline:
+      return f(Of<Kind::spline>());
   }
 }
 
@@ -200,6 +217,18 @@ NVPFLOW_HOST_DEVICE void visit_base(const BaseDensity<T>& base, F&& f) {
     case BaseKind::uniform:
       return f(OfBase<BaseKind::uniform>());
   }
+}
+
+/// Dense layers of a layer's networks: none of a linear one, whose dense layers are its matrices.
+template <class T>
+NVPFLOW_HOST_DEVICE constexpr std::int32_t network_size(const Layer<T>& layer) {
+  return layer.kind == Kind::linear ? 0 : layer.num_dense;
+}
+
+/// Of a spline layer, into Program::dense: the one that says the numbers.
+template <class T>
+NVPFLOW_HOST_DEVICE constexpr std::int32_t numbers_dense(const Layer<T>& layer) {
+  return layer.first_dense + (layer.num_dense > 0 ? layer.num_dense - 1 : 0);
 }
 
 NVPFLOW_HOST_DEVICE constexpr std::int64_t affine_size(std::int64_t input_size) {
@@ -227,7 +256,7 @@ NVPFLOW_HOST_DEVICE constexpr std::int64_t products_size(std::int64_t input_size
 enum class Reach : std::int32_t {
   plain,    // networks that are perceptrons, on the two parts of the state, log-scales of tanh
   general,  // also lists of places, layers that run backwards, every log-scale
-  // Also linear layers, two networks for a coupling, LayerNorm, residual networks, a context, every base.
+  // Also linear layers, splines, two networks for a coupling, LayerNorm, residual networks, a context, every base.
   all,
 };
 
@@ -282,7 +311,7 @@ constexpr Reach reach_of(const Program<T>& program) {
   Reach reach = program.data_place >= 0 || program.latent_place >= 0 ? Reach::general : Reach::plain;
   for (std::int32_t k = 0; k < program.num_layers; ++k) {
     const Layer<T>& layer = program.layers[k];
-    if (layer.kind == Kind::linear) return Reach::all;
+    if (layer.kind == Kind::linear || layer.kind == Kind::spline) return Reach::all;
     const bool general = layer.inverse || layer.place >= 0 || layer.condition == kGathered || layer.output_order >= 0 ||
                          layer.scale.function != ScaleFunction::tanh;
     if (general) reach = Reach::general;
@@ -396,6 +425,7 @@ struct TransformPlan {
   std::int32_t blocks = 0;        // most blocks that can be resident on the device together
   std::int64_t hidden_width = 0;  // features of each buffer of hidden activations
   std::int32_t hidden_buffers = 0;
+  std::int64_t numbers_width = 0;                  // of the buffer for the numbers of splines, which lies behind those
   bool state_shared = true, hidden_shared = true;  // Storage::workspace: what lies in shared memory all the same
   std::int64_t shared_bytes = 0;                   // dynamic
   std::int64_t workspace_bytes = 0;                // of all blocks

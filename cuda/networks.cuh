@@ -1,4 +1,4 @@
-// KERNEL PART: the networks of a coupling of Reach::all: one perceptron for both heads, or one for each; LayerNorm;
+// KERNEL PART: the networks of a layer of Reach::all: one perceptron for all heads, or one for each; LayerNorm;
 // residual networks with affine maps and gates; a context. `walk` is the walk of a tile (transform.cu, gradient.cu).
 //
 // A network is a list of dense layers; what becomes of the sums of each is data (Dense, DenseTape), so that one text
@@ -77,6 +77,12 @@ NVPFLOW_DEVICE void map_sums(const T* packed, const Dense& d, int first, int val
   }
 }
 
+/// The buffer of the numbers of splines.
+template <class Walk>
+NVPFLOW_DEVICE auto* numbers_of(const Walk& walk) {
+  return walk.tile.hidden(walk.plan.hidden_buffers);
+}
+
 /// What becomes of the sums of one dense layer.
 template <class Walk, class T, class Finish>
 NVPFLOW_DEVICE void take_sums(Walk& walk, const Dense& d, int first, int valid, Sums<T>& sums, Finish finish) {
@@ -87,6 +93,9 @@ NVPFLOW_DEVICE void take_sums(Walk& walk, const Dense& d, int first, int valid, 
   }
   if (d.adds) add_own(rows_of(kKept), first, valid, walk.lane, sums);
   if (d.role == Role::head) return finish(first, valid, sums);
+  if (d.role == Role::numbers) {
+    return store_sums(sums, first, valid, walk.lane, walk.rows_of(numbers_of(walk), d.out));
+  }
   if (d.keeps) store_sums(sums, first, valid, walk.lane, rows_of(kKept));
   if (d.to < 0) return;
   map_sums(walk.packed, d, first, valid, walk.lane, sums);
@@ -98,7 +107,7 @@ NVPFLOW_DEVICE void take_sums(Walk& walk, const Dense& d, int first, int valid, 
 template <Multiply M, class Walk, class T, class Run, class Finish>
 NVPFLOW_DEVICE void networks(Walk& walk, const Layer<T>& layer, Run run, Finish finish) {
   const bool gathered = layer.condition == kGathered;
-  for (int j = 0; j < layer.num_dense; ++j) {
+  for (int j = 0; j < network_size(layer); ++j) {
     const Dense& d = walk.program.dense[layer.first_dense + j];
     T* from = walk.tile.hidden(d.from);
     if (d.first && gathered) {
@@ -160,7 +169,7 @@ template <Multiply M, class Walk, class T, class Finish>
 NVPFLOW_DEVICE void networks_taped(Walk& walk, const NetworksTape<T>& keep, T* part, Finish finish) {
   const Layer<T>& layer = keep.layer;
   const KeptArrays<Walk, T> kept{walk, keep, part};
-  for (int j = 0; j < layer.num_dense; ++j) {
+  for (int j = 0; j < network_size(layer); ++j) {
     const Dense& d = keep.dense(j);
     T* input = d.role == Role::gate ? walk.context() : kept.at(d.tape.input);
     if (d.first && layer.condition == kGathered) {
@@ -290,7 +299,7 @@ template <Multiply M, class Walk, class T>
 NVPFLOW_DEVICE void networks_backward(Walk& walk, const NetworksTape<T>& keep, T* part, bool input_wanted) {
   const Layer<T>& layer = keep.layer;
   const KeptArrays<Walk, T> kept{walk, keep, part};
-  for (int j = layer.num_dense - 1; j >= 0; --j) {
+  for (int j = network_size(layer) - 1; j >= 0; --j) {
     const Dense& d = keep.dense(j);
     if (d.role == Role::gate) {
       walk.barrier();

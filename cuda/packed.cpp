@@ -32,14 +32,22 @@ std::vector<std::int64_t> places_of(const Places& from) {
 /// Features of the first part of the state: such that the first coupling finds its features in the two parts. lower()
 /// has put them one after the other, those first that place 0 belongs to.
 std::int64_t split_of(const Lowered& lowered) {
-  for (const LoweredLayer& layer : lowered.layers) {
-    const auto* coupling = std::get_if<LoweredCoupling>(&layer);
-    if (coupling == nullptr) continue;
-    const std::vector<std::int64_t> a = places_of(coupling->conditioning);
+  const auto of_features = [](const auto& layer) {
+    const std::vector<std::int64_t> a = places_of(layer.conditioning);
     const bool a_first = std::find(a.begin(), a.end(), 0) != a.end();
-    return a_first ? coupling->conditioning.count : coupling->transformed.count;
+    return a_first ? layer.conditioning.count : layer.transformed.count;
+  };
+  for (const LoweredLayer& layer : lowered.layers) {
+    if (const auto* coupling = std::get_if<LoweredCoupling>(&layer)) return of_features(*coupling);
+    const auto* spline = std::get_if<LoweredSpline>(&layer);
+    if (spline != nullptr && !spline->networks.empty()) return of_features(*spline);
   }
   return lowered.input_size / 2;
+}
+
+/// Entry i of a list, empty for one that counts.
+std::int64_t listed(const std::vector<std::int64_t>& list, std::int64_t i) {
+  return list.empty() ? i : list[static_cast<std::size_t>(i)];
 }
 
 /// Which of the places is each of those from `begin` on; empty: one after the other.
@@ -106,9 +114,7 @@ Layers<T>::Layers(const FlowSpec& spec, const ParamLayout& layout, Stream stream
   if (host_.reach == Reach::all) place_networks(host_, layers_.data(), dense_.data());
   packed_from_.assign(static_cast<std::size_t>(host_.packed_size), -1);
   transposed_from_.assign(static_cast<std::size_t>(host_.transposed_size), -1);
-  for (std::size_t i = 0; i < dense_.size(); ++i) {
-    if (!sources_[i].formed) fill_sources(dense_[i], sources_[i]);
-  }
+  for (std::size_t i = 0; i < dense_.size(); ++i) fill_sources(dense_[i], sources_[i]);
   for (const Copy& copy : copies_) {
     std::iota(packed_from_.begin() + copy.to, packed_from_.begin() + copy.to + copy.count, copy.from);
   }
@@ -147,22 +153,11 @@ std::int64_t Layers<T>::reserve_packed(std::int64_t elements) {
   return place;
 }
 
-/// kind: what of Dense the caller knows.
+/// dense: what of it the caller knows; the same below.
 template <class T>
-void Layers<T>::add_dense(const LoweredDense& from, DenseSource source, Dense kind) {
-  Dense dense = kind;
-  const bool head = source.head != Heads::none, one = head && from.parts.size() == 1;
-  const std::int64_t in = from.in, out = (one ? 2 : 1) * from.out();
-  const std::size_t first = source.head == Heads::translation ? 1 : 0;
+void Layers<T>::add_dense(std::int64_t in, std::int64_t out, DenseSource source, Dense dense) {
   dense.in = static_cast<std::int32_t>(in);
   dense.out = static_cast<std::int32_t>(out);
-  dense.interleaved = head;
-  if (one) dense.kernel_offset[1 - first] = dense.bias_offset[1 - first] = -1;
-  for (std::size_t part = 0; part < from.parts.size(); ++part) {
-    dense.kernel_offset[part + first] = from.parts[part].kernel;
-    dense.bias_offset[part + first] = from.parts[part].bias;
-  }
-  dense.listed = one || !source.rows.empty() || !source.columns.empty();
   dense.weights = reserve_packed(weight_size(in, out));
   dense.bias = reserve_packed(bias_size(out));
   dense.transposed = host_.transposed_size;
@@ -171,37 +166,83 @@ void Layers<T>::add_dense(const LoweredDense& from, DenseSource source, Dense ki
   sources_.push_back(std::move(source));
 }
 
+/// A layer of one tensor, and its order of outputs.
 template <class T>
-Role Layers<T>::role_of(const LoweredNetwork& network, std::size_t j, Heads heads) {
-  if (j + 1 == network.dense.size()) return heads == Heads::scale ? Role::scale_head : Role::head;
-  if (!network.residual) return Role::hidden;
-  return j == 0 ? Role::initial : j % 2 == 1 ? Role::inner : Role::outer;
+void Layers<T>::add_hidden(const LoweredDense& from, std::vector<std::int64_t> rows, Dense dense) {
+  const DensePart& part = from.parts.front();
+  dense.kernel_offset[0] = part.kernel;
+  dense.bias_offset[0] = part.bias;
+  dense.listed = !rows.empty();
+  std::vector<Output> outputs;
+  for (std::int64_t o = 0; o < part.columns; ++o) outputs.push_back({part.bias + o, part.kernel + o, part.columns});
+  add_dense(from.in, part.columns, {std::move(rows), std::move(outputs)}, dense);
 }
 
-/// The dense layers of a network. heads: of the coupling, that it makes.
+/// The heads of an affine map, outputs in turn.
 template <class T>
-void Layers<T>::add_network(const LoweredNetwork& from, const NetworkPlaces& places, Heads heads) {
+void Layers<T>::add_heads(const LoweredDense& from, std::vector<std::int64_t> rows,
+                          const std::vector<std::int64_t>& columns, Heads heads, Dense dense) {
+  const std::int64_t features = from.parts.front().columns;
+  dense.interleaved = true;
+  dense.listed = from.parts.size() == 1 || !rows.empty() || !columns.empty();
+  std::vector<Output> outputs(static_cast<std::size_t>(2 * features));
+  std::size_t turn = heads == Heads::translation ? 1 : 0;
+  for (const DensePart& part : from.parts) {
+    dense.kernel_offset[turn] = part.kernel;
+    dense.bias_offset[turn] = part.bias;
+    for (std::int64_t j = 0; j < features; ++j) {
+      const std::int64_t column = listed(columns, j);
+      outputs[static_cast<std::size_t>(2 * j) + turn] = {part.bias + column, part.kernel + column, features};
+    }
+    ++turn;
+  }
+  add_dense(from.in, 2 * features, {std::move(rows), std::move(outputs)}, dense);
+}
+
+/// What says the numbers of splines, a tensor for widths, heights and slopes each: SplinePlaces.
+template <class T>
+void Layers<T>::add_numbers(const LoweredDense& from, std::vector<std::int64_t> rows,
+                            const std::vector<std::int64_t>& columns, const Layer<T>& layer, Dense dense) {
+  const SplinePlaces at(layer.spline);
+  const std::int64_t begin[] = {at.widths, at.heights, at.slopes}, features = layer.num_outputs;
+  dense.role = Role::numbers;
+  dense.listed = true;
+  std::vector<Output> outputs(static_cast<std::size_t>(features * at.stride));
+  for (std::size_t p = 0; p < from.parts.size(); ++p) {
+    const DensePart& part = from.parts[p];
+    for (std::int64_t i = 0; i < part.columns; ++i) {  // number i / features
+      const std::int64_t column = i / features * features + listed(columns, i % features);
+      const std::int64_t output = i % features * at.stride + begin[p] + i / features;
+      outputs[static_cast<std::size_t>(output)] = {part.bias + column, part.kernel + column, part.columns};
+    }
+  }
+  add_dense(from.in, features * at.stride, {std::move(rows), std::move(outputs)}, dense);
+}
+
+/// The dense layers of a network. add_last(from, rows, columns, dense) adds the last.
+template <class T>
+template <class AddLast>
+void Layers<T>::add_network(const LoweredNetwork& from, const NetworkPlaces& places, AddLast add_last) {
   const std::size_t blocks = from.residual ? (from.dense.size() - 2) / 2 : 0;
   for (std::size_t j = 0; j < from.dense.size(); ++j) {
-    const bool first = j == 0, last = j + 1 == from.dense.size();
     Dense dense;
-    dense.first = first;
-    dense.role = role_of(from, j, heads);
-    dense.layer_norm = from.layer_norm && !last;
+    dense.first = j == 0;
+    const LoweredDense here = dense.first ? joined(from) : from.dense[j];
+    const std::vector<std::int64_t> rows = dense.first ? places.rows : std::vector<std::int64_t>();
+    if (j + 1 == from.dense.size()) return add_last(here, rows, places.columns, dense);
+    dense.role = !from.residual ? Role::hidden : j == 0 ? Role::initial : j % 2 == 1 ? Role::inner : Role::outer;
+    dense.layer_norm = from.layer_norm;
     if (dense.role == Role::hidden || dense.role == Role::inner) dense.activation = from.activation;
-    DenseSource source;
-    if (last) source.head = heads, source.columns = places.columns;
-    if (first) source.rows = places.rows;
     const std::size_t block = j / 2;  // the next one, behind a layer that makes h
     if (dense.role == Role::outer && !from.gates.empty()) {
-      add_dense(from.dense[j], {}, dense);
+      add_hidden(here, {}, dense);
       dense.role = Role::gate;
       enter_block(from, block, blocks, dense);
-      add_dense(from.gates[block - 1], {}, dense);
+      add_hidden(from.gates[block - 1], {}, dense);
       continue;
     }
     if (dense.role == Role::initial || dense.role == Role::outer) enter_block(from, block, blocks, dense);
-    add_dense(first ? joined(from) : from.dense[j], std::move(source), dense);
+    add_hidden(here, rows, dense);
   }
 }
 
@@ -220,42 +261,76 @@ void Layers<T>::enter_block(const LoweredNetwork& from, std::size_t block, std::
   copies_.push_back({dense.map + bias_size(width), map.shift, width});
 }
 
+/// Where a layer finds its features; gathered: by lists in any case.
+template <class T>
+typename Layers<T>::NetworkPlaces Layers<T>::find_features(const Places& conditioning, const Places& transformed,
+                                                           bool gathered, Layer<T>& layer) {
+  layer.num_inputs = static_cast<std::int32_t>(conditioning.count);
+  layer.num_outputs = static_cast<std::int32_t>(transformed.count);
+  const std::vector<std::int64_t> a = places_of(conditioning), b = places_of(transformed);
+  const auto lies_in = [this](const std::vector<std::int64_t>& places, bool first) {
+    const std::int64_t size = first ? host_.split : host_.input_size - host_.split;
+    return static_cast<std::int64_t>(places.size()) == size &&
+           std::all_of(places.begin(), places.end(), [&](std::int64_t p) { return (p < host_.split) == first; });
+  };
+  if (gathered || host_.context_size > 0 || (!lies_in(a, true) && !lies_in(a, false))) {
+    layer.condition = kGathered;
+    layer.input_place = keep(a);
+    layer.output_place = keep(b);
+    return {};
+  }
+  layer.condition = lies_in(a, true) ? 0 : 1;
+  NetworkPlaces places = {order_of(a, layer.condition == 0 ? 0 : host_.split),
+                          order_of(b, layer.condition == 0 ? host_.split : 0)};
+  layer.output_order = keep(places.columns);
+  return places;
+}
+
 template <class T>
 void Layers<T>::add(const LoweredCoupling& from) {
   Layer<T> layer;
   layer.kind = Kind::coupling;
   layer.inverse = from.inverse;
   layer.place = keep(from.place);
-  layer.num_inputs = static_cast<std::int32_t>(from.conditioning.count);
-  layer.num_outputs = static_cast<std::int32_t>(from.transformed.count);
-  const std::vector<std::int64_t> a = places_of(from.conditioning), b = places_of(from.transformed);
-  NetworkPlaces networks;
-  const auto lies_in = [this](const std::vector<std::int64_t>& places, bool first) {
-    const std::int64_t size = first ? host_.split : host_.input_size - host_.split;
-    return static_cast<std::int64_t>(places.size()) == size &&
-           std::all_of(places.begin(), places.end(), [&](std::int64_t p) { return (p < host_.split) == first; });
-  };
-  if (host_.context_size == 0 && (lies_in(a, true) || lies_in(a, false))) {
-    layer.condition = lies_in(a, true) ? 0 : 1;
-    networks.rows = order_of(a, layer.condition == 0 ? 0 : host_.split);
-    networks.columns = order_of(b, layer.condition == 0 ? host_.split : 0);
-    layer.output_order = keep(networks.columns);
-  } else {
-    layer.condition = kGathered;
-    layer.input_place = keep(a);
-    layer.output_place = keep(b);
-  }
+  const NetworkPlaces places = find_features(from.conditioning, from.transformed, false, layer);
   layer.activation = from.networks.front().activation;
   layer.scale = scale_of<T>(from.scale);
   layer.first_dense = static_cast<std::int32_t>(dense_.size());
-  if (from.networks.size() > 1) {
-    add_network(from.networks[0], networks, Heads::scale);
-    add_network(from.networks[1], networks, Heads::translation);
-  } else {
-    add_network(from.networks[0], networks,
-                from.scale.function == ScaleFunction::none ? Heads::translation : Heads::both);
+  const bool two = from.networks.size() > 1;
+  for (const LoweredNetwork& network : from.networks) {
+    const bool scale_only = two && &network == &from.networks.front();
+    const Heads heads = scale_only                                          ? Heads::scale
+                        : two || from.scale.function == ScaleFunction::none ? Heads::translation
+                                                                            : Heads::both;
+    add_network(network, places, [&](const LoweredDense& head, const auto& rows, const auto& columns, Dense dense) {
+      dense.role = scale_only ? Role::scale_head : Role::head;
+      add_heads(head, rows, columns, heads, dense);
+    });
   }
   layer.num_dense = static_cast<std::int32_t>(dense_.size()) - layer.first_dense;
+  layers_.push_back(layer);
+}
+
+template <class T>
+void Layers<T>::add(const LoweredSpline& from) {
+  Layer<T> layer;
+  layer.kind = Kind::spline;
+  layer.inverse = from.inverse;
+  layer.place = keep(from.place);
+  layer.spline = map_of<T>(from.spline);
+  layer.first_dense = static_cast<std::int32_t>(dense_.size());
+  const NetworkPlaces places = find_features(from.conditioning, from.transformed, from.networks.empty(), layer);
+  const auto add_last = [&](const LoweredDense& head, const auto& rows, const auto& columns, const Dense& dense) {
+    add_numbers(head, rows, columns, layer, dense);
+  };
+  for (const LoweredNetwork& network : from.networks) add_network(network, places, add_last);
+  if (from.networks.empty()) {
+    LoweredDense constants;
+    for (const LoweredConstants& part : from.constants) constants.parts.push_back({-1, part.offset, part.size});
+    add_last(constants, places.rows, places.columns, Dense());
+  } else {
+    layer.num_dense = static_cast<std::int32_t>(dense_.size()) - layer.first_dense;
+  }
   layers_.push_back(layer);
 }
 
@@ -293,7 +368,10 @@ template <class T>
 void Layers<T>::add_matrix() {
   const std::int64_t features = host_.input_size;
   const std::int64_t products = host_.num_parameters + host_.products;
-  add_dense({features, {{products, products + features * features, features}}}, {.formed = true}, Dense());
+  Dense dense;
+  dense.kernel_offset[0] = products;
+  dense.bias_offset[0] = products + features * features;
+  add_dense(features, features, {}, dense);
 }
 
 template <class T>
@@ -311,18 +389,15 @@ void Layers<T>::add(const LoweredDiagonal& from) {
 
 template <class T>
 void Layers<T>::fill_sources(const Dense& dense, const DenseSource& source) {
-  const std::int64_t parts = source.head == Heads::none ? 1 : 2, columns = dense.out / parts;
-  const auto listed = [](const std::vector<std::int64_t>& list, std::int64_t i) {
-    return list.empty() ? i : list[static_cast<std::size_t>(i)];
-  };
-  for (std::int64_t o = 0; o < dense.out; ++o) {
-    const std::int64_t part = o % parts, column = listed(source.columns, o / parts);
-    if (dense.kernel_offset[part] < 0) continue;
-    packed_from_[static_cast<std::size_t>(dense.bias + o)] = dense.bias_offset[part] + column;
+  for (std::size_t o = 0; o < source.outputs.size(); ++o) {
+    const Output& from = source.outputs[o];
+    if (from.stride == 0) continue;
+    const auto output = static_cast<std::int64_t>(o);
+    packed_from_[static_cast<std::size_t>(dense.bias + output)] = from.bias;
     for (std::int64_t i = 0; i < dense.in; ++i) {
-      const std::int64_t from = dense.kernel_offset[part] + listed(source.rows, i) * columns + column;
-      packed_from_[static_cast<std::size_t>(dense.weights + weight_index(i, o, dense.in))] = from;
-      transposed_from_[static_cast<std::size_t>(dense.transposed + weight_index(o, i, dense.out))] = from;
+      const std::int64_t at = from.kernel + listed(source.rows, i) * from.stride;
+      packed_from_[static_cast<std::size_t>(dense.weights + weight_index(i, output, dense.in))] = at;
+      transposed_from_[static_cast<std::size_t>(dense.transposed + weight_index(output, i, dense.out))] = at;
     }
   }
 }

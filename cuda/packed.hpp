@@ -32,27 +32,37 @@ class Layers {
 
  private:
   /// Which heads of a coupling a dense layer makes; those that it has not are zero.
-  enum class Heads { none, scale, translation, both };
+  enum class Heads { scale, translation, both };
+  /// The parameters behind one output of a dense layer: a bias, and of input i that at kernel + i * stride. stride 0:
+  /// none, the output is 0.
+  struct Output {
+    std::int64_t bias = -1, kernel = -1, stride = 0;
+  };
   /// Where the numbers of a dense layer come from.
   struct DenseSource {
-    Heads head = Heads::none;                           // its outputs alternate between scale and translation
-    std::vector<std::int64_t> rows = {}, columns = {};  // of the tensors, for each packed input and output; empty: as
-                                                        // they are
-    bool formed = false;                                // by launch_pack_linear: no copies of parameters
+    std::vector<std::int64_t> rows;  // of the tensors, for each packed input; empty: as they are
+    std::vector<Output> outputs;     // empty: launch_pack_linear forms them, no copies of parameters
   };
-  /// DenseSource::rows of a network's first layer, DenseSource::columns of its last.
+  /// Rows of the tensors for each input that a network reads, and features for each that it transforms; empty: as they
+  /// are.
   struct NetworkPlaces {
     std::vector<std::int64_t> rows, columns;
   };
 
   void add(const LoweredCoupling& from);
-  void add(const LoweredSpline&) {}  // make_cuda_backend refuses it
+  void add(const LoweredSpline& from);
   void add(const LoweredDiagonal& from);
   void add(const LoweredLinear& from);
-  static Role role_of(const LoweredNetwork& network, std::size_t j, Heads heads);
-  void add_network(const LoweredNetwork& from, const NetworkPlaces& places, Heads heads);
+  NetworkPlaces find_features(const Places& conditioning, const Places& transformed, bool gathered, Layer<T>& layer);
+  template <class AddLast>
+  void add_network(const LoweredNetwork& from, const NetworkPlaces& places, AddLast add_last);
   void enter_block(const LoweredNetwork& from, std::size_t block, std::size_t blocks, Dense& dense);
-  void add_dense(const LoweredDense& from, DenseSource source, Dense kind);
+  void add_hidden(const LoweredDense& from, std::vector<std::int64_t> rows, Dense dense);
+  void add_heads(const LoweredDense& from, std::vector<std::int64_t> rows, const std::vector<std::int64_t>& columns,
+                 Heads heads, Dense dense);
+  void add_numbers(const LoweredDense& from, std::vector<std::int64_t> rows, const std::vector<std::int64_t>& columns,
+                   const Layer<T>& layer, Dense dense);
+  void add_dense(std::int64_t in, std::int64_t out, DenseSource source, Dense dense);
   std::int64_t reserve_packed(std::int64_t elements);
   void add_matrix();
   void fill_sources(const Dense& dense, const DenseSource& source);

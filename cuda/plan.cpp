@@ -32,7 +32,10 @@ void size_all_hidden(const Program<T>& program, TransformPlan& plan) {
   for (int k = 0; k < program.num_layers; ++k) {
     const Layer<T>& layer = program.layers[k];
     if (layer.kind == Kind::linear) take(program.input_size, 1);  // a copy of the state
-    for (int j = 0; layer.kind == Kind::coupling && j < layer.num_dense; ++j) {
+    if (layer.kind == Kind::spline) {
+      plan.numbers_width = std::max<std::int64_t>(plan.numbers_width, program.dense[numbers_dense(layer)].out);
+    }
+    for (int j = 0; j < network_size(layer); ++j) {
       const Dense& d = program.dense[layer.first_dense + j];
       if (!d.first || layer.condition == kGathered) take(d.in, d.from + 1);
       if (d.to >= 0) take(d.out, d.to + 1);
@@ -44,7 +47,7 @@ void size_all_hidden(const Program<T>& program, TransformPlan& plan) {
 /// Widest hidden activations that have to be stored, and in how many buffers.
 template <class T>
 void size_hidden(const Program<T>& program, bool resident, TransformPlan& plan) {
-  plan.hidden_width = 0;
+  plan.hidden_width = plan.numbers_width = 0;
   plan.hidden_buffers = 0;
   if (program.reach == Reach::all) return size_all_hidden(program, plan);
   for (int k = 0; k < program.num_layers; ++k) {
@@ -134,7 +137,7 @@ bool makes_h(const Dense& d) {
   return d.role == Role::initial || d.role == Role::gate || (d.role == Role::outer && d.keeps);
 }
 
-/// The buffers that the dense layers of a coupling read and write.
+/// The buffers that the dense layers of a layer's networks read and write.
 void place_buffers(std::span<Dense> networks) {
   const bool two =
       std::any_of(networks.begin(), networks.end(), [](const Dense& d) { return d.role == Role::scale_head; });
@@ -153,6 +156,9 @@ void place_buffers(std::span<Dense> networks) {
         break;
       case Role::scale_head:
         d.keeps = true;
+        break;
+      case Role::numbers:
+        if (!d.first && makes_h(networks[j - 1])) d.from = kKept;
         break;
       case Role::initial:
         d.keeps = true;
@@ -174,7 +180,7 @@ void place_buffers(std::span<Dense> networks) {
   }
 }
 
-/// Hands out arrays of a coupling's part of the tape, in elements a row.
+/// Hands out arrays of a layer's part of the tape, in elements a row.
 struct TapeRoom {
   std::int64_t used = 0;
 
@@ -189,7 +195,8 @@ struct TapeRoom {
 /// What the layer in front of dense layer j leaves for it.
 std::int32_t input_of(const std::span<Dense> networks, std::size_t j) {
   const Dense& before = networks[j - 1];
-  return networks[j].role == Role::head && makes_h(before) ? before.tape.h : before.tape.value;
+  const bool last = networks[j].role == Role::head || networks[j].role == Role::numbers;
+  return last && makes_h(before) ? before.tape.h : before.tape.value;
 }
 
 /// The arrays of a perceptron's dense layer.
@@ -225,11 +232,9 @@ void place_block(std::span<Dense> networks, std::size_t j, const Dense& initial,
   d.tape.scratch = networks[j - 1].tape.value;
 }
 
-/// Where the dense layers of a coupling find their numbers on the tape; its width.
-std::int64_t place_tape(std::int64_t transformed, std::span<Dense> networks) {
-  TapeRoom room;
-  for (int i = 0; i < 3; ++i) room.array(transformed);  // slope, scale, product
-  const std::int32_t heads = room.array(2 * transformed);
+/// Where the dense layers of a layer's networks find their numbers on the tape. room: what the layer has of it so far;
+/// heads: where the heads lie.
+void place_tape(TapeRoom& room, std::int32_t heads, std::span<Dense> networks) {
   std::int32_t network_input = -1;
   for (std::size_t j = 0; j < networks.size(); ++j) {
     Dense& d = networks[j];
@@ -247,6 +252,9 @@ std::int64_t place_tape(std::int64_t transformed, std::span<Dense> networks) {
       case Role::scale_head:
         d.tape.cotangent = d.tape.h = heads;
         break;
+      case Role::numbers:
+        d.tape.cotangent = d.tape.value = heads;
+        break;
       default:
         place_block(networks, j, networks.front(), room);
     }
@@ -257,7 +265,16 @@ std::int64_t place_tape(std::int64_t transformed, std::span<Dense> networks) {
     const Dense& end = networks[j + 1].keeps ? networks[j - 1] : networks[j + 2];
     networks[j].tape.scratch = networks[j + 1].keeps ? end.tape.h_cotangent : end.tape.gate;
   }
-  return round_up(room.used, 8);
+}
+
+/// What NetworksTape says of the arrays ahead of the networks'; where the heads lie.
+template <class T>
+std::int32_t place_heads(const Program<T>& program, const Layer<T>& layer, TapeRoom& room) {
+  const bool splines = layer.kind == Kind::spline;
+  for (int i = 0; i < (splines ? 2 : 3); ++i) room.array(layer.num_outputs);
+  const std::int32_t heads = room.array(splines ? program.dense[numbers_dense(layer)].out : 2 * layer.num_outputs);
+  if (splines && layer.spline.squashed) room.take(2 * std::int64_t{layer.spline.num_bins} * layer.num_outputs);
+  return heads;
 }
 
 // ---- gradients -----------------------------------------------------------------------------------------------------
@@ -266,8 +283,23 @@ std::int64_t place_tape(std::int64_t transformed, std::span<Dense> networks) {
 template <class T, class Visit>
 void each_block(const Program<T>& program, GradientTask task, Visit visit) {
   const Dense& d = program.dense[task.dense];
-  for (task.first_in = 0; task.first_in < d.in; task.first_in += kTaskIn) {
+  for (task.first_in = 0; task.first_in == 0 || task.first_in < d.in; task.first_in += kTaskIn) {  // 0: of the bias
     for (task.first_out = 0; task.first_out < d.out; task.first_out += kTaskOut) visit(task);
+  }
+}
+
+/// Visits the tasks of the networks of layer k, of Reach::all, whose part of the tape begins at `at`.
+template <class T, class Visit>
+void each_network_task(const Program<T>& program, const GradientPlan& plan, int k, std::int64_t at, Visit visit) {
+  const Layer<T>& layer = program.layers[k];
+  const NetworksTape<T> tape(program, layer, plan.tile_rows);
+  for (int j = 0; j < layer.num_dense; ++j) {
+    const int dense = layer.first_dense + j;
+    const Dense& d = program.dense[dense];
+    const std::int64_t input =
+        d.role == Role::gate ? ContextTape<T>(program, plan.tile_rows).context : at + tape.at(d.tape.input);
+    each_block(program, {Task::product, k, dense, 0, 0, input, at + tape.cotangent(j)}, visit);
+    if (d.map >= 0) visit({Task::map, k, dense, 0, 0, at + tape.at(d.tape.sums), 0});
   }
 }
 
@@ -275,20 +307,24 @@ void each_block(const Program<T>& program, GradientTask task, Visit visit) {
 template <Reach reach, class T, class Visit>
 void each_task(Of<Kind::coupling>, const Program<T>& program, const GradientPlan& plan, int k, std::int64_t at,
                Visit visit) {
-  const Layer<T>& layer = program.layers[k];
-  const auto tape = tape_of<reach>(Of<Kind::coupling>(), program, layer, plan.tile_rows);
-  for (int j = 0; j < layer.num_dense; ++j) {
-    const int dense = layer.first_dense + j;
-    const Dense& d = program.dense[dense];
-    if constexpr (reach == Reach::all) {
-      const std::int64_t input =
-          d.role == Role::gate ? ContextTape<T>(program, plan.tile_rows).context : at + tape.at(d.tape.input);
-      each_block(program, {Task::product, k, dense, 0, 0, input, at + tape.cotangent(j)}, visit);
-      if (d.map >= 0) visit({Task::map, k, dense, 0, 0, at + tape.at(d.tape.sums), 0});
-    } else {
+  if constexpr (reach == Reach::all) {
+    each_network_task(program, plan, k, at, visit);
+  } else {
+    const CouplingTape<T> tape(program, program.layers[k], plan.tile_rows);
+    for (int j = 0; j < program.layers[k].num_dense; ++j) {
+      const int dense = program.layers[k].first_dense + j;
       each_block(program, {Task::product, k, dense, 0, 0, at + tape.input(j), at + tape.cotangent(j)}, visit);
     }
   }
+}
+
+template <Reach reach, class T, class Visit>
+void each_task(Of<Kind::spline>, const Program<T>& program, const GradientPlan& plan, int k, std::int64_t at,
+               Visit visit) {
+  const Layer<T>& layer = program.layers[k];
+  if (layer.num_dense > 0) return each_network_task(program, plan, k, at, visit);
+  const NetworksTape<T> tape(program, layer, plan.tile_rows);  // the constants' gradient is that of a bias
+  each_block(program, {Task::product, k, layer.first_dense, 0, 0, 0, at + tape.numbers()}, visit);
 }
 
 template <Reach reach, class T, class Visit>
@@ -413,10 +449,13 @@ GradientPlan plan_gradient(const Program<T>& program, const Device& device, std:
 template <class T>
 void place_networks(const Program<T>& program, Layer<T>* layers, Dense* dense) {
   for (int k = 0; k < program.num_layers; ++k) {
-    if (layers[k].kind != Kind::coupling) continue;
+    if (layers[k].kind != Kind::coupling && layers[k].kind != Kind::spline) continue;
+    TapeRoom room;
+    const std::int32_t heads = place_heads(program, layers[k], room);
     const std::span<Dense> networks(dense + layers[k].first_dense, static_cast<std::size_t>(layers[k].num_dense));
     place_buffers(networks);
-    layers[k].tape_width = place_tape(layers[k].num_outputs, networks);
+    place_tape(room, heads, networks);
+    layers[k].tape_width = round_up(room.used, 8);
   }
 }
 

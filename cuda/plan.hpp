@@ -42,7 +42,7 @@ NVPFLOW_HOST_DEVICE std::int64_t state_elements(const Program<T>& program, std::
   return rows * (round_up(program.split, 8) + round_up(program.input_size - program.split, 8));
 }
 NVPFLOW_HOST_DEVICE inline std::int64_t hidden_elements(const TransformPlan& plan) {
-  return plan.hidden_buffers * plan.tile_rows * round_up(plan.hidden_width, 8);
+  return plan.tile_rows * (plan.hidden_buffers * round_up(plan.hidden_width, 8) + round_up(plan.numbers_width, 8));
 }
 /// Shared memory of one tile: state and hidden activations (where they lie there), sums of the warps across, poison.
 template <class T>

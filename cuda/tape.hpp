@@ -8,6 +8,8 @@
 //   per coupling: input of the conditioner [a]; per hidden layer value [H], where kept argument [H], cotangent [H];
 //                 cotangent of the head [2 b]; slope = ds / du, scale = exp(+-s), product = d(output) / d(s), [b] each
 //                 Reach::all: slope, scale, product, then what DenseTape says
+//   per spline layer: what came in and the log-slopes, [b] each; the numbers of the splines, where their cotangents go;
+//                 where sizes are squashed their derivatives, [2 K b]; then what DenseTape says
 //   per linear layer: x and the cotangent of y, [D] each; the sum over the rows of the log-determinant's cotangent
 //   per diagonal layer: its output, in the form of a state; sums over the rows for mean and log_std, [2 D] numbers
 // clang-format on
@@ -64,7 +66,7 @@ struct CouplingTape {
   NVPFLOW_HOST_DEVICE std::int64_t input(int j) const { return j == 0 ? 0 : value(j - 1); }
 };
 
-/// The same for Reach::all.
+/// The same for Reach::all, and for spline layers.
 template <class T>
 struct NetworksTape {
   const Program<T>& program;
@@ -77,6 +79,12 @@ struct NetworksTape {
   NVPFLOW_HOST_DEVICE std::int64_t slope() const { return 0; }
   NVPFLOW_HOST_DEVICE std::int64_t scale() const { return array_size(rows, layer.num_outputs); }
   NVPFLOW_HOST_DEVICE std::int64_t product() const { return 2 * scale(); }
+  NVPFLOW_HOST_DEVICE std::int64_t in() const { return 0; }
+  NVPFLOW_HOST_DEVICE std::int64_t log_slope() const { return array_size(rows, layer.num_outputs); }
+  NVPFLOW_HOST_DEVICE std::int64_t numbers() const { return 2 * log_slope(); }
+  NVPFLOW_HOST_DEVICE std::int64_t squash() const {
+    return numbers() + array_size(rows, program.dense[numbers_dense(layer)].out);
+  }
   NVPFLOW_HOST_DEVICE std::int64_t cotangent(int j) const { return at(dense(j).tape.cotangent); }
   NVPFLOW_HOST_DEVICE std::int64_t size() const { return at(layer.tape_width); }
   /// Of an array of DenseTape.
@@ -142,6 +150,12 @@ NVPFLOW_HOST_DEVICE DiagonalTape<T> tape_of(Of<Kind::diagonal>, const Program<T>
 template <Reach reach, class T>
 NVPFLOW_HOST_DEVICE LinearTape<T> tape_of(Of<Kind::linear>, const Program<T>& program, const Layer<T>& layer,
                                           std::int64_t rows) {
+  return {program, layer, rows};
+}
+
+template <Reach reach, class T>
+NVPFLOW_HOST_DEVICE NetworksTape<T> tape_of(Of<Kind::spline>, const Program<T>& program, const Layer<T>& layer,
+                                            std::int64_t rows) {
   return {program, layer, rows};
 }
 

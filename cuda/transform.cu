@@ -29,6 +29,7 @@
 #include "network.cuh"
 #include "networks.cuh"
 #include "plan.hpp"
+#include "spline.cuh"
 #include "tile.cuh"
 
 namespace nvpflow::cuda {
@@ -92,14 +93,24 @@ struct Walker {
     return kGeneral ? program.places_out(call.inverse) : nullptr;
   }
 
+  NVPFLOW_DEVICE auto affine_of(const Layer<T>& layer) {
+    return [this, &layer](int first, int valid, auto& sums) { affine(*this, layer, first, valid, sums); };
+  }
+
+  /// In Reach::all a layer's networks run ahead of what its kind does, in one place for all kinds, so that a kernel
+  /// holds one copy of their products. That ends a coupling: its affine map is applied to their sums.
+  template <class Run>
+  NVPFLOW_DEVICE void networks_of(const Layer<T>& layer, Run run) {
+    if constexpr (reach == Reach::all) networks<M>(*this, layer, run, affine_of(layer));
+  }
+
   template <class Run>
   NVPFLOW_DEVICE void layer_of(Of<Kind::coupling>, const Layer<T>& layer, Run run) {
-    const auto finish = [&](int first, int valid, auto& sums) { affine(*this, layer, first, valid, sums); };
-    if constexpr (reach == Reach::all) {
-      networks<M>(*this, layer, run, finish);
-    } else {
-      network<M>(*this, layer, run, finish);
-    }
+    if constexpr (reach != Reach::all) network<M>(*this, layer, run, affine_of(layer));
+  }
+  template <class Run>
+  NVPFLOW_DEVICE void layer_of(Of<Kind::spline>, const Layer<T>& layer, Run) {
+    if constexpr (reach == Reach::all) splines(*this, layer);
   }
   template <class Run>
   NVPFLOW_DEVICE void layer_of(Of<Kind::diagonal>, const Layer<T>& layer, Run) {
@@ -123,6 +134,7 @@ struct Walker {
     const int first = one ? call.conditioner : 0, last = one ? call.conditioner + 1 : program.num_layers;
     for (int k = first; k < last; ++k) {
       const Layer<T>& layer = program.layers[call.inverse && !one ? program.num_layers - 1 - k : k];
+      networks_of(layer, run);
       visit(layer, [&](auto kind) { layer_of(kind, layer, run); });
     }
   }

@@ -3,11 +3,12 @@
 #
 # Builds the extension with the nvcc that is there, runs the tests marked gpu, compute-sanitizer, then the benchmark, in
 # under nine minutes, and leaves logs and gpu.json in OUTDIR. Needs nvcc, cmake, ninja, a python3 with numpy, pytest,
-# hypothesis, pybind11 and scikit-build-core (PyTorch, CuPy and JAX where they are), and nlohmann/json.hpp; no network.
-# Where something of that is missing, a folder of wheels named by NVPFLOW_WHEELS (default: .whl in the checkout) is
-# installed first; a bare machine has no nlohmann-json, so bring it, from one with a network:
+# hypothesis, mpmath, pybind11 and scikit-build-core (PyTorch, CuPy and JAX where they are), and nlohmann/json.hpp; no
+# network. Where something of that is missing, a folder of wheels named by NVPFLOW_WHEELS (default: .whl in the checkout)
+# is installed first; a bare machine has no nlohmann-json, and one without PyTorch no mpmath, so bring them, from one
+# with a network:
 #
-#   python3 -m pip download --no-deps -d .whl nlohmann-json
+#   python3 -m pip download --no-deps -d .whl nlohmann-json mpmath
 #
 # NVPFLOW_JSON_INCLUDE names a folder with nlohmann/json.hpp instead. Stages: build tests sanitizer benchmark.
 # shellcheck disable=SC2329  # stages are functions that are called by name

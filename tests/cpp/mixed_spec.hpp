@@ -171,6 +171,27 @@ inline FlowSpec spline_spec(std::int64_t features, std::uint64_t seed, DType dty
   return spec;
 }
 
+/// conditional_spec() with splines in place of its transforms, but for those of two networks, and one more layer of
+/// constants.
+inline FlowSpec conditional_spline_spec(std::int64_t features, std::uint64_t seed, std::int64_t context_size,
+                                        DType dtype) {
+  FlowSpec spec = conditional_spec(features, seed, context_size, dtype);
+  const std::size_t couplings = 3;  // the condition numbers of splines multiply
+  if (spec.layers.size() > couplings) {
+    spec.layers.erase(spec.layers.begin(), spec.layers.end() - static_cast<std::ptrdiff_t>(couplings));
+  }
+  std::uint64_t k = seed;
+  for (LayerSpec& layer : spec.layers) {
+    auto* coupling = std::get_if<Coupling>(&layer);
+    if (coupling != nullptr && !coupling->translation_network) coupling->transform = some_spline(k++);
+  }
+  ElementSpline element;
+  element.features.name = FeatureSet::Name::all;
+  element.spline = some_spline(k);
+  spec.layers.emplace_back(element);
+  return spec;
+}
+
 /// mixed_spec() with linear layers, which run either way, in front of layers and behind the last.
 inline FlowSpec linear_spec(std::int64_t features, std::uint64_t seed, DType dtype) {
   FlowSpec spec = mixed_spec(features, seed, dtype);

@@ -5,7 +5,7 @@
 // the points where fibers switch. What this finds, and says with the source lines:
 //   - threads that wait for each other at different barriers, or for threads that have ended;
 //   - reads of shared memory that nothing wrote: it holds NaN before each block;
-//   - accesses of 16 bytes that read numbers of global memory which nothing wrote, also where nobody uses them:
+//   - accesses of several numbers that read some of global memory which nothing wrote, also where nobody uses them:
 //   compute-sanitizer's initcheck would call them errors;
 //   - accesses beyond the shared memory asked for, or beyond a GuardedArray: both end at a page that may not be
 //   touched;
@@ -479,10 +479,13 @@ T shuffle_xor(T value, int mask, Here here = Here::current()) {
 
 template <class T>
 struct alignas(16) Vec4;
+template <class T>
+struct alignas(2 * sizeof(T)) Vec2;
 
-inline void require_aligned(const void* p) {
-  if (reinterpret_cast<std::uintptr_t>(p) % 16 == 0) return;
-  simt::Machine::get().fail("misaligned: " + simt::Machine::get().place() + " accesses 16 bytes at an odd address");
+inline void require_aligned(const void* p, std::size_t bytes = 16) {
+  if (reinterpret_cast<std::uintptr_t>(p) % bytes == 0) return;
+  simt::Machine::get().fail("misaligned: " + simt::Machine::get().place() + " accesses " + std::to_string(bytes) +
+                            " bytes at an odd address");
 }
 /// Fails where nothing wrote. Of shared memory a block may read such numbers, for outputs that it does not have.
 template <std::size_t bytes>
@@ -502,6 +505,18 @@ template <class T>
 void store4(T* p, Vec4<T> v) {
   require_aligned(p);
   *reinterpret_cast<Vec4<T>*>(p) = v;
+}
+
+template <class T>
+Vec2<T> load2(const T* p) {
+  require_aligned(p, 2 * sizeof(T));
+  for (int i = 0; i < 2; ++i) require_written<sizeof(T)>(p + i);
+  return *reinterpret_cast<const Vec2<T>*>(p);
+}
+template <class T>
+void store2(T* p, Vec2<T> v) {
+  require_aligned(p, 2 * sizeof(T));
+  *reinterpret_cast<Vec2<T>*>(p) = v;
 }
 
 inline void copy16_async(void* shared, const void* global) {

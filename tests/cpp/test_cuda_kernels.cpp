@@ -220,30 +220,63 @@ struct PackedFlow {
     dense.push_back(d);
   }
 
+  /// The numbers of splines, feature by feature: widths, heights and slopes of each from an even place on.
+  void add_numbers(const LoweredDense& from, cuda::Dense d, const cuda::Layer<T>& layer) {
+    const std::int64_t n = layer.num_outputs, bins = layer.spline.num_bins, even = (bins + 1) / 2 * 2;
+    const std::int64_t stride = cuda::round_up(2 * even + layer.spline.num_slopes, 8), out = n * stride;
+    d.role = cuda::Role::numbers;
+    d.listed = true;
+    d.in = static_cast<std::int32_t>(from.in);
+    d.out = static_cast<std::int32_t>(out);
+    d.weights = reserve(cuda::weight_size(from.in, out));
+    d.bias = reserve(cuda::bias_size(out));
+    d.transposed = static_cast<std::int64_t>(transposed_source.size());
+    transposed_source.resize(transposed_source.size() + static_cast<std::size_t>(cuda::weight_size(out, from.in)), -1);
+    for (std::size_t p = 0; p < from.parts.size(); ++p) {
+      const DensePart& part = from.parts[p];
+      for (std::int64_t number = 0; number < part.columns / n; ++number) {
+        for (std::int64_t j = 0; j < n; ++j) {
+          const std::int64_t o = j * stride + static_cast<std::int64_t>(p) * even + number, column = number * n + j;
+          source[static_cast<std::size_t>(d.bias + o)] = part.bias + column;
+          for (std::int64_t i = 0; i < from.in; ++i) {
+            const std::int64_t at = part.kernel + i * part.columns + column;
+            source[static_cast<std::size_t>(d.weights + cuda::weight_index(i, o, from.in))] = at;
+            transposed_source[static_cast<std::size_t>(d.transposed + cuda::weight_index(o, i, out))] = at;
+          }
+        }
+      }
+    }
+    dense.push_back(d);
+  }
+
+  /// Where a layer finds its features.
+  void find_features(const Places& conditioning, const Places& transformed, cuda::Layer<T>& layer) {
+    layer.num_inputs = static_cast<std::int32_t>(conditioning.count);
+    layer.num_outputs = static_cast<std::int32_t>(transformed.count);
+    layer.condition = conditioning.begin == 0 ? 0 : 1;
+    const std::int64_t first = layer.condition == 0 ? layer.num_inputs : layer.num_outputs;
+    if (gathers || conditioning.count == 0 || spec.context_size > 0 || first != program.split ||
+        !conditioning.index.empty() || !transformed.index.empty()) {
+      layer.condition = cuda::kGathered;
+      layer.input_place = keep(conditioning);
+      layer.output_place = keep(transformed);
+    }
+  }
+
   void add(const LoweredCoupling& from) {
     cuda::Layer<T> layer;
     layer.inverse = from.inverse;
     layer.place = keep(from.place);
-    layer.num_inputs = static_cast<std::int32_t>(from.conditioning.count);
-    layer.num_outputs = static_cast<std::int32_t>(from.transformed.count);
-    layer.condition = from.conditioning.begin == 0 ? 0 : 1;
-    const std::int64_t first = layer.condition == 0 ? layer.num_inputs : layer.num_outputs;
-    if (gathers || spec.context_size > 0 || first != program.split || !from.conditioning.index.empty() ||
-        !from.transformed.index.empty()) {
-      layer.condition = cuda::kGathered;
-      layer.input_place = keep(from.conditioning);
-      layer.output_place = keep(from.transformed);
-    }
+    find_features(from.conditioning, from.transformed, layer);
     layer.activation = from.networks.front().activation;
     layer.scale = scale_of<T>(from.scale);
     layer.first_dense = static_cast<std::int32_t>(dense.size());
     for (const LoweredNetwork& network : from.networks) {
       const bool scale_only = &network != &from.networks.back();
-      if (network.residual) {
-        add_residual(network);
-      } else {
-        add_perceptron(network, scale_only ? cuda::Role::scale_head : cuda::Role::head);
-      }
+      add_network(network, [&](const LoweredDense& head, cuda::Dense d) {
+        d.role = scale_only ? cuda::Role::scale_head : cuda::Role::head;
+        add_dense(head, d, true);
+      });
     }
     layer.num_dense = static_cast<std::int32_t>(dense.size()) - layer.first_dense;
     layers.push_back(layer);
@@ -258,18 +291,26 @@ struct PackedFlow {
     return first;
   }
 
-  void add_perceptron(const LoweredNetwork& network, cuda::Role head) {
+  /// add_last(heads, what is known of them)
+  template <class AddLast>
+  void add_network(const LoweredNetwork& network, AddLast add_last) {
+    if (network.residual) {
+      add_residual(network);
+      return add_last(network.dense.back(), {});
+    }
     for (std::size_t j = 0; j < network.dense.size(); ++j) {
       cuda::Dense d;
       d.first = j == 0;
-      const bool last = j + 1 == network.dense.size();
-      d.role = last ? head : cuda::Role::hidden;
-      d.activation = last ? Act::none : network.activation;
-      d.layer_norm = network.layer_norm && !last;
-      add_dense(d.first ? first_of(network) : network.dense[j], d, last);
+      const LoweredDense& here = d.first ? first_of(network) : network.dense[j];
+      if (j + 1 == network.dense.size()) return add_last(here, d);
+      d.role = cuda::Role::hidden;
+      d.activation = network.activation;
+      d.layer_norm = network.layer_norm;
+      add_dense(here, d);
     }
   }
 
+  /// All but the heads.
   void add_residual(const LoweredNetwork& network) {
     const std::size_t blocks = network.dense.size() / 2 - 1;
     const std::int64_t width = network.dense.front().out();
@@ -286,7 +327,7 @@ struct PackedFlow {
       copy(d.map + cuda::bias_size(width), d.shift_offset, width);
       return d;
     };
-    cuda::Dense initial = entering(cuda::Role::initial, 0), head;
+    cuda::Dense initial = entering(cuda::Role::initial, 0);
     initial.first = true;
     add_dense(first_of(network), initial);
     for (std::size_t block = 0; block < blocks; ++block) {
@@ -299,8 +340,6 @@ struct PackedFlow {
       add_dense(network.dense[2 + 2 * block], gated ? outer : entering(cuda::Role::outer, block + 1));
       if (gated) add_dense(network.gates[block], entering(cuda::Role::gate, block + 1));
     }
-    head.role = cuda::Role::head;
-    add_dense(network.dense.back(), head, true);
   }
 
   std::int64_t reserve(std::int64_t count) {
@@ -312,7 +351,26 @@ struct PackedFlow {
     for (std::int64_t i = 0; i < count; ++i) source[static_cast<std::size_t>(to + i)] = from + i;
   }
 
-  void add(const LoweredSpline&) {}  // make_cuda_backend refuses it
+  void add(const LoweredSpline& from) {
+    cuda::Layer<T> layer;
+    layer.kind = Kind::spline;
+    layer.inverse = from.inverse;
+    layer.place = keep(from.place);
+    layer.spline = map_of<T>(from.spline);
+    find_features(from.conditioning, from.transformed, layer);
+    layer.first_dense = static_cast<std::int32_t>(dense.size());
+    for (const LoweredNetwork& network : from.networks) {
+      add_network(network, [&](const LoweredDense& head, cuda::Dense d) { add_numbers(head, d, layer); });
+    }
+    if (from.networks.empty()) {
+      LoweredDense constants;
+      for (const LoweredConstants& part : from.constants) constants.parts.push_back({-1, part.offset, part.size});
+      add_numbers(constants, {}, layer);
+    } else {
+      layer.num_dense = static_cast<std::int32_t>(dense.size()) - layer.first_dense;
+    }
+    layers.push_back(layer);
+  }
 
   void add(const LoweredLinear& from) {
     const std::int64_t features = spec.input_size, triangle = features * (features - 1) / 2;
@@ -576,6 +634,37 @@ TEST_CASE_TEMPLATE("densities given a context agree with the oracle", T, float, 
   }
 }
 
+// What float32 keeps of a spline depends on its slopes; the budget is that of the CPU's kernels.
+TEST_CASE_TEMPLATE("splines agree with the oracle", T, float, double) {
+  for (const std::int64_t features : {2, 3, 5, 17, 33}) {
+    for (std::uint64_t seed = 0; seed < (features > 10 ? 4 : 8); ++seed) {
+      CAPTURE(features);
+      CAPTURE(seed);
+      check_transforms<T>(spline_spec(features, seed, dtype_of<T>), static_cast<unsigned>(seed), seed % 2 == 1,
+                          100 * kBudget<T>, {false, true});
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("splines of the most bins agree with the oracle", T, float, double) {
+  FlowSpec spec = FlowSpec::real_nvp(3, 1, {5}, Activation::tanh, 1.0, false, dtype_of<T>);
+  Spline spline;
+  spline.num_bins = 256;
+  std::get<Coupling>(spec.layers[0]).transform = spline;
+  check_transforms<T>(spec, 1, false, 100 * kBudget<T>);
+}
+
+TEST_CASE_TEMPLATE("splines given a context agree with the oracle", T, float, double) {
+  for (const std::int64_t features : {1, 2, 5, 20}) {
+    for (std::uint64_t seed = 0; seed < (features > 10 ? 2 : 6); ++seed) {
+      CAPTURE(features);
+      CAPTURE(seed);
+      check_transforms<T>(conditional_spline_spec(features, seed, static_cast<std::int64_t>(1 + seed * 7), dtype_of<T>),
+                          static_cast<unsigned>(seed), seed % 2 == 1, 100 * kBudget<T>);
+    }
+  }
+}
+
 TEST_CASE_TEMPLATE("linear layers agree with the oracle", T, float, double) {
   for (const std::int64_t features : {2, 5, 64, 130}) {
     CAPTURE(features);
@@ -809,7 +898,8 @@ namespace {
 
 /// The gradients of a flow with the CPU backend's in float64.
 template <class T>
-void check_gradients(const FlowSpec& spec, unsigned seed, bool gather, std::int64_t chunk = 0) {
+void check_gradients(const FlowSpec& spec, unsigned seed, bool gather, std::int64_t chunk = 0,
+                     double budget = kBudget<T>) {
   const std::vector<T> parameters = random_parameters<T>(ParamLayout(spec), seed);
   const PackedFlow<T> flow(spec, parameters, gather);
   Flow reference(spec.with_dtype(DType::float64));
@@ -826,8 +916,9 @@ void check_gradients(const FlowSpec& spec, unsigned seed, bool gather, std::int6
   call.nll = true;
   call.nll_factor = static_cast<T>(1.0 / static_cast<double>(rows));
   const Gradients<T> nll = run_gradient(flow, plan, call, x, {}, {}, {}, context);
-  reference.nll_gradient<double>(widened(x), expected, given);
-  CHECK(count_different(nll.gradient, expected, kBudget<T> * largest(expected)) == 0);
+  const double value = reference.nll_gradient<double>(widened(x), expected, given);
+  CHECK(within(-nll.sum / static_cast<double>(rows), value, budget));
+  CHECK(count_different(nll.gradient, expected, budget * largest(expected)) == 0);
   for (const bool inverse : {false, true}) {
     CAPTURE(inverse);
     call = {};
@@ -837,9 +928,9 @@ void check_gradients(const FlowSpec& spec, unsigned seed, bool gather, std::int6
     expected = widened(before);
     reference.vjp<double>(direction, widened(x), widened(g), widened(g_det), expected_in, expected, true, given,
                           expected_context);
-    CHECK(count_different(vjp.grad_in, expected_in, kBudget<T> * largest(expected_in)) == 0);
-    CHECK(count_different(vjp.grad_context, expected_context, kBudget<T> * largest(expected_context)) == 0);
-    CHECK(count_different(vjp.gradient, expected, kBudget<T> * largest(expected)) == 0);
+    CHECK(count_different(vjp.grad_in, expected_in, budget * largest(expected_in)) == 0);
+    CHECK(count_different(vjp.grad_context, expected_context, budget * largest(expected_context)) == 0);
+    CHECK(count_different(vjp.gradient, expected, budget * largest(expected)) == 0);
     if (inverse) continue;
     for (const simt::Order order : {simt::Order::descending, simt::Order::mixed}) {
       const InOrder in_order(order);
@@ -887,6 +978,32 @@ TEST_CASE_TEMPLATE("gradients of densities given a context agree with the CPU ba
       CAPTURE(seed);
       check_gradients<T>(conditional_spec(features, seed, static_cast<std::int64_t>(1 + seed * 7), dtype_of<T>),
                          static_cast<unsigned>(seed), seed % 2 == 1, seed == 1 ? 1 : 0);
+    }
+  }
+}
+
+/// On these flows the CPU's kernels are off by as much in float32: 4.8e-5, where CUDA's are by 4.9e-5.
+template <class T>
+constexpr double kSplineGradientBudget = std::is_same_v<T, float> ? 1e-4 : 1e-12;
+
+TEST_CASE_TEMPLATE("gradients of splines agree with the CPU backend", T, float, double) {
+  for (const std::int64_t features : {2, 3, 5, 17}) {
+    for (std::uint64_t seed = 0; seed < (features > 10 ? 3 : 8); ++seed) {
+      CAPTURE(features);
+      CAPTURE(seed);
+      check_gradients<T>(spline_spec(features, seed, dtype_of<T>), static_cast<unsigned>(seed), seed % 2 == 1,
+                         seed == 1 ? 1 : 0, kSplineGradientBudget<T>);
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("gradients of splines given a context agree with the CPU backend", T, float, double) {
+  for (const std::int64_t features : {1, 2, 5}) {
+    for (std::uint64_t seed = 0; seed < 6; ++seed) {
+      CAPTURE(features);
+      CAPTURE(seed);
+      check_gradients<T>(conditional_spline_spec(features, seed, static_cast<std::int64_t>(1 + seed * 7), dtype_of<T>),
+                         static_cast<unsigned>(seed), seed % 2 == 1, seed == 1 ? 1 : 0, kSplineGradientBudget<T>);
     }
   }
 }

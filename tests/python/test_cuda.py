@@ -18,7 +18,7 @@ import numpy as np
 import nvpflow
 import pytest
 from nvpflow import _core
-from nvpflow.layers import MLP, Affine, Coupling
+from nvpflow.layers import MLP, Affine, Coupling, ElementSpline, Spline
 from oracle import unit_data
 
 gpu = pytest.mark.gpu
@@ -232,6 +232,16 @@ KINDS = {
     "residual": {"network": "residual", "hidden_sizes": (12,), "activation": "gelu"},
     "context": {"context_size": 3, "standardize_context": True},
     "gates": {"network": "residual", "hidden_sizes": (12,), "context_size": 9, "mixing": "lu"},
+    "splines": {"transform": "spline", "mixing": "lu", "network": "residual", "hidden_sizes": (12,)},
+    "splines given a context": {"transform": "spline", "num_bins": 5, "context_size": 3, "hidden_sizes": (12,)},
+    "splines of each feature": {
+        "layers": [
+            ElementSpline("all", Spline(3, boundary="free", tails="slope")),
+            Coupling("odd", Spline(10, 2.0, boundary="free", tails="slope")),
+            Coupling("even", Spline(derivative="exp", size_bound=3.0, min_derivative=0.0), inverse=True),
+            ElementSpline("odd", inverse=True),
+        ]
+    },
 }
 
 

@@ -111,11 +111,17 @@ def evaluate(flow: nvpflow.Flow, feature: int, points: np.ndarray, backwards: bo
 
 
 def check_one(
-    spline: Mapping[str, Any], raw: Raw, dtype: str, count: int, rng: np.random.Generator, steps: int = 2
+    spline: Mapping[str, Any],
+    raw: Raw,
+    dtype: str,
+    count: int,
+    rng: np.random.Generator,
+    steps: int = 2,
+    device: str = "cpu",
 ) -> None:
     """Every feature in both directions, against 50 digits."""
     rounding = UNITS * unit_of(dtype)
-    flow = alone(spline, raw, dtype)
+    flow = alone(spline, raw, dtype).to(device)
     for feature in range(raw["widths"].shape[1]):
         reference = reference_of(spline, raw, feature)
         for backwards in (False, True):
@@ -156,6 +162,15 @@ def features_of(spline: Mapping[str, Any]) -> int:
 def test_values_and_slopes(spline, scale, dtype) -> None:
     rng = np.random.default_rng([len(name_of(spline)), int(10 * scale)])
     check_one(spline, draw_raw(spline, features_of(spline), scale, dtype, rng), dtype, 30, rng)
+
+
+@pytest.mark.gpu
+@over_splines
+def test_values_and_slopes_on_a_device(spline, dtype) -> None:
+    rng = np.random.default_rng([len(name_of(spline)), 11])
+    for scale in (0.3, 3.0):
+        raw = draw_raw(spline, features_of(spline), scale, dtype, rng)
+        check_one(spline, raw, dtype, 15, rng, device="cuda")
 
 
 @pytest.mark.parametrize("num_bins", [*range(1, 33), 256])

@@ -16,10 +16,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 
 import nvpflow
-from nvpflow.layers import MLP, Affine, Coupling
+from nvpflow.layers import MLP, Affine, Coupling, ElementSpline, Spline
 from oracle import unit_data
 
 TWO = {"scale_network": MLP((20,), "gelu", layer_norm=True), "translation_network": MLP((9, 33), "tanh")}
+BENT = Spline(5, 2.0, boundary="free", tails="slope", derivative="exp", size_bound=4.0)
 GATED = {"network": "residual", "context_size": 5, "standardize_context": True}
 
 SHAPES = [  # (D, K, hidden sizes, activation, further options of build)
@@ -36,6 +37,10 @@ SHAPES = [  # (D, K, hidden sizes, activation, further options of build)
     (17, 2, (40,), "silu", {"mixing": "lu", **GATED}),
     (7, 1, (), "relu", {"layers": [Coupling("odd", Affine(), **TWO), Coupling("even", Affine(), **TWO)]}),
     (784, 1, (1024,), "gelu", {"mixing": "lu", "context_size": 3, "layer_norm": True}),
+    # Splines: with a few features and many, whose numbers lie in a workspace; of constants; of every other sort.
+    (9, 2, (40,), "silu", {"transform": "spline", "mixing": "lu", **GATED}),
+    (100, 1, (64,), "relu", {"transform": "spline", "standardize": False}),
+    (6, 1, (), "relu", {"layers": [ElementSpline("all"), Coupling("odd", BENT), ElementSpline("even", BENT)]}),
 ]
 MODES = [("float32", "float32"), ("float64", "float32"), ("float32", "tf32"), ("float32", "bfloat16")]
 BUDGET = {"float32": 1e-4, "float64": 1e-11}
