@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -108,5 +107,7 @@ def normal_scores(base: Base, latents: NDArray[Any]) -> NDArray[np.float64]:
     if isinstance(base, Normal):
         return z
     share = np.clip((z - base.low) / (base.high - base.low), _LEAST_SHARE, 1 - _LEAST_SHARE)
+    from statistics import NormalDist  # which takes a tenth of what importing NumPy takes
+
     scores = np.reshape([NormalDist().inv_cdf(p) for p in share.ravel()], z.shape)
     return np.where(z < base.low, -np.inf, np.where(z > base.high, np.inf, scores))
