@@ -71,6 +71,7 @@ __all__ = [
 # Modules that are imported where they are first asked for, and the library that each needs.
 _LAZY = {
     "demo": "numpy",
+    "exporters": "numpy",
     "jax": "jax",
     "plot": "matplotlib",
     "report": "matplotlib",
@@ -80,6 +81,7 @@ _LAZY = {
 
 if TYPE_CHECKING:  # a function __getattr__ would let checkers believe in every name
     from nvpflow import demo as demo
+    from nvpflow import exporters as exporters
     from nvpflow import jax as jax
     from nvpflow import plot as plot
     from nvpflow import report as report

@@ -1,4 +1,4 @@
-"""Files that the command line writes: whole or not at all, with the modes of those they replace."""
+"""Files that the command line and the exporters write: whole or not at all, with the modes of those they replace."""
 
 from __future__ import annotations
 
@@ -69,6 +69,12 @@ def write_text(target: str, text: str, *, force: bool) -> None:
     """Write a whole file of UTF-8 text, or to standard output for `-`; what no UTF-8 is, a file's name, is escaped."""
     with _open_target(target, force=force) as file:
         file.write(text.encode(errors="backslashreplace"))
+
+
+def write_bytes(target: str, data: bytes, *, force: bool) -> None:
+    """Write a whole file."""
+    with _open_target(target, force=force) as file:
+        file.write(data)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The command ``nvpflow``: fit, score, sample, check, info, report and demo.
+"""The command ``nvpflow``: fit, score, sample, check, info, report, export and demo.
 
 Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 3 `check` finds a model unreliable, 130 Ctrl-C,
 141 the reader of a pipe went away. SIGTERM and SIGHUP end it as they end any process (143 and 129 to a shell), after
@@ -34,6 +34,7 @@ from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS, default_activation
 from nvpflow._source import TRUTHS, rows_per_block
 from nvpflow._spec import begins_with_standardize
 from nvpflow._text import counted
+from nvpflow.exporters import METHODS
 
 # Errors that the user can act on. Anything else is a bug of ours and keeps its traceback.
 _EXPECTED_ERRORS = (OSError, ValueError, MemoryError, ImportError, RuntimeError, nvpflow.TrainingError)
@@ -179,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_check(commands)
     _add_info(commands)
     _add_report(commands)
+    _add_export(commands)
     _add_demo(commands)
     return parser
 
@@ -411,6 +413,17 @@ def _add_report(commands: Any) -> None:
     _add_option(report, "--title", metavar="TEXT", help="of the page (default: names of MODEL and DATA)")
     _add_threads(report)
     _add_device(report)
+
+
+def _add_export(commands: Any) -> None:
+    summary = "Write one method of a flow as an ONNX file, and check it against the flow."
+    export = _add_command(commands, "export", _run_export, summary)
+    export.add_argument("model", metavar="MODEL", help="model file")
+    _add_option(export, "-o", "--output", metavar="FILE", required=True, help=".onnx file to write")
+    _add_option(export, "--force", action="store_true", help="overwrite FILE")
+    _add_option(export, "--method", choices=METHODS, default="log_prob", help="what the file computes")
+    dtype_help = "of inputs, outputs and arithmetic (default: the model's)"
+    _add_option(export, "--dtype", choices=("float32", "float64"), help=dtype_help)
 
 
 def _listed_names(text: str) -> list[str]:
@@ -990,6 +1003,18 @@ def _shown(path: str) -> str:
 def _identified(path: str) -> str:
     with open(path, "rb") as file:
         return f"{_shown(path)}, SHA-256 {hashlib.sha256(file.read()).hexdigest()[:16]}…"
+
+
+def _run_export(arguments: argparse.Namespace) -> None:
+    if not arguments.output.endswith(".onnx"):
+        raise data_io.DataError(f"-o: {arguments.output} is no name of an ONNX file, expected one that ends in .onnx")
+    _output.check_distinct(arguments.output, {"MODEL": arguments.model})
+    _output.check_target(arguments.output, force=arguments.force)
+    flow = nvpflow.load(arguments.model)
+    if arguments.dtype is not None:
+        flow = flow.astype(arguments.dtype)
+    difference = nvpflow.exporters.to_onnx(flow, arguments.output, arguments.method)
+    print(f"{arguments.method} written to {arguments.output}; onnxruntime differs from the flow by {difference:.1e}")
 
 
 def _run_demo(arguments: argparse.Namespace) -> None:

@@ -35,6 +35,7 @@ OPTIONAL = {
     "nvpflow.plot": "matplotlib",
     "nvpflow.report": "matplotlib",
     "nvpflow.jax": "jax",
+    "nvpflow.exporters": "torch",
 }
 
 
