@@ -79,8 +79,11 @@ class Options:
     base: Any = NORMAL
     standardize_context: bool | None = None
 
-    def checked(self) -> Options:
-        """Return the options with values of the right types; what contradicts another is refused."""
+    def checked(self, *, beside_layers: bool = False) -> Options:
+        """Return the options with values of the right types; what contradicts another is refused.
+
+        beside_layers: these say what the couplings are.
+        """
         mask = self.mask if isinstance(self.mask, (np.ndarray, list, tuple)) else _choice("mask", self.mask, MASKS)
         context = self.standardize_context
         found = Options(
@@ -102,9 +105,21 @@ class Options:
             base=_bases.checked(self.base),
             standardize_context=None if context is None else _checks.boolean("standardize_context", context),
         )
-        for name, message in found._contradictions():
+        for name, message in (*found._contradictions(), *(() if beside_layers else found._leaving())):
             raise ValueError(f"{name} is {getattr(found, name)!r} {message}")
         return found
+
+    def _leaving(self) -> Iterator[tuple[str, str]]:
+        """Yield options that carry rows out of a bounded base."""
+        if not _bases.is_bounded(self.base):
+            return
+        under, way_out = f"with base={self.base!r}, expected", "; layers= builds such a flow all the same"
+        if self.transform != "spline":
+            yield "transform", f"{under} 'spline': other couplings carry rows out of the interval{way_out}"
+        if self.actnorm:
+            yield "actnorm", f"{under} False: it carries rows out of the interval{way_out}"
+        if self.mixing == "lu":
+            yield "mixing", f"{under} another or None: it carries rows out of the interval{way_out}"
 
     def _contradictions(self) -> Iterator[tuple[str, str]]:
         if self.transform != "affine":
@@ -177,10 +192,11 @@ def spec_of(input_size: int, options: Options, *, standardize: bool, dtype: str,
 def _check_all_transformed(spec: FlowSpec) -> None:
     left, _ = untransformed(spec)
     if left.size:
+        what = "normally distributed" if spec.base == NORMAL else _bases.in_words(spec.base)
         columns = ", ".join(str(column + 1) for column in left[:5]) + (", ..." if left.size > 5 else "")
         raise ValueError(
             f"mask never transforms column{'s' if left.size > 1 else ''} {columns}, expected each column True in some "
-            "row: the flow would take it for normally distributed; layers= builds such a flow all the same"
+            f"row: the flow would take it for {what}; layers= builds such a flow all the same"
         )
 
 

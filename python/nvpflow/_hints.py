@@ -15,8 +15,8 @@ _NO_WEIGHTS = (
     "or weight the loss of nvpflow.torch.FlowModule"
 )
 _NO_BOUNDS = (
-    "columns have no bounds yet: fit the logarithm or the logit of a bounded column, and add the transform's "
-    "log-derivative to log p"
+    "where all columns have bounds, scale them to [0, 1] and build with base='uniform' and transform='spline'; else "
+    "fit the logarithm or the logit of a bounded column, and add the transform's log-derivative to log p"
 )
 _BASE = "what latents are belongs to the flow: nvpflow.build(base=)"
 _ABOUT = {

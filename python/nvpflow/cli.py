@@ -266,7 +266,7 @@ def _add_architecture(group: Any) -> None:
     _add_option(group, "--network", choices=NETWORKS, default="mlp", help=network_help)
     _add_option(group, "--num-blocks", type=int, metavar="N", default=2, help="blocks of --network residual")
     _add_option(group, "--layer-norm", action="store_true", help="normalize the output of each hidden layer")
-    base_help = "what latents are; uniform: on [0, 1], for columns in it, which are then not standardized"
+    base_help = "what latents are; uniform: on [0, 1], for columns in it and splines, which then span it"
     _add_option(group, "--base", choices=_bases.NAMES, default="normal", help=base_help)
 
 
@@ -513,7 +513,7 @@ def _run_fit(arguments: argparse.Namespace) -> None:
         context_size=context_size,
         activation=default_activation(rows.shape[1]) if arguments.activation is None else arguments.activation,
         **model,
-        standardize=_standardizes(arguments),
+        standardize=False if arguments.no_standardize else None,
         seed=arguments.seed,
         **where,
     )

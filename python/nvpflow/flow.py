@@ -115,9 +115,9 @@ def build(
     layer_norm
         Of ``network="mlp"``: normalize the output of each hidden layer.
     base
-        What latents are. "normal": standard normal. "uniform": uniform on [0, 1], edges included, for data that fill it
-        and layers that keep it; a row whose latents are outside has log p = -inf. Or ``Uniform(low, high)`` of
-        `nvpflow.layers`.
+        What latents are. "normal": standard normal. "uniform": uniform on [0, 1], edges included, for data that fill
+        it, with ``transform="spline"``, whose splines then span it; a row outside has log p = -inf. Or
+        ``Uniform(low, high)`` of `nvpflow.layers`.
     standardize
         Put a diagonal affine layer in front, which `Flow.fit` sets from the training rows. Until then it is the
         identity. Its log-determinant counts, so densities stay those of the data as given. None: True with the normal
@@ -176,8 +176,11 @@ def build(
     Dhariwal, 2018).
     """
     given = locals()
-    options = Options(**{field.name: given[field.name] for field in dataclasses.fields(Options)}).checked()
+    options = Options(**{field.name: given[field.name] for field in dataclasses.fields(Options)})
+    options = options.checked(beside_layers=layers is not None)
     wanted = not _bases.is_bounded(options.base) if standardize is None else standardize
+    if layers is None and standardize is None and standardize_context is None and options.context_size > 0:
+        options = dataclasses.replace(options, standardize_context=True)  # whatever the rows are
     standardizes, statistics = _checks.standardize(wanted)
     size, name = _checks.integer("input_size", input_size), _checks.dtype_name("dtype", dtype)
     number = _checks.integer("seed", seed, unsigned=True)

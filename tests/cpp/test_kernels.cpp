@@ -1271,6 +1271,51 @@ TEST_CASE_TEMPLATE("uniform noise stays inside, is uniform, and one sequence how
   }
 }
 
+TEST_CASE_TEMPLATE("splines on the interval of a uniform base never carry a row out", T, float, double) {
+  struct Interval {
+    double low, high;
+  };
+  for (const Interval interval : {Interval{0, 1}, Interval{0.1, 0.7}, Interval{-1000, 1000.3}}) {
+    for (const bool free : {false, true}) {
+      CAPTURE(interval.low);
+      CAPTURE(free);
+      FlowSpec spec = FlowSpec::real_nvp(5, 4, {7}, Activation::tanh, 1.0, false, dtype_of<T>);
+      nvpflow::Spline spline;
+      spline.lower = interval.low;
+      spline.upper = interval.high;
+      spline.boundary = free ? nvpflow::Spline::Boundary::free : nvpflow::Spline::Boundary::one;
+      for (nvpflow::LayerSpec& layer : spec.layers) std::get<nvpflow::Coupling>(layer).transform = spline;
+      spec.base = nvpflow::UniformBase{interval.low, interval.high};
+      Flow flow(spec);
+      std::vector<T> parameters = random_parameters<T>(flow.layout(), 1);
+      for (T& value : parameters) value *= T(3);
+      flow.template set_parameters<T>(parameters);
+      // Half of the numbers are at the edges, or a few steps inside.
+      const std::int64_t rows = 20'000;
+      const T low = static_cast<T>(interval.low), high = static_cast<T>(interval.high);
+      std::vector<T> x = random_values<T>(rows * 5, 3), log_prob(static_cast<std::size_t>(rows));
+      for (std::size_t i = 0; i < x.size(); ++i) {
+        x[i] = std::clamp(low + (high - low) * (T(0.5) + T(0.25) * x[i]), low, high);
+        if (i % 7 == 1) x[i] = low;
+        if (i % 7 == 2) x[i] = high;
+        for (std::size_t step = 0; i % 7 == 3 && step < i % 4; ++step)
+          x[i] = std::nextafter(step == 0 ? high : x[i], low);
+      }
+      flow.template log_prob<T>(x, log_prob);
+      CHECK(std::all_of(log_prob.begin(), log_prob.end(), [](T v) { return std::isfinite(v); }));
+      for (std::size_t r = 0; r < 50; ++r) {
+        T alone = 0;
+        flow.template log_prob<T>(std::span<const T>(x).subspan(5 * r, 5), std::span<T>(&alone, 1));
+        CHECK(std::memcmp(&alone, &log_prob[r], sizeof(T)) == 0);
+      }
+      flow.template sample<T>(5, x);
+      CHECK(std::all_of(x.begin(), x.end(), [=](T v) { return v >= low && v <= high; }));
+      flow.template log_prob<T>(x, log_prob);
+      CHECK(std::all_of(log_prob.begin(), log_prob.end(), [](T v) { return std::isfinite(v); }));
+    }
+  }
+}
+
 TEST_CASE_TEMPLATE("fit names rows outside a uniform base before it trains", T, float, double) {
   const std::int64_t rows = 60;
   std::vector<T> x = random_values<T>(rows * 2, 3);

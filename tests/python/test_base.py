@@ -13,7 +13,7 @@ import nvpflow
 import pytest
 from general_oracle import GeneralFlow, random_spec, scrambled
 from nvpflow import _bases, _core
-from nvpflow.layers import MLP, Additive, Coupling, Normal, Standardize, Uniform
+from nvpflow.layers import MLP, Additive, Coupling, Normal, Spline, Standardize, Uniform
 from oracle import assert_same_bits, assert_within_budget
 
 DTYPES = ("float32", "float64")
@@ -104,12 +104,29 @@ def test_a_spec_holds_its_base() -> None:
 def test_build_takes_a_base() -> None:
     assert nvpflow.build(3).spec == nvpflow.build(3, base="normal").spec == nvpflow.build(3, base=Normal()).spec
     assert nvpflow.build(3).spec.to_json().startswith('{"input_size":3,"dtype"')  # format 1.0 says it
-    flow = nvpflow.build(3, transform="additive", base="uniform")
+    flow = nvpflow.build(3, transform="spline", num_bins=5, base="uniform", mixing="permutation")
     assert flow.spec.base == Uniform(0, 1)
     assert not flow.spec.standardize  # which would move rows out
     assert nvpflow.build(3).spec.standardize
-    wide = nvpflow.build(3, transform="additive", base=Uniform(-9, 9), standardize=True)
+    splines = {layer.transform for layer in flow.spec.layers if isinstance(layer, Coupling)}
+    assert splines == {Spline(5, interval=(0, 1), boundary="free")}
+    wide = nvpflow.build(3, transform="spline", base=Uniform(-9, 9), standardize=True, context_size=2)
     assert wide.spec.standardize
+    assert wide.spec.layers[1].transform.interval == (-9, 9)
+    assert wide.spec.standardize_context
+    assert nvpflow.build(3, transform="spline", base="uniform", context_size=2).spec.standardize_context
+    plain = nvpflow.build(3, transform="spline", base="uniform", context_size=2, standardize=False)
+    assert not plain.spec.standardize_context
+    for options, message in (
+        ({}, "transform is 'affine' with base=Uniform(0.0, 1.0), expected 'spline'"),
+        ({"transform": "additive"}, "transform is 'additive' with base"),
+        ({"transform": "spline", "actnorm": True}, "actnorm is True with base=Uniform(0.0, 1.0), expected False"),
+        ({"transform": "spline", "mixing": "lu"}, "mixing is 'lu' with base"),
+    ):
+        with pytest.raises(ValueError, match="with base") as caught:
+            nvpflow.build(3, base="uniform", **options)
+        assert message in str(caught.value)
+        assert "layers= builds such a flow all the same" in str(caught.value)
     assert "base=Uniform(0.0, 1.0)" in repr(flow)
     assert "Uniform(0.0, 1.0)" in flow._repr_html_()
     assert "base" not in nvpflow.build(3)._repr_html_()
@@ -270,6 +287,37 @@ def test_rows_that_training_carries_out_are_named() -> None:
         flow.fit(0.1 + 0.8 * x, epochs=30, learning_rate=0.05)
 
 
+def uneven(rows: int, columns: int = 3, seed: int = 0) -> np.ndarray:
+    """Rows on [0, 1] with edges of positive and of infinite density, which follow from each other."""
+    u = np.random.default_rng(seed).uniform(size=(rows, columns))
+    u[:, 1] = (u[:, 1] + u[:, 0]) / 2
+    u[:, 2] = u[:, 2] ** 2
+    return u.astype(np.float32)
+
+
+def test_splines_learn_a_density_on_an_interval() -> None:
+    x, test = uneven(4000), uneven(2000, seed=1)
+    x[:3] = [[0, 0, 0], [1, 1, 1], [0, 1, 0]]
+    flow = nvpflow.build(3, 4, (32,), base="uniform", transform="spline", seed=0)
+    history = flow.fit(x, epochs=15, progress=False)
+    assert np.isfinite(flow.log_prob(x)).all()
+    samples = flow.sample(5000, seed=1)
+    assert samples.min() >= 0
+    assert samples.max() <= 1
+    # E log p: of column 1 given column 0 log 2, of column 2 E -log(2 sqrt(x)) = 1 - log 2.
+    assert flow.log_prob(test).mean() > 1 - 0.2
+    assert history.best_loss < -0.8
+    shares = np.linspace(0.05, 0.95, 19)
+    drawn, given = (np.quantile(rows, shares, axis=0) for rows in (samples, test))
+    np.testing.assert_allclose(drawn, given, atol=0.05)
+    z, _ = flow.forward(test)
+    assert z.min() >= 0
+    assert z.max() <= 1
+    found = flow.certify(test)
+    assert found.ok
+    assert not any("outside" in sentence for sentence in found.advice)
+
+
 # ------------------------------------------------------------------------------------------- what describes a flow
 
 
@@ -392,7 +440,7 @@ def test_sklearn() -> None:
 
     x = np.random.default_rng(0).uniform(0.1, 0.9, size=(300, 2))
     estimator = FlowDensity(
-        coupling="additive",
+        coupling="spline",
         hidden_sizes=(8,),
         num_flows=2,
         epochs=1,
@@ -403,7 +451,9 @@ def test_sklearn() -> None:
     assert clone(estimator).get_params()["base"] == "uniform"
     estimator.fit(x)
     assert estimator.flow_.spec.base == Uniform()
-    assert estimator.score(x) == pytest.approx(0, abs=1e-5)
+    rows = x.astype(np.float32)
+    assert estimator.score(x) == pytest.approx(estimator.flow_.log_prob(rows).astype(np.float64).mean(), abs=1e-12)
+    assert estimator.score(x) > -0.01  # that of the uniform density, which a new flow is near
     assert np.isneginf(estimator.score_samples([[2.0, 0.5]]))
     with pytest.raises(ValueError, match="outside the uniform base"):
         estimator.fit(3 * x)
@@ -417,7 +467,7 @@ def test_command_line(tmp_path, capsys) -> None:
     x = np.random.default_rng(0).uniform(0.1, 0.9, size=(300, 2))
     np.save(tmp_path / "data.npy", x)
     model = str(tmp_path / "model.safetensors")
-    options = ["--base", "uniform", "--transform", "additive", "--learning-rate", "1e-4", "--epochs", "1"]
+    options = ["--base", "uniform", "--transform", "spline", "--learning-rate", "1e-4", "--epochs", "1"]
     assert cli.main(["fit", str(tmp_path / "data.npy"), "-o", model, *options]) == 0
     assert nvpflow.load(model).spec.base == Uniform()
     capsys.readouterr()
