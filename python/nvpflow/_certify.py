@@ -158,7 +158,7 @@ class Certifier:
         log_prob = self._flow.log_probability(x, context=contexts)
         expected = self._walk.log_prob(wide, _widened(contexts))
         outside = np.zeros(len(x), np.bool_)
-        if _bases.is_bounded(self._flow.spec.base):  # at an edge also of one of them only
+        if self._flow.spec._is_bounded:  # at an edge also of one of them only
             outside = np.isneginf(log_prob) | np.isneginf(expected)
         good = np.isfinite(log_det) & (outside | (np.isfinite(log_prob) & np.isfinite(expected)))
         for results in (z, back, again):
@@ -345,9 +345,8 @@ class Certifier:
                 "certify it with 'float32' and 'full' to see the model's own part."
             )
         if self._largest > 100 and not self._standardizes:
-            advice.append(
-                f"The data reach {self._largest:.3g}: bring them to unit scale, or train with a standardize layer."
-            )
+            way = "" if spec._is_bounded else ", or train with a standardize layer"
+            advice.append(f"The data reach {self._largest:.3g}: bring them to unit scale{way}.")
         if _spec.splines(spec) and not found["failed_rows"] and found["round_trip"] is not None:
             digits = math.floor(-math.log10(max(self._errors(found))))
             advice.append(

@@ -171,9 +171,8 @@ def rows(name: str, value: ArrayLike, spec: FlowSpec, *, one_row: bool = False) 
     if spec._takes_float64_rows and not np.can_cast(given.dtype, dtype, "safe"):
         dtype = np.dtype(np.float64)
     if not np.can_cast(given.dtype, dtype, "safe"):
-        raise TypeError(
-            f"{name} has dtype {given.dtype}, which NumPy does not convert to {dtype} safely{_way_out(given)}"
-        )
+        way = _way_out(name, given, spec)
+        raise TypeError(f"{name} has dtype {given.dtype}, which NumPy does not convert to {dtype} safely{way}")
     found = np.asarray(given, dtype=dtype, order="C")
     found = found[None] if one_row and found.ndim == 1 else found
     if found.ndim != 2 or found.shape[1] != spec.input_size:
@@ -181,11 +180,16 @@ def rows(name: str, value: ArrayLike, spec: FlowSpec, *, one_row: bool = False) 
     return found
 
 
-def _way_out(given: NDArray[Any]) -> str:
+def _way_out(name: str, given: NDArray[Any], spec: FlowSpec) -> str:
     if given.dtype.kind not in "fiu":
         return ""
     if given.dtype.kind == "f" and given.dtype.itemsize > 8:
         return "; convert it yourself: np.asarray(..., dtype=np.float64)"
+    if spec._is_bounded:
+        return (
+            f"; convert it with {name}.astype(np.float32), which carries no row out of the base's interval, or build "
+            "the flow with dtype='float64' (flow.astype('float64') gives a copy)"
+        )
     return (
         "; build the flow with standardize=True, which takes float64 rows as they are, or with dtype='float64' "
         "(flow.astype('float64') gives a copy); a cast to float32 loses digits where values are large beside their "

@@ -718,7 +718,10 @@ class _Look:
         if 1 / _UNIT_SCALE <= std <= _UNIT_SCALE and abs(mean) <= _UNIT_SCALE:
             return
         text = f"{self._label(j)} has mean {mean:.3g} and standard deviation {std:.3g}, far from unit scale"
-        remedy = "build the flow with standardize=True, or standardize the columns"
+        remedy = (
+            "build the flow with standardize=True, or bring the columns to unit scale, and with them the interval of a "
+            "uniform base"
+        )
         self._add("scale", "warning", (j,), text, remedy, mean=mean, std=std)
 
     def _other_units(self, j: int, spread: float, trained_mean: float, trained_std: float) -> None:

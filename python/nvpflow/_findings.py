@@ -93,9 +93,10 @@ def examine(
             "no row of data has a finite log-density under this flow; are they on the scale of its training data?"
         )
     if wild := int(np.sum(~np.isfinite(log_p))):
-        notices.append(
-            f"{counted(wild, 'row')} so far out that the log-density is not a finite number; not in the means."
-        )
+        where = "so far out that the log-density is not a finite number"
+        if flow.spec._is_bounded:
+            where = f"without a density, outside of the base, whose latents are {_bases.in_words(flow.spec.base)}"
+        notices.append(f"{counted(wild, 'row')} {where}; not in the means.")
     drawn = _samples(flow, table)
     samples = drawn if (kept := drawn.finite()).all() else drawn.those(kept)
     if wild := len(drawn.rows) - len(samples.rows):

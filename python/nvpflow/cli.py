@@ -266,8 +266,10 @@ def _add_architecture(group: Any) -> None:
     _add_option(group, "--network", choices=NETWORKS, default="mlp", help=network_help)
     _add_option(group, "--num-blocks", type=int, metavar="N", default=2, help="blocks of --network residual")
     _add_option(group, "--layer-norm", action="store_true", help="normalize the output of each hidden layer")
-    base_help = "what latents are; uniform: on [0, 1], for columns in it and splines, which then span it"
+    base_help = "what latents are; uniform: on an interval, for columns in it and splines, which then span it"
     _add_option(group, "--base", choices=_bases.NAMES, default="normal", help=base_help)
+    interval_help = "of --base uniform, the same for all columns (default: 0 1)"
+    _add_option(group, "--interval", nargs=2, type=float, metavar=("LO", "HI"), help=interval_help)
 
 
 def _add_training_options(group: Any) -> None:
@@ -497,7 +499,8 @@ class _Data(NamedTuple):
 
 def _run_fit(arguments: argparse.Namespace) -> None:
     _check_fit_paths(arguments)
-    model = {name: getattr(arguments, name) for name in OPTIONS} | {"hidden_sizes": _hidden_sizes(arguments)}
+    model = {name: getattr(arguments, name) for name in OPTIONS}
+    model |= {"hidden_sizes": _hidden_sizes(arguments), "base": _base(arguments)}
     Options(**model).checked()
     _output.check_target(arguments.output, force=arguments.force)
     # Before minutes go into reading the data: is the device there?
@@ -533,8 +536,20 @@ def _run_fit(arguments: argparse.Namespace) -> None:
     say(f"model written to {arguments.output}")
 
 
+def _base(arguments: argparse.Namespace) -> _bases.Base:
+    """Return what latents are to be."""
+    if arguments.interval is None:
+        return _bases.checked(arguments.base)
+    if arguments.base != "uniform":
+        raise data_io.DataError(f"--interval is given with --base {arguments.base}, expected --base uniform for it")
+    try:
+        return _bases.Uniform(*arguments.interval)
+    except ValueError as error:
+        raise data_io.DataError(f"--interval: {error}") from None
+
+
 def _standardizes(arguments: argparse.Namespace) -> bool:
-    return not arguments.no_standardize and not _bases.is_bounded(_bases.checked(arguments.base))
+    return not arguments.no_standardize and not _bases.is_bounded(_base(arguments))
 
 
 def _hidden_sizes(arguments: argparse.Namespace) -> Sequence[int]:

@@ -343,7 +343,7 @@ def _checked_rows(spec: FlowSpec, name: str, rows: Any) -> jax.Array:
     if rows.dtype != spec.dtype:
         if rows.dtype.name not in _NARROWER[spec.dtype]:
             way_out = "convert the rows with .astype()"
-            if spec.dtype == "float32" and rows.dtype.kind in "fiu":
+            if spec.dtype == "float32" and rows.dtype.kind in "fiu" and not spec._is_bounded:
                 way_out = (
                     "take flow.astype('float64'); a cast of the rows to float32 loses digits where values are large "
                     "beside their spread"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,8 @@ _PARAMETERS = """num_flows, hidden_sizes, activation, dtype
         "additive" or "spline"; scikit-learn has a method of that name. network="residual" takes one width, for example
         ``hidden_sizes=(64,)``.
     base
-        What latents are, as in `nvpflow.build`. Under a uniform base no layer standardizes: scale X to its interval.
+        What latents are, as in `nvpflow.build`. "uniform" goes with ``coupling="spline"`` and with X that lies in its
+        interval: no layer standardizes there.
     context_features
         The features of X that condition the others: the density is p(others | these), and a row's log-density, its
         score and its threshold are so. An int: so many last ones. A sequence: their indices, or their names where X has
@@ -230,19 +232,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
                 "minimum of 2 is required to train on; give validation_fraction=None, or X_val"
             )
         seed = _seed_of(self.random_state)
-        flow = build(
-            rows.shape[1],
-            self.num_flows,
-            self.hidden_sizes,
-            default_activation(rows.shape[1]) if self.activation is None else self.activation,
-            **{name: getattr(self, "coupling" if name == "transform" else name) for name in OPTIONS},
-            context_size=self.context_features_.size,
-            dtype=self.dtype,
-            seed=seed,
-            device=self.device,
-            precision=self.precision,
-            weights=self.weights,
-        )
+        flow = self._built(rows.shape[1], seed)
         flow.num_threads = effective_n_jobs(self.n_jobs)
         names = getattr(self, "feature_names_in_", None)
         if names is not None:
@@ -301,6 +291,28 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self)
         self.flow_.num_threads = effective_n_jobs(self.n_jobs)
         return self.flow_.condition(context)
+
+    def _built(self, columns: int, seed: int) -> Flow:
+        """Return a new flow for so many columns."""
+        try:
+            return build(
+                columns,
+                self.num_flows,
+                self.hidden_sizes,
+                default_activation(columns) if self.activation is None else self.activation,
+                **{name: getattr(self, "coupling" if name == "transform" else name) for name in OPTIONS},
+                context_size=self.context_features_.size,
+                dtype=self.dtype,
+                seed=seed,
+                device=self.device,
+                precision=self.precision,
+                weights=self.weights,
+            )
+        except ValueError as error:  # which calls the coupling as `build` does
+            text = re.sub(r"\btransform(?= is |=)", "coupling", str(error))
+            if text == str(error):
+                raise
+            raise ValueError(text) from None
 
     def _context_places(self, count: int) -> NDArray[np.intp]:
         """Return the indices of `context_features` among so many features."""

@@ -41,10 +41,11 @@ struct InputArray {
 
 /// What an array is to a flow.
 enum class Kind {
-  data,       // rows of data, of a flow that takes only its dtype
-  wide_data,  // the same, of a float32 flow that takes float64, too (takes_float64_rows)
-  other,      // latents, cotangents and the like, whose values are of unit scale
-  context,    // an input of networks: float64 is rounded to the flow's dtype
+  data,          // rows of data, of a flow that takes only its dtype
+  bounded_data,  // the same, under a bounded base, which no layer that standardizes would keep
+  wide_data,     // the same, of a float32 flow that takes float64, too (takes_float64_rows)
+  other,         // latents, cotangents and the like, whose values are of unit scale
+  context,       // an input of networks: float64 is rounded to the flow's dtype
 };
 
 struct OutputArray {

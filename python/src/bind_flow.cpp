@@ -20,6 +20,7 @@
 #include <nvpflow/flow.hpp>
 #include <nvpflow/spec.hpp>
 
+#include "../../cpp/src/layers/layer.hpp"
 #include "arrays.hpp"
 #include "bindings.hpp"
 #include "bound_flow.hpp"
@@ -36,6 +37,11 @@ constexpr double kReleaseFlops = 3e5;
 /// What an output of a dense layer costs beside its multiply-adds (an activation), and a row beside its layers, in
 /// FLOPs of the same time.
 constexpr double kOutputFlops = 40, kRowFlops = 3000;
+
+Kind kind_of_rows(const FlowSpec& spec) {
+  if (takes_float64_rows(spec)) return Kind::wide_data;
+  return layers::is_bounded(spec.base) ? Kind::bounded_data : Kind::data;
+}
 
 py::object noise(const BoundFlow& self, std::int64_t rows, std::uint64_t seed) {
   OutputArray z = new_array(self.dtype, rows, self.features);
@@ -277,7 +283,7 @@ BoundFlow::BoundFlow(const FlowSpec& spec, std::uint64_t seed, Device on, Precis
       features(spec.input_size),
       context_size(spec.context_size),
       device(on.kind == DeviceKind::cuda ? on.index : kHost),
-      data(takes_float64_rows(spec) ? Kind::wide_data : Kind::data) {
+      data(kind_of_rows(spec)) {
   const double multiply_adds = flow.layout().multiply_adds_per_row();
   const double flops =
       kRowFlops + 2 * multiply_adds + kOutputFlops * (static_cast<double>(flow.layout().size()) - multiply_adds);

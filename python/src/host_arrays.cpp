@@ -132,6 +132,11 @@ std::string advice(const char* name, const Accepted& accepted, Library library) 
            "(flow.astype(\"float64\") gives a copy); a cast to float32 loses digits where values are large beside "
            "their spread";
   }
+  if (accepted.kind == Kind::bounded_data && accepted.dtype == DType::float32) {
+    return "; convert it with " + conversion_text(name, DType::float32, library) +
+           ", which carries no row out of the base's interval, or build the flow with dtype=\"float64\" "
+           "(flow.astype(\"float64\") gives a copy)";
+  }
   const DType to = accepted.takes_float64() ? DType::float64 : accepted.dtype;
   return "; convert it with " + conversion_text(name, to, library);
 }
@@ -524,11 +529,12 @@ bool wants_float64(PyObject* dtype, PyObject* out, DType own, Kind kind) {
   if (wanted == own) return false;
   if (wanted == DType::float64 && kind == Kind::wide_data) return true;
   const std::string given(name_of(wanted)), expected(name_of(own));
+  const bool may_standardize = own == DType::float32 && kind != Kind::bounded_data;
   raise(PyExc_TypeError,
         "dtype is " + given + ", expected " + expected + ", the flow's dtype" +
-            (own == DType::float32 ? ": only a flow that begins with a standardize layer gives float64 rows; build it "
-                                     "with standardize=True, or use flow.astype(\"float64\")"
-                                   : "; convert the result with .astype(np." + given + ")"));
+            (may_standardize ? ": only a flow that begins with a standardize layer gives float64 rows; build it "
+                               "with standardize=True, or use flow.astype(\"float64\")"
+                             : "; convert the result with .astype(np." + given + ")"));
 }
 
 PyObject* host_result(OutputArray&& out) {

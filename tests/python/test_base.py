@@ -280,6 +280,36 @@ def test_fit_names_rows_outside_before_it_trains() -> None:
     assert history.best_loss == pytest.approx(2 * math.log(4) + np.log(x.std(axis=0)).sum(), abs=0.05)
 
 
+def bounded(**options: Any) -> nvpflow.Flow:
+    return nvpflow.build(2, 2, (8,), base="uniform", transform="spline", **options)
+
+
+def test_float64_rows_are_refused_with_a_cast_that_keeps_them_inside() -> None:
+    flow, x = bounded(), np.random.default_rng(0).uniform(size=(200, 2))
+    x[0] = [1, np.nextafter(1, 0)]  # which rounds to the edge
+    way = r"\(np.float32\), which carries no row out of the base's interval, or build the flow with dtype=.float64."
+    for call in (flow.log_prob, flow.forward, flow.vjp, flow.fit, flow.certify):
+        with pytest.raises(TypeError, match=r"; convert it with x\.astype" + way) as caught:
+            call(x)
+        assert "standardize" not in str(caught.value)
+    assert np.isfinite(flow.log_prob(x.astype(np.float32))).all()
+    with pytest.raises(TypeError, match=r"^dtype is float64, expected float32, the flow's dtype; convert the result"):
+        flow.sample(3, dtype="float64")
+    wide = nvpflow.build(2, 2, (8,), base=Uniform(-9, 9), transform="spline", standardize=True)
+    assert np.isfinite(wide.log_prob(x)).all()
+
+
+def test_float64_rows_of_other_libraries_are_refused_in_the_same_way() -> None:
+    torch = pytest.importorskip("torch")
+    import nvpflow.torch
+
+    x = torch.full((3, 2), 0.5, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"; convert it with x\.to\(torch\.float32\), which carries no row"):
+        bounded().log_prob(x)
+    with pytest.raises(TypeError, match=r"torch\.float32, the module's; convert it with \.to\(torch\.float32\)$"):
+        nvpflow.torch.FlowModule(bounded()).log_prob(x)
+
+
 def test_rows_that_training_carries_out_are_named() -> None:
     x = np.random.default_rng(0).uniform(size=(200, 2)).astype(np.float32)
     flow = nvpflow.build(2, layers=[Coupling(), Coupling("first_half")], base="uniform", seed=1)
@@ -459,6 +489,8 @@ def test_sklearn() -> None:
         estimator.fit(3 * x)
     with pytest.raises(ValueError, match="base is 'flat'"):
         clone(estimator).set_params(base="flat").fit(x)
+    with pytest.raises(ValueError, match=r"^coupling is 'affine' with base=Uniform.*, expected 'spline'"):
+        clone(estimator).set_params(coupling="affine").fit(x)
 
 
 def test_command_line(tmp_path, capsys) -> None:
@@ -475,5 +507,19 @@ def test_command_line(tmp_path, capsys) -> None:
     assert "base=Uniform(0.0, 1.0)" in capsys.readouterr().out
     assert cli.main(["sample", model, "-n", "3", "-o", str(tmp_path / "rows.npy")]) == 0
     np.save(tmp_path / "data.npy", 2 * x)
-    assert cli.main(["fit", str(tmp_path / "data.npy"), "-o", model, "--force", *options]) != 0
+    again = ["fit", str(tmp_path / "data.npy"), "-o", model, "--force"]
+    assert cli.main([*again, *options]) != 0
     assert "rows outside the uniform base" in capsys.readouterr().err
+    assert cli.main([*again, *options, "--interval", "-0.5", "2"]) == 0
+    assert nvpflow.load(model).spec.base == Uniform(-0.5, 2)
+    capsys.readouterr()
+    for more, message in (
+        (["--interval", "2", "1"], "--interval: high is 1.0, expected more than low, which is 2.0"),
+        (
+            ["--base", "normal", "--interval", "0", "1"],
+            "--interval is given with --base normal, expected --base",
+        ),
+        (["--transform", "affine"], "transform is 'affine' with base=Uniform(0.0, 1.0), expected 'spline'"),
+    ):
+        assert cli.main([*again, *options, *more]) == 1
+        assert message in capsys.readouterr().err

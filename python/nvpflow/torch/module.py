@@ -334,7 +334,8 @@ class FlowModule(torch.nn.Module):
         if rows.dtype != like.dtype:
             if rows.dtype not in _NARROWER.get(like.dtype, ()):
                 way_out = f"convert it with .to({like.dtype})"
-                if name != "context" and like.dtype == torch.float32 and not rows.dtype.is_complex:
+                may_lose = name != "context" and like.dtype == torch.float32 and not spec._is_bounded
+                if may_lose and not rows.dtype.is_complex:
                     way_out = (
                         "make it a float64 module with module.double(); a cast of the rows to float32 loses digits "
                         "where values are large beside their spread"
