@@ -14,6 +14,7 @@ from nvpflow._bases import NORMAL, Uniform
 from nvpflow._core import FlowSpec
 from nvpflow._networks import Network
 from nvpflow._spec import untransformed
+from nvpflow._text import counted
 from nvpflow._transforms import Transform
 from nvpflow.layers import (
     MLP,
@@ -113,7 +114,7 @@ class Options:
         """Yield options that carry rows out of a bounded base."""
         if not _bases.is_bounded(self.base):
             return
-        under, way_out = f"with base={self.base!r}, expected", "; layers= builds such a flow all the same"
+        under, way_out = f"with base={self.base!r}, expected", "; nvpflow.build(layers=) makes such a flow all the same"
         if self.transform != "spline":
             yield "transform", f"{under} 'spline': other couplings carry rows out of the interval{way_out}"
         if self.actnorm:
@@ -185,18 +186,29 @@ def spec_of(input_size: int, options: Options, *, standardize: bool, dtype: str,
         options.base,
     )
     if not isinstance(options.mask, str) and options.num_flows > 1:  # one coupling cannot transform all
-        _check_all_transformed(spec)
+        _check_all_transformed(spec, options)
     return spec
 
 
-def _check_all_transformed(spec: FlowSpec) -> None:
+def _check_all_transformed(spec: FlowSpec, options: Options) -> None:
+    """Refuse a mask of two couplings or more that leaves columns, or combinations of them, as the base has them."""
+    what = "normally distributed" if spec.base == NORMAL else _bases.in_words(spec.base)
+    way_out = f"for {what}; layers= builds such a flow all the same"
+    count = int(np.sum(options.mask))
+    # A linear layer mixes all columns, but each coupling bends no more directions than it transforms features.
+    if options.mixing == "lu" and count < spec.input_size:
+        raise ValueError(
+            f"mask transforms {counted(count, 'feature')} in all couplings together, expected at least "
+            f"{spec.input_size}, one for each column: the flow would take "
+            f"{counted(spec.input_size - count, 'linear combination')} of the columns {way_out}"
+        )
     left, _ = untransformed(spec)
     if left.size:
-        what = "normally distributed" if spec.base == NORMAL else _bases.in_words(spec.base)
         columns = ", ".join(str(column + 1) for column in left[:5]) + (", ..." if left.size > 5 else "")
+        moved = "" if options.mixing is None else f", at the place where mixing={options.mixing!r} puts it"
         raise ValueError(
             f"mask never transforms column{'s' if left.size > 1 else ''} {columns}, expected each column True in some "
-            f"row: the flow would take it for {what}; layers= builds such a flow all the same"
+            f"row{moved}: the flow would take it {way_out}"
         )
 
 

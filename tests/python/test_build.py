@@ -123,11 +123,27 @@ def test_two_couplings_transform_every_feature(columns, mask, mixing) -> None:
 
 
 def test_masks_that_leave_columns_alone() -> None:
-    mask = np.array([[1, 0, 0], [0, 1, 0]], bool)
+    mask = np.array([[1, 1, 0], [1, 0, 0]], bool)
     nvpflow.build(3, 2, (4,), mask=mask, mixing="lu")  # which mixes the columns
-    nvpflow.build(3, 1, (4,), mask=mask[:1])  # with one coupling some are always left
+    nvpflow.build(3, 1, (4,), mask=mask[1:], mixing="lu")  # with one coupling some are always left
     columns = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 0]], bool)
     nvpflow.build(4, 4, (4,), mask=columns, mixing="reverse", actnorm=True)
+
+
+def test_couplings_bend_no_more_directions_than_they_transform() -> None:
+    """What LU layers cannot mend: z is a linear map of x, but for as many directions as couplings transform."""
+    one, two = (Coupling(places, network=MLP((4,))) for places in ([0], [0, 2]))
+    flow = nvpflow.build(5, layers=[LULinear(), one, LULinear(), two, LULinear()], dtype="float64")
+    random = np.random.default_rng(0)
+    drawn = {name: value + random.normal(size=value.shape) for name, value in flow.parameters().items()}
+    flow.set_parameters(drawn | {name: flow.parameters()[name] for name in drawn if name.endswith(".sign")})
+    x = random.normal(size=(400, 5))
+    design = np.column_stack([np.ones(400), x])
+    z, _ = flow.forward(x)
+    left = z - design @ np.linalg.lstsq(design, z, rcond=None)[0]
+    singular = np.linalg.svd(left, compute_uv=False)
+    assert (singular[:3] > 1e-3 * singular[0]).all()
+    assert (singular[3:] < 1e-9 * singular[0]).all()
 
 
 def test_untransformed_columns_are_found_where_they_lie() -> None:
@@ -283,8 +299,15 @@ def test_built_flows_compute() -> None:
         ),
         (  # place 0 is column 4 first, and then column 1
             {"mask": np.array([[1, 0, 0, 0], [1, 1, 0, 0]], bool), "num_flows": 2, "mixing": "reverse"},
-            "mask never transforms column 3, expected each column True in some row: the flow would take it for "
-            "normally distributed; layers= builds such a flow all the same",
+            "mask never transforms column 3, expected each column True in some row, at the place where "
+            "mixing='reverse' puts it: the flow would take it for normally distributed; layers= builds such a "
+            "flow all the same",
+        ),
+        (
+            {"mask": np.array([[1, 0, 0, 0], [0, 1, 1, 0]], bool), "num_flows": 2, "mixing": "lu"},
+            "mask transforms 3 features in all couplings together, expected at least 4, one for each column: the flow "
+            "would take 1 linear combination of the columns for normally distributed; layers= builds such a flow all "
+            "the same",
         ),
         ({"context_size": -1}, "context_size is -1, expected 0 to 1048576"),
         ({"standardize_context": True}, "standardize_context is true, expected false where context_size is 0"),
