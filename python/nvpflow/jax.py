@@ -348,7 +348,7 @@ def _checked_rows(spec: FlowSpec, name: str, rows: Any) -> jax.Array:
                     "take flow.astype('float64'); a cast of the rows to float32 loses digits where values are large "
                     "beside their spread"
                 )
-            raise TypeError(f"{name} has dtype {rows.dtype}, the flow {spec.dtype}; {way_out}")
+            raise TypeError(f"{name} has dtype {rows.dtype}, expected {spec.dtype}, the flow's; {way_out}")
         rows = rows.astype(spec.dtype)
     return _as_rows(rows)
 
@@ -357,13 +357,22 @@ def _checked_context(spec: FlowSpec, context: Any, name: str, shape: tuple[int, 
     """Check the context of rows of a shape; None where the flow has none."""
     one = (spec.context_size,)
     each = (*shape[:-1], *one)
-    wanted = f"{one}" if each == one else f"{each}, one for each row of {name}, or {one}, one for all"
+    wanted = f"{one} beside one row" if each == one else f"{each}, one for each row of {name}, or {one}, one for all"
     given = _context_array(spec, context, wanted)
     if given is None:
         return None
     if given.shape not in (one, each):
-        raise ValueError(f"context has shape {given.shape}, expected {wanted}")
+        way = _way_to_rows(given.shape, spec)
+        if each == (1, *one) and given.shape[1:] == one:
+            way = f"; jnp.tile({name}, ({len(given)}, 1)) puts the row beside each context"
+        raise ValueError(f"context has shape {given.shape}, expected {wanted}{way}")
     return _as_rows(given)
+
+
+def _way_to_rows(shape: tuple[int, ...], spec: FlowSpec) -> str:
+    """Return what to say of numbers that were to be contexts of one number; "" of all else."""
+    one = spec.context_size == 1 and len(shape) == 1
+    return "; jnp.reshape(context, (-1, 1)) makes a row of each number" if one else ""
 
 
 def _checked_sample_context(spec: FlowSpec, context: Any) -> tuple[jax.Array | None, tuple[int, ...]]:
@@ -374,7 +383,7 @@ def _checked_sample_context(spec: FlowSpec, context: Any) -> tuple[jax.Array | N
     if given is None:
         return None, ()
     if given.ndim == 0 or given.shape[-1] != size:
-        raise ValueError(f"context has shape {given.shape}, expected {wanted}")
+        raise ValueError(f"context has shape {given.shape}, expected {wanted}{_way_to_rows(given.shape, spec)}")
     return _as_rows(given), given.shape[:-1]
 
 
@@ -384,12 +393,15 @@ def _context_array(spec: FlowSpec, context: Any, wanted: str) -> jax.Array | Non
         if context is None:
             return None
         raise ValueError(
-            f"context is {_checks.describe(context)}, expected None: the flow has no context; build it with "
-            "context_size="
+            f"context is {type(context).__name__}, expected None: the flow has no context; build it with context_size="
         )
     if context is None:
         raise ValueError(f"context is missing, expected {wanted}: the flow is a density p(x | context)")
-    array = jnp.asarray(context)
+    try:
+        array = jnp.asarray(context)
+    except (TypeError, ValueError):
+        _checks.numbers("context", context)  # which says what is wrong, of text for example
+        raise
     if not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
         raise TypeError(f"context has dtype {array.dtype}, expected {spec.dtype}")
     return array.astype(spec.dtype)

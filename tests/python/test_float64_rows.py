@@ -418,7 +418,7 @@ def test_tensors_of_torch():
 
     with pytest.raises(ValueError, match="mean_low"):
         FlowModule(flow)
-    with pytest.raises(TypeError, match=r"x has dtype torch.float64, the module torch.float32.*float64 module"):
+    with pytest.raises(TypeError, match=r"x has dtype torch.float64, expected torch.float32.*float64 module"):
         FlowModule(nvpflow.build(5, standardize=True)).log_prob(torch.from_numpy(x))
 
 

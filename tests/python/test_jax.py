@@ -442,8 +442,8 @@ def test_num_threads_changes_no_bit(make):
     [
         (np.zeros((2, 4)), ValueError, r"x has shape \(2, 4\), expected \(\.\.\., 5\)"),
         (np.zeros(()), ValueError, r"x has shape \(\), expected \(\.\.\., 5\)"),
-        (np.zeros((2, 5), np.int32), TypeError, "x has dtype int32, the flow float32"),
-        (np.zeros((2, 5), np.float64), TypeError, "x has dtype float64, the flow float32"),
+        (np.zeros((2, 5), np.int32), TypeError, "x has dtype int32, expected float32"),
+        (np.zeros((2, 5), np.float64), TypeError, "x has dtype float64, expected float32"),
     ],
 )
 @pytest.mark.parametrize("jit", [False, True])

@@ -526,8 +526,15 @@ def test_a_wrong_context_is_refused(wrong, jit):
 def test_what_takes_one_context_or_none_says_so():
     flow, x = new_flow(), numbers(D)
     parameters, key = nj.parameters(flow), jax.random.key(0)
-    with pytest.raises(ValueError, match=r"context has shape \(1, 2\), expected \(2,\)$"):
+    with pytest.raises(ValueError, match=r"context has shape \(1, 2\), expected \(2,\) beside one row$"):
         nj.log_prob(flow.spec, parameters, x, context=np.zeros((1, C)))
+    with pytest.raises(ValueError, match=r"one for all; jnp.tile\(x, \(5, 1\)\) puts the row beside each context$"):
+        nj.log_prob(flow.spec, parameters, x[None], context=np.zeros((5, C)))
+    one = nvpflow.build(D, dtype="float64", context_size=1)
+    with pytest.raises(ValueError, match=r"expected \(6, 1\).*; jnp.reshape\(context, \(-1, 1\)\) makes a row of each"):
+        nj.log_prob(one.spec, nj.parameters(one), numbers(B, D), context=np.zeros(B))
+    with pytest.raises(TypeError, match="context has dtype <U3, expected real numbers; encode text as numbers: a cat"):
+        nj.log_prob(flow.spec, parameters, x, context=["red", "low"])
     for context, message in (
         (None, r"context is missing, expected \(2,\), or \(\.\.\., 2\) for rows under each: the flow is a density p\("),
         (np.zeros(3), r"context has shape \(3,\), expected \(2,\), or \(\.\.\., 2\)"),

@@ -555,7 +555,7 @@ def test_lower_precisions_come_in_and_autocast_stays_out(make):
     ("x", "error", "message"),
     [
         (torch.zeros(3, SIZE), TypeError, r"^x has dtype torch\.float64|^x has dtype torch\.float32|^x is float32"),
-        (torch.zeros(3, SIZE, dtype=torch.int64), TypeError, r"^x has dtype torch\.int64, the module torch\.float64"),
+        (torch.zeros(3, SIZE, dtype=torch.int64), TypeError, r"^x has dtype torch\.int64, expected torch\.float64"),
         (torch.zeros(3, SIZE + 1, dtype=torch.float64), ValueError, r"^x has shape \(3, 6\), expected \(\.\.\., 5\)"),
         (torch.zeros((), dtype=torch.float64), ValueError, r"^x has shape \(\)"),
         (torch.zeros(3, SIZE, dtype=torch.float64, device="meta"), ValueError, r"^x is on 'meta', the module on 'cpu'"),

@@ -387,12 +387,12 @@ CALLS = {
         (
             torch.zeros(5, 3).double(),
             TypeError,
-            r"dtype torch\.float64, the module torch\.float32; convert",
+            r"dtype torch\.float64, expected torch\.float32, the module's; convert",
         ),
         (
             torch.zeros(5, 3).long(),
             TypeError,
-            r"^context has dtype torch\.int64, the module torch\.float32; convert",
+            r"^context has dtype torch\.int64, expected torch\.float32, the module's; convert",
         ),
         (torch.zeros(5, 3, device="meta"), ValueError, r"^context is on 'meta', the module on 'cpu'; move one"),
         (torch.zeros(5, 3).to_sparse(), TypeError, r"^context has layout torch\.sparse_coo"),
@@ -419,8 +419,25 @@ def test_a_flow_without_a_context_takes_none(call):
 def test_contexts_of_other_numbers_of_rows(method, name):
     module, _ = make()
     x, c = given()
-    with pytest.raises(ValueError, match=rf"^context has shape \(5, 3\), {name} \(6, 4\): expected leading axes that"):
+    wanted = rf"expected \(6, 3\), one for each row of {name}, or \(3,\), one for all; other leading axes must"
+    with pytest.raises(ValueError, match=rf"^context has shape \(5, 3\), {wanted} broadcast with \(6,\)$"):
         METHODS[method](module, x, c[:5])
+
+
+def test_contexts_of_one_number_have_an_axis_for_it():
+    module = FlowModule(nvpflow.build(SIZE, 2, (4,), context_size=1))
+    for context in (torch.zeros(5), torch.zeros(())):
+        with pytest.raises(ValueError, match=r"expected \(\.\.\., 1\); context.unsqueeze\(-1\) makes a row of each"):
+            module.log_prob(torch.zeros(5, SIZE), context)
+    with pytest.raises(ValueError, match=r"^context has shape \(5, 2\), expected \(\.\.\., 1\)$"):
+        module.log_prob(torch.zeros(5, SIZE), torch.zeros(5, 2))
+
+
+def test_rows_that_do_not_go_with_the_contexts_of_a_distribution():
+    module, _ = make()
+    x, c = given()
+    with pytest.raises(ValueError, match=r"^context has shape \(5, 3\), expected \(6, 3\), one for each row of x"):
+        FlowDistribution(module, c[:5], validate_args=False).log_prob(x)
 
 
 def test_a_context_that_is_not_finite_gives_nan_in_its_row():

@@ -167,8 +167,8 @@ class FlowDistribution(torch.distributions.Distribution):
         """Return log p(value) [..., *batch_shape], nats; with a context log p(value | context)."""
         if self._validate_args and value.numel() > 0:  # PyTorch's check of vectors fails on none
             self._validate_sample(value)
-        shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)  # type: ignore[no-untyped-call]
-        return self.module.log_prob(value, self.context).expand(shape)
+        log_p = self.module.log_prob(value, self.context)  # which says what is wrong with shapes
+        return log_p.expand(torch.broadcast_shapes(value.shape[:-1], self.batch_shape))  # type: ignore[no-untyped-call]
 
 
 def _axes(module: FlowModule, context: torch.Tensor | None) -> torch.Size:

@@ -328,7 +328,8 @@ class FlowModule(torch.nn.Module):
         if rows.layout != torch.strided:
             raise TypeError(f"{name} has layout {rows.layout}, expected torch.strided; convert it with .to_dense()")
         if rows.dim() == 0 or rows.shape[-1] != size:
-            raise ValueError(f"{name} has shape {tuple(rows.shape)}, expected (..., {size})")
+            way = f"; {name}.unsqueeze(-1) makes a row of each number" if size == 1 and rows.dim() < 2 else ""
+            raise ValueError(f"{name} has shape {tuple(rows.shape)}, expected (..., {size}){way}")
         if rows.device != like.device:
             raise ValueError(f"{name} is on '{rows.device}', the module on '{like.device}'; move one with .to()")
         if rows.dtype != like.dtype:
@@ -340,7 +341,7 @@ class FlowModule(torch.nn.Module):
                         "make it a float64 module with module.double(); a cast of the rows to float32 loses digits "
                         "where values are large beside their spread"
                     )
-                raise TypeError(f"{name} has dtype {rows.dtype}, the module {like.dtype}; {way_out}")
+                raise TypeError(f"{name} has dtype {rows.dtype}, expected {like.dtype}, the module's; {way_out}")
             rows = rows.to(like.dtype)
         return rows
 
@@ -423,9 +424,10 @@ def _side_by_side(
         try:
             axes = torch.broadcast_shapes(axes, of_context)  # type: ignore[no-untyped-call]
         except RuntimeError:
+            size = context.shape[-1]
             raise ValueError(
-                f"context has shape {tuple(context.shape)}, {name} {tuple(rows.shape)}: expected leading axes that "
-                "broadcast, such as a context for each row or one for all"
+                f"context has shape {tuple(context.shape)}, expected {(*axes, size)}, one for each row of {name}, or "
+                f"{(size,)}, one for all; other leading axes must broadcast with {tuple(axes)}"
             ) from None
         rows = rows.expand(*axes, rows.shape[-1])
         one = math.prod(of_context) == 1
