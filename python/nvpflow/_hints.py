@@ -52,6 +52,10 @@ _RENAMED = {
         ("context_features", "cond_dim", "condition_size", "conditions", "num_classes"),
         "how many numbers condition a row is called context_size",
     ),
+    "context_features": (
+        ("context_size", "cond_dim", "condition_size", "conditions", "num_classes"),
+        "an estimator takes contexts in X, and context_features says which of its features these are",
+    ),
     "num_bins": (("bins", "n_bins", "count_bins", "knots"), "the number of a spline's bins is called num_bins"),
     "tail_bound": (("bound", "B", "tails"), "how far splines reach is called tail_bound"),
     "hidden_sizes": (

@@ -206,6 +206,10 @@ def test_arguments_of_estimators_are_answered() -> None:
     from nvpflow.sklearn import FlowDensity, FlowOutlierDetector
 
     for call, message in (
+        (
+            lambda: FlowDensity(context_size=2),
+            "'context_size'; an estimator takes contexts in X, and context_features says which of its features",
+        ),
         (lambda: FlowDensity(seed=1), "FlowDensity.__init__.. .* 'seed'; randomness comes from random_state="),
         (lambda: FlowOutlierDetector(validation=0.2), "'validation'; it is called validation_fraction"),
         (lambda: FlowDensity().fit(X, sample_weight=X[:, 0]), "'sample_weight'; rows have no weights yet"),
