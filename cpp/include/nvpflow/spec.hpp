@@ -95,10 +95,12 @@ struct TensorInfo {
 ///     coupling, residual        flow_{k}_initial.*; per block j flow_{k}_block_{j}_affine.scale/.shift [H],
 ///                               flow_{k}_block_{j}_dense_0.*, flow_{k}_block_{j}_dense_1.*,
 ///                               flow_{k}_block_{j}_context.*; then the heads
-///     heads                     affine: flow_{k}_scale.*, flow_{k}_translation.*; additive: flow_{k}_translation.*
+///     heads                     affine: flow_{k}_scale.*, flow_{k}_translation.*; additive: flow_{k}_translation.*;
+///                               spline: flow_{k}_widths.*, flow_{k}_heights.*, and flow_{k}_derivatives.* if any
 ///     standardize               standardize_{i}.mean/.log_std [D]
 ///     actnorm                   actnorm_{i}.log_scale/.shift [D]
 ///     lu_linear                 lu_linear_{i}.lower/.upper [D (D - 1) / 2], .log_diagonal/.sign/.bias [D]
+///     element_spline            spline_{i}.widths/.heights [num_bins, n], .derivatives [num_slopes(), n] if any
 ///
 /// The kernel of a network's first layer has a row for each conditioning feature, then one for each context number.
 /// lower and upper hold the elements off the diagonal row by row.
