@@ -200,11 +200,11 @@ def test_raw_numbers_that_are_large(spline, dtype) -> None:
 
 @pytest.mark.slow
 @over_splines
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(4))
 def test_values_and_slopes_of_many(spline, seed, dtype) -> None:
     rng = np.random.default_rng([seed, 7])
-    for scale in (0.3, 1.0, 2.0, 3.0, 5.0):
-        check_one(spline, draw_raw(spline, features_of(spline), scale, dtype, rng), dtype, 100, rng)
+    for scale in (0.5, 1.0, 2.0, 5.0):
+        check_one(spline, draw_raw(spline, features_of(spline), scale, dtype, rng), dtype, 30, rng)
 
 
 def test_tame_splines_keep_the_promise_of_affine_flows(dtype) -> None:
