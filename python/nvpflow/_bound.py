@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nvpflow import _checks
+from nvpflow import _checks, _spec
 from nvpflow._bases import NORMAL
 from nvpflow._model import Model
 from nvpflow.layers import MLP, Affine, Coupling, Layer, Standardize
@@ -215,8 +215,15 @@ def walk(flow: Model) -> Walk | Unbounded:
         return Unbounded(flow, f"it is not derived for base={flow.spec.base!r}")
     for layer in flow.spec.layers:
         if not _is_covered(layer):
-            return Unbounded(flow, f"it is not derived for {_checks.shortened(repr(layer))}")
+            return Unbounded(flow, f"it is not derived for {_not_covered(layer)}")
     return Walk(flow)
+
+
+def _not_covered(layer: Layer) -> str:
+    """Return what the derivation does not cover in a layer."""
+    if isinstance(layer, Coupling) and isinstance(layer.transform, Affine):
+        return _checks.shortened(repr(layer))
+    return f"{_spec.kind_in_words(layer)}s"
 
 
 def _is_covered(layer: Layer) -> bool:

@@ -188,10 +188,14 @@ def kinds_in_words(spec: FlowSpec) -> str:
     """Return how many layers of each kind there are but for standardize: "4 affine couplings, 5 permutations"."""
     counts: dict[str, int] = {}
     for layer in spec.layers:
-        coupling = f"{_TRANSFORMS[type(layer.transform)]} coupling" if isinstance(layer, Coupling) else None
-        noun = coupling or _KINDS[type(layer)]
+        noun = kind_in_words(layer)
         counts[noun] = counts.get(noun, 0) + 1
     return ", ".join(counted(count, noun) for noun, count in counts.items() if noun)
+
+
+def kind_in_words(layer: Layer) -> str:
+    """Return what a layer is: "spline coupling", "permutation"; "" of standardize."""
+    return f"{_TRANSFORMS[type(layer.transform)]} coupling" if isinstance(layer, Coupling) else _KINDS[type(layer)]
 
 
 _TRANSFORMS = {Affine: "affine", Additive: "additive", Spline: "spline"}

@@ -513,9 +513,11 @@ def _invertibility(flow: Flow, found: Findings) -> str:
         f"The certificate of {counted(certificate.rows, 'row')}: {certificate.verdict}. A flow is invertible in exact "
         f"arithmetic; these are the roundings of {dtype}, whose numbers are {_scientific(float(np.finfo(dtype).eps))} "
         f"apart at 1. {dtype} promises relative errors of {_scientific(certificate.promised)}. flow.certify and "
-        "nvpflow check give all of it, with advice."
+        "nvpflow check give all of it."
     )
-    return f'{table}<p class="caption">{escape(note)}</p>'
+    advice = certificate.advice if certificate.verdict != "accurate" else ()
+    told = "".join(f'<p class="caption">{escape(sentence)}</p>' for sentence in advice)
+    return f'{table}<p class="caption">{escape(note)}</p>{told}'
 
 
 def _table(caption: str, head: Sequence[str], lines: Sequence[Sequence[str]], text_from: int = 99) -> str:

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nvpflow import _bound, _certify, certificate
+from nvpflow.layers import Coupling, ElementSpline, LULinear
 from oracle import ACTIVATIONS, DERIVATIVES, assert_same_bits, oracle_of, random_parameters, unit_data
 
 DTYPES = ("float32", "float64")
@@ -103,6 +104,25 @@ def test_splines_say_how_many_digits_they_keep() -> None:
         assert not any("scale_bound" in sentence for sentence in found.advice)
         double = other.astype("float64").certify(x.astype(np.float64))
         assert double.round_trip.relative < 1e-5 * found.round_trip.relative
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"transform": "spline"}, "spline couplings"),
+        ({"transform": "additive"}, "additive couplings"),
+        ({"mixing": "lu"}, "permutations"),
+        ({"actnorm": True}, "actnorm layers"),
+        ({"layers": [Coupling(), LULinear()]}, "LU layers"),
+        ({"layers": [ElementSpline("all"), Coupling()]}, "spline layers"),
+        ({"mask": "checkered"}, "Coupling('odd', Affine('tanh', bound=1.0), MLP((256,), 'r..."),
+        ({"transform": "spline", "base": "uniform"}, "base=Uniform(0.0, 1.0)"),
+    ],
+)
+def test_no_bound_says_in_words_why(options, what) -> None:
+    found = nvpflow.build(4, **options).certify(np.full((3, 4), 0.5, np.float32))
+    assert (found.round_trip_bound, found.no_bound) == (None, f"it is not derived for {what}")
+    assert f"none: it is not derived for {what}\n" in repr(found)
 
 
 def test_a_tolerance_of_ones_own() -> None:
