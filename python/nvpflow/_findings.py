@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nvpflow import _bases
+from nvpflow import _bases, _frames
 from nvpflow._data import check_data
 from nvpflow._gaussian import gaussian_log_prob
 from nvpflow._spec import begins_with_standardize
@@ -109,9 +109,9 @@ def examine(
         rows=rows,
         numbers=numbers,
         total=total,
-        names=names or [f"column {i}" for i in columns],
+        names=names or _frames.labels(None, len(columns)),
         contexts=contexts,
-        context_names=context_names or [f"context {i}" for i in range(flow.spec.context_size)],
+        context_names=context_names or _frames.labels(None, flow.spec.context_size, "context"),
         log_p=log_p,
         gaussian=gaussian,
         gaussian_source=source,

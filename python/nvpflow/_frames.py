@@ -249,7 +249,8 @@ def check_names(name: str, given: Sequence[str], expected: Sequence[str], source
             f"has columns in another order: column {at + 1} is {_quoted(given[at])}, the flow was trained with "
             f"{_quoted(expected[at])} there"
         )
-    frame = "x" if source == "column_names" else "context"
+    of_rows = "x" if source == "column_names" else "context"
+    frame = name if name.isidentifier() else of_rows
     way = f"take them by name, {frame}[list(flow.{source})]" if not missing else "rename them"
     raise ValueError(f"{name} {wrong}; {way}, or pass an array, without names, if only the names differ")
 
@@ -274,7 +275,7 @@ def refuse(name: str, value: Any, source: str = "column_names") -> None:
     bases = {base.__name__ for base in type(value).__mro__}
     way = None
     expected, argument = ("contexts [N, C] or [C]", "context") if source == "context_names" else ("rows [N, D]", "x")
-    if isinstance(value, (str, bytes, os.PathLike)):
+    if isinstance(value, (str, bytes, os.PathLike)) or hasattr(value, "readline"):
         way = "read the file first, numpy.load(path) or pandas.read_csv(path); the command `nvpflow fit` takes files"
     elif hasattr(value, "toarray"):
         way = f"{argument}.toarray(), for sparse ones are not read"

@@ -131,8 +131,7 @@ def _table(name: str, values: ArrayLike, columns: int | None = None) -> Array:
     gaps = ~np.isfinite(rows)
     bad = np.flatnonzero(gaps.any(axis=1))
     if bad.size:
-        titles = getattr(values, "columns", None)
-        labels = _frames.labels(None if titles is None else [str(title) for title in titles], rows.shape[1])
+        labels = _frames.labels(_titles(values), rows.shape[1])
         where = ", ".join(labels[j] for j in np.flatnonzero(gaps.any(axis=0))[:5])
         raise ValueError(
             f"{name} has {bad.size} of {len(rows)} rows with NaN or infinite values (the first is row {bad[0]}, "
@@ -152,10 +151,17 @@ def _real(name: str, values: ArrayLike) -> Array:
     return given.astype(np.float64, copy=False)
 
 
+def _titles(table: Any) -> list[str] | None:
+    """Return the names of a frame's columns; None of what is none."""
+    titles = getattr(table, "column_names", None)  # of pyarrow, whose columns are the data
+    titles = getattr(table, "columns", None) if titles is None else titles
+    return None if titles is None else [str(title) for title in titles]
+
+
 def _names(names: Sequence[str] | None, source: object, count: int, letter: str) -> list[str]:
-    """Return a name for each column: those given, those of a DataFrame, or a letter with an index."""
+    """Return a name for each column: those given, those of a frame, or a letter with an index."""
     if names is None:
-        names = getattr(source, "columns", None)
+        names = _titles(source)
     if names is None:
         return [f"{letter}$_{{{i}}}$" for i in range(count)]
     if isinstance(names, str) or len(names) != count:
@@ -250,7 +256,7 @@ def _seconds(name: str, table: Any) -> tuple[Any, list[int]]:
         return _since_1970(table), list(range(np.asarray(table).shape[-1]))
     if not hasattr(table, "columns") or not hasattr(table, "__getitem__"):
         return table, []
-    names = list(table.columns)
+    names = list(table.column_names if hasattr(table, "column_names") else table.columns)
     columns = [np.asarray(table[key]) for key in names] if len(set(names)) == len(names) else []
     dates = [i for i, values in enumerate(columns) if _are_datetimes(values)]
     if not dates:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nvpflow import _checks, _context, _html, _spec
+from nvpflow import _checks, _context, _core, _frames, _html, _spec
 from nvpflow._bases import NORMAL, Base, Normal, in_words
 from nvpflow._blame import blame
 from nvpflow._core import FlowSpec, __version__, cpu_isa
@@ -63,7 +63,8 @@ def html(
         The flow.
     data
         Rows [N, D], of the flow's dtype or one that NumPy converts to it safely; at least 10 of them finite. Rows with
-        NaN or infinite values are counted on the page and left out.
+        NaN or infinite values are counted on the page and left out. A frame must have the flow's `column_names`, where
+        it has some.
     context
         Of a flow with a context: [N, C], or [C] for all rows. Samples are drawn under these contexts.
     train
@@ -73,9 +74,9 @@ def html(
     history
         What `nvpflow.Flow.fit` returned, for the learning curve.
     names
-        Of the D columns.
+        Of the D columns. None: those of a frame, else the flow's.
     context_names
-        Of the C numbers of a context.
+        Of the C numbers of a context. None: likewise.
     title
         Of the page.
     details
@@ -93,13 +94,21 @@ def html(
     ImportError
         Matplotlib is not installed.
     """
-    rows = _checks.rows("data", data, flow.spec)
+    rows, known = _read("data", data, flow)
     table = Rows(rows, _context.rows(context, len(rows), flow.spec, names=flow.context_names))
     reference = None if train is None else _training_rows(flow, train)
-    of_columns = _names("names", names, data, flow.spec.input_size, "column")
-    of_context = _names("context_names", context_names, context, flow.spec.context_size, "number of a context")
+    frame = _frames.inspect(context)
+    of_context = flow.context_names if frame is None or frame.names is None else frame.names
+    of_columns = _names("names", names, known, flow.spec.input_size, "column")
+    of_context = _names("context_names", context_names, of_context, flow.spec.context_size, "number of a context")
     findings = examine(flow, table, reference, of_columns, of_context)
     return _page(flow, findings, history, title, details or {})
+
+
+def _read(name: str, table: ArrayLike, flow: Flow) -> tuple[Array, Sequence[str] | None]:
+    """Return rows [N, D] and the names of their columns: those of a frame, else the flow's."""
+    given, of_frame = _frames.read(name, table, flow.column_names)
+    return _checks.rows(name, _core._host_array(given), flow.spec), of_frame or flow.column_names
 
 
 def _training_rows(flow: Flow, train: ArrayLike | tuple[ArrayLike, ArrayLike]) -> Rows:
@@ -110,17 +119,17 @@ def _training_rows(flow: Flow, train: ArrayLike | tuple[ArrayLike, ArrayLike]) -
         if not isinstance(train, tuple) or len(train) != 2:
             raise ValueError("train holds rows without their context, expected a tuple (rows, context)")
         given, contexts = train
-    rows = _checks.rows("train", given, flow.spec)
+    rows, _ = _read("train", given, flow)
     name = "the context of train"
     found = Rows(rows, _context.rows(contexts, len(rows), flow.spec, name, names=flow.context_names, one_for_all=False))
     return found.those(found.finite())
 
 
 def _names(
-    argument: str, names: Sequence[str] | None, table: ArrayLike | None, count: int, each: str
+    argument: str, names: Sequence[str] | None, known: Sequence[str] | None, count: int, each: str
 ) -> list[str] | None:
-    """Return names as they are given or as a frame has them; None where there are none."""
-    given = getattr(table, "columns", None) if names is None else names
+    """Return the names that are given, else those that are known; None where there are none."""
+    given = known if names is None else names
     if given is None:
         return None
     if isinstance(given, str) or len(given) != count:

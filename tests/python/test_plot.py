@@ -254,6 +254,8 @@ def test_names_come_from_frames_and_dollars_are_not_formulas(rows):
     grid = plot.corner(frame)
     grid[0, 0].figure.canvas.draw()
     assert grid[2, 2].get_title() == r"\$c\$"
+    arrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed").Table.from_pandas(frame)
+    assert plot.corner(arrow)[2, 2].get_title() == r"\$c\$"
     assert plot.corner(rows)[2, 2].get_title() == "x$_{2}$"
 
 

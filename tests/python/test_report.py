@@ -227,7 +227,8 @@ def test_a_page_under_contexts(conditional):
     )
     assert page.count('class="light"') == 4
     found = report.examine(flow, Rows(x, c), None, None)
-    assert found.context_names == ["context 0", "context 1"]
+    assert found.names == ["column 1", "column 2"]  # as messages count them
+    assert found.context_names == ["context 1", "context 2"]
     with np.errstate(all="ignore"):
         assert {tuple(row) for row in found.samples_contexts} == {tuple(row) for row in c}
     expected = flow.forward(x, context=c)[0]
@@ -327,6 +328,26 @@ def test_data_that_is_refused(trained, data, change, message):
 def test_names_that_are_refused(trained, data):
     with pytest.raises(ValueError, match="expected 3 names"):
         report.html(trained[0], data.astype(np.float32), names=["a", "b"])
+
+
+def test_a_frame_brings_its_names_which_must_be_those_of_the_flow(trained, data):
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    flow, rows = trained[0].to("cpu"), data.astype(np.float32)
+    frame = pandas.DataFrame(rows, columns=["a", "b", "c"])
+    for table in (frame, frame.convert_dtypes(), pyarrow.Table.from_pandas(frame)):
+        assert {"a", "b", "c"} <= set(Page(report.html(flow, table)).texts)
+    flow.column_names = ("p", "q", "r")
+    assert {"p", "q", "r"} <= set(Page(report.html(flow, rows)).texts)
+    flow.column_names = ("a", "b", "c")
+    other = frame[["c", "a", "b"]]
+    for name, call in (
+        ("data", lambda: report.html(flow, other)),
+        ("train", lambda: report.html(flow, frame, train=other)),
+    ):
+        message = rf"{name} has columns in another order: .* {name}\[list\(flow.column_names\)\]"
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("duplicates", "ten", "float64", "two columns")]
