@@ -37,6 +37,16 @@ def integer(name: str, value: Any, *, bits: int = 64, unsigned: bool = False) ->
     return number
 
 
+def count(name: str, value: Any) -> int:
+    """Return how many rows to draw; a shape, as other libraries take one, is answered with what works here."""
+    if isinstance(value, (tuple, list)):
+        raise TypeError(f"{name} must be an integer, got {describe(value)}; rows have one axis: sample(5) draws five")
+    number = integer(name, value)
+    if number < 0:
+        raise ValueError(f"{name} is {number}, expected 0 or more")
+    return number
+
+
 def real(name: str, value: Any) -> float:
     """Return `value`, any real number but a bool, as a float."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
@@ -126,21 +136,25 @@ def path(name: str, value: str | os.PathLike[str]) -> str:
 def array(name: str, value: ArrayLike, dtype: DTypeLike) -> NDArray[Any]:
     """Return `value` as a C-contiguous array of `dtype`: itself where it is one, a copy where NumPy calls that safe."""
     wanted = np.dtype(dtype)
-    unmasked(name, value)
-    given = np.asarray(value)
+    given = _as_array(name, value)
     if not np.can_cast(given.dtype, wanted, "safe"):
         hint = f"; convert it yourself: np.asarray(..., dtype=np.{wanted})" if given.dtype.kind in "fiu" else ""
         raise TypeError(f"{name} has dtype {given.dtype}, which NumPy does not convert to {wanted} safely{hint}")
     return np.asarray(given, dtype=wanted, order="C")
 
 
-def numbers(name: str, value: Any) -> NDArray[Any]:
-    """Return `value` as an array of real numbers in its own dtype; false and true are 0 and 1."""
+def _as_array(name: str, value: Any) -> NDArray[Any]:
+    """Return `value` as NumPy reads it, in its own dtype."""
     unmasked(name, value)
     try:
-        given = np.asarray(value)
+        return np.asarray(value)
     except (TypeError, ValueError) as error:  # ragged lists and the like
         raise TypeError(f"{name} cannot be read as an array of numbers") from error
+
+
+def numbers(name: str, value: Any) -> NDArray[Any]:
+    """Return `value` as an array of real numbers in its own dtype; false and true are 0 and 1."""
+    given = _as_array(name, value)
     if given.dtype.kind == "b":
         return given.astype(np.uint8)
     if given.dtype.kind not in "fiu":
@@ -165,8 +179,7 @@ def rows(name: str, value: ArrayLike, spec: FlowSpec, *, one_row: bool = False) 
 
     one_row: [D] is taken for [1, D].
     """
-    unmasked(name, value)
-    given = np.asarray(value)
+    given = _as_array(name, value)
     dtype = np.dtype(spec.dtype)
     if spec._takes_float64_rows and not np.can_cast(given.dtype, dtype, "safe"):
         dtype = np.dtype(np.float64)

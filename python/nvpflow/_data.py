@@ -208,13 +208,15 @@ def check_data(
         raise ValueError(f"dtype is {flow_dtype!r}, expected 'float32' or 'float64'")
     _checks.boolean("standardize", standardize)
     table = _Table.read("x", x, "names", names)
-    found = [*table.found, *_look_at(table.rows, table.labels, table.good, flow_dtype, standardize)]
+    look = _look_at(table.rows, table.labels, table.good, flow_dtype, standardize, framed=table.framed)
+    found = [*table.found, *look]
     beside = None
     if context is not None:
         beside = _Table.read("context", context, "context_names", context_names)
         if len(beside.rows) != len(table.rows):
             raise ValueError(f"context has {len(beside.rows):,} rows, x {len(table.rows):,}; expected one for each row")
-        found += [*beside.found, *_look_at_context(beside.rows, beside.labels, beside.good, flow_dtype, standardize)]
+        look = _look_at_context(beside.rows, beside.labels, beside.good, flow_dtype, standardize, framed=beside.framed)
+        found += [*beside.found, *look]
     order = {"error": 0, "warning": 1}
     findings = tuple(sorted(found, key=lambda f: order[f.severity]))
     return DataReport(len(table.rows), tuple(table.labels), findings, tuple(beside.labels) if beside else ())
@@ -228,6 +230,7 @@ class _Table:
     good: list[int]
     labels: list[str]
     found: list[Finding]
+    framed: bool
 
     @classmethod
     def read(cls, name: str, value: Any, names_name: str, names: Sequence[str] | None) -> _Table:
@@ -266,7 +269,7 @@ class _Table:
             )
             for p in bad
         ]
-        return cls(rows, good, labels, found)
+        return cls(rows, good, labels, found, frame is not None)
 
 
 def require_density(
@@ -277,15 +280,17 @@ def require_density(
     name: str = "x",
     *,
     trained: tuple[Array, Array] | None = None,
+    framed: bool = False,
 ) -> DataReport:
     """Raise ValueError where `rows` [N, D] have no density, naming everything; warn once of everything else.
 
     `trained`: mean and standard deviation of the flow's first layer, where it has been set; see `trained_scales`.
+    `framed`: whether they came in a frame.
     """
     labels = _frames.labels(names, rows.shape[1])
     if len(rows) == 0:
         return DataReport(0, tuple(labels), ())  # which the training loop refuses
-    found = _look_at(rows, labels, list(range(rows.shape[1])), dtype, standardize, trained)
+    found = _look_at(rows, labels, list(range(rows.shape[1])), dtype, standardize, trained, framed=framed)
     report = DataReport(len(rows), tuple(labels), tuple(found))
     if report.errors:
         raise ValueError(_message(name, report.errors))
@@ -293,6 +298,21 @@ def require_density(
         text = f"{_message(name, report.warnings)} {SHOWN_BY}"
         warnings.warn(text, DataWarning, stacklevel=_outside())
     return report
+
+
+def refusal(name: str, table: Any) -> str | None:
+    """Return all that rules out a density of a table in one message, if some of it is no number.
+
+    None where all of it are finite numbers, and of what is no table.
+    """
+    try:
+        errors = check_data(table).errors
+    except (TypeError, ValueError):
+        return None
+    kinds = {finding.kind for finding in errors}
+    if kinds == {"type"}:
+        return _frames.not_numbers(name, table)
+    return _message(name, errors) if kinds & {"type", "missing"} else None
 
 
 def warn_of_context(
@@ -419,6 +439,8 @@ def _look_at(
     dtype: str,
     standardize: bool,
     trained: tuple[Array, Array] | None = None,
+    *,
+    framed: bool = False,
 ) -> list[Finding]:
     """Look at rows [N, D]; `numbers` are the places of their columns in the whole table, which `labels` name."""
     columns = rows.shape[1]
@@ -426,7 +448,12 @@ def _look_at(
     again = None
     if columns:
         sample, again = drawn(rows, _sample_size(columns)), partial(_blocks, rows)
-    look = _Look(measures, sample, rows.dtype, labels, numbers, dtype, standardize, trained=trained, again=again)
+    look = _Look(
+        *(measures, sample, rows.dtype, labels, numbers, dtype, standardize),
+        trained=trained,
+        again=again,
+        framed=framed,
+    )
     with np.errstate(all="ignore"):
         for block in _blocks(rows) if columns else ():
             measures.add(block, look.middle)
@@ -441,13 +468,17 @@ def _look_at_context(
     dtype: str,
     standardize: bool,
     trained: tuple[Array, Array] | None = None,
+    *,
+    framed: bool = False,
 ) -> list[Finding]:
     """Look at contexts [N, C]; arguments as of `_look_at`."""
     columns = context.shape[1]
     if columns == 0 or len(context) == 0:
         return []
     measures, sample = _Measures(columns), drawn(context, _sample_size(columns))
-    look = _ContextLook(measures, sample, context.dtype, labels, numbers, dtype, standardize, trained=trained)
+    look = _ContextLook(
+        *(measures, sample, context.dtype, labels, numbers, dtype, standardize), trained=trained, framed=framed
+    )
     with np.errstate(all="ignore"):
         for block in _blocks(context):
             measures.add(block, look.middle)
@@ -524,7 +555,7 @@ class _Look:
     """One look at what was measured of a table, and at a sample of its rows [n, D].
 
     `numbers` are the places of the columns in the whole table, which `labels` name. `again` yields all rows once more;
-    None: they are gone, and the sample has to do.
+    None: they are gone, and the sample has to do. `framed`: whether they came in a frame.
     """
 
     _argument = "x"
@@ -541,8 +572,9 @@ class _Look:
         *,
         trained: tuple[Array, Array] | None = None,
         again: Callable[[], Iterator[Array]] | None = None,
+        framed: bool = False,
     ) -> None:
-        self._measures, self._own, self._again = measures, own, again
+        self._measures, self._own, self._again, self._framed = measures, own, again, framed
         self._labels, self._numbers = labels, numbers
         self._standardize, self._trained, self._dtype = standardize, trained, dtype
         wide = own.name if own.kind == "f" else "float64"
@@ -612,7 +644,9 @@ class _Look:
             f"from 0; {where})"
         )
         given = self._argument
-        remedy = f"remove or repair them: {given}[np.isfinite({given}).all(axis=1)]"
+        # np.isfinite is neither true nor false of a frame's nulls, which would stay.
+        way = f"{given}.dropna()" if self._framed else f"{given}[np.isfinite({given}).all(axis=1)]"
+        remedy = f"remove or repair them: {way}"
         self._add("missing", "error", columns, text, remedy, rows=bad)
 
     # -- one column
@@ -701,9 +735,7 @@ class _Look:
         if distinct <= _FEW and 4 * distinct <= count:
             what = f"{'integers' if integer else 'numbers'} from {self._low[j]:g} to {self._high[j]:g}"
             text = f"{self._label(j)} has {distinct} distinct values ({what}), on which a density is unbounded"
-            remedy = (
-                "train one flow for each value of a category, or leave it out; add uniform noise of one step to counts"
-            )
+            remedy = "make a category a context, or leave it out; add uniform noise of one step to counts"
             self._add("few", "warning", (j,), text, remedy, **figures)
         elif share >= _REPEATED:
             text = f"{self._label(j)} is {often:g} in {share:.0%} of the rows, where a density is unbounded"

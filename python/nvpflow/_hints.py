@@ -20,7 +20,7 @@ _NO_BOUNDS = (
 )
 _BASE = "what latents are belongs to the flow: nvpflow.build(base=)"
 _ABOUT = {
-    **dict.fromkeys(("sample_weight", "sample_weights", "weight", "w", "importance"), _NO_WEIGHTS),
+    **dict.fromkeys(("sample_weight", "sample_weights", "weight", "weights", "w", "importance"), _NO_WEIGHTS),
     **dict.fromkeys(("bounds", "low", "high", "lower", "upper", "support", "limits"), _NO_BOUNDS),
     **dict.fromkeys(("base", "prior", "latent"), _BASE),
     "temperature": "samples are drawn from the base as it is",
@@ -49,7 +49,7 @@ _RENAMED = {
         "what conditions the rows is called context",
     ),
     "context_size": (
-        ("context_features", "cond_dim", "condition_size", "conditions", "num_classes"),
+        ("context", "context_features", "cond_dim", "condition_size", "conditions", "num_classes"),
         "how many numbers condition a row is called context_size",
     ),
     "context_features": (
@@ -70,12 +70,12 @@ def about(name: str, known: Iterable[str] = ()) -> str:
 
     "" as the name stands for one more by position.
     """
-    if name in _ABOUT:
-        return _ABOUT[name]
     arguments = list(known)
     for target, (names, text) in _RENAMED.items():
         if name in names and target in arguments:
             return text
+    if name in _ABOUT:
+        return _ABOUT[name]
     import difflib  # on the way to an error only
 
     nearest = difflib.get_close_matches(name, arguments, 1)
@@ -99,9 +99,12 @@ def explained(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         # Of a method the class that the caller knows, which may inherit it.
         called = f"{type(args[0]).__name__}.{call.__name__}" if is_method and args else call.__qualname__
-        if len(args) > by_position and "context" in known:
+        if len(args) > by_position:
             most, given = by_position - is_method, len(args) - is_method
-            raise TypeError(f"{called}() takes at most {most} positional argument(s), got {given}; {about('')}")
+            hint = about("") if "context" in known else _NO_WEIGHTS if "X" in known else ""
+            raise TypeError(
+                f"{called}() takes at most {most} positional argument(s), got {given}{'; ' if hint else ''}{hint}"
+            )
         for name in kwargs:
             if name not in known:
                 _refuse(called, name, known)

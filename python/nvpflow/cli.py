@@ -659,8 +659,8 @@ def _read(
     in_place: bool = False,
 ) -> _Data:
     """Return what a table holds, which must have the model's columns."""
-    reading = _in_place(_reading(arguments)) if in_place else _reading(arguments)
-    with data_io.open_table(source, reading, model) as table:
+    reading = _reading(arguments, for_density=model is None)
+    with data_io.open_table(source, _in_place(reading) if in_place else reading, model) as table:
         rows, context = table.read(dtype, wide=wide)
     _say_notes(arguments, table)
     if len(rows) == 0:
@@ -938,7 +938,8 @@ def _say_columns(source: str, findings: Sequence[nvpflow.Finding]) -> None:
     """Say on stderr what was found in the columns of a table, but for lost digits of x, which a certificate tells."""
     for finding in findings:
         if (finding.argument, finding.kind) not in (("x", "digits"), ("x", "rows")):
-            print(f"nvpflow: {source}: {finding}", file=sys.stderr)
+            said = finding.text if finding.kind == "missing" else finding  # whose remedy is Python's
+            print(f"nvpflow: {source}: {said}", file=sys.stderr)
 
 
 def _run_info(arguments: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from nvpflow import _checks
+from nvpflow._data import RunningLook
 from nvpflow._source import SHOWN, Array, Piece, Problems, Source, Stream, numbered, option_value, rows_per_block
 from nvpflow._source import DataError as DataError
 from nvpflow._text import counted
@@ -63,6 +64,8 @@ class Reading:
         Of a CSV; None: found out from its first lines.
     typed
         Hand on what a CSV's columns of numbers hold as numbers, not as the text in the file.
+    for_density
+        Where a table cannot be used, say too which of its columns have no density.
     """
 
     columns: Sequence[str] | None = None
@@ -75,6 +78,7 @@ class Reading:
     in_place: bool = False
     delimiter: str | None = None
     typed: bool = False
+    for_density: bool = False
 
 
 @dataclass(frozen=True)
@@ -270,7 +274,9 @@ class Table:
     def blocks(self) -> Iterator[Block]:
         """Yield the rows. A table that cannot be used is read to its end, and everything said in one DataError."""
         problems, own = self._problems, self.columns
-        for piece in self._source.pieces([*self._used, *self._context], self._passed, self._reading.typed, problems):
+        look = None
+        pieces = self._source.pieces([*self._used, *self._context], self._passed, self._reading.typed, problems)
+        for number, piece in enumerate(pieces):
             rows, passed = piece.rows, piece.passed
             if rows.dtype.kind == "f" and rows.size and np.isnan(rows.min()):
                 gaps = np.isnan(rows)
@@ -283,8 +289,23 @@ class Table:
                     passed = None if passed is None else passed.filter(complete)
             if not problems:
                 yield Block(rows[:, :own], rows[:, own:], passed) if self._context else Block(rows, None, passed)
+            elif number == 0 and self._reading.for_density and own:  # else some rows have gone, and no look is whole
+                look = RunningLook(self.names, own, "float64", True)
+            if look is not None:
+                look.add(rows[:, :own])
         problems.incomplete = self.incomplete
+        if look is not None:
+            problems.general += self._without_density(look)
         problems.raise_all()
+
+    def _without_density(self, look: RunningLook) -> list[str]:
+        """Return what else rules out a density of the columns that are numbers."""
+        found = []
+        for finding in look.report().errors:
+            columns = {self._used[column - 1] for column in finding.columns}
+            if finding.kind not in ("missing", "rows") and not columns & {*self._problems.wrong}:
+                found.append(f"{finding.text}: {finding.remedy}")
+        return found
 
     def _refuse(self, gaps: Array, piece: Piece) -> None:
         for j in np.flatnonzero(gaps.any(axis=0)):

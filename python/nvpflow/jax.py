@@ -268,9 +268,7 @@ def sample(
     x
         [n, D], or [M, n, D] under M contexts, from the noise ``jax.random.normal(key, (M, n, D))``.
     """
-    count = _checks.integer("n", n)
-    if count < 0:
-        raise ValueError(f"n is {count}, expected 0 or more")
+    count = _checks.count("n", n)
     call, tensors = _checked_call(spec, parameters, num_threads)
     contexts, leading = _checked_sample_context(spec, context)
     noise = _noise(spec, key, (*leading, count, spec.input_size))

@@ -19,7 +19,7 @@ try:
 except ImportError as error:
     raise ImportError('nvpflow.sklearn needs scikit-learn 1.6 or newer: pip install "scikit-learn>=1.6"') from error
 
-from nvpflow import _bases, _checks, _frames, _hints, _training_options
+from nvpflow import _bases, _checks, _data, _frames, _hints, _training_options
 from nvpflow._architecture import OPTIONS
 from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS, default_activation
 from nvpflow.conditioned import ConditionedFlow
@@ -379,7 +379,9 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
             rows: NDArray[Any] = validate_data(self, X, dtype=(np.float64, np.float32), order="C", **options)
         except (TypeError, ValueError) as error:
             _frames.refuse("X", X)
-            if text := _frames.not_numbers("X", X):  # scikit-learn names no column
+            # scikit-learn names no column, and one thing at a time.
+            fits = options.get("reset", True)
+            if text := _data.refusal("X", X) if fits else _frames.not_numbers("X", X):
                 raise ValueError(text) from error
             raise
         return rows
@@ -494,9 +496,7 @@ class FlowDensity(DensityMixin, _FlowEstimator):  # type: ignore[misc]
             Of `dtype`, or of float64 where float32 would blur a feature, whose values are large beside their spread.
         """
         check_is_fitted(self)
-        count = _checks.integer("n_samples", n_samples)
-        if count < 0:
-            raise ValueError(f"n_samples is {count}, expected at least 0")
+        count = _checks.count("n_samples", n_samples)
         self.flow_.num_threads = effective_n_jobs(self.n_jobs)
         drawn: NDArray[Any] = self.flow_.sample(
             count, seed=_seed_of(random_state), dtype=self.flow_._rows_dtype(), context=context

@@ -193,6 +193,8 @@ def fit(
     """Train `flow`; `Flow.fit` documents the arguments."""
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable or None, got {_checks.describe(callback)}")
+    if text := _frames.not_numbers("x", x):
+        raise TypeError(_data.refusal("x", x) or text)  # with all else that is wrong
     given, frame_names = _frames.read("x", x, flow._column_names())
     rows = _checks.rows("x", _core._host_array(given), flow.spec)
     context, context_names = _read_context(flow, context)
@@ -202,7 +204,8 @@ def fit(
     checked = _training_options.checked(options) | {"validation": held_out.share}
     checked["standardize"] = _statistics_to_use(flow, options["standardize"])
     trained, standardizes = _data.trained_scales(flow), _spec.begins_with_standardize(flow.spec)
-    report = _data.require_density(rows, names.columns, flow.spec.dtype, standardizes, trained=trained)
+    framed = _frames.inspect(x) is not None
+    report = _data.require_density(rows, names.columns, flow.spec.dtype, standardizes, trained=trained, framed=framed)
     if context is not None:
         spec, trained = flow.spec, _data.trained_context_scales(flow)
         given = _checks.numbers("context", _core._host_array(context))  # before it was rounded

@@ -687,6 +687,25 @@ def test_a_table_of_pandas_fails_with_one_message_and_goes_through_as_that_says(
     assert found["first_nonfinite_row"] == np.isnan(numbers).any(axis=1).argmax()
 
 
+def test_columns_without_a_density_are_in_the_one_message(call, frame, tmp_path):
+    os.chdir(tmp_path)
+    frame["four"], frame["again"] = 4.0, frame["x"]
+    write_frame(frame, "t.csv")
+    code, _, errors = call("fit", "t.csv", "-o", "new.safetensors")
+    assert (code, errors.count("\n")) == (1, 1)
+    for text in (
+        "'kind' holds text",
+        "missing cells in 'gap' (12 cells",
+        "column 'four' is constant, 4 in all rows",
+        "column 'again' is a copy of column 'x': such columns",
+    ):
+        assert text in errors
+    assert "dropna" not in errors
+    assert "isfinite" not in errors
+    nvpflow.build(9).save("m.safetensors")  # of scores no density is asked
+    assert "constant" not in call("score", "m.safetensors", "t.csv")[2]
+
+
 def test_the_index_of_pandas_is_left_out_and_said(call, frame, flow, tmp_path):
     pytest.importorskip("pyarrow")
     pandas = pytest.importorskip("pandas")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import io
 import pathlib
 import re
 from types import FunctionType
@@ -126,6 +128,9 @@ HABITS = [
     (lambda flow: flow.log_probability(X, X), "got 2; a context and options are given by name"),
     (lambda flow: flow.nll(X, np.ones(200)), "got 2; a context and options are given by name"),
     (lambda flow: flow.nll(X, sample_weight=X), "'sample_weight'; rows have no weights yet"),
+    (lambda flow: flow.fit(X, weights=X), "'weights'; rows have no weights yet"),
+    (lambda flow: nvpflow.build(3, context=2), "'context'; how many numbers condition a row is called context_size"),
+    (lambda flow: flow.fit([[1.0, 2.0, 3.0], [1.0]], **QUICK), "x cannot be read as an array of numbers"),
     (lambda flow: flow.log_prob(value=X), "'value'; the rows are called x"),
     (
         lambda flow: flow.sample((5,)),
@@ -175,6 +180,7 @@ def test_arguments_of_modules_and_distributions_are_answered() -> None:
         (lambda: module(x, cond=x), r"FlowModule.forward\(\) .* 'cond'; what conditions the rows is called context"),
         (lambda: module.log_prob(value=x), "'value'; the rows are called x"),
         (lambda: module.rsample(num_samples=3), "'num_samples'; the number of rows is called n"),
+        (lambda: module.sample((5,)), r"n must be an integer, got \(5,\) .*rows have one axis: sample\(5\) draws five"),
         (lambda: module.to_flow(drop_bases=True), "'drop_bases'; did you mean 'drop_base'"),
         (lambda: FlowDistribution(module, validate_arg=True), "'validate_arg'; did you mean 'validate_args'"),
         (
@@ -196,6 +202,7 @@ def test_arguments_of_jax_functions_are_answered() -> None:
     for call, message in (
         (lambda: nj.sample(flow.spec, parameters, seed=1, n=3), "'seed'; randomness comes from a key of JAX, key="),
         (lambda: nj.forward(flow.spec, params=parameters, x=X), "'params'; did you mean 'parameters'"),
+        (lambda: nj.sample(flow.spec, parameters, None, (3,)), r"rows have one axis: sample\(5\) draws five"),
     ):
         with pytest.raises(TypeError, match=message):
             call()
@@ -214,6 +221,14 @@ def test_arguments_of_estimators_are_answered() -> None:
         (lambda: FlowOutlierDetector(validation=0.2), "'validation'; it is called validation_fraction"),
         (lambda: FlowDensity().fit(X, sample_weight=X[:, 0]), "'sample_weight'; rows have no weights yet"),
         (lambda: FlowDensity().score_samples(x=X), "'x'; the rows are called X"),
+        (
+            lambda: FlowDensity().fit(X, None, X[:, 0]),
+            r"FlowDensity.fit\(\) takes at most 2 .*; rows have no weights yet",
+        ),
+        (
+            lambda: FlowDensity(epochs=1, validation_fraction=None).fit(X).sample((5,)),
+            r"rows have one axis: sample\(5\) draws five",
+        ),
     ):
         with pytest.raises(TypeError, match=message):
             call()
@@ -225,6 +240,7 @@ def test_arguments_of_estimators_are_answered() -> None:
 NO_TABLES = {
     "a file's name": ("x.npy", "x is a str, .*read the file first"),
     "a path": (pathlib.Path("x.csv"), "x is a PosixPath|WindowsPath, .*read the file first"),
+    "an open file": (io.BytesIO(b"1,2,3"), "x is a BytesIO, .*read the file first"),
     "none": (None, "x is a NoneType, expected rows"),
     "a dict": ({"a": X[:, 0]}, r"x is a dict, .*numpy.column_stack"),
     "a generator": ((row for row in X), r"x is a generator, .*numpy.stack\(list\(x\)\)"),
@@ -350,6 +366,27 @@ def test_columns_that_are_not_numbers_are_named_in_one_message() -> None:
     assert [finding.names for finding in report.errors] == [(f"column {name!r}",) for name in wide.columns[2:]]
 
 
+def test_fit_names_all_that_is_wrong_with_a_frame_in_one_message() -> None:
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    frame = pandas.DataFrame(ABC).assign(city=["x"] * 200, same=4.0, copy=X[:, 2])
+    frame.loc[3, "b"] = np.nan
+    fits = [nvpflow.build(6, num_flows=2, hidden_sizes=(8,)).fit]
+    if importlib.util.find_spec("sklearn") is not None:
+        from nvpflow.sklearn import FlowDensity
+
+        fits.append(FlowDensity(epochs=1).fit)
+    for fit, error, name in zip(fits, (TypeError, ValueError), "xX", strict=False):
+        with pytest.raises(error, match=f"^{name}, 4 things:") as refused:
+            fit(frame)
+        for text in (
+            "column 'city' is ",
+            "1 of 200 rows with NaN or infinite values (row 3, counted from 0; column 'b': 1)",
+            "column 'same' is constant",
+            "column 'copy' is a copy of column 'c'",
+        ):
+            assert text in str(refused.value)
+
+
 def test_columns_of_other_libraries_that_are_not_numbers_are_named() -> None:
     for frame in frames_of({"a": X[:, 0], "s": np.array(["x"] * 200), "b": X[:, 1] > 0}):
         with pytest.raises(TypeError, match=r"^x: column 's' is .*: encode it as numbers, or drop it$"):
@@ -448,10 +485,10 @@ def test_nullable_columns_are_numbers_and_their_gaps_are_missing_values() -> Non
     np.testing.assert_array_equal(flow.log_prob(nullable), flow.log_prob(X))
     nullable.loc[3, "b"] = pandas.NA
     assert np.flatnonzero(np.isnan(flow.log_prob(nullable))).tolist() == [3]
-    with pytest.raises(
-        ValueError, match=r"1 of 200 rows with NaN or infinite values \(row 3, counted from 0; column 'b': 1\)"
-    ):
+    message = r"1 of 200 rows with NaN or infinite values \(row 3, counted from 0; column 'b': 1\).*: x\.dropna\(\)$"
+    with pytest.raises(ValueError, match=message):
         flow.fit(nullable, **QUICK)
+    flow.fit(nullable.dropna(), **QUICK)
 
 
 def test_estimators_name_the_columns_too() -> None:
@@ -459,8 +496,11 @@ def test_estimators_name_the_columns_too() -> None:
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     from nvpflow.sklearn import FlowDensity
 
-    frame = pandas.DataFrame(ABC).assign(city=["x"] * 200)
+    frame = pandas.DataFrame(ABC)
     with pytest.raises(ValueError, match=r"X: column 'city' is .*encode it as numbers, or drop it"):
+        FlowDensity(epochs=1).fit(frame.assign(city=["x"] * 200))
+    frame.loc[3, "b"] = np.nan
+    with pytest.raises(ValueError, match=r"X: 1 of 200 rows with NaN .*\(row 3, counted from 0; column 'b': 1\)"):
         FlowDensity(epochs=1).fit(frame)
     with pytest.raises(TypeError, match="X is a str"):
         FlowDensity(epochs=1).fit("x.csv")

@@ -364,7 +364,7 @@ class FlowModule(torch.nn.Module):
         self, n: int, context: torch.Tensor | None, seed: int | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the noise of a sample [..., n, D], and its contexts with an axis for the n rows of each."""
-        count = _count(n)
+        count = _checks.count("n", n)
         given = self._checked_context(context, self._tensors()[0])
         if given is None:
             return self._noise((count,), seed), None
@@ -440,13 +440,6 @@ def _log_density(base: Base, z: torch.Tensor) -> torch.Tensor:
     if isinstance(base, Normal):
         return -0.5 * (z.square().sum(-1) + z.shape[-1] * math.log(2 * math.pi))
     return z.new_full(z.shape[:-1], -z.shape[-1] * math.log(base.high - base.low))
-
-
-def _count(n: int) -> int:
-    count = _checks.integer("n", n)
-    if count < 0:
-        raise ValueError(f"n is {count}, expected 0 or more")
-    return count
 
 
 def _seed(seed: int | None) -> int:
