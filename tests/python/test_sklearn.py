@@ -423,8 +423,8 @@ def constant(x):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda x: with_values(x, 3, 1, np.nan), "contains NaN"),
-        (lambda x: with_values(x, 3, 1, np.inf), "contains infinity"),
+        (lambda x: with_values(x, 3, 1, np.nan), r"rows with NaN or infinite values \(row 3, .*; column 2: 1\)"),
+        (lambda x: with_values(x, 3, 1, np.inf), r"rows with NaN or infinite values \(row 3, .*; column 2: 1\)"),
         (lambda x: x[:1], "1 sample"),
         (lambda x: x[:2], "of which 1 set aside for validation.*validation_fraction=None"),
         (lambda x: x[:0], "0 sample"),
