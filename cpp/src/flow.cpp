@@ -100,6 +100,12 @@ std::unique_ptr<Backend> make_backend(const FlowSpec& spec, const ParamLayout& l
 }  // namespace
 
 struct Flow::State {
+  /// What is known of some parameters, and not of other ones.
+  struct OfParameters {
+    std::optional<Threshold> threshold;
+    std::string import_report;
+  };
+
   FlowSpec spec;
   ParamLayout layout;
   Device device;
@@ -110,7 +116,7 @@ struct Flow::State {
   std::vector<unsigned char> parameters;
   std::vector<float> mean_low;  // [D]; empty: zeros
   std::vector<std::string> column_names, context_names;
-  std::optional<Threshold> threshold;  // of these parameters
+  OfParameters known;
   std::unique_ptr<Backend> backend;
   ForkSafeMutex write_mutex;
   std::atomic<int> num_threads{0};
@@ -297,11 +303,10 @@ struct Flow::State {
     return found;
   }
 
-  void publish(const void* values, const std::optional<Threshold>& new_threshold = {},
-               std::span<const float> low = {}) {
+  void publish(const void* values, OfParameters of_them = {}, std::span<const float> low = {}) {
     const std::lock_guard<ForkSafeMutex> lock(write_mutex);
     publish_locked(values, low);
-    threshold = new_threshold;
+    known = std::move(of_them);
   }
 
   void check_sign(const TensorInfo& tensor, const void* values) const {
@@ -353,7 +358,7 @@ Flow Flow::to(Device device, Precision precision, Weights weights) const {
   const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
   copy.state_->column_names = state_->column_names;
   copy.state_->context_names = state_->context_names;
-  copy.state_->publish(state_->parameters.data(), state_->threshold, state_->mean_low);
+  copy.state_->publish(state_->parameters.data(), state_->known, state_->mean_low);
   return copy;
 }
 
@@ -369,7 +374,7 @@ Flow Flow::load(const std::string& path, const FlowSpec& expected, Device device
 
 Flow Flow::from_model(LoadedModel&& model, Device device, Precision precision, Weights weights) {
   Flow flow(std::make_unique<State>(std::move(model.spec), device, precision, weights));
-  flow.state_->publish(model.parameters.data(), model.threshold, model.mean_low);
+  flow.state_->publish(model.parameters.data(), {model.threshold, std::move(model.import_report)}, model.mean_low);
   flow.state_->column_names = std::move(model.column_names);
   flow.state_->context_names = std::move(model.context_names);
   return flow;
@@ -382,7 +387,8 @@ void Flow::save(const std::string& path) const {
   {
     const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
     snapshot = state_->parameters;
-    notes = {state_->column_names, state_->context_names, state_->threshold, state_->mean_low};
+    notes = {state_->column_names, state_->context_names, state_->known.threshold, state_->mean_low,
+             state_->known.import_report};
   }
   save_model(path, state_->spec, state_->layout, snapshot.data(), notes);
 }
@@ -421,13 +427,24 @@ void Flow::set_context_names(std::vector<std::string> names) {
 
 std::optional<Threshold> Flow::threshold() const {
   const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
-  return state_->threshold;
+  return state_->known.threshold;
 }
 
 void Flow::set_threshold(std::optional<Threshold> threshold) {
   if (threshold) check_threshold(*threshold);
   const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
-  state_->threshold = threshold;
+  state_->known.threshold = threshold;
+}
+
+std::string Flow::import_report() const {
+  const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
+  return state_->known.import_report;
+}
+
+void Flow::set_import_report(std::string text) {
+  check_import_report(text);
+  const std::lock_guard<ForkSafeMutex> lock(state_->write_mutex);
+  state_->known.import_report = std::move(text);
 }
 
 void Flow::set_num_threads(int threads) {
@@ -453,7 +470,7 @@ void Flow::reload(const std::string& path) {
   std::string differs = difference("column", model.column_names, column_names());
   if (differs.empty()) differs = difference("context column", model.context_names, context_names());
   if (!differs.empty()) throw Error(ErrorCode::file_format, path + ": " + differs);
-  state_->publish(model.parameters.data(), model.threshold, model.mean_low);
+  state_->publish(model.parameters.data(), {model.threshold, model.import_report}, model.mean_low);
 }
 
 void Flow::swap(Flow& other) {
@@ -473,7 +490,7 @@ void Flow::swap(Flow& other) {
     a->publish_locked(kept.data(), kept_low);
     throw;
   }
-  std::swap(a->threshold, b->threshold);
+  std::swap(a->known, b->known);
 }
 
 template <class T>
@@ -834,7 +851,7 @@ void Flow::set_tensors_unchecked(std::span<const void* const> tensors) {
     std::memcpy(flat + layout[i].offset * size, tensors[i], static_cast<std::size_t>(layout[i].size * size));
   }
   state_->publish_locked(flat, {});
-  state_->threshold.reset();
+  state_->known = {};
 }
 
 const Backend& FlowAccess::backend(const Flow& flow) { return *flow.state_->backend; }

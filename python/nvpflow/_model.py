@@ -1,16 +1,19 @@
-"""What a model is: its spec, weights, column names and threshold; to copy, move, convert, compare and pickle it."""
+"""What a model is: its spec, weights and what goes with them; to copy, move, convert, compare and pickle it."""
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, SupportsIndex, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from nvpflow import _checks, _core, _hints
 from nvpflow._core import FlowSpec
+
+if TYPE_CHECKING:
+    from nvpflow._import_report import ImportReport
 
 
 class Threshold(NamedTuple):
@@ -41,6 +44,7 @@ def _restore(
     names: tuple[list[str], list[str]],
     threshold: tuple[float, float | None] | None,
     statistics: str = "auto",
+    report: str | None = None,
 ) -> Self:
     # A subclass's constructor may take only the spec, as Flow's did before there were devices.
     given: dict[str, Any] = {name: value for name, value in where.items() if value != _DEFAULT_WHERE[name]}
@@ -51,6 +55,7 @@ def _restore(
     flow._set_context_names(names[1])
     flow._set_threshold(*(threshold or (None, None)))
     flow._set_statistics(statistics)
+    flow._set_import_report(report)
     return flow
 
 
@@ -67,6 +72,7 @@ def _unpickle(
     statistics: str = "auto",
     mean_low: NDArray[Any] | None = None,
     context_names: Sequence[str] = (),
+    report: str | None = None,
 ) -> Self:
     if not (isinstance(cls, type) and issubclass(cls, Model)):
         raise TypeError(
@@ -86,7 +92,8 @@ def _unpickle(
         _checks.column_names("the pickled context_names", context_names),
     )
     threads, how = _checks.integer("the pickled num_threads", num_threads), _checks.text("standardize", statistics)
-    return _restore(cls, spec, (flat, mean_low), threads, where, names, _threshold_of(threshold), how)
+    text = None if report is None else _checks.text("the pickled import_report", report)
+    return _restore(cls, spec, (flat, mean_low), threads, where, names, _threshold_of(threshold), how, text)
 
 
 def _flat(name: str, values: Any, dtype: np.dtype[Any], size: int) -> NDArray[Any]:
@@ -242,6 +249,20 @@ class Model(_core.Flow):
             raise ValueError(f"quantile is {share}, expected a share of the rows in [0, 1]")
         self._set_threshold(limit, share)
 
+    @property
+    def import_report(self) -> ImportReport | None:
+        """What `nvpflow.importers` found out as it made the flow from one of another library; None of other flows.
+
+        `save` keeps it, and so do copies. It is of these weights: `fit` and `set_parameters` remove it, `reload` takes
+        that of the file, and `swap` exchanges it with the weights.
+        """
+        text = self._import_report()
+        if text is None:
+            return None
+        from nvpflow._import_report import ImportReport
+
+        return ImportReport.from_json(text)
+
     def _rows_dtype(self) -> str:
         """Return the dtype in which rows that this flow draws keep their digits."""
         spec = self.spec
@@ -380,7 +401,7 @@ class Model(_core.Flow):
         self: Self, spec: FlowSpec, state: tuple[NDArray[Any], NDArray[Any] | None], where: dict[str, str]
     ) -> Self:
         names = self._column_names(), self._context_names()
-        described = names, self._threshold(), self._statistics()
+        described = names, self._threshold(), self._statistics(), self._import_report()
         return _restore(type(self), spec, state, self.num_threads, where, *described)
 
     def swap(self, other: _core.Flow) -> None:
@@ -421,7 +442,8 @@ class Model(_core.Flow):
         parameters, mean_low = self._copy_state()
         state = (type(self), self.spec.to_json(), _pieces(parameters), self.num_threads)
         described = (self._column_names(), self._threshold(), self._statistics(), mean_low)
-        more = [names] if (names := self._context_names()) else []  # which older versions cannot take
+        names, report = self._context_names(), self._import_report()
+        more = [names, report] if report else [names] if names else []  # which older versions cannot take
         return _unpickle, (*state, self.device, self.precision, self.weights, *described, *more)
 
     def __copy__(self: Self) -> Self:

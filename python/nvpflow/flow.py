@@ -238,9 +238,11 @@ def load(
     """
     if spec is not None and not isinstance(spec, FlowSpec):
         raise TypeError(f"spec must be a FlowSpec or None, got {_checks.describe(spec)}")
-    found, parameters, mean_low, columns, contexts, threshold = _core._load_model(_checks.path("path", path), spec)
+    found, parameters, mean_low, *names, threshold, report = _core._load_model(_checks.path("path", path), spec)
     where = _where(device, precision, weights)
-    return _restore(Flow, found, (parameters, mean_low), 0, where, (columns, contexts), threshold)
+    columns, contexts = names
+    state = parameters, mean_low
+    return _restore(Flow, found, state, 0, where, (columns, contexts), threshold, report=report)
 
 
 class Flow(Model):

@@ -52,8 +52,10 @@ py::object load_file(const Arguments& given) {
   const std::int64_t count = static_cast<std::int64_t>(model.parameters.size()) / size_of(model.spec.dtype);
   const auto memory = std::make_shared<std::vector<unsigned char>>(std::move(model.parameters));
   const py::object flat = owning_array(memory, memory->data(), model.spec.dtype, count);
+  const py::object report =
+      model.import_report.empty() ? py::object(py::none()) : py::object(py::str(model.import_report));
   return py::make_tuple(BoundSpec(model.spec), flat, low_or_none(model.mean_low), model.column_names,
-                        model.context_names, as_python(model.threshold));
+                        model.context_names, as_python(model.threshold), report);
 }
 
 }  // namespace

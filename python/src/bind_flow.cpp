@@ -225,6 +225,20 @@ void set_threshold(BoundFlow& self, std::optional<double> log_prob, std::optiona
   self.flow.set_threshold(threshold);
 }
 
+py::object get_import_report(const BoundFlow& self) {
+  std::string text;
+  {
+    const GilReleased released;
+    text = self.flow.import_report();
+  }
+  return text.empty() ? py::object(py::none()) : py::object(py::str(text));
+}
+
+void set_import_report(BoundFlow& self, const std::optional<std::string>& text) {
+  const GilReleased released;
+  self.flow.set_import_report(text.value_or(""));
+}
+
 py::object condition_context(const py::object& self) {
   const auto& condition = self.cast<const BoundCondition&>();
   condition.require_ready();
@@ -337,6 +351,8 @@ void bind_flow(py::module_& module) {
       .def("_set_context_names", on_ready(&set_context_names))
       .def("_threshold", on_ready(&get_threshold))
       .def("_set_threshold", on_ready(&set_threshold))
+      .def("_import_report", on_ready(&get_import_report))
+      .def("_set_import_report", on_ready(&set_import_report))
       .def("_layout", on_ready(&layout))
       .def("_flat_parameters", &flat_parameters)
       .def("_copy_flat_parameters", on_ready(&copy_flat_parameters))

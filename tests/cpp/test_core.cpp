@@ -579,6 +579,45 @@ TEST_CASE("a threshold goes where its parameters go") {
   CHECK_FALSE(flow.threshold());
 }
 
+TEST_CASE("an import report goes where its parameters go") {
+  const Folder folder;
+  const std::string path = folder / "model.safetensors", plain = folder / "plain.safetensors";
+  const std::string report = R"({"library":"zuko","layers":[{"path":"flow"}]})";
+  Flow flow(FlowSpec::real_nvp(3, 2, {4}));
+  CHECK(flow.import_report().empty());
+  flow.save(plain);
+  CHECK_FALSE(read_tensor_file(plain).metadata.contains("nvpflow.import_report"));
+  flow.set_import_report(report);
+  CHECK(Flow(flow).import_report() == report);
+  CHECK(flow.to({}, Precision::float32, Weights::bfloat16).import_report() == report);
+  flow.save(path);
+  CHECK(read_tensor_file(path).metadata.at("nvpflow.import_report") == report);
+  CHECK(read_tensor_file(path).metadata.at("nvpflow.format_version") == "1.0");
+  CHECK(Flow::load(path).import_report() == report);
+
+  Flow other(flow.spec(), 1);
+  other.swap(flow);
+  CHECK(other.import_report() == report);
+  CHECK(flow.import_report().empty());
+  flow.reload(path);
+  CHECK(flow.import_report() == report);
+  flow.reload(plain);
+  CHECK(flow.import_report().empty());
+  other.set_parameters<float>(std::vector<float>(static_cast<std::size_t>(other.num_parameters())));
+  CHECK(other.import_report().empty());
+
+  const std::string deep = "{\"a\":" + std::string(9, '[') + std::string(9, ']') + "}";
+  for (const std::string& wrong : {std::string("[]"), std::string("{"), std::string("\xff"), deep}) {
+    check_refused(ErrorCode::invalid_argument, "import_report: ", [&] { flow.set_import_report(wrong); });
+  }
+  for (const std::string& wrong : {std::string(), std::string("[]"), std::string("{")}) {
+    auto contents = read_tensor_file(path);
+    contents.metadata["nvpflow.import_report"] = wrong;
+    write_tensor_file(folder / "wrong", contents.metadata, contents.tensors);
+    check_refused(ErrorCode::file_format, "nvpflow.import_report: ", [&] { (void)Flow::load(folder / "wrong"); });
+  }
+}
+
 TEST_CASE("a flow is assigned with all it has, and loaded under the spec that is expected") {
   const Folder folder;
   const std::string path = folder / "model.safetensors";

@@ -137,6 +137,7 @@ void check_model(const Place& place, std::size_t size, bool container, bool thor
   const auto limit = [](const LoadedModel& of) { return of.threshold.value_or(Threshold{}).log_prob; };
   require(again.threshold.has_value() == model.threshold.has_value() && limit(again) == limit(model),
           "and so does its threshold");
+  require(again.import_report == model.import_report, "and so does its import report");
 }
 
 /// The run that a checkpoint is read for. The corpus holds one that belongs to it.

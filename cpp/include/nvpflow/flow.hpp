@@ -124,6 +124,11 @@ class NVPFLOW_API Flow {
   std::optional<Threshold> threshold() const;
   /// std::nullopt: none. Error(invalid_argument) where a number is not as Threshold says.
   void set_threshold(std::optional<Threshold> threshold);
+  /// Where the parameters come from, as Python's nvpflow.importers wrote it: JSON, or "" for those that were not
+  /// imported. Kept and removed as the threshold is.
+  std::string import_report() const;
+  /// A JSON object, or "" for none; else Error(invalid_argument).
+  void set_import_report(std::string text);
   /// Threads of a batch call; small batches use fewer. 0: as many as this process may use, which are those of its
   /// affinity mask, at most its cgroup's quota, and at most what the environment variable NVPFLOW_NUM_THREADS, or else
   /// OMP_NUM_THREADS, said when the process made its first flow. Any other number counts as it is.
@@ -149,8 +154,7 @@ class NVPFLOW_API Flow {
   template <class T>
   void copy_parameters(std::span<T> out, std::vector<float>* mean_low = nullptr) const;
   /// Replaces them while other threads may call the flow: each call sees the old or the new ones whole. mean_low: see
-  /// mean_low(); none: zeros. The
-  /// threshold goes with the old ones.
+  /// mean_low(); none: zeros. The threshold and the import report go with the old ones.
   template <class T>
   void set_parameters(std::span<const T> parameters, std::span<const float> mean_low = {});
   /// Of a flow with takes_float64_rows: what the mean of the first layer is beyond its float32 number, [D], or empty
@@ -159,13 +163,14 @@ class NVPFLOW_API Flow {
   /// the layer in float64 as well. Files and copies keep it.
   std::vector<float> mean_low() const;
   /// Replaces them by those of a model file of this very spec (else Error(file_format), naming the difference; of the
-  /// same column and context names, too, where both have some), and the threshold by that of the file, while other
-  /// threads may call the flow: each call sees the old or the new ones whole. On failure nothing has changed. Work:
-  /// that of load; waits for calls under way on the old parameters, without making them wait.
+  /// same column and context names, too, where both have some), and the threshold and the import report by those of the
+  /// file, while other threads may call the flow: each call sees the old or the new ones whole. On failure nothing has
+  /// changed. Work: that of load; waits for calls under way on the old parameters, without making them wait.
   void reload(const std::string& path);
-  /// Exchanges the parameters and thresholds of two flows of the same spec (else Error(invalid_argument)), whatever
-  /// their devices, while other threads may call both. Each flow changes at one moment, for all callers; the two
-  /// moments differ. On failure nothing has changed. Work: packs both sets of parameters.
+  /// Exchanges the parameters, thresholds and import reports of two flows of the same spec (else
+  /// Error(invalid_argument)), whatever their devices, while other threads may call both. Each flow changes at one
+  /// moment, for all callers; the two moments differ. On failure nothing has changed. Work: packs both sets of
+  /// parameters.
   void swap(Flow& other);
 
   /// Sets from rows x [N, D] what fit() does before it trains, whatever it was: a standardize layer that comes first,

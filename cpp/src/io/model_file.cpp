@@ -43,6 +43,7 @@ constexpr const char* kSpecKey = "nvpflow.spec";
 constexpr const char* kColumnNamesKey = "nvpflow.column_names";
 constexpr const char* kContextNamesKey = "nvpflow.context_names";
 constexpr const char* kThresholdKey = "nvpflow.threshold";
+constexpr const char* kImportReportKey = "nvpflow.import_report";
 constexpr std::uint32_t kMajorVersion = 1;
 constexpr const char* kMeanLowName = "standardize_0.mean_low";
 
@@ -194,6 +195,22 @@ std::optional<Threshold> threshold_of(const ContainerReader& file) {
   }
 }
 
+/// Error(file_format) where the text is none.
+void require_object(const std::string& text) {
+  if (!parse_metadata_json(text).is_object()) throw Error(ErrorCode::file_format, "the text is no object");
+}
+
+std::string import_report_of(const ContainerReader& file) {
+  const auto text = file.metadata().find(kImportReportKey);
+  if (text == file.metadata().end()) return "";
+  try {
+    require_object(text->second);
+  } catch (const Error& error) {
+    fail_format(file.path(), std::string(kImportReportKey) + ": " + error.what());
+  }
+  return text->second;
+}
+
 std::string threshold_to_json(const Threshold& threshold) {
   const bool known = !std::isnan(threshold.quantile);
   return json{{"log_prob", threshold.log_prob}, {"quantile", known ? json(threshold.quantile) : json()}}.dump();
@@ -325,6 +342,15 @@ void check_threshold(const Threshold& threshold) {
   }
 }
 
+void check_import_report(const std::string& text) {
+  if (text.empty()) return;
+  try {
+    require_object(text);
+  } catch (const Error& error) {
+    throw Error(ErrorCode::invalid_argument, "import_report: " + std::string(error.what()) + ", expected JSON");
+  }
+}
+
 std::string difference(const std::string& column, const std::vector<std::string>& names,
                        const std::vector<std::string>& expected) {
   for (std::size_t i = 0; i < std::min(names.size(), expected.size()); ++i) {
@@ -365,6 +391,7 @@ void save_model(const std::string& path, const FlowSpec& spec, const ParamLayout
     check_threshold(*notes.threshold);
     metadata[kThresholdKey] = threshold_to_json(*notes.threshold);
   }
+  if (!notes.import_report.empty()) metadata[kImportReportKey] = notes.import_report;
   write_tensor_file(path, metadata, tensors);
 }
 
@@ -389,6 +416,7 @@ LoadedModel load_model(const std::string& path, const FlowSpec* expected) {
     fail_format(path, std::string(kContextNamesKey) + ": " + error.what());
   }
   model.threshold = threshold_of(file);
+  model.import_report = import_report_of(file);
 
   // Not before here: the tensors are all in the file, so the size asked for is the file's own.
   try {

@@ -20,6 +20,8 @@ void check_names(const std::string& what, const std::vector<std::string>& names,
 void check_names_differ(const std::vector<std::string>& columns, const std::vector<std::string>& context);
 /// Throws Error(invalid_argument) unless log_prob is finite and the quantile a share or NaN.
 void check_threshold(const Threshold& threshold);
+/// Throws Error(invalid_argument) unless the text is empty or a JSON object that a file can hold.
+void check_import_report(const std::string& text);
 /// "" where the names agree or either side has none, else the first that differs. column: what one is called.
 std::string difference(const std::string& column, const std::vector<std::string>& names,
                        const std::vector<std::string>& expected);
@@ -30,6 +32,7 @@ struct ModelNotes {
   std::vector<std::string> context_names = {};
   std::optional<Threshold> threshold = {};
   std::vector<float> mean_low = {};  // Flow::mean_low
+  std::string import_report = {};    // Flow::import_report
 };
 
 /// parameters: ParamLayout::size() elements of spec.dtype, all finite (else Error(invalid_argument)).
