@@ -72,6 +72,7 @@ __all__ = [
 _LAZY = {
     "demo": "numpy",
     "exporters": "numpy",
+    "importers": "numpy",
     "jax": "jax",
     "plot": "matplotlib",
     "report": "matplotlib",
@@ -82,6 +83,7 @@ _LAZY = {
 if TYPE_CHECKING:  # a function __getattr__ would let checkers believe in every name
     from nvpflow import demo as demo
     from nvpflow import exporters as exporters
+    from nvpflow import importers as importers
     from nvpflow import jax as jax
     from nvpflow import plot as plot
     from nvpflow import report as report

@@ -181,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_info(commands)
     _add_report(commands)
     _add_export(commands)
+    _add_import(commands)
     _add_demo(commands)
     return parser
 
@@ -426,6 +427,24 @@ def _add_export(commands: Any) -> None:
     _add_option(export, "--method", choices=METHODS, default="log_prob", help="what the file computes")
     dtype_help = "of inputs, outputs and arithmetic (default: the model's)"
     _add_option(export, "--dtype", choices=("float32", "float64"), help=dtype_help)
+
+
+def _add_import(commands: Any) -> None:
+    summary = (
+        "Make a model file of the state dict of a flow of another library. Nothing in it is executed, so that nothing "
+        "can be compared; nvpflow.importers in Python compares."
+    )
+    command = _add_command(commands, "import", _run_import, summary)
+    command.add_argument("model", metavar="STATE", help="file that torch.save(model.state_dict(), ...) wrote")
+    _add_option(command, "-o", "--output", metavar="MODEL", required=True, help="model file to write (safetensors)")
+    _add_option(command, "--force", action="store_true", help="overwrite MODEL")
+    _add_option(command, "--library", choices=("nflows", "zuko"), required=True, help="that the flow is of")
+    _add_option(command, "--activation", metavar="NAME", default="relu", help=f"of the hidden layers: {_ACTIVATIONS}")
+    _add_option(command, "--slope", type=float, metavar="X", default=1e-3, help="of the transforms of zuko")
+    tail_help = "how far splines reach; of nflows no tensor holds it (default: 5 for zuko)"
+    _add_option(command, "--tail-bound", type=float, metavar="B", help=tail_help)
+    _add_option(command, "--dtype", choices=("float32", "float64"), default="float32", help="of weights and arithmetic")
+    _add_option(command, "--json", action="store_true", help="print the report as JSON")
 
 
 def _listed_names(text: str) -> list[str]:
@@ -1031,6 +1050,40 @@ def _run_export(arguments: argparse.Namespace) -> None:
         flow = flow.astype(arguments.dtype)
     difference = nvpflow.exporters.to_onnx(flow, arguments.output, arguments.method)
     print(f"{arguments.method} written to {arguments.output}; onnxruntime differs from the flow by {difference:.1e}")
+
+
+def _run_import(arguments: argparse.Namespace) -> None:
+    if arguments.output == "-":
+        raise data_io.DataError("-o: a model is a file, it cannot go to stdout")
+    _output.check_distinct(arguments.output, {"STATE": arguments.model})
+    _output.check_target(arguments.output, force=arguments.force)
+    options = {name: getattr(arguments, name) for name in ("library", "activation", "slope", "tail_bound", "dtype")}
+    flow = nvpflow.importers.from_state_dict(_read_state_dict(arguments.model), **options)
+    flow.save(arguments.output)
+    if arguments.json:
+        print(flow._import_report())
+        return
+    print(flow.import_report)
+    print(f"model written to {arguments.output}")
+
+
+def _read_state_dict(path: str) -> dict[str, Any]:
+    """Return the tensors of a file of PyTorch, without running anything that is in it."""
+    try:
+        import torch
+    except ImportError:
+        raise ImportError(f'{_shown(path)}: PyTorch reads such files; pip install "torch>=2.4"') from None
+    way = "expected a state dict: torch.save(model.state_dict(), FILE)"
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # of the many that damaged files give
+        raise data_io.DataError(f"{_shown(path)}: not read as tensors alone ({type(error).__name__}), {way}") from error
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        keys = f" of {', '.join(map(str, list(found)[:5]))}" if isinstance(found, dict) else ""
+        raise data_io.DataError(f"{_shown(path)}: a {type(found).__name__}{keys}, {way}")
+    return found
 
 
 def _run_demo(arguments: argparse.Namespace) -> None:

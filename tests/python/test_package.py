@@ -50,7 +50,7 @@ def test_optional_modules_come_where_they_are_asked_for(run_python) -> None:
     script = """
 import sys
 import nvpflow
-lazy = ("demo", "exporters", "jax", "plot", "report", "sklearn", "torch")
+lazy = ("demo", "exporters", "importers", "jax", "plot", "report", "sklearn", "torch")
 assert not [name for name in lazy if f"nvpflow.{name}" in sys.modules]
 assert nvpflow.demo is sys.modules["nvpflow.demo"]
 assert {"build", "demo", "cuda", "functional", "__version__"} <= set(dir(nvpflow))
