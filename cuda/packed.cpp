@@ -286,16 +286,23 @@ typename Layers<T>::NetworkPlaces Layers<T>::find_features(const Places& conditi
   return places;
 }
 
+/// What couplings and splines have in common; the dense layers of their networks come next.
+template <class T>
+template <class From>
+typename Layers<T>::NetworkPlaces Layers<T>::begin(Kind kind, const From& from, Layer<T>& layer) {
+  layer.kind = kind;
+  layer.inverse = from.inverse;
+  layer.place = keep(from.place);
+  layer.first_dense = static_cast<std::int32_t>(dense_.size());
+  return find_features(from.conditioning, from.transformed, from.networks.empty(), layer);
+}
+
 template <class T>
 void Layers<T>::add(const LoweredCoupling& from) {
   Layer<T> layer;
-  layer.kind = Kind::coupling;
-  layer.inverse = from.inverse;
-  layer.place = keep(from.place);
-  const NetworkPlaces places = find_features(from.conditioning, from.transformed, false, layer);
+  const NetworkPlaces places = begin(Kind::coupling, from, layer);
   layer.activation = from.networks.front().activation;
   layer.scale = scale_of<T>(from.scale);
-  layer.first_dense = static_cast<std::int32_t>(dense_.size());
   const bool two = from.networks.size() > 1;
   for (const LoweredNetwork& network : from.networks) {
     const bool scale_only = two && &network == &from.networks.front();
@@ -314,12 +321,8 @@ void Layers<T>::add(const LoweredCoupling& from) {
 template <class T>
 void Layers<T>::add(const LoweredSpline& from) {
   Layer<T> layer;
-  layer.kind = Kind::spline;
-  layer.inverse = from.inverse;
-  layer.place = keep(from.place);
+  const NetworkPlaces places = begin(Kind::spline, from, layer);
   layer.spline = map_of<T>(from.spline);
-  layer.first_dense = static_cast<std::int32_t>(dense_.size());
-  const NetworkPlaces places = find_features(from.conditioning, from.transformed, from.networks.empty(), layer);
   const auto add_last = [&](const LoweredDense& head, const auto& rows, const auto& columns, const Dense& dense) {
     add_numbers(head, rows, columns, layer, dense);
   };

@@ -53,6 +53,8 @@ class Layers {
   void add(const LoweredSpline& from);
   void add(const LoweredDiagonal& from);
   void add(const LoweredLinear& from);
+  template <class From>
+  NetworkPlaces begin(Kind kind, const From& from, Layer<T>& layer);
   NetworkPlaces find_features(const Places& conditioning, const Places& transformed, bool gathered, Layer<T>& layer);
   template <class AddLast>
   void add_network(const LoweredNetwork& from, const NetworkPlaces& places, AddLast add_last);

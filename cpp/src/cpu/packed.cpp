@@ -254,20 +254,28 @@ Network<T> Packed<T>::add_network(const LoweredNetwork& from) {
   return network;
 }
 
+/// What couplings and splines have in common.
 template <class T>
-void Packed<T>::add(const LoweredCoupling& from) {
+template <class From>
+Layer<T> Packed<T>::layer_of(Kind kind, const From& from) {
   Layer<T> layer;
-  layer.kind = Kind::coupling;
+  layer.kind = kind;
   layer.inverse = from.inverse;
   layer.place = keep(from.place);
   layer.a = rows_of(from.conditioning);
   layer.b = rows_of(from.transformed);
+  for (const LoweredNetwork& network : from.networks) layer.network[layer.num_networks++] = add_network(network);
+  return layer;
+}
+
+template <class T>
+void Packed<T>::add(const LoweredCoupling& from) {
+  Layer<T> layer = layer_of(Kind::coupling, from);
   layer.scale = scale_of<T>(from.scale);
   if (from.scale.function != ScaleFunction::none && from.scale.function != ScaleFunction::tanh) {
     // s and the scale of a row lie side by side in one buffer.
     program_.max_width = std::max(program_.max_width, 2 * round_up(from.transformed.count, lanes_));
   }
-  for (const LoweredNetwork& network : from.networks) layer.network[layer.num_networks++] = add_network(network);
   if (layer.num_networks > 1) {
     program_.max_width = std::max(program_.max_width, 2 * layer.b.count);
     program_.kept_width = std::max(program_.kept_width, layer.b.count);
@@ -317,12 +325,7 @@ void Packed<T>::add(const LoweredLinear& from) {
 
 template <class T>
 void Packed<T>::add(const LoweredSpline& from) {
-  Layer<T> layer;
-  layer.kind = Kind::spline;
-  layer.inverse = from.inverse;
-  layer.place = keep(from.place);
-  layer.a = rows_of(from.conditioning);
-  layer.b = rows_of(from.transformed);
+  Layer<T> layer = layer_of(Kind::spline, from);
   Splines<T>& splines = splines_.emplace_back();
   splines.map = map_of<T>(from.spline);
   splines.parameters = from.spline.num_parameters();
@@ -333,7 +336,6 @@ void Packed<T>::add(const LoweredSpline& from) {
   layer.splines = &splines;
   program_.spline_flops += static_cast<double>(from.transformed.count) *
                            (kFlopsPerSpline + kFlopsPerBin * static_cast<double>(from.spline.num_bins));
-  for (const LoweredNetwork& network : from.networks) layer.network[layer.num_networks++] = add_network(network);
   // Of a few rows all numbers of a spline lie side by side in one buffer, with what it makes of them, as whole vectors.
   program_.max_width =
       std::max(program_.max_width, (splines.parameters + 3) * from.transformed.count + kSplineVectors * lanes_);

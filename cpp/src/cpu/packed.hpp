@@ -53,6 +53,8 @@ class Packed {
   };
 
   void reserve(const Lowered& lowered);
+  template <class From>
+  Layer<T> layer_of(Kind kind, const From& from);
   void add(const LoweredCoupling& from);
   void add(const LoweredDiagonal& from);
   void add(const LoweredLinear& from);
