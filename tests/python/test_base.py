@@ -390,6 +390,10 @@ def test_reports_and_plots_show_normal_scores() -> None:
     flow = identity()
     page = report.html(flow, x)
     assert "Latents that should be uniform from 0 to 1, as normal scores." in page
+    outside = report.examine(flow, report.Rows(np.vstack([x, [[2, 0.5]]]).astype(np.float32)), None, None).notices
+    assert outside == [
+        "1 row without a density, outside of the base, whose latents are uniform from 0 to 1; not in the means."
+    ]
     axes = plot.latent_qq(flow.forward(x)[0], base=flow.spec.base, ax=Figure().subplots())
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     distances = [float(label.rsplit(" ", 1)[1]) for label in labels if "up to" in label]

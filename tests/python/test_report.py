@@ -308,6 +308,8 @@ def test_rows_that_are_not_finite_are_counted(trained, data):
     text = report.html(trained[0], rows)
     notices = re.findall(r'<p class="note">(.*?)</p>', text)
     assert notices == ["1 row so far out that the log-density is not a finite number; not in the means."]
+    invertibility = text[text.index("<h2>Invertibility") :]
+    assert '<p class="caption">1 finite row (first: row 7) overflowed: far outside the data' in invertibility
     assert "\N{MINUS SIGN}∞" in Page(text).texts
 
 
