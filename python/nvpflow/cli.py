@@ -970,6 +970,7 @@ def _run_info(arguments: argparse.Namespace) -> None:
             "column_names": flow.column_names,
             "context_names": flow.context_names,
             "threshold": None if flow.threshold is None else flow.threshold._asdict(),
+            "import_report": None if flow.import_report is None else flow.import_report.to_dict(),
             "num_parameters": flow.num_parameters,
             "tensors": tensors,
         }
@@ -984,6 +985,9 @@ def _run_info(arguments: argparse.Namespace) -> None:
     if flow.threshold is not None:
         limit, share = flow.threshold
         print(f"threshold: log p below {limit:.6g} nats" + ("" if share is None else f", quantile {share:g}"))
+    if flow.import_report is not None:
+        report = flow.import_report
+        print(f"imported: from {' '.join([report.library, report.version]).rstrip()}, {report.verdict}")
     width = max(map(len, tensors))
     for name, shape in tensors.items():
         print(f"  {name:<{width}}  {flow.spec.dtype} {shape}")

@@ -268,6 +268,9 @@ def test_what_of_zuko_is_refused_is_named_by_its_path():
     refuses("flow.base", zukos_flow(base=several))
     mixture = distribution(zuko.distributions.GeneralizedNormal, torch.ones(4))
     assert "normal, uniform" in refuses("flow.base", zukos_flow(base=mixture))
+    sizes = zukos_flow()
+    sizes.transform.transforms[1].hyper = zuko.nn.MLP(4, 4, (8,))
+    assert "0 numbers of context, which all of its layers have" in refuses("flow.transform.transforms[1]", sizes)
     singular = zuko.flows.UnconditionalTransform(zuko.transforms.LULinearTransform, torch.zeros(4, 4))
     assert "singular" in refuses(at, zukos_flow(singular))
     zero = zuko.flows.UnconditionalTransform(torch.distributions.AffineTransform, loc=0.0, scale=0.0)
@@ -840,6 +843,8 @@ def test_the_command_imports_state_dicts(tmp_path, monkeypatch, capsys):
     x, c = unit_data(9, 4, 4, "float64"), unit_data(9, 2, 5, "float64")
     close(flow.log_prob(x, context=c), model(torch.from_numpy(c)).log_prob(torch.from_numpy(x)))
 
+    assert nvpflow.cli.main(["info", "model.safetensors"]) == 0
+    assert "\nimported: from zuko, unchecked\n" in capsys.readouterr().out
     assert "exists already (--force overwrites it)" in run("model.pt", "-o", "model.safetensors", *options, fails=1)
     report = json.loads(run("model.pt", "-o", "model.safetensors", *options, "--force", "--json"))
     assert ImportReport.from_dict(report) == flow.import_report

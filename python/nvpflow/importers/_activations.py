@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvpflow import _checks
-from nvpflow.importers._refusal import kind_of, refused
+from nvpflow.importers._refusal import kind_of, named, refused
 
 Array = NDArray[np.float64]
 
@@ -70,7 +70,7 @@ def recognised(path: str, source: Any, call: Callable[[Array], Any] | None = Non
 
 
 def _named(source: Any) -> str:
-    return str(getattr(source, "__name__", None) or f"a {kind_of(source)}")
+    return str(getattr(source, "__name__", None) or named(kind_of(source)))
 
 
 def _expected() -> str:

@@ -36,7 +36,7 @@ from nvpflow.importers._recipe import (
     residual,
     spline_heads,
 )
-from nvpflow.importers._refusal import attribute, described, kind_of, refused, refused_kind
+from nvpflow.importers._refusal import attribute, described, kind_of, named, refused, refused_kind
 from nvpflow.layers import ActNorm, Additive, Affine, Coupling, Spline
 
 
@@ -113,7 +113,7 @@ def _sizes(path: str, transform: Any) -> tuple[int, int]:
         if hasattr(layer, "transform_features"):
             kept, changed = len(layer.identity_features), len(layer.transform_features)
             return kept + changed, _inputs(f"{at}.transform_net", layer.transform_net) - kept
-    raise refused(path, f"a {kind_of(transform)} without a coupling", _KNOWN)
+    raise refused(path, f"{named(kind_of(transform))} without a coupling", _KNOWN)
 
 
 class _Walk:

@@ -22,7 +22,7 @@ from nvpflow._import_report import Imported
 from nvpflow._networks import Network
 from nvpflow._transforms import Transform
 from nvpflow.flow import Flow
-from nvpflow.importers._refusal import refused
+from nvpflow.importers._refusal import named, refused
 from nvpflow.layers import (
     MLP,
     ActNorm,
@@ -355,20 +355,29 @@ def flow_of(recipe: Recipe) -> Flow:
         recipe.context is not None,
         recipe.base,
     )
-    tensors: dict[str, Array] = {}
+    flow = Flow(spec)
+    flow.set_parameters(_tensors(recipe, {name: shape for name, shape, _ in flow._layout()}))
+    return flow
+
+
+def _tensors(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
+    """Return the tensors of all steps by their names in the flow, where they have these shapes."""
+    found: dict[str, Array] = {}
     if recipe.context is not None:
-        tensors |= dict(zip(("context.mean", "context.log_std"), recipe.context, strict=True))
+        found |= dict(zip(("context.mean", "context.log_std"), recipe.context, strict=True))
     couplings = 0
     for i, step in enumerate(recipe.steps):
         prefix = f"flow_{couplings}_" if isinstance(step.layer, Coupling) else f"{_PREFIXES[type(step.layer)]}_{i}."
         couplings += isinstance(step.layer, Coupling)
         for name, values in step.tensors.items():
             if not np.all(np.isfinite(values)):
-                raise refused(step.path, f"a {step.kind} with NaN or infinity in {name}", "finite weights")
-        tensors |= {prefix + name: value for name, value in step.tensors.items()}
-    flow = Flow(spec)
-    flow.set_parameters(tensors)
-    return flow
+                raise refused(step.path, f"{named(step.kind)} with NaN or infinity in {name}", "finite weights")
+            if values.shape != shapes[prefix + name]:
+                what = f"{named(step.kind)} whose {name} has shape {values.shape}"
+                why = f"the flow has {recipe.input_size} features and {recipe.context_size} numbers of context"
+                raise refused(step.path, what, f"{shapes[prefix + name]}", f"{why}, which all of its layers have")
+            found[prefix + name] = values
+    return found
 
 
 _PREFIXES: dict[type, str] = {

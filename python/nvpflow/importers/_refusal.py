@@ -19,8 +19,12 @@ def refused(path: str, what: str, expected: str, do: str = "") -> ValueError:
 
 def refused_kind(path: str, source: Any, expected: str, do: str = "") -> ValueError:
     """Return the error to raise for an object of a class that there is no importer for."""
-    kind = kind_of(source)
-    return refused(path, f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}", expected, do)
+    return refused(path, named(kind_of(source)), expected, do)
+
+
+def named(kind: str) -> str:
+    """Return the name of a class with its article."""
+    return f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}"
 
 
 def attribute(path: str, source: Any, name: str) -> Any:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 import nvpflow.importers._activations as _activations
 from nvpflow import _checks
 from nvpflow.importers._recipe import Dense, Net, mlp
-from nvpflow.importers._refusal import kind_of, refused, refused_kind
+from nvpflow.importers._refusal import kind_of, named, refused, refused_kind
 
 Array = NDArray[np.float64]
 
@@ -37,14 +37,14 @@ def dense(path: str, module: Any) -> Dense:
     """Return a Linear."""
     weight = getattr(module, "weight", None)
     if weight is None or weight.ndim != 2 or not hasattr(module, "bias"):
-        raise refused(path, f"a {kind_of(module)}", "a Linear of a weight [out, in]")
+        raise refused(path, named(kind_of(module)), "a Linear of a weight [out, in]")
     return Dense.of(array(weight), None if module.bias is None else array(module.bias))
 
 
 def batch_norm(path: str, module: Any) -> tuple[Array, Array]:
     """Return scale and shift of a BatchNorm1d after training."""
     if module.running_mean is None:
-        raise refused(path, f"a {kind_of(module)} of batch statistics", "track_running_stats=True")
+        raise refused(path, f"{named(kind_of(module))} of batch statistics", "track_running_stats=True")
     std = np.sqrt(array(module.running_var) + module.eps)
     weight, bias = (1.0, 0.0) if module.weight is None else (array(module.weight), array(module.bias))
     scale = weight / std

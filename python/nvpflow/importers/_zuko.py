@@ -34,7 +34,7 @@ from nvpflow.importers._recipe import (
     spline_columns,
     spline_heads,
 )
-from nvpflow.importers._refusal import attribute, described, kind_of, refused, refused_kind
+from nvpflow.importers._refusal import attribute, described, kind_of, named, refused, refused_kind
 from nvpflow.layers import Additive, Affine, Spline
 
 _SLOPE, _BOUND = 1e-3, 5.0  # zuko's defaults
@@ -115,7 +115,7 @@ def _sizes(name: str, model: Any) -> _Sizes:
         if kind_of(layer) == "ElementWiseTransform" and hasattr(layer, "hyper"):
             hyper = _torch.dense_layers(f"{path}.hyper", layer.hyper)
             return _Sizes(len(hyper[-1].bias) // attribute(path, layer, "total"), len(hyper[0].kernel))
-    raise refused(f"{name}.transform", f"a {kind_of(model.transform)} without a coupling", _KNOWN)
+    raise refused(f"{name}.transform", f"{named(kind_of(model.transform))} without a coupling", _KNOWN)
 
 
 _KNOWN = "GeneralCouplingTransform or MaskedAutoregressiveTransform with passes=2 of zuko.flows"
@@ -347,7 +347,7 @@ def _latents(path: str, base: Any, size: _Sizes) -> Latents:
     if name not in ("DiagNormal", "BoxUniform"):
         raise refused(
             path,
-            f"a {name}",
+            named(name),
             "an UnconditionalDistribution of DiagNormal or BoxUniform",
             f"other bases have no counterpart here: there are {', '.join(_bases.NAMES)}",
         )
