@@ -257,6 +257,13 @@ def test_what_of_zuko_is_refused_is_named_by_its_path():
     assert "tanh" in refuses(f"{at}.hyper[3]", mixed)
     mixed.transform.transforms[0].hyper[3] = torch.nn.LayerNorm(5)
     refuses(f"{at}.hyper[3]", mixed)
+    linear, relu = partial(zuko.nn.Linear, 2, 2), torch.nn.ReLU
+    for layers in (
+        [linear(), relu(), relu(), linear(), zuko.nn.Linear(2, 4)],
+        [linear(), zuko.nn.Linear(2, 4), relu()],
+    ):
+        mixed.transform.transforms[0].hyper = torch.nn.Sequential(*layers)
+        assert "in turns" in refuses(f"{at}.hyper", mixed)
     mixed.transform.transforms[0].hyper = torch.nn.Bilinear(2, 2, 4)
     refuses(f"{at}.hyper", mixed)
     other = zukos_flow()
@@ -275,6 +282,15 @@ def test_what_of_zuko_is_refused_is_named_by_its_path():
     assert "singular" in refuses(at, zukos_flow(singular))
     zero = zuko.flows.UnconditionalTransform(torch.distributions.AffineTransform, loc=0.0, scale=0.0)
     refuses(at, zukos_flow(zero))
+
+
+@needs_zuko
+def test_networks_with_dropout():
+    model = zukos_flow()
+    layers = list(model.transform.transforms[0].hyper)
+    model.transform.transforms[0].hyper = torch.nn.Sequential(*layers[:2], torch.nn.Dropout(0.1), layers[2])
+    report = same_as_zuko(scrambled(model)).import_report
+    assert report.dropped == ("dropout of p = 0.1, which acts in training only",)
 
 
 @needs_zuko
@@ -788,6 +804,62 @@ def test_state_dicts_of_nflows():
         assert {"eps 0.001 of LULinear", "splines from -2 to 2", "eps 0.001 of BatchNorm1d"} <= set(report.assumed)
     with pytest.raises(ValueError, match=r"tail_bound is None, expected a number: flow\._transform._transforms"):
         nvpflow.importers.from_state_dict(model.state_dict(), "nflows")
+
+
+@needs_nflows
+def test_state_dicts_of_nflows_mlps_and_splines_on_the_unit_interval():
+    class Mlp(nets.MLP):
+        def forward(self, inputs, context=None):
+            return super().forward(inputs)
+
+    odd, made = torch.arange(4) % 2, lambda inputs, outputs: Mlp([inputs], [outputs], [9, 8])
+    layers = [
+        transforms.PiecewiseRationalQuadraticCouplingTransform(odd, made, num_bins=5, tails="linear", tail_bound=3.0),
+        transforms.AffineCouplingTransform(1 - odd, made),
+        transforms.PiecewiseRationalQuadraticCDF(4, num_bins=6, tails="linear", tail_bound=3.0),
+    ]
+    model = scrambled(flows.Flow(transforms.CompositeTransform(layers), distributions.StandardNormal([4])))
+    expected = nvpflow.importers.from_nflows(model, dtype="float64")
+    options = {"tail_bound": 3.0, "dtype": "float64"}
+    tensors = model.state_dict()
+    report = same_weights(nvpflow.importers.from_state_dict(tensors, "nflows", **options), expected)
+    assert "scale sigmoid(u + 2) + 0.001, that of version 0.14" in report.assumed
+
+    def refused(path, tensors):
+        with pytest.raises(ValueError) as info:  # noqa: PT011
+            nvpflow.importers.from_state_dict(tensors, "nflows", **options)
+        assert str(info.value).startswith(f"{path} is of "), info.value
+
+    at = "_transform._transforms.0.transform_net"
+    refused(f"flow.{at}", {name.replace(f"{at}._input_layer", f"{at}.first"): v for name, v in tensors.items()})
+    refused("flow._distribution", {**tensors, "_distribution.loc": torch.zeros(4)})
+    refused("flow._transform._transforms.3", {**tensors, "_transform._transforms.3.theta": torch.zeros(4)})
+    name = "_transform._transforms.2.unnormalized_widths"
+    refused("flow._transform._transforms.2", {**tensors, name: torch.zeros(4, 7)})
+
+
+@needs_zuko
+def test_state_dicts_of_zuko_with_other_bases_and_layers():
+    read = partial(nvpflow.importers.from_state_dict, library="zuko", dtype="float64")
+    distribution = zuko.flows.UnconditionalDistribution
+    for base, assumed in (
+        (distribution(zuko.distributions.DiagNormal, torch.randn(4), torch.rand(4) + 0.5, buffer=True), True),
+        (distribution(zuko.distributions.BoxUniform, lower=-9 * torch.ones(4), upper=9 * torch.ones(4)), False),
+    ):
+        model = zukos_flow(GeneralCouplingTransform(4, hidden_features=(8,)).inv, base=base)
+        report = same_weights(read(model.state_dict()), nvpflow.importers.from_zuko(model, dtype="float64"))
+        assert ("base DiagNormal" in report.assumed) == assumed
+    tensors = model.state_dict()
+    at = "transform.transforms.0.transform."
+    for path, wrong in (
+        ("flow.base", {**tensors, "base.more": torch.zeros(4)}),
+        ("flow.transform.transforms.3", {**tensors, "transform.transforms.3._0": torch.zeros(4)}),
+        ("flow.transform.transforms.0.transform", {n: v for n, v in tensors.items() if n != f"{at}mask"}),
+        (f"flow.{at}hyper.5", {n.replace(f"{at}hyper.2", f"{at}hyper.5"): v for n, v in tensors.items()}),
+    ):
+        with pytest.raises(ValueError, match=rf"^{path.replace('.', chr(92) + '.')} is ") as info:
+            read(wrong)
+        assert "expected" in str(info.value)
 
 
 @needs_zuko

@@ -36,7 +36,7 @@ from nvpflow.importers._recipe import (
     residual,
     spline_heads,
 )
-from nvpflow.importers._refusal import attribute, described, kind_of, named, refused, refused_kind
+from nvpflow.importers._refusal import attribute, described, kind_of, library_of, named, refused, refused_kind
 from nvpflow.layers import ActNorm, Additive, Affine, Coupling, Spline
 
 
@@ -78,7 +78,7 @@ def from_nflows(model: Any, *, dtype: DTypeLike = "float32", check: bool = True)
             "import nflows.flows.Flow(flow._transform, flow._distribution) and embed contexts by flow._embedding_net",
         )
     recipe = recipe_of(model)
-    library = type(model).__module__.partition(".")[0]
+    library = library_of(model)
     recipe.library = library if library in ("glasflow", "nessai", "pyknos") else "nflows"
     recipe.version = _torch.version_of(recipe.library)
     return imported(recipe, NflowsPeer(model, recipe), dtype=dtype, check=check)

@@ -93,23 +93,25 @@ def sequential(path: str, modules: Any) -> Net:
     """Return an MLP: dense layers, an activation and perhaps zuko's LayerNorm after each but the last."""
     activations: list[tuple[str, Any]] = []
     dropped: tuple[str, ...] = ()
-    norms = 0
+    order = ""
+    *hidden, last = dense_layers(path, modules)
     for i, module in enumerate(modules):
         kind = kind_of(module)
-        if kind == "LayerNorm":
-            norms += 1
+        if kind == "Dropout":
+            dropped += dropout_note(module)
+        elif kind == "LayerNorm":
+            order += "n"
             if module.dim not in (-1, (-1,)) or module.eps != 1e-5:
                 raise refused(f"{path}[{i}]", f"a LayerNorm of dim={module.dim}, eps={module.eps}", "dim=-1, eps=1e-5")
-        elif kind == "Dropout":
-            dropped += dropout_note(module)
-        elif getattr(module, "weight", None) is None or kind == "PReLU":
+        elif getattr(module, "weight", None) is not None:
+            order += "d"
+        else:
+            order += "a"
             activations.append((f"{path}[{i}]", module))
-    *hidden, last = dense_layers(path, modules)
-    if len(activations) != len(hidden) or norms not in (0, len(hidden)):
-        raise refused(
-            path, f"of {len(hidden)} hidden layers, {len(activations)} activations", "an activation after each"
-        )
-    return mlp(hidden, last, one_activation(activations), layer_norm=norms > 0, dropped=dropped)
+    if order not in ("da" * len(hidden) + "d", "dan" * len(hidden) + "d"):
+        kinds = ", ".join(map(kind_of, modules))
+        raise refused(path, f"of {kinds}", "Linear and an activation in turns, a Linear at the end")
+    return mlp(hidden, last, one_activation(activations), layer_norm="n" in order, dropped=dropped)
 
 
 def tensor(values: Array | None) -> Any:

@@ -1,4 +1,4 @@
-"""Flows of zuko, versions 1.0 to 1.6."""
+"""Flows of zuko; compared with version 1.6."""
 
 from __future__ import annotations
 
