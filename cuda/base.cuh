@@ -34,6 +34,17 @@ NVPFLOW_DEVICE T log_prob_from(OfBase<BaseKind::uniform>, const BaseDensity<T>& 
   return sum > 0 ? -infinity<T>() : sum + (log_det + base.log_density);
 }
 
+/// What a walk that ends in data takes off log p for the latents that it begins with, from their sum: all of it but
+/// for a constant, which log_prob_from adds.
+template <class T>
+NVPFLOW_DEVICE T latent_cost(OfBase<BaseKind::normal>, T sum) {
+  return T(0.5) * sum;
+}
+template <class T>
+NVPFLOW_DEVICE T latent_cost(OfBase<BaseKind::uniform>, T sum) {
+  return sum > 0 ? infinity<T>() : sum;
+}
+
 /// The cotangent of z from that of log p.
 template <class T>
 NVPFLOW_DEVICE T latent_cotangent(OfBase<BaseKind::normal>, T z, T g) {

@@ -140,11 +140,12 @@ class CudaBackend final : public Backend {
     run(call, rows, how);
   }
 
-  void sample(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* x,
+  void sample(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* x, void* log_prob,
               const Execution& how) const override {
     TransformCall<T> call;
     call.inverse = true;
     call.out = static_cast<T*>(x);
+    call.log_prob = static_cast<T*>(log_prob);
     call.seed = seed;
     call.first_row = first_row;
     run(call, rows, how);

@@ -387,8 +387,8 @@ struct TransformCall {
   const std::int64_t* index = nullptr;  // rows of `in` to take; null: all, in order
   std::int64_t rows = 0;
   T* out = nullptr;       // [rows, D]
-  T* log_det = nullptr;   // [rows]
-  T* log_prob = nullptr;  // [rows]
+  T* log_det = nullptr;   // [rows]; null where log_prob of an inverse is wanted
+  T* log_prob = nullptr;  // [rows], of the data: of `in`, or, of an inverse, of `out`
   std::uint64_t seed = 0, first_row = 0;
   // Where not negative: only the log-scale and shift [rows, |b|] of this coupling on its own input; out, log_det and
   // log_prob must be null.

@@ -243,17 +243,20 @@ NVPFLOW_DEVICE void sum_latents(OfBase<kind> of, const BaseDensity<T>& base, con
   }
 }
 
-/// From the lanes' parts of the log-determinant to call.log_det and call.log_prob, for the rows of the tile. All
-/// threads of the team come here; barrier() is theirs.
+/// From the lanes' parts of the log-determinant, with the latents' cost where log_prob of an inverse is wanted, to
+/// call.log_det and call.log_prob, for the rows of the tile. All threads of the team come here; barrier() is theirs.
 template <BaseKind kind, class T, class Barrier>
 NVPFLOW_DEVICE void write_row_sums(OfBase<kind> of, const BaseDensity<T>& base, const Tile<T>& tile,
                                    const TransformCall<T>& call, Team team, const Lane& lane, int row_block, int across,
                                    int num_across, const T (&log_det)[kRowBlocks][2], Barrier barrier) {
   if (call.log_det == nullptr && call.log_prob == nullptr) return;
   T latents[kRowBlocks][2] = {};
-  if (call.log_prob != nullptr) sum_latents(of, base, tile, lane, row_block, across, num_across, latents);
+  if (call.log_prob != nullptr && !call.inverse) {
+    sum_latents(of, base, tile, lane, row_block, across, num_across, latents);
+  }
   const auto store = [&](int r, T det, T sum) {
-    tile.store_row(call, r, det, [&] { return log_prob_from(of, base, sum, det, tile.features); });
+    tile.store_row(call, r, det,
+                   [&] { return log_prob_from(of, base, sum, call.inverse ? -det : det, tile.features); });
   };
   NVPFLOW_UNROLL
   for (int rb = 0; rb < kRowBlocks; ++rb) {

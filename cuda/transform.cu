@@ -125,11 +125,25 @@ struct Walker {
     }
   }
 
+  /// Zero; of a call that wants log p of the data that come out the cost of the latents, of which the sum over the
+  /// layers makes -log p: no register has to keep it meanwhile.
+  NVPFLOW_DEVICE void begin_log_det() {
+    NVPFLOW_UNROLL
+    for (int rb = 0; rb < kRowBlocks; ++rb) log_det[rb][0] = log_det[rb][1] = T(0);
+    if (!call.inverse || call.log_prob == nullptr) return;
+    with_base<reach>(program, [&](auto base) {
+      sum_latents(base, program.base, tile, lane, row_block, across, num_across(), log_det);
+      NVPFLOW_UNROLL
+      for (int rb = 0; rb < kRowBlocks; ++rb) {
+        log_det[rb][0] = latent_cost(base, log_det[rb][0]);
+        log_det[rb][1] = latent_cost(base, log_det[rb][1]);
+      }
+    });
+  }
+
   /// run: of network().
   template <class Run>
   NVPFLOW_DEVICE void layers(Run run) {
-    NVPFLOW_UNROLL
-    for (int rb = 0; rb < kRowBlocks; ++rb) log_det[rb][0] = log_det[rb][1] = T(0);
     const bool one = call.conditioner >= 0;
     const int first = one ? call.conditioner : 0, last = one ? call.conditioner + 1 : program.num_layers;
     for (int k = first; k < last; ++k) {
@@ -154,6 +168,7 @@ struct Walker {
     }
     if constexpr (reach == Reach::all) note_context_poison(*this);
     barrier();
+    begin_log_det();
     layers(run);
     barrier();
     if (call.out != nullptr) tile.store(team(), call.out, places_out(), infinity<T>());

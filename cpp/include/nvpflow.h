@@ -316,6 +316,32 @@ NVPFLOW_API nvpflow_status nvpflow_sample_context_f64(const nvpflow_flow* flow, 
 NVPFLOW_API nvpflow_status nvpflow_sample_context_rows64(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row,
                                                          int64_t rows, const float* context, int64_t context_rows,
                                                          double* x);
+/**
+ * @brief The same rows, and log p of each: x [rows, D], log_prob [rows]. One pass; log p(x) of nvpflow_log_prob_f32()
+ * differs by the rounding of x.
+ */
+NVPFLOW_API nvpflow_status nvpflow_sample_and_log_prob_f32(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row,
+                                                           int64_t rows, float* x, float* log_prob);
+NVPFLOW_API nvpflow_status nvpflow_sample_and_log_prob_f64(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row,
+                                                           int64_t rows, double* x, double* log_prob);
+/** @brief float64 rows x of a float32 flow: nvpflow_takes_float64_rows(). */
+NVPFLOW_API nvpflow_status nvpflow_sample_and_log_prob_rows64(const nvpflow_flow* flow, uint64_t seed,
+                                                              uint64_t first_row, int64_t rows, double* x,
+                                                              float* log_prob);
+/** @brief The same under context [context_rows, C], as nvpflow_sample_context_f32() takes it. */
+NVPFLOW_API nvpflow_status nvpflow_sample_and_log_prob_context_f32(const nvpflow_flow* flow, uint64_t seed,
+                                                                   uint64_t first_row, int64_t rows,
+                                                                   const float* context, int64_t context_rows, float* x,
+                                                                   float* log_prob);
+NVPFLOW_API nvpflow_status nvpflow_sample_and_log_prob_context_f64(const nvpflow_flow* flow, uint64_t seed,
+                                                                   uint64_t first_row, int64_t rows,
+                                                                   const double* context, int64_t context_rows,
+                                                                   double* x, double* log_prob);
+/** @brief float64 rows x of a float32 flow: nvpflow_takes_float64_rows(). */
+NVPFLOW_API nvpflow_status nvpflow_sample_and_log_prob_context_rows64(const nvpflow_flow* flow, uint64_t seed,
+                                                                      uint64_t first_row, int64_t rows,
+                                                                      const float* context, int64_t context_rows,
+                                                                      double* x, float* log_prob);
 /** @} */
 
 /** @name The mean negative log-likelihood of x [rows, D], in nats, and its gradient. At least one row. They may

@@ -32,8 +32,9 @@ class Backend {
                          const Execution& how) const = 0;
   /// out [rows] = log base(z) + log|det dz/dx|, nats.
   virtual void log_prob(const void* x, std::int64_t rows, void* out, const Execution& how) const = 0;
-  /// x [rows, D] = inverse(noise), row i from the noise of row first_row + i of `seed`.
-  virtual void sample(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* x,
+  /// x [rows, D] = inverse(noise), row i from the noise of row first_row + i of `seed`; log_prob [rows], may be null:
+  /// log base(noise) - log|det dx/dz|, nats.
+  virtual void sample(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* x, void* log_prob,
                       const Execution& how) const = 0;
   /// noise [rows, D]: the latents that sample() starts from.
   virtual void noise(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* z,

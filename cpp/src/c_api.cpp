@@ -237,6 +237,16 @@ nvpflow_status sample(const nvpflow_flow* handle, std::uint64_t seed, std::uint6
   });
 }
 
+template <class T, class X>
+nvpflow_status sample_and_log_prob(const nvpflow_flow* handle, std::uint64_t seed, std::uint64_t first_row,
+                                   std::int64_t rows, X* x, T* log_prob, const Given<T>& given = {}) {
+  return guarded([&] {
+    const Flow& flow = flow_of(handle);
+    flow.sample_and_log_prob(seed, array(x, "x", rows, flow.spec().input_size), array(log_prob, "log_prob", rows, 1),
+                             first_row, context_of<X, T>(*handle, "nvpflow_sample_and_log_prob", rows, given, true));
+  });
+}
+
 template <class T>
 nvpflow_status nll_gradient(const nvpflow_flow* handle, const T* x, std::int64_t rows, double* nll, T* gradient,
                             const Given<T>& given = {}) {
@@ -475,6 +485,33 @@ nvpflow_status nvpflow_sample_rows64(const nvpflow_flow* flow, uint64_t seed, ui
 nvpflow_status nvpflow_sample_context_rows64(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row, int64_t rows,
                                              const float* context, int64_t context_rows, double* x) {
   return nvpflow::sample<float>(flow, seed, first_row, rows, x, {context, context_rows});
+}
+nvpflow_status nvpflow_sample_and_log_prob_f32(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row,
+                                               int64_t rows, float* x, float* log_prob) {
+  return nvpflow::sample_and_log_prob(flow, seed, first_row, rows, x, log_prob);
+}
+nvpflow_status nvpflow_sample_and_log_prob_context_f32(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row,
+                                                       int64_t rows, const float* context, int64_t context_rows,
+                                                       float* x, float* log_prob) {
+  return nvpflow::sample_and_log_prob(flow, seed, first_row, rows, x, log_prob, {context, context_rows});
+}
+nvpflow_status nvpflow_sample_and_log_prob_f64(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row,
+                                               int64_t rows, double* x, double* log_prob) {
+  return nvpflow::sample_and_log_prob(flow, seed, first_row, rows, x, log_prob);
+}
+nvpflow_status nvpflow_sample_and_log_prob_context_f64(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row,
+                                                       int64_t rows, const double* context, int64_t context_rows,
+                                                       double* x, double* log_prob) {
+  return nvpflow::sample_and_log_prob(flow, seed, first_row, rows, x, log_prob, {context, context_rows});
+}
+nvpflow_status nvpflow_sample_and_log_prob_rows64(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row,
+                                                  int64_t rows, double* x, float* log_prob) {
+  return nvpflow::sample_and_log_prob(flow, seed, first_row, rows, x, log_prob);
+}
+nvpflow_status nvpflow_sample_and_log_prob_context_rows64(const nvpflow_flow* flow, uint64_t seed, uint64_t first_row,
+                                                          int64_t rows, const float* context, int64_t context_rows,
+                                                          double* x, float* log_prob) {
+  return nvpflow::sample_and_log_prob(flow, seed, first_row, rows, x, log_prob, {context, context_rows});
 }
 nvpflow_status nvpflow_nll_gradient_f32(const nvpflow_flow* flow, const float* x, int64_t rows, double* nll,
                                         float* gradient) {

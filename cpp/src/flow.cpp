@@ -644,7 +644,36 @@ template <class T>
 void Flow::sample(std::uint64_t seed, std::span<T> x, std::uint64_t first_row, const Context& context) const {
   const std::int64_t rows = state_->check_data(Named{"x", std::span<const T>(x)});
   refuse_overlap(context, Named{"x", x});
-  sample_unchecked(seed, first_row, rows, x.data(), state_->execution<T>(context, rows, /*divides=*/true));
+  sample_unchecked(seed, first_row, rows, x.data(), nullptr, state_->execution<T>(context, rows, /*divides=*/true));
+}
+
+namespace {
+
+template <class X, class T>
+void check_sample(std::int64_t rows, const Named<std::span<X>>& x, const Named<std::span<T>>& log_prob,
+                  const Context& context) {
+  check_length(log_prob, rows, "[B]");
+  refuse_overlap(x, log_prob);
+  refuse_overlap(context, x, log_prob);
+}
+
+}  // namespace
+
+template <class T>
+void Flow::sample_and_log_prob(std::uint64_t seed, std::span<T> x, std::span<T> log_prob, std::uint64_t first_row,
+                               const Context& context) const {
+  const std::int64_t rows = state_->check_rows(Named{"x", std::span<const T>(x)});
+  check_sample(rows, Named{"x", x}, Named{"log_prob", log_prob}, context);
+  sample_unchecked(seed, first_row, rows, x.data(), log_prob.data(),
+                   state_->execution<T>(context, rows, /*divides=*/true));
+}
+
+void Flow::sample_and_log_prob(std::uint64_t seed, std::span<double> x, std::span<float> log_prob,
+                               std::uint64_t first_row, const Context& context) const {
+  const std::int64_t rows = state_->check_wide(Named{"x", std::span<const double>(x)});
+  check_sample(rows, Named{"x", x}, Named{"log_prob", log_prob}, context);
+  sample_unchecked(seed, first_row, rows, x.data(), log_prob.data(),
+                   state_->execution<double>(context, rows, /*divides=*/true));
 }
 
 template <class T>
@@ -780,9 +809,9 @@ void Flow::log_prob_unchecked(const void* x, std::int64_t rows, void* out, const
   state_->backend->log_prob(x, rows, out, state_->settled(how, rows));
 }
 
-void Flow::sample_unchecked(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* x,
+void Flow::sample_unchecked(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* x, void* log_prob,
                             const Execution& how) const {
-  state_->backend->sample(seed, first_row, rows, x, state_->settled(how, rows));
+  state_->backend->sample(seed, first_row, rows, x, log_prob, state_->settled(how, rows));
 }
 
 void Flow::noise_unchecked(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* z,
@@ -857,20 +886,22 @@ void Flow::set_tensors_unchecked(std::span<const void* const> tensors) {
 const Backend& FlowAccess::backend(const Flow& flow) { return *flow.state_->backend; }
 int FlowAccess::threads(const Flow& flow) { return flow.state_->threads(); }
 
-#define NVPFLOW_INSTANTIATE(T)                                                                                 \
-  template std::span<const T> Flow::parameters() const;                                                        \
-  template void Flow::copy_parameters(std::span<T>, std::vector<float>*) const;                                \
-  template void Flow::set_parameters(std::span<const T>, std::span<const float>);                              \
-  template void Flow::forward(std::span<const T>, std::span<T>, std::span<T>, const Context&) const;           \
-  template void Flow::inverse(std::span<const T>, std::span<T>, std::span<T>, const Context&) const;           \
-  template double Flow::round_trip_error(std::span<const T>, const Context&) const;                            \
-  template void Flow::log_prob(std::span<const T>, std::span<T>, const Context&) const;                        \
-  template void Flow::sample(std::uint64_t, std::span<T>, std::uint64_t, const Context&) const;                \
-  template double Flow::nll(std::span<const T>, const Context&) const;                                         \
-  template double Flow::nll_gradient(std::span<const T>, std::span<T>, const Context&) const;                  \
-  template void Flow::vjp(Direction, std::span<const T>, std::span<const T>, std::span<const T>, std::span<T>, \
-                          std::span<T>, bool, const Context&, std::span<T>) const;                             \
-  template ConditionedFlow Flow::condition(std::span<const T>) const;                                          \
+#define NVPFLOW_INSTANTIATE(T)                                                                                      \
+  template std::span<const T> Flow::parameters() const;                                                             \
+  template void Flow::copy_parameters(std::span<T>, std::vector<float>*) const;                                     \
+  template void Flow::set_parameters(std::span<const T>, std::span<const float>);                                   \
+  template void Flow::forward(std::span<const T>, std::span<T>, std::span<T>, const Context&) const;                \
+  template void Flow::inverse(std::span<const T>, std::span<T>, std::span<T>, const Context&) const;                \
+  template double Flow::round_trip_error(std::span<const T>, const Context&) const;                                 \
+  template void Flow::log_prob(std::span<const T>, std::span<T>, const Context&) const;                             \
+  template void Flow::sample(std::uint64_t, std::span<T>, std::uint64_t, const Context&) const;                     \
+  template void Flow::sample_and_log_prob(std::uint64_t, std::span<T>, std::span<T>, std::uint64_t, const Context&) \
+      const;                                                                                                        \
+  template double Flow::nll(std::span<const T>, const Context&) const;                                              \
+  template double Flow::nll_gradient(std::span<const T>, std::span<T>, const Context&) const;                       \
+  template void Flow::vjp(Direction, std::span<const T>, std::span<const T>, std::span<const T>, std::span<T>,      \
+                          std::span<T>, bool, const Context&, std::span<T>) const;                                  \
+  template ConditionedFlow Flow::condition(std::span<const T>) const;                                               \
   template void Flow::conditioner(std::int64_t, std::span<const T>, std::span<T>, std::span<T>, const Context&) const;
 NVPFLOW_INSTANTIATE(float)
 NVPFLOW_INSTANTIATE(double)

@@ -195,6 +195,16 @@ class Flow:
         dtype: DTypeLike | None = None,
         context: Rows | None = None,
     ) -> Any: ...
+    def sample_and_log_prob(
+        self,
+        n: int,
+        *,
+        seed: int | None = None,
+        start: int = 0,
+        out: tuple[Any, Any] | None = None,
+        dtype: DTypeLike | None = None,
+        context: Rows | None = None,
+    ) -> tuple[Any, Any]: ...
     def nll(self, x: Rows, *, context: Rows | None = None) -> float: ...
     def nll_gradient(self, x: Rows, *, context: Rows | None = None) -> tuple[float, Any]: ...
     def vjp(
@@ -282,6 +292,15 @@ class ConditionedFlow:
     def sample(
         self, n: int, *, seed: int | None = None, start: int = 0, out: Any = None, dtype: DTypeLike | None = None
     ) -> Any: ...
+    def sample_and_log_prob(
+        self,
+        n: int,
+        *,
+        seed: int | None = None,
+        start: int = 0,
+        out: tuple[Any, Any] | None = None,
+        dtype: DTypeLike | None = None,
+    ) -> tuple[Any, Any]: ...
     def nll(self, x: Rows) -> float: ...
     def nll_gradient(self, x: Rows) -> tuple[float, Any]: ...
     def vjp(

@@ -30,10 +30,10 @@ class ConditionedFlow(_core.ConditionedFlow):
 
     Notes
     -----
-    `log_probability`, `log_prob`, `forward`, `inverse`, `sample`, `nll`, `nll_gradient`, `vjp` and `log_prob_vjp` are
-    those of `Flow` without ``context=``, and give the same bits as with it. What the context comes to in each network
-    is computed when the view is made, and not in each call. After the flow's weights have changed the view gives the
-    new results, but computes that anew in each call: make it again.
+    `log_probability`, `log_prob`, `forward`, `inverse`, `sample`, `sample_and_log_prob`, `nll`, `nll_gradient`, `vjp`
+    and `log_prob_vjp` are those of `Flow` without ``context=``, and give the same bits as with it. What the context
+    comes to in each network is computed when the view is made, and not in each call. After the flow's weights have
+    changed the view gives the new results, but computes that anew in each call: make it again.
     """
 
     __slots__ = ()

@@ -289,7 +289,8 @@ class Flow(Model):
     can be captured in a CUDA graph; capture anew after the weights have changed.
 
     The methods that work on rows are those of the compiled extension itself, with nothing in between: `forward`,
-    `inverse`, `log_probability` (also called `log_prob`), `sample`, `nll`, `nll_gradient`, `vjp`, `save` and `reload`.
+    `inverse`, `log_probability` (also called `log_prob`), `sample`, `sample_and_log_prob`, `nll`, `nll_gradient`, `vjp`,
+    `save` and `reload`.
 
     Two flows are equal if their specs and all their weights are. Flows can be copied and pickled.
     """

@@ -1,4 +1,4 @@
-// forward, inverse, log_probability and sample, with the vectorcall convention.
+// forward, inverse, log_probability and the samples, with the vectorcall convention.
 
 #include <algorithm>
 #include <cstdint>
@@ -68,6 +68,15 @@ struct Transform {
   bool wide_out = false;
 };
 
+PyObject* pair_of(OutputArray&& first, OutputArray&& second) {
+  const auto a = py::reinterpret_steal<py::object>(result_of(std::move(first)));
+  const auto b = py::reinterpret_steal<py::object>(result_of(std::move(second)));
+  if (!a || !b) throw py::error_already_set();
+  PyObject* pair = PyTuple_Pack(2, a.ptr(), b.ptr());
+  if (pair == nullptr) throw py::error_already_set();
+  return pair;
+}
+
 /// Both results of one direction, as a tuple.
 PyObject* transform_pair(const BoundFlow& flow, const Transform& call, PyObject* out, const char* first) {
   constexpr const char* second = "out[1] (log_det)";
@@ -84,12 +93,7 @@ PyObject* transform_pair(const BoundFlow& flow, const Transform& call, PyObject*
     how.float64_rows = how.float64_rows || call.wide_out;
     flow.flow.transform_unchecked(call.direction, in.data, in.rows, value.data, log_det.data, how);
   });
-  auto a = py::reinterpret_steal<py::object>(result_of(std::move(value)));
-  auto b = py::reinterpret_steal<py::object>(result_of(std::move(log_det)));
-  if (!a || !b) throw py::error_already_set();
-  PyObject* pair = PyTuple_Pack(2, a.ptr(), b.ptr());
-  if (pair == nullptr) throw py::error_already_set();
-  return pair;
+  return pair_of(std::move(value), std::move(log_det));
 }
 
 template <class Self>
@@ -203,32 +207,78 @@ void require_rows_of_seed(std::uint64_t start, std::int64_t rows) {
                               std::to_string(rows) + " rows in all the last would be beyond row 2**63 - 1");
 }
 
+/// What a sample is drawn from and where it goes, of a call's arguments, whose names and order both samples share.
+struct Drawn {
+  std::int64_t n = 0, rows = 0;  // of each context, and in all
+  std::uint64_t seed = 0, start = 0;
+  GivenContext context;
+  InputArray where;
+  bool wide = false;
+
+  DType dtype(const BoundFlow& flow) const { return wide ? DType::float64 : flow.dtype; }
+};
+
+HotArguments sample_arguments(const Caller& caller, const char* name, PyObject* const* args, Py_ssize_t count,
+                              PyObject* keywords) {
+  return {
+      name, 1,     caller.known({names().n, names().seed, names().start, names().out, names().dtype, names().context}),
+      args, count, keywords};
+}
+
+/// out: for the rows.
+Drawn drawn_by(const Caller& caller, const HotArguments& given, PyObject* out) {
+  const BoundFlow& flow = caller.flow;
+  Drawn drawn;
+  drawn.n = static_cast<std::int64_t>(unsigned_of(given[0], "n", true));
+  drawn.seed = given.given(1) ? unsigned_of(given[1], "seed", false) : fresh_seed();
+  drawn.start = given.given(2) ? unsigned_of(given[2], "start", true) : 0;
+  drawn.context = sample_context(caller, given[5]);
+  drawn.where = sample_place(flow, drawn.context, out, drawn.n);
+  drawn.wide = flow.gives_float64(given[4], out, drawn.where);
+  drawn.rows = total_rows(drawn.where, flow.features * size_of(drawn.dtype(flow)));
+  require_rows_of_seed(drawn.start, drawn.rows);
+  if (drawn.where.outer >= 0) drawn.context.rows.repeat = std::max<std::int64_t>(1, drawn.n);
+  return drawn;
+}
+
+/// log_prob: null: not wanted.
+void draw(const BoundFlow& flow, const Drawn& drawn, void* x, void* log_prob) {
+  run_beside(flow, drawn.where, drawn.rows, drawn.context.rows, [&](Execution how) {
+    how.float64_rows = drawn.wide;
+    flow.flow.sample_unchecked(drawn.seed, drawn.start, drawn.rows, x, log_prob, how);
+  });
+}
+
 template <class Self>
 PyObject* sample(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
   return guarded([&] {
     const auto caller = Caller::of<Self>(self);
     const BoundFlow& flow = caller.flow;
-    const HotArguments given(
-        "sample", 1,
-        caller.known({names().n, names().seed, names().start, names().out, names().dtype, names().context}), args,
-        count, keywords);
-    const auto n = static_cast<std::int64_t>(unsigned_of(given[0], "n", true));
-    const std::uint64_t seed = given.given(1) ? unsigned_of(given[1], "seed", false) : fresh_seed();
-    const std::uint64_t start = given.given(2) ? unsigned_of(given[2], "start", true) : 0;
-    GivenContext context = sample_context(caller, given[5]);
-    const InputArray where = sample_place(flow, context, given[3], n);
-    const bool wide = flow.gives_float64(given[4], given[3], where);
-    const DType dtype = wide ? DType::float64 : flow.dtype;
-    const std::int64_t rows = total_rows(where, flow.features * size_of(dtype));
-    require_rows_of_seed(start, rows);
-    if (where.outer >= 0) context.rows.repeat = std::max<std::int64_t>(1, n);
-    OutputArray out = output_array(given[3], "out", dtype, flow.features, where);
-    refuse_overlap(out, "out", context);
-    run_beside(flow, where, rows, context.rows, [&](Execution how) {
-      how.float64_rows = wide;
-      flow.flow.sample_unchecked(seed, start, rows, out.data, how);
-    });
+    const HotArguments given = sample_arguments(caller, "sample", args, count, keywords);
+    const Drawn drawn = drawn_by(caller, given, given[3]);
+    OutputArray out = output_array(given[3], "out", drawn.dtype(flow), flow.features, drawn.where);
+    refuse_overlap(out, "out", drawn.context);
+    draw(flow, drawn, out.data, nullptr);
     return result_of(std::move(out));
+  });
+}
+
+template <class Self>
+PyObject* sample_and_log_prob(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
+  return guarded([&] {
+    constexpr const char *first = "out[0] (x)", *second = "out[1] (log_prob)";
+    const auto caller = Caller::of<Self>(self);
+    const BoundFlow& flow = caller.flow;
+    const HotArguments given = sample_arguments(caller, "sample_and_log_prob", args, count, keywords);
+    const auto [out_x, out_log_prob] = out_members<2>(given[3], "the second for log_prob");
+    const Drawn drawn = drawn_by(caller, given, out_x);
+    OutputArray x = output_array(out_x, first, drawn.dtype(flow), flow.features, drawn.where);
+    OutputArray log_prob = output_array(out_log_prob, second, flow.dtype, 0, drawn.where);
+    refuse_overlap(x, first, drawn.context);
+    refuse_overlap(log_prob, second, drawn.context);
+    refuse_overlap(x, first, log_prob, second);
+    draw(flow, drawn, x.data, log_prob.data);
+    return pair_of(std::move(x), std::move(log_prob));
   });
 }
 
@@ -300,6 +350,19 @@ PyMethodDef kMethods[] = {
      "context : array, [M, C] or [C]\n    Of a flow with a context: each of M gets n rows. Row i of context m is row "
      "``m n + i`` of the sample.\n\n"
      "Returns\n-------\nx : array, [n, D], or [M, n, D] under M contexts\n"},
+    {"sample_and_log_prob", function_of(sample_and_log_prob<BoundFlow>), METH_FASTCALL | METH_KEYWORDS,
+     "sample_and_log_prob($self, n, *, seed=None, start=0, out=None, dtype=None, context=None)\n--\n\n"
+     "Draw n rows with the log-density of each, in one pass.\n\n"
+     "The rows are those of `sample`, bit for bit. log p is that of the noise they come from, less ``log|det "
+     "dx/dz|``:\n"
+     "it differs from ``log_prob(x)`` by what the rounding of ``x`` makes. Near the edge of a uniform base that may\n"
+     "put ``x`` outside, where ``log_prob`` is -inf.\n\n"
+     "Parameters\n----------\n"
+     "n, seed, start, dtype, context : as of `sample`\n"
+     "out : tuple (x, log_prob) of arrays, as returned, optional\n\n"
+     "Returns\n-------\n"
+     "x : array, [n, D], or [M, n, D] under M contexts\n"
+     "log_prob : array, [n] or [M, n], nats\n    Of the flow's dtype.\n"},
 };
 
 PyMethodDef kConditionedMethods[] = {
@@ -315,6 +378,9 @@ PyMethodDef kConditionedMethods[] = {
     {"sample", function_of(sample<BoundCondition>), METH_FASTCALL | METH_KEYWORDS,
      "sample($self, n, *, seed=None, start=0, out=None, dtype=None)\n--\n\n"
      "Draw n rows [n, D] under the context, as `Flow.sample`."},
+    {"sample_and_log_prob", function_of(sample_and_log_prob<BoundCondition>), METH_FASTCALL | METH_KEYWORDS,
+     "sample_and_log_prob($self, n, *, seed=None, start=0, out=None, dtype=None)\n--\n\n"
+     "Draw n rows [n, D] under the context with the log-density [n] of each, as `Flow.sample_and_log_prob`."},
 };
 
 }  // namespace

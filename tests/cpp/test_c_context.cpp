@@ -65,17 +65,19 @@ nvpflow_flow* conditioned(const nvpflow_flow* flow, const double* context) {
 /// The functions for rows of X and other arrays of T.
 template <class X, class T>
 struct Functions;
-#define NVPFLOW_FUNCTIONS(X, T, suffix)                                          \
-  template <>                                                                    \
-  struct Functions<X, T> {                                                       \
-    static constexpr auto& log_prob = nvpflow_log_prob_##suffix;                 \
-    static constexpr auto& log_prob_context = nvpflow_log_prob_context_##suffix; \
-    static constexpr auto& forward = nvpflow_forward_##suffix;                   \
-    static constexpr auto& forward_context = nvpflow_forward_context_##suffix;   \
-    static constexpr auto& inverse = nvpflow_inverse_##suffix;                   \
-    static constexpr auto& inverse_context = nvpflow_inverse_context_##suffix;   \
-    static constexpr auto& sample = nvpflow_sample_##suffix;                     \
-    static constexpr auto& sample_context = nvpflow_sample_context_##suffix;     \
+#define NVPFLOW_FUNCTIONS(X, T, suffix)                                                    \
+  template <>                                                                              \
+  struct Functions<X, T> {                                                                 \
+    static constexpr auto& log_prob = nvpflow_log_prob_##suffix;                           \
+    static constexpr auto& log_prob_context = nvpflow_log_prob_context_##suffix;           \
+    static constexpr auto& forward = nvpflow_forward_##suffix;                             \
+    static constexpr auto& forward_context = nvpflow_forward_context_##suffix;             \
+    static constexpr auto& inverse = nvpflow_inverse_##suffix;                             \
+    static constexpr auto& inverse_context = nvpflow_inverse_context_##suffix;             \
+    static constexpr auto& sample = nvpflow_sample_##suffix;                               \
+    static constexpr auto& sample_context = nvpflow_sample_context_##suffix;               \
+    static constexpr auto& sampled = nvpflow_sample_and_log_prob_##suffix;                 \
+    static constexpr auto& sampled_context = nvpflow_sample_and_log_prob_context_##suffix; \
   };
 NVPFLOW_FUNCTIONS(float, float, f32)
 NVPFLOW_FUNCTIONS(double, double, f64)
@@ -156,6 +158,18 @@ void check_numbers(const Flow& flow, const nvpflow_flow* c, std::int64_t rows, s
     found_x = no_data;
     REQUIRE(C::sample(given, 7, 3, rows, found_x.data()) == NVPFLOW_OK);
     CHECK(same_bits(found_x, expected_x));
+  }
+
+  std::vector<X> again = no_data;
+  flow.sample_and_log_prob(7, std::span(again), std::span(expected), 3, context);
+  CHECK(same_bits(again, expected_x));
+  found_x = no_data, found = no_rows;
+  REQUIRE(C::sampled_context(c, 7, 3, rows, of, context_rows, found_x.data(), found.data()) == NVPFLOW_OK);
+  CHECK((same_bits(found_x, expected_x) && same_bits(found, expected)));
+  if (given != nullptr) {
+    found_x = no_data, found = no_rows;
+    REQUIRE(C::sampled(given, 7, 3, rows, found_x.data(), found.data()) == NVPFLOW_OK);
+    CHECK((same_bits(found_x, expected_x) && same_bits(found, expected)));
   }
 }
 

@@ -94,8 +94,8 @@ double worst(const std::vector<T>& a, const std::vector<T>& b) {
 
 template <class T>
 struct AllResults {
-  std::vector<T> z, log_det, x, inverse_log_det, log_prob, samples, gradient, grad_in, grad_parameters, s, t,
-      grad_context;
+  std::vector<T> z, log_det, x, inverse_log_det, log_prob, samples, samples_again, sample_log_prob, gradient, grad_in,
+      grad_parameters, s, t, grad_context;
   double nll = 0, nll_of_gradient = 0;
 };
 
@@ -109,14 +109,15 @@ AllResults<T> all_results(const Flow& flow, std::int64_t rows, bool shared) {
   const Context context = given.empty() ? Context() : Context(given);
   AllResults<T> r;
   r.grad_context = std::vector<T>(given.size(), T(7));
-  r.z = r.x = r.grad_in = r.samples = zeros<T>(rows * d);
-  r.log_det = r.inverse_log_det = r.log_prob = zeros<T>(rows);
+  r.z = r.x = r.grad_in = r.samples = r.samples_again = zeros<T>(rows * d);
+  r.log_det = r.inverse_log_det = r.log_prob = r.sample_log_prob = zeros<T>(rows);
   r.gradient = zeros<T>(p);
   r.grad_parameters = std::vector<T>(static_cast<std::size_t>(p), T(1));
   flow.forward<T>(in, r.z, r.log_det, context);
   flow.inverse<T>(in, r.x, r.inverse_log_det, context);
   flow.log_prob<T>(in, r.log_prob, context);
   flow.sample<T>(9, r.samples, 100, context);
+  flow.sample_and_log_prob<T>(9, r.samples_again, r.sample_log_prob, 100, context);
   r.nll = flow.nll<T>(in, context);
   r.nll_of_gradient = flow.nll_gradient<T>(in, r.gradient, context);
   flow.vjp<T>(Direction::inverse, in, cotangent, log_det_cotangent, r.grad_in, r.grad_parameters, true, context,
@@ -137,6 +138,8 @@ void check_equal(const Flow& cpu, const Flow& cuda, std::int64_t rows, bool shar
   const double budget = factor * kBudget<T>;
   CAPTURE(rows);
   const AllResults<T> a = all_results<T>(cuda, rows, shared), b = all_results<T>(cpu, rows, shared);
+  CHECK(a.samples_again == a.samples);
+  CHECK(worst(a.sample_log_prob, b.sample_log_prob) < budget);
   CHECK(worst(a.z, b.z) < budget);
   CHECK(worst(a.log_det, b.log_det) < budget);
   CHECK(worst(a.x, b.x) < budget);
@@ -248,6 +251,11 @@ TEST_CASE_TEMPLATE("a uniform base", T, float, double) {
       narrow.sample<T>(9, of_cpu);
       cuda.sample<T>(9, of_cuda);
       CHECK(worst(of_cuda, of_cpu) < kBudget<T>);
+      const std::vector<T> rows = of_cuda;
+      narrow.sample_and_log_prob<T>(9, of_cpu, theirs);
+      cuda.sample_and_log_prob<T>(9, of_cuda, ours);
+      CHECK(of_cuda == rows);
+      CHECK(worst(ours, theirs) < kBudget<T>);
     }
   }
 }

@@ -436,7 +436,7 @@ struct Results {
   }
 };
 
-/// One call of every output, in guarded arrays.
+/// One call of every output, in guarded arrays; of an inverse log_prob from a call of its own.
 template <class T>
 Results<T> transform(const PackedFlow<T>& flow, const cuda::TransformPlan& plan, cuda::TransformCall<T> call,
                      const std::vector<T>& in, const std::vector<std::int64_t>& index = {},
@@ -453,8 +453,15 @@ Results<T> transform(const PackedFlow<T>& flow, const cuda::TransformPlan& plan,
   if (!index.empty()) call.index = rows_of.data();
   call.out = out.data();
   call.log_det = log_det.data();
-  call.log_prob = log_prob.data();
+  if (!call.inverse) call.log_prob = log_prob.data();
   REQUIRE(cuda::launch_transform(plan, flow.program, call, workspace.data(), {}) == 0);
+  if (call.inverse) {
+    const std::vector<T> values = out.values();
+    call.log_det = nullptr;
+    call.log_prob = log_prob.data();
+    REQUIRE(cuda::launch_transform(plan, flow.program, call, workspace.data(), {}) == 0);
+    REQUIRE(same_bits(out.values(), values));
+  }
   REQUIRE(out.intact());
   REQUIRE(log_det.intact());
   REQUIRE(log_prob.intact());
@@ -480,7 +487,9 @@ std::int64_t count_wrong(const Results<T>& results, const oracle::Flow& oracle, 
       wrong += !within(results.out[r * static_cast<std::size_t>(width) + d], expected.values[d], budget);
     }
     wrong += !within(results.log_det[r], expected.log_det, budget);
-    wrong += !within(results.log_prob[r], expected.log_det + oracle.base_density(expected.values), budget);
+    const double log_prob =
+        inverse ? oracle.base_density(row) - expected.log_det : oracle.base_density(expected.values) + expected.log_det;
+    wrong += !within(results.log_prob[r], log_prob, budget);
   }
   return wrong;
 }

@@ -1014,6 +1014,77 @@ TEST_CASE_TEMPLATE("a sample is one endless sequence of rows, however it is cut"
   CHECK_FALSE(same_bits<T>(other, whole));
 }
 
+namespace {
+
+/// Of both bases, of specs of all kinds of layers, and of every number of rows that takes another path.
+template <class T>
+void check_density_of_sample(const FlowSpec& spec, unsigned seed = 1) {
+  Flow flow(spec);
+  const std::vector<T> parameters = random_parameters<T>(flow.layout(), seed);
+  flow.template set_parameters<T>(parameters);
+  const oracle::Flow oracle(spec, widened<T>(parameters));
+  const std::int64_t rows = 150, width = spec.input_size;
+  const auto count = static_cast<std::size_t>(rows * width);
+  std::vector<T> x(count, kPoison<T>), again = x, z = x;
+  std::vector<T> whole(static_cast<std::size_t>(rows), kPoison<T>);
+  flow.template sample<T>(5, x);
+  flow.template sample_and_log_prob<T>(5, again, whole);
+  CHECK(same_bits<T>(again, x));
+  flow.noise_unchecked(5, 0, rows, z.data());
+  std::int64_t wrong = 0;
+  for (std::int64_t row = 0; row < rows; ++row) {
+    const auto latent = row_of(z, row, width);
+    const double expected = oracle.base_density(latent) - oracle.inverse(latent).log_det;
+    wrong += !within(whole[static_cast<std::size_t>(row)], expected, kBudget<T>);
+  }
+  CHECK(wrong == 0);
+  for (const int threads : {1, 3}) {
+    flow.set_num_threads(threads);
+    for (const std::int64_t piece : {1, 3, 16, 67}) {
+      std::vector<T> pieces(whole.size(), kPoison<T>);
+      for (std::int64_t row = 0; row < rows; row += piece) {
+        const auto size = static_cast<std::size_t>(std::min(piece, rows - row));
+        const auto first = static_cast<std::size_t>(row);
+        flow.template sample_and_log_prob<T>(5, std::span<T>(again).first(size * static_cast<std::size_t>(width)),
+                                             std::span<T>(pieces).subspan(first, size),
+                                             static_cast<std::uint64_t>(row));
+      }
+      CHECK(same_bits<T>(pieces, whole));
+    }
+  }
+}
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("a sample comes with the log-density of its rows", T, float, double) {
+  check_density_of_sample<T>(spec_of<T>({7, 2, {11}, Activation::silu}));
+  for (const std::int64_t features : {2, 5, 18}) {
+    for (unsigned seed = 0; seed < 4; ++seed) {
+      CAPTURE(features);
+      CAPTURE(seed);
+      FlowSpec spec = mixed_spec(features, seed, dtype_of<T>);
+      check_density_of_sample<T>(spec, seed);
+      spec.base = nvpflow::UniformBase{-1.5, 0.25};
+      check_density_of_sample<T>(spec, seed);
+    }
+  }
+}
+
+TEST_CASE("the log-density of a sample has arrays of its own") {
+  const Flow flow(spec_of<float>({7, 2, {11}, Activation::silu}));
+  std::vector<float> x(3 * 7), log_prob(3);
+  const auto refused = [](const char* what, const auto& call) {
+    check_throws_code(ErrorCode::invalid_argument, what, call);
+  };
+  refused("log_prob holds 2 elements, expected 3",
+          [&] { flow.sample_and_log_prob<float>(1, x, std::span(log_prob).first(2)); });
+  refused("x overlaps log_prob", [&] { flow.sample_and_log_prob<float>(1, x, std::span(x).first(3)); });
+  check_throws_code(ErrorCode::type_mismatch, "the flow is float32", [&] {
+    std::vector<double> wide(3 * 7);
+    flow.sample_and_log_prob(1, std::span(wide), std::span(log_prob));
+  });
+}
+
 TEST_CASE("copies own their parameters, moves carry them") {
   Pair<double> pair({4, 2, {3}, Activation::tanh});
   const std::vector<double> x = random_values<double>(4 * 9, 31);

@@ -191,6 +191,7 @@ struct Calls {
     flow.forward<T>(x, z, out);
     flow.inverse<T>(x, z, out);
     flow.sample<T>(7, z);
+    flow.sample_and_log_prob<T>(7, z, out);
     sum += flow.nll<T>(x);
   }
   double sum = 0;
@@ -235,12 +236,14 @@ struct ConditionalCalls {
     given.template forward<T>(x, z, out);
     given.template inverse<T>(x, z, out);
     given.template sample<T>(7, z);
+    given.template sample_and_log_prob<T>(7, z, out);
     sum += given.template nll<T>(x);
   }
   void wide_rows(std::span<const T> context) {
     if constexpr (sizeof(T) == 4) {
       flow.log_prob(std::span<const double>(x64), std::span<float>(out), context);
       flow.inverse(std::span<const float>(z), std::span<double>(x64), std::span<float>(out), context);
+      flow.sample_and_log_prob(7, std::span<double>(x64), std::span<float>(out), 0, context);
     }
   }
   double sum = 0;

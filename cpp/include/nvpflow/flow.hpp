@@ -63,8 +63,8 @@ NVPFLOW_API Statistics parse_statistics(std::string_view name);
 /// throw Error(device) where the device fails, and in a forked child; Error(out_of_memory), after which they can be
 /// used on.
 ///
-/// Work of forward, inverse, log_prob, sample and nll, whatever the values are: one multiply-add per row and weight
-/// (num_parameters() bounds the weights), one activation per row and hidden unit, a tanh and an exp per row and
+/// Work of forward, inverse, log_prob, the samples and nll, whatever the values are: one multiply-add per row and
+/// weight (num_parameters() bounds the weights), one activation per row and hidden unit, a tanh and an exp per row and
 /// transformed feature; each weight is read once per tile of rows. Gradients take three times as much. Memory: the
 /// scratch of one tile per thread, which is allocated by its first call and stays. See prepare() for real-time use.
 class NVPFLOW_API Flow {
@@ -135,11 +135,11 @@ class NVPFLOW_API Flow {
   int num_threads() const;
   /// See num_threads(); negative: Error(invalid_argument).
   void set_num_threads(int threads);
-  /// For real-time use: from now on calls of at most max_rows rows (forward, inverse, log_prob, sample, nll) stay on
-  /// their caller's thread, and those that this thread makes, if they do not throw, neither allocate nor lock nor make
-  /// a system call, on this flow and on every flow of its dtype that is no larger. Each thread that is to make such
-  /// calls prepares by itself; the largest max_rows counts. 0: calls may use threads again. set_parameters, reload and
-  /// swap on other threads leave all that as it is. Throws Error(invalid_argument) on a CUDA device, whose driver
+  /// For real-time use: from now on calls of at most max_rows rows (forward, inverse, log_prob, both samples, nll) stay
+  /// on their caller's thread, and those that this thread makes, if they do not throw, neither allocate nor lock nor
+  /// make a system call, on this flow and on every flow of its dtype that is no larger. Each thread that is to make
+  /// such calls prepares by itself; the largest max_rows counts. 0: calls may use threads again. set_parameters, reload
+  /// and swap on other threads leave all that as it is. Throws Error(invalid_argument) on a CUDA device, whose driver
   /// promises nothing.
   ///
   /// Work: allocates the calling thread's scratch, which does not depend on max_rows and stays until the thread ends,
@@ -213,6 +213,14 @@ class NVPFLOW_API Flow {
   /// each of its rows.
   template <class T>
   void sample(std::uint64_t seed, std::span<T> x, std::uint64_t first_row = 0, const Context& context = {}) const;
+  /// The rows of sample, with the same bits, and log p [B] of each, nats, in the same pass. It is that of the numbers
+  /// before they are rounded: from log p(x) it differs by what log_prob makes of the rounding.
+  template <class T>
+  void sample_and_log_prob(std::uint64_t seed, std::span<T> x, std::span<T> log_prob, std::uint64_t first_row = 0,
+                           const Context& context = {}) const;
+  /// float64 rows of a float32 flow.
+  void sample_and_log_prob(std::uint64_t seed, std::span<double> x, std::span<float> log_prob,
+                           std::uint64_t first_row = 0, const Context& context = {}) const;
   /// -mean log p(x) over the batch, nats; at least one row. Also of float64 rows of a float32 flow.
   template <class T>
   double nll(std::span<const T> x, const Context& context = {}) const;
@@ -252,7 +260,7 @@ class NVPFLOW_API Flow {
                            const Execution& how = {}) const;
   void log_prob_unchecked(const void* x, std::int64_t rows, void* out, const Execution& how = {}) const;
   void sample_unchecked(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* x,
-                        const Execution& how = {}) const;
+                        void* log_prob = nullptr, const Execution& how = {}) const;
   double nll_unchecked(const void* x, std::int64_t rows, const Execution& how = {}) const;
   double nll_gradient_unchecked(const void* x, std::int64_t rows, void* gradient, const Execution& how = {}) const;
   void vjp_unchecked(Direction direction, const void* in, std::int64_t rows, const void* grad_out,
@@ -311,6 +319,11 @@ class ConditionedFlow {
   template <class T>
   void sample(std::uint64_t seed, std::span<T> x, std::uint64_t first_row = 0) const {
     flow_->sample<T>(seed, x, first_row, context_);
+  }
+  template <class T>
+  void sample_and_log_prob(std::uint64_t seed, std::span<T> x, std::span<T> log_prob,
+                           std::uint64_t first_row = 0) const {
+    flow_->sample_and_log_prob<T>(seed, x, log_prob, first_row, context_);
   }
   template <class T>
   double nll(std::span<const T> x) const {

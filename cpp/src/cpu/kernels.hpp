@@ -200,7 +200,7 @@ struct TransformCall {
   const int64_t* index = nullptr;  // rows of `in` to take; null: all, in order
   T* out = nullptr;
   T* log_det = nullptr;
-  T* log_prob = nullptr;
+  T* log_prob = nullptr;  // of data: of `in`, or, of an inverse, which then begins with noise, of `out`
   uint64_t seed = 0, first_row = 0;
   ContextRows<T> context;
 };

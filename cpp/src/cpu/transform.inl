@@ -79,10 +79,10 @@ struct PlainScratch {
 };
 
 /// gathered: where Program::gathers; ordered, where the program is placed: one row, its features in order; context:
-/// of the rows.
+/// of the rows; density: of the noise they start from.
 template <class T>
 struct TransformScratch : PlainScratch<T> {
-  T *gathered, *ordered, *kept, *context;
+  T *gathered, *ordered, *kept, *context, *density;
   int64_t context_stride, size;
 
   TransformScratch(const Program<T>& p, T* scratch, int64_t rows) : TransformScratch(p, Carver<T>{scratch}, rows) {}
@@ -94,6 +94,7 @@ struct TransformScratch : PlainScratch<T> {
     kept = carver.take(p.kept_width > 0 ? row_stride<T>(p.kept_width) * rows : 0);
     context_stride = p.context_size > 0 ? row_stride<T>(p.context_size) : 0;
     context = carver.take(context_stride * rows);
+    density = carver.take(rows);
     size = carver.used;
   }
 };
@@ -114,6 +115,18 @@ void copy_out(const T* in, T* out, int64_t count) {
   for (int64_t r = 0; r < count; r += kLanes<T>) store_upto<T>(out + r, load<T>(in + r), count - r);
 }
 
+/// Whether a call wants log p of what comes out of the base: it is known only before the rows go through the flow.
+template <class T>
+NVPFLOW_INLINE bool wants_density_of_noise(const TransformCall<T>& call) {
+  return call.inverse && call.log_prob != nullptr;
+}
+
+/// log_prob [rows] from the base density of the noise that a tile started from and from its log-determinant.
+template <class T>
+void log_prob_of_noise(const T* density, const T* log_det, T* out, int64_t rows) {
+  for (int64_t r = 0; r < rows; r += kLanes<T>) store<T>(out + r, load<T>(density + r) - load<T>(log_det + r));
+}
+
 /// `in`, `out`: where the features of the call's input and output lie.
 template <class T, class In, class Out>
 void transform_tile(const Program<T>& program, const TransformCall<T>& call, int64_t begin, int64_t count, T* scratch,
@@ -127,6 +140,13 @@ void transform_tile(const Program<T>& program, const TransformCall<T>& call, int
     });
   } else {
     load_tile<T>(call.in, call.index, begin, count, features, s.state, rows, in);
+  }
+  const bool sampled = wants_density_of_noise(call);
+  if (sampled) {
+    for (int64_t r = 0; r < rows; r += kLanes<T>) store<T>(s.density + r, Vec<T>{});
+    visit_base(program.base, [&]<class Density>(Density) {
+      Density::log_prob_tile(program.base, s.state, features, s.density, s.density, rows, in);
+    });
   }
   if (call.context.rows != nullptr) load_context_tile<T>(program, call.context, begin, count, s.context, rows);
   flow_tile<T>(program, call.inverse,
@@ -146,9 +166,13 @@ void transform_tile(const Program<T>& program, const TransformCall<T>& call, int
   if (call.out != nullptr) scatter_tile<T>(s.state, rows, count, features, call.out + begin * features, features, out);
   if (call.log_det != nullptr) copy_out<T>(s.log_det, call.log_det + begin, count);
   if (call.log_prob == nullptr) return;
-  visit_base(program.base, [&]<class Density>(Density) {
-    Density::log_prob_tile(program.base, s.state, features, s.log_det, s.buffer0, rows, out);
-  });
+  if (sampled) {
+    log_prob_of_noise<T>(s.density, s.log_det, s.buffer0, rows);
+  } else {
+    visit_base(program.base, [&]<class Density>(Density) {
+      Density::log_prob_tile(program.base, s.state, features, s.log_det, s.buffer0, rows, out);
+    });
+  }
   copy_out<T>(s.buffer0, call.log_prob + begin, count);
 }
 
