@@ -212,14 +212,85 @@ def test_functional_transforms(make):
     by_parameters = torch.func.grad(lambda p: torch.func.functional_call(module, p, (x,))[1].sum())(parameters)
     for got, want in zip(by_parameters.values(), gradients(module, module(x)[1].sum()), strict=True):
         assert torch.equal(got, want)
-    for followed in (True, False):
-        with torch.set_grad_enabled(followed), pytest.raises(NotImplementedError, match="vmap"):
-            torch.func.vmap(module.log_prob)(x)
-        stacked = {name: p.detach().expand(2, *p.shape) for name, p in parameters.items()}
-        with torch.set_grad_enabled(followed), pytest.raises(NotImplementedError, match="vmap"):
-            torch.func.vmap(lambda p: torch.func.functional_call(module, p, (x,)))(stacked)
     jacobian = torch.autograd.functional.jacobian(lambda x: module(x)[0], x[0])
     assert torch.allclose(torch.linalg.slogdet(jacobian).logabsdet, module(x[0])[1], rtol=1e-12)
+
+
+class _Counted:
+    """The calls of an engine, with the rows of each."""
+
+    def __init__(self, module, monkeypatch):
+        self.rows = []
+        for kind in ("forward", "inverse", "log_prob", "vjp"):
+            method = getattr(module._engine, kind)
+
+            def counted(*given, method=method, at=1 if kind == "vjp" else 0):
+                self.rows.append(len(given[at]))
+                return method(*given)
+
+            monkeypatch.setattr(module._engine, kind, counted)
+
+
+@pytest.mark.parametrize("followed", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_vmap_over_rows_is_one_call(make, method, followed, monkeypatch):
+    module, _, _ = make()
+    module.requires_grad_(followed)
+    x = rows(6).reshape(2, 3, SIZE)
+    function = lambda x: METHODS[method](module, x)  # noqa: E731
+    expected = function(x)
+    counted = _Counted(module, monkeypatch)
+    with torch.set_grad_enabled(followed):
+        for found in (
+            torch.func.vmap(torch.func.vmap(function))(x),
+            torch.func.vmap(function)(x),
+            torch.func.vmap(function, in_dims=1, out_dims=1)(x),
+        ):
+            assert all(map(torch.equal, found, expected))
+    assert counted.rows == [6, 6, 6]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_derivatives_with_vmap(make, method, monkeypatch):
+    module, _, _ = make()
+    x = rows(6)
+    loss = lambda x: sum((r * r.detach().cos()).sum() for r in METHODS[method](module, x))  # noqa: E731
+    given = x.clone().requires_grad_()
+    by_rows = torch.autograd.grad(loss(given), given)[0]
+    expected = gradients(module, loss(x))
+    counted = _Counted(module, monkeypatch)
+    assert torch.equal(torch.func.vmap(torch.func.grad(loss))(x), by_rows)
+    assert torch.equal(torch.func.grad(lambda x: torch.func.vmap(loss)(x).sum())(x), by_rows)
+    for got, want in zip(gradients(module, torch.func.vmap(loss)(x).sum()), expected, strict=True):
+        assert torch.allclose(got, want, rtol=1e-12, atol=1e-13)
+    assert set(counted.rows) == {6}
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+    of = lambda p, x: sum(  # noqa: E731
+        (r * r.detach().cos()).sum() for r in torch.func.functional_call(_Method(module, METHODS[method]), p, (x,))
+    )
+    parameters = {f"module.{name}": p for name, p in parameters.items()}
+    each = torch.func.vmap(torch.func.grad(of), in_dims=(None, 0))(parameters, x)
+    for got, want in zip(each.values(), expected, strict=True):
+        assert torch.allclose(got.sum(0), want, rtol=1e-12, atol=1e-13)
+    stacked = {name: torch.stack([p, 0.5 * p]) for name, p in parameters.items()}
+    members = torch.func.vmap(of, in_dims=(0, None))(stacked, x)
+    assert torch.equal(members[1], of({name: 0.5 * p for name, p in parameters.items()}, x))
+
+
+class _Method(torch.nn.Module):
+    def __init__(self, module, method):
+        super().__init__()
+        self.module, self.method = module, method
+
+    def forward(self, x):
+        return self.method(self.module, x)
+
+
+def test_jacobians_with_vmap(make):
+    module, _, _ = make()
+    x = rows(4)
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda x: module(x)[0]))(x)
+    assert torch.allclose(torch.linalg.slogdet(jacobian).logabsdet, module(x)[1], rtol=1e-12)
 
 
 def test_changes_between_the_passes_are_noticed(make):
@@ -1019,6 +1090,8 @@ def test_reset_parameters_draws_anew_what_is_drawn() -> None:
         for name, value in module.state_dict().items():
             assert name.startswith("standardize") or np.array_equal(value.numpy(), new[name]), name
     torch.manual_seed(0)
+    for part in module.modules():
+        assert part is module or part.reset_parameters() is None  # as libraries do that reset every part
     module.reset_parameters()
     first = module.to_flow()
     torch.manual_seed(0)
@@ -1028,7 +1101,223 @@ def test_reset_parameters_draws_anew_what_is_drawn() -> None:
 
 def test_sample_and_log_prob_agree(make) -> None:
     module, flow, _ = make()
-    x, log_p = module.sample_and_log_prob(50, seed=3)
+    x, log_p = module.rsample_and_log_prob(50, seed=3)
     assert np.array_equal(x.detach().numpy(), flow.sample(50, seed=3))
     np.testing.assert_allclose(log_p.detach().numpy(), flow.log_prob(x.detach().numpy()), rtol=1e-9, atol=1e-9)
-    assert torch.autograd.grad(log_p.sum(), module.flow_0_scale.bias)[0].abs().sum() > 0
+    np.testing.assert_allclose(log_p.detach().numpy(), flow.sample_and_log_prob(50, seed=3)[1], rtol=1e-13, atol=1e-13)
+    drawn = module.sample_and_log_prob(50, seed=3)
+    assert all(map(torch.equal, drawn, (x, log_p)))
+    assert not any(tensor.requires_grad for tensor in drawn)
+
+
+def test_gradients_of_rsample_and_log_prob(make) -> None:
+    """The gradient of log q(x) at the rows that are drawn, through the rows and the density."""
+    module, _, _ = make()
+    by_one_pass = gradients(module, module.rsample_and_log_prob(50, seed=3)[1].sum())
+    by_two = gradients(module, module.log_prob(module.rsample(50, seed=3)).sum())
+    for got, want in zip(by_one_pass, by_two, strict=True):
+        assert torch.allclose(got, want, rtol=1e-8, atol=1e-9)
+
+
+# ---- one parameter for all -------------------------------------------------------------------------------------------
+
+
+FLAT_OPTIONS = [
+    {},
+    {"frozen": ["flow_1_scale", "flow_0_translation.bias"]},
+]
+
+
+@pytest.mark.parametrize("options", FLAT_OPTIONS, ids=["all", "some frozen"])
+def test_a_flat_module_is_the_module(make, options) -> None:
+    _, flow, _ = make()
+    plain, flat = FlowModule(flow, **options), FlowModule(flow, flat=True, **options)
+    for kind, method in METHODS.items():
+        assert all(map(torch.equal, method(flat, rows()), method(plain, rows()))), kind
+    wanted = {name: p.grad for name, p in _after(plain, plain.log_prob(rows()).mean())}
+    found = {}
+    by_name = dict(_after(flat, flat.log_prob(rows()).mean()))
+    for piece in flat._engine.pieces:
+        parameter = by_name[piece.name]
+        if not piece.parts:
+            assert parameter.grad is None
+            found[piece.name] = None
+        for name, shape, start in piece.parts:
+            found[name] = parameter.grad[start : start + shape.numel()].view(shape)
+    assert found.keys() == wanted.keys()
+    for name, grad in wanted.items():
+        assert (grad is None) == (found[name] is None), name
+        assert grad is None or torch.equal(found[name], grad), name
+    assert sum(p.requires_grad for p in flat.parameters()) == (1 if not options else 3)
+    assert {name for name, p in plain.named_parameters() if not p.requires_grad} == {
+        name for name, p in flat.named_parameters() if not p.requires_grad
+    }
+
+
+def _after(module, loss):
+    loss.backward()
+    return module.named_parameters()
+
+
+@pytest.mark.parametrize("options", FLAT_OPTIONS, ids=["all", "some frozen"])
+def test_state_dicts_go_from_one_form_to_the_other(make, options, tmp_path) -> None:
+    _, flow, _ = make()
+    plain, flat = FlowModule(flow), FlowModule(flow, flat=True, **options)
+    state = flat.state_dict()
+    assert {name: tuple(value.shape) for name, value in state.items()} == {
+        name: tuple(value.shape) for name, value in plain.state_dict().items()
+    }
+    plain.reset_parameters(seed=3)
+    flat.load_state_dict(plain.state_dict())
+    assert torch.equal(flat.log_prob(rows()), plain.log_prob(rows()))
+    assert all(torch.equal(state[name], value) for name, value in plain.state_dict().items())  # views, as elsewhere
+    other = FlowModule(flow)
+    other.load_state_dict(flat.state_dict())
+    assert other.to_flow() == flat.to_flow() == plain.to_flow()
+    nested = torch.nn.ModuleDict({"a": flat, "b": torch.nn.Linear(2, 2)})
+    again = torch.nn.ModuleDict({"a": FlowModule(flow, flat=True), "b": torch.nn.Linear(2, 2)})
+    again.load_state_dict(nested.state_dict())
+    assert again["a"].to_flow() == plain.to_flow()
+    again["a"].load_state_dict(other.state_dict(), assign=True)
+    assert again["a"].to_flow() == plain.to_flow()
+    kept = flat.state_dict(keep_vars=True)
+    assert kept["flow_0_scale.kernel"].requires_grad
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(flat.state_dict(), tmp_path / "flat.safetensors")
+    other.reset_parameters(seed=9)
+    other.load_state_dict(safetensors.load_file(tmp_path / "flat.safetensors"))
+    assert other.to_flow() == plain.to_flow()
+
+
+def test_what_a_state_dict_lacks_is_named(make) -> None:
+    _, flow, _ = make()
+    flat = FlowModule(flow, flat=True)
+    before = flat.to_flow()
+    state = FlowModule(nvpflow.build(SIZE, 3, (7,), dtype="float64", seed=8)).state_dict()
+    kernel = state.pop("flow_1_scale.kernel")
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "flow_1_scale.kernel"'):
+        flat.load_state_dict(state)
+    missing, unexpected = FlowModule(before, flat=True).load_state_dict({**state, "more": kernel}, strict=False)
+    assert (missing, unexpected) == (["flow_1_scale.kernel"], ["more"])
+    with pytest.raises(RuntimeError, match=r"size mismatch for flow_1_scale.kernel: .*\[2, 7\].*\[7, 2\]"):
+        flat.load_state_dict({**state, "flow_1_scale.kernel": kernel.T})
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies_of_a_flat_module(make, how, tmp_path) -> None:
+    _, flow, _ = make()
+    flat = FlowModule(flow, flat=True, frozen=["flow_1_scale"])
+    copies = {
+        "deepcopy": lambda: copy.deepcopy(flat),
+        "pickle": lambda: pickle.loads(pickle.dumps(flat)),
+        "torch.save": lambda: (
+            torch.save(flat, tmp_path / "m.pt"),
+            torch.load(tmp_path / "m.pt", weights_only=False),
+        )[1],
+    }
+    other = copies[how]()
+    assert [name for name, _ in other.named_parameters()] == [name for name, _ in flat.named_parameters()]
+    other.reset_parameters(seed=1)
+    assert other.to_flow() != flat.to_flow() == flow
+    assert other.float().log_prob(rows(dtype="float32")).dtype == torch.float32
+    assert other.double()._engine.are_flat(other._tensors())
+
+
+def test_a_flat_module_trains_as_the_module(make) -> None:
+    _, flow, _ = make()
+    plain, flat = FlowModule(flow), FlowModule(flow, flat=True)
+    for module in (plain, flat):
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+        for step in range(10):
+            optimizer.zero_grad()
+            (-module.log_prob(rows(64, seed=step)).mean()).backward()
+            optimizer.step()
+    for name, value in plain.state_dict().items():
+        assert torch.allclose(flat.state_dict()[name], value, rtol=1e-12, atol=1e-14), name
+
+
+def test_initial_values_of_a_flat_module() -> None:
+    flat = FlowModule(nvpflow.build(4, 2, (8,), mixing="lu", actnorm=True, seed=1), flat=True)
+    plain = FlowModule(nvpflow.build(4, 2, (8,), mixing="lu", actnorm=True, seed=1))
+    assert [name for name, p in flat.named_parameters() if not p.requires_grad] == [
+        name for name, p in plain.named_parameters() if not p.requires_grad
+    ]
+    assert flat.initialize_from(raw_rows()) == plain.initialize_from(raw_rows())
+    assert flat.to_flow() == plain.to_flow()
+
+
+def test_what_is_frozen_has_a_name(make) -> None:
+    _, flow, _ = make()
+    with pytest.raises(ValueError, match="frozen has 'flow_9_scale', expected names of layers or tensors; the layers"):
+        FlowModule(flow, frozen=["flow_9_scale"])
+    with pytest.raises(TypeError, match=r"frozen is a str, expected several names; write \['flow_0_scale'\]"):
+        FlowModule(flow, frozen="flow_0_scale")
+    module = FlowModule(flow, flat=True, frozen=["flow_0_scale"])
+    module.flow_0_scale.kernel.requires_grad_()
+    (-module.log_prob(rows()).mean()).backward()
+    assert module.flow_0_scale.kernel.grad is not None
+    assert module.flow_0_scale.bias.grad is None
+
+
+# ---- citizens of torch.distributions ---------------------------------------------------------------------------------
+
+
+def test_a_transform_is_a_module(make) -> None:
+    module, _, _ = make()
+    transform = FlowTransform(module, cache_size=1)
+    assert list(transform.parameters()) == list(module.parameters())
+    assert list(torch.nn.ModuleList([transform]).parameters()) == list(module.parameters())
+    assert len({transform, FlowTransform(module)}) == 1
+    assert len({transform, FlowTransform(copy.deepcopy(module))}) == 2
+    transform.apply(lambda m: m.reset_parameters(seed=4) if isinstance(m, FlowModule) else None)
+    assert module.to_flow(drop_base=True) == FlowTransform(module).double().module.to_flow(drop_base=True)
+    other = copy.deepcopy(transform)
+    assert other.module is not module
+    other.load_state_dict(transform.state_dict())
+    assert torch.equal(other(rows()), transform(rows()))
+    assert "FlowTransform" in repr(transform)
+
+
+def test_the_log_determinant_is_cached_both_ways(make) -> None:
+    module, _, _ = make()
+    base = torch.distributions.MultivariateNormal(torch.zeros(SIZE).double(), torch.eye(SIZE).double())
+    q = torch.distributions.TransformedDistribution(base, [FlowTransform(module, cache_size=1)])
+    calls = []
+    module.register_forward_pre_hook(lambda *_: calls.append(1))
+    module.forward = (lambda forward: lambda *given: (calls.append(1), forward(*given))[1])(module.forward)
+    torch.manual_seed(1)
+    x = q.rsample((7,))
+    log_q = q.log_prob(x)
+    assert not calls
+    torch.manual_seed(1)
+    z = base.rsample((7,))
+    expected = base.log_prob(z) - module.inverse(z, with_log_det=True)[1]
+    assert torch.equal(log_q, expected)
+    assert all(map(torch.equal, gradients(module, log_q.sum()), gradients(module, expected.sum())))
+
+
+def test_a_distribution_tells_its_parameters_and_modules(make) -> None:
+    module, _, _ = make()
+    q = FlowDistribution(module)
+    assert list(q.parameters()) == list(module.parameters())
+    assert list(q.modules()) == list(module.modules())
+    torch.manual_seed(2)
+    x, log_q = q.rsample_and_log_prob((3, 2))
+    assert (x.shape, log_q.shape) == ((3, 2, SIZE), (3, 2))
+    assert x.requires_grad
+    assert log_q.requires_grad
+    assert torch.allclose(log_q, q.log_prob(x), rtol=1e-9, atol=1e-9)
+    torch.manual_seed(2)
+    drawn = q.sample_and_log_prob(torch.Size((3, 2)))
+    assert all(map(torch.equal, drawn, (x, log_q)))
+    assert not any(tensor.requires_grad for tensor in drawn)
+    assert q.rsample_and_log_prob()[1].shape == ()
+
+
+def test_divergences(make) -> None:
+    module, _, _ = make()
+    q, normal = FlowDistribution(module), torch.distributions.MultivariateNormal(torch.zeros(SIZE), torch.eye(SIZE))
+    assert torch.equal(torch.distributions.kl_divergence(q, FlowDistribution(module)), torch.zeros(()).double())
+    for pair in ((q, FlowDistribution(copy.deepcopy(module))), (q, normal), (normal, q)):
+        with pytest.raises(NotImplementedError, match=r"has no formula; estimate it from rows of p, .*\.mean\(0\)"):
+            torch.distributions.kl_divergence(*pair)

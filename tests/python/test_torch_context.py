@@ -336,11 +336,48 @@ def test_functional_transforms():
     jacobian = torch.autograd.functional.jacobian(lambda c: module(x[0], c)[0], c[0])
     assert jacobian.shape == (SIZE, CONTEXT)
     for followed in (True, False):
-        with torch.set_grad_enabled(followed):
-            with pytest.raises(NotImplementedError, match="vmap"):
-                torch.func.vmap(lambda c: module.log_prob(x, c))(c)
-            with pytest.raises(NotImplementedError, match="forward-mode"):
-                torch.func.jvp(lambda c: module.log_prob(x, c), (c,), (c,))
+        with torch.set_grad_enabled(followed), pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(lambda c: module.log_prob(x, c), (c,), (c,))
+
+
+# Shapes of x and of the context, and what vmap is over.
+SLICES = {
+    "rows and contexts": ((5, SIZE), (5, CONTEXT), (0, 0)),
+    "rows": ((5, SIZE), (CONTEXT,), (0, None)),
+    "contexts": ((SIZE,), (5, CONTEXT), (None, 0)),
+    "rows, second axis": ((4, 5, SIZE), (4, CONTEXT), (1, None)),
+    "batches, a context for each": ((5, 4, SIZE), (5, CONTEXT), (0, 0)),
+    "batches, a context for each row": ((5, 4, SIZE), (5, 4, CONTEXT), (0, 0)),
+    "batches under one context": ((5, 4, SIZE), (CONTEXT,), (0, None)),
+    "contexts of a batch": ((4, SIZE), (5, CONTEXT), (None, 0)),
+    "contexts, last axis": ((4, SIZE), (4, CONTEXT, 5), (None, 2)),
+}
+
+
+@pytest.mark.parametrize("case", SLICES)
+@pytest.mark.parametrize("method", METHODS)
+def test_vmap_is_one_call(method, case, monkeypatch):
+    of_x, of_context, dims = SLICES[case]
+    module, _ = make()
+    module.requires_grad_(False)
+    x, c = normal(*of_x), normal(*of_context, seed=2)
+    function = lambda x, c: METHODS[method](module, x, c)  # noqa: E731
+    loss = lambda x, c: sum((r * r.detach().cos()).sum() for r in function(x, c))  # noqa: E731
+    slices = [[t if d is None else t.select(d, i) for t, d in zip((x, c), dims, strict=True)] for i in range(5)]
+    calls = []
+    for kind in (method, "vjp"):
+        original = getattr(module._engine, kind)
+        monkeypatch.setattr(module._engine, kind, lambda *a, original=original: (calls.append(1), original(*a))[1])
+    for found, each in zip(
+        torch.func.vmap(function, in_dims=dims)(x, c), zip(*(function(*s) for s in slices), strict=True), strict=True
+    ):
+        assert torch.equal(found, torch.stack(each))
+    assert len(calls) == 6
+    gradient = torch.func.grad(loss, argnums=(0, 1))
+    found = torch.func.vmap(gradient, in_dims=dims)(x, c)
+    assert len(calls) == 8
+    for got, want in zip(found, zip(*(gradient(*s) for s in slices), strict=True), strict=True):
+        assert torch.allclose(got, torch.stack(want), rtol=1e-12, atol=1e-13)
 
 
 # ---- PyTorch's customs -----------------------------------------------------------------------------------------------

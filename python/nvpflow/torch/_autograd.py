@@ -163,11 +163,48 @@ _vjp.register_autograd(_no_second_derivatives)
 # ---- without an operator --------------------------------------------------------------------------------------------
 
 
-def _no_vmap(info: Any, in_dims: Any, *arguments: object) -> Any:
-    raise NotImplementedError(
-        "FlowModule does not support torch.func.vmap; its methods take rows [..., D] with any leading axes at once, "
-        "and torch.autograd.functional.jacobian gives Jacobians"
-    )
+# torch.func.vmap: one call on the rows of all slices, or one for each where parameters or their gradients differ.
+
+
+def _one_by_one(function: Any, count: int, in_dims: Sequence[Any], arguments: Sequence[Any]) -> tuple[Any, Any]:
+    """Call a function of autograd on each of `count` slices; stacks the tensors of its results."""
+    results = []
+    for i in range(count):
+        pairs = zip(arguments, in_dims, strict=True)
+        results.append(function.apply(*(a.select(d, i) if isinstance(d, int) else a for a, d in pairs)))
+    columns = [
+        torch.stack(column) if isinstance(column[0], torch.Tensor) else None for column in zip(*results, strict=True)
+    ]
+    return tuple(columns), tuple(None if column is None else 0 for column in columns)
+
+
+def _merged(tensor: torch.Tensor | None, dim: int | None, count: int) -> torch.Tensor | None:
+    """Return rows [n, ...] of each slice as [count n, ...]."""
+    if tensor is None:
+        return None
+    each = tensor.expand(count, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return each.flatten(0, 1)
+
+
+def _merged_context(
+    context: torch.Tensor | None, dim: int | None, count: int, rows: int, *, keep_one: bool
+) -> torch.Tensor | None:
+    """Return contexts [n, C] or [C] of each slice for merged rows; keep_one: one [C] for all slices stays so."""
+    if context is None or (keep_one and dim is None and context.dim() == 1):
+        return context
+    if dim is not None:
+        context, dim = context.movedim(dim, 0), 0
+    if context.dim() == (1 if dim is None else 2):
+        context = context.unsqueeze(-2).expand(*context.shape[:-1], rows, -1)
+    return _merged(context, dim, count)
+
+
+def _is_batched(dims: Sequence[int | None]) -> bool:
+    return any(dim is not None for dim in dims)
+
+
+def _rows_of_slice(x: torch.Tensor, dim: int | None) -> int:
+    return int((x if dim is None else x.movedim(dim, 0)[0]).shape[0])
 
 
 class _Vjp(torch.autograd.Function):
@@ -191,7 +228,25 @@ class _Vjp(torch.autograd.Function):
         pass
 
     backward = staticmethod(_no_second_derivatives)
-    vmap = staticmethod(_no_vmap)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
+        kind, engine, wanted, x, context, *cotangents = arguments[:7]
+        of_x, of_context, *of_cotangents = in_dims[3:7]
+        count = info.batch_size
+        if wanted[1] or _is_batched(in_dims[7:]):
+            return _one_by_one(_Vjp, count, in_dims, arguments)
+        rows = _rows_of_slice(x, of_x)
+        merged = (
+            _merged(x, of_x, count),
+            _merged_context(context, of_context, count, rows, keep_one=not wanted[2]),
+            *(_merged(c, d, count) for c, d in zip(cotangents, of_cotangents, strict=True)),
+        )
+        grads: Any = _Vjp.apply(kind, engine, wanted, *merged, *arguments[7:])  # type: ignore[no-untyped-call]
+        grad_x, grad_context = (None if g is None else g.unflatten(0, (count, rows)) for g in (grads[0], grads[2]))
+        if grad_context is not None and context.dim() - (of_context is not None) == 1:
+            grad_context = grad_context.sum(1)
+        return (grad_x, None, grad_context), tuple(None if g is None else 0 for g in (grad_x, None, grad_context))
 
 
 class _Call(torch.autograd.Function):
@@ -215,7 +270,20 @@ class _Call(torch.autograd.Function):
         grad_x, grad_context, by_parameter = _gradients(ctx, grads, ctx.needs_input_grad[2:], traced=False)
         return None, None, grad_x, grad_context, *by_parameter
 
-    vmap = staticmethod(_no_vmap)
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
+        kind, engine, x, context = arguments[:4]
+        count = info.batch_size
+        if _is_batched(in_dims[4:]):
+            return _one_by_one(_Call, count, in_dims, arguments)
+        rows = _rows_of_slice(x, in_dims[2])
+        merged = (
+            _merged(x, in_dims[2], count),
+            _merged_context(context, in_dims[3], count, rows, keep_one=True),
+        )
+        results: Any = _Call.apply(kind, engine, *merged, *arguments[4:])  # type: ignore[no-untyped-call]
+        tensors = [r.unflatten(0, (count, rows)) if isinstance(r, torch.Tensor) else None for r in results]
+        return tuple(tensors), tuple(None if tensor is None else 0 for tensor in tensors)
 
 
 # ---- calls ----------------------------------------------------------------------------------------------------------

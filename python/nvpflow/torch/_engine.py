@@ -17,6 +17,15 @@ from nvpflow.flow import Flow
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 
 
+class Piece(NamedTuple):
+    """A parameter of a module: a tensor of the flow, or one that several lie in, one after the other."""
+
+    name: str
+    shape: torch.Size
+    offset: int  # of its first element in the flow's flat buffer
+    parts: tuple[tuple[str, torch.Size, int], ...] = ()  # names, shapes and places of several
+
+
 class Description(NamedTuple):
     """What a flow is told beside its spec and its weights."""
 
@@ -80,12 +89,12 @@ class Engine:
     bytes: what PyTorch knows of changes leaves out ``parameter.data.add_``, NumPy's views and fused optimizers.
     """
 
-    def __init__(self, flow: Flow) -> None:
+    def __init__(self, flow: Flow, pieces: Sequence[Piece]) -> None:
         self.spec = flow.spec
         self.precision = flow.precision
         self.description = Description.of(flow)
         self.flat: torch.Tensor | None = None  # the memory that the parameters lie in, unless somebody moved them
-        self._layout = [(name, torch.Size(shape), offset) for name, shape, offset in flow._layout()]
+        self.pieces = pieces
         self._places: tuple[int, list[tuple[int, torch.Size]]] = (0, [])
         self._lock = threading.Lock()
         self._packed = _Packed(flow)
@@ -206,7 +215,7 @@ class Engine:
         if first.device.type != "cpu" or any((p.device, p.dtype) != (first.device, first.dtype) for p in parameters):
             return
         values = np.concatenate([p.detach().numpy().reshape(-1) for p in parameters])
-        for (_, shape, offset), parameter in zip(self._layout, parameters, strict=True):
+        for (_, shape, offset, _), parameter in zip(self.pieces, parameters, strict=True):
             parameter.data = torch.from_numpy(values[offset : offset + shape.numel()].reshape(shape))
         self.flat = torch.from_numpy(values)
 
@@ -216,7 +225,7 @@ class Engine:
             return False
         start, size = self.flat.data_ptr(), self.flat.element_size()
         if self._places[0] != start:
-            self._places = (start, [(start + size * offset, shape) for _, shape, offset in self._layout])
+            self._places = (start, [(start + size * offset, shape) for _, shape, offset, _ in self.pieces])
         return all(
             p.data_ptr() == address and p.shape == shape and p.is_contiguous()
             for p, (address, shape) in zip(parameters, self._places[1], strict=True)
@@ -242,14 +251,14 @@ class Engine:
     def _gather(self, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
         """Copy all parameters into one vector."""
         first = parameters[0]
-        for (name, shape, _), p in zip(self._layout, parameters, strict=True):
+        for (name, shape, _, _), p in zip(self.pieces, parameters, strict=True):
             if p.shape != shape:
                 raise ValueError(f"the parameter {name} has shape {tuple(p.shape)}, expected {tuple(shape)}")
             if p.dtype not in DTYPES:
                 raise TypeError(f"the parameter {name} has dtype {p.dtype}, expected torch.float32 or torch.float64")
             if (p.dtype, p.device) != (first.dtype, first.device):
                 raise ValueError(
-                    f"the parameter {name} is {p.dtype} on '{p.device}', {self._layout[0][0]} {first.dtype} on "
+                    f"the parameter {name} is {p.dtype} on '{p.device}', {self.pieces[0].name} {first.dtype} on "
                     f"'{first.device}'; expected all of one dtype on one device, as module.to() leaves them"
                 )
         return torch.cat([p.detach().reshape(-1) for p in parameters])

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.distributions import constraints
+from torch.distributions.kl import register_kl
 
 from nvpflow import _hints
 from nvpflow.torch.module import FlowModule
 
 
-class FlowTransform(torch.distributions.Transform):
+class FlowTransform(torch.distributions.Transform, torch.nn.Module):
     """A flow as a ``torch.distributions`` transform from latents z to data x, so that a base of one's own can be used.
 
-    The base of the flow's spec plays no part in it.
+    The base of the flow's spec plays no part in it. It is an ``nn.Module``, too, whose parameters are those of the
+    flow: what looks for parameters in a module or a list of transforms finds them.
 
     Parameters
     ----------
     module
         The flow; the transform's gradients reach its parameters.
     cache_size
-        As of every transform: 1 keeps the last pair (x, z) and its log-determinant, so that a log_prob of a
-        ``TransformedDistribution`` passes through the flow once instead of twice. What was computed without gradients,
-        such as rows of ``sample``, is computed anew where they are wanted.
+        As of every transform: 1 keeps the last pair (x, z) and its log-determinant, in either direction, so that a
+        log_prob of a ``TransformedDistribution`` passes through the flow once, and not at all for the rows that it has
+        just drawn. What was computed without gradients, such as rows of ``sample``, is computed anew where they are
+        wanted.
     context
         Of a flow with a context, [..., C]; its leading axes broadcast with those of the rows, and gradients reach it.
     """
@@ -40,17 +44,18 @@ class FlowTransform(torch.distributions.Transform):
         self.context = context
         self._context_axes = _axes(module, context)
         module._has_own_base = True
-        # The last rows of _inverse and their log-determinant, which log_abs_det_jacobian is asked for next.
+        # The last data and log|det dx/dz|, which log_abs_det_jacobian is asked for next.
         self._cached_log_det: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
 
     def __eq__(self, other: object) -> bool:
         """Two transforms are equal where they are of one module, under the same context."""
         if not isinstance(other, FlowTransform) or other.module is not self.module:
             return False
-        mine, its = self.context, other.context
-        return mine is its or (mine is not None and its is not None and torch.equal(mine, its))
+        return _are_equal(self.context, other.context)
 
-    __hash__ = None  # type: ignore[assignment]
+    def __hash__(self) -> int:
+        """Return the hash of the module: contexts are tensors, whose values may change."""
+        return hash(self.module)
 
     @_hints.explained
     def with_cache(self, cache_size: int = 1) -> FlowTransform:
@@ -85,19 +90,22 @@ class FlowTransform(torch.distributions.Transform):
             self._cached_log_det = None, None
 
     def _call(self, x: torch.Tensor) -> torch.Tensor:
-        return self.module.inverse(x, self.context)  # type: ignore[no-any-return]
+        data, log_det = self.module.inverse(x, self.context, with_log_det=True)
+        if self._cache_size > 0:
+            self._cached_log_det = data, log_det
+        return data  # type: ignore[no-any-return]
 
     def _inverse(self, y: torch.Tensor) -> torch.Tensor:
         z, log_det = self.module.forward(y, self.context)
         if self._cache_size > 0:
-            self._cached_log_det = y, log_det
+            self._cached_log_det = y, -log_det
         return z
 
     def log_abs_det_jacobian(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Return log|det dy/dx| [...], nats; x is the latent here, y the data, as transforms call them."""
         self._forget_what_has_no_graph()
         rows, log_det = self._cached_log_det
-        return -log_det if rows is y and log_det is not None else -self.module.forward(y, self.context)[1]
+        return log_det if rows is y and log_det is not None else -self.module.forward(y, self.context)[1]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what the cache holds."""
@@ -145,6 +153,14 @@ class FlowDistribution(torch.distributions.Distribution):
             return {}
         return {"context": constraints.real_vector}
 
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Return the module's parameters, for what trains a distribution by its parameters."""
+        return iter(self.module.parameters())
+
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """Return the module and those in it."""
+        return iter(self.module.modules())
+
     @_hints.explained
     def expand(self, batch_shape: Any, _instance: Any = None) -> FlowDistribution:
         """Return the distribution of independent rows of a batch."""
@@ -159,8 +175,27 @@ class FlowDistribution(torch.distributions.Distribution):
     @_hints.explained
     def rsample(self, sample_shape: Any = torch.Size()) -> torch.Tensor:  # noqa: B008  (as in PyTorch)
         """Return rows [*sample_shape, *batch_shape, D], differentiable by the parameters and the context."""
-        shape = self._extended_shape(torch.Size(sample_shape))
-        return self.module.inverse(self.module._noise(shape[:-1], None), self.context)  # type: ignore[no-any-return]
+        return self.module.inverse(self._latents(sample_shape), self.context)  # type: ignore[no-any-return]
+
+    @_hints.explained
+    def rsample_and_log_prob(
+        self,
+        sample_shape: Any = torch.Size(),  # noqa: B008  (as in PyTorch)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the rows of `rsample` and their log p [*sample_shape, *batch_shape], nats, from one pass."""
+        return self.module._with_log_prob(self._latents(sample_shape), self.context)
+
+    @_hints.explained
+    def sample_and_log_prob(
+        self,
+        sample_shape: Any = torch.Size(),  # noqa: B008  (as in PyTorch)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the rows of ``sample`` and their log p, as `rsample_and_log_prob`, without a gradient."""
+        with torch.no_grad():
+            return self.rsample_and_log_prob(sample_shape)
+
+    def _latents(self, sample_shape: Any) -> torch.Tensor:
+        return self.module._noise(self._extended_shape(torch.Size(sample_shape))[:-1], None)
 
     @_hints.explained
     def log_prob(self, value: torch.Tensor) -> torch.Tensor:
@@ -169,6 +204,30 @@ class FlowDistribution(torch.distributions.Distribution):
             self._validate_sample(value)
         log_p = self.module.log_prob(value, self.context)  # which says what is wrong with shapes
         return log_p.expand(torch.broadcast_shapes(value.shape[:-1], self.batch_shape))  # type: ignore[no-untyped-call]
+
+
+# Between flows, and between a flow and anything else, there is no formula for the divergence of Kullback and Leibler.
+
+
+@register_kl(FlowDistribution, FlowDistribution)  # type: ignore[untyped-decorator, unused-ignore]
+def _kl_of_flows(p: FlowDistribution, q: FlowDistribution) -> torch.Tensor:
+    if p.module is not q.module or not _are_equal(p.context, q.context):
+        _no_kl(p, q)
+    shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)  # type: ignore[no-untyped-call]
+    return p.module._tensors()[0].new_zeros(shape)
+
+
+@register_kl(FlowDistribution, torch.distributions.Distribution)  # type: ignore[untyped-decorator, unused-ignore]
+@register_kl(torch.distributions.Distribution, FlowDistribution)  # type: ignore[untyped-decorator, unused-ignore]
+def _no_kl(p: torch.distributions.Distribution, q: torch.distributions.Distribution) -> torch.Tensor:
+    raise NotImplementedError(
+        f"KL(p || q) of p {type(p).__name__} and q {type(q).__name__} has no formula; estimate it from rows of p, "
+        "x, log_p = p.rsample_and_log_prob((n,)) or x = p.rsample((n,)), as (log_p - q.log_prob(x)).mean(0)"
+    )
+
+
+def _are_equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 def _axes(module: FlowModule, context: torch.Tensor | None) -> torch.Size:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from nvpflow import _checks, _core, _data, _hints
 from nvpflow._bases import Base, Normal, in_words
 from nvpflow.flow import Flow
 from nvpflow.torch._autograd import call, is_plain, refuse_tangents
-from nvpflow.torch._engine import DTYPES, Engine, are_shared
+from nvpflow.torch._engine import DTYPES, Engine, Piece, are_shared
 
 # What converts to a flow's dtype without loss.
 _NARROWER = {
@@ -26,6 +26,18 @@ _NARROWER = {
 class _Parameters(torch.nn.Module):
     """The tensors of one layer: names with a dot are a module and its parameter in PyTorch."""
 
+    def reset_parameters(self) -> None:
+        """Leave that to the FlowModule, which comes after its parts where ``apply`` resets every module."""
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """As nn.Module, but for flat parameters, whose parts the FlowModule has saved."""
+        if not prefix.endswith(f"{_FLAT}."):
+            super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+
+
+# The module of parameters that hold several tensors.
+_FLAT = "flat"
+
 
 def _is_set_from_data(layer: str) -> bool:
     return layer in _STANDARDIZING or layer.startswith("actnorm_")
@@ -35,18 +47,26 @@ class FlowModule(torch.nn.Module):
     """A flow whose parameters are PyTorch's, for losses, layers and optimizers of one's own.
 
     Gradients by every parameter and by the rows are nvpflow's vector-Jacobian products, through `forward`, `inverse`,
-    `log_prob` and `rsample`; there are no second derivatives. Each method is one operator to ``torch.compile``.
+    `log_prob`, `rsample` and `rsample_and_log_prob`; there are no second derivatives. Each method is one operator to
+    ``torch.compile``.
 
     Parameters
     ----------
     flow
         The model and its weights, which are copied; later changes of either do not reach the other. What it rounds on
         the CPU (``weights="bfloat16"``) the module does not: gradients want the weights in full.
+    flat
+        One parameter for all tensors that are trained, in place of one for each: optimizers then take a step of
+        microseconds where PyTorch's loop over many tensors takes milliseconds. ``state_dict`` keeps its names.
+    frozen
+        Names of layers or tensors, such as ``"flow_0_scale"`` or ``"flow_0_scale.kernel"``, that begin with
+        ``requires_grad=False``. Of a flat module they are parameters of their own, so that ``requires_grad_`` still
+        reaches each of them.
 
     Raises
     ------
-    TypeError
-        `flow` is no `nvpflow.Flow`.
+    TypeError, ValueError
+        `flow` is no `nvpflow.Flow`, or `frozen` has a name that it does not have.
 
     Notes
     -----
@@ -68,6 +88,11 @@ class FlowModule(torch.nn.Module):
     elsewhere. Those of a standardize layer start with ``requires_grad=False``, as `nvpflow.Flow.fit` keeps them, too.
     On the CPU they lie one after the other in memory, so that reading them costs no copy, and ``.to`` keeps them so.
 
+    Of a flat module ``named_parameters`` has ``flat.0`` in their place, and ``flat.1``, ... where tensors that are not
+    trained lie between them; those have their own names. ``state_dict`` gives and takes the same names and shapes as
+    ever, so that files go from one form to the other. Everything that PyTorch does with single tensors (a group of an
+    optimizer for the kernels, ``parametrize``, pruning) wants the other form.
+
     The kernels run on a packed copy of the parameters. Every call compares all their bytes with it, so that no change
     is missed, also one that PyTorch does not count (``parameter.data.add_``). That takes as long as reading the weights
     once. For calls of single rows without gradients, `to_flow` has no such cost. Any number of threads may call one
@@ -86,21 +111,22 @@ class FlowModule(torch.nn.Module):
     _has_own_base = False  # a FlowTransform goes through the module, from a base that is not in it
 
     @_hints.explained
-    def __init__(self, flow: Flow) -> None:
+    def __init__(self, flow: Flow, *, flat: bool = False, frozen: Sequence[str] = ()) -> None:
         super().__init__()
         if not isinstance(flow, Flow):
             raise TypeError(f"flow must be an nvpflow.Flow, got {_checks.describe(flow)}")
         _checks.whole_mean(flow)
-        self._engine = Engine(flow.to(flow.device, flow.precision, "full"))
-        flat = torch.from_numpy(flow._copy_flat_parameters()).to(flow.device)
+        trained = _core._trained(flow.spec) - _chosen("frozen", frozen, [name for name, _, _ in flow._layout()])
+        pieces = _pieces(flow, trained if _checks.boolean("flat", flat) else frozenset())
+        self._engine = Engine(flow.to(flow.device, flow.precision, "full"), pieces)
+        values = torch.from_numpy(flow._copy_flat_parameters()).to(flow.device)
         self._names: list[tuple[str, str]] = []
-        trained = _core._trained(flow.spec)
-        for name, shape, offset in flow._layout():
-            layer, _, tensor = name.partition(".")
+        for piece in pieces:
+            layer, _, tensor = piece.name.partition(".")
             if layer not in self._modules:
                 self.add_module(layer, _Parameters())
-            size = torch.Size(shape).numel()
-            parameter = torch.nn.Parameter(flat[offset : offset + size].view(shape), requires_grad=name in trained)
+            value = values[piece.offset : piece.offset + piece.shape.numel()].view(piece.shape)
+            parameter = torch.nn.Parameter(value, requires_grad=piece.name in trained or bool(piece.parts))
             self.get_submodule(layer).register_parameter(tensor, parameter)
             self._names.append((layer, tensor))
         self._engine.flatten(self._tensors())
@@ -153,8 +179,19 @@ class FlowModule(torch.nn.Module):
     def sample_and_log_prob(
         self, n: int, context: torch.Tensor | None = None, *, seed: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the rows of `sample` [..., n, D] and their log p [..., n], nats, from one pass, without a gradient."""
+        with torch.no_grad():
+            return self.rsample_and_log_prob(n, context, seed=seed)
+
+    @_hints.explained
+    def rsample_and_log_prob(
+        self, n: int, context: torch.Tensor | None = None, *, seed: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rows of `rsample` [..., n, D] and their log p [..., n], nats, differentiable, from one pass."""
-        z, context = self._latents(n, context, seed)
+        return self._with_log_prob(*self._latents(n, context, seed))
+
+    def _with_log_prob(self, z: torch.Tensor, context: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the data of latents that were drawn from the base, and their log p."""
         x, log_det = self.inverse(z, context, with_log_det=True)
         return x, _log_density(self._engine.spec.base, z) - log_det
 
@@ -226,7 +263,7 @@ class FlowModule(torch.nn.Module):
             context=None if given is None else given.detach().expand(len(rows), -1).cpu().numpy(),
             standardize=standardize,
         )
-        self._take(own, only=[layer for layer, _ in self._names if _is_set_from_data(layer)])
+        self._take(own, _is_set_from_data)
         self._unset = ()
         return how
 
@@ -242,8 +279,8 @@ class FlowModule(torch.nn.Module):
             As in `nvpflow.build`.
         """
         flow = Flow(self._engine.spec, _seed(seed), init=_checks.text("init", init))
-        trained = _core._trained(flow.spec)
-        self._take(flow, only=[layer for layer, tensor in self._names if f"{layer}.{tensor}" in trained])
+        layers = {name.partition(".")[0] for name in _core._trained(flow.spec)}
+        self._take(flow, layers.__contains__)
 
     def extra_repr(self) -> str:
         """Return the model in one line."""
@@ -261,16 +298,45 @@ class FlowModule(torch.nn.Module):
 
     def _is_identity(self, layer: str) -> bool:
         """Whether the flow has a standardizing layer of this name, and nobody has set it."""
-        tensors = [tensor for (of, _), tensor in zip(self._names, self._tensors(), strict=True) if of == layer]
+        tensors = [tensor for name, tensor in self._named() if name.partition(".")[0] == layer]
         return bool(tensors) and not any(bool(tensor.detach().any()) for tensor in tensors)
 
-    def _take(self, flow: Flow, only: Sequence[str]) -> None:
+    def _named(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All tensors of the flow by their names; those of a flat parameter are views of it."""
+        for piece, parameter in zip(self._engine.pieces, self._tensors(), strict=True):
+            if not piece.parts:
+                yield piece.name, parameter
+            for name, shape, start in piece.parts:
+                yield name, parameter[start : start + shape.numel()].view(shape)
+
+    def _take(self, flow: Flow, wanted: Callable[[str], bool]) -> None:
         """Copy the parameters of some layers from a flow on the CPU."""
         values = flow.parameters()
         with torch.no_grad():
-            for (layer, tensor), parameter in zip(self._names, self._tensors(), strict=True):
-                if layer in only:
-                    parameter.copy_(torch.tensor(values[f"{layer}.{tensor}"], dtype=parameter.dtype))
+            for name, tensor in self._named():
+                if wanted(name.partition(".")[0]):
+                    tensor.copy_(torch.tensor(values[name], dtype=tensor.dtype))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """As nn.Module; the parts of a flat parameter by their own names, each in a storage of its own on the CPU."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        flat = {name for piece in self._engine.pieces for name, _, _ in piece.parts}
+        if not flat:
+            return
+        for name, tensor in self._named():
+            if name in flat:
+                destination[prefix + name] = tensor if keep_vars else _alone(tensor.detach())
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        """As nn.Module; tensors go to their places in a flat parameter."""
+        missing, _, errors = lists
+        for piece, parameter in zip(self._engine.pieces, self._tensors(), strict=True):
+            if piece.parts:
+                joined = _joined(piece, parameter.detach(), state_dict, prefix, missing, errors)
+                state_dict[prefix + piece.name] = joined
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)  # type: ignore[no-untyped-call]
 
     def _look_at_scales(self, rows: torch.Tensor, context: torch.Tensor | None) -> None:
         if "standardize_0" in self._unset:
@@ -393,18 +459,83 @@ class FlowModule(torch.nn.Module):
         """Leave out what is made anew."""
         state = self.__dict__.copy()
         engine = state.pop("_engine")
-        return {**state, "_settings": (engine.spec, engine.precision, engine.num_threads, engine.description)}
+        settings = (engine.spec, engine.precision, engine.num_threads, engine.description, engine.pieces)
+        return {**state, "_settings": settings}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        spec, precision, num_threads, description = state.pop("_settings")
+        spec, precision, num_threads, description, pieces = state.pop("_settings")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         flow = Flow(spec)
         flow.num_threads = num_threads
         description.tell(flow)
-        self._engine = Engine(flow)
+        self._engine = Engine(flow, pieces)
         self._engine.precision = precision
         if not are_shared(tensors := self._tensors()):
             self._engine.flatten(tensors)
+
+
+def _chosen(name: str, chosen: Sequence[str], names: Sequence[str]) -> set[str]:
+    """Return which tensors of these names are chosen, by their names or those of their layers."""
+    if isinstance(chosen, str):
+        raise TypeError(f"{name} is a str, expected several names; write [{chosen!r}]")
+    found: set[str] = set()
+    for one in chosen:
+        mine = {other for other in names if one in (other, other.partition(".")[0])}
+        if not mine:
+            layers = ", ".join(dict.fromkeys(other.partition(".")[0] for other in names))
+            raise ValueError(f"{name} has {one!r}, expected names of layers or tensors; the layers are {layers}")
+        found |= mine
+    return found
+
+
+def _pieces(flow: Flow, joined: Set[str]) -> list[Piece]:
+    """Return the parameters of a module: a piece for each tensor, but one for those to join that follow each other."""
+    pieces: list[Piece] = []
+    flat = 0
+    for name, extents, offset in flow._layout():
+        shape = torch.Size(extents)
+        if name not in joined:
+            pieces.append(Piece(name, shape, offset))
+        elif pieces and pieces[-1].parts:
+            before = pieces.pop()
+            size = before.shape.numel()
+            parts = (*before.parts, (name, shape, size))
+            pieces.append(before._replace(shape=torch.Size([size + shape.numel()]), parts=parts))
+        else:
+            pieces.append(Piece(f"{_FLAT}.{flat}", torch.Size([shape.numel()]), offset, ((name, shape, 0),)))
+            flat += 1
+    return pieces
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the same memory as a storage of its own, where that can be: safetensors refuses views of one storage."""
+    return torch.from_numpy(tensor.numpy()) if is_plain(tensor) and tensor.device.type == "cpu" else tensor
+
+
+def _joined(
+    piece: Piece,
+    values: torch.Tensor,
+    state_dict: dict[str, Any],
+    prefix: str,
+    missing: list[str],
+    errors: list[str],
+) -> torch.Tensor:
+    """Take the parts of a flat parameter out of a state dict, as one vector; what is not there stays as it is."""
+    parts = []
+    for name, shape, start in piece.parts:
+        old = values[start : start + shape.numel()]
+        new = state_dict.pop(prefix + name, None)
+        if new is None:
+            missing.append(prefix + name)
+        elif new.shape != shape:
+            errors.append(
+                f"size mismatch for {prefix + name}: copying a param with shape {new.shape} from checkpoint, the shape "
+                f"in current model is {shape}."
+            )
+            new = None
+        parts.append(old if new is None else new.detach().reshape(-1))
+    like = next((part for part in parts if part.device != values.device or part.dtype != values.dtype), values)
+    return torch.cat([part.to(like) for part in parts])
 
 
 # The layers that standardize rows and their contexts.
