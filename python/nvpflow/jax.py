@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -30,9 +30,11 @@ try:
     import jax
     import jax.custom_batching
     import jax.custom_derivatives
+    import jax.extend.core
     import jax.ffi
     import jax.numpy as jnp
     import jaxlib
+    from jax.interpreters import ad, batching, mlir
 except ImportError as error:
     raise ImportError('nvpflow.jax needs JAX 0.5 or newer: pip install "jax>=0.5"') from error
 
@@ -41,7 +43,7 @@ from nvpflow._bases import Normal
 from nvpflow._core import FlowSpec
 from nvpflow.flow import Flow
 
-__all__ = ["forward", "inverse", "log_prob", "nll", "parameters", "sample"]
+__all__ = ["forward", "inverse", "log_prob", "nll", "parameters", "sample", "sample_and_log_prob"]
 
 
 def _register() -> None:
@@ -180,7 +182,8 @@ def forward(
     Notes
     -----
     Differentiable by `parameters`, `x` and `context`. ``vmap`` only over rows, contexts or both becomes one call on all
-    rows; over parameters, or of gradients by the parameters, it is one call after the other.
+    rows, and so does the gradient of what is made of its results, such as ``-vmap(log_prob)(x).mean()``. ``vmap`` over
+    parameters, or of gradients by the parameters, is one call after the other.
     """
     call, rows, contexts, tensors = _prepare(spec, parameters, "x", x, context, num_threads)
     z, log_det = _values(call.of_kind("forward"), rows, contexts, tensors)
@@ -268,12 +271,45 @@ def sample(
     x
         [n, D], or [M, n, D] under M contexts, from the noise ``jax.random.normal(key, (M, n, D))``.
     """
+    return _drawn(spec, parameters, key, n, context, num_threads)[0]
+
+
+@_hints.explained
+def sample_and_log_prob(
+    spec: FlowSpec,
+    parameters: Mapping[str, Any],
+    key: jax.Array,
+    n: int,
+    *,
+    context: Any = None,
+    num_threads: int = 0,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the rows of `sample` and log p of each, [n] or [M, n], nats, from one pass: differentiable as they are.
+
+    Arguments are those of `sample`.
+    """
+    x, log_det, noise = _drawn(spec, parameters, key, n, context, num_threads)
+    return x, _log_density(spec, noise) - log_det
+
+
+def _drawn(
+    spec: FlowSpec, parameters: Mapping[str, Any], key: jax.Array, n: int, context: Any, num_threads: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return a sample, its log|det dx/dz| and the noise that it is made of."""
     count = _checks.count("n", n)
     call, tensors = _checked_call(spec, parameters, num_threads)
     contexts, leading = _checked_sample_context(spec, context)
     noise = _noise(spec, key, (*leading, count, spec.input_size))
-    x, _ = _values(call.of_kind("inverse"), _as_rows(noise), contexts, tensors)
-    return x.reshape(noise.shape)  # type: ignore[no-any-return]
+    x, log_det = _values(call.of_kind("inverse"), _as_rows(noise), contexts, tensors)
+    return x.reshape(noise.shape), log_det.reshape(noise.shape[:-1]), noise
+
+
+def _log_density(spec: FlowSpec, z: jax.Array) -> jax.Array:
+    """Return log p [...] of latents [..., D] that were drawn from the base, nats."""
+    base = spec.base
+    if isinstance(base, Normal):
+        return -0.5 * (jnp.square(z).sum(-1) + spec.input_size * math.log(2 * math.pi))
+    return jnp.full(z.shape[:-1], -spec.input_size * math.log(base.high - base.low), z.dtype)
 
 
 def _noise(spec: FlowSpec, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -507,8 +543,8 @@ def _run(call: _Call, inputs: tuple[jax.Array, ...], tensors: tuple[jax.Array, .
     @run.def_vmap  # type: ignore[untyped-decorator, unused-ignore]
     def run_batched(count: int, batched: Any, inputs: tuple[jax.Array, ...], tensors: tuple[jax.Array, ...]) -> Any:
         if any(batched[1]) or not call.is_by_row:
-            return _run_one_by_one(call, batched, inputs, tensors), [True] * len(call.results)
-        return _run_merged(call, count, batched[0], inputs, tensors)
+            return _run_one_by_one(_run, call, batched, inputs, tensors), [True] * len(call.results)
+        return _run_merged(_run, call, count, batched[0], inputs, tensors)
 
     return run(inputs, tensors)  # type: ignore[no-any-return]
 
@@ -522,21 +558,22 @@ def _no_second_derivatives(call: _Call, primals: Any, tangents: Any) -> Any:
 
 
 def _run_one_by_one(
-    call: _Call, batched: Any, inputs: tuple[jax.Array, ...], tensors: tuple[jax.Array, ...]
+    run: Any, call: _Call, batched: Any, inputs: Sequence[jax.Array], tensors: Sequence[jax.Array]
 ) -> list[jax.Array]:
+    """Run a call once for each set of parameters; run: `_run` or `_bind`."""
     flags = [*batched[0], *batched[1]]
     arrays = [*inputs, *tensors]
 
     def one(moving: list[jax.Array]) -> list[jax.Array]:
         left = iter(moving)
         every = [next(left) if flag else array for flag, array in zip(flags, arrays, strict=True)]
-        return _run(call, tuple(every[: len(inputs)]), tuple(every[len(inputs) :]))  # type: ignore[no-any-return]
+        return run(call, tuple(every[: len(inputs)]), tuple(every[len(inputs) :]))  # type: ignore[no-any-return]
 
     return jax.lax.map(one, [array for flag, array in zip(flags, arrays, strict=True) if flag])  # type: ignore[no-any-return]
 
 
 def _run_merged(
-    call: _Call, count: int, batched: Any, inputs: tuple[jax.Array, ...], tensors: tuple[jax.Array, ...]
+    run: Any, call: _Call, count: int, batched: Any, inputs: Sequence[jax.Array], tensors: Sequence[jax.Array]
 ) -> tuple[list[jax.Array], list[bool]]:
     """Make one call on the rows of all; a context that is one for all rows of all stays so."""
 
@@ -555,7 +592,7 @@ def _run_merged(
     given = tuple(merged(place) for place in range(len(inputs)))
     shapes = call.shapes(sizes[0], sizes[1] if call.has_context else 0)
     are_batched = [result != "absent" for result in call.results]
-    results = _run_summed(call, given, tensors)
+    results = _run_summed(run, call, given, tensors)
     split = [
         result.reshape(count, *shape.shape) if is_batched else result
         for result, shape, is_batched in zip(results, shapes, are_batched, strict=True)
@@ -563,15 +600,15 @@ def _run_merged(
     return split, are_batched
 
 
-def _run_summed(call: _Call, inputs: tuple[jax.Array, ...], tensors: tuple[jax.Array, ...]) -> list[jax.Array]:
-    """Call a handler; the cotangents of contexts that each belong to several rows are summed over these."""
+def _run_summed(run: Any, call: _Call, inputs: tuple[jax.Array, ...], tensors: Sequence[jax.Array]) -> list[jax.Array]:
+    """Make a call; the cotangents of contexts that each belong to several rows are summed over these."""
     if "context" not in call.results or inputs[1].shape[0] in (1, inputs[0].shape[0]):
-        return _run(call, inputs, tensors)  # type: ignore[no-any-return]
+        return run(call, inputs, tuple(tensors))  # type: ignore[no-any-return]
     rows, context, *cotangents = inputs
     contexts, size = context.shape
     shape = (contexts, rows.shape[0] // contexts, size)
     each = _as_rows(jnp.broadcast_to(context[:, None], shape))
-    *others, of_rows = _run(call, (rows, each, *cotangents), tensors)
+    *others, of_rows = run(call, (rows, each, *cotangents), tuple(tensors))
     return [*others, of_rows.reshape(shape).sum(axis=1)]
 
 
@@ -610,7 +647,7 @@ class _Residuals:
 
     def run(self, call: _Call, *cotangents: jax.Array) -> list[jax.Array]:
         """Call a handler."""
-        return _run_summed(call, _inputs(self.rows, self.context, *cotangents), self.tensors)
+        return _run_summed(_run, call, _inputs(self.rows, self.context, *cotangents), self.tensors)
 
     def tree_flatten(self) -> tuple[Any, _Wanted]:
         """As JAX wants it."""
@@ -623,23 +660,10 @@ class _Residuals:
         return cls(rows, context, tensors, wanted)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _values(call: _Call, rows: jax.Array, context: jax.Array | None, tensors: tuple[jax.Array, ...]) -> list[jax.Array]:
-    return _run(call, _inputs(rows, context), tensors)  # type: ignore[no-any-return]
-
-
-def _values_forward(call: _Call, rows: Any, context: Any, tensors: Any) -> Any:
-    residuals = _Residuals.of(rows, context, tensors)
-    return residuals.run(call), residuals
-
-
-def _values_backward(call: _Call, residuals: _Residuals, cotangents: list[Any]) -> tuple[Any, Any, Any]:
+def _products(call: _Call, residuals: _Residuals, cotangents: list[jax.Array]) -> tuple[Any, Any, Any]:
+    """Return the gradients of values by rows, by context and by each tensor, None for those that are not wanted."""
     wanted = residuals.wanted
-    zero = jnp.zeros(_ABSENT, residuals.rows.dtype)
-    given = [zero if isinstance(c, jax.custom_derivatives.SymbolicZero) else c for c in cotangents]
-    if all(c is zero for c in given):
-        return None, None, None
-    of_rows, flat, *of_context = residuals.run(call.vjp(wanted), *given)
+    of_rows, flat, *of_context = residuals.run(call.vjp(wanted), *cotangents)
     return (
         of_rows if wanted.rows else None,
         of_context[0] if wanted.context else None,
@@ -647,7 +671,90 @@ def _values_backward(call: _Call, residuals: _Residuals, cotangents: list[Any]) 
     )
 
 
-_values.defvjp(_values_forward, _values_backward, symbolic_zeros=True)
+# Values are a primitive of JAX's, so that vmap comes before the derivative: a gradient of vmap over rows is that of one
+# call on all rows. custom_vjp would batch the derivative, whose sum over the rows nobody could then see.
+#
+# Its arguments are rows, the context where there is one, and the tensors. Its derivative is linear in their tangents:
+# a second primitive, which has those that move behind all arguments, and no other rule than its transpose.
+
+_values_p = jax.extend.core.Primitive("nvpflow_values")
+_tangent_p = jax.extend.core.Primitive("nvpflow_tangent")
+_values_p.multiple_results = _tangent_p.multiple_results = True
+
+
+def _values(call: _Call, rows: jax.Array, context: jax.Array | None, tensors: tuple[jax.Array, ...]) -> list[jax.Array]:
+    return _bind(call, _inputs(rows, context), tensors)
+
+
+def _bind(call: _Call, inputs: Sequence[jax.Array], tensors: Sequence[jax.Array]) -> list[jax.Array]:
+    return list(_values_p.bind(*inputs, *tensors, call=call))
+
+
+def _split(call: _Call, arguments: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Return what a handler takes before the parameters, and the parameters."""
+    first = 2 if call.has_context else 1
+    return arguments[:first], arguments[first:]
+
+
+def _values_of(*arguments: jax.Array, call: _Call) -> list[jax.Array]:
+    inputs, tensors = _split(call, arguments)
+    return _run(call, tuple(inputs), tuple(tensors))  # type: ignore[no-any-return]
+
+
+def _values_shapes(*arguments: Any, call: _Call, **_: Any) -> list[Any]:
+    shapes = call.shapes(arguments[0].shape[0], arguments[1].shape[0] if call.has_context else 0)
+    return [jax.core.ShapedArray(shape.shape, shape.dtype) for shape in shapes]
+
+
+def _values_batched(arguments: Sequence[Any], axes: Sequence[int | None], *, call: _Call) -> tuple[Any, Any]:
+    pairs = list(zip(arguments, axes, strict=True))
+    count = next(array.shape[axis] for array, axis in pairs if axis is not None)
+    inputs, tensors = _split(call, [a if axis is None else jnp.moveaxis(a, axis, 0) for a, axis in pairs])
+    of_inputs, of_tensors = batched = _split(call, [axis is not None for axis in axes])
+    if any(of_tensors):
+        return _run_one_by_one(_bind, call, batched, inputs, tensors), [0] * len(call.results)
+    results, are_batched = _run_merged(_bind, call, count, of_inputs, inputs, tensors)
+    return results, [0 if is_batched else None for is_batched in are_batched]
+
+
+def _values_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: _Call) -> tuple[Any, Any]:
+    moving = tuple(i for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero))
+    given = [tangents[i] for i in moving]
+    return _values_p.bind(*primals, call=call), _tangent_p.bind(*primals, *given, call=call, moving=moving)
+
+
+def _tangent_transpose(cotangents: Sequence[Any], *arguments: Any, call: _Call, moving: tuple[int, ...]) -> list[Any]:
+    primals = arguments[: len(arguments) - len(moving)]
+    inputs, tensors = _split(call, primals)
+    context = inputs[1] if call.has_context else None
+    wanted = _Wanted(0 in moving, call.has_context and 1 in moving, moving[-1] >= len(inputs))
+    zero = jnp.zeros(_ABSENT, call.spec.dtype)
+    given = [zero if isinstance(c, ad.Zero) else c for c in cotangents]
+    if all(c is zero for c in given):
+        return [None] * len(arguments)
+    of_rows, of_context, of_tensors = _products(call, _Residuals(inputs[0], context, tuple(tensors), wanted), given)
+    gradients = [of_rows, *([of_context] if call.has_context else []), *(of_tensors or [None] * len(tensors))]
+    return [None] * len(primals) + [gradients[i] for i in moving]
+
+
+def _no_forward_mode(*arguments: Any, **_: Any) -> Any:
+    raise NotImplementedError(
+        "nvpflow.jax has first derivatives only, by reverse mode: take jax.grad, jax.vjp or jax.jacrev once, not "
+        "forward-mode differentiation (jax.jvp, jax.jacfwd, jax.hessian)"
+    )
+
+
+_values_p.def_impl(_values_of)
+_values_p.def_abstract_eval(_values_shapes)
+mlir.register_lowering(_values_p, mlir.lower_fun(_values_of, multiple_results=True))
+batching.primitive_batchers[_values_p] = _values_batched
+ad.primitive_jvps[_values_p] = _values_jvp
+_tangent_p.def_abstract_eval(_values_shapes)
+ad.primitive_transposes[_tangent_p] = _tangent_transpose
+_tangent_p.def_impl(_no_forward_mode)
+mlir.register_lowering(_tangent_p, _no_forward_mode)
+batching.primitive_batchers[_tangent_p] = _no_forward_mode
+ad.primitive_jvps[_tangent_p] = _no_forward_mode
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -677,7 +784,7 @@ def _nll_backward(call: _Call, residuals: Any, cotangent: Any) -> tuple[Any, Any
     if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
         return None, None, None
     if isinstance(residuals, _Residuals):
-        return _values_backward(call.of_kind("log_prob"), residuals, [_nll_cotangent(residuals.rows) * cotangent])
+        return _products(call.of_kind("log_prob"), residuals, [_nll_cotangent(residuals.rows) * cotangent])
     of_rows, of_context, flat = jax.tree.map(lambda gradient: gradient * cotangent, residuals)
     return of_rows, of_context, _parts(call, flat)
 

@@ -233,7 +233,7 @@ def test_only_wanted_gradients_are_formed(make, kind, argnums, shapes):
 
 def _equations(program):
     for equation in program.eqns:
-        if equation.primitive.name == "ffi_call":
+        if equation.primitive.name in ("ffi_call", "nvpflow_values"):
             yield equation
         for value in equation.params.values():
             inner = getattr(value, "jaxpr", value)
@@ -263,6 +263,24 @@ def test_sample(make):
     assert nj.sample(flow.spec, parameters, key, 0).shape == (0, SIZE)
 
 
+def test_sample_and_log_prob(make):
+    flow, parameters, _ = make()
+    key = jax.random.key(3)
+    both = lambda p: nj.sample_and_log_prob(flow.spec, p, key, 7)  # noqa: E731
+    x, log_p = jax.jit(both)(parameters)
+    assert_same_bits(np.asarray(x), np.asarray(nj.sample(flow.spec, parameters, key, 7)))
+    np.testing.assert_allclose(log_p, nj.log_prob(flow.spec, parameters, x), rtol=1e-10, atol=1e-10)
+    by_one_pass = jax.grad(lambda p: both(p)[1].sum())(parameters)
+    by_two = jax.grad(lambda p: nj.log_prob(flow.spec, p, nj.sample(flow.spec, p, key, 7)).sum())(parameters)
+    assert_trees_close(by_one_pass, by_two, 1e-8)
+    assert len(list(_equations(jax.make_jaxpr(both)(parameters).jaxpr))) == 1
+    bounded = nvpflow.build(SIZE, 2, (7,), transform="spline", base=nvpflow.layers.Uniform(-1, 3), dtype="float64")
+    x, log_p = nj.sample_and_log_prob(bounded.spec, nj.parameters(bounded), key, 7)
+    np.testing.assert_allclose(log_p, bounded.log_prob(np.asarray(x)), rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="n is -1"):
+        nj.sample_and_log_prob(flow.spec, parameters, key, -1)
+
+
 # ---- compositions ----------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +295,30 @@ def test_vmap_over_rows_is_one_call(make):
     assert_same_bits(np.asarray(jax.vmap(jax.vmap(score))(x)), np.asarray(score(x)))
     calls = list(_equations(jax.make_jaxpr(jax.vmap(jax.vmap(score)))(x).jaxpr))
     assert {e.invars[0].aval.shape for e in calls} == {(6, SIZE)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_of_vmap_over_rows_is_one_call(make, kind):
+    """As flowMC and harmonic write a loss: the mean over vmap of the log-density of a row."""
+    flow, parameters, _ = make()
+    x = rows(24)
+    of_rows = lambda p, x: weighted([r.mean(0) for r in jax.vmap(lambda x: ours(flow.spec, kind, p, x))(x)])  # noqa: E731
+    of_batch = lambda p, x: weighted([r.mean(0) for r in ours(flow.spec, kind, p, x)])  # noqa: E731
+    for argnums in (0, 1, (0, 1)):
+        expected = jax.value_and_grad(of_batch, argnums=argnums)(parameters, x)
+        gradient = jax.value_and_grad(of_rows, argnums=argnums)
+        assert_trees_close(gradient(parameters, x), expected)
+        assert_trees_close(jax.jit(gradient)(parameters, x), expected)
+        calls = list(_equations(jax.make_jaxpr(gradient)(parameters, x).jaxpr))
+        assert [e.invars[0].aval.shape for e in calls] == [(24, SIZE)] * 2
+    nested = jax.grad(lambda p: jax.vmap(jax.vmap(lambda x: nj.log_prob(flow.spec, p, x)))(x.reshape(4, 6, SIZE)).sum())
+    flat = jax.grad(lambda p: nj.log_prob(flow.spec, p, x).sum())
+    assert_trees_close(nested(parameters), flat(parameters))
+    assert len(list(_equations(jax.make_jaxpr(nested)(parameters).jaxpr))) == 2
+    inner = jax.grad(lambda p: jax.vmap(jax.jit(lambda x: nj.log_prob(flow.spec, p, x)))(x).sum())
+    assert_trees_close(jax.jit(inner)(parameters), flat(parameters))
+    checkpointed = jax.grad(lambda p: jax.checkpoint(jax.vmap(lambda x: nj.log_prob(flow.spec, p, x)))(x).sum())
+    assert_trees_close(checkpointed(parameters), flat(parameters))
 
 
 def test_vmap_over_parameters_and_gradients_of_each_row(make):
@@ -348,8 +390,10 @@ def test_second_and_forward_derivatives_are_refused(make):
             derivative(rows())
     with pytest.raises(NotImplementedError, match="first derivatives only"):
         jax.grad(lambda p: jax.grad(lambda p: nj.nll(flow.spec, p, rows()))(p)["flow_0_scale.bias"].sum())(parameters)
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda x: nj.log_prob(flow.spec, parameters, x), (rows(),), (rows(),))
+    tangents = lambda x: jax.jvp(lambda x: nj.log_prob(flow.spec, parameters, x), (x,), (x,))  # noqa: E731
+    for derivative in (tangents, jax.jit(tangents), jax.vmap(tangents), jax.jit(jax.vmap(tangents))):
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            derivative(rows())
 
 
 def test_a_program_can_be_exported(make):

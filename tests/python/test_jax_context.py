@@ -98,7 +98,7 @@ def calls(function, *arguments):
 
     def walk(program):
         for equation in program.eqns:
-            if equation.primitive.name == "ffi_call":
+            if equation.primitive.name in ("ffi_call", "nvpflow_values"):
                 yield [v.aval.shape for v in equation.invars[:2]], [v.aval.shape for v in equation.outvars]
             for value in equation.params.values():
                 inner = getattr(value, "jaxpr", value)
@@ -309,6 +309,39 @@ def test_vmap_is_one_call(kind, case):
     for found, each in zip(jax.jit(batched)(x, context), zip(*one_by_one, strict=True), strict=True):
         assert_close(found, np.stack(each), 1e-13)
     assert len(calls(batched, x, context)) == 2
+
+
+@pytest.mark.parametrize("case", BATCHES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_of_vmap_is_one_call(kind, case):
+    shape, of_context, axes, _ = BATCHES[case]
+    flow = new_flow()
+    parameters, x, context = nj.parameters(flow), numbers(*shape), numbers(*of_context, seed=2)
+
+    def slices(i):
+        each_x = x if axes[0] is None else jnp.moveaxis(x, axes[0], 0)[i]
+        return each_x, context if axes[1] is None else jnp.moveaxis(context, axes[1], 0)[i]
+
+    def loss(p, x, c):
+        results = jax.vmap(lambda x, c: ours(flow.spec, kind, p, x, c), in_axes=axes)(x, c)
+        return weighted([r.sum(0) for r in results])
+
+    def one_by_one(p):
+        each = [ours(flow.spec, kind, p, *slices(i)) for i in range(5)]
+        return weighted([jnp.stack(r).sum(0) for r in zip(*each, strict=True)])
+
+    found = jax.grad(loss, argnums=(0, 1, 2))(parameters, x, context)
+    for name, expected in jax.grad(one_by_one)(parameters).items():
+        assert_close(found[0][name], expected, 1e-12)
+    assert len(calls(jax.grad(loss), parameters, x, context)) == 2
+    for at, moved in ((1, x), (2, context)):
+        step = numbers(*moved.shape, seed=7)
+        arguments = [parameters, x, context]
+        ends = []
+        for sign in (1, -1):
+            arguments[at] = moved + sign * 1e-6 * step
+            ends.append(loss(*arguments))
+        np.testing.assert_allclose((ends[0] - ends[1]) / 2e-6, (found[at] * step).sum(), rtol=1e-6, atol=1e-6)
 
 
 def test_contexts_of_many_rows_each_have_the_bits_of_rows():
