@@ -111,9 +111,10 @@ template <class T, class X>
 class Trainer {
  public:
   Trainer(Flow& flow, std::span<const X> x, std::span<const X> validation, const FitOptions& options,
-          FitObserver* observer, const Context& context, const Context& validation_context)
+          FitObserver* observer, const Context& context, const Context& validation_context, AdamState* adam)
       : flow_(flow),
         options_(options),
+        adam_(adam),
         observer_(observer != nullptr ? *observer : silent_),
         features_(flow.spec().input_size),
         given_x_(x),
@@ -171,9 +172,66 @@ class Trainer {
     refuse_rows_outside(start);
     training_ =
         FlowAccess::backend(flow_).begin_training(data, start.data(), std::min(slice_, batch_), Execution(threads_));
+    go_on_from_adam();
     if (options_.max_round_trip == 0) return;
     probe_.emplace(flow_);
     probe_->set_num_threads(threads_);
+  }
+
+  // ---- Adam's state from one run to the next ---------------------------------------------------------------------
+
+  void check_restandardize() const {
+    if (!options_.restandardize || standardizes() || flow_.spec().standardize_context) return;
+    fail(
+        "restandardize is true, but the flow standardizes neither its rows nor a context; expected false, or a flow "
+        "that does");
+  }
+
+  void check_adam() const {
+    if (adam_ == nullptr) return;
+    const auto refuse = [](bool asked, const std::string& what, const char* because) {
+      if (asked) fail(what + " beside adam, " + because);
+    };
+    constexpr const char* kLast = "expected 0: the flow ends with the weights of the last epoch, which adam belongs to";
+    refuse(options_.averaging > 0, "averaging is " + short_text(options_.averaging), kLast);
+    refuse(options_.max_round_trip > 0, "max_round_trip is " + short_text(options_.max_round_trip), kLast);
+    refuse(options_.patience > 0, "patience is " + std::to_string(options_.patience), kLast);
+    refuse(!options_.checkpoint.empty(), "checkpoint is " + options_.checkpoint,
+           "expected none: a checkpoint keeps Adam's state itself");
+    const auto size = static_cast<std::size_t>(flow_.num_parameters());
+    const bool fits = adam_->first_moment.size() == size && adam_->second_moment.size() == size;
+    if (adam_->steps < 0 || adam_->epochs < 0 || (adam_->steps > 0 && !fits)) {
+      fail("adam has made " + std::to_string(adam_->steps) + " steps with moments of " +
+           std::to_string(adam_->first_moment.size()) + " and " + std::to_string(adam_->second_moment.size()) +
+           " parameters, and the flow has " + std::to_string(size) + "; give that of this flow, or a new one");
+    }
+  }
+
+  void go_on_from_adam() {
+    if (adam_ == nullptr) return;
+    adam_steps_ = earlier_steps_ = adam_->steps;
+    earlier_epochs_ = adam_->epochs;
+    if (adam_->steps == 0) return;
+    const Training::Arrays own = training_->read(true);
+    const auto copy = [](const std::vector<double>& from, void* to) {
+      std::transform(from.begin(), from.end(), static_cast<T*>(to), [](double v) { return static_cast<T>(v); });
+    };
+    copy(adam_->first_moment, own.first_moment);
+    copy(adam_->second_moment, own.second_moment);
+    training_->write();
+  }
+
+  void keep_adam() {
+    if (adam_ == nullptr) return;
+    const Training::Arrays own = training_->read(true);
+    const auto size = static_cast<std::size_t>(flow_.num_parameters());
+    const auto copy = [size](const void* from, std::vector<double>& to) {
+      to.assign(static_cast<const T*>(from), static_cast<const T*>(from) + size);
+    };
+    copy(own.first_moment, adam_->first_moment);
+    copy(own.second_moment, adam_->second_moment);
+    adam_->steps = adam_steps_;
+    ++adam_->epochs;
   }
 
   /// A run that has not finished an epoch leaves the flow as it was.
@@ -226,6 +284,8 @@ class Trainer {
 
   std::int64_t checked_rows() const {
     options_.validate();
+    check_restandardize();
+    check_adam();
     for (const auto& [name, span] : {std::pair{"x", given_x_}, std::pair{"validation", given_validation_}}) {
       if (static_cast<std::int64_t>(span.size()) % features_ != 0) {
         fail(std::string(name) + " holds " + std::to_string(span.size()) +
@@ -274,7 +334,7 @@ class Trainer {
     const RowOrder order = rows_.training();
     const auto look = [this] { poll(); };
     ColumnScales scales(flow_.spec().dtype, given_x_, flow_.column_names(), features_, order, rows_.train(), look);
-    if (!standardizes() || is_standardized()) {
+    if (!standardizes() || (is_standardized() && !options_.restandardize)) {
       if (rows_.train() > 1) scales.require_variation();  // one row tells nothing of a column
       return;
     }
@@ -288,7 +348,8 @@ class Trainer {
   void standardize_context() {
     if (!flow_.spec().standardize_context) return;
     const auto statistics = std::span<T>(best_).last(static_cast<std::size_t>(2 * context_size()));
-    if (std::any_of(statistics.begin(), statistics.end(), [](T v) { return v != T(0); })) return;
+    const bool is_set = std::any_of(statistics.begin(), statistics.end(), [](T v) { return v != T(0); });
+    if (is_set && !options_.restandardize) return;
     set_context_statistics(statistics, context_, rows_.training(), rows_.train(), [this] { poll(); });
   }
 
@@ -449,7 +510,7 @@ class Trainer {
     const auto start = Clock::now();
     EpochRecord record;
     record.epoch = static_cast<std::int64_t>(history_.epochs.size()) + 1;
-    const RowOrder order = rows_.shuffled(record.epoch);
+    const RowOrder order = rows_.shuffled(earlier_epochs_ + record.epoch);
     double sum = 0;
     for (std::int64_t step = 0; step < steps_; ++step) {
       const std::int64_t first = step * batch_;
@@ -490,7 +551,7 @@ class Trainer {
   void update(EpochRecord& record) {
     AdamStep adam;
     adam.step = ++adam_steps_;
-    adam.learning_rate = record.learning_rate = learning_rate(adam_steps_ - 1);
+    adam.learning_rate = record.learning_rate = learning_rate(adam_steps_ - 1 - earlier_steps_);
     adam.weight_decay = weight_decay_;
     training_->update(adam, options_.clip_norm);
   }
@@ -500,7 +561,8 @@ class Trainer {
     const TrainingReport done = training_->report();
     record.gradient_norm = done.gradient_norm;
     if (done.bad_step != 0) {
-      diverged(done.bad_loss ? "loss" : "gradient norm", done.bad_value, record.epoch, (done.bad_step - 1) % steps_);
+      diverged(done.bad_loss ? "loss" : "gradient norm", done.bad_value, record.epoch,
+               (done.bad_step - 1 - earlier_steps_) % steps_);
     }
     return done.sum_log_prob;
   }
@@ -597,12 +659,13 @@ class Trainer {
     if (!std::isfinite(loss))
       diverged(history_.validation_rows > 0 ? "validation loss" : "loss", loss, record.epoch, steps_ - 1);
     history_.epochs.push_back(record);
-    if (loss < history_.best_loss && within_bound(record)) {
+    if (adam_ != nullptr || (loss < history_.best_loss && within_bound(record))) {
       history_.best_loss = loss;
       history_.best_epoch = record.epoch;
       const std::int64_t kept = own_begin();
       std::copy_n(candidate() + kept, best_.size() - static_cast<std::size_t>(kept), best_.data() + kept);
     }
+    keep_adam();
     if (options_.patience > 0 && record.epoch - history_.best_epoch >= options_.patience) {
       history_.stop_reason = "patience";
     }
@@ -672,6 +735,7 @@ class Trainer {
 
   Flow& flow_;
   FitOptions options_;
+  AdamState* adam_;  // null: the run's own
   FitObserver& observer_;
   std::int64_t features_;
   std::span<const X> given_x_, given_validation_;  // as the caller gave them
@@ -695,6 +759,7 @@ class Trainer {
   bool average_is_better_ = false;
   double weight_decay_ = 0;
   std::int64_t slice_ = 0, batch_ = 0, steps_ = 0, adam_steps_ = 0;
+  std::int64_t earlier_steps_ = 0, earlier_epochs_ = 0;  // of adam_, before this run
   History history_;
   std::optional<CheckpointKey> key_;
 };
@@ -716,6 +781,7 @@ void check(const char* name, const std::optional<double>& value, const OptionRan
 void check(const char*, Schedule schedule, const OptionRange*) { (void)name_of(schedule); }        // throws
 void check(const char*, Statistics statistics, const OptionRange*) { (void)name_of(statistics); }  // throws
 void check(const char*, std::uint64_t, const OptionRange*) {}
+void check(const char*, bool, const OptionRange*) {}
 void check(const char*, const std::string&, const OptionRange*) {}
 
 }  // namespace
@@ -764,11 +830,11 @@ Statistics parse_statistics(std::string_view name) {
 
 template <class T>
 History fit(Flow& flow, std::span<const T> x, std::span<const T> validation, const FitOptions& options,
-            FitObserver* observer, const Context& context, const Context& validation_context) {
+            FitObserver* observer, const Context& context, const Context& validation_context, AdamState* adam) {
   const FloatMode mode;  // also for what the training itself computes; the observer is called in it
   if constexpr (std::is_same_v<T, double>) {
     if (takes_float64_rows(flow.spec())) {
-      return Trainer<float, T>(flow, x, validation, options, observer, context, validation_context).run();
+      return Trainer<float, T>(flow, x, validation, options, observer, context, validation_context, adam).run();
     }
   }
   if (flow.spec().dtype != (sizeof(T) == 4 ? DType::float32 : DType::float64)) {
@@ -778,12 +844,12 @@ History fit(Flow& flow, std::span<const T> x, std::span<const T> validation, con
                                                                 "with a standardize layer"
                                                               : ""));
   }
-  return Trainer<T, T>(flow, x, validation, options, observer, context, validation_context).run();
+  return Trainer<T, T>(flow, x, validation, options, observer, context, validation_context, adam).run();
 }
 
 template History fit(Flow&, std::span<const float>, std::span<const float>, const FitOptions&, FitObserver*,
-                     const Context&, const Context&);
+                     const Context&, const Context&, AdamState*);
 template History fit(Flow&, std::span<const double>, std::span<const double>, const FitOptions&, FitObserver*,
-                     const Context&, const Context&);
+                     const Context&, const Context&, AdamState*);
 
 }  // namespace nvpflow

@@ -37,12 +37,14 @@ from nvpflow._blame import blame
 from nvpflow._data import DataReport, DataWarning, Finding, check_data
 from nvpflow._paths import get_cmake_dir, get_include
 from nvpflow._spec import FlowSpec
+from nvpflow.adam import AdamState
 from nvpflow.certificate import Certificate
 from nvpflow.conditioned import ConditionedFlow
 from nvpflow.flow import Flow, Threshold, build, load
 from nvpflow.history import History
 
 __all__ = [
+    "AdamState",
     "Certificate",
     "ConditionedFlow",
     "CudaError",

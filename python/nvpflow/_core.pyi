@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol, TypedDict, overload
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from nvpflow._bases import Base
+from nvpflow.adam import AdamState
 from nvpflow.layers import Layer
 
 Array = NDArray[Any]
@@ -263,6 +264,7 @@ class Flow:
         on_epoch: Callable[[EpochRecord], bool | None] | None,
         context: Array | None = None,
         validation_context: Array | None = None,
+        adam: AdamState | None = None,
     ) -> FitSummary: ...
 
 class ConditionedFlow:

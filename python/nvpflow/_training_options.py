@@ -87,6 +87,7 @@ OPTIONS = (
         0.0,
         Flag(float, "X", "leave out rows so many standard deviations from the mean of a column; 0: none"),
     ),
+    Option("restandardize", _checks.boolean),
     Option("patience", _checks.integer, 0, Flag(int, "N", "stop after N epochs without a better one")),
     Option(
         "max_round_trip",

@@ -31,6 +31,7 @@ from nvpflow._model import Model, _restore, _where
 from nvpflow._model import Threshold as Threshold
 from nvpflow._model import _piece as _piece  # by the name in pickles
 from nvpflow._model import _unpickle as _unpickle
+from nvpflow.adam import AdamState
 from nvpflow.conditioned import ConditionedFlow
 from nvpflow.layers import Layer
 
@@ -289,8 +290,8 @@ class Flow(Model):
     can be captured in a CUDA graph; capture anew after the weights have changed.
 
     The methods that work on rows are those of the compiled extension itself, with nothing in between: `forward`,
-    `inverse`, `log_probability` (also called `log_prob`), `sample`, `sample_and_log_prob`, `nll`, `nll_gradient`, `vjp`,
-    `save` and `reload`.
+    `inverse`, `log_probability` (also called `log_prob`), `sample`, `sample_and_log_prob`, `nll`, `nll_gradient`,
+    `vjp`, `save` and `reload`.
 
     Two flows are equal if their specs and all their weights are. Flows can be copied and pickled.
     """
@@ -462,6 +463,8 @@ class Flow(Model):
         max_round_trip: float | None = None,
         standardize: Literal["auto", "mean", "robust"] | None = None,
         max_deviation: float | None = 1000.0,
+        restandardize: bool = False,
+        adam: AdamState | None = None,
         seed: int = 0,
         progress: bool | None = None,
         callback: Callable[[_core.EpochRecord], object] | None = None,
@@ -531,6 +534,15 @@ class Flow(Model):
             are left out of training and validation, with a `DataWarning`; `History.rows_left_out` counts them. One row
             that far out weighs more in the likelihood than a million ordinary ones, and no flow reaches it. None or 0:
             no row is left out.
+        restandardize
+            Set the standardize layer, and what standardizes the context, from these rows also where they have been set
+            before: for rows that have moved. The layers behind stay, and see rows of the scale they know.
+        adam
+            What Adam kept after an earlier call, for rows that come in parts: an `AdamState` to go on from, which is
+            then that after this call. The flow ends with the weights of the last epoch, not of the best; `averaging`,
+            `patience`, `max_round_trip` and `checkpoint`, which say otherwise, must be None. Two calls of one epoch on
+            the same rows end as one of two epochs, bit for bit, with ``validation=None`` and ``schedule="constant"``.
+            None: Adam starts anew.
         seed
             Of the validation split and of the order of the rows, in [0, 2**64).
         progress
@@ -582,6 +594,7 @@ class Flow(Model):
             options=options,
             progress=progress,
             callback=callback,
+            adam=adam,
         )
 
     def __repr__(self) -> str:

@@ -22,6 +22,7 @@ except ImportError as error:
 from nvpflow import _bases, _checks, _data, _frames, _hints, _training_options
 from nvpflow._architecture import OPTIONS
 from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS, default_activation
+from nvpflow.adam import AdamState
 from nvpflow.conditioned import ConditionedFlow
 from nvpflow.flow import Flow, build
 
@@ -74,6 +75,8 @@ _ATTRIBUTES = """flow_ : nvpflow.Flow
         Losses of every epoch in nats per row, the best epoch, and why training stopped.
     n_iter_ : int
         Epochs trained.
+    adam_ : nvpflow.AdamState
+        What Adam keeps between calls of `partial_fit`; absent after `fit`.
     context_features_ : ndarray of shape (n_context_features,)
         The indices of `context_features`, in their order, which is that of the flow's context.
     n_features_in_ : int
@@ -232,12 +235,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
                 "minimum of 2 is required to train on; give validation_fraction=None, or X_val"
             )
         seed = _seed_of(self.random_state)
-        flow = self._built(rows.shape[1], seed)
-        flow.num_threads = effective_n_jobs(self.n_jobs)
-        names = getattr(self, "feature_names_in_", None)
-        if names is not None:
-            flow.column_names = names[self._own_places()]
-            flow.context_names = names[self.context_features_]
+        flow = self._new_flow(rows.shape[1], seed)
         history = flow.fit(
             rows,
             context=context,
@@ -250,7 +248,70 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         self.flow_: Flow = flow
         self.history_ = history
         self.n_iter_ = len(history)
+        self.__dict__.pop("adam_", None)  # of the flow that is replaced
         return self
+
+    @_hints.explained
+    def partial_fit(self, X: Any, y: object = None, *, restandardize: bool = False) -> Any:
+        """Train on some more rows, which are passed over once; the first call makes the flow.
+
+        Adam's state is kept from one call to the next. A stream of rows so trains one flow, at the constant step size
+        `learning_rate`. Of the parameters of training `epochs`, `schedule`, `averaging`, `validation_fraction` and
+        `patience` are for `fit` alone.
+
+        Parameters
+        ----------
+        X : array-like or DataFrame of shape (n_samples, n_features)
+            At least two rows, all finite; the features of the first call, or of `fit`, which this goes on from.
+        y : ignored
+            There by scikit-learn's convention.
+        restandardize : bool, default=False
+            Set the standardizing layer from these rows, also where it has been set: for rows that have moved.
+
+        Returns
+        -------
+        self
+            The fitted estimator.
+
+        Raises
+        ------
+        ValueError, TypeError, nvpflow.TrainingError
+            As `fit`.
+        """
+        goes_on = hasattr(self, "flow_")
+        table = self._in_dtype(self._validated(X, reset=False)) if goes_on else self._training_rows(X)
+        if not goes_on:
+            self.context_features_ = self._context_places(table.shape[1])
+        rows, context = self._parts(table)
+        seed = _seed_of(self.random_state)
+        flow = self.flow_ if goes_on else self._new_flow(rows.shape[1], seed)
+        adam = getattr(self, "adam_", AdamState())
+        flow.num_threads = effective_n_jobs(self.n_jobs)
+        options = _training_options.among(self.get_params(deep=False))
+        of_streams = {"epochs": 1, "schedule": "constant", "averaging": None, "patience": None}
+        self.history_ = flow.fit(
+            rows,
+            context=context,
+            validation=None,
+            **{**options, **of_streams},
+            restandardize=restandardize,
+            adam=adam,
+            seed=seed,
+            progress=False,
+            callback=self._printer(),
+        )
+        self.flow_, self.adam_ = flow, adam
+        self.n_iter_ = getattr(self, "n_iter_", 0) + 1
+        return self
+
+    def _new_flow(self, columns: int, seed: int) -> Flow:
+        flow = self._built(columns, seed)
+        flow.num_threads = effective_n_jobs(self.n_jobs)
+        names = getattr(self, "feature_names_in_", None)
+        if names is not None:
+            flow.column_names = names[self._own_places()]
+            flow.context_names = names[self.context_features_]
+        return flow
 
     @_hints.explained
     def score_samples(self, X: Any) -> NDArray[np.float64]:
@@ -665,10 +726,44 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
         ValueError, TypeError, nvpflow.TrainingError
             As `FlowDensity.fit`; and where `contamination` is out of range.
         """
+        contamination = self._contamination()
+        super().fit(X, y, X_val=X_val)
+        return self._set_threshold(X, contamination)
+
+    @_hints.explained
+    def partial_fit(self, X: Any, y: object = None, *, restandardize: bool = False) -> Any:
+        """Train on some more rows, as `FlowDensity.partial_fit`, and set the threshold by these rows.
+
+        Parameters
+        ----------
+        X : array-like or DataFrame of shape (n_samples, n_features)
+            At least two rows, all finite; the features of the first call, or of `fit`, which this goes on from.
+        y : ignored
+            There by scikit-learn's convention.
+        restandardize : bool, default=False
+            Set the standardizing layer from these rows, also where it has been set: for rows that have moved.
+
+        Returns
+        -------
+        self
+            The fitted estimator.
+
+        Raises
+        ------
+        ValueError, TypeError, nvpflow.TrainingError
+            As `FlowDensity.fit`; and where `contamination` is out of range.
+        """
+        contamination = self._contamination()
+        super().partial_fit(X, y, restandardize=restandardize)
+        return self._set_threshold(X, contamination)
+
+    def _contamination(self) -> float:
         contamination = _checks.real("contamination", self.contamination)
         if not 0 < contamination <= 0.5:
             raise ValueError(f"contamination is {contamination}, expected a share of the rows in (0, 0.5]")
-        super().fit(X, y, X_val=X_val)
+        return contamination
+
+    def _set_threshold(self, X: Any, contamination: float) -> Any:
         self.flow_.set_threshold(_quantile(self.score_samples(X), contamination), contamination)
         return self
 

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from nvpflow import _checks, _context, _core, _data, _frames, _gaussian, _spec, _training_options
 from nvpflow._bases import NORMAL
 from nvpflow._model import Model
+from nvpflow.adam import AdamState
 from nvpflow.history import History as History  # also by this path, in pickles too
 from nvpflow.layers import Coupling
 
@@ -189,10 +190,13 @@ def fit(
     options: Mapping[str, Any],
     progress: bool | None,
     callback: Callable[[EpochRecord], object] | None,
+    adam: AdamState | None,
 ) -> History:
     """Train `flow`; `Flow.fit` documents the arguments."""
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable or None, got {_checks.describe(callback)}")
+    if adam is not None and not isinstance(adam, AdamState):
+        raise TypeError(f"adam must be an nvpflow.AdamState or None, got {_checks.describe(adam)}")
     if text := _frames.not_numbers("x", x):
         raise TypeError(_data.refusal("x", x) or text)  # with all else that is wrong
     given, frame_names = _frames.read("x", x, flow._column_names())
@@ -203,11 +207,12 @@ def fit(
     held_out = _split(flow, validation, names)
     checked = _training_options.checked(options) | {"validation": held_out.share}
     checked["standardize"] = _statistics_to_use(flow, options["standardize"])
-    trained, standardizes = _data.trained_scales(flow), _spec.begins_with_standardize(flow.spec)
+    standardizes, anew = _spec.begins_with_standardize(flow.spec), checked["restandardize"]
+    trained = None if anew else _data.trained_scales(flow)
     framed = _frames.inspect(x) is not None
     report = _data.require_density(rows, names.columns, flow.spec.dtype, standardizes, trained=trained, framed=framed)
     if context is not None:
-        spec, trained = flow.spec, _data.trained_context_scales(flow)
+        spec, trained = flow.spec, None if anew else _data.trained_context_scales(flow)
         given = _checks.numbers("context", _core._host_array(context))  # before it was rounded
         _data.warn_of_context(given, names.context, spec.dtype, spec.standardize_context, trained)
 
@@ -221,7 +226,7 @@ def fit(
 
     on_progress = None if bar is None else bar.on_progress
     with _named(flow, names), bar or nullcontext():
-        summary = flow._fit(rows, held_out.rows, checked, on_progress, on_epoch, contexts, held_out.context)
+        summary = flow._fit(rows, held_out.rows, checked, on_progress, on_epoch, contexts, held_out.context, adam)
     history = History._from_summary(summary, unlike_mean(flow, summary["standardized"]))
     if not any(finding.kind == "outliers" for finding in report.warnings):  # one warning for one finding
         _warn_of_far_rows(history, asked=checked["standardize"] == "robust")

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -113,7 +114,34 @@ Context as_context(const BoundFlow& self, const InputArray& array) {
                   [&](auto t) { return Context(view<decltype(t)>(array, array.rows * self.context_size)); });
 }
 
-/// x, validation, options, on_progress, on_epoch, context, validation_context
+/// The state that an nvpflow.AdamState holds; null for None.
+std::optional<AdamState> adam_from(const py::object& given) {
+  if (given.is_none()) return std::nullopt;
+  AdamState state;
+  state.steps = given.attr("steps").cast<std::int64_t>();
+  state.epochs = given.attr("epochs").cast<std::int64_t>();
+  for (const auto& [name, moment] :
+       {std::pair{"first_moment", &state.first_moment}, std::pair{"second_moment", &state.second_moment}}) {
+    const HostValues values = host_values(given.attr(name).ptr());
+    if (values.dtype != "float64") throw Error(ErrorCode::type_mismatch, "adam holds moments of " + values.dtype);
+    const auto* begin = static_cast<const double*>(values.data);
+    moment->assign(begin, begin + values.bytes / static_cast<std::int64_t>(sizeof(double)));
+  }
+  return state;
+}
+
+void give_adam(const AdamState& state, const py::object& to) {
+  to.attr("steps") = state.steps;
+  to.attr("epochs") = state.epochs;
+  for (const auto& [name, moment] :
+       {std::pair{"first_moment", &state.first_moment}, std::pair{"second_moment", &state.second_moment}}) {
+    const FlatArray array(DType::float64, static_cast<std::int64_t>(moment->size()));
+    std::copy(moment->begin(), moment->end(), static_cast<double*>(array.data));
+    to.attr(name) = array.array;
+  }
+}
+
+/// x, validation, options, on_progress, on_epoch, context, validation_context, adam
 py::object fit_flow(BoundFlow& self, const Arguments& given) {
   const auto rows_of = [&](PyObject* array, const char* name, DType dtype, Kind kind) {
     InputArray in = input_rows(array, name, dtype, self.features, kHost, kind);
@@ -136,15 +164,26 @@ py::object fit_flow(BoundFlow& self, const Arguments& given) {
   if (given.given(1)) held_out_context = context_rows(self, given[6], "the context of validation", held_out.rows);
   const FitOptions fit_options = options_from(given.object(2).cast<py::dict>());
   PythonObserver observer(given.object(3), given.object(4));
+  const py::object given_adam = given.object(7);
+  // A copy, so that other threads see it change at one moment, with the GIL.
+  std::optional<AdamState> adam = adam_from(given_adam);
   History history;
-  {
+  const auto run = [&] {
     const GilReleased released;
     history = by_dtype(in.wide || held_out.wide ? DType::float64 : self.dtype, [&](auto t) {
       using T = decltype(t);
       return fit(self.flow, view<T>(in, in.rows * self.features), view<T>(held_out, held_out.rows * self.features),
-                 fit_options, &observer, as_context(self, context), as_context(self, held_out_context));
+                 fit_options, &observer, as_context(self, context), as_context(self, held_out_context),
+                 adam ? &*adam : nullptr);
     });
+  };
+  try {
+    run();
+  } catch (...) {  // the flow has the weights of the last epoch that was finished, and so has the state
+    if (adam) give_adam(*adam, given_adam);
+    throw;
   }
+  if (adam) give_adam(*adam, given_adam);
   py::list epochs;
   for (const EpochRecord& r : history.epochs) epochs.append(record_dict(r));
   using namespace py::literals;
@@ -190,9 +229,10 @@ void bind_training(py::module_& module) {
 void add_training_methods(py::class_<BoundFlow>& type) {
   for (PyMethodDef* method : {
            plain<&initialize_from>("_initialize_from", 2, 3, {"x", "statistics", "context"}, nullptr),
-           plain<&fit_flow>("_fit", 5, 7,
-                            {"x", "validation", "options", "on_progress", "on_epoch", "context", "validation_context"},
-                            nullptr),
+           plain<&fit_flow>(
+               "_fit", 5, 8,
+               {"x", "validation", "options", "on_progress", "on_epoch", "context", "validation_context", "adam"},
+               nullptr),
        }) {
     add_method(type, method);
   }

@@ -68,6 +68,9 @@ struct NVPFLOW_API FitOptions {
   /// in any column, are left out of training and validation: one row that far out has more weight than a million
   /// ordinary ones, and no flow reaches it. History counts them. 0: none is left out.
   double max_deviation = 1000.0;
+  /// Sets a first layer of kind standardize, and the statistics of a context, from the training rows also where they
+  /// have been set before: for rows that have moved since. The layers behind them stay, and see rows of the same scale.
+  bool restandardize = false;
   /// Fixes the order of rows and the validation split.
   std::uint64_t seed = 0;
   /// 0: the flow's own setting.
@@ -95,6 +98,7 @@ struct NVPFLOW_API FitOptions {
     other("standardize", &FitOptions::standardize);
     number("max_deviation", &FitOptions::max_deviation,
            {.expected = "a finite number, at least 0 (0: no row is left out)"});
+    other("restandardize", &FitOptions::restandardize);
     other("seed", &FitOptions::seed);
     number("num_threads", &FitOptions::num_threads, {.below = 4097, .expected = "0 (automatic) to 4096"});
     other("checkpoint", &FitOptions::checkpoint);
@@ -102,6 +106,14 @@ struct NVPFLOW_API FitOptions {
 
   /// Throws Error(invalid_argument) naming the field.
   void validate() const;
+};
+
+/// What Adam keeps from one call of fit() to the next, for rows that come in parts. A new one has made no step.
+struct AdamState {
+  std::int64_t steps = 0;   ///< updates that were made
+  std::int64_t epochs = 0;  ///< passes that were made, which the order of rows goes by
+  /// Of each parameter, in the order of ParamLayout; empty before the first step. float64 holds either dtype.
+  std::vector<double> first_moment, second_moment;
 };
 
 /// The result of one epoch.
@@ -180,6 +192,11 @@ class NVPFLOW_API FitObserver {
 /// that epoch. With max_round_trip, only epochs whose round trip error is
 /// within it count; for patience, too, the others are no better.
 ///
+/// adam: null, or the state to go on from, which is then that after the last epoch. The flow ends with the weights of
+/// that epoch, which the state belongs to, and not with those of the best one; averaging, max_round_trip, patience and
+/// a checkpoint, which say otherwise, are refused. Two calls of one epoch each, on the same rows and without validation
+/// rows, then end as one of two epochs, bit for bit, but that Schedule::cosine falls to zero in each call.
+///
 /// Throws Error(invalid_argument) for data or options that cannot be used (rows with NaN or inf are counted and named,
 /// constant columns are named, with a standardize layer or without), Error(not_finite), naming the step, where the loss
 /// or gradient stops being finite; the flow then holds the best weights. Error(none_kept) where training has ended,
@@ -187,6 +204,6 @@ class NVPFLOW_API FitObserver {
 template <class T>
 NVPFLOW_API History fit(Flow& flow, std::span<const T> x, std::span<const T> validation, const FitOptions& options,
                         FitObserver* observer = nullptr, const Context& context = {},
-                        const Context& validation_context = {});
+                        const Context& validation_context = {}, AdamState* adam = nullptr);
 
 }  // namespace nvpflow
