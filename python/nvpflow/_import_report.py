@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from nvpflow import _checks, _html
-from nvpflow._text import counted
+from nvpflow._text import counted, visible
 
 HOME = "nvpflow.importers"  # where users and pickles find these classes
 VERDICTS = ("exact", "close", "different", "unchecked")
@@ -118,7 +118,9 @@ class ImportReport:
         """Whether the verdict is "exact" or "close"."""
         return self.verdict in ("exact", "close")
 
-    def _source(self) -> str:
+    @property
+    def source(self) -> str:
+        """The library and its version, "zuko 1.6.0"."""
         return f"{self.library} {self.version}".rstrip()
 
     def _compared(self) -> str:
@@ -149,7 +151,7 @@ class ImportReport:
 
     def __repr__(self) -> str:
         """Return the table."""
-        lines = [f"ImportReport: {self.verdict}; from {self._source()} to {self.dtype}", f"  {self._compared()}"]
+        lines = [f"ImportReport: {self.verdict}; from {self.source} to {self.dtype}", f"  {self._compared()}"]
         if self.float64 is not None:
             lines.append(f"    {'largest difference':<24}" + "".join(f"{name:>9}" for name in self._dtypes()))
             for name, *numbers in self._differences("->"):
@@ -157,11 +159,11 @@ class ImportReport:
         for layer in self.layers:
             lines.append(f"  {layer.path}: {layer.kind}")
             lines += [f"    -> {text}" for text in layer.became or ("nothing: it is the identity",)]
-        return "\n".join([*lines, *(f"  * {note}" for note in self._notes())])
+        return "\n".join(map(visible, [*lines, *(f"  * {note}" for note in self._notes())]))
 
     def _repr_html_(self) -> str:
         """Return tables of the differences and of the layers, for notebooks."""
-        caption = f"ImportReport: {self.verdict}; from {self._source()} to {self.dtype}; {self._compared()}"
+        caption = f"ImportReport: {self.verdict}; from {self.source} to {self.dtype}; {self._compared()}"
         differences = [] if self.float64 is None else self._differences("\N{RIGHTWARDS ARROW}")
         head = ("largest difference", *self._dtypes()) if differences else ()
         layers = [(f"{layer.path}: {layer.kind}", ", ".join(layer.became)) for layer in self.layers]

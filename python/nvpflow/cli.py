@@ -33,7 +33,7 @@ from nvpflow._architecture import MASKS, MIXINGS, NETWORKS, OPTIONS, SCALES, TRA
 from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS, default_activation
 from nvpflow._source import TRUTHS, rows_per_block
 from nvpflow._spec import begins_with_standardize
-from nvpflow._text import counted
+from nvpflow._text import counted, visible
 from nvpflow.exporters import METHODS
 
 # Errors that the user can act on. Anything else is a bug of ours and keeps its traceback.
@@ -986,8 +986,7 @@ def _run_info(arguments: argparse.Namespace) -> None:
         limit, share = flow.threshold
         print(f"threshold: log p below {limit:.6g} nats" + ("" if share is None else f", quantile {share:g}"))
     if flow.import_report is not None:
-        report = flow.import_report
-        print(f"imported: from {' '.join([report.library, report.version]).rstrip()}, {report.verdict}")
+        print(f"imported: from {visible(flow.import_report.source)}, {flow.import_report.verdict}")
     width = max(map(len, tensors))
     for name, shape in tensors.items():
         print(f"  {name:<{width}}  {flow.spec.dtype} {shape}")

@@ -129,9 +129,8 @@ def _difference_in_words(report: ImportReport) -> str:
     back = "" if found.x is None else f", x by {found.x:.1e}"
     numbers = f"log p differs by {found.log_prob:.1e}, z by {found.z:.1e}, log_det by {found.log_det:.1e}{back}"
     wrong = f", and {report.nonfinite_rows:,} rows are finite on one side only" if report.nonfinite_rows else ""
-    version = f"{report.library} {report.version}".rstrip()
     return (
-        f"the imported flow is different from its source: {numbers}{wrong}, relative, in float64; {version} may "
+        f"the imported flow is different from its source: {numbers}{wrong}, relative, in float64; {report.source} may "
         "compute otherwise than the versions known here: see .report of this error, and report a fault; check=False "
         "returns the flow as it is"
     )
