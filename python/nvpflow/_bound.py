@@ -209,6 +209,11 @@ class Walk:
 
 def walk(flow: Model) -> Walk | Unbounded:
     """Return what takes rows through the layers of a float64 flow on the CPU."""
+    for layer in flow.spec.layers:
+        if isinstance(layer, Coupling) and isinstance(layer.transform, Affine) and math.isinf(layer.transform.bound):
+            return Unbounded(
+                flow, f"the log-scale of {layer.transform!r} has no bound, and rows far from the data can overflow"
+            )
     if flow.spec.context_size:
         return Unbounded(flow, "it is not derived for flows with a context")
     if flow.spec.base != NORMAL:

@@ -133,6 +133,14 @@ def test_a_tolerance_of_ones_own() -> None:
     assert flow.certify(x, tolerance=0.99 * error).verdict == "unreliable"
 
 
+@pytest.mark.parametrize("scale", ["exp", "softplus"])
+def test_a_log_scale_without_a_bound_is_named(scale) -> None:
+    found = nvpflow.build(3, 2, (4,), scale=scale).certify(unit_data(100, 3, 1, "float32"))
+    assert found.round_trip_bound is None
+    assert found.no_bound.endswith("has no bound, and rows far from the data can overflow")
+    assert found.no_bound in f"{found}"
+
+
 def test_rounding_on_purpose_is_named() -> None:
     flow = random_flow(0.5, num_flows=2).to("cpu", weights="bfloat16")
     found = flow.certify(unit_data(100, 16, 1, "float32"))
