@@ -114,6 +114,8 @@ void check_numbers(const Flow& flow, const nvpflow_flow* c, std::int64_t rows, s
   const std::vector<T> z = random_values<T>(rows * features, 6);
   const std::vector<T> context = random_values<T>(context_rows * flow.spec().context_size, 9);
   const Handle given(context_rows == 1 ? conditioned(c, context.data()) : nullptr);
+  std::optional<nvpflow::ConditionedFlow> view;  // the same in C++
+  if (context_rows == 1) view = flow.condition(std::span<const T>(context));
   const std::vector<T> no_rows(static_cast<std::size_t>(rows), kPoison<T>), no_latents(z.size(), kPoison<T>);
   const std::vector<X> no_data(x.size(), kPoison<X>);
   const std::span<const X> in(x);
@@ -128,6 +130,9 @@ void check_numbers(const Flow& flow, const nvpflow_flow* c, std::int64_t rows, s
     found = no_rows;
     REQUIRE(C::log_prob(given, x.data(), rows, found.data()) == NVPFLOW_OK);
     CHECK(same_bits(found, expected));
+    found = no_rows;
+    view->log_prob(in, std::span(found));
+    CHECK(same_bits(found, expected));
   }
 
   std::vector<T> expected_out = no_latents, found_out = no_latents;
@@ -137,6 +142,9 @@ void check_numbers(const Flow& flow, const nvpflow_flow* c, std::int64_t rows, s
   if (given != nullptr) {
     found_out = no_latents;
     REQUIRE(C::forward(given, x.data(), rows, found_out.data(), nullptr) == NVPFLOW_OK);
+    CHECK(same_bits(found_out, expected_out));
+    found_out = no_latents;
+    view->forward(in, std::span(found_out));
     CHECK(same_bits(found_out, expected_out));
   }
 
@@ -148,6 +156,9 @@ void check_numbers(const Flow& flow, const nvpflow_flow* c, std::int64_t rows, s
     found_x = no_data;
     REQUIRE(C::inverse(given, z.data(), rows, found_x.data(), nullptr) == NVPFLOW_OK);
     CHECK(same_bits(found_x, expected_x));
+    found_x = no_data;
+    view->inverse(latents, std::span(found_x));
+    CHECK(same_bits(found_x, expected_x));
   }
 
   flow.template sample<X>(7, expected_x, 3, context);
@@ -157,6 +168,9 @@ void check_numbers(const Flow& flow, const nvpflow_flow* c, std::int64_t rows, s
   if (given != nullptr) {
     found_x = no_data;
     REQUIRE(C::sample(given, 7, 3, rows, found_x.data()) == NVPFLOW_OK);
+    CHECK(same_bits(found_x, expected_x));
+    found_x = no_data;
+    view->template sample<X>(7, found_x, 3);
     CHECK(same_bits(found_x, expected_x));
   }
 

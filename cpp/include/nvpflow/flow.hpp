@@ -86,7 +86,7 @@ class NVPFLOW_API Flow {
   /// A model file (python/docs/file_format.md). Throws Error(io) or Error(file_format).
   static Flow load(const std::string& path, Device device = {}, Precision precision = Precision::float32,
                    Weights weights = Weights::full);
-  /// As load; for a file without a spec of its own (tensors alone) whose spec cannot be read off them, or to check it.
+  /// As load; for a file without a spec of its own (only tensors) whose spec cannot be read off them, or to check it.
   static Flow load(const std::string& path, const FlowSpec& expected, Device device = {},
                    Precision precision = Precision::float32, Weights weights = Weights::full);
   /// Atomic: writes beside `path`, syncs, renames. On failure the old file is as it was.
@@ -304,9 +304,15 @@ class ConditionedFlow {
   void forward(std::span<const T> x, std::span<T> z, std::span<T> log_det = {}) const {
     flow_->forward<T>(x, z, log_det, context_);
   }
+  void forward(std::span<const double> x, std::span<float> z, std::span<float> log_det = {}) const {
+    flow_->forward(x, z, log_det, context_);
+  }
   template <class T>
   void inverse(std::span<const T> z, std::span<T> x, std::span<T> log_det = {}) const {
     flow_->inverse<T>(z, x, log_det, context_);
+  }
+  void inverse(std::span<const float> z, std::span<double> x, std::span<float> log_det = {}) const {
+    flow_->inverse(z, x, log_det, context_);
   }
   template <class T>
   double round_trip_error(std::span<const T> x) const {
@@ -316,6 +322,7 @@ class ConditionedFlow {
   void log_prob(std::span<const T> x, std::span<T> out) const {
     flow_->log_prob<T>(x, out, context_);
   }
+  void log_prob(std::span<const double> x, std::span<float> out) const { flow_->log_prob(x, out, context_); }
   template <class T>
   void sample(std::uint64_t seed, std::span<T> x, std::uint64_t first_row = 0) const {
     flow_->sample<T>(seed, x, first_row, context_);
@@ -333,10 +340,21 @@ class ConditionedFlow {
   double nll_gradient(std::span<const T> x, std::span<T> gradient) const {
     return flow_->nll_gradient<T>(x, gradient, context_);
   }
+  double nll_gradient(std::span<const double> x, std::span<float> gradient) const {
+    return flow_->nll_gradient(x, gradient, context_);
+  }
   template <class T>
   void vjp(Direction direction, std::span<const T> in, std::span<const T> grad_out, std::span<const T> grad_log_det,
            std::span<T> grad_in, std::span<T> grad_parameters, bool accumulate = false) const {
     flow_->vjp<T>(direction, in, grad_out, grad_log_det, grad_in, grad_parameters, accumulate, context_);
+  }
+  void vjp(std::span<const double> x, std::span<const float> grad_out, std::span<const float> grad_log_det,
+           std::span<float> grad_x, std::span<float> grad_parameters, bool accumulate = false) const {
+    flow_->vjp(x, grad_out, grad_log_det, grad_x, grad_parameters, accumulate, context_);
+  }
+  template <class T>
+  void conditioner(std::int64_t layer, std::span<const T> in, std::span<T> s, std::span<T> t) const {
+    flow_->conditioner<T>(layer, in, s, t, context_);
   }
   /// @}
 
