@@ -14,6 +14,14 @@
 namespace nvpflow::cuda {
 namespace {
 
+constexpr bool same(Precision kernels, nvpflow::Precision asked) {
+  return static_cast<int>(kernels) == static_cast<int>(asked);
+}
+static_assert(same(Precision::float32, nvpflow::Precision::float32) &&
+                  same(Precision::tf32, nvpflow::Precision::tf32) &&
+                  same(Precision::bfloat16, nvpflow::Precision::bfloat16),
+              "the kernels' Precision and the public one have one order");
+
 /// From here on the tiles of a gradient grow no more on any device.
 constexpr std::int64_t kMostRows = 1 << 24;
 

@@ -25,7 +25,7 @@ namespace nvpflow::cuda {
 using Stream = CUstream_st*;  // cudaStream_t
 using Status = int;           // cudaError_t; 0: launched
 
-/// What the caller asks for. float64 flows always compute in float64.
+/// What the caller asks for: the order of nvpflow::Precision. float64 flows always compute in float64.
 enum class Precision : std::int32_t { float32, tf32, bfloat16 };
 
 /// How a dense layer multiplies. tf32x3 splits each float32 operand in two TF32 numbers and adds three of the four
