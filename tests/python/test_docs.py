@@ -119,6 +119,20 @@ def test_a_result_that_differs_is_noticed(tmp_path):
     assert not documents.occurs("x has ... pink elephants", documents.sources())
 
 
+def test_the_pages_for_developers_keep_their_form():
+    def lines(name: str) -> list[str]:
+        return (documents.ROOT / name).read_text(encoding="utf-8").splitlines()
+
+    architecture = lines("cpp/ARCHITECTURE.md")
+    assert len(architecture) <= 150
+    assert not [line for line in architecture if re.search(r"\b20\d\d-\d\d|FLOP/s", line)], "it is no lab book"
+    assert len(lines("CONTRIBUTING.md")) <= 80
+    entries = re.split(r"^(?=\*\*D-)", "\n".join(lines("cpp/design/decisions.md")), flags=re.M)[1:]
+    assert [entry[2:7] for entry in entries] == [f"D-{number:03}" for number in range(1, len(entries) + 1)]
+    for entry in entries:
+        assert len(entry.split("\n\n")[0].splitlines()) <= 5, f"more than five lines: {entry.splitlines()[0]}"
+
+
 def test_the_site_builds_without_a_warning(tmp_path):
     for module in ("mkdocs", "material", "mkdocstrings"):
         if importlib.util.find_spec(module) is None:
