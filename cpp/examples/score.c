@@ -36,7 +36,7 @@ int main(int argc, char** argv) {
     }
   }
   if (status == 0 && (filled != 0 || !feof(stdin))) {
-    fprintf(stderr, "score: the input ends within a row, or holds something that is no number\n");
+    fprintf(stderr, "score: the input ends within a row, or holds something that is not a number\n");
     status = 1;
   }
   free(row);

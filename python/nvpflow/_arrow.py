@@ -230,7 +230,7 @@ class CsvSource:
         problems.ragged.add(len(found), [line for line, _ in found])
 
     def _numbers(self, text: Any, column: int, lines: _Lines, problems: Problems) -> Array:
-        """Return a column as float64 with NaN where there is nothing; what is no number is noted."""
+        """Return a column as float64 with NaN where there is nothing; what is not a number is noted."""
         try:
             numbers = pc.cast(text, pa.float64())
             kind = "numbers"
@@ -302,7 +302,7 @@ def _doubts(names: Sequence[str], line: int) -> list[str]:
         return []
     text = next(name for name in names if name and not is_number(name))
     here, number = (_checks.shortened(repr(field)) for field in (text, numbers[0]))
-    return [f"line {line} is taken for the names of the columns, as {here} is no number; but {number} is one"]
+    return [f"line {line} is taken for the names of the columns, as {here} is not a number; but {number} is one"]
 
 
 def _text(data: bytes) -> str:
@@ -451,7 +451,7 @@ def _numbers(values: Any, narrow: bool) -> Array:
 
 
 def _kind_of_type(kind: Any) -> str:
-    """Return what a column holds that is no numbers, or nothing."""
+    """Return what a column holds that is not numbers, or nothing."""
     is_a = pa.types
     if is_a.is_floating(kind) or is_a.is_integer(kind) or is_a.is_boolean(kind) or is_a.is_decimal(kind):
         return ""

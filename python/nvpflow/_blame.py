@@ -46,7 +46,7 @@ def blame(flow: Flow | ConditionedFlow, x: ArrayLike) -> Any:
     Raises
     ------
     TypeError, ValueError
-        `flow` is no Flow, or as `Flow.log_probability`.
+        `flow` is not a Flow, or as `Flow.log_probability`.
 
     Notes
     -----
@@ -68,7 +68,7 @@ def blame(flow: Flow | ConditionedFlow, x: ArrayLike) -> Any:
     1
     """
     if not isinstance(flow, (Flow, ConditionedFlow)):
-        raise TypeError(f"flow must be a Flow, got {_checks.describe(flow)}")
+        raise TypeError(f"flow is {_checks.describe(flow)}, expected a Flow")
     if isinstance(flow, Flow) and flow.spec.context_size:
         raise ValueError("flow has a context, and rows are blamed under one; expected flow.condition(context)")
     given, _ = _frames.read("x", x, flow.column_names)

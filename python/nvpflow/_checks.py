@@ -26,11 +26,11 @@ def shortened(text: str) -> str:
 def integer(name: str, value: Any, *, bits: int = 64, unsigned: bool = False) -> int:
     """Return `value` as an int that fits so many bits; bool is refused, it is almost always a mistake."""
     if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {describe(value)}")
+        raise TypeError(f"{name} is {describe(value)}, expected an integer")
     try:
         number = operator.index(value)
     except TypeError:  # an array of more than one element, for example
-        raise TypeError(f"{name} must be an integer, got {describe(value)}") from None
+        raise TypeError(f"{name} is {describe(value)}, expected an integer") from None
     low, high = (0, 2**bits) if unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1))
     if not low <= number < high:
         raise ValueError(f"{name} is {describe(number)}, expected {low} to {high - 1}")
@@ -40,7 +40,7 @@ def integer(name: str, value: Any, *, bits: int = 64, unsigned: bool = False) ->
 def count(name: str, value: Any) -> int:
     """Return how many rows to draw; a shape, as other libraries take one, is answered with what works here."""
     if isinstance(value, (tuple, list)):
-        raise TypeError(f"{name} must be an integer, got {describe(value)}; rows have one axis: sample(5) draws five")
+        raise TypeError(f"{name} is {describe(value)}, expected an integer; rows have one axis: sample(5) draws five")
     number = integer(name, value)
     if number < 0:
         raise ValueError(f"{name} is {number}, expected 0 or more")
@@ -50,7 +50,7 @@ def count(name: str, value: Any) -> int:
 def real(name: str, value: Any) -> float:
     """Return `value`, any real number but a bool, as a float."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{name} must be a real number, got {describe(value)}")
+        raise TypeError(f"{name} is {describe(value)}, expected a real number")
     try:
         return float(value)
     except OverflowError:
@@ -60,14 +60,14 @@ def real(name: str, value: Any) -> float:
 def boolean(name: str, value: Any) -> bool:
     """Return `value`, which must be a bool: 1, "no" or an array are not taken for one."""
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be True or False, got {describe(value)}")
+        raise TypeError(f"{name} is {describe(value)}, expected True or False")
     return bool(value)
 
 
 def text(name: str, value: Any) -> str:
     """Return `value`, which must be a str."""
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string, got {describe(value)}")
+        raise TypeError(f"{name} is {describe(value)}, expected a string")
     if not value.isascii():
         try:
             value.encode()
@@ -80,7 +80,7 @@ def sizes(name: str, value: Any, *, example: str = "(128, 128)") -> tuple[int, .
     """Return a sequence of integers as a tuple; a single integer is refused, not wrapped."""
     wanted = f"a sequence of integers such as {example}"
     if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, np.ndarray)):
-        raise TypeError(f"{name} must be {wanted}, got {describe(value)}")
+        raise TypeError(f"{name} is {describe(value)}, expected {wanted}")
     if isinstance(value, np.ndarray) and value.ndim != 1:
         raise TypeError(f"{name} has {value.ndim} dimensions, expected one: {wanted}")
     return tuple(integer(f"{name}[{i}]", item) for i, item in enumerate(value))
@@ -93,7 +93,7 @@ def standardize(value: Any) -> tuple[bool, str]:
             raise ValueError(f"standardize is {value!r}, expected True, False, 'mean' or 'robust'")
         return True, value
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"standardize must be True, False, 'mean' or 'robust', got {describe(value)}")
+        raise TypeError(f"standardize is {describe(value)}, expected True, False, 'mean' or 'robust'")
     return bool(value), "auto"
 
 
@@ -102,7 +102,7 @@ def column_names(name: str, value: Any) -> list[str]:
     if value is None:
         return []
     if isinstance(value, (str, bytes, Set, Mapping)) or not isinstance(value, Iterable):  # those have no order
-        raise TypeError(f"{name} must be a sequence of strings or None, got {describe(value)}")
+        raise TypeError(f"{name} is {describe(value)}, expected a sequence of strings or None")
     return [text(f"{name}[{i}]", item) for i, item in enumerate(value)]
 
 
@@ -117,7 +117,7 @@ def repeated(names: Sequence[str]) -> str:
 
 def dtype_name(name: str, value: DTypeLike) -> str:
     """Return the name NumPy gives to a dtype: np.float32 and "f4" both give "float32"."""
-    message = f"{name} must be a dtype, 'float32' or 'float64', got {describe(value)}"
+    message = f"{name} is {describe(value)}, expected a dtype, 'float32' or 'float64'"
     if value is None:  # float64 to NumPy, not a choice the caller made
         raise TypeError(message)
     try:
@@ -129,7 +129,7 @@ def dtype_name(name: str, value: DTypeLike) -> str:
 def path(name: str, value: str | os.PathLike[str]) -> str:
     """Return a path as a str."""
     if not isinstance(value, (str, os.PathLike)):
-        raise TypeError(f"{name} must be a str or an os.PathLike, got {describe(value)}")
+        raise TypeError(f"{name} is {describe(value)}, expected a str or an os.PathLike")
     return os.fsdecode(value)
 
 

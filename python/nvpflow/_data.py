@@ -194,7 +194,7 @@ def check_data(
     Raises
     ------
     TypeError, ValueError
-        `x` or `context` is no table, or names are not as many as its columns.
+        `x` or `context` is not a table, or names are not as many as its columns.
 
     Examples
     --------

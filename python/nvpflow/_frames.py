@@ -186,7 +186,7 @@ def read(
     Raises
     ------
     TypeError
-        Columns that are not numbers are named, all in one message, with the way out. Or `value` is no table.
+        Columns that are not numbers are named, all in one message, with the way out. Or `value` is not a table.
     ValueError
         The names or their order differ.
     """
@@ -214,7 +214,7 @@ def _labels_of_row(value: Any) -> list[str]:
 
 
 def rows(value: Any, name: str, expected: Sequence[str] | None, source: str) -> Any:
-    """Return `read`'s array: what the compiled methods call where an argument is no array."""
+    """Return `read`'s array: what the compiled methods call where an argument is not an array."""
     return read(name, value, expected, source)[0]
 
 

@@ -173,7 +173,7 @@ class Model(_core.Flow):
     ) -> None:
         if not isinstance(spec, FlowSpec):
             way = "nvpflow.build makes a flow from the number of columns"
-            raise TypeError(f"spec must be a FlowSpec, got {_checks.describe(spec)}; {way}")
+            raise TypeError(f"spec is {_checks.describe(spec)}, expected a FlowSpec; {way}")
         super().__init__(
             spec,
             _checks.integer("seed", seed, unsigned=True),
@@ -309,10 +309,10 @@ class Model(_core.Flow):
         ValueError
             Names are missing or unknown, or a shape is wrong; the message names them.
         TypeError
-            `parameters` is no mapping, or a dtype does not convert safely.
+            `parameters` is not a mapping, or a dtype does not convert safely.
         """
         if not isinstance(parameters, Mapping):
-            raise TypeError(f"parameters must be a mapping of names to arrays, got {_checks.describe(parameters)}")
+            raise TypeError(f"parameters is {_checks.describe(parameters)}, expected a mapping of names to arrays")
         layout = self._layout()
         low = None
         if self.spec._takes_float64_rows and _MEAN_LOW in parameters:
@@ -417,10 +417,10 @@ class Model(_core.Flow):
         Raises
         ------
         TypeError, ValueError
-            `other` is no flow, or of another spec. Nothing has changed.
+            `other` is not a flow, or of another spec. Nothing has changed.
         """
         if not isinstance(other, _core.Flow):
-            raise TypeError(f"other must be a Flow, got {_checks.describe(other)}")
+            raise TypeError(f"other is {_checks.describe(other)}, expected a Flow")
         self._swap(other)
 
     def __eq__(self, other: object) -> bool:

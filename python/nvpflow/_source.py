@@ -50,7 +50,7 @@ class Source(Protocol):
         """Return the column that pandas wrote a frame's index to."""
 
     def pieces(self, used: Sequence[int], passed: Sequence[int], typed: bool, problems: Problems) -> Iterator[Piece]:
-        """Yield the table; columns that are no numbers go to `problems`."""
+        """Yield the table; columns that are not numbers go to `problems`."""
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Problems:
         return bool(self.general or self.ragged.count or self.wrong or self.missing)
 
     def add_wrong(self, column: int, kind: str, count: int, first: Sequence[int], example: str = "") -> None:
-        """Note cells of a column that are no numbers."""
+        """Note cells of a column that are not numbers."""
         cells = self.wrong.setdefault(column, _Cells(kind=kind, example=example))
         cells.add(count, first)
 

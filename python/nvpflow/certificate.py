@@ -230,7 +230,7 @@ def _check_keys(cls: type, values: Any) -> None:
     expected = {field.name for field in fields(cls)}
     if not isinstance(values, Mapping) or set(values) != expected:
         came = ", ".join(map(str, values)) if isinstance(values, Mapping) else _checks.describe(values)
-        raise ValueError(f"a {cls.__name__} holds {', '.join(sorted(expected))}; got {came}")
+        raise ValueError(f"the {cls.__name__} holds {came}, expected {', '.join(sorted(expected))}")
 
 
 def first(row: int | None) -> str:

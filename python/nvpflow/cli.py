@@ -165,7 +165,7 @@ def _with_negative_lists(argv: Sequence[str]) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="nvpflow", description="Train RealNVP normalizing flows on tables of numbers; score and sample with them."
+        prog="nvpflow", description="Train normalizing flows on tables of numbers; score and sample with them."
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show what this is and runs on, and exit")
     for option, folder, text in (
@@ -458,7 +458,7 @@ def _context_cells(text: str) -> list[tuple[str, float]]:
         name, _, number = cell.rpartition("=")
         cells.append((name.strip(), _finite(number)))
     if not cells or ("" in dict(cells) and any(name for name, _ in cells)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list, {_LIKE_THIS}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list, {_LIKE_THIS}")
     return cells
 
 
@@ -470,7 +470,7 @@ def _finite(text: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"{text!r} is no finite number, true or false, {_LIKE_THIS}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number, true or false, {_LIKE_THIS}")
     return number
 
 
@@ -1034,7 +1034,7 @@ def _run_report(arguments: argparse.Namespace) -> None:
 
 
 def _shown(path: str) -> str:
-    """Return a path as text: bytes that are no UTF-8 are escaped."""
+    """Return a path as text: bytes that are not UTF-8 are escaped."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 

@@ -43,7 +43,7 @@ class ConditionedFlow(_core.ConditionedFlow):
     @_hints.explained
     def __init__(self, flow: _core.Flow, context: ArrayLike) -> None:
         if not isinstance(flow, _core.Flow):
-            raise TypeError(f"flow must be a Flow, got {_checks.describe(flow)}")
+            raise TypeError(f"flow is {_checks.describe(flow)}, expected a Flow")
         super().__init__(flow, flow._context_row(context))
 
     @property

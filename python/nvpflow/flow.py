@@ -161,7 +161,7 @@ def build(
     Raises
     ------
     RuntimeError
-        The spec holds what the device does not compute yet; the message names it.
+        ``NVPFLOW_ISA`` or ``NVPFLOW_NUM_THREADS`` in the environment holds what nvpflow does not take.
     TypeError, ValueError
         Naming the argument, what was given and what was expected. Options that contradict each other are refused.
     CudaError
@@ -238,7 +238,7 @@ def load(
         CUDA cannot be used; the message says why.
     """
     if spec is not None and not isinstance(spec, FlowSpec):
-        raise TypeError(f"spec must be a FlowSpec or None, got {_checks.describe(spec)}")
+        raise TypeError(f"spec is {_checks.describe(spec)}, expected a FlowSpec or None")
     found, parameters, mean_low, *names, threshold, report = _core._load_model(_checks.path("path", path), spec)
     where = _where(device, precision, weights)
     columns, contexts = names

@@ -1,8 +1,8 @@
 """The pieces of a RealNVP flow as free functions: NumPy in, NumPy out, on the same kernels as `nvpflow.Flow`.
 
 They are for reading, checking and porting weights; for speed use a `Flow`, which sets up its weights once. Names and
-meaning are those of Edifice's ``NormalizingFlow``. Formulas: Dinh, Sohl-Dickstein and Bengio, "Density estimation
-using Real NVP" (2017), equations 3, 7 and 8.
+meaning are those of ``NormalizingFlow`` in Edifice, a library of neural networks in Elixir. Formulas: Dinh,
+Sohl-Dickstein and Bengio, "Density estimation using Real NVP" (2017), equations 3, 7 and 8.
 
 Arrays are float32 or float64; the first argument's dtype is that of the results, and weights must convert to it
 safely. A dense layer is a pair ``(kernel [in, out], bias [out])``.
@@ -184,7 +184,7 @@ def _dense(name: str, layer: Any, like: NDArray[Any], inputs: int, outputs: int 
     try:
         kernel, bias = layer
     except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a pair (kernel, bias), got {_checks.describe(layer)}") from None
+        raise TypeError(f"{name} is {_checks.describe(layer)}, expected a pair (kernel, bias)") from None
     kernel = _checks.array(f"{name} kernel", kernel, like.dtype)
     bias = _checks.array(f"{name} bias", bias, like.dtype)
     if kernel.ndim != 2 or kernel.shape[0] != inputs or kernel.shape[1] != (outputs or kernel.shape[1]):

@@ -154,7 +154,7 @@ class History:
         """
         needed = [name for name in [*_ARRAYS, *_SCALARS] if name not in _LATER]
         if set(values) - _LATER != set(needed):
-            raise ValueError(f"a history holds {', '.join(needed)}; got {', '.join(map(str, values))}")
+            raise ValueError(f"the history holds {', '.join(map(str, values))}, expected {', '.join(needed)}")
         try:
             given: dict[str, Any] = {name: np.array(values[name], dtype=dtype) for name, dtype in _ARRAYS.items()}
             given |= {name: kind(values[name]) for name, kind in _SCALARS.items() if name in values}

@@ -82,10 +82,10 @@ def parameters(flow: Flow) -> dict[str, jax.Array]:
     Raises
     ------
     TypeError
-        `flow` is no `nvpflow.Flow`, or is a float64 flow and ``jax_enable_x64`` is off.
+        `flow` is not an `nvpflow.Flow`, or is a float64 flow and ``jax_enable_x64`` is off.
     """
     if not isinstance(flow, Flow):
-        raise TypeError(f"flow must be an nvpflow.Flow, got {_checks.describe(flow)}")
+        raise TypeError(f"flow is {_checks.describe(flow)}, expected an nvpflow.Flow")
     _check_x64(flow.spec)
     _checks.whole_mean(flow)
     flat = flow._copy_flat_parameters()
@@ -335,7 +335,7 @@ def _layout(spec: FlowSpec) -> tuple[tuple[str, tuple[int, ...], int], ...]:
 
 def _check_spec(spec: Any) -> None:
     if not isinstance(spec, FlowSpec):
-        raise TypeError(f"spec must be an nvpflow.FlowSpec, as flow.spec is, got {_checks.describe(spec)}")
+        raise TypeError(f"spec is {_checks.describe(spec)}, expected an nvpflow.FlowSpec, as flow.spec is")
 
 
 def _check_x64(spec: FlowSpec) -> None:
@@ -443,7 +443,7 @@ def _context_array(spec: FlowSpec, context: Any, wanted: str) -> jax.Array | Non
 
 def _checked_parameters(spec: FlowSpec, parameters: Any) -> tuple[jax.Array, ...]:
     if not isinstance(parameters, Mapping):
-        raise TypeError(f"parameters must be a dict from names to arrays, got {_checks.describe(parameters)}")
+        raise TypeError(f"parameters is {_checks.describe(parameters)}, expected a dict from names to arrays")
     _check_x64(spec)
     layout = _layout(spec)
     _checks.names("parameters", parameters, [name for name, _, _ in layout])

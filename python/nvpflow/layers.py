@@ -142,7 +142,7 @@ class ActNorm(Expression):
     Raises
     ------
     TypeError
-        `inverse` is no bool.
+        `inverse` is not a bool.
 
     References
     ----------
@@ -202,7 +202,7 @@ class LULinear(Expression):
     Raises
     ------
     TypeError
-        `inverse` is no bool.
+        `inverse` is not a bool.
 
     References
     ----------

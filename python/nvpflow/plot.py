@@ -103,7 +103,7 @@ def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
         made: Axes = plt.subplots(figsize=size, layout="constrained")[1]
         return made
     if not hasattr(ax, "plot"):
-        raise TypeError(f"ax must be Axes of Matplotlib or None, got {_checks.describe(ax)}")
+        raise TypeError(f"ax is {_checks.describe(ax)}, expected Axes of Matplotlib or None")
     return ax
 
 

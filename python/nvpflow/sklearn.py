@@ -492,7 +492,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
 
 @_documented
 class FlowDensity(DensityMixin, _FlowEstimator):  # type: ignore[misc]
-    """Density estimation with a RealNVP flow: exact log-densities and samples.
+    """Density estimation with a normalizing flow: exact log-densities and samples.
 
     Used as `sklearn.neighbors.KernelDensity` and `sklearn.mixture.GaussianMixture` are; needs two features or more.
     With `context_features` it is a conditional density, of the other features given these.
@@ -594,7 +594,7 @@ class FlowDensity(DensityMixin, _FlowEstimator):  # type: ignore[misc]
 
 @_documented
 class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
-    """Outlier detection with a RealNVP flow: a row is an outlier where its density is low.
+    """Outlier detection with a normalizing flow: a row is an outlier where its density is low.
 
     Used as `sklearn.ensemble.IsolationForest` is; needs two features or more. With `context_features` it judges a row
     by its other features given these.

@@ -194,9 +194,9 @@ def fit(
 ) -> History:
     """Train `flow`; `Flow.fit` documents the arguments."""
     if callback is not None and not callable(callback):
-        raise TypeError(f"callback must be callable or None, got {_checks.describe(callback)}")
+        raise TypeError(f"callback is {_checks.describe(callback)}, expected callable or None")
     if adam is not None and not isinstance(adam, AdamState):
-        raise TypeError(f"adam must be an nvpflow.AdamState or None, got {_checks.describe(adam)}")
+        raise TypeError(f"adam is {_checks.describe(adam)}, expected an nvpflow.AdamState or None")
     if text := _frames.not_numbers("x", x):
         raise TypeError(_data.refusal("x", x) or text)  # with all else that is wrong
     given, frame_names = _frames.read("x", x, flow._column_names())

@@ -77,7 +77,7 @@ Wanted wanted_of(PyObject* wrt, bool has_context) {
   if (wrt == nullptr) return wanted_by("all", has_context);
   const auto text = [](PyObject* name) {
     if (PyUnicode_Check(name) == 0) {
-      raise(PyExc_TypeError, std::string("wrt takes a str or a tuple of them, got ") + Py_TYPE(name)->tp_name);
+      raise(PyExc_TypeError, std::string("wrt is ") + Py_TYPE(name)->tp_name + ", expected a str or a tuple of them");
     }
     return py::reinterpret_borrow<py::str>(name).cast<std::string>();
   };

@@ -89,7 +89,9 @@ class ArgumentsOf {
   /// A str; `otherwise` where it is left out.
   std::string text(int i, const char* otherwise) const {
     if (values_[i] == nullptr) return otherwise;
-    if (PyUnicode_Check(values_[i]) == 0) fail("takes a str for " + name(i) + ", got " + Py_TYPE(values_[i])->tp_name);
+    if (PyUnicode_Check(values_[i]) == 0) {
+      raise(PyExc_TypeError, name(i) + " is " + Py_TYPE(values_[i])->tp_name + ", expected a str");
+    }
     return py::reinterpret_borrow<py::str>(values_[i]);
   }
   void require(int i) const {

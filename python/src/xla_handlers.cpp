@@ -260,11 +260,11 @@ class Call {
   }
 
   const xla::Buffer& argument(std::size_t i) const {
-    if (frame_.args.types[i] != xla::ArgumentType::buffer) fail("argument " + std::to_string(i) + " is no buffer");
+    if (frame_.args.types[i] != xla::ArgumentType::buffer) fail("argument " + std::to_string(i) + " is not a buffer");
     return *static_cast<const xla::Buffer*>(frame_.args.args[i]);
   }
   const xla::Buffer& result(std::size_t i) const {
-    if (frame_.rets.types[i] != xla::ResultType::buffer) fail("result " + std::to_string(i) + " is no buffer");
+    if (frame_.rets.types[i] != xla::ResultType::buffer) fail("result " + std::to_string(i) + " is not a buffer");
     return *static_cast<const xla::Buffer*>(frame_.rets.rets[i]);
   }
 

@@ -65,7 +65,7 @@ def test_a_base_is_an_object_that_prints_as_its_call() -> None:
         (lambda: Uniform(2, 1), ValueError, "high is 1.0, expected more than low, which is 2.0"),
         (lambda: Uniform(-math.inf, 1), ValueError, "low is -inf, expected a finite number"),
         (lambda: Uniform(0, math.nan), ValueError, "high is nan, expected a finite number"),
-        (lambda: Uniform("0", 1), TypeError, "low must be a real number"),
+        (lambda: Uniform("0", 1), TypeError, "low is '0' (str), expected a real number"),
         (lambda: nvpflow.build(2, base="cauchy"), ValueError, "base is 'cauchy', expected 'normal', 'uniform', or one"),
         (lambda: nvpflow.build(2, base=None), TypeError, "base is None"),
         (lambda: nvpflow.build(2, base=Uniform), TypeError, "such as Uniform(0, 1)"),

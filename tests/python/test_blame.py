@@ -109,7 +109,7 @@ def test_lists_are_taken_as_the_flow_takes_them(dtype) -> None:
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
-        (("model.safetensors", np.zeros((2, 4))), TypeError, "flow must be a Flow, got 'model.safetensors'"),
+        (("model.safetensors", np.zeros((2, 4))), TypeError, "flow is 'model.safetensors' .*, expected a Flow"),
         ((None, np.zeros((2, 3))), ValueError, "x has shape"),
         ((None, np.zeros((2, 4), complex)), TypeError, "x has dtype complex128"),
     ],

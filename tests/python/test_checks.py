@@ -30,7 +30,7 @@ def test_long_values_are_cut_in_messages(length, shown) -> None:
     value = ("x" * (length - 2)).encode()[:-1]  # whose repr, b'xxx', has this length
     text = repr(value) if shown is not None else f"b'{'x' * 55}..."
     assert len(repr(value)) == length
-    refused(lambda: nvpflow.build(3, activation=value), TypeError, f"activation must be a string, got {text} (bytes)")
+    refused(lambda: nvpflow.build(3, activation=value), TypeError, f"activation is {text} (bytes), expected a string")
 
 
 def test_integers_fit_64_bits() -> None:
@@ -76,7 +76,7 @@ def test_integers_of_numpy_are_integers(value) -> None:
     ],
 )
 def test_what_is_no_integer_is_refused(value, shown) -> None:
-    refused(lambda: nvpflow.build(value), TypeError, f"input_size must be an integer, got {shown}")
+    refused(lambda: nvpflow.build(value), TypeError, f"input_size is {shown}, expected an integer")
 
 
 @pytest.mark.parametrize("value", [2, 2.0, np.int8(2), np.float32(2), np.float64(2)])
@@ -88,7 +88,7 @@ def test_numbers_of_numpy_are_real_numbers(value) -> None:
 
 @pytest.mark.parametrize("value", [True, np.True_, "2", None, 2j, Fraction(2), np.array(2.0)])
 def test_what_is_no_real_number_is_refused(value) -> None:
-    message = f"scale_bound must be a real number, got {value!r} ({type(value).__name__})"
+    message = f"scale_bound is {value!r} ({type(value).__name__}), expected a real number"
     refused(lambda: nvpflow.build(3, scale_bound=value), TypeError, message)
 
 
@@ -104,7 +104,7 @@ def test_a_bool_of_numpy_is_a_bool(value) -> None:
 
 @pytest.mark.parametrize("value", [1, 0, np.array(True)])
 def test_what_is_no_bool_is_refused(value) -> None:
-    message = f"standardize must be True, False, 'mean' or 'robust', got {value!r} ({type(value).__name__})"
+    message = f"standardize is {value!r} ({type(value).__name__}), expected True, False, 'mean' or 'robust'"
     refused(lambda: nvpflow.build(3, standardize=value), TypeError, message)
     message = "standardize is 'no', expected True, False, 'mean' or 'robust'"
     refused(lambda: nvpflow.build(3, standardize="no"), ValueError, message)
@@ -117,7 +117,7 @@ def test_any_name_of_a_dtype(value) -> None:
 
 @pytest.mark.parametrize("value", [None, "single precision", 32])
 def test_what_names_no_dtype_is_refused(value) -> None:
-    message = f"dtype must be a dtype, 'float32' or 'float64', got {value!r} ({type(value).__name__})"
+    message = f"dtype is {value!r} ({type(value).__name__}), expected a dtype, 'float32' or 'float64'"
     refused(lambda: nvpflow.build(3, dtype=value), TypeError, message)
 
 
@@ -126,7 +126,7 @@ def test_paths(flow, tmp_path) -> None:
         flow.save(path)
         assert nvpflow.load(path) == flow
     for path in (3, None, b"model", [Path("model")]):
-        message = f"path must be a str or an os.PathLike, got {path!r} ({type(path).__name__})"
+        message = f"path is {path!r} ({type(path).__name__}), expected a str or an os.PathLike"
         refused(lambda p=path: nvpflow.load(p), TypeError, message)
 
 
@@ -140,13 +140,13 @@ def test_any_sequence_of_sizes(value) -> None:
 
 @pytest.mark.parametrize("value", ["57", b"57", 5, None, {5, 7}, {5: 7}, iter((5, 7))])
 def test_what_is_no_sequence_of_sizes_is_refused(value) -> None:
-    message = r"^hidden_sizes must be a sequence of integers such as \(128, 128\), got "
+    message = r"^hidden_sizes is .*, expected a sequence of integers such as \(128, 128\)"
     with pytest.raises(TypeError, match=message):
         nvpflow.build(3, 2, value)
 
 
 def test_the_wrong_one_of_the_sizes_is_named() -> None:
-    message = "hidden_sizes[1] must be an integer, got 7.0 (float)"
+    message = "hidden_sizes[1] is 7.0 (float), expected an integer"
     refused(lambda: nvpflow.build(3, 2, (5, 7.0, 9.0)), TypeError, message)
 
 
@@ -161,7 +161,7 @@ def test_any_ordered_names_of_columns(flow, value) -> None:
 
 @pytest.mark.parametrize("value", ["abc", b"abc", {"a", "b", "c"}, dict.fromkeys("abc"), frozenset("abc"), 3])
 def test_names_of_columns_without_an_order_are_refused(flow, value) -> None:
-    with pytest.raises(TypeError, match=r"^column_names must be a sequence of strings or None, got "):
+    with pytest.raises(TypeError, match=r"^column_names is .*, expected a sequence of strings or None"):
         flow.column_names = value
 
 

@@ -774,7 +774,7 @@ def test_a_first_row_that_is_taken_for_names_is_said(call, folder, field):
     code, output, errors = call("score", "model.safetensors", "t.csv")
     assert (code, len(output.split())) == (0, 1)
     assert "line 1 is taken for the names of the columns, as " in errors
-    assert errors.endswith("is no number; but '2' is one\n")
+    assert errors.endswith("is not a number; but '2' is one\n")
     known = nvpflow.load(folder / "model.safetensors")
     known.column_names = [field.strip('"'), "2", "3"]
     known.save(folder / "known.safetensors")
@@ -854,7 +854,7 @@ def test_dialects_of_csv(call, folder, flow, name):
     pytest.importorskip("pyarrow")
     (folder / "t.csv").write_bytes(DIALECTS[name].encode())
     code, output, errors = call("score", "model.safetensors", "t.csv")
-    names = "line 1 is taken for the names of the columns, as 'a' is no number; but '2020' is one"
+    names = "line 1 is taken for the names of the columns, as 'a' is not a number; but '2020' is one"
     assert (code, errors) == (0, f"nvpflow: t.csv: {names}\n" if name == "years" else "")
     assert np.array_equal(scores_of(output), flow.log_probability(np.array([[1, 2, 3], [4, 5, 6]], np.float32)))
 

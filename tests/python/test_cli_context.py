@@ -380,13 +380,13 @@ def test_rows_that_a_seed_does_not_have_are_counted_over_all_contexts(call, tmp_
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("1,x", "'x' is no finite number, true or false, expected numbers such as 0.5,1.2 or names with"),
-        ("nan,1", "'nan' is no finite number, true or false"),
-        ("hour=1,load=-inf", "'-inf' is no finite number, true or false"),
-        ("1_0,2", "'1_0' is no finite number, true or false"),
-        ("-,2", "'-' is no finite number"),
-        ("hour=1,2", "'hour=1,2' is no list, expected numbers such as 0.5,1.2 or names with a number each"),
-        ("", "'' is no list, expected numbers"),
+        ("1,x", "'x' is not a finite number, true or false, expected numbers such as 0.5,1.2 or names with"),
+        ("nan,1", "'nan' is not a finite number, true or false"),
+        ("hour=1,load=-inf", "'-inf' is not a finite number, true or false"),
+        ("1_0,2", "'1_0' is not a finite number, true or false"),
+        ("-,2", "'-' is not a finite number"),
+        ("hour=1,2", "'hour=1,2' is not a list, expected numbers such as 0.5,1.2 or names with a number each"),
+        ("", "'' is not a list, expected numbers"),
     ],
 )
 def test_numbers_that_are_none_are_wrong_usage(call, capfdbinary, given, message):

@@ -272,7 +272,7 @@ def test_the_report_does_not_depend_on_layout_or_call() -> None:
         ([[1.0], [1.0, 2.0]], {}, TypeError, "x cannot be read as an array of numbers"),
         (normal(), {"names": ["a"]}, ValueError, "names holds 1 names, expected 3"),
         (normal(), {"dtype": "int8"}, ValueError, "dtype is 'int8'"),
-        (normal(), {"standardize": 1}, TypeError, "standardize must be True or False"),
+        (normal(), {"standardize": 1}, TypeError, r"standardize is 1 \(int\), expected True or False"),
     ],
 )
 def test_arguments_that_are_refused(x, options, error, message) -> None:

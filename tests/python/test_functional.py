@@ -1,4 +1,4 @@
-"""nvpflow.functional against the seed's formulas, written out in float64 NumPy."""
+"""nvpflow.functional against Edifice's formulas, written out in float64 NumPy."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def wrong(**changes):
         ({"x": np.zeros((3, 1))}, ValueError, "a coupling layer needs at least 2"),
         ({"x": np.zeros((3, 6))}, ValueError, r"hidden\[0\] kernel has shape \(2, 3\), expected \(3, out\)"),
         ({"hidden": []}, ValueError, r"scale kernel has shape \(3, 2\), expected \(2, 2\)"),
-        ({"hidden": [None]}, TypeError, r"hidden\[0\] must be a pair \(kernel, bias\)"),
+        ({"hidden": [None]}, TypeError, r"hidden\[0\] is None .*, expected a pair \(kernel, bias\)"),
         (
             {"hidden": [(np.zeros((2, 3)), np.zeros(2))]},
             ValueError,
@@ -162,8 +162,8 @@ def wrong(**changes):
         ({"translation": (np.zeros((3, 2)), np.zeros(1))}, ValueError, "translation bias"),
         ({"translation": (np.zeros((3, 2), dtype=complex), np.zeros(2))}, TypeError, "translation kernel has dtype"),
         ({"activation": "rulu"}, ValueError, "activation is 'rulu'.*softplus"),
-        ({"activation": 3}, TypeError, "activation must be a string"),
-        ({"even": 2}, TypeError, "even must be True or False"),
+        ({"activation": 3}, TypeError, "activation is 3 .*, expected a string"),
+        ({"even": 2}, TypeError, "even is 2 .*, expected True or False"),
         ({"scale_bound": 0.0}, ValueError, "scale_bound is 0"),
     ],
 )

@@ -158,8 +158,8 @@ HABITS = [
     (lambda flow: nvpflow.Flow(flow.spec, seeds=1), "Flow.__init__.. got .* 'seeds'; did you mean 'seed'"),
     (lambda flow: flow.sample(5, dtype="x"), "dtype is 'x', expected float32 or float64"),
     (lambda flow: flow.inverse(X, dtype=1.5), "dtype is 1.5, expected float32 or float64"),
-    (lambda flow: nvpflow.Flow(3), r"spec must be a FlowSpec, got 3 \(int\); nvpflow.build makes a flow"),
-    (lambda flow: flow.swap(flow.spec), "other must be a Flow, got FlowSpec"),
+    (lambda flow: nvpflow.Flow(3), r"spec is 3 \(int\), expected a FlowSpec; nvpflow.build makes a flow"),
+    (lambda flow: flow.swap(flow.spec), "other is FlowSpec.*, expected a Flow"),
 ]
 
 
@@ -180,7 +180,7 @@ def test_arguments_of_modules_and_distributions_are_answered() -> None:
         (lambda: module(x, cond=x), r"FlowModule.forward\(\) .* 'cond'; what conditions the rows is called context"),
         (lambda: module.log_prob(value=x), "'value'; the rows are called x"),
         (lambda: module.rsample(num_samples=3), "'num_samples'; the number of rows is called n"),
-        (lambda: module.sample((5,)), r"n must be an integer, got \(5,\) .*rows have one axis: sample\(5\) draws five"),
+        (lambda: module.sample((5,)), r"n is \(5,\) \(tuple\), expected an integer; rows have one axis: sample\(5\) draws five"),
         (lambda: module.to_flow(drop_bases=True), "'drop_bases'; did you mean 'drop_base'"),
         (lambda: FlowDistribution(module, validate_arg=True), "'validate_arg'; did you mean 'validate_args'"),
         (

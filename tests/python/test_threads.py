@@ -610,18 +610,18 @@ def test_a_pickle_names_public_modules() -> None:
     ("place", "odd", "message"),
     [
         (0, 5, r"the pickled class is 5 \(int\), expected nvpflow\.Flow"),
-        (1, 5, r"the pickled spec must be a string, got 5 \(int\)"),
+        (1, 5, r"the pickled spec is 5 \(int\), expected a string"),
         (2, None, r"the pickled array of weights is None \(NoneType\), expected an array \(\d+,\) of float32"),
         (2, np.zeros(3), r"the pickled array of weights has shape \(3,\) and dtype float64, expected an array"),
         (2, ("a",), r"the pickled weights hold 'a' \(str\), expected bytes"),
         (2, (bytes(1 << 20),), r"the pickle holds 1048576 bytes of weights, expected \d+"),
-        (3, "two", r"the pickled num_threads must be an integer, got 'two' \(str\)"),
-        (4, None, "device must be a string, got None"),
-        (7, [1], r"the pickled column_names\[0\] must be a string, got 1 \(int\)"),
+        (3, "two", r"the pickled num_threads is 'two' \(str\), expected an integer"),
+        (4, None, r"device is None \(NoneType\), expected a string"),
+        (7, [1], r"the pickled column_names\[0\] is 1 \(int\), expected a string"),
         (8, 5, r"the pickled threshold is 5 \(int\), expected \(log_p, quantile\) or None"),
-        (8, ("low", None), r"the pickled threshold's log_p must be a real number, got 'low' \(str\)"),
-        (8, (1.0, "one"), r"the pickled threshold's quantile must be a real number, got 'one' \(str\)"),
-        (9, None, "standardize must be a string, got None"),
+        (8, ("low", None), r"the pickled threshold's log_p is 'low' \(str\), expected a real number"),
+        (8, (1.0, "one"), r"the pickled threshold's quantile is 'one' \(str\), expected a real number"),
+        (9, None, r"standardize is None \(NoneType\), expected a string"),
         (
             10,
             np.zeros(3),
@@ -637,7 +637,7 @@ def test_an_odd_pickle_of_a_flow_is_refused(place, odd, message) -> None:
 
 
 def test_an_odd_pickle_of_a_spec_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"the pickled FlowSpec must be a string, got 5 \(int\)"):
+    with pytest.raises(TypeError, match=r"the pickled FlowSpec is 5 \(int\), expected a string"):
         nvpflow.FlowSpec.__new__(nvpflow.FlowSpec).__setstate__(5)
     with pytest.raises(nvpflow.FileFormatError, match="input_size is missing"):
         nvpflow.FlowSpec.__new__(nvpflow.FlowSpec).__setstate__("{}")

@@ -186,8 +186,8 @@ def test_training_is_of_the_full_weights() -> None:
     [
         ({"weights": "bfloat16", "dtype": "float64"}, ValueError, "weights is 'bfloat16'.*float32"),
         ({"weights": "half"}, ValueError, "weights is 'half', expected 'full' or 'bfloat16'"),
-        ({"weights": None}, TypeError, "weights must be"),
-        ({"weights": 16}, TypeError, "weights must be"),
+        ({"weights": None}, TypeError, "weights is None"),
+        ({"weights": 16}, TypeError, "weights is 16"),
     ],
 )
 def test_other_weights_are_refused_and_named(arguments, error, message) -> None:

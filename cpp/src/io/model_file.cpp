@@ -156,14 +156,14 @@ std::vector<std::string> names_of(const ContainerReader& file, const char* key, 
     fail(error.what());
   }
   const std::string expected = "expected an array of " + std::to_string(columns) + " strings";
-  if (!document.is_array()) fail("the text is no array, " + expected);
+  if (!document.is_array()) fail("the text is not an array, " + expected);
   if (static_cast<std::int64_t>(document.size()) != columns) {
     fail("the array holds " + std::to_string(document.size()) + " values, " + expected);
   }
   std::vector<std::string> names;
   names.reserve(document.size());
   for (json& name : document) {
-    if (!name.is_string()) fail("value " + std::to_string(names.size()) + " is no string, " + expected);
+    if (!name.is_string()) fail("value " + std::to_string(names.size()) + " is not a string, " + expected);
     names.push_back(std::move(name.get_ref<std::string&>()));
   }
   try {
@@ -176,7 +176,7 @@ std::vector<std::string> names_of(const ContainerReader& file, const char* key, 
 
 Threshold threshold_from_json(const std::string& text) {
   const json document = parse_metadata_json(text);
-  if (!document.is_object()) throw Error(ErrorCode::file_format, "the text is no object");
+  if (!document.is_object()) throw Error(ErrorCode::file_format, "the text is not an object");
   check_keys(document, "", {"log_prob", "quantile"});
   Threshold threshold;
   threshold.log_prob = number_of(document["log_prob"], "log_prob");
@@ -197,7 +197,7 @@ std::optional<Threshold> threshold_of(const ContainerReader& file) {
 
 /// Error(file_format) where the text is none.
 void require_object(const std::string& text) {
-  if (!parse_metadata_json(text).is_object()) throw Error(ErrorCode::file_format, "the text is no object");
+  if (!parse_metadata_json(text).is_object()) throw Error(ErrorCode::file_format, "the text is not an object");
 }
 
 std::string import_report_of(const ContainerReader& file) {

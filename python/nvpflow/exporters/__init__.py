@@ -57,7 +57,7 @@ def to_torch(flow: Flow) -> PlainFlow:
     Raises
     ------
     TypeError
-        `flow` is no `nvpflow.Flow`.
+        `flow` is not an `nvpflow.Flow`.
     ValueError
         A float32 flow whose data have means that float32 does not hold; export ``flow.astype("float64")``.
     ImportError
@@ -137,5 +137,5 @@ def to_onnx(flow: Flow, path: str | os.PathLike[str], method: Method = "log_prob
 
 def _check(flow: Flow) -> None:
     if not isinstance(flow, Flow):
-        raise TypeError(f"flow must be an nvpflow.Flow, got {_checks.describe(flow)}")
+        raise TypeError(f"flow is {_checks.describe(flow)}, expected an nvpflow.Flow")
     _checks.whole_mean(flow)

@@ -61,7 +61,7 @@ def from_nflows(model: Any, *, dtype: DTypeLike = "float32", check: bool = True)
     Raises
     ------
     TypeError
-        `model` is no flow of nflows.
+        `model` is not a flow of nflows.
     ValueError
         A part of it has no counterpart here; the message begins with its path.
     ParityError

@@ -61,7 +61,7 @@ def from_zuko(model: Any, *, dtype: DTypeLike = "float32", check: bool = True) -
     Raises
     ------
     TypeError
-        `model` is no flow of zuko.
+        `model` is not a flow of zuko.
     ValueError
         A part of it has no counterpart here; the message begins with its path.
     ParityError

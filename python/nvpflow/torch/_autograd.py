@@ -315,6 +315,6 @@ def refuse_tangents(tensors: list[tuple[str, torch.Tensor]]) -> None:
     for name, tensor in tensors:
         if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
             raise NotImplementedError(
-                f"{name} has a tangent of forward-mode differentiation, and nvpflow has derivatives in reverse mode "
-                "alone: use torch.func.vjp, torch.func.grad or backward(), or pass the value without its tangent"
+                f"{name} has a tangent of forward-mode differentiation, and nvpflow has derivatives only in reverse "
+                "mode: use torch.func.vjp, torch.func.grad or backward(), or pass the value without its tangent"
             )

@@ -66,7 +66,7 @@ class FlowModule(torch.nn.Module):
     Raises
     ------
     TypeError, ValueError
-        `flow` is no `nvpflow.Flow`, or `frozen` has a name that it does not have.
+        `flow` is not an `nvpflow.Flow`, or `frozen` has a name that it does not have.
 
     Notes
     -----
@@ -114,7 +114,7 @@ class FlowModule(torch.nn.Module):
     def __init__(self, flow: Flow, *, flat: bool = False, frozen: Sequence[str] = ()) -> None:
         super().__init__()
         if not isinstance(flow, Flow):
-            raise TypeError(f"flow must be an nvpflow.Flow, got {_checks.describe(flow)}")
+            raise TypeError(f"flow is {_checks.describe(flow)}, expected an nvpflow.Flow")
         _checks.whole_mean(flow)
         trained = _core._trained(flow.spec) - _chosen("frozen", frozen, [name for name, _, _ in flow._layout()])
         pieces = _pieces(flow, trained if _checks.boolean("flat", flat) else frozenset())
