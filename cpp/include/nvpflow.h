@@ -1,6 +1,6 @@
 /**
  * @file nvpflow.h
- * @brief The C interface of nvpflow: load a trained RealNVP flow, score rows, run both directions, sample.
+ * @brief The C interface of nvpflow: load a trained flow, score rows, run both directions, sample.
  *
  * Arrays are the caller's, row-major and contiguous: x and z are [rows, D] with D = nvpflow_input_size(), log_prob and
  * log_det are [rows], in nats. Functions that end in _f32 are for flows of dtype float32, those in _f64 for float64;

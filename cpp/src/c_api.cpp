@@ -81,7 +81,7 @@ nvpflow_status guarded(F&& f) noexcept {
   } catch (const std::exception& error) {
     return failed(NVPFLOW_INTERNAL, error.what());
   } catch (...) {
-    return failed(NVPFLOW_INTERNAL, "an exception that is no std::exception");
+    return failed(NVPFLOW_INTERNAL, "an exception that is not a std::exception");
   }
 }
 

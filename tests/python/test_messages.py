@@ -180,7 +180,10 @@ def test_arguments_of_modules_and_distributions_are_answered() -> None:
         (lambda: module(x, cond=x), r"FlowModule.forward\(\) .* 'cond'; what conditions the rows is called context"),
         (lambda: module.log_prob(value=x), "'value'; the rows are called x"),
         (lambda: module.rsample(num_samples=3), "'num_samples'; the number of rows is called n"),
-        (lambda: module.sample((5,)), r"n is \(5,\) \(tuple\), expected an integer; rows have one axis: sample\(5\) draws five"),
+        (
+            lambda: module.sample((5,)),
+            r"n is \(5,\) \(tuple\), expected an integer; rows have one axis: sample\(5\) draws five",
+        ),
         (lambda: module.to_flow(drop_bases=True), "'drop_bases'; did you mean 'drop_base'"),
         (lambda: FlowDistribution(module, validate_arg=True), "'validate_arg'; did you mean 'validate_args'"),
         (

@@ -88,7 +88,6 @@ struct TensorInfo {
 
 /// The flat parameter buffer: tensors in layer order without gaps. k counts couplings, i layers, j dense layers.
 ///
-///     context, if standardized  context.mean/.log_std [C]
 ///     coupling, mlp             flow_{k}_coupling_dense_{j}.kernel/.bias, then the heads
 ///     coupling, two networks    flow_{k}_scale_dense_{j}.*, flow_{k}_scale.*,
 ///                               flow_{k}_translation_dense_{j}.*, flow_{k}_translation.*
@@ -101,9 +100,10 @@ struct TensorInfo {
 ///     actnorm                   actnorm_{i}.log_scale/.shift [D]
 ///     lu_linear                 lu_linear_{i}.lower/.upper [D (D - 1) / 2], .log_diagonal/.sign/.bias [D]
 ///     element_spline            spline_{i}.widths/.heights [num_bins, n], .derivatives [num_slopes(), n] if any
+///     a standardized context    context.mean/.log_std [C], behind all layers
 ///
 /// The kernel of a network's first layer has a row for each conditioning feature, then one for each context number.
-/// lower and upper hold the elements off the diagonal row by row.
+/// lower and upper hold the elements off the diagonal row by row; n is the number of features that a spline bends.
 class NVPFLOW_API ParamLayout {
  public:
   /// Of a valid spec.
@@ -131,8 +131,7 @@ class NVPFLOW_API ParamLayout {
 ///
 /// fan_in  kernels and biases of hidden layers U(-1, 1) / sqrt(in): what torch.nn.Linear draws. The biases put the
 ///         bends of the units at different places.
-/// glorot  kernels of hidden layers U(-1, 1) sqrt(6 / (in + out)) (Glorot and Bengio 2010, what Axon uses by default),
-///         biases zero.
+/// glorot  kernels of hidden layers U(-1, 1) sqrt(6 / (in + out)) (Glorot and Bengio 2010), biases zero.
 ///
 /// The kernels of the two heads are a hundredth of that and their biases zero, so that a new flow is near the identity.
 /// Means and log_stds are zero.

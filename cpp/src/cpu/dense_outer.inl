@@ -20,7 +20,7 @@ constexpr int64_t kRowsAhead = 16;
 // Columns of a kernel's gradient from which on a block's rows are fetched also where they are only written: fewer lie
 // near each other, and the processor fetches them by itself.
 constexpr int64_t kWideGradient = 256;
-// Vectors of inputs from which on outer_exchanged is worth its transposition.
+// Use outer_exchanged from this many vectors of inputs on: below, its transposition costs more than it brings.
 constexpr int64_t kManyInputs = 2;
 
 /// A dense layer's part of the flat gradient. Its columns may lie in several tensors, one after the other: the heads'.

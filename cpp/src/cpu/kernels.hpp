@@ -34,8 +34,8 @@ struct Dense {
   bool adds = false;    // without a bias: the sums start from what the output holds
   bool paired = false;  // the first layer of a conditioner whose inputs fill at most half a vector
   bool far = false;     // the flow's weights come from beyond the caches
-  // Register blocks of a vector more, and a hidden layer and the head behind it in one kernel, where the kernels have
-  // them.
+  // Use the wider register blocks (one more vector of rows) and the fused hidden layer and head, where there are such
+  // kernels.
   bool wide_blocks = false;
 };
 
