@@ -6,7 +6,10 @@ nvpflow imports none of these libraries.
 """
 
 from nvpflow._import_report import Differences, Imported, ImportReport
+from nvpflow.importers._flowjax import from_flowjax
+from nvpflow.importers._freia import from_freia
 from nvpflow.importers._nflows import from_nflows
+from nvpflow.importers._normflows import from_normflows
 from nvpflow.importers._parity import ParityError
 from nvpflow.importers._sbi import from_sbi
 from nvpflow.importers._state_dict import from_state_dict
@@ -17,7 +20,10 @@ __all__ = [
     "ImportReport",
     "Imported",
     "ParityError",
+    "from_flowjax",
+    "from_freia",
     "from_nflows",
+    "from_normflows",
     "from_sbi",
     "from_state_dict",
     "from_zuko",
