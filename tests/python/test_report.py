@@ -453,7 +453,7 @@ def test_histories_that_are_damaged_are_refused(trained, damage):
         del values["best_epoch"]
     else:
         values["train_loss"] = values["train_loss"][:1] if damage == "length" else ["x"]
-    with pytest.raises(ValueError, match="a history"):
+    with pytest.raises(ValueError, match="history"):
         nvpflow.History.from_dict(values)
 
 
