@@ -13,6 +13,7 @@
 #include <nvpflow/spec.hpp>
 
 #include "layers/layer.hpp"
+#include "overloaded.hpp"
 #include "program.hpp"
 
 namespace nvpflow {
@@ -92,10 +93,13 @@ template SplineMap<float> map_of(const Spline&);
 template SplineMap<double> map_of(const Spline&);
 
 const std::vector<LoweredNetwork>& networks_of(const LoweredLayer& layer) {
-  static const std::vector<LoweredNetwork> none;
-  if (const auto* coupling = std::get_if<LoweredCoupling>(&layer)) return coupling->networks;
-  const auto* spline = std::get_if<LoweredSpline>(&layer);
-  return spline != nullptr ? spline->networks : none;
+  using Networks = std::vector<LoweredNetwork>;
+  static const Networks none;
+  return std::visit(Overloaded{[](const LoweredCoupling& coupling) -> const Networks& { return coupling.networks; },
+                               [](const LoweredDiagonal&) -> const Networks& { return none; },
+                               [](const LoweredLinear&) -> const Networks& { return none; },
+                               [](const LoweredSpline& spline) -> const Networks& { return spline.networks; }},
+                    layer);
 }
 
 Lowering::Lowering(const FlowSpec& spec) : spec_(spec), place_(in_order(spec.input_size)) {
