@@ -33,7 +33,7 @@ from nvpflow.layers import (
 __all__ = ["FlowSpec", "begins_with_standardize", "in_words", "regular", "untransformed"]
 
 MOST_LAYERS = 1 << 16
-_SHOWN_LAYERS, _SHOWN_ENDS = 64, 3  # of a repr: all of so many layers, else so many of the first and of the last
+_SHOWN_LAYERS, _SHOWN_ENDS = 512, 3  # of a repr: all of so many layers, else so many of the first and of the last
 
 
 def layers_of(spec: FlowSpec) -> tuple[Layer, ...]:
