@@ -1314,6 +1314,17 @@ def test_a_distribution_tells_its_parameters_and_modules(make) -> None:
     assert q.rsample_and_log_prob()[1].shape == ()
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_sbi_walks_through_a_distribution(make, flat) -> None:
+    utils = pytest.importorskip("sbi.samplers.vi.vi_utils", reason="sbi is not installed")
+    _, flow, _ = make()
+    q = FlowDistribution(FlowModule(flow, flat=flat))
+    before = q.log_prob(rows())
+    utils.detach_all_non_leaf_tensors(q)
+    assert torch.equal(q.log_prob(rows()), before)
+    assert torch.equal(copy.deepcopy(q).log_prob(rows()), before)
+
+
 def test_divergences(make) -> None:
     module, _, _ = make()
     q, normal = FlowDistribution(module), torch.distributions.MultivariateNormal(torch.zeros(SIZE), torch.eye(SIZE))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import threading
 import weakref
@@ -26,8 +27,12 @@ class Piece(NamedTuple):
     parts: tuple[tuple[str, torch.Size, int], ...] = ()  # names, shapes and places of several
 
 
-class Description(NamedTuple):
-    """What a flow is told beside its spec and its weights."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Description:
+    """What a flow is told beside its spec and its weights.
+
+    No tuple: sbi walks through a distribution and makes every tuple anew from a list.
+    """
 
     columns: list[str]
     context: list[str]
