@@ -904,9 +904,62 @@ def test_state_dicts_that_are_refused():
     wrong = {**tensors, "transform.transforms.0.hyper.0.weight": torch.zeros(8, 3)}
     with pytest.raises(ValueError):  # noqa: PT011
         read(wrong, "zuko")
+    with pytest.raises(ValueError, match="expected names of at most 64 dots"):
+        read({**tensors, "transform" + ".transform" * 5000: torch.zeros(2)}, "zuko")
     autoregressive = zuko.flows.NSF(4, hidden_features=(8,)).state_dict()
     with pytest.raises(ValueError, match=r"flow.transform.transforms\[0\] is a Masked.* of 4 passes"):
         read(autoregressive, "zuko")
+
+
+def damaged(tensors):
+    """Yield what no part of a state dict may be, one tensor at a time, each with its name."""
+    for name, value in tensors.items():
+        if name.endswith((".num_batches_tracked", ".initialized")):
+            continue
+        others = ["text", None, value.to(torch.complex64), value.to_sparse(), value.to("meta")]
+        others += [value[..., None], value.new_zeros(1).expand(2**40)]
+        if value.ndim:
+            others += [torch.cat([value, value]), value[:-1], value[:0], value.new_zeros(())]
+        for other in others:
+            yield name, {**tensors, name: other}
+
+
+@needs_zuko
+@pytest.mark.parametrize("passes", [2, None])
+def test_damaged_state_dicts_of_zuko(passes):
+    model = (
+        zuko.flows.NSF(3, 2, transforms=2, hidden_features=(4,), passes=2)
+        if passes
+        else zuko.flows.NICE(3, 1, hidden_features=(4,))
+    )
+    for _, tensors in damaged(model.state_dict()):
+        with pytest.raises(ValueError, match=r"expected"):
+            nvpflow.importers.from_state_dict(tensors, "zuko")
+    if passes:
+        lost = {n: v for n, v in model.state_dict().items() if n != "transform.transforms.0.hyper.0.mask"}
+        with pytest.raises(ValueError, match=r"tensors lacks transform.transforms.0.hyper.0.mask"):
+            nvpflow.importers.from_state_dict(lost, "zuko")
+
+
+@needs_nflows
+def test_damaged_state_dicts_of_nflows():
+    net = partial(nets.ResidualNet, hidden_features=6, num_blocks=1, use_batch_norm=True)
+    spline = partial(transforms.PiecewiseRationalQuadraticCouplingTransform, tails="linear", tail_bound=3.0, num_bins=4)
+    layers = [
+        transforms.ReversePermutation(4),
+        transforms.LULinear(4),
+        spline(torch.arange(4) % 2, net),
+        transforms.BatchNorm(4),
+        transforms.QRLinear(4, 2),
+        transforms.SVDLinear(4, 2),
+        transforms.AffineCouplingTransform(1 - torch.arange(4) % 2, net),
+    ]
+    model = nflows_flow(*layers, features=4)
+    for name, tensors in damaged(model.state_dict()):
+        if name.endswith(("._log_z", ".q_vectors")):  # a constant; any number of reflections
+            continue
+        with pytest.raises(ValueError, match=r"expected"):
+            nvpflow.importers.from_state_dict(tensors, "nflows", tail_bound=3.0)
 
 
 @needs_zuko

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from numpy.typing import DTypeLike
 
 import nvpflow.importers._nflows as _nflows
@@ -19,6 +20,7 @@ from nvpflow import _checks
 from nvpflow.flow import Flow
 from nvpflow.importers._activations import checked
 from nvpflow.importers._parity import imported
+from nvpflow.importers._recipe import Array
 from nvpflow.importers._refusal import refused
 
 LIBRARIES = ("zuko", "nflows")
@@ -91,6 +93,26 @@ _NO_CODE = (
 
 
 _LIVE = "import the live model"
+_DEEPEST = 64  # modules within modules; names come from anybody's file
+_SMALL = 2**20  # numbers of a view that may be larger than what it views
+
+
+def _numbers(name: str, value: Any) -> Array:
+    """Return a tensor of real numbers in float64."""
+    plain = value if isinstance(value, np.ndarray) else None
+    try:
+        if hasattr(value, "detach") and not value.is_complex() and value.numel() <= max(_stored(value), _SMALL):
+            plain = value.detach().cpu().double().numpy()
+    except Exception as error:  # of a layout or a device that has no numbers to read
+        raise ValueError(f"tensors[{name!r}] cannot be read ({type(error).__name__}), expected real numbers") from error
+    if plain is None or plain.dtype.kind not in "biuf":
+        raise ValueError(f"tensors[{name!r}] is {_checks.describe(value)}, expected a tensor of real numbers")
+    return _torch.array(plain)
+
+
+def _stored(tensor: Any) -> int:
+    """Return how many numbers a tensor has in memory: a file of few bytes can hold a view of any size."""
+    return int(tensor.untyped_storage().nbytes() // tensor.element_size())
 
 
 class _StandIn:
@@ -108,6 +130,9 @@ class _Reader:
     """The tensors, and which of them have found their place."""
 
     def __init__(self, tensors: Mapping[str, Any], activation: str, tail_bound: float | None, slope: float) -> None:
+        for name in tensors:
+            if name.count(".") > _DEEPEST:
+                raise ValueError(f"tensors holds {_checks.shortened(name)}, expected names of at most {_DEEPEST} dots")
         self._tensors = {name: value for name, value in tensors.items() if not name.endswith(".num_batches_tracked")}
         self._taken: set[str] = set()
         self.activation, self.tail_bound, self.slope = activation, tail_bound, slope
@@ -128,21 +153,28 @@ class _Reader:
         """Return what comes next in the names that begin with a prefix."""
         return {name[len(prefix) :].partition(".")[0] for name in self._tensors if name.startswith(prefix)}
 
-    def tensor(self, name: str) -> Any:
-        """Return a tensor in float64 and take note that it was used."""
+    def tensor(self, name: str, *shape: int | None) -> Array:
+        """Return a tensor in float64 and take note that it was used; shape: what it must have, None any length."""
         if name not in self._tensors:
             raise ValueError(f"tensors lacks {name}, expected it beside the others of its layer")
         self._taken.add(name)
-        return _torch.array(self._tensors[name])
+        found = _numbers(name, self._tensors[name])
+        if len(shape) != found.ndim or any(n not in (None, m) for n, m in zip(shape, found.shape, strict=True)):
+            expected = ", ".join("any" if n is None else str(n) for n in shape)
+            raise ValueError(f"tensors[{name!r}] has shape {found.shape}, expected ({expected})")
+        return found
 
-    def those_of(self, prefix: str, *names: str) -> dict[str, Any]:
-        """Return tensors behind a prefix by their names."""
-        return {name: self.tensor(prefix + name) for name in names}
+    def those_of(self, prefix: str, *names: str, shape: tuple[int | None, ...] = (None,)) -> dict[str, Array]:
+        """Return tensors of one shape behind a prefix by their names."""
+        return {name: self.tensor(prefix + name, *shape) for name in names}
+
+    def numbers(self, prefix: str) -> list[int]:
+        """Return the numbers that come next in the names that begin with a prefix, ascending."""
+        return sorted(int(part) for part in self.parts(prefix) if part.isdecimal() and len(part) < 10)
 
     def numbered(self, prefix: str) -> Iterator[tuple[int, str]]:
         """Yield numbers and prefixes of the members of a list, without a gap."""
-        numbers = sorted(int(part) for part in self.parts(prefix) if part.isdecimal())
-        for i, number in enumerate(numbers):
+        for i, number in enumerate(self.numbers(prefix)):
             if i != number:
                 raise ValueError(
                     f"tensors holds none of {prefix}{i}, expected some beside {prefix}{number}: what has no tensors "
@@ -152,9 +184,19 @@ class _Reader:
 
     def linear(self, prefix: str) -> _StandIn:
         """Return a Linear; without a tensor for its bias it has none."""
-        bias = self.tensor(f"{prefix}bias") if f"{prefix}bias" in self._tensors else None
-        mask = {"mask": self.tensor(f"{prefix}mask")} if f"{prefix}mask" in self._tensors else {}
-        return _StandIn("Linear", weight=self.tensor(f"{prefix}weight"), bias=bias, **mask)
+        weight = self.tensor(f"{prefix}weight", None, None)
+        if len(weight) == 0:
+            raise ValueError(f"tensors['{prefix}weight'] has shape {weight.shape}, expected an output at least")
+        bias = self.tensor(f"{prefix}bias", len(weight)) if f"{prefix}bias" in self._tensors else None
+        mask = {"mask": self.tensor(f"{prefix}mask", *weight.shape)} if f"{prefix}mask" in self._tensors else {}
+        return _StandIn("Linear", weight=weight, bias=bias, **mask)
+
+    def each_of(self, path: str, outputs: int, features: int) -> int:
+        """Return how many numbers a network has for each of so many features."""
+        each, rest = divmod(outputs, max(features, 1))
+        if features == 0 or each == 0 or rest:
+            raise refused(path, f"of {outputs} outputs for {features} features", "as many outputs for each feature")
+        return each
 
     def assume(self, text: str) -> None:
         """Take something for granted."""
@@ -197,18 +239,20 @@ class _ZukoReader(_Reader):
         hyper = self._network(f"{prefix}hyper.")
         outputs = len(hyper[-1].weight)
         if "mask" in parts:
-            mask = self.tensor(f"{prefix}mask")
-            univariate = self._univariate(outputs, int((mask == 0).sum()))
+            mask = self.tensor(f"{prefix}mask", None)
+            univariate = self._univariate(f"flow.{prefix[:-1]}", outputs, int((mask == 0).sum()))
             return _StandIn("GeneralCouplingTransform", mask=mask, hyper=hyper, **univariate)
         if "order" in parts:
-            order = self.tensor(f"{prefix}order")
-            univariate = self._univariate(outputs, len(order))
+            order = self.tensor(f"{prefix}order", None)
+            for number in self.numbers(f"{prefix}hyper."):
+                self.tensor(f"{prefix}hyper.{number}.mask", None, None)  # without it all would see all
+            univariate = self._univariate(f"flow.{prefix[:-1]}", outputs, len(order))
             return _StandIn("MaskedAutoregressiveTransform", order=order, hyper=hyper, **univariate)
         raise refused(f"flow.{prefix[:-1]}", "without mask and order", "one of them", _LIVE)
 
-    def _univariate(self, outputs: int, features: int) -> dict[str, Any]:
+    def _univariate(self, path: str, outputs: int, features: int) -> dict[str, Any]:
         """Return what is done to each of so many features, from how many numbers there are for each."""
-        each = outputs // features
+        each = self.each_of(path, outputs, features)
         if each == 1:
             return {"univariate": _StandIn("AdditiveTransform", keywords={}), "shapes": ((),), "total": each}
         self.assume(f"slope {self.slope:g}")
@@ -218,12 +262,16 @@ class _ZukoReader(_Reader):
         bound = 5.0 if self.tail_bound is None else self.tail_bound
         self.assume(f"splines from -{bound:g} to {bound:g}")
         spline = _StandIn("MonotonicRQSTransform", keywords={"slope": self.slope, "bound": bound})
-        bins = (each + 1) // 3
+        bins, rest = divmod(each + 1, 3)
+        if rest:
+            raise refused(path, f"of {each} numbers for each feature", "1, 2 or 3 K - 1, those of a spline")
         return {"univariate": spline, "shapes": ((bins,), (bins,), (bins - 1,)), "total": each}
 
     def _network(self, prefix: str) -> list[Any]:
         """Return the layers of an MLP: those without tensors are an activation, and behind it perhaps a LayerNorm."""
-        numbers = sorted(int(part) for part in self.parts(prefix) if part.isdecimal())
+        numbers = self.numbers(prefix)
+        if not numbers:
+            raise refused(f"flow.{prefix[:-1]}", "without layers", "a Linear at least", _LIVE)
         modules: list[Any] = []
         for i, number in enumerate(numbers):
             between = number - len(modules)
@@ -246,7 +294,15 @@ class _NflowsReader(_Reader):
             raise ValueError(
                 f"tensors holds {found}, expected names that begin with _transform., as those of an nflows Flow"
             )
+        self._size = self._features()
         return _StandIn("Flow", _transform=self._transform("_transform."), _distribution=self._base())
+
+    def _features(self) -> int:
+        """Return how many features the first coupling has; 0 without one."""
+        last = ".transform_features"
+        first = next((name.removesuffix(last) for name in self._tensors if name.endswith(last)), None)
+        names = ("identity_features", "transform_features")
+        return 0 if first is None else sum(len(v) for v in self.those_of(f"{first}.", *names).values())
 
     def _base(self) -> _StandIn:
         parts = self.parts("_distribution.")
@@ -256,7 +312,8 @@ class _NflowsReader(_Reader):
             self.assume("base StandardNormal")
             return _StandIn("StandardNormal")
         if {"mean_", "log_std_"} <= parts:
-            return _StandIn("DiagonalNormal", **self.those_of("_distribution.", "mean_", "log_std_"))
+            moments = self.those_of("_distribution.", "mean_", "log_std_", shape=(1, self._size))
+            return _StandIn("DiagonalNormal", **moments)
         raise refused("flow._distribution", f"of tensors {', '.join(sorted(parts))}", "none, or mean_ and log_std_")
 
     def _transform(self, prefix: str) -> _StandIn:
@@ -270,32 +327,41 @@ class _NflowsReader(_Reader):
             return self._coupling(prefix)
         if "unnormalized_widths" in parts:
             return self._cdf(prefix)
-        for kind, (names, constants) in _NFLOWS.items():
-            own = {name for name in names if "." not in name}
+        for kind, (shapes, constants) in _NFLOWS.items():
+            own = {name for name in shapes if "." not in name}
             if own <= parts:
                 for text in (f"{name} {value:g} of {kind}" for name, value in constants.items()):
                     self.assume(text)
-                return self._stand_in(kind, prefix, names, constants)
+                return self._stand_in(kind, prefix, shapes, constants)
         what = ", ".join(sorted(parts))
         raise refused(f"flow.{prefix[:-1]}", f"of tensors {what}", "those of a transform that is known here")
 
-    def _stand_in(self, kind: str, prefix: str, names: tuple[str, ...], constants: dict[str, float]) -> _StandIn:
+    def _stand_in(
+        self, kind: str, prefix: str, shapes: dict[str, tuple[str | None, ...]], constants: dict[str, float]
+    ) -> _StandIn:
         made = _StandIn(kind, **constants)
-        for name in names:
+        extents = {None: None, "D": self._size, "T": self._size * (self._size - 1) // 2}
+        for name, shape in shapes.items():
+            found = self.tensor(prefix + name, *(extents[n] for n in shape))
             owner, _, own = name.rpartition(".")
             if owner:
-                setattr(made, owner, _StandIn("HouseholderSequence", **{own: self.tensor(prefix + name)}))
+                setattr(made, owner, _StandIn("HouseholderSequence", **{own: found}))
             else:
-                setattr(made, name, self.tensor(prefix + name))
+                setattr(made, name, found)
         if kind == "ActNorm":
             self.tensor(f"{prefix}initialized")
         return made
 
     def _coupling(self, prefix: str) -> _StandIn:
+        path = f"flow.{prefix[:-1]}"
         features = self.those_of(prefix, "identity_features", "transform_features")
+        if any((np.diff(v) <= 0).any() for v in features.values()) or set().union(*features.values()) != set(
+            range(sum(map(len, features.values())))
+        ):
+            raise refused(path, "of features that are not all of them, once and ascending", "those of nflows")
         net = self._network(f"{prefix}transform_net.")
         outputs = len((net.final_layer if hasattr(net, "final_layer") else net._output_layer).weight)
-        each = outputs // len(features["transform_features"])
+        each = self.each_of(path, outputs, len(features["transform_features"]))
         kind = {1: "AdditiveCouplingTransform", 2: "AffineCouplingTransform"}.get(each)
         if kind is not None:
             if each == 2:
@@ -305,7 +371,7 @@ class _NflowsReader(_Reader):
         if "unconditional_transform" in self.parts(prefix):
             own = self._cdf(f"{prefix}unconditional_transform.")
         kind = "PiecewiseRationalQuadraticCouplingTransform"
-        spline = self._spline(f"flow.{prefix[:-1]}", each)
+        spline = self._spline(path, each)
         return _StandIn(kind, transform_net=net, unconditional_transform=own, **features, **spline)
 
     def _spline(self, path: str, each: int) -> dict[str, Any]:
@@ -323,7 +389,7 @@ class _NflowsReader(_Reader):
 
     def _cdf(self, prefix: str) -> _StandIn:
         names = [f"unnormalized_{name}" for name in ("widths", "heights", "derivatives")]
-        raw = self.those_of(prefix, *names)
+        raw = self.those_of(prefix, *names, shape=(None, None))
         spline = self._spline(f"flow.{prefix[:-1]}", sum(values.shape[-1] for values in raw.values()))
         return _StandIn("PiecewiseRationalQuadraticCDF", **raw, **spline)
 
@@ -345,30 +411,49 @@ class _NflowsReader(_Reader):
 
     def _block(self, prefix: str) -> _StandIn:
         linears = [self.linear(below) for _, below in self.numbered(f"{prefix}linear_layers.")]
-        norms = [self._batch_norm(below) for _, below in self.numbered(f"{prefix}batch_norm_layers.")]
+        units = len(linears[0].weight) if linears else None
+        norms = [self._batch_norm(below, units) for _, below in self.numbered(f"{prefix}batch_norm_layers.")]
+        if len(linears) != 2 or len(norms) not in (0, 2):
+            what = f"of {len(linears)} linear layers and {len(norms)} batch normalizations"
+            raise refused(f"flow.{prefix[:-1]}", what, "2 linear layers, and 2 or none")
         layers: dict[str, Any] = {"linear_layers": linears, "batch_norm_layers": norms, "use_batch_norm": bool(norms)}
         if "context_layer" in self.parts(prefix):
             layers["context_layer"] = self.linear(f"{prefix}context_layer.")
         return _StandIn("ResidualBlock", activation=self.activation, **layers)
 
-    def _batch_norm(self, prefix: str) -> _StandIn:
+    def _batch_norm(self, prefix: str, units: int | None) -> _StandIn:
         self.assume("eps 0.001 of BatchNorm1d")
         names = ("weight", "bias", "running_mean", "running_var")
-        return _StandIn("BatchNorm1d", eps=1e-3, **self.those_of(prefix, *names))
+        return _StandIn("BatchNorm1d", eps=1e-3, **self.those_of(prefix, *names, shape=(units,)))
 
 
-# By the class of a transform: its tensors, and constants that are in none. The first one whose tensors are there is it.
-_NFLOWS: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
-    "Permutation": (("_permutation",), {}),
-    "LULinear": (("lower_entries", "upper_entries", "unconstrained_upper_diag", "bias"), {"eps": 1e-3}),
-    "SVDLinear": (
-        ("unconstrained_diagonal", "bias", "orthogonal_1.q_vectors", "orthogonal_2.q_vectors"),
+# By the class of a transform: the shapes of its tensors, of D features and T = D (D - 1) / 2, and constants that are in
+# none. The first one whose tensors are there is it.
+_NFLOWS: dict[str, tuple[dict[str, tuple[str | None, ...]], dict[str, float]]] = {
+    "Permutation": ({"_permutation": ("D",)}, {}),
+    "LULinear": (
+        {"lower_entries": ("T",), "upper_entries": ("T",), "unconstrained_upper_diag": ("D",), "bias": ("D",)},
         {"eps": 1e-3},
     ),
-    "QRLinear": (("upper_entries", "log_upper_diag", "bias", "orthogonal.q_vectors"), {}),
-    "NaiveLinear": (("_weight", "bias"), {}),
-    "HouseholderSequence": (("q_vectors",), {}),
-    "ActNorm": (("log_scale", "shift"), {}),
-    "BatchNorm": (("unconstrained_weight", "bias", "running_mean", "running_var"), {"eps": 1e-5}),
-    "PointwiseAffineTransform": (("_shift", "_scale"), {}),
+    "SVDLinear": (
+        {
+            "unconstrained_diagonal": ("D",),
+            "bias": ("D",),
+            "orthogonal_1.q_vectors": (None, "D"),
+            "orthogonal_2.q_vectors": (None, "D"),
+        },
+        {"eps": 1e-3},
+    ),
+    "QRLinear": (
+        {"upper_entries": ("T",), "log_upper_diag": ("D",), "bias": ("D",), "orthogonal.q_vectors": (None, "D")},
+        {},
+    ),
+    "NaiveLinear": ({"_weight": ("D", "D"), "bias": ("D",)}, {}),
+    "HouseholderSequence": ({"q_vectors": (None, "D")}, {}),
+    "ActNorm": ({"log_scale": ("D",), "shift": ("D",)}, {}),
+    "BatchNorm": (
+        {"unconstrained_weight": ("D",), "bias": ("D",), "running_mean": ("D",), "running_var": ("D",)},
+        {"eps": 1e-5},
+    ),
+    "PointwiseAffineTransform": ({"_shift": ("D",), "_scale": ("D",)}, {}),
 }

@@ -367,7 +367,10 @@ def _argument(path: str, base: Any, i: int, name: str, count: int) -> Array:
     found = getattr(base, f"_{i}", getattr(base, name, None))
     if found is None:
         raise refused(path, f"a distribution without {name}", f"{name} [{count}]")
-    return np.broadcast_to(_torch.array(found), (count,)).copy()
+    numbers = _torch.array(found)
+    if numbers.shape not in ((), (1,), (count,)):
+        raise refused(f"{path}.{name}", f"of shape {numbers.shape}", f"({count},)")
+    return np.broadcast_to(numbers, (count,)).copy()
 
 
 # --------------------------------------------------------------------------------------------------------- parity
