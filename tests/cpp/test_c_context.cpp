@@ -184,6 +184,9 @@ void check_numbers(const Flow& flow, const nvpflow_flow* c, std::int64_t rows, s
     found_x = no_data, found = no_rows;
     REQUIRE(C::sampled(given, 7, 3, rows, found_x.data(), found.data()) == NVPFLOW_OK);
     CHECK((same_bits(found_x, expected_x) && same_bits(found, expected)));
+    found_x = no_data, found = no_rows;
+    view->sample_and_log_prob(7, std::span(found_x), std::span(found), 3);
+    CHECK((same_bits(found_x, expected_x) && same_bits(found, expected)));
   }
 }
 

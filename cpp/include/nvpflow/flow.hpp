@@ -332,6 +332,10 @@ class ConditionedFlow {
                            std::uint64_t first_row = 0) const {
     flow_->sample_and_log_prob<T>(seed, x, log_prob, first_row, context_);
   }
+  void sample_and_log_prob(std::uint64_t seed, std::span<double> x, std::span<float> log_prob,
+                           std::uint64_t first_row = 0) const {
+    flow_->sample_and_log_prob(seed, x, log_prob, first_row, context_);
+  }
   template <class T>
   double nll(std::span<const T> x) const {
     return flow_->nll<T>(x, context_);
