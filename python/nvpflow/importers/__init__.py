@@ -6,6 +6,7 @@ nvpflow imports none of these libraries.
 """
 
 from nvpflow._import_report import Differences, Imported, ImportReport
+from nvpflow.importers._distrax import from_distrax
 from nvpflow.importers._flowjax import from_flowjax
 from nvpflow.importers._freia import from_freia
 from nvpflow.importers._nflows import from_nflows
@@ -20,6 +21,7 @@ __all__ = [
     "ImportReport",
     "Imported",
     "ParityError",
+    "from_distrax",
     "from_flowjax",
     "from_freia",
     "from_nflows",

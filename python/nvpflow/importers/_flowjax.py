@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 import nvpflow.importers._activations as _activations
+import nvpflow.importers._jax as _jax
 import nvpflow.importers._torch as _torch
 from nvpflow import _bases
 from nvpflow._bases import NORMAL, Base
@@ -75,7 +75,7 @@ def from_flowjax(dist: Any, *, dtype: DTypeLike = "float32", check: bool = True)
     if dist.cond_shape is not None and len(dist.cond_shape) != 1:
         raise refused("dist", f"of cond_shape {dist.cond_shape}", "None or (C,)")
     walk = _Walk(dist.shape[0], 0 if dist.cond_shape is None else dist.cond_shape[0])
-    with _in_float64():  # of numbers that are made of others: softplus of a scale
+    with _jax.in_float64():  # of numbers that are made of others: softplus of a scale
         steps, base = walk.distribution("dist", sys.modules["paramax"].unwrap(_doubled(dist)))
     recipe = Recipe("flowjax", _torch.version_of("flowjax"), walk.features, walk.context, steps, base)
     recipe.identities = walk.identities
@@ -356,7 +356,7 @@ class _FlowjaxPeer:
     """The distribution in float64."""
 
     def __init__(self, dist: Any) -> None:
-        with _in_float64():
+        with _jax.in_float64():
             self._dist = sys.modules["paramax"].unwrap(_doubled(dist))
             self._parts, base = [], self._dist
             while hasattr(base, "base_dist") and kind_of(base) != "Uniform":
@@ -366,7 +366,7 @@ class _FlowjaxPeer:
     def _mapped(self, function: Callable[..., Any], rows: Array, context: Array | None) -> Any:
         """Call a function of a row and its condition, or None, for all rows."""
         jax = sys.modules["jax"]
-        with _in_float64():
+        with _jax.in_float64():
             given = [jax.numpy.asarray(v) for v in (rows, context) if v is not None]
             found = jax.jit(jax.vmap(lambda x, c=None: function(x, c)))(*given)
             return jax.tree_util.tree_map(np.asarray, found)
@@ -394,14 +394,6 @@ class _FlowjaxPeer:
     def log_prob(self, x: Array, context: Array | None) -> Array:
         found: Array = self._mapped(self._dist._log_prob, x, context)
         return found
-
-
-def _in_float64() -> AbstractContextManager[Any]:
-    """Return a context in which JAX computes in float64."""
-    jax = sys.modules["jax"]
-    enable: Callable[[bool], AbstractContextManager[Any]]
-    enable = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
-    return enable(True)
 
 
 def _doubled(dist: Any) -> Any:
