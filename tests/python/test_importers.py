@@ -298,9 +298,12 @@ def test_what_is_no_flow_of_zuko():
     for wrong in (None, 3, torch.nn.Linear(2, 2), nvpflow.build(2)):
         with pytest.raises(TypeError, match=r"^model is .*, expected a zuko.flows.Flow"):
             nvpflow.importers.from_zuko(wrong)
+    for tensors in (zukos_flow().state_dict(), "model.pt"):
+        with pytest.raises(TypeError, match=r"expected a zuko.flows.Flow.*; for tensors alone take from_state_dict$"):
+            nvpflow.importers.from_zuko(tensors)
     with pytest.raises(ValueError, match="dtype is 'float16', expected one of float32, float64"):
         nvpflow.importers.from_zuko(zukos_flow(), dtype="float16")
-    with pytest.raises(TypeError, match="check must be True or False"):
+    with pytest.raises(TypeError, match=r"check is 1 \(int\), expected True or False"):
         nvpflow.importers.from_zuko(zukos_flow(), check=1)
 
 
@@ -501,7 +504,9 @@ def test_what_of_nflows_is_refused_is_named_by_its_path():
     quadratic = transforms.PiecewiseQuadraticCouplingTransform([1, 0, 0, 0, 0], residual_net(), tails="linear")
     refuses(f"{at}[1]", nflows_flow(quadratic), "nflows")
     autoregressive = flows.MaskedAutoregressiveFlow(5, 8, 2, 2)
-    refuses("flow._transform", autoregressive, "nflows")
+    message = refuses("flow._transform._transforms[1]", autoregressive, "nflows")
+    assert "is a MaskedAffineAutoregressiveTransform" in message, message
+    assert "it takes D passes one way" in message, message
     model = flows.Flow(transforms.LULinear(3), distributions.StandardNormal([3]))
     refuses("flow._transform", model, "nflows")
     with_net = flows.Flow(nflows_flow(context=2)._transform, distributions.StandardNormal([5]), torch.nn.Linear(4, 2))
@@ -892,6 +897,9 @@ def test_state_dicts_that_are_refused():
         read(tensors, "zuko", tail_bound=-1.0)
     with pytest.raises(ValueError, match="tensors holds base, transform, expected names that begin with _transform"):
         read(tensors, "nflows")
+    within = torch.nn.ModuleDict({"flow": zuko.flows.RealNVP(4, hidden_features=(8,)), "net": torch.nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match=r"tensors holds flow, net, .*; .* with names without 'flow\.'$"):
+        read(within.state_dict(), "zuko")
     with pytest.raises(ValueError, match="tensors holds nothing, expected"):
         read({}, "zuko")
     with pytest.raises(ValueError, match="tensors holds more, expected none of these"):
@@ -1070,7 +1078,7 @@ def test_posteriors_of_sbi_and_what_is_none(builders):
     same_as_sbi(DirectPosterior(estimator, prior), 2, 3)
     maf = builders.build_maf(*batches(4, 3), num_transforms=2)
     message = refuses_sbi(maf)
-    assert message.startswith("estimator.net._transform is a CompositeTransform without a coupling"), message
+    assert message.startswith("estimator.net._transform._transforms[1] is a MaskedAffineAutoreg"), message
     message = refuses_sbi(DirectPosterior(builders.build_zuko_nsf(*batches(4, 3)), prior))
     assert message.startswith("posterior.posterior_estimator.net.transform.transforms[1] is a Masked"), message
     assert refuses_sbi(builders.build_mdn(*batches(4, 3))).startswith("estimator.net is ")

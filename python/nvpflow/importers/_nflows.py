@@ -36,7 +36,16 @@ from nvpflow.importers._recipe import (
     residual,
     spline_heads,
 )
-from nvpflow.importers._refusal import attribute, described, kind_of, library_of, named, refused, refused_kind
+from nvpflow.importers._refusal import (
+    attribute,
+    described,
+    kind_of,
+    library_of,
+    named,
+    refused,
+    refused_kind,
+    way_of_tensors,
+)
 from nvpflow.layers import ActNorm, Additive, Affine, Coupling, Spline
 
 
@@ -68,7 +77,10 @@ def from_nflows(model: Any, *, dtype: DTypeLike = "float32", check: bool = True)
         The flow is not `model`.
     """
     if not (hasattr(model, "_transform") and hasattr(model, "_distribution")):
-        raise TypeError(f"model is {described(model)}, expected an nflows.flows.Flow, such as SimpleRealNVP(...)")
+        raise TypeError(
+            f"model is {described(model)}, expected an nflows.flows.Flow, such as SimpleRealNVP(...)"
+            f"{way_of_tensors(model)}"
+        )
     embedding = getattr(model, "_embedding_net", None)
     if embedding is not None and kind_of(embedding) != "Identity":
         raise refused_kind(
@@ -113,7 +125,15 @@ def _sizes(path: str, transform: Any) -> tuple[int, int]:
         if hasattr(layer, "transform_features"):
             kept, changed = len(layer.identity_features), len(layer.transform_features)
             return kept + changed, _inputs(f"{at}.transform_net", layer.transform_net) - kept
+        if "Masked" in kind_of(layer):  # by name, not "without a coupling": most flows without one are these
+            raise _unknown(at, layer)
     raise refused(path, f"{named(kind_of(transform))} without a coupling", _KNOWN)
+
+
+def _unknown(path: str, transform: Any) -> ValueError:
+    """Return the error to raise for a transform of a class that there is no reader for."""
+    kind = kind_of(transform)
+    return refused_kind(path, transform, _KNOWN, _INSTEAD.get(kind, _INSTEAD["Masked"] if "Masked" in kind else ""))
 
 
 class _Walk:
@@ -138,9 +158,7 @@ class _Walk:
             return self._coupling(at, transform)
         read = _READERS.get(kind)
         if read is None:
-            raise refused_kind(
-                path, transform, _KNOWN, _INSTEAD.get(kind, _INSTEAD["Masked"] if "Masked" in kind else "")
-            )
+            raise _unknown(path, transform)
         return read(at, transform, self.features)
 
     def _coupling(self, at: At, transform: Any) -> list[Step]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Any
 
 from nvpflow import _checks
@@ -46,3 +48,8 @@ def library_of(source: Any) -> str:
 def described(source: Any) -> str:
     """Return an object's class with its module, for messages about something that is no flow at all."""
     return _checks.shortened(f"{type(source).__module__}.{type(source).__qualname__}")
+
+
+def way_of_tensors(source: Any) -> str:
+    """Return what to do with what is no model but the tensors of one, or the name of their file; else ""."""
+    return "; for tensors alone take from_state_dict" if isinstance(source, (str, os.PathLike, Mapping)) else ""

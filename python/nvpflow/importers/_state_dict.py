@@ -153,6 +153,14 @@ class _Reader:
         """Return what comes next in the names that begin with a prefix."""
         return {name[len(prefix) :].partition(".")[0] for name in self._tensors if name.startswith(prefix)}
 
+    def misnamed(self, first: str, whose: str) -> ValueError:
+        """Return the error to raise where no name begins as those of a library do: perhaps the flow is within."""
+        outer = sorted(self.parts(""))
+        found = ", ".join(outer[:5]) or "nothing"
+        within = next((f"{part}." for part in outer if self.parts(f"{part}.{first}")), None)
+        do = within and f"; of a module that holds a flow give its tensors alone, with names without {within!r}"
+        return ValueError(f"tensors holds {found}, expected names that begin with {first}, {whose}{do or ''}")
+
     def tensor(self, name: str, *shape: int | None) -> Array:
         """Return a tensor in float64 and take note that it was used; shape: what it must have, None any length."""
         if name not in self._tensors:
@@ -212,8 +220,7 @@ class _Reader:
 class _ZukoReader(_Reader):
     def model(self) -> _StandIn:
         if not self.parts("transform."):
-            found = ", ".join(sorted(self.parts(""))[:5]) or "nothing"
-            raise ValueError(f"tensors holds {found}, expected names that begin with transform., those of a zuko Flow")
+            raise self.misnamed("transform.", "those of a zuko Flow")
         return _StandIn("Flow", transform=self._transform("transform."), base=self._base())
 
     def _base(self) -> _StandIn:
@@ -290,10 +297,7 @@ class _ZukoReader(_Reader):
 class _NflowsReader(_Reader):
     def model(self) -> _StandIn:
         if not self.parts("_transform."):
-            found = ", ".join(sorted(self.parts(""))[:5]) or "nothing"
-            raise ValueError(
-                f"tensors holds {found}, expected names that begin with _transform., as those of an nflows Flow"
-            )
+            raise self.misnamed("_transform.", "as those of an nflows Flow")
         self._size = self._features()
         return _StandIn("Flow", _transform=self._transform("_transform."), _distribution=self._base())
 

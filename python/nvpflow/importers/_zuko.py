@@ -34,7 +34,7 @@ from nvpflow.importers._recipe import (
     spline_columns,
     spline_heads,
 )
-from nvpflow.importers._refusal import attribute, described, kind_of, named, refused, refused_kind
+from nvpflow.importers._refusal import attribute, described, kind_of, named, refused, refused_kind, way_of_tensors
 from nvpflow.layers import Additive, Affine, Spline
 
 _SLOPE, _BOUND = 1e-3, 5.0  # zuko's defaults
@@ -68,7 +68,10 @@ def from_zuko(model: Any, *, dtype: DTypeLike = "float32", check: bool = True) -
         The flow is not `model`.
     """
     if not (hasattr(model, "transform") and hasattr(model, "base") and hasattr(model, "parameters")):
-        raise TypeError(f"model is {described(model)}, expected a zuko.flows.Flow, such as zuko.flows.RealNVP(...)")
+        raise TypeError(
+            f"model is {described(model)}, expected a zuko.flows.Flow, such as zuko.flows.RealNVP(...)"
+            f"{way_of_tensors(model)}"
+        )
     recipe, latents = recipe_of(model)
     recipe.version = _torch.version_of("zuko")
     return imported(recipe, ZukoPeer(model, latents), dtype=dtype, check=check)
