@@ -566,6 +566,14 @@ def test_foreign_files_are_refused(tmp_path, content) -> None:
     assert_refused(path)
 
 
+def test_a_zip_archive_is_called_one(tmp_path) -> None:
+    path = tmp_path / "model.pt"
+    with path.open("wb") as file:
+        np.savez(file, weight=np.zeros(3))
+    with pytest.raises(nvpflow.FileFormatError, match=r"model\.pt: not a safetensors file but a zip archive, as torch"):
+        nvpflow.load(path)
+
+
 def test_deep_and_wide_json_is_refused_without_harm(tmp_path) -> None:
     path = tmp_path / "deep"
     for text in (

@@ -40,6 +40,7 @@ using nlohmann::json;
 
 constexpr std::uint64_t kLengthBytes = 8;
 constexpr std::uint64_t kMaxHeaderBytes = 100'000'000;  // the limit of the reference implementation
+constexpr std::uint64_t kZip = 0x04034b50;              // how a zip archive begins: "PK\3\4", the first number read
 constexpr std::uint64_t kDataAlignment = 64;
 constexpr std::size_t kMaxRank = 8;
 constexpr const char* kMetadataKey = "__metadata__";
@@ -256,6 +257,12 @@ void ContainerReader::read_header() {
   read_at(0, kLengthBytes, &length);
   const std::uint64_t longest = std::min(file_size() - kLengthBytes, kMaxHeaderBytes);
   if (length > longest) {
+    if ((length & 0xffffffff) == kZip) {
+      fail_format(
+          path_,
+          "not a safetensors file but a zip archive, as torch.save and np.savez write them; nvpflow import makes "
+          "a model of a state dict of zuko or nflows");
+    }
     fail_format(path_, "not a safetensors file, or a truncated one: the header's length is given as " +
                            std::to_string(length) + " bytes, expected at most " + std::to_string(longest));
   }
