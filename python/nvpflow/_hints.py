@@ -57,6 +57,8 @@ _RENAMED = {
         "an estimator takes contexts in X, and context_features says which of its features these are",
     ),
     "num_bins": (("bins", "n_bins", "count_bins", "knots"), "the number of a spline's bins is called num_bins"),
+    "transform": (("coupling", "spline", "splines"), "what couplings do is called transform, such as 'spline'"),
+    "coupling": (("transform", "spline", "splines"), "what couplings do is called coupling, such as 'spline'"),
     "tail_bound": (("bound", "B", "tails"), "how far splines reach is called tail_bound"),
     "hidden_sizes": (
         ("hidden_features", "hidden_size", "n_hidden"),

@@ -270,6 +270,9 @@ def test_a_module_is_its_own(torch) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             module.log_prob(rows, context)
+    for rows in (x.float(), x.numpy()[:, :2].astype("float32")):
+        with pytest.raises(TypeError, match=r"rows have dtype .*float32, expected the module's, torch\.float64"):
+            module.log_prob(rows, c)
     with pytest.raises(ValueError, match="context is a tensor, expected None"):
         to_torch(smooth_flow(context_size=0)).log_prob(x, c)
     with pytest.raises(TypeError, match=r"flow is 3 \(int\), expected an nvpflow\.Flow"):

@@ -155,6 +155,7 @@ HABITS = [
     ),
     (lambda flow: flow.fit(X, epoch=1), "Flow.fit.. got an unexpected argument 'epoch'; did you mean 'epochs'"),
     (lambda flow: nvpflow.build(3, hiden_sizes=(4,)), "'hiden_sizes'; did you mean 'hidden_sizes'"),
+    (lambda flow: nvpflow.build(3, coupling="spline"), "'coupling'; what couplings do is called transform"),
     (lambda flow: nvpflow.Flow(flow.spec, seeds=1), "Flow.__init__.. got .* 'seeds'; did you mean 'seed'"),
     (lambda flow: flow.sample(5, dtype="x"), "dtype is 'x', expected float32 or float64"),
     (lambda flow: flow.inverse(X, dtype=1.5), "dtype is 1.5, expected float32 or float64"),
@@ -191,6 +192,10 @@ def test_arguments_of_modules_and_distributions_are_answered() -> None:
             r"FlowDistribution.log_prob\(\) got an unexpected argument 'x'",
         ),
         (lambda: FlowTransform(module, cache=1), "'cache'; did you mean 'cache_size'"),
+        (lambda: FlowTransform(3), r"module is 3 \(int\), expected an nvpflow.torch.FlowModule$"),
+        (lambda: FlowDistribution(new_flow()), r"module is Flow.*FlowModule; wrap the flow: FlowModule\(flow\)$"),
+        (lambda: nvpflow.exporters.to_torch(module), r"(?s)flow is FlowModule.*Flow; give module.to_flow\(\)$"),
+        (lambda: nvpflow.exporters.to_onnx("a", "b"), "flow is 'a' .*Flow; nvpflow.load reads one from a file$"),
     ):
         with pytest.raises(TypeError, match=message):
             call()
@@ -220,6 +225,7 @@ def test_arguments_of_estimators_are_answered() -> None:
             lambda: FlowDensity(context_size=2),
             "'context_size'; an estimator takes contexts in X, and context_features says which of its features",
         ),
+        (lambda: FlowDensity(transform="spline"), "'transform'; what couplings do is called coupling"),
         (lambda: FlowDensity(seed=1), "FlowDensity.__init__.. .* 'seed'; randomness comes from random_state="),
         (lambda: FlowOutlierDetector(validation=0.2), "'validation'; it is called validation_fraction"),
         (lambda: FlowDensity().fit(X, sample_weight=X[:, 0]), "'sample_weight'; rows have no weights yet"),

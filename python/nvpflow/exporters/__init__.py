@@ -137,5 +137,8 @@ def to_onnx(flow: Flow, path: str | os.PathLike[str], method: Method = "log_prob
 
 def _check(flow: Flow) -> None:
     if not isinstance(flow, Flow):
-        raise TypeError(f"flow is {_checks.describe(flow)}, expected an nvpflow.Flow")
+        do = "; nvpflow.load reads one from a file" if isinstance(flow, (str, os.PathLike)) else ""
+        if hasattr(flow, "to_flow"):
+            do = "; give module.to_flow()"
+        raise TypeError(f"flow is {_checks.describe(flow)}, expected an nvpflow.Flow{do}")
     _checks.whole_mean(flow)

@@ -120,6 +120,8 @@ class PlainFlow(nn.Module):
 
     def _given(self, rows: Tensor, context: Context) -> tuple[Tensor, Context]:
         """Return rows and standardized contexts with the same leading axes."""
+        if rows.dtype != self.log_peak.dtype:
+            raise TypeError(f"rows have dtype {rows.dtype}, expected the module's, {self.log_peak.dtype}, in a tensor")
         if rows.shape[-1] != self.input_size:
             raise ValueError(f"rows have shape {list(rows.shape)}, expected (..., {self.input_size})")
         if context is None:

@@ -131,10 +131,20 @@ def _gradients(ctx: Any, grads: Sequence[Any], needed: Sequence[bool], *, traced
     return grad[0] if by_x else None, grad[2] if by_context else None, by_parameter
 
 
+_PLAIN = "nvpflow.exporters.to_torch(module.to_flow()) makes a slower module that has all derivatives"
+
+
 def _no_second_derivatives(ctx: Any, *grads: object) -> None:
     raise NotImplementedError(
         "nvpflow has first derivatives only: a gradient of FlowModule made with create_graph=True cannot be "
-        "differentiated again"
+        f"differentiated again; {_PLAIN}"
+    )
+
+
+def _no_forward_mode(ctx: Any, *tangents: object) -> None:
+    raise NotImplementedError(
+        "nvpflow has derivatives only in reverse mode, and torch.func.jvp, jacfwd and hessian differentiate forward: "
+        f"take torch.func.grad, vjp or jacrev; {_PLAIN}"
     )
 
 
@@ -228,6 +238,7 @@ class _Vjp(torch.autograd.Function):
         pass
 
     backward = staticmethod(_no_second_derivatives)
+    jvp = staticmethod(_no_forward_mode)
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
@@ -269,6 +280,8 @@ class _Call(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         grad_x, grad_context, by_parameter = _gradients(ctx, grads, ctx.needs_input_grad[2:], traced=False)
         return None, None, grad_x, grad_context, *by_parameter
+
+    jvp = staticmethod(_no_forward_mode)
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
@@ -316,5 +329,6 @@ def refuse_tangents(tensors: list[tuple[str, torch.Tensor]]) -> None:
         if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
             raise NotImplementedError(
                 f"{name} has a tangent of forward-mode differentiation, and nvpflow has derivatives only in reverse "
-                "mode: use torch.func.vjp, torch.func.grad or backward(), or pass the value without its tangent"
+                "mode: use torch.func.vjp, torch.func.grad or backward(), or pass the value without its tangent; "
+                f"{_PLAIN}"
             )

@@ -9,7 +9,8 @@ import torch
 from torch.distributions import constraints
 from torch.distributions.kl import register_kl
 
-from nvpflow import _hints
+from nvpflow import _checks, _hints
+from nvpflow.flow import Flow
 from nvpflow.torch.module import FlowModule
 
 
@@ -40,6 +41,7 @@ class FlowTransform(torch.distributions.Transform, torch.nn.Module):
     @_hints.explained
     def __init__(self, module: FlowModule, cache_size: int = 0, context: torch.Tensor | None = None) -> None:
         super().__init__(cache_size=cache_size)
+        _check(module)
         self.module = module
         self.context = context
         self._context_axes = _axes(module, context)
@@ -141,6 +143,7 @@ class FlowDistribution(torch.distributions.Distribution):
     def __init__(
         self, module: FlowModule, context: torch.Tensor | None = None, *, validate_args: bool | None = None
     ) -> None:
+        _check(module)
         self.module = module
         self.context = context
         size = module._engine.spec.input_size
@@ -228,6 +231,12 @@ def _no_kl(p: torch.distributions.Distribution, q: torch.distributions.Distribut
 
 def _are_equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+
+def _check(module: FlowModule) -> None:
+    if not isinstance(module, FlowModule):
+        do = "; wrap the flow: FlowModule(flow)" if isinstance(module, Flow) else ""
+        raise TypeError(f"module is {_checks.describe(module)}, expected an nvpflow.torch.FlowModule{do}")
 
 
 def _axes(module: FlowModule, context: torch.Tensor | None) -> torch.Size:
