@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nvpflow import _checks
+
 
 class AdamState:
     """What Adam keeps from one call of `Flow.fit` to the next, for rows that come in parts.
@@ -57,3 +59,22 @@ class AdamState:
         )
 
     __hash__ = None  # type: ignore[assignment]  # it changes
+
+
+def check_state(name: str, state: Any) -> None:
+    """Refuse what is no state to go on from: anybody may set its attributes. Sizes are checked with the flow's."""
+    if not isinstance(state, AdamState):
+        raise TypeError(f"{name} is {_checks.describe(state)}, expected an nvpflow.AdamState or None")
+    for part in ("steps", "epochs"):
+        _checks.count(f"{name}.{part}", getattr(state, part))
+    for part in ("first_moment", "second_moment"):
+        values = getattr(state, part)
+        if not isinstance(values, np.ndarray) or values.dtype != np.float64:
+            raise TypeError(f"{name}.{part} is {_checks.describe(values)}, expected an array of float64")
+        if not np.isfinite(values).all() or (part == "second_moment" and (values < 0).any()):
+            also = " and none below 0" if part == "second_moment" else ""
+            raise ValueError(f"{name}.{part} holds {_worst(values)}, expected finite numbers{also}; give a new state")
+
+
+def _worst(values: NDArray[np.float64]) -> str:
+    return "negative numbers" if np.isfinite(values).all() else "NaN or infinity"

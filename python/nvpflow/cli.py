@@ -1078,12 +1078,16 @@ def _read_state_dict(path: str) -> dict[str, Any]:
         raise ImportError(f'{_shown(path)}: PyTorch reads such files; pip install "torch>=2.4"') from None
     way = "expected a state dict: torch.save(model.state_dict(), FILE)"
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of how the file was pickled
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # of the many that damaged files give
         raise data_io.DataError(f"{_shown(path)}: not read as tensors alone ({type(error).__name__}), {way}") from error
-    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in found.items()
+    ):
         keys = f" of {', '.join(map(str, list(found)[:5]))}" if isinstance(found, dict) else ""
         raise data_io.DataError(f"{_shown(path)}: a {type(found).__name__}{keys}, {way}")
     return found

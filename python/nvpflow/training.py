@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from nvpflow import _checks, _context, _core, _data, _frames, _gaussian, _spec, _training_options
 from nvpflow._bases import NORMAL
 from nvpflow._model import Model
-from nvpflow.adam import AdamState
+from nvpflow.adam import AdamState, check_state
 from nvpflow.history import History as History  # also by this path, in pickles too
 from nvpflow.layers import Coupling
 
@@ -195,8 +195,8 @@ def fit(
     """Train `flow`; `Flow.fit` documents the arguments."""
     if callback is not None and not callable(callback):
         raise TypeError(f"callback is {_checks.describe(callback)}, expected callable or None")
-    if adam is not None and not isinstance(adam, AdamState):
-        raise TypeError(f"adam is {_checks.describe(adam)}, expected an nvpflow.AdamState or None")
+    if adam is not None:
+        check_state("adam", adam)
     if text := _frames.not_numbers("x", x):
         raise TypeError(_data.refusal("x", x) or text)  # with all else that is wrong
     given, frame_names = _frames.read("x", x, flow._column_names())

@@ -149,12 +149,15 @@ std::string short_text(const py::object& number) {
 
 /// A Python integer in [0, 2^64), or [0, 2^63) where `is_signed`.
 std::uint64_t unsigned_of(PyObject* object, const char* name, bool is_signed) {
-  if (PyBool_Check(object) || !PyIndex_Check(object)) {
+  const bool has_index = !PyBool_Check(object) && PyIndex_Check(object);
+  const auto number = py::reinterpret_steal<py::object>(has_index ? PyNumber_Index(object) : nullptr);
+  // An array has __index__, too, and refuses it where it is no single integer.
+  if (has_index && !number && !PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
+  if (!number) {
+    PyErr_Clear();
     const char* way = std::strcmp(name, "n") == 0 ? "; rows have one axis, and sample(5) draws five" : "";
     raise(PyExc_TypeError, std::string(name) + " is " + Py_TYPE(object)->tp_name + ", expected an integer" + way);
   }
-  const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(object));
-  if (!number) throw py::error_already_set();
   const unsigned long long value = PyLong_AsUnsignedLongLong(number.ptr());
   const bool failed = PyErr_Occurred() != nullptr;
   if (failed || (is_signed && value >> 63 != 0)) {

@@ -165,6 +165,11 @@ def test_zukos_autoregressive_flows_of_two_passes_are_couplings(kind, context, f
 
 
 @needs_zuko
+def test_zukos_autoregressive_flows_without_hidden_layers():
+    same_as_zuko(scrambled(zuko.flows.NSF(3, passes=2, transforms=2, hidden_features=())))
+
+
+@needs_zuko
 @pytest.mark.parametrize("kind", ["RealNVP", "MAF", "NSF"])
 def test_zukos_flows_of_one_feature(kind):
     flow = same_as_zuko(scrambled(getattr(zuko.flows, kind)(1, 3, hidden_features=(8,))))
@@ -1004,6 +1009,10 @@ def test_the_command_imports_state_dicts(tmp_path, monkeypatch, capsys):
     assert "broken.pt: not read as tensors alone" in run("broken.pt", "-o", "a", *options, fails=1)
     torch.save({"epoch": 3, "model": model.state_dict()}, tmp_path / "checkpoint.pt")
     assert "a dict of epoch, model, expected a state dict" in run("checkpoint.pt", "-o", "a", *options, fails=1)
+    torch.save({3: torch.zeros(2)}, tmp_path / "numbers.pt")
+    assert "a dict of 3, expected a state dict" in run("numbers.pt", "-o", "a", *options, fails=1)
+    (tmp_path / "other.pt").write_bytes(pickle.dumps({"a": print}, protocol=4))  # of which PyTorch warns
+    assert "other.pt: not read as tensors alone" in run("other.pt", "-o", "a", *options, fails=1)
     assert "none.pt: No such file or directory" in run("none.pt", "-o", "a", *options, fails=1)
     assert "it cannot go to stdout" in run("model.pt", "-o", "-", *options, fails=1)
     assert "is STATE too" in run("model.pt", "-o", "model.pt", *options, "--force", fails=1)

@@ -136,6 +136,7 @@ HABITS = [
         lambda flow: flow.sample((5,)),
         r"n is tuple, expected an integer; rows have one axis, and sample\(5\) draws five",
     ),
+    (lambda flow: flow.sample_and_log_prob(np.array([5])), r"n is numpy\.ndarray, expected an integer; rows have one"),
     (lambda flow: flow.sample(num_samples=5), "'num_samples'; the number of rows is called n"),
     (
         lambda flow: nvpflow.build(3, transform="spline", bins=8),

@@ -87,6 +87,33 @@ def test_states_can_be_copied_and_pickled() -> None:
     assert adam.epochs == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("steps", lambda v: v + 0.5, "adam.steps is 8.5 .float., expected an integer"),
+        ("steps", lambda v: 2**63, "adam.steps is 9223372036854775808 .int., expected"),
+        ("epochs", lambda v: -1, "adam.epochs is -1, expected 0 or more"),
+        ("first_moment", np.float32, "adam.first_moment is .*, expected an array of float64"),
+        ("first_moment", lambda v: v[1:], "adam has made 8 steps with moments of"),
+        (
+            "first_moment",
+            lambda v: v * np.nan,
+            "adam.first_moment holds NaN or infinity, expected finite numbers",
+        ),
+        ("second_moment", lambda v: None, "adam.second_moment is None .*, expected an array of float64"),
+        ("second_moment", lambda v: v - 1, "adam.second_moment holds negative numbers, expected .* none below 0"),
+    ],
+)
+def test_what_is_no_state_is_refused(name, change, message) -> None:
+    x, flow, adam = rows(), new_flow(), nvpflow.AdamState()
+    flow.fit(x, epochs=1, adam=adam, **OPTIONS)
+    setattr(adam, name, change(getattr(adam, name)))
+    before = copy.deepcopy(flow)
+    with pytest.raises((TypeError, ValueError), match=message):
+        flow.fit(x, epochs=1, adam=adam, **OPTIONS)
+    assert flow == before
+
+
 def test_an_interrupted_fit_leaves_the_state_of_its_weights() -> None:
     x, flow, adam = rows(), new_flow(), nvpflow.AdamState()
 

@@ -1255,6 +1255,8 @@ def test_what_is_frozen_has_a_name(make) -> None:
         FlowModule(flow, frozen=["flow_9_scale"])
     with pytest.raises(TypeError, match=r"frozen is a str, expected several names; write \['flow_0_scale'\]"):
         FlowModule(flow, frozen="flow_0_scale")
+    with pytest.raises(TypeError, match=r"frozen is None \(NoneType\), expected names of layers or tensors"):
+        FlowModule(flow, frozen=None)
     module = FlowModule(flow, flat=True, frozen=["flow_0_scale"])
     module.flow_0_scale.kernel.requires_grad_()
     (-module.log_prob(rows()).mean()).backward()

@@ -112,9 +112,9 @@ def _sizes(name: str, model: Any) -> _Sizes:
                 len(mask), _torch.dense_layers(f"{path}.hyper", layer.hyper)[0].kernel.shape[0] - int(mask.sum())
             )
         if kind_of(layer) == "MaskedAutoregressiveTransform":
-            first, *_, last = _torch.dense_layers(f"{path}.hyper", layer.hyper)
-            features = len(last.bias) // attribute(path, layer, "total")
-            return _Sizes(features, len(first.kernel) - features)
+            hyper = _torch.dense_layers(f"{path}.hyper", layer.hyper)
+            features = len(hyper[-1].bias) // attribute(path, layer, "total")
+            return _Sizes(features, len(hyper[0].kernel) - features)
         if kind_of(layer) == "ElementWiseTransform" and hasattr(layer, "hyper"):
             hyper = _torch.dense_layers(f"{path}.hyper", layer.hyper)
             return _Sizes(len(hyper[-1].bias) // attribute(path, layer, "total"), len(hyper[0].kernel))

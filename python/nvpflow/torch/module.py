@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Any, Literal
 
 import torch
@@ -478,6 +478,8 @@ def _chosen(name: str, chosen: Sequence[str], names: Sequence[str]) -> set[str]:
     """Return which tensors of these names are chosen, by their names or those of their layers."""
     if isinstance(chosen, str):
         raise TypeError(f"{name} is a str, expected several names; write [{chosen!r}]")
+    if not isinstance(chosen, Iterable):
+        raise TypeError(f"{name} is {_checks.describe(chosen)}, expected names of layers or tensors, or ()")
     found: set[str] = set()
     for one in chosen:
         mine = {other for other in names if one in (other, other.partition(".")[0])}
