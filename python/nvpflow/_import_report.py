@@ -198,12 +198,21 @@ class ImportReport:
             given[name] = None if given[name] is None else Differences(**_checked(Differences, given[name]))
         if given["verdict"] not in VERDICTS:
             raise ValueError(f"verdict is {_checks.describe(given['verdict'])}, expected one of {', '.join(VERDICTS)}")
+        compared = given["verdict"] != "unchecked"
+        for name, there in (("unchecked", not compared), ("condition", compared), ("float64", compared)):
+            if (given[name] is not None) != there:
+                expected = "a value" if there else "None"
+                raise ValueError(f"{name} is {given[name]} beside verdict {given['verdict']!r}, expected {expected}")
         return cls(**given)
 
     @classmethod
     def from_json(cls, text: str) -> ImportReport:
         """Return the report that `to_json` was called on; ValueError where it is not one."""
-        return cls.from_dict(json.loads(text))
+        try:
+            values = json.loads(text)
+        except RecursionError:
+            raise ValueError("text has lists within lists without end, expected what to_json returned") from None
+        return cls.from_dict(values)
 
 
 def _shown(difference: float | None) -> str:

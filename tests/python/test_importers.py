@@ -729,10 +729,17 @@ def test_a_report_prints_and_comes_back_from_json(imported):
 
 
 def test_a_report_in_a_file_is_checked_when_it_is_asked_for(imported, tmp_path):
+    report = imported.import_report
     imported._set_import_report('{"verdict": "exact"}')
     imported.save(tmp_path / "model")
     with pytest.raises(ValueError, match="ImportReport holds verdict, library"):
         nvpflow.load(tmp_path / "model").import_report  # noqa: B018
+    values = report.to_dict()
+    for change in ({"condition": None}, {"float64": None}, {"verdict": "unchecked"}, {"unchecked": "for no reason"}):
+        with pytest.raises(ValueError, match=r"is .* beside verdict '\w+', expected (None|a value)"):
+            ImportReport.from_dict(values | change)
+    with pytest.raises(ValueError, match="lists within lists"):
+        ImportReport.from_json("[" * 100_000)
     for wrong in ("[]", "{", "\0"):
         with pytest.raises(ValueError, match=r"import_report: .*expected JSON"):
             imported._set_import_report(wrong)
