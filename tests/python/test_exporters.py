@@ -114,6 +114,24 @@ def test_the_base_may_be_uniform(torch) -> None:
     assert torch.isfinite(module.log_prob(drawn)).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transform", ["affine", "spline"])
+@pytest.mark.parametrize("scale", [1e3, 1e10, 1e20])
+def test_no_finite_row_gives_nan_whatever_the_weights(scale, transform, dtype, torch) -> None:
+    rng = np.random.default_rng(0)
+    for size in (1, 3):  # also a context whose statistics overflow
+        options = {"transform": transform, "context_size": 2, "standardize_context": True, "dtype": dtype}
+        flow = scrambled(nvpflow.build(size, 3, (8,), **options))
+        flow.set_parameters(
+            {name: (scale * rng.normal(size=value.shape)).astype(dtype) for name, value in flow.parameters().items()}
+        )
+        x = (rng.normal(size=(100, size)) * 10.0 ** rng.uniform(-3, 20, size=(100, 1))).astype(dtype)
+        given = torch.from_numpy(x), torch.from_numpy(rng.normal(size=(100, 2)).astype(dtype))
+        module = to_torch(flow)
+        for values in (*module(*given), *module.inverse(*given), module.log_prob(*given)):
+            assert not values.isnan().any()
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_rows_are_marked_as_the_flow_marks_them(seed, torch) -> None:
     case = make_case(seed, "float64", rows=40)

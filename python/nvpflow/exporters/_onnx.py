@@ -323,7 +323,8 @@ def _slopes(spline: Spline, raw: Value | None) -> Value | None:
         d = (raw / ((raw / spline.derivative_bound).node("Abs") + 1.0)).node("Exp")
     else:
         d = _softplus(raw + spline.derivative_offset) * spline.derivative_gain
-    d = d + spline.min_derivative
+    largest = 1e18 if d.graph.dtype == np.float32 else 1e150  # slopes are squared
+    d = (d + spline.min_derivative).node("Clip", 1.0 / largest, largest)
     return d if spline.boundary == "free" else d.node("Pad", d.graph.indices(0, 0, 1, 0, 0, 1), 1.0)
 
 

@@ -116,7 +116,7 @@ class PlainFlow(nn.Module):
                 if i == place:
                     values, step = layer(values, c, backwards)
                     log_det = log_det + step
-        return _settled(given, c, values, log_det, math.inf if backwards else -math.inf)
+        return _settled(given, context, values, log_det, math.inf if backwards else -math.inf)
 
     def _given(self, rows: Tensor, context: Context) -> tuple[Tensor, Context]:
         """Return rows and standardized contexts with the same leading axes."""
@@ -497,7 +497,8 @@ class RationalQuadratic(nn.Module):
             d = torch.exp(raw / (1.0 + (raw / self.bound).abs()))
         else:
             d = self.gain * _softplus(raw + self.offset)
-        d = d + self.min_derivative
+        largest = 1e18 if raw.dtype == torch.float32 else 1e150  # slopes are squared
+        d = (d + self.min_derivative).clamp(1.0 / largest, largest)
         if self.is_free:
             return d
         ends = torch.ones_like(d.sum(-1, keepdim=True))
