@@ -60,8 +60,10 @@ void fill_from_tuple(PyObject* out, const char* what, std::span<PyObject*> membe
   if (out == nullptr || out == Py_None) return;
   const auto count = static_cast<Py_ssize_t>(members.size());
   if (!PyTuple_Check(out) || PyTuple_GET_SIZE(out) != count) {
-    raise(PyExc_TypeError, "out is " + std::string(Py_TYPE(out)->tp_name) + ", expected a tuple of " +
-                               (count == 2 ? "two" : "three") + " arrays, " + what);
+    const std::string came =
+        PyTuple_Check(out) ? "a tuple of " + std::to_string(PyTuple_GET_SIZE(out)) : Py_TYPE(out)->tp_name;
+    raise(PyExc_TypeError,
+          "out is " + came + ", expected a tuple of " + (count == 2 ? "two" : "three") + " arrays, " + what);
   }
   for (Py_ssize_t i = 0; i < count; ++i) members[static_cast<std::size_t>(i)] = PyTuple_GET_ITEM(out, i);
 }

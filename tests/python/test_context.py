@@ -516,7 +516,7 @@ def test_cotangents_into_out() -> None:
         for one, out, expected in zip(found, outs, flow.log_prob_vjp(X, cotangent, context=c), strict=True):
             assert one is out
             assert_same_bits(out, expected)
-    with pytest.raises(TypeError, match="out is tuple, expected a tuple of three arrays, for grad_x"):
+    with pytest.raises(TypeError, match="out is a tuple of 2, expected a tuple of three arrays, for grad_x"):
         flow.log_prob_vjp(X, cotangent, out=outs[:2], context=CONTEXT)
 
 
