@@ -112,8 +112,10 @@ struct NVPFLOW_API FitOptions {
 struct AdamState {
   std::int64_t steps = 0;   ///< updates that were made
   std::int64_t epochs = 0;  ///< passes that were made, which the order of rows goes by
-  /// Of each parameter, in the order of ParamLayout; empty before the first step. float64 holds either dtype.
-  std::vector<double> first_moment, second_moment;
+  /// Running means of each parameter's gradient, in the order of ParamLayout; empty before the first step.
+  std::vector<double> first_moment;
+  /// Those of its square, which are at least 0. float64 holds the numbers of either dtype.
+  std::vector<double> second_moment;
 };
 
 /// The result of one epoch.
