@@ -95,11 +95,11 @@ template SplineMap<double> map_of(const Spline&);
 const std::vector<LoweredNetwork>& networks_of(const LoweredLayer& layer) {
   using Networks = std::vector<LoweredNetwork>;
   static const Networks none;
-  return std::visit(Overloaded{[](const LoweredCoupling& coupling) -> const Networks& { return coupling.networks; },
-                               [](const LoweredDiagonal&) -> const Networks& { return none; },
-                               [](const LoweredLinear&) -> const Networks& { return none; },
-                               [](const LoweredSpline& spline) -> const Networks& { return spline.networks; }},
-                    layer);
+  return *std::visit(
+      Overloaded{[](const LoweredCoupling& coupling) { return &coupling.networks; },
+                 [](const LoweredDiagonal&) { return &none; }, [](const LoweredLinear&) { return &none; },
+                 [](const LoweredSpline& spline) { return &spline.networks; }},
+      layer);
 }
 
 Lowering::Lowering(const FlowSpec& spec) : spec_(spec), place_(in_order(spec.input_size)) {
