@@ -13,10 +13,10 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="re
 _MEASURE = """
 import json, sys
 import numpy as np, nvpflow
-size, flows, hidden, rows, threads, what = json.loads(sys.argv[1])
+size, flows, hidden, rows, threads, what, transform = json.loads(sys.argv[1])
 def status(key):
     return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
-flow = nvpflow.build(input_size=size, num_flows=flows, hidden_sizes=hidden, seed=1)
+flow = nvpflow.build(input_size=size, num_flows=flows, hidden_sizes=hidden, transform=transform, seed=1)
 flow.num_threads = threads
 x = np.random.default_rng(0).standard_normal((rows, size), np.float32)
 small = x[:64].copy()
@@ -49,10 +49,17 @@ COPIES = {"nll_gradient": 2, "256": 8, "65536": 8}
 
 
 def measure(
-    run_python, flows: int, rows: int, what: str, threads: int = 2, size: int = SIZE, hidden: tuple[int, ...] = HIDDEN
+    run_python,
+    flows: int,
+    rows: int,
+    what: str,
+    threads: int = 2,
+    size: int = SIZE,
+    hidden: tuple[int, ...] = HIDDEN,
+    transform: str = "affine",
 ) -> tuple[int, int]:
     """Peak growth of resident memory over the call, and the parameters' size, in bytes."""
-    result = json.loads(run_python(_MEASURE, json.dumps([size, flows, hidden, rows, threads, what])))
+    result = json.loads(run_python(_MEASURE, json.dumps([size, flows, hidden, rows, threads, what, transform])))
     return result["peak"], result["parameters"]
 
 
@@ -94,9 +101,10 @@ def test_depth_costs_parameters_and_a_tile(run_python, what) -> None:
 
 @pytest.mark.parametrize("flows", [4, 64])
 @pytest.mark.parametrize("what", ["nll_gradient", "vjp"])
-def test_memory_does_not_grow_with_the_batch(run_python, flows, what) -> None:
-    small, _ = measure(run_python, flows, 256, what)
-    large, _ = measure(run_python, flows, 65_536, what)
+@pytest.mark.parametrize("transform", ["affine", "spline"])
+def test_memory_does_not_grow_with_the_batch(run_python, flows, what, transform) -> None:
+    small, _ = measure(run_python, flows, 256, what, transform=transform)
+    large, _ = measure(run_python, flows, 65_536, what, transform=transform)
     # vjp returns grad_x, one array of the input's size; the log_det cotangent was allocated inside the measurement.
     results = 65_536 * (SIZE + 1) * 4 if what == "vjp" else 0
     assert large - small <= results + 4 * MIB, f"{small / MIB:.1f} MiB for 256 rows, {large / MIB:.1f} MiB for 65,536"
@@ -105,5 +113,5 @@ def test_memory_does_not_grow_with_the_batch(run_python, flows, what) -> None:
 def test_scoring_needs_no_memory_beyond_the_result(run_python) -> None:
     script = _MEASURE.replace("flow.nll_gradient(x)", "flow.log_prob(x)")
     assert script != _MEASURE
-    result = json.loads(run_python(script, json.dumps([SIZE, 8, HIDDEN, 262_144, 2, "nll_gradient"])))
+    result = json.loads(run_python(script, json.dumps([SIZE, 8, HIDDEN, 262_144, 2, "nll_gradient", "affine"])))
     assert result["peak"] <= 262_144 * 4 + 3 * MIB
