@@ -801,6 +801,9 @@ def test_state_dicts_of_zuko():
     report = same_weights(flow, expected)
     assert report.assumed == ("activation 'silu'", "slope 0.001")
     assert "  * assumed: activation 'silu'" in repr(report)
+    lost = {name: value for name, value in model.state_dict().items() if name != "transform.transforms.0.hyper.2.bias"}
+    report = nvpflow.importers.from_state_dict(lost, "zuko").import_report
+    assert "transform.transforms.0.hyper.2 without a bias" in report.assumed
 
 
 @needs_nflows

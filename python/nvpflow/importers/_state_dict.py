@@ -191,11 +191,13 @@ class _Reader:
             yield i, f"{prefix}{i}."
 
     def linear(self, prefix: str) -> _StandIn:
-        """Return a Linear; without a tensor for its bias it has none."""
+        """Return a Linear; without a tensor for its bias it is taken to have none."""
         weight = self.tensor(f"{prefix}weight", None, None)
         if len(weight) == 0:
             raise ValueError(f"tensors['{prefix}weight'] has shape {weight.shape}, expected an output at least")
         bias = self.tensor(f"{prefix}bias", len(weight)) if f"{prefix}bias" in self._tensors else None
+        if bias is None:
+            self.assume(f"{prefix[:-1]} without a bias")
         mask = {"mask": self.tensor(f"{prefix}mask", *weight.shape)} if f"{prefix}mask" in self._tensors else {}
         return _StandIn("Linear", weight=weight, bias=bias, **mask)
 
