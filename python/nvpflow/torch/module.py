@@ -57,7 +57,8 @@ class FlowModule(torch.nn.Module):
         the CPU (``weights="bfloat16"``) the module does not: gradients want the weights in full.
     flat
         One parameter for all tensors that are trained, in place of one for each: optimizers then take a step of
-        microseconds where PyTorch's loop over many tensors takes milliseconds. ``state_dict`` keeps its names.
+        microseconds where PyTorch's loop over many tensors takes milliseconds. ``state_dict`` keeps its names, while
+        ``torch.func.functional_call`` goes by those of ``named_parameters``.
     frozen
         Names of layers or tensors, such as ``"flow_0_scale"`` or ``"flow_0_scale.kernel"``, that begin with
         ``requires_grad=False``. Of a flat module they are parameters of their own, so that ``requires_grad_`` still
