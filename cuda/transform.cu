@@ -139,6 +139,7 @@ struct Walker {
         log_det[rb][1] = latent_cost(base, log_det[rb][1]);
       }
     });
+    barrier();  // a layer without hidden units writes to the latents at once
   }
 
   /// run: of network().
