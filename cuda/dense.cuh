@@ -359,7 +359,7 @@ struct Passes {
   NVPFLOW_DEVICE bool is_wanted() const {
     const bool of_input = step > first_step || input_wanted;
     if constexpr (reach == Reach::all) {
-      if (layer_at(step).kind == Kind::linear) return is_linear_wanted(of_input, layer_at(step), inverse);
+      if (facts_of(layer_at(step).kind).has_matrices) return is_linear_wanted(of_input, layer_at(step), inverse);
       return is_dense_wanted(dense(), of_input, context_wanted);
     }
     return j > 0 || of_input;
@@ -385,7 +385,7 @@ struct Passes {
   }
   NVPFLOW_DEVICE const Dense& dense() const {
     const Layer<T>& layer = layer_at(step);
-    const bool other = reach == Reach::all && layer.kind == Kind::linear && layer.inverse != inverse;
+    const bool other = reach == Reach::all && facts_of(layer.kind).has_matrices && layer.inverse != inverse;
     return program.dense[layer.first_dense + j + (other ? 1 : 0)];
   }
   NVPFLOW_DEVICE int in() const { return backward ? dense().out : dense().in; }

@@ -460,7 +460,8 @@ struct TaskWorker {
       return map_gradient(program.dense[task.dense], first, plan.tape_elements, tiles, plan.tile_rows / kWarpRows,
                           partial);
     }
-    if (layer.kind == Kind::linear) return linear_gradient(program, layer, first, plan.tape_elements, tiles, partial);
+    if (facts_of(layer.kind).has_matrices)
+      return linear_gradient(program, layer, first, plan.tape_elements, tiles, partial);
     diagonal_gradient(program, layer, first, plan.tape_elements, tiles, partial);
   }
 };

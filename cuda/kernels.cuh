@@ -8,17 +8,12 @@
 
 #include "../cpp/src/adam.hpp"
 #include "../cpp/src/base_density.hpp"
+#include "../cpp/src/host_device.hpp"
 #include "../cpp/src/program.hpp"
 #include "../cpp/src/scale.hpp"
 #include "../cpp/src/spline_map.hpp"
 
 struct CUstream_st;
-
-#if defined(__CUDACC__)
-#define NVPFLOW_HOST_DEVICE __host__ __device__
-#else
-#define NVPFLOW_HOST_DEVICE
-#endif
 
 namespace nvpflow::cuda {
 
@@ -219,13 +214,13 @@ NVPFLOW_HOST_DEVICE void visit_base(const BaseDensity<T>& base, F&& f) {
   }
 }
 
-/// Dense layers of a layer's networks: none of a linear one, whose dense layers are its matrices.
+/// Dense layers of a layer's networks.
 template <class T>
 NVPFLOW_HOST_DEVICE constexpr std::int32_t network_size(const Layer<T>& layer) {
-  return layer.kind == Kind::linear ? 0 : layer.num_dense;
+  return facts_of(layer.kind).has_networks ? layer.num_dense : 0;
 }
 
-/// Of a spline layer, into Program::dense: the one that says the numbers.
+/// Of a layer that takes numbers, into Program::dense: the one that says them.
 template <class T>
 NVPFLOW_HOST_DEVICE constexpr std::int32_t numbers_dense(const Layer<T>& layer) {
   return layer.first_dense + (layer.num_dense > 0 ? layer.num_dense - 1 : 0);
@@ -311,7 +306,7 @@ constexpr Reach reach_of(const Program<T>& program) {
   Reach reach = program.data_place >= 0 || program.latent_place >= 0 ? Reach::general : Reach::plain;
   for (std::int32_t k = 0; k < program.num_layers; ++k) {
     const Layer<T>& layer = program.layers[k];
-    if (layer.kind == Kind::linear || layer.kind == Kind::spline) return Reach::all;
+    if (facts_of(layer.kind).beyond_affine) return Reach::all;
     const bool general = layer.inverse || layer.place >= 0 || layer.condition == kGathered || layer.output_order >= 0 ||
                          layer.scale.function != ScaleFunction::tanh;
     if (general) reach = Reach::general;

@@ -46,7 +46,7 @@ template <class T>
 NVPFLOW_DEVICE const Layer<T>& linear_layer(const Program<T>& program, std::int64_t number) {
   const Layer<T>* layer = program.layers;
   for (;; ++layer) {
-    if (layer->kind == Kind::linear && number-- == 0) return *layer;
+    if (facts_of(layer->kind).has_matrices && number-- == 0) return *layer;
   }
 }
 

@@ -38,9 +38,13 @@ std::int64_t split_of(const Lowered& lowered) {
     return a_first ? layer.conditioning.count : layer.transformed.count;
   };
   for (const LoweredLayer& layer : lowered.layers) {
-    if (const auto* coupling = std::get_if<LoweredCoupling>(&layer)) return of_features(*coupling);
-    const auto* spline = std::get_if<LoweredSpline>(&layer);
-    if (spline != nullptr && !spline->networks.empty()) return of_features(*spline);
+    if (networks_of(layer).empty()) continue;
+    return std::visit(
+        [&](const auto& with) -> std::int64_t {
+          if constexpr (requires { with.networks; }) return of_features(with);
+          return 0;
+        },
+        layer);
   }
   return lowered.input_size / 2;
 }

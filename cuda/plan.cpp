@@ -31,8 +31,8 @@ void size_all_hidden(const Program<T>& program, TransformPlan& plan) {
   };
   for (int k = 0; k < program.num_layers; ++k) {
     const Layer<T>& layer = program.layers[k];
-    if (layer.kind == Kind::linear) take(program.input_size, 1);  // a copy of the state
-    if (layer.kind == Kind::spline) {
+    if (facts_of(layer.kind).has_matrices) take(program.input_size, 1);  // a copy of the state
+    if (facts_of(layer.kind).has_numbers) {
       plan.numbers_width = std::max<std::int64_t>(plan.numbers_width, program.dense[numbers_dense(layer)].out);
     }
     for (int j = 0; j < network_size(layer); ++j) {
@@ -52,7 +52,7 @@ void size_hidden(const Program<T>& program, bool resident, TransformPlan& plan) 
   if (program.reach == Reach::all) return size_all_hidden(program, plan);
   for (int k = 0; k < program.num_layers; ++k) {
     const Layer<T>& layer = program.layers[k];
-    if (layer.kind != Kind::coupling) continue;
+    if (!facts_of(layer.kind).has_networks) continue;
     int stored = layer.num_dense - (is_joined(program, layer, resident) ? 2 : 1);
     for (int j = 0; j < stored; ++j) {
       plan.hidden_width = std::max<std::int64_t>(plan.hidden_width, program.dense[layer.first_dense + j].out);
@@ -270,10 +270,10 @@ void place_tape(TapeRoom& room, std::int32_t heads, std::span<Dense> networks) {
 /// What NetworksTape says of the arrays ahead of the networks'; where the heads lie.
 template <class T>
 std::int32_t place_heads(const Program<T>& program, const Layer<T>& layer, TapeRoom& room) {
-  const bool splines = layer.kind == Kind::spline;
-  for (int i = 0; i < (splines ? 2 : 3); ++i) room.array(layer.num_outputs);
-  const std::int32_t heads = room.array(splines ? program.dense[numbers_dense(layer)].out : 2 * layer.num_outputs);
-  if (splines && layer.spline.squashed) room.take(2 * std::int64_t{layer.spline.num_bins} * layer.num_outputs);
+  const bool numbers = facts_of(layer.kind).has_numbers;
+  for (int i = 0; i < (numbers ? 2 : 3); ++i) room.array(layer.num_outputs);
+  const std::int32_t heads = room.array(numbers ? program.dense[numbers_dense(layer)].out : 2 * layer.num_outputs);
+  if (numbers && layer.spline.squashed) room.take(2 * std::int64_t{layer.spline.num_bins} * layer.num_outputs);
   return heads;
 }
 
@@ -449,7 +449,7 @@ GradientPlan plan_gradient(const Program<T>& program, const Device& device, std:
 template <class T>
 void place_networks(const Program<T>& program, Layer<T>* layers, Dense* dense) {
   for (int k = 0; k < program.num_layers; ++k) {
-    if (layers[k].kind != Kind::coupling && layers[k].kind != Kind::spline) continue;
+    if (!facts_of(layers[k].kind).has_networks) continue;
     TapeRoom room;
     const std::int32_t heads = place_heads(program, layers[k], room);
     const std::span<Dense> networks(dense + layers[k].first_dense, static_cast<std::size_t>(layers[k].num_dense));

@@ -15,6 +15,8 @@
 #include <nvpflow/layers.hpp>
 #include <nvpflow/spec.hpp>
 
+#include "fit_start.hpp"
+
 namespace nvpflow {
 namespace {
 
@@ -70,12 +72,16 @@ class Walk {
     identity.transform = Additive{};
     identity.network.hidden_sizes = {1};
     part.layers.emplace_back(std::move(identity));
-    const std::int64_t width = spec_.context_size;  // the context's tensors are the last ones
+    const std::int64_t width = spec_.context_size;
     Flow flow(part);
     flow.set_num_threads(threads_);
     std::vector<T> own(static_cast<std::size_t>(flow.num_parameters()), T(0));
     std::copy(parameters_.begin() + offset(begin), parameters_.begin() + offset(end), own.begin());
-    if (spec_.standardize_context) std::copy_n(parameters_.end() - 2 * width, 2 * width, own.end() - 2 * width);
+    if (spec_.standardize_context) {
+      const std::span<T> statistics = context_statistics(spec_, layout_, parameters_);
+      std::copy(statistics.begin(), statistics.end(),
+                context_statistics(part, flow.layout(), std::span<T>(own)).begin());
+    }
     flow.set_parameters<T>(own);
     std::vector<T> out(rows_.size());
     for (std::int64_t first = 0; first < num_rows(); first += slice_rows_) {

@@ -89,6 +89,13 @@ std::span<const T> checked_context(const FlowSpec& spec, const char* name, const
   return {static_cast<const T*>(context.data()), static_cast<std::size_t>(context.size())};
 }
 
+/// Where a flow that standardizes its context keeps the means and log standard deviations [2 C].
+template <class T>
+std::span<T> context_statistics(const FlowSpec& spec, const ParamLayout& layout, std::span<T> parameters) {
+  const TensorInfo& mean = layout.tensors()[layout.first_tensor(spec.layers.size())];
+  return parameters.subspan(static_cast<std::size_t>(mean.offset), static_cast<std::size_t>(2 * spec.context_size));
+}
+
 /// Mean and log standard deviation of each number of the context of rows order(0) .. order(count - 1): statistics [2
 /// C]. A number that never changes keeps its unit.
 template <class T, class Poll>

@@ -60,8 +60,8 @@ class Initializer {
     std::vector<std::string> how;
     if (flow_.spec().begins_with_standardize()) how = standardize(statistics);
     if (flow_.spec().standardize_context) {
-      const auto size = static_cast<std::size_t>(2 * flow_.spec().context_size);
-      set_context_statistics(std::span<T>(values_).last(size), context_, RowOrder(), rows_, no_poll);
+      const auto own = context_statistics(flow_.spec(), flow_.layout(), std::span<T>(values_));
+      set_context_statistics(own, context_, RowOrder(), rows_, no_poll);
     }
     if (has_actnorm(flow_.spec())) start_actnorm_layers();
     flow_.set_parameters<T>(values_, low_);

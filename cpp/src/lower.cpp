@@ -202,9 +202,9 @@ Lowered lower(const FlowSpec& spec, const ParamLayout& layout) {
   Lowered lowered = lowering.finish();
   lowered.base = layers::lower_base(spec);
   if (spec.standardize_context) {
-    const std::size_t count = layout.tensors().size();
-    lowered.context_mean = layout.tensors()[count - 2].offset;
-    lowered.context_log_std = layout.tensors()[count - 1].offset;
+    const TensorInfo* const statistics = layout.tensors().data() + layout.first_tensor(spec.layers.size());
+    lowered.context_mean = statistics[0].offset;
+    lowered.context_log_std = statistics[1].offset;
   }
   return lowered;
 }

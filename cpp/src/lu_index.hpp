@@ -8,10 +8,10 @@
 namespace nvpflow {
 
 /// L[i][j], i > j.
-NVPFLOW_ANYWHERE constexpr std::int64_t lower_index(std::int64_t i, std::int64_t j) { return i * (i - 1) / 2 + j; }
+NVPFLOW_HOST_DEVICE constexpr std::int64_t lower_index(std::int64_t i, std::int64_t j) { return i * (i - 1) / 2 + j; }
 
 /// U[i][j], i < j.
-NVPFLOW_ANYWHERE constexpr std::int64_t upper_index(std::int64_t features, std::int64_t i, std::int64_t j) {
+NVPFLOW_HOST_DEVICE constexpr std::int64_t upper_index(std::int64_t features, std::int64_t i, std::int64_t j) {
   return i * features - i * (i + 1) / 2 + (j - i - 1);
 }
 

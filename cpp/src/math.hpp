@@ -7,12 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-// Functions that a device's compiler makes for the device too.
-#if defined(__CUDACC__)
-#define NVPFLOW_ANYWHERE __host__ __device__
-#else
-#define NVPFLOW_ANYWHERE
-#endif
+#include "host_device.hpp"
 
 namespace nvpflow {
 
@@ -61,7 +56,7 @@ class Shuffle {
     }
   }
 
-  NVPFLOW_ANYWHERE std::uint64_t operator()(std::uint64_t i) const {
+  NVPFLOW_HOST_DEVICE std::uint64_t operator()(std::uint64_t i) const {
     do {
       i = encrypt(i);
     } while (i >= size_);
@@ -93,7 +88,7 @@ class Shuffle {
     return left;
   }
 
-  NVPFLOW_ANYWHERE std::uint64_t encrypt(std::uint64_t value) const {
+  NVPFLOW_HOST_DEVICE std::uint64_t encrypt(std::uint64_t value) const {
     std::uint64_t left = value >> half_bits_;
     std::uint64_t right = value & mask_;
     for (const std::uint64_t key : keys_) {

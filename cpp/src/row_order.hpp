@@ -15,7 +15,7 @@ struct RowOrder {
   std::uint64_t first_of_part = 0;  // where the part begins in the split
   Shuffle shuffle, parts;
 
-  NVPFLOW_ANYWHERE std::int64_t operator()(std::int64_t place) const {
+  NVPFLOW_HOST_DEVICE std::int64_t operator()(std::int64_t place) const {
     auto i = static_cast<std::uint64_t>(place);
     if (shuffled) i = shuffle(i);
     if (split) i = parts(i + first_of_part);

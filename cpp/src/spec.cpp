@@ -200,7 +200,7 @@ bool takes_float64_rows(const FlowSpec& spec) { return spec.dtype == DType::floa
 
 ParamLayout::ParamLayout(const FlowSpec& spec) {
   spec.validate();
-  first_of_layer_.reserve(spec.layers.size());
+  first_of_layer_.reserve(spec.layers.size() + 1);
   layers::each_tensor(spec, [&](TensorInfo tensor) {
     // A layer without tensors of its own begins where the next one does.
     first_of_layer_.resize(static_cast<std::size_t>(tensor.layer) + 1, tensors_.size());
@@ -208,7 +208,7 @@ ParamLayout::ParamLayout(const FlowSpec& spec) {
     size_ += tensor.size;
     tensors_.push_back(std::move(tensor));
   });
-  first_of_layer_.resize(spec.layers.size(), tensors_.size());
+  first_of_layer_.resize(spec.layers.size() + 1, tensors_.size());
 }
 
 double ParamLayout::multiply_adds_per_row() const {

@@ -347,7 +347,7 @@ class Trainer {
   /// Where they are still zeros.
   void standardize_context() {
     if (!flow_.spec().standardize_context) return;
-    const auto statistics = std::span<T>(best_).last(static_cast<std::size_t>(2 * context_size()));
+    const std::span<T> statistics = context_statistics(flow_.spec(), flow_.layout(), std::span<T>(best_));
     const bool is_set = std::any_of(statistics.begin(), statistics.end(), [](T v) { return v != T(0); });
     if (is_set && !options_.restandardize) return;
     set_context_statistics(statistics, context_, rows_.training(), rows_.train(), [this] { poll(); });

@@ -140,9 +140,8 @@ def initialize_from(
         context=None if context is None else np.asarray(context),
         standardize="auto" if standardize is None else standardize,
     )
-    set_from_data = ("standardize_0.", "actnorm_", "context.")
-    found = {name: value for name, value in flow.parameters().items() if name.startswith(set_from_data)}
-    return {**parameters, **{name: jnp.array(value) for name, value in found.items()}}
+    values = flow.parameters()
+    return {**parameters, **{name: jnp.array(values[name]) for name in _core._from_data(spec)}}
 
 
 @_hints.explained

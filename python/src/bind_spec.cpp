@@ -74,11 +74,12 @@ BoundSpec spec_from_text(const std::string& text) {
   return spec;
 }
 
-/// Names of the tensors that training changes by their gradients.
-py::set trained_of(const ParamLayout& layout) {
+/// Names of the tensors of which it is true.
+py::set tensors_that(bool TensorInfo::* is_true, const FlowSpec& spec) {
+  const ParamLayout layout(spec);
   py::set names;
   for (const TensorInfo& t : layout.tensors()) {
-    if (t.trained) names.add(t.name);
+    if (t.*is_true) names.add(t.name);
   }
   return names;
 }
@@ -129,7 +130,8 @@ void bind_spec(py::module_& module) {
       .def("__hash__", [](const BoundSpec& s) { return py::hash(py::str(to_json(s))); })
       .def(py::pickle([](const BoundSpec& s) { return to_json(s); }, &spec_from_text));
   module.def("activation_names", [] { return py::tuple(py::cast(activation_names())); });
-  module.def("_trained", [](const BoundSpec& spec) { return trained_of(ParamLayout(spec)); });
+  module.def("_trained", [](const BoundSpec& spec) { return tensors_that(&TensorInfo::trained, spec); });
+  module.def("_from_data", [](const BoundSpec& spec) { return tensors_that(&TensorInfo::from_data, spec); });
   module.def("_layout_of", [](const BoundSpec& spec) { return tensors_of(ParamLayout(spec)); });
 }
 

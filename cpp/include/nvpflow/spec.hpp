@@ -83,6 +83,8 @@ struct TensorInfo {
   std::int64_t fan_out = 0;         ///< outputs of its dense layer; 0: it has none
   bool trained = false;             ///< training changes it by its gradient
   bool decayed = false;             ///< weight decay acts on it
+  bool from_data = false;           ///< fit() and Flow::initialize_from set it from data
+  bool signs = false;               ///< each element is 1 or -1
   bool multiplies = false;          ///< a row takes one multiply-add per element
 };
 
@@ -111,7 +113,8 @@ class NVPFLOW_API ParamLayout {
 
   /// All parameters, in the buffer's order.
   const std::vector<TensorInfo>& tensors() const { return tensors_; }
-  /// Tensors of layer `layer` start at this index of tensors().
+  /// Tensors of layer `layer` start at this index of tensors(); those that belong to none, at that of the layer behind
+  /// the last one.
   std::size_t first_tensor(std::size_t layer) const { return first_of_layer_[layer]; }
   /// Elements of the whole buffer.
   std::int64_t size() const { return size_; }

@@ -112,7 +112,7 @@ void CpuFlow<T>::finish_gradient(const Program<T>& program, const GradientCall<T
                                  int threads) const {
   for (std::int64_t k = 0; program.products > 0 && k < program.num_layers; ++k) {
     const Layer<T>& layer = program.layers[k];
-    if (layer.kind != Kind::linear) continue;
+    if (!facts_of(layer.kind).has_matrices) continue;
     add_lu_gradient(*layer.linear, call.inverse != layer.inverse, call.products, gradient, accumulate, threads);
   }
 }
@@ -154,7 +154,7 @@ double CpuFlow<T>::gradient_by_team(const Program<T>& program, GradientCall<T> c
     parallel_for(static_cast<std::int64_t>(tasks_.size()), 1, team, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = begin; i < end; ++i) {
         const Task& task = tasks_[static_cast<std::size_t>(i)];
-        T* to = program.layers[task.layer].kind == Kind::linear ? call.products : gradient;
+        T* to = facts_of(program.layers[task.layer].kind).has_matrices ? call.products : gradient;
         for (std::int64_t tile = 0; tile < here; ++tile) {
           const std::int64_t row = (first + tile) * gradient_rows_;
           kernels_.weight_gradient(

@@ -166,7 +166,7 @@ void gradient_tile(const Program<T>& program, const GradientCall<T>& call, int64
       LayerKind::backward(layer, call.inverse != layer.inverse, input_wanted, fixed, of_layer, count, rows);
     });
     if (call.gradient == nullptr) continue;
-    T* gradient = layer.kind == Kind::linear ? call.products : call.gradient;
+    T* gradient = facts_of(layer.kind).has_matrices ? call.products : call.gradient;
     layer_gradient<T>(layer, {of_layer, 0, rows, count, fixed.context}, gradient, call.add);
   }
   if (call.grad_context != nullptr) {

@@ -134,14 +134,15 @@ struct Layer {
   TapeSize tape_begin;               // of the layers before this one in the program
   const int64_t* place = nullptr;    // the row of a tile that holds feature j of the layer's input; null: j
   const int64_t* feature = nullptr;  // the other way round
+  // A diagonal layer, or a coupling with tanh, features that follow each other, one mlp without a context and
+  // LayerNorm: what most flows are made of. A few rows of those take a path of their own, where every instruction
+  // counts.
+  bool plain = false;
   // coupling: a conditions b
   FeatureRows a, b;
   Scale<T> scale;
   Network<T> network[2];  // of all heads, or one of each
   int32_t num_networks = 0;
-  // Tanh, features that follow each other, one mlp without a context and LayerNorm: what most flows are made of. A few
-  // rows of it take a path of their own, where every instruction counts.
-  bool plain = false;
   // diagonal: in the order of a tile's rows
   const T* mean = nullptr;
   const T* std = nullptr;          // exp(log_std)

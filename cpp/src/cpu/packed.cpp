@@ -137,9 +137,7 @@ template <class T>
 bool Packed<T>::is_plain() const {
   const bool in_order = program_.data_place == nullptr && program_.latent_place == nullptr;
   return in_order && program_.context_size == 0 &&
-         std::all_of(layers_.begin(), layers_.end(), [](const Layer<T>& layer) {
-           return layer.kind == Kind::diagonal || (layer.kind == Kind::coupling && layer.plain);
-         });
+         std::all_of(layers_.begin(), layers_.end(), [](const Layer<T>& layer) { return layer.plain; });
 }
 
 template <class T>
@@ -290,6 +288,7 @@ template <class T>
 void Packed<T>::add(const LoweredDiagonal& from) {
   Layer<T> layer;
   layer.kind = Kind::diagonal;
+  layer.plain = true;
   layer.inverse = from.inverse;
   layer.place = keep(from.place);
   if (layer.place != nullptr) {

@@ -49,7 +49,7 @@ NVPFLOW_INLINE void flow_rows(const Program<T>& program, bool inverse, const Row
   for (int64_t k = 0; k < program.num_layers; ++k) {
     const Layer<T>& layer = program.layers[inverse ? program.num_layers - 1 - k : k];
     const bool backwards = inverse != layer.inverse;
-    if (plain && layer.kind == Kind::coupling) {
+    if (plain && layer.num_networks > 0) {
       plain_rows<T>(layer, backwards, s);
       continue;
     }

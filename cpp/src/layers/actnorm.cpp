@@ -16,7 +16,7 @@ void check(const ActNorm&, const FlowSpec&, const std::string&) {}
 void tensors(const ActNorm&, const FlowSpec& spec, const Site& site, const TensorSink& sink) {
   for (const char* const what : {".log_scale", ".shift"}) {
     TensorInfo tensor = vector_tensor("actnorm_" + std::to_string(site.layer) + what, spec.input_size, site.layer);
-    tensor.trained = true;
+    tensor.trained = tensor.from_data = true;
     sink(std::move(tensor));
   }
 }

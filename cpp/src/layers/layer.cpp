@@ -42,7 +42,9 @@ void each_tensor(const FlowSpec& spec, const TensorSink& sink) {
   }
   if (!spec.standardize_context) return;
   for (const char* const what : {"context.mean", "context.log_std"}) {
-    sink(vector_tensor(what, spec.context_size, site.layer));
+    TensorInfo tensor = vector_tensor(what, spec.context_size, site.layer);
+    tensor.from_data = true;
+    sink(std::move(tensor));
   }
 }
 

@@ -16,8 +16,6 @@ namespace {
 /// Forming the matrix takes D^3 operations whenever the parameters change.
 constexpr std::int64_t kMaxLinearSize = 4096;
 
-constexpr const char* kSign = ".sign";
-
 template <class T>
 std::string describe_wrong_sign(const TensorInfo& tensor, const T* values) {
   const T* const end = values + tensor.size;
@@ -44,18 +42,19 @@ void tensors(const LULinear&, const FlowSpec& spec, const Site& site, const Tens
     TensorInfo tensor = vector_tensor("lu_linear_" + std::to_string(site.layer) + what, size, site.layer);
     tensor.trained = trained;
     tensor.multiplies = multiplies;
-    if (!trained) tensor.initial = Initial::one;
+    tensor.signs = !trained;
+    if (tensor.signs) tensor.initial = Initial::one;
     sink(std::move(tensor));
   };
   put(".lower", triangle, true, true);
   put(".upper", triangle, true, true);
   put(".log_diagonal", features, true, true);
-  put(kSign, features, false, false);
+  put(".sign", features, false, false);
   put(".bias", features, true, false);
 }
 
 std::string describe_wrong_sign(const TensorInfo& tensor, DType dtype, const void* values) {
-  if (!tensor.name.ends_with(kSign)) return "";
+  if (!tensor.signs) return "";
   if (dtype == DType::float32) return describe_wrong_sign(tensor, static_cast<const float*>(values));
   return describe_wrong_sign(tensor, static_cast<const double*>(values));
 }

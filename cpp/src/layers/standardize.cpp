@@ -14,7 +14,9 @@ void check(const Standardize&, const FlowSpec&, const std::string&) {}
 
 void tensors(const Standardize&, const FlowSpec& spec, const Site& site, const TensorSink& sink) {
   for (const char* const what : {".mean", ".log_std"}) {
-    sink(vector_tensor("standardize_" + std::to_string(site.layer) + what, spec.input_size, site.layer));
+    TensorInfo tensor = vector_tensor("standardize_" + std::to_string(site.layer) + what, spec.input_size, site.layer);
+    tensor.from_data = true;
+    sink(std::move(tensor));
   }
 }
 

@@ -39,10 +39,6 @@ class _Parameters(torch.nn.Module):
 _FLAT = "flat"
 
 
-def _is_set_from_data(layer: str) -> bool:
-    return layer in _STANDARDIZING or layer.startswith("actnorm_")
-
-
 class FlowModule(torch.nn.Module):
     """A flow whose parameters are PyTorch's, for losses, layers and optimizers of one's own.
 
@@ -264,7 +260,7 @@ class FlowModule(torch.nn.Module):
             context=None if given is None else given.detach().expand(len(rows), -1).cpu().numpy(),
             standardize=standardize,
         )
-        self._take(own, _is_set_from_data)
+        self._take(own, _core._from_data(own.spec))
         self._unset = ()
         return how
 
@@ -280,8 +276,8 @@ class FlowModule(torch.nn.Module):
             As in `nvpflow.build`.
         """
         flow = Flow(self._engine.spec, _seed(seed), init=_checks.text("init", init))
-        layers = {name.partition(".")[0] for name in _core._trained(flow.spec)}
-        self._take(flow, layers.__contains__)
+        set_once = _core._from_data(flow.spec) - _core._trained(flow.spec)
+        self._take(flow, flow.parameters().keys() - set_once)
 
     def extra_repr(self) -> str:
         """Return the model in one line."""
@@ -310,12 +306,12 @@ class FlowModule(torch.nn.Module):
             for name, shape, start in piece.parts:
                 yield name, parameter[start : start + shape.numel()].view(shape)
 
-    def _take(self, flow: Flow, wanted: Callable[[str], bool]) -> None:
-        """Copy the parameters of some layers from a flow on the CPU."""
+    def _take(self, flow: Flow, wanted: set[str]) -> None:
+        """Copy these parameters from a flow on the CPU."""
         values = flow.parameters()
         with torch.no_grad():
             for name, tensor in self._named():
-                if wanted(name.partition(".")[0]):
+                if name in wanted:
                     tensor.copy_(torch.tensor(values[name], dtype=tensor.dtype))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
