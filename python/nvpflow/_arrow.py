@@ -40,7 +40,7 @@ _DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+([eE][+-]?\d+)?$")
 
 @contextmanager
 def _reading(name: str, kind: str) -> Iterator[None]:
-    """Make one kind of error of what pyarrow and the decompressors raise."""
+    """Turn the errors of pyarrow and of the decompressors into ValueError."""
     try:
         yield
     except DataError:
@@ -230,7 +230,7 @@ class CsvSource:
         problems.ragged.add(len(found), [line for line, _ in found])
 
     def _numbers(self, text: Any, column: int, lines: _Lines, problems: Problems) -> Array:
-        """Return a column as float64 with NaN where there is nothing; what is not a number is noted."""
+        """Return a column as float64, NaN where it is empty; note the fields that are not numbers."""
         try:
             numbers = pc.cast(text, pa.float64())
             kind = "numbers"
@@ -279,10 +279,13 @@ def _kind_of_text(example: str) -> str:
 
 
 def _is_header(first: Sequence[str], second: Sequence[str]) -> bool:
-    """Tell names from numbers, as they stand in the first record and the one behind it.
+    """Tell whether the first record of a CSV holds the columns' names.
 
-    Names are: fields none of which is a number, unless all are empty; pandas' numbers for columns that have no names,
-    behind the empty one of its index; fields beside which, in the next record, a number stands for what is none here.
+    It does in three cases:
+
+    * none of its fields is a number, and not all are empty;
+    * it holds 0, 1, 2, ... behind an empty field, as pandas writes columns without names behind an index;
+    * some field is neither a number nor missing, and the next record has a number there.
     """
     fields = [field.strip() for field in first]
     if not any(fields):
@@ -310,7 +313,7 @@ def _text(data: bytes) -> str:
 
 
 def _raw_lines(raw: io.BytesIO, count: int) -> Iterator[bytes]:
-    """Yield so many lines, with what ends them."""
+    """Yield the first `count` lines with their line ends."""
     for part in re.finditer(rb"[^\r\n]*(?:\r\n|\n|\r|$)", raw.getvalue()):
         if count == 0:
             return
@@ -319,12 +322,12 @@ def _raw_lines(raw: io.BytesIO, count: int) -> Iterator[bytes]:
 
 
 def _whole_records(head: bytes) -> bytes:
-    """Return the beginning of a file without a last line that goes on behind it."""
+    """Return the beginning of a file without the record that it cuts off."""
     return head if len(head) < SNIFFED else head[: _record_end(head) or len(head)]
 
 
 def _records(data: bytes, delimiter: str, most: int) -> Iterator[tuple[int, list[str]]]:
-    """Yield the first records of some text that hold anything, and the line in which each begins."""
+    """Yield the first records that are not empty, and the line in which each begins."""
     reader = csv.reader(io.StringIO(_text(data), newline=""), delimiter=delimiter)
     line = 1
     try:

@@ -224,7 +224,7 @@ def check_data(
 
 @dataclass
 class _Table:
-    """What `check_data` was given: columns of numbers [N, d], their places `good` in it, and what the others are."""
+    """The argument of `check_data`: its columns of numbers [N, d], their places `good`, and the kinds of the others."""
 
     rows: Array
     good: list[int]
@@ -301,9 +301,9 @@ def require_density(
 
 
 def refusal(name: str, table: Any) -> str | None:
-    """Return all that rules out a density of a table in one message, if some of it is no number.
+    """Return one message with all that rules out a density of a table, if some of its fields are not numbers.
 
-    None where all of it are finite numbers, and of what is no table.
+    None if the table holds only finite numbers, or if it is not a table.
     """
     try:
         errors = check_data(table).errors
@@ -318,7 +318,7 @@ def refusal(name: str, table: Any) -> str | None:
 def warn_of_context(
     context: Array, names: Sequence[str] | None, dtype: str, standardize: bool, trained: tuple[Array, Array] | None
 ) -> None:
-    """Warn once of what makes columns of a context [N, C] to train on of little use to the flow.
+    """Warn once of columns of a training context [N, C] from which the flow can learn little.
 
     `trained`: mean and standard deviation that the flow standardizes contexts by, where these have been set. What has
     NaN or infinity is left to the training loop, which refuses it.
@@ -532,12 +532,12 @@ class RunningLook:
 
 
 def trained_scales(flow: Model) -> tuple[Array, Array] | None:
-    """Return mean and standard deviation [D] of the standardize layer that a flow begins with; None: it knows none."""
+    """Return mean and standard deviation [D] of a flow's first standardize layer; None without one."""
     return _scales(flow, "standardize_0") if begins_with_standardize(flow.spec) else None
 
 
 def trained_context_scales(flow: Model) -> tuple[Array, Array] | None:
-    """Return the same [C] of what standardizes a flow's contexts."""
+    """Return the mean and standard deviation [C] that a flow standardizes its contexts by."""
     return _scales(flow, "context") if flow.spec.standardize_context else None
 
 

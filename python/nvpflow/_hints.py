@@ -18,7 +18,7 @@ _NO_BOUNDS = (
     "where all columns have bounds, scale them to [0, 1] and build with base='uniform' and transform='spline'; else "
     "fit the logarithm or the logit of a bounded column, and add the transform's log-derivative to log p"
 )
-_BASE = "what latents are belongs to the flow: nvpflow.build(base=)"
+_BASE = "the base belongs to the flow: nvpflow.build(base=)"
 _ABOUT = {
     **dict.fromkeys(("sample_weight", "sample_weights", "weight", "weights", "w", "importance"), _NO_WEIGHTS),
     **dict.fromkeys(("bounds", "low", "high", "lower", "upper", "support", "limits"), _NO_BOUNDS),

@@ -42,7 +42,7 @@ def layers_of(spec: FlowSpec) -> tuple[Layer, ...]:
 
 
 def base_of(spec: FlowSpec) -> Base:
-    """Return what latents are."""
+    """Return the base of a spec."""
     return _bases.from_json(json.loads(spec._to_full_json())["base"])
 
 

@@ -267,7 +267,7 @@ def _add_architecture(group: Any) -> None:
     _add_option(group, "--network", choices=NETWORKS, default="mlp", help=network_help)
     _add_option(group, "--num-blocks", type=int, metavar="N", default=2, help="blocks of --network residual")
     _add_option(group, "--layer-norm", action="store_true", help="normalize the output of each hidden layer")
-    base_help = "what latents are; uniform: on an interval, for columns in it and splines, which then span it"
+    base_help = "distribution of the latents; uniform needs --transform spline and data inside --interval"
     _add_option(group, "--base", choices=_bases.NAMES, default="normal", help=base_help)
     interval_help = "of --base uniform, the same for all columns (default: 0 1)"
     _add_option(group, "--interval", nargs=2, type=float, metavar=("LO", "HI"), help=interval_help)
@@ -556,7 +556,7 @@ def _run_fit(arguments: argparse.Namespace) -> None:
 
 
 def _base(arguments: argparse.Namespace) -> _bases.Base:
-    """Return what latents are to be."""
+    """Return the base that the options name."""
     if arguments.interval is None:
         return _bases.checked(arguments.base)
     if arguments.base != "uniform":

@@ -129,21 +129,20 @@ class NVPFLOW_API Flow {
   std::string import_report() const;
   /// A JSON object, or "" for none; else Error(invalid_argument).
   void set_import_report(std::string text);
-  /// Threads of a batch call; small batches use fewer. 0: as many as this process may use, which are those of its
-  /// affinity mask, at most its cgroup's quota, and at most what the environment variable NVPFLOW_NUM_THREADS, or else
-  /// OMP_NUM_THREADS, said when the process made its first flow. Any other number counts as it is.
+  /// Threads of a batch call; small batches use fewer. 0: available_threads(), counted when the process made its first
+  /// flow. Any other number is taken as it is.
   int num_threads() const;
   /// See num_threads(); negative: Error(invalid_argument).
   void set_num_threads(int threads);
-  /// For real-time use: from now on calls of at most max_rows rows (forward, inverse, log_prob, both samples, nll) stay
-  /// on their caller's thread, and those that this thread makes, if they do not throw, neither allocate nor lock nor
-  /// make a system call, on this flow and on every flow of its dtype that is no larger. Each thread that is to make
-  /// such calls prepares by itself; the largest max_rows counts. 0: calls may use threads again. set_parameters, reload
-  /// and swap on other threads leave all that as it is. Throws Error(invalid_argument) on a CUDA device, whose driver
-  /// promises nothing.
+  /// Prepares this thread for real-time calls of up to max_rows rows: forward, inverse, log_prob, both samples, nll.
+  /// From now on such calls on this flow stay on their caller's thread. Those of this thread neither allocate nor lock
+  /// nor make a system call, unless they throw. This holds for every flow of the same dtype that is no larger, too.
+  /// Each real-time thread must call prepare() itself; the largest max_rows counts. 0: calls may use threads again.
+  /// set_parameters, reload and swap on other threads change nothing of this. Throws Error(invalid_argument) on a CUDA
+  /// device, whose driver promises nothing.
   ///
-  /// Work: allocates the calling thread's scratch, which does not depend on max_rows and stays until the thread ends,
-  /// writes it, and scores one tile of rows.
+  /// Work: allocates and writes the calling thread's scratch, and scores one tile of rows. The scratch does not depend
+  /// on max_rows and stays until the thread ends.
   void prepare(std::int64_t max_rows) const;
 
   /// The flat parameters (ParamLayout), replaced only through set_parameters: the flow's own buffer, which a thread
@@ -162,10 +161,10 @@ class NVPFLOW_API Flow {
   /// standard deviation. Where there is any, rows of float32 go through
   /// the layer in float64 as well. Files and copies keep it.
   std::vector<float> mean_low() const;
-  /// Replaces them by those of a model file of this very spec (else Error(file_format), naming the difference; of the
-  /// same column and context names, too, where both have some), and the threshold and the import report by those of the
-  /// file, while other threads may call the flow: each call sees the old or the new ones whole. On failure nothing has
-  /// changed. Work: that of load; waits for calls under way on the old parameters, without making them wait.
+  /// Replaces parameters, threshold and import report by those of a model file. The file must have this flow's spec
+  /// and, where both have some, its column and context names; else Error(file_format) names the difference. Other
+  /// threads may call the flow meanwhile: each call sees the old or the new parameters whole. On failure nothing has
+  /// changed. Work: that of load. It waits for calls under way on the old parameters, without making them wait.
   void reload(const std::string& path);
   /// Exchanges the parameters, thresholds and import reports of two flows of the same spec (else
   /// Error(invalid_argument)), whatever their devices, while other threads may call both. Each flow changes at one

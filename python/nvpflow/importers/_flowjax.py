@@ -107,7 +107,7 @@ class _Walk:
         self.identities: list[At] = []
 
     def distribution(self, path: str, dist: Any) -> tuple[list[Step], Base]:
-        """Return the steps from data to latent, and what latents are."""
+        """Return the steps from data to latent, and the base."""
         kind = kind_of(dist)
         if kind == "Uniform":
             low = _numbers(dist.bijection.loc, self.features)

@@ -131,7 +131,7 @@ def _sizes(path: str, transform: Any) -> tuple[int, int]:
 
 
 def _unknown(path: str, transform: Any) -> ValueError:
-    """Return the error to raise for a transform of a class that there is no reader for."""
+    """Return the error to raise for a transform whose class has no reader."""
     kind = kind_of(transform)
     return refused_kind(path, transform, _KNOWN, _INSTEAD.get(kind, _INSTEAD["Masked"] if "Masked" in kind else ""))
 
@@ -406,7 +406,7 @@ def _block(path: str, block: Any) -> Block:
 
 
 def _latents(path: str, base: Any, walk: _Walk) -> tuple[Base, list[Step]]:
-    """Return what latents are, and the layers that bring those here to those there."""
+    """Return the base, and the layers between its latents and nflows'."""
     at = At(path, kind_of(base))
     if at.kind == "StandardNormal":
         return NORMAL, []

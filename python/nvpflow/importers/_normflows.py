@@ -291,7 +291,7 @@ _NO_BASE = f"other bases have no counterpart here: there are {', '.join(_bases.N
 
 
 def _latents(path: str, base: Any, walk: _Walk) -> tuple[Base, list[Step]]:
-    """Return what latents are, and the layers that bring those there to those here."""
+    """Return the base, and the layers between its latents and normflows'."""
     at, size = At(path, kind_of(base)), walk.features
     if at.kind == "DiagGaussian":
         loc, log_scale = (_torch.array(v).ravel() for v in (base.loc, base.log_scale))

@@ -20,7 +20,7 @@ def refused(path: str, what: str, expected: str, do: str = "") -> ValueError:
 
 
 def refused_kind(path: str, source: Any, expected: str, do: str = "") -> ValueError:
-    """Return the error to raise for an object of a class that there is no importer for."""
+    """Return the error to raise for an object whose class has no importer."""
     return refused(path, named(kind_of(source)), expected, do)
 
 
@@ -46,10 +46,10 @@ def library_of(source: Any) -> str:
 
 
 def described(source: Any) -> str:
-    """Return an object's class with its module, for messages about something that is no flow at all."""
+    """Return an object's class with its module, for messages about an object that is not a flow."""
     return _checks.shortened(f"{type(source).__module__}.{type(source).__qualname__}")
 
 
 def way_of_tensors(source: Any) -> str:
-    """Return what to do with what is no model but the tensors of one, or the name of their file; else ""."""
+    """Return the advice for a state dict or a path to one, which is not a model; else ""."""
     return "; for tensors alone take from_state_dict" if isinstance(source, (str, os.PathLike, Mapping)) else ""

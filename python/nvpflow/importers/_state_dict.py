@@ -1,4 +1,4 @@
-"""State dicts: tensors without the objects that they were in, which stand-ins take the places of.
+"""State dicts: tensors without their objects, in whose places stand-ins are put.
 
 What a tensor is called tells where it was, and which tensors are beside it of which class its owner was. Stand-ins have
 the attributes that the importers of live objects read, so that there is one way from each library to here.
@@ -150,11 +150,11 @@ class _Reader:
             raise ValueError(f"tensors holds {shown}, expected none of these in a flow of couplings; {_LIVE}")
 
     def parts(self, prefix: str) -> set[str]:
-        """Return what comes next in the names that begin with a prefix."""
+        """Return the next part of the names that begin with a prefix."""
         return {name[len(prefix) :].partition(".")[0] for name in self._tensors if name.startswith(prefix)}
 
     def misnamed(self, first: str, whose: str) -> ValueError:
-        """Return the error to raise where no name begins as those of a library do: perhaps the flow is within."""
+        """Return the error to raise where no name begins as a library's do: the flow may be part of a model."""
         outer = sorted(self.parts(""))
         found = ", ".join(outer[:5]) or "nothing"
         within = next((f"{part}." for part in outer if self.parts(f"{part}.{first}")), None)
@@ -185,8 +185,8 @@ class _Reader:
         for i, number in enumerate(self.numbers(prefix)):
             if i != number:
                 raise ValueError(
-                    f"tensors holds none of {prefix}{i}, expected some beside {prefix}{number}: what has no tensors "
-                    f"cannot be told from them; {_LIVE}"
+                    f"tensors holds none of {prefix}{i}, expected some beside {prefix}{number}: a layer without tensors "
+                    f"leaves no trace in a state dict; {_LIVE}"
                 )
             yield i, f"{prefix}{i}."
 

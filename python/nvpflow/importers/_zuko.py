@@ -343,7 +343,7 @@ def _of_nothing(net: Net) -> Array:
 
 
 def _latents(path: str, base: Any, size: _Sizes) -> Latents:
-    """Return what latents are: DiagNormal of any mean and scale, BoxUniform of one interval."""
+    """Return the base: DiagNormal of any mean and scale, BoxUniform of one interval."""
     name = kind_of(base)
     if name in ("UnconditionalDistribution", "Unconditional"):
         name = getattr(getattr(base, "f", None) or base.meta, "__name__", name)
