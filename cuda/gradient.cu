@@ -150,7 +150,7 @@ struct Reverse {
   /// Of the log-determinant of row r, and of log p where the call is of that.
   NVPFLOW_DEVICE T given_cotangent(int r) const {
     if (call.nll) return -call.nll_factor;
-    return call.grad_log_det != nullptr ? call.grad_log_det[tile.first + r] : T(0);
+    return call.grad_log_det != nullptr ? call.grad_log_det[tile.first + r] : T(call.density ? 1 : 0);
   }
 
   /// The cotangents that the way back starts from: zero for rows past the end, NaN for poisoned ones.

@@ -48,8 +48,8 @@ class Backend {
   virtual void vjp(Direction direction, const void* in, std::int64_t rows, const void* grad_out,
                    const void* grad_log_det, void* grad_in, void* grad_parameters, bool accumulate,
                    const Execution& how) const = 0;
-  /// The same for log_prob: from grad_log_prob [rows]; also writes log_prob [rows] (may be null), the bits of
-  /// log_prob().
+  /// The same for log_prob: from grad_log_prob [rows] (null: ones); also writes log_prob [rows] (may be null), the bits
+  /// of log_prob().
   virtual void log_prob_vjp(const void* x, std::int64_t rows, const void* grad_log_prob, void* log_prob, void* grad_x,
                             void* grad_parameters, bool accumulate, const Execution& how) const = 0;
   /// Sum over the rows of log p, nats. Writes or adds to grad_parameters, flat, the gradient of

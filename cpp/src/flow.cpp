@@ -624,27 +624,37 @@ double Flow::round_trip_error(std::span<const T> x, const Context& context) cons
 }
 
 template <class T>
-void Flow::log_prob(std::span<const T> x, std::span<T> out, const Context& context) const {
+void Flow::log_prob(std::span<const T> x, std::span<T> out, const Context& context, double temperature) const {
   const std::int64_t rows = state_->check_rows(Named{"x", x});
   check_length(Named{"out", out}, rows, "[B]");
   refuse_overlap(Named{"out", out}, Named{"x", x});
   refuse_overlap(context, Named{"out", out});
+  if (temperature != 1) {
+    return tempered_log_prob_unchecked(temperature, x.data(), rows, out.data(), state_->execution<T>(context, rows));
+  }
   log_prob_unchecked(x.data(), rows, out.data(), state_->execution<T>(context, rows));
 }
 
-void Flow::log_prob(std::span<const double> x, std::span<float> out, const Context& context) const {
+void Flow::log_prob(std::span<const double> x, std::span<float> out, const Context& context, double temperature) const {
   const std::int64_t rows = state_->check_wide(Named{"x", x});
   check_length(Named{"out", out}, rows, "[B]");
   refuse_overlap(Named{"out", out}, Named{"x", x});
   refuse_overlap(context, Named{"out", out});
+  if (temperature != 1) {
+    return tempered_log_prob_unchecked(temperature, x.data(), rows, out.data(),
+                                       state_->execution<double>(context, rows));
+  }
   log_prob_unchecked(x.data(), rows, out.data(), state_->execution<double>(context, rows));
 }
 
 template <class T>
-void Flow::sample(std::uint64_t seed, std::span<T> x, std::uint64_t first_row, const Context& context) const {
+void Flow::sample(std::uint64_t seed, std::span<T> x, std::uint64_t first_row, const Context& context,
+                  double temperature) const {
   const std::int64_t rows = state_->check_data(Named{"x", std::span<const T>(x)});
   refuse_overlap(context, Named{"x", x});
-  sample_unchecked(seed, first_row, rows, x.data(), nullptr, state_->execution<T>(context, rows, /*divides=*/true));
+  const Execution how = state_->execution<T>(context, rows, /*divides=*/true);
+  if (temperature != 1) return tempered_sample_unchecked(temperature, seed, first_row, rows, x.data(), nullptr, how);
+  sample_unchecked(seed, first_row, rows, x.data(), nullptr, how);
 }
 
 namespace {
@@ -661,19 +671,51 @@ void check_sample(std::int64_t rows, const Named<std::span<X>>& x, const Named<s
 
 template <class T>
 void Flow::sample_and_log_prob(std::uint64_t seed, std::span<T> x, std::span<T> log_prob, std::uint64_t first_row,
-                               const Context& context) const {
+                               const Context& context, double temperature) const {
   const std::int64_t rows = state_->check_rows(Named{"x", std::span<const T>(x)});
   check_sample(rows, Named{"x", x}, Named{"log_prob", log_prob}, context);
-  sample_unchecked(seed, first_row, rows, x.data(), log_prob.data(),
-                   state_->execution<T>(context, rows, /*divides=*/true));
+  const Execution how = state_->execution<T>(context, rows, /*divides=*/true);
+  if (temperature != 1) {
+    return tempered_sample_unchecked(temperature, seed, first_row, rows, x.data(), log_prob.data(), how);
+  }
+  sample_unchecked(seed, first_row, rows, x.data(), log_prob.data(), how);
 }
 
 void Flow::sample_and_log_prob(std::uint64_t seed, std::span<double> x, std::span<float> log_prob,
-                               std::uint64_t first_row, const Context& context) const {
+                               std::uint64_t first_row, const Context& context, double temperature) const {
   const std::int64_t rows = state_->check_wide(Named{"x", std::span<const double>(x)});
   check_sample(rows, Named{"x", x}, Named{"log_prob", log_prob}, context);
-  sample_unchecked(seed, first_row, rows, x.data(), log_prob.data(),
-                   state_->execution<double>(context, rows, /*divides=*/true));
+  const Execution how = state_->execution<double>(context, rows, /*divides=*/true);
+  if (temperature != 1) {
+    return tempered_sample_unchecked(temperature, seed, first_row, rows, x.data(), log_prob.data(), how);
+  }
+  sample_unchecked(seed, first_row, rows, x.data(), log_prob.data(), how);
+}
+
+namespace {
+
+template <class X, class T>
+void check_score(const Named<std::span<const X>>& x, const Named<std::span<T>>& out, const Context& context) {
+  check_length(out, static_cast<std::int64_t>(x.span.size()), "[B, D]");
+  refuse_overlap(out, x);
+  refuse_overlap(context, out);
+}
+
+}  // namespace
+
+template <class T>
+void Flow::score(std::span<const T> x, std::span<T> out, const Context& context) const {
+  const std::int64_t rows = state_->check_rows(Named{"x", x});
+  check_score(Named{"x", x}, Named{"out", out}, context);
+  log_prob_vjp_unchecked(x.data(), rows, nullptr, nullptr, out.data(), nullptr, false,
+                         state_->execution<T>(context, rows));
+}
+
+void Flow::score(std::span<const double> x, std::span<float> out, const Context& context) const {
+  const std::int64_t rows = state_->check_wide(Named{"x", x});
+  check_score(Named{"x", x}, Named{"out", out}, context);
+  log_prob_vjp_unchecked(x.data(), rows, nullptr, nullptr, out.data(), nullptr, false,
+                         state_->execution<double>(context, rows));
 }
 
 template <class T>
@@ -893,10 +935,11 @@ int FlowAccess::threads(const Flow& flow) { return flow.state_->threads(); }
   template void Flow::forward(std::span<const T>, std::span<T>, std::span<T>, const Context&) const;                \
   template void Flow::inverse(std::span<const T>, std::span<T>, std::span<T>, const Context&) const;                \
   template double Flow::round_trip_error(std::span<const T>, const Context&) const;                                 \
-  template void Flow::log_prob(std::span<const T>, std::span<T>, const Context&) const;                             \
-  template void Flow::sample(std::uint64_t, std::span<T>, std::uint64_t, const Context&) const;                     \
-  template void Flow::sample_and_log_prob(std::uint64_t, std::span<T>, std::span<T>, std::uint64_t, const Context&) \
-      const;                                                                                                        \
+  template void Flow::log_prob(std::span<const T>, std::span<T>, const Context&, double) const;                     \
+  template void Flow::sample(std::uint64_t, std::span<T>, std::uint64_t, const Context&, double) const;             \
+  template void Flow::sample_and_log_prob(std::uint64_t, std::span<T>, std::span<T>, std::uint64_t, const Context&, \
+                                          double) const;                                                            \
+  template void Flow::score(std::span<const T>, std::span<T>, const Context&) const;                                \
   template double Flow::nll(std::span<const T>, const Context&) const;                                              \
   template double Flow::nll_gradient(std::span<const T>, std::span<T>, const Context&) const;                       \
   template void Flow::vjp(Direction, std::span<const T>, std::span<const T>, std::span<const T>, std::span<T>,      \

@@ -23,7 +23,7 @@ _ABOUT = {
     **dict.fromkeys(("sample_weight", "sample_weights", "weight", "weights", "w", "importance"), _NO_WEIGHTS),
     **dict.fromkeys(("bounds", "low", "high", "lower", "upper", "support", "limits"), _NO_BOUNDS),
     **dict.fromkeys(("base", "prior", "latent"), _BASE),
-    "temperature": "samples are drawn from the base as it is",
+    "temperature": "Flow.sample, Flow.sample_and_log_prob and Flow.log_prob have a temperature",
     "context": "a view of Flow.condition has its context already, and an estimator takes it in X",
     # By position, behind the arguments that there are.
     "": "a context and options are given by name, context=c; rows have no weights yet",

@@ -314,6 +314,8 @@ def _add_sample(commands: Any) -> None:
     _add_option(sample, "-n", "--rows", type=int, metavar="N", required=True, help=rows_help)
     _add_option(sample, "--seed", type=int, metavar="S", default=0, help="the same seed gives the same rows")
     _add_option(sample, "--start", type=int, metavar="I", default=0, help="first row, of the seed's endless sample")
+    temperature_help = "draw from the flow whose base is N(0, T I) in place of N(0, I): below 1 nearer to the middle"
+    _add_option(sample, "--temperature", type=float, metavar="T", help=temperature_help)
     context = sample.add_argument_group("context, of a model that has one")
     context_help = (
         "draw under one context: numbers in the model's order, such as 0.5,-1.2, or by its names, a=0.5,b=-1.2"
@@ -909,7 +911,7 @@ def _sampled_names(flow: nvpflow.Flow, of_table: Sequence[str] | None) -> list[s
 def _samples(arguments: argparse.Namespace, flow: nvpflow.Flow, contexts: Any, dtype: str) -> Iterator[tuple[Any, Any]]:
     """Yield the sample in blocks, and beside each the contexts of its rows where these are a table."""
     count, step = arguments.rows, rows_per_block(flow.spec.input_size)
-    draw = partial(flow.sample, seed=arguments.seed, dtype=dtype)
+    draw = partial(flow.sample, seed=arguments.seed, dtype=dtype, temperature=arguments.temperature)
     if contexts is None or contexts.ndim == 1:
         for first in range(0, count, step):
             yield draw(min(step, count - first), start=arguments.start + first, context=contexts), None

@@ -197,6 +197,20 @@ py::object log_prob_vjp(const Caller& caller, const Arguments& given) {
   });
 }
 
+/// The gradient of log p(x) by x.
+py::object score(const Caller& caller, const Arguments& given) {
+  const BoundFlow& self = caller.flow;
+  const InputArray in = self.rows_of(given[0], "x");
+  const GivenContext context = context_of(caller, given[2], in);
+  OutputArray out = output_array(given[1], "out", self.dtype, self.features, in);
+  refuse_overlap(out, "out", in, "x", in.bytes);
+  refuse_overlap(out, "out", context);
+  run_beside(self, in, kGradientCost * in.rows, context.rows, [&](const Execution& how) {
+    self.flow.log_prob_vjp_unchecked(in.data, in.rows, nullptr, nullptr, out.data, nullptr, false, how);
+  });
+  return object_of(std::move(out));
+}
+
 /// log_prob, and the tuple that log_prob_vjp gives, in one pass.
 py::object log_prob_and_vjp(const Caller& caller, const Arguments& given) {
   const BoundFlow& self = caller.flow;
@@ -243,8 +257,25 @@ void add_gradient_methods(py::class_<BoundFlow>& type) {
                "log_prob_vjp($self, x, grad_log_prob, *, wrt='all', out=None, context=None)\n--\n\n"
                "Vector-Jacobian product of log_prob: from its cotangent [B] to those of x [B, D], of the flat "
                "parameters\n"
-               "[num_parameters] and of the context; results, wrt and out as in vjp. With ones, wrt='x' is the score, "
-               "the gradient\nof log p(x) by x."),
+               "[num_parameters] and of the context; results, wrt and out as in vjp. With ones, wrt='x' is `score`."),
+           plain<&score>(
+               "score", 1, 1, {"x", "out", "context"},
+               "score($self, x, *, out=None, context=None)\n--\n\n"
+               "The gradient of log p(x) by x, in nats per unit of x: Stein's score, which Langevin and Hamiltonian "
+               "samplers\nfollow.\n\n"
+               "Parameters\n----------\n"
+               "x : array, [B, D] or [D]\n    Rows, as of `log_probability`.\n"
+               "out : array, as returned, optional\n"
+               "context : as of `log_probability`\n    It is held: `log_prob_vjp` has its gradient, and that of the "
+               "parameters.\n\n"
+               "Returns\n-------\narray, [B, D] or [D], of the flow's dtype\n"
+               "    Of a row with NaN or inf NaN; of a finite row whose density is 0, NaN or infinite, but 0 outside "
+               "of a "
+               "uniform base.\n\n"
+               "Notes\n-----\n"
+               "It takes two to three times as long as `log_probability`. The estimators' ``score``, of scikit-learn, "
+               "is "
+               "the mean of\nlog p.\n"),
            plain<&log_prob_and_vjp>("_log_prob_and_vjp", 2, 2, {"x", "grad_log_prob", "wrt", "context"}, nullptr),
        }) {
     add_method(type, method);
@@ -263,6 +294,9 @@ void add_gradient_methods(py::class_<BoundCondition>& type) {
                "vjp", 1, 3, {"x", "grad_out", "grad_log_det", "direction", "wrt", "out"},
                "vjp($self, x, grad_out=None, grad_log_det=None, *, direction='forward', wrt='all', out=None)\n--\n\n"
                "As `Flow.vjp`, without a cotangent of the context."),
+           plain<&score, BoundCondition>("score", 1, 1, {"x", "out"},
+                                         "score($self, x, *, out=None)\n--\n\n"
+                                         "The gradient [B, D] of log p(x | context) by x, as `Flow.score`."),
            plain<&log_prob_vjp, BoundCondition>("log_prob_vjp", 2, 2, {"x", "grad_log_prob", "wrt", "out"},
                                                 "log_prob_vjp($self, x, grad_log_prob, *, wrt='all', out=None)\n--\n\n"
                                                 "As `Flow.log_prob_vjp`, without a cotangent of the context."),

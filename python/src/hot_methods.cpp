@@ -30,6 +30,7 @@ struct Names {
   PyObject* seed = PyUnicode_InternFromString("seed");
   PyObject* start = PyUnicode_InternFromString("start");
   PyObject* with_log_det = PyUnicode_InternFromString("with_log_det");
+  PyObject* temperature = PyUnicode_InternFromString("temperature");
   PyObject* context = PyUnicode_InternFromString("context");
 };
 
@@ -39,22 +40,47 @@ const Names& names() {
   return *made;
 }
 
-using HotArguments = ArgumentsOf<6>;
+using HotArguments = ArgumentsOf<7>;
+
+/// A Python number; 1 for None. The core checks its range, and whether the base has one.
+double temperature_of(PyObject* given) {
+  if (given == Py_None) return 1;
+  const bool is_real = PyBool_Check(given) == 0 && (PyFloat_Check(given) != 0 || PyIndex_Check(given) != 0 ||
+                                                    PyObject_HasAttrString(given, "__float__") == 1);
+  const double value = is_real ? PyFloat_AsDouble(given) : -1;
+  if (is_real && PyErr_Occurred() == nullptr) return value;
+  if (is_real && PyErr_ExceptionMatches(PyExc_TypeError) == 0) throw py::error_already_set();
+  PyErr_Clear();
+  raise(PyExc_TypeError, std::string("temperature is ") + Py_TYPE(given)->tp_name + ", expected a real number");
+}
+
+/// Out of line, and so of the way of calls without one.
+[[gnu::noinline]] void tempered_log_prob(const BoundFlow& flow, const InputArray& x, const GivenContext& context,
+                                         double temperature, const OutputArray& out) {
+  run_beside(flow, x, x.rows, context.rows, [&](const Execution& how) {
+    flow.flow.tempered_log_prob_unchecked(temperature, x.data, x.rows, out.data, how);
+  });
+}
 
 template <class Self>
 PyObject* log_probability(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
   return guarded([&] {
     const auto caller = Caller::of<Self>(self);
     const BoundFlow& flow = caller.flow;
-    const HotArguments given("log_probability", 1, caller.known({names().x, names().out, names().context}), args, count,
-                             keywords);
+    const ArgumentsOf<4> given("log_probability", 1,
+                               caller.known({names().x, names().out, names().temperature, names().context}), args,
+                               count, keywords);
     const InputArray x = flow.rows_of(given[0], "x");
-    const GivenContext context = context_of(caller, given[2], x);
+    const GivenContext context = context_of(caller, given[3], x);
     OutputArray out = output_array(given[1], "out", flow.dtype, 0, x);
     refuse_overlap(out, "out", x, "x", x.bytes);
     refuse_overlap(out, "out", context);
-    run_beside(flow, x, x.rows, context.rows,
-               [&](const Execution& how) { flow.flow.log_prob_unchecked(x.data, x.rows, out.data, how); });
+    if (given[2] != nullptr) [[unlikely]] {
+      tempered_log_prob(flow, x, context, temperature_of(given[2]), out);
+    } else {
+      run_beside(flow, x, x.rows, context.rows,
+                 [&](const Execution& how) { flow.flow.log_prob_unchecked(x.data, x.rows, out.data, how); });
+    }
     return result_of(std::move(out));
   });
 }
@@ -217,15 +243,20 @@ struct Drawn {
   GivenContext context;
   InputArray where;
   bool wide = false;
+  double temperature = 1;
 
   DType dtype(const BoundFlow& flow) const { return wide ? DType::float64 : flow.dtype; }
 };
 
 HotArguments sample_arguments(const Caller& caller, const char* name, PyObject* const* args, Py_ssize_t count,
                               PyObject* keywords) {
-  return {
-      name, 1,     caller.known({names().n, names().seed, names().start, names().out, names().dtype, names().context}),
-      args, count, keywords};
+  return {name,
+          1,
+          caller.known({names().n, names().seed, names().start, names().out, names().dtype, names().temperature,
+                        names().context}),
+          args,
+          count,
+          keywords};
 }
 
 /// out: for the rows.
@@ -235,9 +266,10 @@ Drawn drawn_by(const Caller& caller, const HotArguments& given, PyObject* out) {
   drawn.n = static_cast<std::int64_t>(unsigned_of(given[0], "n", true));
   drawn.seed = given.given(1) ? unsigned_of(given[1], "seed", false) : fresh_seed();
   drawn.start = given.given(2) ? unsigned_of(given[2], "start", true) : 0;
-  drawn.context = sample_context(caller, given[5]);
+  drawn.context = sample_context(caller, given[6]);
   drawn.where = sample_place(flow, drawn.context, out, drawn.n);
   drawn.wide = flow.gives_float64(given[4], out, drawn.where);
+  if (given[5] != nullptr) drawn.temperature = temperature_of(given[5]);
   drawn.rows = total_rows(drawn.where, flow.features * size_of(drawn.dtype(flow)));
   require_rows_of_seed(drawn.start, drawn.rows);
   if (drawn.where.outer >= 0) drawn.context.rows.repeat = std::max<std::int64_t>(1, drawn.n);
@@ -248,7 +280,7 @@ Drawn drawn_by(const Caller& caller, const HotArguments& given, PyObject* out) {
 void draw(const BoundFlow& flow, const Drawn& drawn, void* x, void* log_prob) {
   run_beside(flow, drawn.where, drawn.rows, drawn.context.rows, [&](Execution how) {
     how.float64_rows = drawn.wide;
-    flow.flow.sample_unchecked(drawn.seed, drawn.start, drawn.rows, x, log_prob, how);
+    flow.flow.tempered_sample_unchecked(drawn.temperature, drawn.seed, drawn.start, drawn.rows, x, log_prob, how);
   });
 }
 
@@ -290,7 +322,7 @@ PyCFunction function_of(Vectorcall f) { return reinterpret_cast<PyCFunction>(rei
 
 PyMethodDef kMethods[] = {
     {"log_probability", function_of(log_probability<BoundFlow>), METH_FASTCALL | METH_KEYWORDS,
-     "log_probability($self, x, *, out=None, context=None)\n--\n\n"
+     "log_probability($self, x, *, out=None, temperature=None, context=None)\n--\n\n"
      "Exact log-density log p(x) = log N(z; 0, I) + log|det dz/dx|, in nats; with a context log p(x | context).\n\n"
      "Parameters\n----------\n"
      "x : array, [B, D] or [D]\n    Rows, of NumPy, PyTorch, JAX or anything with DLPack or the buffer protocol. A\n"
@@ -299,6 +331,12 @@ PyMethodDef kMethods[] = {
      "    A flow on a CUDA device also takes arrays of that device, by DLPack or ``__cuda_array_interface__``, as\n"
      "    they are, on the caller's current stream. The result is an array of the same library.\n"
      "out : array, [B], optional\n    Where the result is written; must not overlap ``x``. ``()`` for one row.\n"
+     "temperature : float, optional\n    T: the density of the flow whose base is N(0, T I) in place of N(0, I), which "
+     "integrates to 1 as well.\n"
+     "    T scales the base's variance, so that a density of ``T < 1`` is more concentrated (harmonic's "
+     "``var_scale``);\n"
+     "    Glow's temperature scales the standard deviation: its t is ``temperature=t**2``. From 1e-12 to 1e12, of a\n"
+     "    normal base and for arrays of the host.\n"
      "context : array, [B, C] or [C]\n    Of a flow with a context, which needs it: a row for each row of ``x``, or "
      "one "
      "for all, which costs\n    less and gives the same bits. float64 is rounded to the flow's dtype. A row with NaN "
@@ -311,7 +349,8 @@ PyMethodDef kMethods[] = {
      "MemoryError\n    With the size; the flow can be used on.\n"
      "nvpflow.CudaError\n    The CUDA device failed, or this process was forked from one that used it.\n"},
     {"log_prob", function_of(log_probability<BoundFlow>), METH_FASTCALL | METH_KEYWORDS,
-     "log_prob($self, x, *, out=None, context=None)\n--\n\nThe same as `log_probability`, under the field's other "
+     "log_prob($self, x, *, out=None, temperature=None, context=None)\n--\n\nThe same as `log_probability`, under the "
+     "field's other "
      "name."},
     {"forward", function_of(forward<BoundFlow>), METH_FASTCALL | METH_KEYWORDS,
      "forward($self, x, *, out=None, context=None)\n--\n\n"
@@ -340,7 +379,7 @@ PyMethodDef kMethods[] = {
      "inf) is inf.\n"
      "log_det : array, [B], nats\n    With ``with_log_det`` only. inf where it cannot be told.\n"},
     {"sample", function_of(sample<BoundFlow>), METH_FASTCALL | METH_KEYWORDS,
-     "sample($self, n, *, seed=None, start=0, out=None, dtype=None, context=None)\n--\n\n"
+     "sample($self, n, *, seed=None, start=0, out=None, dtype=None, temperature=None, context=None)\n--\n\n"
      "Draw n rows: the inverse of noise of the base.\n\n"
      "Row i depends only on (seed, start + i), whatever n and the number of threads: a long sample can be\n"
      "drawn in pieces.\n\n"
@@ -350,18 +389,20 @@ PyMethodDef kMethods[] = {
      "start : int\n    First row of the sample that ``seed`` names, which has 2**63 rows.\n"
      "out : array, as returned, optional\n"
      "dtype : as of `inverse`\n"
+     "temperature : as of `log_probability`\n    The latents of the same seed, times ``sqrt(temperature)``.\n"
      "context : array, [M, C] or [C]\n    Of a flow with a context: each of M gets n rows. Row i of context m is row "
      "``m n + i`` of the sample.\n\n"
      "Returns\n-------\nx : array, [n, D], or [M, n, D] under M contexts\n"},
     {"sample_and_log_prob", function_of(sample_and_log_prob<BoundFlow>), METH_FASTCALL | METH_KEYWORDS,
-     "sample_and_log_prob($self, n, *, seed=None, start=0, out=None, dtype=None, context=None)\n--\n\n"
+     "sample_and_log_prob($self, n, *, seed=None, start=0, out=None, dtype=None, temperature=None, context=None)\n"
+     "--\n\n"
      "Draw n rows with the log-density of each, in one pass.\n\n"
      "The rows are those of `sample`, bit for bit. log p is that of the noise they come from, less ``log|det "
      "dx/dz|``:\n"
      "it differs from ``log_prob(x)`` by what the rounding of ``x`` makes. Near the edge of a uniform base that may\n"
      "put ``x`` outside, where ``log_prob`` is -inf.\n\n"
      "Parameters\n----------\n"
-     "n, seed, start, dtype, context : as of `sample`\n"
+     "n, seed, start, dtype, temperature, context : as of `sample`\n"
      "out : tuple (x, log_prob) of arrays, as returned, optional\n\n"
      "Returns\n-------\n"
      "x : array, [n, D], or [M, n, D] under M contexts\n"
@@ -370,19 +411,21 @@ PyMethodDef kMethods[] = {
 
 PyMethodDef kConditionedMethods[] = {
     {"log_probability", function_of(log_probability<BoundCondition>), METH_FASTCALL | METH_KEYWORDS,
-     "log_probability($self, x, *, out=None)\n--\n\nlog p(x | context) [B], nats: `Flow.log_probability`."},
+     "log_probability($self, x, *, out=None, temperature=None)\n--\n\nlog p(x | context) [B], nats: "
+     "`Flow.log_probability`."},
     {"log_prob", function_of(log_probability<BoundCondition>), METH_FASTCALL | METH_KEYWORDS,
-     "log_prob($self, x, *, out=None)\n--\n\nThe same as `log_probability`, under the field's other name."},
+     "log_prob($self, x, *, out=None, temperature=None)\n--\n\nThe same as `log_probability`, under the field's other "
+     "name."},
     {"forward", function_of(forward<BoundCondition>), METH_FASTCALL | METH_KEYWORDS,
      "forward($self, x, *, out=None)\n--\n\nData to latent: z [B, D] and log|det dz/dx| [B], as `Flow.forward`."},
     {"inverse", function_of(inverse<BoundCondition>), METH_FASTCALL | METH_KEYWORDS,
      "inverse($self, z, *, with_log_det=False, out=None, dtype=None)\n--\n\n"
      "Latent to data: x [B, D], as `Flow.inverse`."},
     {"sample", function_of(sample<BoundCondition>), METH_FASTCALL | METH_KEYWORDS,
-     "sample($self, n, *, seed=None, start=0, out=None, dtype=None)\n--\n\n"
+     "sample($self, n, *, seed=None, start=0, out=None, dtype=None, temperature=None)\n--\n\n"
      "Draw n rows [n, D] under the context, as `Flow.sample`."},
     {"sample_and_log_prob", function_of(sample_and_log_prob<BoundCondition>), METH_FASTCALL | METH_KEYWORDS,
-     "sample_and_log_prob($self, n, *, seed=None, start=0, out=None, dtype=None)\n--\n\n"
+     "sample_and_log_prob($self, n, *, seed=None, start=0, out=None, dtype=None, temperature=None)\n--\n\n"
      "Draw n rows [n, D] under the context with the log-density [n] of each, as `Flow.sample_and_log_prob`."},
 };
 

@@ -1070,6 +1070,43 @@ TEST_CASE_TEMPLATE("a sample comes with the log-density of its rows", T, float, 
   }
 }
 
+TEST_CASE_TEMPLATE("a temperature is that of the base, the score is the gradient of log p", T, float, double) {
+  for (const std::int64_t features : {2, 5, 18}) {
+    const FlowSpec spec = mixed_spec(features, 3, dtype_of<T>);
+    Flow flow(spec);
+    const std::vector<T> parameters = random_parameters<T>(flow.layout(), 3);
+    flow.template set_parameters<T>(parameters);
+    const oracle::Flow oracle(spec, widened<T>(parameters));
+    const std::size_t rows = 67, width = static_cast<std::size_t>(features);
+    const double temperature = 0.3;
+    std::vector<T> x(rows * width, kPoison<T>), log_p(rows, kPoison<T>), again = log_p, score = x, expected = x;
+    flow.template sample_and_log_prob<T>(5, x, log_p, 2, {}, temperature);
+    flow.template log_prob<T>(x, again, {}, temperature);
+    std::int64_t wrong = 0;
+    for (std::size_t row = 0; row < rows; ++row) {
+      const auto found = oracle.forward(row_of(x, static_cast<std::int64_t>(row), features));
+      double density = found.log_det;
+      for (const auto z : found.values) {
+        density -= 0.5 * static_cast<double>(z * z) / temperature + 0.5 * std::log(2 * std::numbers::pi * temperature);
+      }
+      wrong += !within(again[row], density, kBudget<T>);
+    }
+    CHECK(wrong == 0);
+    const std::vector<T> ones(rows, T(1));
+    flow.template score<T>(x, score);
+    flow.log_prob_vjp_unchecked(x.data(), static_cast<std::int64_t>(rows), ones.data(), nullptr, expected.data(),
+                                nullptr, false);
+    CHECK(same_bits<T>(score, expected));
+    std::vector<T> first(width, kPoison<T>);
+    flow.template sample<T>(5, first, 2, {}, temperature);
+    CHECK(same_bits<T>(std::span<const T>(first), std::span<const T>(x).first(width)));
+  }
+  Flow flow(spec_of<T>({7, 2, {11}, Activation::silu}));
+  std::vector<T> x(7), log_p(1);
+  check_throws_code(ErrorCode::invalid_argument, "temperature is 0, expected a number from 1e-12 to 1e12",
+                    [&] { flow.template log_prob<T>(x, log_p, {}, 0); });
+}
+
 TEST_CASE("the log-density of a sample has arrays of its own") {
   const Flow flow(spec_of<float>({7, 2, {11}, Activation::silu}));
   std::vector<float> x(3 * 7), log_prob(3);

@@ -531,6 +531,11 @@ def test_sample(run, folder, flow):
     assert "-n -1: expected at least 0" in error_of(run("sample", "model.safetensors", "-n", -1, fails=1))
 
 
+def test_sample_at_a_temperature(run, folder, flow):
+    run("sample", "model.safetensors", "-n", "7", "--seed", "3", "--temperature", "0.5", "-o", "cold.npy")
+    np.testing.assert_array_equal(np.load(folder / "cold.npy"), flow.sample(7, seed=3, temperature=0.5))
+
+
 def test_sample_larger_than_a_block(run, folder, flow):
     run("sample", "model.safetensors", "-n", 500_000, "-o", "samples.npy", "--threads", 1)
     assert np.array_equal(np.load(folder / "samples.npy"), flow.sample(500_000, seed=0))

@@ -123,7 +123,7 @@ def test_arrays_of_the_callers_own() -> None:
         with pytest.raises((TypeError, ValueError), match="n is"):
             flow.sample_and_log_prob(wrong)
     with pytest.raises(TypeError, match="sample_and_log_prob"):
-        flow.sample_and_log_prob(3, temperature=2)
+        flow.sample_and_log_prob(3, rows=2)
 
 
 def test_seeds_of_the_system_differ() -> None:

@@ -50,6 +50,12 @@ NVPFLOW_API Statistics parse_statistics(std::string_view name);
 /// forward and inf of inverse, so that the density is 0 either way. A density of 0 has no gradient: it is NaN or
 /// infinite; but for a row outside a bounded base, which has the gradient 0.
 ///
+/// temperature T, of log_prob and the samples: the call is that of the flow whose base is N(0, T I) in place of N(0,
+/// I), a density that integrates to 1 as well. T scales the variance of the base, so that the standard deviation, which
+/// Glow's temperature scales, goes with its square root. From 1e-12 to 1e12, and 1 where the base is not normal or the
+/// arrays are a device's (Execution::on_stream): else Error(invalid_argument). Other temperatures than 1 allocate 8 MB
+/// at most, whatever prepare() promises.
+///
 /// A flow whose spec has a context_size C is a density p(x | c). Its calls take a context of the flow's dtype: [B, C],
 /// one row for each row of the call, or [C], one for all, which is cheaper and gives the same bits. Without one, or
 /// with one that is superfluous or of the wrong size: Error(invalid_argument). condition() binds one. A context row
@@ -203,23 +209,25 @@ class NVPFLOW_API Flow {
   double round_trip_error(std::span<const T> x, const Context& context = {}) const;
   /// log p(x) [B], nats.
   template <class T>
-  void log_prob(std::span<const T> x, std::span<T> out, const Context& context = {}) const;
+  void log_prob(std::span<const T> x, std::span<T> out, const Context& context = {}, double temperature = 1) const;
   /// float64 rows of a float32 flow.
-  void log_prob(std::span<const double> x, std::span<float> out, const Context& context = {}) const;
+  void log_prob(std::span<const double> x, std::span<float> out, const Context& context = {},
+                double temperature = 1) const;
   /// x [B, D]: rows first_row .. first_row + B of the endless sample that `seed` names. The same for every batch size
   /// and thread count (Philox 4x32-10, Salmon et al. 2011, keyed by seed, counter = row and column). Of a float32 flow
   /// with takes_float64_rows also as float64. A context of [M, C], M a divisor of B, gives B / M consecutive rows under
   /// each of its rows.
   template <class T>
-  void sample(std::uint64_t seed, std::span<T> x, std::uint64_t first_row = 0, const Context& context = {}) const;
+  void sample(std::uint64_t seed, std::span<T> x, std::uint64_t first_row = 0, const Context& context = {},
+              double temperature = 1) const;
   /// The rows of sample, with the same bits, and log p [B] of each, nats, in the same pass. It is that of the numbers
   /// before they are rounded: from log p(x) it differs by what log_prob makes of the rounding.
   template <class T>
   void sample_and_log_prob(std::uint64_t seed, std::span<T> x, std::span<T> log_prob, std::uint64_t first_row = 0,
-                           const Context& context = {}) const;
+                           const Context& context = {}, double temperature = 1) const;
   /// float64 rows of a float32 flow.
   void sample_and_log_prob(std::uint64_t seed, std::span<double> x, std::span<float> log_prob,
-                           std::uint64_t first_row = 0, const Context& context = {}) const;
+                           std::uint64_t first_row = 0, const Context& context = {}, double temperature = 1) const;
   /// -mean log p(x) over the batch, nats; at least one row. Also of float64 rows of a float32 flow.
   template <class T>
   double nll(std::span<const T> x, const Context& context = {}) const;
@@ -228,6 +236,11 @@ class NVPFLOW_API Flow {
   double nll_gradient(std::span<const T> x, std::span<T> gradient, const Context& context = {}) const;
   /// float64 rows of a float32 flow.
   double nll_gradient(std::span<const double> x, std::span<float> gradient, const Context& context = {}) const;
+  /// The gradient of log p(x) by x [B, D], nats per unit of x: the score.
+  template <class T>
+  void score(std::span<const T> x, std::span<T> out, const Context& context = {}) const;
+  /// float64 rows of a float32 flow.
+  void score(std::span<const double> x, std::span<float> out, const Context& context = {}) const;
   /// Vector-Jacobian products. grad_out [B, D] and grad_log_det [B] may be empty (zero); grad_in [B, D] and
   /// grad_parameters may be empty (not wanted); accumulate adds to grad_parameters instead of overwriting them.
   /// Forward: `in` is x, grad_out is dL/dz. Inverse: `in` is z, grad_out is dL/dx. grad_context, of the context's own
@@ -260,6 +273,11 @@ class NVPFLOW_API Flow {
   void log_prob_unchecked(const void* x, std::int64_t rows, void* out, const Execution& how = {}) const;
   void sample_unchecked(std::uint64_t seed, std::uint64_t first_row, std::int64_t rows, void* x,
                         void* log_prob = nullptr, const Execution& how = {}) const;
+  /// These two at a temperature, which is checked.
+  void tempered_log_prob_unchecked(double temperature, const void* x, std::int64_t rows, void* out,
+                                   const Execution& how = {}) const;
+  void tempered_sample_unchecked(double temperature, std::uint64_t seed, std::uint64_t first_row, std::int64_t rows,
+                                 void* x, void* log_prob = nullptr, const Execution& how = {}) const;
   double nll_unchecked(const void* x, std::int64_t rows, const Execution& how = {}) const;
   double nll_gradient_unchecked(const void* x, std::int64_t rows, void* gradient, const Execution& how = {}) const;
   void vjp_unchecked(Direction direction, const void* in, std::int64_t rows, const void* grad_out,
@@ -267,7 +285,8 @@ class NVPFLOW_API Flow {
                      const Execution& how = {}) const;
   void conditioner_unchecked(std::int64_t layer, const void* in, std::int64_t rows, void* s, void* t,
                              const Execution& how = {}) const;
-  /// Vector-Jacobian product of log_prob: from grad_log_prob [B]; also writes log_prob [B] where that is not null.
+  /// Vector-Jacobian product of log_prob: from grad_log_prob [B], null for ones; also writes log_prob [B] where that is
+  /// not null.
   void log_prob_vjp_unchecked(const void* x, std::int64_t rows, const void* grad_log_prob, void* log_prob, void* grad_x,
                               void* grad_parameters, bool accumulate, const Execution& how = {}) const;
   /// The latents [B, D] that sample starts from.
@@ -318,23 +337,30 @@ class ConditionedFlow {
     return flow_->round_trip_error<T>(x, context_);
   }
   template <class T>
-  void log_prob(std::span<const T> x, std::span<T> out) const {
-    flow_->log_prob<T>(x, out, context_);
+  void log_prob(std::span<const T> x, std::span<T> out, double temperature = 1) const {
+    flow_->log_prob<T>(x, out, context_, temperature);
   }
-  void log_prob(std::span<const double> x, std::span<float> out) const { flow_->log_prob(x, out, context_); }
-  template <class T>
-  void sample(std::uint64_t seed, std::span<T> x, std::uint64_t first_row = 0) const {
-    flow_->sample<T>(seed, x, first_row, context_);
+  void log_prob(std::span<const double> x, std::span<float> out, double temperature = 1) const {
+    flow_->log_prob(x, out, context_, temperature);
   }
   template <class T>
-  void sample_and_log_prob(std::uint64_t seed, std::span<T> x, std::span<T> log_prob,
-                           std::uint64_t first_row = 0) const {
-    flow_->sample_and_log_prob<T>(seed, x, log_prob, first_row, context_);
+  void sample(std::uint64_t seed, std::span<T> x, std::uint64_t first_row = 0, double temperature = 1) const {
+    flow_->sample<T>(seed, x, first_row, context_, temperature);
+  }
+  template <class T>
+  void sample_and_log_prob(std::uint64_t seed, std::span<T> x, std::span<T> log_prob, std::uint64_t first_row = 0,
+                           double temperature = 1) const {
+    flow_->sample_and_log_prob<T>(seed, x, log_prob, first_row, context_, temperature);
   }
   void sample_and_log_prob(std::uint64_t seed, std::span<double> x, std::span<float> log_prob,
-                           std::uint64_t first_row = 0) const {
-    flow_->sample_and_log_prob(seed, x, log_prob, first_row, context_);
+                           std::uint64_t first_row = 0, double temperature = 1) const {
+    flow_->sample_and_log_prob(seed, x, log_prob, first_row, context_, temperature);
   }
+  template <class T>
+  void score(std::span<const T> x, std::span<T> out) const {
+    flow_->score<T>(x, out, context_);
+  }
+  void score(std::span<const double> x, std::span<float> out) const { flow_->score(x, out, context_); }
   template <class T>
   double nll(std::span<const T> x) const {
     return flow_->nll<T>(x, context_);

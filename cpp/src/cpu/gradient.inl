@@ -66,9 +66,10 @@ template <class T>
 void start_cotangents(const Program<T>& program, const GradientCall<T>& call, const FixedTape<T>& fixed, int64_t begin,
                       int64_t count, int64_t rows, const int64_t* place) {
   const int64_t features = program.input_size;
+  const T fixed_cotangent = call.nll ? -call.nll_factor : static_cast<T>(call.density ? 1 : 0);
   for (int64_t r = 0; r < rows; ++r) {
     const bool given = call.grad_log_det != nullptr && r < count;
-    fixed.log_det_cotangent[r] = call.nll ? -call.nll_factor : given ? call.grad_log_det[begin + r] : T(0);
+    fixed.log_det_cotangent[r] = given ? call.grad_log_det[begin + r] : fixed_cotangent;
   }
   if (call.nll || call.density) {
     visit_base(program.base, [&]<class Density>(Density) {

@@ -214,7 +214,7 @@ struct GradientCall {
   bool nll = false;  // cotangents of nll_factor * -log p instead of grad_out, grad_log_det
   T nll_factor = 0;
   const T* grad_out = nullptr;      // null: zero
-  const T* grad_log_det = nullptr;  // null: zero
+  const T* grad_log_det = nullptr;  // null: zero, or one where `density`
   bool density = false;             // grad_log_det is the cotangent of log p
   T* log_prob = nullptr;            // density only, may be null: = log p of the rows
   T* grad_in = nullptr;             // null: not wanted
