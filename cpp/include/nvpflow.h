@@ -6,29 +6,29 @@
  * log_det are [rows], in nats. Functions that end in _f32 are for flows of dtype float32, those in _f64 for float64;
  * the other dtype is refused. An output must not overlap an input or another output. A row that holds NaN or inf gives
  * NaN in all of its own results and changes no other row. A finite row never gives NaN. Where numbers are too large for
- * the format, its log-density is -inf and its values are infinite; a log-determinant that cannot be computed is -inf
+ * the format, its log-density is -inf and its values are infinite. A log-determinant that cannot be computed is -inf
  * from nvpflow_forward and inf from nvpflow_inverse.
  *
  * Contexts. A flow with nvpflow_context_size() C > 0 is a density p(x | c). Functions with _context in their names take
- * its context, [context_rows, C] of the flow's dtype: context_rows = rows, a context for each row, or 1, one for all,
- * which is cheaper and gives the same bits; where they sample also a number that divides rows. A context row that holds
- * NaN or inf counts as a row of x that does. For many calls under one context, nvpflow_condition_f32() makes a flow
- * that the functions without _context take. Those refuse a flow with a context, and functions with _context a flow
- * without one, with NVPFLOW_INVALID_ARGUMENT and the name of the function to call instead.
+ * its context, [context_rows, C] of the flow's dtype. context_rows is rows, a context for each row, or 1, one for all,
+ * which is cheaper and gives the same bits. Where they sample it may be any number that divides rows. A context row
+ * that holds NaN or inf counts as a row of x that does. For many calls under one context, nvpflow_condition_f32() makes
+ * a flow that the functions without _context take. Those refuse a flow with a context, and functions with _context a
+ * flow without one: NVPFLOW_INVALID_ARGUMENT. The message then names the function to call instead.
  *
  * Errors. Every function that can fail returns a status; no C++ exception leaves the library. After a status other
  * than NVPFLOW_OK nvpflow_last_error() says in one sentence what was wrong, and outputs hold nothing useful.
  *
- * Threads. Any number of threads may call the functions that take a `const nvpflow_flow*` on one flow at once, also
- * while one other calls nvpflow_reload() or nvpflow_swap(): each call sees the old or the new parameters whole.
+ * Threads. Any number of threads may call the functions that take a `const nvpflow_flow*` on one flow at once. One
+ * other may call nvpflow_reload() or nvpflow_swap() meanwhile: each call sees the old or the new parameters whole.
  * nvpflow_free() must be the last call on its flow.
  *
- * Real time. After nvpflow_prepare(flow, max_rows) on a thread, the calls with at most max_rows rows that this thread
- * makes and that succeed neither allocate, nor lock, nor make a system call, nor use another thread. Their work is
- * fixed, whatever the values are: one multiply-add per row and weight (nvpflow_num_parameters() bounds the weights),
- * one activation per row and hidden unit, a tanh and an exp per row and transformed feature; every weight is read once
- * per tile of rows. One context for all rows counts as one row more, that of a conditioned flow as nothing. A call
- * that fails also formats its message, which allocates.
+ * Real time. nvpflow_prepare(flow, max_rows) prepares a thread for calls with at most max_rows rows. If they succeed,
+ * they neither allocate, nor lock, nor make a system call, nor use another thread. A call that fails also formats its
+ * message, which allocates. The work does not depend on the values. It is one multiply-add per row and weight
+ * (nvpflow_num_parameters() bounds the weights) and one activation per row and hidden unit. A tanh and an exp per row
+ * and transformed feature come to that. Every weight is read once per tile of rows. One context for all rows counts as
+ * one row more, that of a conditioned flow as nothing.
  */
 #ifndef NVPFLOW_H
 #define NVPFLOW_H
@@ -110,7 +110,7 @@ NVPFLOW_API int64_t nvpflow_num_parameters(const nvpflow_flow* flow); /**< eleme
 NVPFLOW_API int64_t nvpflow_context_size(const nvpflow_flow* flow);
 /**
  * 1 where the flow is float32 and begins with a standardize layer, else 0. Such a flow takes and gives rows of data x
- * as float64, too, in the functions that end in _rows64: the layer is then applied in float64, so that values that are
+ * as float64, too, in the functions that end in _rows64. The layer is then applied in float64, so that values that are
  * large beside their spread keep their digits. Others refuse these functions with NVPFLOW_TYPE_MISMATCH.
  */
 NVPFLOW_API int nvpflow_takes_float64_rows(const nvpflow_flow* flow);
@@ -160,20 +160,22 @@ NVPFLOW_API nvpflow_status nvpflow_context_name(const nvpflow_flow* flow, int64_
 NVPFLOW_API nvpflow_status nvpflow_threshold(const nvpflow_flow* flow, double* log_prob, double* quantile);
 
 /**
- * @brief Threads that a call with many rows may use: 0, the default, as many as this process may use (its affinity
- * mask, its cgroup's quota, and the environment variable NVPFLOW_NUM_THREADS, or else OMP_NUM_THREADS, when the process
- * made its first flow); small batches use fewer. 1 keeps every call on its caller's thread.
+ * @brief Sets how many threads a call with many rows may use; small batches use fewer.
+ * @param flow     whose calls
+ * @param threads  1 keeps every call on its caller's thread. 0, the default: as many as this process may use by its
+ *                 affinity mask, its cgroup's quota and NVPFLOW_NUM_THREADS, or else OMP_NUM_THREADS. This is counted
+ *                 when the process makes its first flow.
  */
 NVPFLOW_API nvpflow_status nvpflow_set_num_threads(nvpflow_flow* flow, int threads);
 
 /**
  * @brief Prepares real-time use; see the head of this file. Call it on each thread that will make such calls.
  * @param flow      that the calls will use, or a larger one
- * @param max_rows  calls of at most so many rows stay on their caller's thread; of several threads' numbers the largest
- *                  counts, for all of them; 0: calls may use threads again
+ * @param max_rows  calls of at most so many rows stay on their caller's thread; 0: calls may use threads again. Of
+ *                  several threads' numbers the largest counts, for all of them.
  *
- * Work: allocates the calling thread's working memory (it stays until the thread ends, and serves every flow that needs
- * no more), writes all of it, and scores one tile of rows.
+ * Work: allocates and writes the calling thread's working memory, and scores one tile of rows. The memory stays until
+ * the thread ends, and serves every flow that needs no more.
  */
 NVPFLOW_API nvpflow_status nvpflow_prepare(const nvpflow_flow* flow, int64_t max_rows);
 
@@ -200,8 +202,8 @@ NVPFLOW_API nvpflow_status nvpflow_swap(nvpflow_flow* a, nvpflow_flow* b);
  * @param conditioned  receives the flow, to be given back by nvpflow_free(); NULL on failure
  *
  * `conditioned` shares the parameters, the threads and the preparation of `flow`, and gives the bits of the functions
- * with _context. What the context comes to in the networks is computed here and not in its calls; once the parameters
- * of `flow` have been replaced, each call computes it anew: make another one then. Functions that change a flow
+ * with _context. What the networks make of the context is computed here and not in its calls. Once the parameters of
+ * `flow` have been replaced, each call computes it anew: make another one then. Functions that change a flow
  * (nvpflow_set_num_threads(), nvpflow_reload(), nvpflow_swap(), nvpflow_initialize_from_f32()) refuse `conditioned`.
  *
  * Work: one multiply-add per weight that reads the context. It allocates: where the context is new in every call, the
@@ -213,11 +215,13 @@ NVPFLOW_API nvpflow_status nvpflow_condition_f64(const nvpflow_flow* flow, const
                                                  nvpflow_flow** conditioned);
 /** @} */
 
-/** @name What training sets from rows x [rows, D] before it begins. A standardize layer in front: to each column's mean
- * and standard deviation, or to its median and interquartile range where far rows decide the standard deviation;
- * actnorm layers: such that their outputs have mean 0 and standard deviation 1; the statistics of a context [rows, C]
- * that the flow standardizes. For rows in other units than those the flow was trained on. Replaces parameters, as
- * nvpflow_reload() does.
+/** @name What training sets from rows x [rows, D] before it begins. For rows in other units than those the flow was
+ * trained on. Replaces parameters, as nvpflow_reload() does.
+ *
+ * - A standardize layer in front takes each column's mean and standard deviation. Where far rows decide the standard
+ *   deviation it takes the median and the interquartile range.
+ * - Actnorm layers are set such that their outputs have mean 0 and standard deviation 1.
+ * - A context [rows, C] that the flow standardizes gives its mean and standard deviation.
  * @{ */
 /** @brief Sets the layers from x [rows, D]; on failure the flow is as it was. */
 NVPFLOW_API nvpflow_status nvpflow_initialize_from_f32(nvpflow_flow* flow, const float* x, int64_t rows);

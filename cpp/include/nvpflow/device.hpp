@@ -50,8 +50,8 @@ NVPFLOW_API Precision parse_precision(std::string_view name);
 NVPFLOW_API Weights parse_weights(std::string_view name);
 /// @}
 
-/// Empty where at least one CUDA device can be used, else the one reason why not: built without CUDA, no driver, a
-/// driver that is too old (with versions), no device, or devices whose architecture this build has no code for.
+/// Empty where at least one CUDA device can be used, else the one reason why not. It is one of: built without CUDA, no
+/// driver, a driver too old (with versions), no device, no code for the devices' architecture.
 NVPFLOW_API std::string cuda_why_unavailable();
 /// CUDA devices that the driver shows; 0 without a driver. Throws Error(device) in a child forked after CUDA was used.
 NVPFLOW_API int cuda_device_count();

@@ -22,7 +22,7 @@ struct ContextRows {
   std::int64_t repeat = 1;
   /// What Flow::condition made of one row.
   const void* folded = nullptr;
-  /// Of vector-Jacobian products: the cotangent of the context, written; [C] with kForAll (arrays of the host only),
+  /// Of vector-Jacobian products: receives the cotangent of the context. [C] with kForAll (arrays of the host only),
   /// else [B, C] with a context row for each row. Null: not wanted.
   void* gradient = nullptr;
 
@@ -63,15 +63,15 @@ struct Execution {
   /// (Flow::num_threads).
   int threads = 0;
   /// All arrays of the call lie in the memory of the flow's device. The call is queued on `stream` (a cudaStream_t;
-  /// null: the legacy default stream) and returns at once, unless it returns a number. Once a call of that kind and
-  /// size was made on that stream it neither allocates nor synchronises, so that it can be captured in a CUDA graph;
-  /// the graph reads the parameters that were set when it was captured, until the second set_parameters after that.
+  /// null: the legacy default stream) and returns at once, unless it returns a number. The second call of that kind and
+  /// size on a stream neither allocates nor synchronises, so it can be captured in a CUDA graph. The graph reads the
+  /// parameters that were set when it was captured, until the second set_parameters after that.
   bool device_arrays = false;
   /// A cudaStream_t, where device_arrays is true.
   void* stream = nullptr;
-  /// The rows of data (x: the input of forward, log_prob and their gradients, the output of inverse and sample) are
-  /// float64; of flows with takes_float64_rows, whose first layer is then applied in float64, and of arrays of the
-  /// host. All other arrays are of the flow's dtype.
+  /// The rows of data x are float64: the input of forward, log_prob and their gradients, the output of inverse and
+  /// sample. For flows with takes_float64_rows, whose first layer is then applied in float64, and arrays of the host.
+  /// All other arrays are of the flow's dtype.
   bool float64_rows = false;
   /// Of a flow with a context.
   ContextRows context;

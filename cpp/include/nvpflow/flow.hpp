@@ -26,10 +26,14 @@ class ConditionedFlow;
 struct FlowAccess;
 struct LoadedModel;
 
-/// What a standardize layer is set from. mean: mean and standard deviation. robust: median and interquartile range over
-/// 1.349, the standard deviation of a normal distribution with these quartiles; where half of a column's values are
-/// equal, the range from 5 to 95 % or from 1 to 99 % takes its place, and mean where both are empty. automatic: robust
-/// in the columns whose standard deviation is at least 10 times that number, because far rows make it, else mean.
+/// What a standardize layer is set from.
+///
+/// - mean: mean and standard deviation.
+/// - robust: median and interquartile range over 1.349, the standard deviation of a normal distribution with these
+///   quartiles. Where half of a column's values are equal, the range from 5 to 95 % or from 1 to 99 % takes its place.
+///   Where both are empty, the column takes mean.
+/// - automatic: robust in the columns whose standard deviation is at least 10 times that number, because far rows make
+///   it, else mean.
 enum class Statistics { automatic, mean, robust };
 
 /// @{
@@ -38,30 +42,30 @@ NVPFLOW_API std::string_view name_of(Statistics statistics);
 NVPFLOW_API Statistics parse_statistics(std::string_view name);
 /// @}
 
-/// Wherever `T` appears it must be the flow's dtype (float or double), else Error(type_mismatch); but for rows of data
-/// x, where double will do for a float32 flow that begins with a standardize layer (takes_float64_rows): then that
-/// layer is applied in float64, so that values that are large beside their spread keep their digits. Arrays are
-/// row-major [B, D]; B is what the spans say. A span of the wrong length, or an output that overlaps an input or
-/// another output, is Error(invalid_argument). A row that holds NaN or inf gives NaN in all of that row's results and
-/// touches no other.
+/// Wherever `T` appears it must be the flow's dtype (float or double), else Error(type_mismatch). There is one
+/// exception: rows of data x may be double for a float32 flow that begins with a standardize layer
+/// (takes_float64_rows). That layer is then applied in float64, so that values that are large beside their spread keep
+/// their digits. Arrays are row-major [B, D]; B follows from the spans. A span of the wrong length, or an output that
+/// overlaps an input or another output, is Error(invalid_argument). A row that holds NaN or inf gives NaN in all of
+/// that row's results and touches no other.
 ///
 /// A finite row never gives NaN. Where numbers are too large for `T`, its log-density is -inf. Values that are too
-/// large are infinite, and inf where they cannot be told (inf - inf); a log-determinant that cannot be told is -inf of
+/// large are infinite, and inf where they cannot be told (inf - inf). A log-determinant that cannot be told is -inf of
 /// forward and inf of inverse, so that the density is 0 either way. A density of 0 has no gradient: it is NaN or
-/// infinite; but for a row outside a bounded base, which has the gradient 0.
+/// infinite. Only a row outside a bounded base has the gradient 0.
 ///
-/// temperature T, of log_prob and the samples: the call is that of the flow whose base is N(0, T I) in place of N(0,
-/// I), a density that integrates to 1 as well. T scales the variance of the base, so that the standard deviation, which
-/// Glow's temperature scales, goes with its square root. From 1e-12 to 1e12, and 1 where the base is not normal or the
-/// arrays are a device's (Execution::on_stream): else Error(invalid_argument). Other temperatures than 1 allocate 8 MB
-/// at most, whatever prepare() promises.
+/// temperature T, of log_prob and the samples: the flow's base is N(0, T I) in this call, in place of N(0, I). This
+/// density integrates to 1 as well. T scales the variance of the base. The standard deviation, which Glow's temperature
+/// scales, goes with its square root. From 1e-12 to 1e12, and 1 where the base is not normal or the arrays are a
+/// device's (Execution::on_stream): else Error(invalid_argument). Other temperatures than 1 allocate 8 MB at most,
+/// whatever prepare() promises.
 ///
-/// A flow whose spec has a context_size C is a density p(x | c). Its calls take a context of the flow's dtype: [B, C],
-/// one row for each row of the call, or [C], one for all, which is cheaper and gives the same bits. Without one, or
+/// A flow whose spec has a context_size C is a density p(x | c). Its calls take a context of the flow's dtype. [B, C]
+/// has one row for each row of the call. [C] is one for all, which is cheaper and gives the same bits. Without one, or
 /// with one that is superfluous or of the wrong size: Error(invalid_argument). condition() binds one. A context row
 /// that holds NaN or inf counts as one of x.
 ///
-/// Const members may be called from any number of threads at once, also while another thread replaces the parameters:
+/// Const members may be called from any number of threads at once. Another thread may replace the parameters meanwhile:
 /// each call sees the old or the new ones whole.
 ///
 /// Spans are the host's memory on every device: a CUDA flow copies in chunks, so that they may be larger than the
@@ -69,14 +73,15 @@ NVPFLOW_API Statistics parse_statistics(std::string_view name);
 /// throw Error(device) where the device fails, and in a forked child; Error(out_of_memory), after which they can be
 /// used on.
 ///
-/// Work of forward, inverse, log_prob, the samples and nll, whatever the values are: one multiply-add per row and
-/// weight (num_parameters() bounds the weights), one activation per row and hidden unit, a tanh and an exp per row and
-/// transformed feature; each weight is read once per tile of rows. Gradients take three times as much. Memory: the
-/// scratch of one tile per thread, which is allocated by its first call and stays. See prepare() for real-time use.
+/// The work of forward, inverse, log_prob, the samples and nll does not depend on the values. It is one multiply-add
+/// per row and weight (num_parameters() bounds the weights) and one activation per row and hidden unit. A tanh and an
+/// exp per row and transformed feature come to that. Each weight is read once per tile of rows. Gradients take three
+/// times as much. Memory: the scratch of one tile per thread, which is allocated by its first call and stays. See
+/// prepare() for real-time use.
 class NVPFLOW_API Flow {
  public:
-  /// A new flow with initialize_parameters() of seed and init. Throws Error(device) where CUDA cannot be used, and
-  /// Error(invalid_argument) for a device that is not there or a precision or storage of weights that it does not have.
+  /// A new flow with initialize_parameters() of seed and init. Throws Error(device) where CUDA cannot be used. Throws
+  /// Error(invalid_argument) for a device that is not there, or a precision or weights that it does not have.
   explicit Flow(FlowSpec spec, std::uint64_t seed = 0, Device device = {}, Precision precision = Precision::float32,
                 Weights weights = Weights::full, Init init = Init::fan_in);
   ~Flow();
@@ -163,9 +168,8 @@ class NVPFLOW_API Flow {
   template <class T>
   void set_parameters(std::span<const T> parameters, std::span<const float> mean_low = {});
   /// Of a flow with takes_float64_rows: what the mean of the first layer is beyond its float32 number, [D], or empty
-  /// where that is nothing. fit() sets it from float64 rows, in columns where it is more than 1/128 of the
-  /// standard deviation. Where there is any, rows of float32 go through
-  /// the layer in float64 as well. Files and copies keep it.
+  /// where that is nothing. fit() sets it from float64 rows, in columns where it is more than 1/128 of the standard
+  /// deviation. Where there is any, rows of float32 go through the layer in float64 as well. Files and copies keep it.
   std::vector<float> mean_low() const;
   /// Replaces parameters, threshold and import report by those of a model file. The file must have this flow's spec
   /// and, where both have some, its column and context names; else Error(file_format) names the difference. Other
@@ -178,13 +182,12 @@ class NVPFLOW_API Flow {
   /// parameters.
   void swap(Flow& other);
 
-  /// Sets from rows x [N, D] what fit() does before it trains, whatever it was: a standardize layer that comes first,
-  /// actnorm layers, and, where the flow standardizes its context [N, C], the context's mean and standard deviation.
-  /// Returns, for each column, what a standardize layer was set from, if there is one: "mean", "robust",
+  /// Sets from rows x [N, D] what fit() sets before it trains, and replaces what was set before. That is a standardize
+  /// layer that comes first, actnorm layers, and the mean and standard deviation of a context [N, C] that the flow
+  /// standardizes. Returns, for each column, what a first standardize layer was set from: "mean", "robust",
   /// "robust (5 to 95 %)" or "robust (1 to 99 %)". Throws Error(invalid_argument) for a flow with none of these, for no
-  /// rows, for rows with NaN or inf, for a column that is constant and for a missing context. The same for any number
-  /// of threads and any device. T: also double, for a float32 flow with takes_float64_rows; mean_low() is then set,
-  /// too.
+  /// rows, for NaN or inf, for a constant column and for a missing context. The same for any number of threads and any
+  /// device. T: also double, for a float32 flow with takes_float64_rows; mean_low() is then set, too.
   template <class T>
   std::vector<std::string> initialize_from(std::span<const T> x, Statistics statistics = Statistics::automatic,
                                            const Context& context = {});
@@ -202,9 +205,9 @@ class NVPFLOW_API Flow {
   void inverse(std::span<const float> z, std::span<double> x, std::span<float> log_det = {},
                const Context& context = {}) const;
   /// How far x is from inverse(forward(x)): the largest |x' - x| / (sigma + |x|) over all elements, in float64. sigma
-  /// is the standard deviation of the column where the flow begins with a standardize layer, else 1; of float64 rows of
-  /// a float32 flow |x| is counted from the column's mean. Rows of x with NaN or inf do not count; infinite where a
-  /// finite row does not come back finite; 0 without rows.
+  /// is the standard deviation of the column where the flow begins with a standardize layer, else 1. |x| is counted
+  /// from the column's mean for float64 rows of a float32 flow. Rows of x with NaN or inf do not count. Infinite where
+  /// a finite row does not come back finite; 0 without rows.
   template <class T>
   double round_trip_error(std::span<const T> x, const Context& context = {}) const;
   /// log p(x) [B], nats.
@@ -241,8 +244,8 @@ class NVPFLOW_API Flow {
   void score(std::span<const T> x, std::span<T> out, const Context& context = {}) const;
   /// float64 rows of a float32 flow.
   void score(std::span<const double> x, std::span<float> out, const Context& context = {}) const;
-  /// Vector-Jacobian products. grad_out [B, D] and grad_log_det [B] may be empty (zero); grad_in [B, D] and
-  /// grad_parameters may be empty (not wanted); accumulate adds to grad_parameters instead of overwriting them.
+  /// Vector-Jacobian products. grad_out [B, D] and grad_log_det [B] may be empty (zero), grad_in [B, D] and
+  /// grad_parameters too (not wanted). accumulate adds to grad_parameters instead of overwriting them.
   /// Forward: `in` is x, grad_out is dL/dz. Inverse: `in` is z, grad_out is dL/dx. grad_context, of the context's own
   /// size, may be empty.
   template <class T>
@@ -264,10 +267,10 @@ class NVPFLOW_API Flow {
                    const Context& context = {}) const;
 
   /// @{
-  /// The calls above for arrays that the caller has checked: `rows` rows behind each pointer, null where a span may be
-  /// empty, of the types that `how` says. Nobody looks at sizes, dtypes and overlaps; threads, the limit of prepare(),
-  /// the sign of a mean and its refusal of an empty batch are those of the calls above, which go through these. A CUDA
-  /// flow also takes arrays of its device (Execution::on_stream).
+  /// The calls above for arrays that the caller has checked. Behind each pointer are `rows` rows of the types that
+  /// `how` says; it is null where a span may be empty. Sizes, dtypes and overlaps are not checked. The calls
+  /// above go through these: threads, prepare(), the sign of a mean and its refusal of an empty batch are the same. A
+  /// CUDA flow also takes arrays of its device (Execution::on_stream).
   void transform_unchecked(Direction direction, const void* in, std::int64_t rows, void* out, void* log_det,
                            const Execution& how = {}) const;
   void log_prob_unchecked(const void* x, std::int64_t rows, void* out, const Execution& how = {}) const;

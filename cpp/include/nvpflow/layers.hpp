@@ -194,8 +194,8 @@ struct LULinear {
   bool operator==(const LULinear&) const = default;
 };
 
-/// A spline on some features, whose parameters are the layer's own instead of a network's (Durkan et al. 2019 use it
-/// for the features that a coupling leaves as they are).
+/// A spline on some features, whose parameters are the layer's own instead of a network's. Durkan et al. (2019) use it
+/// for the features that a coupling leaves as they are.
 struct ElementSpline {
   bool inverse = false;                               ///< the formula is read latent -> data
   FeatureSet features = {FeatureSet::Name::all, {}};  ///< which have a spline

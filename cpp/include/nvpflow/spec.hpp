@@ -63,9 +63,9 @@ struct NVPFLOW_API FlowSpec {
   bool begins_with_standardize() const;
 };
 
-/// Whether a flow takes and gives rows of data as float64, too: it is float32 and begins with a standardize layer,
-/// which is then applied in float64, `(x - mean) * exp(-log_std)` rounded to float32 once, so that the digits of values
-/// that are large beside their spread are not lost. All else is computed as for float32 rows.
+/// Whether a flow takes and gives rows of data as float64, too: it is float32 and begins with a standardize layer. The
+/// layer is then applied in float64, and `(x - mean) * exp(-log_std)` rounded to float32 once. So values that are large
+/// beside their spread keep their digits. All else is computed as for float32 rows.
 NVPFLOW_API bool takes_float64_rows(const FlowSpec& spec);
 
 /// What a parameter starts as; initialize_parameters() says how each is drawn.

@@ -52,8 +52,8 @@ struct NVPFLOW_API FitOptions {
   std::optional<double> weight_decay;
   /// Largest Euclidean norm of the whole gradient; a longer one is scaled down to it. 0: no clipping.
   double clip_norm = 5.0;
-  /// In [0, 1): the weights after each epoch also enter a moving average, of which each epoch keeps this share, and
-  /// the epoch counts by the better of the two. 0: no average. (Polyak and Juditsky 1992; Izmailov et al. 2018)
+  /// In [0, 1): the weights after each epoch also enter a moving average, of which each epoch keeps this share. The
+  /// epoch counts by the better of the two. 0: no average. (Polyak and Juditsky 1992; Izmailov et al. 2018)
   double averaging = 0.8;
   /// Stop after this many epochs without a better validation loss. 0: never. Needs validation data.
   std::int64_t patience = 0;
@@ -64,12 +64,12 @@ struct NVPFLOW_API FitOptions {
   double max_round_trip = 0.0;
   /// How fit() sets a first layer of kind standardize that is still the identity.
   Statistics standardize = Statistics::automatic;
-  /// Rows whose distance from the mean of a first layer of kind standardize exceeds so many of its standard deviations,
-  /// in any column, are left out of training and validation: one row that far out has more weight than a million
-  /// ordinary ones, and no flow reaches it. History counts them. 0: none is left out.
+  /// Rows further from the mean than so many standard deviations, in any column, are left out of training and
+  /// validation. Both numbers are those of a first layer of kind standardize. One row that far out has more weight than
+  /// a million ordinary ones, and no flow reaches it. History counts them. 0: none is left out.
   double max_deviation = 1000.0;
-  /// Sets a first layer of kind standardize, and the statistics of a context, from the training rows also where they
-  /// have been set before: for rows that have moved since. The layers behind them stay, and see rows of the same scale.
+  /// Sets a first layer of kind standardize, and the statistics of a context, from the training rows even if they have
+  /// been set before. For rows that have moved since. The layers behind them stay, and see rows of the same scale.
   bool restandardize = false;
   /// Fixes the order of rows and the validation split.
   std::uint64_t seed = 0;
@@ -177,32 +177,34 @@ class NVPFLOW_API FitObserver {
 
 /// Fits `flow` to x [N, D] by minimising -mean log p. A first layer of kind standardize that is still the identity is
 /// set from the training rows beforehand (FitOptions::standardize), and is not trained. Rows that are extremely far out
-/// are then left out (FitOptions::max_deviation). Every actnorm layer that is still all zeros is then set such that its
-/// outputs, on their way from data to the latent space, have mean 0 and standard deviation 1 over the training rows, of
-/// which up to 65,536 are looked at; one that is constant there is only brought to 0. T: the flow's dtype, or double
-/// for a float32 flow with takes_float64_rows, whose rows are then standardized in float64, once, into a float32 copy
-/// that is trained on; losses are the same, max_round_trip is measured on the standardized rows.
+/// are then left out (FitOptions::max_deviation).
+///
+/// Every actnorm layer that is still all zeros is then set from up to 65,536 training rows. Its outputs, from data to
+/// latent, then have mean 0 and standard deviation 1. A constant output is only brought to 0.
+///
+/// T: the flow's dtype, or double for a float32 flow with takes_float64_rows. Such rows are standardized in float64,
+/// once, into a float32 copy that is trained on. Losses are the same; max_round_trip is measured on that copy.
 ///
 /// Of a flow with a context: minimises -mean log p(x | c). context [N, C] and validation_context hold a row for each
 /// row of x and of validation, of the flow's dtype. Where the flow standardizes its context, its mean and standard
 /// deviation are set from the training rows where they are still zeros.
 ///
 /// Rows are visited in a new order each epoch, given only by `seed`. The same data, options and seed give the same
-/// weights bit for bit on one instruction set, for any number of threads, also across a stop and a resume from a
-/// checkpoint. The flow ends with the weights of the epoch with the lowest validation loss, or, without validation
-/// data, the lowest loss of up to 65,536 training rows; with FitOptions::averaging these may be the average until
-/// that epoch. With max_round_trip, only epochs whose round trip error is
-/// within it count; for patience, too, the others are no better.
+/// weights bit for bit on one instruction set, for any number of threads. So they do across a stop and a resume from a
+/// checkpoint. The flow ends with the weights of its best epoch, that of the lowest validation loss. Without validation
+/// data it is the lowest loss of up to 65,536 training rows. With FitOptions::averaging these may be the average until
+/// that epoch. With max_round_trip, only epochs whose round trip error is within it count; for patience, too, the
+/// others are no better.
 ///
 /// adam: null, or the state to go on from, which is then that after the last epoch. The flow ends with the weights of
-/// that epoch, which the state belongs to, and not with those of the best one; averaging, max_round_trip, patience and
-/// a checkpoint, which say otherwise, are refused. Two calls of one epoch each, on the same rows and without validation
-/// rows, then end as one of two epochs, bit for bit, but that Schedule::cosine falls to zero in each call.
+/// that epoch, which the state belongs to, and not with those of the best one. So averaging, max_round_trip, patience
+/// and a checkpoint are refused. Two calls of one epoch each, on the same rows and without validation rows, end as one
+/// of two epochs, bit for bit. Only Schedule::cosine falls to zero in each call.
 ///
-/// Throws Error(invalid_argument) for data or options that cannot be used (rows with NaN or inf are counted and named,
-/// constant columns are named, with a standardize layer or without), Error(not_finite), naming the step, where the loss
-/// or gradient stops being finite; the flow then holds the best weights. Error(none_kept) where training has ended,
-/// other than by an interruption, and no epoch was inside max_round_trip; the flow is then as it was.
+/// Throws Error(invalid_argument) for data or options that cannot be used; it counts and names rows with NaN or inf,
+/// and names constant columns. Throws Error(not_finite), naming the step, where the loss or gradient stops being
+/// finite; the flow then holds the best weights. Throws Error(none_kept) where training was not interrupted and no
+/// epoch was inside max_round_trip; the flow is then as it was.
 template <class T>
 NVPFLOW_API History fit(Flow& flow, std::span<const T> x, std::span<const T> validation, const FitOptions& options,
                         FitObserver* observer = nullptr, const Context& context = {},

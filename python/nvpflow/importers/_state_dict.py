@@ -185,8 +185,8 @@ class _Reader:
         for i, number in enumerate(self.numbers(prefix)):
             if i != number:
                 raise ValueError(
-                    f"tensors holds none of {prefix}{i}, expected some beside {prefix}{number}: a layer without tensors "
-                    f"leaves no trace in a state dict; {_LIVE}"
+                    f"tensors holds none of {prefix}{i}, expected some beside {prefix}{number}: a layer without "
+                    f"tensors leaves no trace in a state dict; {_LIVE}"
                 )
             yield i, f"{prefix}{i}."
 
