@@ -28,7 +28,7 @@ class Uniform(Expression):
 
     ``log p(x) = log|det dz/dx| - D log(high - low)`` where all latents lie in the interval, else -inf, with a gradient
     of zero. Samples never lie outside. It is for data that fill an interval, and for layers that keep it, such as
-    splines on it; standardize and actnorm layers, linear ones and affine couplings move rows out.
+    splines on it. Standardize and actnorm layers, linear ones and affine couplings move rows out.
 
     Parameters
     ----------

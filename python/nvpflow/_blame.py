@@ -25,8 +25,8 @@ def blame(flow: Flow | ConditionedFlow, x: ArrayLike) -> Any:
     """Tell which columns make a row unlikely: by how much log p would rise if one column had its likeliest value.
 
     ``blame[i, j] = max over t of log p(x_i with column j set to t) - log p(x_i)``, in nats: the other columns stay as
-    they are, so that the value is judged given them. The logarithm of a density of column j given the others has the
-    same difference, as what it is divided by does not depend on t. It is never negative, and no unit of a column is in
+    they are, so that the value is judged given them. The log-density of column j given the others differs by
+    the same number, because its normalization does not depend on t. It is never negative, and no unit of a column is in
     it, so that columns can be compared. For a Gaussian with precision matrix P it is ``(P (x - mean))_j^2 / (2 P_jj)``,
     half the squared distance from the conditional mean in conditional standard deviations.
 
@@ -54,9 +54,9 @@ def blame(flow: Flow | ConditionedFlow, x: ArrayLike) -> Any:
     the row's entries add up to the distance from the mode's log p.
 
     The largest value is searched for: 33 quantiles of 2,048 samples of the flow are tried, then three times 15 values
-    around the best, about 80 evaluations of log p for each column of each row. What lies beyond the samples is not
-    tried, and a narrow second mode can be missed: then the result is too small. The values that are tried are always
-    the same, and a row's result does not depend on its batch.
+    around the best. That is about 80 evaluations of log p for each column of each row. What lies beyond the samples is
+    not tried, and a narrow second mode can be missed: then the result is too small. The values that are tried are
+    always the same, and a row's result does not depend on its batch.
 
     Examples
     --------

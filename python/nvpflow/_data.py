@@ -183,10 +183,16 @@ def check_data(
     -------
     DataReport
         Its findings are of these kinds. Errors: "type" (a column is not numeric), "missing" (NaN, infinity or a null),
-        "constant", "copy" and "dependent" (exactly, up to rounding) and "rows" (none). Warnings: "dependent"
-        to within 1e-4 of the spread, "digits" (numbers too large beside their spread for their dtype), "scale",
-        "outliers" (standard deviation and quartiles disagree by 10 and more), "repeated" (a tenth of the rows and more
-        hold one value), "few" (distinct values), "integers", and "rows" (fewer than thirty for each column).
+        "constant", "copy" and "dependent" (exactly, up to rounding) and "rows" (none). Warnings:
+
+        * "dependent": to within 1e-4 of the spread
+        * "digits": numbers too large beside their spread for their dtype
+        * "scale": far from unit scale, or from the scale that the flow was trained on
+        * "outliers": standard deviation and quartiles disagree by 10 and more
+        * "repeated": a tenth of the rows and more hold one value
+        * "few": few distinct values
+        * "integers": all values are integers
+        * "rows": fewer than thirty for each column
 
         A context needs no density. Errors: "type" and "missing". Warnings: "constant", "digits", "outliers", and "rare"
         (all but one in a hundred rows hold one value).

@@ -185,9 +185,8 @@ class Model(_core.Flow):
     def column_names(self) -> tuple[str, ...] | None:
         """Names of the columns, in their order, or None; settable. `save` keeps them, and so do copies.
 
-        Methods take arrays, which have no names, and look at none. The command line does: ``nvpflow fit`` keeps those
-        of a table that has some, and later commands refuse one whose columns are called otherwise or come in another
-        order.
+        Methods take arrays, which have no names, and look at none. The command line does: ``nvpflow fit`` keeps the
+        names of a table that has some. Later commands refuse a table with other names or another order.
         """
         return tuple(self._column_names()) or None
 
@@ -283,8 +282,8 @@ class Model(_core.Flow):
             ``flow_{k}_coupling_dense_{j}.kernel`` [in, out] and ``.bias`` [out] of hidden layer j,
             ``flow_{k}_scale.kernel``/``.bias`` and ``flow_{k}_translation.kernel``/``.bias``; of a standardize layer
             ``standardize_{i}.mean`` and ``.log_std`` [D]. Where `fit` saw float64 rows whose mean float32 cannot tell
-            to 1/128 of a standard deviation, also ``standardize_0.mean_low`` [D], a copy: what is to be added to the
-            mean, in float64.
+            to 1/128 of a standard deviation, also ``standardize_0.mean_low`` [D]. It is a copy, and is to be added to
+            the mean in float64.
         """
         flat = self._flat_parameters()
         flat.flags.writeable = False

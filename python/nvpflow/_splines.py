@@ -22,7 +22,7 @@ class Spline(Expression):
     """A monotonic rational-quadratic spline of each feature within an interval; the network gives its knots.
 
     The interval is divided into K bins, by knots in x and by as many in y. In each bin y is a quotient of two quadratic
-    polynomials of x that rises from knot to knot; at the knots its value and its derivative are continuous. Rows
+    polynomials of x that rises from knot to knot. At the knots its value and its derivative are continuous. Rows
     outside pass as they are: give columns of unit scale, as a standardize layer makes them.
 
     Of each feature the network gives K raw widths, K raw heights and K - 1 raw derivatives (K + 1 with
@@ -68,8 +68,8 @@ class Spline(Expression):
 
     Notes
     -----
-    A constant that the derivative's function does not have is None. Both directions are closed formulas; a narrow bin
-    beside a high one, or the reverse, costs digits in any implementation, in float32 first: `nvpflow.Flow.certify`
+    A constant that the derivative's function does not have is None. Both directions are closed formulas. A narrow bin
+    beside a high one, or the reverse, costs digits in any implementation, in float32 first. `nvpflow.Flow.certify`
     measures them.
 
     References

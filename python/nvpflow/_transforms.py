@@ -37,15 +37,15 @@ class Affine(Expression):
         ``softplus``  ``log(min(softplus(u + offset) + low, high))``
         ============  ===============================================================
     bound
-        Of ``abs(s)``: positive and finite. It sets the constants of tanh, softsign and atan so that g has slope 1 at 0,
-        and those of sigmoid so that the scale lies between ``exp(-bound)`` and ``exp(bound)`` and is 1 at ``u = 0``.
-        None: 1, where no constant is given.
+        Of ``abs(s)``: positive and finite. It sets the constants of tanh, softsign and atan so that g has slope 1 at 0.
+        Those of sigmoid make the scale lie between ``exp(-bound)`` and ``exp(bound)``, and 1 at ``u = 0``. None: 1,
+        where no constant is given.
     factor, divisor
         F and d of tanh, softsign and atan in place of `bound`; both positive and finite.
     low, high, offset
-        Smallest and largest scale, and what is added to u; sigmoid in place of `bound`, softplus in place of its
-        default, ``low=0.01, high=inf`` and the offset for which the scale is 1 at ``u = 0``. low is at least 0.
-        high is above low, and infinite for softplus only.
+        Smallest and largest scale, and what is added to u. For sigmoid in place of `bound`. For softplus in place of
+        ``low=0.01, high=inf`` and the offset for which the scale is 1 at ``u = 0``. low is at least 0. high is above
+        low, and infinite for softplus only.
     negated
         sigmoid, softplus: s has the opposite sign, and the scale is 1 over the one above.
 

@@ -40,17 +40,17 @@ class Deviation:
 class Certificate:
     """What `Flow.certify` found. Prints as a table.
 
-    Errors of x are in units of the standard deviations of the flow's first layer where that is a standardize layer,
-    else in those of the data; latents have the unit of the flow's base; log p and log-determinants
-    are in nats. A `Deviation` is None where nothing could be measured.
+    Errors of x are in units of the columns' standard deviations: those of a standardize layer that comes first, else
+    those of the data. Latents have the unit of the flow's base, log p and log-determinants are in nats. A `Deviation`
+    is None where nothing could be measured.
 
     Attributes
     ----------
     verdict
         "accurate": every judged error is within `promised`. "reduced": within `tolerance`. "unreliable": beyond it, or
-        finite rows gave NaN or infinity, or there was no finite row. Judged are `round_trip`, `log_prob` and `log_det`;
-        and `input_resolution`: beyond 0.01 (or `tolerance`, where that is more) a flow that computes exactly is
-        unreliable all the same, for the rows have lost what its density is of.
+        finite rows gave NaN or infinity, or there was no finite row. Judged are `round_trip`, `log_prob` and `log_det`,
+        and also `input_resolution`. Beyond 0.01 (or `tolerance`, where that is more) even an exact flow is
+        unreliable: the rows have lost the digits that its density is about.
     advice
         What to do about it, in sentences; empty where there is nothing to say.
     promised
@@ -63,8 +63,8 @@ class Certificate:
         Rows that hold NaN or infinity, whose results are NaN, and the first of them. They are left out of all else.
     input_resolution
         Distance of neighbouring numbers of the rows' dtype at a column's largest value, in units of the column's
-        standard deviation (of the rows, or that of a standardize layer, where it is larger); of the column where it is
-        largest. None where it is not known: no spread.
+        standard deviation. That is of the rows or of a standardize layer, the larger one. The column with the largest
+        such distance counts. None where it is not known: no spread.
     blurred_columns
         Columns where that is above 0.01: their values are large beside their spread, and have lost digits that count.
     failed_rows, first_failed_row
@@ -84,7 +84,7 @@ class Certificate:
         determinant float64 does not hold.
     jacobian_resolution
         Relative error of those determinants themselves: D times float64's epsilon times the Jacobian's condition
-        number; a difference below it is not held against the flow. None without Jacobians.
+        number. A difference below it is not held against the flow. None without Jacobians.
     stretch, shrink
         Largest singular values of dz/dx and dx/dz among those rows: how much a rounding of x can move z, and a rounding
         of z x. None without Jacobians, or beyond float64's range.
@@ -92,11 +92,10 @@ class Certificate:
         The relative error of `round_trip` in a float64 copy of the flow, of the row where it is worst and of those
         drawn for Jacobians.
     round_trip_bound
-        Bound on the relative `round_trip` error, to first order in the dtype's epsilon, of every row that stays where
-        these rows were seen in each layer; derived from the weights' norms, and usually far too large. None where it is
-        not finite, for arithmetic that is rounded on purpose (tf32, bfloat16), and for flows of another base than the
-        normal one or of other layers than couplings of halves with one MLP and the log-scale ``B tanh(u / B)``, and
-        standardize layers.
+        Bound on the relative `round_trip` error of every row that stays, in each layer, in the range of these rows. To
+        first order in the dtype's epsilon, from the weights' norms, and usually far too large. None where it is not
+        finite, and for arithmetic that is rounded on purpose (tf32, bfloat16). It is known for the normal base,
+        standardize layers, and couplings of halves with one MLP and the log-scale ``B tanh(u / B)``; else None.
     no_bound
         Why `round_trip_bound` is None, in words; None where there is a bound.
     flow

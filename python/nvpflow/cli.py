@@ -1,8 +1,15 @@
 """The command ``nvpflow``: fit, score, sample, check, info, report, export and demo.
 
-Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 3 `check` finds a model unreliable, 130 Ctrl-C,
-141 the reader of a pipe went away. SIGTERM and SIGHUP end it as they end any process (143 and 129 to a shell), after
-unfinished files are removed.
+Exit codes:
+
+* 0: done
+* 1: an error (one line on stderr)
+* 2: wrong usage
+* 3: `check` finds a model unreliable
+* 130: Ctrl-C
+* 141: the reader of a pipe went away
+
+SIGTERM and SIGHUP end it as they end any process (143 and 129 to a shell), after unfinished files are removed.
 """
 
 import argparse

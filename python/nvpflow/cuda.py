@@ -23,9 +23,14 @@ def why_unavailable() -> str | None:
     Returns
     -------
     str or None
-        One of: this nvpflow was built without CUDA; no driver is installed; the driver is too old (with its version
-        and the one needed); the driver sees no device; this build has no code for the devices' architecture (with
-        both); this process was forked from one that used CUDA.
+        One of these:
+
+        * this nvpflow was built without CUDA
+        * no driver is installed
+        * the driver is too old (with its version and the one needed)
+        * the driver sees no device
+        * this build has no code for the devices' architecture (with both)
+        * this process was forked from one that used CUDA
     """
     return _core.cuda_why_unavailable() or None
 

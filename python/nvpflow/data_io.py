@@ -49,8 +49,8 @@ class Reading:
         Columns that condition the rows and are not a part of them, as `columns` names them. None: those that the model
         knows by name.
     context_only
-        The table holds contexts and no rows: without `context`, and where the model or the table has no names, every
-        column is one of the context.
+        The table holds contexts and no rows. Without `context` and names, of the model or of the table, every column
+        is one of the context.
     keep
         Columns to hand on beside the rows; left out of the rows unless the model has them.
     append

@@ -84,8 +84,8 @@ def build(
         0: none.
     transform
         "affine": ``x exp(s) + t`` (RealNVP). "additive": ``x + t`` (NICE), which keeps volumes. "spline": a monotonic
-        rational-quadratic spline of each feature (neural spline flows), which bends a density much more than a scale
-        and a shift do; the network then gives ``3 num_bins - 1`` numbers for each feature in place of 2.
+        rational-quadratic spline of each feature (neural spline flows). It bends a density much more than a scale and a
+        shift do. The network then gives ``3 num_bins - 1`` numbers for each feature in place of 2.
     scale
         The log-scale s as a function of what the network gives: "tanh", "softsign", "atan" or "sigmoid", which
         `scale_bound` bounds, or "softplus" or "exp", which have no bound. `nvpflow.layers.Affine` has the formulas.
@@ -123,8 +123,8 @@ def build(
         Put a diagonal affine layer in front, which `Flow.fit` sets from the training rows. Until then it is the
         identity. Its log-determinant counts, so densities stay those of the data as given. None: True with the normal
         base, False with the uniform one, out of which it would move rows. "mean" and "robust" say what `fit` sets it
-        from, as its `standardize` does; True leaves it to `fit`. That choice is the flow's and its copies', but not in
-        the file of `Flow.save`, where the layer looks the same: give it to `fit` after `load`.
+        from, as its `standardize` does; True leaves it to `fit`. The flow and its copies keep that choice, the file
+        of `Flow.save` does not: give it to `fit` after `load`.
     standardize_context
         Standardize the context likewise. None: where there is a context and `standardize` is not False.
     layers
@@ -138,20 +138,19 @@ def build(
     init
         How the initial weights are drawn. "fan_in": kernels and biases of hidden layers uniform within
         ``1 / sqrt(inputs)``, as `torch.nn.Linear` draws them. "glorot": kernels uniform within
-        ``sqrt(6 / (inputs + outputs))`` (Glorot and Bengio, 2010), biases zero. Either way the kernels of the last
-        layers, which give the scale and the translation, are a hundredth of that and their biases zero, so that a new
-        flow is near the identity.
+        ``sqrt(6 / (inputs + outputs))`` (Glorot and Bengio, 2010), biases zero. Either way the last layers, which
+        give the scale and the translation, have kernels a hundredth of that size and zero biases. So a new flow is near
+        the identity.
     device
         "cpu", "cuda" or "cuda:N".
     precision
-        Of a float32 flow on a CUDA device: "float32" keeps the accuracy of the CPU, "tf32" and "bfloat16" round the
+        Of a float32 flow on a CUDA device. "float32" keeps the accuracy of the CPU. "tf32" and "bfloat16" round the
         factors of every product to 11 and 8 significant bits.
     weights
-        Of a float32 flow on the CPU: "bfloat16" rounds the kernels (not the biases) to 8 significant bits as it
-        computes, so that calls of a few rows read half the bytes. It is for flows whose weights exceed the second-level
-        cache and are called row by row; arithmetic stays float32. The rounded flow is a flow of its own, with an
-        exact inverse and a density that integrates to one; `Flow.parameters`, `Flow.save` and `Flow.fit` keep the
-        weights in full.
+        Of a float32 flow on the CPU. "bfloat16" rounds the kernels (not the biases) to 8 significant bits. Calls of a
+        few rows then read half the bytes; arithmetic stays float32. It is for flows whose weights exceed the
+        second-level cache and are called row by row. The rounded flow is a flow of its own, with an exact inverse and a
+        density that integrates to one. `Flow.parameters`, `Flow.save` and `Flow.fit` keep the weights in full.
 
     Returns
     -------
@@ -172,8 +171,8 @@ def build(
     Notes
     -----
     The affine coupling layer is equation 7 and 8 of Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real
-    NVP" (2017), the additive one that of Dinh, Krueger and Bengio, "NICE" (2015), the spline that of Durkan et al.,
-    "Neural spline flows" (2019). A step of actnorm, a trained linear layer and a coupling is Glow's (Kingma and
+    NVP" (2017). The additive one is that of Dinh, Krueger and Bengio, "NICE" (2015). The spline is that of Durkan et
+    al., "Neural spline flows" (2019). A step of actnorm, a trained linear layer and a coupling is Glow's (Kingma and
     Dhariwal, 2018).
     """
     given = locals()
@@ -251,8 +250,8 @@ class Flow(Model):
 
     ``log p(x) = log N(z; 0, I) + log|det dz/dx|``, in nats, exactly; N(0, I) is the base, `FlowSpec.base`, of which
     there are others. Made by `build` and `load`, or from a `FlowSpec`.
-    With a `FlowSpec.context_size` C it is a density p(x | c): methods on rows then need ``context=``, a row [B, C] for
-    each row of x, or one [C] for all; `condition` binds one.
+    With a `FlowSpec.context_size` C it is a density p(x | c). Methods on rows then need ``context=``: a row [B, C] for
+    each row of x, or one [C] for all. `condition` binds one.
 
     Parameters
     ----------
@@ -269,25 +268,27 @@ class Flow(Model):
     -----
     Shapes are ``[B, D]`` for a batch and ``[D]`` for one row; D is ``flow.spec.input_size``. Results have the
     model's dtype. Arrays that are C-contiguous and of that dtype are used in place; others are converted where NumPy
-    calls it safe and refused otherwise. A float32 model that begins with a standardize layer also takes rows of data
-    that are float64 (and integers of 32 and 64 bits, which become float64, exact up to 2**53): that layer is then
-    applied in float64, so that no digit is lost of values that are large beside their spread. Lists of Python's numbers
-    are float64 there, and rounded to the model's dtype elsewhere. ``out=`` takes the result without an allocation. A
-    row's result depends only on that row, bit for bit: not on the batch, its size, or the number of threads. A row
-    that holds NaN or infinity gives NaN. A finite row never does: where numbers are too large for the dtype, its
-    log-density is -inf and its latents are infinite; such a row has no gradient, which is NaN or infinite. Outside of a
-    uniform base log p is -inf, too, and the gradient is zero. Every method may be called from many threads at once.
+    calls it safe and refused otherwise. A float32 model that begins with a standardize layer also takes float64
+    rows of data. Integers of 32 and 64 bits become float64 there (exact up to 2**53). That layer is then applied
+    in float64, so that values that are large beside their spread lose no digit. Lists of Python's numbers are float64
+    there, and rounded to the model's dtype elsewhere. ``out=`` takes the result without an allocation. A row's result
+    depends only on that row, bit for bit: not on the batch, its size, or the number of threads. Every method may be
+    called from many threads at once.
 
-    The same holds for arrays of other libraries that have ``__dlpack__`` or the buffer protocol. Results for arrays of
-    PyTorch, JAX and libraries of the array API standard (with ``__array_namespace__``) are arrays of that library, by
-    its ``from_dlpack``; for all others they are NumPy's.
+    A row that holds NaN or infinity gives NaN. A finite row never does: where numbers are too large for the dtype, its
+    log-density is -inf and its latents are infinite. Such a row has no gradient: it is NaN or infinite. Outside of a
+    uniform base log p is -inf, too, and the gradient is zero.
+
+    The same holds for arrays of other libraries that have ``__dlpack__`` or the buffer protocol. Arrays of PyTorch, JAX
+    and libraries of the array API standard (with ``__array_namespace__``) give results of their library, by its
+    ``from_dlpack``. All others give NumPy's arrays.
 
     A flow on a CUDA device takes NumPy arrays as every flow does, in chunks, so that they may be larger than the
-    device's memory. It also takes arrays of its device, of PyTorch, CuPy, JAX and whatever else has ``__dlpack__`` or
-    ``__cuda_array_interface__``: C-contiguous, of the model's dtype, without a copy, on the caller's current stream.
-    The result is an array of the same library (`nvpflow.cuda.DeviceArray` for those unknown to nvpflow). With arrays
-    of PyTorch or CuPy and ``out=``, such a call neither allocates nor waits after the first of its size, so that it
-    can be captured in a CUDA graph; capture anew after the weights have changed.
+    device's memory. It also takes arrays of its device: of PyTorch, CuPy, JAX and whatever else has ``__dlpack__`` or
+    ``__cuda_array_interface__``. They are C-contiguous, of the model's dtype, and used without a copy on the caller's
+    current stream. The result is an array of the same library (`nvpflow.cuda.DeviceArray` for those unknown to
+    nvpflow). With arrays of PyTorch or CuPy and ``out=``, such a call neither allocates nor waits after the first of
+    its size. So it can be captured in a CUDA graph; capture anew after the weights have changed.
 
     The methods that work on rows are those of the compiled extension itself, with nothing in between: `forward`,
     `inverse`, `log_probability` (also called `log_prob`), `sample`, `sample_and_log_prob`, `nll`, `nll_gradient`,
@@ -302,8 +303,8 @@ class Flow(Model):
     def condition(self, context: ArrayLike) -> ConditionedFlow:
         """Return the flow under one context: a view with the methods of a flow without one.
 
-        Its calls give the same bits as those with ``context=``, and cost as little as those of a flow without a
-        context: what the context comes to in each network is computed here.
+        Its calls give the same bits as those with ``context=``. They cost as little as those of a flow without a
+        context: what each network makes of the context is computed here.
 
         Parameters
         ----------
@@ -374,9 +375,10 @@ class Flow(Model):
     ) -> certificate.Certificate:
         """Measure how exactly the flow computes on the rows of `x`, and say what to think of it.
 
-        Every row goes there and back in both directions, its log p is compared with that of a float64 copy, and the
-        log-determinant of some rows with the determinant of the float64 Jacobian. A bound on the round trip is derived
-        from the weights. It takes ten to twenty times as long as `log_probability`, and memory for a block of rows.
+        Every row goes there and back in both directions, and its log p is compared with that of a float64 copy. The
+        log-determinant of some rows is compared with the determinant of the float64 Jacobian. A bound on the round trip
+        is derived from the weights. It takes ten to twenty times as long as `log_probability`, and memory for a block
+        of rows.
 
         Parameters
         ----------
@@ -388,9 +390,9 @@ class Flow(Model):
         tolerance
             The largest relative error that is not called unreliable, at least what the dtype promises.
         jacobian_rows
-            Rows, drawn at random by a fixed seed, whose Jacobian is formed, D vector-Jacobian products each; the row
-            with the worst round trip comes on top. 0: none. None: up to 64, fewer where a flow is large, and none where
-            one takes minutes.
+            How many rows have their Jacobian formed, by D vector-Jacobian products each. They are drawn at random by a
+            fixed seed; the row with the worst round trip comes on top. 0: none. None: up to 64, fewer where a flow is
+            large, and none where one takes minutes.
 
         Returns
         -------
@@ -475,8 +477,8 @@ class Flow(Model):
 
         The flow ends with the weights of its best epoch: the lowest validation loss, or training loss where there is
         no validation data. A standardize layer that is still the identity is first set from the training rows
-        (`standardize`), and rows that are extremely far out are left out (`max_deviation`). Every actnorm layer that is
-        still all zeros is then set such that its outputs have mean 0 and standard deviation 1 over the training rows.
+        (`standardize`). Rows that are extremely far out are left out (`max_deviation`). Every actnorm layer that is
+        still all zeros is then set: its outputs for the training rows have mean 0 and standard deviation 1.
         The same data, options and seed give the same weights, bit for bit, for any number of threads. The `threshold`
         is removed: it was that of other weights.
 
@@ -492,8 +494,8 @@ class Flow(Model):
             the flow standardizes its context and has not yet, its mean and standard deviation are set first. A frame
             gives the flow its `context_names`, as one of x gives it its column names.
         validation
-            A share of the rows in [0, 1) to set aside, drawn by `seed`; or rows [M, D] of their own, with a context a
-            tuple (rows [M, D], context [M, C]); or None.
+            A share of the rows in [0, 1) to set aside, drawn by `seed`. Or rows [M, D] of their own; with a context a
+            tuple (rows [M, D], context [M, C]). Or None.
         epochs
             Passes over the training rows.
         batch_size
@@ -509,37 +511,37 @@ class Flow(Model):
         clip_norm
             Scale a gradient down to this Euclidean norm where it is longer. None or 0: never.
         averaging
-            In [0, 1): the weights after each epoch also enter a moving average, of which each epoch keeps this share,
-            and an epoch counts by the better of the two (Polyak and Juditsky, 1992; Izmailov et al., 2018). It takes
-            out the noise of a high step size, most where few rows make the first epochs the best ones. None or 0: none.
+            In [0, 1): the weights after each epoch also enter a moving average, of which each epoch keeps this share.
+            An epoch counts by the better of the two (Polyak and Juditsky, 1992; Izmailov et al., 2018). It takes out
+            the noise of a high step size, most where few rows make the first epochs the best ones. None or 0: none.
         patience
             Stop after this many epochs without a better validation loss. None or 0: never.
         max_round_trip
-            Keep the model where it can be inverted to this precision: after every epoch the round trip
-            ``inverse(forward(x))`` of all rows that epochs are compared by (the validation rows; without them up to
-            65,536 training rows) is measured, and an epoch is the best one only if the largest relative error,
-            ``|x' - x| / (std + |x|)`` as in `Certificate`, is within it. For `patience` the other epochs are no better.
-            It says nothing of other rows. About 1e-5 is what float32 can keep, 1e-12 float64. None or 0: not measured.
+            Keep the model where it can be inverted to this precision. After every epoch the round trip
+            ``inverse(forward(x))`` is measured: of the validation rows, or without them of up to 65,536 training rows.
+            An epoch is the best one only if the largest relative error is within this number. The error is
+            ``|x' - x| / (std + |x|)``, as in `Certificate`. For `patience` the other epochs are no better. It says
+            nothing of other rows. float32 can keep about 1e-5, float64 1e-12. None or 0: not measured.
         standardize
             What a standardize layer that is still the identity is set from. "mean": the columns' means and standard
             deviations. "robust": their medians and interquartile ranges over 1.349, the standard deviation of a normal
-            distribution with these quartiles (of up to 2**20 rows, evenly taken); where half of a column's values are
-            equal, the range from 5 to 95 % or from 1 to 99 % takes its place, and "mean" where both are empty.
-            "auto": "robust", with a `DataWarning`, in the columns whose standard deviation is at least ten times that
-            number because of a few far rows (the farthest one is over five times further from the median than 98 % of
-            the rows); "mean" in the others. None: what `build` was told, else "auto".
-            `History.standardized` says what was done.
+            distribution with these quartiles. Up to 2**20 rows, evenly taken, decide. Where half of a column's values
+            are equal, the range from 5 to 95 % or from 1 to 99 % takes its place. Where both are empty, "mean" does.
+            "auto": "robust" for columns that a few far rows give a standard deviation ten times that number or more.
+            "mean" for the others. "robust" is told by a `DataWarning`. The farthest row must be over five times further
+            from the median than 98 % of the rows. None: what `build` was told, else "auto". `History.standardized` says
+            what was done.
         max_deviation
             Rows further from the mean of a standardize layer than so many of its standard deviations, in any column,
-            are left out of training and validation, with a `DataWarning`; `History.rows_left_out` counts them. One row
-            that far out weighs more in the likelihood than a million ordinary ones, and no flow reaches it. None or 0:
-            no row is left out.
+            are left out. They count for neither training nor validation; a `DataWarning` and `History.rows_left_out`
+            say how many they are. One row that far out weighs more in the likelihood than a million ordinary ones, and
+            no flow reaches it. None or 0: no row is left out.
         restandardize
             Set the standardize layer, and what standardizes the context, from these rows also where they have been set
             before: for rows that have moved. The layers behind stay, and see rows of the scale they know.
         adam
-            What Adam kept after an earlier call, for rows that come in parts: an `AdamState` to go on from, which is
-            then that after this call. The flow ends with the weights of the last epoch, not of the best; `averaging`,
+            What Adam kept after an earlier call, for rows that come in parts: an `AdamState` to go on from. This call
+            brings it up to date. The flow ends with the weights of the last epoch, not of the best; `averaging`,
             `patience`, `max_round_trip` and `checkpoint`, which say otherwise, must be None. Two calls of one epoch on
             the same rows end as one of two epochs, bit for bit, with ``validation=None`` and ``schedule="constant"``.
             None: Adam starts anew.
@@ -579,11 +581,11 @@ class Flow(Model):
         -----
         DataWarning
             Of all else that `check_data` finds in the rows, in one message. After training, where a Gaussian of the
-            training rows (its correlations shrunk as by Ledoit and Wolf, 2004) is better than the flow: where on the
-            validation rows, at most 20,000 and at least 5, its mean log-density is higher by more than 0.05 nats and by
-            more than one standard error of the difference. It is so after few epochs, too, also where few were asked
-            for. With few validation rows only large differences show, and the choice of the best epoch by the same
-            rows favours the flow.
+            training rows is better than the flow (its correlations shrunk as by Ledoit and Wolf, 2004). It is better
+            where its mean log-density on 5 to 20,000 validation rows is higher by more than 0.05 nats. The difference
+            must also exceed its standard error. So it can be after few epochs, also where few were asked for. With few
+            validation rows only large differences show, and the choice of the best epoch by the same rows favours the
+            flow.
         """
         options = _training_options.among(locals())
         return training.fit(

@@ -33,8 +33,8 @@ class History:
     seconds
         Wall time of the epoch, validation included.
     round_trip
-        Largest relative error of a round trip after the epoch, over the rows that epochs are compared by (see
-        `Certificate`); NaN where `Flow.fit` was given no ``max_round_trip``.
+        Largest relative error of a round trip after the epoch, over the rows that epochs are compared by. See
+        `Certificate`. NaN where `Flow.fit` was given no ``max_round_trip``.
     best_epoch
         The epoch whose weights the flow now has; 0 for the weights it started from.
     best_loss

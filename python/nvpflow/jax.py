@@ -228,8 +228,8 @@ def nll(
 ) -> jax.Array:
     """Return the mean of -log p over all rows of x, a scalar, nats: the loss of maximum likelihood.
 
-    It is ``-log_prob(spec, parameters, x).mean()`` with the sum in float64, and faster to differentiate by the
-    parameters: value and gradients, also by `x` and `context`, come from one pass.
+    It is ``-log_prob(spec, parameters, x).mean()`` with the sum in float64. It is faster to differentiate: the value
+    and the gradients by parameters, `x` and `context` come from one pass.
 
     Parameters, errors and notes are those of `forward`; `x` has at least one row.
     """

@@ -2,7 +2,7 @@
 
 Every function takes arrays that a flow's methods return (or NumPy reads), draws with Matplotlib
 (``pip install matplotlib``) and returns the Axes. ``ax=`` says where to draw; without it there is a new figure.
-The first two colours of the current style stand for the data and the flow; `style` is a look that suits them, on white
+The first two colours of the current style stand for the data and the flow. `style` is a look that suits them, on white
 or on dark ground. Rows that hold NaN or infinity are refused, not left out in silence.
 """
 
@@ -217,13 +217,13 @@ def corner(
 
     Notes
     -----
-    Panels show up to 2,000 points of each kind, chosen at random but always alike, and drawn in one random order, so
-    that neither kind hides the other. Histograms count all rows, on a logarithmic scale, where rare modes and tails can
-    be seen; counts of the samples are scaled to the number of rows of the data.
+    Panels show up to 2,000 points of each kind, chosen at random but always alike. They are drawn in one random order,
+    so that neither kind hides the other. Histograms count all rows, on a logarithmic scale, where rare modes and tails
+    can be seen. Counts of the samples are scaled to the number of rows of the data.
 
     An axis holds all values of the data but those farther from the inner 98 % than these are wide. The histogram
-    counts these at its edge ("3 beyond", samples in their own colour), and the other panels have a mark at the edge
-    for each such row of the data.
+    counts these at its edge ("3 beyond", samples in their own colour). The other panels have a mark at the edge for
+    each such row of the data.
     """
     data, found = _seconds("data", data)
     drawn = None if samples is None else _seconds("samples", samples)[0]
@@ -526,9 +526,9 @@ def latent_qq(
 ) -> Axes:
     """Draw how far the quantiles of every latent dimension lie from those of the standard normal distribution.
 
-    A Q-Q plot with its diagonal laid level (a worm plot: van Buuren and Fredriks, Statistics in Medicine 20, 2001),
-    where small departures can be seen. Where the flow is right, the latents of data are standard normal and the lines
-    stay in the band, as far as chance goes.
+    A Q-Q plot with its diagonal laid level, so that small departures can be seen. It is the worm plot of van Buuren and
+    Fredriks (Statistics in Medicine 20, 2001). Where the flow is right, the latents of data are standard normal and the
+    lines stay in the band, as far as chance goes.
 
     Parameters
     ----------
@@ -557,7 +557,7 @@ def latent_qq(
 
     Notes
     -----
-    The band holds 95 % of such points of N independent standard normal values, each point for itself: the i-th of N
+    The band holds 95 % of such points of N independent standard normal values, each point for itself. The i-th of N
     uniform values in order is Beta(i, N + 1 - i) distributed (David and Nagaraja, Order Statistics, 2003, section 2.3).
     """
     own = _bases.checked(base)
@@ -797,9 +797,9 @@ def log_likelihood(
         Log-densities [N] in nats: ``flow.log_probability(x)``. They may be -inf or NaN: such rows come first among
         the least likely ones.
     reference
-        Log-densities to compare with, by name, any number of rows each: of the flow's own samples, whose histogram that
-        of the data resembles where the flow is right, or of the same rows under another model. Drawn as outlines;
-        what is not finite is left out.
+        Log-densities to compare with, by name, any number of rows each. Of the flow's own samples: where the flow is
+        right, the histograms are alike. Or of the same rows under another model. Drawn as outlines; what is not finite
+        is left out.
     names
         Of the N rows. None: their numbers, from 0.
     outliers
@@ -896,8 +896,8 @@ def rank_histogram(
 ) -> Axes:
     """Draw the ranks of true values among draws from their posteriors: simulation-based calibration.
 
-    Where each row of `truth` comes from the prior, and its draws from the posterior given what was simulated with it,
-    its rank among them is uniform (Talts et al., 2018). A posterior that is too narrow makes a U, one that is too wide
+    Each row of `truth` comes from the prior, its draws from the posterior given what was simulated with it. Its rank
+    among them is then uniform (Talts et al., 2018). A posterior that is too narrow makes a U, one that is too wide
     a hump, and a shifted one a slope.
 
     Parameters

@@ -68,8 +68,8 @@ def html(
     context
         Of a flow with a context: [N, C], or [C] for all rows. Samples are drawn under these contexts.
     train
-        The rows [M, D] that the flow was trained on, with a context a tuple (rows [M, D], context [M, C]): what the
-        Gaussian beside it is fitted to, whose mean is then linear in the context. None: it is fitted to one half of
+        The rows [M, D] that the flow was trained on; with a context a tuple (rows [M, D], context [M, C]). The Gaussian
+        beside the flow is fitted to them; its mean is then linear in the context. None: it is fitted to one half of
         `data` and scored on the other, in turns.
     history
         What `nvpflow.Flow.fit` returned, for the learning curve.

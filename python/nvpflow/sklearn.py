@@ -610,7 +610,7 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
     offset_ : float
         The threshold in nats: ``decision_function(X) = score_samples(X) - offset_``. The `contamination` quantile of
         the log-densities of all rows given to `fit`. A flow explains rows it was trained on a little better than new
-        ones, of which a larger share may lie below; set `offset_` from new rows where that share matters. It is
+        ones, of which a larger share may lie below. Set `offset_` from new rows where that share matters. It is
         ``flow_.threshold.log_p``: a file that ``flow_.save`` writes holds it, and C++ and C read it.
     {attributes}
 

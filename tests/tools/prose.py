@@ -133,11 +133,14 @@ def public_parts(tree: ast.Module, names: set[str] | None) -> Iterator[ast.AST]:
 
 @cache
 def exported(folder: Path) -> dict[str, set[str]]:
-    """Return what a package's `__init__.py` makes public of its private modules."""
+    """Return what of private modules is public: what `__init__.py` imports of them, and classes that others do."""
     found: dict[str, set[str]] = {}
-    for node in ast.walk(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and "._" in node.module:
-            found.setdefault(node.module.rpartition(".")[2], set()).update(alias.name for alias in node.names)
+    for path in folder.glob("[!_]*.py"), folder.glob("__init__.py"):
+        for module in path:
+            for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom) and node.module and "._" in node.module:
+                    names = {alias.name for alias in node.names if module.stem == "__init__" or alias.name[0].isupper()}
+                    found.setdefault(node.module.rpartition(".")[2], set()).update(names)
     return found
 
 

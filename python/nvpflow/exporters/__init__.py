@@ -66,7 +66,7 @@ def to_torch(flow: Flow) -> PlainFlow:
     Notes
     -----
     Every derivative that PyTorch has is there: double backward, forward mode, ``torch.func``. ``torch.jit.script``,
-    ``torch.jit.trace`` and ``torch.export`` take the module, and what they save needs PyTorch alone; a pickled module
+    ``torch.jit.trace`` and ``torch.export`` take the module, and what they save needs PyTorch only. A pickled module
     names its class, and needs nvpflow to be installed where it is loaded. For ONNX take `to_onnx`.
 
     Results are those of the flow but for rounding. Rows are treated likewise: one with NaN or infinity has NaN for a
@@ -102,8 +102,8 @@ def to_onnx(flow: Flow, path: str | os.PathLike[str], method: Method = "log_prob
         ==============  ====================================  =============================================
 
         A flow with a context has an input ``context`` [batch, C] behind these, a row for each row; of ``"sample"``
-        instead of ``n``. Samples are drawn by the runtime's own random numbers, anew in each session: where they must
-        be the same again, take ``"inverse"`` and give it noise of your own.
+        instead of ``n``. Samples are drawn by the runtime's own random numbers, anew in each session. For the same
+        samples again, take ``"inverse"`` and give it noise of your own.
 
     Returns
     -------
@@ -113,7 +113,7 @@ def to_onnx(flow: Flow, path: str | os.PathLike[str], method: Method = "log_prob
     Raises
     ------
     TypeError, ValueError
-        Naming the argument; or a float32 flow whose data have means that float32 does not hold; or more weights than
+        Naming the argument. Or a float32 flow whose data have means that float32 does not hold. Or more weights than
         the 2 GB of an ONNX file.
     RuntimeError
         onnxruntime cannot run the model, or computes something else. No file has been written.

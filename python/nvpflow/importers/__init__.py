@@ -1,8 +1,8 @@
 """Flows of other libraries, brought here with their weights and a report of how exactly they agree.
 
-Each function takes a live object of its library, which it knows by the names of classes and attributes, makes the flow
-of the same layers and weights, computes both on the same rows and keeps what it found as `Flow.import_report`.
-nvpflow imports none of these libraries.
+Each function takes a live object of its library and makes the flow of the same layers and weights. It computes both on
+the same rows and keeps the comparison as `Flow.import_report`. Objects are known by the names of their classes and
+attributes: nvpflow imports none of these libraries.
 """
 
 from nvpflow._import_report import Differences, Imported, ImportReport

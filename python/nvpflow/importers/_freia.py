@@ -42,10 +42,11 @@ def from_freia(model: Any, *, base: str | Base = "normal", dtype: DTypeLike = "f
     Parameters
     ----------
     model
-        A ``SequenceINN``, or a ``GraphINN`` that is a chain of one input and one output, of rows, from data to latent;
-        on any device, in either mode. It stays as it is.
+        A ``SequenceINN``, or a ``GraphINN`` that is a chain of one input and one output, of rows, from data to latent.
+        On any device, in either mode. It stays as it is.
     base
-        What latents are, which a network of FrEIA does not say: "normal", "uniform" or a base of `nvpflow.layers`.
+        The distribution of the latents, which a network of FrEIA does not have: "normal", "uniform" or a base of
+        `nvpflow.layers`.
     dtype
         Of the flow, "float32" or "float64".
     check

@@ -56,7 +56,7 @@ def from_nflows(model: Any, *, dtype: DTypeLike = "float32", check: bool = True)
     ----------
     model
         A ``Flow`` of nflows, or of glasflow's and nessai's versions of it, whose transforms are couplings and what the
-        guide lists; on any device, in either mode. It stays as it is.
+        guide lists. On any device, in either mode. It stays as it is.
     dtype
         Of the flow, "float32" or "float64".
     check

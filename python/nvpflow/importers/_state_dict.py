@@ -63,7 +63,7 @@ def from_state_dict(
     Raises
     ------
     TypeError, ValueError
-        An argument is wrong, the tensors are not of a flow of `library`, or a part of it has no counterpart here; the
+        An argument is wrong, the tensors are not of a flow of `library`, or a part of it has no counterpart here. The
         message begins with its path.
     """
     if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):

@@ -17,17 +17,17 @@ from nvpflow.torch.module import FlowModule
 class FlowTransform(torch.distributions.Transform, torch.nn.Module):
     """A flow as a ``torch.distributions`` transform from latents z to data x, so that a base of one's own can be used.
 
-    The base of the flow's spec plays no part in it. It is an ``nn.Module``, too, whose parameters are those of the
-    flow: what looks for parameters in a module or a list of transforms finds them.
+    The base of the flow's spec plays no part in it. It is an ``nn.Module``, too, whose parameters are the flow's. So
+    code that looks for parameters in a module or a list of transforms finds them.
 
     Parameters
     ----------
     module
         The flow; the transform's gradients reach its parameters.
     cache_size
-        As of every transform: 1 keeps the last pair (x, z) and its log-determinant, in either direction, so that a
-        log_prob of a ``TransformedDistribution`` passes through the flow once, and not at all for the rows that it has
-        just drawn. What was computed without gradients, such as rows of ``sample``, is computed anew where they are
+        As of every transform: 1 keeps the last pair (x, z) and its log-determinant, in either direction. So a log_prob
+        of a ``TransformedDistribution`` passes through the flow once, and not at all for the rows that it has just
+        drawn. What was computed without gradients, such as rows of ``sample``, is computed anew where they are
         wanted.
     context
         Of a flow with a context, [..., C]; its leading axes broadcast with those of the rows, and gradients reach it.

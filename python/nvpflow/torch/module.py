@@ -52,8 +52,8 @@ class FlowModule(torch.nn.Module):
         The model and its weights, which are copied; later changes of either do not reach the other. What it rounds on
         the CPU (``weights="bfloat16"``) the module does not: gradients want the weights in full.
     flat
-        One parameter for all tensors that are trained, in place of one for each: optimizers then take a step of
-        microseconds where PyTorch's loop over many tensors takes milliseconds. ``state_dict`` keeps its names, while
+        One parameter for all tensors that are trained, in place of one for each. A step of an optimizer then takes
+        microseconds; PyTorch's loop over many tensors takes milliseconds. ``state_dict`` keeps its names, while
         ``torch.func.functional_call`` goes by those of ``named_parameters``.
     frozen
         Names of layers or tensors, such as ``"flow_0_scale"`` or ``"flow_0_scale.kernel"``, that begin with
@@ -72,8 +72,8 @@ class FlowModule(torch.nn.Module):
     copied.
 
     Nothing sets standardize and actnorm layers here as `nvpflow.Flow.fit` does: call `initialize_from` before a loop of
-    your own. Where a standardize layer is still the identity and the first batch of 16 rows or more is far from unit
-    scale, a `DataWarning` says so, once. So it is with what standardizes the context, unless a network makes it.
+    your own. A `DataWarning` tells, once, of a standardize layer that is still the identity while a first batch of at
+    least 16 rows has another scale. So it is with what standardizes the context, unless a network makes it.
 
     A flow with a context, a density p(x | c), needs ``context=`` in every call: tensors ``[..., C]`` of the module's
     dtype, on its device. Leading axes of rows and contexts broadcast, as everywhere in PyTorch, and results have them.
@@ -210,8 +210,8 @@ class FlowModule(torch.nn.Module):
         Parameters
         ----------
         drop_base
-            Of a module that a `FlowTransform` goes through: True takes the module without the base distribution in
-            front of the transform, as if that were the module's own.
+            Of a module that a `FlowTransform` goes through: True leaves out the base distribution in front of the
+            transform, and takes the module's own.
 
         Raises
         ------
