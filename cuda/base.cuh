@@ -11,8 +11,7 @@ NVPFLOW_DEVICE bool is_outside(const BaseDensity<T>& base, T z) {
   return z < base.low || z > base.high;
 }
 
-// ---- density: log p of a row comes from its log_det and from one sum over its features
-// --------------------------------
+// ---- density: log p of a row comes from its log_det and from one sum over its features ------------------------------
 
 /// What latent z adds to the sum. is_feature: else it is padding, which is zero.
 template <class T>
@@ -55,8 +54,7 @@ NVPFLOW_DEVICE T latent_cotangent(OfBase<BaseKind::uniform>, T, T) {
   return T(0);
 }
 
-// ---- noise
-// -----------------------------------------------------------------------------------------------------------
+// ---- noise ----------------------------------------------------------------------------------------------------------
 
 /// Columns that one Philox call gives.
 template <class T>

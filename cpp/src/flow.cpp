@@ -839,8 +839,7 @@ void Flow::conditioner(std::int64_t layer, std::span<const T> in, std::span<T> s
   conditioner_unchecked(kernel, in.data(), rows, s.data(), t.data(), state_->execution<T>(context, rows));
 }
 
-// ---- the core: what the calls above, the bindings and XLA's handlers share
-// -------------------------------------------
+// ---- the core: what the calls above, the bindings and XLA's handlers share ------------------------------------------
 
 void Flow::transform_unchecked(Direction direction, const void* in, std::int64_t rows, void* out, void* log_det,
                                const Execution& how) const {

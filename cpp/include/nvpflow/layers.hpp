@@ -127,11 +127,11 @@ using Transform = std::variant<Affine, Additive, Spline>;
 
 /// From the conditioning features and the context to the heads.
 ///
-///     mlp       h_0 = [x_a, c];  h_{j+1} = N(act(W_j h_j + b_j)), N the identity or LayerNorm;  heads linear in the
-///               last h
-///     residual  h = W [x_a, c] + b;  per block v = W_1 act(W_0 act(A(h)) + b_0) + b_1, h += v * gate;  heads linear
-///               in h. gate = sigmoid(W_c c + b_c) with context_gates, else 1; A(h) = h * scale + shift with
-///               block_affines, else h
+///     mlp       h_0 = [x_a, c];  h_{j+1} = N(act(W_j h_j + b_j)), N the identity or LayerNorm
+///     residual  h = W [x_a, c] + b;  per block v = W_1 act(W_0 act(A(h)) + b_0) + b_1, h += v * gate
+///
+/// Heads are linear in the last h. gate is sigmoid(W_c c + b_c) with context_gates, else 1. A(h) is h * scale + shift
+/// with block_affines, else h.
 struct Network {
   /// Which of the two.
   enum class Kind { mlp, residual };
