@@ -16,24 +16,17 @@
 #include <nvpflow/layers.hpp>
 #include <nvpflow/spec.hpp>
 
-#include "actnorm_start.hpp"
+#include "fit_rows.hpp"
 #include "fit_start.hpp"
 #include "float_mode.hpp"
 #include "flow_access.hpp"
+#include "layer_start.hpp"
 #include "row_order.hpp"
 #include "statistics.hpp"
 #include "wide_rows.hpp"
 
 namespace nvpflow {
 namespace {
-
-/// Rows of a walk at once.
-constexpr std::int64_t kSliceRows = 4096;
-
-bool has_actnorm(const FlowSpec& spec) {
-  return std::any_of(spec.layers.begin(), spec.layers.end(),
-                     [](const LayerSpec& layer) { return std::holds_alternative<ActNorm>(layer); });
-}
 
 /// Rows of X: T, the flow's type, or double for a float32 flow with takes_float64_rows.
 template <class T, class X>
@@ -63,7 +56,7 @@ class Initializer {
       const auto own = context_statistics(flow_.spec(), flow_.layout(), std::span<T>(values_));
       set_context_statistics(own, context_, RowOrder(), rows_, no_poll);
     }
-    if (has_actnorm(flow_.spec())) start_actnorm_layers();
+    if (has_started_layers(flow_.spec())) start_from_rows();
     flow_.set_parameters<T>(values_, low_);
     return how;
   }
@@ -81,38 +74,44 @@ class Initializer {
     return set_layer(front(), found);
   }
 
-  /// From some of the rows, evenly taken.
-  void start_actnorm_layers() {
-    const std::int64_t count = std::min(rows_, kSelectionRows), width = flow_.spec().context_size;
-    std::vector<X> some(static_cast<std::size_t>(count * features_));
-    std::vector<T> context(static_cast<std::size_t>(count * width));
-    for (std::int64_t i = 0; i < count; ++i) {
-      const std::int64_t row = i * rows_ / count;
-      std::copy_n(x_.data() + row * features_, features_, some.data() + i * features_);
-      std::copy_n(context_.data() + row * width, width, context.data() + i * width);
-    }
+  void start_from_rows() {
     const ParamLayout& layout = flow_.layout();
     for (std::size_t i = 0; i < flow_.spec().layers.size(); ++i) {
       if (!std::holds_alternative<ActNorm>(flow_.spec().layers[i])) continue;
       std::fill_n(values_.begin() + layout.tensors()[layout.first_tensor(i)].offset, 2 * features_, T(0));
     }
     if constexpr (std::is_same_v<T, X>) {
-      walk(std::move(some), context);
+      walk([](const X* row, T* to, std::int64_t count) { std::copy_n(row, count, to); });
     } else {
-      std::vector<T> standardized(some.size());
       WideRows layer;
       layer.set(features_, values_.data(), values_.data() + features_, low_.empty() ? nullptr : low_.data());
-      layer.standardize(some.data(), /*float64=*/true, nullptr, 0, count, standardized.data());
       // What begins behind the layer sees it as the identity.
       const std::vector<T> kept(front().begin(), front().end());
       std::fill(front().begin(), front().end(), T(0));
-      walk(std::move(standardized), context);
+      walk([&](const X* row, T* to, std::int64_t) { layer.standardize(row, /*float64=*/true, nullptr, 0, 1, to); });
       std::copy(kept.begin(), kept.end(), values_.begin());
     }
   }
 
-  void walk(std::vector<T> rows, const std::vector<T>& context) {
-    start_actnorms<T>(flow_.spec(), values_, std::move(rows), context, kSliceRows, FlowAccess::threads(flow_), no_poll);
+  /// take(row, to, D): a row as the walk's first layer sees it.
+  template <class Take>
+  void walk(Take take) {
+    const std::int64_t width = flow_.spec().context_size;
+    const RowOrder order = FitRows(rows_, 0, 0).shuffled(0);
+    StartRows<T> rows;
+    rows.count = rows_;
+    rows.read = [&](std::int64_t first, std::int64_t count, T* x, T* context) {
+      order.each(first, count, [&](std::int64_t i, std::int64_t row) {
+        take(x_.data() + row * features_, x + i * features_, features_);
+        std::copy_n(context_.data() + row * width, width, context + i * width);
+      });
+    };
+    StartOptions how;
+    how.threads = FlowAccess::threads(flow_);
+    how.anew = true;
+    how.column_names = flow_.column_names();
+    how.poll = no_poll;
+    start_layers<T>(flow_.spec(), values_, rows, how);
   }
 
   Flow& flow_;
@@ -129,7 +128,7 @@ template <class T>
 std::vector<std::string> Flow::initialize_from(std::span<const T> x, Statistics statistics, const Context& context) {
   const FloatMode mode;
   (void)name_of(statistics);  // throws
-  if (!spec().begins_with_standardize() && !spec().standardize_context && !has_actnorm(spec())) {
+  if (!spec().begins_with_standardize() && !spec().standardize_context && !has_started_layers(spec())) {
     throw Error(ErrorCode::invalid_argument,
                 "the flow does not begin with a standardize layer, which initialize_from sets; make one with "
                 "standardize");

@@ -161,6 +161,16 @@ FlowSpec FlowSpec::real_nvp(std::int64_t input_size, std::int64_t num_flows, std
   return spec;
 }
 
+FlowSpec FlowSpec::whitened() const {
+  FlowSpec spec = *this;
+  if (!begins_with_standardize()) spec.layers.insert(spec.layers.begin(), Standardize{});
+  LULinear linear;
+  linear.whitens = true;
+  spec.layers.insert(spec.layers.begin() + 1, linear);
+  spec.validate();
+  return spec;
+}
+
 FlowSpec FlowSpec::with_dtype(DType other) const {
   FlowSpec spec = *this;
   spec.dtype = other;
@@ -194,6 +204,13 @@ std::vector<std::int64_t> FlowSpec::transformed(const Coupling& layer) const {
 
 bool FlowSpec::begins_with_standardize() const {
   return !layers.empty() && std::holds_alternative<Standardize>(layers.front());
+}
+
+bool FlowSpec::whitens() const {
+  return std::any_of(layers.begin(), layers.end(), [](const LayerSpec& layer) {
+    const auto* linear = std::get_if<LULinear>(&layer);
+    return linear != nullptr && linear->whitens;
+  });
 }
 
 bool takes_float64_rows(const FlowSpec& spec) { return spec.dtype == DType::float32 && spec.begins_with_standardize(); }

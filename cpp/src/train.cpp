@@ -29,13 +29,13 @@
 #include <nvpflow/flow.hpp>
 #include <nvpflow/spec.hpp>
 
-#include "actnorm_start.hpp"
 #include "backend.hpp"
 #include "checkpoint.hpp"
 #include "fit_rows.hpp"
 #include "fit_start.hpp"
 #include "float_mode.hpp"
 #include "flow_access.hpp"
+#include "layer_start.hpp"
 #include "layers/layer.hpp"
 #include "parallel.hpp"
 #include "row_order.hpp"
@@ -168,7 +168,7 @@ class Trainer {
                                validation_rows(), context_.data(), validation_context_.data()};
     std::vector<T> start = best_;
     if (standardized_.on) std::fill_n(start.begin(), 2 * features_, T(0));
-    start_actnorm_layers(start);
+    start_from_rows(start);
     refuse_rows_outside(start);
     training_ =
         FlowAccess::backend(flow_).begin_training(data, start.data(), std::min(slice_, batch_), Execution(threads_));
@@ -181,7 +181,8 @@ class Trainer {
   // ---- Adam's state from one run to the next ---------------------------------------------------------------------
 
   void check_restandardize() const {
-    if (!options_.restandardize || standardizes() || flow_.spec().standardize_context) return;
+    const bool standardizes_any = standardizes() || flow_.spec().standardize_context || flow_.spec().whitens();
+    if (!options_.restandardize || standardizes_any) return;
     fail(
         "restandardize is true, but the flow standardizes neither its rows nor a context; expected false, or a flow "
         "that does");
@@ -353,19 +354,19 @@ class Trainer {
     set_context_statistics(statistics, context_, rows_.training(), rows_.train(), [this] { poll(); });
   }
 
-  /// From the training rows, or some of them, as the run's first layer sees them.
-  void start_actnorm_layers(std::vector<T>& start) {
-    const auto is_actnorm = [](const LayerSpec& layer) { return std::holds_alternative<ActNorm>(layer); };
-    const std::vector<LayerSpec>& layers = flow_.spec().layers;
-    if (std::none_of(layers.begin(), layers.end(), is_actnorm)) return;
-    const std::int64_t count = std::min(rows_.train(), kSelectionRows);
-    std::vector<T> rows(static_cast<std::size_t>(count * features_));
-    std::vector<T> context(static_cast<std::size_t>(count * context_size()));
-    rows_.shuffled(0).each(0, count, [&](std::int64_t i, std::int64_t row) {
-      std::copy_n(x_.data() + row * features_, features_, rows.data() + i * features_);
-      std::copy_n(context_.data() + row * context_size(), context_size(), context.data() + i * context_size());
-    });
-    start_actnorms<T>(flow_.spec(), start, std::move(rows), context, slice_, threads_, [this] { poll(); });
+  /// The layers that are set from the training rows, as the run's first layer sees them.
+  void start_from_rows(std::vector<T>& start) {
+    if (!has_started_layers(flow_.spec())) return;
+    StartRows<T> rows;
+    rows.count = rows_.train();
+    rows.read = [&](std::int64_t first, std::int64_t count, T* x, T* context) {
+      rows_.shuffled(0).each(first, count, [&](std::int64_t i, std::int64_t row) {
+        std::copy_n(x_.data() + row * features_, features_, x + i * features_);
+        std::copy_n(context_.data() + row * context_size(), context_size(), context + i * context_size());
+      });
+    };
+    const StartOptions how = {slice_, threads_, options_.restandardize, flow_.column_names(), [this] { poll(); }};
+    start_layers<T>(flow_.spec(), start, rows, how);
     const std::int64_t kept = own_begin();
     std::copy(start.begin() + kept, start.end(), best_.begin() + kept);
   }

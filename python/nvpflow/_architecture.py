@@ -13,7 +13,7 @@ from nvpflow import _bases, _checks
 from nvpflow._bases import NORMAL, Uniform
 from nvpflow._core import FlowSpec
 from nvpflow._networks import Network
-from nvpflow._spec import untransformed
+from nvpflow._spec import untransformed, whitens
 from nvpflow._text import counted
 from nvpflow._transforms import Transform
 from nvpflow.layers import (
@@ -160,10 +160,20 @@ class Options:
 _DEFAULTS = Options()
 
 
-def spec_of(input_size: int, options: Options, *, standardize: bool, dtype: str, seed: int) -> FlowSpec:
-    """Return the spec of a flow with checked options; the same one for the same seed, which draws what is random."""
+def spec_of(
+    input_size: int, options: Options, *, standardize: bool, whiten: bool = False, dtype: str, seed: int
+) -> FlowSpec:
+    """Return the spec of a flow with checked options; the same one for the same seed, which draws what is random.
+
+    whiten: behind the standardize layer, by the covariance.
+    """
     plain = {"num_flows", "hidden_sizes", "activation", "scale_bound"}
-    if plain.issuperset(options.changed()):
+    if whiten and _bases.is_bounded(options.base):
+        raise ValueError(
+            f"standardize is 'covariance' with base={options.base!r}, expected another: it carries rows out of the "
+            "interval"
+        )
+    if plain.issuperset(options.changed()) and not whiten:
         return FlowSpec(
             input_size,
             options.num_flows,
@@ -175,7 +185,9 @@ def spec_of(input_size: int, options: Options, *, standardize: bool, dtype: str,
         )
     # The checks of sizes that every flow shares, before layers are made.
     FlowSpec(max(input_size, 2) if options.context_size > 0 else input_size, options.num_flows, (), dtype=dtype)
-    layers = [Standardize()] if standardize else []
+    layers: list[Layer] = [Standardize()] if standardize else []
+    if whiten:
+        layers.append(LULinear(whitens=True))
     of_context = options.standardize_context
     spec = FlowSpec.from_layers(
         input_size,
@@ -196,7 +208,7 @@ def _check_all_transformed(spec: FlowSpec, options: Options) -> None:
     way_out = f"for {what}; layers= builds such a flow all the same"
     count = int(np.sum(options.mask))
     # A linear layer mixes all columns, but each coupling bends no more directions than it transforms features.
-    if options.mixing == "lu" and count < spec.input_size:
+    if (options.mixing == "lu" or whitens(spec)) and count < spec.input_size:
         raise ValueError(
             f"mask transforms {counted(count, 'feature')} in all couplings together, expected at least "
             f"{spec.input_size}, one for each column: the flow would take "
@@ -227,6 +239,8 @@ def spec_of_layers(
     if standardize is not None and standardize is not True and begins != bool(standardize):
         put = "put one in front of" if standardize else "leave it out of"
         raise ValueError(f"standardize is {standardize!r} beside layers that begin with {spec.layers[0]!r}; {put} them")
+    if standardize == "covariance" and not whitens(spec):
+        raise ValueError("standardize is 'covariance' beside layers; put LULinear(whitens=True) among them")
     return spec
 
 

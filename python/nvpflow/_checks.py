@@ -88,12 +88,13 @@ def sizes(name: str, value: Any, *, example: str = "(128, 128)") -> tuple[int, .
 
 def standardize(value: Any) -> tuple[bool, str]:
     """Return whether there is to be a standardize layer, and which statistics `fit` is to set it from."""
+    expected = "expected True, False, 'mean', 'robust' or 'covariance'"
     if isinstance(value, str):
-        if value not in ("mean", "robust"):
-            raise ValueError(f"standardize is {value!r}, expected True, False, 'mean' or 'robust'")
-        return True, value
+        if value not in ("mean", "robust", "covariance"):
+            raise ValueError(f"standardize is {value!r}, {expected}")
+        return True, "auto" if value == "covariance" else value
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"standardize is {describe(value)}, expected True, False, 'mean' or 'robust'")
+        raise TypeError(f"standardize is {describe(value)}, {expected}")
     return bool(value), "auto"
 
 

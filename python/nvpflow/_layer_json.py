@@ -56,6 +56,8 @@ def to_json(layer: Layer) -> dict[str, Any]:
             "features": layer.features,
             "spline": _spline_to_json(layer.spline),
         }
+    if isinstance(layer, LULinear) and not layer.whitens:  # as it was before there was such a field
+        return entry | {"inverse": layer.inverse}
     if not isinstance(layer, Coupling):
         return entry | dataclasses.asdict(layer)
     entry |= {

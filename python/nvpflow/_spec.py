@@ -30,7 +30,7 @@ from nvpflow.layers import (
     members,
 )
 
-__all__ = ["FlowSpec", "begins_with_standardize", "in_words", "regular", "untransformed"]
+__all__ = ["FlowSpec", "begins_with_standardize", "in_words", "regular", "untransformed", "whitens"]
 
 MOST_LAYERS = 1 << 16
 _SHOWN_LAYERS, _SHOWN_ENDS = 512, 3  # of a repr: all of so many layers, else so many of the first and of the last
@@ -137,6 +137,11 @@ def _shown(layers: Sequence[Layer]) -> list[str]:
 def begins_with_standardize(spec: FlowSpec) -> bool:
     """Tell whether a standardize layer is the first one, which `fit` sets and which the units of x come from."""
     return isinstance(spec.layers[0], Standardize)
+
+
+def whitens(spec: FlowSpec) -> bool:
+    """Tell whether a layer is set from the covariance of the rows, as `build(standardize="covariance")` puts one."""
+    return any(isinstance(layer, LULinear) and layer.whitens for layer in spec.layers)
 
 
 def untransformed(spec: FlowSpec) -> tuple[NDArray[np.intp], NDArray[np.intp]]:

@@ -56,7 +56,7 @@ def build(
     num_blocks: int = 2,
     layer_norm: bool = False,
     base: str | Base = "normal",
-    standardize: bool | Literal["mean", "robust"] | None = None,
+    standardize: bool | Literal["mean", "robust", "covariance"] | None = None,
     standardize_context: bool | None = None,
     layers: Iterable[Layer] | None = None,
     dtype: DTypeLike = "float32",
@@ -124,7 +124,10 @@ def build(
         identity. Its log-determinant counts, so densities stay those of the data as given. None: True with the normal
         base, False with the uniform one, out of which it would move rows. "mean" and "robust" say what `fit` sets it
         from, as its `standardize` does; True leaves it to `fit`. The flow and its copies keep that choice, the file
-        of `Flow.save` does not: give it to `fit` after `load`.
+        of `Flow.save` does not: give it to `fit` after `load`. "covariance" puts a linear layer behind it,
+        ``LULinear(whitens=True)``. `fit` sets that from the shrunk covariance of the training rows (Ledoit and Wolf,
+        2004). The couplings start as the identity, so the flow begins as a Gaussian, the most that few rows can tell. A
+        row takes one small matrix more.
     standardize_context
         Standardize the context likewise. None: where there is a context and `standardize` is not False.
     layers
@@ -185,7 +188,8 @@ def build(
     size, name = _checks.integer("input_size", input_size), _checks.dtype_name("dtype", dtype)
     number = _checks.integer("seed", seed, unsigned=True)
     if layers is None:
-        spec = spec_of(size, options, standardize=standardizes, dtype=name, seed=number)
+        whiten = isinstance(standardize, str) and standardize == "covariance"
+        spec = spec_of(size, options, standardize=standardizes, whiten=whiten, dtype=name, seed=number)
     else:
         spec = spec_of_layers(size, layers, options, standardize=standardize, dtype=name)
     flow = Flow(
@@ -416,9 +420,9 @@ class Flow(Model):
     ) -> dict[str, str]:
         """Set from rows what `fit` sets before it trains, whatever it was.
 
-        That is the standardize layer in front, the actnorm layers, and the mean and standard deviation of a context
-        that is standardized. For training loops of one's own (PyTorch, JAX), and for rows in other units than those
-        trained on.
+        That is the standardize layer in front, a layer that whitens (``standardize="covariance"`` of `build`) and the
+        actnorm layers. Of a context that is standardized it is the mean and standard deviation. For training loops of
+        one's own (PyTorch, JAX), and for rows in other units than those trained on.
 
         Parameters
         ----------
@@ -477,8 +481,10 @@ class Flow(Model):
 
         The flow ends with the weights of its best epoch: the lowest validation loss, or training loss where there is
         no validation data. A standardize layer that is still the identity is first set from the training rows
-        (`standardize`). Rows that are extremely far out are left out (`max_deviation`). Every actnorm layer that is
-        still all zeros is then set: its outputs for the training rows have mean 0 and standard deviation 1.
+        (`standardize`). Rows that are extremely far out are left out (`max_deviation`). A layer that whitens and is
+        still the identity is then set from the shrunk covariance of the training rows. Every actnorm layer that is
+        still all zeros is then set: its outputs for the training rows have mean 0 and standard deviation 1. Behind a
+        layer that whitens it stays the identity.
         The same data, options and seed give the same weights, bit for bit, for any number of threads. The `threshold`
         is removed: it was that of other weights.
 
@@ -537,8 +543,9 @@ class Flow(Model):
             say how many they are. One row that far out weighs more in the likelihood than a million ordinary ones, and
             no flow reaches it. None or 0: no row is left out.
         restandardize
-            Set the standardize layer, and what standardizes the context, from these rows also where they have been set
-            before: for rows that have moved. The layers behind stay, and see rows of the scale they know.
+            Set the standardize layer, a layer that whitens, and what standardizes the context, from these rows. They
+            are set also where they have been before: for rows that have moved. The layers behind stay, and see rows of
+            the scale they know.
         adam
             What Adam kept after an earlier call, for rows that come in parts: an `AdamState` to go on from. This call
             brings it up to date. The flow ends with the weights of the last epoch, not of the best; `averaging`,

@@ -198,21 +198,28 @@ class LULinear(Expression):
     ----------
     inverse
         False: the formula is read from data to latent. True: from latent to data.
+    whitens
+        True: the layer is not trained. `Flow.fit` and `Flow.initialize_from` set it from the covariance of all rows as
+        they arrive here, shrunk as by Ledoit and Wolf. What leaves has mean 0 and unit covariance. New
+        couplings of its flow are the identity: behind a `Standardize` the flow begins as a Gaussian.
 
     Raises
     ------
     TypeError
-        `inverse` is not a bool.
+        `inverse` or `whitens` is not a bool.
 
     References
     ----------
     Kingma and Dhariwal, Glow: Generative flow with invertible 1x1 convolutions, 2018, section 3.2.
+    Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance matrices, 2004.
     """
 
     inverse: bool = False
+    whitens: bool = False
 
     def __post_init__(self) -> None:
-        self._set(inverse=_checks.boolean("inverse", self.inverse))
+        inverse, whitens = _checks.boolean("inverse", self.inverse), _checks.boolean("whitens", self.whitens)
+        self._set(inverse=inverse, whitens=whitens)
 
 
 @dataclass(frozen=True, init=False, repr=False)

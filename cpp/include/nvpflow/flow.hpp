@@ -183,10 +183,11 @@ class NVPFLOW_API Flow {
   void swap(Flow& other);
 
   /// Sets from rows x [N, D] what fit() sets before it trains, and replaces what was set before. That is a standardize
-  /// layer that comes first, actnorm layers, and the mean and standard deviation of a context [N, C] that the flow
-  /// standardizes. Returns, for each column, what a first standardize layer was set from: "mean", "robust",
-  /// "robust (5 to 95 %)" or "robust (1 to 99 %)". Throws Error(invalid_argument) for a flow with none of these, for no
-  /// rows, for NaN or inf, for a constant column and for a missing context. The same for any number of threads and any
+  /// layer that comes first, lu_linear layers that whiten, and actnorm layers. Of a context [N, C] that the flow
+  /// standardizes it is the mean and standard deviation. Returns, for each column, what a first standardize layer was
+  /// set from: "mean", "robust", "robust (5 to 95 %)" or "robust (1 to 99 %)". Throws Error(invalid_argument) for a
+  /// flow with none of these, for no rows, for NaN or inf, for a constant column and for a missing context. So it does
+  /// for columns that follow from others, where they are to be whitened. The same for any number of threads and any
   /// device. T: also double, for a float32 flow with takes_float64_rows; mean_low() is then set, too.
   template <class T>
   std::vector<std::string> initialize_from(std::span<const T> x, Statistics statistics = Statistics::automatic,

@@ -50,6 +50,10 @@ struct NVPFLOW_API FlowSpec {
                            std::vector<std::int64_t> hidden_sizes = {256}, Activation activation = Activation::relu,
                            double scale_bound = 1.0, bool standardize = false, DType dtype = DType::float32);
 
+  /// The same layers behind Standardize, where they do not begin with it, and LULinear{.whitens = true}: the flow
+  /// begins as a Gaussian of the rows' shrunk covariance.
+  FlowSpec whitened() const;
+
   /// The same layers with parameters and arrays of another type.
   FlowSpec with_dtype(DType other) const;
 
@@ -61,6 +65,8 @@ struct NVPFLOW_API FlowSpec {
   std::vector<std::int64_t> transformed(const Coupling& layer) const;
   /// Whether the first layer applied to data is a standardize layer.
   bool begins_with_standardize() const;
+  /// Whether there is an lu_linear layer that whitens.
+  bool whitens() const;
 };
 
 /// Whether a flow takes and gives rows of data as float64, too: it is float32 and begins with a standardize layer. The
@@ -136,8 +142,8 @@ class NVPFLOW_API ParamLayout {
 ///         bends of the units at different places.
 /// glorot  kernels of hidden layers U(-1, 1) sqrt(6 / (in + out)) (Glorot and Bengio 2010), biases zero.
 ///
-/// The kernels of the two heads are a hundredth of that and their biases zero, so that a new flow is near the identity.
-/// Means and log_stds are zero.
+/// The kernels of the heads are a hundredth of that and their biases zero, so that a new flow is near the identity. Of
+/// a flow that whitens they are zero, too, so that its couplings are the identity. Means and log_stds are zero.
 NVPFLOW_API void initialize_parameters(const ParamLayout& layout, std::uint64_t seed, float* parameters,
                                        Init init = Init::fan_in);
 NVPFLOW_API void initialize_parameters(const ParamLayout& layout, std::uint64_t seed, double* parameters,

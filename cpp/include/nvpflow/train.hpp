@@ -179,7 +179,11 @@ class NVPFLOW_API FitObserver {
 /// set from the training rows beforehand (FitOptions::standardize), and is not trained. Rows that are extremely far out
 /// are then left out (FitOptions::max_deviation).
 ///
-/// Every actnorm layer that is still all zeros is then set from up to 65,536 training rows. Its outputs, from data to
+/// Every lu_linear layer that whitens and is still the identity is then set from all training rows. What comes out has
+/// mean 0 and, as the shrunk covariance, the identity. Columns that follow from others are refused there.
+///
+/// Every actnorm layer that is still all zeros is then set from up to 65,536 training rows. One behind a layer that
+/// whitens stays the identity. Its outputs, from data to
 /// latent, then have mean 0 and standard deviation 1. A constant output is only brought to 0.
 ///
 /// T: the flow's dtype, or double for a float32 flow with takes_float64_rows. Such rows are standardized in float64,

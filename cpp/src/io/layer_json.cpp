@@ -209,6 +209,8 @@ LayerSpec layer_from_json(const json& value, const std::string& where, Format fo
     scale.divisor = scale.factor;
   } else {
     if (coupling != nullptr && value.contains("scale_network")) coupling->translation_network.emplace();
+    auto* linear = std::get_if<LULinear>(&layer);
+    if (linear != nullptr) linear->whitens = value.contains("whitens");
     read_fields(value, where, "kind", layers::fields(layer));
   }
   return layer;

@@ -178,12 +178,11 @@ void tensors(const Coupling& layer, const FlowSpec& spec, const Site& site, cons
   const std::string prefix = "flow_" + std::to_string(site.coupling) + "_";
   const std::int64_t columns = layer.transformed.count(spec.input_size), inputs = spec.input_size - columns;
   if (is_split(layer)) {
-    tensors(layer.network, spec, inputs, {prefix, "scale_", {{"scale", columns}}}, site.layer, sink);
-    tensors(*layer.translation_network, spec, inputs, {prefix, "translation_", {{"translation", columns}}}, site.layer,
-            sink);
+    tensors(layer.network, spec, inputs, {prefix, "scale_", {{"scale", columns}}}, site, sink);
+    tensors(*layer.translation_network, spec, inputs, {prefix, "translation_", {{"translation", columns}}}, site, sink);
   } else {
     const char* const name = layer.network.kind == Network::Kind::mlp ? "coupling_" : "";
-    tensors(layer.network, spec, inputs, {prefix, name, heads_of(layer, columns)}, site.layer, sink);
+    tensors(layer.network, spec, inputs, {prefix, name, heads_of(layer, columns)}, site, sink);
   }
 }
 

@@ -35,6 +35,7 @@ LayerSpec make_layer(LayerKind kind) {
 
 void each_tensor(const FlowSpec& spec, const TensorSink& sink) {
   Site site;
+  site.zero_heads = spec.whitens();
   for (const LayerSpec& layer : spec.layers) {
     std::visit([&](const auto& kind) { tensors(kind, spec, site, sink); }, layer);
     if (std::holds_alternative<Coupling>(layer)) ++site.coupling;

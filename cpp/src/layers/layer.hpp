@@ -29,6 +29,7 @@ struct Field {
 struct Site {
   std::int64_t layer = 0;     // its index
   std::int64_t coupling = 0;  // coupling layers before it
+  bool zero_heads = false;    // what couplings start with: they are the identity
 };
 
 using TensorSink = std::function<void(TensorInfo)>;

@@ -27,7 +27,12 @@ std::string describe_wrong_sign(const TensorInfo& tensor, const T* values) {
 
 }  // namespace
 
-std::vector<Field> fields(LULinear& layer) { return {{"inverse", &layer.inverse}}; }
+/// `whitens` only where it is true, so that the others' text is what it was before there was such a field.
+std::vector<Field> fields(LULinear& layer) {
+  std::vector<Field> list = {{"inverse", &layer.inverse}};
+  if (layer.whitens) list.push_back({"whitens", &layer.whitens});
+  return list;
+}
 
 void check(const LULinear&, const FlowSpec& spec, const std::string& prefix) {
   if (spec.input_size <= kMaxLinearSize) return;
@@ -36,21 +41,22 @@ void check(const LULinear&, const FlowSpec& spec, const std::string& prefix) {
          "permutation instead");
 }
 
-void tensors(const LULinear&, const FlowSpec& spec, const Site& site, const TensorSink& sink) {
+void tensors(const LULinear& layer, const FlowSpec& spec, const Site& site, const TensorSink& sink) {
   const std::int64_t features = spec.input_size, triangle = features * (features - 1) / 2;
-  const auto put = [&](const char* what, std::int64_t size, bool trained, bool multiplies) {
+  const auto put = [&](const std::string& what, std::int64_t size, bool multiplies) {
     TensorInfo tensor = vector_tensor("lu_linear_" + std::to_string(site.layer) + what, size, site.layer);
-    tensor.trained = trained;
+    tensor.signs = what == ".sign";
+    tensor.trained = !tensor.signs && !layer.whitens;
+    tensor.from_data = layer.whitens;
     tensor.multiplies = multiplies;
-    tensor.signs = !trained;
     if (tensor.signs) tensor.initial = Initial::one;
     sink(std::move(tensor));
   };
-  put(".lower", triangle, true, true);
-  put(".upper", triangle, true, true);
-  put(".log_diagonal", features, true, true);
-  put(".sign", features, false, false);
-  put(".bias", features, true, false);
+  put(".lower", triangle, true);
+  put(".upper", triangle, true);
+  put(".log_diagonal", features, true);
+  put(".sign", features, false);
+  put(".bias", features, false);
 }
 
 std::string describe_wrong_sign(const TensorInfo& tensor, DType dtype, const void* values) {

@@ -131,8 +131,8 @@ struct NetworkTensors {
 }  // namespace
 
 void tensors(const Network& network, const FlowSpec& spec, std::int64_t inputs, const NetworkNames& names,
-             std::int64_t layer, const TensorSink& sink) {
-  const NetworkTensors put{spec, names.prefix, layer, sink};
+             const Site& site, const TensorSink& sink) {
+  const NetworkTensors put{spec, names.prefix, site.layer, sink};
   std::int64_t in = inputs + spec.context_size;
   if (network.kind == Network::Kind::residual) {
     put.hidden(names.network + "initial", in, network.hidden_sizes[0]);
@@ -144,8 +144,8 @@ void tensors(const Network& network, const FlowSpec& spec, std::int64_t inputs, 
       in = network.hidden_sizes[j];
     }
   }
-  for (const NetworkHead& head : names.heads)
-    put.dense(head.name, in, head.columns, Initial::small_kernel, Initial::zero);
+  const Initial kernel = site.zero_heads ? Initial::zero : Initial::small_kernel;
+  for (const NetworkHead& head : names.heads) put.dense(head.name, in, head.columns, kernel, Initial::zero);
 }
 
 namespace {

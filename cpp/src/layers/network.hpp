@@ -28,7 +28,7 @@ struct NetworkNames {
 void check(const Network& network, const FlowSpec& spec, const std::string& prefix);
 /// inputs: conditioning features; the context follows them.
 void tensors(const Network& network, const FlowSpec& spec, std::int64_t inputs, const NetworkNames& names,
-             std::int64_t layer, const TensorSink& sink);
+             const Site& site, const TensorSink& sink);
 /// Tensors without those of the heads.
 std::int64_t num_tensors(const Network& network);
 /// heads: columns of each. next: the network's first tensor in the layout; moves on behind its last.
