@@ -29,8 +29,8 @@ def run(name: str, library: str) -> str:
     return result.stdout
 
 
-def line_of(output: str, pattern: str) -> tuple[float, ...]:
-    found = re.search(rf"^nvpflow: {pattern}", output, re.MULTILINE)
+def line_of(output: str, pattern: str, part: str = "") -> tuple[float, ...]:
+    found = re.search(rf"^nvpflow{part}: {pattern}", output, re.MULTILINE)
     assert found, output
     return tuple(map(float, found.groups()))
 
@@ -46,9 +46,18 @@ def test_a_guide_of_pyro_trains() -> None:
     assert elbo > -36  # an untrained one is at -79
 
 
-def test_a_posterior_of_sbi_is_near() -> None:
-    (divergence,) = line_of(run("sbi", "sbi"), rf"KL\(q \|\| p\) {NUMBER}")
+def test_sbi_trains_posteriors_and_likelihoods() -> None:
+    output = run("sbi", "sbi")
+    (divergence,) = line_of(output, rf"KL\(q \|\| p\) {NUMBER}", part=", vi")
     assert abs(divergence) < 0.1
+    log_q, uniform = line_of(output, f"log q {NUMBER} nats, p of uniform ranks {NUMBER}", part=", npe")
+    (own,) = map(float, re.search(f"^sbi's nsf, npe: log q {NUMBER}", output, re.MULTILINE).groups())
+    assert log_q > own - 0.1
+    assert uniform > 0.001
+    behind, off = line_of(output, f"{NUMBER} nats behind, mean off by {NUMBER}", part=", nle")
+    assert 0 < behind < 0.3
+    assert off < 0.15
+    assert float(re.search(r"^imported: off by (\S+) nats", output, re.MULTILINE)[1]) < 1e-3
 
 
 def test_flowmc_trains_a_model() -> None:
