@@ -133,7 +133,7 @@ class CudaTraining final : public Training {
 
   std::int64_t steps_per_report() const override {
     // Forward and back.
-    const double flops = 3 * 2 * flow_->layout().multiply_adds_per_row();
+    const double flops = 3 * flow_->layout().flops_per_row();
     const double steps = kReportFlops / std::max(1.0, flops * static_cast<double>(slice_rows_));
     return std::clamp<std::int64_t>(static_cast<std::int64_t>(steps), 1, kMaxQueuedSteps);
   }

@@ -223,18 +223,29 @@ void Layers<T>::add_numbers(const LoweredDense& from, std::vector<std::int64_t> 
   add_dense(from.in, features * at.stride, {std::move(rows), std::move(outputs)}, dense);
 }
 
+/// Of dense layer j ahead of the heads.
+Role role_of(NetworkKind kind, std::size_t j) {
+  switch (kind) {
+    case NetworkKind::mlp:
+      break;
+    case NetworkKind::residual:
+      return j == 0 ? Role::initial : j % 2 == 1 ? Role::inner : Role::outer;
+  }
+  return Role::hidden;
+}
+
 /// The dense layers of a network. add_last(from, rows, columns, dense) adds the last.
 template <class T>
 template <class AddLast>
 void Layers<T>::add_network(const LoweredNetwork& from, const NetworkPlaces& places, AddLast add_last) {
-  const std::size_t blocks = from.residual ? (from.dense.size() - 2) / 2 : 0;
+  const std::size_t blocks = has_blocks(from.kind) ? (from.dense.size() - 2) / 2 : 0;
   for (std::size_t j = 0; j < from.dense.size(); ++j) {
     Dense dense;
     dense.first = j == 0;
     const LoweredDense here = dense.first ? joined(from) : from.dense[j];
     const std::vector<std::int64_t> rows = dense.first ? places.rows : std::vector<std::int64_t>();
     if (j + 1 == from.dense.size()) return add_last(here, rows, places.columns, dense);
-    dense.role = !from.residual ? Role::hidden : j == 0 ? Role::initial : j % 2 == 1 ? Role::inner : Role::outer;
+    dense.role = role_of(from.kind, j);
     dense.layer_norm = from.layer_norm;
     if (dense.role == Role::hidden || dense.role == Role::inner) dense.activation = from.activation;
     const std::size_t block = j / 2;  // the next one, behind a layer that makes h

@@ -32,7 +32,7 @@ void size_all_hidden(const Program<T>& program, TransformPlan& plan) {
   for (int k = 0; k < program.num_layers; ++k) {
     const Layer<T>& layer = program.layers[k];
     if (facts_of(layer.kind).has_matrices) take(program.input_size, 1);  // a copy of the state
-    if (facts_of(layer.kind).has_numbers) {
+    if (facts_of(layer.kind).has_splines) {
       plan.numbers_width = std::max<std::int64_t>(plan.numbers_width, program.dense[numbers_dense(layer)].out);
     }
     for (int j = 0; j < network_size(layer); ++j) {
@@ -270,10 +270,10 @@ void place_tape(TapeRoom& room, std::int32_t heads, std::span<Dense> networks) {
 /// What NetworksTape says of the arrays ahead of the networks'; where the heads lie.
 template <class T>
 std::int32_t place_heads(const Program<T>& program, const Layer<T>& layer, TapeRoom& room) {
-  const bool numbers = facts_of(layer.kind).has_numbers;
-  for (int i = 0; i < (numbers ? 2 : 3); ++i) room.array(layer.num_outputs);
-  const std::int32_t heads = room.array(numbers ? program.dense[numbers_dense(layer)].out : 2 * layer.num_outputs);
-  if (numbers && layer.spline.squashed) room.take(2 * std::int64_t{layer.spline.num_bins} * layer.num_outputs);
+  const bool splines = facts_of(layer.kind).has_splines;
+  for (int i = 0; i < (splines ? 2 : 3); ++i) room.array(layer.num_outputs);
+  const std::int32_t heads = room.array(splines ? program.dense[numbers_dense(layer)].out : 2 * layer.num_outputs);
+  if (splines && layer.spline.squashed) room.take(2 * std::int64_t{layer.spline.num_bins} * layer.num_outputs);
   return heads;
 }
 

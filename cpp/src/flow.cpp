@@ -821,7 +821,7 @@ void Flow::conditioner(std::int64_t layer, std::span<const T> in, std::span<T> s
     fail("layer is " + std::to_string(layer) + ", expected 0 to " + std::to_string(layers - 1));
   }
   const auto* which = std::get_if<Coupling>(&spec().layers[static_cast<std::size_t>(layer)]);
-  if (which == nullptr || std::holds_alternative<Spline>(which->transform)) {
+  if (which == nullptr || !layers::has_scale_and_shift(which->transform)) {
     fail("layer " + std::to_string(layer) + " is not an affine or additive coupling");
   }
   const Named out_s{"s", s}, out_t{"t", t};
@@ -832,10 +832,8 @@ void Flow::conditioner(std::int64_t layer, std::span<const T> in, std::span<T> s
   refuse_overlap(out_t, input);
   refuse_overlap(out_s, out_t);
   refuse_overlap(context, out_s, out_t);
-  // A permutation has no kernel, so that the backend does not count it.
   const auto first = spec().layers.begin();
-  const auto kernel = std::count_if(
-      first, first + layer, [](const LayerSpec& before) { return !std::holds_alternative<Permutation>(before); });
+  const auto kernel = std::count_if(first, first + layer, layers::has_kernel);  // the backend counts those
   conditioner_unchecked(kernel, in.data(), rows, s.data(), t.data(), state_->execution<T>(context, rows));
 }
 
@@ -868,7 +866,7 @@ namespace {
 double mean_loss(double sum_log_prob, std::int64_t rows) { return -sum_log_prob / static_cast<double>(rows); }
 
 void require_some(std::int64_t rows) {
-  if (rows == 0) fail("x has no rows: the mean over an empty batch is not defined");
+  if (rows == 0) fail("x has no rows, expected at least one: the mean over an empty batch is not defined");
 }
 
 }  // namespace

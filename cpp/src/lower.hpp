@@ -48,7 +48,7 @@ struct LoweredAffine {
 
 /// From the conditioning features to the heads.
 struct LoweredNetwork {
-  bool residual = false;
+  NetworkKind kind = NetworkKind::mlp;
   Act activation = Act::relu;
   bool layer_norm = false;
   std::vector<LoweredDense> dense;      // mlp: hidden layers; residual: initial, two per block; then the heads

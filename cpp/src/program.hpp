@@ -17,14 +17,29 @@ enum class ScaleFunction : int32_t { tanh, softsign, atan, identity, sigmoid, so
 /// What latents are: the order of Base.
 enum class BaseKind : int32_t { normal, uniform };
 
+/// How a coupling's network is made: the order of Network::Kind.
+enum class NetworkKind : int32_t { mlp, residual };
+
+/// Whether h goes through blocks of two dense layers, which add to it: it is kept while they are computed. A new kind
+/// answers here, or does not compile.
+NVPFLOW_HOST_DEVICE constexpr bool has_blocks(NetworkKind kind) {
+  switch (kind) {
+    case NetworkKind::mlp:
+      return false;
+    case NetworkKind::residual:
+      return true;
+  }
+  return false;
+}
+
 /// What the kernels do at one layer of a program: the order of LoweredLayer.
 enum class Kind : int32_t { coupling, diagonal, linear, spline };
 
 /// What the walks through a flow ask of a kind, beside its own code.
 struct KindFacts {
   bool has_networks;   ///< its dense layers are those of networks
-  bool has_matrices;   ///< they are a matrix and its inverse, formed from the parameters; rows give sums of products
-  bool has_numbers;    ///< for each transformed feature it takes more numbers than a scale and a shift
+  bool has_matrices;   ///< they are a matrix and its inverse, formed from LU factors; rows give sums of products
+  bool has_splines;    ///< it takes the numbers of a spline for each transformed feature
   bool beyond_affine;  ///< CUDA: only the kernels that know every kind have it (Reach::all)
 };
 
@@ -32,13 +47,13 @@ struct KindFacts {
 NVPFLOW_HOST_DEVICE constexpr KindFacts facts_of(Kind kind) {
   switch (kind) {
     case Kind::coupling:
-      return {.has_networks = true, .has_matrices = false, .has_numbers = false, .beyond_affine = false};
+      return {.has_networks = true, .has_matrices = false, .has_splines = false, .beyond_affine = false};
     case Kind::diagonal:
-      return {.has_networks = false, .has_matrices = false, .has_numbers = false, .beyond_affine = false};
+      return {.has_networks = false, .has_matrices = false, .has_splines = false, .beyond_affine = false};
     case Kind::linear:
-      return {.has_networks = false, .has_matrices = true, .has_numbers = false, .beyond_affine = true};
+      return {.has_networks = false, .has_matrices = true, .has_splines = false, .beyond_affine = true};
     case Kind::spline:
-      return {.has_networks = true, .has_matrices = false, .has_numbers = true, .beyond_affine = true};
+      return {.has_networks = true, .has_matrices = false, .has_splines = true, .beyond_affine = true};
   }
   return {};
 }

@@ -226,6 +226,7 @@ ParamLayout::ParamLayout(const FlowSpec& spec) {
     tensors_.push_back(std::move(tensor));
   });
   first_of_layer_.resize(spec.layers.size() + 1, tensors_.size());
+  for (const LayerSpec& layer : spec.layers) spline_flops_ += layers::spline_flops(layer, spec);
 }
 
 double ParamLayout::multiply_adds_per_row() const {

@@ -125,7 +125,7 @@ class Trainer {
         rows_(checked_rows(), held_out_rows(), options.seed),
         threads_(options.num_threads > 0 ? options.num_threads : FlowAccess::threads(flow)) {
     // Forward and back.
-    const double per_row = 3 * 2 * flow.layout().multiply_adds_per_row();
+    const double per_row = 3 * flow.layout().flops_per_row();
     const double most = kSliceFlops * sizeof(float) / sizeof(T);
     slice_ = std::clamp<std::int64_t>(static_cast<std::int64_t>(most / per_row), 64, 1 << 16);
     count_rows();

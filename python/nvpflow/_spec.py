@@ -136,7 +136,7 @@ def _shown(layers: Sequence[Layer]) -> list[str]:
 
 def begins_with_standardize(spec: FlowSpec) -> bool:
     """Tell whether a standardize layer is the first one, which `fit` sets and which the units of x come from."""
-    return isinstance(spec.layers[0], Standardize)
+    return spec.standardize
 
 
 def whitens(spec: FlowSpec) -> bool:

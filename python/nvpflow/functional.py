@@ -158,7 +158,7 @@ def nll_loss(z: ArrayLike, total_log_det: ArrayLike) -> float:
     """Return the negative log-likelihood in nats: minus the batch's mean of `log_probability`; B is at least 1."""
     latent = _rows("z", z)
     if len(latent) == 0:
-        raise ValueError("z has no rows: the mean over an empty batch is not defined")
+        raise ValueError("z has no rows, expected at least one: the mean over an empty batch is not defined")
     return -float(_log_probability(latent, total_log_det).mean())
 
 

@@ -299,8 +299,8 @@ BoundFlow::BoundFlow(const FlowSpec& spec, std::uint64_t seed, Device on, Precis
       device(on.kind == DeviceKind::cuda ? on.index : kHost),
       data(kind_of_rows(spec)) {
   const double multiply_adds = flow.layout().multiply_adds_per_row();
-  const double flops =
-      kRowFlops + 2 * multiply_adds + kOutputFlops * (static_cast<double>(flow.layout().size()) - multiply_adds);
+  const double flops = kRowFlops + flow.layout().flops_per_row() +
+                       kOutputFlops * (static_cast<double>(flow.layout().size()) - multiply_adds);
   // Calls to a device's driver may wait, however few the rows are.
   const double least = device == kHost ? kReleaseFlops : 0;
   release_rows = std::max<std::int64_t>(1, static_cast<std::int64_t>(least / flops));

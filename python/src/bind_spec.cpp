@@ -39,12 +39,15 @@ py::object common(const FlowSpec& spec, const std::string& name, Of of) {
   return found;
 }
 
+/// Layers of mlps; of residual networks the width, which is another thing: both in one spec do not agree.
 py::object common_hidden_sizes(const FlowSpec& spec) {
-  return py::tuple(common(spec, "hidden_sizes", [](const Coupling& layer) -> std::optional<std::vector<std::int64_t>> {
-    const bool one =
-        !layer.translation_network || layer.translation_network->hidden_sizes == layer.network.hidden_sizes;
-    return one ? std::optional(layer.network.hidden_sizes) : std::nullopt;
-  }));
+  using Sizes = std::pair<int, std::vector<std::int64_t>>;
+  const auto sizes = [](const Network& network) { return Sizes{static_cast<int>(network.kind), network.hidden_sizes}; };
+  const auto of = [&](const Coupling& layer) -> std::optional<Sizes> {
+    const auto& other = layer.translation_network;
+    return other && sizes(*other) != sizes(layer.network) ? std::nullopt : std::optional(sizes(layer.network));
+  };
+  return py::tuple(common(spec, "hidden_sizes", of)[py::int_(1)]);
 }
 
 py::object common_activation(const FlowSpec& spec) {
@@ -61,11 +64,6 @@ py::object common_scale_bound(const FlowSpec& spec) {
     const bool bounded = affine != nullptr && affine->log_scale == LogScale::bounded(affine->log_scale.factor);
     return bounded ? std::optional(affine->log_scale.factor) : std::nullopt;
   });
-}
-
-bool has_standardize(const FlowSpec& spec) {
-  return std::any_of(spec.layers.begin(), spec.layers.end(),
-                     [](const LayerSpec& layer) { return std::holds_alternative<Standardize>(layer); });
 }
 
 BoundSpec spec_from_text(const std::string& text) {
@@ -112,7 +110,7 @@ void bind_spec(py::module_& module) {
       .def_property_readonly("hidden_sizes", [](const BoundSpec& s) { return common_hidden_sizes(s); })
       .def_property_readonly("activation", [](const BoundSpec& s) { return common_activation(s); })
       .def_property_readonly("scale_bound", [](const BoundSpec& s) { return common_scale_bound(s); })
-      .def_property_readonly("standardize", [](const BoundSpec& s) { return has_standardize(s); })
+      .def_property_readonly("standardize", [](const BoundSpec& s) { return s.begins_with_standardize(); })
       .def_property_readonly("dtype", [](const BoundSpec& s) { return std::string(name_of(s.dtype)); })
       .def_property_readonly("_takes_float64_rows", [](const BoundSpec& s) { return takes_float64_rows(s); })
       .def_property_readonly("_is_bounded", [](const BoundSpec& s) { return layers::is_bounded(s.base); })

@@ -364,7 +364,7 @@ void nll_vjp(const xla::CallFrame& frame) {
   const Call call(frame, 2, 4, 1);
   void* value = call.output(0, {});
   void* log_prob = call.output(1, call.vector());
-  if (call.rows() == 0) fail("argument 0 has no rows: the mean over an empty batch is not defined");
+  if (call.rows() == 0) fail("x has no rows, expected at least one: the mean over an empty batch is not defined");
   call.flow().log_prob_vjp_unchecked(call.input(), call.rows(), call.cotangent(0, call.vector()), log_prob,
                                      call.optional_output(2, call.matrix()), call.optional_output(3, call.flat()),
                                      false, call.how_with_gradient(4));

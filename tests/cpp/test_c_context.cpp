@@ -332,7 +332,7 @@ TEST_CASE("a context that cannot be is refused by name") {
   check_refused(nvpflow_nll_gradient_context_f32(c, x.data(), 3, context.data(), 2, &nll, gradient.data()),
                 "context_rows is 2, expected 1 or rows, 3");
   check_refused(nvpflow_nll_gradient_context_f32(c, x.data(), 0, context.data(), 0, &nll, gradient.data()),
-                "x has no rows: the mean over an empty batch is not defined");
+                "x has no rows, expected at least one: the mean over an empty batch is not defined");
   check_refused(nvpflow_log_prob_context_f32(c, nullptr, 3, context.data(), 3, out.data()), "x is NULL");
   check_refused(nvpflow_log_prob_context_f32(c, x.data(), 3, context.data(), 3, nullptr), "log_prob is NULL");
   check_refused(nvpflow_log_prob_context_f32(c, x.data(), 3, out.data() + 1, 1, out.data()),

@@ -294,7 +294,7 @@ struct PackedFlow {
   /// add_last(heads, what is known of them)
   template <class AddLast>
   void add_network(const LoweredNetwork& network, AddLast add_last) {
-    if (network.residual) {
+    if (has_blocks(network.kind)) {
       add_residual(network);
       return add_last(network.dense.back(), {});
     }

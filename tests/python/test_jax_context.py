@@ -523,7 +523,7 @@ def test_the_handlers_check_the_context_that_a_program_hands_them():
         (
             (context[:0], x[:0, 0]),
             {"target": "nvpflow_nll_vjp", "shapes": ((), (0,), (0,), (flow.num_parameters,), (0,)), "x": x[:0]},
-            "argument 0 has no rows: the mean over an empty batch is not defined",
+            "x has no rows, expected at least one: the mean over an empty batch is not defined",
         ),
     ]:
         with pytest.raises(Exception, match=message) as caught:

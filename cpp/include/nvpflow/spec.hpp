@@ -126,12 +126,16 @@ class NVPFLOW_API ParamLayout {
   std::int64_t size() const { return size_; }
   /// Multiply-adds that one row takes in the dense layers, in one direction.
   double multiply_adds_per_row() const;
+  /// Floating-point operations that one row takes in one direction: two for each multiply-add, and an estimate for the
+  /// splines.
+  double flops_per_row() const { return 2 * multiply_adds_per_row() + spline_flops_; }
   /// nullptr where there is no such tensor.
   const TensorInfo* find(std::string_view name) const;
 
  private:
   std::vector<TensorInfo> tensors_;
   std::vector<std::size_t> first_of_layer_;
+  double spline_flops_ = 0;
   std::int64_t size_ = 0;
 };
 

@@ -33,7 +33,7 @@ CpuFlow<T>::CpuFlow(const FlowSpec& spec, const ParamLayout& layout, const Kerne
     : kernels_(kernels),
       features_(spec.input_size),
       num_parameters_(layout.size()),
-      flops_per_row_(2 * layout.multiply_adds_per_row() + program.spline_flops),
+      flops_per_row_(layout.flops_per_row()),
       tile_rows_(program.tile_rows),
       gradient_rows_(program.gradient_rows),
       transform_scratch_(kernels.transform_scratch(program)),

@@ -68,7 +68,7 @@ struct Network {
   const DenseGradient* gradients = nullptr;  // one per dense layer before the last, then one per head
   int32_t num_heads = 0;                     // 1 to kMaxHeads
   bool layer_norm = false;                   // after each activation
-  bool residual = false;
+  NetworkKind kind = NetworkKind::mlp;
   const BlockAffine<T>* affines = nullptr;  // residual: of each block; null: none
   // With a context: what dense[0], which adds to it, starts from; holds the bias. A context that is one for all rows
   // makes it a bias, which lies `fold` elements into the call's folded context.
@@ -181,7 +181,6 @@ struct Program {
   int64_t gradient_rows = 0;  // rows of a gradient tile: sums over rows are formed tile by tile
   TapeSize tape;              // of all layers
   int64_t products = 0;       // elements of GradientCall::products; 0: no linear layer
-  double spline_flops = 0;    // of a row's splines, roughly
 };
 
 /// The context rows of a call: one for `repeat` rows, or one for all, folded.

@@ -1,5 +1,5 @@
 // KERNEL: the networks of couplings: an mlp or a residual network, on a tile, on a few rows, and there and back with a
-// tape. The one branch on their kind.
+// tape. visit_network is the one switch over their kinds.
 #pragma once
 
 #include <stdint.h>
@@ -16,27 +16,123 @@
 namespace nvpflow::cpu {
 namespace {
 
+/// What an mlp does, by the names that all kinds of networks have.
+struct Mlp {
+  template <class T>
+  using Tape = MlpTape<T>;
+
+  template <class T>
+  static const T* tile(const Network<T>& net, const T* x, const StateContext<T>& context, T* buffer0, T* buffer1, T*,
+                       int64_t rows) {
+    return mlp_tile<T>(net, x, context, buffer0, buffer1, rows);
+  }
+  template <class T>
+  static const T* few_rows(const Network<T>& net, const T* x, int64_t stride, const RowState<T>& s) {
+    return mlp_rows<T>(net, x, stride, s);
+  }
+  template <class T>
+  static void taped(const Network<T>& net, T* tape, const T* context, T* head, int64_t count, int64_t rows) {
+    mlp_taped<T>(net, MlpTape<T>(net, tape, rows), context, head, count, rows);
+  }
+  template <class T>
+  static void backward(const Network<T>& net, T* tape, T*, T*, T*, int64_t count, int64_t rows) {
+    mlp_backward<T>(net, MlpTape<T>(net, tape, rows), count, rows);
+  }
+  /// Of dense layer j: what it reads, and the cotangent of its outputs.
+  template <class T>
+  static const T* input_of(const Network<T>& net, T* tape, int32_t j, int64_t rows) {
+    return MlpTape<T>(net, tape, rows).input_of(net, j, rows);
+  }
+  template <class T>
+  static T* cotangent(const Network<T>& net, T* tape, int32_t j, int64_t rows) {
+    return MlpTape<T>(net, tape, rows).cotangent(net, j, rows);
+  }
+  template <class T>
+  static int32_t blocks(const Network<T>&) {
+    return 0;
+  }
+  template <class T>
+  static const T* gate_cotangent(const Network<T>&, T*, int32_t, int64_t) {
+    return nullptr;  // it has no gates
+  }
+};
+
+/// What a residual network does.
+struct Residual {
+  template <class T>
+  using Tape = ResidualTape<T>;
+
+  template <class T>
+  static const T* tile(const Network<T>& net, const T* x, const StateContext<T>& context, T* buffer0, T* buffer1,
+                       T* kept, int64_t rows) {
+    return residual_tile<T>(net, x, context, buffer0, buffer1, kept, rows);
+  }
+  template <class T>
+  static const T* few_rows(const Network<T>& net, const T* x, int64_t stride, const RowState<T>& s) {
+    return residual_rows<T>(net, x, stride, s);
+  }
+  template <class T>
+  static void taped(const Network<T>& net, T* tape, const T* context, T* head, int64_t count, int64_t rows) {
+    residual_taped<T>(net, ResidualTape<T>(net, tape, rows), context, head, count);
+  }
+  template <class T>
+  static void backward(const Network<T>& net, T* tape, T* scratch0, T* scratch1, T* context_cotangent, int64_t count,
+                       int64_t rows) {
+    residual_backward<T>(net, ResidualTape<T>(net, tape, rows), scratch0, scratch1, context_cotangent, count);
+  }
+  template <class T>
+  static const T* input_of(const Network<T>& net, T* tape, int32_t j, int64_t rows) {
+    return ResidualTape<T>(net, tape, rows).input_of(j);
+  }
+  template <class T>
+  static T* cotangent(const Network<T>& net, T* tape, int32_t j, int64_t rows) {
+    return ResidualTape<T>(net, tape, rows).cotangent(j);
+  }
+  template <class T>
+  static int32_t blocks(const Network<T>& net) {
+    return residual_blocks(net);
+  }
+  template <class T>
+  static const T* gate_cotangent(const Network<T>& net, T* tape, int32_t block, int64_t rows) {
+    return ResidualTape<T>(net, tape, rows).gate_cotangent(block);
+  }
+};
+
+/// f(Mlp()) or f(Residual()): the one switch, so that a forgotten kind does not compile.
+template <class T, class F>
+NVPFLOW_INLINE decltype(auto) visit_network(const Network<T>& net, F&& f) {
+  switch (net.kind) {
+    case NetworkKind::mlp:
+      break;
+    case NetworkKind::residual:
+      return f(Residual());
+  }
+  return f(Mlp());
+}
+
 /// The network on a tile: x is its input [in][rows]; returns the head's outputs [out][rows], in one of the
 /// buffers. kept: of TileState.
 template <class T>
 const T* network_tile(const Network<T>& net, const T* x, const StateContext<T>& context, T* buffer0, T* buffer1,
                       T* kept, int64_t rows) {
-  if (net.residual) return residual_tile<T>(net, x, context, buffer0, buffer1, kept, rows);
-  return mlp_tile<T>(net, x, context, buffer0, buffer1, rows);
+  return visit_network(net, [&]<class Kind>(Kind) __attribute__((always_inline)) {
+    return Kind::template tile<T>(net, x, context, buffer0, buffer1, kept, rows);
+  });
 }
 
 /// The network on a few rows; x is its input [rows][stride]; returns the head's outputs [rows][out], in one of the
 /// buffers.
 template <class T>
 NVPFLOW_NOINLINE const T* network_rows(const Network<T>& net, const T* x, int64_t stride, const RowState<T>& s) {
-  if (net.residual) return residual_rows<T>(net, x, stride, s);
-  return mlp_rows<T>(net, x, stride, s);
+  return visit_network(net, [&]<class Kind>(Kind) __attribute__((always_inline)) {
+    return Kind::template few_rows<T>(net, x, stride, s);
+  });
 }
 
 /// What a network keeps for the way back; first its input, row-major [rows][in].
 template <class T>
 TapeSize network_tape(const Network<T>& net) {
-  return net.residual ? ResidualTape<T>::size(net) : MlpTape<T>::size(net);
+  return visit_network(net, [&]<class Kind>(Kind) { return Kind::template Tape<T>::size(net); });
 }
 
 /// The tape behind that of a network.
@@ -51,16 +147,14 @@ template <class T>
 void network_taped(const Network<T>& net, const T* x, const T* context, T* tape, T* head, int64_t count, int64_t rows) {
   const int64_t in = net.dense[0].in;
   scatter_tile<T>(x, rows, count, in, tape, row_stride<T>(in));  // where all tapes have it
-  if (net.residual) return residual_taped<T>(net, ResidualTape<T>(net, tape, rows), context, head, count);
-  mlp_taped<T>(net, MlpTape<T>(net, tape, rows), context, head, count, rows);
+  visit_network(net, [&]<class Kind>(Kind) { Kind::template taped<T>(net, tape, context, head, count, rows); });
 }
 
 /// The cotangent of the head's outputs [out][rows], to the tape.
 template <class T>
 void start_network_backward(const Network<T>& net, const T* head, T* tape, int64_t count, int64_t rows) {
   const int32_t last = net.num_dense - 1;
-  T* to = net.residual ? ResidualTape<T>(net, tape, rows).cotangent(last)
-                       : MlpTape<T>(net, tape, rows).cotangent(net, last, rows);
+  T* to = visit_network(net, [&]<class Kind>(Kind) { return Kind::template cotangent<T>(net, tape, last, rows); });
   scatter_tile<T>(head, rows, count, net.dense[last].out, to, row_stride<T>(net.dense[last].out));
 }
 
@@ -69,16 +163,10 @@ void start_network_backward(const Network<T>& net, const T* head, T* tape, int64
 template <class T>
 void network_backward(const Network<T>& net, T* tape, T* scratch0, T* scratch1, T* input_cotangent,
                       T* context_cotangent, int64_t count, int64_t rows) {
-  const T* of_first = nullptr;
-  if (net.residual) {
-    const ResidualTape<T> keep(net, tape, rows);
-    residual_backward<T>(net, keep, scratch0, scratch1, context_cotangent, count);
-    of_first = keep.cotangent(0);
-  } else {
-    const MlpTape<T> keep(net, tape, rows);
-    mlp_backward<T>(net, keep, count, rows);
-    of_first = keep.cotangent(net, 0, rows);
-  }
+  const T* of_first = visit_network(net, [&]<class Kind>(Kind) {
+    Kind::template backward<T>(net, tape, scratch0, scratch1, context_cotangent, count, rows);
+    return Kind::template cotangent<T>(net, tape, 0, rows);
+  });
   if (context_cotangent != nullptr)
     add_context_cotangent<T>(*net.context, of_first, scratch0, context_cotangent, count);
   if (input_cotangent == nullptr || net.dense[0].in == 0) return;
@@ -93,7 +181,7 @@ struct NetworkParts {
 
 template <class T>
 NVPFLOW_INLINE NetworkParts parts_of(const Network<T>& net) {
-  const int32_t blocks = net.residual ? residual_blocks(net) : 0;
+  const int32_t blocks = visit_network(net, [&]<class Kind>(Kind) { return Kind::template blocks<T>(net); });
   NetworkParts parts;
   parts.context = net.num_dense;
   parts.gates = parts.context + (net.context == nullptr ? 0 : 1);
@@ -131,14 +219,13 @@ template <class T>
 PartTape<T> tape_of_part(const Network<T>& net, const NetworkParts& parts, int32_t part, const TileTapes<T>& tapes) {
   T* tape = const_cast<T*>(tapes.first);
   const int32_t layer = part < parts.context ? part : 0;  // the first has its outputs in common with the context's
-  if (net.residual) {
-    const ResidualTape<T> keep(net, tape, tapes.rows);
-    if (part < parts.context) return {keep.input_of(part), keep.cotangent(part)};
-    return {tapes.context, part < parts.gates ? keep.cotangent(0) : keep.gate_cotangent(part - parts.gates)};
-  }
-  const MlpTape<T> keep(net, tape, tapes.rows);
-  return {part < parts.context ? keep.input_of(net, part, tapes.rows) : tapes.context,
-          keep.cotangent(net, layer, tapes.rows)};
+  return visit_network(net, [&]<class Kind>(Kind) -> PartTape<T> {
+    if (part >= parts.gates) {
+      return {tapes.context, Kind::template gate_cotangent<T>(net, tape, part - parts.gates, tapes.rows)};
+    }
+    const T* x = part < parts.context ? Kind::template input_of<T>(net, tape, part, tapes.rows) : tapes.context;
+    return {x, Kind::template cotangent<T>(net, tape, layer, tapes.rows)};
+  });
 }
 
 /// Of one part, [first, last) of what it is shared out by; a dense layer's bias goes with the first. tapes: of the

@@ -33,8 +33,6 @@ constexpr std::int64_t kWeightsPerTile = 16, kTapePerWeights = 2;
 // Units of an inference tile's rows at most: the tile of a small flow stays close to the first-level cache, that of a
 // large one is worth its weights by more.
 constexpr std::int64_t kMaxRowUnits = 3, kMaxRowUnitsOfLarge = 8;
-// Operations of a spline, and of each of its bins.
-constexpr double kFlopsPerSpline = 100, kFlopsPerBin = 30;
 // Inputs that are packed in one go: a multiple of every vector's lanes, so that all of a paired layer's are one go.
 // Parameters that are worth a thread of their own.
 constexpr std::int64_t kBand = 16, kPackSize = 1 << 14;
@@ -221,14 +219,14 @@ Network<T> Packed<T>::add_network(const LoweredNetwork& from) {
   Network<T> network;
   network.activation = from.activation;
   network.layer_norm = from.layer_norm;
-  network.residual = from.residual;
+  network.kind = from.kind;
   network.dense = dense_.data() + dense_.size();
   network.gradients = gradients_.data() + gradients_.size();
   network.num_dense = static_cast<std::int32_t>(from.dense.size());
   network.num_heads = static_cast<std::int32_t>(from.dense.back().parts.size());
   for (const LoweredDense& dense : from.dense) add_dense(dense);
   dense_[dense_.size() - from.dense.size()].paired = 2 * from.dense.front().in <= lanes_;
-  if (from.residual) program_.kept_width = std::max(program_.kept_width, network.dense->out);
+  if (has_blocks(from.kind)) program_.kept_width = std::max(program_.kept_width, network.dense->out);
   if (!from.affines.empty()) network.affines = affines_.data() + affines_.size();
   for (const LoweredAffine& map : from.affines) {
     affines_.push_back({nullptr, nullptr, network.dense->out, map.scale, map.shift});
@@ -280,7 +278,7 @@ void Packed<T>::add(const LoweredCoupling& from) {
   }
   const Network<T>& net = layer.network[0];
   layer.plain = layer.scale.function == ScaleFunction::tanh && layer.a.index == nullptr && layer.b.index == nullptr &&
-                layer.num_networks == 1 && !net.residual && !net.layer_norm && net.context == nullptr;
+                layer.num_networks == 1 && net.kind == NetworkKind::mlp && !net.layer_norm && net.context == nullptr;
   layers_.push_back(layer);
 }
 
@@ -333,8 +331,6 @@ void Packed<T>::add(const LoweredSpline& from) {
     splines.size[part] = from.constants[part].size;
   }
   layer.splines = &splines;
-  program_.spline_flops += static_cast<double>(from.transformed.count) *
-                           (kFlopsPerSpline + kFlopsPerBin * static_cast<double>(from.spline.num_bins));
   // Of a few rows all numbers of a spline lie side by side in one buffer, with what it makes of them, as whole vectors.
   program_.max_width =
       std::max(program_.max_width, (splines.parameters + 3) * from.transformed.count + kSplineVectors * lanes_);

@@ -129,6 +129,12 @@ std::vector<Field> fields(Coupling& layer) {
   return list;
 }
 
+bool has_scale_and_shift(const Transform& transform) {
+  return std::visit(Overloaded{[](const Affine&) { return true; }, [](const Additive&) { return true; },
+                               [](const Spline&) { return false; }},
+                    transform);
+}
+
 bool is_plain(const Coupling& layer) {
   const auto* affine = std::get_if<Affine>(&layer.transform);
   if (affine == nullptr || is_split(layer) || layer.inverse) return false;

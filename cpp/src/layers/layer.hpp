@@ -98,7 +98,15 @@ bool is_plain(const Coupling& layer);
 /// Its fields there. swapped: set where the first half is transformed; the values of the others are the layer's own.
 std::vector<Field> plain_fields(Coupling& layer, bool& swapped);
 
+/// Whether the heads are those of y = x exp(s) + t.
+bool has_scale_and_shift(const Transform& transform);
+
 // ---- any kind ----
+
+/// Floating-point operations of a row's splines there, roughly.
+double spline_flops(const LayerSpec& layer, const FlowSpec& spec);
+/// Whether the kernels do anything at it. A permutation changes places.
+bool has_kernel(const LayerSpec& layer);
 
 std::vector<Field> fields(LayerSpec& layer);
 void check(const LayerSpec& layer, const FlowSpec& spec, const std::string& prefix);

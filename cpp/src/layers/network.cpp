@@ -22,16 +22,29 @@ static_assert(same(Act::relu, Activation::relu) && same(Act::leaky_relu, Activat
                   same(Act::sigmoid, Activation::sigmoid) && same(Act::softplus, Activation::softplus),
               "Act and Activation have one order");
 
+constexpr NetworkKind lowered(Network::Kind kind) {
+  switch (kind) {
+    case Network::Kind::mlp:
+      break;
+    case Network::Kind::residual:
+      return NetworkKind::residual;
+  }
+  return NetworkKind::mlp;
+}
+
 /// More make no network better; a wrong number fails with its name.
 constexpr std::int64_t kMaxBlocks = 1 << 16;
 
 }  // namespace
 
 std::vector<Field> fields(Network& network) {
-  if (network.kind == Network::Kind::mlp) {
-    return {{"hidden_sizes", &network.hidden_sizes},
-            {"activation", &network.activation},
-            {"layer_norm", &network.layer_norm}};
+  switch (network.kind) {
+    case Network::Kind::mlp:
+      return {{"hidden_sizes", &network.hidden_sizes},
+              {"activation", &network.activation},
+              {"layer_norm", &network.layer_norm}};
+    case Network::Kind::residual:
+      break;
   }
   network.hidden_sizes.resize(1);
   return {{"hidden_size", network.hidden_sizes.data()},
@@ -44,7 +57,7 @@ std::vector<Field> fields(Network& network) {
 void check(const Network& network, const FlowSpec& spec, const std::string& prefix) {
   check_named(prefix, network.kind);
   check_named(prefix, network.activation);
-  const bool residual = network.kind == Network::Kind::residual;
+  const bool residual = has_blocks(lowered(network.kind));
   if (residual && network.hidden_sizes.size() != 1) {
     refuse(prefix + "hidden_sizes has " + std::to_string(network.hidden_sizes.size()) +
            " entries, expected 1 for a residual network: the width of all its blocks");
@@ -69,7 +82,12 @@ void check(const Network& network, const FlowSpec& spec, const std::string& pref
 }
 
 std::int64_t num_tensors(const Network& network) {
-  if (network.kind == Network::Kind::mlp) return 2 * static_cast<std::int64_t>(network.hidden_sizes.size());
+  switch (network.kind) {
+    case Network::Kind::mlp:
+      return 2 * static_cast<std::int64_t>(network.hidden_sizes.size());
+    case Network::Kind::residual:
+      break;
+  }
   return 2 + network.num_blocks * (4 + (network.block_affines ? 2 : 0) + (network.context_gates ? 2 : 0));
 }
 
@@ -134,15 +152,18 @@ void tensors(const Network& network, const FlowSpec& spec, std::int64_t inputs, 
              const Site& site, const TensorSink& sink) {
   const NetworkTensors put{spec, names.prefix, site.layer, sink};
   std::int64_t in = inputs + spec.context_size;
-  if (network.kind == Network::Kind::residual) {
-    put.hidden(names.network + "initial", in, network.hidden_sizes[0]);
-    for (std::int64_t j = 0; j < network.num_blocks; ++j) put.block(network, j);
-    in = network.hidden_sizes[0];
-  } else {
-    for (std::size_t j = 0; j < network.hidden_sizes.size(); ++j) {
-      put.hidden(names.network + "dense_" + std::to_string(j), in, network.hidden_sizes[j]);
-      in = network.hidden_sizes[j];
-    }
+  switch (network.kind) {
+    case Network::Kind::mlp:
+      for (std::size_t j = 0; j < network.hidden_sizes.size(); ++j) {
+        put.hidden(names.network + "dense_" + std::to_string(j), in, network.hidden_sizes[j]);
+        in = network.hidden_sizes[j];
+      }
+      break;
+    case Network::Kind::residual:
+      put.hidden(names.network + "initial", in, network.hidden_sizes[0]);
+      for (std::int64_t j = 0; j < network.num_blocks; ++j) put.block(network, j);
+      in = network.hidden_sizes[0];
+      break;
   }
   const Initial kernel = site.zero_heads ? Initial::zero : Initial::small_kernel;
   for (const NetworkHead& head : names.heads) put.dense(head.name, in, head.columns, kernel, Initial::zero);
@@ -182,7 +203,7 @@ struct NetworkLowering {
 LoweredNetwork lower(const Network& network, std::int64_t inputs, std::int64_t context_size,
                      const std::vector<std::int64_t>& heads, const TensorInfo*& next) {
   LoweredNetwork lowered;
-  lowered.residual = network.kind == Network::Kind::residual;
+  lowered.kind = layers::lowered(network.kind);
   lowered.activation = static_cast<Act>(network.activation);
   lowered.layer_norm = network.layer_norm;
   const NetworkLowering take{next, inputs, context_size, lowered};
@@ -198,7 +219,7 @@ LoweredNetwork lower(const Network& network, std::int64_t inputs, std::int64_t c
     dense(width, {take.part(size)});
     width = size;
   }
-  for (std::int64_t j = 0; lowered.residual && j < network.num_blocks; ++j) {
+  for (std::int64_t j = 0; has_blocks(lowered.kind) && j < network.num_blocks; ++j) {
     if (network.block_affines) {
       lowered.affines.push_back({next[0].offset, next[1].offset});
       next += 2;
