@@ -133,8 +133,9 @@ void dense_strips(const Dense<T>& d, const T* x, T* y, int64_t rows, int64_t beg
 template <class T, Act act>
 void dense_tile_act(const Dense<T>& d, const T* x, T* y, int64_t rows) {
   constexpr int64_t L = kLanes<T>;
-  // A single vector of rows at the end needs more outputs in flight than a strip holds, to hide the latency of its sums.
-  // It gets a pass of its own with wider strips, unless strips are wide enough or weights too far away to be read twice.
+  // A single vector of rows at the end needs more outputs in flight than a strip holds, to hide the latency of its
+  // sums. It gets a pass of its own with wider strips, unless strips are wide enough or weights too far away to be read
+  // twice.
   const bool alone = rows == L, again = kBlockOut < 8 && !d.far && rows % (kBlockRows * L) == L;
   const int64_t main = alone || again ? rows - L : rows;
   if (main > 0) dense_strips<T, act, kBlockOut>(d, x, y, rows, 0, main);
