@@ -90,7 +90,7 @@ std::unique_ptr<Backend> make_backend(const FlowSpec& spec, const ParamLayout& l
     fail("weights is 'bfloat16', which is for float32 flows; this one is float64, expected 'full'");
   }
   if (weights == Weights::bfloat16 && device.kind == DeviceKind::cuda) {
-    fail("weights is 'bfloat16', which only the CPU has; on a CUDA device see precision='bfloat16'");
+    fail("weights is 'bfloat16', expected 'full' on a CUDA device; see precision='bfloat16' there");
   }
   if (device.kind == DeviceKind::cuda) return make_cuda_backend(spec, layout, device.index, precision);
   if (precision != Precision::float32) fail(asked + "which only CUDA devices have; on the CPU expected 'float32'");
@@ -455,7 +455,7 @@ void Flow::set_num_threads(int threads) {
 
 void Flow::prepare(std::int64_t max_rows) const {
   if (device().kind != DeviceKind::cpu) {
-    fail("prepare is for flows on the CPU, this one is on " + name_of(device()) + "; Flow::to makes a copy there");
+    fail("the flow of prepare is on " + name_of(device()) + ", expected the CPU; Flow::to makes a copy there");
   }
   if (max_rows < 0) fail("max_rows is " + std::to_string(max_rows) + ", expected 0 or more");
   state_->backend->prepare();
@@ -802,7 +802,7 @@ void Flow::vjp(std::span<const double> x, std::span<const float> grad_out, std::
 template <class T>
 ConditionedFlow Flow::condition(std::span<const T> context) const {
   state_->check_dtype<T>();
-  if (spec().context_size == 0) fail("condition is for flows with a context, and this one has context_size 0");
+  if (spec().context_size == 0) fail("the flow of condition has context_size 0, expected one with a context");
   check_length(Named{"context", context}, spec().context_size, "[C]");
   const auto row = std::make_shared<const std::vector<T>>(context.begin(), context.end());
   Context bound(*row);
@@ -822,7 +822,7 @@ void Flow::conditioner(std::int64_t layer, std::span<const T> in, std::span<T> s
   }
   const auto* which = std::get_if<Coupling>(&spec().layers[static_cast<std::size_t>(layer)]);
   if (which == nullptr || !layers::has_scale_and_shift(which->transform)) {
-    fail("layer " + std::to_string(layer) + " is not an affine or additive coupling");
+    fail("layer is " + std::to_string(layer) + ", expected that of an affine or additive coupling");
   }
   const Named out_s{"s", s}, out_t{"t", t};
   const std::int64_t size = rows * which->transformed.count(spec().input_size);

@@ -81,7 +81,7 @@ double initial_limit(Init init, const TensorInfo& tensor) {
     case Initial::small_kernel:
       return 0.01 * kernel;
   }
-  refuse("initial is no Initial");
+  refuse("initial is " + std::to_string(static_cast<int>(tensor.initial)) + ", expected an enumerator of Initial");
 }
 
 template <class T>

@@ -204,7 +204,7 @@ class Trainer {
     if (adam_->steps < 0 || adam_->epochs < 0 || (adam_->steps > 0 && !fits)) {
       fail("adam has made " + std::to_string(adam_->steps) + " steps with moments of " +
            std::to_string(adam_->first_moment.size()) + " and " + std::to_string(adam_->second_moment.size()) +
-           " parameters, and the flow has " + std::to_string(size) + "; give that of this flow, or a new one");
+           " parameters, expected " + std::to_string(size) + " as the flow has; give that of this flow, or a new one");
     }
   }
 
@@ -483,7 +483,8 @@ class Trainer {
     if (x_.empty() || lacks_validation) {
       fail(std::string(x_.empty() ? "x" : "validation") + " has no row within max_deviation " +
            short_text(options_.max_deviation) +
-           " standard deviations of the standardize layer's mean; give other rows, or set max_deviation to 0");
+           " standard deviations of the standardize layer's mean, expected at least one; give other rows, or set "
+           "max_deviation to 0");
     }
     rows_ = FitRows(total_rows(), 0, options_.seed);
     count_rows();

@@ -238,9 +238,12 @@ def spec_of_layers(
     begins = isinstance(spec.layers[0], Standardize)
     if standardize is not None and standardize is not True and begins != bool(standardize):
         put = "put one in front of" if standardize else "leave it out of"
-        raise ValueError(f"standardize is {standardize!r} beside layers that begin with {spec.layers[0]!r}; {put} them")
+        raise ValueError(
+            f"standardize is {standardize!r}, expected True beside layers that begin "
+            f"with {spec.layers[0]!r}; {put} them"
+        )
     if standardize == "covariance" and not whitens(spec):
-        raise ValueError("standardize is 'covariance' beside layers; put LULinear(whitens=True) among them")
+        raise ValueError("standardize is 'covariance' beside layers, expected LULinear(whitens=True) among them")
     return spec
 
 

@@ -97,7 +97,7 @@ def _first_values(flow: Flow | ConditionedFlow, dtype: np.dtype[Any]) -> Array:
     samples = np.asarray(_core._host_array(flow.sample(_SAMPLES, seed=0, dtype=wide)), dtype=np.float64)
     samples = samples[np.isfinite(samples).all(axis=1)]
     if not len(samples):
-        raise ValueError("flow has no finite samples, so that there is nothing to compare a row with")
+        raise ValueError("flow has no finite samples, expected some to compare rows with")
     return np.quantile(samples, np.linspace(0, 1, _QUANTILES), axis=0).astype(dtype)
 
 

@@ -54,7 +54,7 @@ def real(name: str, value: Any) -> float:
     try:
         return float(value)
     except OverflowError:
-        raise ValueError(f"{name} is an integer of {int(value).bit_length()} bits, more than a float holds") from None
+        raise ValueError(f"{name} is an integer of {int(value).bit_length()} bits, expected at most 1024") from None
 
 
 def boolean(name: str, value: Any) -> bool:
@@ -72,7 +72,7 @@ def text(name: str, value: Any) -> str:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"{name} is {describe(value)}, which is not valid Unicode") from None
+            raise ValueError(f"{name} is {describe(value)}, expected valid Unicode") from None
     return value
 
 
@@ -172,7 +172,7 @@ def reshaped(name: str, shape: tuple[int, ...], columns: int) -> str:
 def unmasked(name: str, value: object) -> None:
     """Check that no value is hidden by a mask: NumPy's conversions would bring it back."""
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
-        raise ValueError(f"{name} is a masked array with masked values; fill or remove them")
+        raise ValueError(f"{name} is a masked array with masked values, expected none; fill or remove them")
 
 
 def rows(name: str, value: ArrayLike, spec: FlowSpec, *, one_row: bool = False) -> NDArray[Any]:
@@ -226,7 +226,7 @@ def names(name: str, given: Iterable[str], expected: Sequence[str]) -> None:
     if missing := [key for key in expected if key not in found]:
         raise ValueError(f"{name} lacks {_listed(missing)}")
     if unknown := [key for key in found if key not in known]:
-        raise ValueError(f"{name} holds names this flow does not have: {_listed(unknown)}")
+        raise ValueError(f"{name} holds {_listed(unknown)}, expected names of this flow's parameters only")
 
 
 def _listed(names: list[str]) -> str:

@@ -30,14 +30,15 @@ def gaussian_log_prob(train: Array, rows: Array, contexts: tuple[Array, Array] |
     """
     known = 0 if contexts is None else contexts[0].shape[1]
     if len(train) <= train.shape[1] + known:
-        raise np.linalg.LinAlgError(f"{len(train)} rows of {train.shape[1] + known} columns have a singular covariance")
+        count = train.shape[1] + known
+        raise np.linalg.LinAlgError(f"train has {len(train)} rows of {count} columns, expected more rows than columns")
     train, rows = train.astype(np.float64), rows.astype(np.float64)
     if contexts is not None:
         train, rows = _without_what_is_linear(train, rows, contexts)
     covariance = np.cov(train, rowvar=False)
     std = np.sqrt(np.diag(covariance))
     if not std.all() or np.linalg.matrix_rank(covariance / np.outer(std, std), hermitian=True) < len(std):
-        raise np.linalg.LinAlgError("the covariance of train is singular")
+        raise np.linalg.LinAlgError("train has a singular covariance, expected one of full rank; leave out a column")
     return _log_density(rows - train.mean(axis=0), covariance)
 
 
@@ -74,7 +75,7 @@ def shrunk_log_prob(train: Array, rows: Array, given: int = 0) -> NDArray[np.flo
     train, rows = train.astype(np.float64), rows.astype(np.float64)
     mean, std = train.mean(axis=0), train.std(axis=0)
     if not std.all():
-        raise np.linalg.LinAlgError("a column of train is constant")
+        raise np.linalg.LinAlgError("train has a constant column, expected none; leave it out")
     z = (train - mean) / std
     deviations, correlations = (rows - mean) / std, _shrunk_correlations(z)
     density = _log_density(deviations, correlations)

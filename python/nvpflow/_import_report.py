@@ -235,7 +235,7 @@ def _checked(cls: type, values: Any) -> dict[str, Any]:
     expected = {field.name: str(field.type) for field in fields(cls)}
     if not isinstance(values, Mapping) or set(values) != set(expected):
         came = ", ".join(map(str, values)) if isinstance(values, Mapping) else _checks.describe(values)
-        raise ValueError(f"{cls.__name__} holds {', '.join(expected)}; got {_checks.shortened(came)}")
+        raise ValueError(f"{cls.__name__} holds {_checks.shortened(came)}, expected {', '.join(expected)}")
     return {name: _typed(name, values[name], *_TYPES.get(kind, (list, tuple))) for name, kind in expected.items()}
 
 

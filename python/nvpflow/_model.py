@@ -389,7 +389,7 @@ class Model(_core.Flow):
         with np.errstate(over="ignore"):
             parameters = given.astype(name)
         if not np.isfinite(parameters[np.isfinite(given)]).all():
-            raise ValueError(f"dtype is {name!r}, but the flow has weights beyond its range")
+            raise ValueError(f"dtype is {name!r}, expected float64: the flow has weights beyond its range")
         if name != self.spec.dtype:
             low = _move_mean(given, low, parameters, spec)
         same = name == self.spec.dtype

@@ -510,7 +510,7 @@ def _sizes(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(size) for size in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes such as 100,100") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes, expected one such as 100,100") from None
 
 
 # -------------------------------------------------------------------------------------------------------- commands
@@ -847,7 +847,7 @@ def _contexts(arguments: argparse.Namespace, flow: nvpflow.Flow) -> tuple[Any, l
             "with these or --context-from with a table of them"
         )
     if source is None and arguments.context_columns is not None:
-        raise data_io.DataError("--context-columns is given without --context-from, whose columns it names")
+        raise data_io.DataError("--context-columns is given, expected --context-from beside it: it names its columns")
     if source is None:
         return (None if one is None else _one_context(one, flow)), None
     reading = data_io.Reading(
@@ -869,8 +869,8 @@ def _one_context(given: Sequence[tuple[str, float]], flow: nvpflow.Flow) -> NDAr
     names, known, size = [name for name, _ in given], flow.context_names, flow.spec.context_size
     if names[0] and known is None:
         raise data_io.DataError(
-            f"--context names {_quoted(names[0])}, but the model has no names for its context; give the "
-            f"{counted(size, 'number')} in their order"
+            f"--context names {_quoted(names[0])}, expected numbers only: the model has no names for its context; "
+            f"give the {counted(size, 'number')} in their order"
         )
     if names[0] and known is not None and sorted(names) != sorted(name.strip() for name in known):
         raise data_io.DataError(
@@ -878,7 +878,7 @@ def _one_context(given: Sequence[tuple[str, float]], flow: nvpflow.Flow) -> NDAr
             f"{', '.join(map(_quoted, known))}"
         )
     if len(given) != size:
-        raise data_io.DataError(f"--context has {counted(len(given), 'number')}, the model takes {size}")
+        raise data_io.DataError(f"--context has {counted(len(given), 'number')}, expected {size} as the model takes")
     if names[0] and known is not None:
         by_name = dict(given)
         given = [(name, by_name[name.strip()]) for name in known]
@@ -1018,7 +1018,9 @@ def _run_report(arguments: argparse.Namespace) -> None:
     if arguments.names is not None:
         names = arguments.names
         if len(arguments.names) != columns:
-            raise data_io.DataError(f"--names: {len(arguments.names)} names, the model takes {columns} columns")
+            raise data_io.DataError(
+                f"--names has {len(arguments.names)} names, expected {columns}: one for each column"
+            )
     details = {"Model file": _identified(arguments.model), "Data file": _shown(arguments.data)}
     train = None
     if arguments.train is not None:

@@ -130,7 +130,7 @@ def total_log_det_jacobian(scales: Sequence[ArrayLike]) -> NDArray[Any]:
     if not layers:
         raise ValueError("scales is empty, expected the log-scales of at least one layer")
     if len({layer.shape[0] for layer in layers}) > 1:
-        raise ValueError(f"scales have different numbers of rows: {[layer.shape[0] for layer in layers]}")
+        raise ValueError(f"scales have {[layer.shape[0] for layer in layers]} rows, expected the same number in each")
     total = np.sum([layer.sum(axis=1, dtype=np.float64) for layer in layers], axis=0)
     return np.asarray(total, dtype=np.result_type(*layers))
 
@@ -206,7 +206,7 @@ def _coupling(
     """Build the flow that is this one layer."""
     columns = rows.shape[1]
     if columns < 2:
-        raise ValueError(f"{columns} column(s) cannot be split in two: a coupling layer needs at least 2")
+        raise ValueError(f"a row has {columns} column(s), expected at least 2: a coupling layer splits them in two")
     first, second = columns // 2, columns - columns // 2
     inputs, outputs = (first, second) if _checks.boolean("even", even) else (second, first)
 

@@ -159,9 +159,12 @@ class History:
             given: dict[str, Any] = {name: np.array(values[name], dtype=dtype) for name, dtype in _ARRAYS.items()}
             given |= {name: kind(values[name]) for name, kind in _SCALARS.items() if name in values}
         except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"a history's values are lists of numbers of one length: {error}") from error
+            raise ValueError(
+                f"the history holds something else ({error}), expected lists of numbers of one length"
+            ) from error
         if any(given[name].shape != (len(given["epoch"]),) for name in _ARRAYS):
-            raise ValueError("a history's lists have different lengths")
+            lengths = {name: given[name].shape for name in _ARRAYS}
+            raise ValueError(f"the history's lists have shapes {lengths}, expected one length")
         return cls(**given)
 
     def plot(self, ax: Axes | None = None) -> Axes:

@@ -646,7 +646,7 @@ def latent_correlation(z: ArrayLike, *, names: Sequence[str] | None = None, ax: 
     with np.errstate(invalid="ignore"):
         r: Array = np.asarray(np.corrcoef(latents, rowvar=False))
     if not np.isfinite(r).all():
-        raise ValueError("z has a column that does not vary, whose correlations are not defined")
+        raise ValueError("z has a column that does not vary, expected none: its correlations are not defined")
     below = np.tril_indices(count, -1)
     largest = float(np.abs(r[below]).max())
     chance = NormalDist().inv_cdf(0.5 + 0.5 * 0.95 ** (1 / len(below[0]))) / np.sqrt(rows)
@@ -739,7 +739,7 @@ def learning_curve(history: Losses, *, reference: Mapping[str, float] | None = N
         Matplotlib is not installed.
     """
     if len(history.epoch) == 0:
-        raise ValueError("history has no epochs to draw")
+        raise ValueError("history has no epochs, expected at least one")
     levels = (
         {} if reference is None else {name: _checks.real(f"reference[{name!r}]", v) for name, v in reference.items()}
     )
@@ -850,7 +850,7 @@ def _vector(name: str, values: ArrayLike) -> Array:
     if vector.ndim != 1:
         raise ValueError(f"{name} has shape {vector.shape}, expected [N]")
     if not np.isfinite(vector).any():
-        raise ValueError(f"{name} has no finite value among {len(vector)}")
+        raise ValueError(f"{name} has no finite value among {len(vector)}, expected at least one")
     return vector
 
 

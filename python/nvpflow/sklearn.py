@@ -459,7 +459,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         if self.validation_fraction is None:
             if self.patience is not None:
                 raise ValueError(
-                    f"patience is {self.patience}, which needs validation rows: give validation_fraction, or X_val"
+                    f"patience is {self.patience}, expected None without validation; give validation_fraction, or X_val"
                 )
             return None
         fraction = _checks.real("validation_fraction", self.validation_fraction)

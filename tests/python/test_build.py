@@ -326,11 +326,11 @@ def test_built_flows_compute() -> None:
         ),
         (
             {"layers": [ActNorm(), Coupling()], "standardize": "robust"},
-            "standardize is 'robust' beside layers that begin with ActNorm(); put one in front of them",
+            "standardize is 'robust', expected True beside layers that begin with ActNorm(); put one in front of them",
         ),
         (
             {"layers": [Standardize(), Coupling()], "standardize": False},
-            "standardize is False beside layers that begin with Standardize(); leave it out of them",
+            "standardize is False, expected True beside layers that begin with Standardize(); leave it out of them",
         ),
     ],
 )

@@ -93,7 +93,7 @@ def test_what_is_no_real_number_is_refused(value) -> None:
 
 
 def test_an_integer_beyond_all_floats_is_told_by_its_bits() -> None:
-    message = "scale_bound is an integer of 1025 bits, more than a float holds"
+    message = "scale_bound is an integer of 1025 bits, expected at most 1024"
     refused(lambda: nvpflow.build(3, scale_bound=2**1024), ValueError, message)
 
 
@@ -193,7 +193,7 @@ def test_masked_parameters_are_taken_while_no_value_is_masked(flow) -> None:
     flow.set_parameters({**given, "flow_1_scale.bias": np.ma.masked_array([0.5], mask=[False])})
     assert flow.parameters()["flow_1_scale.bias"] == 0.5
     hidden = np.ma.masked_array([0.25], mask=[True])
-    message = "parameters['flow_1_scale.bias'] is a masked array with masked values; fill or remove them"
+    message = "parameters['flow_1_scale.bias'] is a masked array with masked values, expected none; fill or remove them"
     refused(lambda: flow.set_parameters({**given, "flow_1_scale.bias": hidden}), ValueError, message)
     assert flow.parameters()["flow_1_scale.bias"] == 0.5
 
@@ -213,5 +213,5 @@ def test_wrong_names_of_parameters_are_listed_up_to_five(flow) -> None:
         refused(lambda few=few: flow.set_parameters(few), ValueError, f"parameters lacks {listed}")
         others = {f"other.{name}": value for name, value in list(given.items())[:count]}
         listed = ", ".join(map(repr, list(others)[:5])) + (f" and {count - 5} more" if count > 5 else "")
-        message = f"parameters holds names this flow does not have: {listed}"
+        message = f"parameters holds {listed}, expected names of this flow's parameters only"
         refused(lambda many={**given, **others}: flow.set_parameters(many), ValueError, message)

@@ -337,7 +337,7 @@ def test_tables_of_contexts(call, data, tmp_path):
             ("--context", "1,2", "--context-from", "data.csv"),
             "--context and --context-from are both given, expected on",
         ),
-        (("--context", "1,2,3"), "--context has 3 numbers, the model takes 2"),
+        (("--context", "1,2,3"), "--context has 3 numbers, expected 2 as the model takes"),
         (("--context-from", "data.npy"), "data.npy: a context of 4 columns, the model takes 2"),
         (("--context-from", "few.csv"), "few.csv: there is no column 'load' for the context of the model; the table h"),
         (("--context-from", "gap.csv"), "gap.csv: missing cells in 'load' (line 2)"),
@@ -354,7 +354,7 @@ def test_tables_of_contexts(call, data, tmp_path):
             ("--context", "hour=1,day=2"),
             "--context names 'hour', 'day', expected each number of the model's context ",
         ),
-        (("--context", "1,2", *CONTEXT), "--context-columns is given without --context-from, whose columns it names"),
+        (("--context", "1,2", *CONTEXT), "--context-columns is given, expected --context-from beside it"),
         (
             ("--context-from", "huge.csv"),
             "huge.csv: 'load' is 1e+300 in row 1, counted from 0, expected a number that",
@@ -425,7 +425,8 @@ def test_names_of_a_context_may_hold_any_character(call):
     flow.save("none")
     message = error_of(call("sample", "none", "-n", 1, "--context", "a=1,b=2"))
     assert message == (
-        "--context names 'a', but the model has no names for its context; give the 2 numbers in their order\n"
+        "--context names 'a', expected numbers only: the model has no names for its context; "
+        "give the 2 numbers in their order\n"
     )
 
 

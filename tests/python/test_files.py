@@ -179,7 +179,7 @@ def test_reload_compares_names_of_contexts_where_both_have_some(tmp_path) -> Non
         (["a", "b", 3, "d", "e"], TypeError, r"column_names\[2\] is 3 \(int\), expected a string"),
         (["a", "b"], ValueError, "column_names holds 2 names, expected 5 or none"),
         (["a", "b", "c", "d", "b"], ValueError, "column_names holds 'b' twice, for columns 2 and 5, expected a name"),
-        (["a", "b", "c", "d", "\ud800"], ValueError, r"column_names\[4\] is .* not valid Unicode"),
+        (["a", "b", "c", "d", "\ud800"], ValueError, r"column_names\[4\] is .* expected valid Unicode"),
         (
             ["x" * (1 << 24), "b", "c", "d", "e"],
             ValueError,

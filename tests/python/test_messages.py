@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 import io
 import pathlib
 import re
+from collections.abc import Iterator
 from types import FunctionType
 
 import numpy as np
@@ -514,3 +516,27 @@ def test_estimators_name_the_columns_too() -> None:
         FlowDensity(epochs=1).fit(frame)
     with pytest.raises(TypeError, match="X is a str"):
         FlowDensity(epochs=1).fit("x.csv")
+
+
+# ------------------------------------------------------------------------------------------------- the form of messages
+
+
+def raised() -> Iterator[tuple[str, str]]:
+    """Yield every message about an argument in the package's sources, with its place."""
+    kinds = {"ValueError", "TypeError", "DataError", "ArgumentTypeError", "LinAlgError"}
+    for path in sorted(pathlib.Path(nvpflow.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                text = ast.unparse(node.exc)
+                if ast.unparse(node.exc.func).rpartition(".")[2] in kinds:
+                    yield f"{path.name}:{node.lineno}", text
+
+
+def test_messages_that_say_what_an_argument_is_say_what_was_expected() -> None:
+    """`x is V, expected E; do D`: what a message about a value must not leave out is E, or else D."""
+    subject = re.compile(r"""\(f?['"](?:[\w.-]+|\{[^{}]*\})(?:\[[^\]]*\])? (?:is|has|holds|are) """)
+    # "expected" may stand in a variable of that name; the others are documented by their words, or follow a colon.
+    told = re.compile(r"expected|_LIKE_THIS|\{message\}|; |does not convert|has no rows|Python objects")
+    found = [(place, text) for place, text in raised() if subject.search(text)]
+    assert len(found) > 100
+    assert [at for at in found if not told.search(at[1])] == []

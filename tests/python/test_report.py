@@ -424,7 +424,7 @@ def test_command_with_names_history_and_pipes(folder):
         (["model.safetensors", "wide.npy"], "wide.npy: 5 columns, the model takes 3"),
         (["model.safetensors", "text.csv"], "text.csv: 'c' holds text (first 'x', line 2)"),
         (["model.safetensors", "data.npy", "--train", "wide.npy"], "wide.npy: 5 columns"),
-        (["model.safetensors", "data.npy", "--names", "a,b"], "--names: 2 names, the model takes 3 columns"),
+        (["model.safetensors", "data.npy", "--names", "a,b"], "--names has 2 names, expected 3: one for each column"),
         (["model.safetensors", "data.npy", "--history", "text.csv"], "text.csv: not JSON"),
         (["model.safetensors", "data.npy", "--history", "list.json"], "list.json: not a file of fit --history"),
         (["model.safetensors", "data.npy", "-o", "no/page.html"], "there is no folder"),

@@ -468,7 +468,7 @@ def test_rounding_that_blurs_is_warned_of(x):
         ({"validation_fraction": 0}, ValueError, r"validation_fraction is 0.0, expected .* \(0, 1\), or None"),
         ({"validation_fraction": 1}, ValueError, "validation_fraction is 1.0"),
         ({"validation_fraction": "x"}, TypeError, "validation_fraction is 'x' .*, expected a real number"),
-        ({"validation_fraction": None, "patience": 3}, ValueError, "patience is 3, which needs validation rows"),
+        ({"validation_fraction": None, "patience": 3}, ValueError, "patience is 3, expected None without validation"),
         ({"random_state": -1}, ValueError, "random_state is -1"),
         ({"verbose": "loud"}, TypeError, "verbose is 'loud' .*, expected an integer"),
         ({"verbose": -1}, ValueError, "verbose is -1"),

@@ -632,7 +632,7 @@ def test_lower_precisions_come_in_and_autocast_stays_out(make):
         (torch.zeros(3, SIZE, dtype=torch.int64), TypeError, r"^x has dtype torch\.int64, expected torch\.float64"),
         (torch.zeros(3, SIZE + 1, dtype=torch.float64), ValueError, r"^x has shape \(3, 6\), expected \(\.\.\., 5\)"),
         (torch.zeros((), dtype=torch.float64), ValueError, r"^x has shape \(\)"),
-        (torch.zeros(3, SIZE, dtype=torch.float64, device="meta"), ValueError, r"^x is on 'meta', the module on 'cpu'"),
+        (torch.zeros(3, SIZE, dtype=torch.float64, device="meta"), ValueError, r"^x is on 'meta', expected 'cpu'"),
         (torch.zeros(3, SIZE, dtype=torch.float64).to_sparse(), TypeError, r"^x has layout torch\.sparse_coo"),
         (np.zeros((3, SIZE)), TypeError, r"^x is ndarray, expected a torch\.Tensor"),
     ],

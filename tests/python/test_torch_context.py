@@ -431,7 +431,7 @@ CALLS = {
             TypeError,
             r"^context has dtype torch\.int64, expected torch\.float32, the module's; convert",
         ),
-        (torch.zeros(5, 3, device="meta"), ValueError, r"^context is on 'meta', the module on 'cpu'; move one"),
+        (torch.zeros(5, 3, device="meta"), ValueError, r"^context is on 'meta', expected 'cpu', the module's; move"),
         (torch.zeros(5, 3).to_sparse(), TypeError, r"^context has layout torch\.sparse_coo"),
         (np.zeros((5, 3), np.float32), TypeError, r"^context is ndarray, expected a torch\.Tensor"),
     ],

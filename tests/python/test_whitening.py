@@ -166,7 +166,7 @@ def test_columns_that_follow_from_others_are_refused() -> None:
         ),
         (
             {"standardize": "covariance", "layers": [Standardize(), Coupling()]},
-            r"standardize is 'covariance' beside layers; put LULinear\(whitens=True\) among them",
+            r"standardize is 'covariance' beside layers, expected LULinear\(whitens=True\) among them",
         ),
         (
             {"standardize": "covariance", "mask": [[True, False, False]] * 2, "num_flows": 2},

@@ -61,7 +61,7 @@ Base parse_base(std::string_view name) {
     case BaseKind::uniform:
       return UniformBase{};
   }
-  refuse("kind is no BaseKind");
+  refuse("kind is " + std::string(name) + ", expected an enumerator of BaseKind");
 }
 
 std::vector<Field> fields(Base& base) {

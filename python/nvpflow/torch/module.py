@@ -394,7 +394,9 @@ class FlowModule(torch.nn.Module):
             way = f"; {name}.unsqueeze(-1) makes a row of each number" if size == 1 and rows.dim() < 2 else ""
             raise ValueError(f"{name} has shape {tuple(rows.shape)}, expected (..., {size}){way}")
         if rows.device != like.device:
-            raise ValueError(f"{name} is on '{rows.device}', the module on '{like.device}'; move one with .to()")
+            raise ValueError(
+                f"{name} is on '{rows.device}', expected '{like.device}', the module's; move one with .to()"
+            )
         if rows.dtype != like.dtype:
             if rows.dtype not in _NARROWER.get(like.dtype, ()):
                 way_out = f"convert it with .to({like.dtype})"
@@ -445,7 +447,7 @@ class FlowModule(torch.nn.Module):
         first = self._tensors()[0]
         dtype = fn(torch.empty(0, dtype=first.dtype, device=first.device)).dtype
         if dtype not in DTYPES:
-            raise TypeError(f"the parameters cannot be {dtype}: nvpflow computes in float32 and float64")
+            raise TypeError(f"dtype is {dtype}, expected torch.float32 or torch.float64, which nvpflow computes in")
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         tensors = self._tensors()
         if not self._engine.are_flat(tensors) and not are_shared(tensors):
