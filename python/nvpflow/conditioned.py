@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 from nvpflow import _checks, _core, _hints, certificate
 from nvpflow._certify import certify
 from nvpflow._core import FlowSpec
+from nvpflow._model import Threshold
 
 
 class ConditionedFlow(_core.ConditionedFlow):
@@ -34,6 +35,9 @@ class ConditionedFlow(_core.ConditionedFlow):
     and `log_prob_vjp` are those of `Flow` without ``context=``, and give the same bits as with it. What the context
     comes to in each network is computed when the view is made, and not in each call. After the flow's weights have
     changed the view gives the new results, but computes that anew in each call: make it again.
+
+    What changes or keeps the flow stays on ``view.flow``: `fit`, `fit_threshold`, `set_threshold`, `set_parameters`,
+    `save`, `reload`, `swap`, `to`, `astype`, and the setters of names and ``num_threads``.
     """
 
     __slots__ = ()
@@ -62,6 +66,43 @@ class ConditionedFlow(_core.ConditionedFlow):
         """The flow's names of the columns of x."""
         names: tuple[str, ...] | None = self.flow.column_names
         return names
+
+    @property
+    def context_names(self) -> tuple[str, ...] | None:
+        """The flow's names of the numbers of `context`."""
+        names: tuple[str, ...] | None = self.flow.context_names
+        return names
+
+    @property
+    def threshold(self) -> Threshold | None:
+        """The flow's limit of log p, which is one for all contexts, or None."""
+        found: Threshold | None = self.flow.threshold
+        return found
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all parameters of the flow."""
+        return int(self.flow.num_parameters)
+
+    @property
+    def device(self) -> str:
+        """Where the flow runs: "cpu", "cuda:0"."""
+        return str(self.flow.device)
+
+    @property
+    def precision(self) -> str:
+        """How a CUDA device forms the flow's products."""
+        return str(self.flow.precision)
+
+    @property
+    def weights(self) -> str:
+        """How the CPU stores the flow's kernels."""
+        return str(self.flow.weights)
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that calls may use; set it on the flow."""
+        return int(self.flow.num_threads)
 
     @_hints.explained
     def certify(

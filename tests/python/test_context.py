@@ -343,6 +343,23 @@ def test_a_view_keeps_its_flow_and_its_context() -> None:
         view.context[0] = 1
 
 
+def test_a_view_shows_what_its_flow_is_and_sets_none_of_it() -> None:
+    flow = new_flow()
+    flow.column_names = [f"x{i}" for i in range(D)]
+    flow.context_names = [f"c{i}" for i in range(flow.context_size)]
+    flow.fit_threshold(X, context=CONTEXT)
+    flow.num_threads = 2
+    view = flow.condition(CONTEXT[0])
+    assert view.context_size == 0
+    names = ("spec", "column_names", "context_names", "threshold", "num_parameters")
+    for name in (*names, "device", "precision", "weights", "num_threads"):
+        assert getattr(view, name) == getattr(flow, name)
+        with pytest.raises(AttributeError):
+            setattr(view, name, getattr(flow, name))
+    for name in ("fit", "fit_threshold", "set_threshold", "save", "parameters"):
+        assert not hasattr(view, name)
+
+
 def test_views_can_be_copied_and_pickled() -> None:
     view = new_flow().condition(CONTEXT[0])
     for other in (copy.copy(view), copy.deepcopy(view), pickle.loads(pickle.dumps(view))):
