@@ -33,7 +33,7 @@ from nvpflow.layers import (
 
 TRANSFORMS = ("affine", "additive", "spline")
 SCALES = ("tanh", "softsign", "atan", "sigmoid", "softplus", "exp")
-MASKS = ("halves", "checkered", "random")
+MASKS = ("halves", "checkered", "random", "log2")
 MIXINGS = ("reverse", "permutation", "lu")
 NETWORKS = ("mlp", "residual")
 # Options by their names that the command line and the estimators have, too.
@@ -297,7 +297,7 @@ def _steps(input_size: int, options: Options, seed: int) -> Iterator[Layer]:
             order = _order(input_size, options, left, draw)
             left = None if left is None else left[order]
             yield from _mixing(order, options)
-        transformed = _set(input_size, options.mask, left, draw) if given is None else _indices(given[k])
+        transformed = _set(input_size, options.mask, k // 2, left, draw) if given is None else _indices(given[k])
         yield Coupling(transformed, transform, network)
         left = None
         if k % 2 == 0:
@@ -339,10 +339,13 @@ def _mixing(order: NDArray[np.intp], options: Options) -> Iterator[Layer]:
         yield LULinear()
 
 
-def _set(input_size: int, mask: str, left: Places | None, draw: _Draw) -> str | tuple[int, ...]:
+def _set(input_size: int, mask: str, pair: int, left: Places | None, draw: _Draw) -> str | tuple[int, ...]:
     """Return what a coupling transforms: all that is left by the one before, if that was the first of a pair."""
     if input_size == 1:
         return "all"
+    if mask == "log2":  # one bit of the features' numbers after another, so that any two of them part somewhere
+        bit = pair % (input_size - 1).bit_length()
+        return _indices(np.arange(input_size) >> bit & 1 == 1 if left is None else left)
     if mask == "random":
         drawn = draw.shuffled(np.arange(input_size))[input_size // 2 :] if left is None else np.flatnonzero(left)
         return tuple(np.sort(drawn).tolist())

@@ -260,7 +260,7 @@ def _add_architecture(group: Any) -> None:
     _add_option(group, "--tail-bound", type=float, metavar="B", default=3.0, help=tail_help)
     scale_help = "log-scale of a layer; --scale-bound bounds the first four"
     _add_option(group, "--scale", choices=SCALES, default="tanh", help=scale_help)
-    mask_help = "what couplings transform, in turns: halves, odd and even columns, or a random half and the other"
+    mask_help = "what couplings transform, in turns: halves, odd and even columns, random halves, binary digits"
     _add_option(group, "--mask", choices=MASKS, default="halves", help=mask_help)
     mixing_help = (
         "of the columns before each coupling: their reverse order, a random one (permutation), or that and a trained "

@@ -100,9 +100,11 @@ def build(
         `nvpflow.layers.Spline` has further choices.
     mask
         What couplings transform. "halves": in turns the features from ``D // 2`` on, and those before. "checkered": in
-        turns the odd and the even ones. "random": in turns a random half and the other. Or an array of bools [K, D],
-        True where a feature is transformed, as each must be by some coupling where there are two or more. With
-        `mixing`, too, the second of each two couplings transforms what the first has left.
+        turns the odd and the even ones. "random": in turns a random half and the other. "log2": in turns the features
+        whose numbers from 0 have a binary digit 1, and those with 0; the next pair takes the next digit. Any two
+        features condition each other within 2 ceil(log2 D) couplings. Or an array of bools [K, D], True where a feature
+        is transformed, as each must be by some coupling where there are two or more. With `mixing`, too, the second of
+        each two couplings transforms what the first has left.
     mixing
         What mixes the features before each coupling, and at the end. "reverse": their order is turned round.
         "permutation": a random order. "lu": a random order, and a linear layer that is trained (`LULinear`).

@@ -102,6 +102,22 @@ def test_masks() -> None:
         assert [layer.transformed for layer in couplings(of)] == [(0,), (1, 2)]
 
 
+def test_log2_masks_follow_the_binary_digits_of_columns() -> None:
+    found = [layer.transformed for layer in couplings(spec(5, 8, mask="log2"))]
+    digits = [(1, 3), (0, 2, 4), (2, 3), (0, 1, 4), (4,), (0, 1, 2, 3)]
+    assert found == [*digits, *digits[:2]]
+    assert [layer.transformed for layer in couplings(spec(2, 4, mask="log2"))] == [(1,), (0,)] * 2
+
+
+@pytest.mark.parametrize("columns", range(2, 18))
+def test_log2_masks_part_every_two_columns(columns) -> None:
+    """Both ways within 2 ceil(log2 D) couplings: each conditions the other."""
+    count = 2 * int(np.ceil(np.log2(columns)))
+    sets = [set(layer.transformed) for layer in couplings(spec(columns, count, mask="log2"))]
+    for a, b in itertools.permutations(range(columns), 2):
+        assert any(a in members and b not in members for members in sets)
+
+
 @pytest.mark.parametrize("mixing", [None, *MIXINGS])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("columns", [2, 3, 4, 7, 8])
@@ -199,7 +215,7 @@ def test_built_flows_compute() -> None:
     x = np.random.default_rng(0).normal(size=(300, 5)).astype(np.float32)
     options = {
         "transform": ("affine", "additive", "spline"),
-        "mask": ("checkered", "random"),
+        "mask": ("checkered", "random", "log2"),
         "mixing": (None, "permutation"),
     }
     for values in itertools.product(*options.values()):
@@ -244,7 +260,7 @@ def test_built_flows_compute() -> None:
         ({"transform": "spline", "num_bins": 0}, "num_bins is 0, expected 1 to 256"),
         ({"transform": "spline", "tail_bound": -1}, "tail_bound is -1.0, expected finite and > 0"),
         ({"scale": "cosh"}, "scale is 'cosh', expected one of tanh, softsign, atan, sigmoid, softplus, exp"),
-        ({"mask": "half"}, "mask is 'half', expected one of halves, checkered, random"),
+        ({"mask": "half"}, "mask is 'half', expected one of halves, checkered, random, log2"),
         ({"mixing": "none"}, "mixing is 'none', expected one of reverse, permutation, lu or None"),
         ({"network": "resnet"}, "network is 'resnet', expected one of mlp, residual"),
         (
