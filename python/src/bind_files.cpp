@@ -68,9 +68,10 @@ void add_file_methods(py::class_<BoundFlow>& type) {
            plain<&reload>(
                "reload", 1, 1, {"path"},
                "reload($self, path)\n--\n\n"
-               "Replace the weights by those of a model file of the same spec, while other threads may call the flow: "
-               "each\n"
-               "call sees the old or the new ones whole. The threshold is the file's. A file whose column or context "
+               "Replace the weights by those of a model file of the same spec. Other threads may call the flow "
+               "meanwhile:\n"
+               "each call sees the old or the new ones whole. The threshold is the file's. A file whose column or "
+               "context "
                "names\n"
                "differ from the flow's is refused; the flow's stay. On an error (OSError, FileFormatError) nothing has "
                "changed."),

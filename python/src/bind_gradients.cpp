@@ -242,22 +242,22 @@ void add_gradient_methods(py::class_<BoundFlow>& type) {
                "vjp", 1, 3, {"x", "grad_out", "grad_log_det", "direction", "wrt", "out", "context"},
                "vjp($self, x, grad_out=None, grad_log_det=None, *, direction='forward', wrt='all', out=None, "
                "context=None)\n--\n\n"
-               "Vector-Jacobian product of forward (or inverse): from the cotangents of the output [B, D] and of "
-               "log_det\n"
-               "[B] (None: zero) to those of x [B, D], of the flat parameters [num_parameters] and, where a context "
-               "is\n"
-               "given ([B, C] or [C]), of the context in its shape: a tuple of two, or of three.\n\n"
-               "wrt: 'all', or 'x', 'parameters', 'context' or a tuple of these where the others are not wanted "
-               "(None),\n"
-               "which saves up to half of the work; 'both' stands for ('x', 'parameters'). out: a tuple of arrays to "
-               "write to,\n"
-               "in the order of the results."),
+               "Vector-Jacobian product of forward (or inverse), from the cotangents of the output [B, D] and of "
+               "log_det [B]\n"
+               "(None: zero). A tuple of the cotangents of x [B, D] and of the flat parameters [num_parameters]. With "
+               "a "
+               "context,\n"
+               "[B, C] or [C], a third is that of the context, in its shape.\n\n"
+               "wrt: 'all', or 'x', 'parameters', 'context' or a tuple of these. The others are then None, which saves "
+               "up to\n"
+               "half of the work. 'both' stands for ('x', 'parameters'). out: a tuple of arrays to write to, in the "
+               "order of\n"
+               "the results."),
            plain<&log_prob_vjp>(
                "log_prob_vjp", 2, 2, {"x", "grad_log_prob", "wrt", "out", "context"},
                "log_prob_vjp($self, x, grad_log_prob, *, wrt='all', out=None, context=None)\n--\n\n"
-               "Vector-Jacobian product of log_prob: from its cotangent [B] to those of x [B, D], of the flat "
-               "parameters\n"
-               "[num_parameters] and of the context; results, wrt and out as in vjp. With ones, wrt='x' is `score`."),
+               "Vector-Jacobian product of log_prob, from its cotangent [B]. Results, wrt and out are those of `vjp`.\n"
+               "With ones, wrt='x' is `score`."),
            plain<&score>(
                "score", 1, 1, {"x", "out", "context"},
                "score($self, x, *, out=None, context=None)\n--\n\n"

@@ -75,7 +75,8 @@ void refuse_masked(PyObject* array, const char* name) {
   if (PyArray_CheckExact(array) || PyObject_HasAttrString(array, "mask") == 0) return;
   const auto mask = py::reinterpret_borrow<py::object>(array).attr("mask");
   if (py::module_::import("numpy").attr("any")(mask).cast<bool>()) {
-    raise(PyExc_ValueError, std::string(name) + " is a masked array with masked values, expected none; fill or remove them");
+    raise(PyExc_ValueError,
+          std::string(name) + " is a masked array with masked values, expected none; fill or remove them");
   }
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib.util
+import inspect
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import documents
 import numpy as np
+import nvpflow
 import pytest
 
 DOCS = documents.ROOT / "python" / "docs"
@@ -177,6 +179,22 @@ def test_examples_of_docstrings_run(name):
     failed, run = doctest.testmod(module)
     assert failed == 0
     assert run > 0 or name in ("nvpflow.plot", "nvpflow.report")
+
+
+def test_sentences_of_the_compiled_docstrings_are_short():
+    """Those that tests/tools/prose.py cannot read in the sources."""
+    place = importlib.util.spec_from_file_location("prose", documents.ROOT / "tests" / "tools" / "prose.py")
+    prose = importlib.util.module_from_spec(place)
+    place.loader.exec_module(prose)
+    found, read = [], 0
+    for kind in (nvpflow.Flow, nvpflow.ConditionedFlow, nvpflow.FlowSpec, nvpflow.cuda.DeviceArray):
+        for name in (name for name in dir(kind) if not name.startswith("_")):
+            text = inspect.cleandoc(inspect.getattr_static(kind, name).__doc__ or "")
+            read += 1
+            for line, block in prose.blocks(list(enumerate(text.splitlines(), 1))):
+                found += prose.too_long(f"{kind.__name__}.{name}:{line}", block)
+    assert found == []
+    assert read > 50
 
 
 def test_pictures_are_few_and_small():
