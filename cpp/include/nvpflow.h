@@ -26,8 +26,8 @@
  * Real time. nvpflow_prepare(flow, max_rows) prepares a thread for calls with at most max_rows rows. If they succeed,
  * they neither allocate, nor lock, nor make a system call, nor use another thread. A call that fails also formats its
  * message, which allocates. The work does not depend on the values. It is one multiply-add per row and weight
- * (nvpflow_num_parameters() bounds the weights) and one activation per row and hidden unit. A tanh and an exp per row
- * and transformed feature come to that. Every weight is read once per tile of rows. One context for all rows counts as
+ * (nvpflow_num_parameters() bounds the weights) and one activation per row and hidden unit. There are a tanh and an exp
+ * per row and transformed feature, too. Every weight is read once per tile of rows. One context for all rows counts as
  * one row more, that of a conditioned flow as nothing.
  */
 #ifndef NVPFLOW_H

@@ -62,7 +62,7 @@ class AdamState:
 
 
 def check_state(name: str, state: Any) -> None:
-    """Refuse what is no state to go on from: anybody may set its attributes. Sizes are checked with the flow's."""
+    """Refuse attributes that no training leaves: anybody may set them. Sizes are checked with the flow's."""
     if not isinstance(state, AdamState):
         raise TypeError(f"{name} is {_checks.describe(state)}, expected an nvpflow.AdamState or None")
     for part in ("steps", "epochs"):

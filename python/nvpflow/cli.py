@@ -160,7 +160,7 @@ def _as_options(text: str, arguments: argparse.Namespace) -> str:
 
 
 def _with_negative_lists(argv: Sequence[str]) -> list[str]:
-    """Write ``--context -20,3`` as ``--context=-20,3``: of what begins with "-" argparse takes single numbers only."""
+    """Write ``--context -20,3`` as ``--context=-20,3``: argparse takes a list that begins with "-" for an option."""
     joined: list[str] = []
     for argument in argv:
         if joined and joined[-1] == "--context" and re.match(r"-[\d.]", argument):
@@ -1056,7 +1056,7 @@ def _identified(path: str) -> str:
 
 def _run_export(arguments: argparse.Namespace) -> None:
     if not arguments.output.endswith(".onnx"):
-        raise data_io.DataError(f"-o: {arguments.output} is no name of an ONNX file, expected one that ends in .onnx")
+        raise data_io.DataError(f"-o: {arguments.output} does not end in .onnx, expected the name of an ONNX file")
     _output.check_distinct(arguments.output, {"MODEL": arguments.model})
     _output.check_target(arguments.output, force=arguments.force)
     flow = nvpflow.load(arguments.model)
@@ -1095,7 +1095,7 @@ def _read_state_dict(path: str) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # of the many that damaged files give
-        raise data_io.DataError(f"{_shown(path)}: not read as tensors alone ({type(error).__name__}), {way}") from error
+        raise data_io.DataError(f"{_shown(path)}: not read as tensors only ({type(error).__name__}), {way}") from error
     if not isinstance(found, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in found.items()
     ):

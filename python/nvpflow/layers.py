@@ -1,7 +1,7 @@
 """The layers that flows are made of, and the distributions of their latents.
 
 `FlowSpec.layers` holds them in order, the one first applied to data first. `FlowSpec.from_layers` and `nvpflow.build`
-take them. `Normal` and `Uniform` are what latents can be: `FlowSpec.base`. All are immutable, compare by value, and
+take them. `Normal` and `Uniform` are the bases: `FlowSpec.base`. All are immutable, compare by value, and
 print as the call that makes them.
 
 >>> import nvpflow

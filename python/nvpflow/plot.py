@@ -152,7 +152,7 @@ def _real(name: str, values: ArrayLike) -> Array:
 
 
 def _titles(table: Any) -> list[str] | None:
-    """Return the names of a frame's columns; None of what is none."""
+    """Return the names of a frame's columns; None if it is not a frame."""
     titles = getattr(table, "column_names", None)  # of pyarrow, whose columns are the data
     titles = getattr(table, "columns", None) if titles is None else titles
     return None if titles is None else [str(title) for title in titles]

@@ -257,7 +257,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
 
         Adam's state is kept from one call to the next. A stream of rows so trains one flow, at the constant step size
         `learning_rate`. Of the parameters of training `epochs`, `schedule`, `averaging`, `validation_fraction` and
-        `patience` are for `fit` alone.
+        `patience` are for `fit` only.
 
         Parameters
         ----------

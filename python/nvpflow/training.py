@@ -249,7 +249,7 @@ def _read_context(flow: Model, context: ArrayLike | None) -> tuple[Any, list[str
 
 
 def _warn_of_normal_columns(flow: Model, names: Sequence[str] | None, set_aside: _Split) -> None:
-    """Warn where the flow takes for normal what is not: p(x | c) whole, or columns that no coupling transforms."""
+    """Warn where the flow takes p(x | c), or columns that no coupling transforms, for normal and they are not."""
     spec = flow.spec
     if spec.base != NORMAL:
         return

@@ -1014,15 +1014,15 @@ def test_the_command_imports_state_dicts(tmp_path, monkeypatch, capsys):
     assert wrong.startswith("nvpflow: error: activation is 'cosine', expected one of relu, ")
 
     torch.save(model, tmp_path / "whole.pt")  # code, which is not run
-    assert "whole.pt: not read as tensors alone" in run("whole.pt", "-o", "a", *options, fails=1)
+    assert "whole.pt: not read as tensors only" in run("whole.pt", "-o", "a", *options, fails=1)
     (tmp_path / "broken.pt").write_bytes(b"PK\x03\x04" + bytes(99))
-    assert "broken.pt: not read as tensors alone" in run("broken.pt", "-o", "a", *options, fails=1)
+    assert "broken.pt: not read as tensors only" in run("broken.pt", "-o", "a", *options, fails=1)
     torch.save({"epoch": 3, "model": model.state_dict()}, tmp_path / "checkpoint.pt")
     assert "a dict of epoch, model, expected a state dict" in run("checkpoint.pt", "-o", "a", *options, fails=1)
     torch.save({3: torch.zeros(2)}, tmp_path / "numbers.pt")
     assert "a dict of 3, expected a state dict" in run("numbers.pt", "-o", "a", *options, fails=1)
     (tmp_path / "other.pt").write_bytes(pickle.dumps({"a": print}, protocol=4))  # of which PyTorch warns
-    assert "other.pt: not read as tensors alone" in run("other.pt", "-o", "a", *options, fails=1)
+    assert "other.pt: not read as tensors only" in run("other.pt", "-o", "a", *options, fails=1)
     assert "none.pt: No such file or directory" in run("none.pt", "-o", "a", *options, fails=1)
     assert "it cannot go to stdout" in run("model.pt", "-o", "-", *options, fails=1)
     assert "is STATE too" in run("model.pt", "-o", "model.pt", *options, "--force", fails=1)

@@ -74,9 +74,9 @@ NVPFLOW_API Statistics parse_statistics(std::string_view name);
 /// used on.
 ///
 /// The work of forward, inverse, log_prob, the samples and nll does not depend on the values. It is one multiply-add
-/// per row and weight (num_parameters() bounds the weights) and one activation per row and hidden unit. A tanh and an
-/// exp per row and transformed feature come to that. Each weight is read once per tile of rows. Gradients take three
-/// times as much. Memory: the scratch of one tile per thread, which is allocated by its first call and stays. See
+/// per row and weight (num_parameters() bounds the weights) and one activation per row and hidden unit. There are a
+/// tanh and an exp per row and transformed feature, too. Each weight is read once per tile of rows. Gradients take
+/// three times as much. Memory: the scratch of one tile per thread, which is allocated by its first call and stays. See
 /// prepare() for real-time use.
 class NVPFLOW_API Flow {
  public:

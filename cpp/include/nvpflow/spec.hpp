@@ -36,7 +36,7 @@ struct NVPFLOW_API FlowSpec {
   /// The context is standardized by a mean and log_std per number, set from the data, before all layers.
   bool standardize_context = false;
   DType dtype = DType::float32;   ///< of parameters and arrays
-  Base base;                      ///< what latents are
+  Base base;                      ///< the distribution of the latents
   std::vector<LayerSpec> layers;  ///< first applied to data first
 
   /// Every field is equal.
