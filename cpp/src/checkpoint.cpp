@@ -1,9 +1,11 @@
 #include "checkpoint.hpp"
 
+#include <array>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <limits>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -15,15 +17,13 @@
 #include <nvpflow/spec_json.hpp>
 #include <nvpflow/train.hpp>
 
-#include "io/metadata_json.hpp"
-#include "io/safetensors.hpp"
+#include "checkpoint_file.hpp"
 
 namespace nvpflow {
 namespace {
 
 using nlohmann::json;
 
-constexpr const char* kTrainingKey = "nvpflow.training";
 constexpr std::int64_t kRecordFields = [] {
   std::int64_t count = 0;
   EpochRecord::fields([&](const char*, auto) { ++count; });
@@ -60,47 +60,7 @@ json describe(const CheckpointKey& key) {
   return text;
 }
 
-[[noreturn]] void damaged(const std::string& path, const std::string& what) {
-  throw Error(ErrorCode::file_format, "checkpoint " + path + ": " + what);
-}
-
-const FileTensor& find(const std::string& path, const TensorFile& file, const char* name, DType dtype,
-                       std::int64_t size) {
-  for (const FileTensor& t : file.tensors) {
-    if (t.name != name) continue;
-    std::int64_t count = 1;
-    for (const std::int64_t n : t.shape) count *= n;
-    if (t.dtype != dtype || (size >= 0 && count != size)) {
-      damaged(path, "tensor " + t.name + " holds " + std::to_string(count) + " " + std::string(name_of(t.dtype)) +
-                        ", expected " + std::to_string(size) + " " + std::string(name_of(dtype)));
-    }
-    return t;
-  }
-  damaged(path, std::string("tensor ") + name + " is missing");
-}
-
-json training_of(const std::string& path, const TensorFile& file) {
-  const auto text = file.metadata.find(kTrainingKey);
-  if (text == file.metadata.end()) damaged(path, "not a checkpoint: it has no " + std::string(kTrainingKey));
-  json training;
-  try {
-    training = io::parse_metadata_json(text->second);
-  } catch (const Error& error) {
-    damaged(path, std::string(kTrainingKey) + ": " + error.what());
-  }
-  const bool good = training.is_object() && training.contains("key") && training["key"].is_object() &&
-                    training.contains("adam_steps") && training["adam_steps"].is_number_integer() &&
-                    training.contains("best_epoch") && training["best_epoch"].is_number_integer();
-  if (!good) damaged(path, std::string(kTrainingKey) + " is not the JSON object that this version writes");
-  return training;
-}
-
-/// A value for a message: ASCII, one line, not endless.
-std::string shown(const json& value) {
-  constexpr std::size_t kLongest = 400;
-  const std::string text = value.dump(-1, ' ', /*ensure_ascii=*/true);
-  return text.size() > kLongest ? text.substr(0, kLongest) + ".." : text;
-}
+[[noreturn]] void damaged(const std::string& path, const std::string& what) { checkpoint_damaged(path, what); }
 
 std::string text_of(double value) {
   std::ostringstream text;
@@ -108,36 +68,21 @@ std::string text_of(double value) {
   return text.str();
 }
 
-void check_key(const std::string& path, const json& came, const json& expected) {
-  const auto check = [&](const std::string& name, const json& value) {
-    const json other = came.contains(name) ? came[name] : json();
-    if (other == value) return;
-    throw Error(ErrorCode::invalid_argument, "checkpoint " + path + " belongs to another run: its " + name + " is " +
-                                                 shown(other) + ", this run's is " + shown(value) +
-                                                 "; give another file, or delete this one to start over");
-  };
-  // Model and rows first: the defaults of batch_size and weight_decay follow from them.
-  for (const char* name : {"flow", "x", "validation rows"}) check(name, expected.at(name));
-  for (const auto& [name, value] : expected.items()) check(name, value);
-}
-
 template <class N>
 void assign(N& to, double value) {
   to = static_cast<N>(value);
 }
 
-std::vector<EpochRecord> records_of(const std::string& path, const TensorFile& file) {
-  const FileTensor& tensor = find(path, file, "history", DType::float64, -1);
-  if (tensor.shape.size() != 2 || tensor.shape[1] != kRecordFields) damaged(path, "tensor history has another shape");
+std::vector<EpochRecord> records_of(const std::string& path, const std::vector<double>& values) {
   std::vector<EpochRecord> records;
-  for (std::int64_t i = 0; i < tensor.shape[0]; ++i) {
-    double r[kRecordFields];
-    std::memcpy(r, static_cast<const unsigned char*>(tensor.data) + static_cast<std::size_t>(i) * sizeof r, sizeof r);
-    if (r[0] != static_cast<double>(i + 1)) damaged(path, "the epochs of its history do not count from 1");
+  for (std::size_t at = 0; at < values.size(); at += static_cast<std::size_t>(kRecordFields)) {
+    const double* value = values.data() + at;
     EpochRecord record;
-    const double* value = r;
     EpochRecord::fields([&](const char*, auto member) { assign(record.*member, *value++); });
     records.push_back(record);
+    if (record.epoch != static_cast<std::int64_t>(records.size())) {
+      damaged(path, "the epochs of its history do not count from 1");
+    }
   }
   return records;
 }
@@ -170,12 +115,13 @@ void check_records(const std::string& path, const std::vector<EpochRecord>& reco
 
 /// The counters and the best loss are those that training leaves after these epochs.
 void check_progress(const std::string& path, const std::vector<EpochRecord>& records, const CheckpointKey& key,
-                    bool validated, std::int64_t best_epoch, double best_loss, const json& adam_steps) {
+                    bool validated, const CheckpointState& state) {
+  const auto& [adam_steps, best_epoch, best_loss, values] = state;
   const auto last = static_cast<std::int64_t>(records.size());
   std::int64_t steps = 0;
-  if (__builtin_mul_overflow(last, key.steps_per_epoch, &steps) || adam_steps != json(steps)) {
-    damaged(path, "its adam_steps is " + shown(adam_steps) + ", expected " + std::to_string(last) + " epochs of " +
-                      std::to_string(key.steps_per_epoch) + " steps");
+  if (__builtin_mul_overflow(last, key.steps_per_epoch, &steps) || adam_steps != steps) {
+    damaged(path, "its adam_steps is " + std::to_string(adam_steps) + ", expected " + std::to_string(last) +
+                      " epochs of " + std::to_string(key.steps_per_epoch) + " steps");
   }
   if (best_epoch < 0 || best_epoch > last) {
     damaged(path, "its best_epoch is " + std::to_string(best_epoch) + ", expected 0 to " + std::to_string(last));
@@ -191,40 +137,6 @@ void check_progress(const std::string& path, const std::vector<EpochRecord>& rec
   }
 }
 
-/// Whether all elements are finite, and none is below `least`.
-template <class T>
-bool all_within(const FileTensor& tensor, std::int64_t count, double least) {
-  for (std::int64_t i = 0; i < count; ++i) {
-    T value;
-    std::memcpy(&value, static_cast<const unsigned char*>(tensor.data) + static_cast<std::size_t>(i) * sizeof(T),
-                sizeof(T));
-    if (!std::isfinite(value) || static_cast<double>(value) < least) return false;
-  }
-  return true;
-}
-
-/// The arrays by the names of their tensors.
-std::vector<std::pair<const char*, void*>> named(const CheckpointArrays& arrays) {
-  std::vector<std::pair<const char*, void*>> all = {{"parameters", arrays.parameters},
-                                                    {"best_parameters", arrays.best},
-                                                    {"first_moment", arrays.first_moment},
-                                                    {"second_moment", arrays.second_moment}};
-  if (arrays.average != nullptr) all.emplace_back("average", arrays.average);
-  return all;
-}
-
-/// The named array; second moments, which are means of squares, are 0 or more.
-const FileTensor& checked_array(const std::string& path, const TensorFile& file, const char* name, DType dtype,
-                                std::int64_t count) {
-  const FileTensor& tensor = find(path, file, name, dtype, count);
-  const bool squares = tensor.name == "second_moment";
-  const double least = squares ? 0 : std::numeric_limits<double>::lowest();
-  const bool good =
-      dtype == DType::float32 ? all_within<float>(tensor, count, least) : all_within<double>(tensor, count, least);
-  if (good) return tensor;
-  damaged(path, "tensor " + tensor.name + " holds NaN" + (squares ? ", negative" : "") + " or infinite values");
-}
-
 }  // namespace
 
 void save_checkpoint(const std::string& path, const CheckpointKey& key, const History& history, std::int64_t adam_steps,
@@ -233,42 +145,26 @@ void save_checkpoint(const std::string& path, const CheckpointKey& key, const Hi
   for (const EpochRecord& r : history.epochs) {
     EpochRecord::fields([&](const char*, auto member) { records.push_back(static_cast<double>(r.*member)); });
   }
-  const json training = {{"key", describe(key)}, {"adam_steps", adam_steps}, {"best_epoch", history.best_epoch}};
-  const DType dtype = key.spec.dtype;
-  const std::vector<std::int64_t> flat = {arrays.count};
-  const auto epochs = static_cast<std::int64_t>(history.epochs.size());
-  std::vector<FileTensor> tensors = {{"history", DType::float64, {epochs, kRecordFields}, records.data()},
-                                     {"best_loss", DType::float64, {1}, &history.best_loss}};
-  for (const auto& [name, values] : named(arrays)) tensors.push_back({name, dtype, flat, values});
-  write_tensor_file(path, {{kTrainingKey, training.dump()}}, tensors);
+  const CheckpointState state = {adam_steps, history.best_epoch, history.best_loss, std::move(records)};
+  write_checkpoint(path, describe(key), key.spec.dtype, state, kRecordFields, arrays);
 }
 
 void load_checkpoint(const std::string& path, const CheckpointKey& key, History& history, std::int64_t& adam_steps,
                      const CheckpointArrays& arrays) {
-  const TensorFile file = read_tensor_file(path);
-  const json training = training_of(path, file);
-  check_key(path, training["key"], describe(key));
-
-  const std::vector<EpochRecord> epochs = records_of(path, file);
-  double best_loss = 0;
-  std::memcpy(&best_loss, find(path, file, "best_loss", DType::float64, 1).data, sizeof best_loss);
-  const std::int64_t best_epoch = training["best_epoch"];
+  // Model and rows first: the defaults of batch_size and weight_decay follow from them.
+  static constexpr std::array<const char*, 3> kFirst = {"flow", "x", "validation rows"};
+  const ReadCheckpoint read = read_checkpoint(path, describe(key), kFirst, key.spec.dtype, kRecordFields);
+  const std::vector<EpochRecord> epochs = records_of(path, read.state.records);
   const bool validated = key.validation_rows > 0 || key.options.validation_fraction > 0;
   check_records(path, epochs, key.options, validated);
-  check_progress(path, epochs, key, validated, best_epoch, best_loss, training["adam_steps"]);
+  check_progress(path, epochs, key, validated, read.state);
 
   // Everything is checked before anything of the run is touched.
-  const DType dtype = key.spec.dtype;
-  const auto targets = named(arrays);
-  for (const auto& [name, target] : targets) checked_array(path, file, name, dtype, arrays.count);
-  for (const auto& [name, target] : targets) {
-    const FileTensor& tensor = find(path, file, name, dtype, arrays.count);
-    std::memcpy(target, tensor.data, static_cast<std::size_t>(arrays.count * size_of(dtype)));
-  }
+  read.take(arrays);
   history.epochs = epochs;
-  history.best_loss = best_loss;
-  history.best_epoch = best_epoch;
-  adam_steps = training["adam_steps"];
+  history.best_loss = read.state.best_loss;
+  history.best_epoch = read.state.best;
+  adam_steps = read.state.adam_steps;
 
   const auto done = static_cast<std::int64_t>(history.epochs.size());
   const FitOptions& options = key.options;

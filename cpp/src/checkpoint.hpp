@@ -1,4 +1,4 @@
-// Checkpoints of a training run: the container of io/safetensors.hpp, with the optimizer's state and the history.
+// Checkpoints of fit(): a checkpoint_file.hpp with its options and its history.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +7,8 @@
 #include <vector>
 
 #include <nvpflow/train.hpp>
+
+#include "checkpoint_file.hpp"
 
 namespace nvpflow {
 
@@ -19,16 +21,6 @@ struct CheckpointKey {
   std::int64_t rows = 0;
   std::int64_t validation_rows = 0;
   std::int64_t steps_per_epoch = 1;
-};
-
-/// Flat arrays of `count` elements of the spec's dtype, read or written in place.
-struct CheckpointArrays {
-  void* parameters;
-  void* best;
-  void* first_moment;
-  void* second_moment;
-  void* average;  // null where FitOptions::averaging is 0
-  std::int64_t count;
 };
 
 void save_checkpoint(const std::string& path, const CheckpointKey& key, const History& history, std::int64_t adam_steps,

@@ -2,24 +2,17 @@
 
 #include <nvpflow/train.hpp>
 
-#include <sys/stat.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <chrono>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <memory>
-#include <numbers>
 #include <optional>
 #include <span>
-#include <sstream>
 #include <string>
 #include <string_view>
-#include <system_error>
 #include <type_traits>
 #include <utility>
 #include <variant>
@@ -31,12 +24,14 @@
 
 #include "backend.hpp"
 #include "checkpoint.hpp"
+#include "checkpoint_file.hpp"
 #include "fit_rows.hpp"
 #include "fit_start.hpp"
 #include "float_mode.hpp"
 #include "flow_access.hpp"
 #include "layer_start.hpp"
 #include "layers/layer.hpp"
+#include "option_checks.hpp"
 #include "parallel.hpp"
 #include "row_order.hpp"
 #include "rows_outside.hpp"
@@ -47,20 +42,10 @@
 namespace nvpflow {
 namespace {
 
+using options::short_text;
 using Clock = std::chrono::steady_clock;
 
 [[noreturn]] void fail(const std::string& message) { throw Error(ErrorCode::invalid_argument, message); }
-
-void require(bool good, const char* field, const std::string& value, const char* expected) {
-  if (!good) fail(std::string(field) + " is " + value + ", expected " + expected);
-}
-
-std::string short_text(double value) {
-  std::ostringstream text;
-  text.precision(3);
-  text << value;
-  return text.str();
-}
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
@@ -73,25 +58,6 @@ constexpr double kSliceFlops = 16e9;
 double decay_of(std::int64_t columns, std::int64_t rows) {
   const double share = 225.0 * static_cast<double>(columns) / static_cast<double>(std::max<std::int64_t>(1, rows));
   return std::min(1.0, share * share);
-}
-
-/// FNV-1a over 64-bit words: tells data sets apart, nothing more. Calls poll() often enough for a person.
-template <class Poll>
-std::uint64_t fingerprint(const void* data, std::size_t bytes, Poll poll) {
-  constexpr std::size_t kPollBytes = std::size_t{1} << 24;
-  std::uint64_t hash = 0xCBF29CE484222325ull;
-  const auto* p = static_cast<const unsigned char*>(data);
-  while (bytes >= 8) {
-    poll();
-    for (std::size_t words = std::min(bytes, kPollBytes) / 8; words > 0; --words, bytes -= 8, p += 8) {
-      std::uint64_t word = 0;
-      std::memcpy(&word, p, 8);
-      hash = (hash ^ word) * 0x100000001B3ull;
-      hash ^= hash >> 29;
-    }
-  }
-  for (; bytes > 0; --bytes, ++p) hash = (hash ^ *p) * 0x100000001B3ull;
-  return hash;
 }
 
 /// Thrown through the preparation of a fit when the observer asks to stop.
@@ -150,7 +116,7 @@ class Trainer {
 
  private:
   void prepare() {
-    check_folder();
+    check_checkpoint_folder(options_.checkpoint);
     check_finite("x", given_x_, features_, [this] { poll(); });
     check_finite("validation", given_validation_, features_, [this] { poll(); });
     if (context_size() > 0) {
@@ -257,21 +223,6 @@ class Trainer {
 
   void poll() {
     if (!observer_.on_progress(0, 0, steps_)) throw Stopped();
-  }
-
-  /// Found out now rather than after the first epoch.
-  void check_folder() const {
-    const auto slash = options_.checkpoint.find_last_of('/');
-    if (slash == std::string::npos) return;
-    const std::string folder = options_.checkpoint.substr(0, slash + 1);
-    struct stat status;
-    if (::stat(folder.c_str(), &status) != 0) {
-      const int error = errno;
-      throw Error(ErrorCode::io,
-                  "checkpoint " + options_.checkpoint +
-                      ": its folder cannot be used: " + std::generic_category().message(error),
-                  error);
-    }
   }
 
   // ---- data ------------------------------------------------------------------------------------------------------
@@ -505,7 +456,7 @@ class Trainer {
     if (options_.schedule == Schedule::constant) return options_.learning_rate;
     const double progress =
         static_cast<double>(step) / (static_cast<double>(options_.epochs) * static_cast<double>(steps_));
-    return options_.learning_rate * 0.5 * (1 + std::cos(std::numbers::pi * progress));
+    return cosine(options_.learning_rate, progress);
   }
 
   void epoch() {
@@ -713,16 +664,7 @@ class Trainer {
   void resume() {
     if (options_.checkpoint.empty()) return;
     key_ = key();
-    struct stat status;
-    if (::stat(options_.checkpoint.c_str(), &status) != 0) {
-      const int error = errno;
-      if (error == ENOENT) return;  // none yet
-      // Starting over would replace a checkpoint that only could not be seen.
-      throw Error(
-          ErrorCode::io,
-          "checkpoint " + options_.checkpoint + ": cannot be examined: " + std::generic_category().message(error),
-          error);
-    }
+    if (!checkpoint_exists(options_.checkpoint)) return;
     const std::vector<T> before = best_;
     load_checkpoint(options_.checkpoint, *key_, history_, adam_steps_, arrays());
     if (standardized_.on && !std::equal(before.begin(), before.begin() + 2 * features_, best_.begin())) {
@@ -768,29 +710,7 @@ class Trainer {
 
 }  // namespace
 
-namespace {
-
-void check(const char* name, double value, const OptionRange* range) {
-  require(range->holds(value), name, short_text(value), range->expected);
-}
-void check(const char* name, std::int64_t value, const OptionRange* range) {
-  require(range->holds(static_cast<double>(value)), name, std::to_string(value), range->expected);
-}
-void check(const char* name, int value, const OptionRange* range) { check(name, std::int64_t{value}, range); }
-void check(const char* name, const std::optional<double>& value, const OptionRange* range) {
-  if (value.has_value()) check(name, *value, range);
-}
-void check(const char*, Schedule schedule, const OptionRange*) { (void)name_of(schedule); }        // throws
-void check(const char*, Statistics statistics, const OptionRange*) { (void)name_of(statistics); }  // throws
-void check(const char*, std::uint64_t, const OptionRange*) {}
-void check(const char*, bool, const OptionRange*) {}
-void check(const char*, const std::string&, const OptionRange*) {}
-
-}  // namespace
-
-void FitOptions::validate() const {
-  fields([this](const char* name, auto member, const OptionRange* range) { check(name, this->*member, range); });
-}
+void FitOptions::validate() const { options::check_all(*this); }
 
 std::string_view name_of(Schedule schedule) {
   switch (schedule) {

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <numbers>
 
 #include "adam.hpp"
 #include "row_order.hpp"
@@ -30,6 +31,9 @@ inline AdamCoefficients coefficients(const AdamStep& step) {
           1 / std::sqrt(1 - std::pow(step.beta2, t)),
           step.learning_rate * step.weight_decay};
 }
+
+/// Half a cosine from `rate` at progress 0 to 0 at 1.
+inline double cosine(double rate, double progress) { return rate * 0.5 * (1 + std::cos(std::numbers::pi * progress)); }
 
 /// Rows of a training run, in the host's memory; they outlive it.
 struct TrainingData {

@@ -40,8 +40,10 @@ from nvpflow._spec import FlowSpec
 from nvpflow.adam import AdamState
 from nvpflow.certificate import Certificate
 from nvpflow.conditioned import ConditionedFlow
+from nvpflow.density_history import DensityHistory
 from nvpflow.flow import Flow, Threshold, build, load
 from nvpflow.history import History
+from nvpflow.importance_sampling import Importance, ModeCheck, check_modes, importance
 
 __all__ = [
     "AdamState",
@@ -50,22 +52,27 @@ __all__ = [
     "CudaError",
     "DataReport",
     "DataWarning",
+    "DensityHistory",
     "FileFormatError",
     "Finding",
     "Flow",
     "FlowSpec",
     "History",
+    "Importance",
+    "ModeCheck",
     "Threshold",
     "TrainingError",
     "__version__",
     "blame",
     "build",
     "check_data",
+    "check_modes",
     "cpu_isa",
     "cuda",
     "functional",
     "get_cmake_dir",
     "get_include",
+    "importance",
     "layers",
     "load",
 ]

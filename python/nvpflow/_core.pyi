@@ -136,6 +136,21 @@ class FitSummary(TypedDict):
     standardized: list[str]
     rows_left_out: int
 
+class DensityRecord(TypedDict):
+    step: int
+    loss: float
+    validation_loss: float
+    ess: float
+    learning_rate: float
+    gradient_norm: float
+    seconds: float
+
+class DensitySummary(TypedDict):
+    reports: list[DensityRecord]
+    best_step: int
+    best_loss: float
+    stop_reason: Literal["steps", "patience", "callback", "interrupted"]
+
 class Flow:
     def __init__(
         self,
@@ -273,6 +288,14 @@ class Flow:
         validation_context: Array | None = None,
         adam: AdamState | None = None,
     ) -> FitSummary: ...
+    def _fit_density(
+        self,
+        log_density: Callable[[Array, Array | None, bool], tuple[Array, Array | None]],
+        options: dict[str, Any],
+        on_progress: Callable[[int, int], bool | None] | None,
+        on_report: Callable[[DensityRecord], bool | None] | None,
+        context: Array | None = None,
+    ) -> DensitySummary: ...
 
 class ConditionedFlow:
     """See `nvpflow.ConditionedFlow`."""

@@ -111,15 +111,28 @@ OPTIONS = (
 FLAGS = {option.name: option.flag for option in OPTIONS if option.flag is not None}
 
 
-def among(values: Mapping[str, Any]) -> dict[str, Any]:
+_SHARED = ("learning_rate", "schedule", "clip_norm", "averaging", "patience", "seed", "num_threads", "checkpoint")
+DENSITY_OPTIONS = (
+    *(option for option in OPTIONS if option.name in _SHARED),
+    Option("steps", _checks.integer),
+    Option("batch_size", _checks.integer),
+    Option("estimator", _checks.text),
+    Option("weight_decay", _checks.real, 0.0),
+    Option("report_every", _checks.integer),
+    Option("validation", _checks.integer),
+)
+"""Those of `Flow.fit_density`."""
+
+
+def among(values: Mapping[str, Any], known: tuple[Option, ...] = OPTIONS) -> dict[str, Any]:
     """Return the options of training among a caller's values."""
-    return {option.name: values[option.name] for option in OPTIONS if option.name in values}
+    return {option.name: values[option.name] for option in known if option.name in values}
 
 
-def checked(options: Mapping[str, Any]) -> dict[str, Any]:
+def checked(options: Mapping[str, Any], known: tuple[Option, ...] = OPTIONS) -> dict[str, Any]:
     """Return all options as the extension takes them, of the right types."""
     values: dict[str, Any] = {}
-    for name, check, none, _ in OPTIONS:
+    for name, check, none, _ in known:
         value = options[name]
         if value is not None or none is _REFUSED:
             values[name] = check(name, value)

@@ -16,6 +16,7 @@ from nvpflow import (
     _checks,
     _context,
     _core,
+    _fit_density,
     _frames,
     _hints,
     _html,
@@ -31,8 +32,10 @@ from nvpflow._model import Model, _restore, _where
 from nvpflow._model import Threshold as Threshold
 from nvpflow._model import _piece as _piece  # by the name in pickles
 from nvpflow._model import _unpickle as _unpickle
+from nvpflow._target import LogDensity
 from nvpflow.adam import AdamState
 from nvpflow.conditioned import ConditionedFlow
+from nvpflow.density_history import DensityHistory
 from nvpflow.layers import Layer
 
 
@@ -606,6 +609,128 @@ class Flow(Model):
             progress=progress,
             callback=callback,
             adam=adam,
+        )
+
+    @_hints.explained
+    def fit_density(
+        self,
+        log_density: LogDensity,
+        steps: int = 1000,
+        batch_size: int = 1024,
+        learning_rate: float = 1e-3,
+        *,
+        context: ArrayLike | None = None,
+        estimator: Literal["reparameterized", "path"] = "reparameterized",
+        schedule: Literal["cosine", "constant"] = "cosine",
+        weight_decay: float | None = None,
+        clip_norm: float | None = 5.0,
+        averaging: float | None = 0.8,
+        report_every: int = 50,
+        validation: int = 2048,
+        patience: int | None = None,
+        seed: int = 0,
+        progress: bool | None = None,
+        callback: Callable[[_core.DensityRecord], object] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        num_threads: int | None = None,
+    ) -> DensityHistory:
+        """Train on a log-density in place of rows: variational inference, by reverse Kullback-Leibler and Adam.
+
+        Each step draws rows x from the flow, asks for log p(x) and its gradient, and lowers the mean of
+        ``log q(x) - log p(x)``, q the flow's density. That is KL(q | p) less the logarithm of p's integral, which need
+        not be known. The flow ends with the weights of the report whose validation loss is the lowest. The same target,
+        options and seed give the same weights, bit for bit, for any number of threads. The `threshold` is removed.
+
+        What `fit` sets from rows stays as it is: a standardize layer and actnorm layers. Where the target is far from 0
+        or of another scale than 1, set them with `initialize_from`. Rows that are roughly where it is will do, such as
+        draws of a prior. Of the base only latents are used: its parameters, if it has some, stay.
+
+        Reverse KL forgives what q leaves out, and may leave out whole modes of p: `nvpflow.check_modes` looks for them.
+        `nvpflow.importance` weights the flow's rows, estimates the evidence and its error.
+
+        Parameters
+        ----------
+        log_density
+            A function of rows x [B, D], an array of NumPy of the flow's dtype. It returns a tuple: log p [B] in nats,
+            up to a constant, and its gradient by x [B, D], all finite. Of a flow with a context it takes x and the
+            rows' contexts [B, C]. `nvpflow.torch.density` and `nvpflow.jax.density` make it of a
+            function of these libraries, and with it the gradient. It runs on this thread, and may raise what it likes.
+        steps
+            Updates.
+        batch_size
+            Rows that are drawn for each.
+        learning_rate
+            Adam's step size at the start.
+        context
+            Of a flow with a context: [C], one for all rows; or [M, C], which rows take in turns. They come in a new
+            order each time that all were taken, and the flow learns p(x | c) for all of them. Where the flow
+            standardizes its context and has not yet, several contexts set that.
+        estimator
+            "reparameterized": the gradient of the loss through x and through log q. "path": through x alone (Roeder, Wu
+            and Duvenaud, 2017). It has the same mean, and no noise where the flow is the target. A step takes almost
+            twice as long, without the target's share.
+        schedule
+            "cosine" lets the step size fall to zero along half a cosine over all steps; "constant" keeps it.
+        weight_decay
+            Decoupled weight decay on kernels (AdamW). None or 0: none.
+        clip_norm
+            Scale a gradient down to this Euclidean norm where it is longer. None or 0: never.
+        averaging
+            In [0, 1): the weights after each report also enter a moving average, of which each report keeps this share.
+            A report counts by the better of the two. None or 0: none.
+        report_every
+            Steps from one report to the next.
+        validation
+            Rows of the seed's sample, always the same ones, by which reports are compared. They cost as many calls of
+            `log_density` for each report, twice with `averaging`.
+        patience
+            Stop after this many reports without a better validation loss. None or 0: never.
+        seed
+            Of the rows: step s takes rows ``(s - 1) batch_size`` on of the sample that it names; and of the order of
+            the contexts.
+        progress
+            As in `fit`.
+        callback
+            Called after every report with a dict of step, loss, validation_loss, ess, learning_rate, gradient_norm and
+            seconds. Training stops where it returns False.
+        checkpoint
+            A file to write after every report. Where it exists already, training goes on from it, and ends as it would
+            have without the interruption, bit for bit. It does not know `log_density`: give it the same one.
+        num_threads
+            Threads to train with. None: those of the flow's ``num_threads``.
+
+        Returns
+        -------
+        DensityHistory
+            Losses, the effective share of the importance weights and times, per report.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, or what `log_density` has returned.
+        TrainingError
+            log p, its gradient, the loss or its gradient became NaN or infinite; the message names the step and the
+            row. The best weights are kept.
+        ImportError
+            `progress` is True and tqdm is not installed.
+        KeyboardInterrupt
+            Ctrl-C, between two calls of `log_density`; the best weights so far are kept.
+
+        Examples
+        --------
+        A normal distribution with mean 1 and standard deviation 2 in each of two columns:
+
+        >>> def log_density(x):
+        ...     z = (x - 1) / 2
+        ...     return -0.5 * (z**2).sum(axis=1), -z / 2
+        >>> flow = build(2, 4, (32,), standardize=False)
+        >>> history = flow.fit_density(log_density, steps=300, batch_size=256, learning_rate=1e-2, progress=False)
+        >>> bool(history.ess[-1] > 0.9)
+        True
+        """
+        options = _training_options.among(locals(), _training_options.DENSITY_OPTIONS)
+        return _fit_density.fit_density(
+            self, log_density, context=context, options=options, progress=progress, callback=callback
         )
 
     def __repr__(self) -> str:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -43,7 +43,7 @@ from nvpflow._bases import Normal
 from nvpflow._core import FlowSpec
 from nvpflow.flow import Flow
 
-__all__ = ["forward", "inverse", "log_prob", "nll", "parameters", "sample", "sample_and_log_prob"]
+__all__ = ["density", "forward", "inverse", "log_prob", "nll", "parameters", "sample", "sample_and_log_prob"]
 
 
 def _register() -> None:
@@ -59,6 +59,51 @@ def _register() -> None:
 
 
 _register()
+
+
+# ---- a target --------------------------------------------------------------------------------------------------------
+
+
+def density(function: Callable[..., jax.Array]) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
+    """Return what `nvpflow.Flow.fit_density` takes, of a log-density in JAX.
+
+    Parameters
+    ----------
+    function
+        Of an array x [B, D], and of its contexts [B, C] where the flow has one. It returns log p [B], each of which
+        depends on its own row alone: ``jax.vmap`` makes one of a function of one row. JAX traces it and forms the
+        gradient. Of a float64 flow it gets float64 only where ``jax_enable_x64`` is on.
+
+    Returns
+    -------
+    callable
+        Of arrays of NumPy, which returns (log p [B], its gradient by x [B, D]).
+
+    Examples
+    --------
+    >>> import jax, nvpflow, nvpflow.jax
+    >>> target = nvpflow.jax.density(lambda x: -0.5 * (x**2).sum(axis=1))
+    >>> flow = nvpflow.build(3, 4, (32,), standardize=False)
+    >>> history = flow.fit_density(target, steps=20, progress=False)
+    """
+    if not callable(function):
+        raise TypeError(f"function is {_checks.describe(function)}, expected a function of an array x [B, D]")
+
+    @jax.jit
+    def value_and_gradient(x: jax.Array, *context: jax.Array) -> tuple[jax.Array, jax.Array]:
+        log_p, back = jax.vjp(lambda rows: function(rows, *context), x)
+        shape = jnp.shape(log_p)
+        if shape != x.shape[:1]:
+            raise ValueError(
+                f"the function of nvpflow.jax.density returned an array {list(shape)}, expected [{x.shape[0]}]"
+            )
+        return log_p, back(jnp.ones_like(log_p))[0]
+
+    def log_density(x: np.ndarray, *context: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        log_p, gradient = value_and_gradient(x, *context)
+        return np.asarray(log_p), np.asarray(gradient)
+
+    return log_density
 
 
 # ---- the functions ---------------------------------------------------------------------------------------------------

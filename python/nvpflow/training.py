@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nvpflow import _checks, _context, _core, _data, _frames, _gaussian, _spec, _training_options
+from nvpflow._bar import Bar, open_bar
 from nvpflow._bases import NORMAL
 from nvpflow._model import Model
 from nvpflow.adam import AdamState, check_state
@@ -33,14 +31,11 @@ _LEAST_FOR_SHAPE, _SKEWED, _UNLIKE_NORMAL = 100, 0.75, 1.5  # rows, |skewness| a
 _LATE = 0.8  # share of the epochs after which the best one suggests that more would help
 
 
-class _Bar:
-    """A tqdm bar over every update; drawn only in `on_progress`, which is called at most 20 times a second."""
+class _Bar(Bar):
+    """A bar over every update of all epochs."""
 
     def __init__(self, epochs: int) -> None:
-        # tqdm draws nothing on a terminal that does not know its size, as some containers' do not.
-        fits = _terminal_columns() or _in_notebook()
-        size: dict[str, Any] = {"dynamic_ncols": True} if fits else {"ncols": 120, "nrows": 24}
-        self._bar = _tqdm()(unit=" updates", file=sys.stderr, **size)
+        super().__init__()
         self._epochs = epochs
         self._steps = 0
         self._best = math.inf
@@ -49,10 +44,8 @@ class _Bar:
         done = (epoch - 1) * steps + step
         if self._steps == 0:
             self._steps = steps
-            self._bar.reset(total=self._epochs * steps)
-            self._bar.initial = self._bar.n = (epoch - 1) * steps  # epochs of a checkpoint do not count in the rate
-        self._bar.set_description(f"epoch {epoch}/{self._epochs}", refresh=False)
-        self._bar.update(done - self._bar.n)
+            self.begin(self._epochs * steps, (epoch - 1) * steps)
+        self.move(done, f"epoch {epoch}/{self._epochs}")
 
     def on_epoch(self, record: EpochRecord) -> None:
         train, validation = record["train_loss"], record["validation_loss"]
@@ -60,54 +53,7 @@ class _Bar:
         if not math.isnan(validation):
             self._best = min(self._best, validation)
             shown += f", validation {validation:.4f}, best {self._best:.4f}"
-        self._bar.set_postfix_str(f"{shown} nats", refresh=False)
-        self._bar.set_description(f"epoch {record['epoch']}/{self._epochs}", refresh=False)
-        self._bar.n = record["epoch"] * self._steps
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
-        self._bar.refresh()
-        self._bar.close()
-
-
-def _tqdm() -> Any:
-    """Return the class of the bar: a widget in a notebook that has ipywidgets, else lines of text."""
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError("progress=True needs tqdm: pip install tqdm") from error
-    if not _in_notebook():
-        return tqdm
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it tells those without ipywidgets to install them
-        from tqdm import autonotebook
-    return autonotebook.tqdm
-
-
-def _in_notebook() -> bool:
-    """Tell whether a Jupyter kernel runs this process."""
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return shell is not None and "IPKernelApp" in shell.config
-
-
-def _terminal_columns() -> int:
-    try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns
-    except (OSError, ValueError, AttributeError):  # not a terminal, closed, or replaced by something without a file
-        return 0
-
-
-def _open_bar(progress: Any, epochs: int) -> _Bar | None:
-    if progress is not None:
-        return _Bar(epochs) if _checks.boolean("progress", progress) else None
-    if sys.stderr is None or not (sys.stderr.isatty() or _in_notebook()):
-        return None
-    try:
-        return _Bar(epochs)
-    except ImportError:
-        return None
+        self.show(f"{shown} nats", f"epoch {record['epoch']}/{self._epochs}", record["epoch"] * self._steps)
 
 
 def statistics_of(flow: Model, standardize: Any) -> str:
@@ -216,7 +162,7 @@ def fit(
         given = _checks.numbers("context", _core._host_array(context))  # before it was rounded
         _data.warn_of_context(given, names.context, spec.dtype, spec.standardize_context, trained)
 
-    bar = _open_bar(progress, checked["epochs"])
+    bar = open_bar(progress, lambda: _Bar(checked["epochs"]))
 
     def on_epoch(record: EpochRecord) -> bool:
         if bar is not None:

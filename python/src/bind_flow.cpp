@@ -362,6 +362,7 @@ void bind_flow(py::module_& module) {
   add_plain_methods(type);
   add_gradient_methods(type);
   add_training_methods(type);
+  add_density_methods(type);
   add_file_methods(type);
   add_hot_methods(type);
   bind_condition(module);

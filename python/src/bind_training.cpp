@@ -23,41 +23,13 @@
 #include "call_context.hpp"
 #include "gil.hpp"
 #include "plain_methods.hpp"
+#include "training_options.hpp"
 
 namespace nvpflow::python {
 namespace {
 
 /// How often a long fit takes the GIL to look for signals and report progress.
 constexpr auto kProgressInterval = std::chrono::milliseconds(50);
-
-template <class V>
-void assign(V& option, py::handle value) {
-  option = value.cast<V>();
-}
-void assign(Schedule& option, py::handle value) { option = parse_schedule(value.cast<std::string>()); }
-void assign(Statistics& option, py::handle value) { option = parse_statistics(value.cast<std::string>()); }
-void assign(std::string& option, py::handle value) { option = path_of(py::reinterpret_borrow<py::object>(value)); }
-
-FitOptions options_from(const py::dict& dict) {
-  FitOptions options;
-  for (const auto& [key, value] : dict) {
-    const auto name = key.cast<std::string>();
-    bool known = false;
-    FitOptions::fields([&, given = value](const char* field, auto member, const OptionRange*) {
-      if (name != field) return;
-      assign(options.*member, given);
-      known = true;
-    });
-    if (!known) throw Error(ErrorCode::invalid_argument, "unknown training option '" + name + "'");
-  }
-  return options;
-}
-
-py::dict record_dict(const EpochRecord& record) {
-  py::dict values;
-  EpochRecord::fields([&](const char* name, auto member) { values[name] = record.*member; });
-  return values;
-}
 
 /// Takes the GIL a few times a second: for signals, for the progress bar, for the caller's callback.
 class PythonObserver final : public FitObserver {
@@ -162,7 +134,7 @@ py::object fit_flow(BoundFlow& self, const Arguments& given) {
   const InputArray context = context_rows(self, given[5], "context", in.rows);
   InputArray held_out_context;
   if (given.given(1)) held_out_context = context_rows(self, given[6], "the context of validation", held_out.rows);
-  const FitOptions fit_options = options_from(given.object(2).cast<py::dict>());
+  const FitOptions fit_options = options_from<FitOptions>(given.object(2).cast<py::dict>());
   PythonObserver observer(given.object(3), given.object(4));
   const py::object given_adam = given.object(7);
   // A copy, so that other threads see it change at one moment, with the GIL.

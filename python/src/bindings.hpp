@@ -25,6 +25,8 @@ void add_gradient_methods(py::class_<BoundFlow>& type);
 void add_gradient_methods(py::class_<BoundCondition>& type);
 /// fit, and setting the first layer from data.
 void add_training_methods(py::class_<BoundFlow>& type);
+/// fit_density.
+void add_density_methods(py::class_<BoundFlow>& type);
 /// save and reload.
 void add_file_methods(py::class_<BoundFlow>& type);
 /// The methods that programs call a million times a second: plain C functions, because pybind11's array arguments cost

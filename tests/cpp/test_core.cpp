@@ -20,10 +20,12 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 #include <variant>
 #include <vector>
 
+#include <nvpflow/density.hpp>
 #include <nvpflow/error.hpp>
 #include <nvpflow/flow.hpp>
 #include <nvpflow/spec.hpp>
@@ -1387,6 +1389,46 @@ TEST_CASE("data that no fit can use are refused") {
                 [&] { fit<float>(flow, rows(30), rows(4), options); });
   check_refused(ErrorCode::invalid_argument, "of 9 rows, which is less than one row",
                 [&] { fit<float>(flow, rows(27), {}, options); });
+}
+
+TEST_CASE_TEMPLATE("a flow is fitted to a log-density", T, float, double) {
+  FlowSpec spec = FlowSpec::real_nvp(2, 4, {16});
+  spec.dtype = sizeof(T) == 4 ? DType::float32 : DType::float64;
+  Flow flow(spec, 1);
+  std::int64_t calls = 0;
+  const LogDensity<T> narrow = [&](const DensityCall<T>& call) {
+    ++calls;
+    for (std::size_t r = 0; r < call.log_p.size(); ++r) {
+      double square = 0;
+      for (std::size_t j = 0; j < 2; ++j) {
+        const double off = (static_cast<double>(call.x[2 * r + j]) - 0.5) / 0.7;
+        square += off * off;
+        if (!call.gradient.empty()) call.gradient[2 * r + j] = static_cast<T>(-off / 0.7);
+      }
+      call.log_p[r] = -0.5 * square;
+    }
+  };
+  DensityOptions options;
+  options.steps = 300;
+  options.batch_size = 256;
+  options.learning_rate = 1e-2;
+  const DensityHistory history = fit_density<T>(flow, narrow, options);
+  CHECK(history.stop_reason == "steps");
+  CHECK(history.reports.size() == 6);
+  CHECK(std::abs(history.best_loss + std::log(2 * 3.14159265358979 * 0.49)) < 0.01);
+  CHECK(history.reports.back().ess > 0.97);
+  CHECK(calls == 300 + 2 * 6);
+
+  options.batch_size = 0;
+  check_refused(ErrorCode::invalid_argument, "batch_size is 0, expected at least 1",
+                [&] { fit_density<T>(flow, narrow, options); });
+  options.batch_size = 16;
+  check_refused(ErrorCode::not_finite, "log_density gave NaN at step 1",
+                [&] { fit_density<T>(flow, [](const DensityCall<T>&) {}, options); });
+  check_refused(ErrorCode::invalid_argument, "log_density is empty", [&] { fit_density<T>(flow, nullptr, options); });
+  using Other = std::conditional_t<sizeof(T) == 4, double, float>;
+  check_refused(ErrorCode::type_mismatch, "log_density is not of",
+                [&] { fit_density<Other>(flow, [](const DensityCall<Other>&) {}, options); });
 }
 
 TEST_CASE("a constant column is refused with and without a standardize layer, also by one that is set") {

@@ -110,5 +110,5 @@ def test_a_notebook_without_ipywidgets_has_a_bar_of_text_and_no_warning(run_pyth
     reason="tqdm, ipywidgets or IPython is not installed (pip install tqdm ipywidgets)",
 )
 def test_a_notebook_with_ipywidgets_has_a_widget(run_python) -> None:
-    shown = run_python(NOTEBOOK.format(without="", after="nvpflow.training._tqdm().__module__"))
+    shown = run_python(NOTEBOOK.format(without="", after="nvpflow._bar._tqdm().__module__"))
     assert shown.splitlines()[-1] == "tqdm.notebook"

@@ -8,7 +8,7 @@ from nvpflow import _core
 
 STUB = ast.parse((Path(nvpflow.__file__).parent / "_core.pyi").read_text(encoding="utf-8"))
 # Shapes of dictionaries, protocols and an alias: not objects of the module.
-TYPES_ONLY = {"EpochRecord", "FitSummary", "Array", "OnDevice", "CudaArray"}
+TYPES_ONLY = {"DensityRecord", "DensitySummary", "EpochRecord", "FitSummary", "Array", "OnDevice", "CudaArray"}
 
 
 def names_in(body: list[ast.stmt]) -> set[str]:

@@ -13,6 +13,7 @@
 #include "../parallel.hpp"
 #include "../row_order.hpp"
 #include "../training.hpp"
+#include "cpu_adam.hpp"
 #include "cpu_flow.hpp"
 #include "kernels.hpp"
 #include "packed.hpp"
@@ -20,8 +21,6 @@
 namespace nvpflow::cpu {
 namespace {
 
-/// Parameters that one thread updates at a time.
-constexpr std::int64_t kUpdateSize = 1 << 14;
 /// Places of an order that are worth a thread of their own: some 100 us.
 constexpr std::int64_t kPlaces = 4096;
 
@@ -30,19 +29,17 @@ class CpuTraining final : public Training {
  public:
   CpuTraining(const FlowSpec& spec, const ParamLayout& layout, const TrainingData& data, const void* parameters,
               int threads)
-      : layout_(layout),
-        kernels_(chosen_kernels<T>()),
+      : kernels_(chosen_kernels<T>()),
         // In full also where the flow's own weights are rounded: small steps would be lost.
         packed_(spec, layout, kernels_, Weights::full),
         flow_(spec, layout, kernels_, packed_.program()),
+        adam_(layout, threads),
         data_(data),
         threads_(threads) {
     const auto size = static_cast<std::size_t>(layout.size());
     const T* begin = static_cast<const T*>(parameters);
     parameters_.assign(begin, begin + size);
     gradient_.resize(size);
-    first_moment_.resize(size);
-    second_moment_.resize(size);
     write();
   }
 
@@ -64,20 +61,9 @@ class CpuTraining final : public Training {
     if (report_.bad_step != 0) return;
     const double loss = -batch_sum_ / static_cast<double>(batch_rows_);
     if (!std::isfinite(loss)) return refuse(step, true, loss);
-    double square = 0;
-    for (const TensorInfo& t : layout_.tensors()) {
-      if (t.trained) square += sum_of_squares(gradient_.data() + t.offset, t.size);
-    }
-    report_.gradient_norm = std::sqrt(square);
+    report_.gradient_norm = adam_.update(step, clip_norm, gradient_.data(), parameters_.data());
     if (!std::isfinite(report_.gradient_norm)) return refuse(step, false, report_.gradient_norm);
     report_.sum_log_prob += batch_sum_;
-    AdamStep adam = step;
-    if (clip_norm > 0 && report_.gradient_norm > clip_norm) adam.gradient_factor = clip_norm / report_.gradient_norm;
-    for (const TensorInfo& t : layout_.tensors()) {
-      if (!t.trained) continue;
-      adam.weight_decay = t.decayed ? step.weight_decay : 0.0;
-      update(t, coefficients(adam));
-    }
     write();
   }
 
@@ -102,7 +88,7 @@ class CpuTraining final : public Training {
   }
   std::int64_t steps_per_report() const override { return 1; }
 
-  Arrays read(bool) override { return {parameters_.data(), first_moment_.data(), second_moment_.data()}; }
+  Arrays read(bool) override { return {parameters_.data(), adam_.first_moment(), adam_.second_moment()}; }
   void write() override { packed_.pack(parameters_.data(), true, threads_); }
 
  private:
@@ -114,34 +100,19 @@ class CpuTraining final : public Training {
     });
   }
 
-  /// In float64, in a fixed order.
-  double sum_of_squares(const T* values, std::int64_t count) const {
-    return sum_of_parts<kUpdateSize>(count, threads_, [&](std::int64_t begin, std::int64_t end) {
-      return kernels_.sum_of_squares(values + begin, end - begin);
-    });
-  }
-
-  void update(const TensorInfo& t, const AdamCoefficients& adam) {
-    parallel_for(t.size, kUpdateSize, threads_, [&](std::int64_t begin, std::int64_t end) {
-      const std::int64_t at = t.offset + begin;
-      kernels_.adam(adam, end - begin, gradient_.data() + at, first_moment_.data() + at, second_moment_.data() + at,
-                    parameters_.data() + at);
-    });
-  }
-
   void refuse(const AdamStep& step, bool loss, double value) {
     report_.bad_step = step.step;
     report_.bad_loss = loss;
     report_.bad_value = value;
   }
 
-  const ParamLayout layout_;
   const Kernels<T>& kernels_;
   Packed<T> packed_;
   const CpuFlow<T> flow_;
+  CpuAdam<T> adam_;
   TrainingData data_;
   int threads_;
-  AlignedVector<T> parameters_, gradient_, first_moment_, second_moment_;
+  AlignedVector<T> parameters_, gradient_;
   std::vector<std::int64_t> index_;
   double batch_sum_ = 0;
   std::int64_t batch_rows_ = 1;

@@ -19,10 +19,11 @@ try:
 except ImportError as error:
     raise ImportError('nvpflow.torch needs PyTorch 2.4 or newer: pip install "torch>=2.4"') from error
 
+from nvpflow.torch._density import density
 from nvpflow.torch.distributions import FlowDistribution, FlowTransform
 from nvpflow.torch.module import FlowModule, _Parameters
 
-__all__ = ["FlowDistribution", "FlowModule", "FlowTransform"]
+__all__ = ["FlowDistribution", "FlowModule", "FlowTransform", "density"]
 
-for _class in (FlowDistribution, FlowModule, FlowTransform, _Parameters):
+for _class in (FlowDistribution, FlowModule, FlowTransform, _Parameters, density):
     _class.__module__ = __name__  # the name in pickles and messages
