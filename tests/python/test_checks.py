@@ -104,9 +104,10 @@ def test_a_bool_of_numpy_is_a_bool(value) -> None:
 
 @pytest.mark.parametrize("value", [1, 0, np.array(True)])
 def test_what_is_no_bool_is_refused(value) -> None:
-    message = f"standardize is {value!r} ({type(value).__name__}), expected True, False, 'mean', 'robust' or 'covariance'"
+    expected = "expected True, False, 'mean', 'robust' or 'covariance'"
+    message = f"standardize is {value!r} ({type(value).__name__}), {expected}"
     refused(lambda: nvpflow.build(3, standardize=value), TypeError, message)
-    message = "standardize is 'no', expected True, False, 'mean', 'robust' or 'covariance'"
+    message = f"standardize is 'no', {expected}"
     refused(lambda: nvpflow.build(3, standardize="no"), ValueError, message)
 
 
