@@ -303,7 +303,7 @@ class Flow(Model):
 
     The methods that work on rows are those of the compiled extension itself, with nothing in between: `forward`,
     `inverse`, `log_probability` (also called `log_prob`), `sample`, `sample_and_log_prob`, `nll`, `nll_gradient`,
-    `vjp`, `save` and `reload`.
+    `vjp`, `score`, `save` and `reload`.
 
     Two flows are equal if their specs and all their weights are. Flows can be copied and pickled.
     """
@@ -671,8 +671,8 @@ class Flow(Model):
             standardizes its context and has not yet, several contexts set that.
         estimator
             "reparameterized": the gradient of the loss through x and through log q. "path": through x alone (Roeder, Wu
-            and Duvenaud, 2017). It has the same mean, and no noise where the flow is the target. A step takes almost
-            twice as long, without the target's share.
+            and Duvenaud, 2017). It has the same mean, and no noise where the flow is the target. A step takes half as
+            long again, without the target's share.
         schedule
             "cosine" lets the step size fall to zero along half a cosine over all steps; "constant" keeps it.
         weight_decay
