@@ -55,6 +55,7 @@ json describe(const CheckpointKey& key) {
   FitOptions::fields([&](const char* name, auto member, const OptionRange*) { text[name] = as_json(o.*member); });
   for (const char* name : {"num_threads", "checkpoint"}) text.erase(name);  // decide nothing
   if (o.averaging == 0) text.erase("averaging");                            // as checkpoints were before there was one
+  text.erase("folds");                                                      // a run with a checkpoint has none
   // The cosine's length is part of the schedule; a constant rate may go on for longer.
   if (o.schedule == Schedule::constant) text.erase("epochs");
   return text;
@@ -115,7 +116,7 @@ void check_records(const std::string& path, const std::vector<EpochRecord>& reco
 
 /// The counters and the best loss are those that training leaves after these epochs.
 void check_progress(const std::string& path, const std::vector<EpochRecord>& records, const CheckpointKey& key,
-                    bool validated, const CheckpointState& state) {
+                    bool validated, double initial_loss, const CheckpointState& state) {
   const auto& [adam_steps, best_epoch, best_loss, values] = state;
   const auto last = static_cast<std::int64_t>(records.size());
   std::int64_t steps = 0;
@@ -127,7 +128,7 @@ void check_progress(const std::string& path, const std::vector<EpochRecord>& rec
     damaged(path, "its best_epoch is " + std::to_string(best_epoch) + ", expected 0 to " + std::to_string(last));
   }
   const bool none = best_epoch == 0;
-  const double expected = none        ? std::numeric_limits<double>::infinity()
+  const double expected = none        ? initial_loss
                           : validated ? records[static_cast<std::size_t>(best_epoch) - 1].validation_loss
                                       : best_loss;
   if (best_loss != expected || (!none && !std::isfinite(best_loss))) {
@@ -157,7 +158,7 @@ void load_checkpoint(const std::string& path, const CheckpointKey& key, History&
   const std::vector<EpochRecord> epochs = records_of(path, read.state.records);
   const bool validated = key.validation_rows > 0 || key.options.validation_fraction > 0;
   check_records(path, epochs, key.options, validated);
-  check_progress(path, epochs, key, validated, read.state);
+  check_progress(path, epochs, key, validated, history.best_loss, read.state);
 
   // Everything is checked before anything of the run is touched.
   read.take(arrays);

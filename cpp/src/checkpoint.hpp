@@ -27,8 +27,9 @@ void save_checkpoint(const std::string& path, const CheckpointKey& key, const Hi
                      const CheckpointArrays& arrays);
 
 /// Throws Error(invalid_argument) where the checkpoint belongs to another model, data set or set of options, naming
-/// the difference, and Error(file_format) where it is damaged. History::stop_reason comes back as the run's own end, or
-/// empty.
+/// the difference, and Error(file_format) where it is damaged. History::best_loss comes in as that of the flow as
+/// training starts from it, infinite where that is no candidate. History::stop_reason comes back as the run's own end,
+/// or empty.
 void load_checkpoint(const std::string& path, const CheckpointKey& key, History& history, std::int64_t& adam_steps,
                      const CheckpointArrays& arrays);
 

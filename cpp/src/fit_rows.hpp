@@ -12,11 +12,13 @@ namespace nvpflow {
 /// Which rows of x train and which validate, and their order in each epoch.
 class FitRows {
  public:
-  FitRows(std::int64_t total, std::int64_t held_out, std::uint64_t seed)
-      : held_out_(held_out),
-        seed_(seed),
-        split_(static_cast<std::uint64_t>(total), seed, kStreamSplit, 0),
-        train_(total - held_out) {}
+  FitRows(std::int64_t total, std::int64_t held_out, std::uint64_t seed) : FitRows(total, 0, held_out, seed) {}
+
+  /// Fold k of so many: every row is held out by one of them.
+  static FitRows fold(std::int64_t total, std::int64_t k, std::int64_t folds, std::uint64_t seed) {
+    const std::int64_t first = k * total / folds;
+    return {total, first, (k + 1) * total / folds - first, seed};
+  }
 
   /// How many of `total` rows a share of them sets aside.
   static std::int64_t held_out_of(std::int64_t total, double share) {
@@ -29,7 +31,7 @@ class FitRows {
   RowOrder training() const {
     RowOrder order;
     if (held_out_ > 0) order.split = true, order.parts = split_;
-    order.first_of_part = static_cast<std::uint64_t>(held_out_);
+    order.first_of_part = static_cast<std::uint64_t>(first_ + held_out_);
     return order;
   }
   /// The training rows in the order of an epoch.
@@ -43,11 +45,20 @@ class FitRows {
     RowOrder order;
     order.split = true;
     order.parts = split_;
+    order.first_of_part = static_cast<std::uint64_t>(first_);
     return order;
   }
 
  private:
-  std::int64_t held_out_;
+  /// Held out: those from place `first` of the split on.
+  FitRows(std::int64_t total, std::int64_t first, std::int64_t held_out, std::uint64_t seed)
+      : first_(first),
+        held_out_(held_out),
+        seed_(seed),
+        split_(static_cast<std::uint64_t>(total), seed, kStreamSplit, 0),
+        train_(total - held_out) {}
+
+  std::int64_t first_, held_out_;
   std::uint64_t seed_;
   Shuffle split_;
   std::int64_t train_;

@@ -25,6 +25,9 @@
 namespace nvpflow {
 namespace {
 
+/// Of each variance, to columns that follow from others: float32 keeps four digits of what is left of them.
+constexpr double kRidge = 1e-6;
+
 bool whitens(const LayerSpec& layer) {
   const auto* linear = std::get_if<LULinear>(&layer);
   return linear != nullptr && linear->whitens;
@@ -164,8 +167,9 @@ class Walk {
     const std::size_t size = static_cast<std::size_t>(features());
     const ShrunkCovariance found(features(), blocks_at(layer), options_.threads);
     if (!std::isfinite(found.shrinkage())) return;  // training stops at these rows, and says so
-    refuse_dependent(layer, found.dependent());
-    const std::vector<double> factor = found.cholesky(0);
+    const std::vector<DependentColumn> dependent = found.dependent();
+    if (!options_.keep_dependent) refuse_dependent(layer, dependent);
+    const std::vector<double> factor = found.cholesky(dependent.empty() ? 0 : kRidge);
     // Read from data to latent the matrix is the inverse of `factor`; read the other way, `factor` itself.
     const std::vector<double> matrix = inverse ? factor : inverse_of_lower(factor, size);
     const std::span<T> lower = values(layer, 0), upper = values(layer, 1), log_diagonal = values(layer, 2);
@@ -216,7 +220,7 @@ class Walk {
     }
     if (columns.size() > kNamed) text += ", and so do " + std::to_string(columns.size() - kNamed) + " more";
     throw Error(ErrorCode::invalid_argument,
-                "x has columns that have no density together: " + text + "; leave them out, or one of each such group");
+                "x has columns that have no density together: " + text + "; leave them out, or allow_degenerate");
   }
 
   /// What a feature of a layer is called: the column that it is, where the layers before it mix none.

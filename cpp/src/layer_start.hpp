@@ -23,6 +23,7 @@ struct StartOptions {
   std::int64_t slice_rows = 4096;  // of a walk at once
   int threads = 1;
   bool anew = false;                      // whitening layers, too, that have been set before
+  bool keep_dependent = false;            // columns that follow from others get a little variance of their own
   std::vector<std::string> column_names;  // for messages; may be empty
   std::function<void()> poll;             // called before each slice
 };

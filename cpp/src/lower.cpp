@@ -200,10 +200,11 @@ Lowered lower(const FlowSpec& spec, const ParamLayout& layout) {
     std::visit([&](const auto& layer) { layers::lower(layer, spec, tensors, lowering); }, spec.layers[i]);
   }
   Lowered lowered = lowering.finish();
-  lowered.base = layers::lower_base(spec, layout.tensors().data() + layout.first_tensor(spec.layers.size()));
+  lowered.base = layers::lower_base(spec);
   if (spec.standardize_context) {
-    lowered.context_mean = layout.find("context.mean")->offset;
-    lowered.context_log_std = layout.find("context.log_std")->offset;
+    const TensorInfo* const statistics = layout.tensors().data() + layout.first_tensor(spec.layers.size());
+    lowered.context_mean = statistics[0].offset;
+    lowered.context_log_std = statistics[1].offset;
   }
   return lowered;
 }

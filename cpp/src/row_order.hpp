@@ -12,13 +12,13 @@ namespace nvpflow {
 /// data, so that a device can take a copy.
 struct RowOrder {
   bool shuffled = false, split = false;
-  std::uint64_t first_of_part = 0;  // where the part begins in the split
+  std::uint64_t first_of_part = 0;  // where the part begins in the split, which it goes round
   Shuffle shuffle, parts;
 
   NVPFLOW_HOST_DEVICE std::int64_t operator()(std::int64_t place) const {
     auto i = static_cast<std::uint64_t>(place);
     if (shuffled) i = shuffle(i);
-    if (split) i = parts(i + first_of_part);
+    if (split) i = parts(parts.wrapped(i + first_of_part));
     return static_cast<std::int64_t>(i);
   }
 
@@ -30,7 +30,7 @@ struct RowOrder {
       const std::int64_t size = std::min(Shuffle::kBlock, count - done);
       for (std::int64_t i = 0; i < size; ++i) places[i] = static_cast<std::uint64_t>(first + done + i);
       if (shuffled) shuffle.apply(places, size);
-      for (std::int64_t i = 0; split && i < size; ++i) places[i] += first_of_part;
+      for (std::int64_t i = 0; split && i < size; ++i) places[i] = parts.wrapped(places[i] + first_of_part);
       if (split) parts.apply(places, size);
       for (std::int64_t i = 0; i < size; ++i) f(done + i, static_cast<std::int64_t>(places[i]));
     }

@@ -1,5 +1,8 @@
-// The covariance of rows, shrunk (Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance
-// matrices, 2004).
+// The covariance of rows, shrunk towards the identity times the mean variance (Ledoit and Wolf, A well-conditioned
+// estimator for large-dimensional covariance matrices, 2004).
+//
+// The share is theirs, or another under which rows, left out one by one, are likelier by more than a standard error.
+// Theirs has the least squared error, and widens narrow directions: 200 rows of 20 columns lost 2.8 nats by it.
 #pragma once
 
 #include <cstddef>
@@ -21,12 +24,12 @@ struct DependentColumn {
 /// Mean and covariance of rows. Matrices are square, row-major; only their lower triangles hold numbers.
 class ShrunkCovariance {
  public:
-  /// Goes through the rows twice. The same for any number of threads.
+  /// Goes through the rows twice. Up to 2,048 rows are left out, one by one, of up to 1,000 columns. The same for any
+  /// number of threads.
   ShrunkCovariance(std::int64_t features, const RowBlocks& rows, int threads);
 
   const std::vector<double>& mean() const { return mean_; }
-  /// The share of `mean variance * identity`. At least 1 / rows where there are no more rows than columns: of two rows
-  /// the formula says 0, and the covariance is singular.
+  /// The share of `mean variance * identity`.
   double shrinkage() const { return shrinkage_; }
   /// Those that follow from columns before them.
   std::vector<DependentColumn> dependent() const;
@@ -37,10 +40,12 @@ class ShrunkCovariance {
   void find_mean(const RowBlocks& rows);
   void find_covariance(const RowBlocks& rows, int threads);
   void find_shrinkage();
+  std::vector<double> left_out_log_prob(double share) const;
 
   std::size_t size_;
   double count_ = 0, fourth_ = 0;  // rows, and the sum of the fourth powers of their lengths
   std::vector<double> mean_, covariance_;
+  std::vector<double> some_;  // of the rows, centred
   double shrinkage_ = 0;
 };
 

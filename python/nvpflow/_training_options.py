@@ -39,23 +39,19 @@ def _batch_size(name: str, value: Any) -> int:
     return size
 
 
+def _folds(name: str, value: Any) -> int:
+    count = _checks.integer(name, value)
+    if count == 0:  # the extension's word for None
+        raise ValueError(f"{name} is 0, expected at least 2, 1 for none, or None to have them where rows are few")
+    return count
+
+
 def _file(name: str, value: Any) -> str:
     path = _checks.path(name, value)
     if not path:
         raise ValueError(f"{name} is an empty path, expected that of a file, or None for no {name}")
     return path
 
-
-def _deviation(name: str, value: Any) -> Any:
-    return value if isinstance(value, str) and value == AUTO else _checks.real(name, value)
-
-
-def _deviation_of(text: str) -> float | str:
-    return text if text == AUTO else float(text)
-
-
-AUTO = "auto"  # a value that leaves the choice to the extension, where None is another
-MAX_DEVIATION = 1000.0  # what the extension chooses where it leaves rows out
 
 OPTIONS = (
     Option("epochs", _checks.integer, flag=Flag(int, "N", "passes over the rows")),
@@ -88,22 +84,24 @@ OPTIONS = (
             str,
             None,
             "what the layer for the columns' means and standard deviations is set from, as fit's standardize "
-            "(default: auto)",
-            choices=("auto", "mean", "robust"),
+            "(default: auto); covariance: a layer for their correlations, too",
+            choices=("auto", "mean", "robust", "covariance"),
         ),
     ),
     Option(
         "max_deviation",
-        _deviation,
+        _checks.real,
         0.0,
-        Flag(
-            _deviation_of,
-            "X",
-            "leave out rows so many standard deviations from the mean of a column; 0: none; auto: 1000, or none with "
-            "--base student_t",
-        ),
+        Flag(float, "X", "leave out rows so many standard deviations from the mean of a column; 0: none"),
     ),
     Option("restandardize", _checks.boolean),
+    Option("allow_degenerate", _checks.boolean),
+    Option(
+        "folds",
+        _folds,
+        _AUTOMATIC,
+        Flag(int, "K", "of cross-validation; 1: none (default: where a share of the rows would be too few)"),
+    ),
     Option("patience", _checks.integer, 0, Flag(int, "N", "stop after N epochs without a better one")),
     Option(
         "max_round_trip",
@@ -151,9 +149,7 @@ def checked(options: Mapping[str, Any], known: tuple[Option, ...] = OPTIONS) -> 
     for name, check, none, _ in known:
         value = options[name]
         if value is not None or none is _REFUSED:
-            found = check(name, value)
-            if not (check is _deviation and found == AUTO):
-                values[name] = found
+            values[name] = check(name, value)
         elif none is not _AUTOMATIC:
             values[name] = none
     return values

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -274,19 +274,10 @@ def _add_architecture(group: Any) -> None:
     _add_option(group, "--network", choices=NETWORKS, default="mlp", help=network_help)
     _add_option(group, "--num-blocks", type=int, metavar="N", default=2, help="blocks of --network residual")
     _add_option(group, "--layer-norm", action="store_true", help="normalize the output of each hidden layer")
-    base_help = (
-        "distribution of the latents; uniform needs --transform spline and data inside --interval; student_t is for "
-        "heavy tails, mixture for separate groups"
-    )
+    base_help = "distribution of the latents; uniform needs --transform spline and data inside --interval"
     _add_option(group, "--base", choices=_bases.NAMES, default="normal", help=base_help)
     interval_help = "of --base uniform, the same for all columns (default: 0 1)"
     _add_option(group, "--interval", nargs=2, type=float, metavar=("LO", "HI"), help=interval_help)
-    df_help = "of --base student_t: the degrees of freedom to start from (default: 4)"
-    _add_option(group, "--df", type=float, metavar="X", help=df_help)
-    components_help = "of --base mixture: normal distributions that it is made of (default: 4)"
-    _add_option(group, "--components", type=int, metavar="N", help=components_help)
-    covariance_help = "of --base mixture: that of each component (default: diagonal)"
-    _add_option(group, "--covariance", choices=_bases.COVARIANCES, help=covariance_help)
 
 
 def _add_training_options(group: Any) -> None:
@@ -553,7 +544,7 @@ def _run_fit(arguments: argparse.Namespace) -> None:
         context_size=context_size,
         activation=default_activation(rows.shape[1]) if arguments.activation is None else arguments.activation,
         **model,
-        standardize=False if arguments.no_standardize else None,
+        standardize=_standardize(arguments),
         seed=arguments.seed,
         **where,
     )
@@ -573,22 +564,23 @@ def _run_fit(arguments: argparse.Namespace) -> None:
     say(f"model written to {arguments.output}")
 
 
-# The options of each base, by the argument that they are.
-_OF_BASE = {"interval": "uniform", "df": "student_t", "components": "mixture", "covariance": "mixture"}
-
-
 def _base(arguments: argparse.Namespace) -> _bases.Base:
     """Return the base that the options name."""
-    given = {name: value for name in _OF_BASE if (value := getattr(arguments, name)) is not None}
-    for name in given:
-        if (owner := _OF_BASE[name]) != arguments.base:
-            raise data_io.DataError(f"--{name} is given with --base {arguments.base}, expected --base {owner} for it")
+    if arguments.interval is None:
+        return _bases.checked(arguments.base)
+    if arguments.base != "uniform":
+        raise data_io.DataError(f"--interval is given with --base {arguments.base}, expected --base uniform for it")
     try:
-        if "interval" in given:
-            return _bases.Uniform(*given["interval"])
-        return type(_bases.checked(arguments.base))(**given)
+        return _bases.Uniform(*arguments.interval)
     except ValueError as error:
-        raise data_io.DataError(f"--{next(iter(given))}: {error}") from None
+        raise data_io.DataError(f"--interval: {error}") from None
+
+
+def _standardize(arguments: argparse.Namespace) -> bool | Literal["covariance"] | None:
+    """Return what `nvpflow.build` is told."""
+    if arguments.no_standardize:
+        return False
+    return "covariance" if arguments.standardize == "covariance" else None
 
 
 def _standardizes(arguments: argparse.Namespace) -> bool:
@@ -625,6 +617,13 @@ def _check_fit_paths(arguments: argparse.Namespace) -> None:
         _output.check_target(arguments.history, force=arguments.force)
         sources = {"DATA": arguments.data, "--validation": arguments.validation, "--checkpoint": arguments.checkpoint}
         _output.check_distinct(arguments.history, sources, option="--history")
+
+
+def _fit_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    options = {name: getattr(arguments, name) for name in _training_options.FLAGS}
+    if options["standardize"] == "covariance":  # which is the flow's own
+        options["standardize"] = None
+    return options
 
 
 def _write_history(target: str, history: nvpflow.History, *, force: bool) -> None:
@@ -672,7 +671,7 @@ def _train(arguments: argparse.Namespace, flow: nvpflow.Flow, data: _Data, valid
             data.rows,
             context=data.context,
             validation=validation,
-            **{name: getattr(arguments, name) for name in _training_options.FLAGS},
+            **_fit_options(arguments),
             progress=False if arguments.quiet else None,
             callback=after_epoch,
             num_threads=arguments.threads,

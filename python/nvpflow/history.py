@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ class History:
         Largest relative error of a round trip after the epoch, over the rows that epochs are compared by. See
         `Certificate`. NaN where `Flow.fit` was given no ``max_round_trip``.
     best_epoch
-        The epoch whose weights the flow now has; 0 for the weights it started from.
+        The epoch whose weights the flow now has; 0 for the weights that training started from.
     best_loss
         Its validation loss; without validation data, the loss of up to 65,536 training rows after the epoch.
     stop_reason
@@ -49,6 +50,11 @@ class History:
     rows_left_out
         Rows that were neither trained nor validated on, because they are extremely far out (`max_deviation` of
         `Flow.fit`).
+    folds
+        Of cross-validation: the validation loss is that of all rows, each by weights that have not seen it. 0: none.
+    initial_loss
+        Validation loss of the flow as it started, where it whitens (``standardize="covariance"`` of `build`). Epochs
+        have to beat it by more than chance explains (see `Flow.fit`). None: not measured.
     """
 
     epoch: NDArray[np.int64]
@@ -65,6 +71,8 @@ class History:
     validation_rows: int
     standardized: dict[str, str] = field(default_factory=dict)
     rows_left_out: int = 0
+    folds: int = 0
+    initial_loss: float | None = None
 
     @classmethod
     def _from_summary(cls, summary: Mapping[str, Any], standardized: dict[str, str]) -> History:
@@ -73,7 +81,8 @@ class History:
         values: dict[str, Any] = {
             name: np.array([epoch[name] for epoch in epochs], dtype=dtype) for name, dtype in _ARRAYS.items()
         }
-        values |= {name: summary[name] for name in _SCALARS} | {"standardized": standardized}
+        values |= {name: kind(summary[name]) for name, kind in _SCALARS.items() if name != "standardized"}
+        values["standardized"] = standardized
         return cls(**values)
 
     def __len__(self) -> int:
@@ -94,7 +103,7 @@ class History:
                 f"{self.learning_rate[i]:>13.3g}  {self.gradient_norm[i]:>13.3g}  {self.seconds[i]:>7.2f}"
                 + (f"  {self.round_trip[i]:>10.2e}" if measured else "")
             )
-        return "\n".join([*lines, *self._findings()])
+        return "\n".join([*lines, *self._start(), *self._findings()])
 
     def _findings(self) -> list[str]:
         """Say what was done about far rows, in a sentence each."""
@@ -107,6 +116,12 @@ class History:
             are = "is" if self.rows_left_out == 1 else "are"
             said.append(f"left out of training and validation: {rows} that {are} extremely far out (max_deviation)")
         return said
+
+    def _start(self) -> list[str]:
+        """Say that no epoch was better than the start, if so."""
+        if self.best_epoch or self.initial_loss is None:
+            return []
+        return [f"kept as it started, a Gaussian: no epoch beats its validation nll, {self.initial_loss:.4f}"]
 
     def _repr_html_(self) -> str:
         """Return a table of the first, the best and the last epoch, for notebooks."""
@@ -123,13 +138,18 @@ class History:
             )
             for mark, i in self._marked()
         ]
-        said = "; ".join([self._summary(), *self._findings()])
+        said = "; ".join([self._summary(), *self._start(), *self._findings()])
         return _html.table(f"History: {said}", head, lines)
 
     def _summary(self) -> str:
         return (
             f"{len(self)} epochs in {self.seconds.sum():.1f} s, stop reason: {self.stop_reason}; "
-            f"{self.train_rows:,} training and {self.validation_rows:,} validation rows"
+            f"{self.train_rows:,} training "
+            + (
+                f"rows, validated in {self.folds} folds"
+                if self.folds
+                else f"and {self.validation_rows:,} validation rows"
+            )
         )
 
     def _marked(self) -> list[tuple[str, int]]:
@@ -195,7 +215,20 @@ _ARRAYS = {
     for field in fields(History)
     if str(field.type).startswith("NDArray")
 }
-_KINDS: dict[Any, Callable[[Any], Any]] = {"int": int, "float": float, "str": str, "dict[str, str]": dict}
+
+
+def _measured(value: Any) -> float | None:
+    """Return a number, or None for what was not measured, which the compiled loop calls infinite."""
+    return None if value is None or math.isinf(value) else float(value)
+
+
+_KINDS: dict[Any, Callable[[Any], Any]] = {
+    "int": int,
+    "float": float,
+    "float | None": _measured,
+    "str": str,
+    "dict[str, str]": dict,
+}
 _SCALARS = {field.name: _KINDS[field.type] for field in fields(History) if field.name not in _ARRAYS}
 # Not in histories of older versions.
-_LATER = {"standardized", "rows_left_out"}
+_LATER = {"standardized", "rows_left_out", "folds", "initial_loss"}

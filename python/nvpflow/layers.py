@@ -1,8 +1,8 @@
 """The layers that flows are made of, and the distributions of their latents.
 
 `FlowSpec.layers` holds them in order, the one first applied to data first. `FlowSpec.from_layers` and `nvpflow.build`
-take them. `Normal`, `Uniform`, `StudentT` and `Mixture` are the bases: `FlowSpec.base`. All are immutable, compare
-by value, and print as the call that makes them.
+take them. `Normal` and `Uniform` are the bases: `FlowSpec.base`. All are immutable, compare by value, and
+print as the call that makes them.
 
 >>> import nvpflow
 >>> from nvpflow.layers import MLP, Affine, Coupling, Permutation, Standardize
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvpflow import _checks
-from nvpflow._bases import Mixture, Normal, StudentT, Uniform
+from nvpflow._bases import Normal, Uniform
 from nvpflow._expression import Expression
 from nvpflow._networks import MLP, Network, ResidualNet
 from nvpflow._splines import Spline
@@ -37,13 +37,11 @@ __all__ = [
     "Coupling",
     "ElementSpline",
     "LULinear",
-    "Mixture",
     "Normal",
     "Permutation",
     "ResidualNet",
     "Spline",
     "Standardize",
-    "StudentT",
     "Uniform",
 ]
 
@@ -202,8 +200,9 @@ class LULinear(Expression):
         False: the formula is read from data to latent. True: from latent to data.
     whitens
         True: the layer is not trained. `Flow.fit` and `Flow.initialize_from` set it from the covariance of all rows as
-        they arrive here, shrunk as by Ledoit and Wolf. What leaves has mean 0 and unit covariance. New
-        couplings of its flow are the identity: behind a `Standardize` the flow begins as a Gaussian.
+        they arrive here. It is shrunk as by Ledoit and Wolf, or by a share that suits left-out rows better. What leaves
+        has mean 0 and unit covariance. New couplings of its flow are the identity: behind a `Standardize` the flow
+        begins as a Gaussian.
 
     Raises
     ------

@@ -51,12 +51,17 @@ _PARAMETERS = """num_flows, hidden_sizes, activation, dtype
         Training, as in `nvpflow.Flow.fit`.
     standardize, max_deviation
         What the standardizing layer is set from, and how far out rows are left out, as in `nvpflow.Flow.fit`.
+        "covariance": also a layer that whitens, as in `nvpflow.build`. The flow then begins as a Gaussian, and `fit`
+        leaves it there where no epoch is better.
     batch_size
         Most rows per update, as in `nvpflow.Flow.fit`. None: an eighth of the training rows, from 16 to 256.
     validation_fraction
-        Share of the rows, in (0, 1), that `fit` sets aside, at least one row. The epoch that explains them best gives
-        the weights. None: no rows are set aside, and the epoch that explains the training rows best gives the weights.
+        Share of the rows, in (0, 1), that `fit` sets aside. The epoch that explains them best gives the weights. Where
+        it would hold no row, `folds` take its place. None: no rows are set aside, and the epoch that explains the
+        training rows best gives the weights.
         Not used where `fit` is given ``X_val``.
+    folds
+        Cross-validation in place of a share of the rows, as in `nvpflow.Flow.fit`. None: where rows are few.
     patience
         Stop after this many epochs without a better one on the validation rows. None: train all epochs.
     device, precision, weights
@@ -142,8 +147,9 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         weight_decay: float | None = None,
         clip_norm: float | None = 5.0,
         averaging: float | None = 0.8,
+        folds: int | None = None,
         standardize: str | None = None,
-        max_deviation: float | str | None = "auto",
+        max_deviation: float | None = 1000.0,
         validation_fraction: float | None = 0.1,
         patience: int | None = None,
         device: str = "cpu",
@@ -177,6 +183,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         self.weight_decay = weight_decay
         self.clip_norm = clip_norm
         self.averaging = averaging
+        self.folds = folds
         self.standardize = standardize
         self.max_deviation = max_deviation
         self.validation_fraction = validation_fraction
@@ -225,22 +232,16 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         table = self._training_rows(X)
         self.context_features_: NDArray[np.intp] = self._context_places(table.shape[1])
         rows, context = self._parts(table)
-        validation: Any = self._validation(len(rows)) if X_val is None else self._parts(self._rows(X_val))
+        validation: Any = self._validation() if X_val is None else self._parts(self._rows(X_val))
         if X_val is not None and context is None:
             validation = validation[0]
-        held_out = 0 if X_val is not None or validation is None else math.floor(validation * len(rows))
-        if len(rows) - held_out < 2:
-            raise ValueError(
-                f"Found array with {len(rows)} sample(s), of which {held_out} set aside for validation, while a "
-                "minimum of 2 is required to train on; give validation_fraction=None, or X_val"
-            )
         seed = _seed_of(self.random_state)
         flow = self._new_flow(rows.shape[1], seed)
         history = flow.fit(
             rows,
             context=context,
             validation=validation,
-            **_training_options.among(self.get_params(deep=False)),
+            **self._training_options(),
             seed=seed,
             progress=False,
             callback=self._printer(),
@@ -287,13 +288,12 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         flow = self.flow_ if goes_on else self._new_flow(rows.shape[1], seed)
         adam = getattr(self, "adam_", AdamState())
         flow.num_threads = effective_n_jobs(self.n_jobs)
-        options = _training_options.among(self.get_params(deep=False))
-        of_streams = {"epochs": 1, "schedule": "constant", "averaging": None, "patience": None}
+        of_streams = {"epochs": 1, "schedule": "constant", "averaging": None, "folds": None, "patience": None}
         self.history_ = flow.fit(
             rows,
             context=context,
             validation=None,
-            **{**options, **of_streams},
+            **{**self._training_options(), **of_streams},
             restandardize=restandardize,
             adam=adam,
             seed=seed,
@@ -363,6 +363,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
                 default_activation(columns) if self.activation is None else self.activation,
                 **{name: getattr(self, "coupling" if name == "transform" else name) for name in OPTIONS},
                 context_size=self.context_features_.size,
+                standardize="covariance" if self.standardize == "covariance" else None,
                 dtype=self.dtype,
                 seed=seed,
                 device=self.device,
@@ -455,7 +456,12 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
             return X  # a flow that standardizes takes both
         return X.astype(dtype, copy=False)
 
-    def _validation(self, rows: int) -> float | None:
+    def _training_options(self) -> dict[str, Any]:
+        """Return the options of `Flow.fit` among the parameters."""
+        options = _training_options.among(self.get_params(deep=False))
+        return options | {"standardize": None} if options["standardize"] == "covariance" else options
+
+    def _validation(self) -> float | None:
         if self.validation_fraction is None:
             if self.patience is not None:
                 raise ValueError(
@@ -465,7 +471,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         fraction = _checks.real("validation_fraction", self.validation_fraction)
         if not 0 < fraction < 1:
             raise ValueError(f"validation_fraction is {fraction}, expected a share of the rows in (0, 1), or None")
-        return max(fraction, 1.5 / rows)  # the flow takes whole rows below it: one, and not none for want of rounding
+        return fraction
 
     def _printer(self) -> Callable[[EpochRecord], None] | None:
         every = self.verbose
@@ -653,8 +659,9 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
         weight_decay: float | None = None,
         clip_norm: float | None = 5.0,
         averaging: float | None = 0.8,
+        folds: int | None = None,
         standardize: str | None = None,
-        max_deviation: float | str | None = "auto",
+        max_deviation: float | None = 1000.0,
         validation_fraction: float | None = 0.1,
         patience: int | None = None,
         device: str = "cpu",
@@ -690,6 +697,7 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
             weight_decay=weight_decay,
             clip_norm=clip_norm,
             averaging=averaging,
+            folds=folds,
             standardize=standardize,
             max_deviation=max_deviation,
             validation_fraction=validation_fraction,

@@ -162,7 +162,8 @@ py::object fit_flow(BoundFlow& self, const Arguments& given) {
   return py::dict("epochs"_a = epochs, "best_epoch"_a = history.best_epoch, "best_loss"_a = history.best_loss,
                   "stop_reason"_a = history.stop_reason, "train_rows"_a = history.train_rows,
                   "validation_rows"_a = history.validation_rows, "standardized"_a = history.standardized,
-                  "rows_left_out"_a = history.rows_left_out);
+                  "rows_left_out"_a = history.rows_left_out, "folds"_a = history.folds,
+                  "initial_loss"_a = history.initial_loss);
 }
 
 /// x, statistics, context

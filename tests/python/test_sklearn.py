@@ -99,7 +99,9 @@ def test_n_jobs_changes_nothing_but_threads(x):
 
 def test_validation_rows(x):
     assert FlowDensity(**SMALL).fit(x).history_.validation_rows == 30
-    assert FlowDensity(**SMALL, validation_fraction=0.001).fit(x).history_.validation_rows == 1
+    few = FlowDensity(**SMALL, validation_fraction=0.001).fit(x).history_
+    assert (few.train_rows, few.validation_rows, few.folds) == (300, 300, 5)
+    assert FlowDensity(**SMALL, folds=3).fit(x).history_.folds == 3
     assert FlowDensity(**SMALL, validation_fraction=None).fit(x).history_.validation_rows == 0
     # Steps so large that an epoch soon makes things worse.
     wild = {"learning_rate": 0.1, "schedule": "constant", "epochs": 200, "patience": 1}
@@ -111,7 +113,7 @@ def test_validation_rows(x):
 
 def test_small_data_takes_smaller_batches(x):
     with pytest.warns(nvpflow.DataWarning, match="3 rows are few for 3 columns"):
-        assert FlowDensity(**SMALL).fit(x[:3]).history_.train_rows == 2
+        assert FlowDensity(**SMALL).fit(x[:3]).history_.folds == 3
     with pytest.warns(nvpflow.DataWarning, match="2 rows are few"):
         assert FlowDensity(**SMALL, validation_fraction=None).fit(x[:2]).history_.train_rows == 2
 
@@ -426,7 +428,6 @@ def constant(x):
         (lambda x: with_values(x, 3, 1, np.nan), r"rows with NaN or infinite values \(row 3, .*; column 2: 1\)"),
         (lambda x: with_values(x, 3, 1, np.inf), r"rows with NaN or infinite values \(row 3, .*; column 2: 1\)"),
         (lambda x: x[:1], "1 sample"),
-        (lambda x: x[:2], "of which 1 set aside for validation.*validation_fraction=None"),
         (lambda x: x[:0], "0 sample"),
         (lambda x: x[:, :1], r"1 feature\(s\).*minimum of 2.*KernelDensity"),
         (constant, "column 2 is constant, 5"),

@@ -59,6 +59,13 @@ struct NVPFLOW_API FitOptions {
   std::int64_t patience = 0;
   /// Share of the rows set aside for validation where no validation array is given, in [0, 1).
   double validation_fraction = 0.1;
+  /// Cross-validation in place of a share of the rows that is too small to compare epochs by. So many further sets of
+  /// weights are trained, each without one part of the rows. An epoch's validation loss is then that of all rows, each
+  /// by the weights that have not seen it. The flow itself is trained on all rows. 1: none.
+  ///
+  /// 0: folds where the share would hold no row, or, of a flow that whitens, fewer than 100. They are 5, and one for
+  /// each row where there are fewer than 10. None beside a validation array, a checkpoint or an AdamState.
+  std::int64_t folds = 0;
   /// An epoch after which Flow::round_trip_error exceeds this, over the rows that epochs are compared by, is never the
   /// best one. 0: not measured. It says nothing of other rows.
   double max_round_trip = 0.0;
@@ -66,12 +73,13 @@ struct NVPFLOW_API FitOptions {
   Statistics standardize = Statistics::automatic;
   /// Rows further from the mean than so many standard deviations, in any column, are left out of training and
   /// validation. Both numbers are those of a first layer of kind standardize. One row that far out has more weight than
-  /// a million ordinary ones, and no flow reaches it. History counts them. 0: none is left out. Without a value 1000,
-  /// but 0 with the base student_t, under which a far row costs the logarithm of its distance.
-  std::optional<double> max_deviation;
+  /// a million ordinary ones, and no flow reaches it. History counts them. 0: none is left out.
+  double max_deviation = 1000.0;
   /// Sets a first layer of kind standardize, and the statistics of a context, from the training rows even if they have
   /// been set before. For rows that have moved since. The layers behind them stay, and see rows of the same scale.
   bool restandardize = false;
+  /// A layer that whitens keeps columns that follow from others: each variance then gets a millionth of it on top.
+  bool allow_degenerate = false;
   /// Fixes the order of rows and the validation split.
   std::uint64_t seed = 0;
   /// 0: the flow's own setting.
@@ -95,11 +103,13 @@ struct NVPFLOW_API FitOptions {
     number("patience", &FitOptions::patience, {.expected = "at least 0 (0: never stop early)"});
     number("validation", &FitOptions::validation_fraction,
            {.below = 1, .expected = "a share of the rows, at least 0 and below 1"});
+    number("folds", &FitOptions::folds, {.expected = "at least 0 (0: automatic, 1: none)"});
     number("max_round_trip", &FitOptions::max_round_trip, {.expected = "a finite number, at least 0 (0: no bound)"});
     other("standardize", &FitOptions::standardize);
     number("max_deviation", &FitOptions::max_deviation,
            {.expected = "a finite number, at least 0 (0: no row is left out)"});
     other("restandardize", &FitOptions::restandardize);
+    other("allow_degenerate", &FitOptions::allow_degenerate);
     other("seed", &FitOptions::seed);
     number("num_threads", &FitOptions::num_threads, {.below = 4097, .expected = "0 (automatic) to 4096"});
     other("checkpoint", &FitOptions::checkpoint);
@@ -148,14 +158,16 @@ struct EpochRecord {
 /// The result of a run.
 struct History {
   std::vector<EpochRecord> epochs;  ///< in order
-  std::int64_t best_epoch = 0;      ///< whose weights the flow holds now; 0: the initial ones
+  std::int64_t best_epoch = 0;      ///< whose weights the flow holds now; 0: those that training started from
   double best_loss = 0;             ///< its validation loss; without validation data, of up to 65,536 training rows
   std::string stop_reason;          ///< "epochs", "patience", "callback" or "interrupted"
   /// For each column, what the standardize layer was set from, as of Flow::initialize_from; empty where it was not set.
   std::vector<std::string> standardized;
   std::int64_t rows_left_out = 0;    ///< by max_deviation, from training and validation
   std::int64_t train_rows = 0;       ///< rows of x that were trained on
-  std::int64_t validation_rows = 0;  ///< rows of the validation array, or set aside from x
+  std::int64_t validation_rows = 0;  ///< rows of the validation array, or set aside from x; all of x with folds
+  std::int64_t folds = 0;            ///< of cross-validation; 0: none
+  double initial_loss = 0;           ///< validation loss before the first epoch, of a flow that whitens; else infinite
 };
 
 /// Receives progress on the thread that called fit(). Every member may return false to stop; the flow then keeps
@@ -186,8 +198,6 @@ class NVPFLOW_API FitObserver {
 /// Every actnorm layer that is still all zeros is then set from up to 65,536 training rows. One behind a layer that
 /// whitens stays the identity. Its outputs, from data to
 /// latent, then have mean 0 and standard deviation 1. A constant output is only brought to 0.
-///
-/// A mixture base as a new flow has it is then set to groups of the training rows' latents.
 ///
 /// T: the flow's dtype, or double for a float32 flow with takes_float64_rows. Such rows are standardized in float64,
 /// once, into a float32 copy that is trained on. Losses are the same; max_round_trip is measured on that copy.
