@@ -211,6 +211,9 @@ NVPFLOW_HOST_DEVICE void visit_base(const BaseDensity<T>& base, F&& f) {
       return f(OfBase<BaseKind::normal>());
     case BaseKind::uniform:
       return f(OfBase<BaseKind::uniform>());
+    case BaseKind::student_t:  // make_cuda_backend refuses them
+    case BaseKind::mixture:
+      return;
   }
 }
 

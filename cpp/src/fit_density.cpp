@@ -75,7 +75,6 @@ class Weights64 {
   }
   double loss() const { return loss_ / static_cast<double>(rows_); }
   double ess() const { return sum_ * sum_ / squares_ / static_cast<double>(rows_); }
-  std::int64_t rows() const { return rows_; }
 
  private:
   std::int64_t rows_ = 0;
@@ -239,12 +238,19 @@ class DensityFit {
     require_finite_densities(count, with_gradient);
   }
 
+  /// Of the first `count` rows that were drawn.
+  void add_weights(std::int64_t count, Weights64& to) const {
+    for (std::size_t r = 0; r < static_cast<std::size_t>(count); ++r) {
+      to.add(static_cast<double>(log_q_[r]), log_p_[r]);
+    }
+  }
+
   void require_finite_rows(std::int64_t count) const {
     for (std::int64_t r = 0; r < count; ++r) {
       const T* row = x_.data() + r * features_;
       const bool good = std::all_of(row, row + features_, [](T v) { return std::isfinite(v); });
       if (good && std::isfinite(log_q_[static_cast<std::size_t>(r)])) continue;
-      diverged("a row of the flow", good ? static_cast<double>(log_q_[static_cast<std::size_t>(r)]) : HUGE_VAL, "");
+      diverged("a row of the flow", good ? static_cast<double>(log_q_[static_cast<std::size_t>(r)]) : HUGE_VAL);
     }
   }
 
@@ -288,12 +294,10 @@ class DensityFit {
     return history_.best_step == 0 ? "the flow is left as it was"
                                    : "the flow keeps the weights of step " + std::to_string(history_.best_step);
   }
-  [[noreturn]] void diverged(const char* what, double value, const char* way) const {
-    throw Error(ErrorCode::not_finite, std::string(what) + " became " + (std::isnan(value) ? "NaN" : "infinite") +
-                                           at_step() + "; " + kept() +
-                                           "; try a lower learning_rate or clip_norm, or initialize_from with rows "
-                                           "from where the target is" +
-                                           way);
+  [[noreturn]] void diverged(const char* what, double value) const {
+    throw Error(ErrorCode::not_finite,
+                std::string(what) + " became " + (std::isnan(value) ? "NaN" : "infinite") + at_step() + "; " + kept() +
+                    "; try a lower learning_rate or clip_norm, or initialize_from with rows from where the target is");
   }
 
   // ---- a step ----------------------------------------------------------------------------------------------------
@@ -316,12 +320,8 @@ class DensityFit {
     const std::int64_t batch = options_.batch_size;
     const auto first = static_cast<std::uint64_t>(step_) * static_cast<std::uint64_t>(batch);
     draw(first, batch, true);
-    Weights64 of_batch;
-    for (std::size_t r = 0; r < static_cast<std::size_t>(batch); ++r) {
-      of_batch.add(static_cast<double>(log_q_[r]), log_p_[r]);
-      seen.add(static_cast<double>(log_q_[r]), log_p_[r]);
-    }
-    if (!std::isfinite(of_batch.loss())) diverged("loss", of_batch.loss(), "");
+    add_weights(batch, seen);
+    if (!std::isfinite(seen.loss())) diverged("loss", seen.loss());
     work_.noise_unchecked(options_.seed, first, batch, z_.data(), Execution(threads_));
     form_cotangents(batch);
     const bool path = options_.estimator == Estimator::path;
@@ -353,7 +353,7 @@ class DensityFit {
     adam.learning_rate = record.learning_rate = learning_rate();
     adam.weight_decay = options_.weight_decay;
     record.gradient_norm = adam_.update(adam, options_.clip_norm, gradient_.data(), parameters_.data());
-    if (!std::isfinite(record.gradient_norm)) diverged("gradient norm", record.gradient_norm, "");
+    if (!std::isfinite(record.gradient_norm)) diverged("gradient norm", record.gradient_norm);
     set_weights(parameters_);
   }
 
@@ -371,11 +371,9 @@ class DensityFit {
       poll();
       const std::int64_t count = std::min(kSliceRows, options_.validation - done);
       draw(kValidationRow + static_cast<std::uint64_t>(done), count, false);
-      for (std::size_t r = 0; r < static_cast<std::size_t>(count); ++r) {
-        found.add(static_cast<double>(log_q_[r]), log_p_[r]);
-      }
+      add_weights(count, found);
     }
-    if (!std::isfinite(found.loss())) diverged("validation loss", found.loss(), "");
+    if (!std::isfinite(found.loss())) diverged("validation loss", found.loss());
     return found;
   }
 

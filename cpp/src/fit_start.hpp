@@ -92,7 +92,7 @@ std::span<const T> checked_context(const FlowSpec& spec, const char* name, const
 /// Where a flow that standardizes its context keeps the means and log standard deviations [2 C].
 template <class T>
 std::span<T> context_statistics(const FlowSpec& spec, const ParamLayout& layout, std::span<T> parameters) {
-  const TensorInfo& mean = layout.tensors()[layout.first_tensor(spec.layers.size())];
+  const TensorInfo& mean = *layout.find("context.mean");
   return parameters.subspan(static_cast<std::size_t>(mean.offset), static_cast<std::size_t>(2 * spec.context_size));
 }
 

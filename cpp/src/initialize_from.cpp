@@ -10,6 +10,7 @@
 #include <variant>
 #include <vector>
 
+#include <nvpflow/base.hpp>
 #include <nvpflow/error.hpp>
 #include <nvpflow/execution.hpp>
 #include <nvpflow/flow.hpp>
@@ -21,6 +22,7 @@
 #include "float_mode.hpp"
 #include "flow_access.hpp"
 #include "layer_start.hpp"
+#include "mixture_start.hpp"
 #include "row_order.hpp"
 #include "statistics.hpp"
 #include "wide_rows.hpp"
@@ -58,6 +60,7 @@ class Initializer {
     }
     if (has_started_layers(flow_.spec())) start_from_rows();
     flow_.set_parameters<T>(values_, low_);
+    if (wants_mixture_start<T>(flow_.spec(), flow_.layout(), values_)) start_mixture_base();
     return how;
   }
 
@@ -68,7 +71,7 @@ class Initializer {
 
   std::vector<std::string> standardize(Statistics statistics) {
     ColumnScales scales(flow_.spec().dtype, x_, flow_.column_names(), features_, RowOrder(), rows_, no_poll);
-    const std::vector<ColumnScale> found = scales.take(statistics);
+    const std::vector<ColumnScale> found = scales.take(statistics_for(flow_.spec().base, statistics));
     low_.clear();
     if constexpr (sizeof(X) > sizeof(T)) low_ = mean_low_of(found);
     return set_layer(front(), found);
@@ -114,6 +117,24 @@ class Initializer {
     start_layers<T>(flow_.spec(), values_, rows, how);
   }
 
+  /// From some of the rows, evenly taken, by all that has been set.
+  void start_mixture_base() {
+    const std::int64_t count = std::min(rows_, kMixtureRows), width = flow_.spec().context_size;
+    const auto size = static_cast<std::size_t>(features_);
+    std::vector<T> latents(static_cast<std::size_t>(count) * size);
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::int64_t row = i * rows_ / count;
+      const auto given = context_.empty()
+                             ? context_
+                             : context_.subspan(static_cast<std::size_t>(row * width), static_cast<std::size_t>(width));
+      flow_.forward(x_.subspan(static_cast<std::size_t>(row) * size, size),
+                    std::span<T>(latents).subspan(static_cast<std::size_t>(i) * size, size), std::span<T>(),
+                    given.empty() ? Context() : Context(given));
+    }
+    start_mixture<T>(flow_.spec(), flow_.layout(), values_, latents, 0);
+    flow_.set_parameters<T>(values_, low_);
+  }
+
   Flow& flow_;
   const std::span<const X> x_;
   const std::int64_t features_, rows_;
@@ -128,7 +149,8 @@ template <class T>
 std::vector<std::string> Flow::initialize_from(std::span<const T> x, Statistics statistics, const Context& context) {
   const FloatMode mode;
   (void)name_of(statistics);  // throws
-  if (!spec().begins_with_standardize() && !spec().standardize_context && !has_started_layers(spec())) {
+  if (!spec().begins_with_standardize() && !spec().standardize_context && !has_started_layers(spec()) &&
+      !std::holds_alternative<MixtureBase>(spec().base)) {
     throw Error(ErrorCode::invalid_argument,
                 "the flow does not begin with a standardize layer, which initialize_from sets; make one with "
                 "standardize");

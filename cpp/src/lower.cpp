@@ -200,11 +200,10 @@ Lowered lower(const FlowSpec& spec, const ParamLayout& layout) {
     std::visit([&](const auto& layer) { layers::lower(layer, spec, tensors, lowering); }, spec.layers[i]);
   }
   Lowered lowered = lowering.finish();
-  lowered.base = layers::lower_base(spec);
+  lowered.base = layers::lower_base(spec, layout.tensors().data() + layout.first_tensor(spec.layers.size()));
   if (spec.standardize_context) {
-    const TensorInfo* const statistics = layout.tensors().data() + layout.first_tensor(spec.layers.size());
-    lowered.context_mean = statistics[0].offset;
-    lowered.context_log_std = statistics[1].offset;
+    lowered.context_mean = layout.find("context.mean")->offset;
+    lowered.context_log_std = layout.find("context.log_std")->offset;
   }
   return lowered;
 }

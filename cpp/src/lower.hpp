@@ -75,10 +75,14 @@ SplineMap<T> map_of(const Spline& from);
 /// Base.
 struct LoweredBase {
   BaseKind kind = BaseKind::normal;
-  double low = 0, high = 0, log_density = 0;
+  double low = 0, high = 0, log_density = 0;  // uniform
+  std::int64_t components = 0;                // mixture
+  bool full = false;                          // the same
+  // Offsets of the tensors: log_df, or logits, means, log_scales and lower.
+  std::int64_t offset = 0, means = 0, log_scales = 0, lower = 0;
 };
 
-/// As the kernels read it.
+/// As the kernels read it, but for what depends on parameters.
 template <class T>
 BaseDensity<T> density_of(const LoweredBase& from);
 

@@ -15,7 +15,7 @@ enum class Act : int32_t { relu, leaky_relu, elu, gelu, silu, tanh, sigmoid, sof
 enum class ScaleFunction : int32_t { tanh, softsign, atan, identity, sigmoid, softplus, none };
 
 /// What latents are: the order of Base.
-enum class BaseKind : int32_t { normal, uniform };
+enum class BaseKind : int32_t { normal, uniform, student_t, mixture };
 
 /// How a coupling's network is made: the order of Network::Kind.
 enum class NetworkKind : int32_t { mlp, residual };

@@ -66,6 +66,9 @@ void check_totals(const FlowSpec& spec) {
   });
 }
 
+/// The means of a mixture's components start as far out as this: a standardized column's standard deviation is 1.
+constexpr double kMostMean = 2;
+
 /// The largest initial weight of a tensor.
 double initial_limit(Init init, const TensorInfo& tensor) {
   const auto in = static_cast<double>(tensor.fan_in), fans = static_cast<double>(tensor.fan_in + tensor.fan_out);
@@ -73,6 +76,7 @@ double initial_limit(Init init, const TensorInfo& tensor) {
   switch (tensor.initial) {
     case Initial::zero:
     case Initial::one:
+    case Initial::value:
       return 0;
     case Initial::hidden_kernel:
       return kernel;
@@ -80,6 +84,8 @@ double initial_limit(Init init, const TensorInfo& tensor) {
       return init == Init::glorot ? 0 : kernel;
     case Initial::small_kernel:
       return 0.01 * kernel;
+    case Initial::mean:
+      return kMostMean;
   }
   refuse("initial is " + std::to_string(static_cast<int>(tensor.initial)) + ", expected an enumerator of Initial");
 }
@@ -102,7 +108,7 @@ void initialize(const ParamLayout& layout, std::uint64_t seed, T* parameters, In
     T* values = parameters + tensor.offset;
     const double limit = initial_limit(init, tensor);
     if (limit == 0) {
-      std::fill_n(values, tensor.size, tensor.initial == Initial::one ? T{1} : T{0});
+      std::fill_n(values, tensor.size, static_cast<T>(tensor.initial == Initial::one ? 1.0 : tensor.value));
       continue;
     }
     for (std::int64_t i = 0; i < tensor.size; ++i) {

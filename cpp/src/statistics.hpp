@@ -11,10 +11,12 @@
 #include <utility>
 #include <vector>
 
+#include <nvpflow/base.hpp>
 #include <nvpflow/error.hpp>
 #include <nvpflow/flow.hpp>
 #include <nvpflow/spec.hpp>
 
+#include "layers/layer.hpp"
 #include "row_order.hpp"
 
 namespace nvpflow {
@@ -42,6 +44,12 @@ struct CentralRange {
 inline constexpr CentralRange kCentralRanges[] = {{0.25, 0.75, 1.3489795003921636, "robust"},
                                                   {0.05, 0.95, 3.2897072539029446, "robust (5 to 95 %)"},
                                                   {0.01, 0.99, 4.6526957480816815, "robust (1 to 99 %)"}};
+
+/// What is asked for, of a flow of this base: Student's t distribution need not have a standard deviation.
+inline Statistics statistics_for(const Base& base, Statistics asked) {
+  const bool robust = asked == Statistics::automatic && layers::has_heavy_tails(base);
+  return robust ? Statistics::robust : asked;
+}
 
 /// One column's centre and logarithm of its scale, and how they were found: "mean" or a range's name.
 struct ColumnScale {

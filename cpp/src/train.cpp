@@ -31,6 +31,7 @@
 #include "flow_access.hpp"
 #include "layer_start.hpp"
 #include "layers/layer.hpp"
+#include "mixture_start.hpp"
 #include "option_checks.hpp"
 #include "parallel.hpp"
 #include "row_order.hpp"
@@ -104,6 +105,8 @@ class Trainer {
     const double most = kSliceFlops * sizeof(float) / sizeof(T);
     slice_ = std::clamp<std::int64_t>(static_cast<std::int64_t>(most / per_row), 64, 1 << 16);
     count_rows();
+    constexpr double kMaxDeviation = 1000;
+    max_deviation_ = options.max_deviation.value_or(layers::has_heavy_tails(flow.spec().base) ? 0 : kMaxDeviation);
     history_.best_loss = history_.initial_loss = std::numeric_limits<double>::infinity();
   }
 
@@ -169,6 +172,7 @@ class Trainer {
   void begin(Run& run, const std::vector<T>& start, const TrainingData& data) {
     run.start = start;
     start_from_rows(run);
+    start_mixture_base(run);
     if (options_.averaging > 0) run.average.resize(best_.size());
     const std::int64_t most = std::min(slice_, run.batch);
     run.training = FlowAccess::backend(flow_).begin_training(data, run.start.data(), most, Execution(threads_));
@@ -346,7 +350,7 @@ class Trainer {
       return;
     }
     const auto layer = std::span<T>(best_).first(static_cast<std::size_t>(2 * features_));
-    std::vector<ColumnScale> found = scales.take(options_.standardize);
+    std::vector<ColumnScale> found = scales.take(statistics_for(flow_.spec().base, options_.standardize));
     if constexpr (sizeof(X) > sizeof(T)) standardized_.mean_low = mean_low_of(found);
     history_.standardized = set_layer(layer, found);
   }
@@ -374,6 +378,24 @@ class Trainer {
     StartOptions how = {slice_, threads_, options_.restandardize, false, flow_.column_names(), [this] { poll(); }};
     how.keep_dependent = options_.allow_degenerate || &run != &main_;  // of some rows
     start_layers<T>(flow_.spec(), run.start, rows, how);
+  }
+
+  /// From some of the training rows, as the run's layers make latents of them.
+  void start_mixture_base(Run& run) {
+    if (!wants_mixture_start<T>(flow_.spec(), flow_.layout(), run.start)) return;
+    const std::int64_t count = std::min(run.rows.train(), kMixtureRows);
+    std::vector<T> rows(static_cast<std::size_t>(count * features_)), latents(rows.size());
+    std::vector<T> context(static_cast<std::size_t>(count * context_size()));
+    run.rows.shuffled(0).each(0, count, [&](std::int64_t i, std::int64_t row) {
+      std::copy_n(x_.data() + row * features_, features_, rows.data() + i * features_);
+      std::copy_n(context_.data() + row * context_size(), context_size(), context.data() + i * context_size());
+    });
+    Flow flow(flow_);
+    flow.set_num_threads(threads_);
+    flow.template set_parameters<T>(run.start);
+    flow.template forward<T>(rows, std::span<T>(latents), {},
+                             context.empty() ? Context() : Context(std::span<const T>(context)));
+    start_mixture<T>(flow_.spec(), flow_.layout(), run.start, latents, options_.seed);
   }
 
   /// By the weights that training starts from.
@@ -453,7 +475,7 @@ class Trainer {
     std::vector<double> most(static_cast<std::size_t>(features_));
     for (std::size_t j = 0; j < most.size(); ++j) {
       const double log_std = standardized_.on ? 0.0 : static_cast<double>(best_[most.size() + j]);
-      most[j] = options_.max_deviation * std::exp(log_std);
+      most[j] = max_deviation_ * std::exp(log_std);
     }
     order.each(0, count, [&](std::int64_t i, std::int64_t at) {
       if (i % kPollRows == 0) poll();
@@ -463,7 +485,7 @@ class Trainer {
   }
 
   void leave_out_far_rows() {
-    if (!standardizes() || options_.max_deviation == 0) return;
+    if (!standardizes() || max_deviation_ == 0) return;
     const auto count = [this](const T*, std::int64_t) { ++history_.rows_left_out; };
     each_row_that_is(false, x_, RowOrder(), total_rows(), count);
     each_row_that_is(false, validation_, RowOrder(), validation_rows(), count);
@@ -487,7 +509,7 @@ class Trainer {
     const bool lacks_validation = history_.validation_rows > 0 && folds_.empty() && validation_.empty();
     if (x_.empty() || lacks_validation) {
       fail(std::string(x_.empty() ? "x" : "validation") + " has no row within max_deviation " +
-           short_text(options_.max_deviation) +
+           short_text(max_deviation_) +
            " standard deviations of the standardize layer's mean, expected at least one; give other rows, or set "
            "max_deviation to 0");
     }
@@ -861,6 +883,7 @@ class Trainer {
   std::vector<T> best_;                 // before the first epoch is done, the parameters that training starts from
   std::vector<double> start_log_prob_;  // of the rows that epochs are compared by; empty: the start is no candidate
   bool average_is_better_ = false;
+  double max_deviation_ = 0;  // 0: no row is left out
   std::int64_t slice_ = 0, steps_ = 0, done_steps_ = 0;  // steps of all runs in an epoch
   std::int64_t earlier_steps_ = 0, earlier_epochs_ = 0;  // of adam_, before this run
   History history_;

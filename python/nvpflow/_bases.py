@@ -1,4 +1,4 @@
-"""What latents are: `Normal` and `Uniform` of `nvpflow.layers`."""
+"""What latents are: `Normal`, `Uniform`, `StudentT` and `Mixture` of `nvpflow.layers`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from nvpflow import _checks
 from nvpflow._expression import HOME, Expression
@@ -56,9 +53,82 @@ class Uniform(Expression):
         self._set(low=low, high=high)
 
 
-Base = Normal | Uniform
+@dataclass(frozen=True, repr=False)
+class StudentT(Expression):
+    """Latents are independent and follow Student's t distribution, each feature with its own degrees of freedom.
+
+    It is for data with heavy tails. The density of far rows falls off as a power, which no layer over a normal base
+    gives them. The degrees of freedom are ``exp(base.log_df)``, a parameter of the flow [D]. `Flow.fit` then
+    leaves out no far row, and sets the standardize layer from quartiles, which far rows do not move.
+
+    Parameters
+    ----------
+    df
+        What each feature's degrees of freedom start as, > 0. 1 is Cauchy's distribution; many are nearly the normal
+        one.
+    trainable
+        Train them with the layers. False: they stay.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what came and what was expected.
+    """
+
+    df: float = 4.0
+    trainable: bool = True
+
+    def __post_init__(self) -> None:
+        df = _checks.real("df", self.df)
+        if not 0 < df < math.inf:
+            raise ValueError(f"df is {df}, expected a finite number above 0")
+        self._set(df=df, trainable=_checks.boolean("trainable", self.trainable))
+
+
+COVARIANCES = ("diagonal", "full")
+
+
+@dataclass(frozen=True, repr=False)
+class Mixture(Expression):
+    """Latents follow a mixture of normal distributions, whose weights, means and covariances are trained.
+
+    It is for data that fall into separate groups: layers alone leave bridges between them. Component m has the weight
+    ``softmax(base.logits)[m]``, the mean ``base.means[m]`` and the covariance ``F F^T``. F is ``L diag(s)`` with
+    ``s = exp(base.log_scales[m])``. L is the identity. With full covariances it is unit lower triangular, with
+    ``base.lower[m]`` below the diagonal, row by row.
+
+    Parameters
+    ----------
+    components
+        1 to 1,024.
+    covariance
+        "diagonal" or "full". ``components * D^2`` is at most 2^26.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what came and what was expected.
+    """
+
+    components: int = 4
+    covariance: str = "diagonal"
+
+    def __post_init__(self) -> None:
+        components = _checks.integer("components", self.components)
+        if not 1 <= components <= MOST_COMPONENTS:
+            raise ValueError(f"components is {components}, expected 1 to {MOST_COMPONENTS}")
+        covariance = _checks.text("covariance", self.covariance)
+        if covariance not in COVARIANCES:
+            raise ValueError(
+                f"covariance is {_checks.shortened(repr(covariance))}, expected one of {', '.join(COVARIANCES)}"
+            )
+        self._set(components=components, covariance=covariance)
+
+
+MOST_COMPONENTS = 1024
+Base = Normal | Uniform | StudentT | Mixture
 NORMAL = Normal()
-_KINDS: dict[str, type[Base]] = {"normal": Normal, "uniform": Uniform}
+_KINDS: dict[str, type[Base]] = {"normal": Normal, "uniform": Uniform, "student_t": StudentT, "mixture": Mixture}
 NAMES = tuple(_KINDS)
 for _kind in _KINDS.values():
     _kind.__module__ = HOME
@@ -81,9 +151,20 @@ def is_bounded(base: Base) -> bool:
     return isinstance(base, Uniform)
 
 
+def has_heavy_tails(base: Base) -> bool:
+    """Tell whether far rows are what the base is for."""
+    return isinstance(base, StudentT)
+
+
 def in_words(base: Base) -> str:
     """Return what latents are, for messages."""
-    return "standard normal" if isinstance(base, Normal) else f"uniform from {base.low:g} to {base.high:g}"
+    if isinstance(base, Uniform):
+        return f"uniform from {base.low:g} to {base.high:g}"
+    if isinstance(base, StudentT):
+        return f"Student t distributed with {'trained ' if base.trainable else ''}degrees of freedom"
+    if isinstance(base, Mixture):
+        return f"a mixture of {base.components} normal distributions with {base.covariance} covariances"
+    return "standard normal"
 
 
 def to_json(base: Base) -> dict[str, Any]:
@@ -96,18 +177,3 @@ def from_json(entry: dict[str, Any]) -> Base:
     """Return the base of an entry that the extension wrote."""
     fields = dict(entry)
     return _KINDS[fields.pop("kind")](**fields)
-
-
-def normal_scores(base: Base, latents: NDArray[Any]) -> NDArray[np.float64]:
-    """Return latents such that they are standard normal where the base is what they are distributed by.
-
-    Those outside of the base become infinite.
-    """
-    z = np.asarray(latents, dtype=np.float64)
-    if isinstance(base, Normal):
-        return z
-    share = np.clip((z - base.low) / (base.high - base.low), _LEAST_SHARE, 1 - _LEAST_SHARE)
-    from statistics import NormalDist  # which takes a tenth of what importing NumPy takes
-
-    scores = np.reshape([NormalDist().inv_cdf(p) for p in share.ravel()], z.shape)
-    return np.where(z < base.low, -np.inf, np.where(z > base.high, np.inf, scores))

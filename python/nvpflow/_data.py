@@ -287,6 +287,7 @@ def require_density(
     *,
     trained: tuple[Array, Array] | None = None,
     framed: bool = False,
+    heavy_tails: bool = False,
     allow_degenerate: bool = False,
 ) -> DataReport:
     """Raise ValueError where `rows` [N, D] have no density, naming everything; warn once of everything else.
@@ -294,7 +295,7 @@ def require_density(
     `allow_degenerate`: warn, too, of columns that follow from others.
 
     `trained`: mean and standard deviation of the flow's first layer, where it has been set; see `trained_scales`.
-    `framed`: whether they came in a frame.
+    `framed`: whether they came in a frame. `heavy_tails`: far rows are what the flow's base is for.
     """
     labels = _frames.labels(names, rows.shape[1])
     if len(rows) == 0:
@@ -302,7 +303,7 @@ def require_density(
     found = _look_at(rows, labels, list(range(rows.shape[1])), dtype, standardize, trained, framed=framed)
     if allow_degenerate:
         found = [replace(f, severity="warning") if f.kind in ("copy", "dependent") else f for f in found]
-    report = DataReport(len(rows), tuple(labels), tuple(found))
+    report = DataReport(len(rows), tuple(labels), tuple(f for f in found if not (heavy_tails and f.kind == "outliers")))
     if report.errors:
         raise ValueError(_message(name, report.errors))
     if report.warnings:
@@ -722,8 +723,9 @@ class _Look:
             f"(median {self._percentiles[1][j]:.3g}, from {self._low[j]:.3g} to {self._high[j]:.3g})"
         )
         remedy = (
-            "look at these rows and remove what is wrong, or transform the column (log, arcsinh); fit leaves out what "
-            "is beyond its max_deviation, and History.rows_left_out counts it"
+            "look at these rows and remove what is wrong; where such rows belong to the data, build the flow with "
+            "base='student_t', or transform the column (log, arcsinh); fit leaves out what is beyond its "
+            "max_deviation, and History.rows_left_out counts it"
         )
         figures = {"std": self._std[j], "spread": spread, "low": self._low[j], "high": self._high[j]}
         self._add("outliers", "warning", (j,), text, remedy, **figures)

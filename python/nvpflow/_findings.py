@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nvpflow import _bases, _frames
+from nvpflow import _bases, _frames, _scores
 from nvpflow._data import check_data
 from nvpflow._gaussian import gaussian_log_prob
 from nvpflow._spec import begins_with_standardize
@@ -103,7 +103,8 @@ def examine(
         notices.append(f"{counted(wild, 'sample')} of {SAMPLES:,} not finite, and left out.")
     gaussian, source = _gaussian(table, train)
     some, numbers = table.those(some_rows(np.arange(len(rows)), EXAMINED)), np.flatnonzero(finite)
-    latents = _bases.normal_scores(flow.spec.base, flow.forward(some.rows, context=some.contexts)[0])
+    latents, _ = flow.forward(some.rows, context=some.contexts)
+    latents = _scores.normal_scores(flow.spec.base, latents, flow.parameters())
     columns = range(flow.spec.input_size)
     return Findings(
         rows=rows,

@@ -69,7 +69,8 @@ def from_layers(
     standardize_context
         Standardize the context by a mean and a standard deviation per number, which `fit` sets from the data.
     base
-        What latents are: "normal", "uniform" for ``Uniform(0, 1)``, or an object of `nvpflow.layers`.
+        What latents are: "normal", "uniform" for ``Uniform(0, 1)``, "student_t", "mixture", or an object of
+        `nvpflow.layers`.
 
     Raises
     ------

@@ -53,6 +53,17 @@ def _file(name: str, value: Any) -> str:
     return path
 
 
+def _deviation(name: str, value: Any) -> Any:
+    return value if isinstance(value, str) and value == AUTO else _checks.real(name, value)
+
+
+def _deviation_of(text: str) -> float | str:
+    return text if text == AUTO else float(text)
+
+
+AUTO = "auto"  # a value that leaves the choice to the extension, where None is another
+MAX_DEVIATION = 1000.0  # what the extension chooses where it leaves rows out
+
 OPTIONS = (
     Option("epochs", _checks.integer, flag=Flag(int, "N", "passes over the rows")),
     Option(
@@ -90,9 +101,14 @@ OPTIONS = (
     ),
     Option(
         "max_deviation",
-        _checks.real,
+        _deviation,
         0.0,
-        Flag(float, "X", "leave out rows so many standard deviations from the mean of a column; 0: none"),
+        Flag(
+            _deviation_of,
+            "X",
+            "leave out rows so many standard deviations from the mean of a column; 0: none; auto: 1000, or none with "
+            "--base student_t",
+        ),
     ),
     Option("restandardize", _checks.boolean),
     Option("allow_degenerate", _checks.boolean),
@@ -149,7 +165,9 @@ def checked(options: Mapping[str, Any], known: tuple[Option, ...] = OPTIONS) -> 
     for name, check, none, _ in known:
         value = options[name]
         if value is not None or none is _REFUSED:
-            values[name] = check(name, value)
+            found = check(name, value)
+            if not (check is _deviation and found == AUTO):
+                values[name] = found
         elif none is not _AUTOMATIC:
             values[name] = none
     return values

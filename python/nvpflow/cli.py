@@ -274,10 +274,19 @@ def _add_architecture(group: Any) -> None:
     _add_option(group, "--network", choices=NETWORKS, default="mlp", help=network_help)
     _add_option(group, "--num-blocks", type=int, metavar="N", default=2, help="blocks of --network residual")
     _add_option(group, "--layer-norm", action="store_true", help="normalize the output of each hidden layer")
-    base_help = "distribution of the latents; uniform needs --transform spline and data inside --interval"
+    base_help = (
+        "distribution of the latents; uniform needs --transform spline and data inside --interval; student_t is for "
+        "heavy tails, mixture for separate groups"
+    )
     _add_option(group, "--base", choices=_bases.NAMES, default="normal", help=base_help)
     interval_help = "of --base uniform, the same for all columns (default: 0 1)"
     _add_option(group, "--interval", nargs=2, type=float, metavar=("LO", "HI"), help=interval_help)
+    df_help = "of --base student_t: the degrees of freedom to start from (default: 4)"
+    _add_option(group, "--df", type=float, metavar="X", help=df_help)
+    components_help = "of --base mixture: normal distributions that it is made of (default: 4)"
+    _add_option(group, "--components", type=int, metavar="N", help=components_help)
+    covariance_help = "of --base mixture: that of each component (default: diagonal)"
+    _add_option(group, "--covariance", choices=_bases.COVARIANCES, help=covariance_help)
 
 
 def _add_training_options(group: Any) -> None:
@@ -564,16 +573,22 @@ def _run_fit(arguments: argparse.Namespace) -> None:
     say(f"model written to {arguments.output}")
 
 
+# The options of each base, by the argument that they are.
+_OF_BASE = {"interval": "uniform", "df": "student_t", "components": "mixture", "covariance": "mixture"}
+
+
 def _base(arguments: argparse.Namespace) -> _bases.Base:
     """Return the base that the options name."""
-    if arguments.interval is None:
-        return _bases.checked(arguments.base)
-    if arguments.base != "uniform":
-        raise data_io.DataError(f"--interval is given with --base {arguments.base}, expected --base uniform for it")
+    given = {name: value for name in _OF_BASE if (value := getattr(arguments, name)) is not None}
+    for name in given:
+        if (owner := _OF_BASE[name]) != arguments.base:
+            raise data_io.DataError(f"--{name} is given with --base {arguments.base}, expected --base {owner} for it")
     try:
-        return _bases.Uniform(*arguments.interval)
+        if "interval" in given:
+            return _bases.Uniform(*given["interval"])
+        return type(_bases.checked(arguments.base))(**given)
     except ValueError as error:
-        raise data_io.DataError(f"--interval: {error}") from None
+        raise data_io.DataError(f"--{next(iter(given))}: {error}") from None
 
 
 def _standardize(arguments: argparse.Namespace) -> bool | Literal["covariance"] | None:

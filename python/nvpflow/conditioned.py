@@ -31,10 +31,10 @@ class ConditionedFlow(_core.ConditionedFlow):
 
     Notes
     -----
-    `log_probability`, `log_prob`, `forward`, `inverse`, `sample`, `sample_and_log_prob`, `nll`, `nll_gradient`, `vjp`
-    and `log_prob_vjp` are those of `Flow` without ``context=``, and give the same bits as with it. What the context
-    comes to in each network is computed when the view is made, and not in each call. After the flow's weights have
-    changed the view gives the new results, but computes that anew in each call: make it again.
+    `log_probability`, `log_prob`, `forward`, `inverse`, `sample`, `sample_and_log_prob`, `nll`, `nll_gradient`,
+    `vjp`, `log_prob_vjp` and `score` are those of `Flow` without ``context=``, and give the same bits as with it. What
+    the context comes to in each network is computed when the view is made, and not in each call. After the flow's
+    weights have changed the view gives the new results, but computes that anew in each call: make it again.
 
     What changes or keeps the flow stays on ``view.flow``: `fit`, `fit_threshold`, `set_threshold`, `set_parameters`,
     `save`, `reload`, `swap`, `to`, `astype`, and the setters of names and ``num_threads``.

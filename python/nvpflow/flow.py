@@ -122,12 +122,14 @@ def build(
         Of ``network="mlp"``: normalize the output of each hidden layer.
     base
         What latents are. "normal": standard normal. "uniform": uniform on [0, 1], edges included, for data that fill
-        it, with ``transform="spline"``, whose splines then span it; a row outside has log p = -inf. Or
-        ``Uniform(low, high)`` of `nvpflow.layers`.
+        it, with ``transform="spline"``, whose splines then span it; a row outside has log p = -inf. "student_t": with
+        heavy tails, whose weight is trained, for data with rows far out. "mixture": a mixture of 4 normal
+        distributions, which is trained, for data in separate groups. `nvpflow.layers` has ``Uniform(low, high)``,
+        ``StudentT(df)`` and ``Mixture(components, covariance)``.
     standardize
         Put a diagonal affine layer in front, which `Flow.fit` sets from the training rows. Until then it is the
-        identity. Its log-determinant counts, so densities stay those of the data as given. None: True with the normal
-        base, False with the uniform one, out of which it would move rows. "mean" and "robust" say what `fit` sets it
+        identity. Its log-determinant counts, so densities stay those of the data as given. None: True, but
+        False with the uniform base, out of which it would move rows. "mean" and "robust" say what `fit` sets it
         from, as its `standardize` does; True leaves it to `fit`. The flow and its copies keep that choice, the file
         of `Flow.save` does not: give it to `fit` after `load`. "covariance" puts a linear layer behind it,
         ``LULinear(whitens=True)``. `fit` sets that from the shrunk covariance of the training rows (Ledoit and Wolf,
@@ -301,7 +303,7 @@ class Flow(Model):
 
     The methods that work on rows are those of the compiled extension itself, with nothing in between: `forward`,
     `inverse`, `log_probability` (also called `log_prob`), `sample`, `sample_and_log_prob`, `nll`, `nll_gradient`,
-    `vjp`, `save` and `reload`.
+    `vjp`, `score`, `save` and `reload`.
 
     Two flows are equal if their specs and all their weights are. Flows can be copied and pickled.
     """
@@ -426,8 +428,9 @@ class Flow(Model):
         """Set from rows what `fit` sets before it trains, whatever it was.
 
         That is the standardize layer in front, a layer that whitens (``standardize="covariance"`` of `build`) and the
-        actnorm layers. Of a context that is standardized it is the mean and standard deviation. For training loops of
-        one's own (PyTorch, JAX), and for rows in other units than those trained on.
+        actnorm layers. A mixture base that is as `build` made it is set, too. Of a context that is standardized it is
+        the mean and standard deviation. For training loops of one's own (PyTorch, JAX), and for rows in other units
+        than those trained on.
 
         Parameters
         ----------
@@ -474,7 +477,7 @@ class Flow(Model):
         patience: int | None = None,
         max_round_trip: float | None = None,
         standardize: Literal["auto", "mean", "robust"] | None = None,
-        max_deviation: float | None = 1000.0,
+        max_deviation: float | Literal["auto"] | None = "auto",
         restandardize: bool = False,
         allow_degenerate: bool = False,
         adam: AdamState | None = None,
@@ -491,9 +494,9 @@ class Flow(Model):
         (`standardize`). Rows that are extremely far out are left out (`max_deviation`). A layer that whitens and is
         still the identity is then set from the shrunk covariance of the training rows. Every actnorm layer that is
         still all zeros is then set: its outputs for the training rows have mean 0 and standard deviation 1. Behind a
-        layer that whitens it stays the identity. A flow that whitens may stay as it
-        begins, with ``best_epoch`` 0. An epoch must beat that by two standard errors of the validation loss, or by
-        three with fewer than 100 rows.
+        layer that whitens it stays the identity. A mixture base that is as `build` made it is set to groups of latents.
+        A flow that whitens may stay as it begins, with ``best_epoch`` 0. An epoch must beat that by two standard errors
+        of the validation loss, or by three with fewer than 100 rows.
         The same data, options and seed give the same weights, bit for bit, for any number of threads. The `threshold`
         is removed: it was that of other weights.
 
@@ -550,13 +553,14 @@ class Flow(Model):
             are equal, the range from 5 to 95 % or from 1 to 99 % takes its place. Where both are empty, "mean" does.
             "auto": "robust" for columns that a few far rows give a standard deviation ten times that number or more.
             "mean" for the others. "robust" is told by a `DataWarning`. The farthest row must be over five times further
-            from the median than 98 % of the rows. None: what `build` was told, else "auto". `History.standardized` says
-            what was done.
+            from the median than 98 % of the rows. With the base "student_t" it is "robust" for all columns. None: what
+            `build` was told, else "auto". `History.standardized` says what was done.
         max_deviation
             Rows further from the mean of a standardize layer than so many of its standard deviations, in any column,
             are left out. They count for neither training nor validation; a `DataWarning` and `History.rows_left_out`
             say how many they are. One row that far out weighs more in the likelihood than a million ordinary ones, and
-            no flow reaches it. None or 0: no row is left out.
+            no flow reaches it. "auto": 1000, but 0 with the base "student_t", under which a far row costs the logarithm
+            of its distance. None or 0: no row is left out.
         restandardize
             Set the standardize layer, a layer that whitens, and what standardizes the context, from these rows. They
             are set also where they have been before: for rows that have moved. The layers behind stay, and see rows of
@@ -681,8 +685,8 @@ class Flow(Model):
             standardizes its context and has not yet, several contexts set that.
         estimator
             "reparameterized": the gradient of the loss through x and through log q. "path": through x alone (Roeder, Wu
-            and Duvenaud, 2017). It has the same mean, and no noise where the flow is the target. A step takes almost
-            twice as long, without the target's share.
+            and Duvenaud, 2017). It has the same mean, and no noise where the flow is the target. A step takes half as
+            long again, without the target's share.
         schedule
             "cosine" lets the step size fall to zero along half a cosine over all steps; "constant" keeps it.
         weight_decay

@@ -39,7 +39,7 @@ except ImportError as error:
     raise ImportError('nvpflow.jax needs JAX 0.5 or newer: pip install "jax>=0.5"') from error
 
 from nvpflow import _checks, _core, _hints
-from nvpflow._bases import Normal
+from nvpflow._bases import Mixture, Normal, StudentT, Uniform
 from nvpflow._core import FlowSpec
 from nvpflow.flow import Flow
 
@@ -296,7 +296,10 @@ def sample(
 ) -> jax.Array:
     """Return n rows [n, D], differentiable by the parameters: the inverse of noise ``jax.random.normal(key, (n, D))``.
 
-    Under another base (`FlowSpec.base`) the noise is of that, ``jax.random.uniform`` of the uniform one's interval.
+    Under another base (`FlowSpec.base`) the noise is of that. Of the uniform one it is ``jax.random.uniform`` of its
+    interval. Of student_t it is ``sqrt(df (u^(-2 / df) - 1)) cos(2 pi v)``, differentiable by the degrees of freedom.
+    Which component of a mixture a row is of has no derivative. Where one by the mixture's parameters is asked for,
+    NotImplementedError says so.
 
     Parameters
     ----------
@@ -333,7 +336,7 @@ def sample_and_log_prob(
     Arguments are those of `sample`.
     """
     x, log_det, noise = _drawn(spec, parameters, key, n, context, num_threads)
-    return x, _log_density(spec, noise) - log_det
+    return x, _log_density(spec, _of_base(spec, parameters), noise) - log_det
 
 
 def _drawn(
@@ -343,26 +346,76 @@ def _drawn(
     count = _checks.count("n", n)
     call, tensors = _checked_call(spec, parameters, num_threads)
     contexts, leading = _checked_sample_context(spec, context)
-    noise = _noise(spec, key, (*leading, count, spec.input_size))
+    noise = _noise(spec, _of_base(spec, parameters), key, (*leading, count, spec.input_size))
     x, log_det = _values(call.of_kind("inverse"), _as_rows(noise), contexts, tensors)
     return x.reshape(noise.shape), log_det.reshape(noise.shape[:-1]), noise
 
 
-def _log_density(spec: FlowSpec, z: jax.Array) -> jax.Array:
+def _of_base(spec: FlowSpec, parameters: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Return the base's own tensors, those of a mixture such that a derivative by them is refused."""
+    own = {name: jnp.asarray(value) for name, value in parameters.items() if name.startswith("base.")}
+    return _without_derivative(own) if isinstance(spec.base, Mixture) else own  # type: ignore[no-any-return]
+
+
+@jax.custom_vjp
+def _without_derivative(own: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return own
+
+
+def _refuse_derivative(*_: Any) -> Any:
+    raise NotImplementedError(
+        "a sample of a mixture base has no derivative by the base's parameters, which say which component a row is of; "
+        "take jax.lax.stop_gradient of the parameters that begin with 'base.'"
+    )
+
+
+_without_derivative.defvjp(lambda own: (own, None), _refuse_derivative)
+
+
+def _factors(base: Mixture, own: Mapping[str, jax.Array]) -> jax.Array:
+    """Return F of each component [M, D, D], whose covariance is F F^T."""
+    components, size = own["base.means"].shape
+    unit = jnp.broadcast_to(jnp.eye(size, dtype=own["base.means"].dtype), (components, size, size))
+    if base.covariance == "full":
+        rows, columns = np.tril_indices(size, -1)
+        unit = unit.at[:, rows, columns].set(own["base.lower"])
+    return unit * jnp.exp(own["base.log_scales"])[:, None]
+
+
+def _log_density(spec: FlowSpec, own: Mapping[str, jax.Array], z: jax.Array) -> jax.Array:
     """Return log p [...] of latents [..., D] that were drawn from the base, nats."""
-    base = spec.base
+    base, size = spec.base, spec.input_size
     if isinstance(base, Normal):
-        return -0.5 * (jnp.square(z).sum(-1) + spec.input_size * math.log(2 * math.pi))
-    return jnp.full(z.shape[:-1], -spec.input_size * math.log(base.high - base.low), z.dtype)
+        return -0.5 * (jnp.square(z).sum(-1) + size * math.log(2 * math.pi))
+    if isinstance(base, Uniform):
+        return jnp.full(z.shape[:-1], -size * math.log(base.high - base.low), z.dtype)
+    if isinstance(base, StudentT):
+        return jax.scipy.stats.t.logpdf(z, jnp.exp(own["base.log_df"])).sum(-1)
+    away = jnp.expand_dims(z, -2) - own["base.means"]  # [..., M, D]
+    factors = jnp.broadcast_to(_factors(base, own), (*away.shape, size))
+    whitened = jax.scipy.linalg.solve_triangular(factors, away[..., None], lower=True)[..., 0]
+    log_peaks = jax.nn.log_softmax(own["base.logits"]) - own["base.log_scales"].sum(-1)
+    log_p = log_peaks - 0.5 * (jnp.square(whitened).sum(-1) + size * math.log(2 * math.pi))
+    return jax.nn.logsumexp(log_p, axis=-1)
 
 
-def _noise(spec: FlowSpec, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _noise(spec: FlowSpec, own: Mapping[str, jax.Array], key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Return latents of the spec's base."""
     base = spec.base
     if isinstance(base, Normal):
         return jax.random.normal(key, shape, dtype=spec.dtype)
-    drawn = jax.random.uniform(key, shape, spec.dtype, base.low, base.high)
-    return jnp.minimum(drawn, jnp.asarray(base.high, spec.dtype))  # where it was rounded up
+    if isinstance(base, Uniform):
+        drawn = jax.random.uniform(key, shape, spec.dtype, base.low, base.high)
+        return jnp.minimum(drawn, jnp.asarray(base.high, spec.dtype))  # where it was rounded up
+    if isinstance(base, StudentT):  # Bailey (1994): smooth in the degrees of freedom, for nothing is rejected
+        of_radius, of_angle = jax.random.split(key)
+        df, angle = jnp.exp(own["base.log_df"]), jax.random.uniform(of_angle, shape, spec.dtype, 0, 2 * math.pi)
+        x = 2 * jax.random.exponential(of_radius, shape, spec.dtype) / df
+        return jnp.sqrt(df * -jnp.expm1(-x)) * jnp.exp(x / 2) * jnp.cos(angle)
+    of_component, of_normal = jax.random.split(key)
+    chosen = jax.random.categorical(of_component, own["base.logits"], shape=shape[:-1])
+    normal = jax.random.normal(of_normal, shape, dtype=spec.dtype)
+    return own["base.means"][chosen] + jnp.einsum("...ij,...j->...i", _factors(base, own)[chosen], normal)
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------

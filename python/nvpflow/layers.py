@@ -1,8 +1,8 @@
 """The layers that flows are made of, and the distributions of their latents.
 
 `FlowSpec.layers` holds them in order, the one first applied to data first. `FlowSpec.from_layers` and `nvpflow.build`
-take them. `Normal` and `Uniform` are the bases: `FlowSpec.base`. All are immutable, compare by value, and
-print as the call that makes them.
+take them. `Normal`, `Uniform`, `StudentT` and `Mixture` are the bases: `FlowSpec.base`. All are immutable, compare
+by value, and print as the call that makes them.
 
 >>> import nvpflow
 >>> from nvpflow.layers import MLP, Affine, Coupling, Permutation, Standardize
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvpflow import _checks
-from nvpflow._bases import Normal, Uniform
+from nvpflow._bases import Mixture, Normal, StudentT, Uniform
 from nvpflow._expression import Expression
 from nvpflow._networks import MLP, Network, ResidualNet
 from nvpflow._splines import Spline
@@ -37,11 +37,13 @@ __all__ = [
     "Coupling",
     "ElementSpline",
     "LULinear",
+    "Mixture",
     "Normal",
     "Permutation",
     "ResidualNet",
     "Spline",
     "Standardize",
+    "StudentT",
     "Uniform",
 ]
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nvpflow import _bases, _checks, _frames
+from nvpflow import _bases, _checks, _frames, _scores
 from nvpflow._bases import Base
+from nvpflow._model import Model
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -522,7 +523,7 @@ def _draw_corner_legend(ax: Axes, labels: Sequence[str]) -> None:
 
 
 def latent_qq(
-    z: ArrayLike, *, names: Sequence[str] | None = None, base: str | Base = "normal", ax: Axes | None = None
+    z: ArrayLike, *, names: Sequence[str] | None = None, base: str | Base | Model = "normal", ax: Axes | None = None
 ) -> Axes:
     """Draw how far the quantiles of every latent dimension lie from those of the standard normal distribution.
 
@@ -537,8 +538,8 @@ def latent_qq(
     names
         Of the D dimensions, which are those of the data.
     base
-        What they should be, ``flow.spec.base``. Those of another base than the normal one are drawn as normal scores:
-        the standard normal quantiles of their shares.
+        What they should be, ``flow.spec.base``, or the flow itself, which a base with parameters needs. Those of
+        another base than the normal one are drawn as normal scores: the standard normal quantiles of their shares.
     ax
         Where to draw; None makes a new figure.
 
@@ -560,8 +561,9 @@ def latent_qq(
     The band holds 95 % of such points of N independent standard normal values, each point for itself. The i-th of N
     uniform values in order is Beta(i, N + 1 - i) distributed (David and Nagaraja, Order Statistics, 2003, section 2.3).
     """
-    own = _bases.checked(base)
-    latents = _bases.normal_scores(own, _table("z", z))
+    own = base.spec.base if isinstance(base, Model) else _bases.checked(base)
+    parameters = base.parameters() if isinstance(base, Model) else None
+    latents = _scores.normal_scores(own, _table("z", z), parameters)
     if not (inside := np.isfinite(latents).all(axis=1)).all():
         raise ValueError(
             f"z has {np.sum(~inside)} of {len(latents)} rows outside of base={own!r}, expected none; leave them out"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nvpflow import _checks, _context, _core, _data, _frames, _gaussian, _spec, _training_options
+from nvpflow import _bases, _checks, _context, _core, _data, _frames, _gaussian, _spec, _training_options
 from nvpflow._bar import Bar, open_bar
 from nvpflow._bases import NORMAL
 from nvpflow._model import Model
@@ -156,6 +156,7 @@ def fit(
     standardizes, anew = _spec.begins_with_standardize(flow.spec), checked["restandardize"]
     trained = None if anew else _data.trained_scales(flow)
     framed = _frames.inspect(x) is not None
+    heavy = _bases.has_heavy_tails(flow.spec.base)
     report = _data.require_density(
         rows,
         names.columns,
@@ -164,6 +165,7 @@ def fit(
         trained=trained,
         framed=framed,
         allow_degenerate=checked["allow_degenerate"],
+        heavy_tails=heavy,
     )
     if context is not None:
         spec, trained = flow.spec, None if anew else _data.trained_context_scales(flow)
@@ -183,11 +185,11 @@ def fit(
         summary = flow._fit(rows, held_out.rows, checked, on_progress, on_epoch, contexts, held_out.context, adam)
     history = History._from_summary(summary, unlike_mean(flow, summary["standardized"]))
     if not any(finding.kind == "outliers" for finding in report.warnings):  # one warning for one finding
-        _warn_of_far_rows(history, asked=checked["standardize"] == "robust")
+        _warn_of_far_rows(history, asked=heavy or checked["standardize"] == "robust", heavy=heavy)
     judged = history.best_epoch > 0 and not history.folds  # all rows were trained on where there are folds
     if judged and history.validation_rows >= _JUDGING_ROWS and rows.shape[1] <= _MOST_COLUMNS:
         tables = [
-            _near_rows(flow, table, checked["max_deviation"])
+            _near_rows(flow, table, history, options["max_deviation"])
             for table in _samples(_Split(rows, contexts), held_out, checked)
         ]
         _warn_of_normal_columns(flow, names.columns, tables[1])
@@ -253,13 +255,14 @@ def _statistics_to_use(flow: Model, standardize: Any) -> str:
     return statistics_of(flow, standardize)
 
 
-def _warn_of_far_rows(history: History, *, asked: bool) -> None:
+def _warn_of_far_rows(history: History, *, asked: bool, heavy: bool) -> None:
     """Say what `fit` has done about far rows without being asked."""
     findings = history._findings()
     if asked and not history.rows_left_out:
         return
     if findings:
-        advice = "see whether these rows belong there; standardize and max_deviation choose otherwise"
+        of_base = "" if heavy else " base='student_t' is for data that have such rows, and"
+        advice = f"see whether these rows belong there;{of_base} standardize and max_deviation choose otherwise"
         warnings.warn(
             f"x has rows that are far out. {'. '.join(findings)}; {advice}",
             _data.DataWarning,
@@ -288,12 +291,13 @@ def _taken(table: _Split, which: NDArray[Any]) -> _Split:
     return _Split(table.rows[which], None if table.context is None else table.context[which])
 
 
-def _near_rows(flow: Model, table: _Split, max_deviation: float) -> _Split:
+def _near_rows(flow: Model, table: _Split, history: History, max_deviation: float | str | None) -> _Split:
     """Return the table without the rows that `fit` has left out."""
     scales = _data.trained_scales(flow)
-    if scales is None or max_deviation == 0:
+    if scales is None or not history.rows_left_out:
         return table
     mean, std = scales
+    max_deviation = _training_options.MAX_DEVIATION if max_deviation == _training_options.AUTO else max_deviation
     return _taken(table, (np.abs(table.rows - mean) <= max_deviation * std).all(axis=1))
 
 

@@ -142,6 +142,43 @@ class Flow {
     return sum;
   }
 
+  double log_density(const nvpflow::StudentTBase&, const Row& latents) const {
+    const double* log_df = tensor("base.log_df");
+    double sum = 0;
+    for (std::size_t j = 0; j < latents.size(); ++j) {
+      const double df = std::exp(log_df[j]);
+      sum += std::lgamma((df + 1) / 2) - std::lgamma(df / 2) - std::log(df * std::acos(-1.0)) / 2 -
+             (df + 1) / 2 * std::log1p(latents[j] * latents[j] / df);
+    }
+    return sum;
+  }
+
+  /// Component by component, by forward substitution in L and with the largest term taken out of the sum.
+  double log_density(const nvpflow::MixtureBase& base, const Row& latents) const {
+    const std::size_t size = latents.size(), components = static_cast<std::size_t>(base.components);
+    const double *logits = tensor("base.logits"), *log_scales = tensor("base.log_scales");
+    const double* lower = base.covariance == nvpflow::MixtureBase::Covariance::full ? tensor("base.lower") : nullptr;
+    double total = 0, most = -HUGE_VAL, sum = 0;
+    for (std::size_t m = 0; m < components; ++m) total += std::exp(logits[m]);
+    Row logs;
+    for (std::size_t m = 0; m < components; ++m) {
+      double log_p = logits[m] - std::log(total) - static_cast<double>(size) * std::log(2 * std::acos(-1.0)) / 2;
+      Row away(size);
+      for (std::size_t i = 0; i < size; ++i) {
+        away[i] = latents[i] - tensor("base.means")[m * size + i];
+        for (std::size_t j = 0; lower != nullptr && j < i; ++j) {
+          away[i] -= lower[m * (size * (size - 1) / 2) + i * (i - 1) / 2 + j] * away[j];
+        }
+        const double log_scale = log_scales[m * size + i], whitened = away[i] * std::exp(-log_scale);
+        log_p -= log_scale + whitened * whitened / 2;
+      }
+      logs.push_back(log_p);
+      most = std::fmax(most, log_p);
+    }
+    for (const double log_p : logs) sum += std::exp(log_p - most);
+    return most + std::log(sum);
+  }
+
   /// NaN is for rows that came in with NaN or inf: of a finite row, what got lost as inf - inf on the way is infinite.
   static Result settled(const Row& given, const Row& context, Result result, double lost_log_det) {
     bool finite = true;

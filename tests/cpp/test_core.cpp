@@ -1193,18 +1193,33 @@ TEST_CASE("a base comes back with the spec, in format 1.1, and every wrong numbe
   refused("by a finite number of float32", UniformBase{-3e38, 3e38});
   refused("by a finite number of float64", UniformBase{-1.7e308, 1.7e308}, DType::float64);
 
+  refused("base.df is 0, expected", StudentTBase{0, true});
+  refused("base.df is inf, expected", StudentTBase{HUGE_VAL, true});
+  refused("base.df is 1e-60, expected", StudentTBase{1e-60, true});
+  refused("base.components is 0, expected 1 to 1024", MixtureBase{0});
+  refused("base.components is 1025, expected 1 to 1024", MixtureBase{1025});
+  FlowSpec wide = FlowSpec::real_nvp(1024, 1, {});
+  wide.base = MixtureBase{65};
+  check_refused(ErrorCode::invalid_argument, "base.components is 65 with input_size 1024, expected at most 64",
+                [&] { wide.validate(); });
+
   const auto not_parsed = [&](const std::string& fragment, const std::string& base) {
     std::string text = to_json(spec);
     const std::string now = R"({"kind":"uniform","low":0.0,"high":0.5})";
     text.replace(text.find(now), now.size(), base);
     check_refused(ErrorCode::file_format, fragment, [&] { parse_spec(text); });
   };
-  not_parsed("base.kind is 'cauchy', expected one of normal, uniform", R"({"kind":"cauchy"})");
+  not_parsed("base.kind is 'cauchy', expected one of normal, uniform, student_t, mixture", R"({"kind":"cauchy"})");
   not_parsed("base.kind is '3', expected a string", R"({"kind":3})");
   not_parsed("base is '3', expected an object", "3");
   not_parsed("base.high is missing", R"({"kind":"uniform","low":0})");
   not_parsed("base.low is 'null', expected a number", R"({"kind":"uniform","low":null,"high":1})");
   not_parsed("base.'low' is not a field", R"({"kind":"normal","low":0})");
+  not_parsed("base.trainable is missing", R"({"kind":"student_t","df":4})");
+  not_parsed("base.trainable is '1', expected true or false", R"({"kind":"student_t","df":4,"trainable":1})");
+  not_parsed("base.covariance is 'tied', expected one of diagonal, full",
+             R"({"kind":"mixture","components":2,"covariance":"tied"})");
+  not_parsed("base.components is 0, expected 1 to 1024", R"({"kind":"mixture","components":0,"covariance":"full"})");
   not_parsed("base.high is 0, expected more than base.low", R"({"kind":"uniform","low":0,"high":0})");
 
   const Folder folder;
@@ -1222,6 +1237,52 @@ TEST_CASE("a base comes back with the spec, in format 1.1, and every wrong numbe
 }
 
 // ---------------------------------------------------------------------------------------------- the file system
+
+TEST_CASE("bases with parameters come back with their tensors, which lie behind all layers") {
+  using Covariance = MixtureBase::Covariance;
+  FlowSpec spec = FlowSpec::real_nvp(3, 2, {3});
+  spec.context_size = 2;
+  spec.standardize_context = true;
+  const auto names_of = [&](const Base& base) {
+    spec.base = base;
+    CHECK(parse_spec(to_json(spec)) == spec);
+    const ParamLayout layout(spec);
+    std::string names;
+    for (std::size_t i = layout.first_tensor(2); i < layout.tensors().size(); ++i) {
+      names += layout.tensors()[i].name + (layout.tensors()[i].trained ? " " : "* ");
+    }
+    return names;
+  };
+  CHECK(names_of(NormalBase{}) == "context.mean* context.log_std* ");
+  CHECK(names_of(StudentTBase{}) == "base.log_df context.mean* context.log_std* ");
+  CHECK(names_of(StudentTBase{2, false}) == "base.log_df* context.mean* context.log_std* ");
+  CHECK(names_of(MixtureBase{2}) == "base.logits base.means base.log_scales context.mean* context.log_std* ");
+  CHECK(names_of(MixtureBase{2, Covariance::full}) ==
+        "base.logits base.means base.log_scales base.lower context.mean* context.log_std* ");
+  CHECK(to_json(spec).find(R"("base":{"kind":"mixture","components":2,"covariance":"full"})") != std::string::npos);
+  const ParamLayout layout(spec);
+  CHECK(layout.find("base.lower")->shape == std::vector<std::int64_t>{2, 3});
+  CHECK(layout.multiply_adds_per_row() == ParamLayout(FlowSpec::real_nvp(3, 2, {3})).multiply_adds_per_row() + 12 + 12);
+
+  spec.base = StudentTBase{3, true};
+  const Flow flow(spec, 3);
+  const TensorInfo& log_df = *flow.layout().find("base.log_df");
+  for (std::int64_t j = 0; j < 3; ++j) {
+    CHECK(flow.parameters<float>()[static_cast<std::size_t>(log_df.offset + j)] == std::log(3.0f));
+  }
+  const Folder folder;
+  flow.save(folder / "student.safetensors");
+  CHECK(read_tensor_file(folder / "student.safetensors").metadata.at("nvpflow.format_version") == "1.1");
+  CHECK(Flow::load(folder / "student.safetensors").spec() == spec);
+  spec.base = MixtureBase{3};
+  const Flow mixture(spec, 3);
+  const TensorInfo& means = *mixture.layout().find("base.means");
+  std::vector<float> apart(mixture.parameters<float>().begin() + means.offset,
+                           mixture.parameters<float>().begin() + means.offset + means.size);
+  std::sort(apart.begin(), apart.end());
+  CHECK(std::adjacent_find(apart.begin(), apart.end()) == apart.end());
+  CHECK(std::max(-apart.front(), apart.back()) <= 2);
+}
 
 TEST_CASE("paths that cannot hold a model are refused for what they are") {
   const Folder folder;

@@ -16,6 +16,7 @@
 #include <variant>
 #include <vector>
 
+#include <nvpflow/density.hpp>
 #include <nvpflow/train.hpp>
 
 #include "backend.hpp"
@@ -522,6 +523,54 @@ TEST_CASE_TEMPLATE("fit on cuda follows fit on the CPU", T, float, double) {
   const std::vector<T> pa(cpu.parameters<T>().begin(), cpu.parameters<T>().end());
   const std::vector<T> pb(cuda.parameters<T>().begin(), cuda.parameters<T>().end());
   CHECK(worst(pb, pa) < 100 * budget);
+}
+
+TEST_CASE_TEMPLATE("the score and a temperature follow the CPU", T, float, double) {
+  const Flow cpu(FlowSpec::real_nvp(4, 2, {16}, Activation::silu, 1.0, true, dtype_of<T>), 1);
+  const Flow cuda = cpu.to(kCuda0);
+  const std::vector<T> x = normals<T>(150 * 4, 41);
+  std::vector<T> a = zeros<T>(150 * 4), b = a, p = zeros<T>(150), q = p;
+  cpu.score<T>(x, a);
+  cuda.score<T>(x, b);
+  CHECK(worst(b, a) < 10 * kBudget<T>);
+  cpu.log_prob<T>(x, p, {}, 0.3);
+  cuda.log_prob<T>(x, q, {}, 0.3);
+  CHECK(worst(q, p) < kBudget<T>);
+  cpu.sample_and_log_prob<T>(3, a, p, 7, {}, 2.5);
+  cuda.sample_and_log_prob<T>(3, b, q, 7, {}, 2.5);
+  CHECK(worst(b, a) < kBudget<T>);
+  CHECK(worst(q, p) < kBudget<T>);
+}
+
+TEST_CASE_TEMPLATE("fit_density follows fit_density on the CPU", T, float, double) {
+  const LogDensity<T> target = [](const DensityCall<T>& call) {
+    for (std::size_t r = 0; r < call.log_p.size(); ++r) {
+      call.log_p[r] = 0;
+      for (std::size_t i = 4 * r; i < 4 * r + 4; ++i) {
+        const T off = (call.x[i] - T(0.5)) / T(0.7);
+        call.log_p[r] -= 0.5 * static_cast<double>(off * off);
+        if (!call.gradient.empty()) call.gradient[i] = -off / T(0.7);
+      }
+    }
+  };
+  DensityOptions options;
+  options.steps = 6;
+  options.batch_size = 70;
+  options.report_every = 3;
+  options.validation = 50;
+  for (const Estimator estimator : {Estimator::reparameterized, Estimator::path}) {
+    options.estimator = estimator;
+    Flow cpu(FlowSpec::real_nvp(4, 2, {16}, Activation::silu, 1.0, true, dtype_of<T>), 1);
+    Flow cuda = cpu.to(kCuda0);
+    const DensityHistory a = fit_density(cpu, target, options), b = fit_density(cuda, target, options);
+    const double budget = std::is_same_v<T, float> ? 1e-4 : 1e-10;
+    REQUIRE(a.reports.size() == b.reports.size());
+    for (std::size_t i = 0; i < a.reports.size(); ++i) {
+      CHECK(b.reports[i].loss == doctest::Approx(a.reports[i].loss).epsilon(budget));
+      CHECK(b.reports[i].ess == doctest::Approx(a.reports[i].ess).epsilon(budget));
+      CHECK(b.reports[i].gradient_norm == doctest::Approx(a.reports[i].gradient_norm).epsilon(100 * budget));
+    }
+  }
 }
 
 TEST_CASE_TEMPLATE("fit of linear layers follows fit on the CPU", T, float, double) {

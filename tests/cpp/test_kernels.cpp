@@ -1379,6 +1379,192 @@ TEST_CASE_TEMPLATE("uniform noise stays inside, is uniform, and one sequence how
   }
 }
 
+namespace {
+
+/// The bases with parameters. The first component of every mixture is alike: a wrong offset is a wrong density.
+const std::vector<nvpflow::Base> kTrainedBases = {
+    nvpflow::StudentTBase{4, true},
+    nvpflow::MixtureBase{1, nvpflow::MixtureBase::Covariance::diagonal},
+    nvpflow::MixtureBase{3, nvpflow::MixtureBase::Covariance::diagonal},
+    nvpflow::MixtureBase{1, nvpflow::MixtureBase::Covariance::full},
+    nvpflow::MixtureBase{5, nvpflow::MixtureBase::Covariance::full},
+};
+
+/// A flow of random layers over a base, and parameters.
+template <class T>
+struct BasedFlow {
+  FlowSpec spec;
+  std::vector<T> parameters;
+
+  BasedFlow(const nvpflow::Base& base, std::int64_t features, std::uint64_t seed)
+      : spec(mixed_spec(features, seed, dtype_of<T>)) {
+    spec.base = base;
+    if (seed % 2 == 1) {
+      spec.context_size = 3;
+      spec.standardize_context = true;
+    }
+    parameters = random_parameters<T>(ParamLayout(spec), static_cast<unsigned>(seed));
+  }
+};
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("bases with parameters agree with the oracle, on both paths", T, float, double) {
+  for (const nvpflow::Base& base : kTrainedBases) {
+    for (const std::int64_t features : {2, 3, 9, 18}) {
+      for (std::uint64_t seed = 0; seed < 4; ++seed) {
+        CAPTURE(base.index());
+        CAPTURE(features);
+        CAPTURE(seed);
+        const BasedFlow<T> based(base, features, seed);
+        Flow flow(based.spec);
+        flow.template set_parameters<T>(based.parameters);
+        const oracle::Flow oracle(based.spec, {based.parameters.begin(), based.parameters.end()});
+        const std::int64_t rows = 53, width = based.spec.context_size;
+        const std::vector<T> x = random_values<T>(rows * features, 5), c = random_values<T>(rows * width, 6);
+        std::vector<T> log_prob(static_cast<std::size_t>(rows), kPoison<T>);
+        flow.template log_prob<T>(x, log_prob,
+                                  width > 0 ? nvpflow::Context(std::span<const T>(c)) : nvpflow::Context());
+        std::int64_t wrong = 0;
+        for (std::int64_t row = 0; row < rows; ++row) {
+          const double expected = oracle.log_prob(row_of(x, row, features), row_of(c, row, width));
+          wrong += !within(static_cast<double>(log_prob[static_cast<std::size_t>(row)]), expected, 5 * kBudget<T>);
+          T alone = kPoison<T>;
+          const auto at = static_cast<std::size_t>(row * features), of_c = static_cast<std::size_t>(row * width);
+          const std::span<const T> given = std::span<const T>(c).subspan(of_c, static_cast<std::size_t>(width));
+          flow.template log_prob<T>(std::span<const T>(x).subspan(at, static_cast<std::size_t>(features)),
+                                    std::span<T>(&alone, 1), width > 0 ? nvpflow::Context(given) : nvpflow::Context());
+          wrong += alone != log_prob[static_cast<std::size_t>(row)];
+        }
+        CHECK(wrong == 0);
+      }
+    }
+  }
+}
+
+TEST_CASE("gradients under bases with parameters agree with finite differences") {
+  for (const nvpflow::Base& base : kTrainedBases) {
+    for (const std::int64_t features : {2, 5}) {
+      for (const std::uint64_t seed : {0, 2}) {
+        CAPTURE(base.index());
+        CAPTURE(features);
+        CAPTURE(seed);
+        const BasedFlow<double> based(base, features, seed);
+        Flow flow(based.spec);
+        flow.set_parameters<double>(based.parameters);
+        oracle::Flow oracle(based.spec, based.parameters);
+        const std::int64_t rows = 71;  // three units
+        std::vector<double> x = random_values<double>(rows * features, 5);
+        const std::vector<double> weights = random_values<double>(rows, 6);
+        const auto loss = [&] {
+          double sum = 0;
+          for (std::int64_t row = 0; row < rows; ++row) {
+            sum += weights[static_cast<std::size_t>(row)] * oracle.log_prob(row_of(x, row, features));
+          }
+          return sum;
+        };
+        std::vector<double> gradient(based.parameters.size(), kPoison<double>), grad_x(x.size(), kPoison<double>);
+        flow.log_prob_vjp_unchecked(x.data(), rows, weights.data(), nullptr, grad_x.data(), gradient.data(), false);
+        std::int64_t wrong = 0;
+        std::vector<double>& values = oracle.parameters();
+        const auto base_begin = static_cast<std::size_t>(
+            flow.layout().tensors()[flow.layout().first_tensor(based.spec.layers.size())].offset);
+        for (std::size_t i = 0; i < values.size(); i += i < base_begin ? 97 : 1) {
+          wrong += !within(gradient[i], oracle::central_difference(values[i], loss), 1e-6);
+        }
+        for (std::size_t i = 0; i < x.size(); i += 17) {
+          wrong += !within(grad_x[i], oracle::central_difference(x[i], loss), 1e-6);
+        }
+        CHECK(wrong == 0);
+        std::vector<double> twice = gradient;
+        flow.log_prob_vjp_unchecked(x.data(), rows, weights.data(), nullptr, nullptr, twice.data(), true);
+        for (std::size_t i = 0; i < twice.size(); ++i) CHECK(within(twice[i], 2 * gradient[i], 1e-12));
+        for (const int threads : {2, 3}) {
+          flow.set_num_threads(threads);
+          std::vector<double> again(gradient.size(), kPoison<double>);
+          flow.log_prob_vjp_unchecked(x.data(), rows, weights.data(), nullptr, grad_x.data(), again.data(), false);
+          CHECK(same_bits<double>(again, gradient));
+        }
+        // The base is no part of a transform.
+        const std::vector<double> cotangents = random_values<double>(rows * features, 8);
+        flow.vjp_unchecked(Direction::forward, x.data(), rows, cotangents.data(), weights.data(), nullptr, twice.data(),
+                           false);
+        CHECK(std::all_of(twice.begin() + static_cast<std::ptrdiff_t>(base_begin), twice.end(),
+                          [](double g) { return g == 0; }));
+      }
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("threads that share a tile leave the bits of one, also of a base's gradient", T, float, double) {
+  for (const nvpflow::Base& base : kTrainedBases) {
+    CAPTURE(base.index());
+    FlowSpec spec = FlowSpec::real_nvp(20, 2, {64}, Activation::tanh, 1, false, dtype_of<T>);
+    spec.base = base;
+    Flow flow(spec, 3);
+    const std::vector<T> x = random_values<T>(std::int64_t{3000} * 20, 5);
+    std::vector<T> gradient(static_cast<std::size_t>(flow.num_parameters()), kPoison<T>), again = gradient;
+    flow.set_num_threads(1);
+    const double loss = flow.template nll_gradient<T>(x, gradient);
+    for (const int threads : {2, 3, 7}) {
+      flow.set_num_threads(threads);
+      CHECK(flow.template nll_gradient<T>(x, again) == loss);
+      CHECK(same_bits<T>(again, gradient));
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("rows far out have a density under a student_t base, and what overflows has none", T, float,
+                   double) {
+  Flow flow = identity_flow<T>(2, nvpflow::StudentTBase{1, true});
+  const T largest = std::numeric_limits<T>::max();
+  const double log_pi = std::log(std::acos(-1.0)), log_largest = std::log(static_cast<double>(largest));
+  for (const std::int64_t rows : {1, 40}) {
+    std::vector<T> x(static_cast<std::size_t>(2 * rows), T(0)), log_prob(static_cast<std::size_t>(rows));
+    for (std::int64_t row = 0; row < rows; ++row)
+      x[static_cast<std::size_t>(2 * row)] = row % 2 == 0 ? largest : -largest;
+    flow.template log_prob<T>(x, log_prob);
+    for (const T value : log_prob) {  // 1 / (pi (1 + z^2)), whose square T does not hold
+      CHECK(within(static_cast<double>(value), -2 * log_pi - 2 * log_largest, kBudget<T>));
+    }
+  }
+  Flow mixture = identity_flow<T>(2, nvpflow::MixtureBase{3, nvpflow::MixtureBase::Covariance::full});
+  for (const std::int64_t rows : {1, 40}) {
+    std::vector<T> x(static_cast<std::size_t>(2 * rows), largest), log_prob(static_cast<std::size_t>(rows), T(0));
+    mixture.template log_prob<T>(x, log_prob);
+    for (const T value : log_prob) CHECK(value == -std::numeric_limits<T>::infinity());
+    std::fill(x.begin(), x.end(), std::numeric_limits<T>::quiet_NaN());
+    mixture.template log_prob<T>(x, log_prob);
+    for (const T value : log_prob) CHECK(std::isnan(value));
+  }
+}
+
+TEST_CASE_TEMPLATE("samples of bases with parameters are one sequence, with their log-densities", T, float, double) {
+  for (const nvpflow::Base& base : kTrainedBases) {
+    CAPTURE(base.index());
+    const BasedFlow<T> based(base, 5, 2);
+    Flow flow(based.spec);
+    flow.template set_parameters<T>(based.parameters);
+    const std::int64_t rows = 700;
+    std::vector<T> x(static_cast<std::size_t>(rows * 5), kPoison<T>), log_prob(static_cast<std::size_t>(rows));
+    flow.template sample_and_log_prob<T>(7, x, log_prob);
+    std::vector<T> direct(log_prob.size()), pieces(x.size(), kPoison<T>);
+    flow.template log_prob<T>(x, direct);
+    std::vector<double> distances;
+    for (std::size_t i = 0; i < direct.size(); ++i) {
+      distances.push_back(std::fabs(static_cast<double>(direct[i] - log_prob[i])) /
+                          (1 + std::fabs(static_cast<double>(direct[i]))));
+    }
+    std::nth_element(distances.begin(), distances.begin() + 350, distances.end());
+    CHECK(distances[350] < kBudget<T>);
+    for (std::int64_t row = 0; row < rows; row += 7) {
+      flow.template sample<T>(7, std::span<T>(pieces).subspan(static_cast<std::size_t>(row * 5), 35),
+                              static_cast<std::uint64_t>(row));
+    }
+    CHECK(same_bits<T>(pieces, x));
+  }
+}
+
 TEST_CASE_TEMPLATE("splines on the interval of a uniform base never carry a row out", T, float, double) {
   struct Interval {
     double low, high;

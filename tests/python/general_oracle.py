@@ -407,17 +407,74 @@ def tensor_shapes(spec: Spec) -> list[tuple[str, Shape]]:
             shapes.extend((f"spline_{i}.{name}", (count, n)) for name, count in raw_numbers(layer["spline"]).items())
         elif layer["kind"] == "standardize":
             shapes.extend((f"standardize_{i}.{part}", (size,)) for part in ("mean", "log_std"))
+    base = spec.get("base", {"kind": "normal"})
+    if base["kind"] == "student_t":
+        shapes.append(("base.log_df", (size,)))
+    if base["kind"] == "mixture":
+        components = base["components"]
+        shapes.append(("base.logits", (components,)))
+        shapes.extend((f"base.{part}", (components, size)) for part in ("means", "log_scales"))
+        if base["covariance"] == "full":
+            shapes.append(("base.lower", (components, size * (size - 1) // 2)))
     if spec.get("standardize_context", False):
         shapes.extend((f"context.{part}", (context,)) for part in ("mean", "log_std"))
     return shapes
 
 
-def base_log_density(spec: Spec, z: np.ndarray) -> np.ndarray:
-    """log of the base density of latents [B, D]; of rows with NaN it is NaN."""
+Named = Mapping[str, np.ndarray]
+
+
+def _digamma(x: np.ndarray) -> np.ndarray:
+    """By its recurrence and its asymptotic series (Abramowitz and Stegun, 6.3.5 and 6.3.18)."""
+    total = np.zeros_like(x)
+    while (small := x < 20).any():
+        total -= np.where(small, 1 / x, 0.0)
+        x = np.where(small, x + 1, x)
+    v = 1 / x**2
+    return total + np.log(x) - 0.5 / x - v * (1 / 12 - v * (1 / 120 - v * (1 / 252 - v * (1 / 240 - v / 132))))
+
+
+def _log_of_student(z: np.ndarray, log_df: np.ndarray) -> np.ndarray:
+    """Of each latent [B, D], as it stands in any book."""
+    df = np.exp(log_df)
+    norm = [math.lgamma((v + 1) / 2) - math.lgamma(v / 2) - 0.5 * math.log(v * math.pi) for v in df]
+    return np.array(norm) - (df + 1) / 2 * np.log1p(z**2 / df)
+
+
+def _covariances(base: Spec, own: Named) -> tuple[np.ndarray, np.ndarray]:
+    """F and F F^T of each component, [M, D, D]."""
+    components, size = own["base.means"].shape
+    unit = np.tile(np.eye(size), (components, 1, 1))
+    if base["covariance"] == "full":
+        rows, columns = np.tril_indices(size, -1)
+        unit[:, rows, columns] = own["base.lower"]
+    factor = unit * np.exp(own["base.log_scales"])[:, None, :]
+    return factor, factor @ factor.transpose(0, 2, 1)
+
+
+def _log_of_components(base: Spec, z: np.ndarray, own: Named) -> np.ndarray:
+    """log(w_m N(z; mean_m, covariance_m)), [B, M]."""
+    log_weights = own["base.logits"] - np.log(np.sum(np.exp(own["base.logits"])))
+    columns = []
+    for m, covariance in enumerate(_covariances(base, own)[1]):
+        away = z - own["base.means"][m]
+        square = np.sum(away * np.linalg.solve(covariance, away.T).T, axis=1)
+        columns.append(log_weights[m] - 0.5 * (z.shape[1] * LOG_2_PI + np.linalg.slogdet(covariance)[1] + square))
+    return np.stack(columns, axis=1)
+
+
+def base_log_density(spec: Spec, z: np.ndarray, own: Named | None = None) -> np.ndarray:
+    """log of the base density of latents [B, D]; of rows with NaN it is NaN. own: the base's tensors."""
     base = spec.get("base", {"kind": "normal"})
     if base["kind"] == "normal":
         with np.errstate(over="ignore"):
             return -0.5 * (spec["input_size"] * LOG_2_PI + np.sum(z * z, axis=1))
+    if base["kind"] == "student_t":
+        return np.sum(_log_of_student(z, own["base.log_df"]), axis=1)
+    if base["kind"] == "mixture":
+        logs = _log_of_components(base, z, own)
+        most = np.max(logs, axis=1)
+        return most + np.log(np.sum(np.exp(logs - most[:, None]), axis=1))
     assert base["kind"] == "uniform"
     inside = (z >= base["low"]) & (z <= base["high"])
     of_one = np.where(inside, -math.log(base["high"] - base["low"]), np.where(np.isnan(z), z, -np.inf))
@@ -425,11 +482,43 @@ def base_log_density(spec: Spec, z: np.ndarray) -> np.ndarray:
         return np.sum(of_one, axis=1)
 
 
-def base_cotangents(spec: Spec, z: np.ndarray, grad: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cotangents of z and of the log-determinant from those of log p, [B]."""
-    if spec.get("base", {"kind": "normal"})["kind"] == "normal":
-        return -z * grad[:, None], grad
-    return np.zeros_like(z), np.where(np.isfinite(base_log_density(spec, z)), grad, 0.0)
+def base_cotangents(
+    spec: Spec, z: np.ndarray, grad: np.ndarray, own: Named | None = None
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Cotangents of z, of the log-determinant and of the base's tensors from those of log p, [B]."""
+    base = spec.get("base", {"kind": "normal"})
+    if base["kind"] == "normal":
+        return -z * grad[:, None], grad, {}
+    if base["kind"] == "student_t":
+        df = np.exp(own["base.log_df"])
+        by_df = _digamma((df + 1) / 2) / 2 - _digamma(df / 2) / 2 - 0.5 / df
+        by_df = by_df - 0.5 * np.log1p(z**2 / df) + (df + 1) / 2 * z**2 / (df * (df + z**2))
+        return -(df + 1) * z / (df + z**2) * grad[:, None], grad, {"base.log_df": grad @ by_df * df}
+    if base["kind"] == "mixture":
+        return _mixture_cotangents(base, z, grad, own)
+    return np.zeros_like(z), np.where(np.isfinite(base_log_density(spec, z)), grad, 0.0), {}
+
+
+def _mixture_cotangents(base, z, grad, own):
+    logs = _log_of_components(base, z, own)
+    shares = np.exp(logs - logs.max(axis=1, keepdims=True))
+    shares = shares / shares.sum(axis=1, keepdims=True) * grad[:, None]  # [B, M], times the cotangents
+    factors, covariances = _covariances(base, own)
+    weights = np.exp(own["base.logits"]) / np.sum(np.exp(own["base.logits"]))
+    found = {name: np.zeros_like(value) for name, value in own.items() if name.startswith("base.")}
+    found["base.logits"] = shares.sum(axis=0) - weights * grad.sum()
+    of_z, below = np.zeros_like(z), np.tril_indices(z.shape[1], -1)
+    for m, (factor, covariance) in enumerate(zip(factors, covariances, strict=True)):
+        pulled = np.linalg.solve(covariance, (z - own["base.means"][m]).T).T
+        of_z -= shares[:, m : m + 1] * pulled
+        found["base.means"][m] = shares[:, m] @ pulled
+        # By the covariance first: d log N = tr((v v^T - S^-1) dS) / 2, dS = dF F^T + F dF^T.
+        of_covariance = 0.5 * (pulled.T * shares[:, m] @ pulled - shares[:, m].sum() * np.linalg.inv(covariance))
+        of_factor = 2 * of_covariance @ factor
+        found["base.log_scales"][m] = np.sum(np.tril(of_factor * factor), axis=0)
+        if base["covariance"] == "full":
+            found["base.lower"][m] = (of_factor * np.exp(own["base.log_scales"][m]))[below]
+    return of_z, grad, found
 
 
 class Gradients(NamedTuple):
@@ -478,7 +567,7 @@ class GeneralFlow:
 
     def log_prob(self, x: np.ndarray, context: np.ndarray | None = None) -> np.ndarray:
         z, log_det = self.forward(x, context)
-        return base_log_density(self.spec, z) + log_det
+        return base_log_density(self.spec, z, self.parameters) + log_det
 
     def nll(self, x: np.ndarray, context: np.ndarray | None = None) -> float:
         return -float(np.mean(self.log_prob(x, context)))
@@ -508,7 +597,9 @@ class GeneralFlow:
     def log_prob_vjp(self, x: np.ndarray, grad: np.ndarray, context: np.ndarray | None = None) -> Gradients:
         """Gradients of sum(grad * log_prob)."""
         z, _ = self.forward(x, context)
-        return self.vjp(x, *base_cotangents(self.spec, z, grad), context=context)
+        *cotangents, of_base = base_cotangents(self.spec, z, grad, self.parameters)
+        found = self.vjp(x, *cotangents, context=context)
+        return found._replace(parameters=found.parameters | of_base)
 
     def nll_gradient(self, x: np.ndarray, context: np.ndarray | None = None) -> tuple[float, Gradients]:
         rows = len(x)
@@ -866,6 +957,10 @@ def scrambled(spec: Spec, rng: np.random.Generator, kernel_scale: float = 1.0) -
             return values * (0.4 / math.sqrt(size))
         if name.startswith("spline_"):
             return values * (0.5 * kernel_scale)
+        if name == "base.log_df":
+            return 1 + values
+        if name in ("base.logits", "base.means"):
+            return values
         if name.endswith(".sign"):
             return np.where(values < 0, -1.0, 1.0)
         return values * 0.1 + (1.0 if name.endswith("_affine.scale") else 0.0)

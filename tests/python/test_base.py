@@ -12,7 +12,7 @@ import numpy as np
 import nvpflow
 import pytest
 from general_oracle import GeneralFlow, random_spec, scrambled
-from nvpflow import _bases, _core
+from nvpflow import _bases, _core, _scores
 from nvpflow.layers import MLP, Additive, Coupling, Normal, Spline, Standardize, Uniform
 from oracle import assert_same_bits, assert_within_budget
 
@@ -66,7 +66,11 @@ def test_a_base_is_an_object_that_prints_as_its_call() -> None:
         (lambda: Uniform(-math.inf, 1), ValueError, "low is -inf, expected a finite number"),
         (lambda: Uniform(0, math.nan), ValueError, "high is nan, expected a finite number"),
         (lambda: Uniform("0", 1), TypeError, "low is '0' (str), expected a real number"),
-        (lambda: nvpflow.build(2, base="cauchy"), ValueError, "base is 'cauchy', expected 'normal', 'uniform', or one"),
+        (
+            lambda: nvpflow.build(2, base="cauchy"),
+            ValueError,
+            "base is 'cauchy', expected 'normal', 'uniform', 'student_t', 'mixture', or one",
+        ),
         (lambda: nvpflow.build(2, base=None), TypeError, "base is None"),
         (lambda: nvpflow.build(2, base=Uniform), TypeError, "such as Uniform(0, 1)"),
         (lambda: nvpflow.FlowSpec.from_layers(2, ADDITIVE, base=3), TypeError, "base is 3 (int)"),
@@ -373,8 +377,8 @@ def test_certify_compares_rows_that_have_a_density() -> None:
 
 def test_normal_scores() -> None:
     z = np.array([[0.25, 0.5], [0, 1], [-0.1, 0.75]])
-    np.testing.assert_array_equal(_bases.normal_scores(Normal(), z), z)
-    scores = _bases.normal_scores(Uniform(), z)
+    np.testing.assert_array_equal(_scores.normal_scores(Normal(), z), z)
+    scores = _scores.normal_scores(Uniform(), z)
     np.testing.assert_allclose(scores[0], [-0.6744897501960817, 0], atol=1e-12)
     assert scores[1, 0] == pytest.approx(-scores[1, 1], rel=0.01)
     assert scores[1, 0] < -8

@@ -12,6 +12,8 @@ from oracle import assert_same_bits, assert_within_budget
 
 DTYPES = ("float32", "float64")
 INTERVAL = {"kind": "uniform", "low": -1.5, "high": 2.25}
+STUDENT = {"kind": "student_t", "df": 4.0, "trainable": True}
+MIXTURE = {"kind": "mixture", "components": 3, "covariance": "full"}
 
 
 def make_case(seed: int, dtype: str, base: dict | None = None):
@@ -32,7 +34,7 @@ def context_of(flow: nvpflow.Flow, count: int | None = None) -> dict[str, np.nda
     return {"context": np.random.default_rng(3).normal(size=shape).astype(flow.spec.dtype)} if size else {}
 
 
-@pytest.mark.parametrize("base", [None, INTERVAL], ids=["normal", "uniform"])
+@pytest.mark.parametrize("base", [None, INTERVAL, STUDENT, MIXTURE], ids=["normal", "uniform", "student_t", "mixture"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seed", range(12))
 def test_rows_are_those_of_sample_and_densities_those_of_the_oracle(seed, dtype, base) -> None:
@@ -45,7 +47,7 @@ def test_rows_are_those_of_sample_and_densities_those_of_the_oracle(seed, dtype,
     z = flow._noise(150, 5).astype(np.float64)
     each = {name: np.tile(value.astype(np.float64), (150, 1)) for name, value in given.items()}
     _, log_det = oracle.inverse(z, **each)
-    assert_within_budget(log_p, base_log_density(oracle.spec, z) - log_det, dtype)
+    assert_within_budget(log_p, base_log_density(oracle.spec, z, oracle.parameters) - log_det, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

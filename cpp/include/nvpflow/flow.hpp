@@ -33,7 +33,7 @@ struct LoadedModel;
 ///   quartiles. Where half of a column's values are equal, the range from 5 to 95 % or from 1 to 99 % takes its place.
 ///   Where both are empty, the column takes mean.
 /// - automatic: robust in the columns whose standard deviation is at least 10 times that number, because far rows make
-///   it, else mean.
+///   it, else mean. With the base student_t robust in all columns.
 enum class Statistics { automatic, mean, robust };
 
 /// @{
@@ -184,11 +184,12 @@ class NVPFLOW_API Flow {
 
   /// Sets from rows x [N, D] what fit() sets before it trains, and replaces what was set before. That is a standardize
   /// layer that comes first, lu_linear layers that whiten, and actnorm layers. Of a context [N, C] that the flow
-  /// standardizes it is the mean and standard deviation. Returns, for each column, what a first standardize layer was
-  /// set from: "mean", "robust", "robust (5 to 95 %)" or "robust (1 to 99 %)". Throws Error(invalid_argument) for a
-  /// flow with none of these, for no rows, for NaN or inf, for a constant column and for a missing context. So it does
-  /// for columns that follow from others, where they are to be whitened. The same for any number of threads and any
-  /// device. T: also double, for a float32 flow with takes_float64_rows; mean_low() is then set, too.
+  /// standardizes it is the mean and standard deviation. A mixture base that is as a new flow has it is set, too.
+  /// Returns, for each column, what a first standardize layer was set from: "mean", "robust", "robust (5 to 95 %)" or
+  /// "robust (1 to 99 %)". Throws Error(invalid_argument) for a flow with none of these, for no rows, for NaN or inf,
+  /// for a constant column and for a missing context. So it does for columns that follow from others, where they are to
+  /// be whitened. The same for any number of threads and any device. T: also double, for a float32 flow with
+  /// takes_float64_rows; mean_low() is then set, too.
   template <class T>
   std::vector<std::string> initialize_from(std::span<const T> x, Statistics statistics = Statistics::automatic,
                                            const Context& context = {});

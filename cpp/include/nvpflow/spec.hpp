@@ -75,7 +75,7 @@ struct NVPFLOW_API FlowSpec {
 NVPFLOW_API bool takes_float64_rows(const FlowSpec& spec);
 
 /// What a parameter starts as; initialize_parameters() says how each is drawn.
-enum class Initial { zero, one, hidden_kernel, hidden_bias, small_kernel };
+enum class Initial { zero, one, value, hidden_kernel, hidden_bias, small_kernel, mean };
 
 /// One named parameter. Kernels are [in, out], row-major.
 struct TensorInfo {
@@ -83,8 +83,9 @@ struct TensorInfo {
   std::vector<std::int64_t> shape;  ///< [in, out], [out] or [D]
   std::int64_t offset = 0;          ///< elements from the start of the flat buffer
   std::int64_t size = 0;            ///< elements
-  std::int64_t layer = 0;           ///< index into FlowSpec::layers
+  std::int64_t layer = 0;           ///< index into FlowSpec::layers; their number: it belongs to none
   Initial initial = Initial::zero;  ///< what it starts as
+  double value = 0;                 ///< of Initial::value, each element
   std::int64_t fan_in = 0;          ///< inputs of its dense layer; 0: it has none
   std::int64_t fan_out = 0;         ///< outputs of its dense layer; 0: it has none
   bool trained = false;             ///< training changes it by its gradient
@@ -108,7 +109,9 @@ struct TensorInfo {
 ///     actnorm                   actnorm_{i}.log_scale/.shift [D]
 ///     lu_linear                 lu_linear_{i}.lower/.upper [D (D - 1) / 2], .log_diagonal/.sign/.bias [D]
 ///     element_spline            spline_{i}.widths/.heights [num_bins, n], .derivatives [num_slopes(), n] if any
-///     a standardized context    context.mean/.log_std [C], behind all layers
+///     the base, behind layers   student_t: base.log_df [D]; mixture: base.logits [M], base.means/.log_scales [M, D],
+///                               and base.lower [M, D (D - 1) / 2] where covariances are full
+///     a standardized context    context.mean/.log_std [C], behind all others
 ///
 /// The kernel of a network's first layer has a row for each conditioning feature, then one for each context number.
 /// lower and upper hold the elements off the diagonal row by row; n is the number of features that a spline bends.
@@ -147,7 +150,8 @@ class NVPFLOW_API ParamLayout {
 /// glorot  kernels of hidden layers U(-1, 1) sqrt(6 / (in + out)) (Glorot and Bengio 2010), biases zero.
 ///
 /// The kernels of the heads are a hundredth of that and their biases zero, so that a new flow is near the identity. Of
-/// a flow that whitens they are zero, too, so that its couplings are the identity. Means and log_stds are zero.
+/// a flow that whitens they are zero, too, so that its couplings are the identity. Means and log_stds are zero. The
+/// components of a mixture are alike but for their means, U(-2, 2).
 NVPFLOW_API void initialize_parameters(const ParamLayout& layout, std::uint64_t seed, float* parameters,
                                        Init init = Init::fan_in);
 NVPFLOW_API void initialize_parameters(const ParamLayout& layout, std::uint64_t seed, double* parameters,

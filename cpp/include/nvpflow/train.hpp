@@ -73,8 +73,9 @@ struct NVPFLOW_API FitOptions {
   Statistics standardize = Statistics::automatic;
   /// Rows further from the mean than so many standard deviations, in any column, are left out of training and
   /// validation. Both numbers are those of a first layer of kind standardize. One row that far out has more weight than
-  /// a million ordinary ones, and no flow reaches it. History counts them. 0: none is left out.
-  double max_deviation = 1000.0;
+  /// a million ordinary ones, and no flow reaches it. History counts them. 0: none is left out. Without a value 1000,
+  /// but 0 with the base student_t, under which a far row costs the logarithm of its distance.
+  std::optional<double> max_deviation;
   /// Sets a first layer of kind standardize, and the statistics of a context, from the training rows even if they have
   /// been set before. For rows that have moved since. The layers behind them stay, and see rows of the same scale.
   bool restandardize = false;
@@ -198,6 +199,8 @@ class NVPFLOW_API FitObserver {
 /// Every actnorm layer that is still all zeros is then set from up to 65,536 training rows. One behind a layer that
 /// whitens stays the identity. Its outputs, from data to
 /// latent, then have mean 0 and standard deviation 1. A constant output is only brought to 0.
+///
+/// A mixture base as a new flow has it is then set to groups of the training rows' latents.
 ///
 /// T: the flow's dtype, or double for a float32 flow with takes_float64_rows. Such rows are standardized in float64,
 /// once, into a float32 copy that is trained on. Losses are the same; max_round_trip is measured on that copy.

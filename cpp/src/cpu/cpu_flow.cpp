@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include <nvpflow/spec.hpp>
@@ -42,6 +41,9 @@ CpuFlow<T>::CpuFlow(const FlowSpec& spec, const ParamLayout& layout, const Kerne
   grain_ = std::max<std::int64_t>(1, static_cast<std::int64_t>(std::ceil(rows / static_cast<double>(tile_rows_)))) *
            tile_rows_;
   plan_tasks(program);
+  const std::size_t first = layout.first_tensor(spec.layers.size());
+  base_end_ = layout.size() - (spec.standardize_context ? 2 * spec.context_size : 0);
+  base_begin_ = first < layout.tensors().size() ? layout.tensors()[first].offset : base_end_;
 }
 
 template <class T>
@@ -52,6 +54,8 @@ void CpuFlow<T>::plan_tasks(const Program<T>& program) {
       add_tasks(k, part, kernels_.gradient_part(layer, part));
     }
   }
+  num_layer_tasks_ = tasks_.size();
+  add_tasks(program.num_layers, 0, kernels_.base_part(program));
 }
 
 template <class T>
@@ -78,8 +82,10 @@ std::int64_t CpuFlow<T>::tiles_per_thread() const {
 template <class T>
 double CpuFlow<T>::gradient(const Program<T>& program, GradientCall<T> call, std::int64_t rows, T* gradient,
                             bool accumulate, int threads) const {
-  if (rows == 0 && gradient != nullptr && !accumulate) {
-    std::memset(gradient, 0, static_cast<std::size_t>(num_parameters_) * sizeof(T));
+  const bool of_density = call.nll || call.density;
+  if (gradient != nullptr && !accumulate) {
+    if (rows == 0) std::fill_n(gradient, num_parameters_, T(0));
+    if (!of_density) std::fill_n(gradient + base_begin_, base_end_ - base_begin_, T(0));
   }
   const int team = threads_for(rows, threads);
   if (team > 1) return gradient_by_team(program, call, rows, gradient, accumulate, team);
@@ -151,10 +157,13 @@ double CpuFlow<T>::gradient_by_team(const Program<T>& program, GradientCall<T> c
     });
     for (const double sum : sums) total += sum;
     if (gradient == nullptr) continue;
-    parallel_for(static_cast<std::int64_t>(tasks_.size()), 1, team, [&](std::int64_t begin, std::int64_t end) {
+    // The base is part of densities only.
+    const auto num_tasks = static_cast<std::int64_t>(call.nll || call.density ? tasks_.size() : num_layer_tasks_);
+    parallel_for(num_tasks, 1, team, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = begin; i < end; ++i) {
         const Task& task = tasks_[static_cast<std::size_t>(i)];
-        T* to = facts_of(program.layers[task.layer].kind).has_matrices ? call.products : gradient;
+        const bool of_layer = task.layer < program.num_layers;
+        T* to = of_layer && facts_of(program.layers[task.layer].kind).has_matrices ? call.products : gradient;
         for (std::int64_t tile = 0; tile < here; ++tile) {
           const std::int64_t row = (first + tile) * gradient_rows_;
           kernels_.weight_gradient(

@@ -131,7 +131,9 @@ class CpuFlow {
   const double flops_per_row_;
   std::int64_t tile_rows_, gradient_rows_, transform_scratch_, tape_size_;
   std::int64_t grain_ = 0;
-  std::vector<Task> tasks_;
+  std::vector<Task> tasks_;  // those of layers, then those of the base
+  std::size_t num_layer_tasks_ = 0;
+  std::int64_t base_begin_ = 0, base_end_ = 0;  // the base's parameters
 };
 
 }  // namespace nvpflow::cpu

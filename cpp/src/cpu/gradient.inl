@@ -60,6 +60,21 @@ void layer_gradient(const Layer<T>& layer, const TileTapes<T>& tape, T* gradient
   });
 }
 
+/// How the gradient of the base's parameters is shared out; nothing where it has none.
+template <class T>
+PartSize base_part(const Program<T>& program) {
+  return visit_base(program.base,
+                    [&]<class Density>(Density) { return Density::part(program.base, program.input_size); });
+}
+
+template <class T>
+void base_gradient(const Program<T>& program, int64_t first, int64_t last, const TileTapes<T>& tapes, T* gradient,
+                   bool add) {
+  visit_base(program.base, [&]<class Density>(Density) {
+    Density::weight_gradient(program.base, program.input_size, first, last, tapes, gradient, add);
+  });
+}
+
 /// The cotangents that the backward pass starts from; rows past `count` hold numbers that are not read. place: of the
 /// features of the call's output.
 template <class T>
@@ -73,7 +88,8 @@ void start_cotangents(const Program<T>& program, const GradientCall<T>& call, co
   }
   if (call.nll || call.density) {
     visit_base(program.base, [&]<class Density>(Density) {
-      Density::backward(program.base, fixed.state, features, fixed.log_det_cotangent, fixed.cotangent, rows);
+      Density::backward(program.base, {fixed.state, features, count, rows, place, fixed.log_det_cotangent,
+                                       fixed.cotangent, fixed.base});
     });
   } else if (call.grad_out != nullptr) {
     with_place(place, [&](auto at) {
@@ -159,6 +175,9 @@ void gradient_tile(const Program<T>& program, const GradientCall<T>& call, int64
     if (call.nll) sum_units<T>(fixed.log_prob, count, sums);
     for (int64_t r = 0; call.log_prob != nullptr && r < count; ++r) call.log_prob[begin + r] = fixed.log_prob[r];
   }
+  if (call.gradient != nullptr && (call.nll || call.density)) {
+    base_gradient<T>(program, 0, base_part(program).count, {fixed.base, 0, rows, count}, call.gradient, call.add);
+  }
   for (int64_t k = program.num_layers - 1; k >= 0; --k) {
     const Layer<T>& layer = program.layers[call.inverse ? program.num_layers - 1 - k : k];
     T* of_layer = tape_of(layer, fixed.layers, rows);
@@ -194,8 +213,12 @@ PartSize gradient_part(const Layer<T>& layer, int32_t part) {
 template <class T>
 void weight_gradient(const Program<T>& program, int64_t index, int32_t part, int64_t first, int64_t last,
                      const TileTapes<T>& tapes, T* gradient, bool add) {
-  const Layer<T>& layer = program.layers[index];
   const FixedTape<T> fixed(program, const_cast<T*>(tapes.first), tapes.rows);
+  if (index == program.num_layers) {
+    const TileTapes<T> of_base = {fixed.base, tapes.stride, tapes.rows, tapes.count};
+    return base_gradient<T>(program, first, last, of_base, gradient, add);
+  }
+  const Layer<T>& layer = program.layers[index];
   const TileTapes<T> of_layer = {tape_of(layer, fixed.layers, tapes.rows), tapes.stride, tapes.rows, tapes.count,
                                  fixed.context};
   visit(layer, [&]<class LayerKind>(LayerKind) {

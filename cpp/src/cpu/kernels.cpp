@@ -28,6 +28,7 @@ constexpr Kernels<T> kTable = {
     gradient_tile<T>,
     gradient_parts<T>,
     gradient_part<T>,
+    base_part<T>,
     weight_gradient<T>,
     adam<T>,
     sum_of_squares<T>,

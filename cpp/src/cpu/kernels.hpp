@@ -267,9 +267,11 @@ struct Kernels {
   /// diagonal layer; a thread's share is worth `size` multiply-adds for each of them.
   int32_t (*gradient_parts)(const Layer<T>&);
   PartSize (*gradient_part)(const Layer<T>&, int32_t part);
+  /// The same of the base's parameters, by features or components; of none where it has none.
+  PartSize (*base_part)(const Program<T>&);
   /// One tile's share of a part of a layer's gradient: [first, last) of what it is shared out by; the bias goes with
   /// the first. Added to what is there, or in its place. gradient: flat, or the products for a
-  /// linear layer.
+  /// linear layer. layer: the number of layers means the base.
   void (*weight_gradient)(const Program<T>&, int64_t layer, int32_t part, int64_t first, int64_t last,
                           const TileTapes<T>&, T* gradient, bool add);
 

@@ -6,6 +6,7 @@
 
 #include <stdint.h>
 
+#include "base_tile.inl"
 #include "elementary.hpp"
 #include "kernels.hpp"
 #include "partial_sums.inl"
@@ -25,20 +26,32 @@ NVPFLOW_INLINE Vec<T> log_prob_from(Vec<T> square, Vec<T> log_det, int64_t featu
   return log_det + fma(square, set1(T(-0.5)), set1(-kHalfLogTwoPi<T> * static_cast<T>(features)));
 }
 
-/// Box and Muller: r = sqrt(-2 log u), (r cos a, r sin a) with a = 2 pi v, v = quarter / 4 + f / 4, |f| <= 1/2.
+/// cos(2 pi v) and sin(2 pi v), v = quarter / 4 + f / 4, |f| <= 1/2.
 template <class T>
-NVPFLOW_INLINE void box_muller(Vec<T> u, Vec<T> quarters, T* cosine, T* sine) {
+struct Turn {
+  Vec<T> cosine, sine;
+};
+
+template <class T>
+NVPFLOW_INLINE Turn<T> turn(Vec<T> quarters) {
   const Vec<T> magic = set1(Simd<T>::kRoundMagic);
   const Vec<T> shifted = quarters + magic;
   const Vec<T> f = quarters - (shifted - magic);
   const IntVec<T> quadrant = (IntVec<T>)shifted & 3;
   const Vec<T> s = sin_quarter<T>(f), c = cos_quarter<T>(f);
   const IntVec<T> odd = (quadrant & 1) != 0;
-  const Vec<T> radius = sqrt(log<T>(u) * T(-2));
   const Vec<T> cos_magnitude = odd ? s : c, sin_magnitude = odd ? c : s;
   const IntVec<T> cos_negative = (quadrant == 1) | (quadrant == 2), sin_negative = quadrant >= 2;
-  store<T>(cosine, radius * (cos_negative ? -cos_magnitude : cos_magnitude));
-  store<T>(sine, radius * (sin_negative ? -sin_magnitude : sin_magnitude));
+  return {cos_negative ? -cos_magnitude : cos_magnitude, sin_negative ? -sin_magnitude : sin_magnitude};
+}
+
+/// Box and Muller: r = sqrt(-2 log u), (r cos a, r sin a) with a = 2 pi v.
+template <class T>
+NVPFLOW_INLINE void box_muller(Vec<T> u, Vec<T> quarters, T* cosine, T* sine) {
+  const Turn<T> angle = turn<T>(quarters);
+  const Vec<T> radius = sqrt(log<T>(u) * T(-2));
+  store<T>(cosine, radius * angle.cosine);
+  store<T>(sine, radius * angle.sine);
 }
 
 /// u in (0, 1) and 4 v in [0, 4) of pair `pair` from the four words [4][kLanes].
@@ -93,15 +106,21 @@ struct NormalDensity {
     return log_prob_from<T>(set1(sum_lanes<T>(square)), set1(log_det), features)[0];
   }
 
-  /// cotangent [D][rows] of z, from that of log p: -z times it.
-  static void backward(const BaseDensity<T>&, const T* state, int64_t features, const T* log_prob_cotangent,
-                       T* cotangent, int64_t rows) {
-    for (int64_t j = 0; j < features; ++j) {
+  static TapeSize tape(const BaseDensity<T>&, int64_t) { return {}; }
+
+  /// -z times the cotangent of log p.
+  static void backward(const BaseDensity<T>&, const BaseTile<T>& tile) {
+    const int64_t rows = tile.rows;
+    for (int64_t j = 0; j < tile.features; ++j) {
       for (int64_t r = 0; r < rows; r += kLanes<T>) {
-        store<T>(cotangent + j * rows + r, -load<T>(state + j * rows + r) * load<T>(log_prob_cotangent + r));
+        store<T>(tile.cotangent + j * rows + r,
+                 -load<T>(tile.state + j * rows + r) * load<T>(tile.log_prob_cotangent + r));
       }
     }
   }
+
+  static PartSize part(const BaseDensity<T>&, int64_t) { return {}; }
+  static void weight_gradient(const BaseDensity<T>&, int64_t, int64_t, int64_t, const TileTapes<T>&, T*, bool) {}
 
   /// state [D][rows] = normals of rows row .. row + rows of `seed`; column c comes from block c / N of its row, where N
   /// is 4 for float and 2 for double: the numbers of a row depend only on seed, row and column. Column c goes to row

@@ -67,15 +67,14 @@ void copy_rows(const T* from, std::int64_t from_stride, T* to, std::int64_t to_s
 }  // namespace
 
 template <class T>
-Packed<T>::Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels<T>& kernels, Weights weights,
+Packed<T>::Packed(const FlowSpec& spec, const Lowered& lowered, const Kernels<T>& kernels, Weights weights,
                   bool wide_blocks)
-    : lanes_(kernels.lanes), transpose_(kernels.transpose) {
-  const Lowered lowered = lower(spec, layout);
+    : lanes_(kernels.lanes), transpose_(kernels.transpose), base_(lowered.base, lowered.input_size, kernels.lanes) {
   reserve(lowered);
   program_.input_size = lowered.input_size;
   program_.data_place = keep(lowered.data_place);
   program_.latent_place = keep(lowered.latent_place);
-  program_.base = density_of<T>(lowered.base);
+  program_.base = base_.density();
   program_.context_size = lowered.context_size;
   program_.context_mean_offset = lowered.context_mean;
   program_.context_log_std_offset = lowered.context_log_std;
@@ -384,6 +383,8 @@ void Packed<T>::pack(const T* parameters, bool transposed, int threads, const fl
     std::copy_n(parameters + map.shift_offset, map.width, const_cast<T*>(map.shift));
   }
   for (const std::size_t index : diagonal_) pack_diagonal(layers_[index], parameters);
+  base_.pack(parameters);
+  program_.base = rest_.base = base_.density();
   if (!context_statistics_.empty()) pack_context(parameters);
   for (const Splines<T>& splines : splines_) pack_constants(splines, parameters);
   for (std::size_t i = 0; i < linear_.size(); ++i) {

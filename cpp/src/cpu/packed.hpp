@@ -11,6 +11,7 @@
 #include <nvpflow/device.hpp>
 #include <nvpflow/spec.hpp>
 
+#include "../base_numbers.hpp"
 #include "../lower.hpp"
 #include "../memory.hpp"
 #include "../parallel.hpp"
@@ -26,7 +27,8 @@ class Packed {
  public:
   /// weights: bfloat16 rounds the kernels (Dense::narrow). wide_blocks: of Dense.
   Packed(const FlowSpec& spec, const ParamLayout& layout, const Kernels<T>& kernels, Weights weights,
-         bool wide_blocks = prefers_wide_blocks());
+         bool wide_blocks = prefers_wide_blocks())
+      : Packed(spec, lower(spec, layout), kernels, weights, wide_blocks) {}
   Packed(const Packed&) = delete;
   Packed& operator=(const Packed&) = delete;
 
@@ -52,6 +54,7 @@ class Packed {
     std::int64_t columns[kMaxHeads];                  // outputs of each; 0 where there is none
   };
 
+  Packed(const FlowSpec& spec, const Lowered& lowered, const Kernels<T>& kernels, Weights weights, bool wide_blocks);
   void reserve(const Lowered& lowered);
   template <class From>
   Layer<T> layer_of(Kind kind, const From& from);
@@ -102,6 +105,7 @@ class Packed {
   std::deque<LuMatrix<T>> matrices_;            // of the linear ones
   std::deque<Splines<T>> splines_;
   std::deque<std::vector<std::int64_t>> places_;
+  BaseNumbers<T> base_;
   Program<T> program_, rest_;
   std::vector<Layer<T>> rest_layers_;
   std::vector<T> context_statistics_;  // mean and exp(-log_std), [2 C]

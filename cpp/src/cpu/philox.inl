@@ -8,16 +8,20 @@
 namespace nvpflow::cpu {
 namespace {
 
-/// Philox 4x32-10 on L counters {row, block, 0} at once; words [4][L]. The scalar text is in math.hpp.
+/// kStreamComponent of math.hpp.
+constexpr uint32_t kComponentStream = 5;
+
+/// Philox 4x32-10 on L counters {row, block, stream} at once; words [4][L]. The scalar text, and the streams, are in
+/// math.hpp.
 template <int L>
-NVPFLOW_INLINE void philox_lanes(uint64_t key, uint64_t row, uint32_t block, uint32_t* words) {
+NVPFLOW_INLINE void philox_lanes(uint64_t key, uint64_t row, uint32_t block, uint32_t* words, uint32_t stream = 0) {
   uint32_t c0[L], c1[L], c2[L], c3[L];
   for (int l = 0; l < L; ++l) {
     const uint64_t r = row + static_cast<uint64_t>(l);
     c0[l] = static_cast<uint32_t>(r);
     c1[l] = static_cast<uint32_t>(r >> 32);
     c2[l] = block;
-    c3[l] = 0;
+    c3[l] = stream;
   }
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
   for (int round = 0; round < 10; ++round) {

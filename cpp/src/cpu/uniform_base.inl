@@ -5,6 +5,7 @@
 
 #include <stdint.h>
 
+#include "base_tile.inl"
 #include "kernels.hpp"
 #include "philox.inl"
 #include "poison.inl"
@@ -59,19 +60,24 @@ struct UniformDensity {
     return is_nan ? kNaN<T> : is_outside ? -kInfinity<T> : inside;
   }
 
+  static TapeSize tape(const BaseDensity<T>&, int64_t) { return {}; }
+
   /// Density and flow are flat around a row outside: its log_prob_cotangent becomes 0, and nothing moves.
-  static void backward(const BaseDensity<T>& base, const T* state, int64_t features, T* log_prob_cotangent,
-                       T* cotangent, int64_t rows) {
+  static void backward(const BaseDensity<T>& base, const BaseTile<T>& tile) {
+    const int64_t rows = tile.rows;
     for (int64_t r = 0; r < rows; r += kLanes<T>) {
       IntVec<T> is_outside = {};
-      for (int64_t j = 0; j < features; ++j) {
-        const Vec<T> z = load<T>(state + j * rows + r);
+      for (int64_t j = 0; j < tile.features; ++j) {
+        const Vec<T> z = load<T>(tile.state + j * rows + r);
         is_outside |= (z < base.low) | (z > base.high);
-        store<T>(cotangent + j * rows + r, Vec<T>{});
+        store<T>(tile.cotangent + j * rows + r, Vec<T>{});
       }
-      store<T>(log_prob_cotangent + r, is_outside ? Vec<T>{} : load<T>(log_prob_cotangent + r));
+      store<T>(tile.log_prob_cotangent + r, is_outside ? Vec<T>{} : load<T>(tile.log_prob_cotangent + r));
     }
   }
+
+  static PartSize part(const BaseDensity<T>&, int64_t) { return {}; }
+  static void weight_gradient(const BaseDensity<T>&, int64_t, int64_t, int64_t, const TileTapes<T>&, T*, bool) {}
 
   /// As NormalDensity, from the same blocks. Rounding does not carry a number past `high`.
   template <class Place>

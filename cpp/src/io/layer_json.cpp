@@ -64,6 +64,7 @@ ordered_json value_to_json(Spline& spline) { return fields_to_json(ordered_json:
 ordered_json value_to_json(Activation activation) { return name_of(activation); }
 ordered_json value_to_json(Spline::Boundary boundary) { return name_of(boundary); }
 ordered_json value_to_json(Spline::Tails tails) { return name_of(tails); }
+ordered_json value_to_json(MixtureBase::Covariance covariance) { return name_of(covariance); }
 ordered_json value_to_json(bool value) { return value; }
 ordered_json value_to_json(double value) { return value; }  // infinity as null
 ordered_json value_to_json(std::int64_t value) { return value; }
@@ -156,6 +157,10 @@ void read_value(const json& value, const Place& place, Spline::Boundary& to) {
 
 void read_value(const json& value, const Place& place, Spline::Tails& to) {
   to = name_from(value, place.prefix, place.name, parse_spline_tails);
+}
+
+void read_value(const json& value, const Place& place, MixtureBase::Covariance& to) {
+  to = name_from(value, place.prefix, place.name, parse_covariance);
 }
 
 void read_value(const json& value, const Place& place, Network& to) {

@@ -62,6 +62,7 @@ void each_tensor(const FlowSpec& spec, const TensorSink& sink) {
     if (std::holds_alternative<Coupling>(layer)) ++site.coupling;
     ++site.layer;
   }
+  base_tensors(spec, sink);
   if (!spec.standardize_context) return;
   for (const char* const what : {"context.mean", "context.log_std"}) {
     TensorInfo tensor = vector_tensor(what, spec.context_size, site.layer);

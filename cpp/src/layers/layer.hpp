@@ -20,7 +20,7 @@ namespace nvpflow::layers {
 struct Field {
   const char* name;
   std::variant<bool*, std::int64_t*, double*, std::vector<std::int64_t>*, Activation*, FeatureSet*, Transform*,
-               LogScale*, Network*, Spline*, KnotSlope*, Spline::Boundary*, Spline::Tails*>
+               LogScale*, Network*, Spline*, KnotSlope*, Spline::Boundary*, Spline::Tails*, MixtureBase::Covariance*>
       value;
   bool may_be_infinite = false;  // null in JSON; of a double
 };
@@ -89,7 +89,12 @@ std::vector<Field> fields(Base& base);
 void check_base(const FlowSpec& spec);
 /// Whether there are latents without a density.
 bool is_bounded(const Base& base);
-LoweredBase lower_base(const FlowSpec& spec);
+/// Whether far rows are what the base is for.
+bool has_heavy_tails(const Base& base);
+/// Its tensors, behind those of all layers, as above.
+void base_tensors(const FlowSpec& spec, const TensorSink& sink);
+/// first: its first tensor in the layout.
+LoweredBase lower_base(const FlowSpec& spec, const TensorInfo* first);
 
 // ---- format 1.0 ----
 

@@ -11,7 +11,7 @@ import torch
 from torch.autograd import forward_ad
 
 from nvpflow import _checks, _core, _data, _hints
-from nvpflow._bases import Base, Normal, in_words
+from nvpflow._bases import Mixture, Normal, StudentT, Uniform, in_words
 from nvpflow.flow import Flow
 from nvpflow.torch._autograd import call, is_plain, refuse_tangents
 from nvpflow.torch._engine import DTYPES, Engine, Piece, are_shared
@@ -168,7 +168,13 @@ class FlowModule(torch.nn.Module):
 
     @_hints.explained
     def rsample(self, n: int, context: torch.Tensor | None = None, *, seed: int | None = None) -> torch.Tensor:
-        """Return the rows of `sample`, differentiable by parameters and context: the inverse of noise that has none."""
+        """Return the rows of `sample`, differentiable by parameters and context: the inverse of noise that has none.
+
+        Raises
+        ------
+        NotImplementedError
+            A gradient by the base's own parameters is asked for, on which the noise depends.
+        """
         z, context = self._latents(n, context, seed)
         return self.inverse(z, context)  # type: ignore[no-any-return]
 
@@ -190,7 +196,19 @@ class FlowModule(torch.nn.Module):
     def _with_log_prob(self, z: torch.Tensor, context: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the data of latents that were drawn from the base, and their log p."""
         x, log_det = self.inverse(z, context, with_log_det=True)
-        return x, _log_density(self._engine.spec.base, z) - log_det
+        return x, self._log_density(z) - log_det
+
+    def _log_density(self, z: torch.Tensor) -> torch.Tensor:
+        """Return log p [...] of latents [..., D] that were drawn from the base, nats."""
+        base, size = self._engine.spec.base, z.shape[-1]
+        if isinstance(base, Normal):
+            return -0.5 * (z.square().sum(-1) + size * math.log(2 * math.pi))
+        if isinstance(base, Uniform):
+            return z.new_full(z.shape[:-1], -size * math.log(base.high - base.low))
+        own = dict(self._named())
+        if isinstance(base, StudentT):
+            return _log_student(z, own["base.log_df"]).sum(-1)
+        return _log_mixture(base, z, own)
 
     # -- the flow -----------------------------------------------------------------------------------------------------
 
@@ -438,6 +456,11 @@ class FlowModule(torch.nn.Module):
     def _noise(self, axes: Sequence[int], seed: int | None) -> torch.Tensor:
         """Return rows of the base [*axes, D]; row i of them is that of the sample of `nvpflow.Flow`."""
         number, parameters = _seed(seed), self._tensors()
+        if torch.is_grad_enabled() and any(p.requires_grad for name, p in self._named() if name.startswith("base.")):
+            raise NotImplementedError(
+                f"the noise of base={self._engine.spec.base!r} depends on the base's parameters, and has no derivative "
+                "by them; take sample() without a gradient, or FlowModule(flow, frozen=('base',))"
+            )
         with self._engine.using(parameters) as flow:
             noise = torch.from_numpy(flow._noise(math.prod(axes), number))
         return noise.reshape(*axes, noise.shape[1]).to(parameters[0].device)
@@ -567,11 +590,26 @@ def _side_by_side(
     return rows if rows.dim() == 2 else rows.reshape(-1, rows.shape[-1]), context, axes
 
 
-def _log_density(base: Base, z: torch.Tensor) -> torch.Tensor:
-    """Return log p [...] of latents [..., D] that were drawn from the base, nats."""
-    if isinstance(base, Normal):
-        return -0.5 * (z.square().sum(-1) + z.shape[-1] * math.log(2 * math.pi))
-    return z.new_full(z.shape[:-1], -z.shape[-1] * math.log(base.high - base.low))
+def _log_student(z: torch.Tensor, log_df: torch.Tensor) -> torch.Tensor:
+    """Return log p of each latent [..., D], where no square overflows."""
+    df = log_df.exp()
+    norm = torch.lgamma((df + 1) / 2) - torch.lgamma(df / 2) - 0.5 * torch.log(df * math.pi)
+    t = z.abs() / df.sqrt()
+    far = t > 1
+    m = torch.where(far, 1 / torch.where(far, t, 1), t)
+    return norm - (df + 1) / 2 * (torch.log1p(m * m) + 2 * torch.log(torch.where(far, t, 1)))
+
+
+def _log_mixture(base: Mixture, z: torch.Tensor, own: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return log p [...] of latents [..., D]."""
+    factors = torch.diag_embed(torch.ones_like(own["base.log_scales"]))
+    if base.covariance == "full":
+        below = torch.tril_indices(z.shape[-1], z.shape[-1], -1, device=z.device)
+        factors = factors.index_put((torch.arange(len(factors))[:, None], *below), own["base.lower"])
+    factors = factors * own["base.log_scales"].exp()[:, None]
+    normals = torch.distributions.MultivariateNormal(own["base.means"], scale_tril=factors, validate_args=False)
+    log_p: torch.Tensor = normals.log_prob(z[..., None, :]) + own["base.logits"].log_softmax(0)  # type: ignore[no-untyped-call]
+    return log_p.logsumexp(-1)
 
 
 def _seed(seed: int | None) -> int:
