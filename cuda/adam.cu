@@ -5,6 +5,7 @@
 // FLOPs: bound by memory, or by L2 where the arrays fit. Packing reads an index of 8 bytes and gathers 4 for each
 // element of 4 bytes.
 
+#include "base_numbers.cuh"
 #include "context.cuh"
 #include "diagonal.cuh"
 #include "elementary.cuh"
@@ -83,6 +84,7 @@ pack_numbers_kernel(NVPFLOW_ARGUMENT Program<T> program, const T* parameters, T*
     visit(layer, [&](auto kind) { pack_numbers(kind, program, layer, parameters, packed); });
   }
   if (program.context_statistics >= 0) pack_context(program, parameters, packed);
+  if (program.base_numbers >= 0) pack_base(program, parameters, packed + program.base_numbers);
 }
 
 }  // namespace

@@ -11,7 +11,6 @@
 #include <string>
 #include <thread>
 #include <utility>
-#include <variant>
 #include <vector>
 
 #include <nvpflow/device.hpp>
@@ -20,7 +19,6 @@
 
 #include "../cpp/src/backend.hpp"
 #include "../cpp/src/float_mode.hpp"
-#include "../cpp/src/layers/layer.hpp"
 #include "../cpp/src/left_right.hpp"
 #include "../cpp/src/parallel.hpp"
 #include "../cpp/src/training.hpp"
@@ -578,10 +576,6 @@ std::unique_ptr<Backend> make_cuda_backend(const FlowSpec& spec, const ParamLayo
   const auto refuse = [](const std::string& why) {
     if (!why.empty()) throw Error(ErrorCode::device, "CUDA cannot be used: " + why);
   };
-  if (std::holds_alternative<StudentTBase>(spec.base) || std::holds_alternative<MixtureBase>(spec.base)) {
-    throw Error(ErrorCode::invalid_argument, "base is " + std::string(layers::name_of(spec.base)) +
-                                                 ", expected normal or uniform on a CUDA device; run it on the CPU");
-  }
   refuse(cuda::driver_problem());
   check_index(device_index);
   refuse(cuda::architecture_problem(device_index, cuda::probe_kernels));

@@ -20,7 +20,8 @@ struct Real<float> {
   static constexpr Bits kSign = 0x80000000u;
   static constexpr float kRoundMagic = 12582912.0f;
   static constexpr float kLn2High = 0x1.62e400p-1f, kLn2Low = 0x1.7f7d1cp-20f;
-  static constexpr float kExpLow = -110.0f, kExpHigh = 89.5f, kExpm1Low = -26.0f, kTanhHigh = 10.0f;
+  static constexpr float kLargest = 3.402823466e38f, kExpLow = -110.0f, kExpHigh = 89.5f, kExpm1Low = -26.0f,
+                         kTanhHigh = 10.0f;
   static constexpr float kTailHigh = 14.5f;
   static constexpr float kQuarterPiRest = -0x1.de12cap-26f;
   static constexpr float kHalfPiLow = -0x1.777a5cp-25f;
@@ -36,7 +37,8 @@ struct Real<double> {
   static constexpr Bits kSign = 0x8000000000000000ull;
   static constexpr double kRoundMagic = 6755399441055744.0;
   static constexpr double kLn2High = 0x1.62e42fee00000p-1, kLn2Low = 0x1.a39ef35793c76p-33;
-  static constexpr double kExpLow = -755.0, kExpHigh = 710.5, kExpm1Low = -46.0, kTanhHigh = 20.0;
+  static constexpr double kLargest = 1.7976931348623157e308, kExpLow = -755.0, kExpHigh = 710.5, kExpm1Low = -46.0,
+                          kTanhHigh = 20.0;
   static constexpr double kTailHigh = 39.0;
   static constexpr double kQuarterPiRest = 0x1.678afae35cdd1p-55;
   static constexpr double kHalfPiLow = 0x1.1a62633145c07p-54;
@@ -221,15 +223,18 @@ NVPFLOW_DEVICE T silu(T x) {
   return (x < T(0) ? T(-0.0) : x) - scaled(multiply_add(rest, near_inverse(e), q), parts.n);
 }
 
-/// max(x, 0) + log(1 + e), e = e^-|x|, by 2 atanh s, s = e / (2 + e), with the remainder of the quotient.
+/// log(1 + e) for e in [0, 1], by 2 atanh s, s = e / (2 + e), with the remainder of the quotient.
 template <class T>
-NVPFLOW_DEVICE T softplus(T x) {
-  const T e = exponential(-absolute(x));
+NVPFLOW_DEVICE T log1p_unit(T e) {
   const T s = e / (e + T(2));
   const T w = s * s, twice = s + s;
   const T correction = multiply_add(-s, e, e - twice) * (T(1) - s);
-  const T log1p = twice + multiply_add(twice * w, evaluate<Series::atanh_tail_wide>(w), correction);
-  return (x > T(0) ? x : T(0)) + log1p;
+  return twice + multiply_add(twice * w, evaluate<Series::atanh_tail_wide>(w), correction);
+}
+
+template <class T>
+NVPFLOW_DEVICE T softplus(T x) {
+  return (x > T(0) ? x : T(0)) + log1p_unit(exponential(-absolute(x)));
 }
 
 /// Upper tail of the standard normal in factors, Q(a) = (1/2 + mills) / (a + 5/4) e^(-a^2 / 2), a = |x|, with the

@@ -158,11 +158,16 @@ struct Reverse {
   NVPFLOW_DEVICE void start_cotangents(OfBase<kind> base) {
     const std::int32_t* places = program.places_out(call.inverse);
     const bool of_density = call.nll || call.density;
+    if constexpr (OfBase<kind>::kByRows) note_base(base, of_density, places);
     cotangents.for_each(team(), [&](int r, int f) {
       T g = 0;
       const int at = listed(places, f);
       if (r < tile.valid) {
-        if (of_density) g = latent_cotangent(base, tile.at(r, at), given_cotangent(r));
+        if constexpr (OfBase<kind>::kByRows) {
+          if (of_density) g = latent_cotangent(base, r, f, tile.at(r, at));
+        } else {
+          if (of_density) g = cuda::latent_cotangent(base, tile.at(r, at), given_cotangent(r));
+        }
         if (!of_density && call.grad_out != nullptr) g = call.grad_out[(tile.first + r) * program.input_size + f];
         g = tile.clean(r, g);
       }
@@ -180,6 +185,77 @@ struct Reverse {
       log_det_cotangent[r] = g;
     }
     block_barrier();
+  }
+
+  // ---- bases with parameters, whose part of the tape is zero where the call is of no density
+
+  NVPFLOW_DEVICE T* base_tape() const { return tape + BaseTape<T>(program, plan.tile_rows).begin; }
+
+  /// Sums over the rows.
+  NVPFLOW_DEVICE void note_base(OfBase<BaseKind::student_t>, bool of_density, const std::int32_t* places) const {
+    const BaseDensity<T>& base = program.base;
+    for (int f = thread_index(); f < program.input_size; f += num_threads()) {
+      T sum = 0;
+      for (int r = 0; of_density && r < tile.valid; ++r) {
+        const StudentPoint<T> point =
+            student_point(tile.at(r, listed(places, f)), student_number(base, kInverseRoot, f));
+        const T by_log_df = multiply_add(
+            point.share, student_number(base, kPower, f),
+            multiply_add(point.log_term, -student_number(base, kHalf, f), student_number(base, kNormSlope, f)));
+        sum = multiply_add(by_log_df, given_cotangent(r), sum);
+      }
+      base_tape()[f] = sum;
+    }
+  }
+  NVPFLOW_DEVICE T latent_cotangent(OfBase<BaseKind::student_t>, int r, int f, T z) const {
+    const T slope = student_number(program.base, kSlope, f);
+    const StudentPoint<T> point = student_point(z, student_number(program.base, kInverseRoot, f));
+    return copy_sign(slope * point.slope, -z) * given_cotangent(r);
+  }
+
+  /// A row each.
+  NVPFLOW_DEVICE void note_base(OfBase<BaseKind::mixture>, bool of_density, const std::int32_t* places) const {
+    const BaseTape<T> at(program, plan.tile_rows);
+    T* keep = base_tape();
+    for (int r = thread_index(); r < tile.rows; r += num_threads()) {
+      if (of_density && r < tile.valid) {
+        note_row(at, keep + r, r, places);
+      } else {
+        for (std::int64_t i = 0; i < at.whitened(2 * at.components); i += at.rows) keep[i + r] = T(0);
+      }
+    }
+    block_barrier();
+  }
+  NVPFLOW_DEVICE void note_row(const BaseTape<T>& at, T* keep, int r, const std::int32_t* places) const {
+    const BaseDensity<T>& base = program.base;
+    const auto z = [&](int f) { return tile.at(r, listed(places, f)); };
+    LogSum<T> sum;
+    for (std::int64_t m = 0; m < base.components; ++m) {
+      T* e = keep + at.whitened(m);
+      const T a = Component<T>(base, program.input_size, m).log_density(z, [&](int i, T v) { e[i * at.rows] = v; });
+      keep[at.share(m)] = a;
+      sum.add(a);
+    }
+    const T density = sum.value(), g = given_cotangent(r);
+    for (std::int64_t m = 0; m < base.components; ++m) {
+      const T share = exponential(keep[at.share(m)] - density) * g;
+      keep[at.share(m)] = share;
+      keep[at.excess(m)] = share - g * base.weights[m];
+      const Component<T> component(base, program.input_size, m);
+      const T* e = keep + at.whitened(m);
+      for (int f = 0; f < program.input_size; ++f) {
+        keep[at.pulled(m) + f * at.rows] = component.pulled_back(f, [&](int i) { return e[i * at.rows]; });
+      }
+    }
+  }
+  NVPFLOW_DEVICE T latent_cotangent(OfBase<BaseKind::mixture>, int r, int f, T) const {
+    const BaseTape<T> at(program, plan.tile_rows);
+    const T* keep = base_tape() + r;
+    T g = 0;
+    for (std::int64_t m = 0; m < at.components; ++m) {
+      g = multiply_add(-keep[at.share(m)], keep[at.pulled(m) + f * at.rows], g);
+    }
+    return g;
   }
 
   NVPFLOW_DEVICE bool is_row_outside(int r) const {
@@ -270,7 +346,8 @@ gradient_tiles(NVPFLOW_ARGUMENT GradientPlan plan, NVPFLOW_ARGUMENT Program<T> p
     reverse.forward();
     with_base<reach>(program, [&](auto base) {
       write_row_sums(base, program.base, reverse.tile, density, reverse.team(), reverse.lane, reverse.row_block,
-                     reverse.across, plan.warps_across, reverse.log_det, [] { block_barrier(); });
+                     reverse.across, plan.warps_across, program.places_out(call.inverse), reverse.log_det,
+                     [] { block_barrier(); });
       reverse.start_cotangents(base);
     });
     reverse.backward();
@@ -361,6 +438,70 @@ NVPFLOW_DEVICE void outer16(const T* x, const T* g, int row_block, int first_in,
     }
   }
 }
+
+template <class T>
+NVPFLOW_DEVICE void student_gradient(const Program<T>& program, const T* sums, std::int64_t tape_elements,
+                                     std::int64_t tiles, T* gradient) {
+  for (int f = thread_index(); f < program.input_size; f += num_threads()) {
+    T sum = 0;
+    for (std::int64_t t = 0; t < tiles; ++t) sum += sums[t * tape_elements + f];
+    gradient[program.base.offset + f] = sum;
+  }
+}
+
+/// The gradient of the parameters of component m, a number a thread.
+template <class T>
+struct MixtureGradient {
+  const Program<T>& program;
+  const std::int64_t m;
+  const T* first;
+  const BaseTape<T> at;
+  const std::int64_t stride, tiles;
+
+  NVPFLOW_DEVICE MixtureGradient(const Program<T>& p, std::int64_t component, const T* tape, const GradientPlan& plan,
+                                 std::int64_t count)
+      : program(p), m(component), first(tape), at(p, plan.tile_rows), stride(plan.tape_elements), tiles(count) {}
+
+  /// The sum over all rows of f(the row's numbers on its tape).
+  template <class F>
+  NVPFLOW_DEVICE T sum_of_rows(F f) const {
+    T sum = 0;
+    for (std::int64_t t = 0; t < tiles; ++t) {
+      for (std::int64_t r = 0; r < at.rows; ++r) sum += f(first + t * stride + r);
+    }
+    return sum;
+  }
+
+  NVPFLOW_DEVICE void write(T* gradient) const {
+    const BaseDensity<T>& base = program.base;
+    const std::int64_t features = at.features, below = base.full ? features * (features - 1) / 2 : 0;
+    const Component<T> component(base, program.input_size, m);
+    for (std::int64_t i = thread_index(); i < 1 + 2 * features + below; i += num_threads()) {
+      if (i == 0) {
+        gradient[base.offset + m] = sum_of_rows([&](const T* row) { return row[at.excess(m)]; });
+      } else if (i <= features) {
+        const std::int64_t j = i - 1;
+        gradient[base.means_offset + m * features + j] =
+            sum_of_rows([&](const T* row) { return row[at.share(m)] * row[at.pulled(m) + j * at.rows]; });
+      } else if (i <= 2 * features) {
+        const std::int64_t j = i - 1 - features;
+        gradient[base.log_scales_offset + m * features + j] = sum_of_rows([&](const T* row) {
+          const T e = row[at.whitened(m) + j * at.rows];
+          return row[at.share(m)] * multiply_add(e, e, T(-1));
+        });
+      } else {
+        const std::int64_t k = i - 1 - 2 * features;  // row by row below the diagonal
+        std::int64_t row_of = 1;
+        while (row_of * (row_of + 1) / 2 <= k) ++row_of;
+        const std::int64_t j = k - row_of * (row_of - 1) / 2;
+        const T sum = sum_of_rows([&](const T* row) {
+          return row[at.share(m)] * row[at.pulled(m) + row_of * at.rows] * row[at.whitened(m) + j * at.rows];
+        });
+        gradient[base.lower_offset + m * below + k] = sum * component.factor[component.row(j) + j];
+      }
+    }
+  }
+};
 
 /// One task over the tiles of one split.
 template <class T, Multiply M>
@@ -456,6 +597,13 @@ struct TaskWorker {
     const Layer<T>& layer = program.layers[task.layer];
     const T* first = tape + first_tile * plan.tape_elements + task.input;
     if (task.task == Task::context) return context_gradient(program, first, plan.tape_elements, tiles, partial);
+    if (task.task == Task::base) {
+      if (program.base.kind == BaseKind::student_t) {
+        return student_gradient(program, first, plan.tape_elements, tiles, partial);
+      }
+      const MixtureGradient<T> of(program, task.layer, first, plan, tiles);
+      return of.write(partial);
+    }
     if (task.task == Task::map) {
       return map_gradient(program.dense[task.dense], first, plan.tape_elements, tiles, plan.tile_rows / kWarpRows,
                           partial);

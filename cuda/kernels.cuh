@@ -198,7 +198,29 @@ NVPFLOW_HOST_DEVICE void visit(const Layer<T>& layer, F&& f) {
 }
 
 template <BaseKind kind>
-struct OfBase {};
+struct OfBase {
+  /// It has parameters, and what a latent adds to the density is no sum that each latent knows by itself.
+  static constexpr bool kByRows = kind == BaseKind::student_t || kind == BaseKind::mixture;
+};
+
+/// Elements of packed that hold what the kernels read of the base, and where base_numbers_of() finds it.
+template <class T>
+NVPFLOW_HOST_DEVICE std::int64_t base_numbers_size(const BaseDensity<T>& base, std::int64_t features) {
+  if (base.kind == BaseKind::student_t) return kStudentNumbers * base.stride + 1;
+  if (base.kind != BaseKind::mixture) return 0;
+  return base.components * (3 + features + 2 * mixture_factor_size(features, base.full));
+}
+
+/// Points the density into its numbers: of student_t [kStudentNumbers][stride], then the log-density of the latents 0.
+template <class T>
+NVPFLOW_HOST_DEVICE void point_into(BaseDensity<T>& base, const T* numbers, std::int64_t features) {
+  base.student = base.weights = numbers;
+  base.cumulated = base.weights + base.components;
+  base.log_peaks = base.cumulated + base.components;
+  base.means = base.log_peaks + base.components;
+  base.factors = base.means + base.components * features;
+  base.inverses = base.factors + base.components * mixture_factor_size(features, base.full);
+}
 
 /// f(OfBase<kind>()) for the kind of a base: the only switch over bases, so that a forgotten one does not compile.
 #if defined(__CUDACC__)
@@ -211,9 +233,10 @@ NVPFLOW_HOST_DEVICE void visit_base(const BaseDensity<T>& base, F&& f) {
       return f(OfBase<BaseKind::normal>());
     case BaseKind::uniform:
       return f(OfBase<BaseKind::uniform>());
-    case BaseKind::student_t:  // make_cuda_backend refuses them
+    case BaseKind::student_t:
+      return f(OfBase<BaseKind::student_t>());
     case BaseKind::mixture:
-      return;
+      return f(OfBase<BaseKind::mixture>());
   }
 }
 
@@ -282,6 +305,7 @@ struct Program {
   // Of a context that is standardized: into packed, mean, then exp(-log_std), [C] each, filled by launch_pack; -1: it
   // is not. Into the flat parameters and gradient the same, [C] each.
   std::int64_t context_statistics = -1, context_mean_offset = 0, context_log_std_offset = 0;
+  std::int64_t base_numbers = -1;  // into packed, of a base with parameters, filled by launch_pack; -1: it has none
   const std::int32_t* places = nullptr;
   std::int64_t data_place = -1, latent_place = -1;  // of the features of data and of the latent space, as Layer::place
   Reach reach = Reach::plain;                       // reach_of()
@@ -497,6 +521,7 @@ enum class Task : std::int32_t {
   sums,     // what a layer keeps as sums of a tile
   map,      // the affine map of a residual block
   context,  // the statistics of the context
+  base,     // the base's parameters, of a mixture those of component `layer`
 };
 
 struct GradientTask {

@@ -75,6 +75,14 @@ LoweredDense joined(const LoweredNetwork& network) {
   return first;
 }
 
+/// Numbers of a student_t feature are padded to this, so that whole blocks of noise find some.
+constexpr std::int64_t kBaseStride = 16;
+
+template <class T>
+void point_base(Program<T>& program) {
+  if (program.base_numbers >= 0) point_into(program.base, program.packed + program.base_numbers, program.input_size);
+}
+
 }  // namespace
 
 void upload(Memory& to, const void* from, std::int64_t bytes, const char* what, Stream stream) {
@@ -99,6 +107,11 @@ Layers<T>::Layers(const FlowSpec& spec, const ParamLayout& layout, Stream stream
   host_.num_parameters = layout.size();
   host_.context_size = static_cast<std::int32_t>(lowered.context_size);
   host_.base = density_of<T>(lowered.base);
+  host_.base.stride = round_up(spec.input_size, kBaseStride);
+  if (const std::int64_t numbers = base_numbers_size(host_.base, spec.input_size); numbers > 0) {
+    host_.base_numbers = reserve_packed(numbers);
+    ++host_.num_numbers;
+  }
   if (lowered.context_mean >= 0) {
     host_.context_statistics = reserve_packed(2 * lowered.context_size);
     host_.context_mean_offset = lowered.context_mean;
@@ -425,6 +438,7 @@ Packed<T>::Packed(std::shared_ptr<const Layers<T>> layers)
     : layers_(std::move(layers)), program_(layers_->on_device()) {
   const auto bytes = [](std::int64_t elements) { return elements * static_cast<std::int64_t>(sizeof(T)); };
   program_.packed = static_cast<const T*>(packed_.reserve(bytes(program_.packed_size), "packed parameters"));
+  point_base(program_);
   program_.transposed =
       static_cast<const T*>(transposed_.reserve(bytes(program_.transposed_size), "transposed parameters"));
   linear_workspace_.reserve(linear_workspace_bytes(program_), "the matrices of linear layers");
@@ -465,6 +479,7 @@ void Packed<T>::pack_rest(T* parameters, const float* of_host, const float* mean
   rest_ = program_;
   T* to = static_cast<T*>(rest_packed_.reserve(program_.packed_size * element, "packed parameters"));
   rest_.packed = to;
+  point_base(rest_);
   fill_zero(parameters, 2 * features * element, stream);  // mean and log_std: the identity
   pack_into(rest_, parameters, Matrices::both, false, stream);
   const std::int64_t log_det = layers_->on_host().layers[0].affine + 3 * features;

@@ -348,6 +348,11 @@ void each_task(const Program<T>& program, const GradientPlan& plan, Visit visit_
     const std::int64_t at = layer_tape<reach>(program, k, plan.tile_rows);
     visit(program.layers[k], [&](auto kind) { each_task<reach>(kind, program, plan, k, at, visit_task); });
   }
+  const std::int64_t components = program.base.kind == BaseKind::mixture ? program.base.components : 1;
+  for (std::int64_t m = 0; program.base_numbers >= 0 && m < components; ++m) {
+    const std::int64_t at = BaseTape<T>(program, plan.tile_rows).begin;
+    visit_task({Task::base, static_cast<std::int32_t>(m), 0, 0, 0, at, 0});
+  }
   if (program.context_statistics < 0) return;
   visit_task({Task::context, 0, 0, 0, 0, ContextTape<T>(program, plan.tile_rows).sums(), 0});
 }

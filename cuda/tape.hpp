@@ -4,7 +4,7 @@
 // Arrays of activations (kernels.cuh) of one tile, one after the other:
 //   state, cotangent of the state
 //   Reach::all: context, cotangent of the context [C]; where it is standardized the sums over the rows for mean and
-//                 log_std, [2 C] numbers
+//                 log_std, [2 C] numbers; what BaseTape says
 //   per coupling: input of the conditioner [a]; per hidden layer value [H], where kept argument [H], cotangent [H];
 //                 cotangent of the head [2 b]; slope = ds / du, scale = exp(+-s), product = d(output) / d(s), [b] each
 //                 Reach::all: slope, scale, product, then what DenseTape says
@@ -108,6 +108,31 @@ struct ContextTape {
   NVPFLOW_HOST_DEVICE std::int64_t end() const { return sums() + (standardized ? round_up(2 * count, 16) : 0); }
 };
 
+/// Offsets of what a base with parameters keeps on a tape of Reach::all, behind the context. student_t: sums over the
+/// rows for log_df. mixture, [numbers][rows]: of each component the responsibility times the cotangent of log p, and
+/// the same less what its weight alone is responsible for; e = F^-1 (z - mean) and F^-T e.
+template <class T>
+struct BaseTape {
+  std::int64_t begin, rows, components, features;
+  BaseKind kind;
+
+  NVPFLOW_HOST_DEVICE BaseTape(const Program<T>& program, std::int64_t tile_rows)
+      : begin(ContextTape<T>(program, tile_rows).end()),
+        rows(tile_rows),
+        components(program.base.components),
+        features(program.input_size),
+        kind(program.base.kind) {}
+  NVPFLOW_HOST_DEVICE std::int64_t share(std::int64_t m) const { return m * rows; }
+  NVPFLOW_HOST_DEVICE std::int64_t excess(std::int64_t m) const { return (components + m) * rows; }
+  NVPFLOW_HOST_DEVICE std::int64_t whitened(std::int64_t m) const { return (2 * components + m * features) * rows; }
+  NVPFLOW_HOST_DEVICE std::int64_t pulled(std::int64_t m) const { return whitened(components + m); }
+  NVPFLOW_HOST_DEVICE std::int64_t size() const {
+    if (kind == BaseKind::student_t) return round_up(features, 16);
+    return kind == BaseKind::mixture ? round_up(whitened(2 * components), 16) : 0;
+  }
+  NVPFLOW_HOST_DEVICE std::int64_t end() const { return begin + size(); }
+};
+
 /// Offsets within a diagonal layer's part of the tape.
 template <class T>
 struct DiagonalTape {
@@ -163,7 +188,7 @@ NVPFLOW_HOST_DEVICE NetworksTape<T> tape_of(Of<Kind::spline>, const Program<T>& 
 template <Reach reach, class T>
 NVPFLOW_HOST_DEVICE std::int64_t layer_tape(const Program<T>& program, int k, std::int64_t rows) {
   std::int64_t at = 2 * state_elements(program, rows);
-  if constexpr (reach == Reach::all) at = ContextTape<T>(program, rows).end();
+  if constexpr (reach == Reach::all) at = BaseTape<T>(program, rows).end();
   for (int i = 0; i < k; ++i) {
     const Layer<T>& layer = program.layers[i];
     visit(layer, [&](auto kind) { at += tape_of<reach>(kind, program, layer, rows).size(); });

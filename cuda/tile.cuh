@@ -199,6 +199,20 @@ struct Tile {
   template <BaseKind kind>
   NVPFLOW_DEVICE void fill_noise(OfBase<kind> of, const BaseDensity<T>& base, Team team, std::uint64_t seed,
                                  std::uint64_t first_row, const std::int32_t* places) const {
+    if constexpr (kind == BaseKind::mixture) {
+      for (int r = team.index; r < rows; r += team.size) {
+        mixture_noise(base, seed, first_row + static_cast<std::uint64_t>(first + r), features,
+                      [&](int f) -> T& { return at(r, listed(places, f)); });
+      }
+    } else {
+      fill_blocks(of, base, team, seed, first_row, places);
+    }
+  }
+
+ private:
+  template <BaseKind kind>
+  NVPFLOW_DEVICE void fill_blocks(OfBase<kind> of, const BaseDensity<T>& base, Team team, std::uint64_t seed,
+                                  std::uint64_t first_row, const std::int32_t* places) const {
     const unsigned width = static_cast<unsigned>((features + kNoiseColumns<T> - 1) / kNoiseColumns<T>);
     const auto size = static_cast<unsigned>(rows) * width;
     for (auto e = static_cast<unsigned>(team.index); e < size; e += static_cast<unsigned>(team.size)) {
@@ -224,11 +238,9 @@ NVPFLOW_DEVICE void with_base(const Program<T>& program, F&& f) {
   }
 }
 
-/// sums[row block][upper, lower half] = the lane's part of the sum that the density comes from (add_latent): of the
-/// blocks of 8 features that fall to this one of the warps across.
 template <BaseKind kind, class T>
-NVPFLOW_DEVICE void sum_latents(OfBase<kind> of, const BaseDensity<T>& base, const Tile<T>& tile, const Lane& lane,
-                                int row_block, int across, int num_across, T (&sums)[kRowBlocks][2]) {
+NVPFLOW_DEVICE void sum_by_blocks(OfBase<kind> of, const BaseDensity<T>& base, const Tile<T>& tile, const Lane& lane,
+                                  int row_block, int across, int num_across, T (&sums)[kRowBlocks][2]) {
   for (int part = 0; part < 2; ++part) {
     const int n = tile.count(part), blocks = blocks_of(n);
     for (int b = across; b < blocks_of(n); b += num_across) {
@@ -243,16 +255,38 @@ NVPFLOW_DEVICE void sum_latents(OfBase<kind> of, const BaseDensity<T>& base, con
   }
 }
 
+/// sums[row block][upper, lower half] = the lane's part of the sum that the density comes from (add_latent): of the
+/// blocks of 8 features that fall to this one of the warps across. places: of the latents.
+template <BaseKind kind, class T>
+NVPFLOW_DEVICE void sum_latents(OfBase<kind> of, const BaseDensity<T>& base, const Tile<T>& tile, const Lane& lane,
+                                int row_block, int across, int num_across, const std::int32_t* places,
+                                T (&sums)[kRowBlocks][2]) {
+  if constexpr (OfBase<kind>::kByRows) {
+    NVPFLOW_UNROLL
+    for (int rb = 0; rb < kRowBlocks; ++rb) {
+      NVPFLOW_UNROLL
+      for (int low = 0; low < 2; ++low) {
+        const int r = 16 * (row_block + rb) + lane.g + 8 * low;
+        const auto z = [&](int f) { return tile.at(r, listed(places, f)); };
+        sums[rb][low] += row_sum(of, base, tile.features, z, 4 * across + lane.t, 4 * num_across);
+      }
+    }
+  } else {
+    sum_by_blocks(of, base, tile, lane, row_block, across, num_across, sums);
+  }
+}
+
 /// From the lanes' parts of the log-determinant, with the latents' cost where log_prob of an inverse is wanted, to
 /// call.log_det and call.log_prob, for the rows of the tile. All threads of the team come here; barrier() is theirs.
 template <BaseKind kind, class T, class Barrier>
 NVPFLOW_DEVICE void write_row_sums(OfBase<kind> of, const BaseDensity<T>& base, const Tile<T>& tile,
                                    const TransformCall<T>& call, Team team, const Lane& lane, int row_block, int across,
-                                   int num_across, const T (&log_det)[kRowBlocks][2], Barrier barrier) {
+                                   int num_across, const std::int32_t* places, const T (&log_det)[kRowBlocks][2],
+                                   Barrier barrier) {
   if (call.log_det == nullptr && call.log_prob == nullptr) return;
   T latents[kRowBlocks][2] = {};
   if (call.log_prob != nullptr && !call.inverse) {
-    sum_latents(of, base, tile, lane, row_block, across, num_across, latents);
+    sum_latents(of, base, tile, lane, row_block, across, num_across, places, latents);
   }
   const auto store = [&](int r, T det, T sum) {
     tile.store_row(call, r, det,

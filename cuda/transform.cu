@@ -132,7 +132,7 @@ struct Walker {
     for (int rb = 0; rb < kRowBlocks; ++rb) log_det[rb][0] = log_det[rb][1] = T(0);
     if (!call.inverse || call.log_prob == nullptr) return;
     with_base<reach>(program, [&](auto base) {
-      sum_latents(base, program.base, tile, lane, row_block, across, num_across(), log_det);
+      sum_latents(base, program.base, tile, lane, row_block, across, num_across(), places_in(), log_det);
       NVPFLOW_UNROLL
       for (int rb = 0; rb < kRowBlocks; ++rb) {
         log_det[rb][0] = latent_cost(base, log_det[rb][0]);
@@ -174,8 +174,8 @@ struct Walker {
     barrier();
     if (call.out != nullptr) tile.store(team(), call.out, places_out(), infinity<T>());
     with_base<reach>(program, [&](auto base) {
-      write_row_sums(base, program.base, tile, call, team(), lane, row_block, across, num_across(), log_det,
-                     [&] { barrier(); });
+      write_row_sums(base, program.base, tile, call, team(), lane, row_block, across, num_across(), places_out(),
+                     log_det, [&] { barrier(); });
     });
   }
 };

@@ -2,6 +2,7 @@
 // could emit a function.
 #pragma once
 
+#include "host_device.hpp"
 #include "program.hpp"
 
 namespace nvpflow {
@@ -42,7 +43,7 @@ struct BaseDensity {
 };
 
 /// Numbers of F of a component.
-constexpr int64_t mixture_factor_size(int64_t features, bool full) {
+NVPFLOW_HOST_DEVICE constexpr int64_t mixture_factor_size(int64_t features, bool full) {
   return full ? features * (features + 1) / 2 : features;
 }
 

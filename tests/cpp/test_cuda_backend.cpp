@@ -261,6 +261,39 @@ TEST_CASE_TEMPLATE("a uniform base", T, float, double) {
   }
 }
 
+TEST_CASE_TEMPLATE("bases with parameters", T, float, double) {
+  using Covariance = MixtureBase::Covariance;
+  for (const Base& base : {Base(StudentTBase{4, true}), Base(MixtureBase{3, Covariance::diagonal}),
+                           Base(MixtureBase{2, Covariance::full})}) {
+    for (const std::int64_t features : {2, 3, 6}) {
+      CAPTURE(base.index());
+      CAPTURE(features);
+      FlowSpec spec = mixed_spec(features, 1, dtype_of<T>);
+      spec.base = base;
+      Flow cpu(spec);
+      cpu.set_parameters<T>(normals<T>(cpu.num_parameters(), 1, 0.2));
+      const Flow cuda = cpu.to(kCuda0);
+      check_equal<T>(cpu, cuda, 40);
+      std::vector<T> ours(60), theirs(60), of_cpu(static_cast<std::size_t>(60 * features)), of_cuda(of_cpu.size());
+      cpu.sample_and_log_prob<T>(9, of_cpu, theirs);
+      cuda.sample_and_log_prob<T>(9, of_cuda, ours);
+      CHECK(worst(of_cuda, of_cpu) < 4 * kBudget<T>);
+      CHECK(worst(ours, theirs) < 4 * kBudget<T>);
+    }
+    const std::vector<T> x = normals<T>(400 * 4, 40, 2.0);
+    FlowSpec spec = FlowSpec::real_nvp(4, 2, {16}, Activation::silu, 1.0, true, dtype_of<T>);
+    spec.base = base;
+    Flow cpu(spec, 1);
+    Flow cuda = cpu.to(kCuda0);
+    const History a = fit<T>(cpu, x, {}, short_fit()), b = fit<T>(cuda, x, {}, short_fit());
+    REQUIRE(a.epochs.size() == b.epochs.size());
+    const double budget = std::is_same_v<T, float> ? 1e-4 : 1e-10;
+    for (std::size_t i = 0; i < a.epochs.size(); ++i) {
+      CHECK(b.epochs[i].train_loss == doctest::Approx(a.epochs[i].train_loss).epsilon(budget));
+    }
+  }
+}
+
 TEST_CASE_TEMPLATE("linear layers", T, float, double) {
   for (const std::int64_t features : {2, 3, 6, 17}) {
     for (std::uint64_t seed = 0; seed < 4; ++seed) {
