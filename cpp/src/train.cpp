@@ -883,7 +883,7 @@ class Trainer {
   std::vector<T> best_;                 // before the first epoch is done, the parameters that training starts from
   std::vector<double> start_log_prob_;  // of the rows that epochs are compared by; empty: the start is no candidate
   bool average_is_better_ = false;
-  double max_deviation_ = 0;  // 0: no row is left out
+  double max_deviation_ = 0;                             // 0: no row is left out
   std::int64_t slice_ = 0, steps_ = 0, done_steps_ = 0;  // steps of all runs in an epoch
   std::int64_t earlier_steps_ = 0, earlier_epochs_ = 0;  // of adam_, before this run
   History history_;

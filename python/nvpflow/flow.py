@@ -496,7 +496,7 @@ class Flow(Model):
         still all zeros is then set: its outputs for the training rows have mean 0 and standard deviation 1. Behind a
         layer that whitens it stays the identity. A mixture base that is as `build` made it is set to groups of latents.
         A flow that whitens may stay as it begins, with ``best_epoch`` 0. An epoch must beat that by two standard errors
-        of the validation loss, or by three with fewer than 100 rows.
+        of the validation loss. With fewer than 100 rows they are three, and 50 nats in all.
         The same data, options and seed give the same weights, bit for bit, for any number of threads. The `threshold`
         is removed: it was that of other weights.
 
