@@ -25,6 +25,8 @@
 #include <nvpflow/spec.hpp>
 
 #include "backend.hpp"
+#include "bounded_backend.hpp"
+#include "bounds_map.hpp"
 #include "float_mode.hpp"
 #include "flow_access.hpp"
 #include "io/model_file.hpp"
@@ -82,6 +84,10 @@ auto* data_or_null(const Span& s) {
 std::unique_ptr<Backend> make_backend(const FlowSpec& spec, const ParamLayout& layout, Device device,
                                       Precision precision, Weights weights) {
   const FloatMode mode;
+  if (spec.bounds() != nullptr) {
+    const FlowSpec behind = spec.behind_bounds();
+    return make_bounded_backend(spec, make_backend(behind, ParamLayout(behind), device, precision, weights));
+  }
   const std::string asked = "precision is '" + std::string(name_of(precision)) + "', ";
   if (precision != Precision::float32 && spec.dtype == DType::float64) {
     fail(asked + "which is for float32 flows; this one is float64, expected 'float32'");
@@ -283,7 +289,8 @@ struct Flow::State {
     }
   }
 
-  /// Of the first layer where it is a standardize layer, else zeros and ones; [D] each.
+  /// Of the standardize layer that the flow begins with, else zeros and ones, [D] each; behind bounds what the rows
+  /// would have that it comes from, to first order.
   struct Columns {
     std::vector<double> means, deviations;
   };
@@ -291,14 +298,20 @@ struct Flow::State {
   Columns columns() {
     const auto width = static_cast<std::size_t>(spec.input_size);
     Columns found{std::vector<double>(width, 0.0), std::vector<double>(width, 1.0)};
-    if (!spec.begins_with_standardize()) return found;
-    const std::lock_guard<ForkSafeMutex> lock(write_mutex);
-    const void* flat = parameters.data();
-    const T* mean = static_cast<const T*>(flat) + layout.tensors()[0].offset;
-    const T* log_std = static_cast<const T*>(flat) + layout.tensors()[1].offset;
-    for (std::size_t j = 0; j < width; ++j) {
-      found.means[j] = static_cast<double>(mean[j]) + (mean_low.empty() ? 0.0 : static_cast<double>(mean_low[j]));
-      found.deviations[j] = std::exp(static_cast<double>(log_std[j]));
+    if (spec.begins_with_standardize()) {
+      const std::lock_guard<ForkSafeMutex> lock(write_mutex);
+      const void* flat = parameters.data();
+      const T* mean = static_cast<const T*>(flat) + layout.tensors()[0].offset;
+      const T* log_std = static_cast<const T*>(flat) + layout.tensors()[1].offset;
+      for (std::size_t j = 0; j < width; ++j) {
+        found.means[j] = static_cast<double>(mean[j]) + (mean_low.empty() ? 0.0 : static_cast<double>(mean_low[j]));
+        found.deviations[j] = std::exp(static_cast<double>(log_std[j]));
+      }
+    }
+    for (std::size_t j = 0; spec.bounds() != nullptr && j < width; ++j) {
+      const BoundsMap column(spec.bounds()->low[j], spec.bounds()->high[j]);
+      found.deviations[j] *= column.inverse_slopes(found.means[j]).of_value;
+      found.means[j] = column.inverse(found.means[j]).value;
     }
     return found;
   }
@@ -579,6 +592,16 @@ namespace {
 /// Elements of the arrays that a round trip needs beside its input.
 constexpr std::int64_t kRoundTripElements = 1 << 18;
 
+/// Whether no number of a row lies outside of the bounds or on an edge.
+template <class T>
+bool is_inside(const Bounds& bounds, const T* row) {
+  for (std::size_t j = 0; j < bounds.low.size(); ++j) {
+    const auto x = static_cast<double>(row[j]);
+    if (!(x > bounds.low[j] && x < bounds.high[j])) return false;
+  }
+  return true;
+}
+
 /// Largest error of one row that came back as `back`; infinite where it did not come back finite.
 template <class T>
 double row_error(const T* x, const T* back, const std::vector<double>& centres, const std::vector<double>& scales) {
@@ -601,7 +624,7 @@ double Flow::round_trip_error(std::span<const T> x, const Context& context) cons
   const std::int64_t rows = state_->check_data(Named{"x", x}), features = spec().input_size;
   const bool wide = state_->is_wide<T>();
   const typename State::Columns columns = wide ? state_->columns<float>() : state_->columns<T>();
-  const std::vector<double> centres = wide ? columns.means : std::vector<double>();
+  const std::vector<double> centres = wide || spec().bounds() != nullptr ? columns.means : std::vector<double>();
   const std::int64_t chunk =
       std::clamp<std::int64_t>(kRoundTripElements / features, 1, std::max<std::int64_t>(1, rows));
   std::vector<T> back(static_cast<std::size_t>(chunk * features));
@@ -617,6 +640,7 @@ double Flow::round_trip_error(std::span<const T> x, const Context& context) cons
     for (std::int64_t r = 0; r < count; ++r) {
       const T* row = from + r * features;
       if (!std::all_of(row, row + features, [](T v) { return std::isfinite(v); })) continue;
+      if (spec().bounds() != nullptr && !is_inside(*spec().bounds(), row)) continue;
       largest = std::max(largest, row_error(row, back.data() + r * features, centres, columns.deviations));
     }
   }

@@ -17,6 +17,7 @@
 #include <nvpflow/layers.hpp>
 #include <nvpflow/spec.hpp>
 
+#include "bounded_rows.hpp"
 #include "fit_rows.hpp"
 #include "fit_start.hpp"
 #include "float_mode.hpp"
@@ -30,12 +31,15 @@
 namespace nvpflow {
 namespace {
 
-/// Rows of X: T, the flow's type, or double for a float32 flow with takes_float64_rows.
+/// Rows of X: T, the flow's type, or double for a float32 flow with takes_float64_rows, or behind the flow's bounds.
 template <class T, class X>
 class Initializer {
  public:
-  Initializer(Flow& flow, std::span<const X> x, const Context& context)
+  Initializer(Flow& flow, std::span<const X> x, const Context& context, bool behind_bounds = false)
       : flow_(flow),
+        spec_(flow.spec().behind_bounds()),
+        behind_bounds_(behind_bounds || flow.spec().bounds() == nullptr),
+        given_context_(context),
         x_(x),
         features_(flow.spec().input_size),
         rows_(static_cast<std::int64_t>(x.size()) / features_),
@@ -52,6 +56,10 @@ class Initializer {
   }
 
   std::vector<std::string> run(Statistics statistics) {
+    if (!behind_bounds_) {
+      const BoundedRows behind = through_bounds<X>("x", x_, *flow_.spec().bounds(), flow_.column_names(), no_poll);
+      return Initializer<T, double>(flow_, behind.rows, given_context_, true).run(statistics);
+    }
     std::vector<std::string> how;
     if (flow_.spec().begins_with_standardize()) how = standardize(statistics);
     if (flow_.spec().standardize_context) {
@@ -85,6 +93,10 @@ class Initializer {
     }
     if constexpr (std::is_same_v<T, X>) {
       walk([](const X* row, T* to, std::int64_t count) { std::copy_n(row, count, to); });
+    } else if (!spec_.begins_with_standardize()) {
+      walk([](const X* row, T* to, std::int64_t count) {
+        std::transform(row, row + count, to, [](X value) { return static_cast<T>(value); });
+      });
     } else {
       WideRows layer;
       layer.set(features_, values_.data(), values_.data() + features_, low_.empty() ? nullptr : low_.data());
@@ -114,7 +126,7 @@ class Initializer {
     how.anew = true;
     how.column_names = flow_.column_names();
     how.poll = no_poll;
-    start_layers<T>(flow_.spec(), values_, rows, how);
+    start_layers<T>(spec_, values_, rows, how);
   }
 
   /// From some of the rows, evenly taken, by all that has been set.
@@ -136,6 +148,9 @@ class Initializer {
   }
 
   Flow& flow_;
+  const FlowSpec spec_;  // without bounds
+  const bool behind_bounds_;
+  const Context& given_context_;
   const std::span<const X> x_;
   const std::int64_t features_, rows_;
   std::span<const T> context_;

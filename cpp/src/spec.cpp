@@ -136,7 +136,11 @@ void FlowSpec::validate() const {
     refuse("layers holds " + std::to_string(layers.size()) + " layers, expected at most " + std::to_string(kMaxLayers));
   }
   for (std::size_t i = 0; i < layers.size(); ++i) {
-    layers::check(layers[i], *this, "layers[" + std::to_string(i) + "].");
+    const std::string name = "layers[" + std::to_string(i) + "]";
+    if (i > 0 && std::holds_alternative<Bounds>(layers[i])) {
+      refuse(name + " is a bounds layer, expected one only as layers[0]: they are bounds of the columns of data");
+    }
+    layers::check(layers[i], *this, name + ".");
   }
   if (num_couplings() == 0) refuse("layers has no coupling, expected at least one");
   check_totals(*this);
@@ -208,8 +212,17 @@ std::vector<std::int64_t> FlowSpec::transformed(const Coupling& layer) const {
   return layer.transformed.of(input_size);
 }
 
+const Bounds* FlowSpec::bounds() const { return layers.empty() ? nullptr : std::get_if<Bounds>(&layers.front()); }
+
 bool FlowSpec::begins_with_standardize() const {
-  return !layers.empty() && std::holds_alternative<Standardize>(layers.front());
+  const std::size_t first = bounds() == nullptr ? 0 : 1;
+  return layers.size() > first && std::holds_alternative<Standardize>(layers[first]);
+}
+
+FlowSpec FlowSpec::behind_bounds() const {
+  FlowSpec spec = *this;
+  if (bounds() != nullptr) spec.layers.erase(spec.layers.begin());
+  return spec;
 }
 
 bool FlowSpec::whitens() const {

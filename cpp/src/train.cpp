@@ -23,6 +23,7 @@
 #include <nvpflow/spec.hpp>
 
 #include "backend.hpp"
+#include "bounded_rows.hpp"
 #include "checkpoint.hpp"
 #include "checkpoint_file.hpp"
 #include "fit_rows.hpp"
@@ -82,13 +83,15 @@ struct Standardized {
   double log_det = 0;  // 0 where it is not on
 };
 
-/// T: of the flow. Rows of X: T, or double for a float32 flow with takes_float64_rows.
+/// T: of the flow. Rows of X: T, or double for a float32 flow with takes_float64_rows. Rows go through the flow's
+/// bounds once, before training: the run sees a flow without them.
 template <class T, class X>
 class Trainer {
  public:
   Trainer(Flow& flow, std::span<const X> x, std::span<const X> validation, const FitOptions& options,
           FitObserver* observer, const Context& context, const Context& validation_context, AdamState* adam)
       : flow_(flow),
+        spec_(flow.spec().behind_bounds()),
         options_(options),
         adam_(adam),
         observer_(observer != nullptr ? *observer : silent_),
@@ -147,10 +150,12 @@ class Trainer {
     }
     best_.resize(static_cast<std::size_t>(flow_.num_parameters()));
     flow_.template copy_parameters<T>(best_, &standardized_.mean_low);
+    map_bounds();
     standardize_from_data();
     standardize_context();
     take_rows();
     leave_out_far_rows();
+    find_log_dets();
     const TrainingData data = {x_.data(),         total_rows(),    validation_.data(),
                                validation_rows(), context_.data(), validation_context_.data()};
     std::vector<T> start = best_;
@@ -162,10 +167,16 @@ class Trainer {
     refuse_rows_outside(main_.start);
     go_on_from_adam();
     if (options_.max_round_trip > 0 || starts_as_candidate()) {
-      probe_.emplace(flow_);
+      probe_.emplace(without_bounds());
       probe_->set_num_threads(threads_);
     }
     judge_start();
+  }
+
+  /// What the run trains, as a flow.
+  Flow without_bounds() const {
+    if (!is_bounded()) return Flow(flow_);
+    return Flow(spec_, /*seed=*/0, flow_.device(), flow_.precision(), flow_.weights());
   }
 
   /// start: what training starts from but for the layers that are set from the run's own rows.
@@ -340,18 +351,35 @@ class Trainer {
     return std::any_of(layer.begin(), layer.end(), [](T v) { return v != T(0); });
   }
 
+  bool is_bounded() const { return flow_.spec().bounds() != nullptr; }
+
+  void map_bounds() {
+    if (!is_bounded()) return;
+    const auto through = [this](const char* name, std::span<const X> rows) {
+      return through_bounds<X>(name, rows, *flow_.spec().bounds(), flow_.column_names(), [this] { poll(); });
+    };
+    bounded_x_ = through("x", given_x_);
+    bounded_validation_ = through("validation", given_validation_);
+  }
+
   /// A constant column has no density, whether the flow standardizes or not.
   void standardize_from_data() {
+    if (is_bounded()) return standardize_from(std::span<const double>(bounded_x_.rows));
+    standardize_from(given_x_);
+  }
+
+  template <class Row>
+  void standardize_from(std::span<const Row> rows) {
     const RowOrder order = main_.rows.training();
     const auto look = [this] { poll(); };
-    ColumnScales scales(flow_.spec().dtype, given_x_, flow_.column_names(), features_, order, main_.rows.train(), look);
+    ColumnScales scales(flow_.spec().dtype, rows, flow_.column_names(), features_, order, main_.rows.train(), look);
     if (!standardizes() || (is_standardized() && !options_.restandardize)) {
       if (main_.rows.train() > 1) scales.require_variation();  // one row tells nothing of a column
       return;
     }
     const auto layer = std::span<T>(best_).first(static_cast<std::size_t>(2 * features_));
     std::vector<ColumnScale> found = scales.take(statistics_for(flow_.spec().base, options_.standardize));
-    if constexpr (sizeof(X) > sizeof(T)) standardized_.mean_low = mean_low_of(found);
+    if constexpr (sizeof(Row) > sizeof(T)) standardized_.mean_low = mean_low_of(found);
     history_.standardized = set_layer(layer, found);
   }
 
@@ -366,7 +394,7 @@ class Trainer {
 
   /// The layers that are set from the training rows, as the run's first layer sees them.
   void start_from_rows(Run& run) {
-    if (!has_started_layers(flow_.spec())) return;
+    if (!has_started_layers(spec_)) return;
     StartRows<T> rows;
     rows.count = run.rows.train();
     rows.read = [&](std::int64_t first, std::int64_t count, T* x, T* context) {
@@ -377,7 +405,7 @@ class Trainer {
     };
     StartOptions how = {slice_, threads_, options_.restandardize, false, flow_.column_names(), [this] { poll(); }};
     how.keep_dependent = options_.allow_degenerate || &run != &main_;  // of some rows
-    start_layers<T>(flow_.spec(), run.start, rows, how);
+    start_layers<T>(spec_, run.start, rows, how);
   }
 
   /// From some of the training rows, as the run's layers make latents of them.
@@ -390,7 +418,7 @@ class Trainer {
       std::copy_n(x_.data() + row * features_, features_, rows.data() + i * features_);
       std::copy_n(context_.data() + row * context_size(), context_size(), context.data() + i * context_size());
     });
-    Flow flow(flow_);
+    Flow flow = without_bounds();
     flow.set_num_threads(threads_);
     flow.template set_parameters<T>(run.start);
     flow.template forward<T>(rows, std::span<T>(latents), {},
@@ -401,7 +429,7 @@ class Trainer {
   /// By the weights that training starts from.
   void refuse_rows_outside(const std::vector<T>& start) {
     if (!layers::is_bounded(flow_.spec().base)) return;
-    Flow flow(flow_);
+    Flow flow = without_bounds();
     flow.set_num_threads(threads_);
     flow.template set_parameters<T>(start);
     const auto refuse = [&](const char* name, std::span<const T> rows, std::span<const X> given,
@@ -428,34 +456,60 @@ class Trainer {
   /// Behind the standardize layer that the run does not have.
   std::int64_t own_begin() const { return standardized_.on ? 2 * features_ : 0; }
 
-  /// The rows that the run is given: the caller's, or standardized ones.
+  /// The rows that the run is given: the caller's, or what comes out of bounds and a standardize layer.
   void take_rows() {
     taken_ = true;
     if constexpr (sizeof(T) == 4) {
       std::vector<float>& low = standardized_.mean_low;
-      standardized_.on = !low.empty() || sizeof(X) > sizeof(T);
+      standardized_.on = standardizes() && (!low.empty() || sizeof(X) > sizeof(T) || is_bounded());
       if (standardized_.on) {
         standardized_.layer.set(features_, best_.data(), best_.data() + features_, low.empty() ? nullptr : low.data());
         standardized_.log_det = standardized_.layer.log_det();
-        standardized_x_ = standardize(given_x_);
-        standardized_validation_ = standardize(given_validation_);
-        x_ = standardized_x_;
-        validation_ = standardized_validation_;
-        return;
+        own_x_ = is_bounded() ? standardize<double>(bounded_x_.rows) : standardize(given_x_);
+        own_validation_ = is_bounded() ? standardize<double>(bounded_validation_.rows) : standardize(given_validation_);
+      } else if (is_bounded()) {
+        own_x_.assign(bounded_x_.rows.begin(), bounded_x_.rows.end());
+        own_validation_.assign(bounded_validation_.rows.begin(), bounded_validation_.rows.end());
       }
+      bounded_x_.rows = {}, bounded_validation_.rows = {};
+    } else {
+      own_x_ = std::move(bounded_x_.rows), own_validation_ = std::move(bounded_validation_.rows);
     }
-    if constexpr (std::is_same_v<T, X>) x_ = given_x_, validation_ = given_validation_;
+    x_ = own_x_, validation_ = own_validation_;
+    if constexpr (std::is_same_v<T, X>) {
+      if (!standardized_.on && !is_bounded()) x_ = given_x_, validation_ = given_validation_;
+    }
   }
 
-  std::vector<float> standardize(std::span<const X> rows) {
+  template <class Row>
+  std::vector<float> standardize(std::span<const Row> rows) {
     std::vector<float> out(rows.size());
     const std::int64_t count = static_cast<std::int64_t>(rows.size()) / features_;
     for (std::int64_t first = 0; first < count; first += kPollRows) {
       poll();
-      standardized_.layer.standardize(rows.data(), sizeof(X) == 8, nullptr, first, std::min(kPollRows, count - first),
+      standardized_.layer.standardize(rows.data(), sizeof(Row) == 8, nullptr, first, std::min(kPollRows, count - first),
                                       out.data() + first * features_);
     }
     return out;
+  }
+
+  /// What the losses of the rows as they are differ by from those of the run's.
+  void find_log_dets() {
+    train_log_det_ = compared_log_det_ = standardized_.log_det;
+    if (!is_bounded()) return;
+    const auto add = [](const std::vector<double>& log_det, const RowOrder& order, std::int64_t count, double& sum) {
+      order.each(0, count, [&](std::int64_t, std::int64_t row) { sum += log_det[static_cast<std::size_t>(row)]; });
+    };
+    double train = 0, compared = 0;
+    add(bounded_x_.log_det, main_.rows.training(), main_.rows.train(), train);
+    std::int64_t rows = 0;
+    for (const Run& run : compared_runs()) {
+      const Selection of = selection(run);
+      add(has_array() ? bounded_validation_.log_det : bounded_x_.log_det, of.order, of.rows, compared);
+      rows += of.rows;
+    }
+    train_log_det_ += train / static_cast<double>(main_.rows.train());
+    compared_log_det_ += compared / static_cast<double>(rows);
   }
 
   /// Whether a row is within max_deviation of the standardize layer's mean. `most` is that in each column's unit, which
@@ -490,22 +544,26 @@ class Trainer {
     each_row_that_is(false, x_, RowOrder(), total_rows(), count);
     each_row_that_is(false, validation_, RowOrder(), validation_rows(), count);
     if (history_.rows_left_out == 0) return;
-    const auto near_rows = [this](std::span<const T> x, std::span<const T> context, const RowOrder& order,
-                                  std::int64_t rows) {
+    const auto near_rows = [this](std::span<const T> x, std::span<const T> context, const std::vector<double>& log_det,
+                                  const RowOrder& order, std::int64_t rows) {
       Kept kept;
       each_row_that_is(true, x, order, rows, [&](const T* row, std::int64_t at) {
         kept.rows.insert(kept.rows.end(), row, row + features_);
         const T* given = context.data() + at * context_size();
         kept.context.insert(kept.context.end(), given, given + context_size());
+        if (is_bounded()) kept.log_det.push_back(log_det[static_cast<std::size_t>(at)]);
       });
       return kept;
     };
     // Those set aside become an array of their own, so that no row changes sides.
-    kept_validation_ = has_array() ? near_rows(validation_, validation_context_, RowOrder(), validation_rows())
-                                   : near_rows(x_, context_, main_.rows.validating(), main_.rows.held_out());
-    kept_ = near_rows(x_, context_, main_.rows.training(), main_.rows.train());
+    std::vector<double>&log_det = bounded_x_.log_det, &of_validation = bounded_validation_.log_det;
+    kept_validation_ = has_array()
+                           ? near_rows(validation_, validation_context_, of_validation, RowOrder(), validation_rows())
+                           : near_rows(x_, context_, log_det, main_.rows.validating(), main_.rows.held_out());
+    kept_ = near_rows(x_, context_, log_det, main_.rows.training(), main_.rows.train());
     x_ = kept_.rows, validation_ = kept_validation_.rows;
     context_ = kept_.context, validation_context_ = kept_validation_.context;
+    log_det.swap(kept_.log_det), of_validation.swap(kept_validation_.log_det);
     const bool lacks_validation = history_.validation_rows > 0 && folds_.empty() && validation_.empty();
     if (x_.empty() || lacks_validation) {
       fail(std::string(x_.empty() ? "x" : "validation") + " has no row within max_deviation " +
@@ -561,7 +619,7 @@ class Trainer {
     }
     const double sum = pass(main_, record);
     if (is_interrupted()) return;
-    record.train_loss = -sum / static_cast<double>(main_.rows.train()) - standardized_.log_det;
+    record.train_loss = -sum / static_cast<double>(main_.rows.train()) - train_log_det_;
     const double loss = compared_loss(record.epoch);
     if (is_interrupted()) return;
     record.validation_loss = history_.validation_rows > 0 ? loss : std::numeric_limits<double>::quiet_NaN();
@@ -681,7 +739,7 @@ class Trainer {
       sum += run.training->report().sum_log_prob;
       rows += of.rows;
     }
-    return -sum / static_cast<double>(rows) - standardized_.log_det;
+    return -sum / static_cast<double>(rows) - compared_log_det_;
   }
 
   /// Takes the weights of now into their average.
@@ -720,7 +778,7 @@ class Trainer {
     for (Run& run : compared_runs()) append_log_prob(run, run.start.data(), start_log_prob_);
     double sum = 0;
     for (const double value : start_log_prob_) sum += value;
-    const double loss = -sum / static_cast<double>(start_log_prob_.size()) - standardized_.log_det;
+    const double loss = -sum / static_cast<double>(start_log_prob_.size()) - compared_log_det_;
     if (!std::isfinite(loss)) return start_log_prob_.clear();
     history_.best_loss = history_.initial_loss = loss;
   }
@@ -771,8 +829,8 @@ class Trainer {
     return rows > 1 && mean > errors * std::sqrt(std::max(squares / rows - mean * mean, 0.0) / (rows - 1));
   }
 
-  /// Flow::round_trip_error of the selection, by the flow as it would compute with these weights; of standardized rows
-  /// where the run has those.
+  /// Flow::round_trip_error of the selection, by the flow as it would compute with these weights; of the rows that the
+  /// run has.
   double round_trip(const T* parameters, std::int64_t epoch) {
     probe_->template set_parameters<T>({parameters, static_cast<std::size_t>(flow_.num_parameters())});
     const Selection of = selection(main_);
@@ -860,6 +918,7 @@ class Trainer {
   inline static FitObserver silent_;
 
   Flow& flow_;
+  const FlowSpec spec_;  // without bounds
   FitOptions options_;
   AdamState* adam_;  // null: the run's own
   FitObserver& observer_;
@@ -867,11 +926,14 @@ class Trainer {
   std::span<const X> given_x_, given_validation_;  // as the caller gave them
   bool taken_ = false;                             // x_ and validation_ are there
   std::span<const T> x_, validation_;              // what is trained on and compared by: those, or
+  BoundedRows bounded_x_, bounded_validation_;     // without rows from take_rows() on; empty where there are no bounds
   Standardized standardized_;
-  std::vector<T> standardized_x_, standardized_validation_;  // these, or
+  std::vector<T> own_x_, own_validation_;            // these, or
+  double train_log_det_ = 0, compared_log_det_ = 0;  // mean of what the rows have been through before the run
   /// Rows that are not left out, and their context.
   struct Kept {
     std::vector<T> rows, context;
+    std::vector<double> log_det;
   };
   Kept kept_, kept_validation_;                      // these, where rows are left out
   std::span<const T> context_, validation_context_;  // of x_ and validation_

@@ -13,7 +13,7 @@ from nvpflow import _bases, _checks
 from nvpflow._bases import NORMAL, Uniform
 from nvpflow._core import FlowSpec
 from nvpflow._networks import Network
-from nvpflow._spec import untransformed, whitens
+from nvpflow._spec import begins_with_standardize, untransformed, whitens
 from nvpflow._text import counted
 from nvpflow._transforms import Transform
 from nvpflow.layers import (
@@ -21,6 +21,7 @@ from nvpflow.layers import (
     ActNorm,
     Additive,
     Affine,
+    Bounds,
     Coupling,
     Layer,
     LULinear,
@@ -79,6 +80,7 @@ class Options:
     layer_norm: bool = False
     base: Any = NORMAL
     standardize_context: bool | None = None
+    bounds: Bounds | None = None
 
     def checked(self, *, beside_layers: bool = False) -> Options:
         """Return the options with values of the right types; what contradicts another is refused.
@@ -105,6 +107,7 @@ class Options:
             layer_norm=_checks.boolean("layer_norm", self.layer_norm),
             base=_bases.checked(self.base),
             standardize_context=None if context is None else _checks.boolean("standardize_context", context),
+            bounds=self.bounds,
         )
         for name, message in (*found._contradictions(), *(() if beside_layers else found._leaving())):
             raise ValueError(f"{name} is {getattr(found, name)!r} {message}")
@@ -119,6 +122,8 @@ class Options:
             yield "transform", f"{under} 'spline': other couplings carry rows out of the interval{way_out}"
         if self.actnorm:
             yield "actnorm", f"{under} False: it carries rows out of the interval{way_out}"
+        if self.bounds is not None:
+            yield "bounds", f"{under} it left out: columns with bounds fill no interval behind them{way_out}"
         if self.mixing == "lu":
             yield "mixing", f"{under} another or None: it carries rows out of the interval{way_out}"
 
@@ -185,7 +190,8 @@ def spec_of(
         )
     # The checks of sizes that every flow shares, before layers are made.
     FlowSpec(max(input_size, 2) if options.context_size > 0 else input_size, options.num_flows, (), dtype=dtype)
-    layers: list[Layer] = [Standardize()] if standardize else []
+    layers: list[Layer] = [] if options.bounds is None else [options.bounds]
+    layers += [Standardize()] if standardize else []
     if whiten:
         layers.append(LULinear(whitens=True))
     of_context = options.standardize_context
@@ -235,7 +241,7 @@ def spec_of_layers(
             raise ValueError(f"{name} is {value} beside layers, expected it left out: layers say what the flow is")
     of_context = bool(options.standardize_context)
     spec = FlowSpec.from_layers(input_size, layers, dtype, options.context_size, of_context, options.base)
-    begins = isinstance(spec.layers[0], Standardize)
+    begins = begins_with_standardize(spec)
     if standardize is not None and standardize is not True and begins != bool(standardize):
         put = "put one in front of" if standardize else "leave it out of"
         raise ValueError(

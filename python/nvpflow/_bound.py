@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from nvpflow import _checks, _spec
 from nvpflow._bases import NORMAL
 from nvpflow._model import Model
-from nvpflow.layers import MLP, Affine, Coupling, Layer, Standardize
+from nvpflow.layers import MLP, Affine, Bounds, Coupling, Layer, Standardize
 
 Array = NDArray[np.float64]
 
@@ -228,6 +228,8 @@ def _not_covered(layer: Layer) -> str:
     """Return what the derivation does not cover in a layer."""
     if isinstance(layer, Coupling) and isinstance(layer.transform, Affine):
         return _checks.shortened(repr(layer))
+    if isinstance(layer, Bounds):
+        return "columns with bounds"
     return f"{_spec.kind_in_words(layer)}s"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nvpflow import _bases, _bound, _checks, _context, _core, _data, _frames, _spec
+from nvpflow import _bases, _bound, _bounds, _checks, _context, _core, _data, _frames, _spec
 from nvpflow._model import Model
 from nvpflow._text import counted
 from nvpflow.certificate import PROMISED, TOLERANCE, Certificate, Deviation, first
@@ -89,9 +89,10 @@ class Certifier:
         if self._wanted < 0:
             raise ValueError(f"jacobian_rows is {jacobian_rows}, expected at least 0")
         self._walk = _bound.walk(self._reference)
-        self._std = _standard_deviations(self._reference)
+        self._bounds = _spec.bounds_of(flow.spec)
+        self._middle, self._std = _units(self._reference)
         self._standardizes = _spec.begins_with_standardize(flow.spec)
-        self.rows = self._nonfinite = self._failed = self._outside = 0
+        self.rows = self._nonfinite = self._failed = self._outside = self._beyond = 0
         self._first_nonfinite: int | None = None
         self._first_failed: int | None = None
         self._digits = _data.Digits(flow.spec.input_size)
@@ -121,7 +122,9 @@ class Certifier:
         contexts: [n, C] of the flow's dtype, of a flow with a context.
         """
         if self.rows == 0 and rows.dtype != self._flow.spec.dtype:
-            self._count_from_means()
+            self._drawn = self._worst = np.empty((0, len(self._centre)))
+            if self._bounds is None:
+                self._count_from_means()
         step = max(1, _BLOCK_VALUES // self._flow.spec.input_size)
         for start in range(0, len(rows), step):
             # What overflows is looked for and counted.
@@ -134,7 +137,6 @@ class Certifier:
         self._centre = parameters["standardize_0.mean"].copy()
         self._reference.set_parameters(parameters | {"standardize_0.mean": np.zeros_like(self._centre)})
         self._walk = _bound.walk(self._reference)
-        self._drawn = self._worst = np.empty((0, len(self._centre)))
 
     def _add_block(self, x: Array, contexts: Array | None) -> None:
         numbers = np.arange(self.rows, self.rows + len(x))
@@ -148,6 +150,11 @@ class Certifier:
             self._first_nonfinite = _earlier(self._first_nonfinite, numbers[~finite])
             x, numbers, keys = x[finite], numbers[finite], keys[finite]
             contexts = None if contexts is None else contexts[finite]
+        if self._bounds is not None:
+            inside = _bounds.contains(self._bounds, x).all(axis=1)
+            self._beyond += int(np.count_nonzero(~inside))
+            x, numbers, keys = x[inside], numbers[inside], keys[inside]
+            contexts = None if contexts is None else contexts[inside]
         if len(x) == 0:
             return
         wide = x.astype(np.float64) - self._centre
@@ -187,7 +194,7 @@ class Certifier:
 
     def _round_trip_errors(self, x: Array, back: Array) -> tuple[Array, Array]:
         error = np.abs(back - x)
-        return error / (self._std + np.abs(x)), error / self._std
+        return error / (self._std + np.abs(x - self._middle)), error / self._std
 
     def _draw(self, x: Array, contexts: Array | None, numbers: Array, keys: Array) -> None:
         """Keep the rows with the smallest keys: a uniform draw without replacement, whatever the blocks are."""
@@ -330,6 +337,11 @@ class Certifier:
                 f"{counted(self._outside, 'row')} outside of the base, whose latents are {_bases.in_words(spec.base)}, "
                 "or at its edge: the density is 0 there, and there is no log p to compare."
             )
+        if self._beyond:
+            advice.append(
+                f"{counted(self._beyond, 'row')} outside the bounds of their columns or on an edge: the density is 0 "
+                "there, and nothing was measured."
+            )
         if blurred := found["blurred_columns"]:
             shown = ", ".join(blurred[:5]) + (f" and {len(blurred) - 5} more" if len(blurred) > 5 else "")
             advice.append(
@@ -383,7 +395,14 @@ def _earlier(known: int | None, rows: Array) -> int:
     return int(rows[0]) if known is None else known
 
 
-def _standard_deviations(flow: Model) -> Array:
-    """Return the units of x [D]: of a standardize layer that comes first, else ones."""
-    log_std = flow.parameters().get("standardize_0.log_std")
-    return np.ones(flow.spec.input_size) if log_std is None else np.exp(log_std)
+def _units(flow: Model) -> tuple[Array, Array]:
+    """Return where errors count from [D], and the units of x [D]: of a standardize layer that comes first, else ones.
+
+    Behind bounds the former is what the mean comes from, else 0.
+    """
+    parameters, name, bounds = flow.parameters(), _spec.standardize_name(flow.spec), _spec.bounds_of(flow.spec)
+    mean, std = np.zeros(flow.spec.input_size), np.ones(flow.spec.input_size)
+    if _spec.begins_with_standardize(flow.spec):
+        std = np.exp(parameters[f"{name}.log_std"])
+        mean = mean if bounds is None else parameters[f"{name}.mean"]
+    return _bounds.in_front(bounds, mean, std)

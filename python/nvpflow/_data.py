@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from nvpflow import _checks, _core, _frames, _hints, _html
+from nvpflow import _bounds, _checks, _core, _frames, _hints, _html
 from nvpflow._model import Model
-from nvpflow._spec import begins_with_standardize
+from nvpflow._spec import begins_with_standardize, standardize_name
 from nvpflow._text import counted
+from nvpflow.layers import Bounds
 
 Array = NDArray[Any]
 
@@ -55,8 +56,8 @@ class Finding:
     Attributes
     ----------
     kind
-        "type", "missing", "rows", "constant", "copy", "dependent", "digits", "scale", "outliers", "repeated", "few",
-        "integers" or "rare".
+        "type", "missing", "rows", "outside", "constant", "copy", "dependent", "digits", "scale", "outliers",
+        "repeated", "few", "integers" or "rare".
     severity
         "error": there is no density, and `Flow.fit` refuses the table. "warning": there is one, and it will not be what
         one expects.
@@ -160,6 +161,7 @@ def check_data(
     context_names: Sequence[str] | None = None,
     dtype: DTypeLike = "float32",
     standardize: bool = True,
+    bounds: Any = None,
 ) -> DataReport:
     """Look at every column of a table for what stands in the way of a density, and say what to do about it.
 
@@ -178,12 +180,21 @@ def check_data(
         Of the flow that is meant: float32 or float64.
     standardize
         Whether the flow standardizes its rows and their context. Without that columns of x must be near unit scale.
+    bounds
+        As `nvpflow.build` takes them. Columns with bounds are looked at behind these, as the flow sees them.
 
     Returns
     -------
     DataReport
-        Its findings are of these kinds. Errors: "type" (a column is not numeric), "missing" (NaN, infinity or a null),
-        "constant", "copy" and "dependent" (exactly, up to rounding) and "rows" (none). Warnings:
+        Its findings are of these kinds, errors first:
+
+        * "type": a column is not numeric
+        * "missing": NaN, infinity or a null
+        * "outside": of the bounds, or on an edge
+        * "constant", "copy" and "dependent": exactly, up to rounding
+        * "rows": none
+
+        These are warnings:
 
         * "dependent": to within 1e-4 of the spread
         * "digits": numbers too large beside their spread for their dtype
@@ -214,7 +225,9 @@ def check_data(
         raise ValueError(f"dtype is {flow_dtype!r}, expected 'float32' or 'float64'")
     _checks.boolean("standardize", standardize)
     table = _Table.read("x", x, "names", names)
-    look = _look_at(table.rows, table.labels, table.good, flow_dtype, standardize, framed=table.framed)
+    layer = _bounds.checked(bounds, len(table.labels), table.names)
+    layer = None if layer is None else _bounds.of_columns(layer, table.good)
+    look = _look_at(table.rows, table.labels, table.good, flow_dtype, standardize, framed=table.framed, bounds=layer)
     found = [*table.found, *look]
     beside = None
     if context is not None:
@@ -235,6 +248,7 @@ class _Table:
     rows: Array
     good: list[int]
     labels: list[str]
+    names: list[str] | None
     found: list[Finding]
     framed: bool
 
@@ -275,7 +289,7 @@ class _Table:
             )
             for p in bad
         ]
-        return cls(rows, good, labels, found, frame is not None)
+        return cls(rows, good, labels, listed, found, frame is not None)
 
 
 def require_density(
@@ -289,18 +303,21 @@ def require_density(
     framed: bool = False,
     heavy_tails: bool = False,
     allow_degenerate: bool = False,
+    bounds: Bounds | None = None,
 ) -> DataReport:
     """Raise ValueError where `rows` [N, D] have no density, naming everything; warn once of everything else.
 
     `allow_degenerate`: warn, too, of columns that follow from others.
 
-    `trained`: mean and standard deviation of the flow's first layer, where it has been set; see `trained_scales`.
-    `framed`: whether they came in a frame. `heavy_tails`: far rows are what the flow's base is for.
+    `trained`: mean and standard deviation of the flow's standardize layer, where it has been set; see `trained_scales`.
+    `framed`: whether they came in a frame. `heavy_tails`: far rows are what the flow's base is for. `bounds`: the
+    flow's.
     """
     labels = _frames.labels(names, rows.shape[1])
     if len(rows) == 0:
         return DataReport(0, tuple(labels), ())  # which the training loop refuses
-    found = _look_at(rows, labels, list(range(rows.shape[1])), dtype, standardize, trained, framed=framed)
+    columns = list(range(rows.shape[1]))
+    found = _look_at(rows, labels, columns, dtype, standardize, trained, framed=framed, bounds=bounds)
     if allow_degenerate:
         found = [replace(f, severity="warning") if f.kind in ("copy", "dependent") else f for f in found]
     report = DataReport(len(rows), tuple(labels), tuple(f for f in found if not (heavy_tails and f.kind == "outliers")))
@@ -437,11 +454,48 @@ def drawn(rows: Array, wanted: int) -> Array:
     return rows[np.minimum(at, len(rows) - 1)]
 
 
-def _blocks(rows: Array) -> Iterator[Array]:
-    """Yield the columns of some rows as float64 [D, n]."""
+def _blocks(rows: Array, bounds: Bounds | None = None) -> Iterator[Array]:
+    """Yield the columns of some rows, behind their bounds, as float64 [D, n]."""
     step = max(1, _BLOCK_VALUES // rows.shape[1])
     for first in range(0, len(rows), step):
-        yield np.array(rows[first : first + step].T, dtype=np.float64, order="C")
+        block = rows[first : first + step]
+        yield np.array((block if bounds is None else _bounds.forward(bounds, block)).T, dtype=np.float64, order="C")
+
+
+class _Outside:
+    """Rows that lie outside of their bounds or on an edge: how many of each column, and which come first."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds = bounds
+        self.rows = self._seen = 0
+        self.counts = np.zeros(len(bounds.low), np.int64)
+        self.first: list[list[int]] = [[] for _ in bounds.low]
+        self.bad_rows: list[int] = []  # the first that hold NaN or infinity
+        self.example = np.zeros(len(bounds.low))
+
+    def leave_out(self, rows: Array) -> Array:
+        """Return those of rows [n, D] that are inside, or hold NaN or infinity, and count the others."""
+        finite = np.asarray(np.isfinite(rows).all(axis=1))
+        if not finite.all():
+            self.bad_rows += (np.flatnonzero(~finite)[: _SHOWN_ROWS - len(self.bad_rows)] + self._seen).tolist()
+        bad = ~_bounds.contains(self.bounds, rows) & finite[:, None]
+        for j in np.flatnonzero(bad.any(axis=0)):
+            at = np.flatnonzero(bad[:, j])
+            if self.counts[j] == 0:
+                self.example[j] = rows[at[0], j]
+            self.counts[j] += len(at)
+            self.first[j] += (at[: _SHOWN_ROWS - len(self.first[j])] + self._seen).tolist()
+        self._seen += len(rows)
+        out = bad.any(axis=1)
+        self.rows += int(np.count_nonzero(out))
+        return rows[~out] if out.any() else rows
+
+
+def _without_outside(rows: Array, outside: _Outside) -> Array:
+    """Return the rows that are inside: the array itself where all are."""
+    step = max(1, _BLOCK_VALUES // rows.shape[1])
+    parts = [outside.leave_out(rows[first : first + step]) for first in range(0, len(rows), step)]
+    return np.concatenate(parts) if outside.rows else rows
 
 
 def _look_at(
@@ -453,21 +507,26 @@ def _look_at(
     trained: tuple[Array, Array] | None = None,
     *,
     framed: bool = False,
+    bounds: Bounds | None = None,
 ) -> list[Finding]:
     """Look at rows [N, D]; `numbers` are the places of their columns in the whole table, which `labels` name."""
     columns = rows.shape[1]
     measures, sample = _Measures(columns), rows[:0]
-    again = None
+    again, outside = None, None
+    if columns and bounds is not None:
+        outside = _Outside(bounds)
+        rows = _without_outside(rows, outside)
     if columns:
-        sample, again = drawn(rows, _sample_size(columns)), partial(_blocks, rows)
+        sample, again = drawn(rows, _sample_size(columns)), partial(_blocks, rows, bounds)
     look = _Look(
         *(measures, sample, rows.dtype, labels, numbers, dtype, standardize),
         trained=trained,
         again=again,
         framed=framed,
+        outside=outside,
     )
     with np.errstate(all="ignore"):
-        for block in _blocks(rows) if columns else ():
+        for block in _blocks(rows, bounds) if columns else ():
             measures.add(block, look.middle)
     measures.rows = len(rows)
     return look.findings()
@@ -512,8 +571,10 @@ class RunningLook:
         trained: tuple[Array, Array] | None = None,
         *,
         of_context: bool = False,
+        bounds: Bounds | None = None,
     ) -> None:
         """Take the columns' names and the flow's dtype; `trained`: what it standardizes them by, mean and deviation."""
+        self._outside = None if bounds is None else _Outside(bounds)
         labels = _frames.labels(names, columns, "context column" if of_context else "column")
         self._options = labels, list(range(columns)), dtype, standardize
         self._look = _ContextLook if of_context else _Look
@@ -526,6 +587,8 @@ class RunningLook:
     def add(self, rows: Array) -> None:
         """Take rows [n, D]; all of one dtype."""
         self._dtype = rows.dtype
+        if self._outside is not None:
+            rows = self._outside.leave_out(rows)
         wanted = _sample_size(rows.shape[1])
         keys = self._random.random(len(rows))
         near = np.flatnonzero(keys < self._keys.max()) if len(self._keys) == wanted else np.arange(len(rows))
@@ -533,19 +596,24 @@ class RunningLook:
         kept = np.sort(np.argsort(keys, kind="stable")[:wanted])
         self._keys, self._sample = keys[kept], np.concatenate([self._sample, rows[near]])[kept]
         with np.errstate(all="ignore"):
-            for block in _blocks(rows):
+            for block in _blocks(rows, None if self._outside is None else self._outside.bounds):
                 self._measures.add(block)
 
     def report(self) -> DataReport:
         """Return what was found so far."""
         labels = self._options[0]
-        look = self._look(self._measures, self._sample, self._dtype, *self._options, trained=self._trained)
+        look = self._look(
+            *(self._measures, self._sample, self._dtype, *self._options), trained=self._trained, outside=self._outside
+        )
         return DataReport(self._measures.rows, tuple(labels), tuple(look.findings()))
 
 
 def trained_scales(flow: Model) -> tuple[Array, Array] | None:
-    """Return mean and standard deviation [D] of a flow's first standardize layer; None without one."""
-    return _scales(flow, "standardize_0") if begins_with_standardize(flow.spec) else None
+    """Return mean and standard deviation [D] of a flow's first standardize layer; None without one.
+
+    They are of rows behind the flow's bounds, where it has some.
+    """
+    return _scales(flow, standardize_name(flow.spec)) if begins_with_standardize(flow.spec) else None
 
 
 def trained_context_scales(flow: Model) -> tuple[Array, Array] | None:
@@ -585,8 +653,10 @@ class _Look:
         trained: tuple[Array, Array] | None = None,
         again: Callable[[], Iterator[Array]] | None = None,
         framed: bool = False,
+        outside: _Outside | None = None,
     ) -> None:
         self._measures, self._own, self._again, self._framed = measures, own, again, framed
+        self._outside, self._bounds = outside, None if outside is None else outside.bounds
         self._labels, self._numbers = labels, numbers
         self._standardize, self._trained, self._dtype = standardize, trained, dtype
         wide = own.name if own.kind == "f" else "float64"
@@ -595,7 +665,10 @@ class _Look:
         self._eps = float(np.finfo(self._digits).eps)
         self._found: list[Finding] = []
         columns = np.array(sample.T, dtype=np.float64, order="C")
-        self._sample = columns[:, np.isfinite(columns).all(axis=0)]  # [D, n]
+        self._given = columns[:, np.isfinite(columns).all(axis=0)]  # [D, n]
+        self._sample = self._given  # behind bounds
+        if self._bounds is not None:
+            self._sample = np.ascontiguousarray(_bounds.forward(self._bounds, self._given.T).T)
         self._drawn = len(sample)
         with np.errstate(all="ignore"):
             self._percentiles = (
@@ -612,6 +685,10 @@ class _Look:
 
     def findings(self) -> list[Finding]:
         rows, columns = self._measures.rows, len(self._sample)
+        if self._outside is not None and self._outside.rows:
+            self._report_outside(self._outside)
+            if rows == 0:
+                return self._found
         if rows == 0:
             self._add(
                 "rows", "error", (), "no rows", f"give rows to learn from, {_ROWS_PER_COLUMN} for each column at least"
@@ -645,9 +722,35 @@ class _Look:
     def _label(self, column: int) -> str:
         return self._labels[self._numbers[column]]
 
+    def _in_front(self, j: int, value: float) -> float:
+        """Return a number of a column as it was given, in front of its bounds."""
+        if self._bounds is None or self._bounds.is_free(j):
+            return value
+        row = np.zeros((1, len(self._low)))
+        row[0, j] = value
+        return float(_bounds.inverse(self._bounds, row)[0, j])
+
+    def _report_outside(self, outside: _Outside) -> None:
+        every = self._measures.rows + outside.rows
+        for j in np.flatnonzero(outside.counts).tolist():
+            count, shown = int(outside.counts[j]), ", ".join(map(str, outside.first[j]))
+            more = ", ..." if count > len(outside.first[j]) else ""
+            text = (
+                f"{self._label(j)} is outside of its bounds {_bounds.interval(outside.bounds, j)} or on an edge in "
+                f"{count:,} of {every:,} rows (row{'s' * (count > 1)} {shown}{more}, counted from 0; the first holds "
+                f"{outside.example[j]:g})"
+            )
+            remedy = (
+                "remove or repair such rows, or make the bounds wider; where many rows hold the edge itself, give them "
+                "a model of their own"
+            )
+            self._add("outside", "error", (j,), text, remedy, rows=count)
+
     def _report_missing(self) -> None:
         measures = self._measures
         bad, rows, missing = measures.rows - measures.count, measures.bad_rows, measures.missing
+        if self._outside is not None:  # which has seen all rows
+            rows = self._outside.bad_rows
         columns = np.flatnonzero(missing).tolist()
         where = _listed([f"{self._label(j)}: {missing[j]:,}" for j in columns])
         shown = ", ".join(map(str, rows)) + (", ..." if bad > len(rows) else "")
@@ -718,21 +821,26 @@ class _Look:
         if not self._std[j] > _OUTLYING * spread > 0 or not farthest > _BEYOND * ordinary:
             return
         ratio = self._std[j] / spread
+        behind = "" if self._bounds is None or self._bounds.is_free(j) else " behind its bounds"
+        middle, least, most = (self._in_front(j, float(v)) for v in (median, self._low[j], self._high[j]))
         text = (
-            f"{self._label(j)} has outliers: its standard deviation is {ratio:.3g} times what its middle half says "
-            f"(median {self._percentiles[1][j]:.3g}, from {self._low[j]:.3g} to {self._high[j]:.3g})"
+            f"{self._label(j)} has outliers{behind}: its standard deviation is {ratio:.3g} times what its middle half "
+            f"says (median {middle:.3g}, from {least:.3g} to {most:.3g})"
         )
         remedy = (
             "look at these rows and remove what is wrong; where such rows belong to the data, build the flow with "
             "base='student_t', or transform the column (log, arcsinh); fit leaves out what is beyond its "
             "max_deviation, and History.rows_left_out counts it"
         )
-        figures = {"std": self._std[j], "spread": spread, "low": self._low[j], "high": self._high[j]}
+        figures = {"std": self._std[j], "spread": spread, "low": least, "high": most}
         self._add("outliers", "warning", (j,), text, remedy, **figures)
 
     def _repetitions(self, j: int) -> None:
         """Report values that come again and again, on which a density is unbounded."""
-        values = np.sort(self._sample[j])
+        values, std = np.sort(self._given[j]), self._std[j]
+        low, high = self._low[j], self._high[j]
+        if self._bounds is not None and not self._bounds.is_free(j):
+            std, low, high = values.std(), values.min(initial=np.inf), values.max(initial=-np.inf)
         count = len(values)
         starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))
         distinct = len(starts)
@@ -746,7 +854,7 @@ class _Look:
         )
         figures = {"distinct": distinct, "share": share}
         if distinct <= _FEW and 4 * distinct <= count:
-            what = f"{'integers' if integer else 'numbers'} from {self._low[j]:g} to {self._high[j]:g}"
+            what = f"{'integers' if integer else 'numbers'} from {low:g} to {high:g}"
             text = f"{self._label(j)} has {distinct} distinct values ({what}), on which a density is unbounded"
             remedy = "make a category a context, or leave it out; add uniform noise of one step to counts"
             self._add("few", "warning", (j,), text, remedy, **figures)
@@ -754,9 +862,9 @@ class _Look:
             text = f"{self._label(j)} is {often:g} in {share:.0%} of the rows, where a density is unbounded"
             remedy = "fit the rows with and without this value apart, or leave the column out"
             self._add("repeated", "warning", (j,), text, remedy, value=often, **figures)
-        elif integer and self._std[j] < _STEPS and 4 * distinct <= count:
+        elif integer and std < _STEPS and 4 * distinct <= count:
             text = f"{self._label(j)} holds integers, whose density is unbounded"
-            self._add("integers", "warning", (j,), text, dither.format("it"), std=self._std[j], **figures)
+            self._add("integers", "warning", (j,), text, dither.format("it"), std=std, **figures)
 
     def _scale(self, j: int) -> None:
         mean, std = self._mean[j], self._std[j]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from nvpflow import _bases, _frames, _scores
 from nvpflow._data import check_data
 from nvpflow._gaussian import gaussian_log_prob
-from nvpflow._spec import begins_with_standardize
+from nvpflow._spec import begins_with_standardize, bounds_of
 from nvpflow._text import counted
 from nvpflow.certificate import Certificate, Deviation
 from nvpflow.flow import Flow
@@ -96,6 +96,8 @@ def examine(
         where = "so far out that the log-density is not a finite number"
         if flow.spec._is_bounded:
             where = f"without a density, outside of the base, whose latents are {_bases.in_words(flow.spec.base)}"
+        elif flow.spec._has_bounds:
+            where = "without a density, outside of the bounds of their columns or on an edge, or far out"
         notices.append(f"{counted(wild, 'row')} {where}; not in the means.")
     drawn = _samples(flow, table)
     samples = drawn if (kept := drawn.finite()).all() else drawn.those(kept)
@@ -144,6 +146,7 @@ def _about_columns(flow: Flow, table: Rows, names: list[str] | None, context_nam
         context_names=context_names,
         dtype=flow.spec.dtype,
         standardize=begins_with_standardize(flow.spec),
+        bounds=bounds_of(flow.spec),
     ).findings
     told = [finding for finding in found if finding.kind not in ("rows", "outliers")]  # the page shows rows far out
     texts = [f"{finding.text[:1].upper()}{finding.text[1:]}; {finding.remedy}." for finding in told]

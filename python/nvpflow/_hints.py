@@ -14,14 +14,11 @@ _NO_WEIGHTS = (
     "rows have no weights yet: draw rows in proportion to their weights, x[rng.choice(len(x), len(x), p=w / w.sum())], "
     "or weight the loss of nvpflow.torch.FlowModule"
 )
-_NO_BOUNDS = (
-    "where all columns have bounds, scale them to [0, 1] and build with base='uniform' and transform='spline'; else "
-    "fit the logarithm or the logit of a bounded column, and add the transform's log-derivative to log p"
-)
+_BOUNDS = "bounds of columns belong to the flow: nvpflow.build(bounds={'share': (0, 1)})"
 _BASE = "the base belongs to the flow: nvpflow.build(base=)"
 _ABOUT = {
     **dict.fromkeys(("sample_weight", "sample_weights", "weight", "weights", "w", "importance"), _NO_WEIGHTS),
-    **dict.fromkeys(("bounds", "low", "high", "lower", "upper", "support", "limits"), _NO_BOUNDS),
+    **dict.fromkeys(("bounds", "low", "high", "lower", "upper", "support", "limits"), _BOUNDS),
     **dict.fromkeys(("base", "prior", "latent"), _BASE),
     "temperature": "Flow.sample, Flow.sample_and_log_prob and Flow.log_prob have a temperature",
     "context": "a view of Flow.condition has its context already, and an estimator takes it in X",
@@ -59,6 +56,7 @@ _RENAMED = {
     "num_bins": (("bins", "n_bins", "count_bins", "knots"), "the number of a spline's bins is called num_bins"),
     "transform": (("coupling", "spline", "splines"), "what couplings do is called transform, such as 'spline'"),
     "coupling": (("transform", "spline", "splines"), "what couplings do is called coupling, such as 'spline'"),
+    "bounds": (("support", "limits", "low", "high", "lower", "upper"), "intervals of columns are called bounds"),
     "tail_bound": (("bound", "B", "tails"), "how far splines reach is called tail_bound"),
     "hidden_sizes": (
         ("hidden_features", "hidden_size", "n_hidden"),

@@ -15,6 +15,7 @@ from nvpflow.layers import (
     ActNorm,
     Additive,
     Affine,
+    Bounds,
     Coupling,
     ElementSpline,
     Layer,
@@ -29,6 +30,7 @@ _PLAIN: dict[str, type[Layer]] = {
     "actnorm": ActNorm,
     "permutation": Permutation,
     "lu_linear": LULinear,
+    "bounds": Bounds,
 }
 _NAMES: dict[type, str] = {kind: name for name, kind in _PLAIN.items()}
 _NAMES |= {Coupling: "coupling", ElementSpline: "element_spline"}

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from nvpflow import _checks, _core, _hints
+from nvpflow import _bounds, _checks, _core, _hints
 from nvpflow._core import FlowSpec
+from nvpflow._spec import bounds_of
 
 if TYPE_CHECKING:
     from nvpflow._import_report import ImportReport
@@ -267,7 +268,8 @@ class Model(_core.Flow):
         spec = self.spec
         if spec._takes_float64_rows:
             mean, log_std = self._flat_parameters()[: 2 * spec.input_size].reshape(2, -1).astype(np.float64)
-            if np.any(np.abs(mean) * np.finfo(np.float32).eps / 2 > _MEAN_TOLERANCE * np.exp(log_std)):
+            mean, std = _bounds.in_front(bounds_of(spec), mean, np.exp(log_std))
+            if np.any(np.abs(mean) * np.finfo(np.float32).eps / 2 > _MEAN_TOLERANCE * std):
                 return "float64"
         return spec.dtype
 
@@ -291,7 +293,7 @@ class Model(_core.Flow):
         low = self._mean_low()
         if low is not None:
             low.flags.writeable = False
-            found[_MEAN_LOW] = low
+            found[_mean_low_name(self.spec)] = low
         return found
 
     def set_parameters(self, parameters: Mapping[str, ArrayLike]) -> None:
@@ -313,12 +315,12 @@ class Model(_core.Flow):
         if not isinstance(parameters, Mapping):
             raise TypeError(f"parameters is {_checks.describe(parameters)}, expected a mapping of names to arrays")
         layout = self._layout()
-        low = None
-        if self.spec._takes_float64_rows and _MEAN_LOW in parameters:
-            low = _checks.array(f"parameters[{_MEAN_LOW!r}]", parameters[_MEAN_LOW], np.float32)
+        low, low_name = None, _mean_low_name(self.spec)
+        if self.spec._takes_float64_rows and low_name in parameters:
+            low = _checks.array(f"parameters[{low_name!r}]", parameters[low_name], np.float32)
             if low.shape != (self.spec.input_size,):
-                raise ValueError(f"parameters[{_MEAN_LOW!r}] has shape {low.shape}, expected {(self.spec.input_size,)}")
-            parameters = {name: value for name, value in parameters.items() if name != _MEAN_LOW}
+                raise ValueError(f"parameters[{low_name!r}] has shape {low.shape}, expected {(self.spec.input_size,)}")
+            parameters = {name: value for name, value in parameters.items() if name != low_name}
         _checks.names("parameters", parameters, [name for name, _, _ in layout])
         flat = _core._new_flat_parameters(self.spec)
         for name, shape, at in layout:
@@ -454,7 +456,11 @@ class Model(_core.Flow):
         return self.__copy__()
 
 
-_MEAN_LOW = "standardize_0.mean_low"
+def _mean_low_name(spec: FlowSpec) -> str:
+    """Return what the mean of the standardize layer that a flow begins with is beyond float32, as a tensor's name."""
+    return f"standardize_{int(spec._has_bounds)}.mean_low"
+
+
 _MEAN_TOLERANCE = 1 / 128
 """As of the training loop: below this part of a standard deviation it does not matter what float32 loses of a mean."""
 

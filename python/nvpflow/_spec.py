@@ -20,6 +20,7 @@ from nvpflow.layers import (
     ActNorm,
     Additive,
     Affine,
+    Bounds,
     Coupling,
     ElementSpline,
     Layer,
@@ -30,7 +31,16 @@ from nvpflow.layers import (
     members,
 )
 
-__all__ = ["FlowSpec", "begins_with_standardize", "in_words", "regular", "untransformed", "whitens"]
+__all__ = [
+    "FlowSpec",
+    "begins_with_standardize",
+    "bounds_of",
+    "in_words",
+    "regular",
+    "standardize_name",
+    "untransformed",
+    "whitens",
+]
 
 MOST_LAYERS = 1 << 16
 _SHOWN_LAYERS, _SHOWN_ENDS = 512, 3  # of a repr: all of so many layers, else so many of the first and of the last
@@ -135,9 +145,20 @@ def _shown(layers: Sequence[Layer]) -> list[str]:
     return [*map(repr, first), f"... {len(layers) - 2 * _SHOWN_ENDS:,} more ...", *map(repr, last)]
 
 
+def bounds_of(spec: FlowSpec) -> Bounds | None:
+    """Return the bounds of the columns, which are the first layer where there are some."""
+    first = spec.layers[0]
+    return first if isinstance(first, Bounds) else None
+
+
 def begins_with_standardize(spec: FlowSpec) -> bool:
-    """Tell whether a standardize layer is the first one, which `fit` sets and which the units of x come from."""
-    return spec.standardize
+    """Tell whether a standardize layer is the first one but for bounds: `fit` sets it, and units come from it."""
+    return isinstance(spec.layers[0 if bounds_of(spec) is None else 1], Standardize)
+
+
+def standardize_name(spec: FlowSpec) -> str:
+    """Return how the tensors of that layer are called, "standardize_0"."""
+    return f"standardize_{0 if bounds_of(spec) is None else 1}"
 
 
 def whitens(spec: FlowSpec) -> bool:
@@ -148,7 +169,8 @@ def whitens(spec: FlowSpec) -> bool:
 def untransformed(spec: FlowSpec) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Return the columns of x that a flow only shifts and scales, and their places in z; none where one mixes columns.
 
-    Such a column is normally distributed under the flow, and independent of all others and of a context.
+    Such a column is normally distributed under the flow, behind its bounds, and independent of all others and of a
+    context.
     """
     at = np.arange(spec.input_size)  # the column at each place
     free = np.ones(spec.input_size, np.bool_)  # by column
@@ -158,7 +180,7 @@ def untransformed(spec: FlowSpec) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         elif isinstance(layer, (Coupling, ElementSpline)):
             changed = layer.transformed if isinstance(layer, Coupling) else layer.features
             free[at[members(changed, spec.input_size)]] = False
-        elif not isinstance(layer, (Standardize, ActNorm)):
+        elif not isinstance(layer, (Bounds, Standardize, ActNorm)):
             free[:] = False
     places = np.flatnonzero(free[at])
     return at[places], places
@@ -180,6 +202,21 @@ def in_words(spec: FlowSpec, between: str = ", ") -> dict[str, str]:
     return {name: " / ".join(dict.fromkeys(values)) for name, values in found.items() if values}
 
 
+def bounds_in_words(spec: FlowSpec, labels: Sequence[str]) -> str:
+    """Return the columns' intervals, "share (0, 1), duration (0, inf)"; "" where there are none."""
+    bounds = bounds_of(spec)
+    if bounds is None:
+        return ""
+    ends = zip(labels, bounds.low, bounds.high, strict=True)
+    shown = [f"{label} {interval_in_words(low, high)}" for label, low, high in ends if not low is high is None]
+    return ", ".join(shown)
+
+
+def interval_in_words(low: float | None, high: float | None) -> str:
+    """Return an interval without its edges, "(0, inf)"."""
+    return f"({-math.inf if low is None else low:g}, {math.inf if high is None else high:g})"
+
+
 def splines(spec: FlowSpec) -> list[Spline]:
     """Return the splines of couplings and of features by themselves, in the order of the layers."""
     of_layers = [
@@ -191,7 +228,7 @@ def splines(spec: FlowSpec) -> list[Spline]:
 
 
 def kinds_in_words(spec: FlowSpec) -> str:
-    """Return how many layers of each kind there are but for standardize: "4 affine couplings, 5 permutations"."""
+    """Return how many layers of each kind there are but for the first ones: "4 affine couplings, 5 permutations"."""
     counts: dict[str, int] = {}
     for layer in spec.layers:
         noun = kind_in_words(layer)
@@ -200,7 +237,7 @@ def kinds_in_words(spec: FlowSpec) -> str:
 
 
 def kind_in_words(layer: Layer) -> str:
-    """Return what a layer is: "spline coupling", "permutation"; "" of standardize."""
+    """Return what a layer is: "spline coupling", "permutation"; "" of standardize and bounds."""
     return f"{_TRANSFORMS[type(layer.transform)]} coupling" if isinstance(layer, Coupling) else _KINDS[type(layer)]
 
 
@@ -211,6 +248,7 @@ _KINDS: dict[type[Layer], str] = {
     Permutation: "permutation",
     LULinear: "LU layer",
     ElementSpline: "spline layer",
+    Bounds: "",
 }
 
 

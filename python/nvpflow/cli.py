@@ -39,7 +39,7 @@ from nvpflow import _bases, _certify, _checks, _data, _output, _training_options
 from nvpflow._architecture import MASKS, MIXINGS, NETWORKS, OPTIONS, SCALES, TRANSFORMS, Options
 from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS, default_activation
 from nvpflow._source import TRUTHS, rows_per_block
-from nvpflow._spec import begins_with_standardize
+from nvpflow._spec import begins_with_standardize, bounds_in_words, bounds_of
 from nvpflow._text import counted, visible
 from nvpflow.exporters import METHODS
 
@@ -287,6 +287,10 @@ def _add_architecture(group: Any) -> None:
     _add_option(group, "--components", type=int, metavar="N", help=components_help)
     covariance_help = "of --base mixture: that of each component (default: diagonal)"
     _add_option(group, "--covariance", choices=_bases.COVARIANCES, help=covariance_help)
+    bounds_help = (
+        "intervals that columns cannot leave, share=0:1,duration=0: by name, or by number from 1 of those used"
+    )
+    _add_option(group, "--bounds", metavar="NAME=LO:HI,NAME=LO:", type=_bounds_option, action=_Once, help=bounds_help)
 
 
 def _add_training_options(group: Any) -> None:
@@ -469,6 +473,24 @@ def _listed_names(text: str) -> list[str]:
     return next(csv.reader([text]), [])
 
 
+def _bounds_option(text: str) -> list[tuple[str, tuple[float | None, float | None]]]:
+    """Return columns with their intervals: share=0:1,duration=0:."""
+    found = []
+    for cell in _listed_names(text):
+        name, _, interval = cell.rpartition("=")
+        low, colon, high = interval.partition(":")
+        if not (name.strip() and colon):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no list of intervals, expected one such as share=0:1,duration=0:"
+            )
+        try:
+            ends = tuple(float(end) if end.strip() else None for end in (low, high))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{cell!r} is no interval, expected numbers as in share=0:1") from None
+        found.append((name.strip(), (ends[0], ends[1])))
+    return found
+
+
 def _context_cells(text: str) -> list[tuple[str, float]]:
     """Return the numbers of one context, each with its name; "" where they are told by their order."""
     cells = []
@@ -553,11 +575,13 @@ def _run_fit(arguments: argparse.Namespace) -> None:
         context_size=context_size,
         activation=default_activation(rows.shape[1]) if arguments.activation is None else arguments.activation,
         **model,
+        bounds=_bounds_of(arguments, data),
+        column_names=data.names,
         standardize=_standardize(arguments),
         seed=arguments.seed,
         **where,
     )
-    flow.column_names, flow.context_names = data.names, data.context_names
+    flow.context_names = data.context_names
     say: Callable[..., None] = (lambda *_, **__: None) if arguments.quiet else print
     under = f", under {counted(context_size, 'column')} of context" if context_size else ""
     say(f"data: {arguments.data}, {rows.shape[0]:,} rows x {rows.shape[1]} columns{under}")
@@ -596,6 +620,22 @@ def _standardize(arguments: argparse.Namespace) -> bool | Literal["covariance"] 
     if arguments.no_standardize:
         return False
     return "covariance" if arguments.standardize == "covariance" else None
+
+
+def _bounds_of(arguments: argparse.Namespace, data: _Data) -> dict[Any, Any]:
+    """Return the intervals of columns, by name, or by index from 0 where the table has no names."""
+    given = arguments.bounds or []
+    if again := [name for i, (name, _) in enumerate(given) if name in dict(given[:i])]:
+        raise data_io.DataError(f"--bounds names column {_quoted(again[0])} twice, expected it once")
+    if data.names is not None:
+        return dict(given)
+    places = {str(j + 1): j for j in range(data.rows.shape[1])}
+    if unknown := [name for name, _ in given if name not in places]:
+        raise data_io.DataError(
+            f"--bounds names column {_quoted(unknown[0])}, expected a number from 1 to {len(places)}: the table has no "
+            "names"
+        )
+    return {places[name]: pair for name, pair in given}
 
 
 def _standardizes(arguments: argparse.Namespace) -> bool:
@@ -969,7 +1009,9 @@ def _run_check(arguments: argparse.Namespace) -> int:
     with data_io.open_table(arguments.data, reading, _model_columns(arguments, flow)) as table:
         spec, called = flow.spec, table.names or flow.column_names
         standardizes = begins_with_standardize(spec)
-        look = _data.RunningLook(called, spec.input_size, spec.dtype, standardizes, _data.trained_scales(flow))
+        look = _data.RunningLook(
+            *(called, spec.input_size, spec.dtype, standardizes, _data.trained_scales(flow)), bounds=bounds_of(spec)
+        )
         beside = _look_at_contexts(flow, table)
         for rows, contexts in table.chunks(spec.dtype, wide=spec._takes_float64_rows):
             look.add(rows)
@@ -1018,6 +1060,9 @@ def _run_info(arguments: argparse.Namespace) -> None:
     print(flow)
     if flow.column_names is not None:
         print(f"columns: {', '.join(map(_quoted, flow.column_names))}")
+    names = [f"column {i + 1}" for i in range(flow.spec.input_size)]
+    if within := bounds_in_words(flow.spec, [*map(_quoted, flow.column_names or names)]):
+        print(f"bounds: {within}")
     if flow.context_names is not None:
         print(f"context: {', '.join(map(_quoted, flow.context_names))}")
     if flow.threshold is not None:

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from nvpflow import (
     _bases,
+    _bounds,
     _certify,
     _checks,
     _context,
@@ -27,6 +28,7 @@ from nvpflow import (
 )
 from nvpflow._architecture import Options, spec_of, spec_of_layers
 from nvpflow._bases import NORMAL, Base
+from nvpflow._bounds import BoundsArgument
 from nvpflow._core import FlowSpec
 from nvpflow._model import Model, _restore, _where
 from nvpflow._model import Threshold as Threshold
@@ -59,6 +61,8 @@ def build(
     num_blocks: int = 2,
     layer_norm: bool = False,
     base: str | Base = "normal",
+    bounds: BoundsArgument = None,
+    column_names: Sequence[str] | None = None,
     standardize: bool | Literal["mean", "robust", "covariance"] | None = None,
     standardize_context: bool | None = None,
     layers: Iterable[Layer] | None = None,
@@ -126,6 +130,13 @@ def build(
         heavy tails, whose weight is trained, for data with rows far out. "mixture": a mixture of 4 normal
         distributions, which is trained, for data in separate groups. `nvpflow.layers` has ``Uniform(low, high)``,
         ``StudentT(df)`` and ``Mixture(components, covariance)``.
+    bounds
+        Intervals that columns cannot leave, by name or by index from 0: ``{"share": (0, 1), "duration": (0, None)}``.
+        Or a sequence with such a pair, or None, for each column. None at an end means that there is no bound. The flow
+        then brings these columns to the whole line first (`nvpflow.layers.Bounds`). Its density is 0 outside and at the
+        edges, and no sample lies there. `Flow.fit` refuses rows that do, by their columns.
+    column_names
+        Of the columns, for `bounds` by name. The flow keeps them (`Flow.column_names`).
     standardize
         Put a diagonal affine layer in front, which `Flow.fit` sets from the training rows. Until then it is the
         identity. Its log-determinant counts, so densities stay those of the data as given. None: True, but
@@ -139,7 +150,8 @@ def build(
         Standardize the context likewise. None: where there is a context and `standardize` is not False.
     layers
         The layers themselves, of `nvpflow.layers`, the one first applied to data first, in place of all options above
-        but `input_size`, `context_size`, `standardize_context` and `base`. A standardize layer is one of them.
+        but `input_size`, `context_size`, `standardize_context`, `base` and `column_names`. Bounds and a standardize
+        layer are some of them.
     dtype
         float32 or float64: of the weights, of the arrays and of the arithmetic.
     seed
@@ -186,13 +198,15 @@ def build(
     Dhariwal, 2018).
     """
     given = locals()
+    size, names = _checks.integer("input_size", input_size), _checks.column_names("column_names", column_names)
     options = Options(**{field.name: given[field.name] for field in dataclasses.fields(Options)})
+    options = dataclasses.replace(options, bounds=_bounds.checked(bounds, size, names))
     options = options.checked(beside_layers=layers is not None)
     wanted = not _bases.is_bounded(options.base) if standardize is None else standardize
     if layers is None and standardize is None and standardize_context is None and options.context_size > 0:
         options = dataclasses.replace(options, standardize_context=True)  # whatever the rows are
     standardizes, statistics = _checks.standardize(wanted)
-    size, name = _checks.integer("input_size", input_size), _checks.dtype_name("dtype", dtype)
+    name = _checks.dtype_name("dtype", dtype)
     number = _checks.integer("seed", seed, unsigned=True)
     if layers is None:
         whiten = isinstance(standardize, str) and standardize == "covariance"
@@ -208,6 +222,8 @@ def build(
         init=_checks.text("init", init),
     )
     flow._set_statistics(statistics)
+    if names:
+        flow.column_names = names
     return flow
 
 
@@ -288,7 +304,7 @@ class Flow(Model):
 
     A row that holds NaN or infinity gives NaN. A finite row never does: where numbers are too large for the dtype, its
     log-density is -inf and its latents are infinite. Such a row has no gradient: it is NaN or infinite. Outside of a
-    uniform base log p is -inf, too, and the gradient is zero.
+    uniform base log p is -inf, too, and the gradient is zero; so it is outside of bounds and on their edge.
 
     The same holds for arrays of other libraries that have ``__dlpack__`` or the buffer protocol. Arrays of PyTorch, JAX
     and libraries of the array API standard (with ``__array_namespace__``) give results of their library, by its
@@ -598,7 +614,8 @@ class Flow(Model):
         ------
         TypeError, ValueError
             Naming the argument. Rows that hold NaN or infinity are counted and named. So is every column that has no
-            density: a constant, a copy, a linear combination of others. Nothing has been trained.
+            density: a constant, a copy, a linear combination of others, or rows outside of the flow's bounds. Nothing
+            has been trained.
         TrainingError
             The loss or its gradient became NaN or infinite; the message names the step. The best weights are kept.
             Or no epoch was within `max_round_trip`; the message has the smallest error. The flow is as it was.
@@ -783,11 +800,13 @@ class Flow(Model):
         spec, threshold, names, contexts = self.spec, self.threshold, self.column_names, self.context_names
         where = [self.device, *(f"{v} products" for v in [self.precision] if v != "float32")]
         where += [f"{v} weights" for v in [self.weights] if v != "full"]
+        within = _spec.bounds_in_words(spec, _frames.labels(names, spec.input_size))
         lines = {
             "columns": f"{spec.input_size}" if names is None else f"{spec.input_size}: {', '.join(names[:12])}",
             "layers": _spec.kinds_in_words(spec),
             **_spec.in_words(spec),
             **({"context": f"{spec.context_size}: {', '.join(contexts[:12])}"} if contexts else {}),
+            **({"bounds": within} if within else {}),
             "standardize": "yes" if spec.standardize else "no",
             **({"base": repr(spec.base)} if spec.base != NORMAL else {}),
             "parameters": f"{self.num_parameters:,}",

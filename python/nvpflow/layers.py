@@ -15,6 +15,7 @@ MLP((16, 16), 'silu')
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,7 @@ __all__ = [
     "ActNorm",
     "Additive",
     "Affine",
+    "Bounds",
     "Coupling",
     "ElementSpline",
     "LULinear",
@@ -273,7 +275,76 @@ class ElementSpline(Expression):
         self._set(features=chosen, spline=spline, inverse=_checks.boolean("inverse", inverse), _mask_size=mask_size)
 
 
-Layer = Coupling | ElementSpline | Standardize | ActNorm | Permutation | LULinear
+@dataclass(frozen=True, init=False, repr=False)
+class Bounds(Expression):
+    """Brings columns of data that cannot lie beyond some number to the whole line. Only as a flow's first layer.
+
+    * two bounds: ``y = log(x - low) - log(high - x)``
+    * a lower one: ``y = log(x - low)``
+    * an upper one: ``y = -log(high - x)``
+    * none: ``y = x``
+
+    It is computed in float64, also of float32 rows, and rounded once. A row outside or on an edge has log p = -inf,
+    infinite latents and zero gradients. Samples lie inside, never on an edge.
+
+    Parameters
+    ----------
+    low, high
+        Of each column, None where there is no bound: sequences [D] of numbers and None. At least one is a number.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the entry, what came and what was expected.
+
+    Examples
+    --------
+    >>> from nvpflow.layers import Bounds
+    >>> Bounds([0, 0, None], [1, None, None])  # a share, a duration and a number of any sign
+    Bounds((0.0, 0.0, None), (1.0, None, None))
+    """
+
+    _by_position = 2
+
+    low: tuple[float | None, ...]
+    high: tuple[float | None, ...]
+
+    def __init__(self, low: Sequence[float | None], high: Sequence[float | None]) -> None:
+        lows, highs = _ends("low", low, -math.inf), _ends("high", high, math.inf)
+        if len(lows) != len(highs):
+            raise ValueError(f"high has {len(highs)} entries, expected {len(lows)}, as low has")
+        if not any(value is not None for value in (*lows, *highs)):
+            raise ValueError("low and high hold no number, expected a bound of one column at least")
+        for j, (a, b) in enumerate(zip(lows, highs, strict=True)):
+            if a is not None and b is not None and not a < b:
+                raise ValueError(f"high[{j}] is {b:g}, expected more than low[{j}], which is {a:g}")
+        self._set(low=lows, high=highs)
+
+    def is_free(self, column: int) -> bool:
+        """Tell whether a column, counted from 0, has no bound."""
+        return self.low[column] is self.high[column] is None
+
+
+def _ends(name: str, values: Any, none: float) -> tuple[float | None, ...]:
+    """Return ends of intervals, None for the infinite one that stands for none."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, (Sequence, np.ndarray)) or np.ndim(values) != 1:
+        raise TypeError(f"{name} is {_checks.describe(values)}, expected a sequence of numbers and None, one a column")
+    return tuple(end(f"{name}[{j}]", value, none) for j, value in enumerate(values))
+
+
+def end(name: str, value: Any, none: float) -> float | None:
+    """Return one end of an interval, which is finite, or None also for the infinite number that stands for it."""
+    if value is None:
+        return None
+    number = _checks.real(name, value)
+    if number == none:
+        return None
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {number}, expected a finite number or None")
+    return number
+
+
+Layer = Coupling | ElementSpline | Standardize | ActNorm | Permutation | LULinear | Bounds
 
 
 def members(transformed: str | tuple[int, ...], input_size: int) -> NDArray[np.intp]:

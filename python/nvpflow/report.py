@@ -391,6 +391,7 @@ def _card(flow: Flow, found: Findings, history: History | None, details: Mapping
         "Model": f"{'Coupling flow' if _spec.regular(spec) is None else 'RealNVP'}, {_spec.kinds_in_words(spec)}",
         "Conditioner networks": f"hidden layers {couplings['hidden layers']}, {couplings['activation']}",
         **{title: couplings[name] for name, title in _COUPLINGS.items() if name in couplings},
+        **({"Bounds": within} if (within := _spec.bounds_in_words(spec, found.names)) else {}),
         "Standardize layer": "yes" if spec.standardize else "no",
         **({} if spec.base == NORMAL else {"Base": f"latents {in_words(spec.base)}"}),
         **({"Context": _context_in_words(spec, found)} if spec.context_size else {}),

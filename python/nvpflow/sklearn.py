@@ -19,12 +19,13 @@ try:
 except ImportError as error:
     raise ImportError('nvpflow.sklearn needs scikit-learn 1.6 or newer: pip install "scikit-learn>=1.6"') from error
 
-from nvpflow import _bases, _checks, _data, _frames, _hints, _training_options
+from nvpflow import _bases, _bounds, _checks, _data, _frames, _hints, _training_options
 from nvpflow._architecture import OPTIONS
 from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS, default_activation
 from nvpflow.adam import AdamState
 from nvpflow.conditioned import ConditionedFlow
 from nvpflow.flow import Flow, build
+from nvpflow.layers import Bounds
 
 if TYPE_CHECKING:
     from nvpflow._core import EpochRecord
@@ -43,6 +44,9 @@ _PARAMETERS = """num_flows, hidden_sizes, activation, dtype
     base
         What latents are, as in `nvpflow.build`. "uniform" goes with ``coupling="spline"`` and with X that lies in its
         interval: no layer standardizes there.
+    bounds
+        Intervals that features cannot leave, as in `nvpflow.build`: by name where X has names, or by index. X outside
+        or on an edge is refused by `fit`, and scores -inf.
     context_features
         The features of X that condition the others: the density is p(others | these), and a row's log-density, its
         score and its threshold are so. An int: so many last ones. A sequence: their indices, or their names where X has
@@ -138,6 +142,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         num_blocks: int = 2,
         layer_norm: bool = False,
         base: Any = "normal",
+        bounds: Any = None,
         context_features: int | Sequence[int] | Sequence[str] | None = None,
         dtype: str = "float32",
         epochs: int = 100,
@@ -174,6 +179,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         self.num_blocks = num_blocks
         self.layer_norm = layer_norm
         self.base = base
+        self.bounds = bounds
         self.context_features = context_features
         self.dtype = dtype
         self.epochs = epochs
@@ -362,6 +368,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
                 self.hidden_sizes,
                 default_activation(columns) if self.activation is None else self.activation,
                 **{name: getattr(self, "coupling" if name == "transform" else name) for name in OPTIONS},
+                bounds=self._own_bounds(),
                 context_size=self.context_features_.size,
                 standardize="covariance" if self.standardize == "covariance" else None,
                 dtype=self.dtype,
@@ -375,6 +382,17 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
             if text == str(error):
                 raise
             raise ValueError(text) from None
+
+    def _own_bounds(self) -> Bounds | None:
+        """Return the bounds of the features whose density it is; those of `bounds` are by X's names or indices."""
+        names = getattr(self, "feature_names_in_", None)
+        bounds = _bounds.checked(self.bounds, self.n_features_in_, None if names is None else names.tolist())
+        if bounds is None:
+            return None
+        bad = [j for j in self.context_features_.tolist() if not bounds.is_free(j)]
+        if bad:
+            raise ValueError(f"bounds names feature {bad[0]}, which is one of context_features; expected others")
+        return _bounds.of_columns(bounds, self._own_places().tolist())
 
     def _context_places(self, count: int) -> NDArray[np.intp]:
         """Return the indices of `context_features` among so many features."""
@@ -650,6 +668,7 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
         num_blocks: int = 2,
         layer_norm: bool = False,
         base: Any = "normal",
+        bounds: Any = None,
         context_features: int | Sequence[int] | Sequence[str] | None = None,
         dtype: str = "float32",
         epochs: int = 100,
@@ -688,6 +707,7 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
             num_blocks=num_blocks,
             layer_norm=layer_norm,
             base=base,
+            bounds=bounds,
             context_features=context_features,
             dtype=dtype,
             epochs=epochs,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nvpflow import _bases, _checks, _context, _core, _data, _frames, _gaussian, _spec, _training_options
+from nvpflow import _bases, _bounds, _checks, _context, _core, _data, _frames, _gaussian, _spec, _training_options
 from nvpflow._bar import Bar, open_bar
 from nvpflow._bases import NORMAL
 from nvpflow._model import Model
@@ -166,6 +166,7 @@ def fit(
         framed=framed,
         allow_degenerate=checked["allow_degenerate"],
         heavy_tails=heavy,
+        bounds=_spec.bounds_of(flow.spec),
     )
     if context is not None:
         spec, trained = flow.spec, None if anew else _data.trained_context_scales(flow)
@@ -298,7 +299,10 @@ def _near_rows(flow: Model, table: _Split, history: History, max_deviation: floa
         return table
     mean, std = scales
     max_deviation = _training_options.MAX_DEVIATION if max_deviation == _training_options.AUTO else max_deviation
-    return _taken(table, (np.abs(table.rows - mean) <= max_deviation * std).all(axis=1))
+    bounds = _spec.bounds_of(flow.spec)
+    assert table.rows is not None
+    rows: NDArray[Any] = table.rows if bounds is None else _bounds.forward(bounds, table.rows)
+    return _taken(table, (np.abs(rows - mean) <= max_deviation * std).all(axis=1))
 
 
 def _warn_where_a_gaussian_is_better(

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <random>
 #include <utility>
 #include <variant>
@@ -189,6 +190,21 @@ inline FlowSpec conditional_spline_spec(std::int64_t features, std::uint64_t see
   element.features.name = FeatureSet::Name::all;
   element.spline = some_spline(k);
   spec.layers.emplace_back(element);
+  return spec;
+}
+
+/// mixed_spec() behind bounds of each kind, far enough from 0 that standard normal numbers lie inside.
+inline FlowSpec bounded_spec(std::int64_t features, std::uint64_t seed, DType dtype) {
+  FlowSpec spec = mixed_spec(features, seed, dtype);
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  Bounds bounds;
+  for (std::int64_t j = 0; j < features; ++j) {
+    const auto kind = (static_cast<std::uint64_t>(j) + seed) % 4;  // both, below, above, neither
+    bounds.low.push_back(kind < 2 ? -7.5 - static_cast<double>(j % 3) : -kInfinity);
+    bounds.high.push_back(kind == 0 || kind == 2 ? 9.25 : kInfinity);
+  }
+  if (seed % 4 == 3 && features < 2) bounds.low[0] = -8;
+  spec.layers.insert(spec.layers.begin(), bounds);
   return spec;
 }
 

@@ -412,6 +412,34 @@ class Flow {
     return 0;
   }
 
+  double apply(const nvpflow::Bounds& layer, std::size_t, Walk walk, Row& row, const Row&) const {
+    double log_det = 0;
+    bool inside = true;
+    for (std::size_t d = 0; d < row.size(); ++d) {
+      const double a = layer.low[d], b = layer.high[d], v = row[d];
+      const bool below = std::isfinite(a), above = std::isfinite(b);
+      if (walk == Walk::forward) {
+        inside = inside && a < v && v < b;
+        if (below && above) row[d] = std::log((v - a) / (b - v));
+        if (below && !above) row[d] = std::log(v - a);
+        if (!below && above) row[d] = -std::log(b - v);
+        if (below && above) log_det += std::log((b - a) / ((v - a) * (b - v)));
+        if (below != above) log_det -= std::log(below ? v - a : b - v);
+        continue;
+      }
+      if (below && above) {
+        const double share = 1 / (1 + std::exp(-v));
+        row[d] = a + (b - a) * share;
+        using nvpflow::Activation;
+        log_det += std::log(b - a) - activate(Activation::softplus, v) - activate(Activation::softplus, -v);
+      }
+      if (below && !above) row[d] = a + std::exp(v), log_det += v;
+      if (!below && above) row[d] = b - std::exp(-v), log_det -= v;
+    }
+    if (!inside) row.assign(row.size(), std::nan("")), log_det = std::nan("");  // settled() makes it a density of 0
+    return log_det;
+  }
+
   double apply(const nvpflow::LULinear& layer, std::size_t index, Walk walk, Row& row, const Row&) const {
     const std::string prefix = "lu_linear_" + std::to_string(index);
     const double* lower = tensor(prefix + ".lower");  // row i starts at i (i - 1) / 2

@@ -138,6 +138,48 @@ std::vector<float> floats_of(const LoadedModel& model) {
 
 // ---------------------------------------------------------------------------------------------- spec
 
+TEST_CASE("bounds are the first layer, and are intervals of the dtype") {
+  constexpr double kNone = std::numeric_limits<double>::infinity();
+  FlowSpec spec = FlowSpec::real_nvp(2);
+  const auto with = [&](double low, double high, DType dtype = DType::float32) {
+    FlowSpec made = spec;
+    made.dtype = dtype;
+    made.layers.insert(made.layers.begin(), Bounds{{low, -kNone}, {high, kNone}});
+    return made;
+  };
+  with(0, 1).validate();
+  with(-kNone, 3).validate();
+  with(1, 1 + 1e-9, DType::float64).validate();
+  const auto refused = [](const std::string& message, const FlowSpec& made) {
+    check_refused(ErrorCode::invalid_argument, message, [&] { made.validate(); });
+  };
+  refused("layers[0].high[0] is 0, expected more than layers[0].low[0], which is 0, with numbers of float32",
+          with(0, 0));
+  refused("layers[0].high[0] is -1, expected more than", with(0, -1));
+  refused("with numbers of float32 between them", with(1, 1 + 1e-9));
+  refused("layers[0].low[0] is nan, expected finite in float32", with(std::nan(""), 1));
+  refused("layers[0].low[0] is inf, expected finite", with(kNone, kNone));
+  refused("layers[0].high[0] is 1e+300, expected finite in float32", with(0, 1e300));
+  refused("layers[0].low and layers[0].high hold no number", with(-kNone, kNone));
+  FlowSpec made = spec;
+  made.layers.emplace_back(Bounds{{0, 0}, {1, 1}});
+  refused("layers[4] is a bounds layer, expected one only as layers[0]", made);
+  made = spec;
+  made.layers.insert(made.layers.begin(), Bounds{{0}, {1, 1}});
+  refused("layers[0].low has 1 entries, expected 2", made);
+
+  made = with(0, kNone);
+  CHECK(parse_spec(to_json(made)) == made);
+  CHECK(to_json(made).find(R"({"kind":"bounds","low":[0.0,null],"high":[null,null]})") != std::string::npos);
+  CHECK(made.behind_bounds() == spec);
+  CHECK(made.bounds() != nullptr);
+  CHECK(spec.bounds() == nullptr);
+  made.layers.insert(made.layers.begin() + 1, Standardize{});
+  CHECK(made.begins_with_standardize());
+  CHECK(takes_float64_rows(made));
+  CHECK(!takes_float64_rows(with(0, 1)));
+}
+
 TEST_CASE("names of enumerators go both ways and unknown ones list the known") {
   CHECK(name_of(DType::float64) == "float64");
   CHECK(name_of(LayerKind::standardize) == "standardize");

@@ -735,6 +735,62 @@ TEST_CASE("finite rows that overflow give infinities, never NaN") {
   CHECK(cuda.nll_gradient<float>(x, gradient) == HUGE_VAL);
 }
 
+TEST_CASE_TEMPLATE("rows behind bounds are the CPU's, and rows outside have density 0 and no gradient", T, float,
+                   double) {
+  for (std::uint64_t seed = 0; seed < 4; ++seed) {
+    CAPTURE(seed);
+    Flow cpu(bounded_spec(5, seed, dtype_of<T>));
+    cpu.set_parameters<T>(some_parameters<T>(cpu, 7));
+    const Flow cuda = cpu.to(kCuda0);
+    const std::size_t rows = 200, size = 5 * rows;
+    std::vector<T> x = normals<T>(static_cast<std::int64_t>(size), 46, 1.0);
+    const Bounds& bounds = *cpu.spec().bounds();
+    const std::size_t bounded = static_cast<std::size_t>(
+        std::find_if(bounds.low.begin(), bounds.low.end(), [](double v) { return std::isfinite(v); }) -
+        bounds.low.begin());
+    for (std::size_t row = 3; row < rows; row += 7) x[5 * row + bounded] = T(-20);
+    std::vector<T> z(size), expected(size), log_det(rows), expected_log_det(rows), log_prob(rows),
+        expected_log_prob(rows);
+    cuda.forward<T>(x, z, log_det);
+    cpu.forward<T>(x, expected, expected_log_det);
+    cuda.log_prob<T>(x, log_prob);
+    cpu.log_prob<T>(x, expected_log_prob);
+    const auto is_close = [](T a, T b) { return a == b || worst<T>({a}, {b}) < 10 * kBudget<T>; };
+    std::size_t wrong = 0;
+    for (std::size_t row = 0; row < rows; ++row) {
+      if (row % 7 == 3) wrong += log_prob[row] != -HUGE_VAL || log_det[row] != -HUGE_VAL || z[5 * row] != HUGE_VAL;
+      wrong += !is_close(log_prob[row], expected_log_prob[row]) + !is_close(log_det[row], expected_log_det[row]);
+    }
+    for (std::size_t i = 0; i < size; ++i) wrong += !is_close(z[i], expected[i]);
+    CHECK(wrong == 0);
+
+    const std::vector<T> weights(rows, T(0.01));
+    std::vector<T> gradient(static_cast<std::size_t>(cpu.num_parameters())), expected_gradient = gradient, grad_x(size),
+                                                                             expected_grad_x(size);
+    cuda.log_prob_vjp_unchecked(x.data(), static_cast<std::int64_t>(rows), weights.data(), log_prob.data(),
+                                grad_x.data(), gradient.data(), false);
+    cpu.log_prob_vjp_unchecked(x.data(), static_cast<std::int64_t>(rows), weights.data(), expected_log_prob.data(),
+                               expected_grad_x.data(), expected_gradient.data(), false);
+    CHECK(worst<T>(gradient, expected_gradient) < 100 * kBudget<T>);
+    CHECK(worst<T>(grad_x, expected_grad_x) < 100 * kBudget<T>);
+    for (std::size_t row = 3; row < rows; row += 7) CHECK(grad_x[5 * row] == 0);
+    CHECK(cuda.nll_gradient<T>(x, gradient) == HUGE_VAL);
+    cpu.nll_gradient<T>(x, expected_gradient);
+    CHECK(worst<T>(gradient, expected_gradient) < 100 * kBudget<T>);
+
+    cuda.sample_and_log_prob<T>(3, z, log_prob);
+    cpu.sample_and_log_prob<T>(3, expected, expected_log_prob);
+    for (std::size_t i = 0; i < size; ++i) {
+      CHECK(static_cast<double>(z[i]) > bounds.low[i % 5]);
+      CHECK(static_cast<double>(z[i]) < bounds.high[i % 5]);
+    }
+    CHECK(worst<T>(z, expected) < 1000 * kBudget<T>);
+    cuda.vjp<T>(nvpflow::Direction::inverse, x, x, weights, grad_x, gradient);
+    cpu.vjp<T>(nvpflow::Direction::inverse, x, x, weights, expected_grad_x, expected_gradient);
+    CHECK(worst<T>(grad_x, expected_grad_x) < 1000 * kBudget<T>);
+  }
+}
+
 TEST_CASE_TEMPLATE("rows far outside of splines, and rows with NaN or inf, are the CPU's", T, float, double) {
   for (const std::uint64_t seed : {1, 2, 3}) {  // slopes that go on outside; bounded sizes; many bins
     CAPTURE(seed);

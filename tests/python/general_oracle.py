@@ -558,7 +558,17 @@ class GeneralFlow:
     def forward(self, x: np.ndarray, context: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """z [B, D] and log|det dz/dx| [B]."""
         run = self._run(x, context, "forward")
-        return settled(self._all_given(x, context), run.values.value, run.log_det.value, -np.inf)
+        values = np.where(self.outside(x)[:, None], np.inf, run.values.value)
+        return settled(self._all_given(x, context), values, run.log_det.value, -np.inf)
+
+    def outside(self, x: np.ndarray) -> np.ndarray:
+        """Which finite rows lie outside of bounds or on an edge [B]."""
+        found = np.zeros(len(x), bool)
+        for layer in self.layers:
+            if layer["kind"] == "bounds":
+                low, high = _ends(layer)
+                found |= ~((x > low) & (x < high)).all(axis=1) & np.isfinite(x).all(axis=1)
+        return found
 
     def inverse(self, z: np.ndarray, context: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """x [B, D] and log|det dx/dz| [B]."""
@@ -582,8 +592,14 @@ class GeneralFlow:
     ) -> Gradients:
         """Gradients of sum(grad_out * out) + sum(grad_log_det * log_det)."""
         run = self._run(x, context, direction)
+        kept = ~self.outside(x) if direction == "forward" else np.ones(len(x), bool)  # the others have no gradient
         cotangents = [
-            (node, np.zeros_like(node.value) if given is None else given)
+            (
+                node,
+                np.zeros_like(node.value)
+                if given is None
+                else np.where(kept if given.ndim == 1 else kept[:, None], given, 0.0),
+            )
             for node, given in ((run.values, grad_out), (run.log_det, grad_log_det))
         ]
         found = pull_back(cotangents)
@@ -597,6 +613,8 @@ class GeneralFlow:
     def log_prob_vjp(self, x: np.ndarray, grad: np.ndarray, context: np.ndarray | None = None) -> Gradients:
         """Gradients of sum(grad * log_prob)."""
         z, _ = self.forward(x, context)
+        outside = self.outside(x)  # such rows have no gradient
+        z, grad = np.where(outside[:, None], 0.0, z), np.where(outside, 0.0, grad)
         *cotangents, of_base = base_cotangents(self.spec, z, grad, self.parameters)
         found = self.vjp(x, *cotangents, context=context)
         return found._replace(parameters=found.parameters | of_base)
@@ -732,6 +750,46 @@ class GeneralFlow:
         mean, log_std = p[f"{prefix}.mean"], p[f"{prefix}.log_std"]
         step = log_std.sum_of_row() + np.zeros(len(x.value))
         return (x * _exp(log_std) + mean, step) if backwards else ((x - mean) * _exp(-log_std), -step)
+
+    def _bounds(self, layer, prefix, p, x, c, backwards, kinks):
+        low, high = _ends(layer)
+        steps = []
+        for j, (a, b) in enumerate(zip(low, high, strict=True)):
+            v = x.columns(np.array([j]))
+            below, above = math.isfinite(a), math.isfinite(b)
+            if backwards:
+                if below and above:
+                    share = v.map(ACTIVATIONS["sigmoid"], DERIVATIVES["sigmoid"])
+                    steps.append((share * (b - a) + a, math.log(b - a) - _softplus(v) - _softplus(-v)))
+                elif below or above:
+                    steps.append((_exp(v) + a, v) if below else (b - _exp(-v), -v))
+                else:
+                    steps.append((v, v * 0.0))
+                continue
+            # Rows outside take a number inside: their log-determinant is -inf in any case.
+            inside = (v.value > a) & (v.value < b)
+            some = a + (b - a) / 2 if below and above else a + 1.0 if below else b - 1.0 if above else 0.0
+            v = _where(inside, v, Node(np.full_like(v.value, some)))
+            if below and above:
+                steps.append((_log(v - a) - _log(b - v), math.log(b - a) - _log(v - a) - _log(b - v)))
+            elif below or above:
+                distance = _log(v - a) if below else _log(b - v)
+                steps.append((distance if below else -distance, -distance))
+            else:
+                steps.append((v, v * 0.0))
+        values, log_slopes = _side_by_side(y for y, _ in steps), _side_by_side(step for _, step in steps)
+        log_det = log_slopes.sum_of_row()
+        if not backwards:
+            log_det = log_det + np.where(self.outside(x.value), -np.inf, 0.0)
+        return values, log_det
+
+
+def _ends(bounds: Spec) -> tuple[np.ndarray, np.ndarray]:
+    low, high = bounds["low"], bounds["high"]
+    return (
+        np.array([-np.inf if value is None else value for value in low]),
+        np.array([np.inf if value is None else value for value in high]),
+    )
 
 
 def _affine(transform: Spec, raw: Mapping[str, Node], x: Node, backwards: bool, kinks: list) -> tuple[Node, Node]:

@@ -122,7 +122,7 @@ def test_a_value_of_any_type_gets_an_answer(name, value, tmp_path, monkeypatch) 
 HABITS = [
     (lambda flow: flow.fit(X, sample_weight=np.ones(200), **QUICK), "'sample_weight'; rows have no weights yet"),
     (lambda flow: flow.fit(X, cond=X, **QUICK), "'cond'; what conditions the rows is called context"),
-    (lambda flow: flow.fit(X, bounds=(0, 1), **QUICK), "'bounds'; where all columns have bounds, scale them to"),
+    (lambda flow: flow.fit(X, bounds=(0, 1), **QUICK), "'bounds'; bounds of columns belong to the flow"),
     (lambda flow: flow.fit(X, lr=1e-3), "'lr'; the step size is called learning_rate"),
     (lambda flow: flow.fit(X, verbose=1), "'verbose'; it is called progress"),
     (lambda flow: nvpflow.build(features=3), "'features'; the number of columns is called input_size"),

@@ -210,11 +210,28 @@ struct ElementSpline {
   bool operator==(const ElementSpline&) const = default;
 };
 
+/// Brings columns of data that cannot lie beyond some number to the whole line. Only as a flow's first layer:
+///
+///     [low, high]    y = log(x - low) - log(high - x)
+///     [low, inf)     y = log(x - low)
+///     (-inf, high]   y = -log(high - x)
+///     neither        y = x
+///
+/// A row that lies outside of a column's interval, or on its edge, has log p = -inf, the log-determinant -inf, infinite
+/// latents and the gradient 0. What comes back from latents lies inside, never on an edge. All of it is computed in
+/// float64, also of rows of float32. Together with a standardize layer that follows it is rounded once.
+struct Bounds {
+  std::vector<double> low;   ///< [D], -infinity: none
+  std::vector<double> high;  ///< [D], infinity: none
+  /// Every field is equal.
+  bool operator==(const Bounds&) const = default;
+};
+
 /// The alternatives of LayerSpec, in its order.
-enum class LayerKind { coupling, standardize, actnorm, permutation, lu_linear, element_spline };
+enum class LayerKind { coupling, standardize, actnorm, permutation, lu_linear, element_spline, bounds };
 
 /// One invertible layer; the alternatives are in the order of LayerKind.
-using LayerSpec = std::variant<Coupling, Standardize, ActNorm, Permutation, LULinear, ElementSpline>;
+using LayerSpec = std::variant<Coupling, Standardize, ActNorm, Permutation, LULinear, ElementSpline, Bounds>;
 
 /// Which alternative it is.
 inline LayerKind kind_of(const LayerSpec& layer) { return static_cast<LayerKind>(layer.index()); }

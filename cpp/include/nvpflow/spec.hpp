@@ -63,15 +63,19 @@ struct NVPFLOW_API FlowSpec {
   std::vector<std::int64_t> conditioning(const Coupling& layer) const;
   /// Features that a coupling layer of this flow transforms, b, ascending.
   std::vector<std::int64_t> transformed(const Coupling& layer) const;
-  /// Whether the first layer applied to data is a standardize layer.
+  /// The first layer applied to data where it is a bounds layer, else null.
+  const Bounds* bounds() const;
+  /// Whether the first layer applied to data, but for bounds, is a standardize layer.
   bool begins_with_standardize() const;
   /// Whether there is an lu_linear layer that whitens.
   bool whitens() const;
+  /// The same flow of rows as they come out of the bounds layer.
+  FlowSpec behind_bounds() const;
 };
 
-/// Whether a flow takes and gives rows of data as float64, too: it is float32 and begins with a standardize layer. The
-/// layer is then applied in float64, and `(x - mean) * exp(-log_std)` rounded to float32 once. So values that are large
-/// beside their spread keep their digits. All else is computed as for float32 rows.
+/// Whether a flow takes and gives rows of data as float64, too: it is float32 and begins_with_standardize(). That
+/// layer, with bounds in front of it, is then applied in float64, and `(x - mean) * exp(-log_std)` rounded to float32
+/// once. So values that are large beside their spread keep their digits. All else is computed as for float32 rows.
 NVPFLOW_API bool takes_float64_rows(const FlowSpec& spec);
 
 /// What a parameter starts as; initialize_parameters() says how each is drawn.
@@ -112,6 +116,7 @@ struct TensorInfo {
 ///     the base, behind layers   student_t: base.log_df [D]; mixture: base.logits [M], base.means/.log_scales [M, D],
 ///                               and base.lower [M, D (D - 1) / 2] where covariances are full
 ///     a standardized context    context.mean/.log_std [C], behind all others
+///     permutation, bounds       none
 ///
 /// The kernel of a network's first layer has a row for each conditioning feature, then one for each context number.
 /// lower and upper hold the elements off the diagonal row by row; n is the number of features that a spline bends.

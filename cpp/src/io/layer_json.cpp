@@ -69,6 +69,7 @@ ordered_json value_to_json(bool value) { return value; }
 ordered_json value_to_json(double value) { return value; }  // infinity as null
 ordered_json value_to_json(std::int64_t value) { return value; }
 ordered_json value_to_json(const std::vector<std::int64_t>& value) { return value; }
+ordered_json value_to_json(const std::vector<double>& value) { return value; }
 
 ordered_json fields_to_json(ordered_json to, const std::vector<Field>& fields) {
   for (const Field& field : fields) {
@@ -103,6 +104,16 @@ void read_value(const json& value, const Place& place, std::vector<std::int64_t>
   to.reserve(value.size());
   for (std::size_t i = 0; i < value.size(); ++i) {
     to.push_back(integer_of(value[i], place.path() + "[" + std::to_string(i) + "]"));
+  }
+}
+
+/// of_null: of Field.
+void read_values(const json& value, const Place& place, double of_null, std::vector<double>& to) {
+  if (!value.is_array()) fail_field(place.path(), value, "an array");
+  to.clear();
+  to.reserve(value.size());
+  for (std::size_t i = 0; i < value.size(); ++i) {
+    to.push_back(value[i].is_null() ? of_null : number_of(value[i], place.path() + "[" + std::to_string(i) + "]"));
   }
 }
 
@@ -177,11 +188,15 @@ void read_fields(const json& object, const std::string& where, const char* tag, 
   const std::string prefix = where + ".";
   for (const Field& field : fields) {
     const json& value = object[field.name];
-    if (field.may_be_infinite && value.is_null()) {
-      *std::get<double*>(field.value) = std::numeric_limits<double>::infinity();
-    } else {
-      std::visit([&](auto* to) { read_value(value, Place{prefix, field.name}, *to); }, field.value);
+    const Place place = {prefix, field.name};
+    auto* const number = std::get_if<double*>(&field.value);
+    if (number != nullptr && field.of_null != 0 && value.is_null()) {
+      **number = field.of_null;
+      continue;
     }
+    std::visit(Overloaded{[&](std::vector<double>* to) { read_values(value, place, field.of_null, *to); },
+                          [&](auto* to) { read_value(value, place, *to); }},
+               field.value);
   }
 }
 

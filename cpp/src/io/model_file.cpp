@@ -45,7 +45,6 @@ constexpr const char* kContextNamesKey = "nvpflow.context_names";
 constexpr const char* kThresholdKey = "nvpflow.threshold";
 constexpr const char* kImportReportKey = "nvpflow.import_report";
 constexpr std::uint32_t kMajorVersion = 1;
-constexpr const char* kMeanLowName = "standardize_0.mean_low";
 
 /// Throws where the file's format is not one this library reads.
 void check_version(const std::string& path, const std::map<std::string, std::string>& metadata) {
@@ -241,17 +240,23 @@ void check_count(const std::string& path, const FlowSpec& spec, std::size_t held
                         " of its description");
 }
 
-/// kMeanLowName as a tensor beside the layout's, which has the shape of the mean. Only where takes_float64_rows.
+/// Flow::mean_low as a tensor beside the layout's, "standardize_0.mean_low", which has the shape of the mean. Only
+/// where takes_float64_rows.
 TensorInfo mean_low_of(const ParamLayout& layout) {
   TensorInfo tensor = layout.tensors().front();
-  tensor.name = kMeanLowName;
+  tensor.name += "_low";
   return tensor;
 }
 
-/// The layout's tensors, and behind them kMeanLowName where the file has it and may have it.
+/// Whether the file has that tensor, and may have it.
+bool has_mean_low(const TensorsByName& tensors, const FlowSpec& spec, const ParamLayout& layout) {
+  return takes_float64_rows(spec) && tensors.contains(mean_low_of(layout).name);
+}
+
+/// The layout's tensors, and behind them that one where the file has it.
 std::vector<TensorInfo> wanted_tensors(const TensorsByName& tensors, const FlowSpec& spec, const ParamLayout& layout) {
   std::vector<TensorInfo> wanted = layout.tensors();
-  if (takes_float64_rows(spec) && tensors.contains(kMeanLowName)) wanted.push_back(mean_low_of(layout));
+  if (has_mean_low(tensors, spec, layout)) wanted.push_back(mean_low_of(layout));
   return wanted;
 }
 
@@ -434,7 +439,7 @@ LoadedModel load_model(const std::string& path, const FlowSpec* expected) {
   for (const TensorInfo& tensor : layout.tensors()) {
     read(tensor, model.parameters.data() + byte_offset(tensor, dtype));
   }
-  if (takes_float64_rows(model.spec) && tensors.contains(kMeanLowName)) {
+  if (has_mean_low(tensors, model.spec, layout)) {
     model.mean_low.resize(static_cast<std::size_t>(model.spec.input_size));
     read(mean_low_of(layout), model.mean_low.data());
   }

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <utility>
 #include <variant>
@@ -115,7 +116,7 @@ std::vector<Field> fields(LogScale& scale) {
   if (scale.function == Function::identity) return {};
   if (!has_bounds(scale.function)) return {{"factor", &scale.factor}, {"divisor", &scale.divisor}};
   return {{"low", &scale.low},
-          {"high", &scale.high, scale.function == Function::softplus},
+          {"high", &scale.high, scale.function == Function::softplus ? std::numeric_limits<double>::infinity() : 0},
           {"offset", &scale.offset},
           {"negated", &scale.negated}};
 }

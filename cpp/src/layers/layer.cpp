@@ -46,7 +46,8 @@ double spline_flops(const LayerSpec& layer, const FlowSpec& spec) {
 bool has_kernel(const LayerSpec& layer) {
   return std::visit(Overloaded{[](const Coupling&) { return true; }, [](const Standardize&) { return true; },
                                [](const ActNorm&) { return true; }, [](const LULinear&) { return true; },
-                               [](const ElementSpline&) { return true; }, [](const Permutation&) { return false; }},
+                               [](const ElementSpline&) { return true; }, [](const Permutation&) { return false; },
+                               [](const Bounds&) { return false; }},
                     layer);
 }
 

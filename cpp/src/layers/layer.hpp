@@ -19,10 +19,11 @@ namespace nvpflow::layers {
 /// One field of a layer, or of what it is made of: its name in JSON, Python and messages, and where its value is.
 struct Field {
   const char* name;
-  std::variant<bool*, std::int64_t*, double*, std::vector<std::int64_t>*, Activation*, FeatureSet*, Transform*,
-               LogScale*, Network*, Spline*, KnotSlope*, Spline::Boundary*, Spline::Tails*, MixtureBase::Covariance*>
+  std::variant<bool*, std::int64_t*, double*, std::vector<std::int64_t>*, std::vector<double>*, Activation*,
+               FeatureSet*, Transform*, LogScale*, Network*, Spline*, KnotSlope*, Spline::Boundary*, Spline::Tails*,
+               MixtureBase::Covariance*>
       value;
-  bool may_be_infinite = false;  // null in JSON; of a double
+  double of_null = 0;  // the infinite number that is null in JSON, of a double or of doubles; 0: there is none
 };
 
 /// Where a layer stands in its flow.
@@ -43,6 +44,7 @@ std::vector<Field> fields(ActNorm& layer);
 std::vector<Field> fields(Permutation& layer);
 std::vector<Field> fields(LULinear& layer);
 std::vector<Field> fields(ElementSpline& layer);
+std::vector<Field> fields(Bounds& layer);
 
 /// Throws Error(invalid_argument) naming the field that is wrong. `prefix` is put before the names: "layers[3]." or
 /// nothing.
@@ -52,6 +54,7 @@ void check(const ActNorm& layer, const FlowSpec& spec, const std::string& prefix
 void check(const Permutation& layer, const FlowSpec& spec, const std::string& prefix);
 void check(const LULinear& layer, const FlowSpec& spec, const std::string& prefix);
 void check(const ElementSpline& layer, const FlowSpec& spec, const std::string& prefix);
+void check(const Bounds& layer, const FlowSpec& spec, const std::string& prefix);
 
 /// The layer's tensors in the order of the flat buffer, without their offsets.
 void tensors(const Coupling& layer, const FlowSpec& spec, const Site& site, const TensorSink& sink);
@@ -60,6 +63,7 @@ void tensors(const ActNorm& layer, const FlowSpec& spec, const Site& site, const
 void tensors(const Permutation& layer, const FlowSpec& spec, const Site& site, const TensorSink& sink);
 void tensors(const LULinear& layer, const FlowSpec& spec, const Site& site, const TensorSink& sink);
 void tensors(const ElementSpline& layer, const FlowSpec& spec, const Site& site, const TensorSink& sink);
+void tensors(const Bounds& layer, const FlowSpec& spec, const Site& site, const TensorSink& sink);
 
 /// Appends what the kernels do at the layer; first: its first tensor in the layout.
 void lower(const Coupling& layer, const FlowSpec& spec, const TensorInfo* first, Lowering& to);
@@ -68,6 +72,7 @@ void lower(const ActNorm& layer, const FlowSpec& spec, const TensorInfo* first, 
 void lower(const Permutation& layer, const FlowSpec& spec, const TensorInfo* first, Lowering& to);
 void lower(const LULinear& layer, const FlowSpec& spec, const TensorInfo* first, Lowering& to);
 void lower(const ElementSpline& layer, const FlowSpec& spec, const TensorInfo* first, Lowering& to);
+void lower(const Bounds& layer, const FlowSpec& spec, const TensorInfo* first, Lowering& to);
 
 // ---- what couplings are made of ----
 

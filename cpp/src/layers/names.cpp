@@ -20,19 +20,21 @@ constexpr Names<Activation, 8> kActivations = {{{Activation::relu, "relu"},
                                                 {Activation::tanh, "tanh"},
                                                 {Activation::sigmoid, "sigmoid"},
                                                 {Activation::softplus, "softplus"}}};
-constexpr Names<LayerKind, 6> kLayerKinds = {{{LayerKind::coupling, "coupling"},
+constexpr Names<LayerKind, 7> kLayerKinds = {{{LayerKind::coupling, "coupling"},
                                               {LayerKind::standardize, "standardize"},
                                               {LayerKind::actnorm, "actnorm"},
                                               {LayerKind::permutation, "permutation"},
                                               {LayerKind::lu_linear, "lu_linear"},
-                                              {LayerKind::element_spline, "element_spline"}}};
+                                              {LayerKind::element_spline, "element_spline"},
+                                              {LayerKind::bounds, "bounds"}}};
 static_assert(std::variant_size_v<LayerSpec> == kLayerKinds.size(), "each kind of layer has a name");
 
 template <LayerKind kind, class Layer>
 constexpr bool stands_at = std::is_same_v<std::variant_alternative_t<static_cast<std::size_t>(kind), LayerSpec>, Layer>;
 static_assert(stands_at<LayerKind::coupling, Coupling> && stands_at<LayerKind::standardize, Standardize> &&
                   stands_at<LayerKind::actnorm, ActNorm> && stands_at<LayerKind::permutation, Permutation> &&
-                  stands_at<LayerKind::lu_linear, LULinear> && stands_at<LayerKind::element_spline, ElementSpline>,
+                  stands_at<LayerKind::lu_linear, LULinear> && stands_at<LayerKind::element_spline, ElementSpline> &&
+                  stands_at<LayerKind::bounds, Bounds>,
               "LayerKind and LayerSpec have one order");
 
 constexpr Names<FeatureSet::Name, 6> kFeatureSets = {{{FeatureSet::Name::first_half, "first_half"},

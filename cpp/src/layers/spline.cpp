@@ -1,6 +1,7 @@
 // Rational-quadratic splines: what they are made of, for couplings, and the layer whose parameters are its own.
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <utility>
 #include <vector>
@@ -38,7 +39,7 @@ std::vector<Field> fields(Spline& spline) {
           {"min_bin_height", &spline.min_bin_height},
           {"min_derivative", &spline.min_derivative},
           {"derivative", &spline.derivative},
-          {"size_bound", &spline.size_bound, /*may_be_infinite=*/true},
+          {"size_bound", &spline.size_bound, /*of_null=*/std::numeric_limits<double>::infinity()},
           {"boundary", &spline.boundary},
           {"tails", &spline.tails}};
 }

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nvpflow._bases import Uniform
+from nvpflow._bounds import ends, inside
 from nvpflow.exporters._onnx_graph import Graph, Value
 from nvpflow.exporters._weights import Weights, context_statistics, layers_of, lu_factors, split
 from nvpflow.flow import Flow
@@ -17,6 +19,7 @@ from nvpflow.layers import (
     ActNorm,
     Additive,
     Affine,
+    Bounds,
     Coupling,
     ElementSpline,
     Layer,
@@ -126,8 +129,70 @@ def _layer(layer: Layer, weights: Weights, size: int, x: Value, context: Value |
         return x.columns(np.argsort(order) if backwards else order), 0.0
     if isinstance(layer, LULinear):
         return _linear(weights, x, backwards)
+    if isinstance(layer, Bounds):
+        return _bounded(layer, x, backwards)
     assert isinstance(layer, (Standardize, ActNorm))
     return _diagonal(layer, weights, x, backwards)
+
+
+def _bounded(layer: Bounds, x: Value, backwards: bool) -> Result:
+    """Map columns with bounds, each kind by itself; a row outside becomes NaN."""
+    low, high = ends(layer)
+    has_low, has_high = np.isfinite(low), np.isfinite(high)
+    kinds = [has_low & has_high, has_low & ~has_high, ~has_low & has_high, ~has_low & ~has_high]
+    columns = [np.flatnonzero(kind) for kind in kinds]
+    parts: list[Value] = []
+    steps: list[Value] = []
+    least, most = inside(layer, x.graph.dtype)
+    for places, kind in zip(columns, (_both, _above, _below, None), strict=True):
+        if not len(places):
+            continue
+        values = x.columns(places)
+        if kind is not None:
+            values, step = kind(values, low[places], high[places], backwards)
+            steps.append(step)
+            if backwards:
+                values = values.node("Max", least[places]).node("Min", most[places])
+        parts.append(values)
+    y, step = parts[0], steps[0]
+    for part in parts[1:]:
+        y = y.beside(part)
+    for more in steps[1:]:
+        step = step.beside(more)
+    poison = step.sum(keepdims=1) * 0.0  # NaN of a row that is outside
+    return y.columns(np.argsort(np.concatenate(columns))) + poison, step
+
+
+def _logarithm(distance: Value) -> Value:
+    """Return log of a distance, NaN where it is not positive."""
+    return distance.node("Log").where(distance.node("LessOrEqual", 0.0), math.nan)
+
+
+def _both(x: Value, low: NDArray[Any], high: NDArray[Any], backwards: bool) -> tuple[Value, Value]:
+    width = high - low
+    if not backwards:
+        u, v = _logarithm(x - low), _logarithm(high - x)
+        return u - v, np.log(width) - u - v
+    away = x.node("Abs")
+    e = (-away).node("Exp")
+    distance = width * e / (e + 1.0)
+    near_low = x.node("Less", 0.0)
+    value = (high - distance).where(near_low, low + distance)
+    return value, np.log(width) - away - 2.0 * (e + 1.0).node("Log")
+
+
+def _above(x: Value, low: NDArray[Any], high: NDArray[Any], backwards: bool) -> tuple[Value, Value]:
+    if backwards:
+        return x.node("Exp") + low, x
+    y = _logarithm(x - low)
+    return y, -y
+
+
+def _below(x: Value, low: NDArray[Any], high: NDArray[Any], backwards: bool) -> tuple[Value, Value]:
+    if backwards:
+        return high - (-x).node("Exp"), -x
+    y = -_logarithm(high - x)
+    return y, y
 
 
 def _diagonal(layer: Standardize | ActNorm, weights: Weights, x: Value, backwards: bool) -> Result:

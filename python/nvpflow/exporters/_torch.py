@@ -15,6 +15,7 @@ except ImportError as error:
     raise ImportError('nvpflow.exporters.to_torch needs PyTorch 2.4 or newer: pip install "torch>=2.4"') from error
 
 from nvpflow._bases import Uniform
+from nvpflow._bounds import ends, inside
 from nvpflow.exporters._weights import Weights, context_statistics, layers_of, split
 from nvpflow.flow import Flow
 from nvpflow.layers import (
@@ -22,6 +23,7 @@ from nvpflow.layers import (
     ActNorm,
     Additive,
     Affine,
+    Bounds,
     Coupling,
     ElementSpline,
     Layer,
@@ -63,6 +65,7 @@ class PlainFlow(nn.Module):
         mean, log_std = context_statistics(flow) or (None, None)
         self.register_buffer("context_mean", None if mean is None else torch.from_numpy(mean))
         self.register_buffer("context_log_std", None if log_std is None else torch.from_numpy(log_std))
+        self.has_bounds: bool = isinstance(spec.layers[0], Bounds)
         self.layers = nn.ModuleList(_layer(*each, spec.input_size) for each in layers_of(flow))
 
     def forward(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
@@ -116,6 +119,10 @@ class PlainFlow(nn.Module):
                 if i == place:
                     values, step = layer(values, c, backwards)
                     log_det = log_det + step
+        if self.has_bounds and not backwards:  # nothing moves around a row that is outside
+            outside = log_det == -math.inf
+            values = values.masked_fill(outside.unsqueeze(-1), math.inf)
+            log_det = log_det.masked_fill(outside, -math.inf)
         return _settled(given, context, values, log_det, math.inf if backwards else -math.inf)
 
     def _given(self, rows: Tensor, context: Context) -> tuple[Tensor, Context]:
@@ -162,6 +169,8 @@ def _layer(layer: Layer, weights: Weights, input_size: int) -> nn.Module:
         return LinearLayer(layer, weights)
     if isinstance(layer, Permutation):
         return PermutationLayer(layer)
+    if isinstance(layer, Bounds):
+        return BoundsLayer(layer)
     assert isinstance(layer, (Standardize, ActNorm))
     return DiagonalLayer(layer, weights)
 
@@ -185,6 +194,62 @@ class DiagonalLayer(nn.Module):
         if backwards != self.turned:
             return (x - self.shift) * torch.exp(-self.log_scale), -log_det
         return x * torch.exp(self.log_scale) + self.shift, log_det
+
+
+class BoundsLayer(nn.Module):
+    """Columns with bounds, to the whole line and back, in float64.
+
+    A row outside becomes 0, with the log-determinant -inf.
+    """
+
+    def __init__(self, layer: Bounds) -> None:
+        super().__init__()
+        low, high = (torch.from_numpy(values) for values in ends(layer))
+        has_low, has_high = low.isfinite(), high.isfinite()
+        both = has_low & has_high
+        width = torch.where(both, high - low, torch.ones_like(low))
+        self.register_buffer("low", torch.where(has_low, low, torch.zeros_like(low)))
+        self.register_buffer("high", torch.where(has_high, high, torch.zeros_like(high)))
+        self.register_buffer("width", width)
+        self.register_buffer("has_low", has_low)
+        self.register_buffer("has_high", has_high)
+        # The least and the largest number of the flow's dtype that lie inside.
+        for dtype in (np.float32, np.float64):
+            numbers = np.stack(inside(layer, np.dtype(dtype)))
+            self.register_buffer(f"inside{8 * numbers.itemsize}", torch.from_numpy(numbers))
+
+    def forward(self, rows: Tensor, context: Context, backwards: bool) -> tuple[Tensor, Tensor]:
+        """Return the output [..., D] and the log-determinant [...]."""
+        values = rows.double()
+        free = ~(self.has_low | self.has_high)
+        if not backwards:
+            return self._there(values, free, rows.dtype)
+        changed, log_slope = self._back(values)
+        changed = torch.where(free, values, changed).to(rows.dtype)
+        least, most = self.inside64[0], self.inside64[1]
+        if rows.dtype == torch.float32:
+            least, most = self.inside32[0], self.inside32[1]
+        changed = torch.where(free, changed, torch.maximum(torch.minimum(changed, most), least))
+        return changed, torch.where(free, torch.zeros_like(log_slope), log_slope).sum(-1).to(rows.dtype)
+
+    def _there(self, x: Tensor, free: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        one = torch.ones_like(x)
+        u, v = torch.where(self.has_low, x - self.low, one), torch.where(self.has_high, self.high - x, one)
+        outside = ((u <= 0) | (v <= 0)).any(-1, keepdim=True)
+        log_u, log_v = torch.log(torch.where(outside, one, u)), torch.log(torch.where(outside, one, v))
+        log_det = (torch.log(self.width) - log_u - log_v).sum(-1).masked_fill(outside.squeeze(-1), -math.inf)
+        y = torch.where(free, x, log_u - log_v).masked_fill(outside, 0.0)
+        return y.to(dtype), log_det.to(dtype)
+
+    def _back(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        both = self.has_low & self.has_high
+        exponent = torch.where(both, -y.abs(), torch.where(self.has_high, -y, y))
+        e = torch.exp(exponent)
+        far = torch.where(both, 1 + e, torch.ones_like(e))
+        distance = self.width * (e / far)
+        from_low = self.has_low & (~both | (y < 0))
+        log_slope = torch.log(self.width) + exponent - 2 * torch.log(far)
+        return torch.where(from_low, self.low + distance, self.high - distance), log_slope
 
 
 class PermutationLayer(nn.Module):

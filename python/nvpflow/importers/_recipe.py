@@ -28,6 +28,7 @@ from nvpflow.layers import (
     ActNorm,
     Additive,
     Affine,
+    Bounds,
     Coupling,
     ElementSpline,
     Layer,
@@ -298,6 +299,7 @@ def _inverted(step: Step) -> Step:
         mean, log_std = step.tensors["mean"], step.tensors["log_std"]
         turned = {"mean": -mean * np.exp(-log_std), "log_std": -log_std}
         return dataclasses.replace(step, tensors=turned)
+    assert not isinstance(step.layer, Bounds)  # which no importer makes
     return dataclasses.replace(step, layer=dataclasses.replace(step.layer, inverse=not step.layer.inverse))
 
 

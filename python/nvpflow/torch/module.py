@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 from torch.autograd import forward_ad
 
-from nvpflow import _checks, _core, _data, _hints
+from nvpflow import _bounds, _checks, _core, _data, _hints
 from nvpflow._bases import Mixture, Normal, StudentT, Uniform, in_words
+from nvpflow._spec import bounds_of, standardize_name
 from nvpflow.flow import Flow
 from nvpflow.torch._autograd import call, is_plain, refuse_tangents
 from nvpflow.torch._engine import DTYPES, Engine, Piece, are_shared
@@ -105,6 +106,7 @@ class FlowModule(torch.nn.Module):
 
     # The standardizing layers that are the identity, for rows of which the next batch is to be looked at.
     _unset: tuple[str, ...] = ()
+    _first: str = "standardize_0"  # the standardize layer that comes first, if one does
     _has_own_base = False  # a FlowTransform goes through the module, from a base that is not in it
 
     @_hints.explained
@@ -127,7 +129,8 @@ class FlowModule(torch.nn.Module):
             self.get_submodule(layer).register_parameter(tensor, parameter)
             self._names.append((layer, tensor))
         self._engine.flatten(self._tensors())
-        self._unset = tuple(layer for layer in _STANDARDIZING if self._is_identity(layer))
+        self._first = standardize_name(self._engine.spec)
+        self._unset = tuple(layer for layer in (self._first, "context") if self._is_identity(layer))
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
@@ -354,8 +357,11 @@ class FlowModule(torch.nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)  # type: ignore[no-untyped-call]
 
     def _look_at_scales(self, rows: torch.Tensor, context: torch.Tensor | None) -> None:
-        if "standardize_0" in self._unset:
-            self._look_at_scale("standardize_0", rows)
+        if self._first in self._unset:
+            bounds = bounds_of(self._engine.spec)
+            if bounds is not None:
+                rows = torch.from_numpy(_bounds.forward(bounds, rows.detach().cpu().numpy()))
+            self._look_at_scale(self._first, rows)
         # Of a context without a graph nobody can say whether a network made it, whose outputs are as they are.
         if "context" in self._unset and context is not None and torch.is_grad_enabled():
             if context.requires_grad:
@@ -562,8 +568,6 @@ def _joined(
     return torch.cat([part.to(like) for part in parts])
 
 
-# The layers that standardize rows and their contexts.
-_STANDARDIZING = ("standardize_0", "context")
 # A column's mean beyond this, or its standard deviation beyond it or below one over it, is far from unit scale; a batch
 # of fewer rows cannot tell.
 _UNIT_SCALE, _LOOK_ROWS = 10.0, 16

@@ -1,0 +1,173 @@
+"""Bounds of columns: how users give them, and what becomes of rows behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvpflow import _checks
+from nvpflow._spec import interval_in_words
+from nvpflow.layers import Bounds, end
+
+Array = NDArray[Any]
+Pair = tuple[float | None, float | None]
+BoundsArgument = Bounds | Mapping[str, Pair] | Mapping[int, Pair] | Sequence[Pair | None] | None
+
+_EXAMPLE = "{'share': (0, 1), 'duration': (0, None)}"
+
+
+def checked(value: Any, size: int, names: Sequence[str] | None) -> Bounds | None:
+    """Return the layer that `bounds` of `nvpflow.build` asks for; names are those of the columns, where they have some.
+
+    A dict is by name or by index from 0, a sequence has an entry for each column.
+    """
+    if value is None or isinstance(value, Bounds):
+        return _of_size(value, size)
+    if isinstance(value, Mapping):
+        pairs: dict[int, Any] = {}
+        for key, pair in value.items():
+            column = column_of("bounds", key, size, names)
+            if column in pairs:
+                raise ValueError(f"bounds names column {column + 1} twice, by name and by index; expected it once")
+            pairs[column] = pair
+        entries = [(f"bounds[{key!r}]", pair) for key, pair in value.items()]
+        ends = dict(zip(pairs, (_pair(name, pair) for name, pair in entries), strict=True))
+    else:
+        if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, np.ndarray)):
+            raise TypeError(
+                f"bounds is {_checks.describe(value)}, expected a dict such as {_EXAMPLE}, or a pair or None for each "
+                "column"
+            )
+        if len(value) != size:
+            raise ValueError(f"bounds has {len(value)} entries, expected {size}, a pair or None for each column")
+        ends = {j: _pair(f"bounds[{j}]", pair) for j, pair in enumerate(value) if pair is not None}
+    if not ends:
+        return None
+    return Bounds(*zip(*(ends.get(j, (None, None)) for j in range(size)), strict=True))
+
+
+def _of_size(bounds: Bounds | None, size: int) -> Bounds | None:
+    if bounds is not None and len(bounds.low) != size:
+        raise ValueError(f"bounds is of {len(bounds.low)} columns, expected {size}")
+    return bounds
+
+
+def column_of(argument: str, key: Any, size: int, names: Sequence[str] | None) -> int:
+    """Return the place of a column that `argument` calls by its name or by its index from 0."""
+    if isinstance(key, str):
+        if not names:
+            raise ValueError(
+                f"{argument} names column {key!r}, but the columns have no names; give column_names, or an index from 0"
+            )
+        if key not in names:
+            shown = ", ".join(map(repr, names[:12])) + (", ..." if len(names) > 12 else "")
+            raise ValueError(f"{argument} names column {key!r}, expected one of {shown}")
+        return list(names).index(key)
+    column = _checks.integer(f"a column of {argument}", key)
+    if not 0 <= column < size:
+        raise ValueError(f"{argument} names column {column}, expected 0 to {size - 1}, counted from 0, or a name")
+    return column
+
+
+def _pair(name: str, pair: Any) -> Pair:
+    is_pair = isinstance(pair, (Sequence, np.ndarray)) and not isinstance(pair, (str, bytes)) and len(pair) == 2
+    if not is_pair:
+        raise TypeError(f"{name} is {_checks.describe(pair)}, expected a pair (low, high), None where there is no end")
+    low, high = end(f"{name}[0]", pair[0], -np.inf), end(f"{name}[1]", pair[1], np.inf)
+    if low is high is None:
+        raise ValueError(f"{name} is {_checks.describe(pair)}, expected a number at one end at least")
+    if low is not None and high is not None and not low < high:
+        raise ValueError(f"{name} is ({low:g}, {high:g}), expected its first number to be the smaller one")
+    return low, high
+
+
+def ends(bounds: Bounds) -> tuple[Array, Array]:
+    """Return both ends [D], infinite where there is none."""
+    low = np.array([-np.inf if value is None else value for value in bounds.low])
+    return low, np.array([np.inf if value is None else value for value in bounds.high])
+
+
+def of_columns(bounds: Bounds, columns: Sequence[int]) -> Bounds | None:
+    """Return the bounds of some of the columns; None where these have none."""
+    low, high = tuple(bounds.low[j] for j in columns), tuple(bounds.high[j] for j in columns)
+    return None if all(value is None for value in (*low, *high)) else Bounds(low, high)
+
+
+def inside(bounds: Bounds, dtype: np.dtype[Any]) -> tuple[Array, Array]:
+    """Return the least and the largest numbers [D] of a dtype that lie inside."""
+    low, high = ends(bounds)
+    most = np.finfo(dtype).max
+    least, largest = (np.clip(values, -most, most).astype(dtype) for values in (low, high))
+    infinity = dtype.type(np.inf)
+    least = np.where(np.isfinite(low) & (least <= low), np.nextafter(least, infinity), least)
+    return least, np.where(np.isfinite(high) & (largest >= high), np.nextafter(largest, -infinity), largest)
+
+
+def interval(bounds: Bounds, column: int) -> str:
+    """Return a column's interval in words."""
+    return interval_in_words(bounds.low[column], bounds.high[column])
+
+
+def contains(bounds: Bounds, rows: Array) -> NDArray[np.bool_]:
+    """Tell of each number of rows [n, D] whether it is neither outside nor on an edge; NaN is not."""
+    low, high = ends(bounds)
+    inside: NDArray[np.bool_] = (rows > low) & (rows < high)
+    return inside
+
+
+def forward(bounds: Bounds, rows: Array) -> NDArray[np.float64]:
+    """Return rows [n, D] behind the bounds; what is outside is NaN or infinite."""
+    y = np.array(rows, dtype=np.float64)
+    with np.errstate(all="ignore"):
+        for j, (low, high) in enumerate(zip(bounds.low, bounds.high, strict=True)):
+            x = y[:, j].copy()
+            if low is not None and high is not None:
+                y[:, j] = np.log(x - low) - np.log(high - x)
+            elif low is not None:
+                y[:, j] = np.log(x - low)
+            elif high is not None:
+                y[:, j] = -np.log(high - x)
+    return y
+
+
+def inverse(bounds: Bounds, rows: Array) -> NDArray[np.float64]:
+    """Return rows [n, D] in front of the bounds."""
+    x = np.array(rows, dtype=np.float64)
+    with np.errstate(over="ignore"):
+        for j, (low, high) in enumerate(zip(bounds.low, bounds.high, strict=True)):
+            y = x[:, j].copy()
+            if low is not None and high is not None:
+                e = np.exp(-np.abs(y))
+                share = (high - low) * (e / (1 + e))
+                x[:, j] = np.where(y < 0, low + share, high - share)
+            elif low is not None:
+                x[:, j] = low + np.exp(y)
+            elif high is not None:
+                x[:, j] = high - np.exp(-y)
+    return x
+
+
+def slopes(bounds: Bounds, rows: Array) -> NDArray[np.float64]:
+    """Return dx / dy of rows [n, D] behind the bounds."""
+    y = np.asarray(rows, dtype=np.float64)
+    slope = np.ones_like(y)
+    with np.errstate(over="ignore"):
+        for j, (low, high) in enumerate(zip(bounds.low, bounds.high, strict=True)):
+            if low is not None and high is not None:
+                e = np.exp(-np.abs(y[:, j]))
+                slope[:, j] = (high - low) * e / (1 + e) ** 2
+            elif low is not None:
+                slope[:, j] = np.exp(y[:, j])
+            elif high is not None:
+                slope[:, j] = np.exp(-y[:, j])
+    return slope
+
+
+def in_front(bounds: Bounds | None, mean: Array, std: Array) -> tuple[Array, Array]:
+    """Return mean and standard deviation [D] of rows whose own, behind the bounds, are given; to first order."""
+    if bounds is None:
+        return mean, std
+    return inverse(bounds, mean[None])[0], std * slopes(bounds, mean[None])[0]
