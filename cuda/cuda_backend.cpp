@@ -206,20 +206,21 @@ class CudaBackend final : public Backend {
     run_gradient(call, nullptr, rows, how);
   }
 
-  double nll_gradient(const void* x, const std::int64_t* index, std::int64_t rows, std::int64_t total_rows,
-                      void* grad_parameters, bool accumulate, const Execution& how) const override {
+  double nll_gradient(const void* x, const WeighedRows& rows, double total, void* grad_parameters,
+                      const Execution& how) const override {
     const FloatMode mode;
     GradientCall<T> call;
     call.in = static_cast<const T*>(x);
     call.nll = true;
-    call.nll_factor = static_cast<T>(1.0 / static_cast<double>(total_rows));
+    call.nll_factor = 1.0 / total;
+    call.weights.weights = rows.weights;
     call.gradient = static_cast<T*>(grad_parameters);
-    call.accumulate = accumulate;
-    return run_gradient(call, index, rows, how);
+    return run_gradient(call, rows.index, rows.count, how);
   }
 
-  double sum_log_prob(const void* x, const std::int64_t* index, std::int64_t rows,
-                      const Execution& how) const override {
+  double sum_log_prob(const void* x, const WeighedRows& given, const Execution& how) const override {
+    const std::int64_t rows = given.count;
+    const std::int64_t* index = given.index;
     if (rows == 0) return 0;
     const OnDevice on(flow_->index());
     const Lanes::Loan lane(lanes_);
@@ -233,13 +234,15 @@ class CudaBackend final : public Backend {
     double* sum = lane->sum();
     const bool wide = is_wide(*packed, how);
     const Program<T>& program = wide ? packed->rest() : packed->program();
-    const auto add = [&](TransformCall<T> call, std::int64_t first, std::int64_t count, Stream stream) {
+    const auto add = [&](TransformCall<T> call, const RowWeights& weights, std::int64_t first, std::int64_t count,
+                         Stream stream) {
       call.rows = count;
       call.log_prob = log_prob;
       flow_->transform(plan, program, call, workspace, stream);
-      launch_on(stream, "adding up log-densities", [log_prob, count, first, sum, workspace, plan_bytes, stream] {
-        return launch_sum<T>(log_prob, count, first > 0, sum, workspace + plan_bytes, stream);
-      });
+      launch_on(stream, "adding up log-densities",
+                [log_prob, weights, count, first, sum, workspace, plan_bytes, stream] {
+                  return launch_sum<T>(log_prob, weights, count, first > 0, sum, workspace + plan_bytes, stream);
+                });
     };
     TransformCall<T> call;
     if (how.device_arrays) {
@@ -249,18 +252,19 @@ class CudaBackend final : public Backend {
         call.index = index == nullptr ? nullptr : index + first;
         call.context = context_on_device(how, rows);
         call.context.first = first;
-        add(call, first, std::min(chunk, rows - first), stream_of(how));
+        add(call, {}, first, std::min(chunk, rows - first), stream_of(how));
       }
       synchronize(stream_of(how));
     } else {
       Lane::Inputs inputs;
       inputs[0] = HostInput{x, flow_->row_bytes()};
+      inputs[Lane::kWeights] = weights_of(given.weights);
       if (wide) inputs[0].make = standardizing(*packed, x, index, how);
       call.context = stage_context(*lane, how, rows, inputs);
       lane->run(inputs, {}, index, rows, how.threads, [&](const Lane::Chunk& c) {
         call.in = static_cast<const T*>(c.inputs[0]);
         if (c.inputs[Lane::kContext] != nullptr) call.context.rows = static_cast<const T*>(c.inputs[Lane::kContext]);
-        add(call, c.first_row, c.rows, lane->stream());
+        add(call, weights_of(c), c.first_row, c.rows, lane->stream());
       });
     }
     return lane->read_sum();
@@ -351,6 +355,13 @@ class CudaBackend final : public Backend {
     if (chunk.inputs[Lane::kContext] != nullptr)
       call.context.rows = static_cast<const T*>(chunk.inputs[Lane::kContext]);
     return call;
+  }
+
+  /// Of a call's rows, in the host's memory.
+  static HostInput weights_of(const double* weights) { return {weights, sizeof(double)}; }
+  /// Of a chunk's rows, on the device.
+  static RowWeights weights_of(const Lane::Chunk& chunk) {
+    return {static_cast<const double*>(chunk.inputs[Lane::kWeights]), nullptr};
   }
 
   // ---- contexts ----------------------------------------------------------------------------------------------------
@@ -492,6 +503,7 @@ class CudaBackend final : public Backend {
     unsigned char* workspace = nullptr;
     Lane::Inputs inputs = inputs_of(call);
     Lane::Outputs outputs = outputs_of(call);
+    inputs[Lane::kWeights] = weights_of(call.weights.weights);
     call.context = stage_context(*lane, how, rows, inputs);
     if (wide) {
       inputs[0].make = standardizing(*packed, call.in, index, how);
@@ -508,6 +520,7 @@ class CudaBackend final : public Backend {
         workspace = static_cast<unsigned char*>(lane->workspace(plan_bytes + sum_workspace_bytes(1)));
       }
       GradientCall<T> part = on_chunk(call, chunk);
+      part.weights = weights_of(chunk);
       part.gradient = gradient;
       part.accumulate = call.accumulate || chunk.first_row > 0;
       part.sum_log_prob = call.nll ? sum + 1 : nullptr;
@@ -515,7 +528,7 @@ class CudaBackend final : public Backend {
       if (!call.nll) return;
       launch_on(lane->stream(), "adding up log-densities",
                 [sum, first = chunk.first_row == 0, space = workspace + plan_bytes, s = lane->stream()] {
-                  return launch_sum<double>(sum + 1, 1, !first, sum, space, s);
+                  return launch_sum<double>(sum + 1, {}, 1, !first, sum, space, s);
                 });
     });
     if (gradient != nullptr) lane->receive(call.gradient, gradient, flow_->parameter_bytes());

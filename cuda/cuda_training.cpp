@@ -37,6 +37,9 @@ class CudaTraining final : public Training {
     upload(context_, data.context, context_bytes(data.context, data.rows), "the contexts", stream_);
     upload(validation_context_, data.validation_context, context_bytes(data.validation_context, data.validation_rows),
            "the validation rows' contexts", stream_);
+    upload(weights_, data.weights, weight_bytes(data.weights, data.rows), "the rows' weights", stream_);
+    upload(validation_weights_, data.validation_weights, weight_bytes(data.validation_weights, data.validation_rows),
+           "the validation rows' weights", stream_);
     upload(parameters_, parameters, size, "parameters", stream_);
     for (Memory* zeroed : {&first_moment_, &second_moment_}) {
       fill_zero(zeroed->reserve(size, "the optimiser's moments"), size, stream_);
@@ -72,7 +75,8 @@ class CudaTraining final : public Training {
     call.rows = count;
     call.context.rows = values(context_);
     call.nll = true;
-    call.nll_factor = static_cast<T>(1.0 / static_cast<double>(total_rows));
+    call.nll_factor = 1.0 / static_cast<double>(total_rows);
+    call.weights = by_index(weights_);
     call.gradient = values(gradient_);
     call.accumulate = accumulate;
     call.sum_log_prob = sums() + slices_++;
@@ -116,9 +120,11 @@ class CudaTraining final : public Training {
     call.context.rows = values(validation ? validation_context_ : context_);
     call.log_prob = values(log_prob_);
     flow_->transform(transform_plan_, packed_.program(), call, workspace_.data(), stream_);
-    launch_on(stream_, "adding up log-densities", [this, count] {
-      return launch_sum<T>(values(log_prob_), count, true, &step_state()->sum_log_prob, workspace_.data(), stream_);
-    });
+    launch_on(stream_, "adding up log-densities",
+              [this, weights = by_index(validation ? validation_weights_ : weights_), count] {
+                return launch_sum<T>(values(log_prob_), weights, count, true, &step_state()->sum_log_prob,
+                                     workspace_.data(), stream_);
+              });
   }
 
   TrainingReport report() override {
@@ -165,6 +171,15 @@ class CudaTraining final : public Training {
 
   std::int64_t context_bytes(const void* context, std::int64_t rows) const {
     return context == nullptr ? 0 : rows * flow_->context_bytes();
+  }
+
+  static std::int64_t weight_bytes(const double* weights, std::int64_t rows) {
+    return weights == nullptr ? 0 : rows * static_cast<std::int64_t>(sizeof(double));
+  }
+  /// Of the rows that index() holds; none where the memory holds nothing.
+  RowWeights by_index(const Memory& weights) const {
+    const auto* values = static_cast<const double*>(weights.data());
+    return values == nullptr ? RowWeights{} : RowWeights{values, index()};
   }
 
   /// What each parameter's update is, and the runs of parameters that are trained at all.
@@ -223,6 +238,7 @@ class CudaTraining final : public Training {
   GradientPlan gradient_plan_;
   Memory x_{Memory::Kind::device}, validation_{Memory::Kind::device};
   Memory context_{Memory::Kind::device}, validation_context_{Memory::Kind::device};
+  Memory weights_{Memory::Kind::device}, validation_weights_{Memory::Kind::device};
   Memory parameters_{Memory::Kind::device}, gradient_{Memory::Kind::device};
   Memory first_moment_{Memory::Kind::device}, second_moment_{Memory::Kind::device}, updates_{Memory::Kind::device};
   Memory index_{Memory::Kind::device}, log_prob_{Memory::Kind::device}, workspace_{Memory::Kind::device};

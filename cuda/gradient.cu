@@ -149,7 +149,7 @@ struct Reverse {
 
   /// Of the log-determinant of row r, and of log p where the call is of that.
   NVPFLOW_DEVICE T given_cotangent(int r) const {
-    if (call.nll) return -call.nll_factor;
+    if (call.nll) return -static_cast<T>(call.weights(tile.first + r) * call.nll_factor);
     return call.grad_log_det != nullptr ? call.grad_log_det[tile.first + r] : T(call.density ? 1 : 0);
   }
 
@@ -674,7 +674,8 @@ Status launch_chunk(const GradientPlan& plan, const Program<T>& program, const G
   if (call.nll && call.sum_log_prob != nullptr) {
     const std::int64_t rows = std::min(tiles * plan.tile_rows, call.rows - first * plan.tile_rows);
     const T* values = log_prob;
-    if (const Status s = launch_sum(values, rows, first > 0, call.sum_log_prob, workspace + plan.sums_at, stream)) {
+    if (const Status s = launch_sum(values, call.weights.from(first * plan.tile_rows), rows, first > 0,
+                                    call.sum_log_prob, workspace + plan.sums_at, stream)) {
       return s;
     }
   }

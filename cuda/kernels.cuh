@@ -478,9 +478,26 @@ Status launch_noise(const BaseDensity<T>& base, std::int64_t input_size, std::ui
 
 /// Bytes that launch_sum and launch_sum_of_squares need.
 std::int64_t sum_workspace_bytes(std::int64_t count);
-/// *result = sum(values), or += with accumulate.
+/// What each row of an array counts for.
+struct RowWeights {
+  const double* weights = nullptr;      // null: 1
+  const std::int64_t* index = nullptr;  // row r has weights[index[r]]; null: weights[r]
+
+  NVPFLOW_HOST_DEVICE double operator()(std::int64_t r) const {
+    if (weights == nullptr) return 1;
+    return weights[index == nullptr ? r : index[r]];
+  }
+  /// Those of the rows from `first` on.
+  RowWeights from(std::int64_t first) const {
+    if (weights == nullptr) return {};
+    return index == nullptr ? RowWeights{weights + first, nullptr} : RowWeights{weights, index + first};
+  }
+};
+
+/// *result = sum(values), by weight, or += with accumulate.
 template <class T>
-Status launch_sum(const T* values, std::int64_t count, bool accumulate, double* result, void* workspace, Stream stream);
+Status launch_sum(const T* values, const RowWeights& weights, std::int64_t count, bool accumulate, double* result,
+                  void* workspace, Stream stream);
 template <class T>
 Status launch_sum_of_squares(const T* values, std::int64_t count, bool accumulate, double* result, void* workspace,
                              Stream stream);
@@ -493,8 +510,9 @@ struct GradientCall {
   const T* in = nullptr;
   const std::int64_t* index = nullptr;
   std::int64_t rows = 0;
-  bool nll = false;  // cotangents of nll_factor * -log p instead of grad_out, grad_log_det
-  T nll_factor = 0;
+  bool nll = false;  // cotangents of nll_factor * weight * -log p instead of grad_out, grad_log_det
+  double nll_factor = 0;
+  RowWeights weights;               // nll only: of the rows of `in`
   const T* grad_out = nullptr;      // null: zero
   const T* grad_log_det = nullptr;  // null: zero, or one where `density`
   bool density = false;             // grad_log_det is the cotangent of log p
@@ -504,7 +522,7 @@ struct GradientCall {
   T* grad_in = nullptr;            // null: not wanted
   T* gradient = nullptr;           // flat; null: not wanted
   bool accumulate = false;         // adds to `gradient` instead of overwriting it
-  double* sum_log_prob = nullptr;  // nll only, may be null: = the sum over the rows, nats
+  double* sum_log_prob = nullptr;  // nll only, may be null: = the sum by weight over the rows, nats
 
   /// As of TransformCall.
   std::array<RowArray<const T*>, 3> rows_in(std::int64_t input_size) {

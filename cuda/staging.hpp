@@ -32,8 +32,9 @@ struct HostOutput {
 /// Streams and buffers for one call at a time.
 class Lane {
  public:
-  static constexpr std::size_t kInputs = 4, kOutputs = 5;  // of a call, at most
+  static constexpr std::size_t kInputs = 5, kOutputs = 5;  // of a call, at most
   static constexpr std::size_t kContext = kInputs - 1;     // which of the inputs is the context
+  static constexpr std::size_t kWeights = kInputs - 2;     // which are weights
   using Inputs = std::array<HostInput, kInputs>;
   using Outputs = std::array<HostOutput, kOutputs>;
   /// Where one chunk's rows are on the device; null where the call has no such array.

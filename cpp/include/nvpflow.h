@@ -363,6 +363,21 @@ NVPFLOW_API nvpflow_status nvpflow_nll_gradient_context_f32(const nvpflow_flow* 
 NVPFLOW_API nvpflow_status nvpflow_nll_gradient_context_f64(const nvpflow_flow* flow, const double* x, int64_t rows,
                                                             const double* context, int64_t context_rows, double* nll,
                                                             double* gradient);
+/** @brief The mean by weight, -sum w log p / sum w, of sample_weight w [rows]: finite, at least 0, not all 0. A row of
+ * weight 0 is not looked at. */
+NVPFLOW_API nvpflow_status nvpflow_nll_gradient_weighted_f32(const nvpflow_flow* flow, const float* x, int64_t rows,
+                                                             const double* sample_weight, double* nll, float* gradient);
+NVPFLOW_API nvpflow_status nvpflow_nll_gradient_weighted_f64(const nvpflow_flow* flow, const double* x, int64_t rows,
+                                                             const double* sample_weight, double* nll,
+                                                             double* gradient);
+NVPFLOW_API nvpflow_status nvpflow_nll_gradient_weighted_context_f32(const nvpflow_flow* flow, const float* x,
+                                                                     int64_t rows, const double* sample_weight,
+                                                                     const float* context, int64_t context_rows,
+                                                                     double* nll, float* gradient);
+NVPFLOW_API nvpflow_status nvpflow_nll_gradient_weighted_context_f64(const nvpflow_flow* flow, const double* x,
+                                                                     int64_t rows, const double* sample_weight,
+                                                                     const double* context, int64_t context_rows,
+                                                                     double* nll, double* gradient);
 /** @} */
 
 #ifdef __cplusplus

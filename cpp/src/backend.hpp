@@ -16,6 +16,16 @@ namespace nvpflow {
 class Training;
 struct TrainingData;
 
+/// Which rows of x a mean is of, and what each counts for.
+struct WeighedRows {
+  std::int64_t count = 0;
+  const std::int64_t* index = nullptr;  ///< [count], the rows to take, in order; null: the first ones
+  const double* weights = nullptr;      ///< above 0, of the rows of x, in the host's memory; null: all are 1
+
+  /// Of row i of those that are taken.
+  double weight(std::int64_t i) const { return weights == nullptr ? 1 : weights[index == nullptr ? i : index[i]]; }
+};
+
 /// What a device can do with a whole flow. Made by make_cpu_backend and make_cuda_backend, used by Flow and
 /// training.
 class Backend {
@@ -52,14 +62,12 @@ class Backend {
   /// of log_prob().
   virtual void log_prob_vjp(const void* x, std::int64_t rows, const void* grad_log_prob, void* log_prob, void* grad_x,
                             void* grad_parameters, bool accumulate, const Execution& how) const = 0;
-  /// Sum over the rows of log p, nats. Writes or adds to grad_parameters, flat, the gradient of
-  /// -(1 / total_rows) times that sum: a batch of total_rows may come in slices. index: null, or the rows of x to
-  /// take, in order.
-  virtual double nll_gradient(const void* x, const std::int64_t* index, std::int64_t rows, std::int64_t total_rows,
-                              void* grad_parameters, bool accumulate, const Execution& how) const = 0;
-  /// Sum over rows of log p, in float64, in a fixed order.
-  virtual double sum_log_prob(const void* x, const std::int64_t* index, std::int64_t rows,
+  /// Sum by weight over the rows of log p, nats. Writes to grad_parameters, flat, the gradient of -(1 / total) times
+  /// that sum. total: of the weights.
+  virtual double nll_gradient(const void* x, const WeighedRows& rows, double total, void* grad_parameters,
                               const Execution& how) const = 0;
+  /// Sum by weight over the rows of log p, in float64, in a fixed order.
+  virtual double sum_log_prob(const void* x, const WeighedRows& rows, const Execution& how) const = 0;
 
   /// Makes the calling thread's working memory for every const call of any number of rows but those that form
   /// gradients, so that they allocate nothing from then on. Backends whose calls allocate all the same do nothing.

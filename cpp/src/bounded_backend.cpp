@@ -133,27 +133,28 @@ class BoundedBackend final : public Backend {
     });
   }
 
-  double nll_gradient(const void* x, const std::int64_t* index, std::int64_t rows, std::int64_t total_rows,
-                      void* grad_parameters, bool accumulate, const Execution& how) const override {
+  double nll_gradient(const void* x, const WeighedRows& rows, double total, void* grad_parameters,
+                      const Execution& how) const override {
     double sum = 0;
-    const auto weight = static_cast<T>(-1.0 / static_cast<double>(total_rows));
-    each_chunk(rows, with_context(index, rows, how), [&](const Chunk& chunk) {
-      apply(chunk, x, index, how);
-      for (std::int64_t r = 0; r < chunk.rows; ++r) chunk.weights[r] = is_outside(chunk.log_det[r]) ? T(0) : weight;
+    each_chunk(rows.count, with_context(rows.index, rows.count, how), [&](const Chunk& chunk) {
+      apply(chunk, x, rows.index, how);
+      for (std::int64_t r = 0; r < chunk.rows; ++r) {
+        const auto cotangent = static_cast<T>(-rows.weight(chunk.first + r) / total);
+        chunk.weights[r] = is_outside(chunk.log_det[r]) ? T(0) : cotangent;
+      }
       behind_->log_prob_vjp(chunk.y, chunk.rows, chunk.weights, chunk.log_prob, nullptr, grad_parameters,
-                            accumulate || chunk.first > 0, chunk.how);
+                            chunk.first > 0, chunk.how);
       add(chunk.log_prob, chunk, 1, -kInfinity);
-      for (std::int64_t r = 0; r < chunk.rows; ++r) sum += static_cast<double>(chunk.log_prob[r]);
+      sum += sum_by_weight(rows, chunk);
     });
     return sum;
   }
 
-  double sum_log_prob(const void* x, const std::int64_t* index, std::int64_t rows,
-                      const Execution& how) const override {
+  double sum_log_prob(const void* x, const WeighedRows& rows, const Execution& how) const override {
     double sum = 0;
-    each_chunk(rows, with_context(index, rows, how), [&](const Chunk& chunk) {
-      log_prob(chunk, x, index, chunk.log_prob, how);
-      for (std::int64_t r = 0; r < chunk.rows; ++r) sum += static_cast<double>(chunk.log_prob[r]);
+    each_chunk(rows.count, with_context(rows.index, rows.count, how), [&](const Chunk& chunk) {
+      log_prob(chunk, x, rows.index, chunk.log_prob, how);
+      sum += sum_by_weight(rows, chunk);
     });
     return sum;
   }
@@ -190,6 +191,15 @@ class BoundedBackend final : public Backend {
   template <class Element>
   static const Element* at(const void* array, std::int64_t elements) {
     return array == nullptr ? nullptr : static_cast<const Element*>(array) + elements;
+  }
+
+  /// Of the chunk's log p.
+  static double sum_by_weight(const WeighedRows& rows, const Chunk& chunk) {
+    double sum = 0;
+    for (std::int64_t r = 0; r < chunk.rows; ++r) {
+      sum += rows.weight(chunk.first + r) * static_cast<double>(chunk.log_prob[r]);
+    }
+    return sum;
   }
 
   static bool is_outside(double log_det) { return log_det == -std::numeric_limits<double>::infinity(); }

@@ -258,6 +258,18 @@ nvpflow_status nll_gradient(const nvpflow_flow* handle, const T* x, std::int64_t
   });
 }
 
+template <class T>
+nvpflow_status nll_gradient_weighted(const nvpflow_flow* handle, const T* x, std::int64_t rows, const double* weights,
+                                     double* nll, T* gradient, const Given<T>& given = {}) {
+  return guarded([&] {
+    const Flow& flow = flow_of(handle);
+    *required(nll, "nll") = flow.nll_gradient<T>(
+        array(x, "x", rows, flow.spec().input_size), array(gradient, "gradient", 1, flow.num_parameters()),
+        SampleWeights(array(weights, "sample_weight", rows, 1)),
+        context_of<T, T>(*handle, "nvpflow_nll_gradient_weighted", rows, given));
+  });
+}
+
 /// Writes a text with its zero, as nvpflow_spec_json() says.
 void write_text(const std::string& from, char* text, size_t capacity, size_t* needed) {
   const std::size_t bytes = from.size() + 1;
@@ -530,6 +542,24 @@ nvpflow_status nvpflow_nll_gradient_context_f64(const nvpflow_flow* flow, const 
                                                 const double* context, int64_t context_rows, double* nll,
                                                 double* gradient) {
   return nvpflow::nll_gradient(flow, x, rows, nll, gradient, {context, context_rows});
+}
+nvpflow_status nvpflow_nll_gradient_weighted_f32(const nvpflow_flow* flow, const float* x, int64_t rows,
+                                                 const double* sample_weight, double* nll, float* gradient) {
+  return nvpflow::nll_gradient_weighted(flow, x, rows, sample_weight, nll, gradient);
+}
+nvpflow_status nvpflow_nll_gradient_weighted_context_f32(const nvpflow_flow* flow, const float* x, int64_t rows,
+                                                         const double* sample_weight, const float* context,
+                                                         int64_t context_rows, double* nll, float* gradient) {
+  return nvpflow::nll_gradient_weighted(flow, x, rows, sample_weight, nll, gradient, {context, context_rows});
+}
+nvpflow_status nvpflow_nll_gradient_weighted_f64(const nvpflow_flow* flow, const double* x, int64_t rows,
+                                                 const double* sample_weight, double* nll, double* gradient) {
+  return nvpflow::nll_gradient_weighted(flow, x, rows, sample_weight, nll, gradient);
+}
+nvpflow_status nvpflow_nll_gradient_weighted_context_f64(const nvpflow_flow* flow, const double* x, int64_t rows,
+                                                         const double* sample_weight, const double* context,
+                                                         int64_t context_rows, double* nll, double* gradient) {
+  return nvpflow::nll_gradient_weighted(flow, x, rows, sample_weight, nll, gradient, {context, context_rows});
 }
 
 }  // extern "C"

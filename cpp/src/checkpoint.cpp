@@ -51,6 +51,8 @@ json describe(const CheckpointKey& key) {
   json text = {{"flow", json::parse(to_json(key.spec))},
                {"x", std::to_string(key.rows) + " rows with fingerprint " + hex(key.data)},
                {"validation rows", key.validation_rows}};
+  // Also where there are none: a checkpoint that knows of some is of another run.
+  text["sample_weight"] = key.weights == 0 ? json() : json("weights with fingerprint " + hex(key.weights));
   if (key.spec.context_size > 0) text["context"] = "rows with fingerprint " + hex(key.contexts);
   FitOptions::fields([&](const char* name, auto member, const OptionRange*) { text[name] = as_json(o.*member); });
   for (const char* name : {"num_threads", "checkpoint"}) text.erase(name);  // decide nothing

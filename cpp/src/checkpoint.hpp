@@ -18,6 +18,7 @@ struct CheckpointKey {
   FitOptions options;  // threads and checkpoint do not count
   std::uint64_t data = 0;
   std::uint64_t contexts;  // of the contexts of both; 0 where the flow has none
+  std::uint64_t weights;   // of those of both; 0 where there are none
   std::int64_t rows = 0;
   std::int64_t validation_rows = 0;
   std::int64_t steps_per_epoch = 1;

@@ -207,7 +207,7 @@ class DensityFit {
     if (!flow_.spec().standardize_context || num_contexts() < 2) return;
     const auto statistics = std::span<T>(parameters_).last(static_cast<std::size_t>(2 * context_size_));
     if (std::any_of(statistics.begin(), statistics.end(), [](T v) { return v != T(0); })) return;
-    set_context_statistics(statistics, contexts_, RowOrder(), num_contexts(), [] {});
+    set_context_statistics(statistics, contexts_, {}, RowOrder(), num_contexts(), [] {});
   }
 
   void set_weights(const std::vector<T>& weights) { work_.template set_parameters<T>(weights, mean_low_); }

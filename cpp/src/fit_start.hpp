@@ -97,19 +97,22 @@ std::span<T> context_statistics(const FlowSpec& spec, const ParamLayout& layout,
 }
 
 /// Mean and log standard deviation of each number of the context of rows order(0) .. order(count - 1): statistics [2
-/// C]. A number that never changes keeps its unit.
+/// C]. A number that never changes keeps its unit. weights: as of ColumnScales.
 template <class T, class Poll>
-void set_context_statistics(std::span<T> statistics, std::span<const T> context, const RowOrder& order,
-                            std::int64_t count, Poll poll) {
+void set_context_statistics(std::span<T> statistics, std::span<const T> context, std::span<const double> weights,
+                            const RowOrder& order, std::int64_t count, Poll poll) {
   const std::size_t size = statistics.size() / 2;
   std::vector<double> means(size), squares(size);
   const auto add = [&](auto&& term, std::vector<double>& sums) {
+    double total = 0;
     order.each(0, count, [&](std::int64_t i, std::int64_t at) {
       if (i % kPollRows == 0) poll();
+      const double weight = weights.empty() ? 1.0 : weights[static_cast<std::size_t>(at)];
       const T* row = context.data() + at * static_cast<std::int64_t>(size);
-      for (std::size_t j = 0; j < size; ++j) sums[j] += term(static_cast<double>(row[j]), j);
+      for (std::size_t j = 0; j < size; ++j) sums[j] += weight * term(static_cast<double>(row[j]), j);
+      total += weight;
     });
-    for (double& sum : sums) sum /= static_cast<double>(count);
+    for (double& sum : sums) sum /= total;
   };
   add([](double c, std::size_t) { return c; }, means);
   add([&](double c, std::size_t j) { return (c - means[j]) * (c - means[j]); }, squares);

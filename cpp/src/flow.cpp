@@ -33,6 +33,7 @@
 #include "io/spec_json.hpp"
 #include "layers/layer.hpp"
 #include "parallel.hpp"
+#include "sample_weights.hpp"
 
 namespace nvpflow {
 namespace {
@@ -749,20 +750,57 @@ double Flow::nll(std::span<const T> x, const Context& context) const {
 }
 
 template <class T>
+double Flow::nll(std::span<const T> x, const SampleWeights& weights, const Context& context) const {
+  const std::int64_t rows = state_->check_data(Named{"x", x});
+  check_weights("sample_weight", weights.values(), rows);
+  return nll_unchecked(x.data(), weights, state_->execution<T>(context, rows));
+}
+
+namespace {
+
+template <class X, class T>
+void check_gradient(std::int64_t parameters, const Named<std::span<const X>>& x, const Named<std::span<T>>& gradient,
+                    const Context& context) {
+  check_length(gradient, parameters, "the flat buffer of ParamLayout");
+  refuse_overlap(gradient, x);
+  refuse_overlap(context, gradient);
+}
+
+void check_weights_beside(const SampleWeights& weights, std::int64_t rows, auto&& gradient) {
+  check_weights("sample_weight", weights.values(), rows);
+  refuse_overlap(gradient, Named{"sample_weight", weights.values()});
+}
+
+}  // namespace
+
+template <class T>
 double Flow::nll_gradient(std::span<const T> x, std::span<T> gradient, const Context& context) const {
   const std::int64_t rows = state_->check_rows(Named{"x", x});
-  check_length(Named{"gradient", gradient}, num_parameters(), "the flat buffer of ParamLayout");
-  refuse_overlap(Named{"gradient", gradient}, Named{"x", x});
-  refuse_overlap(context, Named{"gradient", gradient});
+  check_gradient(num_parameters(), Named{"x", x}, Named{"gradient", gradient}, context);
   return nll_gradient_unchecked(x.data(), rows, gradient.data(), state_->execution<T>(context, rows));
 }
 
 double Flow::nll_gradient(std::span<const double> x, std::span<float> gradient, const Context& context) const {
   const std::int64_t rows = state_->check_wide(Named{"x", x});
-  check_length(Named{"gradient", gradient}, num_parameters(), "the flat buffer of ParamLayout");
-  refuse_overlap(Named{"gradient", gradient}, Named{"x", x});
-  refuse_overlap(context, Named{"gradient", gradient});
+  check_gradient(num_parameters(), Named{"x", x}, Named{"gradient", gradient}, context);
   return nll_gradient_unchecked(x.data(), rows, gradient.data(), state_->execution<double>(context, rows));
+}
+
+template <class T>
+double Flow::nll_gradient(std::span<const T> x, std::span<T> gradient, const SampleWeights& weights,
+                          const Context& context) const {
+  const std::int64_t rows = state_->check_rows(Named{"x", x});
+  check_gradient(num_parameters(), Named{"x", x}, Named{"gradient", gradient}, context);
+  check_weights_beside(weights, rows, Named{"gradient", gradient});
+  return nll_gradient_unchecked(x.data(), weights, gradient.data(), state_->execution<T>(context, rows));
+}
+
+double Flow::nll_gradient(std::span<const double> x, std::span<float> gradient, const SampleWeights& weights,
+                          const Context& context) const {
+  const std::int64_t rows = state_->check_wide(Named{"x", x});
+  check_gradient(num_parameters(), Named{"x", x}, Named{"gradient", gradient}, context);
+  check_weights_beside(weights, rows, Named{"gradient", gradient});
+  return nll_gradient_unchecked(x.data(), weights, gradient.data(), state_->execution<double>(context, rows));
 }
 
 namespace {
@@ -886,25 +924,60 @@ void Flow::noise_unchecked(std::uint64_t seed, std::uint64_t first_row, std::int
 
 namespace {
 
-/// The mean of a loss, from the sum of log p that the backend gives.
-double mean_loss(double sum_log_prob, std::int64_t rows) { return -sum_log_prob / static_cast<double>(rows); }
+/// A mean loss, whose sum over the rows that it is of a backend gives.
+class Mean {
+ public:
+  explicit Mean(std::int64_t rows) : rows_{.count = rows}, total_(static_cast<double>(rows)) { require_some(); }
+  explicit Mean(const SampleWeights& weights)
+      : counting_(rows_that_count(weights.values())),
+        rows_{.count = static_cast<std::int64_t>(weights.values().size()), .weights = weights.values().data()},
+        total_(sum_of(weights.values())) {
+    require_some();
+    if (!counting_.empty()) rows_.count = static_cast<std::int64_t>(counting_.size()), rows_.index = counting_.data();
+  }
 
-void require_some(std::int64_t rows) {
-  if (rows == 0) fail("x has no rows, expected at least one: the mean over an empty batch is not defined");
-}
+  Mean(const Mean&) = delete;
+  Mean& operator=(const Mean&) = delete;
+
+  const WeighedRows& rows() const { return rows_; }
+  double total() const { return total_; }
+  double loss(double sum_log_prob) const { return -sum_log_prob / total_; }
+
+ private:
+  void require_some() const {
+    if (rows_.count == 0) fail("x has no rows, expected at least one: the mean over an empty batch is not defined");
+  }
+
+  const std::vector<std::int64_t> counting_;
+  WeighedRows rows_;
+  double total_;
+};
 
 }  // namespace
 
 double Flow::nll_unchecked(const void* x, std::int64_t rows, const Execution& how) const {
   const FloatMode mode;
-  require_some(rows);
-  return mean_loss(state_->backend->sum_log_prob(x, nullptr, rows, state_->settled(how, rows)), rows);
+  const Mean mean(rows);
+  return mean.loss(state_->backend->sum_log_prob(x, mean.rows(), state_->settled(how, rows)));
+}
+
+double Flow::nll_unchecked(const void* x, const SampleWeights& weights, const Execution& how) const {
+  const FloatMode mode;
+  const Mean mean(weights);
+  return mean.loss(state_->backend->sum_log_prob(x, mean.rows(), state_->settled(how, mean.rows().count)));
 }
 
 double Flow::nll_gradient_unchecked(const void* x, std::int64_t rows, void* gradient, const Execution& how) const {
   const FloatMode mode;
-  require_some(rows);
-  return mean_loss(state_->backend->nll_gradient(x, nullptr, rows, rows, gradient, false, state_->settled(how)), rows);
+  const Mean mean(rows);
+  return mean.loss(state_->backend->nll_gradient(x, mean.rows(), mean.total(), gradient, state_->settled(how)));
+}
+
+double Flow::nll_gradient_unchecked(const void* x, const SampleWeights& weights, void* gradient,
+                                    const Execution& how) const {
+  const FloatMode mode;
+  const Mean mean(weights);
+  return mean.loss(state_->backend->nll_gradient(x, mean.rows(), mean.total(), gradient, state_->settled(how)));
 }
 
 void Flow::vjp_unchecked(Direction direction, const void* in, std::int64_t rows, const void* grad_out,
@@ -962,7 +1035,9 @@ int FlowAccess::threads(const Flow& flow) { return flow.state_->threads(); }
                                           double) const;                                                            \
   template void Flow::score(std::span<const T>, std::span<T>, const Context&) const;                                \
   template double Flow::nll(std::span<const T>, const Context&) const;                                              \
+  template double Flow::nll(std::span<const T>, const SampleWeights&, const Context&) const;                        \
   template double Flow::nll_gradient(std::span<const T>, std::span<T>, const Context&) const;                       \
+  template double Flow::nll_gradient(std::span<const T>, std::span<T>, const SampleWeights&, const Context&) const; \
   template void Flow::vjp(Direction, std::span<const T>, std::span<const T>, std::span<const T>, std::span<T>,      \
                           std::span<T>, bool, const Context&, std::span<T>) const;                                  \
   template ConditionedFlow Flow::condition(std::span<const T>) const;                                               \

@@ -64,7 +64,7 @@ class Initializer {
     if (flow_.spec().begins_with_standardize()) how = standardize(statistics);
     if (flow_.spec().standardize_context) {
       const auto own = context_statistics(flow_.spec(), flow_.layout(), std::span<T>(values_));
-      set_context_statistics(own, context_, RowOrder(), rows_, no_poll);
+      set_context_statistics(own, context_, {}, RowOrder(), rows_, no_poll);
     }
     if (has_started_layers(flow_.spec())) start_from_rows();
     flow_.set_parameters<T>(values_, low_);
@@ -78,7 +78,7 @@ class Initializer {
   std::span<T> front() { return std::span<T>(values_).first(static_cast<std::size_t>(2 * features_)); }
 
   std::vector<std::string> standardize(Statistics statistics) {
-    ColumnScales scales(flow_.spec().dtype, x_, flow_.column_names(), features_, RowOrder(), rows_, no_poll);
+    ColumnScales scales(flow_.spec().dtype, x_, {}, flow_.column_names(), features_, RowOrder(), rows_, no_poll);
     const std::vector<ColumnScale> found = scales.take(statistics_for(flow_.spec().base, statistics));
     low_.clear();
     if constexpr (sizeof(X) > sizeof(T)) low_ = mean_low_of(found);
@@ -115,11 +115,12 @@ class Initializer {
     const RowOrder order = FitRows(rows_, 0, 0).shuffled(0);
     StartRows<T> rows;
     rows.count = rows_;
-    rows.read = [&](std::int64_t first, std::int64_t count, T* x, T* context) {
+    rows.read = [&](std::int64_t first, std::int64_t count, T* x, T* context, double* weights) {
       order.each(first, count, [&](std::int64_t i, std::int64_t row) {
         take(x_.data() + row * features_, x + i * features_, features_);
         std::copy_n(context_.data() + row * width, width, context + i * width);
       });
+      std::fill_n(weights, count, 1.0);
     };
     StartOptions how;
     how.threads = FlowAccess::threads(flow_);
@@ -143,7 +144,7 @@ class Initializer {
                     std::span<T>(latents).subspan(static_cast<std::size_t>(i) * size, size), std::span<T>(),
                     given.empty() ? Context() : Context(given));
     }
-    start_mixture<T>(flow_.spec(), flow_.layout(), values_, latents, 0);
+    start_mixture<T>(flow_.spec(), flow_.layout(), values_, latents, {}, 0);
     flow_.set_parameters<T>(values_, low_);
   }
 

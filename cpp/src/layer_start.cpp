@@ -116,7 +116,8 @@ class Walk {
       const std::int64_t count = std::min(rows_.count, kSelectionRows);
       sample_.resize(static_cast<std::size_t>(count * features()));
       sample_context_.resize(static_cast<std::size_t>(count * context_size()));
-      rows_.read(0, count, sample_.data(), sample_context_.data());
+      sample_weights_.resize(static_cast<std::size_t>(count));
+      rows_.read(0, count, sample_.data(), sample_context_.data(), sample_weights_.data());
     }
     if (reached_ == end) return;
     const Flow flow = part(reached_, end);
@@ -144,21 +145,22 @@ class Walk {
     }
   }
 
-  /// Mean and standard deviation of a feature of the sample; 0 where all its numbers are the same.
+  /// Mean and standard deviation of a feature of the sample, by weight; 0 where all its numbers are the same.
   std::pair<double, double> moments(std::size_t feature) const {
     const auto width = static_cast<std::size_t>(features());
-    const auto count = static_cast<double>(sample_.size() / width);
-    double sum = 0, squares = 0;
+    double total = 0, sum = 0, squares = 0;
     bool varies = false;
-    for (std::size_t at = feature; at < sample_.size(); at += width) {
-      sum += static_cast<double>(sample_[at]);
-      varies |= sample_[at] != sample_[feature];
+    for (std::size_t row = 0; row < sample_weights_.size(); ++row) {
+      const T value = sample_[row * width + feature];
+      total += sample_weights_[row];
+      sum += sample_weights_[row] * static_cast<double>(value);
+      varies |= value != sample_[feature];
     }
-    const double mean = sum / count;
-    for (std::size_t at = feature; at < sample_.size(); at += width) {
-      squares += std::pow(static_cast<double>(sample_[at]) - mean, 2);
+    const double mean = sum / total;
+    for (std::size_t row = 0; row < sample_weights_.size(); ++row) {
+      squares += sample_weights_[row] * std::pow(static_cast<double>(sample_[row * width + feature]) - mean, 2);
     }
-    return {mean, varies ? std::sqrt(squares / count) : 0};
+    return {mean, varies ? std::sqrt(squares / total) : 0};
   }
 
   // ---- whitening ----
@@ -192,18 +194,19 @@ class Walk {
     // Behind a standardize layer the flow that the rows pass through is a small one, but it is a flow.
     auto flow = std::make_shared<std::optional<Flow>>();
     if (layer > 0) flow->emplace(part(0, layer));
-    return [this, flow](const std::function<void(const double*, std::int64_t)>& take) {
+    return [this, flow](const std::function<void(const double*, const double*, std::int64_t)>& take) {
       std::vector<T> rows, context;
-      std::vector<double> wide;
+      std::vector<double> wide, weights;
       for (std::int64_t first = 0; first < rows_.count; first += options_.slice_rows) {
         options_.poll();
         const std::int64_t count = std::min(options_.slice_rows, rows_.count - first);
         rows.resize(static_cast<std::size_t>(count * features()));
         context.resize(static_cast<std::size_t>(count * context_size()));
-        rows_.read(first, count, rows.data(), context.data());
+        weights.resize(static_cast<std::size_t>(count));
+        rows_.read(first, count, rows.data(), context.data(), weights.data());
         if (flow->has_value()) pass(**flow, rows, context);
         wide.assign(rows.begin(), rows.end());
-        take(wide.data(), count);
+        take(wide.data(), weights.data(), count);
       }
     };
   }
@@ -243,6 +246,7 @@ class Walk {
   const StartRows<T>& rows_;
   const StartOptions& options_;
   std::vector<T> sample_, sample_context_, passed_;
+  std::vector<double> sample_weights_;
   std::size_t reached_ = 0;  // the layer that sees the sample as it is
 };
 

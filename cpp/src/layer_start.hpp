@@ -15,8 +15,9 @@ namespace nvpflow {
 template <class T>
 struct StartRows {
   std::int64_t count = 0;
-  /// Writes `count` rows from `first` on, as the flow's first layer sees them, and their context [count, C].
-  std::function<void(std::int64_t first, std::int64_t count, T* rows, T* context)> read;
+  /// Writes `count` rows from `first` on, as the flow's first layer sees them, their context [count, C] and weights
+  /// [count] above 0.
+  std::function<void(std::int64_t first, std::int64_t count, T* rows, T* context, double* weights)> read;
 };
 
 struct StartOptions {

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <numeric>
 #include <span>
 #include <variant>
 #include <vector>
@@ -24,24 +25,33 @@ const TensorInfo& tensor(const ParamLayout& layout, const char* name) { return *
 /// Groups of rows, each nearest to its mean.
 class Groups {
  public:
-  /// rows [N, D], N > 0.
-  Groups(const std::vector<double>& rows, std::size_t features, std::size_t count, std::uint64_t seed)
-      : rows_(rows), features_(features), of_row_(rows.size() / features), means_(count * features), sizes_(count) {
+  /// rows [N, D], N > 0, and their weights [N].
+  Groups(const std::vector<double>& rows, const std::vector<double>& weights, std::size_t features, std::size_t count,
+         std::uint64_t seed)
+      : rows_(rows),
+        weights_(weights),
+        features_(features),
+        of_row_(rows.size() / features),
+        means_(count * features),
+        sizes_(count) {
     choose(count, seed);
     for (int round = 0; round < kRounds && assign(); ++round) update();
   }
 
   std::size_t num_rows() const { return of_row_.size(); }
-  double size(std::size_t group) const { return static_cast<double>(sizes_[group]); }
+  /// Of all rows, in their weights.
+  double total() const { return std::accumulate(weights_.begin(), weights_.end(), 0.0); }
+  /// Of a group's.
+  double size(std::size_t group) const { return sizes_[group]; }
   const double* mean(std::size_t group) const { return means_.data() + group * features_; }
 
-  /// Sums of squares [count, D] of the distances from the means.
+  /// Sums by weight of squares [count, D] of the distances from the means.
   std::vector<double> squares() const {
     std::vector<double> sums(means_.size());
     for (std::size_t i = 0; i < num_rows(); ++i) {
       for (std::size_t j = 0; j < features_; ++j) {
         const std::size_t at = of_row_[i] * features_ + j;
-        sums[at] += std::pow(rows_[i * features_ + j] - means_[at], 2);
+        sums[at] += weights_[i] * std::pow(rows_[i * features_ + j] - means_[at], 2);
       }
     }
     return sums;
@@ -66,14 +76,14 @@ class Groups {
       double total = 0;
       for (std::size_t i = 0; i < num_rows(); ++i) {
         nearest[i] = std::min(nearest[i], distance(i, group - 1));
-        total += nearest[i];
+        total += weights_[i] * nearest[i];
       }
       const std::uint32_t counter[4] = {static_cast<std::uint32_t>(group), 0, 0, kStreamComponent};
       std::uint32_t words[4];
       philox4x32(seed, counter, words);
       double left = (words[0] + 0.5) * 0x1p-32 * total;
       std::size_t row = 0;
-      while (row + 1 < num_rows() && left >= nearest[row]) left -= nearest[row++];
+      for (; row + 1 < num_rows() && left >= weights_[row] * nearest[row]; ++row) left -= weights_[row] * nearest[row];
       put(group, row);
     }
   }
@@ -98,44 +108,49 @@ class Groups {
   /// A group without rows keeps its mean.
   void update() {
     std::vector<double> sums(means_.size());
-    std::fill(sizes_.begin(), sizes_.end(), 0);
+    std::fill(sizes_.begin(), sizes_.end(), 0.0);
     for (std::size_t i = 0; i < num_rows(); ++i) {
-      ++sizes_[of_row_[i]];
-      for (std::size_t j = 0; j < features_; ++j) sums[of_row_[i] * features_ + j] += rows_[i * features_ + j];
+      sizes_[of_row_[i]] += weights_[i];
+      for (std::size_t j = 0; j < features_; ++j) {
+        sums[of_row_[i] * features_ + j] += weights_[i] * rows_[i * features_ + j];
+      }
     }
     for (std::size_t at = 0; at < sums.size(); ++at) {
-      if (sizes_[at / features_] > 0) means_[at] = sums[at] / static_cast<double>(sizes_[at / features_]);
+      if (sizes_[at / features_] > 0) means_[at] = sums[at] / sizes_[at / features_];
     }
   }
 
-  const std::vector<double>& rows_;
+  const std::vector<double>&rows_, &weights_;
   const std::size_t features_;
   std::vector<std::size_t> of_row_;
-  std::vector<double> means_;
-  std::vector<std::int64_t> sizes_;
+  std::vector<double> means_, sizes_;
   bool assigned_ = false;
+};
+
+struct Rows {
+  std::vector<double> values, weights;
 };
 
 /// Rows of finite numbers, at most kMixtureRows, evenly taken.
 template <class T>
-std::vector<double> finite_rows(std::span<const T> latents, std::size_t features) {
+Rows finite_rows(std::span<const T> latents, std::span<const double> weights, std::size_t features) {
   const std::size_t count = latents.size() / features;
   const std::size_t step = std::max<std::size_t>(1, count / static_cast<std::size_t>(kMixtureRows));
-  std::vector<double> rows;
-  for (std::size_t i = 0; i < count && rows.size() < static_cast<std::size_t>(kMixtureRows) * features; i += step) {
+  Rows rows;
+  for (std::size_t i = 0; i < count && rows.weights.size() < static_cast<std::size_t>(kMixtureRows); i += step) {
     const std::span<const T> row = latents.subspan(i * features, features);
-    if (std::all_of(row.begin(), row.end(), [](T v) { return std::isfinite(v); })) {
-      rows.insert(rows.end(), row.begin(), row.end());
-    }
+    if (!std::all_of(row.begin(), row.end(), [](T v) { return std::isfinite(v); })) continue;
+    rows.values.insert(rows.values.end(), row.begin(), row.end());
+    rows.weights.push_back(weights.empty() ? 1.0 : weights[i]);
   }
   return rows;
 }
 
 /// Variances of the columns.
-std::vector<double> variances_of(const std::vector<double>& rows, std::size_t features) {
-  const Groups all(rows, features, 1, 0);
+std::vector<double> variances_of(const Rows& rows, std::size_t features) {
+  const Groups all(rows.values, rows.weights, features, 1, 0);
   std::vector<double> found = all.squares();
-  for (double& square : found) square /= static_cast<double>(all.num_rows());
+  for (double& square : found) square /= all.total();
   return found;
 }
 
@@ -156,12 +171,12 @@ bool wants_mixture_start(const FlowSpec& spec, const ParamLayout& layout, std::s
 
 template <class T>
 void start_mixture(const FlowSpec& spec, const ParamLayout& layout, std::span<T> parameters, std::span<const T> latents,
-                   std::uint64_t seed) {
+                   std::span<const double> weights, std::uint64_t seed) {
   const auto features = static_cast<std::size_t>(spec.input_size);
   const auto components = static_cast<std::size_t>(std::get<MixtureBase>(spec.base).components);
-  const std::vector<double> rows = finite_rows(latents, features);
-  if (rows.empty()) return;
-  const Groups groups(rows, features, components, seed);
+  const Rows rows = finite_rows(latents, weights, features);
+  if (rows.weights.empty()) return;
+  const Groups groups(rows.values, rows.weights, features, components, seed);
   const std::vector<double> squares = groups.squares(), whole = variances_of(rows, features);
   T* logits = parameters.data() + tensor(layout, "base.logits").offset;
   T* means = parameters.data() + tensor(layout, "base.means").offset;
@@ -170,7 +185,7 @@ void start_mixture(const FlowSpec& spec, const ParamLayout& layout, std::span<T>
     // As if a row more belonged to the group, as far from its mean as rows are from each other: none has no width.
     const double size = groups.size(m) + 1;
     logits[m] = static_cast<T>(
-        std::log(size * static_cast<double>(components) / static_cast<double>(groups.num_rows() + components)));
+        std::log(size * static_cast<double>(components) / (groups.total() + static_cast<double>(components))));
     for (std::size_t j = 0; j < features; ++j) {
       const std::size_t at = m * features + j;
       const double variance = (squares[at] + whole[j]) / size;
@@ -183,8 +198,8 @@ void start_mixture(const FlowSpec& spec, const ParamLayout& layout, std::span<T>
 template bool wants_mixture_start(const FlowSpec&, const ParamLayout&, std::span<const float>);
 template bool wants_mixture_start(const FlowSpec&, const ParamLayout&, std::span<const double>);
 template void start_mixture(const FlowSpec&, const ParamLayout&, std::span<float>, std::span<const float>,
-                            std::uint64_t);
+                            std::span<const double>, std::uint64_t);
 template void start_mixture(const FlowSpec&, const ParamLayout&, std::span<double>, std::span<const double>,
-                            std::uint64_t);
+                            std::span<const double>, std::uint64_t);
 
 }  // namespace nvpflow

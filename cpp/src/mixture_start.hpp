@@ -18,8 +18,9 @@ bool wants_mixture_start(const FlowSpec& spec, const ParamLayout& layout, std::s
 
 /// Sets the mixture's tensors from latents [N, D]: groups of nearest means (Lloyd 1982), which begin at rows far from
 /// each other (Arthur and Vassilvitskii 2007) that `seed` draws. Rows with numbers that are not finite do not count.
+/// weights [N], above 0; empty: all count alike.
 template <class T>
 void start_mixture(const FlowSpec& spec, const ParamLayout& layout, std::span<T> parameters, std::span<const T> latents,
-                   std::uint64_t seed);
+                   std::span<const double> weights, std::uint64_t seed);
 
 }  // namespace nvpflow

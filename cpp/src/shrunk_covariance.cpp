@@ -27,17 +27,19 @@ std::size_t rows_to_leave_out(std::size_t columns) {
   return columns > kMostColumns ? 0 : std::clamp<std::size_t>((std::size_t{1} << 28) / (columns * columns), 256, 2048);
 }
 
-/// The mean by which rows are likelier, if it is more than its standard error; else 0.
-double certain_gain(const std::vector<double>& log_prob, const std::vector<double>& than) {
+/// The mean by weight by which rows are likelier, if it is more than its standard error; else 0.
+double certain_gain(const std::vector<double>& log_prob, const std::vector<double>& than,
+                    const std::vector<double>& weights) {
   if (log_prob.empty() || than.empty()) return log_prob.empty() ? 0 : std::numeric_limits<double>::min();
-  double sum = 0, squares = 0;
-  const auto rows = static_cast<double>(than.size());
+  double sum = 0, squares = 0, total = 0, weight_squares = 0;
   for (std::size_t i = 0; i < than.size(); ++i) {
     const double gain = log_prob[i] - than[i];
-    sum += gain, squares += gain * gain;
+    sum += weights[i] * gain, squares += weights[i] * gain * gain;
+    total += weights[i], weight_squares += weights[i] * weights[i];
   }
-  const double mean = sum / rows, variance = std::max(squares / rows - mean * mean, 0.0);
-  return mean > std::sqrt(variance / (rows - 1)) ? mean : 0;
+  const double rows = total * total / weight_squares;
+  const double mean = sum / total, variance = std::max(squares / total - mean * mean, 0.0);
+  return rows > 1 && mean > std::sqrt(variance / (rows - 1)) ? mean : 0;
 }
 
 /// K of matrix = K K^T, in place; pivot(j, rest) is what takes the place of the j-th one.
@@ -64,19 +66,21 @@ ShrunkCovariance::ShrunkCovariance(std::int64_t features, const RowBlocks& rows,
 }
 
 void ShrunkCovariance::find_mean(const RowBlocks& rows) {
-  rows([this](const double* block, std::int64_t count) {
+  rows([this](const double* block, const double* weights, std::int64_t count) {
     count_ += static_cast<double>(count);
     for (std::int64_t r = 0; r < count; ++r, block += size_) {
-      for (std::size_t j = 0; j < size_; ++j) mean_[j] += block[j];
+      weight_ += weights[r];
+      weight_squares_ += weights[r] * weights[r];
+      for (std::size_t j = 0; j < size_; ++j) mean_[j] += weights[r] * block[j];
     }
   });
-  for (double& mean : mean_) mean /= count_;
+  for (double& mean : mean_) mean /= weight_;
 }
 
 void ShrunkCovariance::find_covariance(const RowBlocks& rows, int threads) {
   constexpr std::int64_t kGrain = 8;  // rows of the matrix
   std::vector<double> centred;
-  rows([&](const double* block, std::int64_t count) {
+  rows([&](const double* block, const double* weights, std::int64_t count) {
     const auto n = static_cast<std::size_t>(count);
     centred.assign(block, block + n * size_);
     for (std::size_t r = 0; r < n; ++r) {
@@ -86,23 +90,25 @@ void ShrunkCovariance::find_covariance(const RowBlocks& rows, int threads) {
         value -= mean_[j];
         square += value * value;
       }
-      fourth_ += square * square;
+      fourth_ += weights[r] * square * square;
     }
     const std::size_t most = rows_to_leave_out(size_) * size_;
     some_.insert(some_.end(), centred.begin(),
                  centred.begin() + static_cast<std::ptrdiff_t>(std::min(most - some_.size(), centred.size())));
+    const std::size_t more = some_.size() / size_ - some_weights_.size();
+    some_weights_.insert(some_weights_.end(), weights, weights + more);
     parallel_for(static_cast<std::int64_t>(size_), kGrain, threads, [&](std::int64_t begin, std::int64_t end) {
       for (auto j = static_cast<std::size_t>(begin); j < static_cast<std::size_t>(end); ++j) {
         double* sums = covariance_.data() + j * size_;
         for (std::size_t r = 0; r < n; ++r) {
           const double* row = centred.data() + r * size_;
-          const double factor = row[j];
+          const double factor = weights[r] * row[j];
           for (std::size_t k = 0; k <= j; ++k) sums[k] += factor * row[k];
         }
       }
     });
   });
-  for (double& sum : covariance_) sum /= count_;
+  for (double& sum : covariance_) sum /= weight_;
 }
 
 void ShrunkCovariance::find_shrinkage() {
@@ -114,18 +120,19 @@ void ShrunkCovariance::find_shrinkage() {
     squares += row[j] * row[j];
   }
   const auto columns = static_cast<double>(size_);
+  const double rows = effective_rows();
   const double mean = trace / columns;
-  const double distance = (squares - columns * mean * mean) / columns;     // from the target
-  const double error = (fourth_ / count_ - squares) / (columns * count_);  // of the covariance
+  const double distance = (squares - columns * mean * mean) / columns;    // from the target
+  const double error = (fourth_ / weight_ - squares) / (columns * rows);  // of the covariance
   if (error > 0) shrinkage_ = distance > error ? error / distance : 1;
   // Of two rows the formula says 0, and the covariance is singular.
-  if (count_ <= columns + 1) shrinkage_ = std::max(shrinkage_, 1 / count_);
-  if (count_ < 2 || some_.empty()) return;
+  if (rows <= columns + 1) shrinkage_ = std::max(shrinkage_, 1 / rows);
+  if (rows < 2 || some_.empty()) return;
   const std::vector<double> theirs = left_out_log_prob(shrinkage_);
   double best = 0;
   for (const double share : kShares) {
-    if (share == 0 && count_ <= columns + 1) continue;
-    const double gain = certain_gain(left_out_log_prob(share), theirs);
+    if (share == 0 && rows <= columns + 1) continue;
+    const double gain = certain_gain(left_out_log_prob(share), theirs, some_weights_);
     if (gain > best) best = gain, shrinkage_ = share;
   }
   some_.clear();
@@ -133,11 +140,12 @@ void ShrunkCovariance::find_shrinkage() {
 
 /// Of some rows the log-density by mean and covariance of all others, but for a constant; none where there is no
 /// density. Those differ from the ones of all rows by one term, so that one factorization does (Sherman and Morrison,
-/// 1950).
+/// 1950). With weights each row is left out as one of effective_rows() rows.
 std::vector<double> ShrunkCovariance::left_out_log_prob(double share) const {
   double trace = 0;
   for (std::size_t j = 0; j < size_; ++j) trace += covariance_[j * size_ + j];
-  const double grown = count_ / (count_ - 1), term = (1 - share) * grown / (count_ - 1);
+  const double rows = effective_rows();
+  const double grown = rows / (rows - 1), term = (1 - share) * grown / (rows - 1);
   std::vector<double> factor = covariance_;
   for (double& value : factor) value *= (1 - share) * grown;
   for (std::size_t j = 0; j < size_; ++j) factor[j * size_ + j] += share * trace / static_cast<double>(size_);

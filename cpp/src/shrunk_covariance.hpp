@@ -12,8 +12,10 @@
 
 namespace nvpflow {
 
-/// Rows [count, D] in float64, handed out in blocks from the first to the last, each time it is called.
-using RowBlocks = std::function<void(const std::function<void(const double* rows, std::int64_t count)>& take)>;
+/// Rows [count, D] in float64 and their weights [count], above 0, handed out in blocks from the first to the last, each
+/// time it is called.
+using RowBlocks =
+    std::function<void(const std::function<void(const double* rows, const double* weights, std::int64_t count)>& take)>;
 
 /// A column that follows from others to within 1e-6 of its spread, over rows that are more than the columns.
 struct DependentColumn {
@@ -21,7 +23,7 @@ struct DependentColumn {
   std::vector<std::size_t> others;  // ascending
 };
 
-/// Mean and covariance of rows. Matrices are square, row-major; only their lower triangles hold numbers.
+/// Mean and covariance of rows, by weight. Matrices are square, row-major; only their lower triangles hold numbers.
 class ShrunkCovariance {
  public:
   /// Goes through the rows twice. Up to 2,048 rows are left out, one by one, of up to 1,000 columns. The same for any
@@ -41,11 +43,15 @@ class ShrunkCovariance {
   void find_covariance(const RowBlocks& rows, int threads);
   void find_shrinkage();
   std::vector<double> left_out_log_prob(double share) const;
+  /// Rows without weights that tell as much (Kish 1965).
+  double effective_rows() const { return weight_ * weight_ / weight_squares_; }
 
   std::size_t size_;
-  double count_ = 0, fourth_ = 0;  // rows, and the sum of the fourth powers of their lengths
+  double count_ = 0;  // rows
+  // Sums of their weights, of the squares of these, and by weight of the fourth powers of the rows' lengths.
+  double weight_ = 0, weight_squares_ = 0, fourth_ = 0;
   std::vector<double> mean_, covariance_;
-  std::vector<double> some_;  // of the rows, centred
+  std::vector<double> some_, some_weights_;  // of the rows, centred
   double shrinkage_ = 0;
 };
 

@@ -57,24 +57,73 @@ struct ColumnScale {
   std::string how;
 };
 
-/// Quantile q of sorted numbers, linear between them (NumPy's default).
+/// Numbers, and what each counts for; no weights: all count alike.
 template <class T>
-double quantile(const std::vector<T>& sorted, double q) {
-  const double place = q * static_cast<double>(sorted.size() - 1);
-  const auto below = static_cast<std::size_t>(place);
-  const auto low = static_cast<double>(sorted[below]);
-  const auto high = static_cast<double>(sorted[std::min(below + 1, sorted.size() - 1)]);
-  return low + (high - low) * (place - static_cast<double>(below));
-}
+struct Sample {
+  std::vector<T> values;
+  std::vector<double> weights;
+
+  void clear() { values.clear(), weights.clear(); }
+};
+
+/// Quantiles of numbers, linear between them: NumPy's default, or, by weight, with steps as wide as the mean weight of
+/// the two numbers that a step is between.
+template <class T>
+class Quantiles {
+ public:
+  /// Sorts the sample, which must outlive this.
+  explicit Quantiles(Sample<T>& sample) : values_(sample.values) {
+    if (sample.weights.empty()) {
+      std::sort(sample.values.begin(), sample.values.end());
+    } else {
+      sort_with_places(sample);
+    }
+  }
+
+  double operator()(double q) const {
+    const std::size_t last = values_.size() - 1;
+    if (places_.empty()) {
+      const double place = q * static_cast<double>(last);
+      const auto below = static_cast<std::size_t>(place);
+      return between(below, place - static_cast<double>(below));
+    }
+    const double place = q * places_.back();
+    const auto above = std::upper_bound(places_.begin(), places_.end(), place);
+    if (above == places_.end()) return static_cast<double>(values_[last]);
+    const auto below = static_cast<std::size_t>(above - places_.begin()) - 1;
+    return between(below, (place - places_[below]) / (places_[below + 1] - places_[below]));
+  }
+
+ private:
+  double between(std::size_t below, double share) const {
+    const auto low = static_cast<double>(values_[below]);
+    const auto high = static_cast<double>(values_[std::min(below + 1, values_.size() - 1)]);
+    return low + (high - low) * share;
+  }
+
+  void sort_with_places(Sample<T>& sample) {
+    std::vector<std::pair<T, double>> pairs;
+    for (std::size_t i = 0; i < sample.values.size(); ++i) pairs.emplace_back(sample.values[i], sample.weights[i]);
+    std::sort(pairs.begin(), pairs.end());
+    double place = 0;
+    for (std::size_t i = 0; i < pairs.size(); ++i) {
+      if (i > 0) place += 0.5 * (pairs[i - 1].second + pairs[i].second);
+      places_.push_back(place);
+      sample.values[i] = pairs[i].first;
+    }
+  }
+
+  const std::vector<T>& values_;
+  std::vector<double> places_;
+};
 
 /// Median and the narrowest central range that is not empty; `how` is empty if all ranges are.
 template <class T>
-ColumnScale robust_scale(std::vector<T>& values) {
-  std::sort(values.begin(), values.end());
+ColumnScale robust_scale(const Quantiles<T>& quantile) {
   for (const CentralRange& range : kCentralRanges) {
-    const double width = quantile(values, range.high) - quantile(values, range.low);
+    const double width = quantile(range.high) - quantile(range.low);
     if (!(width > 0) || !std::isfinite(width)) continue;
-    return {quantile(values, 0.5), std::log(width / range.normal_width), range.name};
+    return {quantile(0.5), std::log(width / range.normal_width), range.name};
   }
   return {0, 0, ""};
 }
@@ -83,11 +132,13 @@ ColumnScale robust_scale(std::vector<T>& values) {
 template <class T, class Poll>
 class ColumnScales {
  public:
-  /// dtype: of the flow, which holds the scales. `names` of the columns are for messages, and may be empty.
-  ColumnScales(DType dtype, std::span<const T> x, std::vector<std::string> names, std::int64_t features,
-               const RowOrder& order, std::int64_t count, Poll poll)
+  /// dtype: of the flow, which holds the scales. `names` of the columns are for messages, and may be empty. weights:
+  /// above 0, of the rows of x; empty: all count alike.
+  ColumnScales(DType dtype, std::span<const T> x, std::span<const double> weights, std::vector<std::string> names,
+               std::int64_t features, const RowOrder& order, std::int64_t count, Poll poll)
       : is_narrow_(dtype == DType::float32),
         x_(x),
+        weights_(weights),
         names_(std::move(names)),
         width_(static_cast<std::size_t>(features)),
         order_(order),
@@ -128,13 +179,21 @@ class ColumnScales {
   /// As the flow holds it.
   double rounded(double value) const { return is_narrow_ ? static_cast<double>(static_cast<float>(value)) : value; }
 
-  /// f(i, row) for every row.
+  /// f(i, row, weight) for every row.
   template <class F>
   void each_row(F&& f) {
     order_.each(0, count_, [&](std::int64_t i, std::int64_t row) {
       if (i % kPollRows == 0) poll_();
-      f(i, x_.data() + static_cast<std::size_t>(row) * width_);
+      const auto at = static_cast<std::size_t>(row);
+      f(i, x_.data() + at * width_, weights_.empty() ? 1.0 : weights_[at]);
     });
+  }
+
+  double sum_of_weights() {
+    if (weights_.empty()) return static_cast<double>(count_);
+    double sum = 0;
+    each_row([&](std::int64_t, const T*, double weight) { sum += weight; });
+    return sum;
   }
 
   void refuse_constant() const {
@@ -169,16 +228,18 @@ class ColumnScales {
     std::vector<double> centre(width_), square(width_);
     low_.assign(width_, std::numeric_limits<T>::max());
     high_.assign(width_, std::numeric_limits<T>::lowest());
-    const auto n = static_cast<double>(count_);
-    each_row([&](std::int64_t, const T* row) {
+    const double n = sum_of_weights();
+    each_row([&](std::int64_t, const T* row, double weight) {
       for (std::size_t j = 0; j < width_; ++j) {
-        centre[j] += static_cast<double>(row[j]) / n;
+        centre[j] += weight * static_cast<double>(row[j]) / n;
         low_[j] = std::min(low_[j], row[j]);
         high_[j] = std::max(high_[j], row[j]);
       }
     });
-    each_row([&](std::int64_t, const T* row) {
-      for (std::size_t j = 0; j < width_; ++j) square[j] += std::pow(static_cast<double>(row[j]) - centre[j], 2) / n;
+    each_row([&](std::int64_t, const T* row, double weight) {
+      for (std::size_t j = 0; j < width_; ++j) {
+        square[j] += weight * std::pow(static_cast<double>(row[j]) - centre[j], 2) / n;
+      }
     });
     for (std::size_t j = 0; j < width_; ++j) scales_.push_back({centre[j], 0.5 * std::log(square[j]), "mean"});
   }
@@ -188,27 +249,31 @@ class ColumnScales {
     const std::int64_t stride = (count_ + kQuantileRows - 1) / kQuantileRows;
     // A group of columns at once: each pass over the rows reads whole cache lines.
     const std::size_t group = 64 / sizeof(T);
-    std::vector<std::vector<T>> columns(std::min(group, width_));
+    std::vector<Sample<T>> columns(std::min(group, width_));
     for (std::size_t first = 0; first < width_; first += group) {
       const std::size_t size = std::min(group, width_ - first);
-      for (std::vector<T>& column : columns) column.clear();
-      each_row([&](std::int64_t i, const T* row) {
-        for (std::size_t j = 0; i % stride == 0 && j < size; ++j) columns[j].push_back(row[first + j]);
+      for (Sample<T>& column : columns) column.clear();
+      each_row([&](std::int64_t i, const T* row, double weight) {
+        for (std::size_t j = 0; i % stride == 0 && j < size; ++j) {
+          columns[j].values.push_back(row[first + j]);
+          if (!weights_.empty()) columns[j].weights.push_back(weight);
+        }
       });
       for (std::size_t j = 0; j < size; ++j) {
         poll_();
-        ColumnScale robust = robust_scale(columns[j]);
+        const Quantiles<T> quantile(columns[j]);
+        ColumnScale robust = robust_scale(quantile);
         ColumnScale& scale = scales_[first + j];
         const bool disagree = scale.log_scale - robust.log_scale >= std::log(kDisagreement) &&
-                              has_outliers(columns[j], robust.centre, first + j);
+                              has_outliers(quantile, robust.centre, first + j);
         if (!robust.how.empty() && (all || disagree)) scale = std::move(robust);
       }
     }
   }
 
-  bool has_outliers(const std::vector<T>& sorted, double median, std::size_t j) const {
+  bool has_outliers(const Quantiles<T>& quantile, double median, std::size_t j) const {
     const double farthest = std::max(static_cast<double>(high_[j]) - median, median - static_cast<double>(low_[j]));
-    const double ordinary = std::max(quantile(sorted, 0.99) - median, median - quantile(sorted, 0.01));
+    const double ordinary = std::max(quantile(0.99) - median, median - quantile(0.01));
     return farthest > kBeyond * ordinary;
   }
 
@@ -228,6 +293,7 @@ class ColumnScales {
 
   bool is_narrow_;
   std::span<const T> x_;
+  std::span<const double> weights_;
   std::vector<std::string> names_;
   std::size_t width_;
   const RowOrder& order_;

@@ -37,8 +37,10 @@
 #include "parallel.hpp"
 #include "row_order.hpp"
 #include "rows_outside.hpp"
+#include "sample_weights.hpp"
 #include "statistics.hpp"
 #include "training.hpp"
+#include "weighted_table.hpp"
 #include "wide_rows.hpp"
 
 namespace nvpflow {
@@ -57,8 +59,8 @@ constexpr double kSliceFlops = 16e9;
 
 /// The weight decay that is taken where none is given: a prior that weighs less the more rows there are. Measured by
 /// tests/bench/defaults.py; in proportion to columns / rows it cost half a nat on 18,000 rows of ten columns.
-double decay_of(std::int64_t columns, std::int64_t rows) {
-  const double share = 225.0 * static_cast<double>(columns) / static_cast<double>(std::max<std::int64_t>(1, rows));
+double decay_of(std::int64_t columns, double rows) {
+  const double share = 225.0 * static_cast<double>(columns) / std::max(1.0, rows);
   return std::min(1.0, share * share);
 }
 
@@ -70,6 +72,8 @@ constexpr double kFewCompared = 100;
 constexpr double kLeastGain = 50;
 /// Folds where nothing is said, and rows below which each of them is left out once.
 constexpr std::int64_t kFolds = 5, kLeaveOneOutRows = 10;
+
+const double* values_or_null(const std::vector<double>& values) { return values.empty() ? nullptr : values.data(); }
 
 /// Thrown through the preparation of a fit when the observer asks to stop.
 struct Stopped {};
@@ -88,8 +92,9 @@ struct Standardized {
 template <class T, class X>
 class Trainer {
  public:
-  Trainer(Flow& flow, std::span<const X> x, std::span<const X> validation, const FitOptions& options,
-          FitObserver* observer, const Context& context, const Context& validation_context, AdamState* adam)
+  Trainer(Flow& flow, std::span<const X> x, std::span<const X> validation, const FitWeights& weights,
+          const FitOptions& options, FitObserver* observer, const Context& context, const Context& validation_context,
+          AdamState* adam)
       : flow_(flow),
         spec_(flow.spec().behind_bounds()),
         options_(options),
@@ -98,6 +103,9 @@ class Trainer {
         features_(flow.spec().input_size),
         given_x_(x),
         given_validation_(validation),
+        given_weights_(weights),
+        weights_(weights.x.begin(), weights.x.end()),
+        validation_weights_(weights.validation.begin(), weights.validation.end()),
         context_(checked_context<T>(flow.spec(), "context", context, rows_in(x.size()))),
         validation_context_(checked_context<T>(flow.spec(), "the context of validation", validation_context,
                                                rows_in(validation.size()))),
@@ -156,8 +164,14 @@ class Trainer {
     take_rows();
     leave_out_far_rows();
     find_log_dets();
-    const TrainingData data = {x_.data(),         total_rows(),    validation_.data(),
-                               validation_rows(), context_.data(), validation_context_.data()};
+    const TrainingData data = {x_.data(),
+                               total_rows(),
+                               validation_.data(),
+                               validation_rows(),
+                               context_.data(),
+                               validation_context_.data(),
+                               values_or_null(weights_),
+                               values_or_null(validation_weights_)};
     std::vector<T> start = best_;
     if (standardized_.on) std::fill_n(start.begin(), 2 * features_, T(0));
     for (Run& fold : folds_) begin(fold, start, data);
@@ -372,7 +386,8 @@ class Trainer {
   void standardize_from(std::span<const Row> rows) {
     const RowOrder order = main_.rows.training();
     const auto look = [this] { poll(); };
-    ColumnScales scales(flow_.spec().dtype, rows, flow_.column_names(), features_, order, main_.rows.train(), look);
+    ColumnScales scales(flow_.spec().dtype, rows, weights_, flow_.column_names(), features_, order, main_.rows.train(),
+                        look);
     if (!standardizes() || (is_standardized() && !options_.restandardize)) {
       if (main_.rows.train() > 1) scales.require_variation();  // one row tells nothing of a column
       return;
@@ -389,7 +404,8 @@ class Trainer {
     const std::span<T> statistics = context_statistics(flow_.spec(), flow_.layout(), std::span<T>(best_));
     const bool is_set = std::any_of(statistics.begin(), statistics.end(), [](T v) { return v != T(0); });
     if (is_set && !options_.restandardize) return;
-    set_context_statistics(statistics, context_, main_.rows.training(), main_.rows.train(), [this] { poll(); });
+    set_context_statistics(statistics, context_, std::span<const double>(weights_), main_.rows.training(),
+                           main_.rows.train(), [this] { poll(); });
   }
 
   /// The layers that are set from the training rows, as the run's first layer sees them.
@@ -397,10 +413,11 @@ class Trainer {
     if (!has_started_layers(spec_)) return;
     StartRows<T> rows;
     rows.count = run.rows.train();
-    rows.read = [&](std::int64_t first, std::int64_t count, T* x, T* context) {
+    rows.read = [&](std::int64_t first, std::int64_t count, T* x, T* context, double* weights) {
       run.rows.shuffled(0).each(first, count, [&](std::int64_t i, std::int64_t row) {
         std::copy_n(x_.data() + row * features_, features_, x + i * features_);
         std::copy_n(context_.data() + row * context_size(), context_size(), context + i * context_size());
+        weights[i] = weight_at(weights_, row);
       });
     };
     StartOptions how = {slice_, threads_, options_.restandardize, false, flow_.column_names(), [this] { poll(); }};
@@ -414,16 +431,18 @@ class Trainer {
     const std::int64_t count = std::min(run.rows.train(), kMixtureRows);
     std::vector<T> rows(static_cast<std::size_t>(count * features_)), latents(rows.size());
     std::vector<T> context(static_cast<std::size_t>(count * context_size()));
+    std::vector<double> weights;
     run.rows.shuffled(0).each(0, count, [&](std::int64_t i, std::int64_t row) {
       std::copy_n(x_.data() + row * features_, features_, rows.data() + i * features_);
       std::copy_n(context_.data() + row * context_size(), context_size(), context.data() + i * context_size());
+      weights.push_back(weight_at(weights_, row));
     });
     Flow flow = without_bounds();
     flow.set_num_threads(threads_);
     flow.template set_parameters<T>(run.start);
     flow.template forward<T>(rows, std::span<T>(latents), {},
                              context.empty() ? Context() : Context(std::span<const T>(context)));
-    start_mixture<T>(flow_.spec(), flow_.layout(), run.start, latents, options_.seed);
+    start_mixture<T>(flow_.spec(), flow_.layout(), run.start, latents, weights, options_.seed);
   }
 
   /// By the weights that training starts from.
@@ -444,6 +463,7 @@ class Trainer {
   /// "row 7, counted from 0, is [0.5, 1.25]".
   std::string name_of_row(std::span<const X> given, std::size_t row) const {
     if (history_.rows_left_out > 0) return "one of those within max_deviation";
+    if (!weights_.empty()) return "one of those of weight above 0";
     constexpr std::int64_t kShown = 4;
     std::string values;
     for (std::int64_t j = 0; j < std::min(features_, kShown); ++j) {
@@ -497,19 +517,26 @@ class Trainer {
   void find_log_dets() {
     train_log_det_ = compared_log_det_ = standardized_.log_det;
     if (!is_bounded()) return;
-    const auto add = [](const std::vector<double>& log_det, const RowOrder& order, std::int64_t count, double& sum) {
-      order.each(0, count, [&](std::int64_t, std::int64_t row) { sum += log_det[static_cast<std::size_t>(row)]; });
+    struct Sums {
+      double log_det = 0, weight = 0;
     };
-    double train = 0, compared = 0;
-    add(bounded_x_.log_det, main_.rows.training(), main_.rows.train(), train);
-    std::int64_t rows = 0;
+    const auto add = [](const std::vector<double>& log_det, const std::vector<double>& weights, const RowOrder& order,
+                        std::int64_t count, Sums& to) {
+      order.each(0, count, [&](std::int64_t, std::int64_t row) {
+        const double weight = weight_at(weights, row);
+        to.log_det += weight * log_det[static_cast<std::size_t>(row)];
+        to.weight += weight;
+      });
+    };
+    Sums train, compared;
+    add(bounded_x_.log_det, weights_, main_.rows.training(), main_.rows.train(), train);
     for (const Run& run : compared_runs()) {
       const Selection of = selection(run);
-      add(has_array() ? bounded_validation_.log_det : bounded_x_.log_det, of.order, of.rows, compared);
-      rows += of.rows;
+      add(has_array() ? bounded_validation_.log_det : bounded_x_.log_det, weights_of_compared(), of.order, of.rows,
+          compared);
     }
-    train_log_det_ += train / static_cast<double>(main_.rows.train());
-    compared_log_det_ += compared / static_cast<double>(rows);
+    train_log_det_ += train.log_det / train.weight;
+    compared_log_det_ += compared.log_det / compared.weight;
   }
 
   /// Whether a row is within max_deviation of the standardize layer's mean. `most` is that in each column's unit, which
@@ -545,6 +572,7 @@ class Trainer {
     each_row_that_is(false, validation_, RowOrder(), validation_rows(), count);
     if (history_.rows_left_out == 0) return;
     const auto near_rows = [this](std::span<const T> x, std::span<const T> context, const std::vector<double>& log_det,
+                                  const std::vector<double>& weights,
                                   const RowOrder& order, std::int64_t rows) {
       Kept kept;
       each_row_that_is(true, x, order, rows, [&](const T* row, std::int64_t at) {
@@ -552,18 +580,21 @@ class Trainer {
         const T* given = context.data() + at * context_size();
         kept.context.insert(kept.context.end(), given, given + context_size());
         if (is_bounded()) kept.log_det.push_back(log_det[static_cast<std::size_t>(at)]);
+        if (!weights.empty()) kept.weights.push_back(weights[static_cast<std::size_t>(at)]);
       });
       return kept;
     };
     // Those set aside become an array of their own, so that no row changes sides.
     std::vector<double>&log_det = bounded_x_.log_det, &of_validation = bounded_validation_.log_det;
-    kept_validation_ = has_array()
-                           ? near_rows(validation_, validation_context_, of_validation, RowOrder(), validation_rows())
-                           : near_rows(x_, context_, log_det, main_.rows.validating(), main_.rows.held_out());
-    kept_ = near_rows(x_, context_, log_det, main_.rows.training(), main_.rows.train());
+    kept_validation_ =
+        has_array() ? near_rows(validation_, validation_context_, of_validation, validation_weights_, RowOrder(),
+                                validation_rows())
+                    : near_rows(x_, context_, log_det, weights_, main_.rows.validating(), main_.rows.held_out());
+    kept_ = near_rows(x_, context_, log_det, weights_, main_.rows.training(), main_.rows.train());
     x_ = kept_.rows, validation_ = kept_validation_.rows;
     context_ = kept_.context, validation_context_ = kept_validation_.context;
     log_det.swap(kept_.log_det), of_validation.swap(kept_validation_.log_det);
+    weights_.swap(kept_.weights), validation_weights_.swap(kept_validation_.weights);
     const bool lacks_validation = history_.validation_rows > 0 && folds_.empty() && validation_.empty();
     if (x_.empty() || lacks_validation) {
       fail(std::string(x_.empty() ? "x" : "validation") + " has no row within max_deviation " +
@@ -576,6 +607,7 @@ class Trainer {
   }
 
   void count_rows() {
+    scale_weights();
     check_folds();
     folds_.clear();
     const std::int64_t folds = std::min(num_folds(), total_rows());
@@ -589,14 +621,50 @@ class Trainer {
     for (const Run& fold : folds_) steps_ += fold.steps;
     history_.folds = folds;
     history_.train_rows = main_.rows.train();
+    history_.effective_rows = effective_rows(main_.rows);
     history_.validation_rows = folds > 0 ? total_rows() : has_array() ? validation_rows() : main_.rows.held_out();
   }
 
   void count_steps(Run& run) const {
     const std::int64_t train = run.rows.train();
     run.batch = rows_in_a_step(train);
-    run.weight_decay = options_.weight_decay.value_or(decay_of(features_, train));
+    run.weight_decay = options_.weight_decay.value_or(decay_of(features_, effective_rows(run.rows)));
     run.steps = (train + run.batch - 1) / run.batch;
+  }
+
+  // ---- weights of rows -------------------------------------------------------------------------------------------
+
+  static double weight_at(const std::vector<double>& weights, std::int64_t row) {
+    return weights.empty() ? 1.0 : weights[static_cast<std::size_t>(row)];
+  }
+
+  /// Sum of term(weight) over the rows order(0) .. order(count - 1).
+  template <class Term>
+  static double sum_over(const std::vector<double>& weights, const RowOrder& order, std::int64_t count, Term term) {
+    double sum = 0;
+    order.each(0, count, [&](std::int64_t, std::int64_t row) { sum += term(weight_at(weights, row)); });
+    return sum;
+  }
+
+  /// To mean 1 over the training rows, or over those of the validation array.
+  void scale_weights() {
+    if (weights_.empty()) return;
+    const auto itself = [](double weight) { return weight; };
+    const double of_training = sum_over(weights_, main_.rows.training(), main_.rows.train(), itself);
+    scale(weights_, static_cast<double>(main_.rows.train()) / of_training);
+    scale(validation_weights_, static_cast<double>(validation_weights_.size()) / sum_of(validation_weights_));
+  }
+
+  static void scale(std::vector<double>& weights, double factor) {
+    for (double& weight : weights) weight *= factor;
+  }
+
+  /// Training rows without weights that tell as much as these.
+  double effective_rows(const FitRows& rows) const {
+    if (weights_.empty()) return static_cast<double>(rows.train());
+    const RowOrder order = rows.training();
+    const double sum = sum_over(weights_, order, rows.train(), [](double weight) { return weight; });
+    return sum * sum / sum_over(weights_, order, rows.train(), [](double weight) { return weight * weight; });
   }
 
   // ---- one epoch -------------------------------------------------------------------------------------------------
@@ -702,6 +770,14 @@ class Trainer {
     return {std::min(run.rows.train(), kSelectionRows), run.rows.shuffled(0)};
   }
 
+  const std::vector<double>& weights_of_compared() const { return has_array() ? validation_weights_ : weights_; }
+
+  /// Of the rows of a selection.
+  double weight_of(const Selection& of) const {
+    if (weights_of_compared().empty()) return static_cast<double>(of.rows);
+    return sum_over(weights_of_compared(), of.order, of.rows, [](double weight) { return weight; });
+  }
+
   /// Calls f(first, count) for the rows of a selection in slices, until the observer asks to stop.
   template <class F>
   void each_slice(std::int64_t epoch, std::int64_t rows, F&& f) {
@@ -729,17 +805,16 @@ class Trainer {
   }
 
   double selection_loss(std::int64_t epoch) {
-    double sum = 0;
-    std::int64_t rows = 0;
+    double sum = 0, weight = 0;
     for (Run& run : compared_runs()) {
       const Selection of = selection(run);
       each_slice(epoch, of.rows, [&](std::int64_t first, std::int64_t count) {
         run.training->add_log_prob(has_array(), of.order, first, count);
       });
       sum += run.training->report().sum_log_prob;
-      rows += of.rows;
+      weight += weight_of(of);
     }
-    return -sum / static_cast<double>(rows) - compared_log_det_;
+    return -sum / weight - compared_log_det_;
   }
 
   /// Takes the weights of now into their average.
@@ -775,10 +850,19 @@ class Trainer {
     const bool exact = options_.max_round_trip == 0 || round_trip(main_.start.data(), 0) <= options_.max_round_trip;
     if (is_interrupted()) throw Stopped();
     if (!exact) return;
-    for (Run& run : compared_runs()) append_log_prob(run, run.start.data(), start_log_prob_);
-    double sum = 0;
-    for (const double value : start_log_prob_) sum += value;
-    const double loss = -sum / static_cast<double>(start_log_prob_.size()) - compared_log_det_;
+    for (Run& run : compared_runs()) {
+      append_log_prob(run, run.start.data(), start_log_prob_);
+      const Selection of = selection(run);
+      of.order.each(0, of.rows, [this](std::int64_t, std::int64_t row) {
+        start_weights_.push_back(weight_at(weights_of_compared(), row));
+      });
+    }
+    double sum = 0, weight = 0;
+    for (std::size_t i = 0; i < start_log_prob_.size(); ++i) {
+      sum += start_weights_[i] * start_log_prob_[i];
+      weight += start_weights_[i];
+    }
+    const double loss = -sum / weight - compared_log_det_;
     if (!std::isfinite(loss)) return start_log_prob_.clear();
     history_.best_loss = history_.initial_loss = loss;
   }
@@ -817,16 +901,17 @@ class Trainer {
   bool beats_start() {
     std::vector<double> now;
     for (Run& run : compared_runs()) append_log_prob(run, candidate(run), now);
-    double sum = 0, squares = 0;
-    const auto rows = static_cast<double>(now.size());
+    double sum = 0, squares = 0, weight = 0, weight_squares = 0;
     for (std::size_t i = 0; i < now.size(); ++i) {
-      const double gain = now[i] - start_log_prob_[i];
-      sum += gain, squares += gain * gain;
+      const double gain = now[i] - start_log_prob_[i], own = start_weights_[i];
+      sum += own * gain, squares += own * gain * gain;
+      weight += own, weight_squares += own * own;
     }
-    const double mean = sum / rows;
+    const double rows = weight * weight / weight_squares;  // without weights that tell as much
+    const double mean = sum / weight;
     const double errors = rows < kFewCompared ? 3 : 2;
-    if (rows < kFewCompared && sum < kLeastGain) return false;
-    return rows > 1 && mean > errors * std::sqrt(std::max(squares / rows - mean * mean, 0.0) / (rows - 1));
+    if (rows < kFewCompared && sum * (rows / weight) < kLeastGain) return false;
+    return rows > 1 && mean > errors * std::sqrt(std::max(squares / weight - mean * mean, 0.0) / (rows - 1));
   }
 
   /// Flow::round_trip_error of the selection, by the flow as it would compute with these weights; of the rows that the
@@ -878,6 +963,11 @@ class Trainer {
       of_contexts = fingerprint(context_.data(), context_.size_bytes(), look);
       of_contexts ^= fingerprint(validation_context_.data(), validation_context_.size_bytes(), look) << 1;
     }
+    std::uint64_t of_weights = 0;
+    if (!weights_.empty()) {
+      of_weights = fingerprint(given_weights_.x.data(), given_weights_.x.size_bytes(), look);
+      of_weights ^= fingerprint(given_weights_.validation.data(), given_weights_.validation.size_bytes(), look) << 1;
+    }
     FitOptions taken = options_;
     taken.batch_size = main_.batch;
     taken.weight_decay = main_.weight_decay;
@@ -885,6 +975,7 @@ class Trainer {
             taken,
             of(given_x_) ^ (of(given_validation_) << 1),
             of_contexts,
+            of_weights,
             rows_in(given_x_.size()),
             rows_in(given_validation_.size()),
             main_.steps};
@@ -924,16 +1015,19 @@ class Trainer {
   FitObserver& observer_;
   std::int64_t features_;
   std::span<const X> given_x_, given_validation_;  // as the caller gave them
+  FitWeights given_weights_;                       // the same
+  // Scaled; empty: all rows count alike.
+  std::vector<double> weights_, validation_weights_;
   bool taken_ = false;                             // x_ and validation_ are there
   std::span<const T> x_, validation_;              // what is trained on and compared by: those, or
   BoundedRows bounded_x_, bounded_validation_;     // without rows from take_rows() on; empty where there are no bounds
   Standardized standardized_;
   std::vector<T> own_x_, own_validation_;            // these, or
   double train_log_det_ = 0, compared_log_det_ = 0;  // mean of what the rows have been through before the run
-  /// Rows that are not left out, and their context.
+  /// Rows that are not left out, their context and what belongs to them.
   struct Kept {
     std::vector<T> rows, context;
-    std::vector<double> log_det;
+    std::vector<double> log_det, weights;
   };
   Kept kept_, kept_validation_;                      // these, where rows are left out
   std::span<const T> context_, validation_context_;  // of x_ and validation_
@@ -944,6 +1038,7 @@ class Trainer {
   std::vector<T> probe_rows_, probe_context_;
   std::vector<T> best_;                 // before the first epoch is done, the parameters that training starts from
   std::vector<double> start_log_prob_;  // of the rows that epochs are compared by; empty: the start is no candidate
+  std::vector<double> start_weights_;   // of these rows
   bool average_is_better_ = false;
   double max_deviation_ = 0;                             // 0: no row is left out
   std::int64_t slice_ = 0, steps_ = 0, done_steps_ = 0;  // steps of all runs in an epoch
@@ -994,13 +1089,42 @@ Statistics parse_statistics(std::string_view name) {
   fail("standardize is '" + std::string(name) + "', expected one of auto, mean, robust");
 }
 
+namespace {
+
+/// T: of the flow. Rows of X: as those of a Trainer.
+template <class T, class X>
+History train(Flow& flow, std::span<const X> x, std::span<const X> validation, const FitWeights& weights,
+              const FitOptions& options, FitObserver* observer, const Context& context,
+              const Context& validation_context, AdamState* adam) {
+  if (!validation.empty() && weights.x.empty() != weights.validation.empty()) {
+    fail(std::string("the weights of ") + (weights.x.empty() ? "x" : "validation") +
+         " are missing, expected weights of both or of none; ones count rows alike");
+  }
+  const WeightedTable<T, X> trained(flow.spec(), {"x", "context", "sample_weight"}, x, context, weights.x);
+  const WeightedTable<T, X> held_out(flow.spec(),
+                                     {"validation", "the context of validation", "the weights of validation"},
+                                     validation, validation_context, weights.validation);
+  return Trainer<T, X>(flow, trained.rows(), held_out.rows(), FitWeights(trained.weights(), held_out.weights()),
+                       options, observer, trained.context(), held_out.context(), adam)
+      .run();
+}
+
+}  // namespace
+
 template <class T>
 History fit(Flow& flow, std::span<const T> x, std::span<const T> validation, const FitOptions& options,
             FitObserver* observer, const Context& context, const Context& validation_context, AdamState* adam) {
+  return fit(flow, x, validation, FitWeights({}), options, observer, context, validation_context, adam);
+}
+
+template <class T>
+History fit(Flow& flow, std::span<const T> x, std::span<const T> validation, const FitWeights& weights,
+            const FitOptions& options, FitObserver* observer, const Context& context, const Context& validation_context,
+            AdamState* adam) {
   const FloatMode mode;  // also for what the training itself computes; the observer is called in it
   if constexpr (std::is_same_v<T, double>) {
     if (takes_float64_rows(flow.spec())) {
-      return Trainer<float, T>(flow, x, validation, options, observer, context, validation_context, adam).run();
+      return train<float, T>(flow, x, validation, weights, options, observer, context, validation_context, adam);
     }
   }
   if (flow.spec().dtype != (sizeof(T) == 4 ? DType::float32 : DType::float64)) {
@@ -1010,12 +1134,16 @@ History fit(Flow& flow, std::span<const T> x, std::span<const T> validation, con
                                                                 "with a standardize layer"
                                                               : ""));
   }
-  return Trainer<T, T>(flow, x, validation, options, observer, context, validation_context, adam).run();
+  return train<T, T>(flow, x, validation, weights, options, observer, context, validation_context, adam);
 }
 
 template History fit(Flow&, std::span<const float>, std::span<const float>, const FitOptions&, FitObserver*,
                      const Context&, const Context&, AdamState*);
 template History fit(Flow&, std::span<const double>, std::span<const double>, const FitOptions&, FitObserver*,
                      const Context&, const Context&, AdamState*);
+template History fit(Flow&, std::span<const float>, std::span<const float>, const FitWeights&, const FitOptions&,
+                     FitObserver*, const Context&, const Context&, AdamState*);
+template History fit(Flow&, std::span<const double>, std::span<const double>, const FitWeights&, const FitOptions&,
+                     FitObserver*, const Context&, const Context&, AdamState*);
 
 }  // namespace nvpflow

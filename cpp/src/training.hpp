@@ -37,17 +37,19 @@ inline double cosine(double rate, double progress) { return rate * 0.5 * (1 + st
 
 /// Rows of a training run, in the host's memory; they outlive it.
 struct TrainingData {
-  const void* x = nullptr;                   ///< [rows, D]
-  std::int64_t rows = 0;                     ///< of x
-  const void* validation = nullptr;          ///< null: none of its own
-  std::int64_t validation_rows = 0;          ///< of validation
-  const void* context = nullptr;             ///< [rows, C], of the flow's dtype; null: the flow has none
-  const void* validation_context = nullptr;  ///< [validation_rows, C]
+  const void* x = nullptr;                     ///< [rows, D]
+  std::int64_t rows = 0;                       ///< of x
+  const void* validation = nullptr;            ///< null: none of its own
+  std::int64_t validation_rows = 0;            ///< of validation
+  const void* context = nullptr;               ///< [rows, C], of the flow's dtype; null: the flow has none
+  const void* validation_context = nullptr;    ///< [validation_rows, C]
+  const double* weights = nullptr;             ///< [rows], above 0, of mean 1 over those trained on; null: all are 1
+  const double* validation_weights = nullptr;  ///< [validation_rows]
 };
 
 /// What the work since the last report came to.
 struct TrainingReport {
-  double sum_log_prob = 0;    ///< over all rows since then, float64
+  double sum_log_prob = 0;    ///< by weight, over all rows since then, float64
   double gradient_norm = 0;   ///< of the last update, before clipping
   std::int64_t bad_step = 0;  ///< AdamStep::step of the first update that was refused; 0: none
   bool bad_loss = false;      ///< because of its loss, else of its gradient's norm
@@ -60,7 +62,7 @@ class Training {
  public:
   virtual ~Training() = default;
 
-  /// Forms the gradient of -(1 / total_rows) times the sum of log p over rows order(first), ...,
+  /// Forms the gradient of -(1 / total_rows) times the sum by weight of log p over rows order(first), ...,
   /// order(first + count - 1) of x; with `accumulate` adds to the one before: a batch may come in slices.
   virtual void gradient(const RowOrder& order, std::int64_t first, std::int64_t count, std::int64_t total_rows,
                         bool accumulate) = 0;
@@ -68,7 +70,7 @@ class Training {
   /// weight_decay acts on kernels only. Where the batch's loss or the gradient's norm is not finite it is refused, as
   /// is every later one.
   virtual void update(const AdamStep& step, double clip_norm) = 0;
-  /// Adds log p of rows of x, or of the validation rows, to the report's sum.
+  /// Adds log p by weight of rows of x, or of the validation rows, to the report's sum.
   virtual void add_log_prob(bool validation, const RowOrder& order, std::int64_t first, std::int64_t count) = 0;
 
   /// Waits for all of the above.

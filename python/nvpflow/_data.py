@@ -304,6 +304,7 @@ def require_density(
     heavy_tails: bool = False,
     allow_degenerate: bool = False,
     bounds: Bounds | None = None,
+    effective: float | None = None,
 ) -> DataReport:
     """Raise ValueError where `rows` [N, D] have no density, naming everything; warn once of everything else.
 
@@ -311,13 +312,15 @@ def require_density(
 
     `trained`: mean and standard deviation of the flow's standardize layer, where it has been set; see `trained_scales`.
     `framed`: whether they came in a frame. `heavy_tails`: far rows are what the flow's base is for. `bounds`: the
-    flow's.
+    flow's. `effective`: how many rows they are good for by weight.
     """
     labels = _frames.labels(names, rows.shape[1])
     if len(rows) == 0:
         return DataReport(0, tuple(labels), ())  # which the training loop refuses
-    columns = list(range(rows.shape[1]))
-    found = _look_at(rows, labels, columns, dtype, standardize, trained, framed=framed, bounds=bounds)
+    places = list(range(rows.shape[1]))
+    found = _look_at(
+        rows, labels, places, dtype, standardize, trained, framed=framed, bounds=bounds, effective=effective
+    )
     if allow_degenerate:
         found = [replace(f, severity="warning") if f.kind in ("copy", "dependent") else f for f in found]
     report = DataReport(len(rows), tuple(labels), tuple(f for f in found if not (heavy_tails and f.kind == "outliers")))
@@ -508,6 +511,7 @@ def _look_at(
     *,
     framed: bool = False,
     bounds: Bounds | None = None,
+    effective: float | None = None,
 ) -> list[Finding]:
     """Look at rows [N, D]; `numbers` are the places of their columns in the whole table, which `labels` name."""
     columns = rows.shape[1]
@@ -524,6 +528,7 @@ def _look_at(
         again=again,
         framed=framed,
         outside=outside,
+        effective=effective,
     )
     with np.errstate(all="ignore"):
         for block in _blocks(rows, bounds) if columns else ():
@@ -635,7 +640,8 @@ class _Look:
     """One look at what was measured of a table, and at a sample of its rows [n, D].
 
     `numbers` are the places of the columns in the whole table, which `labels` name. `again` yields all rows once more;
-    None: they are gone, and the sample has to do. `framed`: whether they came in a frame.
+    None: they are gone, and the sample has to do. `framed`: whether they came in a frame. `effective`: how many rows
+    they are good for by weight; None: all.
     """
 
     _argument = "x"
@@ -654,9 +660,11 @@ class _Look:
         again: Callable[[], Iterator[Array]] | None = None,
         framed: bool = False,
         outside: _Outside | None = None,
+        effective: float | None = None,
     ) -> None:
         self._measures, self._own, self._again, self._framed = measures, own, again, framed
         self._outside, self._bounds = outside, None if outside is None else outside.bounds
+        self._effective = effective
         self._labels, self._numbers = labels, numbers
         self._standardize, self._trained, self._dtype = standardize, trained, dtype
         wide = own.name if own.kind == "f" else "float64"
@@ -704,8 +712,11 @@ class _Look:
             if self._measures.count >= 2:  # one row tells nothing of a column
                 self._columns()
                 self._dependence()
-        if rows < _ROWS_PER_COLUMN * columns:
-            text = f"{rows:,} row{'s are' if rows > 1 else ' is'} few for {columns:,} columns"
+        effective = rows if self._effective is None else self._effective
+        if effective < _ROWS_PER_COLUMN * columns:
+            by_weight = "" if effective == rows else f", by weight as good as {effective:.3g},"
+            are = "s are" if rows > 1 else " is"
+            text = f"{rows:,} row{are.replace(' ', f'{by_weight} ')} few for {columns:,} columns"
             remedy = (
                 f"give {_ROWS_PER_COLUMN} for each column at least; with fewer a Gaussian is mostly the better "
                 "density, and the validation rows are too few to tell"

@@ -53,7 +53,9 @@ def _without_what_is_linear(train: Array, rows: Array, contexts: tuple[Array, Ar
     return train - given @ slopes, rows - others @ slopes
 
 
-def shrunk_log_prob(train: Array, rows: Array, given: int = 0) -> NDArray[np.float64]:
+def shrunk_log_prob(
+    train: Array, rows: Array, given: int = 0, *, weights: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
     """Return log p [B] in nats under a Gaussian that few training rows are enough for.
 
     Its correlations are shrunk towards none (Ledoit and Wolf, 2004), so that their matrix is never singular.
@@ -66,6 +68,8 @@ def shrunk_log_prob(train: Array, rows: Array, given: int = 0) -> NDArray[np.flo
         Rows [B, D].
     given
         How many of the last columns are a context: the density is that of the others under it.
+    weights
+        Of the training rows [N]. None: all count alike.
 
     Raises
     ------
@@ -73,11 +77,13 @@ def shrunk_log_prob(train: Array, rows: Array, given: int = 0) -> NDArray[np.flo
         A column of `train` is constant.
     """
     train, rows = train.astype(np.float64), rows.astype(np.float64)
-    mean, std = train.mean(axis=0), train.std(axis=0)
+    shares = np.full(len(train), 1 / len(train)) if weights is None else weights / weights.sum()
+    mean = shares @ train
+    std = np.sqrt(shares @ np.square(train - mean))
     if not std.all():
         raise np.linalg.LinAlgError("train has a constant column, expected none; leave it out")
     z = (train - mean) / std
-    deviations, correlations = (rows - mean) / std, _shrunk_correlations(z)
+    deviations, correlations = (rows - mean) / std, _shrunk_correlations(z, shares)
     density = _log_density(deviations, correlations)
     own = len(std) - given
     if given:
@@ -86,14 +92,16 @@ def shrunk_log_prob(train: Array, rows: Array, given: int = 0) -> NDArray[np.flo
     return density
 
 
-def _shrunk_correlations(z: Array) -> Array:
-    """Return the mean of their outer products and the identity, weighted, for rows [N, D] of unit variance."""
-    count, columns = z.shape
-    correlations: Array = z.T @ z / count
-    target = np.eye(columns)
+def _shrunk_correlations(z: Array, shares: NDArray[np.float64]) -> Array:
+    """Return the mean of their outer products and the identity, weighted, for rows [N, D] of unit variance.
+
+    shares [N], which add up to 1: what each row counts for.
+    """
+    correlations: Array = (z * shares[:, None]).T @ z
+    target = np.eye(z.shape[1])
     distance = np.square(correlations - target).sum()
     # The mean square by which the outer products of single rows differ from their mean.
-    noise = (np.square(np.square(z).sum(axis=1)).mean() - np.square(correlations).sum()) / count
+    noise = (shares @ np.square(np.square(z).sum(axis=1)) - np.square(correlations).sum()) * (shares @ shares)
     weight = float(np.clip(noise / distance, 0, 1)) if distance > 0 else 1.0
     return (1 - weight) * correlations + weight * target
 

@@ -10,10 +10,8 @@ from typing import NoReturn, ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_NO_WEIGHTS = (
-    "rows have no weights yet: draw rows in proportion to their weights, x[rng.choice(len(x), len(x), p=w / w.sum())], "
-    "or weight the loss of nvpflow.torch.FlowModule"
-)
+_WEIGHTS = "a weight for each row is called sample_weight"
+_NO_WEIGHTS = "weights of rows are for fit, nll, nll_gradient and score; here weigh the result for each row"
 _BOUNDS = "bounds of columns belong to the flow: nvpflow.build(bounds={'share': (0, 1)})"
 _BASE = "the base belongs to the flow: nvpflow.build(base=)"
 _ABOUT = {
@@ -23,10 +21,11 @@ _ABOUT = {
     "temperature": "Flow.sample, Flow.sample_and_log_prob and Flow.log_prob have a temperature",
     "context": "a view of Flow.condition has its context already, and an estimator takes it in X",
     # By position, behind the arguments that there are.
-    "": "a context and options are given by name, context=c; rows have no weights yet",
+    "": "a context and options are given by name, context=c",
 }
 # What others call an argument, for functions that have it under its own name.
 _RENAMED = {
+    "sample_weight": (("sample_weights", "weight", "weights", "w", "importance"), _WEIGHTS),
     "n": (("n_samples", "num_samples", "size", "shape", "sample_shape"), "the number of rows is called n"),
     "x": (("X", "data", "value", "inputs", "input", "theta", "samples"), "the rows are called x"),
     "X": (("x", "data", "value", "inputs", "input", "theta", "samples"), "the rows are called X"),
@@ -101,7 +100,7 @@ def explained(function: Callable[P, R]) -> Callable[P, R]:
         called = f"{type(args[0]).__name__}.{call.__name__}" if is_method and args else call.__qualname__
         if len(args) > by_position:
             most, given = by_position - is_method, len(args) - is_method
-            hint = about("") if "context" in known else _NO_WEIGHTS if "X" in known else ""
+            hint = about("") if "context" in known else ""
             raise TypeError(
                 f"{called}() takes at most {most} positional argument(s), got {given}{'; ' if hint else ''}{hint}"
             )

@@ -248,6 +248,8 @@ def _add_fit(commands: Any) -> None:
     table = fit.add_argument_group("table")
     context_help = "columns that condition the others: the model is p(others | these); named as for --columns"
     _add_context_columns(table, context_help)
+    weight_help = "what each row counts for, at least 0: a column that is not a part of the rows (default: none)"
+    _add_option(table, "--weight-column", metavar="NAME", help=weight_help)
     _add_reading(table)
 
 
@@ -548,10 +550,11 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 class _Data(NamedTuple):
-    """The rows of a table with their context, which may be none, and the names that the table has."""
+    """The rows of a table with their context and weights, which may be none, and the names that the table has."""
 
     rows: Any
     context: Any
+    weights: Any
     names: list[str] | None
     context_names: list[str] | None
 
@@ -593,7 +596,9 @@ def _run_fit(arguments: argparse.Namespace) -> None:
         _write_history(arguments.history, history, force=arguments.force)
     say(history)
     kind, count = ("held-out", history.validation_rows) if history.validation_rows else ("training", history.train_rows)
-    say(f"{kind} log-likelihood: {-history.best_loss:.4f} nats per row (epoch {history.best_epoch}, {count:,} rows)")
+    by_weight = "" if data.weights is None else " by weight"
+    said = f"{kind} log-likelihood{by_weight}: {-history.best_loss:.4f} nats per row"
+    say(f"{said} (epoch {history.best_epoch}, {count:,} rows)")
     say(f"model written to {arguments.output}")
 
 
@@ -725,6 +730,7 @@ def _train(arguments: argparse.Namespace, flow: nvpflow.Flow, data: _Data, valid
         history = flow.fit(
             data.rows,
             context=data.context,
+            sample_weight=data.weights,
             validation=validation,
             **_fit_options(arguments),
             progress=False if arguments.quiet else None,
@@ -758,11 +764,11 @@ def _read(
     """Return what a table holds, which must have the model's columns."""
     reading = _reading(arguments, for_density=model is None)
     with data_io.open_table(source, _in_place(reading) if in_place else reading, model) as table:
-        rows, context = table.read(dtype, wide=wide)
+        rows, context, weights = table.read(dtype, wide=wide)
     _say_notes(arguments, table)
     if len(rows) == 0:
         raise data_io.DataError(f"{source}: no rows")
-    return _Data(rows, context, table.names, None if context is None else table.context_names)
+    return _Data(rows, context, weights, table.names, None if context is None else table.context_names)
 
 
 def _reading(arguments: argparse.Namespace, **more: Any) -> data_io.Reading:
@@ -771,6 +777,7 @@ def _reading(arguments: argparse.Namespace, **more: Any) -> data_io.Reading:
         columns=arguments.columns,
         drop=arguments.drop or (),
         context=arguments.context_columns,
+        weight=getattr(arguments, "weight_column", None),
         missing=arguments.missing,
         delimiter=arguments.delimiter,
         **more,
@@ -804,7 +811,7 @@ def _model_columns(arguments: argparse.Namespace, flow: nvpflow.Flow) -> data_io
 
 
 def _validation(arguments: argparse.Namespace, data: _Data) -> Any:
-    """Return the share of rows to hold out, or the rows of the table that --validation names, with their context."""
+    """Return the share of rows to hold out, or the rows of the table that --validation names, with all beside them."""
     if not arguments.validation.strip():
         raise data_io.DataError("--validation is empty, expected a share of the rows such as 0.1, or a table")
     try:
@@ -814,7 +821,8 @@ def _validation(arguments: argparse.Namespace, data: _Data) -> Any:
         size = 0 if data.context is None else data.context.shape[1]
         model = data_io.ModelColumns(data.rows.shape[1], names[0], size, names[1])
         found = _read(arguments, arguments.validation, arguments.dtype, model, wide=_standardizes(arguments))
-        return found.rows if found.context is None else (found.rows, found.context)
+        parts = [part for part in (found.rows, found.context, found.weights) if part is not None]
+        return tuple(parts) if len(parts) > 1 else found.rows
 
 
 def _run_score(arguments: argparse.Namespace) -> None:
@@ -926,7 +934,7 @@ def _contexts(arguments: argparse.Namespace, flow: nvpflow.Flow) -> tuple[Any, l
         delimiter=arguments.delimiter,
     )
     with data_io.open_table(source, reading, _model_columns(arguments, flow)) as table:
-        _, contexts = table.read(flow.spec.dtype)
+        contexts = table.read(flow.spec.dtype).context
     _say_notes(arguments, table)
     assert contexts is not None
     _check_range(source, contexts, table.context_names or flow.context_names, flow.spec.dtype)
@@ -1013,7 +1021,7 @@ def _run_check(arguments: argparse.Namespace) -> int:
             *(called, spec.input_size, spec.dtype, standardizes, _data.trained_scales(flow)), bounds=bounds_of(spec)
         )
         beside = _look_at_contexts(flow, table)
-        for rows, contexts in table.chunks(spec.dtype, wide=spec._takes_float64_rows):
+        for rows, contexts, _ in table.chunks(spec.dtype, wide=spec._takes_float64_rows):
             look.add(rows)
             if contexts is not None:
                 beside.add(contexts)

@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -48,6 +48,8 @@ class Reading:
     context
         Columns that condition the rows and are not a part of them, as `columns` names them. None: those that the model
         knows by name.
+    weight
+        The column that says what each row counts for, which is not a part of the rows. None: there is none.
     context_only
         The table holds contexts and no rows. Without `context` and names, of the model or of the table, every column
         is one of the context.
@@ -71,6 +73,7 @@ class Reading:
     columns: Sequence[str] | None = None
     drop: Sequence[str] = ()
     context: Sequence[str] | None = None
+    weight: str | None = None
     context_only: bool = False
     keep: Sequence[str] = ()
     append: bool = False
@@ -95,12 +98,22 @@ class ModelColumns:
 class Block:
     """Rows [n, columns] that can be used, float64 or of the file's own dtype.
 
-    Beside them their context [n, context columns], where the table has one, and the columns handed on.
+    Beside them their context [n, context columns] and their weights [n], where the table has such, and the columns
+    handed on.
     """
 
     rows: Array
     context: Array | None
     passed: Any
+    weights: Array | None = None
+
+
+class Content(NamedTuple):
+    """Rows [n, columns], their context [n, context columns] and their weights [n]; None where the table has none."""
+
+    rows: Array
+    context: Array | None
+    weights: Array | None
 
 
 # ----------------------------------------------------------------------------------------------------------- table
@@ -138,7 +151,11 @@ class Table:
         if source.names is None or source.names != [name.strip() for name in known or ()]:
             self._problems.notes += source.notes
         self._context = self._select_context(model)
-        self._problems.needed = set(self._context)
+        self._weight = [] if reading.weight is None else self._found("--weight-column", [reading.weight])
+        if self._weight and self._weight[0] in self._context:
+            column = self._problems.column(self._weight[0])
+            raise DataError(f"{self.name}: --weight-column names {column}, a column of the context")
+        self._problems.needed = {*self._context, *self._weight}
         self._used, self._passed = self._select(known)
         self.columns = len(self._used)
         self.names = None if source.names is None else [source.names[i] for i in self._used]
@@ -174,9 +191,11 @@ class Table:
         chosen = None if reading.columns is None else self._found("--columns", reading.columns)
         drop, keep = self._found("--drop", reading.drop), self._found("--keep", reading.keep)
         for option, given in (("--columns", chosen), ("--drop", drop)):
-            if both := [self._problems.column(i) for i in given or () if i in self._context]:
-                raise DataError(f"{self.name}: {option} names {both[0]}, a column of the context; leave it out there")
-        left_out = {*drop, *self._context, *(i for i in keep if self._name(i).strip() not in known)}
+            if both := [i for i in given or () if i in self._problems.needed]:
+                what = "that of the weights" if both[0] in self._weight else "a column of the context"
+                named = f"{option} names {self._problems.column(both[0])}"
+                raise DataError(f"{self.name}: {named}, {what}; leave it out there")
+        left_out = {*drop, *self._problems.needed, *(i for i in keep if self._name(i).strip() not in known)}
         if reading.context_only:
             chosen = []
         if chosen is None:
@@ -275,7 +294,8 @@ class Table:
         """Yield the rows. A table that cannot be used is read to its end, and everything said in one DataError."""
         problems, own = self._problems, self.columns
         look = None
-        pieces = self._source.pieces([*self._used, *self._context], self._passed, self._reading.typed, problems)
+        beside = [*self._context, *self._weight]
+        pieces = self._source.pieces([*self._used, *beside], self._passed, self._reading.typed, problems)
         for number, piece in enumerate(pieces):
             rows, passed = piece.rows, piece.passed
             if rows.dtype.kind == "f" and rows.size and np.isnan(rows.min()):
@@ -288,7 +308,7 @@ class Table:
                     rows = rows[complete]
                     passed = None if passed is None else passed.filter(complete)
             if not problems:
-                yield Block(rows[:, :own], rows[:, own:], passed) if self._context else Block(rows, None, passed)
+                yield self._block(rows, passed) if beside else Block(rows, None, passed)
             elif number == 0 and self._reading.for_density and own:  # else some rows have gone, and no look is whole
                 look = RunningLook(self.names, own, "float64", True)
             if look is not None:
@@ -297,6 +317,15 @@ class Table:
         if look is not None:
             problems.general += self._without_density(look)
         problems.raise_all()
+
+    def _block(self, rows: Array, passed: Any) -> Block:
+        context, weights = self.columns, self.columns + len(self._context)
+        return Block(
+            rows[:, :context],
+            rows[:, context:weights] if self._context else None,
+            passed,
+            rows[:, weights] if self._weight else None,
+        )
 
     def _without_density(self, look: RunningLook) -> list[str]:
         """Return what else rules out a density of the columns that are numbers."""
@@ -310,24 +339,25 @@ class Table:
     def _refuse(self, gaps: Array, piece: Piece) -> None:
         for j in np.flatnonzero(gaps.any(axis=0)):
             where = np.flatnonzero(gaps[:, j])
-            column = (self._used + self._context)[j]
+            column = (self._used + self._context + self._weight)[j]
             known = self._problems.missing.get(column)
             wanted = where[: SHOWN - len(known.first)] if known else where[:SHOWN]
             first = piece.labels(wanted.tolist()) if len(wanted) else []
             self._problems.add_missing(column, len(where), first)
 
-    def chunks(self, dtype: str, *, wide: bool = False) -> Iterator[tuple[Array, Array | None]]:
+    def chunks(self, dtype: str, *, wide: bool = False) -> Iterator[Content]:
         """Yield the rows in C-contiguous arrays of `dtype`, of bounded size; wide: of float64 where that rounds.
 
-        Beside them their context, of `dtype` or of float64 where that rounds.
+        Beside them their context, of `dtype` or of float64 where that rounds, and their weights, of float64.
         """
         for block in self.blocks():
             context = None if block.context is None else converted(block.context, dtype, wide=True)
-            yield converted(block.rows, dtype, wide=wide), context
+            weights = None if block.weights is None else converted(block.weights, "float64")
+            yield Content(converted(block.rows, dtype, wide=wide), context, weights)
 
-    def read(self, dtype: str, *, wide: bool = False) -> tuple[Array, Array | None]:
+    def read(self, dtype: str, *, wide: bool = False) -> Content:
         """Return all of this as one array each; a `.npy` of rows of that dtype stays on disk, mapped."""
-        if self._context:
+        if self._context or self._weight:
             return self._joined(dtype, wide=wide)
         mapped = self._source.mapped()
         whole = mapped is not None and self._used == list(range(self._source.width)) and mapped.flags.c_contiguous
@@ -335,17 +365,24 @@ class Table:
             for _ in self.blocks():
                 pass  # what is wrong with it
             if not self.incomplete or self._reading.missing == "nan":
-                return mapped, None
-            return np.ascontiguousarray(mapped[~np.isnan(mapped).any(axis=1)]), None
+                return Content(mapped, None, None)
+            return Content(np.ascontiguousarray(mapped[~np.isnan(mapped).any(axis=1)]), None, None)
         return self._joined(dtype, wide=wide)
 
-    def _joined(self, dtype: str, *, wide: bool) -> tuple[Array, Array | None]:
+    def _joined(self, dtype: str, *, wide: bool) -> Content:
         rows, context = _Growing(self.columns, dtype, self.rows), _Growing(len(self._context), dtype, self.rows)
-        for block, beside in self.chunks(dtype, wide=wide):
-            rows.add(block)
-            if beside is not None:
-                context.add(beside)
-        return rows.whole(), context.whole() if self._context else None
+        weights = _Growing(1, "float64", self.rows)
+        for chunk in self.chunks(dtype, wide=wide):
+            rows.add(chunk.rows)
+            if chunk.context is not None:
+                context.add(chunk.context)
+            if chunk.weights is not None:
+                weights.add(chunk.weights[:, None])
+        return Content(
+            rows.whole(),
+            context.whole() if self._context else None,
+            weights.whole()[:, 0] if self._weight else None,
+        )
 
 
 class _Growing:

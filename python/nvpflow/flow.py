@@ -481,7 +481,8 @@ class Flow(Model):
         x: ArrayLike,
         *,
         context: ArrayLike | None = None,
-        validation: float | ArrayLike | tuple[ArrayLike, ArrayLike] | None = 0.1,
+        sample_weight: ArrayLike | None = None,
+        validation: float | ArrayLike | tuple[ArrayLike, ...] | None = 0.1,
         epochs: int = 100,
         batch_size: int | None = None,
         learning_rate: float = 3e-3,
@@ -527,9 +528,18 @@ class Flow(Model):
             Of a flow with a context: [N, C], all finite, a row for each row of x; the flow then learns p(x | c). Where
             the flow standardizes its context and has not yet, its mean and standard deviation are set first. A frame
             gives the flow its `context_names`, as one of x gives it its column names.
+        sample_weight
+            What each row counts for, [N]: finite numbers of at least 0, not all of them 0; only their ratios matter.
+            The loss is then ``-sum(w * log p) / sum(w)``, in each update, in the comparison of epochs and in `History`.
+            Rows that are set aside take their weights along. What is set from the rows before training is set from
+            weighted moments and quantiles. The automatic `weight_decay`, the warnings of few rows and the Gaussian
+            that the flow is compared with go by weight, too (`History.effective_rows`). A row of weight 0 counts as
+            absent, but must be finite. A negative weight is refused: with it the loss has no minimum. Weights that are
+            all 1 train the same flow, bit for bit, as none. A checkpoint knows the weights.
         validation
-            A share of the rows in [0, 1) to set aside, drawn by `seed`. Or rows [M, D] of their own; with a context a
-            tuple (rows [M, D], context [M, C]). Or None.
+            A share of the rows in [0, 1) to set aside, drawn by `seed`. Or rows [M, D] of their own: with a context a
+            tuple (rows, context [M, C]), with `sample_weight` (rows, weights [M]), with both (rows, context, weights).
+            Or None.
         epochs
             Passes over the training rows.
         batch_size
@@ -639,6 +649,7 @@ class Flow(Model):
             self,
             x,
             context=context,
+            sample_weight=sample_weight,
             validation=validation,
             options=options,
             progress=progress,

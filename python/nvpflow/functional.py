@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nvpflow import _checks
+from nvpflow import _checks, _sample_weight
 from nvpflow._core import FlowSpec
 from nvpflow.flow import Flow
 
@@ -154,12 +154,20 @@ def log_probability(z: ArrayLike, total_log_det: ArrayLike) -> NDArray[Any]:
     return _log_probability(latent, total_log_det).astype(latent.dtype)
 
 
-def nll_loss(z: ArrayLike, total_log_det: ArrayLike) -> float:
-    """Return the negative log-likelihood in nats: minus the batch's mean of `log_probability`; B is at least 1."""
+def nll_loss(z: ArrayLike, total_log_det: ArrayLike, *, sample_weight: ArrayLike | None = None) -> float:
+    """Return the negative log-likelihood in nats: minus the batch's mean of `log_probability`; B is at least 1.
+
+    sample_weight [B]: the mean is by weight; at least 0, not all 0. A row of weight 0 is not looked at.
+    """
     latent = _rows("z", z)
     if len(latent) == 0:
         raise ValueError("z has no rows, expected at least one: the mean over an empty batch is not defined")
-    return -float(_log_probability(latent, total_log_det).mean())
+    log_p = _log_probability(latent, total_log_det)
+    if sample_weight is None:
+        return -float(log_p.mean())
+    weights = _sample_weight.read(sample_weight, len(latent))
+    counts = weights > 0
+    return -float(np.average(log_p[counts], weights=weights[counts]))
 
 
 def _log_probability(latent: NDArray[Any], total_log_det: ArrayLike) -> NDArray[np.float64]:

@@ -44,6 +44,9 @@ class History:
         "epochs", "patience" or "callback".
     train_rows, validation_rows
         Rows trained and validated on.
+    effective_rows
+        ``sum(w)**2 / sum(w**2)`` of the training rows' weights (Kish, 1965): a mean by weight is as certain as that of
+        so many rows without weights. `train_rows` where there are none.
     standardized
         The columns whose mean and scale in the standardize layer are not their mean and standard deviation, and what
         they are: ``{"column 3": "robust"}``. Columns without a name are counted from 1.
@@ -69,6 +72,7 @@ class History:
     stop_reason: str
     train_rows: int
     validation_rows: int
+    effective_rows: float
     standardized: dict[str, str] = field(default_factory=dict)
     rows_left_out: int = 0
     folds: int = 0
@@ -142,9 +146,11 @@ class History:
         return _html.table(f"History: {said}", head, lines)
 
     def _summary(self) -> str:
+        weighted = self.effective_rows != self.train_rows
+        effective = f" (by weight as good as {self.effective_rows:,.0f})" if weighted else ""
         return (
             f"{len(self)} epochs in {self.seconds.sum():.1f} s, stop reason: {self.stop_reason}; "
-            f"{self.train_rows:,} training "
+            f"{self.train_rows:,} training{effective} "
             + (
                 f"rows, validated in {self.folds} folds"
                 if self.folds
@@ -172,6 +178,7 @@ class History:
         ValueError
             `values` is not what `to_dict` returns.
         """
+        values = {"effective_rows": values.get("train_rows"), **values}
         needed = [name for name in [*_ARRAYS, *_SCALARS] if name not in _LATER]
         if set(values) - _LATER != set(needed):
             raise ValueError(f"the history holds {', '.join(map(str, values))}, expected {', '.join(needed)}")

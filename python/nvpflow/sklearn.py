@@ -19,7 +19,7 @@ try:
 except ImportError as error:
     raise ImportError('nvpflow.sklearn needs scikit-learn 1.6 or newer: pip install "scikit-learn>=1.6"') from error
 
-from nvpflow import _bases, _bounds, _checks, _data, _frames, _hints, _training_options
+from nvpflow import _bases, _bounds, _checks, _data, _frames, _hints, _sample_weight, _training_options
 from nvpflow._architecture import OPTIONS
 from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS, default_activation
 from nvpflow.adam import AdamState
@@ -101,6 +101,11 @@ def _documented(cls: type) -> type:
     return cls
 
 
+def _weights(given: Any, rows: NDArray[Any], name: str = "sample_weight") -> NDArray[np.float64] | None:
+    """Return the weights of rows, None where all count alike."""
+    return None if given is None else _sample_weight.read(given, len(rows), name)
+
+
 def _seed_of(random_state: int | np.random.RandomState | None) -> int:
     """Return an int itself, and otherwise a seed drawn from the generator that scikit-learn takes."""
     if isinstance(random_state, numbers.Integral):
@@ -108,10 +113,10 @@ def _seed_of(random_state: int | np.random.RandomState | None) -> int:
     return int(check_random_state(random_state).randint(2**63 - 1, dtype=np.int64))
 
 
-def _quantile(log_p: NDArray[np.float64], share: float) -> float:
+def _quantile(log_p: NDArray[np.float64], weights: NDArray[np.float64] | None, share: float) -> float:
     """Return a quantile of log-densities, which may be -inf."""
     with np.errstate(invalid="ignore"):
-        limit = float(np.quantile(log_p, share))
+        limit = float(_sample_weight.quantile(log_p, weights, share))
     if not math.isfinite(limit):
         raise ValueError(
             f"X has {np.sum(~np.isfinite(log_p))} of {len(log_p)} rows whose log-density is -inf, contamination is "
@@ -202,7 +207,9 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         self.verbose = verbose
 
     @_hints.explained
-    def fit(self, X: Any, y: object = None, *, X_val: Any = None) -> Any:
+    def fit(
+        self, X: Any, y: object = None, sample_weight: Any = None, *, X_val: Any = None, sample_weight_val: Any = None
+    ) -> Any:
         """Train a new flow on the rows of X by maximum likelihood.
 
         Parameters
@@ -211,8 +218,13 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
             At least two rows and two features, all finite.
         y : ignored
             There by scikit-learn's convention.
+        sample_weight : array-like of shape (n_samples,), default=None
+            What each row counts for, as in `nvpflow.Flow.fit`: at least 0, not all 0; a row of weight 0 counts as
+            absent. Rows set aside take theirs along. None: all rows count alike.
         X_val : array-like or DataFrame of shape (n_validation, n_features), default=None
             Rows of their own to choose the epoch by, in place of a share of X.
+        sample_weight_val : array-like of shape (n_validation,), default=None
+            Their weights: where there are both `X_val` and `sample_weight`, and only there.
 
         Returns
         -------
@@ -237,15 +249,15 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         """
         table = self._training_rows(X)
         self.context_features_: NDArray[np.intp] = self._context_places(table.shape[1])
+        weights = _weights(sample_weight, table)
         rows, context = self._parts(table)
-        validation: Any = self._validation() if X_val is None else self._parts(self._rows(X_val))
-        if X_val is not None and context is None:
-            validation = validation[0]
+        validation = self._held_out(X_val, sample_weight_val, weighted=weights is not None)
         seed = _seed_of(self.random_state)
         flow = self._new_flow(rows.shape[1], seed)
         history = flow.fit(
             rows,
             context=context,
+            sample_weight=weights,
             validation=validation,
             **self._training_options(),
             seed=seed,
@@ -259,7 +271,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         return self
 
     @_hints.explained
-    def partial_fit(self, X: Any, y: object = None, *, restandardize: bool = False) -> Any:
+    def partial_fit(self, X: Any, y: object = None, sample_weight: Any = None, *, restandardize: bool = False) -> Any:
         """Train on some more rows, which are passed over once; the first call makes the flow.
 
         Adam's state is kept from one call to the next. A stream of rows so trains one flow, at the constant step size
@@ -272,6 +284,8 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
             At least two rows, all finite; the features of the first call, or of `fit`, which this goes on from.
         y : ignored
             There by scikit-learn's convention.
+        sample_weight : array-like of shape (n_samples,), default=None
+            What each of these rows counts for, beside the others of them, as in `fit`.
         restandardize : bool, default=False
             Set the standardizing layer from these rows, also where it has been set: for rows that have moved.
 
@@ -289,6 +303,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         table = self._in_dtype(self._validated(X, reset=False)) if goes_on else self._training_rows(X)
         if not goes_on:
             self.context_features_ = self._context_places(table.shape[1])
+        weights = _weights(sample_weight, table)
         rows, context = self._parts(table)
         seed = _seed_of(self.random_state)
         flow = self.flow_ if goes_on else self._new_flow(rows.shape[1], seed)
@@ -298,6 +313,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         self.history_ = flow.fit(
             rows,
             context=context,
+            sample_weight=weights,
             validation=None,
             **{**self._training_options(), **of_streams},
             restandardize=restandardize,
@@ -479,6 +495,24 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         options = _training_options.among(self.get_params(deep=False))
         return options | {"standardize": None} if options["standardize"] == "covariance" else options
 
+    def _held_out(self, X_val: Any, sample_weight_val: Any, *, weighted: bool) -> Any:
+        """Return what epochs are compared by, as `Flow.fit` takes it."""
+        if sample_weight_val is not None and (X_val is None or not weighted):
+            lacking = "X_val" if X_val is None else "sample_weight"
+            raise ValueError(f"sample_weight_val is given without {lacking}, expected both or neither")
+        if X_val is None:
+            return self._validation()
+        table = self._rows(X_val)
+        if weighted and sample_weight_val is None:
+            raise ValueError(
+                "sample_weight_val is missing, expected a weight for each row of X_val where X has weights; ones count "
+                "rows alike"
+            )
+        own, context = self._parts(table)
+        weights = _weights(sample_weight_val, table, "sample_weight_val")
+        parts = [part for part in (own, context, weights) if part is not None]
+        return tuple(parts) if len(parts) > 1 else own
+
     def _validation(self) -> float | None:
         if self.validation_fraction is None:
             if self.patience is not None:
@@ -542,7 +576,7 @@ class FlowDensity(DensityMixin, _FlowEstimator):  # type: ignore[misc]
     """
 
     @_hints.explained
-    def score(self, X: Any, y: object = None) -> float:
+    def score(self, X: Any, y: object = None, sample_weight: Any = None) -> float:
         """Return the mean log-density of the rows of X, in nats per row (higher is better).
 
         Parameters
@@ -551,13 +585,20 @@ class FlowDensity(DensityMixin, _FlowEstimator):  # type: ignore[misc]
             All finite.
         y : ignored
             There by scikit-learn's convention.
+        sample_weight : array-like of shape (n_samples,), default=None
+            What each row counts for in the mean. None: all rows count alike.
 
         Returns
         -------
         float
             The mean, as `sklearn.mixture.GaussianMixture.score` returns (`KernelDensity.score` is a sum).
         """
-        return float(self.score_samples(X).mean())
+        log_p = self.score_samples(X)
+        weights = _weights(sample_weight, log_p)
+        if weights is None:
+            return float(log_p.mean())
+        counts = weights > 0  # a row of weight 0 may have no density at all
+        return float(np.average(log_p[counts], weights=weights[counts]))
 
     @_hints.explained
     def sample(
@@ -732,7 +773,9 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
         self.contamination = contamination
 
     @_hints.explained
-    def fit(self, X: Any, y: object = None, *, X_val: Any = None) -> Any:
+    def fit(
+        self, X: Any, y: object = None, sample_weight: Any = None, *, X_val: Any = None, sample_weight_val: Any = None
+    ) -> Any:
         """Train a new flow on the rows of X and set the threshold.
 
         Parameters
@@ -741,8 +784,13 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
             At least two rows and two features, all finite.
         y : ignored
             There by scikit-learn's convention.
+        sample_weight : array-like of shape (n_samples,), default=None
+            What each row counts for, as in `FlowDensity.fit`. The threshold is then a quantile by weight:
+            `contamination` is the share that the outliers have in the weights.
         X_val : array-like or DataFrame of shape (n_validation, n_features), default=None
             Rows of their own to choose the epoch by, in place of a share of X. They do not move the threshold.
+        sample_weight_val : array-like of shape (n_validation,), default=None
+            Their weights, as in `FlowDensity.fit`.
 
         Returns
         -------
@@ -755,11 +803,11 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
             As `FlowDensity.fit`; and where `contamination` is out of range.
         """
         contamination = self._contamination()
-        super().fit(X, y, X_val=X_val)
-        return self._set_threshold(X, contamination)
+        super().fit(X, y, sample_weight, X_val=X_val, sample_weight_val=sample_weight_val)
+        return self._set_threshold(X, sample_weight, contamination)
 
     @_hints.explained
-    def partial_fit(self, X: Any, y: object = None, *, restandardize: bool = False) -> Any:
+    def partial_fit(self, X: Any, y: object = None, sample_weight: Any = None, *, restandardize: bool = False) -> Any:
         """Train on some more rows, as `FlowDensity.partial_fit`, and set the threshold by these rows.
 
         Parameters
@@ -768,6 +816,8 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
             At least two rows, all finite; the features of the first call, or of `fit`, which this goes on from.
         y : ignored
             There by scikit-learn's convention.
+        sample_weight : array-like of shape (n_samples,), default=None
+            What each of these rows counts for, beside the others of them, as in `fit`.
         restandardize : bool, default=False
             Set the standardizing layer from these rows, also where it has been set: for rows that have moved.
 
@@ -782,8 +832,8 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
             As `FlowDensity.fit`; and where `contamination` is out of range.
         """
         contamination = self._contamination()
-        super().partial_fit(X, y, restandardize=restandardize)
-        return self._set_threshold(X, contamination)
+        super().partial_fit(X, y, sample_weight, restandardize=restandardize)
+        return self._set_threshold(X, sample_weight, contamination)
 
     def _contamination(self) -> float:
         contamination = _checks.real("contamination", self.contamination)
@@ -791,8 +841,12 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
             raise ValueError(f"contamination is {contamination}, expected a share of the rows in (0, 0.5]")
         return contamination
 
-    def _set_threshold(self, X: Any, contamination: float) -> Any:
-        self.flow_.set_threshold(_quantile(self.score_samples(X), contamination), contamination)
+    def _set_threshold(self, X: Any, sample_weight: Any, contamination: float) -> Any:
+        log_p = self.score_samples(X)
+        weights = _weights(sample_weight, log_p)
+        if weights is not None:
+            log_p, weights = log_p[weights > 0], weights[weights > 0]
+        self.flow_.set_threshold(_quantile(log_p, weights, contamination), contamination)
         return self
 
     @property

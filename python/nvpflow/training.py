@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +12,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nvpflow import _bases, _bounds, _checks, _context, _core, _data, _frames, _gaussian, _spec, _training_options
+from nvpflow import (
+    _bases,
+    _bounds,
+    _checks,
+    _context,
+    _core,
+    _data,
+    _frames,
+    _gaussian,
+    _sample_weight,
+    _spec,
+    _training_options,
+)
 from nvpflow._bar import Bar, open_bar
 from nvpflow._bases import NORMAL
 from nvpflow._model import Model
@@ -77,24 +90,55 @@ class _Names(NamedTuple):
 
 
 class _Split(NamedTuple):
-    """What epochs are compared by: rows with their contexts, or a share of the training rows."""
+    """What epochs are compared by: rows with their contexts and weights, or a share of the training rows."""
 
     rows: NDArray[Any] | None = None
     context: NDArray[Any] | None = None
+    weights: NDArray[np.float64] | None = None
     share: float = 0.0
 
+    def taken(self, which: NDArray[Any]) -> _Split:
+        """Return some of the rows."""
+        rows, context, weights = (None if part is None else part[which] for part in self[:3])
+        return self._replace(rows=rows, context=context, weights=weights)
 
-def _split(flow: Model, validation: Any, names: _Names) -> _Split:
+    def that_count(self) -> _Split:
+        """Return the rows whose weight is not 0."""
+        if self.weights is None or self.rows is None:
+            return self
+        counts = _sample_weight.that_count(self.weights, self.rows, self.context)
+        return self if counts.all() else self.taken(counts)
+
+    def effective_rows(self) -> float:
+        assert self.rows is not None
+        return _sample_weight.effective_rows(self.weights, len(self.rows))
+
+
+def _parts(flow: Model, validation: Any, *, weighted: bool) -> tuple[Any, Any, Any]:
+    """Return what validation= holds: rows or a share, a context, weights."""
+    names = ["rows", *["context"] * bool(flow.spec.context_size), *["weights"] * weighted]
+    listed = f"({', '.join(names)})"
+    if len(names) == 1:
+        if isinstance(validation, tuple) and [getattr(part, "ndim", 0) for part in validation] == [2, 1]:
+            raise ValueError("validation is a tuple of rows and weights, expected rows alone where x has no weights")
+        return validation, None, None
+    if not isinstance(validation, (tuple, list)):
+        return validation, None, None
+    if isinstance(validation, list) or len(validation) != len(names):
+        count = {2: "two", 3: "three"}[len(names)]
+        kind = type(validation).__name__
+        raise ValueError(f"validation is a {kind} of {len(validation)}, expected a tuple of {count}: {listed}")
+    if np.ndim(validation[0]) == 0:
+        others = " and ".join(f"{'a ' * (name == 'context')}{name}" for name in names[1:])
+        raise ValueError(f"validation is a tuple of a share and {others}, expected {listed} or only a share")
+    by_name = dict(zip(names, validation, strict=True))
+    return by_name["rows"], by_name.get("context"), by_name.get("weights")
+
+
+def _split(flow: Model, validation: Any, names: _Names, *, weighted: bool) -> _Split:
     if validation is None:
         return _Split()
-    context = None
-    if flow.spec.context_size and isinstance(validation, (tuple, list)):
-        if isinstance(validation, list) or len(validation) != 2:
-            kind = type(validation).__name__
-            raise ValueError(f"validation is a {kind} of {len(validation)}, expected a tuple of two: (rows, context)")
-        validation, context = validation
-        if np.ndim(validation) == 0:
-            raise ValueError("validation is a tuple of a share and a context, expected (rows, context) or only a share")
+    validation, context, weights = _parts(flow, validation, weighted=weighted)
     if isinstance(validation, (str, bytes, bool)):
         expected = "expected a share of the rows in [0, 1), an array of rows or None"
         raise TypeError(f"validation is {_checks.describe(validation)}, {expected}")
@@ -104,11 +148,16 @@ def _split(flow: Model, validation: Any, names: _Names) -> _Split:
         return _Split(share=_checks.real("validation", validation))
     rows = _checks.rows("validation", validation, flow.spec)
     if flow.spec.context_size and context is None:
-        raise ValueError("validation holds rows without their context, expected a tuple (rows, context)")
+        expected = f"(rows, context{', weights' * weighted})"
+        raise ValueError(f"validation holds rows without their context, expected a tuple {expected}")
     given = _context.rows(
         context, len(rows), flow.spec, "the context of validation", names=names.context, one_for_all=False
     )
-    return _Split(rows, given)
+    if not weighted:
+        return _Split(rows, given)
+    if weights is None:
+        raise ValueError("validation holds rows without weights, expected a tuple (rows, weights); ones count alike")
+    return _Split(rows, given, _sample_weight.read(weights, len(rows), "the weights of validation"))
 
 
 @contextmanager
@@ -132,7 +181,8 @@ def fit(
     x: ArrayLike,
     *,
     context: ArrayLike | None,
-    validation: float | ArrayLike | tuple[ArrayLike, ArrayLike] | None,
+    sample_weight: ArrayLike | None,
+    validation: float | ArrayLike | tuple[ArrayLike, ...] | None,
     options: Mapping[str, Any],
     progress: bool | None,
     callback: Callable[[EpochRecord], object] | None,
@@ -150,7 +200,10 @@ def fit(
     context, context_names = _read_context(flow, context)
     contexts = _context.rows(context, len(rows), flow.spec, one_for_all=False)
     names = _Names(flow._column_names() or frame_names, flow._context_names() or context_names)
-    held_out = _split(flow, validation, names)
+    weights = None if sample_weight is None else _sample_weight.read(sample_weight, len(rows))
+    table = _Split(rows, contexts, weights).that_count()
+    held_out = _split(flow, validation, names, weighted=weights is not None).that_count()
+    assert table.rows is not None
     checked = _training_options.checked(options) | {"validation": held_out.share}
     checked["standardize"] = _statistics_to_use(flow, options["standardize"])
     standardizes, anew = _spec.begins_with_standardize(flow.spec), checked["restandardize"]
@@ -158,13 +211,14 @@ def fit(
     framed = _frames.inspect(x) is not None
     heavy = _bases.has_heavy_tails(flow.spec.base)
     report = _data.require_density(
-        rows,
+        table.rows,
         names.columns,
         flow.spec.dtype,
         standardizes,
         trained=trained,
         framed=framed,
         allow_degenerate=checked["allow_degenerate"],
+        effective=table.effective_rows(),
         heavy_tails=heavy,
         bounds=_spec.bounds_of(flow.spec),
     )
@@ -183,16 +237,25 @@ def fit(
 
     on_progress = None if bar is None else bar.on_progress
     with _named(flow, names), bar or nullcontext():
-        summary = flow._fit(rows, held_out.rows, checked, on_progress, on_epoch, contexts, held_out.context, adam)
+        summary = flow._fit(
+            table.rows,
+            held_out.rows,
+            checked,
+            on_progress,
+            on_epoch,
+            table.context,
+            held_out.context,
+            adam,
+            table.weights,
+            held_out.weights,
+        )
     history = History._from_summary(summary, unlike_mean(flow, summary["standardized"]))
     if not any(finding.kind == "outliers" for finding in report.warnings):  # one warning for one finding
         _warn_of_far_rows(history, asked=heavy or checked["standardize"] == "robust", heavy=heavy)
     judged = history.best_epoch > 0 and not history.folds  # all rows were trained on where there are folds
     if judged and history.validation_rows >= _JUDGING_ROWS and rows.shape[1] <= _MOST_COLUMNS:
-        tables = [
-            _near_rows(flow, table, history, options["max_deviation"])
-            for table in _samples(_Split(rows, contexts), held_out, checked)
-        ]
+        limit = options["max_deviation"]
+        tables = [_near_rows(flow, some, history, limit) for some in _samples(table, held_out, checked)]
         _warn_of_normal_columns(flow, names.columns, tables[1])
         mend_first = any(finding.kind != "rows" for finding in report.warnings)  # more rows are the remedy anyway
         _warn_where_a_gaussian_is_better(flow, history, *tables, mend_first=mend_first)
@@ -216,13 +279,15 @@ def _warn_of_normal_columns(flow: Model, names: Sequence[str] | None, set_aside:
     whole = whole and not _spec.splines(spec)  # which bend what they transform, also where it is all
     columns, places = _spec.untransformed(spec)
     assert set_aside.rows is not None
-    if not (whole or columns.size) or len(set_aside.rows) < _LEAST_FOR_SHAPE:
+    if not (whole or columns.size) or set_aside.effective_rows() < _LEAST_FOR_SHAPE:
         return
     z = np.asarray(flow.forward(set_aside.rows, context=set_aside.context)[0], dtype=np.float64)
     with np.errstate(all="ignore"):
-        z = (z - z.mean(axis=0)) / z.std(axis=0)
-        unlike = np.abs((z**3).mean(axis=0)) > _SKEWED
-        unlike |= np.abs((z**4).mean(axis=0) - 3) > _UNLIKE_NORMAL
+        mean = functools.partial(np.average, axis=0, weights=set_aside.weights)
+        z = z - mean(z)
+        z = z / np.sqrt(mean(np.square(z)))
+        unlike = np.abs(mean(z**3)) > _SKEWED
+        unlike |= np.abs(mean(z**4) - 3) > _UNLIKE_NORMAL
     text = None
     if whole and unlike.any():
         text = (
@@ -279,17 +344,12 @@ def _samples(train: _Split, held_out: _Split, options: Mapping[str, Any]) -> tup
     if held_out.rows is not None:
         return _drawn(train, most), _drawn(held_out, most)
     set_aside, trained_on = _core._split_rows(len(train.rows), options["validation"], options["seed"], most)
-    return _taken(train, np.sort(trained_on)), _taken(train, np.sort(set_aside))
+    return train.taken(np.sort(trained_on)), train.taken(np.sort(set_aside))
 
 
 def _drawn(table: _Split, most: int) -> _Split:
     assert table.rows is not None
-    return _taken(table, _data.drawn(np.arange(len(table.rows)), most))
-
-
-def _taken(table: _Split, which: NDArray[Any]) -> _Split:
-    assert table.rows is not None
-    return _Split(table.rows[which], None if table.context is None else table.context[which])
+    return table.taken(_data.drawn(np.arange(len(table.rows)), most))
 
 
 def _near_rows(flow: Model, table: _Split, history: History, max_deviation: float | str | None) -> _Split:
@@ -302,7 +362,7 @@ def _near_rows(flow: Model, table: _Split, history: History, max_deviation: floa
     bounds = _spec.bounds_of(flow.spec)
     assert table.rows is not None
     rows: NDArray[Any] = table.rows if bounds is None else _bounds.forward(bounds, table.rows)
-    return _taken(table, (np.abs(rows - mean) <= max_deviation * std).all(axis=1))
+    return table.taken((np.abs(rows - mean) <= max_deviation * std).all(axis=1))
 
 
 def _warn_where_a_gaussian_is_better(
@@ -318,12 +378,16 @@ def _warn_where_a_gaussian_is_better(
         train = np.hstack([train, trained_on.context[:, varies]])
         rows = np.hstack([rows, set_aside.context[:, varies]])
     try:
-        gaussian = _gaussian.shrunk_log_prob(train, rows, given)
+        gaussian = _gaussian.shrunk_log_prob(train, rows, given, weights=trained_on.weights)
     except np.linalg.LinAlgError:  # a column that varies, but not in the sample
         return
     ours = flow.log_probability(set_aside.rows, context=set_aside.context).astype(np.float64)
-    better = gaussian - ours
-    mean, error = float(better.mean()), float(better.std(ddof=1) / math.sqrt(len(better)))
+    average = functools.partial(np.average, weights=set_aside.weights)
+    better, judging = gaussian - ours, set_aside.effective_rows()
+    if judging < _JUDGING_ROWS:
+        return
+    mean = float(average(better))
+    error = math.sqrt(average(np.square(better - mean)) / (judging - 1))
     if not mean > max(_VISIBLE_NATS, error):
         return
     done = int(history.epoch[-1])
@@ -336,7 +400,7 @@ def _warn_where_a_gaussian_is_better(
         remedy = f"mend what nvpflow.check_data finds in x, then {remedy}"
     warnings.warn(
         f"the flow is worse than a Gaussian: the mean log-density of {len(better):,} validation rows is "
-        f"{ours.mean():.3f} nats, and {gaussian.mean():.3f} under a Gaussian of the training rows"
+        f"{average(ours):.3f} nats, and {average(gaussian):.3f} under a Gaussian of the training rows"
         f"{' and their context' if given else ''} (better by "
         f"{mean:.2f}, with a standard error of {error:.2f}; the best epoch was {history.best_epoch} of {done}); "
         f"{remedy}",

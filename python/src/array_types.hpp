@@ -46,6 +46,7 @@ enum class Kind {
   wide_data,     // the same, of a float32 flow that takes float64, too (takes_float64_rows)
   other,         // latents, cotangents and the like, whose values are of unit scale
   context,       // an input of networks: float64 is rounded to the flow's dtype
+  weights,       // of rows: float64, whatever the flow's dtype is
 };
 
 struct OutputArray {

@@ -12,6 +12,7 @@
 #include <nvpflow/overlap.hpp>
 #include <nvpflow/spec.hpp>
 
+#include "../../cpp/src/sample_weights.hpp"
 #include "errors.hpp"
 #include "outside.hpp"
 
@@ -54,6 +55,19 @@ InputArray input_vector(PyObject* object, const char* name, DType dtype, const I
           std::string(name) + " is on a CUDA device, x in the host's memory; expected both in one place");
   }
   return host_vector(object, name, dtype, x, place);
+}
+
+InputArray input_weights(PyObject* object, const char* name, const InputArray& x) {
+  if (object == nullptr || object == Py_None) return {};
+  const Place place = is_numpy_array(object) ? Place::host : place_of(object, name);
+  if (x.on_device || place == Place::device) {
+    raise(PyExc_ValueError, std::string(x.on_device ? "x" : name) +
+                                " is on a CUDA device, expected arrays of the host where rows have weights; "
+                                "log_prob_vjp takes a weight for each row as grad_log_prob");
+  }
+  InputArray weights = host_vector(object, name, DType::float64, x, place, Kind::weights);
+  check_weights(name, view<double>(weights, x.rows), x.rows);
+  return weights;
 }
 
 void fill_from_tuple(PyObject* out, const char* what, std::span<PyObject*> members) {

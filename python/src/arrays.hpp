@@ -35,6 +35,8 @@ inline InputArray input_rows(PyObject* object, const char* name, DType dtype, st
 void require_beside(const InputArray& array, const char* name, const InputArray& x);
 /// [B], or a number where x is a single row; where x is.
 InputArray input_vector(PyObject* object, const char* name, DType dtype, const InputArray& x);
+/// The weights of the rows of x, which are of the host: float64, at least 0 and not all 0. Empty where none are given.
+InputArray input_weights(PyObject* object, const char* name, const InputArray& x);
 
 /// See out_members.
 void fill_from_tuple(PyObject* out, const char* what, std::span<PyObject*> members);

@@ -34,21 +34,27 @@ OutputArray parameter_array(const BoundFlow& self, const char* name, const Input
 py::object nll(const Caller& caller, const Arguments& given) {
   const BoundFlow& self = caller.flow;
   const InputArray in = self.rows_of(given[0], "x");
-  const GivenContext context = context_of(caller, given[1], in);
+  const InputArray weights = input_weights(given[1], "sample_weight", in);
+  const GivenContext context = context_of(caller, given[2], in);
   double result = 0;
-  run_beside(self, in, in.rows, context.rows,
-             [&](const Execution& how) { result = self.flow.nll_unchecked(in.data, in.rows, how); });
+  run_beside(self, in, in.rows, context.rows, [&](const Execution& how) {
+    result = weights.owner ? self.flow.nll_unchecked(in.data, SampleWeights(view<double>(weights, in.rows)), how)
+                           : self.flow.nll_unchecked(in.data, in.rows, how);
+  });
   return py::float_(result);
 }
 
 py::object nll_gradient(const Caller& caller, const Arguments& given) {
   const BoundFlow& self = caller.flow;
   const InputArray in = self.rows_of(given[0], "x");
-  const GivenContext context = context_of(caller, given[1], in);
+  const InputArray weights = input_weights(given[1], "sample_weight", in);
+  const GivenContext context = context_of(caller, given[2], in);
   OutputArray gradient = parameter_array(self, "gradient", in);
   double result = 0;
   run_beside(self, in, kGradientCost * in.rows, context.rows, [&](const Execution& how) {
-    result = self.flow.nll_gradient_unchecked(in.data, in.rows, gradient.data, how);
+    result = weights.owner ? self.flow.nll_gradient_unchecked(in.data, SampleWeights(view<double>(weights, in.rows)),
+                                                              gradient.data, how)
+                           : self.flow.nll_gradient_unchecked(in.data, in.rows, gradient.data, how);
   });
   return py::make_tuple(result, object_of(std::move(gradient)));
 }
@@ -230,14 +236,17 @@ py::object log_prob_and_vjp(const Caller& caller, const Arguments& given) {
 
 void add_gradient_methods(py::class_<BoundFlow>& type) {
   for (PyMethodDef* method : {
-           plain<&nll>("nll", 1, 1, {"x", "context"},
-                       "nll($self, x, *, context=None)\n--\n\n"
-                       "Mean negative log-likelihood of x [B, D], nats, summed in float64. context: as of "
-                       "log_probability."),
-           plain<&nll_gradient>("nll_gradient", 1, 1, {"x", "context"},
-                                "nll_gradient($self, x, *, context=None)\n--\n\n"
+           plain<&nll>("nll", 1, 2, {"x", "sample_weight", "context"},
+                       "nll($self, x, sample_weight=None, *, context=None)\n--\n\n"
+                       "Mean negative log-likelihood of x [B, D], nats, summed in float64.\n\n"
+                       "sample_weight [B]: the mean is by weight, -sum(w * log_prob(x)) / sum(w); finite numbers of at "
+                       "least 0, not all 0.\nA row of weight 0 is not looked at. None: all rows count alike. context: "
+                       "as of log_probability."),
+           plain<&nll_gradient>("nll_gradient", 1, 2, {"x", "sample_weight", "context"},
+                                "nll_gradient($self, x, sample_weight=None, *, context=None)\n--\n\n"
                                 "Mean negative log-likelihood of x [B, D], nats, and its gradient [num_parameters] "
-                                "(order of parameters()).\ncontext: as of log_probability."),
+                                "(order of parameters()).\nsample_weight: as of nll; a row of weight 0 changes no bit. "
+                                "context: as of log_probability."),
            plain<&vjp>(
                "vjp", 1, 3, {"x", "grad_out", "grad_log_det", "direction", "wrt", "out", "context"},
                "vjp($self, x, grad_out=None, grad_log_det=None, *, direction='forward', wrt='all', out=None, "
@@ -284,12 +293,13 @@ void add_gradient_methods(py::class_<BoundFlow>& type) {
 
 void add_gradient_methods(py::class_<BoundCondition>& type) {
   for (PyMethodDef* method : {
-           plain<&nll, BoundCondition>("nll", 1, 1, {"x"},
-                                       "nll($self, x)\n--\n\n"
-                                       "Mean negative log-likelihood of x [B, D] under the context, nats."),
+           plain<&nll, BoundCondition>("nll", 1, 2, {"x", "sample_weight"},
+                                       "nll($self, x, sample_weight=None)\n--\n\n"
+                                       "Mean negative log-likelihood of x [B, D] under the context, nats; "
+                                       "sample_weight as of `Flow.nll`."),
            plain<&nll_gradient, BoundCondition>(
-               "nll_gradient", 1, 1, {"x"},
-               "nll_gradient($self, x)\n--\n\nThe same, and its gradient [num_parameters]."),
+               "nll_gradient", 1, 2, {"x", "sample_weight"},
+               "nll_gradient($self, x, sample_weight=None)\n--\n\nThe same, and its gradient [num_parameters]."),
            plain<&vjp, BoundCondition>(
                "vjp", 1, 3, {"x", "grad_out", "grad_log_det", "direction", "wrt", "out"},
                "vjp($self, x, grad_out=None, grad_log_det=None, *, direction='forward', wrt='all', out=None)\n--\n\n"

@@ -17,6 +17,7 @@
 
 #include "../../cpp/src/fit_rows.hpp"
 #include "../../cpp/src/row_order.hpp"
+#include "../../cpp/src/sample_weights.hpp"
 #include "arrays.hpp"
 #include "bindings.hpp"
 #include "bound_flow.hpp"
@@ -113,7 +114,7 @@ void give_adam(const AdamState& state, const py::object& to) {
   }
 }
 
-/// x, validation, options, on_progress, on_epoch, context, validation_context, adam
+/// x, validation, options, on_progress, on_epoch, context, validation_context, adam, sample_weight, validation_weight
 py::object fit_flow(BoundFlow& self, const Arguments& given) {
   const auto rows_of = [&](PyObject* array, const char* name, DType dtype, Kind kind) {
     InputArray in = input_rows(array, name, dtype, self.features, kHost, kind);
@@ -134,6 +135,10 @@ py::object fit_flow(BoundFlow& self, const Arguments& given) {
   const InputArray context = context_rows(self, given[5], "context", in.rows);
   InputArray held_out_context;
   if (given.given(1)) held_out_context = context_rows(self, given[6], "the context of validation", held_out.rows);
+  const InputArray weights = input_weights(given[8], "sample_weight", in);
+  const InputArray held_out_weights = input_weights(given[9], "the weights of validation", held_out);
+  const FitWeights fit_weights(view<double>(weights, weights.owner ? in.rows : 0),
+                               view<double>(held_out_weights, held_out_weights.owner ? held_out.rows : 0));
   const FitOptions fit_options = options_from<FitOptions>(given.object(2).cast<py::dict>());
   PythonObserver observer(given.object(3), given.object(4));
   const py::object given_adam = given.object(7);
@@ -145,7 +150,7 @@ py::object fit_flow(BoundFlow& self, const Arguments& given) {
     history = by_dtype(in.wide || held_out.wide ? DType::float64 : self.dtype, [&](auto t) {
       using T = decltype(t);
       return fit(self.flow, view<T>(in, in.rows * self.features), view<T>(held_out, held_out.rows * self.features),
-                 fit_options, &observer, as_context(self, context), as_context(self, held_out_context),
+                 fit_weights, fit_options, &observer, as_context(self, context), as_context(self, held_out_context),
                  adam ? &*adam : nullptr);
     });
   };
@@ -161,9 +166,9 @@ py::object fit_flow(BoundFlow& self, const Arguments& given) {
   using namespace py::literals;
   return py::dict("epochs"_a = epochs, "best_epoch"_a = history.best_epoch, "best_loss"_a = history.best_loss,
                   "stop_reason"_a = history.stop_reason, "train_rows"_a = history.train_rows,
-                  "validation_rows"_a = history.validation_rows, "standardized"_a = history.standardized,
-                  "rows_left_out"_a = history.rows_left_out, "folds"_a = history.folds,
-                  "initial_loss"_a = history.initial_loss);
+                  "validation_rows"_a = history.validation_rows, "effective_rows"_a = history.effective_rows,
+                  "standardized"_a = history.standardized, "rows_left_out"_a = history.rows_left_out,
+                  "folds"_a = history.folds, "initial_loss"_a = history.initial_loss);
 }
 
 /// x, statistics, context
@@ -191,6 +196,13 @@ std::vector<std::int64_t> first_rows(const RowOrder& order, std::int64_t count) 
 }  // namespace
 
 void bind_training(py::module_& module) {
+  // Throws where float64 numbers are not what weights are.
+  module.def("_check_weights", [](const std::string& name, const py::object& weights) {
+    const HostValues values = host_values(weights.ptr());
+    if (values.dtype != "float64") throw Error(ErrorCode::type_mismatch, name + " has dtype " + values.dtype);
+    const std::int64_t rows = values.bytes / static_cast<std::int64_t>(sizeof(double));
+    check_weights(name.c_str(), {static_cast<const double*>(values.data), static_cast<std::size_t>(rows)}, rows);
+  });
   // Of `total` rows, at most `most` that fit sets aside for validation, and at most `most` that it trains on.
   module.def("_split_rows", [](std::int64_t total, double share, std::uint64_t seed, std::int64_t most) {
     const FitRows rows(total, FitRows::held_out_of(total, share), seed);
@@ -202,10 +214,10 @@ void bind_training(py::module_& module) {
 void add_training_methods(py::class_<BoundFlow>& type) {
   for (PyMethodDef* method : {
            plain<&initialize_from>("_initialize_from", 2, 3, {"x", "statistics", "context"}, nullptr),
-           plain<&fit_flow>(
-               "_fit", 5, 8,
-               {"x", "validation", "options", "on_progress", "on_epoch", "context", "validation_context", "adam"},
-               nullptr),
+           plain<&fit_flow>("_fit", 5, 10,
+                            {"x", "validation", "options", "on_progress", "on_epoch", "context", "validation_context",
+                             "adam", "sample_weight", "validation_weight"},
+                            nullptr),
        }) {
     add_method(type, method);
   }

@@ -177,7 +177,8 @@ py::object convert(PyObject* object, const char* name, const Accepted& accepted,
   if (!safe) {
     const std::string model(name_of(accepted.dtype));
     std::string message = std::string(name) + " has dtype " + dtype_text(from) + ", expected " + model +
-                          ", the flow's dtype, or one that converts to it without loss";
+                          (accepted.kind == Kind::weights ? "" : ", the flow's dtype,") +
+                          " or one that converts to it without loss";
     if (real) message += advice(name, accepted, library);
     if (PyArray_ISSTRING(from)) {
       message += accepted.kind == Kind::context ? "; encode text as columns of 0 and 1"
@@ -277,7 +278,7 @@ py::object from_outside(PyObject* object, const char* name, const Accepted& acce
   if (place != Place::host) return convert(object, name, accepted);
   const Library library = library_of(object);
   py::object view = host_view(settled(object, library).ptr(), name, library);
-  refuse_rounding(name, accepted.dtype, library);
+  if (accepted.kind != Kind::weights) refuse_rounding(name, accepted.dtype, library);
   in.library = kind_of_results(object, library);
   if (in.library != Library::numpy) in.source = py::reinterpret_borrow<py::object>(object);
   if (accepted.as_is(reinterpret_cast<PyArrayObject*>(view.ptr()))) return view;
@@ -424,11 +425,11 @@ InputArray host_rows(PyObject* object, const char* name, DType dtype, std::int64
   return in;
 }
 
-InputArray host_vector(PyObject* object, const char* name, DType dtype, const InputArray& x, Place place) {
+InputArray host_vector(PyObject* object, const char* name, DType dtype, const InputArray& x, Place place, Kind kind) {
   const std::int64_t rows = x.rows;
   const bool single = x.single;
   InputArray in;
-  read_host(object, name, {dtype, Kind::other}, place, in);
+  read_host(object, name, {dtype, kind}, place, in);
   auto* array = reinterpret_cast<PyArrayObject*>(in.owner.ptr());
   const bool good = single ? PyArray_NDIM(array) == 0 : PyArray_NDIM(array) == 1 && PyArray_DIM(array, 0) == rows;
   if (!good) {

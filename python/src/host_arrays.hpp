@@ -24,7 +24,8 @@ inline bool is_numpy_array(PyObject* object) { return PyObject_TypeCheck(object,
 /// [B, D] or [D]. place: of an object that is not a NumPy array; not a device.
 InputArray host_rows(PyObject* object, const char* name, DType dtype, std::int64_t features, Kind kind, Place place);
 /// [B], or a number where x is a single row.
-InputArray host_vector(PyObject* object, const char* name, DType dtype, const InputArray& x, Place place);
+InputArray host_vector(PyObject* object, const char* name, DType dtype, const InputArray& x, Place place,
+                       Kind kind = Kind::other);
 /// As output_array, beside an input in the host's memory.
 OutputArray host_output(PyObject* given, const char* name, DType dtype, std::int64_t columns, const InputArray& like);
 /// As result_of and object_of.

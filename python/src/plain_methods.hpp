@@ -122,7 +122,7 @@ class ArgumentsOf {
 };
 
 /// What most methods take their arguments as.
-inline constexpr int kMostArguments = 8;
+inline constexpr int kMostArguments = 10;
 using Arguments = ArgumentsOf<kMostArguments>;
 
 /// The names of a function's arguments; those from `positional` on are keyword-only, those before `required` must be

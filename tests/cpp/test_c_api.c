@@ -183,7 +183,8 @@ static void check_gradient(nvpflow_flow* flow, nvpflow_flow* wide) {
   enum { ROWS = 3 };
   const int64_t d = nvpflow_input_size(flow), count = nvpflow_num_parameters(flow);
   float x[MAX_ELEMENTS], log_prob[ROWS], *gradient = malloc((size_t)count * sizeof(float));
-  double x64[MAX_ELEMENTS], log_prob64[ROWS], nll, nll64, *gradient64 = malloc((size_t)count * sizeof(double));
+  double x64[MAX_ELEMENTS], log_prob64[ROWS], weights[ROWS] = {1, 0, 3}, nll, nll64,
+                                              *gradient64 = malloc((size_t)count * sizeof(double));
   int64_t i;
   CHECK(nvpflow_sample_f32(flow, 3, 0, ROWS, x) == NVPFLOW_OK);
   for (i = 0; i < ROWS * d; ++i) x64[i] = x[i];
@@ -194,6 +195,16 @@ static void check_gradient(nvpflow_flow* flow, nvpflow_flow* wide) {
   CHECK(fabs(nll64 + (log_prob64[0] + log_prob64[1] + log_prob64[2]) / 3) <= 1e-12 * (1 + fabs(nll64)));
   CHECK(fabs(nll + ((double)log_prob[0] + log_prob[1] + log_prob[2]) / 3) <= 1e-5 * (1 + fabs(nll)));
   for (i = 0; i < count; ++i) CHECK(isfinite(gradient[i]) && isfinite(gradient64[i]));
+  CHECK(nvpflow_nll_gradient_weighted_f32(flow, x, ROWS, weights, &nll, gradient) == NVPFLOW_OK);
+  CHECK(fabs(nll + (log_prob[0] + 3 * (double)log_prob[2]) / 4) <= 1e-5 * (1 + fabs(nll)));
+  CHECK(nvpflow_nll_gradient_weighted_f64(wide, x64, ROWS, weights, &nll64, gradient64) == NVPFLOW_OK);
+  CHECK(fabs(nll64 + (log_prob64[0] + 3 * log_prob64[2]) / 4) <= 1e-12 * (1 + fabs(nll64)));
+  weights[1] = -1;
+  CHECK(nvpflow_nll_gradient_weighted_f32(flow, x, ROWS, weights, &nll, gradient) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(strcmp(nvpflow_last_error(),
+               "sample_weight[1] is -1, expected at least 0: with a row of negative weight the loss has "
+               "no minimum") == 0);
+  CHECK(nvpflow_nll_gradient_weighted_f64(wide, x64, ROWS, NULL, &nll64, gradient64) == NVPFLOW_INVALID_ARGUMENT);
   CHECK(nvpflow_nll_gradient_f32(flow, x, 0, &nll, gradient) == NVPFLOW_INVALID_ARGUMENT);
   CHECK(nvpflow_nll_gradient_f32(flow, x, ROWS, NULL, gradient) == NVPFLOW_INVALID_ARGUMENT);
   CHECK(nvpflow_nll_gradient_f32(flow, x, ROWS, &nll, NULL) == NVPFLOW_INVALID_ARGUMENT);

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include <nvpflow.h>
+#include <nvpflow/execution.hpp>
 #include <nvpflow/flow.hpp>
 
 #include "mixed_spec.hpp"
@@ -26,6 +27,7 @@ using nvpflow::conditional_spec;
 using nvpflow::DType;
 using nvpflow::Flow;
 using nvpflow::FlowSpec;
+using nvpflow::SampleWeights;
 
 template <class T>
 constexpr DType kDType = sizeof(T) == 4 ? DType::float32 : DType::float64;
@@ -88,6 +90,10 @@ constexpr auto& nll_gradient_context(float) { return nvpflow_nll_gradient_contex
 constexpr auto& nll_gradient_context(double) { return nvpflow_nll_gradient_context_f64; }
 constexpr auto& nll_gradient(float) { return nvpflow_nll_gradient_f32; }
 constexpr auto& nll_gradient(double) { return nvpflow_nll_gradient_f64; }
+constexpr auto& weighted_context(float) { return nvpflow_nll_gradient_weighted_context_f32; }
+constexpr auto& weighted_context(double) { return nvpflow_nll_gradient_weighted_context_f64; }
+constexpr auto& weighted(float) { return nvpflow_nll_gradient_weighted_f32; }
+constexpr auto& weighted(double) { return nvpflow_nll_gradient_weighted_f64; }
 
 template <class T>
 std::vector<T> random_values(std::int64_t count, unsigned seed) {
@@ -200,12 +206,24 @@ void check_gradient(const Flow& flow, const nvpflow_flow* c, std::int64_t rows, 
   REQUIRE(nll_gradient_context(T())(c, x.data(), rows, context.data(), context_rows, &nll, found.data()) == NVPFLOW_OK);
   CHECK(nll == loss);
   CHECK(same_bits(found, expected));
+  std::vector<double> weights(static_cast<std::size_t>(rows), 0.0);
+  for (std::size_t i = 0; i < weights.size(); i += 2) weights[i] = 1 + static_cast<double>(i % 3);
+  std::vector<T> by_weight(expected.size(), kPoison<T>);
+  const double mean = flow.nll_gradient<T>(x, by_weight, SampleWeights(weights), context);
+  CHECK(mean == flow.nll<T>(x, SampleWeights(weights), context));
+  REQUIRE(weighted_context(T())(c, x.data(), rows, weights.data(), context.data(), context_rows, &nll, found.data()) ==
+          NVPFLOW_OK);
+  CHECK(nll == mean);
+  CHECK(same_bits(found, by_weight));
   if (context_rows != 1) return;
   const Handle given(conditioned(c, context.data()));
   std::fill(found.begin(), found.end(), kPoison<T>);
   REQUIRE(nll_gradient(T())(given, x.data(), rows, &nll, found.data()) == NVPFLOW_OK);
   CHECK(nll == loss);
   CHECK(same_bits(found, expected));
+  REQUIRE(weighted(T())(given, x.data(), rows, weights.data(), &nll, found.data()) == NVPFLOW_OK);
+  CHECK(nll == mean);
+  CHECK(same_bits(found, by_weight));
 }
 
 void check_refused(nvpflow_status status, nvpflow_status expected, const std::string& message) {

@@ -16,6 +16,7 @@
 #include <limits>
 #include <map>
 #include <optional>
+#include <random>
 #include <set>
 #include <span>
 #include <string>
@@ -1532,6 +1533,59 @@ TEST_CASE_TEMPLATE("a flow is fitted to a log-density", T, float, double) {
   using Other = std::conditional_t<sizeof(T) == 4, double, float>;
   check_refused(ErrorCode::type_mismatch, "log_density is not of",
                 [&] { fit_density<Other>(flow, [](const DensityCall<Other>&) {}, options); });
+}
+
+TEST_CASE("weights of rows: ones are none, zeros are rows that are absent") {
+  std::mt19937 engine(4);
+  std::normal_distribution<float> normal;
+  const std::size_t count = 400;
+  std::vector<float> x(2 * count), few;
+  for (float& value : x) value = normal(engine);
+  std::vector<double> ones(count, 1.0), some(count), positive;
+  for (std::size_t i = 0; i < count; ++i) {
+    some[i] = static_cast<double>(i % 4) / 3;
+    if (some[i] == 0) continue;
+    positive.push_back(some[i]);
+    few.insert(few.end(), x.begin() + static_cast<std::ptrdiff_t>(2 * i),
+               x.begin() + static_cast<std::ptrdiff_t>(2 * i + 2));
+  }
+  FitOptions options;
+  options.epochs = 3;
+  const auto fitted = [&](const std::vector<float>& rows, const std::vector<double>& weights) {
+    Flow flow(FlowSpec::real_nvp(2, 2, {8}, Activation::tanh, 1.0, /*standardize=*/true), 3);
+    const History history = weights.empty() ? fit<float>(flow, rows, {}, options)
+                                            : fit<float>(flow, rows, {}, FitWeights(weights), options);
+    std::vector<float> parameters(static_cast<std::size_t>(flow.num_parameters()));
+    flow.copy_parameters<float>(parameters);
+    return std::pair(history, parameters);
+  };
+  const auto [plain, without] = fitted(x, {});
+  const auto [same, of_ones] = fitted(x, ones);
+  CHECK(of_ones == without);
+  CHECK(plain.effective_rows == static_cast<double>(plain.train_rows));
+  CHECK(same.effective_rows == plain.effective_rows);
+  const auto [weighted, of_some] = fitted(x, some);
+  const auto [subset, of_few] = fitted(few, positive);
+  CHECK(of_some == of_few);
+  CHECK(weighted.train_rows == subset.train_rows);
+  CHECK(weighted.effective_rows < static_cast<double>(weighted.train_rows));
+
+  Flow flow(FlowSpec::real_nvp(2, 2, {8}), 3);
+  std::vector<float> gradient(static_cast<std::size_t>(flow.num_parameters())), expected = gradient;
+  const double loss = flow.nll_gradient<float>(x, gradient, SampleWeights(some));
+  CHECK(loss == flow.nll_gradient<float>(few, expected, SampleWeights(positive)));
+  CHECK(gradient == expected);
+  CHECK(loss == doctest::Approx(flow.nll<float>(x, SampleWeights(some))).epsilon(1e-12));
+  const std::span<const double> short_ones = std::span<const double>(ones).first(3);
+  check_refused(ErrorCode::invalid_argument, "sample_weight holds 3 weights, expected 400, one for each row",
+                [&] { (void)flow.nll<float>(x, SampleWeights(short_ones)); });
+  check_refused(ErrorCode::invalid_argument, "sample_weight holds 3 weights, expected 400, one for each row",
+                [&] { fit<float>(flow, x, {}, FitWeights(short_ones), options); });
+  check_refused(ErrorCode::invalid_argument, "the weights of validation are missing, expected weights of both or of",
+                [&] { fit<float>(flow, x, few, FitWeights(ones), options); });
+  some[5] = -1;
+  check_refused(ErrorCode::invalid_argument, "sample_weight[5] is -1, expected at least 0",
+                [&] { fit<float>(flow, x, {}, FitWeights(some), options); });
 }
 
 TEST_CASE("a constant column is refused with and without a standardize layer, also by one that is set") {

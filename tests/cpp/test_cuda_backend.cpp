@@ -415,7 +415,7 @@ TEST_CASE_TEMPLATE("contexts that several rows share, in the host's memory and t
       how.context.repeat = repeat;
       backend.log_prob(x.data(), rows, log_prob.data(), how);
       CHECK(log_prob == expected);
-      const double sum = backend.sum_log_prob(x.data(), nullptr, rows, how);
+      const double sum = backend.sum_log_prob(x.data(), {.count = rows}, how);
 
       std::vector<T> grad_in(x.size()), gradient(p), grad_context(each.size());
       how.context.gradient = grad_context.data();
@@ -427,7 +427,7 @@ TEST_CASE_TEMPLATE("contexts that several rows share, in the host's memory and t
       there.context.rows = context2.data();
       there.context.repeat = repeat;
       backend.log_prob(x2.data(), rows, log_prob2.data(), there);
-      CHECK(backend.sum_log_prob(x2.data(), nullptr, rows, there) == doctest::Approx(sum).epsilon(1e-12));
+      CHECK(backend.sum_log_prob(x2.data(), {.count = rows}, there) == doctest::Approx(sum).epsilon(1e-12));
       there.context.gradient = grad_context2.data();
       backend.vjp(Direction::forward, x2.data(), rows, x2.data(), g_det2.data(), grad_in2.data(), gradient2.data(),
                   false, there);

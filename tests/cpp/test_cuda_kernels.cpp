@@ -875,7 +875,7 @@ TEST_CASE_TEMPLATE("gradients agree with the CPU backend in float64", T, float, 
             cuda::plan_gradient<T>(flow.program, test_device(), rows, {cuda::Precision::float32, fma, chunk});
         cuda::GradientCall<T> call;
         call.nll = true;
-        call.nll_factor = static_cast<T>(1.0 / static_cast<double>(rows));
+        call.nll_factor = 1.0 / static_cast<double>(rows);
         const Gradients<T> nll = run_gradient(flow, plan, call, x);
         std::vector<double> expected(count), expected_in(x.size());
         const double value = reference.nll_gradient<double>(widened(x), expected);
@@ -914,7 +914,7 @@ TEST_CASE_TEMPLATE("gradients of layers of all features, directions and places a
       const auto plan = cuda::plan_gradient<T>(flow.program, test_device(), rows);
       cuda::GradientCall<T> call;
       call.nll = true;
-      call.nll_factor = static_cast<T>(1.0 / static_cast<double>(rows));
+      call.nll_factor = 1.0 / static_cast<double>(rows);
       const Gradients<T> nll = run_gradient(flow, plan, call, x);
       reference.nll_gradient<double>(widened(x), expected);
       CHECK(count_different(nll.gradient, expected, kBudget<T> * largest(expected)) == 0);
@@ -951,7 +951,7 @@ void check_gradients(const FlowSpec& spec, unsigned seed, bool gather, std::int6
   const auto plan = cuda::plan_gradient<T>(flow.program, test_device(), rows, {cuda::Precision::float32, false, chunk});
   cuda::GradientCall<T> call;
   call.nll = true;
-  call.nll_factor = static_cast<T>(1.0 / static_cast<double>(rows));
+  call.nll_factor = 1.0 / static_cast<double>(rows);
   const Gradients<T> nll = run_gradient(flow, plan, call, x, {}, {}, {}, context);
   const double value = reference.nll_gradient<double>(widened(x), expected, given);
   CHECK(within(-nll.sum / static_cast<double>(rows), value, budget));
@@ -1446,14 +1446,39 @@ TEST_CASE_TEMPLATE("sums are exact to float64 and do not depend on the threads' 
     const GuardedArray<unsigned char> workspace(static_cast<std::size_t>(cuda::sum_workspace_bytes(count)));
     long double sum = 0, squares = 0;
     for (const T v : values) sum += v, squares += static_cast<long double>(v) * v;
-    REQUIRE(cuda::launch_sum(in.data(), count, false, result.data(), workspace.data(), {}) == 0);
+    REQUIRE(cuda::launch_sum(in.data(), {}, count, false, result.data(), workspace.data(), {}) == 0);
     CHECK(within(result[0], static_cast<double>(sum), 1e-12));
     const double before = result[0];
     REQUIRE(cuda::launch_sum_of_squares(in.data(), count, true, result.data(), workspace.data(), {}) == 0);
     CHECK(within(result[0] - before, static_cast<double>(squares), 1e-12));
     const InOrder in_order(simt::Order::descending);
-    REQUIRE(cuda::launch_sum(in.data(), count, false, result.data(), workspace.data(), {}) == 0);
+    REQUIRE(cuda::launch_sum(in.data(), {}, count, false, result.data(), workspace.data(), {}) == 0);
     CHECK(std::memcmp(&result[0], &before, sizeof before) == 0);
+  }
+}
+
+TEST_CASE_TEMPLATE("a sum by weight takes the weights of its rows", T, float, double) {
+  const std::int64_t count = 5001;
+  const std::vector<T> values = random_values<T>(count, 3);
+  std::vector<double> given;
+  std::vector<std::int64_t> places;
+  for (std::int64_t i = 0; i < count; ++i) given.push_back(0.1 + static_cast<double>(i % 7));
+  for (std::int64_t i = 0; i < count; ++i) places.push_back((i * 17) % count);
+  const GuardedArray<T> in(values);
+  const GuardedArray<double> weights(given), result(1);
+  const GuardedArray<std::int64_t> index(places);
+  const GuardedArray<unsigned char> workspace(static_cast<std::size_t>(cuda::sum_workspace_bytes(count)));
+  const std::int64_t first = 12;
+  for (const bool indexed : {false, true}) {
+    const cuda::RowWeights all{weights.data(), indexed ? index.data() : nullptr};
+    long double sum = 0;
+    for (std::int64_t i = first; i < count; ++i) {
+      const auto row = static_cast<std::size_t>(indexed ? places[static_cast<std::size_t>(i)] : i);
+      sum += static_cast<long double>(given[row]) * values[static_cast<std::size_t>(i)];
+    }
+    REQUIRE(cuda::launch_sum(in.data() + first, all.from(first), count - first, false, result.data(), workspace.data(),
+                             {}) == 0);
+    CHECK(within(result[0], static_cast<double>(sum), 1e-12));
   }
 }
 
@@ -1640,7 +1665,7 @@ TEST_CASE_TEMPLATE("gradients of gathered rows, and of a poisoned one", T, float
   const GuardedArray<std::int64_t> order(index);
   cuda::GradientCall<T> call;
   call.nll = true;
-  call.nll_factor = T(0.125);
+  call.nll_factor = 0.125;
   const Gradients<T> expected = run_gradient(flow, plan, call, gathered);
   call.index = order.data();
   const Gradients<T> results = run_gradient(flow, plan, call, x);
@@ -1694,7 +1719,7 @@ TEST_CASE("gradients of the benchmark's flows, in every precision") {
       const auto plan = cuda::plan_gradient<float>(flow.program, test_device(), rows, {precision, false, 0});
       cuda::GradientCall<float> call;
       call.nll = true;
-      call.nll_factor = 1.0f / static_cast<float>(rows);
+      call.nll_factor = 1.0 / static_cast<double>(rows);
       const Gradients<float> results = run_gradient(flow, plan, call, x);
       double error = 0;
       for (std::size_t i = 0; i < expected.size(); ++i) error += std::pow(results.gradient[i] - expected[i], 2);

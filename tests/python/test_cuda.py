@@ -258,10 +258,12 @@ def test_every_kind_of_layer_and_network_as_on_the_cpu(kind, dtype):
     size = cpu.spec.context_size
     given = {"context": unit_data(300, size, seed=4, dtype=dtype)} if size else {}
     one = {"context": given["context"][0]} if size else {}
+    weights = np.arange(300) % 5 / 2
     for call in (
         lambda f: [*f.forward(x, **given), f.inverse(x, **given), f.log_prob(x, **given)],
         lambda f: [f.sample(300, seed=3, **one), f.log_prob(x, **one)],
         lambda f: [*f.nll_gradient(x, **given)],
+        lambda f: [*f.nll_gradient(x, weights, **given), f.nll(x, weights, **given), f.nll(x, weights, **one)],
         lambda f: [*f.vjp(x, cotangent, cotangent[:, 0].copy(), direction="inverse", **given)],
         lambda f: [*f.log_prob_vjp(x, cotangent[:, 0].copy(), **given)],
     ):
@@ -347,12 +349,29 @@ def test_other_precisions_keep_their_budgets(pair, precision):
 
 
 @gpu
+def test_weights_of_rows_are_taken_in_chunks_and_ones_are_none(pair):
+    cpu, cuda, _, _ = pair("float32")
+    x = unit_data(70_000, cpu.spec.input_size, seed=5, dtype="float32")
+    w = np.random.default_rng(0).gamma(1.0, size=len(x)) * (np.arange(len(x)) % 3 > 0)
+    assert cuda.nll(x, w) == pytest.approx(cpu.nll(x, w), rel=1e-5)
+    loss, gradient = cuda.nll_gradient(x)
+    same, of_ones = cuda.nll_gradient(x, np.ones(len(x)))
+    assert (same, cuda.nll(x, np.ones(len(x)))) == (loss, cuda.nll(x))
+    np.testing.assert_array_equal(of_ones, gradient)
+    with pytest.raises(ValueError, match="x is on a CUDA device, expected arrays of the host where rows have weights"):
+        cuda.nll(nvpflow.cuda.array(x), w)
+
+
+@gpu
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_fit_follows_the_cpu(dtype):
+def test_fit_follows_the_cpu(dtype, weighted):
     x = 3 + 2 * unit_data(500, 4, seed=1, dtype=dtype)
+    weights = np.arange(500) % 4 / 2 if weighted else None
     options = {"epochs": 3, "batch_size": 50, "clip_norm": 1.0, "weight_decay": 0.01, "progress": False}
     cpu = nvpflow.build(4, 2, (16,), standardize=True, dtype=dtype)
     cuda = cpu.to("cuda")
+    options["sample_weight"] = weights
     expected, history = cpu.fit(x, **options), cuda.fit(x, **options)
     tolerance = 1e-4 if dtype == "float32" else 1e-9
     np.testing.assert_allclose(history.train_loss, expected.train_loss, rtol=tolerance)

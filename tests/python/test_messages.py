@@ -120,7 +120,7 @@ def test_a_value_of_any_type_gets_an_answer(name, value, tmp_path, monkeypatch) 
 
 
 HABITS = [
-    (lambda flow: flow.fit(X, sample_weight=np.ones(200), **QUICK), "'sample_weight'; rows have no weights yet"),
+    (lambda flow: flow.log_prob(X, sample_weight=np.ones(200)), "'sample_weight'; weights of rows are for fit, nll"),
     (lambda flow: flow.fit(X, cond=X, **QUICK), "'cond'; what conditions the rows is called context"),
     (lambda flow: flow.fit(X, bounds=(0, 1), **QUICK), "'bounds'; bounds of columns belong to the flow"),
     (lambda flow: flow.fit(X, lr=1e-3), "'lr'; the step size is called learning_rate"),
@@ -128,9 +128,9 @@ HABITS = [
     (lambda flow: nvpflow.build(features=3), "'features'; the number of columns is called input_size"),
     (lambda flow: flow.log_prob(X, condition=None), "'condition'; what conditions the rows is called context"),
     (lambda flow: flow.log_probability(X, X), "got 2; a context and options are given by name"),
-    (lambda flow: flow.nll(X, np.ones(200)), "got 2; a context and options are given by name"),
-    (lambda flow: flow.nll(X, sample_weight=X), "'sample_weight'; rows have no weights yet"),
-    (lambda flow: flow.fit(X, weights=X), "'weights'; rows have no weights yet"),
+    (lambda flow: flow.nll(X, None, X), "got 3; a context and options are given by name"),
+    (lambda flow: flow.nll(X, w=X), "'w'; a weight for each row is called sample_weight"),
+    (lambda flow: flow.fit(X, weights=X), "'weights'; a weight for each row is called sample_weight"),
     (lambda flow: nvpflow.build(3, context=2), "'context'; how many numbers condition a row is called context_size"),
     (lambda flow: flow.fit([[1.0, 2.0, 3.0], [1.0]], **QUICK), "x cannot be read as an array of numbers"),
     (lambda flow: flow.log_prob(value=X), "'value'; the rows are called x"),
@@ -154,7 +154,7 @@ HABITS = [
     ),
     (
         lambda flow: nvpflow.check_data(X, X),
-        r"check_data\(\) takes at most 1 positional .*given by name, context=c; rows",
+        r"check_data\(\) takes at most 1 positional .*given by name, context=c$",
     ),
     (lambda flow: flow.fit(X, epoch=1), "Flow.fit.. got an unexpected argument 'epoch'; did you mean 'epochs'"),
     (lambda flow: nvpflow.build(3, hiden_sizes=(4,)), "'hiden_sizes'; did you mean 'hidden_sizes'"),
@@ -231,11 +231,11 @@ def test_arguments_of_estimators_are_answered() -> None:
         (lambda: FlowDensity(transform="spline"), "'transform'; what couplings do is called coupling"),
         (lambda: FlowDensity(seed=1), "FlowDensity.__init__.. .* 'seed'; randomness comes from random_state="),
         (lambda: FlowOutlierDetector(validation=0.2), "'validation'; it is called validation_fraction"),
-        (lambda: FlowDensity().fit(X, sample_weight=X[:, 0]), "'sample_weight'; rows have no weights yet"),
+        (lambda: FlowDensity().fit(X, weights=X[:, 0]), "'weights'; a weight for each row is called sample_weight"),
         (lambda: FlowDensity().score_samples(x=X), "'x'; the rows are called X"),
         (
-            lambda: FlowDensity().fit(X, None, X[:, 0]),
-            r"FlowDensity.fit\(\) takes at most 2 .*; rows have no weights yet",
+            lambda: FlowDensity().fit(X, None, X[:, 0], X),
+            r"FlowDensity.fit\(\) takes at most 3 positional argument\(s\), got 4$",
         ),
         (
             lambda: FlowDensity(epochs=1, validation_fraction=None).fit(X).sample((5,)),

@@ -20,6 +20,9 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 SMALL = {"num_flows": 2, "hidden_sizes": (16,), "epochs": 3, "random_state": 0}
+# These want the same model of a row of weight 2 as of that row twice, which no random order of rows gives. That a row
+# of weight 0 is as if absent, and that an expected gradient is the same, test_sample_weight.py holds.
+OF_REPEATED_ROWS = {"check_sample_weight_equivalence_on_dense_data": "rows are visited in a random order"}
 BOTH = pytest.mark.parametrize("estimator", [FlowDensity, FlowOutlierDetector])
 
 
@@ -38,11 +41,12 @@ def frame(x):
 def test_check_estimator(estimator, options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", nvpflow.DataWarning)  # its tables have few rows
-        results = check_estimator(estimator(**options), on_skip=None)
+        results = check_estimator(estimator(**options), on_skip=None, expected_failed_checks=OF_REPEATED_ROWS)
     passed = [result for result in results if result["status"] == "passed"]
     # One check runs only where SciPy's array API is switched on.
-    assert {r["check_name"] for r in results if r["status"] != "passed"} <= {"check_array_api_input"}
-    assert len(passed) > 35
+    others = {"check_array_api_input", *OF_REPEATED_ROWS}
+    assert {r["check_name"] for r in results if r["status"] != "passed"} <= others
+    assert len(passed) > 40
 
 
 # ---------------------------------------------------------------------------------------------------- density
@@ -366,7 +370,7 @@ def test_check_estimator_with_a_context(estimator):
             estimator(hidden_sizes=(8,), epochs=2, context_features=1), on_skip=None, on_fail=None
         )
     failed = {result["check_name"] for result in results if result["status"] == "failed"}
-    assert failed <= {"check_fit2d_1feature"}, failed
+    assert failed <= {"check_fit2d_1feature", *OF_REPEATED_ROWS}, failed
     assert len([result for result in results if result["status"] == "passed"]) > 35
 
 

@@ -57,6 +57,19 @@ class Context {
   std::size_t size_ = 0, element_ = 0;
 };
 
+/// What the rows of a call count for, in a type of its own, so that no context is taken for it. Finite numbers of at
+/// least 0, not all of them 0, which the caller keeps; only their ratios matter.
+class SampleWeights {
+ public:
+  /// One for each row.
+  explicit SampleWeights(std::span<const double> values) : values_(values) {}
+  /// The numbers.
+  std::span<const double> values() const { return values_; }
+
+ private:
+  std::span<const double> values_;
+};
+
 /// How a call runs and where its arrays are.
 struct Execution {
   /// Of the host: the CPU's work, or a device's copies from and to arrays of the host. 0: as many as the flow takes

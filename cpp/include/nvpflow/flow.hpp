@@ -236,11 +236,22 @@ class NVPFLOW_API Flow {
   /// -mean log p(x) over the batch, nats; at least one row. Also of float64 rows of a float32 flow.
   template <class T>
   double nll(std::span<const T> x, const Context& context = {}) const;
+  /// -sum w log p(x) / sum w. A row of weight 0 is not looked at, whatever it holds. Weights that are all 1 give the
+  /// bits of the call without them. Throws Error(invalid_argument) for weights that are no such (SampleWeights).
+  template <class T>
+  double nll(std::span<const T> x, const SampleWeights& weights, const Context& context = {}) const;
   /// nll(x); its gradient with respect to the flat parameters overwrites `gradient`.
   template <class T>
   double nll_gradient(std::span<const T> x, std::span<T> gradient, const Context& context = {}) const;
   /// float64 rows of a float32 flow.
   double nll_gradient(std::span<const double> x, std::span<float> gradient, const Context& context = {}) const;
+  /// nll(x, weights) and its gradient, of which a row of weight 0 changes no bit.
+  template <class T>
+  double nll_gradient(std::span<const T> x, std::span<T> gradient, const SampleWeights& weights,
+                      const Context& context = {}) const;
+  /// float64 rows of a float32 flow.
+  double nll_gradient(std::span<const double> x, std::span<float> gradient, const SampleWeights& weights,
+                      const Context& context = {}) const;
   /// The gradient of log p(x) by x [B, D], nats per unit of x: the score.
   template <class T>
   void score(std::span<const T> x, std::span<T> out, const Context& context = {}) const;
@@ -285,6 +296,10 @@ class NVPFLOW_API Flow {
                                  void* x, void* log_prob = nullptr, const Execution& how = {}) const;
   double nll_unchecked(const void* x, std::int64_t rows, const Execution& how = {}) const;
   double nll_gradient_unchecked(const void* x, std::int64_t rows, void* gradient, const Execution& how = {}) const;
+  /// With weights: arrays of the host.
+  double nll_unchecked(const void* x, const SampleWeights& weights, const Execution& how = {}) const;
+  double nll_gradient_unchecked(const void* x, const SampleWeights& weights, void* gradient,
+                                const Execution& how = {}) const;
   void vjp_unchecked(Direction direction, const void* in, std::int64_t rows, const void* grad_out,
                      const void* grad_log_det, void* grad_in, void* grad_parameters, bool accumulate,
                      const Execution& how = {}) const;
@@ -376,6 +391,17 @@ class ConditionedFlow {
   }
   double nll_gradient(std::span<const double> x, std::span<float> gradient) const {
     return flow_->nll_gradient(x, gradient, context_);
+  }
+  template <class T>
+  double nll(std::span<const T> x, const SampleWeights& weights) const {
+    return flow_->nll<T>(x, weights, context_);
+  }
+  template <class T>
+  double nll_gradient(std::span<const T> x, std::span<T> gradient, const SampleWeights& weights) const {
+    return flow_->nll_gradient<T>(x, gradient, weights, context_);
+  }
+  double nll_gradient(std::span<const double> x, std::span<float> gradient, const SampleWeights& weights) const {
+    return flow_->nll_gradient(x, gradient, weights, context_);
   }
   template <class T>
   void vjp(Direction direction, std::span<const T> in, std::span<const T> grad_out, std::span<const T> grad_log_det,

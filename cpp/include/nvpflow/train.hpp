@@ -169,6 +169,19 @@ struct History {
   std::int64_t validation_rows = 0;  ///< rows of the validation array, or set aside from x; all of x with folds
   std::int64_t folds = 0;            ///< of cross-validation; 0: none
   double initial_loss = 0;           ///< validation loss before the first epoch, of a flow that whitens; else infinite
+  /// (sum w)^2 / sum w^2 of the weights w of the training rows (Kish 1965): of so many rows without weights a mean is
+  /// as certain. train_rows without weights.
+  double effective_rows = 0;
+};
+
+/// Weights of a fit's rows, as SampleWeights, in a type of their own: what options are not.
+struct FitWeights {
+  /// Of x, one for each row. Of validation likewise, or none where there is no validation array.
+  explicit FitWeights(std::span<const double> of_x, std::span<const double> of_validation = {})
+      : x(of_x), validation(of_validation) {}
+
+  std::span<const double> x;           ///< [N]
+  std::span<const double> validation;  ///< [M]
 };
 
 /// Receives progress on the thread that called fit(). Every member may return false to stop; the flow then keeps
@@ -228,6 +241,20 @@ class NVPFLOW_API FitObserver {
 template <class T>
 NVPFLOW_API History fit(Flow& flow, std::span<const T> x, std::span<const T> validation, const FitOptions& options,
                         FitObserver* observer = nullptr, const Context& context = {},
+                        const Context& validation_context = {}, AdamState* adam = nullptr);
+
+/// fit() of rows that count for more or less: minimises -sum w log p / sum w. The weights w are scaled to mean 1 over
+/// the training rows, once. A step's loss is -(1 / B) sum w log p over its B rows. Epochs are compared by the weighted
+/// mean, to which rows that are set aside take their weights along. What is set from the rows before training, such as
+/// the standardize layer, is set from weighted moments and quantiles. The automatic weight_decay goes by
+/// History::effective_rows. A row of weight 0 counts as absent, but must be finite. Weights that are all 1 give the
+/// bits of no weights. A checkpoint knows the weights.
+///
+/// Throws Error(invalid_argument) also for weights that are negative, not finite, all 0, or not one for each row. With
+/// a negative weight the loss has no minimum.
+template <class T>
+NVPFLOW_API History fit(Flow& flow, std::span<const T> x, std::span<const T> validation, const FitWeights& weights,
+                        const FitOptions& options, FitObserver* observer = nullptr, const Context& context = {},
                         const Context& validation_context = {}, AdamState* adam = nullptr);
 
 }  // namespace nvpflow

@@ -130,38 +130,41 @@ class CpuBackend final : public Backend {
     run_gradient(call, rows, static_cast<T*>(grad_parameters), accumulate, how);
   }
 
-  double nll_gradient(const void* x, const std::int64_t* index, std::int64_t rows, std::int64_t total_rows,
-                      void* grad_parameters, bool accumulate, const Execution& how) const override {
+  double nll_gradient(const void* x, const WeighedRows& rows, double total, void* grad_parameters,
+                      const Execution& how) const override {
     const FloatMode mode;
     GradientCall<T> call;
     call.in = static_cast<const T*>(x);
-    call.index = index;
+    call.index = rows.index;
     call.nll = true;
-    call.nll_factor = static_cast<T>(1.0 / static_cast<double>(total_rows));
-    call.context.index = index;
-    return run_gradient(call, rows, static_cast<T*>(grad_parameters), accumulate, how);
+    call.nll_factor = 1.0 / total;
+    call.weights = rows.weights;
+    call.context.index = how.context.repeat == 1 ? rows.index : nullptr;
+    return run_gradient(call, rows.count, static_cast<T*>(grad_parameters), /*accumulate=*/false, how);
   }
 
-  double sum_log_prob(const void* x, const std::int64_t* index, std::int64_t rows,
-                      const Execution& how) const override {
+  double sum_log_prob(const void* x, const WeighedRows& rows, const Execution& how) const override {
     const FloatMode mode;
     const Reading packed(packed_);
     const bool wide = is_wide(*packed, how);
-    const cpu::ContextRows<T> context = context_of(*packed, rows, how);
-    return flow_.sum_log_prob(rows, staged_size_, how.threads,
-                              [&](std::int64_t begin, std::int64_t end, T* log_prob, T* scratch) {
-                                TransformCall<T> call;
-                                call.in = index == nullptr ? data_at(x, begin, how) : static_cast<const T*>(x);
-                                call.index = index == nullptr ? nullptr : index + begin;
-                                call.log_prob = log_prob;
-                                call.context = cpu::part_of(context, begin);
-                                if (index != nullptr) call.context.index = index + begin;
-                                if (wide) {
-                                  transform_wide(*packed, call, 0, end - begin, how, scratch);
-                                } else {
-                                  kernels_.transform(packed->program(), call, 0, end - begin, scratch);
-                                }
-                              });
+    const cpu::ContextRows<T> context = context_of(*packed, rows.count, how);
+    const std::int64_t* index = rows.index;
+    return flow_.sum_log_prob(
+        rows.count, staged_size_, how.threads,
+        [&](std::int64_t begin, std::int64_t end, T* log_prob, T* scratch) {
+          TransformCall<T> call;
+          call.in = index == nullptr ? data_at(x, begin, how) : static_cast<const T*>(x);
+          call.index = index == nullptr ? nullptr : index + begin;
+          call.log_prob = log_prob;
+          call.context = cpu::part_of(context, begin);
+          if (index != nullptr && context.repeat == 1) call.context.index = index + begin;
+          if (wide) {
+            transform_wide(*packed, call, 0, end - begin, how, scratch);
+          } else {
+            kernels_.transform(packed->program(), call, 0, end - begin, scratch);
+          }
+        },
+        [&](std::int64_t row) { return rows.weight(row); });
   }
 
   void prepare() const override {
@@ -174,7 +177,7 @@ class CpuBackend final : public Backend {
     Execution how(1);
     how.context.rows = context.data();
     how.context.repeat = nvpflow::ContextRows::kForAll;
-    sum_log_prob(x.data(), nullptr, flow_.tile_rows(), how);
+    sum_log_prob(x.data(), {.count = flow_.tile_rows()}, how);
   }
 
   std::shared_ptr<const void> fold(const void* context) const override {
@@ -353,6 +356,7 @@ class CpuBackend final : public Backend {
       std::fill_n(to_mean, features, T(0));
     }
     std::vector<T> staged(static_cast<std::size_t>(std::min(chunk, rows) * features));
+    std::vector<double> weights;
     double total = 0;
     std::int64_t first = 0;
     do {
@@ -364,6 +368,8 @@ class CpuBackend final : public Backend {
       GradientCall<T> part = call;
       part.in = staged.data();
       part.index = nullptr;
+      if (call.weights != nullptr && call.index == nullptr) part.weights += first;
+      if (call.weights != nullptr && call.index != nullptr) part.weights = staged_weights(call, first, count, weights);
       part.context = cpu::part_of(call.context, first);
       if (call.grad_context != nullptr) part.grad_context += first * spec_.context_size;
       if (call.grad_out != nullptr) part.grad_out += first * features;
@@ -379,6 +385,14 @@ class CpuBackend final : public Backend {
       for (std::size_t j = 0; j < before.size(); ++j) to_mean[j] += before[j];
     }
     return total;
+  }
+
+  /// Of rows [first, first + count) of those that a call takes.
+  static const double* staged_weights(const GradientCall<T>& call, std::int64_t first, std::int64_t count,
+                                      std::vector<double>& staged) {
+    staged.clear();
+    for (std::int64_t i = first; i < first + count; ++i) staged.push_back(call.weights[call.index[i]]);
+    return staged.data();
   }
 
   static void scale_gradient(const Packed<T>& packed, T* g, std::int64_t rows) {

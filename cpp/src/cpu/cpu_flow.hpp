@@ -89,16 +89,16 @@ class CpuFlow {
     });
   }
 
-  /// Sum over the rows of log p, in float64, in a fixed order; find(begin, end, log_prob, scratch) writes that of rows
-  /// [begin, end), at most kSumRows. scratch: transform_scratch() elements, and `more`.
-  template <class F>
-  double sum_log_prob(std::int64_t rows, std::int64_t more, int threads, F find) const {
+  /// Sum over the rows of weight(row) log p, in float64, in a fixed order; find(begin, end, log_prob, scratch) writes
+  /// log p of rows [begin, end), at most kSumRows. scratch: transform_scratch() elements, and `more`.
+  template <class F, class W>
+  double sum_log_prob(std::int64_t rows, std::int64_t more, int threads, F find, W weight) const {
     return sum_of_parts<kSumRows>(rows, threads_for(rows, threads), [&](std::int64_t begin, std::int64_t end) {
       T* scratch = thread_scratch<T>(transform_scratch_ + more + kSumRows);
       T* log_prob = scratch + transform_scratch_ + more;
       find(begin, end, log_prob, scratch);
       double sum = 0;
-      for (std::int64_t i = 0; i < end - begin; ++i) sum += static_cast<double>(log_prob[i]);
+      for (std::int64_t i = 0; i < end - begin; ++i) sum += weight(begin + i) * static_cast<double>(log_prob[i]);
       return sum;
     });
   }

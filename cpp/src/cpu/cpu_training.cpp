@@ -53,7 +53,8 @@ class CpuTraining final : public Training {
     call.context.rows = static_cast<const T*>(data_.context);
     call.context.index = index_.data();
     call.nll = true;
-    call.nll_factor = static_cast<T>(1.0 / static_cast<double>(total_rows));
+    call.nll_factor = 1.0 / static_cast<double>(total_rows);
+    call.weights = data_.weights;
     batch_sum_ += flow_.gradient(packed_.program(), call, count, gradient_.data(), accumulate, threads_);
   }
 
@@ -69,8 +70,10 @@ class CpuTraining final : public Training {
 
   void add_log_prob(bool validation, const RowOrder& order, std::int64_t first, std::int64_t count) override {
     fill_index(order, first, count);
-    report_.sum_log_prob +=
-        flow_.sum_log_prob(count, 0, threads_, [&](std::int64_t begin, std::int64_t end, T* log_prob, T* scratch) {
+    const double* weights = validation ? data_.validation_weights : data_.weights;
+    report_.sum_log_prob += flow_.sum_log_prob(
+        count, 0, threads_,
+        [&](std::int64_t begin, std::int64_t end, T* log_prob, T* scratch) {
           TransformCall<T> call;
           call.in = static_cast<const T*>(validation ? data_.validation : data_.x);
           call.index = index_.data() + begin;
@@ -78,7 +81,8 @@ class CpuTraining final : public Training {
           call.context.rows = static_cast<const T*>(validation ? data_.validation_context : data_.context);
           call.context.index = index_.data() + begin;
           kernels_.transform(packed_.program(), call, 0, end - begin, scratch);
-        });
+        },
+        [&](std::int64_t i) { return weights == nullptr ? 1.0 : weights[index_[static_cast<std::size_t>(i)]]; });
   }
 
   TrainingReport report() override {

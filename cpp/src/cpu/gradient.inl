@@ -75,16 +75,28 @@ void base_gradient(const Program<T>& program, int64_t first, int64_t last, const
   });
 }
 
+/// Of row r of an NLL.
+template <class T>
+NVPFLOW_INLINE double weight_of(const GradientCall<T>& call, int64_t r) {
+  if (call.weights == nullptr) return 1;
+  return call.weights[call.index == nullptr ? r : call.index[r]];
+}
+
+/// Of the log-determinant of row r, and of log p where the call is of that.
+template <class T>
+NVPFLOW_INLINE T given_cotangent(const GradientCall<T>& call, int64_t r) {
+  if (call.nll) return -static_cast<T>(weight_of(call, r) * call.nll_factor);
+  return call.grad_log_det != nullptr ? call.grad_log_det[r] : static_cast<T>(call.density ? 1 : 0);
+}
+
 /// The cotangents that the backward pass starts from; rows past `count` hold numbers that are not read. place: of the
 /// features of the call's output.
 template <class T>
 void start_cotangents(const Program<T>& program, const GradientCall<T>& call, const FixedTape<T>& fixed, int64_t begin,
                       int64_t count, int64_t rows, const int64_t* place) {
   const int64_t features = program.input_size;
-  const T fixed_cotangent = call.nll ? -call.nll_factor : static_cast<T>(call.density ? 1 : 0);
   for (int64_t r = 0; r < rows; ++r) {
-    const bool given = call.grad_log_det != nullptr && r < count;
-    fixed.log_det_cotangent[r] = given ? call.grad_log_det[begin + r] : fixed_cotangent;
+    fixed.log_det_cotangent[r] = r < count ? given_cotangent(call, begin + r) : T(0);
   }
   if (call.nll || call.density) {
     visit_base(program.base, [&]<class Density>(Density) {
@@ -124,11 +136,12 @@ void store_context_cotangent(const Program<T>& program, const T* cotangent, int6
   }
 }
 
+/// Of log p of rows [begin, begin + count), by weight.
 template <class T>
-void sum_units(const T* values, int64_t count, double* sums) {
+void sum_units(const GradientCall<T>& call, const T* log_prob, int64_t begin, int64_t count, double* sums) {
   for (int64_t r = 0; r < count; ++r) {
     double& sum = sums[r / kGradientUnit];
-    sum = (r % kGradientUnit == 0 ? 0 : sum) + static_cast<double>(values[r]);
+    sum = (r % kGradientUnit == 0 ? 0 : sum) + weight_of(call, begin + r) * static_cast<double>(log_prob[r]);
   }
 }
 
@@ -172,7 +185,7 @@ void gradient_tile(const Program<T>& program, const GradientCall<T>& call, int64
         }
       }
     }
-    if (call.nll) sum_units<T>(fixed.log_prob, count, sums);
+    if (call.nll) sum_units<T>(call, fixed.log_prob, begin, count, sums);
     for (int64_t r = 0; call.log_prob != nullptr && r < count; ++r) call.log_prob[begin + r] = fixed.log_prob[r];
   }
   if (call.gradient != nullptr && (call.nll || call.density)) {

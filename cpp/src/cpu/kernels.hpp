@@ -210,8 +210,9 @@ struct GradientCall {
   bool inverse = false;
   const T* in = nullptr;
   const int64_t* index = nullptr;
-  bool nll = false;  // cotangents of nll_factor * -log p instead of grad_out, grad_log_det
-  T nll_factor = 0;
+  bool nll = false;  // cotangents of nll_factor * weight * -log p instead of grad_out, grad_log_det
+  double nll_factor = 0;
+  const double* weights = nullptr;  // nll only: above 0, of the rows of `in`, which index takes; null: all are 1
   const T* grad_out = nullptr;      // null: zero
   const T* grad_log_det = nullptr;  // null: zero, or one where `density`
   bool density = false;             // grad_log_det is the cotangent of log p
@@ -260,7 +261,7 @@ struct Kernels {
   int64_t (*tape_size)(const Program<T>&, int64_t rows);
   /// Forward and backward of rows [begin, end), a gradient tile or a part of one from one of its units on; leaves what
   /// weight_gradient needs on the tape, which is laid out for `rows`: a multiple of the lanes. sums: of log p over the
-  /// rows of each unit (nll only).
+  /// rows of each unit, by weight (nll only).
   void (*gradient_tile)(const Program<T>&, const GradientCall<T>&, int64_t begin, int64_t end, int64_t rows, T* tape,
                         double* sums);
   /// Parts of a layer's gradient, and what part `part` is shared out by: inputs of a dense layer, rows of a tile of a

@@ -1,0 +1,71 @@
+// A table to train on, without the rows that count for nothing.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include <nvpflow/execution.hpp>
+#include <nvpflow/spec.hpp>
+
+#include "fit_start.hpp"
+#include "sample_weights.hpp"
+
+namespace nvpflow {
+
+/// Rows, their contexts and their weights: the caller's own, or copies of those of weight above 0 where some have 0.
+/// Without weights it looks at nothing. T: of the flow, and so of contexts; X: of the rows.
+template <class T, class X>
+class WeightedTable {
+ public:
+  struct Names {
+    const char *rows, *context, *weights;
+  };
+
+  WeightedTable(const FlowSpec& spec, const Names& names, std::span<const X> rows, const Context& context,
+                std::span<const double> weights)
+      : rows_(rows), context_(context), weights_(weights) {
+    if (weights.empty()) return;
+    const auto features = static_cast<std::size_t>(spec.input_size);
+    const auto count = static_cast<std::int64_t>(rows.size() / features);
+    check_weights(names.weights, weights, count);
+    const std::vector<std::int64_t> counting = rows_that_count(weights);
+    if (counting.empty()) return;
+    const std::span<const T> contexts = checked_context<T>(spec, names.context, context, count);
+    check_finite(names.rows, rows, spec.input_size, [] {});  // all of them, by the numbers that the caller knows
+    take(rows, features, counting, own_rows_);
+    if (spec.context_size > 0) {
+      check_finite(names.context, contexts, spec.context_size, [] {});
+      take(contexts, static_cast<std::size_t>(spec.context_size), counting, own_context_);
+      context_ = Context(own_context_);
+    }
+    take(weights, 1, counting, own_weights_);
+    rows_ = own_rows_, weights_ = own_weights_;
+  }
+  WeightedTable(const WeightedTable&) = delete;
+  WeightedTable& operator=(const WeightedTable&) = delete;
+
+  std::span<const X> rows() const { return rows_; }
+  const Context& context() const { return context_; }
+  std::span<const double> weights() const { return weights_; }
+
+ private:
+  template <class V>
+  static void take(std::span<const V> from, std::size_t width, const std::vector<std::int64_t>& which,
+                   std::vector<V>& to) {
+    for (const std::int64_t row : which) {
+      const auto begin = from.begin() + static_cast<std::ptrdiff_t>(static_cast<std::size_t>(row) * width);
+      to.insert(to.end(), begin, begin + static_cast<std::ptrdiff_t>(width));
+    }
+  }
+
+  std::span<const X> rows_;
+  Context context_;
+  std::span<const double> weights_;
+  std::vector<X> own_rows_;
+  std::vector<T> own_context_;
+  std::vector<double> own_weights_;
+};
+
+}  // namespace nvpflow
