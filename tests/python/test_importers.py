@@ -732,7 +732,7 @@ def test_a_report_in_a_file_is_checked_when_it_is_asked_for(imported, tmp_path):
     report = imported.import_report
     imported._set_import_report('{"verdict": "exact"}')
     imported.save(tmp_path / "model")
-    with pytest.raises(ValueError, match="ImportReport holds verdict, library"):
+    with pytest.raises(ValueError, match="ImportReport holds verdict, expected verdict, library"):
         nvpflow.load(tmp_path / "model").import_report  # noqa: B018
     values = report.to_dict()
     for change in ({"condition": None}, {"float64": None}, {"verdict": "unchecked"}, {"unchecked": "for no reason"}):
