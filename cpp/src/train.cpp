@@ -572,8 +572,7 @@ class Trainer {
     each_row_that_is(false, validation_, RowOrder(), validation_rows(), count);
     if (history_.rows_left_out == 0) return;
     const auto near_rows = [this](std::span<const T> x, std::span<const T> context, const std::vector<double>& log_det,
-                                  const std::vector<double>& weights,
-                                  const RowOrder& order, std::int64_t rows) {
+                                  const std::vector<double>& weights, const RowOrder& order, std::int64_t rows) {
       Kept kept;
       each_row_that_is(true, x, order, rows, [&](const T* row, std::int64_t at) {
         kept.rows.insert(kept.rows.end(), row, row + features_);
@@ -586,10 +585,10 @@ class Trainer {
     };
     // Those set aside become an array of their own, so that no row changes sides.
     std::vector<double>&log_det = bounded_x_.log_det, &of_validation = bounded_validation_.log_det;
-    kept_validation_ =
-        has_array() ? near_rows(validation_, validation_context_, of_validation, validation_weights_, RowOrder(),
-                                validation_rows())
-                    : near_rows(x_, context_, log_det, weights_, main_.rows.validating(), main_.rows.held_out());
+    kept_validation_ = has_array()
+                           ? near_rows(validation_, validation_context_, of_validation, validation_weights_, RowOrder(),
+                                       validation_rows())
+                           : near_rows(x_, context_, log_det, weights_, main_.rows.validating(), main_.rows.held_out());
     kept_ = near_rows(x_, context_, log_det, weights_, main_.rows.training(), main_.rows.train());
     x_ = kept_.rows, validation_ = kept_validation_.rows;
     context_ = kept_.context, validation_context_ = kept_validation_.context;
@@ -1018,9 +1017,9 @@ class Trainer {
   FitWeights given_weights_;                       // the same
   // Scaled; empty: all rows count alike.
   std::vector<double> weights_, validation_weights_;
-  bool taken_ = false;                             // x_ and validation_ are there
-  std::span<const T> x_, validation_;              // what is trained on and compared by: those, or
-  BoundedRows bounded_x_, bounded_validation_;     // without rows from take_rows() on; empty where there are no bounds
+  bool taken_ = false;                          // x_ and validation_ are there
+  std::span<const T> x_, validation_;           // what is trained on and compared by: those, or
+  BoundedRows bounded_x_, bounded_validation_;  // without rows from take_rows() on; empty where there are no bounds
   Standardized standardized_;
   std::vector<T> own_x_, own_validation_;            // these, or
   double train_log_det_ = 0, compared_log_det_ = 0;  // mean of what the rows have been through before the run
