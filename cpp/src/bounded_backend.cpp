@@ -33,6 +33,16 @@ unsigned char* thread_memory(std::int64_t bytes) {
   return static_cast<unsigned char*>(buffer.reserve(bytes));
 }
 
+/// So many elements into an array, which may be null.
+template <class Element>
+Element* at(void* array, std::int64_t elements) {
+  return array == nullptr ? nullptr : static_cast<Element*>(array) + elements;
+}
+template <class Element>
+const Element* at(const void* array, std::int64_t elements) {
+  return array == nullptr ? nullptr : static_cast<const Element*>(array) + elements;
+}
+
 /// T: of the flow. Y: of rows behind the bounds, float64 also for a float32 flow that standardizes them in float64.
 template <class T, class Y>
 class BoundedBackend final : public Backend {
@@ -183,15 +193,6 @@ class BoundedBackend final : public Backend {
     Y* y;                       // [rows, D], behind the bounds
     T *g, *weights, *log_prob;  // [rows, D], [rows], [rows]
   };
-
-  template <class Element>
-  static Element* at(void* array, std::int64_t elements) {
-    return array == nullptr ? nullptr : static_cast<Element*>(array) + elements;
-  }
-  template <class Element>
-  static const Element* at(const void* array, std::int64_t elements) {
-    return array == nullptr ? nullptr : static_cast<const Element*>(array) + elements;
-  }
 
   /// Of the chunk's log p.
   static double sum_by_weight(const WeighedRows& rows, const Chunk& chunk) {

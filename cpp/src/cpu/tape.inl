@@ -39,8 +39,8 @@ struct FixedTape {
     const int64_t context_row = p.context_size == 0 ? 0 : row_stride<T>(p.context_size);
     context = carver.take(context_row * rows);
     context_cotangent = carver.take(context_row * rows);
-    const auto of_base = [&]<class Density>(Density) { return Density::tape(p.base, p.input_size); };
-    base = carver.take(elements(visit_base(p.base, of_base), rows));
+    base = carver.take(elements(
+        visit_base(p.base, [&]<class Density>(Density) { return Density::tape(p.base, p.input_size); }), rows));
     layers = carver.take(0);
     size = carver.used;
   }
