@@ -223,9 +223,8 @@ PartTape<T> tape_of_part(const Network<T>& net, const NetworkParts& parts, int32
     if (part >= parts.gates) {
       return {tapes.context, Kind::template gate_cotangent<T>(net, tape, part - parts.gates, tapes.rows)};
     }
-    const T* layer_input =
-        part < parts.context ? Kind::template input_of<T>(net, tape, part, tapes.rows) : tapes.context;
-    return {layer_input, Kind::template cotangent<T>(net, tape, layer, tapes.rows)};
+    return {part < parts.context ? Kind::template input_of<T>(net, tape, part, tapes.rows) : tapes.context,
+            Kind::template cotangent<T>(net, tape, layer, tapes.rows)};
   });
 }
 
