@@ -225,6 +225,28 @@ def test_other_weights_are_refused(weights: Any, error: type[Exception], message
         flow.fit(curved(50), sample_weight=np.ones(50), validation=(x, weights), progress=False)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_rows_within_bounds_have_weights(dtype: str) -> None:
+    flow = nvpflow.build(SIZE, 2, (16,), bounds={0: (-40, None), 3: (-30, 50)}, dtype=dtype)
+    x, w = curved(3000, dtype=dtype), weights_of(3000, zeros=0.2)
+    history = fit(flow, x, sample_weight=w, averaging=None)
+    held_out, _ = _core._split_rows(int((w > 0).sum()), 0.1, 3, 3000)
+    rows, own = x[w > 0][held_out], w[w > 0][held_out]
+    assert history.best_loss == pytest.approx(-np.average(flow.log_prob(rows), weights=own), rel=1e-4)
+    loss, gradient = flow.nll_gradient(x, w)
+    log_p = flow.log_prob(x).astype(np.float64)
+    assert loss == pytest.approx(-np.average(log_p, weights=w), rel=1e-5)
+    assert flow.nll(x, w) == pytest.approx(loss, rel=1e-7)
+    expected = flow.log_prob_vjp(x, (-w / w.sum()).astype(dtype), wrt="parameters")[1]
+    np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    counts = w > 0
+    other = np.where(counts[:, None], x, np.array(-1e30, dtype))  # beyond the bounds, too
+    assert_same_bits(flow.nll_gradient(other, w)[1], flow.nll_gradient(x[counts], w[counts])[1])
+    ones = flow.nll_gradient(x, np.ones(3000))
+    assert_same_bits(ones[1], flow.nll_gradient(x)[1])
+    assert ones[0] == flow.nll_gradient(x)[0]
+
+
 # ------------------------------------------------------------------------------------------------------- training
 
 
