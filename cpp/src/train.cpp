@@ -175,7 +175,7 @@ class Trainer {
     std::vector<T> start = best_;
     if (standardized_.on) std::fill_n(start.begin(), 2 * features_, T(0));
     for (Run& fold : folds_) begin(fold, start, data);
-    begin(main_, start, data);
+    begin(main_, std::move(start), data);
     const std::int64_t kept = own_begin();
     std::copy(main_.start.begin() + kept, main_.start.end(), best_.begin() + kept);
     refuse_rows_outside(main_.start);
@@ -185,6 +185,8 @@ class Trainer {
       probe_->set_num_threads(threads_);
     }
     judge_start();
+    for (Run& fold : folds_) fold.start = {};
+    main_.start = {};
   }
 
   /// What the run trains, as a flow.
@@ -194,8 +196,8 @@ class Trainer {
   }
 
   /// start: what training starts from but for the layers that are set from the run's own rows.
-  void begin(Run& run, const std::vector<T>& start, const TrainingData& data) {
-    run.start = start;
+  void begin(Run& run, std::vector<T> start, const TrainingData& data) {
+    run.start = std::move(start);
     start_from_rows(run);
     start_mixture_base(run);
     if (options_.averaging > 0) run.average.resize(best_.size());

@@ -193,16 +193,20 @@ std::vector<std::int64_t> first_rows(const RowOrder& order, std::int64_t count) 
   return rows;
 }
 
+/// Throws where float64 numbers are not what weights are.
+py::object check_weights_of(const Arguments& given) {
+  const auto name = given.object(0).cast<std::string>();
+  const HostValues values = host_values(given[1]);
+  if (values.dtype != "float64") throw Error(ErrorCode::type_mismatch, name + " has dtype " + values.dtype);
+  const std::int64_t rows = values.bytes / static_cast<std::int64_t>(sizeof(double));
+  check_weights(name.c_str(), {static_cast<const double*>(values.data), static_cast<std::size_t>(rows)}, rows);
+  return py::none();
+}
+
 }  // namespace
 
 void bind_training(py::module_& module) {
-  // Throws where float64 numbers are not what weights are.
-  module.def("_check_weights", [](const std::string& name, const py::object& weights) {
-    const HostValues values = host_values(weights.ptr());
-    if (values.dtype != "float64") throw Error(ErrorCode::type_mismatch, name + " has dtype " + values.dtype);
-    const std::int64_t rows = values.bytes / static_cast<std::int64_t>(sizeof(double));
-    check_weights(name.c_str(), {static_cast<const double*>(values.data), static_cast<std::size_t>(rows)}, rows);
-  });
+  add_function(module, plain<&check_weights_of>("_check_weights", 2, 2, {"name", "weights"}, nullptr));
   // Of `total` rows, at most `most` that fit sets aside for validation, and at most `most` that it trains on.
   module.def("_split_rows", [](std::int64_t total, double share, std::uint64_t seed, std::int64_t most) {
     const FitRows rows(total, FitRows::held_out_of(total, share), seed);

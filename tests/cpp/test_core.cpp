@@ -1491,6 +1491,7 @@ TEST_CASE("data that no fit can use are refused") {
                 [&] { fit<float>(flow, rows(29), {}, options); });
   check_refused(ErrorCode::invalid_argument, "validation holds 4 elements, expected a multiple of input_size 3",
                 [&] { fit<float>(flow, rows(30), rows(4), options); });
+  options.folds = 1;
   check_refused(ErrorCode::invalid_argument, "of 9 rows, which is less than one row",
                 [&] { fit<float>(flow, rows(27), {}, options); });
 }

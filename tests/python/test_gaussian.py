@@ -12,6 +12,7 @@ from nvpflow import _core, cli, training
 from nvpflow._gaussian import shrunk_log_prob
 from nvpflow.layers import MLP, Coupling, Permutation, Standardize
 
+COVARIANCE = "build the flow with standardize='covariance', so that it begins as that Gaussian, "
 FIGURES = re.compile(
     r"^the flow is worse than a Gaussian: the mean log-density of ([\d,]+) validation rows is (\S+) nats, and (\S+) "
     r"under a Gaussian of the training rows \(better by (\S+), with a standard error of (\S+); the best epoch was "
@@ -86,7 +87,8 @@ def test_fit_warns_once_of_a_flow_that_is_worse_than_a_gaussian() -> None:
     assert [float(figure) for figure in found.groups()[1:]] == pytest.approx(expected, abs=0.006)
     assert history.best_epoch < 80
     assert message.endswith(
-        "; give more rows, or take fewer couplings or hidden units (num_flows, hidden_sizes) or more weight_decay"
+        f"; {COVARIANCE}give more rows, or take fewer couplings or hidden units (num_flows, hidden_sizes) or more "
+        "weight_decay"
     )
 
 
@@ -104,7 +106,7 @@ def test_the_rows_compared_are_those_that_epochs_are_compared_by(dtype, far) -> 
     assert float(found[2]) == pytest.approx(-history.best_loss, abs=0.001)
     assert len(messages) == (2 if far else 1)
     first = "mend what nvpflow.check_data finds in x, then " if far else ""
-    assert f"; {first}train for more epochs, give more rows" in messages[-1]
+    assert f"; {first}train for more epochs, {COVARIANCE}give more rows" in messages[-1]
 
 
 def test_float64_rows_of_a_float32_flow_are_compared_in_float64() -> None:
