@@ -11,6 +11,8 @@ Needs ``pip install sbi``. ``--full`` takes more simulations and iterations. The
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
 import time
 import warnings
 
@@ -180,7 +182,8 @@ def main() -> None:
     parser.add_argument("--part", choices=("vi", "npe", "nle", "import", "all"), default="all")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    with warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        os.chdir(folder)  # sbi writes logs of its training where it runs
         warnings.simplefilter("ignore")
         if options.part in ("vi", "all"):
             variational(options)
@@ -188,6 +191,7 @@ def main() -> None:
             posteriors(options)
         if options.part in ("nle", "all"):
             likelihoods(options)
+        os.chdir(os.path.dirname(folder))
 
 
 if __name__ == "__main__":
