@@ -8,6 +8,8 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
+#include <iterator>
 #include <limits>
 #include <optional>
 #include <span>
@@ -98,6 +100,11 @@ class DensityFit {
         work_(flow.to(flow.device(), flow.precision(), Weights::full)),
         adam_(flow.layout(), threads_) {
     history_.best_loss = std::numeric_limits<double>::infinity();
+    const auto& tensors = flow.layout().tensors();
+    const auto base =
+        tensors.begin() + static_cast<std::ptrdiff_t>(flow.layout().first_tensor(flow.spec().layers.size()));
+    std::copy_if(base, tensors.end(), std::back_inserter(trained_of_base_),
+                 [](const TensorInfo& tensor) { return tensor.trained; });
   }
 
   DensityHistory run() {
@@ -332,7 +339,41 @@ class DensityFit {
                           path ? nullptr : cotangent_of_log_det_.data() + done, nullptr, gradient_.data(), done > 0,
                           execution(done));
     }
+    if (!trained_of_base_.empty()) add_gradient_of_base(batch);
     update(record);
+  }
+
+  /// The base's parameters. A row's latents do not follow from them smoothly: a component of a mixture is chosen. So
+  /// theirs is the gradient of the rows' probability (REINFORCE): the mean of f times that of log b(z), with f = log q
+  /// - log p. Each f counts from the mean of the others (Kool, van Hoof and Welling 2019): that changes no mean, and
+  /// there is no noise where the flow is the target.
+  void add_gradient_of_base(std::int64_t batch) {
+    form_cotangents_of_log_q(batch);
+    gradient_at_rows_.resize(gradient_.size());
+    for (std::int64_t done = 0; done < batch; done += kSliceRows) {
+      poll();
+      // At a given x no other term of log q depends on them.
+      work_.log_prob_vjp_unchecked(x_.data() + done * features_, std::min(kSliceRows, batch - done),
+                                   cotangent_of_log_q_.data() + done, nullptr, nullptr, gradient_at_rows_.data(),
+                                   done > 0, execution(done));
+    }
+    for (const TensorInfo& tensor : trained_of_base_) {
+      const auto first = gradient_at_rows_.begin() + tensor.offset;
+      std::transform(first, first + tensor.size, gradient_.begin() + tensor.offset, gradient_.begin() + tensor.offset,
+                     std::plus<T>());
+    }
+  }
+
+  /// (f - the mean of the others' f) / B = (f - the mean) / (B - 1).
+  void form_cotangents_of_log_q(std::int64_t batch) {
+    const auto rows = static_cast<std::size_t>(batch);
+    const auto loss = [this](std::size_t r) { return static_cast<double>(log_q_[r]) - log_p_[r]; };
+    double sum = 0;
+    for (std::size_t r = 0; r < rows; ++r) sum += loss(r);
+    const double mean = batch == 1 ? 0 : sum / static_cast<double>(batch);  // of one row there are no others
+    const double share = 1 / static_cast<double>(std::max<std::int64_t>(1, batch - 1));
+    cotangent_of_log_q_.resize(rows);
+    for (std::size_t r = 0; r < rows; ++r) cotangent_of_log_q_[r] = static_cast<T>(share * (loss(r) - mean));
   }
 
   /// target_gradient_ becomes the cotangent of x: (the score of the flow, of `path`, - that of the target) / B.
@@ -511,9 +552,10 @@ class DensityFit {
   const int threads_;
   Flow work_;  // with the weights of now
   cpu::CpuAdam<T> adam_;
-  std::vector<T> parameters_, gradient_, best_, average_;
+  std::vector<TensorInfo> trained_of_base_;
+  std::vector<T> parameters_, gradient_, gradient_at_rows_, best_, average_;
   std::vector<float> mean_low_;
-  std::vector<T> z_, x_, target_gradient_, score_, log_q_, cotangent_of_log_det_, row_contexts_;
+  std::vector<T> z_, x_, target_gradient_, score_, log_q_, cotangent_of_log_det_, cotangent_of_log_q_, row_contexts_;
   std::vector<double> log_p_;
   std::int64_t step_ = 0, reports_without_ = 0;
   bool reporting_ = false;

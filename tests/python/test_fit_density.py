@@ -13,7 +13,7 @@ import nvpflow
 import pytest
 from general_oracle import GeneralFlow, base_log_density
 from oracle import assert_same_bits
-from test_sample_density import make_case
+from test_sample_density import MIXTURE, STUDENT, make_case
 
 QUIET = {"progress": False}
 MEAN = np.array([1.0, -2.0, 0.5])
@@ -72,10 +72,15 @@ def square(x: np.ndarray, *context: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return -0.5 * ((x - 0.3 - shift) ** 2).sum(axis=1), -(x - 0.3 - shift)
 
 
+def base_of(parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: value for name, value in parameters.items() if name.startswith("base.")}
+
+
+@pytest.mark.parametrize("base", [None, STUDENT, MIXTURE], ids=["normal", "student_t", "mixture"])
 @pytest.mark.parametrize("estimator", ["reparameterized", "path"])
 @pytest.mark.parametrize("seed", range(6))
-def test_the_gradient_is_that_of_the_loss(seed, estimator, tmp_path) -> None:
-    flow, oracle = make_case(seed, "float64")
+def test_the_gradient_is_that_of_the_loss(seed, estimator, base, tmp_path) -> None:
+    flow, oracle = make_case(seed, "float64", base)
     size = flow.spec.context_size
     contexts = np.random.default_rng(seed).normal(size=(1, size)) if size else None
     context = None if contexts is None else contexts[0]
@@ -86,10 +91,18 @@ def test_the_gradient_is_that_of_the_loss(seed, estimator, tmp_path) -> None:
     each = {} if contexts is None else {"context": np.tile(contexts, (9, 1))}
     held = GeneralFlow(oracle.spec, start)
 
+    def losses(parameters: dict[str, np.ndarray]) -> np.ndarray:
+        x, log_det = GeneralFlow(oracle.spec, {**parameters, **base_of(start)}).inverse(z, **each)
+        own = base_log_density(oracle.spec, z, start) - log_det
+        log_q = own if estimator != "path" else held.log_prob(x, **each)
+        return log_q - square(x, *each.values())[0]
+
+    begun = losses(start)
+    beside = begun - (begun.sum() - begun) / 8  # from the mean of the others
+
     def loss(parameters: dict[str, np.ndarray]) -> float:
-        x, log_det = GeneralFlow(oracle.spec, parameters).inverse(z, **each)
-        log_q = base_log_density(oracle.spec, z) - log_det if estimator != "path" else held.log_prob(x, **each)
-        return float((log_q - square(x, *each.values())[0]).mean())
+        of_base = beside * base_log_density(oracle.spec, z, parameters) if base else 0.0
+        return float((losses(parameters) + of_base).mean())
 
     trained = nvpflow._core._trained(flow.spec)
     random = np.random.default_rng(seed)
@@ -100,6 +113,36 @@ def test_the_gradient_is_that_of_the_loss(seed, estimator, tmp_path) -> None:
         wanted = (loss(ahead) - loss(behind)) / (2 * step)
         found = float(gradient @ np.concatenate([along[n].ravel() for n in names]))
         assert abs(found - wanted) < 1e-5 * (1 + abs(wanted))
+
+
+@pytest.mark.parametrize("base", ["student_t", "mixture"])
+def test_the_gradient_by_the_base_is_that_of_the_integral(base, tmp_path) -> None:
+    flow = nvpflow.build(2, 1, (1,), base=base, standardize=False, dtype="float64", seed=1)
+    spec = json.loads(flow.spec.to_json())
+    names = [name for name, _, _ in flow._layout()]
+    random = np.random.default_rng(2)
+    start = {name: 0 * value for name, value in flow.parameters().items()}  # the layers are the identity
+    start |= {name: 0.5 + random.normal(size=value.shape) for name, value in base_of(start).items()}
+    flow.set_parameters(start)
+    axis = np.linspace(-12, 12, 1201)  # x = sinh(axis), which reaches into heavy tails
+    grid = np.sinh(np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2))
+    areas = np.cosh(np.arcsinh(grid)).prod(axis=1) * (axis[1] - axis[0]) ** 2
+
+    def target(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return -np.log1p((x - 1) ** 2).sum(axis=1), -2 * (x - 1) / (1 + (x - 1) ** 2)
+
+    def integral(parameters: dict[str, np.ndarray]) -> float:
+        log_b = base_log_density(spec, grid, parameters)
+        return float((np.exp(log_b) * (log_b - target(grid)[0])) @ areas)
+
+    found = [first_gradient(flow.astype("float64"), target, tmp_path, batch_size=20_000, seed=s) for s in range(8)]
+    for _ in range(4):
+        along = {n: random.normal(size=v.shape) * (n in base_of(start)) for n, v in start.items()}
+        flat = np.concatenate([along[n].ravel() for n in names])
+        ahead, behind = ({n: start[n] + sign * 1e-4 * along[n] for n in start} for sign in (1, -1))
+        wanted = (integral(ahead) - integral(behind)) / 2e-4
+        slopes = np.array(found) @ flat
+        assert abs(slopes.mean() - wanted) < 5 * slopes.std(ddof=1) / np.sqrt(len(slopes)) + 1e-3
 
 
 @pytest.mark.parametrize("estimator", ["reparameterized", "path"])
@@ -129,8 +172,10 @@ def test_a_bent_target_is_reached() -> None:
     assert abs(found.log_evidence) < max(5 * found.log_evidence_error, 0.01)
 
 
-def test_the_path_gradient_has_no_noise_at_the_optimum() -> None:
-    flow, _ = next(case for case in (make_case(i, "float64") for i in range(9)) if case[0].context_size == 0)
+@pytest.mark.parametrize("base", [None, STUDENT, MIXTURE], ids=["normal", "student_t", "mixture"])
+def test_the_path_gradient_has_no_noise_at_the_optimum(base) -> None:
+    cases = (make_case(i, "float64", base) for i in range(9))
+    flow, _ = next(case for case in cases if case[0].context_size == 0)
     norms = {}
     for estimator in ("reparameterized", "path"):
         same = flow.astype("float64")
@@ -400,6 +445,50 @@ def test_a_uniform_base_and_a_rounded_flow() -> None:
     run(full)
     run(rounded)
     assert_same_bits(full._flat_parameters(), rounded._flat_parameters())
+
+
+@pytest.mark.parametrize("estimator", ["reparameterized", "path"])
+def test_a_mixture_reaches_both_modes(estimator) -> None:
+    flow = nvpflow.build(2, 2, (16,), base=nvpflow.layers.Mixture(2), standardize=False, seed=1)
+    flow.initialize_from(np.random.default_rng(0).normal(size=(500, 2)).astype(np.float32) * 8)
+    history = flow.fit_density(
+        two_modes, steps=400, batch_size=512, learning_rate=2e-2, estimator=estimator, averaging=None, **QUIET
+    )
+    assert history.ess[-1] > 0.95
+    assert not nvpflow.check_modes(flow, two_modes, known=[[-6.0, -6.0], [6.0, 6.0]], seed=3).dropped
+
+
+def student(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Student's t distribution with 3 degrees of freedom in each column, normalized."""
+    x = x.astype(np.float64)
+    constant = math.lgamma(2) - math.lgamma(1.5) - 0.5 * math.log(3 * math.pi)
+    return (constant - 2 * np.log1p(x**2 / 3)).sum(axis=1), -4 * x / (3 + x**2)
+
+
+def test_degrees_of_freedom_are_found() -> None:
+    flow = nvpflow.build(2, 2, (16,), base=nvpflow.layers.StudentT(10.0), standardize=False, seed=1)
+    options = {"steps": 800, "batch_size": 512, "learning_rate": 1e-2, "seed": 1}
+    history = flow.fit_density(student, **options, **QUIET)
+    assert history.ess[-1] > 0.99
+    np.testing.assert_allclose(np.exp(flow.parameters()["base.log_df"]), 3, rtol=0.3)
+    held = nvpflow.build(2, 2, (16,), base=nvpflow.layers.StudentT(4.0, trainable=False), standardize=False, seed=1)
+    held.fit_density(student, **{**options, "steps": 50}, **QUIET)
+    assert_same_bits(held.parameters()["base.log_df"], np.full(2, np.log(4.0), np.float32))
+
+
+@pytest.mark.parametrize("base", ["student_t", "mixture"])
+def test_bits_of_a_trained_base(base, tmp_path) -> None:
+    def trained(**options) -> np.ndarray:
+        flow = bent_flow(base=base)
+        run(flow, **options)
+        return flow._flat_parameters().copy()
+
+    wanted = trained(batch_size=5000, steps=30, num_threads=1)
+    assert_same_bits(trained(batch_size=5000, steps=30, num_threads=3), wanted)
+    path, more = tmp_path / "run.checkpoint", {"batch_size": 5000, "steps": 30}
+    trained(checkpoint=path, callback=lambda report: report["step"] < 20, **more)
+    assert_same_bits(trained(checkpoint=path, **more), wanted)
+    assert np.isfinite(trained(batch_size=1, steps=30)).all()
 
 
 # ---- importance ------------------------------------------------------------------------------------------------------

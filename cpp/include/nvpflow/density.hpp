@@ -147,8 +147,9 @@ class NVPFLOW_API DensityObserver {
 /// Fits `flow` to a log-density that is known up to a constant, by minimising KL(q | p) less log of the constant. That
 /// is the mean of log q(x) - log p(x) over rows x that the flow draws. Step s takes rows (s - 1) B .. s B of the sample
 /// that `seed` names (Flow::sample). A standardize layer and actnorm layers stay as they are: initialize_from() sets
-/// them from rows that are roughly where the target is. Of the base only latents are used: its parameters, if it has
-/// some, stay.
+/// them from rows that are roughly where the target is. The parameters of a base that has some are trained by the
+/// gradient of the rows' probability. It is REINFORCE, with each loss taken from the mean of the others', and takes one
+/// pass more.
 ///
 /// The context of a flow that has one: [C], one for all rows, or [M, C], which rows take in turns. They come in a new
 /// order each time that all were taken. The loss is the mean over them. Where the flow standardizes its context and has
