@@ -47,6 +47,12 @@ struct AlignedAllocator {
   bool operator==(const AlignedAllocator&) const = default;
 };
 
+/// Gives a vector's memory back; `v = {}` keeps it: that assigns an empty list.
+template <class V>
+void release(V& v) {
+  V().swap(v);
+}
+
 /// Arrays as long as the parameters.
 template <class T>
 using AlignedVector = std::vector<T, AlignedAllocator<T>>;

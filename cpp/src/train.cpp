@@ -32,6 +32,7 @@
 #include "flow_access.hpp"
 #include "layer_start.hpp"
 #include "layers/layer.hpp"
+#include "memory.hpp"
 #include "mixture_start.hpp"
 #include "option_checks.hpp"
 #include "parallel.hpp"
@@ -185,8 +186,14 @@ class Trainer {
       probe_->set_num_threads(threads_);
     }
     judge_start();
-    for (Run& fold : folds_) fold.start = {};
-    main_.start = {};
+    for (Run& fold : folds_) change_start_for_average(fold);
+    change_start_for_average(main_);
+  }
+
+  /// Neither array of the parameters' size is needed beside the other.
+  void change_start_for_average(Run& run) {
+    release(run.start);
+    if (options_.averaging > 0) run.average.resize(best_.size());
   }
 
   /// What the run trains, as a flow.
@@ -200,7 +207,6 @@ class Trainer {
     run.start = std::move(start);
     start_from_rows(run);
     start_mixture_base(run);
-    if (options_.averaging > 0) run.average.resize(best_.size());
     const std::int64_t most = std::min(slice_, run.batch);
     run.training = FlowAccess::backend(flow_).begin_training(data, run.start.data(), most, Execution(threads_));
   }
@@ -493,7 +499,7 @@ class Trainer {
         own_x_.assign(bounded_x_.rows.begin(), bounded_x_.rows.end());
         own_validation_.assign(bounded_validation_.rows.begin(), bounded_validation_.rows.end());
       }
-      bounded_x_.rows = {}, bounded_validation_.rows = {};
+      release(bounded_x_.rows), release(bounded_validation_.rows);
     } else {
       own_x_ = std::move(bounded_x_.rows), own_validation_ = std::move(bounded_validation_.rows);
     }

@@ -44,8 +44,8 @@ SIZE, HIDDEN = 16, (64,)
 
 # Arrays of the parameters' size that live during the call, beyond the flow itself. A gradient: the result and the
 # transposed weights. A fit: the parameters in training, packed and transposed, the gradient, two moments, the best yet,
-# the average (8.6 measured between 8 and 64 couplings of the benchmark's configuration C; it was 7.7 before folds).
-COPIES = {"nll_gradient": 2, "256": 9, "65536": 9}
+# the average.
+COPIES = {"nll_gradient": 2, "256": 8, "65536": 8}
 
 
 def measure(
