@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Iterable, Sequence
 
 
 def table(caption: str, head: Sequence[str], lines: Sequence[Sequence[str]], text_from: int = 99) -> str:
@@ -11,6 +10,7 @@ def table(caption: str, head: Sequence[str], lines: Sequence[Sequence[str]], tex
 
     Everything is escaped. Without `head` there is no line of headings.
     """
+    from html import escape  # here, so that importing nvpflow does not pay for html
 
     def kind(i: int) -> str:
         return ' class="text"' if i >= text_from else ""
@@ -26,6 +26,14 @@ def table(caption: str, head: Sequence[str], lines: Sequence[Sequence[str]], tex
     )
     headings = f"<thead><tr>{top}</tr></thead>" if head else ""
     return f"<table><caption>{escape(caption)}</caption>{headings}<tbody>{body}</tbody></table>"
+
+
+def items(sentences: Iterable[str]) -> str:
+    """Return a list of sentences, escaped; nothing where there are none."""
+    from html import escape
+
+    lines = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+    return f"<ul>{lines}</ul>" if lines else ""
 
 
 def shortened(text: str, letters: int = 60) -> str:

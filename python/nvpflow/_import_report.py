@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from html import escape
 from typing import Any
 
 from nvpflow import _checks, _html
@@ -167,9 +166,8 @@ class ImportReport:
         differences = [] if self.float64 is None else self._differences("\N{RIGHTWARDS ARROW}")
         head = ("largest difference", *self._dtypes()) if differences else ()
         layers = [(f"{layer.path}: {layer.kind}", ", ".join(layer.became)) for layer in self.layers]
-        notes = "".join(f"<li>{escape(note)}</li>" for note in self._notes())
         tables = _html.table(caption, head, differences) + _html.table("Layers", ("there", "here"), layers, text_from=1)
-        return tables + (f"<ul>{notes}</ul>" if notes else "")
+        return tables + _html.items(self._notes())
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as numbers, strings, lists, dicts and None."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from html import escape
 from typing import Any
 
 from nvpflow import _checks, _html
@@ -189,9 +188,8 @@ class Certificate:
             else (name, f"{e.relative:.1e}", f"{e.absolute:.1e}", f"{e.row}")
             for name, e in self._errors("\N{RIGHTWARDS ARROW}").items()
         ]
-        advice = "".join(f"<li>{escape(sentence)}</li>" for sentence in self.advice)
         found = _html.table(caption, ("largest error", "relative", "absolute", "worst row"), lines)
-        return found + (f"<ul>{advice}</ul>" if advice else "")
+        return found + _html.items(self.advice)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as numbers, strings, lists, dicts and None."""

@@ -7,7 +7,6 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from nvpflow import _checks, _core, _hints, certificate
-from nvpflow._certify import certify
 from nvpflow._core import FlowSpec
 from nvpflow._model import Threshold
 
@@ -109,7 +108,7 @@ class ConditionedFlow(_core.ConditionedFlow):
         self, x: ArrayLike, *, tolerance: float = certificate.TOLERANCE, jacobian_rows: int | None = None
     ) -> certificate.Certificate:
         """Measure how exactly the flow computes on rows under this context: `Flow.certify`."""
-        return certify(self.flow, x, context=self.context, tolerance=tolerance, jacobian_rows=jacobian_rows)
+        return self.flow.certify(x, context=self.context, tolerance=tolerance, jacobian_rows=jacobian_rows)
 
     def __repr__(self) -> str:
         """Return a summary such as ``ConditionedFlow(Flow(...), context=[0.5, 1])``."""

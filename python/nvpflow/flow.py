@@ -13,7 +13,6 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from nvpflow import (
     _bases,
     _bounds,
-    _certify,
     _checks,
     _context,
     _core,
@@ -431,6 +430,8 @@ class Flow(Model):
         TypeError, ValueError
             Naming the argument: no rows, another shape, a dtype that does not convert safely.
         """
+        from nvpflow import _certify  # here: importing nvpflow does not pay for it
+
         return _certify.certify(self, x, context=context, tolerance=tolerance, jacobian_rows=jacobian_rows)
 
     @_hints.explained

@@ -452,4 +452,4 @@ def test_the_command_exports(onnxruntime, tmp_path, capsys) -> None:
     assert run(model, "-o", path, "--force", "--method", "inverse")[0] == 0
     code, said = run(model, "-o", tmp_path / "flow.pt")
     assert code == 1
-    assert "expected one that ends in .onnx" in said
+    assert "does not end in .onnx, expected the name of an ONNX file" in said
