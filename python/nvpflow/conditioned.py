@@ -108,7 +108,10 @@ class ConditionedFlow(_core.ConditionedFlow):
         self, x: ArrayLike, *, tolerance: float = certificate.TOLERANCE, jacobian_rows: int | None = None
     ) -> certificate.Certificate:
         """Measure how exactly the flow computes on rows under this context: `Flow.certify`."""
-        return self.flow.certify(x, context=self.context, tolerance=tolerance, jacobian_rows=jacobian_rows)
+        found: certificate.Certificate = self.flow.certify(
+            x, context=self.context, tolerance=tolerance, jacobian_rows=jacobian_rows
+        )
+        return found
 
     def __repr__(self) -> str:
         """Return a summary such as ``ConditionedFlow(Flow(...), context=[0.5, 1])``."""
