@@ -2,7 +2,7 @@
 // has fused multiply-adds, normal ones to 2 ulp (cpp/src/cpu/base.inl).
 #pragma once
 
-#include "../cpp/src/math.hpp"
+#include "../cpp/src/random.hpp"
 #include "elementary.cuh"
 
 namespace nvpflow::cuda {
@@ -183,7 +183,7 @@ NVPFLOW_DEVICE T latent_cost(OfBase<kind>, T sum) {
 template <class T>
 inline constexpr int kNoiseColumns = sizeof(T) == 4 ? 4 : 2;
 
-/// Philox 4x32-10 of counter {row, block, stream}; the text for the host is in cpp/src/math.hpp.
+/// Philox 4x32-10 of counter {row, block, stream}; the text for the host is in cpp/src/random.hpp.
 NVPFLOW_DEVICE void philox(std::uint64_t key, std::uint64_t row, unsigned block, unsigned (&out)[4],
                            unsigned stream = 0) {
   unsigned c0 = static_cast<unsigned>(row), c1 = static_cast<unsigned>(row >> 32), c2 = block, c3 = stream;

@@ -5,7 +5,7 @@
 
 #include "../cpp/src/student_t.hpp"
 #include "elementary.cuh"
-#include "kernels.cuh"
+#include "kernels.hpp"
 
 namespace nvpflow::cuda {
 

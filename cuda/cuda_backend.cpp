@@ -24,7 +24,7 @@
 #include "../cpp/src/training.hpp"
 #include "cuda_training.hpp"
 #include "device_flow.hpp"
-#include "kernels.cuh"
+#include "kernels.hpp"
 #include "packed.hpp"
 #include "runtime.hpp"
 #include "staging.hpp"
@@ -90,7 +90,7 @@ class StreamWorkspaces {
 template <class T>
 class CudaBackend final : public Backend {
  public:
-  CudaBackend(const FlowSpec& spec, const ParamLayout& layout, int index, nvpflow::Precision precision)
+  CudaBackend(const FlowSpec& spec, const ParamLayout& layout, int index, Precision precision)
       : flow_(std::make_shared<const DeviceFlow<T>>(spec, layout, index, precision)),
         packed_([this] { return make(); }) {}
 

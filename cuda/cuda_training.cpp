@@ -14,9 +14,9 @@
 #include "../cpp/src/row_order.hpp"
 #include "../cpp/src/training.hpp"
 #include "device_flow.hpp"
-#include "kernels.cuh"
+#include "kernels.hpp"
 #include "runtime.hpp"
-#include "training.hpp"
+#include "training_steps.hpp"
 
 namespace nvpflow::cuda {
 namespace {

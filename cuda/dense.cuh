@@ -2,10 +2,10 @@
 //
 // A warp forms 32 rows x 32 outputs at a time: two blocks of 16 rows by four of 8 outputs, 4 sums a lane for each pair,
 // in the ownership of the matrix instructions' result: lane 4 g + t has rows g, g + 8 and outputs 2t, 2t + 1.
-// Activations and weights lie in the blocks of kernels.cuh, so that the result of one layer, stored with one 16-byte
-// access a lane, is read as the operand of the next with another; inputs of a block are numbered so that no lane needs
-// another's numbers. For 16 inputs a warp reads 16 x 512 bytes of shared memory and multiplies 16,384 times (three
-// times that in tf32x3): 64 cycles of reading at 128 bytes a cycle beside 48 to 80 of a Hopper multiprocessor's
+// Activations and weights lie in the blocks of block_layout.hpp, so that the result of one layer, stored with one
+// 16-byte access a lane, is read as the operand of the next with another; inputs of a block are numbered so that no
+// lane needs another's numbers. For 16 inputs a warp reads 16 x 512 bytes of shared memory and multiplies 16,384 times
+// (three times that in tf32x3): 64 cycles of reading at 128 bytes a cycle beside 48 to 80 of a Hopper multiprocessor's
 // mma.sync rate in tf32x3. The fma path reads the same bytes four chunks at a time, 48 broadcast accesses a warp for
 // 128 cycles of multiply-adds.
 //

@@ -6,7 +6,7 @@
 // wherever the compiler inlines it.
 #pragma once
 
-#include "kernels.cuh"
+#include "kernels.hpp"
 #include "plan.hpp"
 
 #if defined(NVPFLOW_SIMT)

@@ -7,20 +7,12 @@
 #include <nvpflow/device.hpp>
 #include <nvpflow/spec.hpp>
 
-#include "kernels.cuh"
+#include "kernels.hpp"
 #include "packed.hpp"
 #include "runtime.hpp"
 
 namespace nvpflow::cuda {
 namespace {
-
-constexpr bool same(Precision kernels, nvpflow::Precision asked) {
-  return static_cast<int>(kernels) == static_cast<int>(asked);
-}
-static_assert(same(Precision::float32, nvpflow::Precision::float32) &&
-                  same(Precision::tf32, nvpflow::Precision::tf32) &&
-                  same(Precision::bfloat16, nvpflow::Precision::bfloat16),
-              "the kernels' Precision and the public one have one order");
 
 /// From here on the tiles of a gradient grow no more on any device.
 constexpr std::int64_t kMostRows = 1 << 24;
@@ -35,12 +27,12 @@ void require_rows_on_device(Call call, std::int64_t features, std::int64_t conte
 }  // namespace
 
 template <class T>
-DeviceFlow<T>::DeviceFlow(const FlowSpec& spec, const ParamLayout& layout, int index, nvpflow::Precision precision)
+DeviceFlow<T>::DeviceFlow(const FlowSpec& spec, const ParamLayout& layout, int index, Precision precision)
     : spec_(spec), layout_(layout), index_(index) {
   const OnDevice on(index);
   properties_ = device_properties(index);
   check(prepare_kernels(properties_), "preparing the kernels");
-  transform_options_.precision = gradient_options_.precision = static_cast<Precision>(precision);
+  transform_options_.precision = gradient_options_.precision = precision;
   const OwnedStream stream;
   layers_ = std::make_shared<const Layers<T>>(spec, layout, stream);
   // Where the tasks find things on the tape depends on the rows of a tile, which depend on those of the call.

@@ -17,7 +17,7 @@ template <class T>
 class DeviceFlow {
  public:
   /// On a device that exists and that this build has code for.
-  DeviceFlow(const FlowSpec& spec, const ParamLayout& layout, int index, nvpflow::Precision precision);
+  DeviceFlow(const FlowSpec& spec, const ParamLayout& layout, int index, Precision precision);
 
   const FlowSpec& spec() const { return spec_; }
   const ParamLayout& layout() const { return layout_; }

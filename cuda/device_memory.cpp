@@ -5,7 +5,7 @@
 
 #include <nvpflow/device.hpp>
 
-#include "kernels.cuh"
+#include "kernels.hpp"
 #include "packed.hpp"
 #include "runtime.hpp"
 #include "staging.hpp"

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "elementary.cuh"
-#include "network.cuh"
+#include "perceptron.cuh"
 #include "tile.cuh"
 
 namespace nvpflow::cuda {

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "dense.cuh"
-#include "network.cuh"
+#include "perceptron.cuh"
 #include "tape.hpp"
 #include "tile.cuh"
 

@@ -14,7 +14,7 @@
 #include "dense.cuh"
 #include "elementary.cuh"
 #include "layer_norm.cuh"
-#include "network.cuh"
+#include "perceptron.cuh"
 #include "tape.hpp"
 #include "tile.cuh"
 

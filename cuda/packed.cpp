@@ -14,7 +14,7 @@
 #include <nvpflow/spec.hpp>
 
 #include "../cpp/src/lower.hpp"
-#include "kernels.cuh"
+#include "kernels.hpp"
 #include "runtime.hpp"
 
 namespace nvpflow::cuda {

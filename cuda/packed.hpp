@@ -10,7 +10,7 @@
 
 #include "../cpp/src/lower.hpp"
 #include "../cpp/src/wide_rows.hpp"
-#include "kernels.cuh"
+#include "kernels.hpp"
 #include "runtime.hpp"
 
 namespace nvpflow::cuda {

@@ -2,7 +2,7 @@
 // compiler builds the plans.
 #pragma once
 
-#include "kernels.cuh"
+#include "kernels.hpp"
 
 namespace nvpflow::cuda {
 

@@ -12,7 +12,7 @@
 #include <string>
 #include <utility>
 
-#include "kernels.cuh"
+#include "kernels.hpp"
 
 struct CUevent_st;
 

@@ -13,7 +13,7 @@
 #include <nvpflow/error.hpp>
 
 #include "../cpp/src/parallel.hpp"
-#include "kernels.cuh"
+#include "kernels.hpp"
 #include "runtime.hpp"
 
 namespace nvpflow::cuda {

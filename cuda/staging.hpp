@@ -10,7 +10,7 @@
 #include <mutex>
 #include <vector>
 
-#include "kernels.cuh"
+#include "kernels.hpp"
 #include "runtime.hpp"
 
 namespace nvpflow::cuda {

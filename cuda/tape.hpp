@@ -1,7 +1,7 @@
 // KERNEL PART: the tape, what the way back of a gradient's tile needs, in global memory.
 //
 // clang-format off
-// Arrays of activations (kernels.cuh) of one tile, one after the other:
+// Arrays of activations (block_layout.hpp) of one tile, one after the other:
 //   state, cotangent of the state
 //   Reach::all: context, cotangent of the context [C]; where it is standardized the sums over the rows for mean and
 //                 log_std, [2 C] numbers; what BaseTape says
@@ -194,6 +194,13 @@ NVPFLOW_HOST_DEVICE std::int64_t layer_tape(const Program<T>& program, int k, st
     visit(layer, [&](auto kind) { at += tape_of<reach>(kind, program, layer, rows).size(); });
   }
   return at;
+}
+
+/// Elements of the tape of one tile.
+template <class T>
+std::int64_t tape_elements(const Program<T>& program, std::int64_t rows) {
+  return program.reach == Reach::all ? layer_tape<Reach::all>(program, program.num_layers, rows)
+                                     : layer_tape<Reach::general>(program, program.num_layers, rows);
 }
 
 }  // namespace nvpflow::cuda

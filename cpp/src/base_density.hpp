@@ -1,9 +1,9 @@
-// The numbers of a base density, as the kernels of both backends read them. Like program.hpp it includes nothing that
+// The numbers of a base density, as the kernels of both backends read them. Like kinds.hpp it includes nothing that
 // could emit a function.
 #pragma once
 
 #include "host_device.hpp"
-#include "program.hpp"
+#include "kinds.hpp"
 
 namespace nvpflow {
 

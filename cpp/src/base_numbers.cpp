@@ -8,8 +8,8 @@
 
 #include "base_density.hpp"
 #include "cpu/round_up.hpp"
+#include "kinds.hpp"
 #include "lower.hpp"
-#include "program.hpp"
 #include "student_t.hpp"
 
 namespace nvpflow {

@@ -14,8 +14,8 @@
 
 #include "bounded_columns.hpp"
 #include "bounds_map.hpp"
+#include "column_statistics.hpp"
 #include "layers/check.hpp"
-#include "statistics.hpp"
 
 namespace nvpflow {
 

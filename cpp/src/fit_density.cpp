@@ -32,8 +32,8 @@
 #include "fit_start.hpp"
 #include "float_mode.hpp"
 #include "flow_access.hpp"
-#include "math.hpp"
 #include "option_checks.hpp"
+#include "random.hpp"
 #include "row_order.hpp"
 #include "training.hpp"
 

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "math.hpp"
+#include "random.hpp"
 #include "row_order.hpp"
 
 namespace nvpflow {

@@ -14,8 +14,8 @@
 #include <nvpflow/execution.hpp>
 #include <nvpflow/spec.hpp>
 
+#include "column_statistics.hpp"
 #include "row_order.hpp"
-#include "statistics.hpp"
 
 namespace nvpflow {
 

@@ -752,7 +752,7 @@ double Flow::nll(std::span<const T> x, const Context& context) const {
 template <class T>
 double Flow::nll(std::span<const T> x, const SampleWeights& weights, const Context& context) const {
   const std::int64_t rows = state_->check_data(Named{"x", x});
-  check_weights("sample_weight", weights.values(), rows);
+  weights.check("sample_weight", rows);
   return nll_unchecked(x.data(), weights, state_->execution<T>(context, rows));
 }
 
@@ -767,7 +767,7 @@ void check_gradient(std::int64_t parameters, const Named<std::span<const X>>& x,
 }
 
 void check_weights_beside(const SampleWeights& weights, std::int64_t rows, auto&& gradient) {
-  check_weights("sample_weight", weights.values(), rows);
+  weights.check("sample_weight", rows);
   refuse_overlap(gradient, Named{"sample_weight", weights.values()});
 }
 

@@ -18,6 +18,7 @@
 #include <nvpflow/spec.hpp>
 
 #include "bounded_rows.hpp"
+#include "column_statistics.hpp"
 #include "fit_rows.hpp"
 #include "fit_start.hpp"
 #include "float_mode.hpp"
@@ -25,7 +26,6 @@
 #include "layer_start.hpp"
 #include "mixture_start.hpp"
 #include "row_order.hpp"
-#include "statistics.hpp"
 #include "wide_rows.hpp"
 
 namespace nvpflow {

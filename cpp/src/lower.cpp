@@ -12,9 +12,9 @@
 
 #include <nvpflow/spec.hpp>
 
+#include "kinds.hpp"
 #include "layers/layer.hpp"
 #include "overloaded.hpp"
-#include "program.hpp"
 
 namespace nvpflow {
 namespace {

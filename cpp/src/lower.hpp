@@ -14,8 +14,8 @@
 #include <nvpflow/spec.hpp>
 
 #include "base_density.hpp"
-#include "program.hpp"
-#include "scale.hpp"
+#include "kinds.hpp"
+#include "log_scale.hpp"
 #include "spline_map.hpp"
 
 namespace nvpflow {

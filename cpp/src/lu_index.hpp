@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "math.hpp"
+#include "random.hpp"
 
 namespace nvpflow {
 

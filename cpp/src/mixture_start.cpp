@@ -13,7 +13,7 @@
 #include <nvpflow/base.hpp>
 #include <nvpflow/spec.hpp>
 
-#include "math.hpp"
+#include "random.hpp"
 
 namespace nvpflow {
 namespace {

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "math.hpp"
+#include "random.hpp"
 
 namespace nvpflow {
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include <nvpflow/error.hpp>
+#include <nvpflow/execution.hpp>
 
 #include "float_mode.hpp"
 
@@ -18,23 +19,23 @@ namespace nvpflow {
 
 double sum_of(std::span<const double> weights) { return std::accumulate(weights.begin(), weights.end(), 0.0); }
 
-void check_weights(const char* name, std::span<const double> weights, std::int64_t rows) {
+void SampleWeights::check(const char* name, std::int64_t rows) const {
   const FloatMode mode;  // in which they are added up again
   const auto refuse = [name](const std::string& what) { throw Error(ErrorCode::invalid_argument, name + what); };
-  if (static_cast<std::int64_t>(weights.size()) != rows) {
-    refuse(" holds " + std::to_string(weights.size()) + " weights, expected " + std::to_string(rows) +
+  if (static_cast<std::int64_t>(values_.size()) != rows) {
+    refuse(" holds " + std::to_string(values_.size()) + " weights, expected " + std::to_string(rows) +
            ", one for each row");
   }
-  for (std::size_t i = 0; i < weights.size(); ++i) {
-    if (std::isfinite(weights[i]) && weights[i] >= 0) continue;
+  for (std::size_t i = 0; i < values_.size(); ++i) {
+    if (std::isfinite(values_[i]) && values_[i] >= 0) continue;
     std::ostringstream value;
-    value << weights[i];
+    value << values_[i];
     refuse(std::string("[") + std::to_string(i) + "] is " + value.str() +
-           (std::isfinite(weights[i]) ? ", expected at least 0: with a row of negative weight the loss has no minimum"
+           (std::isfinite(values_[i]) ? ", expected at least 0: with a row of negative weight the loss has no minimum"
                                       : ", expected a finite number, at least 0"));
   }
   if (rows == 0) return;
-  const double sum = sum_of(weights);
+  const double sum = sum_of(values_);
   if (sum == 0) refuse(" is zero for all " + std::to_string(rows) + " rows, expected a weight above 0");
   if (!std::isfinite(sum)) refuse(" adds up to infinity, expected a sum that float64 holds; divide it by its largest");
 }

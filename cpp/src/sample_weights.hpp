@@ -1,4 +1,4 @@
-// Weights of rows: what they may be, and which rows count.
+// Weights of rows: their sum, and which rows count. What they may be: SampleWeights::check.
 #pragma once
 
 #include <cstdint>
@@ -6,9 +6,6 @@
 #include <vector>
 
 namespace nvpflow {
-
-/// Throws Error(invalid_argument) where they are not one for each of so many rows, finite, at least 0 and not all 0.
-void check_weights(const char* name, std::span<const double> weights, std::int64_t rows);
 
 /// In order.
 double sum_of(std::span<const double> weights);

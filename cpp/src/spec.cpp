@@ -15,8 +15,8 @@
 
 #include "layers/check.hpp"
 #include "layers/layer.hpp"
-#include "math.hpp"
 #include "names.hpp"
+#include "random.hpp"
 
 namespace nvpflow {
 

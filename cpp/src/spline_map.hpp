@@ -1,4 +1,4 @@
-// The numbers of a spline, as the kernels of both backends read them. Like program.hpp it includes nothing that could
+// The numbers of a spline, as the kernels of both backends read them. Like kinds.hpp it includes nothing that could
 // emit a function.
 #pragma once
 

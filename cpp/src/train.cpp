@@ -26,6 +26,7 @@
 #include "bounded_rows.hpp"
 #include "checkpoint.hpp"
 #include "checkpoint_file.hpp"
+#include "column_statistics.hpp"
 #include "fit_rows.hpp"
 #include "fit_start.hpp"
 #include "float_mode.hpp"
@@ -39,7 +40,6 @@
 #include "row_order.hpp"
 #include "rows_outside.hpp"
 #include "sample_weights.hpp"
-#include "statistics.hpp"
 #include "training.hpp"
 #include "weighted_table.hpp"
 #include "wide_rows.hpp"
@@ -198,7 +198,7 @@ class Trainer {
 
   /// What the run trains, as a flow.
   Flow without_bounds() const {
-    if (!is_bounded()) return Flow(flow_);
+    if (!has_bounds()) return Flow(flow_);
     return Flow(spec_, /*seed=*/0, flow_.device(), flow_.precision(), flow_.weights());
   }
 
@@ -373,10 +373,10 @@ class Trainer {
     return std::any_of(layer.begin(), layer.end(), [](T v) { return v != T(0); });
   }
 
-  bool is_bounded() const { return flow_.spec().bounds() != nullptr; }
+  bool has_bounds() const { return flow_.spec().bounds() != nullptr; }
 
   void map_bounds() {
-    if (!is_bounded()) return;
+    if (!has_bounds()) return;
     const auto through = [this](const char* name, std::span<const X> rows) {
       return through_bounds<X>(name, rows, *flow_.spec().bounds(), flow_.column_names(), [this] { poll(); });
     };
@@ -386,7 +386,7 @@ class Trainer {
 
   /// A constant column has no density, whether the flow standardizes or not.
   void standardize_from_data() {
-    if (is_bounded()) return standardize_from(std::span<const double>(bounded_x_.rows));
+    if (has_bounds()) return standardize_from(std::span<const double>(bounded_x_.rows));
     standardize_from(given_x_);
   }
 
@@ -455,7 +455,7 @@ class Trainer {
 
   /// By the weights that training starts from.
   void refuse_rows_outside(const std::vector<T>& start) {
-    if (!layers::is_bounded(flow_.spec().base)) return;
+    if (!is_bounded(flow_.spec().base)) return;
     Flow flow = without_bounds();
     flow.set_num_threads(threads_);
     flow.template set_parameters<T>(start);
@@ -489,13 +489,13 @@ class Trainer {
     taken_ = true;
     if constexpr (sizeof(T) == 4) {
       std::vector<float>& low = standardized_.mean_low;
-      standardized_.on = standardizes() && (!low.empty() || sizeof(X) > sizeof(T) || is_bounded());
+      standardized_.on = standardizes() && (!low.empty() || sizeof(X) > sizeof(T) || has_bounds());
       if (standardized_.on) {
         standardized_.layer.set(features_, best_.data(), best_.data() + features_, low.empty() ? nullptr : low.data());
         standardized_.log_det = standardized_.layer.log_det();
-        own_x_ = is_bounded() ? standardize<double>(bounded_x_.rows) : standardize(given_x_);
-        own_validation_ = is_bounded() ? standardize<double>(bounded_validation_.rows) : standardize(given_validation_);
-      } else if (is_bounded()) {
+        own_x_ = has_bounds() ? standardize<double>(bounded_x_.rows) : standardize(given_x_);
+        own_validation_ = has_bounds() ? standardize<double>(bounded_validation_.rows) : standardize(given_validation_);
+      } else if (has_bounds()) {
         own_x_.assign(bounded_x_.rows.begin(), bounded_x_.rows.end());
         own_validation_.assign(bounded_validation_.rows.begin(), bounded_validation_.rows.end());
       }
@@ -505,7 +505,7 @@ class Trainer {
     }
     x_ = own_x_, validation_ = own_validation_;
     if constexpr (std::is_same_v<T, X>) {
-      if (!standardized_.on && !is_bounded()) x_ = given_x_, validation_ = given_validation_;
+      if (!standardized_.on && !has_bounds()) x_ = given_x_, validation_ = given_validation_;
     }
   }
 
@@ -524,7 +524,7 @@ class Trainer {
   /// What the losses of the rows as they are differ by from those of the run's.
   void find_log_dets() {
     train_log_det_ = compared_log_det_ = standardized_.log_det;
-    if (!is_bounded()) return;
+    if (!has_bounds()) return;
     struct Sums {
       double log_det = 0, weight = 0;
     };
@@ -586,7 +586,7 @@ class Trainer {
         kept.rows.insert(kept.rows.end(), row, row + features_);
         const T* given = context.data() + at * context_size();
         kept.context.insert(kept.context.end(), given, given + context_size());
-        if (is_bounded()) kept.log_det.push_back(log_det[static_cast<std::size_t>(at)]);
+        if (has_bounds()) kept.log_det.push_back(log_det[static_cast<std::size_t>(at)]);
         if (!weights.empty()) kept.weights.push_back(weights[static_cast<std::size_t>(at)]);
       });
       return kept;
@@ -755,7 +755,7 @@ class Trainer {
     const std::string kept = !keeps_one()
                                  ? "the flow is left as it was"
                                  : "the flow keeps the weights of epoch " + std::to_string(history_.best_epoch);
-    const bool left = std::isinf(value) && layers::is_bounded(flow_.spec().base);
+    const bool left = std::isinf(value) && is_bounded(flow_.spec().base);
     throw Error(ErrorCode::not_finite,
                 std::string(what) + " became " + (std::isnan(value) ? "NaN" : "infinite") + " at step " +
                     std::to_string(step + 1) + " of epoch " + std::to_string(epoch) + "; " + kept +
@@ -1057,6 +1057,17 @@ class Trainer {
 }  // namespace
 
 void FitOptions::validate() const { options::check_all(*this); }
+
+FitSplit split_rows(std::int64_t total, double share, std::uint64_t seed, std::int64_t most) {
+  const FitRows rows(total, FitRows::held_out_of(total, share), seed);
+  const auto first_of = [most](const RowOrder& order, std::int64_t count) {
+    std::vector<std::int64_t> first(static_cast<std::size_t>(std::min(most, count)));
+    order.each(0, static_cast<std::int64_t>(first.size()),
+               [&](std::int64_t i, std::int64_t row) { first[static_cast<std::size_t>(i)] = row; });
+    return first;
+  };
+  return {first_of(rows.validating(), rows.held_out()), first_of(rows.training(), rows.train())};
+}
 
 std::string_view name_of(Schedule schedule) {
   switch (schedule) {

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <numbers>
 
-#include "adam.hpp"
+#include "adam_coefficients.hpp"
 #include "row_order.hpp"
 
 namespace nvpflow {

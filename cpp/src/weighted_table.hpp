@@ -29,7 +29,7 @@ class WeightedTable {
     if (weights.empty()) return;
     const auto features = static_cast<std::size_t>(spec.input_size);
     const auto count = static_cast<std::int64_t>(rows.size() / features);
-    check_weights(names.weights, weights, count);
+    SampleWeights(weights).check(names.weights, count);
     const std::vector<std::int64_t> counting = rows_that_count(weights);
     if (counting.empty()) return;
     const std::span<const T> contexts = checked_context<T>(spec, names.context, context, count);

@@ -1029,7 +1029,7 @@ class _ContextLook(_Look):
         return True
 
     def _has_far_rows(self, j: int) -> bool:
-        """Tell whether a few far rows decide the standard deviation, as of columns of x (`statistics.hpp`)."""
+        """Tell whether a few far rows decide the standard deviation, as of columns of x (`column_statistics.hpp`)."""
         first, middle, third, low, high = self._percentiles[:, j]
         unit = (third - first) / _QUARTILES_PER_STD
         farthest = max(self._high[j] - middle, middle - self._low[j])

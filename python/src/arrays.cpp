@@ -12,7 +12,6 @@
 #include <nvpflow/overlap.hpp>
 #include <nvpflow/spec.hpp>
 
-#include "../../cpp/src/sample_weights.hpp"
 #include "errors.hpp"
 #include "outside.hpp"
 
@@ -66,7 +65,7 @@ InputArray input_weights(PyObject* object, const char* name, const InputArray& x
                                 "log_prob_vjp takes a weight for each row as grad_log_prob");
   }
   InputArray weights = host_vector(object, name, DType::float64, x, place, Kind::weights);
-  check_weights(name, view<double>(weights, x.rows), x.rows);
+  SampleWeights(view<double>(weights, x.rows)).check(name, x.rows);
   return weights;
 }
 

@@ -20,7 +20,6 @@
 #include <nvpflow/flow.hpp>
 #include <nvpflow/spec.hpp>
 
-#include "../../cpp/src/layers/layer.hpp"
 #include "arrays.hpp"
 #include "bindings.hpp"
 #include "bound_flow.hpp"
@@ -40,7 +39,7 @@ constexpr double kOutputFlops = 40, kRowFlops = 3000;
 
 Kind kind_of_rows(const FlowSpec& spec) {
   if (takes_float64_rows(spec)) return Kind::wide_data;
-  return layers::is_bounded(spec.base) ? Kind::bounded_data : Kind::data;
+  return is_bounded(spec.base) ? Kind::bounded_data : Kind::data;
 }
 
 py::object noise(const BoundFlow& self, std::int64_t rows, std::uint64_t seed) {

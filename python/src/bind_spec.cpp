@@ -13,7 +13,6 @@
 #include <nvpflow/spec.hpp>
 #include <nvpflow/spec_json.hpp>
 
-#include "../../cpp/src/layers/layer.hpp"
 #include "bindings.hpp"
 #include "bound_spec.hpp"
 
@@ -113,7 +112,7 @@ void bind_spec(py::module_& module) {
       .def_property_readonly("standardize", [](const BoundSpec& s) { return s.begins_with_standardize(); })
       .def_property_readonly("dtype", [](const BoundSpec& s) { return std::string(name_of(s.dtype)); })
       .def_property_readonly("_takes_float64_rows", [](const BoundSpec& s) { return takes_float64_rows(s); })
-      .def_property_readonly("_is_bounded", [](const BoundSpec& s) { return layers::is_bounded(s.base); })
+      .def_property_readonly("_is_bounded", [](const BoundSpec& s) { return is_bounded(s.base); })
       .def_property_readonly("_has_bounds", [](const BoundSpec& s) { return s.bounds() != nullptr; })
       .def("to_json", [](const BoundSpec& s) { return to_json(s); })
       .def("_to_full_json", [](const BoundSpec& s) { return to_full_json(s); })

@@ -15,9 +15,6 @@
 #include <nvpflow/flow.hpp>
 #include <nvpflow/train.hpp>
 
-#include "../../cpp/src/fit_rows.hpp"
-#include "../../cpp/src/row_order.hpp"
-#include "../../cpp/src/sample_weights.hpp"
 #include "arrays.hpp"
 #include "bindings.hpp"
 #include "bound_flow.hpp"
@@ -187,19 +184,13 @@ py::object initialize_from(BoundFlow& self, const Arguments& given) {
   return py::cast(how);
 }
 
-std::vector<std::int64_t> first_rows(const RowOrder& order, std::int64_t count) {
-  std::vector<std::int64_t> rows(static_cast<std::size_t>(count));
-  order.each(0, count, [&](std::int64_t i, std::int64_t row) { rows[static_cast<std::size_t>(i)] = row; });
-  return rows;
-}
-
 /// Throws where float64 numbers are not what weights are.
 py::object check_weights_of(const Arguments& given) {
   const auto name = given.object(0).cast<std::string>();
   const HostValues values = host_values(given[1]);
   if (values.dtype != "float64") throw Error(ErrorCode::type_mismatch, name + " has dtype " + values.dtype);
   const std::int64_t rows = values.bytes / static_cast<std::int64_t>(sizeof(double));
-  check_weights(name.c_str(), {static_cast<const double*>(values.data), static_cast<std::size_t>(rows)}, rows);
+  SampleWeights({static_cast<const double*>(values.data), static_cast<std::size_t>(rows)}).check(name.c_str(), rows);
   return py::none();
 }
 
@@ -209,9 +200,8 @@ void bind_training(py::module_& module) {
   add_function(module, plain<&check_weights_of>("_check_weights", 2, 2, {"name", "weights"}, nullptr));
   // Of `total` rows, at most `most` that fit sets aside for validation, and at most `most` that it trains on.
   module.def("_split_rows", [](std::int64_t total, double share, std::uint64_t seed, std::int64_t most) {
-    const FitRows rows(total, FitRows::held_out_of(total, share), seed);
-    return std::pair(first_rows(rows.validating(), std::min(most, rows.held_out())),
-                     first_rows(rows.training(), std::min(most, rows.train())));
+    const FitSplit rows = split_rows(total, share, seed, most);
+    return std::pair(rows.set_aside, rows.trained_on);
   });
 }
 

@@ -35,7 +35,7 @@
 
 #include "io/model_file.hpp"
 #include "io/safetensors.hpp"
-#include "math.hpp"
+#include "random.hpp"
 #include "row_order.hpp"
 
 namespace fs = std::filesystem;

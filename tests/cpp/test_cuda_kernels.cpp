@@ -20,9 +20,10 @@
 #include <nvpflow/spec.hpp>
 
 #include "../../cuda/adam.cu"
-#include "../../cuda/base.cu"
 #include "../../cuda/gradient.cu"
 #include "../../cuda/lu.cu"
+#include "../../cuda/noise.cu"
+#include "../../cuda/pack.cu"
 #include "../../cuda/sums.cu"
 #include "../../cuda/transform.cu"
 #include "flow_access.hpp"
@@ -130,7 +131,7 @@ cuda::Device test_device() {
   return device;
 }
 
-/// A flow packed for the kernels, from the definitions in kernels.cuh alone: what the backend's packing has to agree
+/// A flow packed for the kernels, from the definitions in kernels.hpp alone: what the backend's packing has to agree
 /// with.
 template <class T>
 struct PackedFlow {
@@ -534,7 +535,7 @@ TEST_CASE_TEMPLATE("every path agrees with the oracle", T, float, double) {
       for (const bool fma : {true, false}) {
         if (sizeof(T) == 8 && !fma) continue;
         const auto plan = cuda::plan_transform<T>(flow.program, test_device(), rows,
-                                                  {cuda::Precision::float32, fma, static_cast<int>(storage)});
+                                                  {Precision::float32, fma, static_cast<int>(storage)});
         if (storage == Storage::resident && plan.storage != storage) continue;  // double: does not fit
         REQUIRE(plan.storage == storage);
         for (const bool inverse : {false, true}) {
@@ -564,7 +565,7 @@ TEST_CASE_TEMPLATE("layers of all features, directions and places agree with the
       const std::vector<T> x = random_values<T>(35 * features, 2);
       for (const Storage storage : {Storage::resident, Storage::streamed, Storage::workspace}) {
         const auto plan = cuda::plan_transform<T>(flow.program, test_device(), 35,
-                                                  {cuda::Precision::float32, false, static_cast<int>(storage)});
+                                                  {Precision::float32, false, static_cast<int>(storage)});
         for (const bool inverse : {false, true}) {
           CAPTURE(features);
           CAPTURE(seed);
@@ -594,7 +595,7 @@ void check_transforms(const FlowSpec& spec, unsigned seed, bool gather, double b
   for (const Storage storage : {Storage::streamed, Storage::workspace}) {
     for (const bool without_units : fma) {
       const auto plan = cuda::plan_transform<T>(flow.program, test_device(), 35,
-                                                {cuda::Precision::float32, without_units, static_cast<int>(storage)});
+                                                {Precision::float32, without_units, static_cast<int>(storage)});
       if (plan.storage != storage) continue;  // does not fit
       for (const bool inverse : {false, true}) {
         CAPTURE(static_cast<int>(storage));
@@ -724,11 +725,11 @@ TEST_CASE("linear layers are exact in the rounded modes") {
   }
   const PackedFlow<float> flow(spec, parameters);
   const std::vector<float> x = random_values<float>(35 * 33, 2);
-  const auto results = [&](cuda::Precision precision) {
+  const auto results = [&](Precision precision) {
     return transform(flow, cuda::plan_transform<float>(flow.program, test_device(), 35, {precision}), {}, x);
   };
-  CHECK(results(cuda::Precision::tf32) == results(cuda::Precision::float32));
-  CHECK(results(cuda::Precision::bfloat16) == results(cuda::Precision::float32));
+  CHECK(results(Precision::tf32) == results(Precision::float32));
+  CHECK(results(Precision::bfloat16) == results(Precision::float32));
 }
 
 namespace {
@@ -765,7 +766,7 @@ TEST_CASE_TEMPLATE("every log-scale function agrees with the oracle", T, float, 
     const std::vector<T> x = random_values<T>(40 * 5, 4);
     for (const Storage storage : {Storage::resident, Storage::streamed}) {
       const auto plan = cuda::plan_transform<T>(flow.program, test_device(), 40,
-                                                {cuda::Precision::float32, false, static_cast<int>(storage)});
+                                                {Precision::float32, false, static_cast<int>(storage)});
       for (const bool inverse : {false, true}) {
         const LogScale& scale = std::get<Affine>(std::get<Coupling>(spec.layers[0]).transform).log_scale;
         CAPTURE(name_of(scale.function));
@@ -871,8 +872,7 @@ TEST_CASE_TEMPLATE("gradients agree with the CPU backend in float64", T, float, 
         CAPTURE(name_of(shape.activation));
         CAPTURE(chunk);
         CAPTURE(fma);
-        const auto plan =
-            cuda::plan_gradient<T>(flow.program, test_device(), rows, {cuda::Precision::float32, fma, chunk});
+        const auto plan = cuda::plan_gradient<T>(flow.program, test_device(), rows, {Precision::float32, fma, chunk});
         cuda::GradientCall<T> call;
         call.nll = true;
         call.nll_factor = 1.0 / static_cast<double>(rows);
@@ -948,7 +948,7 @@ void check_gradients(const FlowSpec& spec, unsigned seed, bool gather, std::int6
   const std::vector<double> wide_context = widened(context);
   const Context given = context.empty() ? Context() : Context(wide_context);
   std::vector<double> expected(parameters.size()), expected_in(x.size()), expected_context(context.size());
-  const auto plan = cuda::plan_gradient<T>(flow.program, test_device(), rows, {cuda::Precision::float32, false, chunk});
+  const auto plan = cuda::plan_gradient<T>(flow.program, test_device(), rows, {Precision::float32, false, chunk});
   cuda::GradientCall<T> call;
   call.nll = true;
   call.nll_factor = 1.0 / static_cast<double>(rows);
@@ -1213,8 +1213,8 @@ TEST_CASE("tf32 and bfloat16 round the operands and nothing else") {
     const PackedFlow<float> flow(spec, parameters);
     const oracle::Flow oracle(spec, widened(parameters));
     const std::vector<float> x = random_values<float>(c.rows * c.shape.input_size, 6);
-    for (const auto precision : {cuda::Precision::tf32, cuda::Precision::bfloat16}) {
-      const double rounding = precision == cuda::Precision::tf32 ? 0x1p-11 : 0x1p-9;
+    for (const auto precision : {Precision::tf32, Precision::bfloat16}) {
+      const double rounding = precision == Precision::tf32 ? 0x1p-11 : 0x1p-9;
       const double budget = 3 * static_cast<double>(flow.dense.size()) * rounding;
       for (const int storage : {-1, 1, 2}) {
         CAPTURE(c.shape.input_size);
@@ -1251,7 +1251,7 @@ TEST_CASE_TEMPLATE("a row keeps its bits in every batch, at every place and for 
       const auto plan_for = [&](std::int64_t rows, int processors) {
         cuda::Device device = test_device();
         device.multiprocessors = processors;
-        return cuda::plan_transform<T>(flow.program, device, rows, {cuda::Precision::float32, fma, storage});
+        return cuda::plan_transform<T>(flow.program, device, rows, {Precision::float32, fma, storage});
       };
       const Results<T> whole = transform(flow, plan_for(most, 1), {}, x);
       for (const std::int64_t rows : {1, 2, 15, 17, 31, 33, 64, 65, 129}) {
@@ -1715,7 +1715,7 @@ TEST_CASE("gradients of the benchmark's flows, in every precision") {
     reference.nll_gradient<double>(widened(x), expected);
     double scale = 0;
     for (const double e : expected) scale += e * e;
-    for (const auto precision : {cuda::Precision::float32, cuda::Precision::tf32, cuda::Precision::bfloat16}) {
+    for (const auto precision : {Precision::float32, Precision::tf32, Precision::bfloat16}) {
       const auto plan = cuda::plan_gradient<float>(flow.program, test_device(), rows, {precision, false, 0});
       cuda::GradientCall<float> call;
       call.nll = true;
@@ -1724,11 +1724,11 @@ TEST_CASE("gradients of the benchmark's flows, in every precision") {
       double error = 0;
       for (std::size_t i = 0; i < expected.size(); ++i) error += std::pow(results.gradient[i] - expected[i], 2);
       error = std::sqrt(error / scale);
-      const double rounding = precision == cuda::Precision::bfloat16 ? 0x1p-9 : 0x1p-11;
+      const double rounding = precision == Precision::bfloat16 ? 0x1p-9 : 0x1p-11;
       CAPTURE(shape.input_size);
       CAPTURE(static_cast<int>(precision));
       CAPTURE(error);
-      if (precision == cuda::Precision::float32) {
+      if (precision == Precision::float32) {
         CHECK(error <= 1e-5);
       } else {
         // Forward and back, each with its roundings, and units of relu that a rounding switches on or off: four

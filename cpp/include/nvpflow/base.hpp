@@ -57,4 +57,7 @@ NVPFLOW_API MixtureBase::Covariance parse_covariance(std::string_view name);
 /// What latents are.
 using Base = std::variant<NormalBase, UniformBase, StudentTBase, MixtureBase>;
 
+/// Whether there are latents without a density, and so rows of log-density -infinity.
+NVPFLOW_API bool is_bounded(const Base& base);
+
 }  // namespace nvpflow

@@ -9,6 +9,7 @@
 #include <string_view>
 
 #include <nvpflow/export.h>
+#include <nvpflow/precision.hpp>
 
 namespace nvpflow {
 
@@ -23,11 +24,6 @@ struct Device {
   /// The same device.
   bool operator==(const Device&) const = default;
 };
-
-/// How products of float32 values are formed on a CUDA device. float32 keeps the budget of the CPU; tf32 and bfloat16
-/// round the factors to 11 and 8 significant bits, sums are float32. A float64 flow takes only float32, the default,
-/// and computes in float64.
-enum class Precision { float32, tf32, bfloat16 };
 
 /// How the CPU stores the kernels that it computes with. full: as the parameters are. bfloat16, for float32 flows:
 /// rounded to 8 significant bits, ties to even, so that calls of a few rows read half the bytes. Arithmetic is float32

@@ -7,6 +7,8 @@
 #include <span>
 #include <vector>
 
+#include <nvpflow/export.h>
+
 namespace nvpflow {
 
 /// data -> latent, latent -> data.
@@ -59,12 +61,14 @@ class Context {
 
 /// What the rows of a call count for, in a type of its own, so that no context is taken for it. Finite numbers of at
 /// least 0, not all of them 0, which the caller keeps; only their ratios matter.
-class SampleWeights {
+class NVPFLOW_API SampleWeights {
  public:
   /// One for each row.
   explicit SampleWeights(std::span<const double> values) : values_(values) {}
   /// The numbers.
   std::span<const double> values() const { return values_; }
+  /// Throws Error(invalid_argument) that names them so where they are not what is said above, for so many rows.
+  void check(const char* name, std::int64_t rows) const;
 
  private:
   std::span<const double> values_;

@@ -174,6 +174,15 @@ struct History {
   double effective_rows = 0;
 };
 
+/// The rows of x that fit() sets aside for validation, and those that it trains on.
+struct FitSplit {
+  std::vector<std::int64_t> set_aside;   ///< in no order
+  std::vector<std::int64_t> trained_on;  ///< the same
+};
+
+/// How fit() splits `total` rows by the share validation_fraction and the seed, without folds; at most so many of each.
+NVPFLOW_API FitSplit split_rows(std::int64_t total, double share, std::uint64_t seed, std::int64_t most);
+
 /// Weights of a fit's rows, as SampleWeights, in a type of their own: what options are not.
 struct FitWeights {
   /// Of x, one for each row. Of validation likewise, or none where there is no validation array.

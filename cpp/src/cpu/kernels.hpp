@@ -6,10 +6,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "../adam.hpp"
+#include "../adam_coefficients.hpp"
 #include "../base_density.hpp"
-#include "../program.hpp"
-#include "../scale.hpp"
+#include "../kinds.hpp"
+#include "../log_scale.hpp"
 #include "../spline_map.hpp"
 
 namespace nvpflow::cpu {

@@ -8,11 +8,11 @@
 namespace nvpflow::cpu {
 namespace {
 
-/// kStreamComponent of math.hpp.
+/// kStreamComponent of random.hpp.
 constexpr uint32_t kComponentStream = 5;
 
 /// Philox 4x32-10 on L counters {row, block, stream} at once; words [4][L]. The scalar text, and the streams, are in
-/// math.hpp.
+/// random.hpp.
 template <int L>
 NVPFLOW_INLINE void philox_lanes(uint64_t key, uint64_t row, uint32_t block, uint32_t* words, uint32_t stream = 0) {
   uint32_t c0[L], c1[L], c2[L], c3[L];

@@ -13,10 +13,10 @@
 #include <nvpflow/spec.hpp>
 
 #include "../base_density.hpp"
+#include "../kinds.hpp"
 #include "../lower.hpp"
 #include "../names.hpp"
 #include "../overloaded.hpp"
-#include "../program.hpp"
 #include "check.hpp"
 #include "layer.hpp"
 
@@ -150,8 +150,6 @@ void check_base(const FlowSpec& spec) {
   std::visit([&](const auto& base) { check(base, spec); }, spec.base);
 }
 
-bool is_bounded(const Base& base) { return std::holds_alternative<UniformBase>(base); }
-
 bool has_heavy_tails(const Base& base) { return std::holds_alternative<StudentTBase>(base); }
 
 void base_tensors(const FlowSpec& spec, const TensorSink& sink) {
@@ -179,6 +177,8 @@ LoweredBase lower_base(const FlowSpec& spec, const TensorInfo* first) {
 }
 
 }  // namespace layers
+
+bool is_bounded(const Base& base) { return std::holds_alternative<UniformBase>(base); }
 
 std::string_view name_of(MixtureBase::Covariance covariance) {
   return find_name(layers::kCovariances, covariance, "covariance");

@@ -10,8 +10,8 @@
 
 #include <nvpflow/spec.hpp>
 
+#include "../kinds.hpp"
 #include "../overloaded.hpp"
-#include "../program.hpp"
 #include "check.hpp"
 #include "layer.hpp"
 #include "network.hpp"

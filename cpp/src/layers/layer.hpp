@@ -92,8 +92,6 @@ std::string_view name_of(const Base& base);
 Base parse_base(std::string_view name);
 std::vector<Field> fields(Base& base);
 void check_base(const FlowSpec& spec);
-/// Whether there are latents without a density.
-bool is_bounded(const Base& base);
 /// Whether far rows are what the base is for.
 bool has_heavy_tails(const Base& base);
 /// Its tensors, behind those of all layers, as above.

@@ -8,7 +8,7 @@
 
 #include <nvpflow/spec.hpp>
 
-#include "../program.hpp"
+#include "../kinds.hpp"
 #include "check.hpp"
 #include "layer.hpp"
 

@@ -1,8 +1,8 @@
-// The numbers of a log-scale, as the kernels of both backends read them. Like program.hpp it includes nothing that
+// The numbers of a log-scale, as the kernels of both backends read them. Like kinds.hpp it includes nothing that
 // could emit a function.
 #pragma once
 
-#include "program.hpp"
+#include "kinds.hpp"
 
 namespace nvpflow {
 

@@ -1,7 +1,7 @@
 // The order of the rows: 8 B written and some 60 integer operations a row, bound by arithmetic, microseconds for a
 // batch. The judgement of a step: one thread, a launch's latency.
 
-#include "training.hpp"
+#include "training_steps.hpp"
 
 #include "elementary.cuh"
 

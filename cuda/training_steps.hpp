@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "../cpp/src/row_order.hpp"
-#include "kernels.cuh"
+#include "kernels.hpp"
 
 namespace nvpflow::cuda {
 
