@@ -1,7 +1,8 @@
 """Hold texts to sentences of at most 25 words: python tests/tools/prose.py FILE...
 
 Markdown also has one sentence a line, and the words of a table's cell are counted as a sentence's are. Code, headings,
-links' addresses and HTML are left out. A list item may hold several short sentences on lines of their own.
+links' addresses and HTML are left out. A list item may hold several short sentences on lines of their own. A decision
+of cpp/design/decisions.md has five lines at most, and its reason.
 
 Of Python the docstrings are read that users see: of public names in public modules, and of what `__init__.py` makes
 public. Of C and C++ headers the documentation is read: `///` and `/** */`. In these, and in tables, a code span, a
@@ -19,6 +20,7 @@ from functools import cache
 from pathlib import Path
 
 MOST_WORDS = 25
+MOST_LINES = 5  # of a decision
 ABBREVIATIONS = ("e.g.", "i.e.", "vs.", "cf.", "etc.", "et al.", "No.", "eq.")
 FENCE = re.compile(r"^\s*(```|~~~)")
 LEFT_OUT = re.compile(r"^\s*($|\||#|<|!\[|\[[^\]]+\]:|---|===|    )")
@@ -32,6 +34,7 @@ BRACKETS = re.compile(r"\[[^\[\]]{0,30}\]|(?<=\w)\([^()]*\)")
 FORMULA = re.compile(r"\S+(?:\s+(?:=|\+|-|\*|/|<|>|<=|>=|->|\|)\s+\S+)+")
 ROW = re.compile(r"\s*\S+(?: \S+)? {2,}\S")
 NAME = r"[\"']?\w[\w./]*[\"']?"
+DECISION = re.compile(r"^\*\*D-\d{3} (?:.+\n)+", re.MULTILINE)
 NAMES = re.compile(rf"{NAME}(?:, {NAME})+,? (?:and|or) {NAME}|{NAME}(?:, {NAME}){{3,}}")
 
 
@@ -92,6 +95,17 @@ def problems_of_markdown(path: Path, text: str) -> Iterator[str]:
             sentence = ""
         previous_number = number
     yield from problems_of_cells(path, text)
+    yield from problems_of_decisions(path, text)
+
+
+def problems_of_decisions(path: Path, text: str) -> Iterator[str]:
+    """Yield what is wrong with the entries of cpp/design/decisions.md: five lines at most, one of them the reason."""
+    for entry in DECISION.finditer(text):
+        lines, where = entry[0].splitlines(), f"{path}:{text.count(chr(10), 0, entry.start()) + 1}"
+        if len(lines) > MOST_LINES:
+            yield f"{where}: a decision of {len(lines)} lines, expected at most {MOST_LINES}"
+        if not re.search(r"\bbecause\b", entry[0], re.IGNORECASE):
+            yield f"{where}: a decision without a reason, expected a line that begins with Because"
 
 
 def blocks(lines: list[tuple[int, str]]) -> Iterator[tuple[int, str]]:
