@@ -215,6 +215,21 @@ NVPFLOW_API nvpflow_status nvpflow_condition_f64(const nvpflow_flow* flow, const
                                                  nvpflow_flow** conditioned);
 /** @} */
 
+/**
+ * @brief Makes a flow whose base is N(0, T I) in place of N(0, I), T the temperature: the samples of T < 1 lie nearer
+ * to the middle.
+ * @param flow         with a normal base; it may be given back before or after `tempered`. Conditioned or not
+ * @param temperature  1e-12 to 1e12. 1 is that of `flow`, of any base
+ * @param tempered     receives the flow, to be given back by nvpflow_free(); NULL on failure
+ *
+ * `tempered` shares the parameters, the threads and the preparation of `flow`. nvpflow_log_prob_f32(),
+ * nvpflow_sample_f32(), nvpflow_sample_and_log_prob_f32() and their variants take its temperature. The density
+ * integrates to 1. nvpflow_forward_f32() and nvpflow_inverse_f32() depend on no base. Scores and gradients are those of
+ * the temperature 1 alone: their functions refuse `tempered`, and so do those that change a flow. Unlike other calls,
+ * those at a temperature allocate: latents of up to 2^20 elements.
+ */
+NVPFLOW_API nvpflow_status nvpflow_temper(const nvpflow_flow* flow, double temperature, nvpflow_flow** tempered);
+
 /** @name What training sets from rows x [rows, D] before it begins. For rows in other units than those the flow was
  * trained on. Replaces parameters, as nvpflow_reload() does.
  *
@@ -346,6 +361,23 @@ NVPFLOW_API nvpflow_status nvpflow_sample_and_log_prob_context_rows64(const nvpf
                                                                       uint64_t first_row, int64_t rows,
                                                                       const float* context, int64_t context_rows,
                                                                       double* x, float* log_prob);
+/** @} */
+
+/** @name The gradient of log p(x) by x, in nats per unit of x. They may allocate.
+ * @{ */
+/** @brief Writes score [rows, D] of x [rows, D]. */
+NVPFLOW_API nvpflow_status nvpflow_score_f32(const nvpflow_flow* flow, const float* x, int64_t rows, float* score);
+NVPFLOW_API nvpflow_status nvpflow_score_f64(const nvpflow_flow* flow, const double* x, int64_t rows, double* score);
+/** @brief float64 rows x of a float32 flow: nvpflow_takes_float64_rows(). */
+NVPFLOW_API nvpflow_status nvpflow_score_rows64(const nvpflow_flow* flow, const double* x, int64_t rows, float* score);
+/** @brief Writes score [rows, D] of x [rows, D] under context [context_rows, C]. */
+NVPFLOW_API nvpflow_status nvpflow_score_context_f32(const nvpflow_flow* flow, const float* x, int64_t rows,
+                                                     const float* context, int64_t context_rows, float* score);
+NVPFLOW_API nvpflow_status nvpflow_score_context_f64(const nvpflow_flow* flow, const double* x, int64_t rows,
+                                                     const double* context, int64_t context_rows, double* score);
+/** @brief float64 rows x of a float32 flow: nvpflow_takes_float64_rows(). */
+NVPFLOW_API nvpflow_status nvpflow_score_context_rows64(const nvpflow_flow* flow, const double* x, int64_t rows,
+                                                        const float* context, int64_t context_rows, float* score);
 /** @} */
 
 /** @name The mean negative log-likelihood of x [rows, D], in nats, and its gradient. At least one row. They may

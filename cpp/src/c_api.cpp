@@ -11,6 +11,7 @@
 #include <new>
 #include <optional>
 #include <span>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -21,10 +22,12 @@
 #include <nvpflow/spec.hpp>
 #include <nvpflow/spec_json.hpp>
 
-/// What a handle points at: a flow, or one that nvpflow_condition_...() made of it, which keeps it alive.
+/// What a handle points at: a flow, or a view that nvpflow_condition_...() or nvpflow_temper() made of it, which keeps
+/// it alive.
 struct nvpflow_flow {
   std::shared_ptr<nvpflow::Flow> flow;
   std::optional<nvpflow::ConditionedFlow> conditioned = std::nullopt;
+  double temperature = 1;
 };
 
 namespace nvpflow {
@@ -95,11 +98,25 @@ P* required(P* pointer, const char* name) {
 
 const Flow& flow_of(const nvpflow_flow* handle) { return *required(handle, "flow")->flow; }
 
+void refuse_temperature(const nvpflow_flow& handle, const char* name) {
+  if (handle.temperature == 1) return;
+  std::ostringstream text;
+  text << name << " has temperature " << handle.temperature << ", expected the flow that it was made of";
+  refuse(text.str());
+}
+
+/// The flow of a call that takes no temperature.
+const Flow& untempered(const nvpflow_flow* handle) {
+  refuse_temperature(*required(handle, "flow"), "flow");
+  return *handle->flow;
+}
+
 /// The flow of a call that changes it.
 Flow& changed(nvpflow_flow* handle, const char* name) {
   if (required(handle, name)->conditioned) {
     refuse(std::string(name) + " is conditioned, expected the flow that it was made of");
   }
+  refuse_temperature(*handle, name);
   return *handle->flow;
 }
 
@@ -177,7 +194,15 @@ nvpflow_status condition(const nvpflow_flow* handle, const T* context, nvpflow_f
     const std::int64_t size = context_size(*required(handle, "flow"));
     if (size == 0) refuse_context(*handle, "");
     const std::span<const T> row = array(context, "context", 1, size);
-    *conditioned = new nvpflow_flow{handle->flow, handle->flow->condition<T>(row)};
+    *conditioned = new nvpflow_flow{handle->flow, handle->flow->condition<T>(row), handle->temperature};
+  });
+}
+
+nvpflow_status temper(const nvpflow_flow* handle, double temperature, nvpflow_flow** tempered) {
+  return guarded([&] {
+    *required(tempered, "tempered") = nullptr;
+    untempered(handle).tempered_log_prob_unchecked(temperature, nullptr, 0, nullptr);  // of no rows: the check
+    *tempered = new nvpflow_flow{handle->flow, handle->conditioned, temperature};
   });
 }
 
@@ -196,7 +221,17 @@ nvpflow_status log_prob(const nvpflow_flow* handle, const X* x, std::int64_t row
   return guarded([&] {
     const Flow& flow = flow_of(handle);
     flow.log_prob(array(x, "x", rows, flow.spec().input_size), array(out, "log_prob", rows, 1),
-                  context_of<X, T>(*handle, "nvpflow_log_prob", rows, given));
+                  context_of<X, T>(*handle, "nvpflow_log_prob", rows, given), handle->temperature);
+  });
+}
+
+template <class X, class T>
+nvpflow_status score(const nvpflow_flow* handle, const X* x, std::int64_t rows, T* out, const Given<T>& given = {}) {
+  return guarded([&] {
+    const Flow& flow = untempered(handle);
+    const std::int64_t columns = flow.spec().input_size;
+    flow.score(array(x, "x", rows, columns), array(out, "score", rows, columns),
+               context_of<X, T>(*handle, "nvpflow_score", rows, given));
   });
 }
 
@@ -233,7 +268,7 @@ nvpflow_status sample(const nvpflow_flow* handle, std::uint64_t seed, std::uint6
                   "standardize layer");
     }
     flow.sample<X>(seed, array(x, "x", rows, flow.spec().input_size), first_row,
-                   context_of<X, T>(*handle, "nvpflow_sample", rows, given, true));
+                   context_of<X, T>(*handle, "nvpflow_sample", rows, given, true), handle->temperature);
   });
 }
 
@@ -243,30 +278,25 @@ nvpflow_status sample_and_log_prob(const nvpflow_flow* handle, std::uint64_t see
   return guarded([&] {
     const Flow& flow = flow_of(handle);
     flow.sample_and_log_prob(seed, array(x, "x", rows, flow.spec().input_size), array(log_prob, "log_prob", rows, 1),
-                             first_row, context_of<X, T>(*handle, "nvpflow_sample_and_log_prob", rows, given, true));
+                             first_row, context_of<X, T>(*handle, "nvpflow_sample_and_log_prob", rows, given, true),
+                             handle->temperature);
   });
 }
 
+/// weights: of the rows; none for the functions without them.
 template <class T>
-nvpflow_status nll_gradient(const nvpflow_flow* handle, const T* x, std::int64_t rows, double* nll, T* gradient,
+nvpflow_status nll_gradient(const nvpflow_flow* handle, const T* x, std::int64_t rows,
+                            std::optional<const double*> weights, double* nll, T* gradient,
                             const Given<T>& given = {}) {
   return guarded([&] {
-    const Flow& flow = flow_of(handle);
-    *required(nll, "nll") = flow.nll_gradient<T>(array(x, "x", rows, flow.spec().input_size),
-                                                 array(gradient, "gradient", 1, flow.num_parameters()),
-                                                 context_of<T, T>(*handle, "nvpflow_nll_gradient", rows, given));
-  });
-}
-
-template <class T>
-nvpflow_status nll_gradient_weighted(const nvpflow_flow* handle, const T* x, std::int64_t rows, const double* weights,
-                                     double* nll, T* gradient, const Given<T>& given = {}) {
-  return guarded([&] {
-    const Flow& flow = flow_of(handle);
-    *required(nll, "nll") = flow.nll_gradient<T>(
-        array(x, "x", rows, flow.spec().input_size), array(gradient, "gradient", 1, flow.num_parameters()),
-        SampleWeights(array(weights, "sample_weight", rows, 1)),
-        context_of<T, T>(*handle, "nvpflow_nll_gradient_weighted", rows, given));
+    const Flow& flow = untempered(handle);
+    const std::span<const T> in = array(x, "x", rows, flow.spec().input_size);
+    const std::span<T> out = array(gradient, "gradient", 1, flow.num_parameters());
+    const char* name = weights ? "nvpflow_nll_gradient_weighted" : "nvpflow_nll_gradient";
+    const Context context = context_of<T, T>(*handle, name, rows, given);
+    *required(nll, "nll") =
+        weights ? flow.nll_gradient<T>(in, out, SampleWeights(array(*weights, "sample_weight", rows, 1)), context)
+                : flow.nll_gradient<T>(in, out, context);
   });
 }
 
@@ -393,6 +423,9 @@ nvpflow_status nvpflow_condition_f32(const nvpflow_flow* flow, const float* cont
 }
 nvpflow_status nvpflow_condition_f64(const nvpflow_flow* flow, const double* context, nvpflow_flow** conditioned) {
   return nvpflow::condition(flow, context, conditioned);
+}
+nvpflow_status nvpflow_temper(const nvpflow_flow* flow, double temperature, nvpflow_flow** tempered) {
+  return nvpflow::temper(flow, temperature, tempered);
 }
 nvpflow_status nvpflow_initialize_from_f32(nvpflow_flow* flow, const float* x, int64_t rows) {
   return nvpflow::initialize_from(flow, x, rows);
@@ -525,41 +558,62 @@ nvpflow_status nvpflow_sample_and_log_prob_context_rows64(const nvpflow_flow* fl
                                                           double* x, float* log_prob) {
   return nvpflow::sample_and_log_prob(flow, seed, first_row, rows, x, log_prob, {context, context_rows});
 }
+nvpflow_status nvpflow_score_f32(const nvpflow_flow* flow, const float* x, int64_t rows, float* score) {
+  return nvpflow::score(flow, x, rows, score);
+}
+nvpflow_status nvpflow_score_context_f32(const nvpflow_flow* flow, const float* x, int64_t rows, const float* context,
+                                         int64_t context_rows, float* score) {
+  return nvpflow::score(flow, x, rows, score, {context, context_rows});
+}
+nvpflow_status nvpflow_score_f64(const nvpflow_flow* flow, const double* x, int64_t rows, double* score) {
+  return nvpflow::score(flow, x, rows, score);
+}
+nvpflow_status nvpflow_score_context_f64(const nvpflow_flow* flow, const double* x, int64_t rows, const double* context,
+                                         int64_t context_rows, double* score) {
+  return nvpflow::score(flow, x, rows, score, {context, context_rows});
+}
+nvpflow_status nvpflow_score_rows64(const nvpflow_flow* flow, const double* x, int64_t rows, float* score) {
+  return nvpflow::score(flow, x, rows, score);
+}
+nvpflow_status nvpflow_score_context_rows64(const nvpflow_flow* flow, const double* x, int64_t rows,
+                                            const float* context, int64_t context_rows, float* score) {
+  return nvpflow::score(flow, x, rows, score, {context, context_rows});
+}
 nvpflow_status nvpflow_nll_gradient_f32(const nvpflow_flow* flow, const float* x, int64_t rows, double* nll,
                                         float* gradient) {
-  return nvpflow::nll_gradient(flow, x, rows, nll, gradient);
+  return nvpflow::nll_gradient(flow, x, rows, std::nullopt, nll, gradient);
 }
 nvpflow_status nvpflow_nll_gradient_context_f32(const nvpflow_flow* flow, const float* x, int64_t rows,
                                                 const float* context, int64_t context_rows, double* nll,
                                                 float* gradient) {
-  return nvpflow::nll_gradient(flow, x, rows, nll, gradient, {context, context_rows});
+  return nvpflow::nll_gradient(flow, x, rows, std::nullopt, nll, gradient, {context, context_rows});
 }
 nvpflow_status nvpflow_nll_gradient_f64(const nvpflow_flow* flow, const double* x, int64_t rows, double* nll,
                                         double* gradient) {
-  return nvpflow::nll_gradient(flow, x, rows, nll, gradient);
+  return nvpflow::nll_gradient(flow, x, rows, std::nullopt, nll, gradient);
 }
 nvpflow_status nvpflow_nll_gradient_context_f64(const nvpflow_flow* flow, const double* x, int64_t rows,
                                                 const double* context, int64_t context_rows, double* nll,
                                                 double* gradient) {
-  return nvpflow::nll_gradient(flow, x, rows, nll, gradient, {context, context_rows});
+  return nvpflow::nll_gradient(flow, x, rows, std::nullopt, nll, gradient, {context, context_rows});
 }
 nvpflow_status nvpflow_nll_gradient_weighted_f32(const nvpflow_flow* flow, const float* x, int64_t rows,
                                                  const double* sample_weight, double* nll, float* gradient) {
-  return nvpflow::nll_gradient_weighted(flow, x, rows, sample_weight, nll, gradient);
+  return nvpflow::nll_gradient(flow, x, rows, sample_weight, nll, gradient);
 }
 nvpflow_status nvpflow_nll_gradient_weighted_context_f32(const nvpflow_flow* flow, const float* x, int64_t rows,
                                                          const double* sample_weight, const float* context,
                                                          int64_t context_rows, double* nll, float* gradient) {
-  return nvpflow::nll_gradient_weighted(flow, x, rows, sample_weight, nll, gradient, {context, context_rows});
+  return nvpflow::nll_gradient(flow, x, rows, sample_weight, nll, gradient, {context, context_rows});
 }
 nvpflow_status nvpflow_nll_gradient_weighted_f64(const nvpflow_flow* flow, const double* x, int64_t rows,
                                                  const double* sample_weight, double* nll, double* gradient) {
-  return nvpflow::nll_gradient_weighted(flow, x, rows, sample_weight, nll, gradient);
+  return nvpflow::nll_gradient(flow, x, rows, sample_weight, nll, gradient);
 }
 nvpflow_status nvpflow_nll_gradient_weighted_context_f64(const nvpflow_flow* flow, const double* x, int64_t rows,
                                                          const double* sample_weight, const double* context,
                                                          int64_t context_rows, double* nll, double* gradient) {
-  return nvpflow::nll_gradient_weighted(flow, x, rows, sample_weight, nll, gradient, {context, context_rows});
+  return nvpflow::nll_gradient(flow, x, rows, sample_weight, nll, gradient, {context, context_rows});
 }
 
 }  // extern "C"

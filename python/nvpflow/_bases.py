@@ -156,6 +156,25 @@ def has_heavy_tails(base: Base) -> bool:
     return isinstance(base, StudentT)
 
 
+_LEAST_TEMPERATURE, _MOST_TEMPERATURE = 1e-12, 1e12  # beyond, latents or their squares leave float32
+
+
+def checked_temperature(value: Any, base: Base) -> float:
+    """Return a temperature, the variance of a normal base: 1 for None and for 1, which every base has.
+
+    It says what `Flow.sample` says.
+    """
+    given = 1.0 if value is None else _checks.real("temperature", value)
+    if not _LEAST_TEMPERATURE <= given <= _MOST_TEMPERATURE:
+        raise ValueError(f"temperature is {given:g}, expected a number from 1e-12 to 1e12")
+    if given != 1 and not isinstance(base, Normal):
+        raise ValueError(
+            f"temperature is {given:g}, expected 1: only a normal base has a temperature, and this flow's is another "
+            "one"
+        )
+    return given
+
+
 def in_words(base: Base) -> str:
     """Return what latents are, for messages."""
     if isinstance(base, Uniform):

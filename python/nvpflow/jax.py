@@ -39,7 +39,7 @@ except ImportError as error:
     raise ImportError('nvpflow.jax needs JAX 0.5 or newer: pip install "jax>=0.5"') from error
 
 from nvpflow import _checks, _core, _hints
-from nvpflow._bases import Mixture, Normal, StudentT, Uniform
+from nvpflow._bases import Mixture, Normal, StudentT, Uniform, checked_temperature
 from nvpflow._core import FlowSpec
 from nvpflow.flow import Flow
 
@@ -256,14 +256,27 @@ def inverse(
 
 @_hints.explained
 def log_prob(
-    spec: FlowSpec, parameters: Mapping[str, Any], x: Any, *, context: Any = None, num_threads: int = 0
+    spec: FlowSpec,
+    parameters: Mapping[str, Any],
+    x: Any,
+    *,
+    context: Any = None,
+    temperature: float | None = None,
+    num_threads: int = 0,
 ) -> jax.Array:
     """Return log p(x) [...], nats; with a context log p(x | context).
 
-    Parameters, errors and notes are those of `forward`.
+    Parameters, errors and notes are those of `forward`; `temperature` is that of `sample`.
     """
     call, rows, contexts, tensors = _prepare(spec, parameters, "x", x, context, num_threads)
-    (result,) = _values(call.of_kind("log_prob"), rows, contexts, tensors)
+    heat = checked_temperature(temperature, spec.base)
+    if heat == 1:
+        (result,) = _values(call.of_kind("log_prob"), rows, contexts, tensors)
+    else:
+        z, log_det = _values(call.of_kind("forward"), rows, contexts, tensors)
+        result = _log_normal(z, heat) + log_det
+        # NaN where rows hold NaN or infinity, and nowhere else.
+        result = jnp.where(jnp.isnan(result) & ~jnp.isnan(log_det), -jnp.inf, result)
     return result.reshape(jnp.shape(x)[:-1])
 
 
@@ -292,6 +305,7 @@ def sample(
     n: int,
     *,
     context: Any = None,
+    temperature: float | None = None,
     num_threads: int = 0,
 ) -> jax.Array:
     """Return n rows [n, D], differentiable by the parameters: the inverse of noise ``jax.random.normal(key, (n, D))``.
@@ -312,13 +326,15 @@ def sample(
     context
         Of a flow with a context: one [C], or several [M, C] (any leading axes [..., C]). The rows are differentiable by
         it.
+    temperature
+        T of the base N(0, T I) that takes the place of N(0, I), 1e-12 to 1e12. Only a normal base has one. Static.
 
     Returns
     -------
     x
         [n, D], or [M, n, D] under M contexts, from the noise ``jax.random.normal(key, (M, n, D))``.
     """
-    return _drawn(spec, parameters, key, n, context, num_threads)[0]
+    return _drawn(spec, parameters, key, n, context, temperature, num_threads)[0]
 
 
 @_hints.explained
@@ -329,24 +345,35 @@ def sample_and_log_prob(
     n: int,
     *,
     context: Any = None,
+    temperature: float | None = None,
     num_threads: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the rows of `sample` and log p of each, [n] or [M, n], nats, from one pass: differentiable as they are.
 
     Arguments are those of `sample`.
     """
-    x, log_det, noise = _drawn(spec, parameters, key, n, context, num_threads)
-    return x, _log_density(spec, _of_base(spec, parameters), noise) - log_det
+    x, log_det, noise = _drawn(spec, parameters, key, n, context, temperature, num_threads)
+    heat = checked_temperature(temperature, spec.base)
+    return x, _log_density(spec, _of_base(spec, parameters), noise, heat) - log_det
 
 
 def _drawn(
-    spec: FlowSpec, parameters: Mapping[str, Any], key: jax.Array, n: int, context: Any, num_threads: int
+    spec: FlowSpec,
+    parameters: Mapping[str, Any],
+    key: jax.Array,
+    n: int,
+    context: Any,
+    temperature: float | None,
+    num_threads: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return a sample, its log|det dx/dz| and the noise that it is made of."""
     count = _checks.count("n", n)
     call, tensors = _checked_call(spec, parameters, num_threads)
     contexts, leading = _checked_sample_context(spec, context)
+    heat = checked_temperature(temperature, spec.base)
     noise = _noise(spec, _of_base(spec, parameters), key, (*leading, count, spec.input_size))
+    if heat != 1:
+        noise = noise * math.sqrt(heat)
     x, log_det = _values(call.of_kind("inverse"), _as_rows(noise), contexts, tensors)
     return x.reshape(noise.shape), log_det.reshape(noise.shape[:-1]), noise
 
@@ -382,11 +409,16 @@ def _factors(base: Mixture, own: Mapping[str, jax.Array]) -> jax.Array:
     return unit * jnp.exp(own["base.log_scales"])[:, None]
 
 
-def _log_density(spec: FlowSpec, own: Mapping[str, jax.Array], z: jax.Array) -> jax.Array:
-    """Return log p [...] of latents [..., D] that were drawn from the base, nats."""
+def _log_normal(z: jax.Array, temperature: float) -> jax.Array:
+    """Return log N(z; 0, T I) [...], nats."""
+    return -0.5 * (jnp.square(z).sum(-1) / temperature + z.shape[-1] * math.log(2 * math.pi * temperature))
+
+
+def _log_density(spec: FlowSpec, own: Mapping[str, jax.Array], z: jax.Array, temperature: float) -> jax.Array:
+    """Return log p [...] of latents [..., D] that were drawn from the base at a temperature, nats."""
     base, size = spec.base, spec.input_size
     if isinstance(base, Normal):
-        return -0.5 * (jnp.square(z).sum(-1) + size * math.log(2 * math.pi))
+        return _log_normal(z, temperature)
     if isinstance(base, Uniform):
         return jnp.full(z.shape[:-1], -size * math.log(base.high - base.low), z.dtype)
     if isinstance(base, StudentT):

@@ -86,6 +86,9 @@ static void check_context_errors(nvpflow_flow* flow) {
     CHECK(nvpflow_sample_context_f32(f, 1, 0, 1, c, 1, x) == NVPFLOW_INVALID_ARGUMENT);
     CHECK(nvpflow_sample_context_f64(f, 1, 0, 1, c64, 1, x64) == NVPFLOW_INVALID_ARGUMENT);
     CHECK(nvpflow_sample_context_rows64(f, 1, 0, 1, c, 1, x64) == NVPFLOW_INVALID_ARGUMENT);
+    CHECK(nvpflow_score_context_f32(f, x, 1, c, 1, z) == NVPFLOW_INVALID_ARGUMENT);
+    CHECK(nvpflow_score_context_f64(f, x64, 1, c64, 1, z64) == NVPFLOW_INVALID_ARGUMENT);
+    CHECK(nvpflow_score_context_rows64(f, x64, 1, c, 1, z) == NVPFLOW_INVALID_ARGUMENT);
     CHECK(nvpflow_nll_gradient_context_f32(f, x, 1, c, 1, &nll, gradient) == NVPFLOW_INVALID_ARGUMENT);
     CHECK(nvpflow_nll_gradient_context_f64(f, x64, 1, c64, 1, &nll, gradient64) == NVPFLOW_INVALID_ARGUMENT);
     none = flow;
@@ -178,6 +181,34 @@ static void check_names_and_threshold(nvpflow_flow* flow) {
   CHECK(nvpflow_threshold(NULL, &limit, NULL) == NVPFLOW_INVALID_ARGUMENT);
 }
 
+static void check_score(nvpflow_flow* flow, nvpflow_flow* wide) {
+  const int64_t d = nvpflow_input_size(wide);
+  const double step = 1e-6;
+  float x[MAX_ELEMENTS], score[MAX_ELEMENTS], of_rows64[MAX_ELEMENTS];
+  double x64[MAX_ELEMENTS], score64[MAX_ELEMENTS], ends[2];
+  nvpflow_flow* warm = flow;
+  int64_t i;
+  CHECK(nvpflow_sample_f32(flow, 5, 0, 1, x) == NVPFLOW_OK);
+  for (i = 0; i < d; ++i) x64[i] = x[i];
+  CHECK(nvpflow_score_f64(wide, x64, 1, score64) == NVPFLOW_OK);
+  for (i = 0; i < d; ++i) {
+    x64[i] += step;
+    CHECK(nvpflow_log_prob_f64(wide, x64, 1, ends) == NVPFLOW_OK);
+    x64[i] -= 2 * step;
+    CHECK(nvpflow_log_prob_f64(wide, x64, 1, ends + 1) == NVPFLOW_OK);
+    x64[i] += step;
+    CHECK(fabs((ends[0] - ends[1]) / (2 * step) - score64[i]) <= 1e-5 * (1 + fabs(score64[i])));
+  }
+  CHECK(nvpflow_score_f32(flow, x, 1, score) == NVPFLOW_OK);
+  CHECK(nvpflow_score_rows64(flow, x64, 1, of_rows64) == NVPFLOW_OK);
+  for (i = 0; i < d; ++i) CHECK(fabsf(score[i] - of_rows64[i]) <= 1e-3f * (1 + fabsf(score[i])));
+  CHECK(nvpflow_score_f32(flow, x, 1, x) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(nvpflow_score_f32(NULL, x, 1, score) == NVPFLOW_INVALID_ARGUMENT);
+  CHECK(nvpflow_score_f32(wide, x, 1, score) == NVPFLOW_TYPE_MISMATCH);
+  CHECK(nvpflow_temper(NULL, 0.5, &warm) == NVPFLOW_INVALID_ARGUMENT && warm == NULL);
+  CHECK(nvpflow_temper(flow, 0.5, NULL) == NVPFLOW_INVALID_ARGUMENT);
+}
+
 /* The gradient's bits are held against Python's by tests/python/test_embedding.py. */
 static void check_gradient(nvpflow_flow* flow, nvpflow_flow* wide) {
   enum { ROWS = 3 };
@@ -265,6 +296,7 @@ int main(int argc, char** argv) {
   check_spec(flow);
   check_numbers(flow, wide);
   check_names_and_threshold(flow);
+  check_score(flow, wide);
   check_gradient(flow, wide);
   check_replacing(argv[1], flow, wide);
   check_initialize_from(flow, wide);

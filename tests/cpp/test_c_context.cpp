@@ -1,5 +1,5 @@
-// Contexts through the C interface: the bits of the C++ calls, what is refused and how, and how long conditioned flows
-// live.
+// Contexts and temperatures through the C interface: the bits of the C++ calls, what is refused and how, and how long
+// conditioned flows live.
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
@@ -64,6 +64,12 @@ nvpflow_flow* conditioned(const nvpflow_flow* flow, const double* context) {
   return made;
 }
 
+nvpflow_flow* tempered(const nvpflow_flow* flow, double temperature) {
+  nvpflow_flow* made = nullptr;
+  REQUIRE(nvpflow_temper(flow, temperature, &made) == NVPFLOW_OK);
+  return made;
+}
+
 /// The functions for rows of X and other arrays of T.
 template <class X, class T>
 struct Functions;
@@ -80,6 +86,8 @@ struct Functions;
     static constexpr auto& sample_context = nvpflow_sample_context_##suffix;               \
     static constexpr auto& sampled = nvpflow_sample_and_log_prob_##suffix;                 \
     static constexpr auto& sampled_context = nvpflow_sample_and_log_prob_context_##suffix; \
+    static constexpr auto& score = nvpflow_score_##suffix;                                 \
+    static constexpr auto& score_context = nvpflow_score_context_##suffix;                 \
   };
 NVPFLOW_FUNCTIONS(float, float, f32)
 NVPFLOW_FUNCTIONS(double, double, f64)
@@ -154,6 +162,16 @@ void check_numbers(const Flow& flow, const nvpflow_flow* c, std::int64_t rows, s
     CHECK(same_bits(found_out, expected_out));
   }
 
+  expected_out = found_out = no_latents;
+  flow.score(in, std::span(expected_out), context);
+  REQUIRE(C::score_context(c, x.data(), rows, of, context_rows, found_out.data()) == NVPFLOW_OK);
+  CHECK(same_bits(found_out, expected_out));
+  if (given != nullptr) {
+    found_out = no_latents;
+    REQUIRE(C::score(given, x.data(), rows, found_out.data()) == NVPFLOW_OK);
+    CHECK(same_bits(found_out, expected_out));
+  }
+
   std::vector<X> expected_x = no_data, found_x = no_data;
   flow.inverse(latents, std::span(expected_x), std::span(expected), context);
   REQUIRE(C::inverse_context(c, z.data(), rows, of, context_rows, found_x.data(), found.data()) == NVPFLOW_OK);
@@ -192,6 +210,36 @@ void check_numbers(const Flow& flow, const nvpflow_flow* c, std::int64_t rows, s
     CHECK((same_bits(found_x, expected_x) && same_bits(found, expected)));
     found_x = no_data, found = no_rows;
     view->sample_and_log_prob(7, std::span(found_x), std::span(found), 3);
+    CHECK((same_bits(found_x, expected_x) && same_bits(found, expected)));
+  }
+}
+
+/// What has a temperature, of a flow under a context of so many rows, against C++.
+template <class X, class T>
+void check_temperature(const Flow& flow, const nvpflow_flow* c, std::int64_t rows, std::int64_t context_rows) {
+  using C = Functions<X, T>;
+  constexpr double kTemperature = 0.3;
+  const Handle warm(tempered(c, kTemperature));
+  const std::vector<X> x = random_values<X>(rows * flow.spec().input_size, 5);
+  const std::vector<T> context = random_values<T>(context_rows * flow.spec().context_size, 9);
+  std::vector<T> expected(static_cast<std::size_t>(rows), kPoison<T>), found = expected;
+  flow.log_prob(std::span(x), std::span(expected), context, kTemperature);
+  REQUIRE(C::log_prob_context(warm, x.data(), rows, context.data(), context_rows, found.data()) == NVPFLOW_OK);
+  CHECK(same_bits(found, expected));
+  std::vector<X> expected_x(x.size(), kPoison<X>), found_x = expected_x;
+  flow.template sample<X>(7, expected_x, 3, context, kTemperature);
+  REQUIRE(C::sample_context(warm, 7, 3, rows, context.data(), context_rows, found_x.data()) == NVPFLOW_OK);
+  CHECK(same_bits(found_x, expected_x));
+  flow.sample_and_log_prob(7, std::span(expected_x), std::span(expected), 3, context, kTemperature);
+  REQUIRE(C::sampled_context(warm, 7, 3, rows, context.data(), context_rows, found_x.data(), found.data()) ==
+          NVPFLOW_OK);
+  CHECK((same_bits(found_x, expected_x) && same_bits(found, expected)));
+  if (context_rows != 1) return;
+  // In either order.
+  const Handle given(conditioned(warm, context.data())), bound(conditioned(c, context.data()));
+  const Handle also(tempered(bound, kTemperature));
+  for (const nvpflow_flow* view : {static_cast<nvpflow_flow*>(given), static_cast<nvpflow_flow*>(also)}) {
+    REQUIRE(C::sampled(view, 7, 3, rows, found_x.data(), found.data()) == NVPFLOW_OK);
     CHECK((same_bits(found_x, expected_x) && same_bits(found, expected)));
   }
 }
@@ -247,8 +295,12 @@ TEST_CASE_TEMPLATE("a context through C gives the bits of C++", T, float, double
       for (const std::int64_t rows : {0, 1, 3, 37}) {
         for (const std::int64_t context_rows : {std::int64_t{1}, rows}) {
           check_numbers<T, T>(flow, c, rows, context_rows);
+          check_temperature<T, T>(flow, c, rows, context_rows);
           if constexpr (sizeof(T) == 4) {
-            if (takes_float64_rows(flow.spec())) check_numbers<double, float>(flow, c, rows, context_rows);
+            if (takes_float64_rows(flow.spec())) {
+              check_numbers<double, float>(flow, c, rows, context_rows);
+              check_temperature<double, float>(flow, c, rows, context_rows);
+            }
           }
           if (rows > 0) check_gradient<T>(flow, c, rows, context_rows);
         }
@@ -430,4 +482,41 @@ TEST_CASE("a conditioned flow keeps its flow alive and follows its parameters") 
   std::fill(out.begin(), out.end(), kPoison<float>);
   REQUIRE(nvpflow_log_prob_f32(given, x.data(), 20, out.data()) == NVPFLOW_OK);
   CHECK(same_bits(out, expected));
+}
+
+TEST_CASE("a flow at a temperature refuses what has none, and keeps its flow alive") {
+  const Flow flow(FlowSpec::real_nvp(4, 2, {8}, nvpflow::Activation::relu, 1.0, /*standardize=*/true), 1);
+  std::optional<Handle> c(std::in_place, flow);
+  const Handle warm(tempered(*c, 0.5)), one(tempered(*c, 1));
+  const std::vector<float> x(3 * 4, 0.5f);
+  std::vector<float> out(3 * 4), gradient(static_cast<std::size_t>(flow.num_parameters()));
+  std::vector<float> expected(3);
+  double nll = 0;
+  const std::string message = " has temperature 0.5, expected the flow that it was made of";
+  check_refused(nvpflow_score_f32(warm, x.data(), 3, out.data()), "flow" + message);
+  check_refused(nvpflow_nll_gradient_f32(warm, x.data(), 3, &nll, gradient.data()), "flow" + message);
+  check_refused(nvpflow_set_num_threads(warm, 1), "flow" + message);
+  check_refused(nvpflow_reload(warm, "there/is/no/such/file"), "flow" + message);
+  check_refused(nvpflow_initialize_from_f32(warm, x.data(), 3), "flow" + message);
+  check_refused(nvpflow_swap(warm, *c), "a" + message);
+  check_refused(nvpflow_swap(*c, warm), "b" + message);
+  nvpflow_flow* none = *c;
+  check_refused(nvpflow_temper(warm, 2, &none), "flow" + message);
+  CHECK(none == nullptr);
+  check_refused(nvpflow_temper(*c, 0, &none), "temperature is 0, expected a number from 1e-12 to 1e12");
+  check_refused(nvpflow_temper(*c, kPoison<double>, &none), "temperature is nan, expected a number from 1e-12 to 1e12");
+  FlowSpec other = flow.spec();
+  other.base = nvpflow::StudentTBase{};
+  const Handle heavy{Flow(other)};
+  const Handle same(tempered(heavy, 1));
+  check_refused(nvpflow_temper(heavy, 2, &none),
+                "temperature is 2, expected 1: only a normal base has a temperature, and this flow's is another one");
+  // Without a context, and behind the flow's end.
+  c.reset();
+  flow.log_prob<float>(x, expected, {}, 0.5);
+  REQUIRE(nvpflow_log_prob_f32(warm, x.data(), 3, out.data()) == NVPFLOW_OK);
+  CHECK(std::memcmp(out.data(), expected.data(), 3 * sizeof(float)) == 0);
+  flow.log_prob<float>(x, expected);
+  REQUIRE(nvpflow_log_prob_f32(one, x.data(), 3, out.data()) == NVPFLOW_OK);
+  CHECK(std::memcmp(out.data(), expected.data(), 3 * sizeof(float)) == 0);
 }

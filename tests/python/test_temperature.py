@@ -131,6 +131,128 @@ def test_refusals() -> None:
         nvpflow.build(3, context_size=1).condition([0.0]).log_prob(x, temperature=0.5, context=[0.0])
 
 
+# ---- in PyTorch and JAX ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.3, 2.5])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", range(4))
+def test_those_of_torch(seed, dtype, temperature) -> None:
+    torch = pytest.importorskip("torch")
+    from nvpflow.torch import FlowDistribution, FlowModule
+
+    flow, _ = make_case(seed, dtype)
+    given = context_of(flow)
+    context = torch.from_numpy(given["context"]) if given else None
+    module = FlowModule(flow)
+    x, log_p = module.sample_and_log_prob(40, context, seed=5, temperature=temperature)
+    assert_same_bits(x.numpy(), flow.sample(40, seed=5, temperature=temperature, **given))
+    wanted = flow.astype("float64").log_prob(x.double().numpy(), temperature=temperature, **given)
+    assert_within_budget(log_p.numpy(), wanted, dtype)
+    found = module.log_prob(x, context, temperature=temperature)
+    assert_within_budget(found.detach().numpy(), wanted, dtype)
+    assert found.requires_grad
+    assert_same_bits(module.sample(40, context, seed=5, temperature=temperature).numpy(), x.numpy())
+    assert_same_bits(module.rsample(40, context, seed=5, temperature=temperature).detach().numpy(), x.numpy())
+    whole = FlowDistribution(module, context, temperature=temperature)
+    assert_same_bits(whole.log_prob(x).detach().numpy(), found.detach().numpy())
+    rows, log_p = whole.expand((3,)).rsample_and_log_prob((2,))
+    assert_within_budget(log_p.detach().numpy(), whole.log_prob(rows).detach().numpy().astype(np.float64), dtype)
+    with pytest.raises(NotImplementedError, match="has no formula"):
+        torch.distributions.kl_divergence(whole, FlowDistribution(module, context))
+    assert torch.equal(module.log_prob(x, context, temperature=1), module.log_prob(x, context))
+
+
+def test_torch_compiles_a_temperature() -> None:
+    torch = pytest.importorskip("torch")
+    from nvpflow.torch import FlowModule
+
+    module = FlowModule(nvpflow.build(3, 2, (8,), standardize=False, seed=1))
+    x = torch.from_numpy(np.random.default_rng(1).normal(size=(6, 3)).astype(np.float32))
+    compiled = torch.compile(lambda x: module.log_prob(x, temperature=0.5), fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x), module.log_prob(x, temperature=0.5))
+
+
+def test_the_gradient_of_torch_at_a_temperature() -> None:
+    torch = pytest.importorskip("torch")
+    from nvpflow.torch import FlowModule
+
+    flow, _ = make_case(2, "float64")
+    given = context_of(flow)
+    context = torch.from_numpy(given["context"]) if given else None
+    x = torch.from_numpy(flow.sample(5, seed=1, **given)).requires_grad_()
+    FlowModule(flow).log_prob(x, context, temperature=0.4).sum().backward()
+    step = 1e-6
+    for j in range(x.shape[1]):
+        ahead, behind = (x.detach().numpy() + sign * step * np.eye(x.shape[1])[j] for sign in (1, -1))
+        ends = [flow.log_prob(rows, temperature=0.4, **given) for rows in (ahead, behind)]
+        np.testing.assert_allclose(x.grad[:, j], (ends[0] - ends[1]) / (2 * step), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 2.5])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", range(4))
+def test_those_of_jax(seed, dtype, temperature) -> None:
+    jax = pytest.importorskip("jax")
+    import nvpflow.jax as nj
+
+    flow, _ = make_case(seed, dtype)
+    given = context_of(flow)
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+        parameters, key = nj.parameters(flow), jax.random.key(4)
+        drawn = jax.jit(lambda p: nj.sample_and_log_prob(flow.spec, p, key, 40, temperature=temperature, **given))
+        x, log_p = drawn(parameters)
+        noise = np.asarray(jax.random.normal(key, (40, flow.spec.input_size), dtype=dtype))
+        latents = (noise * np.sqrt(temperature)).astype(dtype)
+        assert_within_budget(np.asarray(x), flow.astype("float64").inverse(latents.astype(np.float64), **given), dtype)
+        wanted = flow.astype("float64").log_prob(np.asarray(x, np.float64), temperature=temperature, **given)
+        assert_within_budget(np.asarray(log_p), wanted, dtype)
+        found = nj.log_prob(flow.spec, parameters, x, temperature=temperature, **given)
+        assert_within_budget(np.asarray(found), wanted, dtype)
+        rows = nj.sample(flow.spec, parameters, key, 40, temperature=temperature, **given)
+        assert_within_budget(np.asarray(rows), np.asarray(x, np.float64), dtype)
+        one = nj.log_prob(flow.spec, parameters, x, temperature=1, **given)
+        assert_same_bits(np.asarray(one), np.asarray(nj.log_prob(flow.spec, parameters, x, **given)))
+
+
+def test_rows_without_a_density_and_refusals_in_both() -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("jax")
+    import nvpflow.jax as nj
+    from nvpflow.torch import FlowDistribution, FlowModule
+
+    flow = nvpflow.build(3, 2, (8,), seed=1)
+    x = np.zeros((4, 3), np.float32)
+    x[1, 0], x[2, 1], x[3, 2] = np.nan, np.inf, 3e38
+    module, parameters = FlowModule(flow), nj.parameters(flow)
+    both = (
+        lambda t: module.log_prob(torch.from_numpy(x), temperature=t).detach().numpy(),
+        lambda t: np.asarray(nj.log_prob(flow.spec, parameters, x, temperature=t)),
+    )
+    for log_prob in both:
+        found = log_prob(2)
+        assert np.isfinite(found[0])
+        assert np.isnan(found[1:3]).all()
+        assert found[3] == -np.inf
+        for wrong in (0, -1, np.nan, np.inf, 1e-13, 1e13):
+            with pytest.raises(ValueError, match=r"temperature is .*, expected a number from 1e-12 to 1e12"):
+                log_prob(wrong)
+        with pytest.raises(TypeError, match=r"temperature is .*, expected a real number"):
+            log_prob("1")
+    uniform = nvpflow.build(3, 2, (8,), transform="spline", base="uniform")
+    for call in (
+        lambda: FlowModule(uniform).sample(3, temperature=0.5),
+        lambda: FlowDistribution(FlowModule(uniform), temperature=0.5),
+        lambda: nj.sample_and_log_prob(uniform.spec, nj.parameters(uniform), None, 3, temperature=0.5),
+    ):
+        with pytest.raises(ValueError, match="only a normal base has a temperature"):
+            call()
+    assert FlowModule(uniform).sample(3, temperature=1).shape == (3, 3)
+
+
+# ---- score -----------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("base", [None, INTERVAL], ids=["normal", "uniform"])
 @pytest.mark.parametrize("seed", range(6))
 def test_the_score_is_the_gradient(seed, base) -> None:

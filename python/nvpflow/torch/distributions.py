@@ -10,6 +10,7 @@ from torch.distributions import constraints
 from torch.distributions.kl import register_kl
 
 from nvpflow import _checks, _hints
+from nvpflow._bases import checked_temperature
 from nvpflow.flow import Flow
 from nvpflow.torch.module import FlowModule
 
@@ -127,13 +128,17 @@ class FlowDistribution(torch.distributions.Distribution):
     context
         Of a flow with a context, which needs it: [C], or [*batch_shape, C] for a batch of densities p(x | c). Gradients
         reach it.
+    temperature
+        T of the base N(0, T I) that takes the place of N(0, I), in rows and densities. Only a normal base has one.
+        None: 1.
     validate_args
         As of every distribution: check values. None: PyTorch's default.
 
     Raises
     ------
     TypeError, ValueError
-        The context is missing, superfluous, or of another size, dtype or device than the module's.
+        The context is missing, superfluous, or of another size, dtype or device than the module's. The temperature is
+        not from 1e-12 to 1e12, or not 1 where the base has none.
     """
 
     support = constraints.real_vector
@@ -141,11 +146,17 @@ class FlowDistribution(torch.distributions.Distribution):
 
     @_hints.explained
     def __init__(
-        self, module: FlowModule, context: torch.Tensor | None = None, *, validate_args: bool | None = None
+        self,
+        module: FlowModule,
+        context: torch.Tensor | None = None,
+        *,
+        temperature: float | None = None,
+        validate_args: bool | None = None,
     ) -> None:
         _check(module)
         self.module = module
         self.context = context
+        self.temperature = checked_temperature(temperature, module._base)
         size = module._engine.spec.input_size
         super().__init__(_axes(module, context), torch.Size([size]), validate_args=validate_args)
 
@@ -169,7 +180,7 @@ class FlowDistribution(torch.distributions.Distribution):
         """Return the distribution of independent rows of a batch."""
         new: Any = self._get_checked_instance(FlowDistribution, _instance)  # type: ignore[no-untyped-call]
         shape = torch.Size(batch_shape)
-        new.module = self.module
+        new.module, new.temperature = self.module, self.temperature
         new.context = None if self.context is None else self.context.expand(*shape, self.context.shape[-1])
         super(FlowDistribution, new).__init__(shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
@@ -186,7 +197,7 @@ class FlowDistribution(torch.distributions.Distribution):
         sample_shape: Any = torch.Size(),  # noqa: B008  (as in PyTorch)
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rows of `rsample` and their log p [*sample_shape, *batch_shape], nats, from one pass."""
-        return self.module._with_log_prob(self._latents(sample_shape), self.context)
+        return self.module._with_log_prob(self._latents(sample_shape), self.context, self.temperature)
 
     @_hints.explained
     def sample_and_log_prob(
@@ -198,14 +209,15 @@ class FlowDistribution(torch.distributions.Distribution):
             return self.rsample_and_log_prob(sample_shape)
 
     def _latents(self, sample_shape: Any) -> torch.Tensor:
-        return self.module._noise(self._extended_shape(torch.Size(sample_shape))[:-1], None)
+        return self.module._noise(self._extended_shape(torch.Size(sample_shape))[:-1], None, self.temperature)
 
     @_hints.explained
     def log_prob(self, value: torch.Tensor) -> torch.Tensor:
         """Return log p(value) [..., *batch_shape], nats; with a context log p(value | context)."""
         if self._validate_args and value.numel() > 0:  # PyTorch's check of vectors fails on none
             self._validate_sample(value)
-        log_p = self.module.log_prob(value, self.context)  # which says what is wrong with shapes
+        # It says what is wrong with shapes.
+        log_p = self.module.log_prob(value, self.context, temperature=self.temperature)
         return log_p.expand(torch.broadcast_shapes(value.shape[:-1], self.batch_shape))  # type: ignore[no-untyped-call]
 
 
@@ -214,7 +226,7 @@ class FlowDistribution(torch.distributions.Distribution):
 
 @register_kl(FlowDistribution, FlowDistribution)  # type: ignore[untyped-decorator, unused-ignore]
 def _kl_of_flows(p: FlowDistribution, q: FlowDistribution) -> torch.Tensor:
-    if p.module is not q.module or not _are_equal(p.context, q.context):
+    if p.module is not q.module or p.temperature != q.temperature or not _are_equal(p.context, q.context):
         _no_kl(p, q)
     shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)  # type: ignore[no-untyped-call]
     return p.module._tensors()[0].new_zeros(shape)

@@ -11,7 +11,7 @@ import torch
 from torch.autograd import forward_ad
 
 from nvpflow import _bounds, _checks, _core, _data, _hints
-from nvpflow._bases import Mixture, Normal, StudentT, Uniform, in_words
+from nvpflow._bases import Mixture, Normal, StudentT, Uniform, checked_temperature, in_words
 from nvpflow._spec import bounds_of, standardize_name
 from nvpflow.flow import Flow
 from nvpflow.torch._autograd import call, is_plain, refuse_tangents
@@ -129,7 +129,7 @@ class FlowModule(torch.nn.Module):
             self.get_submodule(layer).register_parameter(tensor, parameter)
             self._names.append((layer, tensor))
         self._engine.flatten(self._tensors())
-        self._first = standardize_name(self._engine.spec)
+        self._first, self._base = standardize_name(flow.spec), flow.spec.base
         self._unset = tuple(layer for layer in (self._first, "context") if self._is_identity(layer))
 
     # -- rows ---------------------------------------------------------------------------------------------------------
@@ -147,13 +147,26 @@ class FlowModule(torch.nn.Module):
         return (x, log_det) if with_log_det else x
 
     @_hints.explained
-    def log_prob(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        """Return log p(x) [...], with a context log p(x | context), nats."""
-        (result,) = self._call("log_prob", "x", x, context)
-        return result
+    def log_prob(
+        self, x: torch.Tensor, context: torch.Tensor | None = None, *, temperature: float | None = None
+    ) -> torch.Tensor:
+        """Return log p(x) [...], with a context log p(x | context), nats; `temperature` is that of `sample`."""
+        heat = checked_temperature(temperature, self._base)
+        if heat == 1:
+            (result,) = self._call("log_prob", "x", x, context)
+            return result
+        z, log_det = self._call("forward", "x", x, context)
+        return _total(z, log_det, heat)
 
     @_hints.explained
-    def sample(self, n: int, context: torch.Tensor | None = None, *, seed: int | None = None) -> torch.Tensor:
+    def sample(
+        self,
+        n: int,
+        context: torch.Tensor | None = None,
+        *,
+        seed: int | None = None,
+        temperature: float | None = None,
+    ) -> torch.Tensor:
         """Return n rows [n, D] without a gradient; under contexts [..., C] n rows for each, [..., n, D].
 
         Parameters
@@ -165,12 +178,21 @@ class FlowModule(torch.nn.Module):
         seed
             In [0, 2**64): the rows of `nvpflow.Flow.sample`. None: drawn from PyTorch's default generator, so that
             ``torch.manual_seed`` decides.
+        temperature
+            T of the base N(0, T I) that takes the place of N(0, I), 1e-12 to 1e12. Only a normal base has one.
         """
         with torch.no_grad():
-            return self.rsample(n, context, seed=seed)
+            return self.rsample(n, context, seed=seed, temperature=temperature)
 
     @_hints.explained
-    def rsample(self, n: int, context: torch.Tensor | None = None, *, seed: int | None = None) -> torch.Tensor:
+    def rsample(
+        self,
+        n: int,
+        context: torch.Tensor | None = None,
+        *,
+        seed: int | None = None,
+        temperature: float | None = None,
+    ) -> torch.Tensor:
         """Return the rows of `sample`, differentiable by parameters and context: the inverse of noise that has none.
 
         Raises
@@ -178,34 +200,47 @@ class FlowModule(torch.nn.Module):
         NotImplementedError
             A gradient by the base's own parameters is asked for, on which the noise depends.
         """
-        z, context = self._latents(n, context, seed)
+        z, context = self._latents(n, context, seed, checked_temperature(temperature, self._base))
         return self.inverse(z, context)  # type: ignore[no-any-return]
 
     @_hints.explained
     def sample_and_log_prob(
-        self, n: int, context: torch.Tensor | None = None, *, seed: int | None = None
+        self,
+        n: int,
+        context: torch.Tensor | None = None,
+        *,
+        seed: int | None = None,
+        temperature: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rows of `sample` [..., n, D] and their log p [..., n], nats, from one pass, without a gradient."""
         with torch.no_grad():
-            return self.rsample_and_log_prob(n, context, seed=seed)
+            return self.rsample_and_log_prob(n, context, seed=seed, temperature=temperature)
 
     @_hints.explained
     def rsample_and_log_prob(
-        self, n: int, context: torch.Tensor | None = None, *, seed: int | None = None
+        self,
+        n: int,
+        context: torch.Tensor | None = None,
+        *,
+        seed: int | None = None,
+        temperature: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rows of `rsample` [..., n, D] and their log p [..., n], nats, differentiable, from one pass."""
-        return self._with_log_prob(*self._latents(n, context, seed))
+        heat = checked_temperature(temperature, self._base)
+        return self._with_log_prob(*self._latents(n, context, seed, heat), heat)
 
-    def _with_log_prob(self, z: torch.Tensor, context: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the data of latents that were drawn from the base, and their log p."""
+    def _with_log_prob(
+        self, z: torch.Tensor, context: torch.Tensor | None, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the data of latents that were drawn from the base at a temperature, and their log p."""
         x, log_det = self.inverse(z, context, with_log_det=True)
-        return x, self._log_density(z) - log_det
+        return x, self._log_density(z, temperature) - log_det
 
-    def _log_density(self, z: torch.Tensor) -> torch.Tensor:
-        """Return log p [...] of latents [..., D] that were drawn from the base, nats."""
-        base, size = self._engine.spec.base, z.shape[-1]
+    def _log_density(self, z: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Return log p [...] of latents [..., D] that were drawn from the base at a temperature, nats."""
+        base, size = self._base, z.shape[-1]
         if isinstance(base, Normal):
-            return -0.5 * (z.square().sum(-1) + size * math.log(2 * math.pi))
+            return _log_normal(z, temperature)
         if isinstance(base, Uniform):
             return z.new_full(z.shape[:-1], -size * math.log(base.high - base.low))
         own = dict(self._named())
@@ -241,7 +276,7 @@ class FlowModule(torch.nn.Module):
             spec: with another one its densities would be those of another model.
         """
         if self._has_own_base and not _checks.boolean("drop_base", drop_base):
-            own = in_words(self._engine.spec.base)
+            own = in_words(self._base)
             raise ValueError(
                 "to_flow of a module that a FlowTransform goes through: the transform's base distribution is not in "
                 f"the module, and the latents of its nvpflow.Flow are {own}; keep the TransformedDistribution, "
@@ -450,25 +485,27 @@ class FlowModule(torch.nn.Module):
         return None
 
     def _latents(
-        self, n: int, context: torch.Tensor | None, seed: int | None
+        self, n: int, context: torch.Tensor | None, seed: int | None, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the noise of a sample [..., n, D], and its contexts with an axis for the n rows of each."""
         count = _checks.count("n", n)
         given = self._checked_context(context, self._tensors()[0])
         if given is None:
-            return self._noise((count,), seed), None
-        return self._noise((*given.shape[:-1], count), seed), given.unsqueeze(-2)
+            return self._noise((count,), seed, temperature), None
+        return self._noise((*given.shape[:-1], count), seed, temperature), given.unsqueeze(-2)
 
-    def _noise(self, axes: Sequence[int], seed: int | None) -> torch.Tensor:
+    def _noise(self, axes: Sequence[int], seed: int | None, temperature: float) -> torch.Tensor:
         """Return rows of the base [*axes, D]; row i of them is that of the sample of `nvpflow.Flow`."""
         number, parameters = _seed(seed), self._tensors()
         if torch.is_grad_enabled() and any(p.requires_grad for name, p in self._named() if name.startswith("base.")):
             raise NotImplementedError(
-                f"the noise of base={self._engine.spec.base!r} depends on the base's parameters, and has no derivative "
+                f"the noise of base={self._base!r} depends on the base's parameters, and has no derivative "
                 "by them; take sample() without a gradient, or FlowModule(flow, frozen=('base',))"
             )
         with self._engine.using(parameters) as flow:
             noise = torch.from_numpy(flow._noise(math.prod(axes), number))
+        if temperature != 1:
+            noise *= math.sqrt(temperature)
         return noise.reshape(*axes, noise.shape[1]).to(parameters[0].device)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FlowModule:
@@ -592,6 +629,17 @@ def _side_by_side(
         one = math.prod(of_context) == 1
         context = context.reshape(-1) if one else context.expand(*axes, context.shape[-1]).flatten(0, -2)
     return rows if rows.dim() == 2 else rows.reshape(-1, rows.shape[-1]), context, axes
+
+
+def _log_normal(z: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return log N(z; 0, T I) [...], nats."""
+    return -0.5 * (z.square().sum(-1) / temperature + z.shape[-1] * math.log(2 * math.pi * temperature))
+
+
+def _total(z: torch.Tensor, log_det: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return log p of rows by latents and log-determinant: NaN where rows hold NaN or infinity, and nowhere else."""
+    log_p = _log_normal(z, temperature) + log_det
+    return torch.where(log_p.isnan() & ~log_det.isnan(), -math.inf, log_p)
 
 
 def _log_student(z: torch.Tensor, log_df: torch.Tensor) -> torch.Tensor:
