@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, get_args
 
 from nvpflow import _checks
-from nvpflow._expression import HOME, Expression
+from nvpflow._expression import HOME, Kind
 
-# Normal scores of a uniform latent end here: 8.2 standard deviations out.
-_LEAST_SHARE = 1e-16
+
+class _BaseKind(Kind):
+    """What the package asks of a base."""
+
+    _is_bounded: ClassVar[bool] = False  # there are latents without a density: layers must keep rows where it is
+    _has_heavy_tails: ClassVar[bool] = False  # far rows are what it is for
+
+    def _in_words(self) -> str:
+        """Return what latents are, for messages."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, repr=False)
-class Normal(Expression):
+class Normal(_BaseKind):
     """Latents are independent and standard normal, ``N(0, I)``."""
 
+    _kind = "normal"
+
+    def _in_words(self) -> str:
+        return "standard normal"
+
 
 @dataclass(frozen=True, repr=False)
-class Uniform(Expression):
+class Uniform(_BaseKind):
     """Latents are independent and uniform from `low` to `high`, both of them included.
 
     ``log p(x) = log|det dz/dx| - D log(high - low)`` where all latents lie in the interval, else -inf, with a gradient
@@ -38,6 +50,8 @@ class Uniform(Expression):
         Naming the argument, what came and what was expected.
     """
 
+    _kind = "uniform"
+    _is_bounded = True
     _by_position = 2
 
     low: float = 0.0
@@ -52,9 +66,12 @@ class Uniform(Expression):
             raise ValueError(f"high is {high}, expected more than low, which is {low}")
         self._set(low=low, high=high)
 
+    def _in_words(self) -> str:
+        return f"uniform from {self.low:g} to {self.high:g}"
+
 
 @dataclass(frozen=True, repr=False)
-class StudentT(Expression):
+class StudentT(_BaseKind):
     """Latents are independent and follow Student's t distribution, each feature with its own degrees of freedom.
 
     It is for data with heavy tails. The density of far rows falls off as a power, which no layer over a normal base
@@ -75,6 +92,9 @@ class StudentT(Expression):
         Naming the argument, what came and what was expected.
     """
 
+    _kind = "student_t"
+    _has_heavy_tails = True
+
     df: float = 4.0
     trainable: bool = True
 
@@ -84,12 +104,15 @@ class StudentT(Expression):
             raise ValueError(f"df is {df}, expected a finite number above 0")
         self._set(df=df, trainable=_checks.boolean("trainable", self.trainable))
 
+    def _in_words(self) -> str:
+        return f"Student t distributed with {'trained ' if self.trainable else ''}degrees of freedom"
+
 
 COVARIANCES = ("diagonal", "full")
 
 
 @dataclass(frozen=True, repr=False)
-class Mixture(Expression):
+class Mixture(_BaseKind):
     """Latents follow a mixture of normal distributions, whose weights, means and covariances are trained.
 
     It is for data that fall into separate groups: layers alone leave bridges between them. Component m has the weight
@@ -110,6 +133,8 @@ class Mixture(Expression):
         Naming the argument, what came and what was expected.
     """
 
+    _kind = "mixture"
+
     components: int = 4
     covariance: str = "diagonal"
 
@@ -124,21 +149,24 @@ class Mixture(Expression):
             )
         self._set(components=components, covariance=covariance)
 
+    def _in_words(self) -> str:
+        return f"a mixture of {self.components} normal distributions with {self.covariance} covariances"
+
 
 MOST_COMPONENTS = 1024
 Base = Normal | Uniform | StudentT | Mixture
 NORMAL = Normal()
-_KINDS: dict[str, type[Base]] = {"normal": Normal, "uniform": Uniform, "student_t": StudentT, "mixture": Mixture}
-NAMES = tuple(_KINDS)
-for _kind in _KINDS.values():
+KINDS: tuple[type[Base], ...] = get_args(Base)
+NAMES = tuple(kind._kind for kind in KINDS)
+for _kind in KINDS:
     _kind.__module__ = HOME
 
 
 def checked(value: Any) -> Base:
     """Return a base given as such, or by the name of its kind."""
-    if isinstance(value, str) and value in _KINDS:
-        return _KINDS[value]()
-    if type(value) in _KINDS.values():
+    if isinstance(value, str) and value in NAMES:
+        return KINDS[NAMES.index(value)]()
+    if type(value) in KINDS:
         return value  # type: ignore[no-any-return]
     expected = f"expected {', '.join(map(repr, NAMES))}, or one of nvpflow.layers such as Uniform(0, 1)"
     if isinstance(value, str):
@@ -148,12 +176,12 @@ def checked(value: Any) -> Base:
 
 def is_bounded(base: Base) -> bool:
     """Tell whether there are latents without a density, so that layers must keep rows where it is."""
-    return isinstance(base, Uniform)
+    return base._is_bounded
 
 
 def has_heavy_tails(base: Base) -> bool:
     """Tell whether far rows are what the base is for."""
-    return isinstance(base, StudentT)
+    return base._has_heavy_tails
 
 
 _LEAST_TEMPERATURE, _MOST_TEMPERATURE = 1e-12, 1e12  # beyond, latents or their squares leave float32
@@ -177,22 +205,4 @@ def checked_temperature(value: Any, base: Base) -> float:
 
 def in_words(base: Base) -> str:
     """Return what latents are, for messages."""
-    if isinstance(base, Uniform):
-        return f"uniform from {base.low:g} to {base.high:g}"
-    if isinstance(base, StudentT):
-        return f"Student t distributed with {'trained ' if base.trainable else ''}degrees of freedom"
-    if isinstance(base, Mixture):
-        return f"a mixture of {base.components} normal distributions with {base.covariance} covariances"
-    return "standard normal"
-
-
-def to_json(base: Base) -> dict[str, Any]:
-    """Return what JSON holds of a base."""
-    (name,) = (name for name, kind in _KINDS.items() if kind is type(base))
-    return {"kind": name} | dataclasses.asdict(base)
-
-
-def from_json(entry: dict[str, Any]) -> Base:
-    """Return the base of an entry that the extension wrote."""
-    fields = dict(entry)
-    return _KINDS[fields.pop("kind")](**fields)
+    return base._in_words()

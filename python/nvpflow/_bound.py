@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nvpflow import _checks, _spec
+from nvpflow import _checks
 from nvpflow._bases import NORMAL
 from nvpflow._model import Model
 from nvpflow.layers import MLP, Affine, Bounds, Coupling, Layer, Standardize
@@ -230,7 +230,7 @@ def _not_covered(layer: Layer) -> str:
         return _checks.shortened(repr(layer))
     if isinstance(layer, Bounds):
         return "columns with bounds"
-    return f"{_spec.kind_in_words(layer)}s"
+    return f"{layer._in_words()}s"
 
 
 def _is_covered(layer: Layer) -> bool:

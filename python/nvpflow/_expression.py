@@ -1,10 +1,10 @@
-"""What prints as the call that makes it again."""
+"""What prints as the call that makes it again, and the kinds of it that JSON tells apart."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar, TypeVar
 
 from nvpflow import _checks
 
@@ -40,3 +40,32 @@ class Expression:
         made = type(self)(**{field.name: state[field.name] for field in fields if field.init})
         hidden = {field.name: state[field.name] for field in fields if not field.init}  # integers, or None
         self._set(**vars(made) | {name: v if v is None else _checks.integer(name, v) for name, v in hidden.items()})
+
+
+class Kind(Expression):
+    """Base of the kinds of one part of a flow, a layer or a base: each says here what the package asks of it."""
+
+    _kind: ClassVar[str]  # its name in JSON, and in messages
+
+    def _to_json(self) -> dict[str, Any]:
+        """Return what JSON holds of it."""
+        return {"kind": self._kind} | self._fields_to_json()
+
+    def _fields_to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
+
+    @classmethod
+    def _from_fields(cls, fields: dict[str, Any]) -> Any:
+        """Return it from what JSON holds beside the kind."""
+        return cls(**fields)
+
+
+_Some = TypeVar("_Some", bound=Kind)
+
+
+def from_json(kinds: Iterable[type[_Some]], entry: Mapping[str, Any]) -> _Some:
+    """Return what an entry holds that the extension wrote, which is of one of these kinds."""
+    fields = dict(entry)
+    name = fields.pop("kind")
+    (kind,) = (kind for kind in kinds if kind._kind == name)
+    return kind._from_fields(fields)  # type: ignore[no-any-return]

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nvpflow import _checks, _core
-from nvpflow._expression import HOME, Expression
+from nvpflow._expression import HOME, Kind
+from nvpflow._text import counted
 
 
 @dataclass(frozen=True, repr=False)
-class MLP(Expression):
+class MLP(Kind):
     """Dense layers: ``h_0 = [x_a, c]``, ``h_{j+1} = act(W_j h_j + b_j)``; the heads are linear in the last h.
 
     Parameters
@@ -29,6 +30,7 @@ class MLP(Expression):
         Naming the argument, what came and what was expected.
     """
 
+    _kind = "mlp"
     _by_position = 2
 
     hidden_sizes: Sequence[int] = (256,)
@@ -44,9 +46,14 @@ class MLP(Expression):
                 raise ValueError(f"hidden_sizes[{i}] is {size}, expected at least {needs}")
         self._set(hidden_sizes=sizes, activation=_activation(self.activation), layer_norm=layer_norm)
 
+    def _sizes_in_words(self, between: str) -> str:
+        """Return the hidden layers, for tables; between: stands between their sizes."""
+        normalized = ", each normalized" if self.layer_norm else ""
+        return (between.join(map(str, self.hidden_sizes)) or "none") + normalized
+
 
 @dataclass(frozen=True, repr=False)
-class ResidualNet(Expression):
+class ResidualNet(Kind):
     """Blocks that add to what they are given: ``h = W [x_a, c] + b``, ``h += W_1 act(W_0 act(h) + b_0) + b_1``; heads.
 
     Parameters
@@ -73,6 +80,7 @@ class ResidualNet(Expression):
     He et al., Identity mappings in deep residual networks, 2016; as in Durkan et al., Neural spline flows, 2019.
     """
 
+    _kind = "residual"
     _by_position = 1
 
     hidden_size: int = 256
@@ -89,6 +97,9 @@ class ResidualNet(Expression):
             context_gates=_checks.boolean("context_gates", self.context_gates),
             block_affines=_checks.boolean("block_affines", self.block_affines),
         )
+
+    def _sizes_in_words(self, between: str) -> str:
+        return f"{counted(self.num_blocks, 'residual block')} of {self.hidden_size}"
 
 
 Network = MLP | ResidualNet

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nvpflow._bases import Base, Mixture, StudentT, Uniform
+from nvpflow._bases import Base, Mixture, Normal, StudentT, Uniform
 
 Array = NDArray[np.float64]
 
@@ -30,7 +30,7 @@ def normal_scores(base: Base, latents: NDArray[Any], parameters: Mapping[str, ND
     if isinstance(base, Uniform):
         inner = _of_shares((z - base.low) / (base.high - base.low))
         return np.where(z < base.low, -np.inf, np.where(z > base.high, np.inf, inner))
-    if not isinstance(base, (StudentT, Mixture)):
+    if isinstance(base, Normal):
         return z
     if parameters is None:
         raise ValueError(f"base is {base!r}, expected the flow itself: its base has parameters")

@@ -10,26 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nvpflow import _bases, _checks, _hints, _layer_json
+from nvpflow import _bases, _checks, _hints
 from nvpflow._bases import NORMAL, Base
 from nvpflow._core import FileFormatError, FlowSpec
-from nvpflow._networks import Network
+from nvpflow._expression import from_json as part_of
 from nvpflow._text import counted
-from nvpflow.layers import (
-    MLP,
-    ActNorm,
-    Additive,
-    Affine,
-    Bounds,
-    Coupling,
-    ElementSpline,
-    Layer,
-    LULinear,
-    Permutation,
-    Spline,
-    Standardize,
-    members,
-)
+from nvpflow.layers import Bounds, Coupling, Layer, LULinear, Spline, Standardize, checked, layer_of
 
 __all__ = [
     "FlowSpec",
@@ -48,12 +34,12 @@ _SHOWN_LAYERS, _SHOWN_ENDS = 512, 3  # of a repr: all of so many layers, else so
 
 def layers_of(spec: FlowSpec) -> tuple[Layer, ...]:
     """Return the layers, the one first applied to data first."""
-    return tuple(map(_layer_json.from_json, json.loads(spec._to_full_json())["layers"]))
+    return tuple(map(layer_of, json.loads(spec._to_full_json())["layers"]))
 
 
 def base_of(spec: FlowSpec) -> Base:
     """Return the base of a spec."""
-    return _bases.from_json(json.loads(spec._to_full_json())["base"])
+    return part_of(_bases.KINDS, json.loads(spec._to_full_json())["base"])
 
 
 def from_layers(
@@ -98,20 +84,20 @@ def from_layers(
         raise TypeError(f"layers is {_checks.describe(layers)}, expected a sequence of layers of nvpflow.layers")
     entries = []
     for i, given in enumerate(layers):
-        layer = _layer_json.checked(f"layers[{i}]", given)
+        layer = checked(f"layers[{i}]", given)
         if i == MOST_LAYERS:
             raise ValueError(f"layers holds more than {MOST_LAYERS} layers, expected at most that many")
-        masked = layer._mask_size if isinstance(layer, (Coupling, ElementSpline)) else None
+        masked = getattr(layer, "_mask_size", None)
         if masked not in (None, size):
-            chosen = "transformed" if isinstance(layer, Coupling) else "features"
-            raise ValueError(f"layers[{i}].{chosen} is a mask of {masked} features, expected {size}, the input_size")
-        entries.append(_layer_json.to_json(layer))
+            name = f"layers[{i}].{layer._masked}"
+            raise ValueError(f"{name} is a mask of {masked} features, expected {size}, the input_size")
+        entries.append(layer._to_json())
     document = {
         "input_size": size,
         "context_size": context,
         "standardize_context": standardized,
         "dtype": name,
-        "base": _bases.to_json(latents),
+        "base": latents._to_json(),
         "layers": entries,
     }
     try:
@@ -175,13 +161,8 @@ def untransformed(spec: FlowSpec) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     at = np.arange(spec.input_size)  # the column at each place
     free = np.ones(spec.input_size, np.bool_)  # by column
     for layer in spec.layers:
-        if isinstance(layer, Permutation):
-            at = at[list(layer.order)]
-        elif isinstance(layer, (Coupling, ElementSpline)):
-            changed = layer.transformed if isinstance(layer, Coupling) else layer.features
-            free[at[members(changed, spec.input_size)]] = False
-        elif not isinstance(layer, (Bounds, Standardize, ActNorm)):
-            free[:] = False
+        free[at[layer._changed(spec.input_size)]] = False
+        at = at[layer._order(spec.input_size)]
     places = np.flatnonzero(free[at])
     return at[places], places
 
@@ -194,10 +175,10 @@ def in_words(spec: FlowSpec, between: str = ", ") -> dict[str, str]:
     layers = [layer for layer in spec.layers if isinstance(layer, Coupling)]
     affine = [layer.transform for layer in layers if not isinstance(layer.transform, Spline)]
     found = {
-        "hidden layers": [" and ".join(_sizes_in_words(n, between) for n in _networks(layer)) for layer in layers],
-        "activation": [" and ".join(dict.fromkeys(n.activation for n in _networks(layer))) for layer in layers],
-        "scale bound": list(map(_bound_in_words, affine)),
-        "splines": list(map(_spline_in_words, splines(spec))),
+        "hidden layers": [" and ".join(n._sizes_in_words(between) for n in layer._networks()) for layer in layers],
+        "activation": [" and ".join(dict.fromkeys(n.activation for n in layer._networks())) for layer in layers],
+        "scale bound": [transform._bound_in_words() for transform in affine],
+        "splines": [spline._in_words() for spline in splines(spec)],
     }
     return {name: " / ".join(dict.fromkeys(values)) for name, values in found.items() if values}
 
@@ -219,60 +200,16 @@ def interval_in_words(low: float | None, high: float | None) -> str:
 
 def splines(spec: FlowSpec) -> list[Spline]:
     """Return the splines of couplings and of features by themselves, in the order of the layers."""
-    of_layers = [
-        layer.transform if isinstance(layer, Coupling) else layer.spline
-        for layer in spec.layers
-        if isinstance(layer, (Coupling, ElementSpline))
-    ]
-    return [spline for spline in of_layers if isinstance(spline, Spline)]
+    return [spline for layer in spec.layers for spline in layer._splines()]
 
 
 def kinds_in_words(spec: FlowSpec) -> str:
     """Return how many layers of each kind there are but for the first ones: "4 affine couplings, 5 permutations"."""
     counts: dict[str, int] = {}
     for layer in spec.layers:
-        noun = kind_in_words(layer)
+        noun = layer._in_words()
         counts[noun] = counts.get(noun, 0) + 1
     return ", ".join(counted(count, noun) for noun, count in counts.items() if noun)
-
-
-def kind_in_words(layer: Layer) -> str:
-    """Return what a layer is: "spline coupling", "permutation"; "" of standardize and bounds."""
-    return f"{_TRANSFORMS[type(layer.transform)]} coupling" if isinstance(layer, Coupling) else _KINDS[type(layer)]
-
-
-_TRANSFORMS = {Affine: "affine", Additive: "additive", Spline: "spline"}
-_KINDS: dict[type[Layer], str] = {
-    Standardize: "",
-    ActNorm: "actnorm layer",
-    Permutation: "permutation",
-    LULinear: "LU layer",
-    ElementSpline: "spline layer",
-    Bounds: "",
-}
-
-
-def _networks(layer: Coupling) -> list[Network]:
-    return [n for n in (layer.network, layer.scale_network, layer.translation_network) if n is not None]
-
-
-def _sizes_in_words(network: Network, between: str) -> str:
-    if isinstance(network, MLP):
-        normalized = ", each normalized" if network.layer_norm else ""
-        return (between.join(map(str, network.hidden_sizes)) or "none") + normalized
-    return f"{counted(network.num_blocks, 'residual block')} of {network.hidden_size}"
-
-
-def _bound_in_words(transform: Affine | Additive) -> str:
-    if isinstance(transform, Additive):
-        return "0"
-    bound, function = transform.bound, transform.function
-    return ("none" if math.isinf(bound) else f"{bound:g}") + ("" if function == "tanh" else f" ({function})")
-
-
-def _spline_in_words(spline: Spline) -> str:
-    lower, upper = spline.interval
-    return f"{counted(spline.num_bins, 'bin')} on [{lower:g}, {upper:g}]"
 
 
 def _completed(spec: type[FlowSpec]) -> None:

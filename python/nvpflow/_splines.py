@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from nvpflow import _checks
-from nvpflow._expression import HOME, Expression
+from nvpflow._expression import HOME, Kind
+from nvpflow._text import counted
 
 MOST_BINS = 256
 _TAIL_BOUND = 3.0
@@ -18,7 +20,7 @@ _TAILS = ("identity", "slope")
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class Spline(Expression):
+class Spline(Kind):
     """A monotonic rational-quadratic spline of each feature within an interval; the network gives its knots.
 
     The interval is divided into K bins, by knots in x and by as many in y. In each bin y is a quotient of two quadratic
@@ -77,6 +79,8 @@ class Spline(Expression):
     Durkan et al., Neural spline flows, 2019, section 3.1; Gregory and Delbourgo, Piecewise rational quadratic
     interpolation to monotonic data, 1982.
     """
+
+    _kind = "spline"
 
     num_bins: int = 8
     interval: tuple[float, float] = (-_TAIL_BOUND, _TAIL_BOUND)
@@ -147,6 +151,27 @@ class Spline(Expression):
             if name == "interval" and self.tail_bound is not None:
                 name, value = "tail_bound", self.tail_bound
             yield f"{name}={value!r}"
+
+    def _in_words(self) -> str:
+        """Return bins and interval, "8 bins on [-3, 3]"."""
+        lower, upper = self.interval
+        return f"{counted(self.num_bins, 'bin')} on [{lower:g}, {upper:g}]"
+
+    def _fields_to_json(self) -> dict[str, Any]:
+        found = asdict(self)
+        derivative = {"function": found.pop("derivative")}
+        for name in ("offset", "gain", "bound"):
+            if (value := found.pop(f"derivative_{name}")) is not None:
+                derivative[name] = value
+        found["lower"], found["upper"] = found.pop("interval")
+        return found | {"derivative": derivative}
+
+    @classmethod
+    def _from_fields(cls, fields: dict[str, Any]) -> Spline:
+        derivative = dict(fields.pop("derivative"))
+        interval = fields.pop("lower"), fields.pop("upper")
+        constants = {"derivative": derivative.pop("function")} | {f"derivative_{k}": v for k, v in derivative.items()}
+        return cls(interval=interval, **fields, **constants)
 
 
 Spline.__module__ = HOME

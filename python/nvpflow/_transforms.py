@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from nvpflow import _checks
-from nvpflow._expression import HOME, Expression
+from nvpflow._expression import HOME, Kind
 from nvpflow._splines import Spline
 
 FUNCTIONS = ("tanh", "softsign", "atan", "identity", "sigmoid", "softplus")
@@ -20,7 +21,7 @@ _LARGEST_LOG = 700.0  # whose exp float64 holds
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class Affine(Expression):
+class Affine(Kind):
     """``y = x * exp(s) + t``, the log-scale ``s = g(u)``; the network gives u and t.
 
     Parameters
@@ -63,6 +64,8 @@ class Affine(Expression):
     ----------
     Dinh et al., Density estimation using Real NVP, 2017, eq. 7-8.
     """
+
+    _kind = "affine"
 
     function: str = "tanh"
     factor: float | None = None
@@ -120,15 +123,38 @@ class Affine(Expression):
         if self.negated:
             yield "negated=True"
 
+    def _bound_in_words(self) -> str:
+        """Return the largest log-scale, for tables."""
+        bound = "none" if math.isinf(self.bound) else f"{self.bound:g}"
+        return bound + ("" if self.function == "tanh" else f" ({self.function})")
+
+    def _fields_to_json(self) -> dict[str, Any]:
+        constants = {name: value for name, value in asdict(self).items() if value is not None}
+        if constants.get("high") == math.inf:
+            constants["high"] = None  # JSON has no infinity
+        return {"log_scale": constants}
+
+    @classmethod
+    def _from_fields(cls, fields: dict[str, Any]) -> Affine:
+        constants = dict(fields["log_scale"])
+        if "high" in constants and constants["high"] is None:
+            constants["high"] = math.inf
+        return cls(**constants)
+
 
 @dataclass(frozen=True, repr=False)
-class Additive(Expression):
+class Additive(Kind):
     """``y = x + t``; the network gives t, and the log-determinant is 0.
 
     References
     ----------
     Dinh et al., NICE: Non-linear independent components estimation, 2015.
     """
+
+    _kind = "additive"
+
+    def _bound_in_words(self) -> str:
+        return "0"
 
 
 Transform = Affine | Additive | Spline

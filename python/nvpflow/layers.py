@@ -16,16 +16,16 @@ MLP((16, 16), 'silu')
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nvpflow import _checks
 from nvpflow._bases import Mixture, Normal, StudentT, Uniform
-from nvpflow._expression import Expression
+from nvpflow._expression import Kind, from_json
 from nvpflow._networks import MLP, Network, ResidualNet
 from nvpflow._splines import Spline
 from nvpflow._transforms import Additive, Affine, Transform
@@ -52,8 +52,45 @@ __all__ = [
 _SETS = ("first_half", "second_half", "even", "odd", "all")
 
 
+class _LayerKind(Kind):
+    """What the package asks of a layer, answered for one that mixes all features."""
+
+    _noun: ClassVar[str] = ""  # what it is called in summaries; "" of one that is first and has a line of its own there
+    _masked: ClassVar[str] = ""  # the argument that may be a mask of features
+
+    def _prefix(self, index: int, couplings: int) -> str:
+        """Return what the names of its tensors begin with; couplings: in front of it."""
+        return f"{self._kind}_{index}."
+
+    def _in_words(self) -> str:
+        """Return what it is called in summaries, "permutation"."""
+        return self._noun
+
+    def _became(self, input_size: int) -> str:
+        """Return what an importer has made."""
+        return type(self).__name__
+
+    def _changed(self, input_size: int) -> NDArray[np.intp]:
+        """Return the places of the features that leave as more than shifted and scaled."""
+        return np.arange(input_size)
+
+    def _order(self, input_size: int) -> NDArray[np.intp]:
+        """Return the places that features come from."""
+        return np.arange(input_size)
+
+    def _splines(self) -> tuple[Spline, ...]:
+        return ()
+
+
+class _ByFeature(_LayerKind):
+    """A layer that only shifts and scales each feature by itself, if need be behind its bounds."""
+
+    def _changed(self, input_size: int) -> NDArray[np.intp]:
+        return np.arange(0)
+
+
 @dataclass(frozen=True, init=False, repr=False)
-class Coupling(Expression):
+class Coupling(_LayerKind):
     """A coupling layer: ``y_b = transform(x_b; network([x_a, c]))``, ``y_a = x_a``; b is `transformed`, a the others.
 
     Parameters
@@ -83,6 +120,8 @@ class Coupling(Expression):
     2015. Durkan et al., Neural spline flows, 2019.
     """
 
+    _kind = "coupling"
+    _masked = "transformed"
     _by_position = 3
 
     transformed: str | tuple[int, ...]
@@ -128,14 +167,53 @@ class Coupling(Expression):
             _mask_size=mask_size,
         )
 
+    def _named_networks(self) -> dict[str, Network]:
+        """Return the networks by the names of their arguments."""
+        names = ("network", "scale_network", "translation_network")
+        return {name: network for name in names if (network := getattr(self, name)) is not None}
+
+    def _networks(self) -> list[Network]:
+        return list(self._named_networks().values())
+
+    def _fields_to_json(self) -> dict[str, Any]:
+        entry = {"inverse": self.inverse, "transformed": self.transformed, "transform": self.transform._to_json()}
+        return entry | {name: network._to_json() for name, network in self._named_networks().items()}
+
+    @classmethod
+    def _from_fields(cls, fields: dict[str, Any]) -> Coupling:
+        parts: dict[str, Any] = {"transform": from_json(get_args(Transform), fields["transform"])}
+        for name in ("network", "scale_network", "translation_network"):
+            if name in fields:
+                parts[name] = from_json(get_args(Network), fields[name])
+        return cls(**fields | parts)
+
+    def _prefix(self, index: int, couplings: int) -> str:
+        return f"flow_{couplings}_"
+
+    def _in_words(self) -> str:
+        return f"{self.transform._kind} coupling"
+
+    def _became(self, input_size: int) -> str:
+        function = f" {self.transform.function}" if isinstance(self.transform, Affine) else ""
+        of = f"{len(members(self.transformed, input_size))} of {input_size} features"
+        return f"{self.transform._kind}{function} coupling of {of}, {' and '.join(map(repr, self._networks()))}"
+
+    def _changed(self, input_size: int) -> NDArray[np.intp]:
+        return members(self.transformed, input_size)
+
+    def _splines(self) -> tuple[Spline, ...]:
+        return (self.transform,) if isinstance(self.transform, Spline) else ()
+
 
 @dataclass(frozen=True, repr=False)
-class Standardize(Expression):
+class Standardize(_ByFeature):
     """``y = (x - mean) * exp(-log_std)``, one mean and log_std per feature, which `fit` sets from the data."""
 
+    _kind = "standardize"
+
 
 @dataclass(frozen=True, repr=False)
-class ActNorm(Expression):
+class ActNorm(_ByFeature):
     """``y = x * exp(log_scale) + shift``, one log_scale and shift per feature, which training changes.
 
     Parameters
@@ -153,6 +231,9 @@ class ActNorm(Expression):
     Kingma and Dhariwal, Glow: Generative flow with invertible 1x1 convolutions, 2018.
     """
 
+    _kind = "actnorm"
+    _noun = "actnorm layer"
+
     inverse: bool = False
 
     def __post_init__(self) -> None:
@@ -160,7 +241,7 @@ class ActNorm(Expression):
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class Permutation(Expression):
+class Permutation(_LayerKind):
     """``y[j] = x[order[j]]``: the features in another order; no arithmetic runs for it.
 
     Parameters
@@ -174,6 +255,7 @@ class Permutation(Expression):
         Naming the entry, what came and what was expected.
     """
 
+    _kind = _noun = "permutation"
     _by_position = 1
 
     order: tuple[int, ...]
@@ -191,9 +273,15 @@ class Permutation(Expression):
             seen.add(place)
         self._set(order=places)
 
+    def _changed(self, input_size: int) -> NDArray[np.intp]:
+        return np.arange(0)
+
+    def _order(self, input_size: int) -> NDArray[np.intp]:
+        return np.array(self.order, np.intp)
+
 
 @dataclass(frozen=True, repr=False)
-class LULinear(Expression):
+class LULinear(_LayerKind):
     """``y = L U x + bias``, L unit lower and U upper triangular; it starts as the identity.
 
     The diagonal of U is ``sign * exp(log_diagonal)``; training changes all but the signs.
@@ -219,6 +307,9 @@ class LULinear(Expression):
     Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance matrices, 2004.
     """
 
+    _kind = "lu_linear"
+    _noun = "LU layer"
+
     inverse: bool = False
     whitens: bool = False
 
@@ -226,9 +317,13 @@ class LULinear(Expression):
         inverse, whitens = _checks.boolean("inverse", self.inverse), _checks.boolean("whitens", self.whitens)
         self._set(inverse=inverse, whitens=whitens)
 
+    def _fields_to_json(self) -> dict[str, Any]:
+        whitens = {"whitens": True} if self.whitens else {}  # else as it was before there was such a field
+        return {"inverse": self.inverse} | whitens
+
 
 @dataclass(frozen=True, init=False, repr=False)
-class ElementSpline(Expression):
+class ElementSpline(_LayerKind):
     """A spline of each feature by itself: its raw numbers are parameters, and no network makes them.
 
     It bends the marginal distributions, beside couplings that bend what depends on the other features. A new one is
@@ -253,6 +348,9 @@ class ElementSpline(Expression):
     Durkan et al., Neural spline flows, 2019, section 3.2.
     """
 
+    _kind = "element_spline"
+    _noun = "spline layer"
+    _masked = "features"
     _by_position = 2
 
     features: str | tuple[int, ...]
@@ -274,9 +372,28 @@ class ElementSpline(Expression):
         chosen, mask_size = _features("features", features)
         self._set(features=chosen, spline=spline, inverse=_checks.boolean("inverse", inverse), _mask_size=mask_size)
 
+    def _fields_to_json(self) -> dict[str, Any]:
+        return {"inverse": self.inverse, "features": self.features, "spline": self.spline._fields_to_json()}
+
+    @classmethod
+    def _from_fields(cls, fields: dict[str, Any]) -> ElementSpline:
+        return cls(**fields | {"spline": Spline._from_fields(dict(fields["spline"]))})
+
+    def _prefix(self, index: int, couplings: int) -> str:
+        return f"spline_{index}."
+
+    def _became(self, input_size: int) -> str:
+        return f"spline of {len(members(self.features, input_size))} features by themselves"
+
+    def _changed(self, input_size: int) -> NDArray[np.intp]:
+        return members(self.features, input_size)
+
+    def _splines(self) -> tuple[Spline, ...]:
+        return (self.spline,)
+
 
 @dataclass(frozen=True, init=False, repr=False)
-class Bounds(Expression):
+class Bounds(_ByFeature):
     """Brings columns of data that cannot lie beyond some number to the whole line. Only as a flow's first layer.
 
     * two bounds: ``y = log(x - low) - log(high - x)``
@@ -304,6 +421,7 @@ class Bounds(Expression):
     Bounds((0.0, 0.0, None), (1.0, None, None))
     """
 
+    _kind = "bounds"
     _by_position = 2
 
     low: tuple[float | None, ...]
@@ -345,6 +463,28 @@ def end(name: str, value: Any, none: float) -> float | None:
 
 
 Layer = Coupling | ElementSpline | Standardize | ActNorm | Permutation | LULinear | Bounds
+KINDS: tuple[type[Layer], ...] = get_args(Layer)
+
+
+def checked(name: str, value: object) -> Layer:
+    """Return what must be a layer; a class that derives from one is none."""
+    if type(value) not in KINDS:
+        hint = f"; write {value.__name__}()" if isinstance(value, type) and value in KINDS else ""
+        raise TypeError(f"{name} is {_checks.describe(value)}, expected a layer of nvpflow.layers{hint}")
+    return value  # type: ignore[return-value]
+
+
+def layer_of(entry: Mapping[str, Any]) -> Layer:
+    """Return the layer that an entry of a spec's JSON holds, format 1.1."""
+    return from_json(KINDS, entry)
+
+
+def prefixes(layers: Iterable[Layer]) -> Iterator[str]:
+    """Yield what the names of each layer's tensors begin with."""
+    couplings = 0
+    for index, layer in enumerate(layers):
+        yield layer._prefix(index, couplings)
+        couplings += isinstance(layer, Coupling)
 
 
 def members(transformed: str | tuple[int, ...], input_size: int) -> NDArray[np.intp]:

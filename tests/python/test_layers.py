@@ -9,11 +9,15 @@ import json
 import math
 import pickle
 import re
+from typing import get_args
 
 import numpy as np
 import nvpflow
 import pytest
+from nvpflow import _bases
 from nvpflow import layers as L
+from nvpflow._networks import Network
+from nvpflow._transforms import Transform
 from nvpflow.layers import (
     MLP,
     ActNorm,
@@ -620,3 +624,24 @@ def test_odd_numbers_and_texts_are_named() -> None:
     for make in (MLP, lambda **options: nvpflow.FlowSpec(4, **options)):
         with pytest.raises(ValueError, match=r"activation is '\\ud800' \(str\), expected valid Unicode"):
             make(activation="\ud800")
+
+
+@pytest.mark.parametrize(
+    ("part", "kinds"),
+    [
+        (("layers", 0), L.KINDS),
+        (("layers", 0, "transform"), get_args(Transform)),
+        (("layers", 0, "network"), get_args(Network)),
+        (("base",), _bases.KINDS),
+    ],
+)
+def test_python_and_the_extension_know_the_same_kinds(part, kinds) -> None:
+    document = json.loads(nvpflow.FlowSpec(2)._to_full_json())
+    entry = document
+    for name in part:
+        entry = entry[name]
+    entry["kind"] = "x"
+    with pytest.raises(nvpflow.FileFormatError) as refused:
+        nvpflow.FlowSpec.from_json(json.dumps(document))
+    known = str(refused.value).partition("expected one of ")[2].split(", ")
+    assert sorted(known) == sorted(kind._kind for kind in kinds)

@@ -18,7 +18,7 @@ import os
 from typing import TYPE_CHECKING, Literal, get_args
 
 from nvpflow import _checks, _hints
-from nvpflow._bases import Mixture, StudentT
+from nvpflow._bases import Normal, Uniform
 from nvpflow.flow import Flow
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def _check(flow: Flow) -> None:
             do = "; give module.to_flow()"
         raise TypeError(f"flow is {_checks.describe(flow)}, expected an nvpflow.Flow{do}")
     _checks.whole_mean(flow)
-    if isinstance(base := flow.spec.base, (StudentT, Mixture)):
+    if not isinstance(base := flow.spec.base, (Normal, Uniform)):
         raise ValueError(
             f"flow has base={base!r}, expected the normal or the uniform one: no exporter writes it; export a flow of "
             "these, or run this one by nvpflow in C++ or C"

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nvpflow.flow import Flow
-from nvpflow.layers import Coupling, ElementSpline, Layer, LULinear, members
+from nvpflow.layers import Layer, members, prefixes
 
 Weights = dict[str, NDArray[Any]]
-_STEMS = {ElementSpline: "spline", LULinear: "lu_linear"}
 
 
 def layers_of(flow: Flow) -> list[tuple[Layer, Weights]]:
@@ -20,7 +18,7 @@ def layers_of(flow: Flow) -> list[tuple[Layer, Weights]]:
     weights = flow.parameters()
     return [
         (layer, {name.removeprefix(prefix): np.array(value) for name, value in weights.items() if _of(name, prefix)})
-        for layer, prefix in zip(flow.spec.layers, _prefixes(flow), strict=True)
+        for layer, prefix in zip(flow.spec.layers, prefixes(flow.spec.layers), strict=True)
     ]
 
 
@@ -50,13 +48,3 @@ def lu_factors(weights: Weights) -> tuple[NDArray[np.float64], NDArray[np.float6
 
 def _of(name: str, prefix: str) -> bool:
     return name.startswith(prefix)
-
-
-def _prefixes(flow: Flow) -> Iterator[str]:
-    couplings = 0
-    for i, layer in enumerate(flow.spec.layers):
-        if isinstance(layer, Coupling):
-            yield f"flow_{couplings}_"
-            couplings += 1
-        else:
-            yield f"{_STEMS.get(type(layer), type(layer).__name__.lower())}_{i}."

@@ -26,7 +26,6 @@ from nvpflow.importers._refusal import named, refused
 from nvpflow.layers import (
     MLP,
     ActNorm,
-    Additive,
     Affine,
     Bounds,
     Coupling,
@@ -37,7 +36,7 @@ from nvpflow.layers import (
     ResidualNet,
     Spline,
     Standardize,
-    members,
+    prefixes,
 )
 
 Array = NDArray[np.float64]
@@ -367,10 +366,7 @@ def _tensors(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
     found: dict[str, Array] = {}
     if recipe.context is not None:
         found |= dict(zip(("context.mean", "context.log_std"), recipe.context, strict=True))
-    couplings = 0
-    for i, step in enumerate(recipe.steps):
-        prefix = f"flow_{couplings}_" if isinstance(step.layer, Coupling) else f"{_PREFIXES[type(step.layer)]}_{i}."
-        couplings += isinstance(step.layer, Coupling)
+    for step, prefix in zip(recipe.steps, prefixes([step.layer for step in recipe.steps]), strict=True):
         for name, values in step.tensors.items():
             if not np.all(np.isfinite(values)):
                 raise refused(step.path, f"{named(step.kind)} with NaN or infinity in {name}", "finite weights")
@@ -382,23 +378,5 @@ def _tensors(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
     return found
 
 
-_PREFIXES: dict[type, str] = {
-    Standardize: "standardize",
-    ActNorm: "actnorm",
-    LULinear: "lu_linear",
-    ElementSpline: "spline",
-    Permutation: "permutation",  # which has no tensors
-}
-
-
 def _in_words(layer: Layer, input_size: int) -> str:
-    way = ", inverse" if getattr(layer, "inverse", False) else ""
-    if isinstance(layer, Coupling):
-        what = {Affine: "affine", Additive: "additive", Spline: "spline"}[type(layer.transform)]
-        what += f" {layer.transform.function}" if isinstance(layer.transform, Affine) else ""
-        networks = [n for n in (layer.network, layer.scale_network, layer.translation_network) if n is not None]
-        of = f"{len(members(layer.transformed, input_size))} of {input_size} features"
-        return f"{what} coupling of {of}, {' and '.join(map(repr, networks))}{way}"
-    if isinstance(layer, ElementSpline):
-        return f"spline of {len(members(layer.features, input_size))} features by themselves{way}"
-    return f"{type(layer).__name__}{way}"
+    return layer._became(input_size) + (", inverse" if getattr(layer, "inverse", False) else "")
