@@ -26,6 +26,8 @@
 #include "layer_start.hpp"
 #include "mixture_start.hpp"
 #include "row_order.hpp"
+#include "sample_weights.hpp"
+#include "weighted_table.hpp"
 #include "wide_rows.hpp"
 
 namespace nvpflow {
@@ -35,7 +37,9 @@ namespace {
 template <class T, class X>
 class Initializer {
  public:
-  Initializer(Flow& flow, std::span<const X> x, const Context& context, bool behind_bounds = false)
+  /// weights: [N], above 0; empty: all count alike.
+  Initializer(Flow& flow, std::span<const X> x, const Context& context, std::span<const double> weights,
+              bool behind_bounds = false)
       : flow_(flow),
         spec_(flow.spec().behind_bounds()),
         behind_bounds_(behind_bounds || flow.spec().bounds() == nullptr),
@@ -43,6 +47,7 @@ class Initializer {
         x_(x),
         features_(flow.spec().input_size),
         rows_(static_cast<std::int64_t>(x.size()) / features_),
+        weights_(weights.begin(), weights.end()),
         values_(static_cast<std::size_t>(flow.num_parameters())) {
     if (rows_ == 0 || static_cast<std::int64_t>(x.size()) % features_ != 0) {
       throw Error(ErrorCode::invalid_argument, "x holds " + std::to_string(x.size()) +
@@ -52,19 +57,21 @@ class Initializer {
     context_ = checked_context<T>(flow.spec(), "context", context, rows_);
     check_finite("x", x_, features_, no_poll);
     if (!context_.empty()) check_finite("context", context_, flow.spec().context_size, no_poll);
+    const double factor = static_cast<double>(rows_) / sum_of(weights_);  // to mean 1, as fit has them
+    for (double& weight : weights_) weight *= factor;
     flow.copy_parameters<T>(values_, &low_);
   }
 
   std::vector<std::string> run(Statistics statistics) {
     if (!behind_bounds_) {
       const BoundedRows behind = through_bounds<X>("x", x_, *flow_.spec().bounds(), flow_.column_names(), no_poll);
-      return Initializer<T, double>(flow_, behind.rows, given_context_, true).run(statistics);
+      return Initializer<T, double>(flow_, behind.rows, given_context_, weights_, true).run(statistics);
     }
     std::vector<std::string> how;
     if (flow_.spec().begins_with_standardize()) how = standardize(statistics);
     if (flow_.spec().standardize_context) {
       const auto own = context_statistics(flow_.spec(), flow_.layout(), std::span<T>(values_));
-      set_context_statistics(own, context_, {}, RowOrder(), rows_, no_poll);
+      set_context_statistics(own, context_, std::span<const double>(weights_), RowOrder(), rows_, no_poll);
     }
     if (has_started_layers(flow_.spec())) start_from_rows();
     flow_.set_parameters<T>(values_, low_);
@@ -78,7 +85,7 @@ class Initializer {
   std::span<T> front() { return std::span<T>(values_).first(static_cast<std::size_t>(2 * features_)); }
 
   std::vector<std::string> standardize(Statistics statistics) {
-    ColumnScales scales(flow_.spec().dtype, x_, {}, flow_.column_names(), features_, RowOrder(), rows_, no_poll);
+    ColumnScales scales(flow_.spec().dtype, x_, weights_, flow_.column_names(), features_, RowOrder(), rows_, no_poll);
     const std::vector<ColumnScale> found = scales.take(statistics_for(flow_.spec().base, statistics));
     low_.clear();
     if constexpr (sizeof(X) > sizeof(T)) low_ = mean_low_of(found);
@@ -119,8 +126,8 @@ class Initializer {
       order.each(first, count, [&](std::int64_t i, std::int64_t row) {
         take(x_.data() + row * features_, x + i * features_, features_);
         std::copy_n(context_.data() + row * width, width, context + i * width);
+        weights[i] = weights_.empty() ? 1.0 : weights_[static_cast<std::size_t>(row)];
       });
-      std::fill_n(weights, count, 1.0);
     };
     StartOptions how;
     how.threads = FlowAccess::threads(flow_);
@@ -135,6 +142,7 @@ class Initializer {
     const std::int64_t count = std::min(rows_, kMixtureRows), width = flow_.spec().context_size;
     const auto size = static_cast<std::size_t>(features_);
     std::vector<T> latents(static_cast<std::size_t>(count) * size);
+    std::vector<double> weights;
     for (std::int64_t i = 0; i < count; ++i) {
       const std::int64_t row = i * rows_ / count;
       const auto given = context_.empty()
@@ -143,8 +151,9 @@ class Initializer {
       flow_.forward(x_.subspan(static_cast<std::size_t>(row) * size, size),
                     std::span<T>(latents).subspan(static_cast<std::size_t>(i) * size, size), std::span<T>(),
                     given.empty() ? Context() : Context(given));
+      if (!weights_.empty()) weights.push_back(weights_[static_cast<std::size_t>(row)]);
     }
-    start_mixture<T>(flow_.spec(), flow_.layout(), values_, latents, {}, 0);
+    start_mixture<T>(flow_.spec(), flow_.layout(), values_, latents, weights, 0);
     flow_.set_parameters<T>(values_, low_);
   }
 
@@ -155,14 +164,24 @@ class Initializer {
   const std::span<const X> x_;
   const std::int64_t features_, rows_;
   std::span<const T> context_;
+  std::vector<double> weights_;  // of mean 1
   std::vector<T> values_;
   std::vector<float> low_;
 };
 
+/// T: of the flow; X: of the rows.
+template <class T, class X>
+std::vector<std::string> initialize(Flow& flow, std::span<const X> x, Statistics statistics, const Context& context,
+                                    std::span<const double> weights) {
+  const WeightedTable<T, X> table(flow.spec(), {"x", "context", "sample_weight"}, x, context, weights);
+  return Initializer<T, X>(flow, table.rows(), table.context(), table.weights()).run(statistics);
+}
+
 }  // namespace
 
 template <class T>
-std::vector<std::string> Flow::initialize_from(std::span<const T> x, Statistics statistics, const Context& context) {
+std::vector<std::string> Flow::initialize_from(std::span<const T> x, Statistics statistics, const Context& context,
+                                               std::span<const double> sample_weight) {
   const FloatMode mode;
   (void)name_of(statistics);  // throws
   if (!spec().begins_with_standardize() && !spec().standardize_context && !has_started_layers(spec()) &&
@@ -172,12 +191,14 @@ std::vector<std::string> Flow::initialize_from(std::span<const T> x, Statistics 
                 "standardize");
   }
   if constexpr (std::is_same_v<T, double>) {
-    if (takes_float64_rows(spec())) return Initializer<float, T>(*this, x, context).run(statistics);
+    if (takes_float64_rows(spec())) return initialize<float>(*this, x, statistics, context, sample_weight);
   }
-  return Initializer<T, T>(*this, x, context).run(statistics);
+  return initialize<T>(*this, x, statistics, context, sample_weight);
 }
 
-template std::vector<std::string> Flow::initialize_from(std::span<const float>, Statistics, const Context&);
-template std::vector<std::string> Flow::initialize_from(std::span<const double>, Statistics, const Context&);
+template std::vector<std::string> Flow::initialize_from(std::span<const float>, Statistics, const Context&,
+                                                        std::span<const double>);
+template std::vector<std::string> Flow::initialize_from(std::span<const double>, Statistics, const Context&,
+                                                        std::span<const double>);
 
 }  // namespace nvpflow

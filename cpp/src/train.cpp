@@ -145,7 +145,9 @@ class Trainer {
     FitRows rows;
     std::int64_t batch = 0, steps = 0, adam_steps = 0;
     double weight_decay = 0;
-    std::vector<T> start, average;  // average: empty where there is none
+    std::vector<double> own_weights;  // of all rows, of mean 1 over those trained on; empty: those of the trainer are
+    double weight_factor = 1;         // own_weights are so many times those of the trainer
+    std::vector<T> start, average;    // average: empty where there is none
     std::unique_ptr<Training> training;
   };
 
@@ -203,8 +205,9 @@ class Trainer {
   }
 
   /// start: what training starts from but for the layers that are set from the run's own rows.
-  void begin(Run& run, std::vector<T> start, const TrainingData& data) {
+  void begin(Run& run, std::vector<T> start, TrainingData data) {
     run.start = std::move(start);
+    if (!run.own_weights.empty()) data.weights = run.own_weights.data();
     start_from_rows(run);
     start_mixture_base(run);
     const std::int64_t most = std::min(slice_, run.batch);
@@ -620,6 +623,7 @@ class Trainer {
     const std::int64_t folds = std::min(num_folds(), total_rows());
     for (std::int64_t k = 0; k < folds; ++k) {
       folds_.emplace_back(FitRows::fold(total_rows(), k, folds, options_.seed));
+      scale_weights(folds_.back());
       count_steps(folds_.back());
     }
     check_sizes();
@@ -660,6 +664,16 @@ class Trainer {
     const double of_training = sum_over(weights_, main_.rows.training(), main_.rows.train(), itself);
     scale(weights_, static_cast<double>(main_.rows.train()) / of_training);
     scale(validation_weights_, static_cast<double>(validation_weights_.size()) / sum_of(validation_weights_));
+  }
+
+  /// Of a fold, whose rows may weigh more or less than all. Its gradient is then that of a training on them alone.
+  void scale_weights(Run& fold) const {
+    if (weights_.empty()) return;
+    const auto itself = [](double weight) { return weight; };
+    const double sum = sum_over(weights_, fold.rows.training(), fold.rows.train(), itself);
+    fold.weight_factor = static_cast<double>(fold.rows.train()) / sum;
+    fold.own_weights = weights_;
+    scale(fold.own_weights, fold.weight_factor);
   }
 
   static void scale(std::vector<double>& weights, double factor) {
@@ -818,7 +832,7 @@ class Trainer {
       each_slice(epoch, of.rows, [&](std::int64_t first, std::int64_t count) {
         run.training->add_log_prob(has_array(), of.order, first, count);
       });
-      sum += run.training->report().sum_log_prob;
+      sum += run.training->report().sum_log_prob / run.weight_factor;
       weight += weight_of(of);
     }
     return -sum / weight - compared_log_det_;

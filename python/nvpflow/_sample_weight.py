@@ -46,13 +46,14 @@ def that_count(weights: Weights, *tables: NDArray[Any] | None) -> NDArray[np.boo
 
 
 def quantile(values: NDArray[np.float64], weights: Weights | None, shares: float | Sequence[float]) -> Any:
-    """Return quantiles by weight, `numpy.quantile`'s where all weights are equal.
+    """Return quantiles by weight, `numpy.quantile`'s where all weights are equal. One beside infinity may be NaN.
 
     The steps between the sorted numbers are as wide as the mean weight of the two that they are between.
     """
-    if weights is None:
-        return np.quantile(values, shares)
-    order = np.argsort(values, kind="stable")
-    ordered, steps = values[order], weights[order]
-    places = np.concatenate([[0.0], np.cumsum((steps[1:] + steps[:-1]) / 2)])
-    return np.interp(np.multiply(shares, places[-1]), places, ordered)
+    with np.errstate(invalid="ignore"):
+        if weights is None or np.isnan(values).any():  # of which it makes NaN
+            return np.quantile(values, shares)
+        order = np.argsort(values, kind="stable")
+        ordered, steps = values[order], weights[order]
+        places = np.concatenate([[0.0], np.cumsum((steps[1:] + steps[:-1]) / 2)])
+        return np.interp(np.multiply(shares, places[-1]), places, ordered)

@@ -20,6 +20,7 @@ from nvpflow import (
     _frames,
     _hints,
     _html,
+    _sample_weight,
     _spec,
     _training_options,
     certificate,
@@ -350,7 +351,14 @@ class Flow(Model):
         return ConditionedFlow(self, context)
 
     @_hints.explained
-    def fit_threshold(self, x: ArrayLike, quantile: float = 0.01, *, context: ArrayLike | None = None) -> Threshold:
+    def fit_threshold(
+        self,
+        x: ArrayLike,
+        quantile: float = 0.01,
+        *,
+        context: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
+    ) -> Threshold:
         """Set `threshold` to a quantile of the log-densities of rows, best rows that the flow was not trained on.
 
         Parameters
@@ -361,6 +369,9 @@ class Flow(Model):
             The share of these rows in [0, 1] that is to lie below, interpolated as `numpy.quantile` does.
         context
             As of `log_probability`.
+        sample_weight
+            What each row counts for, [N], as in `fit`: rows of this share of the weight are then to lie below. A row of
+            weight 0 counts as absent.
 
         Returns
         -------
@@ -379,8 +390,10 @@ class Flow(Model):
         log_p = np.atleast_1d(np.asarray(_core._host_array(self.log_probability(x, context=context)), dtype=np.float64))
         if not log_p.size:
             raise ValueError("x has no rows, expected at least one")
-        with np.errstate(invalid="ignore"):
-            limit = float(np.quantile(log_p, share))
+        weights = None if sample_weight is None else _sample_weight.read(sample_weight, len(log_p))
+        if weights is not None:
+            log_p, weights = log_p[weights > 0], weights[weights > 0]
+        limit = float(_sample_weight.quantile(log_p, weights, share))
         if not np.isfinite(limit):
             bad = int(np.sum(~np.isfinite(log_p)))
             raise ValueError(
@@ -440,6 +453,7 @@ class Flow(Model):
         x: ArrayLike,
         *,
         context: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
         standardize: Literal["auto", "mean", "robust"] | None = None,
     ) -> dict[str, str]:
         """Set from rows what `fit` sets before it trains, whatever it was.
@@ -455,6 +469,8 @@ class Flow(Model):
             Rows [N, D], all finite, as for `fit`; every one of them counts (of actnorm layers up to 65,536).
         context
             Of a flow with a context: [N, C], a row for each row of x.
+        sample_weight
+            What each row counts for, [N], as in `fit`: all is set from weighted moments and quantiles.
         standardize
             What the layer is set from, as in `fit`.
 
@@ -473,7 +489,8 @@ class Flow(Model):
         given, _ = _frames.read("x", x, self._column_names())
         rows = _checks.rows("x", _core._host_array(given), self.spec)
         contexts = _context.rows(context, len(rows), self.spec, names=self._context_names(), one_for_all=False)
-        how = self._initialize_from(rows, training.statistics_of(self, standardize), contexts)
+        weights = None if sample_weight is None else _sample_weight.read(sample_weight, len(rows))
+        how = self._initialize_from(rows, training.statistics_of(self, standardize), contexts, weights)
         return training.unlike_mean(self, how)
 
     @_hints.explained

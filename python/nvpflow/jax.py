@@ -38,7 +38,7 @@ try:
 except ImportError as error:
     raise ImportError('nvpflow.jax needs JAX 0.5 or newer: pip install "jax>=0.5"') from error
 
-from nvpflow import _checks, _core, _hints
+from nvpflow import _checks, _core, _hints, _sample_weight
 from nvpflow._bases import Mixture, Normal, StudentT, Uniform, checked_temperature
 from nvpflow._core import FlowSpec
 from nvpflow.flow import Flow
@@ -147,6 +147,7 @@ def initialize_from(
     x: Any,
     context: Any = None,
     *,
+    sample_weight: Any = None,
     standardize: Literal["auto", "mean", "robust"] | None = None,
 ) -> dict[str, jax.Array]:
     """Return the parameters with those set from rows that `nvpflow.Flow.initialize_from` sets.
@@ -161,6 +162,8 @@ def initialize_from(
         Rows [N, D] with values: it cannot be traced.
     context
         Of a flow with a context: [N, C], with values.
+    sample_weight
+        What each row counts for, [N], with values.
     standardize
         What the layer is set from, as in `nvpflow.Flow.fit`.
 
@@ -183,6 +186,7 @@ def initialize_from(
     flow.initialize_from(
         np.asarray(x),
         context=None if context is None else np.asarray(context),
+        sample_weight=None if sample_weight is None else np.asarray(sample_weight),
         standardize="auto" if standardize is None else standardize,
     )
     values = flow.parameters()
@@ -282,19 +286,41 @@ def log_prob(
 
 @_hints.explained
 def nll(
-    spec: FlowSpec, parameters: Mapping[str, Any], x: Any, *, context: Any = None, num_threads: int = 0
+    spec: FlowSpec,
+    parameters: Mapping[str, Any],
+    x: Any,
+    *,
+    context: Any = None,
+    sample_weight: Any = None,
+    num_threads: int = 0,
 ) -> jax.Array:
     """Return the mean of -log p over all rows of x, a scalar, nats: the loss of maximum likelihood.
 
     It is ``-log_prob(spec, parameters, x).mean()`` with the sum in float64. It is faster to differentiate: the value
-    and the gradients by parameters, `x` and `context` come from one pass.
+    and the gradients by parameters, `x` and `context` come from one pass. With weights they take two, and the sum is
+    in the spec's dtype.
 
     Parameters, errors and notes are those of `forward`; `x` has at least one row.
+
+    Parameters
+    ----------
+    sample_weight
+        w [...], what each row of x counts for: at least 0 and not all of them 0. Weights that are traced are not
+        checked for that. The loss is then ``-sum(w * log p) / sum(w)``. A row of weight 0 changes nothing, whatever it
+        holds.
     """
     call, rows, contexts, tensors = _prepare(spec, parameters, "x", x, context, num_threads)
     if rows.shape[0] == 0:
         raise ValueError(f"x has shape {jnp.shape(x)}, expected at least one row: the mean over none is not defined")
-    return _nll(call, rows, contexts, tensors)  # type: ignore[no-any-return]
+    if sample_weight is None:
+        return _nll(call, rows, contexts, tensors)  # type: ignore[no-any-return]
+    weights = _checked_weights(spec, sample_weight, jnp.shape(x))
+    counts, some = weights > 0, jnp.argmax(weights)
+    rows = jnp.where(counts[:, None], rows, rows[some])
+    if contexts is not None and len(contexts) > 1:
+        contexts = jnp.where(counts[:, None], contexts, contexts[some])
+    (log_p,) = _values(call.of_kind("log_prob"), rows, contexts, tensors)
+    return -(weights / weights.sum() * jnp.where(counts, log_p, 0)).sum()
 
 
 @_hints.explained
@@ -530,6 +556,18 @@ def _checked_context(spec: FlowSpec, context: Any, name: str, shape: tuple[int, 
             way = f"; jnp.tile({name}, ({len(given)}, 1)) puts the row beside each context"
         raise ValueError(f"context has shape {given.shape}, expected {wanted}{way}")
     return _as_rows(given)
+
+
+def _checked_weights(spec: FlowSpec, weights: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Return weights [B] of rows of a shape, those with values checked."""
+    traced = isinstance(weights, jax.core.Tracer)
+    given = weights if traced else np.asarray(weights)
+    if given.shape != shape[:-1]:
+        raise ValueError(f"sample_weight has shape {given.shape}, expected {shape[:-1]}, a weight for each row of x")
+    if not traced:
+        given = _sample_weight.read(given.reshape(-1), given.size)
+        given = given / given.max()  # which every dtype holds
+    return jnp.asarray(given).reshape(-1).astype(spec.dtype)
 
 
 def _way_to_rows(shape: tuple[int, ...], spec: FlowSpec) -> str:

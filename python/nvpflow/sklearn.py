@@ -115,8 +115,7 @@ def _seed_of(random_state: int | np.random.RandomState | None) -> int:
 
 def _quantile(log_p: NDArray[np.float64], weights: NDArray[np.float64] | None, share: float) -> float:
     """Return a quantile of log-densities, which may be -inf."""
-    with np.errstate(invalid="ignore"):
-        limit = float(_sample_weight.quantile(log_p, weights, share))
+    limit = float(_sample_weight.quantile(log_p, weights, share))
     if not math.isfinite(limit):
         raise ValueError(
             f"X has {np.sum(~np.isfinite(log_p))} of {len(log_p)} rows whose log-density is -inf, contamination is "

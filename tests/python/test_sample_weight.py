@@ -319,6 +319,139 @@ def test_the_layers_are_set_from_weighted_moments() -> None:
     np.testing.assert_allclose(np.average(out**2, axis=0, weights=w), 1, rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"standardize": "covariance"}, {"base": "mixture"}, {"bounds": {0: (0, None)}}]
+)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_initialize_from_sets_what_fit_does_by_weight(options: dict[str, Any], dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    x, c = rng.gamma(3, size=(3000, SIZE)), rng.normal(1, 3, size=(3000, CONTEXT)).astype(dtype)
+    w = weights_of(3000, 1, zeros=0.3)
+    flows = [new_flow(dtype, context_size=CONTEXT, actnorm="base" not in options, **options) for _ in range(2)]
+    still = {"epochs": 1, "learning_rate": 1e-30, "weight_decay": 0.0, "validation": None, "max_deviation": None}
+    fit(flows[0], x, context=c, sample_weight=w, averaging=None, batch_size=3000, seed=0, **still)
+    flows[1].initialize_from(x, context=c, sample_weight=7 * w)
+    kept = w > 0
+    flows.append(new_flow(dtype, context_size=CONTEXT, actnorm="base" not in options, **options))
+    flows[2].initialize_from(x[kept], context=c[kept], sample_weight=w[kept])
+    values = [flow.parameters() for flow in flows]
+    tolerance = 1e-12 if dtype == "float64" else 1e-5
+    for name in nvpflow._core._from_data(flows[0].spec):
+        if "mixture" not in options.values() or not name.startswith("base."):  # of other rows, evenly taken
+            np.testing.assert_allclose(values[1][name], values[0][name], rtol=tolerance, atol=tolerance, err_msg=name)
+        np.testing.assert_allclose(values[2][name], values[1][name], rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+def test_initialize_from_with_weights_of_1_and_bad_ones() -> None:
+    x = curved(500)
+    plain, ones, first = new_flow(actnorm=True), new_flow(actnorm=True), new_flow(actnorm=True)
+    plain.initialize_from(x)
+    ones.initialize_from(x, sample_weight=np.ones(500))
+    assert_same_bits(flat(ones), flat(plain))
+    first.initialize_from(x, sample_weight=np.arange(500) < 200)
+    plain.initialize_from(x[:200])
+    assert_same_bits(flat(first), flat(plain))
+    for wrong, message in (
+        (np.ones(3), r"sample_weight has shape \(3,\), expected \(500,\)"),
+        (-np.ones(500), r"sample_weight\[0\] is -1"),
+        (np.zeros(500), "sample_weight is zero for all 500 rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plain.initialize_from(x, sample_weight=wrong)
+        with pytest.raises(ValueError, match=message):
+            plain.fit_threshold(x, sample_weight=wrong)
+
+
+def test_a_threshold_is_a_quantile_by_weight() -> None:
+    flow, x = new_flow("float64"), curved(300, dtype="float64")
+    w = np.random.default_rng(2).integers(0, 4, size=300)
+    log_p = flow.log_prob(x)
+    found = flow.fit_threshold(x, 0.2, sample_weight=w)
+    assert found.log_p == _sample_weight.quantile(log_p[w > 0], w[w > 0].astype(float), 0.2)
+    assert abs(w[log_p < found.log_p].sum() / w.sum() - 0.2) < 0.02
+    assert flow.fit_threshold(x, 0.2, sample_weight=np.full(300, 3.0)).log_p == pytest.approx(
+        flow.fit_threshold(x, 0.2).log_p, rel=1e-12
+    )
+    x[5] = np.nan
+    with pytest.raises(ValueError, match="1 of 300 rows whose log p is not finite"):
+        flow.fit_threshold(x, 0.2, sample_weight=np.ones(300))
+    assert flow.fit_threshold(x, 0.2, sample_weight=np.arange(300) != 5).log_p == pytest.approx(
+        np.quantile(log_p[np.arange(300) != 5], 0.2), rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("clip_norm", [None, 2.0])
+def test_a_fold_is_trained_by_the_weights_of_its_own_rows(clip_norm: float | None) -> None:
+    x, w = curved(7, dtype="float64"), np.array([100.0, 1, 2, 1, 3, 1, 0.5])
+
+    def trained(*rows: Any, **options: Any) -> nvpflow.History:
+        given = {"epochs": 12, "batch_size": 7, "learning_rate": 0.02, "averaging": None, "weight_decay": 0.0}
+        flow = new_flow("float64", standardize=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", nvpflow.DataWarning)
+            return fit(flow, *rows, **given, clip_norm=clip_norm, **options)
+
+    found = trained(x, sample_weight=w, folds=7)
+    assert found.folds == 7
+    losses = np.zeros(12)
+    for i in range(7):
+        rest = np.arange(7) != i
+        left = x[i : i + 1], np.ones(1)
+        losses += w[i] * trained(x[rest], sample_weight=w[rest], validation=left).validation_loss
+    np.testing.assert_allclose(found.validation_loss, losses / w.sum(), rtol=1e-9)
+
+
+def test_the_loss_of_jax_has_weights() -> None:
+    jax = pytest.importorskip("jax")
+    import nvpflow.jax as nj
+
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+        for kind in ("default", "conditional"):
+            flow = far_from_identity(kind, "float64")
+            x, w, context = curved(40, dtype="float64"), weights_of(40, 1, zeros=0.3), given(kind, 40, "float64")
+            x[w == 0] = np.nan
+            parameters = nj.parameters(flow)
+            wanted, gradient = flow.nll_gradient(x, sample_weight=w, **context)
+
+            def loss(p: Any, w: Any, flow=flow, x=x, context=context) -> Any:
+                return nj.nll(flow.spec, p, x, sample_weight=w, **context)
+
+            for value_and_grad in (
+                lambda p, loss=loss, w=w: jax.value_and_grad(lambda p: loss(p, w))(p),
+                lambda p, loss=loss, w=w: jax.jit(jax.value_and_grad(loss))(p, w),
+            ):
+                found, by = value_and_grad(parameters)
+                assert float(found) == pytest.approx(wanted, rel=1e-12)
+                flat_by = np.concatenate([np.ravel(by[name]) for name in parameters])
+                np.testing.assert_allclose(flat_by, gradient, rtol=1e-9, atol=1e-11)
+            stacked = loss(parameters, w)
+            assert float(nj.nll(flow.spec, parameters, x, sample_weight=1e300 * w, **context)) == pytest.approx(
+                float(stacked), rel=1e-12
+            )
+        for wrong, message in (
+            (np.ones(3), r"sample_weight has shape \(3,\), expected \(40,\)"),
+            (-np.ones(40), r"sample_weight\[0\] is -1"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                nj.nll(flow.spec, parameters, x, sample_weight=wrong, **context)
+        flow = new_flow("float64")
+        rows = curved(500, dtype="float64")
+        own = nj.initialize_from(flow.spec, nj.parameters(flow), rows, sample_weight=weights_of(500))
+        flow.initialize_from(rows, sample_weight=weights_of(500))
+        assert_same_bits(np.asarray(own["standardize_0.mean"]), flow.parameters()["standardize_0.mean"])
+
+
+def test_a_module_is_initialized_by_weight() -> None:
+    torch = pytest.importorskip("torch")
+    from nvpflow.torch import FlowModule
+
+    flow, x, w = new_flow(), curved(500), weights_of(500)
+    module = FlowModule(flow)
+    module.initialize_from(torch.from_numpy(x).reshape(50, 10, SIZE), sample_weight=torch.from_numpy(w).reshape(50, 10))
+    flow.initialize_from(x, sample_weight=w)
+    assert_same_bits(flat(module.to_flow()), flat(flow))
+
+
 @pytest.mark.parametrize(("count", "seed"), [(3000, 0), (40, 1)])
 def test_a_flow_that_begins_as_a_gaussian_begins_as_the_weighted_one(count: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -291,9 +291,12 @@ class FlowModule(torch.nn.Module):
         x: torch.Tensor,
         context: torch.Tensor | None = None,
         *,
+        sample_weight: torch.Tensor | None = None,
         standardize: Literal["auto", "mean", "robust"] | None = None,
     ) -> dict[str, str]:
         """Set from rows [..., D] what `nvpflow.Flow.initialize_from` sets; returns what it does.
+
+        `sample_weight` [...] is what each row counts for.
 
         `context` [..., C] has a row for each row of x. That of an embedding network changes as it trains: leave such a
         flow's context as it is (``standardize_context=False``).
@@ -314,6 +317,7 @@ class FlowModule(torch.nn.Module):
         how = own.initialize_from(
             rows.detach().cpu().numpy(),
             context=None if given is None else given.detach().expand(len(rows), -1).cpu().numpy(),
+            sample_weight=None if sample_weight is None else sample_weight.detach().cpu().numpy().reshape(-1),
             standardize=standardize,
         )
         self._take(own, _core._from_data(own.spec))
