@@ -219,14 +219,31 @@ NVPFLOW_INLINE void affine_rows(const Affine<T, LogScale>& affine, const T* u, c
   }
 }
 
-/// few_rows of a plain layer.
+/// few_rows of a plain layer, its features a and b where they lie or copied.
+template <class T>
+NVPFLOW_INLINE void plain_rows(const Layer<T>& layer, bool inverse, const RowPart<T>& b, const T* u,
+                               const RowState<T>& s) {
+  const int64_t n = layer.b.count, stride = row_stride<T>(2 * n);
+  const TanhScale<T> g = {layer.scale};
+  const Affine<T, TanhScale<T>> affine = {g, inverse, stride, stride, b.stride, kLanes<T>};
+  affine_rows<T>(affine, u, u + n, stride, b.first, n, s);
+}
+
+/// few_rows of a plain layer whose features follow each other.
 template <class T>
 NVPFLOW_INLINE void plain_rows(const Layer<T>& layer, bool inverse, const RowState<T>& s) {
-  const int64_t n = layer.b.count, stride = row_stride<T>(2 * n);
   const T* u = mlp_rows<T, /*plain=*/true>(layer.network[0], s.state + layer.a.begin, s.stride, s);
-  const TanhScale<T> g = {layer.scale};
-  const Affine<T, TanhScale<T>> affine = {g, inverse, stride, stride, s.stride, kLanes<T>};
-  affine_rows<T>(affine, u, u + n, stride, s.state + layer.b.begin, n, s);
+  plain_rows<T>(layer, inverse, {s.state + layer.b.begin, s.stride}, u, s);
+}
+
+/// few_rows of a plain layer of any program.
+template <class T>
+NVPFLOW_NOINLINE void gathering_rows(const Layer<T>& layer, bool inverse, const RowState<T>& s) {
+  const RowPart<T> a = take_features<T>(layer.a, s, s.gathered);
+  const T* u = mlp_rows<T, /*plain=*/true>(layer.network[0], a.first, a.stride, s);
+  const RowPart<T> b = take_features<T>(layer.b, s, s.gathered);
+  plain_rows<T>(layer, inverse, b, u, s);
+  put_features<T>(layer.b, b, s);
 }
 
 /// few_rows of any layer.
@@ -254,7 +271,7 @@ NVPFLOW_NOINLINE void general_rows(const Layer<T>& layer, bool inverse, const Ro
 
 template <class T>
 void AffineLayer<T>::few_rows(const Layer<T>& layer, bool inverse, const RowState<T>& s) {
-  if (layer.plain) return plain_rows<T>(layer, inverse, s);
+  if (layer.plain) return gathering_rows<T>(layer, inverse, s);
   general_rows<T>(layer, inverse, s);
 }
 

@@ -134,9 +134,8 @@ struct Layer {
   TapeSize tape_begin;               // of the layers before this one in the program
   const int64_t* place = nullptr;    // the row of a tile that holds feature j of the layer's input; null: j
   const int64_t* feature = nullptr;  // the other way round
-  // A diagonal layer, or a coupling with tanh, features that follow each other, one mlp without a context and
-  // LayerNorm: what most flows are made of. A few rows of those take a path of their own, where every instruction
-  // counts.
+  // A diagonal layer, or a coupling with tanh, one mlp without a context and LayerNorm: what most flows are made of. A
+  // few rows of those take a path of their own, where every instruction counts.
   bool plain = false;
   // coupling: a conditions b
   FeatureRows a, b;
@@ -171,7 +170,7 @@ struct Program {
   int64_t fold_size = 0;                                          // elements of a folded context
   int64_t context_mean_offset = -1, context_log_std_offset = -1;  // -1: it is not standardized
   bool gathers = false;  // a coupling's features lie in rows that do not follow each other
-  bool plain = false;    // plain couplings and diagonal layers, features in their order, no context
+  bool plain = false;    // plain couplings and diagonal layers, features in their order, no context, nothing gathered
   int64_t num_layers = 0;
   const Layer<T>* layers = nullptr;
   int64_t max_width = 0;      // widest dense output or input, or all heads of a coupling

@@ -133,7 +133,7 @@ std::int64_t Packed<T>::constants_size(const Splines<T>& splines) const {
 template <class T>
 bool Packed<T>::is_plain() const {
   const bool in_order = program_.data_place == nullptr && program_.latent_place == nullptr;
-  return in_order && program_.context_size == 0 &&
+  return in_order && program_.context_size == 0 && !program_.gathers &&
          std::all_of(layers_.begin(), layers_.end(), [](const Layer<T>& layer) { return layer.plain; });
 }
 
@@ -276,8 +276,8 @@ void Packed<T>::add(const LoweredCoupling& from) {
     program_.kept_width = std::max(program_.kept_width, layer.b.count);
   }
   const Network<T>& net = layer.network[0];
-  layer.plain = layer.scale.function == ScaleFunction::tanh && layer.a.index == nullptr && layer.b.index == nullptr &&
-                layer.num_networks == 1 && net.kind == NetworkKind::mlp && !net.layer_norm && net.context == nullptr;
+  layer.plain = layer.scale.function == ScaleFunction::tanh && layer.num_networks == 1 &&
+                net.kind == NetworkKind::mlp && !net.layer_norm && net.context == nullptr;
   layers_.push_back(layer);
 }
 
