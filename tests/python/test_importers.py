@@ -227,6 +227,59 @@ def test_zukos_bases(context):
     assert flow.spec.base == nvpflow.layers.Uniform(-9, 9)
 
 
+class MadeBase(torch.nn.Module):
+    """A lazy distribution of zuko by a function."""
+
+    def __init__(self, make, *tensors):
+        super().__init__()
+        self.make, self.tensors = make, torch.nn.ParameterList(tensors)
+
+    def forward(self, c=None):
+        return self.make(*self.tensors)
+
+
+@needs_zuko
+@pytest.mark.parametrize("moved", [False, True])
+def test_zukos_heavy_tails(moved):
+    kinds = torch.distributions
+    df, loc, scale = torch.rand(4) + 2, torch.randn(4) * moved, torch.rand(4) * moved + 1
+    flow = same_as_zuko(zukos_flow(base=MadeBase(lambda *t: kinds.Independent(kinds.StudentT(*t), 1), df, loc, scale)))
+    assert isinstance(flow.spec.base, nvpflow.layers.StudentT)
+    np.testing.assert_allclose(np.exp(flow.parameters()["base.log_df"]), df, rtol=1e-6)
+    assert (flow.spec.layers[-1] == nvpflow.layers.ActNorm(inverse=True)) == moved
+
+
+@needs_zuko
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("covariance", ["full", "diagonal", "spherical"])
+def test_zukos_mixtures(covariance, tied):
+    base = zuko.mixtures.GMM(4, components=3, covariance_type=covariance, tied=tied)
+    flow = same_as_zuko(zukos_flow(base=base))
+    assert flow.spec.base == nvpflow.layers.Mixture(3, "full" if covariance == "full" else "diagonal")
+    with torch.no_grad():
+        base.phi[2][0] = math.nan
+    assert "scales that are not above 0" in refuses("flow.base", zukos_flow(base=base))
+
+
+@needs_zuko
+def test_pytorchs_mixtures_as_zukos_bases():
+    kinds = torch.distributions
+
+    def same_family(parts):
+        return lambda logits, *rest: kinds.MixtureSameFamily(kinds.Categorical(logits=logits), parts(*rest))
+
+    logits, loc = torch.randn(3), torch.randn(3, 4)
+    factors = torch.tril(torch.randn(3, 4, 4), -1) + torch.diag_embed(torch.rand(3, 4) + 0.5)
+    full = MadeBase(same_family(lambda m, f: kinds.MultivariateNormal(m, scale_tril=f)), logits, loc, factors)
+    assert same_as_zuko(zukos_flow(base=full)).spec.base == nvpflow.layers.Mixture(3, "full")
+    diagonal = same_family(lambda m, s: kinds.Independent(kinds.Normal(m, s), 1))
+    made = MadeBase(diagonal, logits, loc, torch.rand(3, 4) + 0.5)
+    assert same_as_zuko(zukos_flow(base=made)).spec.base == nvpflow.layers.Mixture(3)
+    cauchy = same_family(lambda m: kinds.Independent(kinds.Cauchy(m, 1.0), 1))
+    refuses("flow.base", zukos_flow(base=MadeBase(cauchy, logits, loc)))
+    refuses("flow.base", zukos_flow(base=zuko.mixtures.GMM(4, 2), context=2))
+
+
 def refuses(path, model, library="zuko", **options):
     with pytest.raises(ValueError) as info:  # noqa: PT011
         getattr(nvpflow.importers, f"from_{library}")(model, **options)

@@ -119,14 +119,35 @@ def test_bijections_and_bases_of_flowjax(wide):
     np.testing.assert_allclose((flow.spec.base.low, flow.spec.base.high), (-4, 4), rtol=1e-6)
 
 
+def test_heavy_tails_and_mixtures_of_flowjax(wide):
+    inner = scrambled(made(4)).bijection
+    df = np.array([1.5, 2.0, 4.0, 30.0])
+    for loc, scale in ((0.0, 1.0), (np.arange(4.0), np.full(4, 2.0))):
+        flow = same(D.Transformed(D.StudentT(df, loc, scale), inner), wide)
+        assert isinstance(flow.spec.base, L.StudentT)
+        np.testing.assert_allclose(np.exp(flow.parameters()["base.log_df"]), df, rtol=1e-5)
+    rng, weights = np.random.default_rng(0), np.array([1.0, 2.0, 3.0])
+    loc, scale = rng.normal(size=(3, 4)), rng.uniform(0.5, 2, size=(3, 4))
+    normals = equinox.filter_vmap(D.Normal)(jax.numpy.asarray(loc), jax.numpy.asarray(scale))
+    flow = same(D.Transformed(D.VmapMixture(normals, weights), inner), wide)
+    assert flow.spec.base == L.Mixture(3)
+    factors = np.tril(rng.normal(size=(3, 4, 4)), -1) + np.stack([np.diag(s) for s in scale])
+    covariances = jax.numpy.asarray(factors @ factors.transpose(0, 2, 1))
+    normals = equinox.filter_vmap(D.MultivariateNormal)(jax.numpy.asarray(loc), covariances)
+    assert same(D.Transformed(D.VmapMixture(normals, weights), inner), wide).spec.base == L.Mixture(3, "full")
+    heavy = equinox.filter_vmap(D.StudentT)(jax.numpy.asarray(scale))
+    with pytest.raises(ValueError, match=r"dist\.base_dist\.dist is a StudentT, expected a Normal or Multivariate"):
+        from_flowjax(D.Transformed(D.VmapMixture(heavy, weights), inner))
+
+
 def test_what_flowjax_has_and_nvpflow_has_not_is_refused():
     key, normal = jax.random.key(0), D.StandardNormal((4,))
     known = "expected a Coupling, Chain, Scan, Invert, Permute, Flip, Identity, Affine, Loc, Scale, TriangularAffine"
-    student = D.Transformed(D.StudentT(np.full(4, 3.0)), made().bijection)
+    gumbel = D.Transformed(D.Gumbel(np.zeros(4)), made().bijection)
     for dist, message in (
         (masked_autoregressive_flow(key, base_dist=normal, flow_layers=2), f"is a MaskedAutoregressive, {known}"),
         (D.Transformed(normal, B.Exp((4,))), r"dist\.bijection is an Exp, .*add the log-derivative to log p"),
-        (student, r"dist\.base_dist\.base_dist is a _StandardStudentT, expected a StandardNormal.* normal, uniform"),
+        (gumbel, r"dist\.base_dist\.base_dist is a _StandardGumbel, expected a StandardNormal.* normal, uniform"),
         (D.Transformed(normal, B.Flip((4,))), "has no coupling"),
         (made(4, B.Power(2.0)), r"transformer is a Power, expected an Affine, Loc or RationalQuadraticSpline"),
         (D.Transformed(D.StandardNormal((2, 2)), B.Identity((2, 2))), r"dist is of shape \(2, 2\)"),

@@ -163,6 +163,12 @@ def test_bases_of_normflows():
     rows = np.random.default_rng(0).uniform(size=(64, 4))
     flow = same_as_normflows(splines, 4, bases.Uniform(4, 0.0, 1.0), rows=rows)
     assert flow.spec.base == nvpflow.layers.Uniform(0.0, 1.0)
+    scales, weights = np.random.default_rng(1).uniform(0.5, 2, size=(3, 4)), [1.0, 2.0, 4.0]
+    mixture = bases.GaussianMixture(3, 4, scale=scales, weights=weights)
+    flow = same_as_normflows([normflows.flows.CoupledRationalQuadraticSpline(4, 1, 12)], 4, mixture)
+    assert flow.spec.base == nvpflow.layers.Mixture(3)
+    log_scales = mixture.log_scale.detach().numpy()[0]  # which are others by now
+    np.testing.assert_allclose(flow.parameters()["base.log_scales"], log_scales, rtol=1e-6)
     encoder = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 8))
     flows = [normflows.flows.CoupledRationalQuadraticSpline(4, 1, 12, num_context_channels=3)]
     flow = same_as_normflows(flows, 4, bases.ConditionalDiagGaussian(4, encoder), conditional=True)
@@ -176,7 +182,7 @@ def test_what_normflows_has_and_nvpflow_has_not_is_refused():
     normal = bases.DiagGaussian(4)
     mask = torch.tensor([1.0, 0, 1, 0])
     for flows, q0, message in (
-        ([kinds.LULinearPermute(4)], bases.GaussianMixture(3, 4), r"flow\.q0 is a GaussianMixture, .* normal, uniform"),
+        ([kinds.LULinearPermute(4)], bases.GaussianPCA(4, 2), r"flow\.q0 is a GaussianPCA, .* normal, uniform"),
         ([kinds.BatchNorm()], normal, r"flow\.flows\[0\] is a BatchNorm, .*batch at hand.*ActNorm"),
         ([block(net(2, 4)), kinds.Planar((4,))], normal, r"flow\.flows\[1\] is a Planar, .*no closed inverse"),
         ([kinds.AutoregressiveRationalQuadraticSpline(4, 1, 8)], normal, "D passes one way; train couplings"),

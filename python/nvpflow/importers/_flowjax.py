@@ -14,7 +14,7 @@ import nvpflow.importers._activations as _activations
 import nvpflow.importers._jax as _jax
 import nvpflow.importers._torch as _torch
 from nvpflow import _bases
-from nvpflow._bases import NORMAL, Base
+from nvpflow._bases import NORMAL
 from nvpflow._splines import _identity_offset
 from nvpflow._transforms import Transform
 from nvpflow.flow import Flow
@@ -24,16 +24,19 @@ from nvpflow.importers._recipe import (
     At,
     Dense,
     Net,
+    OfBase,
     Recipe,
     Step,
     coupling,
     diagonal,
     inverted,
     linear,
+    mixture,
     mlp,
     permutation,
+    student_t,
 )
-from nvpflow.importers._refusal import described, kind_of, library_of, refused, refused_kind
+from nvpflow.importers._refusal import described, kind_of, library_of, named, refused, refused_kind
 from nvpflow.layers import Additive, Affine, Spline
 
 
@@ -77,7 +80,7 @@ def from_flowjax(dist: Any, *, dtype: DTypeLike = "float32", check: bool = True)
     walk = _Walk(dist.shape[0], 0 if dist.cond_shape is None else dist.cond_shape[0])
     with _jax.in_float64():  # of numbers that are made of others: softplus of a scale
         steps, base = walk.distribution("dist", sys.modules["paramax"].unwrap(_doubled(dist)))
-    recipe = Recipe("flowjax", _torch.version_of("flowjax"), walk.features, walk.context, steps, base)
+    recipe = Recipe("flowjax", _torch.version_of("flowjax"), walk.features, walk.context, steps, *base)
     recipe.identities = walk.identities
     return imported(recipe, _FlowjaxPeer(dist), dtype=dtype, check=check)
 
@@ -86,7 +89,7 @@ _KNOWN = (
     "a Coupling, Chain, Scan, Invert, Permute, Flip, Identity, Affine, Loc, Scale, TriangularAffine or "
     "AdditiveCondition"
 )
-_BASES = "a StandardNormal, Normal, MultivariateNormal or Uniform"
+_BASES = "a StandardNormal, Normal, MultivariateNormal, StudentT, Uniform or a VmapMixture of normal distributions"
 _INSTEAD = {
     "MaskedAutoregressive": "it takes D passes one way; train coupling_flow, or a flow of nvpflow.build",
     "BlockAutoregressiveNetwork": "it has no closed inverse",
@@ -106,7 +109,7 @@ class _Walk:
         self.features, self.context = features, context
         self.identities: list[At] = []
 
-    def distribution(self, path: str, dist: Any) -> tuple[list[Step], Base]:
+    def distribution(self, path: str, dist: Any) -> tuple[list[Step], OfBase]:
         """Return the steps from data to latent, and the base."""
         kind = kind_of(dist)
         if kind == "Uniform":
@@ -114,15 +117,32 @@ class _Walk:
             high = low + _numbers(dist.bijection.scale, self.features)
             if np.ptp(low) > 0 or np.ptp(high) > 0:
                 raise refused(path, "a Uniform of different intervals", "one interval for all features")
-            return [], _bases.Uniform(float(low[0]), float(high[0]))
+            return [], OfBase(_bases.Uniform(float(low[0]), float(high[0])))
         if kind == "StandardNormal":
-            return [], NORMAL
+            return [], OfBase(NORMAL)
+        if kind == "_StandardStudentT":
+            return [], student_t(path, _numbers(dist.df, self.features))
+        if kind == "VmapMixture":
+            return [], self._mixture(path, dist)
         if not (hasattr(dist, "base_dist") and hasattr(dist, "bijection")):
             do = f"other bases have no counterpart here: there are {', '.join(_bases.NAMES)}"
             raise refused_kind(path, dist, _BASES, do)
         steps = inverted(self.bijection(f"{path}.bijection", dist.bijection))
         more, base = self.distribution(f"{path}.base_dist", dist.base_dist)
         return [*steps, *more], base
+
+    def _mixture(self, path: str, dist: Any) -> OfBase:
+        """Read normal distributions whose arrays have an axis of components in front."""
+        parts = dist.dist
+        kinds = kind_of(parts), kind_of(getattr(parts, "base_dist", None)), kind_of(getattr(parts, "bijection", None))
+        count = (len(_array(dist.log_normalized_weights)), self.features)
+        if kinds[1:] == ("StandardNormal", "Affine"):
+            loc, scale = (np.broadcast_to(_array(v), count) for v in (parts.bijection.loc, parts.bijection.scale))
+        elif kinds[1:] == ("StandardNormal", "TriangularAffine") and parts.bijection.lower:
+            loc, scale = np.broadcast_to(_array(parts.bijection.loc), count), _array(parts.bijection.triangular)
+        else:
+            raise refused(f"{path}.dist", named(kinds[0]), "a Normal or MultivariateNormal")
+        return mixture(path, _array(dist.log_normalized_weights), loc, scale)
 
     def bijection(self, path: str, bijection: Any) -> list[Step]:
         kind = kind_of(bijection)

@@ -68,6 +68,8 @@ def from_freia(model: Any, *, base: str | Base = "normal", dtype: DTypeLike = "f
         The flow is not `model`.
     """
     latents = _bases.checked(base)
+    if isinstance(latents, (_bases.StudentT, _bases.Mixture)):
+        raise ValueError(f"base is {latents!r}, expected the normal or a uniform one: a network of FrEIA has no other")
     parts, sizes = _parts(model)
     walk = _Walk(int(np.prod(model.dims_in[0])), sizes)
     steps = [step for part in parts for step in walk.part(part)]

@@ -12,7 +12,7 @@ import nvpflow.importers._nflows as _nflows
 import nvpflow.importers._sequential as _sequential
 import nvpflow.importers._torch as _torch
 from nvpflow import _bases
-from nvpflow._bases import NORMAL, Base
+from nvpflow._bases import NORMAL
 from nvpflow._transforms import Transform
 from nvpflow.flow import Flow
 from nvpflow.importers._parity import imported
@@ -21,6 +21,7 @@ from nvpflow.importers._recipe import (
     At,
     Dense,
     Net,
+    OfBase,
     Recipe,
     Step,
     actnorm,
@@ -30,6 +31,7 @@ from nvpflow.importers._recipe import (
     inverted,
     linear,
     lu_linear,
+    mixture,
     permutation,
 )
 from nvpflow.importers._refusal import attribute, described, kind_of, refused, refused_kind
@@ -43,7 +45,7 @@ def from_normflows(model: Any, *, dtype: DTypeLike = "float32", check: bool = Tr
     ----------
     model
         A ``NormalizingFlow``, or a ``ConditionalNormalizingFlow``, whose flows are couplings and what the guide lists,
-        over a DiagGaussian or Uniform; on any device, in either mode. It stays as it is.
+        over a DiagGaussian, GaussianMixture or Uniform; on any device, in either mode. It stays as it is.
     dtype
         Of the flow, "float32" or "float64".
     check
@@ -72,7 +74,7 @@ def from_normflows(model: Any, *, dtype: DTypeLike = "float32", check: bool = Tr
         for step in inverted(walk.flow(f"flow.flows[{i}]", flow))
     ]
     base, more = _latents("flow.q0", model.q0, walk)
-    recipe = Recipe("normflows", _torch.version_of("normflows"), walk.features, walk.context, [*steps, *more], base)
+    recipe = Recipe("normflows", _torch.version_of("normflows"), walk.features, walk.context, [*steps, *more], *base)
     return imported(recipe, _NormflowsPeer(model, more), dtype=dtype, check=check)
 
 
@@ -96,7 +98,7 @@ _INSTEAD = {
 
 def _sizes(model: Any) -> tuple[int, int]:
     """Return how many features and numbers of a context there are."""
-    shape = getattr(model.q0, "shape", None)
+    shape = (model.q0.dim,) if kind_of(model.q0) == "GaussianMixture" else getattr(model.q0, "shape", None)
     if shape is None:
         raise refused_kind("flow.q0", model.q0, _BASES, _NO_BASE)
     if len(shape) != 1:
@@ -286,11 +288,11 @@ def _after(parts: list[tuple[str, Any]]) -> Affine:
 
 # ----------------------------------------------------------------------------------------------------------- base
 
-_BASES = "a DiagGaussian, ConditionalDiagGaussian or Uniform"
+_BASES = "a DiagGaussian, ConditionalDiagGaussian, GaussianMixture or Uniform"
 _NO_BASE = f"other bases have no counterpart here: there are {', '.join(_bases.NAMES)}"
 
 
-def _latents(path: str, base: Any, walk: _Walk) -> tuple[Base, list[Step]]:
+def _latents(path: str, base: Any, walk: _Walk) -> tuple[OfBase, list[Step]]:
     """Return the base, and the layers between its latents and normflows'."""
     at, size = At(path, kind_of(base)), walk.features
     if at.kind == "DiagGaussian":
@@ -298,18 +300,21 @@ def _latents(path: str, base: Any, walk: _Walk) -> tuple[Base, list[Step]]:
         if base.temperature is not None:
             log_scale = log_scale + math.log(base.temperature)
         if not loc.any() and not log_scale.any():
-            return NORMAL, []
-        return NORMAL, [actnorm(at, log_scale, loc, inverse=True)]
+            return OfBase(NORMAL), []
+        return OfBase(NORMAL), [actnorm(at, log_scale, loc, inverse=True)]
     if at.kind == "ConditionalDiagGaussian":
         net = _sequential.network(f"{path}.context_encoder", base.context_encoder)
         count = np.arange(size)
         heads = affine_heads(net.last, scale=size + count, translation=count)
-        return NORMAL, [coupling(at, np.arange(size), Affine("identity"), net, heads, inverse=True)]
+        return OfBase(NORMAL), [coupling(at, np.arange(size), Affine("identity"), net, heads, inverse=True)]
     if at.kind == "Uniform":
         low, high = (np.broadcast_to(_torch.array(v).ravel(), (size,)) for v in (base.low, base.high))
         if np.ptp(low) > 0 or np.ptp(high) > 0:
             raise refused(path, "a Uniform of different intervals", "one interval for all features")
-        return _bases.Uniform(float(low[0]), float(high[0])), []
+        return OfBase(_bases.Uniform(float(low[0]), float(high[0]))), []
+    if at.kind == "GaussianMixture":
+        logits, loc, log_scale = (_torch.array(v)[0] for v in (base.weight_scores, base.loc, base.log_scale))
+        return mixture(path, logits, loc, np.exp(log_scale)), []
     raise refused_kind(path, base, _BASES, _NO_BASE)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -302,6 +303,41 @@ def _inverted(step: Step) -> Step:
     return dataclasses.replace(step, layer=dataclasses.replace(step.layer, inverse=not step.layer.inverse))
 
 
+# ----------------------------------------------------------------------------------------------------------- base
+
+
+class OfBase(NamedTuple):
+    """A base with its tensors by their names, "base.log_df"."""
+
+    base: Base
+    tensors: Mapping[str, Array] = MappingProxyType({})
+
+
+def student_t(path: str, df: ArrayLike) -> OfBase:
+    """Return Student's t distribution with degrees of freedom [D]."""
+    given = np.array(df, np.float64)
+    if not np.all((given >= _LEAST_DF) & (given <= 1 / _LEAST_DF)):
+        raise refused(path, f"of degrees of freedom {given.tolist()}", f"{_LEAST_DF:g} to {1 / _LEAST_DF:g}")
+    return OfBase(_bases.StudentT(float(given.flat[0])), {"base.log_df": np.log(given)})
+
+
+_LEAST_DF = 1e-18  # smaller and larger ones count as these
+
+
+def mixture(path: str, logits: ArrayLike, means: ArrayLike, scales: ArrayLike) -> OfBase:
+    """Return a mixture of normal distributions: logits [M], means [M, D], scales [M, D] or factors F [M, D, D]."""
+    loc, factors = np.array(means, np.float64), np.array(scales, np.float64)
+    diagonal = factors if factors.ndim == 2 else np.diagonal(factors, axis1=1, axis2=2)
+    if not np.all(np.isfinite(factors)) or np.any(diagonal <= 0):
+        raise refused(path, "a mixture with scales that are not above 0", "finite ones above 0")
+    tensors = {"base.logits": np.array(logits, np.float64), "base.means": loc, "base.log_scales": np.log(diagonal)}
+    if factors.ndim == 2:
+        return OfBase(_bases.Mixture(len(loc)), tensors)
+    rows, columns = np.tril_indices(loc.shape[1], -1)
+    tensors["base.lower"] = (factors / diagonal[:, None])[:, rows, columns]
+    return OfBase(_bases.Mixture(len(loc), "full"), tensors)
+
+
 # ------------------------------------------------------------------------------------------------------- the flow
 
 
@@ -316,6 +352,7 @@ class Recipe:
     steps: list[Step]
     """From data to latent."""
     base: Base = NORMAL
+    base_tensors: Mapping[str, Array] = field(default_factory=dict)
     context: tuple[Array, Array] | None = None
     """Mean and log of the standard deviation [C] by which the context is standardized."""
     identities: list[At] = field(default_factory=list)
@@ -363,7 +400,7 @@ def flow_of(recipe: Recipe) -> Flow:
 
 def _tensors(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
     """Return the tensors of all steps by their names in the flow, where they have these shapes."""
-    found: dict[str, Array] = {}
+    found = dict(recipe.base_tensors)
     if recipe.context is not None:
         found |= dict(zip(("context.mean", "context.log_std"), recipe.context, strict=True))
     for step, prefix in zip(recipe.steps, prefixes([step.layer for step in recipe.steps]), strict=True):

@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 import nvpflow.importers._activations as _activations
 import nvpflow.importers._torch as _torch
 from nvpflow import _bases
-from nvpflow._bases import NORMAL, Base
+from nvpflow._bases import NORMAL
 from nvpflow._transforms import Transform
 from nvpflow.flow import Flow
 from nvpflow.importers._parity import imported
@@ -21,6 +21,7 @@ from nvpflow.importers._recipe import (
     At,
     Dense,
     Net,
+    OfBase,
     Recipe,
     Step,
     actnorm,
@@ -30,9 +31,11 @@ from nvpflow.importers._recipe import (
     element_spline,
     inverted,
     linear,
+    mixture,
     permutation,
     spline_columns,
     spline_heads,
+    student_t,
 )
 from nvpflow.importers._refusal import attribute, described, kind_of, named, refused, refused_kind, way_of_tensors
 from nvpflow.layers import Additive, Affine, Spline
@@ -80,7 +83,7 @@ def from_zuko(model: Any, *, dtype: DTypeLike = "float32", check: bool = True) -
 class Latents(NamedTuple):
     """The base: nvpflow's, and by what latents there are shifted and scaled [D] where they are not those here."""
 
-    base: Base
+    own: OfBase
     loc: Array | float = 0.0
     scale: Array | None = None
 
@@ -93,7 +96,7 @@ def recipe_of(model: Any, name: str = "flow") -> tuple[Recipe, Latents]:
     if latents.scale is not None:
         at = At(f"{name}.base", kind_of(model.base))
         steps.append(actnorm(at, np.log(latents.scale), latents.loc, inverse=True))
-    recipe = Recipe("zuko", "", walk.size.features, walk.size.context, steps, latents.base)
+    recipe = Recipe("zuko", "", walk.size.features, walk.size.context, steps, *latents.own)
     recipe.identities = walk.identities
     return recipe, latents
 
@@ -343,27 +346,55 @@ def _of_nothing(net: Net) -> Array:
 
 
 def _latents(path: str, base: Any, size: _Sizes) -> Latents:
-    """Return the base: DiagNormal of any mean and scale, BoxUniform of one interval."""
+    """Return the base: DiagNormal of any mean and scale, BoxUniform of one interval, or what a call of it makes."""
     name = kind_of(base)
     if name in ("UnconditionalDistribution", "Unconditional"):
         name = getattr(getattr(base, "f", None) or base.meta, "__name__", name)
     if name not in ("DiagNormal", "BoxUniform"):
-        raise refused(
-            path,
-            named(name),
-            "an UnconditionalDistribution of DiagNormal or BoxUniform",
-            f"other bases have no counterpart here: there are {', '.join(_bases.NAMES)}",
-        )
+        return _made(path, name, base, size.features)
     keys = ("loc", "scale") if name == "DiagNormal" else ("lower", "upper")
     low, high = (_argument(path, base, i, key, size.features) for i, key in enumerate(keys))
     if name == "DiagNormal":
-        standard = np.all(low == 0) and np.all(high == 1)
-        return Latents(NORMAL) if standard else Latents(NORMAL, low, high)
+        return _scaled(OfBase(NORMAL), low, high)
     if np.ptp(low) > 0 or np.ptp(high) > 0:
         raise refused(
             path, "a BoxUniform of different intervals", "one interval for all features", "scale the columns first"
         )
-    return Latents(_bases.Uniform(float(low[0]), float(high[0])))
+    return Latents(OfBase(_bases.Uniform(float(low[0]), float(high[0]))))
+
+
+def _scaled(own: OfBase, loc: Array, scale: Array) -> Latents:
+    return Latents(own) if np.all(loc == 0) and np.all(scale == 1) else Latents(own, loc, scale)
+
+
+def _made(path: str, name: str, base: Any, features: int) -> Latents:
+    """Read a StudentT of each feature, or a mixture of normal distributions, off the distribution that is made."""
+    dist: Any = None
+    if callable(base) and not hasattr(base, "hyper"):  # else it depends on the context
+        dist = _torch.without_gradients(lambda: base())
+    if kind_of(dist) == "Independent" and kind_of(dist.base_dist) == "StudentT":
+        numbers = (_torch.array(getattr(dist.base_dist, key)) for key in ("df", "loc", "scale"))
+        df, loc, scale = (np.broadcast_to(values, (features,)).copy() for values in numbers)
+        return _scaled(student_t(path, df), loc, scale)
+    logits: Any = None
+    parts: Any = None
+    if kind_of(dist) == "Mixture":
+        logits, parts = dist.logits, dist.base
+    elif kind_of(dist) == "MixtureSameFamily":
+        logits, parts = dist.mixture_distribution.logits, dist.component_distribution
+    scales = getattr(parts, "scale_tril", None)
+    if scales is None and kind_of(getattr(parts, "base_dist", None)) == "Normal":
+        scales = parts.base_dist.scale
+    if scales is None:
+        raise refused(
+            path,
+            named(name),
+            "DiagNormal, BoxUniform, an Independent of StudentT, or GMM or another mixture of normal distributions",
+            f"other bases have no counterpart here: there are {', '.join(_bases.NAMES)}",
+        )
+    count = (len(logits), features)
+    loc, found = np.broadcast_to(_torch.array(parts.mean), count), _torch.array(scales)
+    return Latents(mixture(path, _torch.array(logits), loc, np.broadcast_to(found, count + found.shape[2:])))
 
 
 def _argument(path: str, base: Any, i: int, name: str, count: int) -> Array:
