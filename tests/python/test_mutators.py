@@ -119,3 +119,11 @@ def test_the_switches_of_the_checks_leave_them_as_they_are() -> None:
     names: dict[str, object] = {"mutant": lambda number: False, "__name__": "checks"}
     exec(instrument(source, mutants, python=True), names)
     assert names["integer"]("n", 3) == 3
+
+
+def test_every_reason_is_that_of_a_mutant() -> None:
+    pytest.importorskip("tomllib")  # of Python 3.11, as the tool
+    import mutate
+
+    found = mutate.numbered([m for file in mutate.FILES for m in mutants_of(file, (ROOT / file).read_text())])
+    assert set(mutate.known_equivalent()) <= set(found)
