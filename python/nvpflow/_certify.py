@@ -320,6 +320,11 @@ class Certifier:
         return max(self._errors(found)) <= self._promised
 
     def _advice(self, verdict: str, found: Mapping[str, Any]) -> list[str]:
+        advice = self._advice_on_rows(found)
+        exact = verdict == "accurate" or self._exact(found)
+        return advice if exact else advice + self._advice_on_flow(verdict, found)
+
+    def _advice_on_rows(self, found: Mapping[str, Any]) -> list[str]:
         spec, advice = self._flow.spec, []
         if self._nonfinite:
             advice.append(
@@ -348,8 +353,10 @@ class Certifier:
                 f"{found['input_resolution']:.1g} standard deviations apart. Subtract an offset in float64 before "
                 "rounding, in training and here; however exactly the flow computes, its density is of what is left."
             )
-        if verdict == "accurate" or self._exact(found):
-            return advice
+        return advice
+
+    def _advice_on_flow(self, verdict: str, found: Mapping[str, Any]) -> list[str]:
+        spec, advice = self._flow.spec, []
         if found["precision"] != "float32" or found["weights"] != "full":
             advice.append(
                 f"The flow rounds on purpose (precision={found['precision']!r}, weights={found['weights']!r}): "

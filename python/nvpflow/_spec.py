@@ -123,6 +123,21 @@ def regular(spec: FlowSpec) -> dict[str, Any] | None:
     return arguments if FlowSpec(**arguments) == spec else None
 
 
+def _repr(spec: FlowSpec) -> str:
+    """Return the call that makes a spec, of long ones the most of it."""
+    arguments = regular(spec)
+    if arguments is not None:
+        return f"FlowSpec({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
+    lines = "".join(f"\n    {line}," for line in _shown(layers_of(spec)))
+    rest = [f"dtype={spec.dtype!r}"]
+    if spec.context_size:
+        rest += [f"context_size={spec.context_size}", f"standardize_context={spec.standardize_context}"]
+    if (base := base_of(spec)) != NORMAL:
+        rest.append(f"base={base!r}")
+    listed = f"[{lines}\n]" if lines else "[]"
+    return f"FlowSpec.from_layers({spec.input_size}, {listed}, {', '.join(rest)})"
+
+
 def _shown(layers: Sequence[Layer]) -> list[str]:
     """Return each layer for `repr`, or the first and the last and how many are between."""
     if len(layers) <= _SHOWN_LAYERS:
@@ -250,19 +265,6 @@ def _completed(spec: type[FlowSpec]) -> None:
         """Return the spec of the same layers in another dtype, "float32" or "float64"."""
         return convert(self, _checks.dtype_name("dtype", dtype))
 
-    def __repr__(self: FlowSpec) -> str:
-        arguments = regular(self)
-        if arguments is not None:
-            return f"FlowSpec({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
-        lines = "".join(f"\n    {line}," for line in _shown(layers_of(self)))
-        rest = [f"dtype={self.dtype!r}"]
-        if self.context_size:
-            rest += [f"context_size={self.context_size}", f"standardize_context={self.standardize_context}"]
-        if (base := base_of(self)) != NORMAL:
-            rest.append(f"base={base!r}")
-        listed = f"[{lines}\n]" if lines else "[]"
-        return f"FlowSpec.from_layers({self.input_size}, {listed}, {', '.join(rest)})"
-
     def __reduce__(self: FlowSpec) -> tuple[Any, tuple[str]]:
         return from_json, (write_json(self),)
 
@@ -277,7 +279,7 @@ def _completed(spec: type[FlowSpec]) -> None:
         explained: Any = _hints.explained(function)
         setattr(spec, name, staticmethod(explained) if name in static else explained)
     plain: dict[str, Any] = {
-        "__repr__": __repr__,
+        "__repr__": _repr,
         "__reduce__": __reduce__,
         "__setstate__": __setstate__,
         "layers": property(layers_of),

@@ -193,6 +193,37 @@ def fit(
         raise TypeError(f"callback is {_checks.describe(callback)}, expected callable or None")
     if adam is not None:
         check_state("adam", adam)
+    read = _read(flow, x, context, sample_weight, validation)
+    checked = _training_options.checked(options) | {"validation": read.held_out.share}
+    checked["standardize"] = _statistics_to_use(flow, options["standardize"])
+    report = _look(flow, read, checked)
+    history = _train(flow, read, checked, progress, callback, adam)
+    if not any(finding.kind == "outliers" for finding in report.warnings):  # one warning for one finding
+        heavy = _bases.has_heavy_tails(flow.spec.base)
+        _warn_of_far_rows(history, asked=heavy or checked["standardize"] == "robust", heavy=heavy)
+    judged = history.best_epoch > 0 and not history.folds  # all rows were trained on where there are folds
+    if judged and history.validation_rows >= _JUDGING_ROWS and flow.spec.input_size <= _MOST_COLUMNS:
+        limit = options["max_deviation"]
+        tables = [_near_rows(flow, some, history, limit) for some in _samples(read.table, read.held_out, checked)]
+        _warn_of_normal_columns(flow, read.names.columns, tables[1])
+        mend_first = any(finding.kind != "rows" for finding in report.warnings)  # more rows are the remedy anyway
+        _warn_where_a_gaussian_is_better(flow, history, *tables, mend_first=mend_first)
+    return history
+
+
+class _Read(NamedTuple):
+    """What `fit` was given, as arrays."""
+
+    table: _Split  # without rows that count for nothing
+    held_out: _Split
+    names: _Names
+    is_framed: bool
+    context: Any  # before it was rounded; None: there is none
+
+
+def _read(
+    flow: Model, x: ArrayLike, context: ArrayLike | None, sample_weight: ArrayLike | None, validation: Any
+) -> _Read:
     if text := _frames.not_numbers("x", x):
         raise TypeError(_data.refusal("x", x) or text)  # with all else that is wrong
     given, frame_names = _frames.read("x", x, flow._column_names())
@@ -203,30 +234,40 @@ def fit(
     weights = None if sample_weight is None else _sample_weight.read(sample_weight, len(rows))
     table = _Split(rows, contexts, weights).that_count()
     held_out = _split(flow, validation, names, weighted=weights is not None).that_count()
-    assert table.rows is not None
-    checked = _training_options.checked(options) | {"validation": held_out.share}
-    checked["standardize"] = _statistics_to_use(flow, options["standardize"])
-    standardizes, anew = _spec.begins_with_standardize(flow.spec), checked["restandardize"]
-    trained = None if anew else _data.trained_scales(flow)
-    framed = _frames.inspect(x) is not None
-    heavy = _bases.has_heavy_tails(flow.spec.base)
-    report = _data.require_density(
-        table.rows,
-        names.columns,
-        flow.spec.dtype,
-        standardizes,
-        trained=trained,
-        framed=framed,
-        allow_degenerate=checked["allow_degenerate"],
-        effective=table.effective_rows(),
-        heavy_tails=heavy,
-        bounds=_spec.bounds_of(flow.spec),
-    )
-    if context is not None:
-        spec, trained = flow.spec, None if anew else _data.trained_context_scales(flow)
-        given = _checks.numbers("context", _core._host_array(context))  # before it was rounded
-        _data.warn_of_context(given, names.context, spec.dtype, spec.standardize_context, trained)
+    return _Read(table, held_out, names, _frames.inspect(x) is not None, context)
 
+
+def _look(flow: Model, read: _Read, checked: Mapping[str, Any]) -> _data.DataReport:
+    """Warn of what is wrong with the rows and their context, and refuse what has no density."""
+    spec, anew = flow.spec, checked["restandardize"]
+    assert read.table.rows is not None
+    report = _data.require_density(
+        read.table.rows,
+        read.names.columns,
+        spec.dtype,
+        _spec.begins_with_standardize(spec),
+        trained=None if anew else _data.trained_scales(flow),
+        framed=read.is_framed,
+        allow_degenerate=checked["allow_degenerate"],
+        effective=read.table.effective_rows(),
+        heavy_tails=_bases.has_heavy_tails(spec.base),
+        bounds=_spec.bounds_of(spec),
+    )
+    if read.context is not None:
+        trained = None if anew else _data.trained_context_scales(flow)
+        given = _checks.numbers("context", _core._host_array(read.context))
+        _data.warn_of_context(given, read.names.context, spec.dtype, spec.standardize_context, trained)
+    return report
+
+
+def _train(
+    flow: Model,
+    read: _Read,
+    checked: dict[str, Any],
+    progress: bool | None,
+    callback: Callable[[EpochRecord], object] | None,
+    adam: AdamState | None,
+) -> History:
     bar = open_bar(progress, lambda: _Bar(checked["epochs"]))
 
     def on_epoch(record: EpochRecord) -> bool:
@@ -235,13 +276,14 @@ def fit(
         answer = None if callback is None else callback(record)
         return not (isinstance(answer, (bool, np.bool_)) and not answer)
 
-    on_progress = None if bar is None else bar.on_progress
-    with _named(flow, names), bar or nullcontext():
+    table, held_out = read.table, read.held_out
+    assert table.rows is not None
+    with _named(flow, read.names), bar or nullcontext():
         summary = flow._fit(
             table.rows,
             held_out.rows,
             checked,
-            on_progress,
+            None if bar is None else bar.on_progress,
             on_epoch,
             table.context,
             held_out.context,
@@ -249,17 +291,7 @@ def fit(
             table.weights,
             held_out.weights,
         )
-    history = History._from_summary(summary, unlike_mean(flow, summary["standardized"]))
-    if not any(finding.kind == "outliers" for finding in report.warnings):  # one warning for one finding
-        _warn_of_far_rows(history, asked=heavy or checked["standardize"] == "robust", heavy=heavy)
-    judged = history.best_epoch > 0 and not history.folds  # all rows were trained on where there are folds
-    if judged and history.validation_rows >= _JUDGING_ROWS and rows.shape[1] <= _MOST_COLUMNS:
-        limit = options["max_deviation"]
-        tables = [_near_rows(flow, some, history, limit) for some in _samples(table, held_out, checked)]
-        _warn_of_normal_columns(flow, names.columns, tables[1])
-        mend_first = any(finding.kind != "rows" for finding in report.warnings)  # more rows are the remedy anyway
-        _warn_where_a_gaussian_is_better(flow, history, *tables, mend_first=mend_first)
-    return history
+    return History._from_summary(summary, unlike_mean(flow, summary["standardized"]))
 
 
 def _read_context(flow: Model, context: ArrayLike | None) -> tuple[Any, list[str] | None]:
