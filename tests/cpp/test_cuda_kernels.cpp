@@ -582,6 +582,24 @@ TEST_CASE_TEMPLATE("layers of all features, directions and places agree with the
 
 namespace {
 
+/// Some rows are inside.
+Base uniform_base(std::int64_t features) { return UniformBase{features > 5 ? -2.75 : -1.25, 2.5}; }
+
+/// Flows under a base, half of them with a context; step: from one seed of four to the next, of many features.
+template <class T, class BaseOf, class Check>
+void each_flow_under(BaseOf base_of, std::uint64_t step, Check check) {
+  for (const std::int64_t features : {2, 5, 33}) {
+    for (std::uint64_t seed = 0; seed < 4; seed += features > 5 ? step : 1) {
+      CAPTURE(features);
+      CAPTURE(seed);
+      FlowSpec spec =
+          seed < 2 ? mixed_spec(features, seed, dtype_of<T>) : conditional_spec(features, seed, 3, dtype_of<T>);
+      spec.base = base_of(features);
+      check(spec, static_cast<unsigned>(seed));
+    }
+  }
+}
+
 /// A flow with its parameters on the kernels and in the oracle.
 template <class T>
 void check_transforms(const FlowSpec& spec, unsigned seed, bool gather, double budget,
@@ -633,31 +651,17 @@ TEST_CASE_TEMPLATE("networks of every kind agree with the oracle", T, float, dou
 }
 
 TEST_CASE_TEMPLATE("a uniform base agrees with the oracle", T, float, double) {
-  for (const std::int64_t features : {2, 5, 33}) {
-    for (std::uint64_t seed = 0; seed < 4; ++seed) {
-      CAPTURE(features);
-      CAPTURE(seed);
-      FlowSpec spec =
-          seed < 2 ? mixed_spec(features, seed, dtype_of<T>) : conditional_spec(features, seed, 3, dtype_of<T>);
-      spec.base = UniformBase{features > 5 ? -2.75 : -1.25, 2.5};  // some rows are inside
-      check_transforms<T>(spec, static_cast<unsigned>(seed), seed % 2 == 1, 4 * kBudget<T>);
-    }
-  }
+  each_flow_under<T>(uniform_base, 1, [](const FlowSpec& spec, unsigned seed) {
+    check_transforms<T>(spec, seed, seed % 2 == 1, 4 * kBudget<T>);
+  });
 }
 
 TEST_CASE_TEMPLATE("bases with parameters agree with the oracle", T, float, double) {
   for (const Base& base : kTrainedBases) {
-    for (const std::int64_t features : {2, 5, 33}) {
-      for (std::uint64_t seed = 0; seed < 4; seed += features > 5 ? 3 : 1) {
-        CAPTURE(base.index());
-        CAPTURE(features);
-        CAPTURE(seed);
-        FlowSpec spec =
-            seed < 2 ? mixed_spec(features, seed, dtype_of<T>) : conditional_spec(features, seed, 3, dtype_of<T>);
-        spec.base = base;
-        check_transforms<T>(spec, static_cast<unsigned>(seed), seed % 2 == 1, 8 * kBudget<T>);
-      }
-    }
+    CAPTURE(base.index());
+    each_flow_under<T>(
+        [&](std::int64_t) { return base; }, 3,
+        [](const FlowSpec& spec, unsigned seed) { check_transforms<T>(spec, seed, seed % 2 == 1, 8 * kBudget<T>); });
   }
 }
 
@@ -896,41 +900,6 @@ TEST_CASE_TEMPLATE("gradients agree with the CPU backend in float64", T, float, 
   }
 }
 
-TEST_CASE_TEMPLATE("gradients of layers of all features, directions and places agree with the CPU backend", T, float,
-                   double) {
-  for (const std::int64_t features : {2, 3, 17, 33}) {
-    for (std::uint64_t seed = 0; seed < 4; ++seed) {
-      CAPTURE(features);
-      CAPTURE(seed);
-      const FlowSpec spec = mixed_spec(features, seed, dtype_of<T>);
-      const std::vector<T> parameters = random_parameters<T>(ParamLayout(spec), static_cast<unsigned>(seed));
-      const PackedFlow<T> flow(spec, parameters, seed % 2 == 1);
-      Flow reference(mixed_spec(features, seed, DType::float64));
-      reference.set_parameters<double>(widened(parameters));
-      const std::int64_t rows = 70;
-      const std::vector<T> x = random_values<T>(rows * features, 2), g = random_values<T>(rows * features, 3),
-                           g_det = random_values<T>(rows, 4);
-      std::vector<double> expected(parameters.size()), expected_in(x.size());
-      const auto plan = cuda::plan_gradient<T>(flow.program, test_device(), rows);
-      cuda::GradientCall<T> call;
-      call.nll = true;
-      call.nll_factor = 1.0 / static_cast<double>(rows);
-      const Gradients<T> nll = run_gradient(flow, plan, call, x);
-      reference.nll_gradient<double>(widened(x), expected);
-      CHECK(count_different(nll.gradient, expected, kBudget<T> * largest(expected)) == 0);
-      for (const bool inverse : {false, true}) {
-        call = {};
-        call.inverse = inverse;
-        const Gradients<T> vjp = run_gradient(flow, plan, call, x, g, g_det);
-        reference.vjp<double>(inverse ? Direction::inverse : Direction::forward, widened(x), widened(g), widened(g_det),
-                              expected_in, expected);
-        CHECK(count_different(vjp.grad_in, expected_in, kBudget<T> * largest(expected_in)) == 0);
-        CHECK(count_different(vjp.gradient, expected, kBudget<T> * largest(expected)) == 0);
-      }
-    }
-  }
-}
-
 namespace {
 
 /// The gradients of a flow with the CPU backend's in float64.
@@ -981,6 +950,17 @@ void check_gradients(const FlowSpec& spec, unsigned seed, bool gather, std::int6
 
 }  // namespace
 
+TEST_CASE_TEMPLATE("gradients of layers of all features, directions and places agree with the CPU backend", T, float,
+                   double) {
+  for (const std::int64_t features : {2, 3, 17, 33}) {
+    for (std::uint64_t seed = 0; seed < 4; ++seed) {
+      CAPTURE(features);
+      CAPTURE(seed);
+      check_gradients<T>(mixed_spec(features, seed, dtype_of<T>), static_cast<unsigned>(seed), seed % 2 == 1);
+    }
+  }
+}
+
 TEST_CASE_TEMPLATE("gradients of networks of every kind agree with the CPU backend", T, float, double) {
   for (const Networks kind : {Networks::two, Networks::layer_norm, Networks::residual, Networks::affine_maps}) {
     for (const std::int64_t features : {2, 5, 33}) {
@@ -996,31 +976,17 @@ TEST_CASE_TEMPLATE("gradients of networks of every kind agree with the CPU backe
 }
 
 TEST_CASE_TEMPLATE("gradients under a uniform base agree with the CPU backend", T, float, double) {
-  for (const std::int64_t features : {2, 5, 33}) {
-    for (std::uint64_t seed = 0; seed < 4; ++seed) {
-      CAPTURE(features);
-      CAPTURE(seed);
-      FlowSpec spec =
-          seed < 2 ? mixed_spec(features, seed, dtype_of<T>) : conditional_spec(features, seed, 3, dtype_of<T>);
-      spec.base = UniformBase{features > 5 ? -2.75 : -1.25, 2.5};
-      check_gradients<T>(spec, static_cast<unsigned>(seed), seed % 2 == 1, seed == 1 ? 1 : 0);
-    }
-  }
+  each_flow_under<T>(uniform_base, 1, [](const FlowSpec& spec, unsigned seed) {
+    check_gradients<T>(spec, seed, seed % 2 == 1, seed == 1 ? 1 : 0);
+  });
 }
 
 TEST_CASE_TEMPLATE("gradients under bases with parameters agree with the CPU backend", T, float, double) {
   for (const Base& base : kTrainedBases) {
-    for (const std::int64_t features : {2, 5, 33}) {
-      for (std::uint64_t seed = 0; seed < 4; seed += features > 5 ? 3 : 1) {
-        CAPTURE(base.index());
-        CAPTURE(features);
-        CAPTURE(seed);
-        FlowSpec spec =
-            seed < 2 ? mixed_spec(features, seed, dtype_of<T>) : conditional_spec(features, seed, 3, dtype_of<T>);
-        spec.base = base;
-        check_gradients<T>(spec, static_cast<unsigned>(seed), seed % 2 == 1, seed == 1 ? 1 : 0);
-      }
-    }
+    CAPTURE(base.index());
+    each_flow_under<T>(
+        [&](std::int64_t) { return base; }, 3,
+        [](const FlowSpec& spec, unsigned seed) { check_gradients<T>(spec, seed, seed % 2 == 1, seed == 1 ? 1 : 0); });
   }
 }
 
