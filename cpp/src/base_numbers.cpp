@@ -36,27 +36,41 @@ template <class T>
 BaseNumbers<T>::BaseNumbers(const LoweredBase& base, std::int64_t features, std::int64_t lanes)
     : features_(features), density_(density_of<T>(base)) {
   const std::int64_t components = base.components;
-  if (base.kind == BaseKind::student_t) {
-    density_.stride = cpu::round_up(features, lanes);
-    numbers_.assign(static_cast<std::size_t>(kStudentNumbers * density_.stride), T(0));
-    density_.student = numbers_.data();
-  }
-  if (base.kind == BaseKind::mixture) {
-    const std::int64_t factors = components * mixture_factor_size(features, base.full);
-    numbers_.assign(static_cast<std::size_t>(components * (3 + features) + 2 * factors), T(0));
-    density_.weights = numbers_.data();
-    density_.cumulated = density_.weights + components;
-    density_.log_peaks = density_.cumulated + components;
-    density_.means = density_.log_peaks + components;
-    density_.factors = density_.means + components * features;
-    density_.inverses = density_.factors + factors;
+  const std::int64_t factors = components * mixture_factor_size(features, base.full);
+  switch (base.kind) {
+    case BaseKind::normal:
+    case BaseKind::uniform:
+      break;
+    case BaseKind::student_t:
+      density_.stride = cpu::round_up(features, lanes);
+      numbers_.assign(static_cast<std::size_t>(kStudentNumbers * density_.stride), T(0));
+      density_.student = numbers_.data();
+      break;
+    case BaseKind::mixture:
+      numbers_.assign(static_cast<std::size_t>(components * (3 + features) + 2 * factors), T(0));
+      density_.weights = numbers_.data();
+      density_.cumulated = density_.weights + components;
+      density_.log_peaks = density_.cumulated + components;
+      density_.means = density_.log_peaks + components;
+      density_.factors = density_.means + components * features;
+      density_.inverses = density_.factors + factors;
+      break;
   }
 }
 
 template <class T>
 void BaseNumbers<T>::pack(const T* parameters) {
-  if (density_.kind == BaseKind::student_t) pack_student(parameters + density_.offset);
-  if (density_.kind == BaseKind::mixture) pack_mixture(parameters);
+  switch (density_.kind) {
+    case BaseKind::normal:
+    case BaseKind::uniform:
+      break;
+    case BaseKind::student_t:
+      pack_student(parameters + density_.offset);
+      break;
+    case BaseKind::mixture:
+      pack_mixture(parameters);
+      break;
+  }
 }
 
 template <class T>

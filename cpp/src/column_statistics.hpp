@@ -47,7 +47,7 @@ inline constexpr CentralRange kCentralRanges[] = {{0.25, 0.75, 1.348979500392163
 
 /// What is asked for, of a flow of this base: Student's t distribution need not have a standard deviation.
 inline Statistics statistics_for(const Base& base, Statistics asked) {
-  const bool robust = asked == Statistics::automatic && layers::has_heavy_tails(base);
+  const bool robust = asked == Statistics::automatic && layers::facts_of(base).has_heavy_tails;
   return robust ? Statistics::robust : asked;
 }
 

@@ -895,7 +895,8 @@ void Flow::conditioner(std::int64_t layer, std::span<const T> in, std::span<T> s
   refuse_overlap(out_s, out_t);
   refuse_overlap(context, out_s, out_t);
   const auto first = spec().layers.begin();
-  const auto kernel = std::count_if(first, first + layer, layers::has_kernel);  // the backend counts those
+  const auto has_kernel = [](const LayerSpec& before) { return layers::facts_of(before).has_kernel; };
+  const auto kernel = std::count_if(first, first + layer, has_kernel);  // the backend counts those
   conditioner_unchecked(kernel, in.data(), rows, s.data(), t.data(), state_->execution<T>(context, rows));
 }
 

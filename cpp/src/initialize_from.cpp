@@ -7,7 +7,6 @@
 #include <string>
 #include <type_traits>
 #include <utility>
-#include <variant>
 #include <vector>
 
 #include <nvpflow/base.hpp>
@@ -24,6 +23,7 @@
 #include "float_mode.hpp"
 #include "flow_access.hpp"
 #include "layer_start.hpp"
+#include "layers/layer.hpp"
 #include "mixture_start.hpp"
 #include "row_order.hpp"
 #include "sample_weights.hpp"
@@ -95,7 +95,7 @@ class Initializer {
   void start_from_rows() {
     const ParamLayout& layout = flow_.layout();
     for (std::size_t i = 0; i < flow_.spec().layers.size(); ++i) {
-      if (!std::holds_alternative<ActNorm>(flow_.spec().layers[i])) continue;
+      if (layers::facts_of(flow_.spec().layers[i]).set_from != layers::SetFrom::sample) continue;
       std::fill_n(values_.begin() + layout.tensors()[layout.first_tensor(i)].offset, 2 * features_, T(0));
     }
     if constexpr (std::is_same_v<T, X>) {
@@ -185,7 +185,7 @@ std::vector<std::string> Flow::initialize_from(std::span<const T> x, Statistics 
   const FloatMode mode;
   (void)name_of(statistics);  // throws
   if (!spec().begins_with_standardize() && !spec().standardize_context && !has_started_layers(spec()) &&
-      !std::holds_alternative<MixtureBase>(spec().base)) {
+      !layers::facts_of(spec().base).starts_at_rows) {
     throw Error(ErrorCode::invalid_argument,
                 "the flow does not begin with a standardize layer, which initialize_from sets; make one with "
                 "standardize");

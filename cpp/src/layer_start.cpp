@@ -10,7 +10,6 @@
 #include <span>
 #include <string>
 #include <utility>
-#include <variant>
 #include <vector>
 
 #include <nvpflow/error.hpp>
@@ -20,18 +19,16 @@
 #include <nvpflow/spec.hpp>
 
 #include "fit_start.hpp"
+#include "layers/layer.hpp"
 #include "shrunk_covariance.hpp"
 
 namespace nvpflow {
 namespace {
 
+using layers::SetFrom;
+
 /// Of each variance, to columns that follow from others: float32 keeps four digits of what is left of them.
 constexpr double kRidge = 1e-6;
-
-bool whitens(const LayerSpec& layer) {
-  const auto* linear = std::get_if<LULinear>(&layer);
-  return linear != nullptr && linear->whitens;
-}
 
 /// The rows on their way through the layers.
 template <class T>
@@ -43,13 +40,13 @@ class Walk {
   void start_all() {
     bool whitened = false;
     for (std::size_t i = 0; i < spec_.layers.size(); ++i) {
-      const LayerSpec& layer = spec_.layers[i];
-      if (whitens(layer)) {
+      const layers::LayerFacts layer = layers::facts_of(spec_.layers[i]);
+      if (layer.set_from == SetFrom::covariance) {
         whitened = true;
-        if (options_.anew || !is_set(i)) whiten(i, std::get<LULinear>(layer).inverse);
-      } else if (const auto* norm = std::get_if<ActNorm>(&layer); norm != nullptr && !whitened && !is_set(i)) {
+        if (options_.anew || !is_set(i)) whiten(i, layer.inverse);
+      } else if (layer.set_from == SetFrom::sample && !whitened && !is_set(i)) {
         advance_sample(i);
-        start(i, norm->inverse);
+        start(i, layer.inverse);
       }
     }
   }
@@ -229,12 +226,11 @@ class Walk {
   /// What a feature of a layer is called: the column that it is, where the layers before it mix none.
   std::string name(std::size_t layer, std::size_t feature) const {
     for (std::size_t i = layer; i-- > 0;) {
-      if (const auto* permutation = std::get_if<Permutation>(&spec_.layers[i])) {
-        feature = static_cast<std::size_t>(permutation->order[feature]);
-      } else if (!std::holds_alternative<Standardize>(spec_.layers[i]) &&
-                 !std::holds_alternative<ActNorm>(spec_.layers[i])) {
+      const layers::LayerFacts before = layers::facts_of(spec_.layers[i]);
+      if (!before.keeps_columns) {
         return "feature " + std::to_string(feature) + " of layers[" + std::to_string(layer) + "]";
       }
+      if (before.order != nullptr) feature = static_cast<std::size_t>((*before.order)[feature]);
     }
     const std::vector<std::string>& names = options_.column_names;
     return "column " + (names.empty() ? std::to_string(feature + 1) : "'" + names[feature] + "'");
@@ -253,8 +249,10 @@ class Walk {
 }  // namespace
 
 bool has_started_layers(const FlowSpec& spec) {
-  return std::any_of(spec.layers.begin(), spec.layers.end(),
-                     [](const LayerSpec& layer) { return std::holds_alternative<ActNorm>(layer) || whitens(layer); });
+  return std::any_of(spec.layers.begin(), spec.layers.end(), [](const LayerSpec& layer) {
+    const SetFrom from = layers::facts_of(layer).set_from;
+    return from == SetFrom::sample || from == SetFrom::covariance;
+  });
 }
 
 template <class T>

@@ -114,10 +114,11 @@ void Lowering::place_from(std::size_t index) {
   std::vector<std::int64_t> now = in_order(spec_.input_size);  // what the feature at layer `index` is at the layer here
   for (; index < spec_.layers.size(); ++index) {
     const LayerSpec& layer = spec_.layers[index];
-    if (std::holds_alternative<LULinear>(layer)) return;
-    if (const auto* permutation = std::get_if<Permutation>(&layer)) {
+    const layers::LayerFacts facts = layers::facts_of(layer);
+    if (facts.places_anew) return;
+    if (facts.order != nullptr) {
       std::vector<std::int64_t> next(now.size());
-      for (std::size_t j = 0; j < now.size(); ++j) next[j] = now[static_cast<std::size_t>(permutation->order[j])];
+      for (std::size_t j = 0; j < now.size(); ++j) next[j] = now[static_cast<std::size_t>((*facts.order)[j])];
       now = std::move(next);
     }
     const auto* coupling = std::get_if<Coupling>(&layer);

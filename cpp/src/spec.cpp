@@ -140,7 +140,7 @@ void FlowSpec::validate() const {
     if (i > 0 && std::holds_alternative<Bounds>(layers[i])) {
       refuse(name + " is a bounds layer, expected one only as layers[0]: they are bounds of the columns of data");
     }
-    layers::check(layers[i], *this, name + ".");
+    layers::check_layer(layers[i], *this, name + ".");
   }
   if (num_couplings() == 0) refuse("layers has no coupling, expected at least one");
   check_totals(*this);
@@ -227,8 +227,7 @@ FlowSpec FlowSpec::behind_bounds() const {
 
 bool FlowSpec::whitens() const {
   return std::any_of(layers.begin(), layers.end(), [](const LayerSpec& layer) {
-    const auto* linear = std::get_if<LULinear>(&layer);
-    return linear != nullptr && linear->whitens;
+    return layers::facts_of(layer).set_from == layers::SetFrom::covariance;
   });
 }
 

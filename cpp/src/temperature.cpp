@@ -8,7 +8,6 @@
 #include <numbers>
 #include <sstream>
 #include <string>
-#include <variant>
 #include <vector>
 
 #include <nvpflow/base.hpp>
@@ -19,6 +18,7 @@
 
 #include "float_mode.hpp"
 #include "flow_access.hpp"
+#include "layers/layer.hpp"
 #include "parallel.hpp"
 
 namespace nvpflow {
@@ -34,7 +34,7 @@ void check(const Flow& flow, double temperature, const Execution& how) {
   if (!(temperature >= kLeast && temperature <= kMost)) {
     throw Error(ErrorCode::invalid_argument, text.str() + "expected a number from 1e-12 to 1e12");
   }
-  if (!std::holds_alternative<NormalBase>(flow.spec().base)) {
+  if (!layers::facts_of(flow.spec().base).has_temperature) {
     throw Error(ErrorCode::invalid_argument,
                 text.str() + "expected 1: only a normal base has a temperature, and this flow's is another one");
   }

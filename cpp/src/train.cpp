@@ -118,7 +118,8 @@ class Trainer {
     slice_ = std::clamp<std::int64_t>(static_cast<std::int64_t>(most / per_row), 64, 1 << 16);
     count_rows();
     constexpr double kMaxDeviation = 1000;
-    max_deviation_ = options.max_deviation.value_or(layers::has_heavy_tails(flow.spec().base) ? 0 : kMaxDeviation);
+    max_deviation_ =
+        options.max_deviation.value_or(layers::facts_of(flow.spec().base).has_heavy_tails ? 0 : kMaxDeviation);
     history_.best_loss = history_.initial_loss = std::numeric_limits<double>::infinity();
   }
 

@@ -79,17 +79,17 @@ struct NVPFLOW_API DensityOptions {
     const auto other = [&](const char* name, auto member) { visit(name, member, nullptr); };
     number("steps", &DensityOptions::steps, {.least = 1, .expected = "at least 1"});
     number("batch_size", &DensityOptions::batch_size, {.least = 1, .expected = "at least 1"});
-    number("learning_rate", &DensityOptions::learning_rate, {.above = true, .expected = "a finite number above 0"});
+    number("learning_rate", &DensityOptions::learning_rate, SharedRanges::learning_rate);
     other("schedule", &DensityOptions::schedule);
     other("estimator", &DensityOptions::estimator);
-    number("weight_decay", &DensityOptions::weight_decay, {.expected = "a finite number, at least 0"});
-    number("clip_norm", &DensityOptions::clip_norm, {.expected = "a finite number, at least 0 (0: none)"});
-    number("averaging", &DensityOptions::averaging, {.below = 1, .expected = "at least 0 (0: none) and below 1"});
+    number("weight_decay", &DensityOptions::weight_decay, SharedRanges::weight_decay);
+    number("clip_norm", &DensityOptions::clip_norm, SharedRanges::clip_norm);
+    number("averaging", &DensityOptions::averaging, SharedRanges::averaging);
     number("report_every", &DensityOptions::report_every, {.least = 1, .expected = "at least 1"});
     number("validation", &DensityOptions::validation, {.least = 2, .expected = "at least 2 rows"});
-    number("patience", &DensityOptions::patience, {.expected = "at least 0 (0: never stop early)"});
+    number("patience", &DensityOptions::patience, SharedRanges::patience);
     other("seed", &DensityOptions::seed);
-    number("num_threads", &DensityOptions::num_threads, {.below = 4097, .expected = "0 (automatic) to 4096"});
+    number("num_threads", &DensityOptions::num_threads, SharedRanges::num_threads);
     other("checkpoint", &DensityOptions::checkpoint);
   }
 

@@ -36,6 +36,19 @@ struct OptionRange {
   }
 };
 
+/// Of the options that fit() and fit_density() share.
+struct SharedRanges {
+  /// @{
+  /// Of the option of that name.
+  static constexpr OptionRange learning_rate{.above = true, .expected = "a finite number above 0"};
+  static constexpr OptionRange weight_decay{.expected = "a finite number, at least 0"};
+  static constexpr OptionRange clip_norm{.expected = "a finite number, at least 0 (0: none)"};
+  static constexpr OptionRange averaging{.below = 1, .expected = "at least 0 (0: none) and below 1"};
+  static constexpr OptionRange patience{.expected = "at least 0 (0: never stop early)"};
+  static constexpr OptionRange num_threads{.below = 4097, .expected = "0 (automatic) to 4096"};
+  /// @}
+};
+
 /// How to train.
 struct NVPFLOW_API FitOptions {
   /// Passes over the training rows.
@@ -96,12 +109,12 @@ struct NVPFLOW_API FitOptions {
     const auto other = [&](const char* name, auto member) { visit(name, member, nullptr); };
     number("epochs", &FitOptions::epochs, {.least = 1, .expected = "at least 1"});
     number("batch_size", &FitOptions::batch_size, {.expected = "at least 1 (0: automatic)"});
-    number("learning_rate", &FitOptions::learning_rate, {.above = true, .expected = "a finite number above 0"});
+    number("learning_rate", &FitOptions::learning_rate, SharedRanges::learning_rate);
     other("schedule", &FitOptions::schedule);
-    number("weight_decay", &FitOptions::weight_decay, {.expected = "a finite number, at least 0"});
-    number("clip_norm", &FitOptions::clip_norm, {.expected = "a finite number, at least 0 (0: none)"});
-    number("averaging", &FitOptions::averaging, {.below = 1, .expected = "at least 0 (0: none) and below 1"});
-    number("patience", &FitOptions::patience, {.expected = "at least 0 (0: never stop early)"});
+    number("weight_decay", &FitOptions::weight_decay, SharedRanges::weight_decay);
+    number("clip_norm", &FitOptions::clip_norm, SharedRanges::clip_norm);
+    number("averaging", &FitOptions::averaging, SharedRanges::averaging);
+    number("patience", &FitOptions::patience, SharedRanges::patience);
     number("validation", &FitOptions::validation_fraction,
            {.below = 1, .expected = "a share of the rows, at least 0 and below 1"});
     number("folds", &FitOptions::folds, {.expected = "at least 0 (0: automatic, 1: none)"});
@@ -112,7 +125,7 @@ struct NVPFLOW_API FitOptions {
     other("restandardize", &FitOptions::restandardize);
     other("allow_degenerate", &FitOptions::allow_degenerate);
     other("seed", &FitOptions::seed);
-    number("num_threads", &FitOptions::num_threads, {.below = 4097, .expected = "0 (automatic) to 4096"});
+    number("num_threads", &FitOptions::num_threads, SharedRanges::num_threads);
     other("checkpoint", &FitOptions::checkpoint);
   }
 

@@ -26,4 +26,12 @@ void lower(const ActNorm& layer, const FlowSpec&, const TensorInfo* first, Lower
   to.add_diagonal(!layer.inverse, /*mean=*/first[1].offset, /*log_std=*/first[0].offset);
 }
 
+LayerFacts facts(const ActNorm& layer) {
+  LayerFacts facts;
+  facts.set_from = SetFrom::sample;
+  facts.inverse = layer.inverse;
+  facts.keeps_columns = true;
+  return facts;
+}
+
 }  // namespace nvpflow::layers

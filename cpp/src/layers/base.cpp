@@ -150,7 +150,13 @@ void check_base(const FlowSpec& spec) {
   std::visit([&](const auto& base) { check(base, spec); }, spec.base);
 }
 
-bool has_heavy_tails(const Base& base) { return std::holds_alternative<StudentTBase>(base); }
+BaseFacts facts_of(const Base& base) {
+  return std::visit(Overloaded{[](const NormalBase&) { return BaseFacts{.has_temperature = true}; },
+                               [](const UniformBase&) { return BaseFacts{.is_bounded = true}; },
+                               [](const StudentTBase&) { return BaseFacts{.has_heavy_tails = true}; },
+                               [](const MixtureBase&) { return BaseFacts{.starts_at_rows = true}; }},
+                    base);
+}
 
 void base_tensors(const FlowSpec& spec, const TensorSink& sink) {
   std::visit([&](const auto& base) { tensors(base, spec, sink); }, spec.base);
@@ -159,26 +165,29 @@ void base_tensors(const FlowSpec& spec, const TensorSink& sink) {
 LoweredBase lower_base(const FlowSpec& spec, const TensorInfo* first) {
   LoweredBase lowered;
   lowered.kind = static_cast<BaseKind>(spec.base.index());
-  if (const auto* uniform = std::get_if<UniformBase>(&spec.base)) {
-    lowered.low = uniform->low;
-    lowered.high = uniform->high;
-    lowered.log_density = -static_cast<double>(spec.input_size) * std::log(uniform->high - uniform->low);
-  }
-  if (std::holds_alternative<StudentTBase>(spec.base)) lowered.offset = first[0].offset;
-  if (const auto* mixture = std::get_if<MixtureBase>(&spec.base)) {
-    lowered.components = mixture->components;
-    lowered.full = mixture->covariance == Covariance::full;
-    lowered.offset = first[0].offset;
-    lowered.means = first[1].offset;
-    lowered.log_scales = first[2].offset;
-    if (lowered.full) lowered.lower = first[3].offset;
-  }
+  std::visit(Overloaded{[](const NormalBase&) {},
+                        [&](const UniformBase& uniform) {
+                          lowered.low = uniform.low;
+                          lowered.high = uniform.high;
+                          lowered.log_density =
+                              -static_cast<double>(spec.input_size) * std::log(uniform.high - uniform.low);
+                        },
+                        [&](const StudentTBase&) { lowered.offset = first[0].offset; },
+                        [&](const MixtureBase& mixture) {
+                          lowered.components = mixture.components;
+                          lowered.full = mixture.covariance == Covariance::full;
+                          lowered.offset = first[0].offset;
+                          lowered.means = first[1].offset;
+                          lowered.log_scales = first[2].offset;
+                          if (lowered.full) lowered.lower = first[3].offset;
+                        }},
+             spec.base);
   return lowered;
 }
 
 }  // namespace layers
 
-bool is_bounded(const Base& base) { return std::holds_alternative<UniformBase>(base); }
+bool is_bounded(const Base& base) { return layers::facts_of(base).is_bounded; }
 
 std::string_view name_of(MixtureBase::Covariance covariance) {
   return find_name(layers::kCovariances, covariance, "covariance");

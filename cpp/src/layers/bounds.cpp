@@ -60,4 +60,11 @@ void tensors(const Bounds&, const FlowSpec&, const Site&, const TensorSink&) {}
 
 void lower(const Bounds&, const FlowSpec&, const TensorInfo*, Lowering&) {}
 
+LayerFacts facts(const Bounds&) {
+  LayerFacts facts;
+  facts.has_kernel = false;
+  facts.keeps_columns = true;
+  return facts;
+}
+
 }  // namespace nvpflow::layers

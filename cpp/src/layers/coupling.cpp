@@ -235,4 +235,12 @@ void lower(const Coupling& layer, const FlowSpec& spec, const TensorInfo* first,
   to.add_coupling(std::move(lowered), a, b);
 }
 
+LayerFacts facts(const Coupling& layer) {
+  LayerFacts facts;
+  facts.inverse = layer.inverse;
+  facts.spline = std::get_if<Spline>(&layer.transform);
+  facts.splined = facts.spline == nullptr ? nullptr : &layer.transformed;
+  return facts;
+}
+
 }  // namespace nvpflow::layers

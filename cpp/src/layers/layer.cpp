@@ -9,8 +9,6 @@
 
 #include <nvpflow/spec.hpp>
 
-#include "../overloaded.hpp"
-
 namespace nvpflow::layers {
 namespace {
 
@@ -27,28 +25,20 @@ std::vector<Field> fields(LayerSpec& layer) {
   return std::visit([](auto& kind) { return fields(kind); }, layer);
 }
 
-void check(const LayerSpec& layer, const FlowSpec& spec, const std::string& prefix) {
+void check_layer(const LayerSpec& layer, const FlowSpec& spec, const std::string& prefix) {
   std::visit([&](const auto& kind) { check(kind, spec, prefix); }, layer);
+}
+
+LayerFacts facts_of(const LayerSpec& layer) {
+  return std::visit([](const auto& kind) { return facts(kind); }, layer);
 }
 
 double spline_flops(const LayerSpec& layer, const FlowSpec& spec) {
   constexpr double kSpline = 100, kBin = 30;  // of a spline, and of each of its bins
-  const auto of = [&](const Spline& spline, const FeatureSet& features) {
-    const auto count = static_cast<double>(features.count(spec.input_size));
-    return count * (kSpline + kBin * static_cast<double>(spline.num_bins));
-  };
-  if (const auto* element = std::get_if<ElementSpline>(&layer)) return of(element->spline, element->features);
-  const auto* coupling = std::get_if<Coupling>(&layer);
-  const auto* spline = coupling == nullptr ? nullptr : std::get_if<Spline>(&coupling->transform);
-  return spline == nullptr ? 0 : of(*spline, coupling->transformed);
-}
-
-bool has_kernel(const LayerSpec& layer) {
-  return std::visit(Overloaded{[](const Coupling&) { return true; }, [](const Standardize&) { return true; },
-                               [](const ActNorm&) { return true; }, [](const LULinear&) { return true; },
-                               [](const ElementSpline&) { return true; }, [](const Permutation&) { return false; },
-                               [](const Bounds&) { return false; }},
-                    layer);
+  const LayerFacts of = facts_of(layer);
+  if (of.spline == nullptr) return 0;
+  const auto count = static_cast<double>(of.splined->count(spec.input_size));
+  return count * (kSpline + kBin * static_cast<double>(of.spline->num_bins));
 }
 
 LayerSpec make_layer(LayerKind kind) {

@@ -1,5 +1,5 @@
 // What the library knows of a kind of layer: its fields, what they may be, its tensors and how it is lowered. Each kind
-// has a file here that defines the four functions; std::visit calls them, so a kind that lacks one does not compile or
+// has a file here that defines the five functions; std::visit calls them, so a kind that lacks one does not compile or
 // does not link.
 #pragma once
 
@@ -35,7 +35,27 @@ struct Site {
 
 using TensorSink = std::function<void(TensorInfo)>;
 
-// ---- four functions per kind ----
+/// What of the rows a layer is set from before training.
+enum class SetFrom {
+  nothing,
+  columns,     // the columns of data
+  sample,      // a sample of the rows, as they arrive at the layer
+  covariance,  // the covariance of all of them, as they arrive
+};
+
+/// What the code around a layer asks of it.
+struct LayerFacts {
+  SetFrom set_from = SetFrom::nothing;
+  bool inverse = false;                              ///< its formula is read from latent to data
+  bool has_kernel = true;                            ///< the kernels do something at it
+  bool keeps_columns = false;                        ///< each feature that leaves is one that came
+  bool places_anew = false;                          ///< its output lies where the layers behind it want it
+  const std::vector<std::int64_t>* order = nullptr;  ///< where features come from; null: they keep their indices
+  const Spline* spline = nullptr;                    ///< null: it has none
+  const FeatureSet* splined = nullptr;               ///< the features of the spline
+};
+
+// ---- five functions per kind ----
 
 /// The one list of a kind's fields, in the order of the JSON text.
 std::vector<Field> fields(Coupling& layer);
@@ -74,6 +94,14 @@ void lower(const LULinear& layer, const FlowSpec& spec, const TensorInfo* first,
 void lower(const ElementSpline& layer, const FlowSpec& spec, const TensorInfo* first, Lowering& to);
 void lower(const Bounds& layer, const FlowSpec& spec, const TensorInfo* first, Lowering& to);
 
+LayerFacts facts(const Coupling& layer);
+LayerFacts facts(const Standardize& layer);
+LayerFacts facts(const ActNorm& layer);
+LayerFacts facts(const Permutation& layer);
+LayerFacts facts(const LULinear& layer);
+LayerFacts facts(const ElementSpline& layer);
+LayerFacts facts(const Bounds& layer);
+
 // ---- what couplings are made of ----
 
 /// A set of features with at least one; field: its name.
@@ -92,8 +120,14 @@ std::string_view name_of(const Base& base);
 Base parse_base(std::string_view name);
 std::vector<Field> fields(Base& base);
 void check_base(const FlowSpec& spec);
-/// Whether far rows are what the base is for.
-bool has_heavy_tails(const Base& base);
+/// What the code around a base asks of it.
+struct BaseFacts {
+  bool is_bounded = false;       ///< there are latents without a density
+  bool has_heavy_tails = false;  ///< far rows are what it is for
+  bool has_temperature = false;  ///< at a temperature it is of the same kind
+  bool starts_at_rows = false;   ///< its parameters are set from latents before training
+};
+BaseFacts facts_of(const Base& base);
 /// Its tensors, behind those of all layers, as above.
 void base_tensors(const FlowSpec& spec, const TensorSink& sink);
 /// first: its first tensor in the layout.
@@ -113,11 +147,9 @@ bool has_scale_and_shift(const Transform& transform);
 
 /// Floating-point operations of a row's splines there, roughly.
 double spline_flops(const LayerSpec& layer, const FlowSpec& spec);
-/// Whether the kernels do anything at it. A permutation changes places.
-bool has_kernel(const LayerSpec& layer);
-
+LayerFacts facts_of(const LayerSpec& layer);
 std::vector<Field> fields(LayerSpec& layer);
-void check(const LayerSpec& layer, const FlowSpec& spec, const std::string& prefix);
+void check_layer(const LayerSpec& layer, const FlowSpec& spec, const std::string& prefix);
 /// A layer of the kind with all fields at their defaults.
 LayerSpec make_layer(LayerKind kind);
 /// Every tensor of the flow in order, without offsets. Sizes of the spec's fields must be valid, their sums need not

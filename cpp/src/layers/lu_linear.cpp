@@ -76,4 +76,12 @@ void lower(const LULinear& layer, const FlowSpec&, const TensorInfo* first, Lowe
   to.add_linear(std::move(linear));
 }
 
+LayerFacts facts(const LULinear& layer) {
+  LayerFacts facts;
+  if (layer.whitens) facts.set_from = SetFrom::covariance;
+  facts.inverse = layer.inverse;
+  facts.places_anew = true;
+  return facts;
+}
+
 }  // namespace nvpflow::layers

@@ -34,4 +34,12 @@ void tensors(const Permutation&, const FlowSpec&, const Site&, const TensorSink&
 
 void lower(const Permutation& layer, const FlowSpec&, const TensorInfo*, Lowering& to) { to.permute(layer.order); }
 
+LayerFacts facts(const Permutation& layer) {
+  LayerFacts facts;
+  facts.has_kernel = false;
+  facts.keeps_columns = true;
+  facts.order = &layer.order;
+  return facts;
+}
+
 }  // namespace nvpflow::layers

@@ -116,4 +116,12 @@ void lower(const ElementSpline& layer, const FlowSpec& spec, const TensorInfo* f
   to.add_spline(std::move(lowered), {}, layer.features.of(spec.input_size));
 }
 
+LayerFacts facts(const ElementSpline& layer) {
+  LayerFacts facts;
+  facts.inverse = layer.inverse;
+  facts.spline = &layer.spline;
+  facts.splined = &layer.features;
+  return facts;
+}
+
 }  // namespace nvpflow::layers

@@ -24,4 +24,11 @@ void lower(const Standardize&, const FlowSpec&, const TensorInfo* first, Lowerin
   to.add_diagonal(/*inverse=*/false, first[0].offset, first[1].offset);
 }
 
+LayerFacts facts(const Standardize&) {
+  LayerFacts facts;
+  facts.set_from = SetFrom::columns;
+  facts.keeps_columns = true;
+  return facts;
+}
+
 }  // namespace nvpflow::layers
