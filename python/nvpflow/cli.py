@@ -467,6 +467,8 @@ def _add_import(commands: Any) -> None:
     _add_option(command, "--slope", type=float, metavar="X", default=1e-3, help="of the transforms of zuko")
     tail_help = "how far splines reach; of nflows no tensor holds it (default: 5 for zuko)"
     _add_option(command, "--tail-bound", type=float, metavar="B", help=tail_help)
+    prefix_help = "what the flow's tensors are called by where it is a part of a model, such as flow."
+    _add_option(command, "--prefix", metavar="TEXT", default="", help=prefix_help)
     _add_option(command, "--dtype", choices=("float32", "float64"), default="float32", help="of weights and arithmetic")
     _add_option(command, "--json", action="store_true", help="print the report as JSON")
 
@@ -1153,7 +1155,8 @@ def _run_import(arguments: argparse.Namespace) -> None:
         raise data_io.DataError("-o: a model is a file, it cannot go to stdout")
     _output.check_distinct(arguments.output, {"STATE": arguments.model})
     _output.check_target(arguments.output, force=arguments.force)
-    options = {name: getattr(arguments, name) for name in ("library", "activation", "slope", "tail_bound", "dtype")}
+    names = ("library", "activation", "slope", "tail_bound", "prefix", "dtype")
+    options = {name: getattr(arguments, name) for name in names}
     flow = nvpflow.importers.from_state_dict(_read_state_dict(arguments.model), **options)
     flow.save(arguments.output)
     if arguments.json:
@@ -1178,6 +1181,8 @@ def _read_state_dict(path: str) -> dict[str, Any]:
         raise
     except Exception as error:  # of the many that damaged files give
         raise data_io.DataError(f"{_shown(path)}: not read as tensors only ({type(error).__name__}), {way}") from error
+    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):  # a checkpoint of Lightning
+        found = found["state_dict"]
     if not isinstance(found, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in found.items()
     ):

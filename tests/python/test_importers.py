@@ -966,8 +966,14 @@ def test_state_dicts_that_are_refused():
     with pytest.raises(ValueError, match="tensors holds base, transform, expected names that begin with _transform"):
         read(tensors, "nflows")
     within = torch.nn.ModuleDict({"flow": zuko.flows.RealNVP(4, hidden_features=(8,)), "net": torch.nn.Linear(2, 2)})
-    with pytest.raises(ValueError, match=r"tensors holds flow, net, .*; .* with names without 'flow\.'$"):
+    with pytest.raises(ValueError, match=r"tensors holds flow, net, .*; .* give prefix='flow\.'$"):
         read(within.state_dict(), "zuko")
+    with pytest.raises(
+        ValueError, match=r"prefix is 'flows\.', expected what names of tensors begin with: 'flow\.', 'net\.'"
+    ):
+        read(within.state_dict(), "zuko", prefix="flows.")
+    part = read(within.state_dict(), "zuko", prefix="flow.")
+    same_weights(part, nvpflow.importers.from_zuko(within["flow"]))
     with pytest.raises(ValueError, match="tensors holds nothing, expected"):
         read({}, "zuko")
     with pytest.raises(ValueError, match="tensors holds more, expected none of these"):
@@ -1063,6 +1069,10 @@ def test_the_command_imports_state_dicts(tmp_path, monkeypatch, capsys):
     assert "exists already (--force overwrites it)" in run("model.pt", "-o", "model.safetensors", *options, fails=1)
     report = json.loads(run("model.pt", "-o", "model.safetensors", *options, "--force", "--json"))
     assert ImportReport.from_dict(report) == flow.import_report
+    parts = {f"flow.{name}": value for name, value in model.state_dict().items()} | {"scale": torch.zeros(2)}
+    torch.save({"state_dict": parts, "epoch": 3}, tmp_path / "lightning.pt")
+    assert "written to part.safetensors" in run("lightning.pt", "-o", "part.safetensors", *options, "--prefix", "flow.")
+    assert nvpflow.load(tmp_path / "part.safetensors") == flow
     wrong = run("model.pt", "-o", "a", "--library", "zuko", "--activation", "cosine", fails=1)
     assert wrong.startswith("nvpflow: error: activation is 'cosine', expected one of relu, ")
 

@@ -33,6 +33,7 @@ def from_state_dict(
     activation: str = "relu",
     slope: float = 1e-3,
     tail_bound: float | None = None,
+    prefix: str = "",
     dtype: DTypeLike = "float32",
 ) -> Flow:
     """Return the flow of a state dict: of the tensors of a model, by their names, without its code.
@@ -52,6 +53,9 @@ def from_state_dict(
         The ``slope`` of zuko's transforms.
     tail_bound
         How far splines reach. None: 5, the default of zuko; of nflows it must be given.
+    prefix
+        What the names of the flow's tensors begin with where the flow is a part of a model, such as ``"flow."``.
+        Tensors of other names are not read.
     dtype
         Of the flow, "float32" or "float64".
 
@@ -70,6 +74,7 @@ def from_state_dict(
         raise TypeError(f"tensors is {_checks.describe(tensors)}, expected what model.state_dict() returns")
     if _checks.text("library", library) not in LIBRARIES:
         raise ValueError(f"library is {library!r}, expected one of {', '.join(LIBRARIES)}")
+    tensors = _under(tensors, _checks.text("prefix", prefix))
     checked("activation", _checks.text("activation", activation))
     if not 0 < _checks.real("slope", slope) < 1:
         raise ValueError(f"slope is {slope}, expected more than 0 and less than 1")
@@ -84,6 +89,16 @@ def from_state_dict(
     reader.check_all_taken()
     recipe.assumed = list(dict.fromkeys(reader.assumed))
     return imported(recipe, _NO_CODE.format(library), dtype=dtype, check=True)
+
+
+def _under(tensors: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+    """Return the tensors whose names begin with a prefix, without it."""
+    found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    if tensors and not found:
+        first = sorted({name.partition(".")[0] + "." for name in tensors})[:5]
+        known = ", ".join(_checks.shortened(repr(name)) for name in first)
+        raise ValueError(f"prefix is {prefix!r}, expected what names of tensors begin with: {known}")
+    return found
 
 
 _NO_CODE = (
@@ -158,7 +173,7 @@ class _Reader:
         outer = sorted(self.parts(""))
         found = ", ".join(outer[:5]) or "nothing"
         within = next((f"{part}." for part in outer if self.parts(f"{part}.{first}")), None)
-        do = within and f"; of a module that holds a flow give its tensors alone, with names without {within!r}"
+        do = within and f"; where the flow is a part of the model, give prefix={within!r}"
         return ValueError(f"tensors holds {found}, expected names that begin with {first}, {whose}{do or ''}")
 
     def tensor(self, name: str, *shape: int | None) -> Array:
