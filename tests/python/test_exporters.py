@@ -114,6 +114,67 @@ def test_the_base_may_be_uniform(torch) -> None:
     assert torch.isfinite(module.log_prob(drawn)).all()
 
 
+BASES = (L.StudentT(3.0), L.StudentT(2e4, trainable=False), L.Mixture(1), L.Mixture(3), L.Mixture(2, "full"))
+
+
+def based_flow(base: Any, dtype: str) -> nvpflow.Flow:
+    options = {"context_size": 2, "standardize": False, "dtype": dtype, "seed": 1}
+    return scrambled(nvpflow.build(3, 2, (8,), base=base, **options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("base", BASES, ids=repr)
+def test_bases_with_parameters(base, dtype, torch) -> None:
+    flow, rng = based_flow(base, dtype), np.random.default_rng(0)
+    module, c = to_torch(flow), rng.normal(size=(60, 2)).astype(dtype)
+    x = (rng.normal(size=(60, 3)) * 10.0 ** rng.uniform(-1, 4, size=(60, 1))).astype(dtype)
+    given = torch.from_numpy(x), torch.from_numpy(c)
+    expected = flow.astype("float64").log_prob(x.astype(np.float64), context=c.astype(np.float64))
+    assert_within_budget(module.log_prob(*given).detach().numpy(), expected, dtype)
+    trained = nvpflow._core._trained(flow.spec)
+    sizes = sum(int(np.prod(shape)) for name, shape, _ in flow._layout() if name in trained)
+    assert sum(p.numel() for p in module.parameters()) == sizes
+    drawn = module.sample(100_000, given[1][0]).detach().numpy()
+    ours, shares = flow.sample(100_000, seed=2, context=c[0]), [0.1, 0.3, 0.5, 0.7, 0.9]
+    spread = np.quantile(ours, 0.75, axis=0) - np.quantile(ours, 0.25, axis=0)
+    assert (np.abs(np.quantile(drawn, shares, axis=0) - np.quantile(ours, shares, axis=0)) < 0.05 * spread).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        script = torch.jit.script(module)
+    for method, rest in (("log_prob", given), ("sample", (5, given[1]))):
+        torch.manual_seed(0)
+        once = getattr(module, method)(*rest)
+        torch.manual_seed(0)
+        assert torch.equal(getattr(script, method)(*rest), once)
+
+
+@pytest.mark.parametrize("base", BASES, ids=repr)
+def test_gradients_by_the_bases_parameters(base, torch) -> None:
+    flow, rng = based_flow(base, "float64"), np.random.default_rng(0)
+    module, x, c = to_torch(flow), rng.normal(size=(21, 3)), rng.normal(size=(21, 2))
+    module.log_prob(torch.from_numpy(x), torch.from_numpy(c)).sum().backward()
+    _, of_parameters, _ = flow.log_prob_vjp(x, np.ones(21), context=c, wrt="parameters")
+    for name, shape, at in flow._layout():
+        own = dict(module.named_parameters()).get(name)
+        if name.startswith("base.") and own is not None:
+            wanted = of_parameters[at : at + int(np.prod(shape))].reshape(shape)
+            np.testing.assert_allclose(own.grad.numpy(), wanted, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("base", BASES, ids=repr)
+def test_files_of_bases_with_parameters(base, dtype, onnxruntime, tmp_path) -> None:
+    flow, path, rng = based_flow(base, dtype), tmp_path / "flow.onnx", np.random.default_rng(0)
+    for method in ("forward", "inverse", "log_prob", "sample"):
+        assert to_onnx(flow, path, method) <= (1e-9 if dtype == "float64" else 5e-4)
+    context = np.tile(rng.normal(size=2), (100_000, 1)).astype(dtype)
+    x, log_p = session_of(onnxruntime, path).run(None, {"context": context})
+    assert_within_budget(log_p, flow.log_prob(x, context=context).astype(np.float64), dtype)
+    ours, shares = flow.sample(100_000, seed=2, context=context[0]), [0.1, 0.3, 0.5, 0.7, 0.9]
+    spread = np.quantile(ours, 0.75, axis=0) - np.quantile(ours, 0.25, axis=0)
+    assert (np.abs(np.quantile(x, shares, axis=0) - np.quantile(ours, shares, axis=0)) < 0.05 * spread).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transform", ["affine", "spline"])
 @pytest.mark.parametrize("scale", [1e3, 1e10, 1e20])

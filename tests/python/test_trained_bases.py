@@ -485,10 +485,3 @@ def test_command_line(tmp_path, capsys) -> None:
     ):
         assert cli.main([*common, *options]) != 0
         assert message in capsys.readouterr().err
-
-
-def test_exporters_refuse_the_base() -> None:
-    pytest.importorskip("torch")
-    for base in ("student_t", "mixture"):
-        with pytest.raises(ValueError, match="expected the normal or the uniform one: no exporter writes it"):
-            nvpflow.exporters.to_torch(nvpflow.build(2, base=base))

@@ -18,7 +18,6 @@ import os
 from typing import TYPE_CHECKING, Literal, get_args
 
 from nvpflow import _checks, _hints
-from nvpflow._bases import Normal, Uniform
 from nvpflow.flow import Flow
 
 if TYPE_CHECKING:
@@ -60,8 +59,7 @@ def to_torch(flow: Flow) -> PlainFlow:
     TypeError
         `flow` is not an `nvpflow.Flow`.
     ValueError
-        A float32 flow whose data have means that float32 does not hold; export ``flow.astype("float64")``. A flow with
-        another base than the normal or the uniform one.
+        A float32 flow whose data have means that float32 does not hold; export ``flow.astype("float64")``.
     ImportError
         PyTorch is not installed.
 
@@ -116,7 +114,7 @@ def to_onnx(flow: Flow, path: str | os.PathLike[str], method: Method = "log_prob
     ------
     TypeError, ValueError
         Naming the argument. Or a float32 flow whose data have means that float32 does not hold. Or more weights than
-        the 2 GB of an ONNX file. Or another base than the normal or the uniform one.
+        the 2 GB of an ONNX file.
     RuntimeError
         onnxruntime cannot run the model, or computes something else. No file has been written.
     ImportError
@@ -144,8 +142,3 @@ def _check(flow: Flow) -> None:
             do = "; give module.to_flow()"
         raise TypeError(f"flow is {_checks.describe(flow)}, expected an nvpflow.Flow{do}")
     _checks.whole_mean(flow)
-    if not isinstance(base := flow.spec.base, (Normal, Uniform)):
-        raise ValueError(
-            f"flow has base={base!r}, expected the normal or the uniform one: no exporter writes it; export a flow of "
-            "these, or run this one by nvpflow in C++ or C"
-        )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nvpflow._bases import Uniform
+from nvpflow._bases import Mixture, StudentT, Uniform
 from nvpflow._bounds import ends, inside
 from nvpflow.exporters._onnx_graph import Graph, Value
 from nvpflow.exporters._weights import Weights, context_statistics, layers_of, lu_factors, split
@@ -63,10 +63,53 @@ def model_of(flow: Flow, method: str) -> Any:
 
 
 def _noise(g: Graph, flow: Flow, shape: Value) -> Value:
-    zeros = g.zeros(shape)
-    if isinstance(base := flow.spec.base, Uniform):
+    zeros, base = g.zeros(shape), flow.spec.base
+    if isinstance(base, Uniform):
         return zeros.node("RandomUniformLike", low=base.low, high=base.high).node("Clip", base.low, base.high)
+    if isinstance(base, StudentT):  # Bailey (1994)
+        df, share = np.exp(_of_base(flow)["log_df"]), zeros.node("RandomUniformLike", low=_LEAST_SHARE, high=1.0)
+        x = share.node("Log") * (-2 / df)
+        angle = zeros.node("RandomUniformLike", low=0.0, high=2 * math.pi)
+        radius = ((1.0 - (-x).node("Exp")) * df).node("Sqrt") * (x * 0.5).node("Exp")
+        return radius * angle.node("Cos")
+    if isinstance(base, Mixture):
+        return _mixture_noise(g, _of_base(flow), zeros)
     return zeros.node("RandomNormalLike")
+
+
+_LEAST_SHARE = 1e-30  # a share of 0 has no logarithm
+
+
+def _of_base(flow: Flow) -> Weights:
+    """Return the base's numbers in float64, by their names without the base's."""
+    return {
+        name.removeprefix("base."): value.astype(np.float64)
+        for name, value in flow.parameters().items()
+        if name.startswith("base.")
+    }
+
+
+def _unit_factors(own: Weights) -> NDArray[np.float64]:
+    """Return L of each component [M, D, D]."""
+    components, size = own["means"].shape
+    unit = np.tile(np.eye(size), (components, 1, 1))
+    if "lower" in own:
+        rows, columns = np.tril_indices(size, -1)
+        unit[:, rows, columns] = own["lower"]
+    return unit
+
+
+def _mixture_noise(g: Graph, own: Weights, zeros: Value) -> Value:
+    shares = np.exp(own["logits"] - own["logits"].max())
+    ends_of = np.cumsum(shares / shares.sum())[:-1]
+    drawn = zeros.slice(0, 1).node("RandomUniformLike", low=0.0, high=1.0)  # [n, 1]
+    passed = drawn.node("GreaterOrEqual", np.append(ends_of, 2.0))  # the last end is none, also of one component
+    chosen = passed.count().node("Squeeze", g.indices(-1))
+    scaled = zeros.node("RandomNormalLike") * g.constant(np.exp(own["log_scales"])).node("Gather", chosen, axis=0)
+    if "lower" in own:
+        factors = g.constant(_unit_factors(own)).node("Gather", chosen, axis=0)
+        scaled = factors.node("MatMul", scaled.node("Unsqueeze", g.indices(-1))).node("Squeeze", g.indices(-1))
+    return g.constant(own["means"]).node("Gather", chosen, axis=0) + scaled
 
 
 def _walk(g: Graph, flow: Flow, rows: Value, context: Value | None, backwards: bool) -> tuple[Value, Value, Value]:
@@ -100,9 +143,44 @@ def _log_prob(flow: Flow, z: Value, log_det: Value) -> Value:
     if isinstance(base, Uniform):
         outside = z.node("Less", base.low).node("Or", z.node("Greater", base.high))
         log_p = (log_det - size * math.log(base.high - base.low)).where(outside.any(), -math.inf)
+    elif isinstance(base, StudentT):
+        log_p = log_det + _log_student(z, np.exp(_of_base(flow)["log_df"]))
+    elif isinstance(base, Mixture):
+        log_p = log_det + _log_mixture(z, _of_base(flow))
     else:
         log_p = log_det - 0.5 * (z * z).sum() - 0.5 * size * math.log(2 * math.pi)
     return log_p.where(log_p.node("IsNaN"), -math.inf)
+
+
+def _log_student(z: Value, df: NDArray[np.float64]) -> Value:
+    """Return log p of latents, where no square overflows."""
+    t = z.node("Abs") / np.sqrt(df)
+    near = t.node("LessOrEqual", 1.0)
+    m = (1.0 / t.where(near, 1.0)).where(near, t)
+    log = _log1p(m * m) + 2.0 * t.where(near, 1.0).node("Log")
+    return (-0.5 * (df + 1) * log).sum() + float(sum(map(_log_norm_of_student, df)))
+
+
+def _log_norm_of_student(df: float) -> float:
+    """Return log p at 0. Of many degrees of freedom the difference of two logarithms of Gamma is their series."""
+    df = min(max(df, 1e-18), 1e18)
+    if df > 1e3:
+        return 1 / (24 * df**3) - 1 / (4 * df) - 0.5 * math.log(2 * math.pi)
+    return math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
+
+
+def _log_mixture(z: Value, own: Weights) -> Value:
+    indices = z.graph.indices
+    away = z.node("Unsqueeze", indices(1)) - own["means"]  # [batch, M, D]
+    if "lower" in own:
+        inverse = np.linalg.inv(_unit_factors(own)).transpose(0, 2, 1)
+        away = away.node("Unsqueeze", indices(2)).node("MatMul", inverse).node("Squeeze", indices(2))
+    away = away * np.exp(-own["log_scales"])
+    weights = own["logits"] - np.logaddexp.reduce(own["logits"])
+    peaks = weights - own["log_scales"].sum(axis=1) - 0.5 * own["means"].shape[1] * math.log(2 * math.pi)
+    logs: Value = peaks - 0.5 * (away * away).sum()  # [batch, M]
+    most = logs.node("ReduceMax", indices(-1), keepdims=1)
+    return (logs - most).node("Exp").sum().node("Log") + most.node("Squeeze", indices(-1))
 
 
 # ------------------------------------------------------------------------------------------------------------- layers
@@ -277,10 +355,13 @@ def _gelu(u: Value) -> Value:
 
 
 def _softplus(u: Value) -> Value:
-    e = (-u.node("Abs")).node("Exp")
+    return u.node("Max", 0.0) + _log1p((-u.node("Abs")).node("Exp"))
+
+
+def _log1p(e: Value) -> Value:
+    """Return log(1 + e), which keeps no digits of a small e; the quotient brings them back (Kahan)."""
     one = e + 1.0
-    # log(1 + e) keeps no digits of a small e; the quotient brings them back (Kahan).
-    return u.node("Max", 0.0) + (one.node("Log") * e / (one - 1.0)).where(one.node("Equal", 1.0), e)
+    return (one.node("Log") * e / (one - 1.0)).where(one.node("Equal", 1.0), e)
 
 
 _ACTIVATIONS: dict[str, Callable[[Value], Value]] = {

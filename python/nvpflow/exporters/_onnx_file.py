@@ -16,7 +16,7 @@ except ImportError as error:
     ) from error
 
 from nvpflow import _output
-from nvpflow._bases import Uniform
+from nvpflow._bases import Mixture, StudentT, Uniform
 from nvpflow.exporters._onnx import model_of
 from nvpflow.exporters._weights import context_statistics
 from nvpflow.flow import Flow
@@ -108,6 +108,8 @@ def _results(flow: Flow, method: str, given: Arrays) -> Arrays:
     x, log_det = flow.inverse(given["z"], with_log_det=True, context=context)
     if method == "inverse":
         return {"x": x, "log_det": log_det}
+    if isinstance(flow.spec.base, (StudentT, Mixture)):
+        return {"x": x, "log_prob": flow.log_prob(x, context=context)}
     return {"x": x, "log_prob": _log_density(flow, given["z"]) - log_det}
 
 

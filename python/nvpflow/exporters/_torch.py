@@ -14,8 +14,8 @@ try:
 except ImportError as error:
     raise ImportError('nvpflow.exporters.to_torch needs PyTorch 2.4 or newer: pip install "torch>=2.4"') from error
 
-from nvpflow._bases import Uniform
 from nvpflow._bounds import ends, inside
+from nvpflow.exporters._torch_bases import base_of
 from nvpflow.exporters._weights import Weights, context_statistics, layers_of, split
 from nvpflow.flow import Flow
 from nvpflow.layers import (
@@ -54,14 +54,10 @@ class PlainFlow(nn.Module):
 
     def __init__(self, flow: Flow) -> None:
         super().__init__()
-        spec, base = flow.spec, flow.spec.base
+        spec = flow.spec
         self.input_size: int = spec.input_size
         self.context_size: int = spec.context_size
-        self.is_uniform: bool = isinstance(base, Uniform)
-        self.low: float = base.low if isinstance(base, Uniform) else -math.inf
-        self.high: float = base.high if isinstance(base, Uniform) else math.inf
-        of_one = -math.log(self.high - self.low) if self.is_uniform else -0.5 * math.log(2 * math.pi)
-        self.register_buffer("log_peak", torch.tensor(of_one * spec.input_size, dtype=getattr(torch, spec.dtype)))
+        self.base = base_of(flow)
         mean, log_std = context_statistics(flow) or (None, None)
         self.register_buffer("context_mean", None if mean is None else torch.from_numpy(mean))
         self.register_buffer("context_log_std", None if log_std is None else torch.from_numpy(log_std))
@@ -81,11 +77,8 @@ class PlainFlow(nn.Module):
     def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
         """Return log p(x) [...]."""
         z, log_det = self._walk(x, context, False)
-        if self.is_uniform:
-            inside = ((z >= self.low) & (z <= self.high)).all(-1)
-            log_p = (self.log_peak + log_det).masked_fill(~inside, -math.inf)
-        else:
-            log_p = self.log_peak - 0.5 * (z * z).sum(-1) + log_det
+        density = self.base(z)
+        log_p = (density + log_det).masked_fill(density == -math.inf, -math.inf)
         return log_p.masked_fill(log_p.isnan(), -math.inf).masked_fill(z.isnan().any(-1), math.nan)
 
     @torch.jit.export
@@ -101,13 +94,7 @@ class PlainFlow(nn.Module):
         if context is not None:
             shape = list(context.shape[:-1]) + shape
             c = context.unsqueeze(-2)
-        like = self.log_peak
-        if self.is_uniform:
-            share = torch.rand(shape, generator=generator, dtype=like.dtype, device=like.device)
-            z = (self.low + (self.high - self.low) * share).clamp(self.low, self.high)
-        else:
-            z = torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
-        return self._walk(z, c, True)[0]
+        return self._walk(self.base.sample(shape, generator), c, True)[0]
 
     def _walk(self, rows: Tensor, context: Context, backwards: bool) -> tuple[Tensor, Tensor]:
         values, c = self._given(rows, context)
@@ -127,8 +114,10 @@ class PlainFlow(nn.Module):
 
     def _given(self, rows: Tensor, context: Context) -> tuple[Tensor, Context]:
         """Return rows and standardized contexts with the same leading axes."""
-        if rows.dtype != self.log_peak.dtype:
-            raise TypeError(f"rows have dtype {rows.dtype}, expected the module's, {self.log_peak.dtype}, in a tensor")
+        if rows.dtype != self.base.log_peak.dtype:
+            raise TypeError(
+                f"rows have dtype {rows.dtype}, expected the module's, {self.base.log_peak.dtype}, in a tensor"
+            )
         if rows.shape[-1] != self.input_size:
             raise ValueError(f"rows have shape {list(rows.shape)}, expected (..., {self.input_size})")
         if context is None:

@@ -15,6 +15,7 @@ from nvpflow._bases import Mixture, Normal, StudentT, Uniform, checked_temperatu
 from nvpflow._spec import bounds_of, standardize_name
 from nvpflow.flow import Flow
 from nvpflow.torch._autograd import call, is_plain, refuse_tangents
+from nvpflow.torch._bases import log_student
 from nvpflow.torch._engine import DTYPES, Engine, Piece, are_shared
 
 # What converts to a flow's dtype without loss.
@@ -245,7 +246,7 @@ class FlowModule(torch.nn.Module):
             return z.new_full(z.shape[:-1], -size * math.log(base.high - base.low))
         own = dict(self._named())
         if isinstance(base, StudentT):
-            return _log_student(z, own["base.log_df"]).sum(-1)
+            return log_student(z, own["base.log_df"]).sum(-1)
         return _log_mixture(base, z, own)
 
     # -- the flow -----------------------------------------------------------------------------------------------------
@@ -644,16 +645,6 @@ def _total(z: torch.Tensor, log_det: torch.Tensor, temperature: float) -> torch.
     """Return log p of rows by latents and log-determinant: NaN where rows hold NaN or infinity, and nowhere else."""
     log_p = _log_normal(z, temperature) + log_det
     return torch.where(log_p.isnan() & ~log_det.isnan(), -math.inf, log_p)
-
-
-def _log_student(z: torch.Tensor, log_df: torch.Tensor) -> torch.Tensor:
-    """Return log p of each latent [..., D], where no square overflows."""
-    df = log_df.exp()
-    norm = torch.lgamma((df + 1) / 2) - torch.lgamma(df / 2) - 0.5 * torch.log(df * math.pi)
-    t = z.abs() / df.sqrt()
-    far = t > 1
-    m = torch.where(far, 1 / torch.where(far, t, 1), t)
-    return norm - (df + 1) / 2 * (torch.log1p(m * m) + 2 * torch.log(torch.where(far, t, 1)))
 
 
 def _log_mixture(base: Mixture, z: torch.Tensor, own: dict[str, torch.Tensor]) -> torch.Tensor:
