@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nvpflow import _html
+from nvpflow._records import Column, Records
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class DensityHistory:
+class DensityHistory(Records):
     """What `Flow.fit_density` did: one value per report in each array, losses in nats.
 
     Attributes
@@ -52,65 +55,44 @@ class DensityHistory:
     best_loss: float
     stop_reason: str
 
+    _COUNTER: ClassVar[str] = "step"
+    _WHAT: ClassVar[str] = "the history"
+    _COLUMNS: ClassVar[tuple[Column, ...]] = (
+        Column("step", "step", 5, ""),
+        Column("loss", "loss", 11, ".4f"),
+        Column("validation loss", "validation_loss", 15, ".4f"),
+        Column("ESS", "ess", 6, ".1%"),
+        Column("learning rate", "learning_rate", 13, ".3g"),
+        Column("gradient norm", "gradient_norm", 13, ".3g"),
+    )
+
     @classmethod
     def _from_summary(cls, summary: Mapping[str, Any]) -> DensityHistory:
-        """Return what the compiled loop tells; its records have the names of the arrays here."""
-        reports = summary["reports"]
-        arrays: dict[str, Any] = {
-            name: np.array([report[name] for report in reports], dtype=np.int64 if name == "step" else np.float64)
-            for name in _ARRAYS
-        }
-        return cls(**arrays, **{name: summary[name] for name in _SCALARS})
+        """Return what the compiled loop tells."""
+        return cls._of_records(summary["reports"], summary)
 
-    def __len__(self) -> int:
-        """Return the number of reports."""
-        return len(self.step)
-
-    def __repr__(self) -> str:
-        """Return a table of the first, the best and the last report."""
-        lines = [
-            f"DensityHistory: {self._summary()}",
-            "          step         loss  validation loss     ESS  learning rate  gradient norm",
-        ]
-        lines += [
-            f"  {mark:<5}  {self.step[i]:>5}  {self.loss[i]:>11.4f}  {self.validation_loss[i]:>15.4f}  "
-            f"{self.ess[i]:>6.1%}  {self.learning_rate[i]:>13.3g}  {self.gradient_norm[i]:>13.3g}"
-            for mark, i in self._marked()
-        ]
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        """Return a table of the first, the best and the last report, for notebooks."""
-        head = ("", "step", "loss", "validation loss", "ESS", "learning rate", "gradient norm")
-        lines = [
-            (
-                mark,
-                f"{self.step[i]}",
-                f"{self.loss[i]:.4f}",
-                f"{self.validation_loss[i]:.4f}",
-                f"{self.ess[i]:.1%}",
-                f"{self.learning_rate[i]:.3g}",
-                f"{self.gradient_norm[i]:.3g}",
-            )
-            for mark, i in self._marked()
-        ]
-        return _html.table(f"DensityHistory: {self._summary()}", head, lines)
-
-    def _summary(self) -> str:
+    def _said(self) -> list[str]:
         done = int(self.step[-1]) if len(self) else 0
-        return f"{done:,} steps in {self.seconds.sum():.1f} s, stop reason: {self.stop_reason}"
+        return [f"{done:,} steps in {self.seconds.sum():.1f} s, stop reason: {self.stop_reason}"]
 
-    def _marked(self) -> list[tuple[str, int]]:
-        """Return the first, the best and the last report, by index."""
-        at_best = np.flatnonzero(self.step == self.best_step)
-        marks = [("first", 0), *(("best", int(i)) for i in at_best), ("last", len(self) - 1)]
-        return marks if len(self) else []
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the evidence's lower bound over the steps: `nvpflow.plot.evidence_curve`.
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return all of it as lists and numbers of Python."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in values.items()}
+        Parameters
+        ----------
+        ax
+            Where to draw; None makes a new figure.
 
+        Returns
+        -------
+        matplotlib.axes.Axes
+            The axes drawn on.
 
-_ARRAYS = [field.name for field in fields(DensityHistory) if str(field.type).startswith("NDArray")]
-_SCALARS = [field.name for field in fields(DensityHistory) if field.name not in _ARRAYS]
+        Raises
+        ------
+        ImportError
+            Matplotlib is not installed (``pip install matplotlib``).
+        """
+        from nvpflow import plot
+
+        return plot.evidence_curve(self, ax=ax)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nvpflow import _html
+from nvpflow._records import Column, Records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class History:
+class History(Records):
     """What `Flow.fit` did: one value per epoch in each array, losses in nats per row.
 
     Attributes
@@ -78,36 +77,29 @@ class History:
     folds: int = 0
     initial_loss: float | None = None
 
+    _COUNTER: ClassVar[str] = "epoch"
+    _WHAT: ClassVar[str] = "the history"
+    _COLUMNS: ClassVar[tuple[Column, ...]] = (
+        Column("epoch", "epoch", 5, ""),
+        Column("train nll", "train_loss", 11, ".4f"),
+        Column("validation nll", "validation_loss", 14, ".4f"),
+        Column("learning rate", "learning_rate", 13, ".3g"),
+        Column("gradient norm", "gradient_norm", 13, ".3g"),
+        Column("seconds", "seconds", 7, ".2f"),
+    )
+    _LATER: ClassVar[frozenset[str]] = frozenset({"standardized", "rows_left_out", "folds", "initial_loss"})
+
     @classmethod
     def _from_summary(cls, summary: Mapping[str, Any], standardized: dict[str, str]) -> History:
-        """Return what the compiled loop tells; its records have the names of the arrays here."""
-        epochs = summary["epochs"]
-        values: dict[str, Any] = {
-            name: np.array([epoch[name] for epoch in epochs], dtype=dtype) for name, dtype in _ARRAYS.items()
-        }
-        values |= {name: kind(summary[name]) for name, kind in _SCALARS.items() if name != "standardized"}
-        values["standardized"] = standardized
-        return cls(**values)
+        """Return what the compiled loop tells."""
+        return cls._of_records(summary["epochs"], {**summary, "standardized": standardized})
 
-    def __len__(self) -> int:
-        """Return the number of epochs."""
-        return len(self.epoch)
-
-    def __repr__(self) -> str:
-        """Return a table of the first, the best and the last epoch."""
-        lines = [
-            f"History: {self._summary()}",
-            "         epoch    train nll  validation nll  learning rate  gradient norm  seconds",
-        ]
+    def _columns(self) -> tuple[Column, ...]:
         measured = len(self) > 0 and not np.isnan(self.round_trip).all()
-        lines[1] += "  round trip" if measured else ""
-        for mark, i in self._marked():
-            lines.append(
-                f"  {mark:<5}  {self.epoch[i]:>5}  {self.train_loss[i]:>11.4f}  {self.validation_loss[i]:>14.4f}  "
-                f"{self.learning_rate[i]:>13.3g}  {self.gradient_norm[i]:>13.3g}  {self.seconds[i]:>7.2f}"
-                + (f"  {self.round_trip[i]:>10.2e}" if measured else "")
-            )
-        return "\n".join([*lines, *self._start(), *self._findings()])
+        return (*self._COLUMNS, Column("round trip", "round_trip", 10, ".2e")) if measured else self._COLUMNS
+
+    def _said(self) -> list[str]:
+        return [self._summary(), *self._start(), *self._findings()]
 
     def _findings(self) -> list[str]:
         """Say what was done about far rows, in a sentence each."""
@@ -127,24 +119,6 @@ class History:
             return []
         return [f"kept as it started, a Gaussian: no epoch beats its validation nll, {self.initial_loss:.4f}"]
 
-    def _repr_html_(self) -> str:
-        """Return a table of the first, the best and the last epoch, for notebooks."""
-        head = ("", "epoch", "train nll", "validation nll", "learning rate", "gradient norm", "seconds")
-        lines = [
-            (
-                mark,
-                f"{self.epoch[i]}",
-                f"{self.train_loss[i]:.4f}",
-                f"{self.validation_loss[i]:.4f}",
-                f"{self.learning_rate[i]:.3g}",
-                f"{self.gradient_norm[i]:.3g}",
-                f"{self.seconds[i]:.2f}",
-            )
-            for mark, i in self._marked()
-        ]
-        said = "; ".join([self._summary(), *self._start(), *self._findings()])
-        return _html.table(f"History: {said}", head, lines)
-
     def _summary(self) -> str:
         weighted = self.effective_rows != self.train_rows
         effective = f" (by weight as good as {self.effective_rows:,.0f})" if weighted else ""
@@ -158,17 +132,6 @@ class History:
             )
         )
 
-    def _marked(self) -> list[tuple[str, int]]:
-        """Return the first, the best and the last epoch, by index."""
-        at_best = np.flatnonzero(self.epoch == self.best_epoch)
-        marks = [("first", 0), *(("best", int(i)) for i in at_best), ("last", len(self) - 1)]
-        return marks if len(self) else []
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all of it as lists and numbers of Python, NaN where there was no validation data."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in values.items()}
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> History:
         """Return the history that `to_dict` has made `values` of, also by way of JSON (None stands for NaN).
@@ -178,21 +141,7 @@ class History:
         ValueError
             `values` is not what `to_dict` returns.
         """
-        values = {"effective_rows": values.get("train_rows"), **values}
-        needed = [name for name in [*_ARRAYS, *_SCALARS] if name not in _LATER]
-        if set(values) - _LATER != set(needed):
-            raise ValueError(f"the history holds {', '.join(map(str, values))}, expected {', '.join(needed)}")
-        try:
-            given: dict[str, Any] = {name: np.array(values[name], dtype=dtype) for name, dtype in _ARRAYS.items()}
-            given |= {name: kind(values[name]) for name, kind in _SCALARS.items() if name in values}
-        except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(
-                f"the history holds something else ({error}), expected lists of numbers of one length"
-            ) from error
-        if any(given[name].shape != (len(given["epoch"]),) for name in _ARRAYS):
-            lengths = {name: given[name].shape for name in _ARRAYS}
-            raise ValueError(f"the history's lists have shapes {lengths}, expected one length")
-        return cls(**given)
+        return super().from_dict({"effective_rows": values.get("train_rows"), **values})
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the log-likelihood over the epochs: `nvpflow.plot.learning_curve`.
@@ -215,27 +164,3 @@ class History:
         from nvpflow import plot
 
         return plot.learning_curve(self, ax=ax)
-
-
-_ARRAYS = {
-    field.name: np.int64 if field.type == "NDArray[np.int64]" else np.float64
-    for field in fields(History)
-    if str(field.type).startswith("NDArray")
-}
-
-
-def _measured(value: Any) -> float | None:
-    """Return a number, or None for what was not measured, which the compiled loop calls infinite."""
-    return None if value is None or math.isinf(value) else float(value)
-
-
-_KINDS: dict[Any, Callable[[Any], Any]] = {
-    "int": int,
-    "float": float,
-    "float | None": _measured,
-    "str": str,
-    "dict[str, str]": dict,
-}
-_SCALARS = {field.name: _KINDS[field.type] for field in fields(History) if field.name not in _ARRAYS}
-# Not in histories of older versions.
-_LATER = {"standardized", "rows_left_out", "folds", "initial_loss"}

@@ -23,7 +23,16 @@ from nvpflow._model import Model
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["corner", "latent_correlation", "latent_qq", "learning_curve", "log_likelihood", "rank_histogram", "style"]
+__all__ = [
+    "corner",
+    "evidence_curve",
+    "latent_correlation",
+    "latent_qq",
+    "learning_curve",
+    "log_likelihood",
+    "rank_histogram",
+    "style",
+]
 
 Array = NDArray[np.float64]
 
@@ -698,6 +707,21 @@ def _diverging() -> Any:
 # ------------------------------------------------------------------------------------------ training and likelihoods
 
 
+class DensityLosses(Protocol):
+    """What an evidence curve shows of an `nvpflow.DensityHistory`."""
+
+    @property
+    def step(self) -> NDArray[np.int64]: ...
+    @property
+    def loss(self) -> Array: ...
+    @property
+    def validation_loss(self) -> Array: ...
+    @property
+    def best_step(self) -> int: ...
+    @property
+    def best_loss(self) -> float: ...
+
+
 class Losses(Protocol):
     """What a learning curve shows of an `nvpflow.History`."""
 
@@ -742,30 +766,83 @@ def learning_curve(history: Losses, *, reference: Mapping[str, float] | None = N
     """
     if len(history.epoch) == 0:
         raise ValueError("history has no epochs, expected at least one")
-    levels = (
-        {} if reference is None else {name: _checks.real(f"reference[{name!r}]", v) for name, v in reference.items()}
-    )
-    ax = _axes(ax, (5.2, 3.6))
-    marker: dict[str, Any] = {"marker": "o", "markersize": 3} if len(history.epoch) < 3 else {}
-    ax.plot(history.epoch, -history.train_loss, color=_muted(), linewidth=1.3, label="training rows", **marker)
-    curves = [-history.train_loss]
+    curves = {"training rows": -history.train_loss}
+    best = None
     if history.validation_rows:
-        ax.plot(history.epoch, -history.validation_loss, color=_FLOW, linewidth=1.9, label="validation rows", **marker)
-        curves.append(-history.validation_loss)
-    if history.best_epoch and history.validation_rows:
-        label = f"best: {_signed(-history.best_loss, 3)}, epoch {history.best_epoch}"
-        ax.plot(history.best_epoch, -history.best_loss, "o", color=_FLOW, markersize=6, markeredgewidth=0, label=label)
+        curves["validation rows"] = -history.validation_loss
+        if history.best_epoch:
+            best = history.best_epoch, -history.best_loss
+    ax = _curves(ax, history.epoch, curves, best, reference, "epoch", "epoch")
+    ax.set(xlabel="epoch", ylabel="log-likelihood (nats per row)")
+    return ax
+
+
+def evidence_curve(
+    history: DensityLosses, *, reference: Mapping[str, float] | None = None, ax: Axes | None = None
+) -> Axes:
+    """Draw the lower bound of the evidence over the steps of a training on a log-density.
+
+    Parameters
+    ----------
+    history
+        What `nvpflow.Flow.fit_density` returned.
+    reference
+        Log evidences in nats to compare with, by name, drawn as level lines.
+    ax
+        Where to draw; None makes a new figure.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        In nats, higher is better: minus the losses of the history, of the steps' rows and of those that reports are
+        compared by. The best report is marked. Reports far below the rest are left out of the frame, and a note counts
+        them.
+
+    Raises
+    ------
+    ValueError
+        The history has no reports.
+    ImportError
+        Matplotlib is not installed.
+    """
+    if len(history.step) == 0:
+        raise ValueError("history has no reports, expected at least one")
+    curves = {"rows of the steps": -history.loss, "rows of the reports": -history.validation_loss}
+    best = (history.best_step, -history.best_loss) if history.best_step else None
+    ax = _curves(ax, history.step, curves, best, reference, "step", "report")
+    ax.set(xlabel="step", ylabel="lower bound of the log evidence (nats)")
+    return ax
+
+
+def _curves(
+    ax: Axes | None,
+    places: NDArray[np.int64],
+    curves: Mapping[str, Array],
+    best: tuple[int, float] | None,
+    reference: Mapping[str, float] | None,
+    counter: str,
+    record: str,
+) -> Axes:
+    """Draw a first curve in grey and perhaps a second one with its best place, over level lines."""
+    given = {} if reference is None else reference
+    levels = {name: _checks.real(f"reference[{name!r}]", v) for name, v in given.items()}
+    ax = _axes(ax, (5.2, 3.6))
+    marker: dict[str, Any] = {"marker": "o", "markersize": 3} if len(places) < 3 else {}
+    for (label, values), colour, width in zip(curves.items(), (_muted(), _FLOW), (1.3, 1.9), strict=False):
+        ax.plot(places, values, color=colour, linewidth=width, label=label, **marker)
+    if best is not None:
+        label = f"best: {_signed(best[1], 3)}, {counter} {best[0]}"
+        ax.plot(*best, "o", color=_FLOW, markersize=6, markeredgewidth=0, label=label)
     for (name, level), colour in zip(levels.items(), [_DATA, "C2", "C3"] * len(levels), strict=False):
         ax.axhline(level, color=colour, linestyle=(0, (4, 3)), linewidth=1.2, label=f"{name}: {_signed(level, 3)}")
-    _frame_curves(ax, curves, list(levels.values()))
-    ax.set(xlabel="epoch", ylabel="log-likelihood (nats per row)")
+    _frame_curves(ax, list(curves.values()), list(levels.values()), record)
     ax.locator_params(axis="x", integer=True)
     _open_frame(ax)
     ax.legend(frameon=False, loc="best")
     return ax
 
 
-def _frame_curves(ax: Axes, curves: list[Array], levels: list[float]) -> None:
+def _frame_curves(ax: Axes, curves: list[Array], levels: list[float], record: str) -> None:
     """Fit the frame to the curves but for a first plunge, which would flatten all that follows."""
     values = np.concatenate(curves)
     values = values[np.isfinite(values)]
@@ -779,7 +856,7 @@ def _frame_curves(ax: Axes, curves: list[Array], levels: list[float]) -> None:
     margin = 0.05 * (top - low) or 0.5
     ax.set_ylim(low - margin, top + margin)
     if hidden:
-        note = f"\N{DOWNWARDS ARROW} {hidden} epoch{'s' if hidden > 1 else ''} below"
+        note = f"\N{DOWNWARDS ARROW} {hidden} {record}{'s' if hidden > 1 else ''} below"
         ax.annotate(note, (0.02, 0.02), xycoords="axes fraction", color=_muted(), fontsize="small")
 
 

@@ -491,6 +491,36 @@ def test_bits_of_a_trained_base(base, tmp_path) -> None:
     assert np.isfinite(trained(batch_size=1, steps=30)).all()
 
 
+def test_a_history_comes_back_from_json_and_is_drawn() -> None:
+    history = run(bent_flow())
+    again = nvpflow.DensityHistory.from_dict(json.loads(json.dumps(history.to_dict())))
+    assert again.to_dict() == history.to_dict()
+    assert again.step.dtype == np.int64
+    assert repr(again) == repr(history)
+    values = history.to_dict()
+    for wrong, message in (
+        ({**values, "epoch": []}, "the history holds .*epoch, expected step, loss, "),
+        ({name: values[name] for name in list(values)[1:]}, "the history holds loss, "),
+        ({**values, "loss": values["loss"][1:]}, "the history's lists have shapes"),
+        ({**values, "best_step": "last"}, "the history holds something else"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            nvpflow.DensityHistory.from_dict(wrong)
+    pytest.importorskip("matplotlib")
+    from nvpflow import plot
+
+    ax = history.plot()
+    first, second, best = ax.get_lines()
+    np.testing.assert_array_equal(first.get_ydata(), -history.loss)
+    np.testing.assert_array_equal(second.get_ydata(), -history.validation_loss)
+    assert (best.get_xdata()[0], best.get_ydata()[0]) == (history.best_step, -history.best_loss)
+    assert plot.evidence_curve(history, reference={"exact": 0.0}, ax=ax) is ax
+    assert "exact: " in ax.get_legend().get_texts()[-1].get_text()
+    none = {name: [] if isinstance(value, list) else value for name, value in values.items()}
+    with pytest.raises(ValueError, match="history has no reports"):
+        plot.evidence_curve(nvpflow.DensityHistory.from_dict(none))
+
+
 # ---- importance ------------------------------------------------------------------------------------------------------
 
 
