@@ -68,7 +68,7 @@ class BoundedBackend final : public Backend {
         undo(chunk, out, how);
         return add(of_rows, chunk, 1, kInfinity);
       }
-      apply(chunk, in, nullptr, how);
+      apply(chunk, in, nullptr, Holding::numbers, how);
       T* const z = at<T>(out, chunk.first * features_);
       behind_->transform(direction, chunk.y, chunk.rows, z, of_rows, chunk.how);
       add(of_rows, chunk, 1, -kInfinity);
@@ -87,9 +87,12 @@ class BoundedBackend final : public Backend {
     each_chunk(rows, how, [&](const Chunk& chunk) {
       T* const of_rows = at<T>(log_prob, chunk.first);
       const std::uint64_t row = first_row + static_cast<std::uint64_t>(chunk.first);
-      behind_->sample(seed, row, chunk.rows, chunk.y, of_rows, chunk.how);
+      const bool rounds = !columns_.discrete().empty();
+      behind_->sample(seed, row, chunk.rows, chunk.y, rounds ? nullptr : of_rows, chunk.how);
       undo(chunk, x, how);
-      add(of_rows, chunk, -1, -kInfinity);
+      if (!rounds) return add(of_rows, chunk, -1, -kInfinity);
+      each_row(chunk, x, nullptr, how, [&](auto* values, std::int64_t) { columns_.round(values); });
+      if (of_rows != nullptr) this->log_prob(chunk, x, nullptr, of_rows, how);
     });
   }
 
@@ -119,18 +122,18 @@ class BoundedBackend final : public Backend {
         narrow.float64_rows = false;
         return behind_->vjp(direction, z, chunk.rows, chunk.g, of_log_det, to, grad_parameters, add_to, narrow);
       }
-      apply(chunk, in, nullptr, how);
+      apply(chunk, in, nullptr, Holding::numbers, how);
       const T* const g = without_outside(chunk, given, features_, chunk.g);
       const T* const weights = without_outside(chunk, of_log_det, 1, chunk.weights);
       behind_->vjp(direction, chunk.y, chunk.rows, g, weights, to, grad_parameters, add_to, chunk.how);
-      apply_backward(chunk, in, nullptr, weights, to, how);
+      apply_backward(chunk, in, Holding::numbers, weights, to, how);
     });
   }
 
   void log_prob_vjp(const void* x, std::int64_t rows, const void* grad_log_prob, void* log_prob, void* grad_x,
                     void* grad_parameters, bool accumulate, const Execution& how) const override {
     each_chunk(rows, how, [&](const Chunk& chunk) {
-      apply(chunk, x, nullptr, how);
+      apply(chunk, x, nullptr, Holding::integers, how);
       const T* const given = at<T>(grad_log_prob, chunk.first);
       if (given == nullptr) std::fill_n(chunk.weights, chunk.rows, T(1));
       const T* const weights = without_outside(chunk, given == nullptr ? chunk.weights : given, 1, chunk.weights);
@@ -139,7 +142,7 @@ class BoundedBackend final : public Backend {
       behind_->log_prob_vjp(chunk.y, chunk.rows, weights, of_rows, to, grad_parameters, accumulate || chunk.first > 0,
                             chunk.how);
       add(of_rows, chunk, 1, -kInfinity);
-      apply_backward(chunk, x, nullptr, weights, to, how);
+      apply_backward(chunk, x, Holding::integers, weights, to, how);
     });
   }
 
@@ -147,7 +150,7 @@ class BoundedBackend final : public Backend {
                       const Execution& how) const override {
     double sum = 0;
     each_chunk(rows.count, with_context(rows.index, rows.count, how), [&](const Chunk& chunk) {
-      apply(chunk, x, rows.index, how);
+      apply(chunk, x, rows.index, Holding::integers, how);
       for (std::int64_t r = 0; r < chunk.rows; ++r) {
         const auto cotangent = static_cast<T>(-rows.weight(chunk.first + r) / total);
         chunk.weights[r] = is_outside(chunk.log_det[r]) ? T(0) : cotangent;
@@ -286,9 +289,11 @@ class BoundedBackend final : public Backend {
     });
   }
 
-  void apply(const Chunk& chunk, const void* x, const std::int64_t* index, const Execution& how) const {
-    each_row(chunk, x, index, how,
-             [&](const auto* row, std::int64_t r) { chunk.log_det[r] = columns_.apply(row, chunk.y + r * features_); });
+  void apply(const Chunk& chunk, const void* x, const std::int64_t* index, Holding holding,
+             const Execution& how) const {
+    each_row(chunk, x, index, how, [&](const auto* row, std::int64_t r) {
+      chunk.log_det[r] = columns_.apply(row, chunk.y + r * features_, holding);
+    });
   }
 
   void undo(const Chunk& chunk, void* x, const Execution& how) const {
@@ -297,11 +302,12 @@ class BoundedBackend final : public Backend {
   }
 
   /// g [rows, D]: null: not wanted.
-  void apply_backward(const Chunk& chunk, const void* x, const std::int64_t* index, const T* g_log_det, T* g,
+  void apply_backward(const Chunk& chunk, const void* x, Holding holding, const T* g_log_det, T* g,
                       const Execution& how) const {
     if (g == nullptr) return;
-    each_row(chunk, x, index, how, [&](const auto* row, std::int64_t r) {
-      columns_.apply_backward(row, g_log_det == nullptr ? 0 : static_cast<double>(g_log_det[r]), g + r * features_);
+    each_row(chunk, x, nullptr, how, [&](const auto* row, std::int64_t r) {
+      const double of_log_det = g_log_det == nullptr ? 0 : static_cast<double>(g_log_det[r]);
+      columns_.apply_backward(row, holding, of_log_det, g + r * features_);
     });
   }
 
@@ -326,7 +332,7 @@ class BoundedBackend final : public Backend {
   }
 
   void log_prob(const Chunk& chunk, const void* x, const std::int64_t* index, T* out, const Execution& how) const {
-    apply(chunk, x, index, how);
+    apply(chunk, x, index, Holding::integers, how);
     behind_->log_prob(chunk.y, chunk.rows, out, chunk.how);
     add(out, chunk, 1, -kInfinity);
   }

@@ -1,4 +1,5 @@
-// Bounds of a flow's columns, in front of any backend: rows of data go through them on the host, in float64.
+// Bounds of a flow's columns, in front of any backend: rows of data go through them on the host, in float64. Samples of
+// discrete columns are rounded there.
 #pragma once
 
 #include <memory>

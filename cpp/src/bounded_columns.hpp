@@ -1,6 +1,7 @@
 // All columns of rows, through their bounds and back, row by row.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -13,23 +14,28 @@
 
 namespace nvpflow {
 
+/// What rows may hold: any number inside the bounds, or in discrete columns integers only, which have a log p.
+enum class Holding { numbers, integers };
+
 /// A row outside of its bounds, or on an edge, becomes zeros, with the log-determinant -infinity. One with NaN or
 /// infinity keeps it, and its log-determinant is NaN. X: of rows of data, Y: of rows behind the bounds.
 class BoundedColumns {
  public:
-  explicit BoundedColumns(const Bounds& bounds) {
+  explicit BoundedColumns(const Bounds& bounds) : discrete_(bounds.discrete.begin(), bounds.discrete.end()) {
     for (std::size_t j = 0; j < bounds.low.size(); ++j) columns_.emplace_back(bounds.low[j], bounds.high[j]);
   }
 
   std::size_t size() const { return columns_.size(); }
   const BoundsMap& operator[](std::size_t column) const { return columns_[column]; }
+  /// Those that hold integers, ascending.
+  const std::vector<std::size_t>& discrete() const { return discrete_; }
 
   /// y [D]; returns the log-determinant. Finite numbers stay finite: those too large for Y become its largest.
   template <class X, class Y>
-  double apply(const X* x, Y* y) const {
+  double apply(const X* x, Y* y, Holding holding) const {
     constexpr double kLargest = std::numeric_limits<Y>::max();
     double log_det = 0;
-    bool inside = true, finite = true;
+    bool inside = holding == Holding::numbers || holds_integers(x), finite = true;
     for (std::size_t j = 0; j < columns_.size(); ++j) {
       const auto from = static_cast<double>(x[j]);
       finite = finite && std::isfinite(from);
@@ -61,10 +67,16 @@ class BoundedColumns {
     return log_det;
   }
 
+  /// The discrete columns of a row become integers; there is no -0.
+  template <class X>
+  void round(X* x) const {
+    for (const std::size_t j : discrete_) x[j] = std::nearbyint(x[j]) + X(0);
+  }
+
   /// From the cotangents g [D] of what apply() gives to those of x, in place. Nothing moves around a row outside.
   template <class X, class T>
-  void apply_backward(const X* x, double g_log_det, T* g) const {
-    bool inside = true, finite = true;
+  void apply_backward(const X* x, Holding holding, double g_log_det, T* g) const {
+    bool inside = holding == Holding::numbers || holds_integers(x), finite = true;
     for (std::size_t j = 0; j < columns_.size(); ++j) {
       const auto from = static_cast<double>(x[j]);
       finite = finite && std::isfinite(from);
@@ -91,7 +103,13 @@ class BoundedColumns {
   }
 
  private:
+  template <class X>
+  bool holds_integers(const X* x) const {
+    return std::all_of(discrete_.begin(), discrete_.end(), [&](std::size_t j) { return std::nearbyint(x[j]) == x[j]; });
+  }
+
   std::vector<BoundsMap> columns_;
+  std::vector<std::size_t> discrete_;
 };
 
 }  // namespace nvpflow

@@ -596,6 +596,9 @@ DensityHistory fit_density(Flow& flow, const LogDensity<T>& log_density, const D
   const FloatMode mode;  // also for what the training itself computes; the density and the observer are called in it
   options.validate();
   if (!log_density) fail("log_density is empty, expected a function");
+  if (const Bounds* bounds = flow.spec().bounds(); bounds != nullptr && !bounds->discrete.empty()) {
+    fail("the flow has discrete columns, expected none: their samples are rounded, and no gradient goes through that");
+  }
   if (flow.spec().dtype != (sizeof(T) == 4 ? DType::float32 : DType::float64)) {
     throw Error(ErrorCode::type_mismatch,
                 "log_density is not of " + std::string(name_of(flow.spec().dtype)) + " as the flow is");

@@ -25,6 +25,7 @@
 #include "layer_start.hpp"
 #include "layers/layer.hpp"
 #include "mixture_start.hpp"
+#include "random.hpp"
 #include "row_order.hpp"
 #include "sample_weights.hpp"
 #include "weighted_table.hpp"
@@ -64,7 +65,8 @@ class Initializer {
 
   std::vector<std::string> run(Statistics statistics) {
     if (!behind_bounds_) {
-      const BoundedRows behind = through_bounds<X>("x", x_, *flow_.spec().bounds(), flow_.column_names(), no_poll);
+      const Dither dither = {/*seed=*/0, kStreamDither};
+      const BoundedRows behind = through_bounds<X>("x", x_, flow_.spec(), flow_.column_names(), dither, no_poll);
       return Initializer<T, double>(flow_, behind.rows, given_context_, weights_, true).run(statistics);
     }
     std::vector<std::string> how;

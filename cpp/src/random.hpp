@@ -15,7 +15,9 @@ inline constexpr std::uint32_t kStreamNoise = 0;       // sample(): standard nor
 inline constexpr std::uint32_t kStreamInitialize = 1;  // initialize_parameters()
 inline constexpr std::uint32_t kStreamShuffle = 2;     // fit(): order of the rows in each epoch
 inline constexpr std::uint32_t kStreamSplit = 3;       // fit(): rows set aside for validation
+inline constexpr std::uint32_t kStreamDither = 4;      // fit(): noise on discrete columns of x ...
 inline constexpr std::uint32_t kStreamComponent = 5;   // sample(): the component of a mixture that a row comes from
+inline constexpr std::uint32_t kStreamDitherValidation = 6;  // ... and of validation
 
 /// Philox 4x32-10 (Salmon, Moraes, Dror and Shaw, Parallel random numbers: as easy as 1, 2, 3, SC 2011).
 inline void philox4x32(std::uint64_t key, const std::uint32_t counter[4], std::uint32_t out[4]) {

@@ -38,6 +38,10 @@ void check(const Flow& flow, double temperature, const Execution& how) {
     throw Error(ErrorCode::invalid_argument,
                 text.str() + "expected 1: only a normal base has a temperature, and this flow's is another one");
   }
+  if (const Bounds* bounds = flow.spec().bounds(); bounds != nullptr && !bounds->discrete.empty()) {
+    throw Error(ErrorCode::invalid_argument,
+                text.str() + "expected 1: the flow has discrete columns, whose samples are rounded");
+  }
   if (how.device_arrays) {
     throw Error(ErrorCode::invalid_argument,
                 text.str() +

@@ -37,6 +37,7 @@
 #include "mixture_start.hpp"
 #include "option_checks.hpp"
 #include "parallel.hpp"
+#include "random.hpp"
 #include "row_order.hpp"
 #include "rows_outside.hpp"
 #include "sample_weights.hpp"
@@ -381,11 +382,12 @@ class Trainer {
 
   void map_bounds() {
     if (!has_bounds()) return;
-    const auto through = [this](const char* name, std::span<const X> rows) {
-      return through_bounds<X>(name, rows, *flow_.spec().bounds(), flow_.column_names(), [this] { poll(); });
+    const auto through = [this](const char* name, std::span<const X> rows, std::uint32_t stream) {
+      const Dither dither = {options_.seed, stream};
+      return through_bounds<X>(name, rows, flow_.spec(), flow_.column_names(), dither, [this] { poll(); });
     };
-    bounded_x_ = through("x", given_x_);
-    bounded_validation_ = through("validation", given_validation_);
+    bounded_x_ = through("x", given_x_, kStreamDither);
+    bounded_validation_ = through("validation", given_validation_, kStreamDitherValidation);
   }
 
   /// A constant column has no density, whether the flow standardizes or not.

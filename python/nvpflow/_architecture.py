@@ -123,7 +123,7 @@ class Options:
         if self.actnorm:
             yield "actnorm", f"{under} False: it carries rows out of the interval{way_out}"
         if self.bounds is not None:
-            yield "bounds", f"{under} it left out: columns with bounds fill no interval behind them{way_out}"
+            yield "bounds", f"{under} it left out: behind it columns fill no interval{way_out}"
         if self.mixing == "lu":
             yield "mixing", f"{under} another or None: it carries rows out of the interval{way_out}"
 

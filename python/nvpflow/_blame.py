@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nvpflow import _checks, _core, _frames, _hints
+from nvpflow._spec import bounds_of
 from nvpflow.conditioned import ConditionedFlow
 from nvpflow.flow import Flow
 
@@ -131,7 +132,8 @@ def _best(flow: Flow | ConditionedFlow, rows: Array, column: int, values: Array)
 
 def _scores(flow: Flow | ConditionedFlow, rows: Array, column: int, values: Array) -> Array:
     """Return log p [B, V] of rows with one column set to each of the values [B, V]; -inf where it is not finite."""
+    bounds = bounds_of(flow.spec)
     changed = np.repeat(rows[:, None, :], values.shape[1], axis=1)
-    changed[:, :, column] = values
+    changed[:, :, column] = np.rint(values) if bounds is not None and column in bounds.discrete else values
     log_p = np.asarray(flow.log_probability(changed.reshape(-1, rows.shape[1])), dtype=np.float64)
     return np.where(np.isfinite(log_p), log_p, -np.inf).reshape(values.shape)

@@ -229,7 +229,7 @@ def _not_covered(layer: Layer) -> str:
     if isinstance(layer, Coupling) and isinstance(layer.transform, Affine):
         return _checks.shortened(repr(layer))
     if isinstance(layer, Bounds):
-        return "columns with bounds"
+        return "columns with bounds or discrete ones" if layer.discrete else "columns with bounds"
     return f"{layer._in_words()}s"
 
 

@@ -1,4 +1,4 @@
-"""Bounds of columns: how users give them, and what becomes of rows behind them."""
+"""Bounds of columns and discrete ones: how users give them, and what becomes of rows behind them."""
 
 from __future__ import annotations
 
@@ -9,23 +9,73 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvpflow import _checks
-from nvpflow._spec import interval_in_words
+from nvpflow._spec import support_in_words
 from nvpflow.layers import Bounds, end
 
 Array = NDArray[Any]
 Pair = tuple[float | None, float | None]
 BoundsArgument = Bounds | Mapping[str, Pair] | Mapping[int, Pair] | Sequence[Pair | None] | None
+DiscreteArgument = Sequence[str] | Sequence[int] | None
 
 _EXAMPLE = "{'share': (0, 1), 'duration': (0, None)}"
 
 
-def checked(value: Any, size: int, names: Sequence[str] | None) -> Bounds | None:
-    """Return the layer that `bounds` of `nvpflow.build` asks for; names are those of the columns, where they have some.
+def checked(value: Any, size: int, names: Sequence[str] | None, discrete: Any = None) -> Bounds | None:
+    """Return the layer that `bounds` and `discrete` of `nvpflow.build` ask for; None where they ask for nothing.
 
-    A dict is by name or by index from 0, a sequence has an entry for each column.
+    A dict is by name or by index from 0, a sequence has an entry for each column. `names` are those of the columns,
+    where they have some.
     """
-    if value is None or isinstance(value, Bounds):
+    columns = _discrete(discrete, size, names)
+    if isinstance(value, Bounds):
+        if columns:
+            raise ValueError(
+                f"discrete is {_checks.shortened(repr(discrete))} beside bounds={value!r}, expected one of them; the "
+                "layer has discrete= itself"
+            )
         return _of_size(value, size)
+    ends = {} if value is None else _pairs(value, size, names)
+    if not ends and not columns:
+        return None
+    for j in columns:
+        if j in ends:
+            ends[j] = _cells(j, *ends[j])
+    return Bounds(*zip(*(ends.get(j, (None, None)) for j in range(size)), strict=True), discrete=columns)
+
+
+def _discrete(value: Any, size: int, names: Sequence[str] | None) -> tuple[int, ...]:
+    """Return the places of columns that are called by name or by index from 0, ascending."""
+    if value is None:
+        return ()
+    if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, np.ndarray)):
+        raise TypeError(
+            f"discrete is {_checks.describe(value)}, expected a sequence of columns such as ['count', 'rooms'] or "
+            "[0, 3]"
+        )
+    columns = [column_of("discrete", key, size, names) for key in value]
+    for i, column in enumerate(columns):
+        if column in columns[:i]:
+            raise ValueError(f"discrete names column {column + 1} twice, expected it once")
+    return tuple(sorted(columns))
+
+
+def _cells(column: int, low: float | None, high: float | None) -> Pair:
+    """Return the edges of the cells of the least and the largest integer."""
+    for value in (low, high):
+        if value is not None and value != round(value):
+            raise ValueError(
+                f"the bounds of discrete column {column + 1} are ({_shown(low)}, {_shown(high)}), expected integers: "
+                "the least and the largest that it holds"
+            )
+    return None if low is None else low - 0.5, None if high is None else high + 0.5
+
+
+def _shown(value: float | None) -> str:
+    return "None" if value is None else f"{value:g}"
+
+
+def _pairs(value: Any, size: int, names: Sequence[str] | None) -> dict[int, Pair]:
+    """Return the intervals of the columns that have one."""
     if isinstance(value, Mapping):
         pairs: dict[int, Any] = {}
         for key, pair in value.items():
@@ -34,23 +84,19 @@ def checked(value: Any, size: int, names: Sequence[str] | None) -> Bounds | None
                 raise ValueError(f"bounds names column {column + 1} twice, by name and by index; expected it once")
             pairs[column] = pair
         entries = [(f"bounds[{key!r}]", pair) for key, pair in value.items()]
-        ends = dict(zip(pairs, (_pair(name, pair) for name, pair in entries), strict=True))
-    else:
-        if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, np.ndarray)):
-            raise TypeError(
-                f"bounds is {_checks.describe(value)}, expected a dict such as {_EXAMPLE}, or a pair or None for each "
-                "column"
-            )
-        if len(value) != size:
-            raise ValueError(f"bounds has {len(value)} entries, expected {size}, a pair or None for each column")
-        ends = {j: _pair(f"bounds[{j}]", pair) for j, pair in enumerate(value) if pair is not None}
-    if not ends:
-        return None
-    return Bounds(*zip(*(ends.get(j, (None, None)) for j in range(size)), strict=True))
+        return dict(zip(pairs, (_pair(name, pair) for name, pair in entries), strict=True))
+    if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, np.ndarray)):
+        raise TypeError(
+            f"bounds is {_checks.describe(value)}, expected a dict such as {_EXAMPLE}, or a pair or None for each "
+            "column"
+        )
+    if len(value) != size:
+        raise ValueError(f"bounds has {len(value)} entries, expected {size}, a pair or None for each column")
+    return {j: _pair(f"bounds[{j}]", pair) for j, pair in enumerate(value) if pair is not None}
 
 
-def _of_size(bounds: Bounds | None, size: int) -> Bounds | None:
-    if bounds is not None and len(bounds.low) != size:
+def _of_size(bounds: Bounds, size: int) -> Bounds:
+    if len(bounds.low) != size:
         raise ValueError(f"bounds is of {len(bounds.low)} columns, expected {size}")
     return bounds
 
@@ -93,7 +139,9 @@ def ends(bounds: Bounds) -> tuple[Array, Array]:
 def of_columns(bounds: Bounds, columns: Sequence[int]) -> Bounds | None:
     """Return the bounds of some of the columns; None where these have none."""
     low, high = tuple(bounds.low[j] for j in columns), tuple(bounds.high[j] for j in columns)
-    return None if all(value is None for value in (*low, *high)) else Bounds(low, high)
+    discrete = tuple(i for i, j in enumerate(columns) if j in bounds.discrete)
+    nothing = not discrete and all(value is None for value in (*low, *high))
+    return None if nothing else Bounds(low, high, discrete=discrete)
 
 
 def inside(bounds: Bounds, dtype: np.dtype[Any]) -> tuple[Array, Array]:
@@ -107,14 +155,19 @@ def inside(bounds: Bounds, dtype: np.dtype[Any]) -> tuple[Array, Array]:
 
 
 def interval(bounds: Bounds, column: int) -> str:
-    """Return a column's interval in words."""
-    return interval_in_words(bounds.low[column], bounds.high[column])
+    """Return a column's interval in words, or its integers."""
+    return support_in_words(bounds, column)
 
 
 def contains(bounds: Bounds, rows: Array) -> NDArray[np.bool_]:
-    """Tell of each number of rows [n, D] whether it is neither outside nor on an edge; NaN is not."""
+    """Tell of each number of rows [n, D] whether its column can hold it.
+
+    That is: neither outside nor on an edge, and an integer where the column is discrete. NaN is not.
+    """
     low, high = ends(bounds)
     inside: NDArray[np.bool_] = (rows > low) & (rows < high)
+    for j in bounds.discrete:
+        inside[:, j] &= rows[:, j] == np.rint(rows[:, j])
     return inside
 
 

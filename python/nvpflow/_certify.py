@@ -342,9 +342,10 @@ class Certifier:
                 "or at its edge: the density is 0 there, and there is no log p to compare."
             )
         if self._beyond:
+            no_integers = ", no integers in discrete ones," if self._bounds and self._bounds.discrete else ""
             advice.append(
-                f"{counted(self._beyond, 'row')} outside the bounds of their columns or on an edge: the density is 0 "
-                "there, and nothing was measured."
+                f"{counted(self._beyond, 'row')} outside the bounds of their columns{no_integers} or on an edge: the "
+                "density is 0 there, and nothing was measured."
             )
         if blurred := found["blurred_columns"]:
             shown = ", ".join(blurred[:5]) + (f" and {len(blurred) - 5} more" if len(blurred) > 5 else "")

@@ -220,6 +220,16 @@ def whole_mean(flow: Flow) -> None:
         )
 
 
+def no_discrete(name: str, spec: FlowSpec) -> None:
+    """Check that no column is discrete: what rounds samples and scores integers alone is nvpflow's own."""
+    if columns := getattr(spec.layers[0], "discrete", ()):
+        shown = ", ".join(str(column + 1) for column in columns[:12]) + (", ..." if len(columns) > 12 else "")
+        raise ValueError(
+            f"{name} has discrete columns ({shown}), expected none: their samples are rounded, and fit adds noise to "
+            "them; train and run this flow by nvpflow.Flow, or by nvpflow in C++ or C"
+        )
+
+
 def names(name: str, given: Iterable[str], expected: Sequence[str]) -> None:
     """Check that `given` holds the names that a flow's parameters have."""
     found, known = dict.fromkeys(given), frozenset(expected)

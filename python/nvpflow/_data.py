@@ -35,6 +35,7 @@ _BEYOND = 5.0  # the farthest row in units of how far 98 % of the rows reach
 _UNIT_SCALE = 10.0
 _FEW = 50  # distinct values
 _STEPS = 20.0  # integers whose standard deviation is more steps than this look continuous
+_EVEN = 0.05  # of a step, by which numbers that were recorded in steps are off
 _REPEATED = 0.1  # share of the rows with one and the same value
 _DEPENDENT = 1e-4  # of its spread, to within which a column follows from others
 _QUARTILES_PER_STD = 1.349  # of a normal distribution
@@ -57,7 +58,7 @@ class Finding:
     ----------
     kind
         "type", "missing", "rows", "outside", "constant", "copy", "dependent", "digits", "scale", "outliers",
-        "repeated", "few", "integers" or "rare".
+        "repeated", "few", "integers", "ties" or "rare".
     severity
         "error": there is no density, and `Flow.fit` refuses the table. "warning": there is one, and it will not be what
         one expects.
@@ -162,6 +163,7 @@ def check_data(
     dtype: DTypeLike = "float32",
     standardize: bool = True,
     bounds: Any = None,
+    discrete: Any = None,
 ) -> DataReport:
     """Look at every column of a table for what stands in the way of a density, and say what to do about it.
 
@@ -182,6 +184,8 @@ def check_data(
         Whether the flow standardizes its rows and their context. Without that columns of x must be near unit scale.
     bounds
         As `nvpflow.build` takes them. Columns with bounds are looked at behind these, as the flow sees them.
+    discrete
+        As `nvpflow.build` takes it: columns that may repeat their values, which are integers.
 
     Returns
     -------
@@ -190,7 +194,7 @@ def check_data(
 
         * "type": a column is not numeric
         * "missing": NaN, infinity or a null
-        * "outside": of the bounds, or on an edge
+        * "outside": of the bounds, on an edge, or no integer in a discrete column
         * "constant", "copy" and "dependent": exactly, up to rounding
         * "rows": none
 
@@ -203,6 +207,7 @@ def check_data(
         * "repeated": a tenth of the rows and more hold one value
         * "few": few distinct values
         * "integers": all values are integers
+        * "ties": other numbers come again, in more rows than chance explains
         * "rows": fewer than thirty for each column
 
         A context needs no density. Errors: "type" and "missing". Warnings: "constant", "digits", "outliers", and "rare"
@@ -225,7 +230,7 @@ def check_data(
         raise ValueError(f"dtype is {flow_dtype!r}, expected 'float32' or 'float64'")
     _checks.boolean("standardize", standardize)
     table = _Table.read("x", x, "names", names)
-    layer = _bounds.checked(bounds, len(table.labels), table.names)
+    layer = _bounds.checked(bounds, len(table.labels), table.names, discrete)
     layer = None if layer is None else _bounds.of_columns(layer, table.good)
     look = _look_at(table.rows, table.labels, table.good, flow_dtype, standardize, framed=table.framed, bounds=layer)
     found = [*table.found, *look]
@@ -746,14 +751,18 @@ class _Look:
         for j in np.flatnonzero(outside.counts).tolist():
             count, shown = int(outside.counts[j]), ", ".join(map(str, outside.first[j]))
             more = ", ..." if count > len(outside.first[j]) else ""
+            within = _bounds.interval(outside.bounds, j)
+            discrete = j in outside.bounds.discrete
+            beyond = f"does not hold {within}" if discrete else f"is outside of its bounds {within} or on an edge"
             text = (
-                f"{self._label(j)} is outside of its bounds {_bounds.interval(outside.bounds, j)} or on an edge in "
-                f"{count:,} of {every:,} rows (row{'s' * (count > 1)} {shown}{more}, counted from 0; the first holds "
-                f"{outside.example[j]:g})"
+                f"{self._label(j)} {beyond} in {count:,} of {every:,} rows (row{'s' * (count > 1)} {shown}{more}, "
+                f"counted from 0; the first holds {outside.example[j]:g})"
             )
             remedy = (
-                "remove or repair such rows, or make the bounds wider; where many rows hold the edge itself, give them "
-                "a model of their own"
+                "round or remove such rows, make the bounds wider, or leave the column out of the discrete ones"
+                if discrete
+                else "remove or repair such rows, or make the bounds wider; where many rows hold the edge itself, give "
+                "them a model of their own"
             )
             self._add("outside", "error", (j,), text, remedy, rows=count)
 
@@ -788,7 +797,7 @@ class _Look:
                 continue
             coarse = self._coarse(j, float(spread[j]))
             self._outliers(j, float(spread[j]))
-            if not coarse:
+            if not coarse and (self._bounds is None or j not in self._bounds.discrete):
                 self._repetitions(j)
             if not self._standardize:
                 self._scale(j)
@@ -860,14 +869,13 @@ class _Look:
         runs = np.diff(np.append(starts, count))
         share, often = float(runs.max() / count), float(values[starts[runs.argmax()]])
         integer = bool((values == np.rint(values)).all())
-        dither = (
-            "add uniform noise of one step to {}, or leave it out; see 'Discrete and rounded columns' in choosing.md"
-        )
+        say_so = "build the flow with discrete= for counts, which adds noise to them"
         figures = {"distinct": distinct, "share": share}
         if distinct <= _FEW and 4 * distinct <= count:
             what = f"{'integers' if integer else 'numbers'} from {low:g} to {high:g}"
             text = f"{self._label(j)} has {distinct} distinct values ({what}), on which a density is unbounded"
-            remedy = "make a category a context, or leave it out; add uniform noise of one step to counts"
+            noise = say_so if integer else "add uniform noise of one step to numbers that are rounded"
+            remedy = f"make a category a context, or leave it out; {noise}"
             self._add("few", "warning", (j,), text, remedy, **figures)
         elif share >= _REPEATED:
             text = f"{self._label(j)} is {often:g} in {share:.0%} of the rows, where a density is unbounded"
@@ -875,7 +883,26 @@ class _Look:
             self._add("repeated", "warning", (j,), text, remedy, value=often, **figures)
         elif integer and std < _STEPS and 4 * distinct <= count:
             text = f"{self._label(j)} holds integers, whose density is unbounded"
-            self._add("integers", "warning", (j,), text, dither.format("it"), std=std, **figures)
+            self._add("integers", "warning", (j,), text, f"{say_so}, or leave it out", std=std, **figures)
+        elif not integer:
+            self._ties(j, values[starts], count, std, figures)
+
+    def _ties(self, j: int, distinct: Array, count: int, std: float, figures: dict[str, Any]) -> None:
+        """Report numbers that come again, but not those of steps so small that they look continuous."""
+        gaps = np.diff(distinct)
+        rounding = 8 * self._eps * float(np.abs(distinct).max())
+        step = float(gaps[gaps > rounding].min(initial=np.inf))
+        away = np.abs(gaps / step - np.rint(gaps / step))
+        recorded = bool((away <= _EVEN + rounding / step).all())  # in steps
+        if not np.isfinite(step) or (recorded and std >= _STEPS * step):
+            return
+        text = f"{self._label(j)} has {len(distinct):,} distinct values in {count:,} rows"
+        remedy = "numbers that come again have no density: leave out rows that are copies, or fit by sample_weight"
+        if recorded:
+            text += f", in steps of {step:.3g}"
+            remedy = "add uniform noise of one step to numbers that are rounded; see 'Discrete and rounded columns' in "
+            remedy += "choosing.md"
+        self._add("ties", "warning", (j,), f"{text}, on which a density is unbounded", remedy, step=step, **figures)
 
     def _scale(self, j: int) -> None:
         mean, std = self._mean[j], self._std[j]

@@ -97,7 +97,9 @@ def examine(
         if flow.spec._is_bounded:
             where = f"without a density, outside of the base, whose latents are {_bases.in_words(flow.spec.base)}"
         elif flow.spec._has_bounds:
-            where = "without a density, outside of the bounds of their columns or on an edge, or far out"
+            bounds = bounds_of(flow.spec)
+            no_integer = ", no integer in a discrete one" if bounds is not None and bounds.discrete else ""
+            where = f"without a density, outside of the bounds of their columns or on an edge{no_integer}, or far out"
         notices.append(f"{counted(wild, 'row')} {where}; not in the means.")
     drawn = _samples(flow, table)
     samples = drawn if (kept := drawn.finite()).all() else drawn.those(kept)

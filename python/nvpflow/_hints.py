@@ -13,10 +13,12 @@ R = TypeVar("R")
 _WEIGHTS = "a weight for each row is called sample_weight"
 _NO_WEIGHTS = "weights of rows are for fit, nll, nll_gradient and score; here weigh the result for each row"
 _BOUNDS = "bounds of columns belong to the flow: nvpflow.build(bounds={'share': (0, 1)})"
+_DISCRETE = "columns of integers belong to the flow: nvpflow.build(discrete=['rooms'])"
 _BASE = "the base belongs to the flow: nvpflow.build(base=)"
 _ABOUT = {
     **dict.fromkeys(("sample_weight", "sample_weights", "weight", "weights", "w", "importance"), _NO_WEIGHTS),
     **dict.fromkeys(("bounds", "low", "high", "lower", "upper", "support", "limits"), _BOUNDS),
+    **dict.fromkeys(("discrete", "integers", "counts", "dequantize", "dequantization"), _DISCRETE),
     **dict.fromkeys(("base", "prior", "latent"), _BASE),
     "temperature": "Flow.sample, Flow.sample_and_log_prob and Flow.log_prob have a temperature",
     "context": "a view of Flow.condition has its context already, and an estimator takes it in X",
@@ -56,6 +58,7 @@ _RENAMED = {
     "transform": (("coupling", "spline", "splines"), "what couplings do is called transform, such as 'spline'"),
     "coupling": (("transform", "spline", "splines"), "what couplings do is called coupling, such as 'spline'"),
     "bounds": (("support", "limits", "low", "high", "lower", "upper"), "intervals of columns are called bounds"),
+    "discrete": (("integers", "counts", "dequantize", "dequantization"), "columns of integers are called discrete"),
     "tail_bound": (("bound", "B", "tails"), "how far splines reach is called tail_bound"),
     "hidden_sizes": (
         ("hidden_features", "hidden_size", "n_hidden"),

@@ -199,18 +199,22 @@ def in_words(spec: FlowSpec, between: str = ", ") -> dict[str, str]:
 
 
 def bounds_in_words(spec: FlowSpec, labels: Sequence[str]) -> str:
-    """Return the columns' intervals, "share (0, 1), duration (0, inf)"; "" where there are none."""
+    """Return what columns hold, "share (0, 1), rooms integers from 0 on"; "" where nothing is said of any."""
     bounds = bounds_of(spec)
     if bounds is None:
         return ""
-    ends = zip(labels, bounds.low, bounds.high, strict=True)
-    shown = [f"{label} {interval_in_words(low, high)}" for label, low, high in ends if not low is high is None]
-    return ", ".join(shown)
+    said = [j for j in range(len(bounds.low)) if j in bounds.discrete or not bounds.is_free(j)]
+    return ", ".join(f"{labels[j]} {support_in_words(bounds, j)}" for j in said)
 
 
-def interval_in_words(low: float | None, high: float | None) -> str:
-    """Return an interval without its edges, "(0, inf)"."""
-    return f"({-math.inf if low is None else low:g}, {math.inf if high is None else high:g})"
+def support_in_words(bounds: Bounds, column: int) -> str:
+    """Return what a column holds: an interval without its edges, "(0, inf)", or "integers from 0 to 6"."""
+    low, high = bounds.low[column], bounds.high[column]
+    if column not in bounds.discrete:
+        return f"({-math.inf if low is None else low:g}, {math.inf if high is None else high:g})"
+    if low is None:
+        return "integers" if high is None else f"integers up to {high - 0.5:.17g}"
+    return f"integers from {low + 0.5:.17g} " + ("on" if high is None else f"to {high - 0.5:.17g}")
 
 
 def splines(spec: FlowSpec) -> list[Spline]:

@@ -293,6 +293,11 @@ def _add_architecture(group: Any) -> None:
         "intervals that columns cannot leave, share=0:1,duration=0: by name, or by number from 1 of those used"
     )
     _add_option(group, "--bounds", metavar="NAME=LO:HI,NAME=LO:", type=_bounds_option, action=_Once, help=bounds_help)
+    discrete_help = (
+        "columns of integers, which are trained on with noise and drawn as integers: named as for --bounds, whose ends "
+        "are then the least and the largest integer"
+    )
+    _add_option(group, "--discrete", metavar="NAME,NAME", type=_listed_names, action=_Once, help=discrete_help)
 
 
 def _add_training_options(group: Any) -> None:
@@ -581,6 +586,7 @@ def _run_fit(arguments: argparse.Namespace) -> None:
         activation=default_activation(rows.shape[1]) if arguments.activation is None else arguments.activation,
         **model,
         bounds=_bounds_of(arguments, data),
+        discrete=[_place("--discrete", name.strip(), data) for name in arguments.discrete or ()],
         column_names=data.names,
         standardize=_standardize(arguments),
         seed=arguments.seed,
@@ -634,15 +640,20 @@ def _bounds_of(arguments: argparse.Namespace, data: _Data) -> dict[Any, Any]:
     given = arguments.bounds or []
     if again := [name for i, (name, _) in enumerate(given) if name in dict(given[:i])]:
         raise data_io.DataError(f"--bounds names column {_quoted(again[0])} twice, expected it once")
+    return {_place("--bounds", name, data): pair for name, pair in given}
+
+
+def _place(option: str, name: str, data: _Data) -> Any:
+    """Return the name of a column that an option gives, or its index from 0 where the table has no names."""
     if data.names is not None:
-        return dict(given)
-    places = {str(j + 1): j for j in range(data.rows.shape[1])}
-    if unknown := [name for name, _ in given if name not in places]:
+        return name
+    count = data.rows.shape[1]
+    places = {str(j + 1): j for j in range(count)}
+    if name not in places:
         raise data_io.DataError(
-            f"--bounds names column {_quoted(unknown[0])}, expected a number from 1 to {len(places)}: the table has no "
-            "names"
+            f"{option} names column {_quoted(name)}, expected a number from 1 to {count}: the table has no names"
         )
-    return {places[name]: pair for name, pair in given}
+    return places[name]
 
 
 def _standardizes(arguments: argparse.Namespace) -> bool:

@@ -133,6 +133,7 @@ def parameters(flow: Flow) -> dict[str, jax.Array]:
         raise TypeError(f"flow is {_checks.describe(flow)}, expected an nvpflow.Flow")
     _check_x64(flow.spec)
     _checks.whole_mean(flow)
+    _checks.no_discrete("flow", flow.spec)
     flat = flow._copy_flat_parameters()
     return {
         name: jnp.array(flat[offset : offset + math.prod(shape)].reshape(shape))
@@ -491,6 +492,7 @@ def _layout(spec: FlowSpec) -> tuple[tuple[str, tuple[int, ...], int], ...]:
 def _check_spec(spec: Any) -> None:
     if not isinstance(spec, FlowSpec):
         raise TypeError(f"spec is {_checks.describe(spec)}, expected an nvpflow.FlowSpec, as flow.spec is")
+    _checks.no_discrete("spec", spec)
 
 
 def _check_x64(spec: FlowSpec) -> None:

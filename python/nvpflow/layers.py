@@ -396,6 +396,8 @@ class ElementSpline(_LayerKind):
 class Bounds(_ByFeature):
     """Brings columns of data that cannot lie beyond some number to the whole line. Only as a flow's first layer.
 
+    It also says which columns are discrete.
+
     * two bounds: ``y = log(x - low) - log(high - x)``
     * a lower one: ``y = log(x - low)``
     * an upper one: ``y = -log(high - x)``
@@ -404,10 +406,17 @@ class Bounds(_ByFeature):
     It is computed in float64, also of float32 rows, and rounded once. A row outside or on an edge has log p = -inf,
     infinite latents and zero gradients. Samples lie inside, never on an edge.
 
+    A discrete column holds integers, each of which stands for its cell, from n - 1/2 to n + 1/2. `Flow.fit` adds noise
+    that is uniform on the cell. log p of an integer is that of the cell by the density at its middle, -inf of any other
+    number. Samples are rounded. `Flow.forward` and `Flow.inverse` take and give any number.
+
     Parameters
     ----------
     low, high
-        Of each column, None where there is no bound: sequences [D] of numbers and None. At least one is a number.
+        Of each column, None where there is no bound: sequences [D] of numbers and None. At least one is a number, or a
+        column is discrete. Those of a discrete column are edges of cells: -0.5 for integers from 0 on.
+    discrete
+        The columns of integers, counted from 0, ascending.
 
     Raises
     ------
@@ -419,6 +428,8 @@ class Bounds(_ByFeature):
     >>> from nvpflow.layers import Bounds
     >>> Bounds([0, 0, None], [1, None, None])  # a share, a duration and a number of any sign
     Bounds((0.0, 0.0, None), (1.0, None, None))
+    >>> Bounds([-0.5, None], [None, None], discrete=[0])  # a count and a number of any sign
+    Bounds((-0.5, None), (None, None), discrete=(0,))
     """
 
     _kind = "bounds"
@@ -426,21 +437,44 @@ class Bounds(_ByFeature):
 
     low: tuple[float | None, ...]
     high: tuple[float | None, ...]
+    discrete: tuple[int, ...] = ()
 
-    def __init__(self, low: Sequence[float | None], high: Sequence[float | None]) -> None:
+    def __init__(
+        self, low: Sequence[float | None], high: Sequence[float | None], *, discrete: Sequence[int] = ()
+    ) -> None:
         lows, highs = _ends("low", low, -math.inf), _ends("high", high, math.inf)
         if len(lows) != len(highs):
             raise ValueError(f"high has {len(highs)} entries, expected {len(lows)}, as low has")
-        if not any(value is not None for value in (*lows, *highs)):
+        columns = _checks.sizes("discrete", discrete, example="(0, 2)")
+        if not columns and not any(value is not None for value in (*lows, *highs)):
             raise ValueError("low and high hold no number, expected a bound of one column at least")
         for j, (a, b) in enumerate(zip(lows, highs, strict=True)):
             if a is not None and b is not None and not a < b:
                 raise ValueError(f"high[{j}] is {b:g}, expected more than low[{j}], which is {a:g}")
-        self._set(low=lows, high=highs)
+        _check_discrete(columns, lows, highs)
+        self._set(low=lows, high=highs, discrete=columns)
+
+    def _fields_to_json(self) -> dict[str, Any]:
+        discrete = {"discrete": self.discrete} if self.discrete else {}  # else as it was before there was such a field
+        return {"low": self.low, "high": self.high} | discrete
 
     def is_free(self, column: int) -> bool:
         """Tell whether a column, counted from 0, has no bound."""
         return self.low[column] is self.high[column] is None
+
+
+def _check_discrete(columns: tuple[int, ...], low: tuple[float | None, ...], high: tuple[float | None, ...]) -> None:
+    for i, j in enumerate(columns):
+        if not 0 <= j < len(low):
+            raise ValueError(f"discrete[{i}] is {j}, expected 0 to {len(low) - 1}")
+        if i > 0 and j <= columns[i - 1]:
+            raise ValueError(f"discrete[{i}] is {j} after {columns[i - 1]}, expected ascending columns")
+        for name, edge in (("low", low[j]), ("high", high[j])):
+            if edge is not None and math.floor(edge) != edge - 0.5:
+                raise ValueError(
+                    f"{name}[{j}] is {edge:g} of a discrete column, expected the edge of an integer's cell, such as "
+                    "-0.5"
+                )
 
 
 def _ends(name: str, values: Any, none: float) -> tuple[float | None, ...]:

@@ -47,6 +47,9 @@ _PARAMETERS = """num_flows, hidden_sizes, activation, dtype
     bounds
         Intervals that features cannot leave, as in `nvpflow.build`: by name where X has names, or by index. X outside
         or on an edge is refused by `fit`, and scores -inf.
+    discrete
+        The features that hold integers, as in `nvpflow.build`: names where X has some, or indices. `fit` adds noise to
+        them, and samples are integers. `bounds` of them are the least and the largest integer.
     context_features
         The features of X that condition the others: the density is p(others | these), and a row's log-density, its
         score and its threshold are so. An int: so many last ones. A sequence: their indices, or their names where X has
@@ -147,6 +150,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         layer_norm: bool = False,
         base: Any = "normal",
         bounds: Any = None,
+        discrete: Sequence[str] | Sequence[int] | None = None,
         context_features: int | Sequence[int] | Sequence[str] | None = None,
         dtype: str = "float32",
         epochs: int = 100,
@@ -184,6 +188,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         self.layer_norm = layer_norm
         self.base = base
         self.bounds = bounds
+        self.discrete = discrete
         self.context_features = context_features
         self.dtype = dtype
         self.epochs = epochs
@@ -401,12 +406,15 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
     def _own_bounds(self) -> Bounds | None:
         """Return the bounds of the features whose density it is; those of `bounds` are by X's names or indices."""
         names = getattr(self, "feature_names_in_", None)
-        bounds = _bounds.checked(self.bounds, self.n_features_in_, None if names is None else names.tolist())
+        listed = None if names is None else names.tolist()
+        bounds = _bounds.checked(self.bounds, self.n_features_in_, listed, self.discrete)
         if bounds is None:
             return None
         bad = [j for j in self.context_features_.tolist() if not bounds.is_free(j)]
         if bad:
             raise ValueError(f"bounds names feature {bad[0]}, which is one of context_features; expected others")
+        if bad := [j for j in self.context_features_.tolist() if j in bounds.discrete]:
+            raise ValueError(f"discrete names feature {bad[0]}, which is one of context_features; expected others")
         return _bounds.of_columns(bounds, self._own_places().tolist())
 
     def _context_places(self, count: int) -> NDArray[np.intp]:
@@ -709,6 +717,7 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
         layer_norm: bool = False,
         base: Any = "normal",
         bounds: Any = None,
+        discrete: Sequence[str] | Sequence[int] | None = None,
         context_features: int | Sequence[int] | Sequence[str] | None = None,
         dtype: str = "float32",
         epochs: int = 100,
@@ -748,6 +757,7 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
             layer_norm=layer_norm,
             base=base,
             bounds=bounds,
+            discrete=discrete,
             context_features=context_features,
             dtype=dtype,
             epochs=epochs,

@@ -181,6 +181,54 @@ TEST_CASE("bounds are the first layer, and are intervals of the dtype") {
   CHECK(!takes_float64_rows(with(0, 1)));
 }
 
+TEST_CASE("discrete columns are ascending, and their bounds edges of cells") {
+  constexpr double kNone = std::numeric_limits<double>::infinity();
+  const auto with = [](std::vector<std::int64_t> discrete, double low, double high) {
+    FlowSpec made = FlowSpec::real_nvp(2);
+    made.layers.insert(made.layers.begin(), Bounds{{low, -kNone}, {high, kNone}, std::move(discrete)});
+    return made;
+  };
+  with({0}, -kNone, kNone).validate();
+  with({0, 1}, -0.5, 6.5).validate();
+  with({1}, 0, 1).validate();
+  const auto refused = [](const std::string& message, const FlowSpec& made) {
+    check_refused(ErrorCode::invalid_argument, message, [&] { made.validate(); });
+  };
+  refused("layers[0].discrete[0] is 2, expected 0 to 1", with({2}, 0, 1));
+  refused("layers[0].discrete[0] is -1, expected 0 to 1", with({-1}, 0, 1));
+  refused("layers[0].discrete[1] is 1 after 1, expected ascending columns", with({1, 1}, 0, 1));
+  refused("layers[0].low[0] is 0 of a discrete column, expected the edge of an integer's cell", with({0}, 0, kNone));
+  refused("layers[0].high[0] is 0.25 of a discrete column, expected the edge", with({0}, -kNone, 0.25));
+
+  const FlowSpec made = with({0}, -0.5, kNone);
+  CHECK(parse_spec(to_json(made)) == made);
+  CHECK(to_json(made).find(R"({"kind":"bounds","low":[-0.5,null],"high":[null,null],"discrete":[0]})") !=
+        std::string::npos);
+  CHECK(with({}, -0.5, kNone) != made);
+  CHECK(made.behind_bounds() == FlowSpec::real_nvp(2));
+}
+
+TEST_CASE("a flow with discrete columns scores and draws integers") {
+  FlowSpec spec = FlowSpec::real_nvp(2, 2, {8});
+  constexpr double kNone = std::numeric_limits<double>::infinity();
+  spec.layers.insert(spec.layers.begin(), Bounds{{-0.5, -kNone}, {kNone, kNone}, {0}});
+  const Flow flow(spec);
+  const std::vector<float> x = {3, 0.25f, 2.5f, 0.25f, -1, 0.25f};
+  std::vector<float> log_p(3);
+  flow.log_prob<float>(x, log_p);
+  CHECK(std::isfinite(log_p[0]));
+  CHECK(log_p[1] == -std::numeric_limits<float>::infinity());
+  CHECK(log_p[2] == -std::numeric_limits<float>::infinity());
+  std::vector<float> rows(200), of_rows(100), again(100);
+  flow.sample_and_log_prob<float>(1, rows, of_rows);
+  flow.log_prob<float>(rows, again);
+  CHECK(of_rows == again);
+  for (std::size_t row = 0; row < 100; ++row) {
+    CHECK(rows[2 * row] == std::nearbyint(rows[2 * row]));
+    CHECK(rows[2 * row] >= 0);
+  }
+}
+
 TEST_CASE("names of enumerators go both ways and unknown ones list the known") {
   CHECK(name_of(DType::float64) == "float64");
   CHECK(name_of(LayerKind::standardize) == "standardize");

@@ -220,9 +220,15 @@ struct ElementSpline {
 /// A row that lies outside of a column's interval, or on its edge, has log p = -inf, the log-determinant -inf, infinite
 /// latents and the gradient 0. What comes back from latents lies inside, never on an edge. All of it is computed in
 /// float64, also of rows of float32. Together with a standardize layer that follows it is rounded once.
+///
+/// A discrete column holds integers n, each of which stands for the cell from n - 1/2 to n + 1/2. Its ends are edges of
+/// cells, such as -0.5. fit() adds noise that is uniform on the cell. log p of an integer is that of the cell by the
+/// density at its middle. It is -inf of any other number, and samples are rounded; forward and inverse take and give
+/// any number.
 struct Bounds {
-  std::vector<double> low;   ///< [D], -infinity: none
-  std::vector<double> high;  ///< [D], infinity: none
+  std::vector<double> low;               ///< [D], -infinity: none
+  std::vector<double> high;              ///< [D], infinity: none
+  std::vector<std::int64_t> discrete{};  ///< columns of integers, ascending
   /// Every field is equal.
   bool operator==(const Bounds&) const = default;
 };

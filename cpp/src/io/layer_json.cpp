@@ -231,6 +231,8 @@ LayerSpec layer_from_json(const json& value, const std::string& where, Format fo
     if (coupling != nullptr && value.contains("scale_network")) coupling->translation_network.emplace();
     auto* linear = std::get_if<LULinear>(&layer);
     if (linear != nullptr) linear->whitens = value.contains("whitens");
+    auto* bounds = std::get_if<Bounds>(&layer);
+    if (bounds != nullptr && value.contains("discrete")) bounds->discrete = {0};  // until it is read
     read_fields(value, where, "kind", layers::fields(layer));
   }
   return layer;

@@ -1,5 +1,5 @@
-// The bounds layer: columns that cannot lie beyond some number. No kernel runs for it: bounded_backend.hpp applies it
-// to rows of data in front of a backend.
+// The bounds layer: columns that cannot lie beyond some number, or hold integers. No kernel runs for it:
+// bounded_backend.hpp applies it to rows of data in front of a backend.
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -32,11 +32,36 @@ void check_pair(double low, double high, DType dtype, const std::string& low_nam
          ", with numbers of " + std::string(name_of(dtype)) + " between them");
 }
 
+/// Each column once, with ends that are edges of cells.
+void check_discrete(const Bounds& layer, const FlowSpec& spec, const std::string& prefix) {
+  for (std::size_t i = 0; i < layer.discrete.size(); ++i) {
+    const std::int64_t column = layer.discrete[i];
+    const std::string name = prefix + "discrete[" + std::to_string(i) + "]";
+    if (column < 0 || column >= spec.input_size) {
+      refuse(name + " is " + std::to_string(column) + ", expected 0 to " + std::to_string(spec.input_size - 1));
+    }
+    if (i > 0 && column <= layer.discrete[i - 1]) {
+      refuse(name + " is " + std::to_string(column) + " after " + std::to_string(layer.discrete[i - 1]) +
+             ", expected ascending columns");
+    }
+    const auto check_edge = [&](const char* field, double edge) {
+      if (std::isinf(edge) || std::floor(edge) == edge - 0.5) return;
+      refuse(prefix + field + "[" + std::to_string(column) + "] is " + text_of(edge) +
+             " of a discrete column, expected the edge of an integer's cell, such as -0.5");
+    };
+    check_edge("low", layer.low[static_cast<std::size_t>(column)]);
+    check_edge("high", layer.high[static_cast<std::size_t>(column)]);
+  }
+}
+
 }  // namespace
 
+/// `discrete` only where there are such columns, so that the others' text is what it was before there was such a field.
 std::vector<Field> fields(Bounds& layer) {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  return {{"low", &layer.low, /*of_null=*/-kInfinity}, {"high", &layer.high, /*of_null=*/kInfinity}};
+  std::vector<Field> list = {{"low", &layer.low, /*of_null=*/-kInfinity}, {"high", &layer.high, /*of_null=*/kInfinity}};
+  if (!layer.discrete.empty()) list.push_back({"discrete", &layer.discrete});
+  return list;
 }
 
 void check(const Bounds& layer, const FlowSpec& spec, const std::string& prefix) {
@@ -53,7 +78,9 @@ void check(const Bounds& layer, const FlowSpec& spec, const std::string& prefix)
     check_pair(layer.low[j], layer.high[j], spec.dtype, prefix + "low[" + column, prefix + "high[" + column);
     any = any || std::isfinite(layer.low[j]) || std::isfinite(layer.high[j]);
   }
-  if (!any) refuse(prefix + "low and " + prefix + "high hold no number, expected a bound of one column at least");
+  check_discrete(layer, spec, prefix);
+  if (any || !layer.discrete.empty()) return;
+  refuse(prefix + "low and " + prefix + "high hold no number, expected a bound of one column at least");
 }
 
 void tensors(const Bounds&, const FlowSpec&, const Site&, const TensorSink&) {}

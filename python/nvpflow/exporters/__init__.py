@@ -142,3 +142,4 @@ def _check(flow: Flow) -> None:
             do = "; give module.to_flow()"
         raise TypeError(f"flow is {_checks.describe(flow)}, expected an nvpflow.Flow{do}")
     _checks.whole_mean(flow)
+    _checks.no_discrete("flow", flow.spec)

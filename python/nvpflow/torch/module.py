@@ -116,6 +116,7 @@ class FlowModule(torch.nn.Module):
         if not isinstance(flow, Flow):
             raise TypeError(f"flow is {_checks.describe(flow)}, expected an nvpflow.Flow")
         _checks.whole_mean(flow)
+        _checks.no_discrete("flow", flow.spec)
         trained = _core._trained(flow.spec) - _chosen("frozen", frozen, [name for name, _, _ in flow._layout()])
         pieces = _pieces(flow, trained if _checks.boolean("flat", flat) else frozenset())
         self._engine = Engine(flow.to(flow.device, flow.precision, "full"), pieces)
