@@ -86,6 +86,7 @@ _LAZY = {
     "plot": "matplotlib",
     "report": "matplotlib",
     "sklearn": "sklearn",
+    "tables": "numpy",
     "torch": "torch",
 }
 
@@ -97,6 +98,7 @@ if TYPE_CHECKING:  # a function __getattr__ would let checkers believe in every 
     from nvpflow import plot as plot
     from nvpflow import report as report
     from nvpflow import sklearn as sklearn
+    from nvpflow import tables as tables
     from nvpflow import torch as torch
 else:
 

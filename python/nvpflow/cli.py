@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import nvpflow
-from nvpflow import _bases, _certify, _checks, _data, _output, _training_options, certificate, data_io
+from nvpflow import _bases, _certify, _checks, _data, _output, _training_options, certificate, data_io, tables
 from nvpflow._architecture import MASKS, MIXINGS, NETWORKS, OPTIONS, SCALES, TRANSFORMS, Options
 from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS, default_activation
 from nvpflow._source import TRUTHS, rows_per_block
@@ -863,24 +863,9 @@ def _run_score(arguments: argparse.Namespace) -> None:
             force=arguments.force,
         ) as write:
             for block in table.blocks():
-                log_p = _scores(flow, block)
+                log_p = tables.log_p_of(flow, block.rows, block.context)
                 write(log_p, block.passed, _LOG_PROB) if beside else write(log_p)
     _say_notes(arguments, table)
-
-
-def _scores(flow: nvpflow.Flow, block: data_io.Block) -> Any:
-    """Return log p of a block's rows: NaN where a row or its context holds NaN or infinity."""
-    dtype = flow.spec.dtype
-    context = None if block.context is None else data_io.converted(block.context, dtype)
-    rows = data_io.converted(block.rows, dtype, wide=flow.spec._takes_float64_rows)
-    log_p = flow.log_probability(rows, context=context)
-    lost = np.isnan(log_p)
-    if lost.any():  # of a number beyond the model's dtype the density is 0, as of all that overflows
-        sound = np.isfinite(block.rows).all(axis=1)
-        if context is not None:  # beyond the dtype, it is not known what the density is under it
-            sound &= np.isfinite(context).all(axis=1)
-        log_p[lost & sound] = -np.inf
-    return log_p
 
 
 def _run_sample(arguments: argparse.Namespace) -> None:

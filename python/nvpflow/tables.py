@@ -1,0 +1,269 @@
+"""Scores of tables for the engines that move them: Dask, Ray, Spark, Polars, DuckDB, or a loop over files."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvpflow import _checks, _frames, data_io
+from nvpflow._text import counted
+from nvpflow.flow import Flow
+
+__all__ = ["Scorer"]
+
+Array = NDArray[Any]
+
+_flows: dict[str, Flow] = {}  # of this process, by fingerprint
+_MOST_FLOWS = 8  # that a process keeps
+
+
+class Scorer:
+    """A function from tables to log p that every engine can send to its workers.
+
+    Called with a table it returns a table of the same kind: the columns of `keep`, and log p. Kinds are frames of
+    pandas and Polars, tables and record batches of Arrow, and dicts of columns. Rows keep their order, and pandas'
+    index. The bits are those of `Flow.log_probability`, whatever the batches are.
+
+    A pickle holds the flow's weights. A process makes one flow of them, however many pickles of it arrive.
+
+    Parameters
+    ----------
+    flow
+        What scores the rows.
+    columns
+        Names of the columns that the flow reads, in its order. None: `Flow.column_names`.
+    context_columns
+        The same of its context. None: the names that `fit` saw.
+    keep
+        Columns of the table that the result has, too, such as an identifier.
+    name
+        Of the column of log p, in nats.
+    num_threads
+        That a call may use, as `Flow.num_threads`. 1, because engines run a worker a core.
+
+    Raises
+    ------
+    TypeError
+        An argument is of the wrong type. When called: the table is of no known kind, or columns are not numbers.
+    ValueError
+        Names are unknown, repeated, or as many as the flow does not read. When called: the table lacks columns.
+
+    Examples
+    --------
+    >>> import numpy as np, nvpflow
+    >>> flow = nvpflow.build(2)
+    >>> scorer = nvpflow.tables.Scorer(flow, ["a", "b"], keep=["id"])
+    >>> table = {"id": np.arange(3), "a": np.zeros(3), "b": np.ones(3)}
+    >>> list(scorer(table))
+    ['id', 'log_p']
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        columns: Sequence[str] | None = None,
+        *,
+        context_columns: Sequence[str] | None = None,
+        keep: Sequence[str] = (),
+        name: str = "log_p",
+        num_threads: int = 1,
+    ) -> None:
+        if not isinstance(flow, Flow):
+            raise TypeError(f"flow is {_checks.describe(flow)}, expected a nvpflow.Flow")
+        spec = flow.spec
+        self.columns = _named("columns", columns, flow.column_names, spec.input_size)
+        self.context_columns = _named("context_columns", context_columns, flow._context_names(), spec.context_size)
+        self.keep = tuple(_checks.column_names("keep", keep))
+        for argument in ("columns", "context_columns", "keep"):
+            if twice := _checks.repeated(getattr(self, argument)):
+                raise ValueError(f"{argument}: {twice}, expected each once")
+        self.name = _checks.text("name", name)
+        if self.name in self.keep:
+            raise ValueError(f"name is {name!r}, a column of keep; expected another name for log p")
+        self.num_threads = _checks.integer("num_threads", num_threads, bits=31, unsigned=True)
+        self._pickled = pickle.dumps(flow, protocol=5)
+        self.fingerprint = hashlib.sha256(self._pickled).hexdigest()
+
+    @property
+    def flow(self) -> Flow:
+        """This process's flow."""
+        found = _flows.get(self.fingerprint)
+        if found is None:
+            found = pickle.loads(self._pickled)
+            while len(_flows) >= _MOST_FLOWS:
+                _flows.pop(next(iter(_flows)), None)
+            _flows[self.fingerprint] = found
+        found.num_threads = self.num_threads
+        return found
+
+    def __repr__(self) -> str:
+        kept = f", keep={list(self.keep)!r}" if self.keep else ""
+        return f"Scorer({self.flow!r}, {list(self.columns)!r}{kept}, name={self.name!r})"
+
+    def __call__(self, table: Any) -> Any:
+        """Return log p of a table's rows, as a table of the same kind with the columns of `keep`."""
+        kind = _kind_of(table)
+        known = kind.names(table)
+        missing = [name for name in (*self.columns, *self.context_columns, *self.keep) if name not in known]
+        if missing:
+            raise ValueError(
+                f"table has no column {_listed(missing)}, expected {_listed(self.columns)} and those of keep; it has "
+                f"{_listed(known)}"
+            )
+        return kind.result(table, self.keep, self.name, self._log_p(kind, table))
+
+    def _log_p(self, kind: type[_Kind], table: Any) -> Array:
+        rows = kind.rows(table, self.columns)
+        return log_p_of(self.flow, rows, kind.rows(table, self.context_columns) if self.context_columns else None)
+
+    def batches(self, tables: Iterable[Any]) -> Iterator[Any]:
+        """Yield the result for each of several tables, as Spark's mapInArrow and mapInPandas want it."""
+        return map(self, tables)
+
+    def arrow_columns(self, *columns: Any) -> Any:
+        """Return log p as an Arrow array: what DuckDB wants of a function with ``type="arrow"``.
+
+        Parameters
+        ----------
+        columns
+            Arrow arrays, one for each column of the flow and then one for each of its context.
+        """
+        import pyarrow as pa
+
+        wanted = [*self.columns, *self.context_columns]
+        if len(columns) != len(wanted):
+            raise ValueError(f"columns are {len(columns)}, expected {len(wanted)}: {_listed(wanted)}")
+        return pa.array(self._log_p(_ArrowTable, pa.table(list(columns), names=wanted)))
+
+
+def log_p_of(flow: Flow, rows: Array, context: Array | None) -> Array:
+    """Return log p of rows [N, D] of any real dtype: NaN where a row or its context holds NaN or infinity."""
+    dtype = flow.spec.dtype
+    given = None if context is None else data_io.converted(context, dtype)
+    log_p: Array = flow.log_probability(
+        data_io.converted(rows, dtype, wide=flow.spec._takes_float64_rows), context=given
+    )
+    lost = np.isnan(log_p)
+    if lost.any():  # of a number beyond the flow's dtype the density is 0, as of all that overflows
+        sound = np.isfinite(rows).all(axis=1)
+        if given is not None:  # beyond the dtype, it is not known what the density is under it
+            sound &= np.isfinite(given).all(axis=1)
+        log_p[lost & sound] = -np.inf
+    return log_p
+
+
+def _named(argument: str, given: Sequence[str] | None, known: Sequence[str] | None, count: int) -> tuple[str, ...]:
+    """Return as many names as the flow reads."""
+    if given is None and not known and count:
+        raise ValueError(f"{argument} is None, expected {counted(count, 'name')}: the flow knows none")
+    found = tuple(known or ()) if given is None else tuple(_checks.column_names(argument, given))
+    if len(found) != count:
+        raise ValueError(f"{argument} are {counted(len(found), 'name')}, expected {count}: as many as the flow reads")
+    return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    return _checks.shortened(", ".join(map(repr, names)))
+
+
+class _Kind:
+    """A kind of tables: the names of its columns, rows of some of them, and a table of the same kind."""
+
+    @staticmethod
+    def names(table: Any) -> list[str]:
+        return [str(name) for name in table.columns]
+
+    @staticmethod
+    def rows(table: Any, columns: Sequence[str]) -> Array:
+        return np.asarray(_frames.read("table", table[list(columns)], None)[0])
+
+    @staticmethod
+    def result(table: Any, keep: Sequence[str], name: str, log_p: Array) -> Any:
+        raise NotImplementedError
+
+
+class _PandasFrame(_Kind):
+    @staticmethod
+    def result(table: Any, keep: Sequence[str], name: str, log_p: Array) -> Any:
+        return table[list(keep)].assign(**{name: log_p})
+
+
+class _PolarsFrame(_Kind):
+    @staticmethod
+    def result(table: Any, keep: Sequence[str], name: str, log_p: Array) -> Any:
+        import polars  # not needed before a frame of it comes
+
+        return polars.DataFrame([*(table.get_column(kept) for kept in keep), polars.Series(name, log_p)])
+
+
+class _ArrowTable(_Kind):
+    @staticmethod
+    def names(table: Any) -> list[str]:
+        return list(table.schema.names)
+
+    @staticmethod
+    def rows(table: Any, columns: Sequence[str]) -> Array:
+        return np.asarray(_frames.read("table", table.select(list(columns)), None)[0])
+
+    @staticmethod
+    def result(table: Any, keep: Sequence[str], name: str, log_p: Array) -> Any:
+        import pyarrow as pa
+
+        return pa.table([*(table.column(kept) for kept in keep), pa.array(log_p)], names=[*keep, name])
+
+
+class _ArrowBatch(_ArrowTable):
+    @staticmethod
+    def rows(table: Any, columns: Sequence[str]) -> Array:
+        import pyarrow as pa
+
+        return _ArrowTable.rows(pa.Table.from_batches([table]), columns)
+
+    @staticmethod
+    def result(table: Any, keep: Sequence[str], name: str, log_p: Array) -> Any:
+        import pyarrow as pa
+
+        return pa.record_batch([*(table.column(kept) for kept in keep), pa.array(log_p)], names=[*keep, name])
+
+
+class _Columns(_Kind):
+    @staticmethod
+    def names(table: Any) -> list[str]:
+        return list(table)
+
+    @staticmethod
+    def rows(table: Any, columns: Sequence[str]) -> Array:
+        parts = [_checks.numbers(f"table[{name!r}]", table[name]) for name in columns]
+        for name, part in zip(columns, parts, strict=True):
+            if part.ndim != 1 or len(part) != len(parts[0]):
+                raise ValueError(f"table[{name!r}] has shape {part.shape}, expected ({len(parts[0])},), one axis")
+        return np.column_stack(parts)
+
+    @staticmethod
+    def result(table: Any, keep: Sequence[str], name: str, log_p: Array) -> Any:
+        return {**{kept: table[kept] for kept in keep}, name: log_p}
+
+
+_KINDS: dict[tuple[str, str], type[_Kind]] = {
+    ("pandas", "DataFrame"): _PandasFrame,
+    ("polars", "DataFrame"): _PolarsFrame,
+    ("pyarrow", "Table"): _ArrowTable,
+    ("pyarrow", "RecordBatch"): _ArrowBatch,
+}
+
+
+def _kind_of(table: Any) -> type[_Kind]:
+    if isinstance(table, Mapping):
+        return _Columns
+    for base in type(table).__mro__:  # of a subclass, too
+        if kind := _KINDS.get((base.__module__.partition(".")[0], base.__name__)):
+            return kind
+    raise TypeError(
+        f"table is {_checks.describe(table)}, expected a DataFrame of pandas or Polars, a Table or RecordBatch of "
+        "pyarrow, or a dict of columns"
+    )

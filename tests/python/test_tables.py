@@ -1,0 +1,161 @@
+"""Scorer: the same bits for every kind of table, in every process."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import nvpflow
+import pytest
+from nvpflow.tables import Scorer
+
+COLUMNS = ["a", "b", "c"]
+
+
+@pytest.fixture(scope="module")
+def flow():
+    flow = nvpflow.build(3, 2, (8,), column_names=COLUMNS)
+    rows = np.random.default_rng(0).normal([1, 2, 3], [1, 10, 0.1], (500, 3))
+    flow.fit(rows.astype(np.float32), epochs=2, progress=False)
+    return flow
+
+
+@pytest.fixture(scope="module")
+def table():
+    rng = np.random.default_rng(1)
+    columns = {name: rng.normal(i + 1, 1, 40) for i, name in enumerate(COLUMNS)}
+    # Among others, in another order.
+    return {"id": np.arange(40), "c": columns["c"], "other": np.zeros(40), "b": columns["b"], "a": columns["a"]}
+
+
+def expected(flow, table):
+    return flow.log_probability(np.column_stack([table[name] for name in COLUMNS]))
+
+
+def kinds():
+    def pandas(table):
+        module = pytest.importorskip("pandas")
+        return module.DataFrame(table, index=np.arange(100, 140))
+
+    def polars(table):
+        return pytest.importorskip("polars").DataFrame(table)
+
+    def arrow(table):
+        return pytest.importorskip("pyarrow").table(table)
+
+    def batch(table):
+        return pytest.importorskip("pyarrow").record_batch(table)
+
+    return [dict, pandas, polars, arrow, batch]
+
+
+@pytest.mark.parametrize("make", kinds(), ids=lambda make: make.__name__)
+def test_a_table_of_each_kind_becomes_one_of_the_same(flow, table, make):
+    given = make(table)
+    found = Scorer(flow, keep=["id", "other"])(given)
+    assert type(found) is type(given)
+    names = found.schema.names if make.__name__ in ("arrow", "batch") else found if make is dict else found.columns
+    assert list(names) == ["id", "other", "log_p"]
+    np.testing.assert_array_equal(np.asarray(found["log_p"]), expected(flow, table))
+    np.testing.assert_array_equal(np.asarray(found["id"]), table["id"])
+    if make.__name__ == "pandas":
+        assert list(found.index) == list(range(100, 140))
+        assert list(given.columns) == list(table)  # nothing was added to what came
+
+
+@pytest.mark.parametrize("make", kinds()[1:], ids=lambda make: make.__name__)
+def test_batches_have_the_bits_of_the_whole(flow, table, make):
+    given = make(table)
+    cut = (lambda a, b: given.iloc[a:b]) if make.__name__ == "pandas" else (lambda a, b: given.slice(a, b - a))
+    parts = Scorer(flow).batches(cut(a, b) for a, b in ((0, 1), (1, 1), (1, 18), (18, 40)))
+    found = np.concatenate([np.asarray(part["log_p"]) for part in parts])
+    np.testing.assert_array_equal(found, expected(flow, table))
+
+
+def test_a_context_is_read_by_its_names(table):
+    flow = nvpflow.build(2, 2, (8,), context_size=1)
+    scorer = Scorer(flow, ["a", "b"], context_columns=["c"])
+    rows = np.column_stack([table["a"], table["b"]]).astype(np.float32)
+    given = {name: table[name].astype(np.float32) for name in COLUMNS}
+    found = scorer(given)["log_p"]
+    np.testing.assert_array_equal(found, flow.log_prob(rows, context=given["c"][:, None]))
+
+
+def test_missing_values_and_numbers_beyond_the_dtype(flow):
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"a": pandas.array([1, None, 1], "Int64"), "b": [1, 1, 1e300], "c": [True, False, True]})
+    found = Scorer(flow)(table)["log_p"].to_numpy()
+    assert np.isfinite(found[0])
+    assert np.isnan(found[1])
+    assert found[2] == -np.inf
+
+
+def test_arrow_columns_are_those_of_the_flow(flow, table):
+    pa = pytest.importorskip("pyarrow")
+    scorer = Scorer(flow, keep=["id"])
+    found = scorer.arrow_columns(*(pa.array(table[name]) for name in COLUMNS))
+    np.testing.assert_array_equal(found.to_numpy(), expected(flow, table))
+    with pytest.raises(ValueError, match="columns are 1, expected 3: 'a', 'b', 'c'"):
+        scorer.arrow_columns(pa.array([1.0]))
+
+
+WORKER = """
+import pickle, sys
+import numpy as np
+scorer, table = pickle.load(sys.stdin.buffer)
+again = pickle.loads(pickle.dumps(scorer))
+assert again.flow is scorer.flow and scorer.flow.num_threads == 1
+sys.stdout.buffer.write(pickle.dumps(scorer(table)))
+"""
+
+
+def test_another_process_gives_the_same_bits_by_one_flow(flow, table):
+    sent = pickle.dumps((Scorer(flow), table))
+    done = subprocess.run([sys.executable, "-c", WORKER], input=sent, capture_output=True, check=True, timeout=120)
+    np.testing.assert_array_equal(pickle.loads(done.stdout)["log_p"], expected(flow, table))
+
+
+def test_a_scorer_keeps_the_weights_that_it_was_given(flow, table):
+    changed = copy.copy(flow)
+    scorer = Scorer(changed)
+    before = scorer(table)["log_p"]
+    changed.fit(np.random.default_rng(2).normal([1, 2, 3], [1, 10, 0.1], (500, 3)), epochs=1, progress=False)
+    np.testing.assert_array_equal(scorer(table)["log_p"], before)
+    assert Scorer(changed).fingerprint != scorer.fingerprint
+
+
+def test_what_is_wrong_is_named(flow, table):
+    plain = nvpflow.build(3)
+    with pytest.raises(TypeError, match="flow is 'x' .str., expected a nvpflow.Flow"):
+        Scorer("x")
+    with pytest.raises(ValueError, match="columns is None, expected 3 names: the flow knows none"):
+        Scorer(plain)
+    with pytest.raises(ValueError, match="columns are 2 names, expected 3: as many as the flow reads"):
+        Scorer(plain, ["a", "b"])
+    with pytest.raises(ValueError, match="columns: columns 1 and 3 are both called 'a', expected each once"):
+        Scorer(plain, ["a", "b", "a"])
+    with pytest.raises(TypeError, match="columns is 'abc' .str., expected a sequence of strings"):
+        Scorer(plain, "abc")
+    with pytest.raises(ValueError, match="context_columns are 1 name, expected 0"):
+        Scorer(flow, context_columns=["d"])
+    with pytest.raises(ValueError, match="name is 'id', a column of keep; expected another name"):
+        Scorer(flow, keep=["id"], name="id")
+    with pytest.raises(ValueError, match="num_threads is -1"):
+        Scorer(flow, num_threads=-1)
+    scorer = Scorer(flow)
+    with pytest.raises(TypeError, match=r"(?s)table is .*, expected a DataFrame of pandas or Polars, a Table"):
+        scorer(np.zeros((2, 3)))
+    with pytest.raises(ValueError, match=r"table has no column 'a', 'c', expected 'a', 'b', 'c' .*; it has 'b'"):
+        scorer({"b": np.zeros(2)})
+    with pytest.raises(ValueError, match=r"table\['b'\] has shape \(3,\), expected \(2,\)"):
+        scorer({"a": np.zeros(2), "b": np.zeros(3), "c": np.zeros(2)})
+    with pytest.raises(TypeError, match=r"table\['b'\]"):
+        scorer({"a": np.zeros(2), "b": ["x", "y"], "c": np.zeros(2)})
+
+
+def test_no_rows_give_no_scores(flow):
+    found = Scorer(flow)({name: np.zeros(0) for name in COLUMNS})
+    assert found["log_p"].shape == (0,)
