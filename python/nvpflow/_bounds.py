@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -173,50 +173,53 @@ def contains(bounds: Bounds, rows: Array) -> NDArray[np.bool_]:
 
 def forward(bounds: Bounds, rows: Array) -> NDArray[np.float64]:
     """Return rows [n, D] behind the bounds; what is outside is NaN or infinite."""
-    y = np.array(rows, dtype=np.float64)
-    with np.errstate(all="ignore"):
-        for j, (low, high) in enumerate(zip(bounds.low, bounds.high, strict=True)):
-            x = y[:, j].copy()
-            if low is not None and high is not None:
-                y[:, j] = np.log(x - low) - np.log(high - x)
-            elif low is not None:
-                y[:, j] = np.log(x - low)
-            elif high is not None:
-                y[:, j] = -np.log(high - x)
-    return y
+
+    def changed(x: Array, low: float | None, high: float | None) -> Array:
+        of_low: Array = np.log(x - low) if low is not None else np.zeros_like(x)
+        return of_low if high is None else of_low - np.log(high - x)
+
+    return _by_column(bounds, rows, changed, free=None)
 
 
 def inverse(bounds: Bounds, rows: Array) -> NDArray[np.float64]:
     """Return rows [n, D] in front of the bounds."""
-    x = np.array(rows, dtype=np.float64)
-    with np.errstate(over="ignore"):
-        for j, (low, high) in enumerate(zip(bounds.low, bounds.high, strict=True)):
-            y = x[:, j].copy()
-            if low is not None and high is not None:
-                e = np.exp(-np.abs(y))
-                share = (high - low) * (e / (1 + e))
-                x[:, j] = np.where(y < 0, low + share, high - share)
-            elif low is not None:
-                x[:, j] = low + np.exp(y)
-            elif high is not None:
-                x[:, j] = high - np.exp(-y)
-    return x
+
+    def changed(y: Array, low: float | None, high: float | None) -> Array:
+        found: Array
+        if low is None or high is None:
+            found = high - np.exp(-y) if low is None else low + np.exp(y)
+        else:
+            e = np.exp(-np.abs(y))
+            distance = (high - low) * (e / (1 + e))
+            found = np.where(y < 0, low + distance, high - distance)
+        return found
+
+    return _by_column(bounds, rows, changed, free=None)
 
 
 def slopes(bounds: Bounds, rows: Array) -> NDArray[np.float64]:
     """Return dx / dy of rows [n, D] behind the bounds."""
-    y = np.asarray(rows, dtype=np.float64)
-    slope = np.ones_like(y)
-    with np.errstate(over="ignore"):
+
+    def changed(y: Array, low: float | None, high: float | None) -> Array:
+        found: Array = np.exp(-y if low is None else y)
+        if low is not None and high is not None:
+            e = np.exp(-np.abs(y))
+            found = (high - low) * e / (1 + e) ** 2
+        return found
+
+    return _by_column(bounds, rows, changed, free=1.0)
+
+
+def _by_column(bounds: Bounds, rows: Array, changed: Callable[..., Array], free: float | None) -> NDArray[np.float64]:
+    """Return what each column with bounds is changed to, in float64; free: what the others become, None: themselves."""
+    found = np.array(rows, dtype=np.float64)
+    with np.errstate(all="ignore"):
         for j, (low, high) in enumerate(zip(bounds.low, bounds.high, strict=True)):
-            if low is not None and high is not None:
-                e = np.exp(-np.abs(y[:, j]))
-                slope[:, j] = (high - low) * e / (1 + e) ** 2
-            elif low is not None:
-                slope[:, j] = np.exp(y[:, j])
-            elif high is not None:
-                slope[:, j] = np.exp(-y[:, j])
-    return slope
+            if low is not None or high is not None:
+                found[:, j] = changed(found[:, j].copy(), low, high)
+            elif free is not None:
+                found[:, j] = free
+    return found
 
 
 def in_front(bounds: Bounds | None, mean: Array, std: Array) -> tuple[Array, Array]:

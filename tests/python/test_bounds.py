@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import pickle
 from typing import Any
@@ -11,14 +10,13 @@ from typing import Any
 import numpy as np
 import nvpflow
 import pytest
-from general_oracle import GeneralFlow, random_spec, scrambled
+from cases import ADDITIVE, DTYPES, contexts_of, flow_and_oracle
+from general_oracle import random_spec
 from nvpflow import _bounds, _core
-from nvpflow.layers import MLP, Additive, Bounds, Coupling, Standardize
+from nvpflow.layers import Bounds, Standardize
 from oracle import assert_same_bits, assert_within_budget
 
-DTYPES = ("float32", "float64")
 GRADIENT_BUDGET = {"float32": 1e-5, "float64": 1e-12}
-ADDITIVE = [Coupling(name, Additive(), MLP((4,))) for name in ("second_half", "first_half")]
 
 
 def random_bounds(size: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -39,15 +37,12 @@ def make_case(seed: int, dtype: str, rows: int = 70):
     spec = random_spec(rng, dtype=dtype, max_size=18)
     bounds = random_bounds(spec["input_size"], rng)
     spec = {**spec, "base": {"kind": "normal"}, "layers": [bounds, *spec["layers"]]}
-    parameters = {name: v.astype(dtype).astype(np.float64) for name, v in scrambled(spec, rng, 0.3).items()}
-    flow = nvpflow.Flow(nvpflow.FlowSpec.from_json(json.dumps(spec)))
-    flow.set_parameters({name: value.astype(dtype) for name, value in parameters.items()})
+    flow, oracle = flow_and_oracle(spec, rng)
     layer = flow.spec.layers[0]
     x = _bounds.inverse(layer, 0.7 * rng.normal(size=(rows, spec["input_size"]))).astype(dtype)
     at = next(j for j in range(spec["input_size"]) if not layer.is_free(j))
     x[::5, at] = layer.low[at] - 0.5 if layer.low[at] is not None else layer.high[at] + 0.5
-    given = {"context": rng.normal(size=(rows, spec["context_size"])).astype(dtype)} if spec["context_size"] else {}
-    return flow, GeneralFlow(spec, parameters), x, given
+    return flow, oracle, x, contexts_of(spec, rng, rows)
 
 
 # --------------------------------------------------------------------------------------------------- what bounds are

@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 import nvpflow
 import pytest
+from cases import ADDITIVE, DTYPES
 from general_oracle import GeneralFlow, random_spec, scrambled
 from nvpflow import _bounds
-from nvpflow.layers import MLP, Additive, Bounds, Coupling, Standardize
+from nvpflow.layers import Bounds, Standardize
 from oracle import assert_same_bits, assert_within_budget, philox4x32
-
-DTYPES = ("float32", "float64")
-ADDITIVE = [Coupling(name, Additive(), MLP((4,))) for name in ("second_half", "first_half")]
 
 
 def counts(rows: int = 3000, seed: int = 0) -> np.ndarray:

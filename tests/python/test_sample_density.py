@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import nvpflow
 import pytest
-from general_oracle import GeneralFlow, base_log_density, random_spec, scrambled
+from cases import DTYPES, flow_and_oracle
+from general_oracle import base_log_density, random_spec
 from oracle import assert_same_bits, assert_within_budget
 
-DTYPES = ("float32", "float64")
 INTERVAL = {"kind": "uniform", "low": -1.5, "high": 2.25}
 STUDENT = {"kind": "student_t", "df": 4.0, "trainable": True}
 MIXTURE = {"kind": "mixture", "components": 3, "covariance": "full"}
@@ -22,10 +20,7 @@ def make_case(seed: int, dtype: str, base: dict | None = None):
     spec = random_spec(rng, dtype=dtype, max_size=18)
     if base is not None:
         spec = {**spec, "base": base}
-    parameters = {name: v.astype(dtype).astype(np.float64) for name, v in scrambled(spec, rng, 0.3).items()}
-    flow = nvpflow.Flow(nvpflow.FlowSpec.from_json(json.dumps(spec)))
-    flow.set_parameters({name: value.astype(dtype) for name, value in parameters.items()})
-    return flow, GeneralFlow(spec, parameters)
+    return flow_and_oracle(spec, rng)
 
 
 def context_of(flow: nvpflow.Flow, count: int | None = None) -> dict[str, np.ndarray]:

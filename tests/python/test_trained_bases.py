@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import pickle
 from typing import Any
@@ -11,13 +10,13 @@ from typing import Any
 import numpy as np
 import nvpflow
 import pytest
-from general_oracle import FEATURES, GeneralFlow, random_spec, scrambled
+from cases import ADDITIVE, DTYPES, contexts_of, flow_and_oracle, identity
+from general_oracle import FEATURES, random_spec
 from nvpflow import _bases, _core, _scores
 from nvpflow._expression import from_json
 from nvpflow.layers import MLP, Additive, Coupling, Mixture, StudentT
 from oracle import assert_same_bits, assert_within_budget
 
-DTYPES = ("float32", "float64")
 STUDENT = {"kind": "student_t", "df": 4.0, "trainable": True}
 BASES: dict[str, dict[str, Any]] = {
     "student_t": STUDENT,
@@ -28,28 +27,16 @@ BASES: dict[str, dict[str, Any]] = {
 # Layers that do not make much of a rounding of float32: the base is in question here.
 TAME = FEATURES - {"spline", "element_spline", "lu_linear", "log_scales", "layer_norm"}
 GRADIENT_BUDGET = {"float32": 2e-5, "float64": 1e-12}
-# A flow of two columns that is the identity, its bits and all.
-ADDITIVE = [Coupling(name, Additive(), MLP((4,))) for name in ("second_half", "first_half")]
-
-
-def identity(base: Any, columns: int = 2, dtype: str = "float64", **own: Any) -> nvpflow.Flow:
-    """A flow that is its base, whose tensors are given without "base." in front."""
-    flow = nvpflow.build(columns, layers=ADDITIVE, base=base, dtype=dtype)
-    values = {name: np.zeros_like(value) for name, value in flow.parameters().items()}
-    flow.set_parameters(values | {f"base.{name}": np.asarray(value, dtype) for name, value in own.items()})
-    return flow
 
 
 def make_case(seed: int, base: str, dtype: str, rows: int = 70):
     """A flow of random layers, its oracle, rows, contexts."""
     rng = np.random.default_rng([seed, 0xBA5E5])
     spec = {**random_spec(rng, TAME, dtype=dtype, max_size=18), "base": BASES[base]}
-    parameters = {name: v.astype(dtype).astype(np.float64) for name, v in scrambled(spec, rng, 0.3).items()}
-    flow = nvpflow.Flow(nvpflow.FlowSpec.from_json(json.dumps(spec)))
-    flow.set_parameters({name: value.astype(dtype) for name, value in parameters.items()})
+    flow, oracle = flow_and_oracle(spec, rng)
     z = rng.normal(size=(rows, spec["input_size"])).astype(dtype)
-    given = {"context": rng.normal(size=(rows, spec["context_size"])).astype(dtype)} if spec["context_size"] else {}
-    return flow, GeneralFlow(spec, parameters), flow.inverse(z, **given), given
+    given = contexts_of(spec, rng, rows)
+    return flow, oracle, flow.inverse(z, **given), given
 
 
 # ------------------------------------------------------------------------------------------------- what a base is
@@ -149,7 +136,7 @@ def assert_gradients(actual: np.ndarray, expected: np.ndarray, dtype: str) -> No
 @pytest.mark.parametrize("df", [1e-3, 0.3, 1.0, 2.0, 3.7, 30.0, 1e4, 1e9, 1e17])
 def test_student_densities_agree_with_scipy_at_any_degrees_of_freedom(df) -> None:
     stats = pytest.importorskip("scipy.stats")
-    flow = identity("student_t", log_df=[math.log(df), math.log(7.0)])
+    flow = identity("student_t", dtype="float64", log_df=[math.log(df), math.log(7.0)])
     df = math.exp(math.log(df))
     x = np.array([[0, 1], [1e-9, -2], [1, 0], [-3, 5], [40, 1], [1e6, 0], [-1e100, 2]])
     expected = stats.t(df).logpdf(x[:, 0]) + stats.t(7).logpdf(x[:, 1])
@@ -161,7 +148,10 @@ def test_student_densities_agree_with_scipy_at_any_degrees_of_freedom(df) -> Non
     np.testing.assert_allclose(flow.log_prob(x), expected, rtol=2e-9 if df >= 1e4 else 1e-12, atol=1e-12)
     # The same derivative by log_df as a small step has.
     step, rows = 1e-5, x[:5]
-    up, down = (identity("student_t", log_df=[math.log(df) + d, math.log(7.0)]).log_prob(rows) for d in (step, -step))
+    up, down = (
+        identity("student_t", dtype="float64", log_df=[math.log(df) + d, math.log(7.0)]).log_prob(rows)
+        for d in (step, -step)
+    )
     by_log_df = np.array([flow.log_prob_vjp(row[None], np.ones(1))[1][_offset(flow, "base.log_df")] for row in rows])
     np.testing.assert_allclose(by_log_df, (up - down) / (2 * step), rtol=1e-6, atol=1e-8)
 
@@ -334,12 +324,12 @@ def test_fit_learns_groups() -> None:
 def test_normal_scores() -> None:
     stats = pytest.importorskip("scipy.stats")
     z = np.array([[-4.0, 0.1], [0, 3], [2, -40], [1e5, 0.5]])
-    flow = identity("student_t", log_df=[math.log(2.5), math.log(2e7)])
+    flow = identity("student_t", dtype="float64", log_df=[math.log(2.5), math.log(2e7)])
     scores = _scores.normal_scores(flow.spec.base, z, flow.parameters())
     np.testing.assert_allclose(scores[:, 0], stats.norm.ppf(stats.t(2.5).cdf(z[:, 0])), rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(scores[:, 1], z[:, 1])
     for base in ("diagonal", "full"):
-        flow = identity(from_json(_bases.KINDS, BASES[base]))
+        flow = identity(from_json(_bases.KINDS, BASES[base]), dtype="float64")
         rng = np.random.default_rng(1)
         own = {name: rng.normal(size=v.shape) for name, v in flow.parameters().items() if name.startswith("base.")}
         flow.set_parameters(flow.parameters() | own)
