@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nvpflow._bases import Mixture, StudentT, Uniform
+from nvpflow._bases import Mixture, Normal, StudentT, Uniform
 from nvpflow._bounds import ends, inside
 from nvpflow.exporters._onnx_graph import Graph, Value
 from nvpflow.exporters._weights import Weights, context_statistics, layers_of, lu_factors, split
@@ -64,6 +64,8 @@ def model_of(flow: Flow, method: str) -> Any:
 
 def _noise(g: Graph, flow: Flow, shape: Value) -> Value:
     zeros, base = g.zeros(shape), flow.spec.base
+    if isinstance(base, Normal):
+        return zeros.node("RandomNormalLike")
     if isinstance(base, Uniform):
         return zeros.node("RandomUniformLike", low=base.low, high=base.high).node("Clip", base.low, base.high)
     if isinstance(base, StudentT):  # Bailey (1994)
@@ -72,9 +74,8 @@ def _noise(g: Graph, flow: Flow, shape: Value) -> Value:
         angle = zeros.node("RandomUniformLike", low=0.0, high=2 * math.pi)
         radius = ((1.0 - (-x).node("Exp")) * df).node("Sqrt") * (x * 0.5).node("Exp")
         return radius * angle.node("Cos")
-    if isinstance(base, Mixture):
-        return _mixture_noise(g, _of_base(flow), zeros)
-    return zeros.node("RandomNormalLike")
+    assert isinstance(base, Mixture)
+    return _mixture_noise(g, _of_base(flow), zeros)
 
 
 _LEAST_SHARE = 1e-30  # a share of 0 has no logarithm
@@ -139,17 +140,21 @@ def _walk(g: Graph, flow: Flow, rows: Value, context: Value | None, backwards: b
 
 def _log_prob(flow: Flow, z: Value, log_det: Value) -> Value:
     """Return log p of rows, where the latents are z and the log-determinant from data to latent is log_det."""
+    log_p = _log_base(flow, z, log_det)
+    return log_p.where(log_p.node("IsNaN"), -math.inf)
+
+
+def _log_base(flow: Flow, z: Value, log_det: Value) -> Value:
     size, base = flow.spec.input_size, flow.spec.base
+    if isinstance(base, Normal):
+        return log_det - 0.5 * (z * z).sum() - 0.5 * size * math.log(2 * math.pi)
     if isinstance(base, Uniform):
         outside = z.node("Less", base.low).node("Or", z.node("Greater", base.high))
-        log_p = (log_det - size * math.log(base.high - base.low)).where(outside.any(), -math.inf)
-    elif isinstance(base, StudentT):
-        log_p = log_det + _log_student(z, np.exp(_of_base(flow)["log_df"]))
-    elif isinstance(base, Mixture):
-        log_p = log_det + _log_mixture(z, _of_base(flow))
-    else:
-        log_p = log_det - 0.5 * (z * z).sum() - 0.5 * size * math.log(2 * math.pi)
-    return log_p.where(log_p.node("IsNaN"), -math.inf)
+        return (log_det - size * math.log(base.high - base.low)).where(outside.any(), -math.inf)
+    if isinstance(base, StudentT):
+        return log_det + _log_student(z, np.exp(_of_base(flow)["log_df"]))
+    assert isinstance(base, Mixture)
+    return log_det + _log_mixture(z, _of_base(flow))
 
 
 def _log_student(z: Value, df: NDArray[np.float64]) -> Value:

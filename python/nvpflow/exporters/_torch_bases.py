@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nvpflow._bases import Mixture, StudentT, Uniform
+from nvpflow._bases import Mixture, Normal, StudentT, Uniform
 from nvpflow.flow import Flow
 from nvpflow.torch._bases import log_student
 
@@ -23,13 +23,14 @@ def base_of(flow: Flow) -> nn.Module:
     base, size = flow.spec.base, flow.spec.input_size
     dtype = getattr(torch, flow.spec.dtype)
     own = {name: np.array(value) for name, value in flow.parameters().items() if name.startswith("base.")}
+    if isinstance(base, Normal):
+        return NormalBase(size, dtype)
     if isinstance(base, Uniform):
         return UniformBase(base, size, dtype)
     if isinstance(base, StudentT):
         return StudentBase(base, own, dtype)
-    if isinstance(base, Mixture):
-        return MixtureBase(size, own, dtype)
-    return NormalBase(size, dtype)
+    assert isinstance(base, Mixture)
+    return MixtureBase(size, own, dtype)
 
 
 class NormalBase(nn.Module):
