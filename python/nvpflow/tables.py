@@ -91,7 +91,7 @@ class Scorer:
 
     @property
     def flow(self) -> Flow:
-        """This process's flow."""
+        """The flow of this process."""
         found = _flows.get(self.fingerprint)
         if found is None:
             found = pickle.loads(self._pickled)

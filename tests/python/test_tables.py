@@ -129,7 +129,7 @@ def test_a_scorer_keeps_the_weights_that_it_was_given(flow, table):
 
 def test_what_is_wrong_is_named(flow, table):
     plain = nvpflow.build(3)
-    with pytest.raises(TypeError, match="flow is 'x' .str., expected a nvpflow.Flow"):
+    with pytest.raises(TypeError, match=r"flow is 'x' .str., expected a nvpflow.Flow"):
         Scorer("x")
     with pytest.raises(ValueError, match="columns is None, expected 3 names: the flow knows none"):
         Scorer(plain)
@@ -137,7 +137,7 @@ def test_what_is_wrong_is_named(flow, table):
         Scorer(plain, ["a", "b"])
     with pytest.raises(ValueError, match="columns: columns 1 and 3 are both called 'a', expected each once"):
         Scorer(plain, ["a", "b", "a"])
-    with pytest.raises(TypeError, match="columns is 'abc' .str., expected a sequence of strings"):
+    with pytest.raises(TypeError, match=r"columns is 'abc' .str., expected a sequence of strings"):
         Scorer(plain, "abc")
     with pytest.raises(ValueError, match="context_columns are 1 name, expected 0"):
         Scorer(flow, context_columns=["d"])
