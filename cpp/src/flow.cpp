@@ -930,9 +930,10 @@ class Mean {
  public:
   explicit Mean(std::int64_t rows) : rows_{.count = rows}, total_(static_cast<double>(rows)) { require_some(); }
   explicit Mean(const SampleWeights& weights)
-      : counting_(rows_that_count(weights.values())),
-        rows_{.count = static_cast<std::int64_t>(weights.values().size()), .weights = weights.values().data()},
-        total_(sum_of(weights.values())) {
+      : rescaled_(rescaled(weights.values())),
+        counting_(rows_that_count(of(weights))),
+        rows_{.count = static_cast<std::int64_t>(weights.values().size()), .weights = of(weights).data()},
+        total_(sum_of(of(weights))) {
     require_some();
     if (!counting_.empty()) rows_.count = static_cast<std::int64_t>(counting_.size()), rows_.index = counting_.data();
   }
@@ -949,6 +950,11 @@ class Mean {
     if (rows_.count == 0) fail("x has no rows, expected at least one: the mean over an empty batch is not defined");
   }
 
+  std::span<const double> of(const SampleWeights& weights) const {
+    return rescaled_.empty() ? weights.values() : std::span<const double>(rescaled_);
+  }
+
+  const std::vector<double> rescaled_;
   const std::vector<std::int64_t> counting_;
   WeighedRows rows_;
   double total_;

@@ -40,6 +40,16 @@ void SampleWeights::check(const char* name, std::int64_t rows) const {
   if (!std::isfinite(sum)) refuse(" adds up to infinity, expected a sum that float64 holds; divide it by its largest");
 }
 
+std::vector<double> rescaled(std::span<const double> weights) {
+  constexpr double kLeastSum = 1e-150;
+  const double sum = sum_of(weights);
+  if (weights.empty() || (sum >= kLeastSum && sum <= 1 / kLeastSum)) return {};
+  std::vector<double> scaled(weights.begin(), weights.end());
+  const int exponent = std::ilogb(*std::max_element(scaled.begin(), scaled.end()));
+  for (double& weight : scaled) weight = std::ldexp(weight, -exponent);
+  return scaled;
+}
+
 std::vector<std::int64_t> rows_that_count(std::span<const double> weights) {
   std::vector<std::int64_t> rows;
   if (std::find(weights.begin(), weights.end(), 0.0) == weights.end()) return rows;

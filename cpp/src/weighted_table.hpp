@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include <nvpflow/execution.hpp>
@@ -14,8 +15,9 @@
 
 namespace nvpflow {
 
-/// Rows, their contexts and their weights: the caller's own, or copies of those of weight above 0 where some have 0.
-/// Without weights it looks at nothing. T: of the flow, and so of contexts; X: of the rows.
+/// Rows, their contexts and their weights: the caller's own, or copies of those of weight above 0 where some have 0,
+/// and of weights that are rescaled. Without weights it looks at nothing. T: of the flow, and so of contexts; X: of the
+/// rows.
 template <class T, class X>
 class WeightedTable {
  public:
@@ -30,7 +32,9 @@ class WeightedTable {
     const auto features = static_cast<std::size_t>(spec.input_size);
     const auto count = static_cast<std::int64_t>(rows.size() / features);
     SampleWeights(weights).check(names.weights, count);
-    const std::vector<std::int64_t> counting = rows_that_count(weights);
+    own_weights_ = rescaled(weights);
+    if (!own_weights_.empty()) weights_ = own_weights_;
+    const std::vector<std::int64_t> counting = rows_that_count(weights_);
     if (counting.empty()) return;
     const std::span<const T> contexts = checked_context<T>(spec, names.context, context, count);
     check_finite(names.rows, rows, spec.input_size, [] {});  // all of them, by the numbers that the caller knows
@@ -40,7 +44,9 @@ class WeightedTable {
       take(contexts, static_cast<std::size_t>(spec.context_size), counting, own_context_);
       context_ = Context(own_context_);
     }
-    take(weights, 1, counting, own_weights_);
+    std::vector<double> of_counting;
+    take(weights_, 1, counting, of_counting);
+    own_weights_ = std::move(of_counting);
     rows_ = own_rows_, weights_ = own_weights_;
   }
   WeightedTable(const WeightedTable&) = delete;

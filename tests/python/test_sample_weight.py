@@ -196,6 +196,22 @@ def test_weights_may_be_of_any_kind_of_numbers_and_any_library() -> None:
     assert flow.nll(x, sample_weight=torch.from_numpy(w).float()) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("scale", [5e-324, 1e-310, 1e-200, 1e200, 1e303])
+def test_only_ratios_of_weights_matter(scale: float) -> None:
+    flow, x = new_flow(standardize=False), curved(400)
+    w = np.arange(400.0)
+    every_other, beyond = np.where(w % 2 == 0, 1.0, 0.0), np.where(w % 2 == 0, 1e305, 1e-308)
+    for some, other in ((w, w * scale), (every_other, beyond)):
+        assert flow.nll(x, other) == pytest.approx(flow.nll(x, some), rel=1e-12)
+        expected, found = flow.nll_gradient(x, some)[1], flow.nll_gradient(x, other)[1]
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+        losses = [
+            new_flow().fit(x, sample_weight=v, validation=(x, v), epochs=2, progress=False).validation_loss
+            for v in (some, other)
+        ]
+        np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
 BAD = [
     ([1, 2, 3], ValueError, r"shape \(3,\), expected \(4,\)"),
     ([[1, 1, 1, 1]], ValueError, r"shape \(1, 4\), expected \(4,\)"),
