@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nvpflow import _checks, _core, _hints
+from nvpflow import _bounds, _checks, _core, _hints
 from nvpflow._bases import NORMAL
+from nvpflow._spec import bounds_of
 from nvpflow._target import LogDensity, Target
 from nvpflow.conditioned import ConditionedFlow
+from nvpflow.layers import Bounds
 
 Array = NDArray[Any]
 AnyFlow = _core.Flow | ConditionedFlow
@@ -65,17 +67,37 @@ class Importance:
         Parameters
         ----------
         function
-            Of the rows [n, D], with values [n] or [n, K]. None: the rows themselves.
+            Of the rows [n, D], with values [n] or [n, K]. None: the rows themselves. Where the target is 0 its values
+            count for nothing, whatever they are.
 
         Returns
         -------
         mean, error : ndarray of float64
             [] or [K].
+
+        Raises
+        ------
+        TypeError, ValueError
+            `function` is no function, or what it returns is not a number, or numbers, for each row.
         """
-        values = np.asarray(self.x if function is None else function(self.x), dtype=np.float64)
-        weights = self.weights.reshape((-1,) + (1,) * (values.ndim - 1))
+        values = self._values(function)
+        counts = self.weights > 0
+        values = values[counts]
+        weights = self.weights[counts].reshape((-1,) + (1,) * (values.ndim - 1))
         mean = (weights * values).sum(axis=0)
         return mean, np.sqrt((weights**2 * (values - mean) ** 2).sum(axis=0))
+
+    def _values(self, function: Callable[[Array], ArrayLike] | None) -> NDArray[np.float64]:
+        """Return a function's values [n] or [n, ...] of the rows."""
+        if function is None:
+            return self.x.astype(np.float64)
+        if not callable(function):
+            raise TypeError(f"function is {_checks.describe(function)}, expected a function of rows [n, D], or None")
+        name, n = "what function returned", len(self.x)
+        values = _checks.numbers(name, _core._host_array(function(self.x)))
+        if values.ndim == 0 or len(values) != n:
+            raise ValueError(f"{name} has shape {values.shape}, expected [{n}] or [{n}, K], a value for each row")
+        return values.astype(np.float64)
 
     def resample(self, n: int, seed: int = 0) -> Array:
         """Return n rows [n, D] drawn by weight, with replacement: rows of the target where `ess` is far above n."""
@@ -231,7 +253,7 @@ def check_modes(
     n
         Rows of each proposal, at least 2.
     known
-        Rows [K, D] where the target has mass as far as you know, at most 1,000.
+        Rows [K, D] where the target has mass as far as you know, at most 1,000; inside of the flow's bounds.
     temperature
         Of the second proposal; above 1.
     seed
@@ -269,8 +291,8 @@ def check_modes(
         parts.append(proposal.draw_rows(count, (number + 1) % 2**64, hot))
         densities.append(lambda x: proposal.log_q(x, hot))
     if given is not None:
-        around = _Around(given, own.x)
-        parts.append(around.draw(count, number).astype(own.x.dtype))
+        around = _Around(given, own.x, bounds_of(proposal.flow.spec))
+        parts.append(around.draw(count, number))
         densities.append(around.log_density)
     x = np.concatenate(parts)
     log_each = np.stack([density(x) for density in densities])
@@ -327,12 +349,11 @@ class _Proposal:
 
     def draw(self, n: int, seed: int, temperature: float | None) -> _Drawn:
         """Return rows with both their log-densities."""
-        pieces = [
-            self.flow.sample_and_log_prob(stop - start, seed=seed, start=start, temperature=temperature)
-            for start, stop in _blocks(n)
-        ]
-        x = np.concatenate([piece[0] for piece in pieces])
-        log_q = np.concatenate([piece[1] for piece in pieces]).astype(np.float64)
+        x, log_q = self._room(n), np.empty(n)
+        for start, stop in _blocks(n):
+            x[start:stop], log_q[start:stop] = self.flow.sample_and_log_prob(
+                stop - start, seed=seed, start=start, temperature=temperature
+            )
         if not np.isfinite(log_q).all():
             row = int(np.flatnonzero(~np.isfinite(log_q))[0])
             raise ValueError(f"row {row} of the flow's sample has log q {log_q[row]}: its numbers leave the dtype")
@@ -340,12 +361,18 @@ class _Proposal:
 
     def draw_rows(self, n: int, seed: int, temperature: float) -> Array:
         """Return rows alone."""
-        return np.concatenate(
-            [
-                self.flow.sample(stop - start, seed=seed, start=start, temperature=temperature)
-                for start, stop in _blocks(n)
-            ]
-        )
+        x = self._room(n)
+        for start, stop in _blocks(n):
+            x[start:stop] = self.flow.sample(stop - start, seed=seed, start=start, temperature=temperature)
+        return x
+
+    def _room(self, n: int) -> Array:
+        """Return memory for rows, all at once: too many are then refused before the first is drawn."""
+        spec = self.flow.spec
+        row = spec.input_size * np.dtype(spec.dtype).itemsize
+        if n * row >= 2**63:
+            raise MemoryError(f"n is {n} rows of {row} bytes: more than can be addressed")
+        return np.empty((n, spec.input_size), dtype=spec.dtype)
 
     def log_q(self, x: Array, temperature: float | None) -> NDArray[np.float64]:
         """Return the flow's log-density of rows."""
@@ -358,7 +385,10 @@ class _Proposal:
         if wrong.any():
             row = int(np.flatnonzero(wrong)[0])
             shown = ", ".join(f"{value:g}" for value in x[row][:6])
-            raise ValueError(f"log_density gave {found[row]} for x = [{shown}{', ...' if x.shape[1] > 6 else ''}]")
+            raise ValueError(
+                f"log_density gave {found[row]} for x = [{shown}{', ...' if x.shape[1] > 6 else ''}], expected a "
+                "number, or -inf where the target is 0"
+            )
         return found
 
     def _log_p_of_block(self, x: Array) -> Array:
@@ -374,26 +404,46 @@ class _Proposal:
         if found.ndim != 2 or found.shape[1] != spec.input_size or not 1 <= len(found) <= _MOST_KNOWN:
             wanted = f"[K, {spec.input_size}], 1 to {_MOST_KNOWN:,} rows"
             raise ValueError(f"known has shape {found.shape}, expected {wanted}")
-        rows = np.ascontiguousarray(found, dtype=spec.dtype)
+        with np.errstate(over="ignore"):
+            rows = np.ascontiguousarray(found, dtype=spec.dtype)
         if not np.isfinite(rows).all():
-            raise ValueError("known has rows with NaN or infinite values, expected finite numbers")
+            raise ValueError(f"known has rows with NaN or infinite values in {spec.dtype}, expected finite numbers")
+        if (bounds := bounds_of(spec)) is not None:
+            outside = np.argwhere(~_bounds.contains(bounds, rows))
+            if len(outside):
+                row, column = map(int, outside[0])
+                raise ValueError(
+                    f"known[{row}, {column}] is {rows[row, column]:g}, expected a number inside the flow's bounds, "
+                    f"{_bounds.interval(bounds, column)}"
+                )
         return rows
 
 
 class _Around:
-    """The mixture, of equal shares, of normal distributions around rows, with the covariance of other rows."""
+    """The mixture, of equal shares, of normal distributions around rows, with the covariance of other rows.
 
-    def __init__(self, centres: Array, like: Array) -> None:
-        self._centres = centres.astype(np.float64)
-        covariance = np.atleast_2d(np.cov(like.astype(np.float64), rowvar=False))
+    Columns with bounds are normal where these have been taken away, so that no row is drawn outside.
+    """
+
+    def __init__(self, centres: Array, like: Array, bounds: Bounds | None) -> None:
+        self._bounds, self._dtype = bounds, like.dtype
+        self._centres = self._unbounded(centres)
+        covariance = np.atleast_2d(np.cov(self._unbounded(like), rowvar=False))
         scale = np.trace(covariance) / len(covariance)
         self._root = np.linalg.cholesky(covariance + 1e-6 * max(scale, 1e-300) * np.eye(len(covariance)))
 
-    def draw(self, n: int, seed: int) -> NDArray[np.float64]:
+    def _unbounded(self, x: Array) -> NDArray[np.float64]:
+        return x.astype(np.float64) if self._bounds is None else _bounds.forward(self._bounds, x)
+
+    def draw(self, n: int, seed: int) -> Array:
         draw = np.random.default_rng(seed)
         which = draw.integers(len(self._centres), size=n)
-        found: NDArray[np.float64] = self._centres[which] + draw.normal(size=(n, len(self._root))) @ self._root.T
-        return found
+        found = self._centres[which] + draw.normal(size=(n, len(self._root))) @ self._root.T
+        if self._bounds is None:
+            return found.astype(self._dtype)
+        rows = _bounds.inverse(self._bounds, found).astype(self._dtype)
+        kept: Array = np.clip(rows, *_bounds.inside(self._bounds, self._dtype))
+        return kept
 
     def log_density(self, x: Array) -> NDArray[np.float64]:
         size = len(self._root)
@@ -401,9 +451,11 @@ class _Around:
         centres = np.linalg.solve(self._root, self._centres.T)  # whitened, [D, K]
         found = []
         for start, stop in _blocks(len(x), _BLOCK // 16):
-            rows = np.linalg.solve(self._root, x[start:stop].astype(np.float64).T)
+            y = self._unbounded(x[start:stop])
+            rows = np.linalg.solve(self._root, y.T)
             squares = ((rows[:, None, :] - centres[:, :, None]) ** 2).sum(axis=0)  # [K, B]
-            found.append(_log_sum(-0.5 * squares) + constant)
+            log_det = 0.0 if self._bounds is None else -np.log(_bounds.slopes(self._bounds, y)).sum(axis=1)
+            found.append(_log_sum(-0.5 * squares) + constant + log_det)
         return np.concatenate(found)
 
 

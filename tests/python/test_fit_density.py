@@ -559,6 +559,9 @@ def test_weights() -> None:
     assert shifted.ess == pytest.approx(found.ess)
     bounded = nvpflow.importance(flow, lambda x: np.where(x[:, 0] > 0, 0.0, -np.inf), 1000)
     assert (bounded.weights[bounded.x[:, 0] <= 0] == 0).all()
+    mean, error = bounded.mean(lambda x: np.where(x[:, 0] > 0, 1.0, np.inf))  # what is where p is 0 counts for nothing
+    assert mean == pytest.approx(1)
+    assert error == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("shape", [0.2, 0.6, 1.2])
@@ -574,7 +577,7 @@ def test_the_tail_index_of_weights(shape) -> None:
 def test_what_importance_refuses() -> None:
     flow = nvpflow.build(2, 2, (8,), standardize=False, seed=1)
     for wrong, message in (
-        (lambda x: np.full(len(x), np.nan), r"log_density gave nan for x = \["),
+        (lambda x: np.full(len(x), np.nan), r"log_density gave nan for x = \[.*\], expected a number, or -inf where"),
         (lambda x: np.full(len(x), np.inf), "log_density gave inf"),
         (lambda x: np.full(len(x), -np.inf), "-inf for every row"),
         (lambda x: np.zeros(3), r"has shape \(3,\)"),
@@ -587,7 +590,24 @@ def test_what_importance_refuses() -> None:
         nvpflow.importance(flow, banana, 10, context=[1.0])
     with pytest.raises(TypeError, match="flow is 3"):
         nvpflow.importance(3, banana)
+    for too_many in (2**45, 2**62):  # at once, not after all memory is full
+        with pytest.raises(MemoryError):
+            nvpflow.importance(flow, banana, too_many)
     assert nvpflow.importance(flow, banana, 1000, temperature=2.0).x.shape == (1000, 2)
+
+
+def test_what_means_refuse() -> None:
+    found = nvpflow.importance(nvpflow.build(2, 2, (8,), standardize=False, seed=1), banana, 100)
+    for wrong, error, message in (
+        (3, TypeError, r"function is 3 \(int\), expected a function of rows \[n, D\], or None"),
+        (lambda x: 3.0, ValueError, r"what function returned has shape \(\), expected \[100\] or \[100, K\]"),
+        (lambda x: x[:1], ValueError, r"what function returned has shape \(1, 2\), expected \[100\]"),
+        (lambda x: x.T, ValueError, r"what function returned has shape \(2, 100\), expected \[100\]"),
+        (lambda x: None, TypeError, "what function returned has dtype object, expected real numbers"),
+    ):
+        with pytest.raises(error, match=message):
+            found.mean(wrong)
+    assert found.mean(lambda x: x[:, :, None] * x[:, None, :])[0].shape == (2, 2)
 
 
 # ---- modes that were dropped -----------------------------------------------------------------------------------------
@@ -634,6 +654,7 @@ def test_what_the_check_refuses() -> None:
     for options, message in (
         ({"known": [1.0, 2.0]}, r"known has shape \(2,\), expected \[K, 2\]"),
         ({"known": [[np.nan, 2.0]]}, "known has rows with NaN"),
+        ({"known": [[1e300, 2.0]]}, "known has rows with NaN or infinite values in float32"),
         ({"known": [[0.0, 1.0]], "temperature": 1.0}, "temperature is 1, expected a number above 1"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -648,3 +669,18 @@ def test_what_the_check_refuses() -> None:
     with pytest.raises(ValueError, match=r"known\[1\] is a row where log_density is -inf"):
         nvpflow.check_modes(uniform, inside, 100, known=[[0.5, 0.5], [2.0, 0.5]])
     assert not nvpflow.check_modes(uniform, inside, 100, known=[[0.5, 0.5]]).dropped
+
+
+def test_rows_around_those_known_keep_to_the_bounds() -> None:
+    flow = nvpflow.build(2, 2, (8,), bounds={0: (0, 1), 1: (0, None)}, standardize=False, seed=1)
+
+    def share_and_duration(x):
+        x = x.astype(np.float64)
+        assert ((x > 0) & (x < [1, np.inf])).all()  # a target knows nothing of what lies outside
+        return np.log(2 * x[:, 0]) - x[:, 1]
+
+    found = nvpflow.check_modes(flow, share_and_duration, 20_000, known=[[0.5, 0.5], [1e-6, 1e-6]], seed=3)
+    assert abs(found.log_evidence) < 5 * found.log_evidence_error
+    assert found.log_evidence_error < 0.02
+    with pytest.raises(ValueError, match=r"known\[1, 0\] is 1.5, expected a number inside the flow's bounds, \(0, 1\)"):
+        nvpflow.check_modes(flow, share_and_duration, 100, known=[[0.5, 0.5], [1.5, 0.5]])
