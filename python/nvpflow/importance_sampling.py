@@ -151,7 +151,8 @@ def importance(
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, or what `log_density` has returned: NaN, inf, another shape; or it is 0 everywhere.
+        Naming the argument, or what `log_density` has returned: NaN, inf, another shape; or it is 0 everywhere. So is a
+        flow with discrete columns refused, whose samples' exact density is not known.
 
     Examples
     --------
@@ -334,6 +335,12 @@ class _Proposal:
     def __init__(self, flow: AnyFlow, log_density: LogDensity, context: ArrayLike | None) -> None:
         if not isinstance(flow, (_core.Flow, ConditionedFlow)):
             raise TypeError(f"flow is {_checks.describe(flow)}, expected a Flow or a ConditionedFlow")
+        bounds = bounds_of(flow.spec)
+        if bounds is not None and bounds.discrete:
+            raise ValueError(
+                "flow has discrete columns, expected none: the density that it gives of their samples is that of the "
+                "middle of a cell, and weights by it are biased"
+            )
         if isinstance(flow, ConditionedFlow):
             if context is not None:
                 raise ValueError("context is given beside a ConditionedFlow, which has one; expected None")

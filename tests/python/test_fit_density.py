@@ -590,6 +590,8 @@ def test_what_importance_refuses() -> None:
         nvpflow.importance(flow, banana, 10, context=[1.0])
     with pytest.raises(TypeError, match="flow is 3"):
         nvpflow.importance(3, banana)
+    with pytest.raises(ValueError, match="flow has discrete columns, expected none"):
+        nvpflow.importance(nvpflow.build(2, 2, (8,), discrete=[1]), banana, 10)
     for too_many in (2**45, 2**62):  # at once, not after all memory is full
         with pytest.raises(MemoryError):
             nvpflow.importance(flow, banana, too_many)
