@@ -163,12 +163,12 @@ def _open_target(target: str, *, force: bool) -> Iterator[BinaryIO]:
         with io.BufferedWriter(_TargetFile(target, target)) as file:
             yield file
         return
-    with _replacing(target, force=force) as file:
+    with replacing(target, force=force) as file:
         yield file
 
 
 @contextmanager
-def _replacing(target: str, *, force: bool) -> Iterator[BinaryIO]:
+def replacing(target: str, *, force: bool) -> Iterator[BinaryIO]:
     """Write beside a file and rename, as `Flow.save` does: the same names, and the mode of a file that was there."""
     final = os.path.realpath(target)  # a symbolic link keeps pointing where it does
     mode = stat.S_IMODE(os.stat(final).st_mode) if os.path.exists(final) else None

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nvpflow import _checks, _frames, data_io
+from nvpflow import _checks, _frames, _output, data_io
+from nvpflow._core import __version__, cpu_isa
 from nvpflow._text import counted
 from nvpflow.flow import Flow
 
-__all__ = ["Scorer"]
+__all__ = ["Done", "Scorer", "score_file"]
 
 Array = NDArray[Any]
 
 _flows: dict[str, Flow] = {}  # of this process, by fingerprint
 _MOST_FLOWS = 8  # that a process keeps
+_FILE_ROWS = 1 << 17  # of a file at once: scored rows of a row group of Parquet
 
 
 class Scorer:
@@ -101,6 +105,11 @@ class Scorer:
         found.num_threads = self.num_threads
         return found
 
+    def _identity(self) -> dict[str, Any]:
+        """Return what tells two scorers apart."""
+        names = {"columns": self.columns, "context_columns": self.context_columns, "keep": self.keep, "name": self.name}
+        return {"model": self.fingerprint, **names}
+
     def __repr__(self) -> str:
         kept = f", keep={list(self.keep)!r}" if self.keep else ""
         return f"Scorer({self.flow!r}, {list(self.columns)!r}{kept}, name={self.name!r})"
@@ -139,6 +148,71 @@ class Scorer:
         if len(columns) != len(wanted):
             raise ValueError(f"columns are {len(columns)}, expected {len(wanted)}: {_listed(wanted)}")
         return pa.array(self._log_p(_ArrowTable, pa.table(list(columns), names=wanted)))
+
+
+class Done(NamedTuple):
+    """What `score_file` did: the file, how many rows it has, and whether it was there already."""
+
+    target: str
+    rows: int
+    skipped: bool
+
+
+def score_file(
+    scorer: Scorer, source: str | os.PathLike[str], target: str | os.PathLike[str], *, force: bool = False
+) -> Done:
+    """Score a Parquet file into a Parquet file: one task of an engine, or of a loop, that can be started again.
+
+    The target appears when it is whole. It holds the columns of `keep` and log p, and in its metadata what made it: the
+    scorer, the instruction set, and the source's size and time. Where all of that is so again, nothing is done. Memory
+    does not grow with the file.
+
+    Parameters
+    ----------
+    scorer
+        Of the rows.
+    source
+        A Parquet file.
+    target
+        The file to write. Its folder must exist.
+    force
+        Score again in any case, and overwrite a file that something else made.
+
+    Raises
+    ------
+    FileExistsError
+        The target is there, and something else made it.
+    ImportError
+        pyarrow is not installed.
+    ValueError, TypeError
+        The source lacks columns, or they are not numbers.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    source, target = _checks.path("source", source), _checks.path("target", target)
+    found = os.stat(source)
+    made_of = {"bytes": found.st_size, "time": found.st_mtime_ns, "isa": cpu_isa(), "version": __version__}
+    metadata = {b"nvpflow.scores": json.dumps(made_of | scorer._identity()).encode()}
+    if not force and os.path.exists(target):
+        try:
+            there = pq.read_metadata(target)
+        except pa.ArrowInvalid:
+            there = None
+        if there is not None and (there.metadata or {}).get(b"nvpflow.scores") == metadata[b"nvpflow.scores"]:
+            return Done(target, there.num_rows, True)
+        raise FileExistsError(f"{target} exists, made of another source or by another model; force=True overwrites it")
+    with (
+        pq.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False) as file,
+        _output.replacing(target, force=True) as out,
+    ):
+        wanted = [*scorer.keep, *scorer.columns, *scorer.context_columns]
+        head = scorer(file.schema_arrow.empty_table())
+        schema = head.schema.with_metadata(metadata)
+        with pq.ParquetWriter(out, schema) as writer:
+            for batch in file.iter_batches(batch_size=_FILE_ROWS, columns=wanted):
+                writer.write_batch(scorer(batch))
+        return Done(target, file.metadata.num_rows, False)
 
 
 def log_p_of(flow: Flow, rows: Array, context: Array | None) -> Array:

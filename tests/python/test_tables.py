@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import sys
 import numpy as np
 import nvpflow
 import pytest
-from nvpflow.tables import Scorer
+from nvpflow.tables import Scorer, score_file
 
 COLUMNS = ["a", "b", "c"]
 
@@ -154,6 +155,79 @@ def test_what_is_wrong_is_named(flow, table):
         scorer({"a": np.zeros(2), "b": np.zeros(3), "c": np.zeros(2)})
     with pytest.raises(TypeError, match=r"table\['b'\]"):
         scorer({"a": np.zeros(2), "b": ["x", "y"], "c": np.zeros(2)})
+
+
+@pytest.fixture
+def parquet(table, tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pytest.importorskip("pyarrow").table(table), path, row_group_size=16)
+    return path
+
+
+def test_a_file_is_scored_once(flow, table, parquet, tmp_path, monkeypatch):
+    pq = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(nvpflow.tables, "_FILE_ROWS", 7)
+    scorer, target = Scorer(flow, keep=["id"]), tmp_path / "scores.parquet"
+    assert score_file(scorer, parquet, target) == (str(target), 40, False)
+    found = pq.read_table(target)
+    assert found.column_names == ["id", "log_p"]
+    np.testing.assert_array_equal(found["log_p"].to_numpy(), expected(flow, table))
+    written = target.read_bytes()
+    assert score_file(pickle.loads(pickle.dumps(scorer)), parquet, target) == (str(target), 40, True)
+    assert target.read_bytes() == written
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.parquet", "scores.parquet"]
+
+
+def test_a_file_of_something_else_is_not_overwritten(flow, parquet, tmp_path):
+    target = tmp_path / "scores.parquet"
+    score_file(Scorer(flow), parquet, target)
+    for other in (Scorer(flow, keep=["id"]), Scorer(flow, name="score")):
+        with pytest.raises(FileExistsError, match="made of another source or by another model; force=True"):
+            score_file(other, parquet, target)
+    os.utime(parquet, (1, 1))
+    with pytest.raises(FileExistsError):
+        score_file(Scorer(flow), parquet, target)
+    assert not score_file(Scorer(flow), parquet, target, force=True).skipped
+    target.write_text("no Parquet")
+    with pytest.raises(FileExistsError):
+        score_file(Scorer(flow), parquet, target)
+
+
+def test_a_file_that_cannot_be_scored_leaves_nothing_behind(parquet, tmp_path):
+    scorer = Scorer(nvpflow.build(2), ["a", "d"])
+    with pytest.raises(ValueError, match="table has no column 'd'"):
+        score_file(scorer, parquet, tmp_path / "scores.parquet")
+    with pytest.raises(FileNotFoundError):
+        score_file(scorer, tmp_path / "none.parquet", tmp_path / "scores.parquet")
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.parquet"]
+
+
+MEMORY = """
+import sys
+import numpy as np, nvpflow, pyarrow as pa, pyarrow.parquet as pq
+from nvpflow.tables import Scorer, score_file
+scorer, (small, large) = Scorer(nvpflow.build(4, 1, (4,)), list("abcd")), sys.argv[1:]
+def peak():
+    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+score_file(scorer, small, small + ".scores")
+before, held = peak(), pa.default_memory_pool().max_memory()
+score_file(scorer, large, large + ".scores")
+print(pa.default_memory_pool().max_memory() - held, peak() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_memory_does_not_grow_with_the_file(run_python, tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    paths = []
+    for rows in (1_000_000, 6_000_000):  # 16 and 96 MB
+        columns = np.random.default_rng(0).normal(size=(4, rows)).astype(np.float32)
+        paths.append(str(tmp_path / f"{rows}.parquet"))
+        pq.write_table(pa.table(dict(zip("abcd", columns, strict=True))), paths[-1], row_group_size=1 << 17)
+    held, grown = map(int, run_python(MEMORY, *paths).split())
+    assert held < 2**20
+    assert grown < 40e6  # half of what the file has more: the allocator keeps some for later
 
 
 def test_no_rows_give_no_scores(flow):
