@@ -54,6 +54,14 @@ std::vector<std::string> set_layer(std::span<T> layer, const std::vector<ColumnS
   return how;
 }
 
+/// Its standard deviations.
+template <class T>
+std::vector<double> units_of(std::span<const T> layer) {
+  std::vector<double> units;
+  for (const T log_scale : layer.subspan(layer.size() / 2)) units.push_back(std::exp(static_cast<double>(log_scale)));
+  return units;
+}
+
 /// Below this part of the standard deviation it does not matter what float32 does not hold of a mean.
 inline constexpr double kMeanTolerance = 1.0 / 128;
 

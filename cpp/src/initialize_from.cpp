@@ -40,11 +40,12 @@ class Initializer {
  public:
   /// weights: [N], above 0; empty: all count alike.
   Initializer(Flow& flow, std::span<const X> x, const Context& context, std::span<const double> weights,
-              bool behind_bounds = false)
+              bool allow_degenerate, bool behind_bounds = false)
       : flow_(flow),
         spec_(flow.spec().behind_bounds()),
         behind_bounds_(behind_bounds || flow.spec().bounds() == nullptr),
         given_context_(context),
+        allow_degenerate_(allow_degenerate),
         x_(x),
         features_(flow.spec().input_size),
         rows_(static_cast<std::int64_t>(x.size()) / features_),
@@ -67,7 +68,8 @@ class Initializer {
     if (!behind_bounds_) {
       const Dither dither = {/*seed=*/0, kStreamDither};
       const BoundedRows behind = through_bounds<X>("x", x_, flow_.spec(), flow_.column_names(), dither, no_poll);
-      return Initializer<T, double>(flow_, behind.rows, given_context_, weights_, true).run(statistics);
+      return Initializer<T, double>(flow_, behind.rows, given_context_, weights_, allow_degenerate_, true)
+          .run(statistics);
     }
     std::vector<std::string> how;
     if (flow_.spec().begins_with_standardize()) how = standardize(statistics);
@@ -95,6 +97,7 @@ class Initializer {
   }
 
   void start_from_rows() {
+    if (spec_.begins_with_standardize()) units_ = units_of(std::span<const T>(front()));
     const ParamLayout& layout = flow_.layout();
     for (std::size_t i = 0; i < flow_.spec().layers.size(); ++i) {
       if (layers::facts_of(flow_.spec().layers[i]).set_from != layers::SetFrom::sample) continue;
@@ -134,6 +137,8 @@ class Initializer {
     StartOptions how;
     how.threads = FlowAccess::threads(flow_);
     how.anew = true;
+    how.keep_dependent = allow_degenerate_;
+    how.units = units_;
     how.column_names = flow_.column_names();
     how.poll = no_poll;
     start_layers<T>(spec_, values_, rows, how);
@@ -163,27 +168,29 @@ class Initializer {
   const FlowSpec spec_;  // without bounds
   const bool behind_bounds_;
   const Context& given_context_;
+  const bool allow_degenerate_;
   const std::span<const X> x_;
   const std::int64_t features_, rows_;
   std::span<const T> context_;
   std::vector<double> weights_;  // of mean 1
   std::vector<T> values_;
   std::vector<float> low_;
+  std::vector<double> units_;  // of the standardize layer
 };
 
 /// T: of the flow; X: of the rows.
 template <class T, class X>
 std::vector<std::string> initialize(Flow& flow, std::span<const X> x, Statistics statistics, const Context& context,
-                                    std::span<const double> weights) {
+                                    std::span<const double> weights, bool allow_degenerate) {
   const WeightedTable<T, X> table(flow.spec(), {"x", "context", "sample_weight"}, x, context, weights);
-  return Initializer<T, X>(flow, table.rows(), table.context(), table.weights()).run(statistics);
+  return Initializer<T, X>(flow, table.rows(), table.context(), table.weights(), allow_degenerate).run(statistics);
 }
 
 }  // namespace
 
 template <class T>
 std::vector<std::string> Flow::initialize_from(std::span<const T> x, Statistics statistics, const Context& context,
-                                               std::span<const double> sample_weight) {
+                                               std::span<const double> sample_weight, bool allow_degenerate) {
   const FloatMode mode;
   (void)name_of(statistics);  // throws
   if (!spec().begins_with_standardize() && !spec().standardize_context && !has_started_layers(spec()) &&
@@ -193,14 +200,16 @@ std::vector<std::string> Flow::initialize_from(std::span<const T> x, Statistics 
                 "standardize");
   }
   if constexpr (std::is_same_v<T, double>) {
-    if (takes_float64_rows(spec())) return initialize<float>(*this, x, statistics, context, sample_weight);
+    if (takes_float64_rows(spec())) {
+      return initialize<float>(*this, x, statistics, context, sample_weight, allow_degenerate);
+    }
   }
-  return initialize<T>(*this, x, statistics, context, sample_weight);
+  return initialize<T>(*this, x, statistics, context, sample_weight, allow_degenerate);
 }
 
 template std::vector<std::string> Flow::initialize_from(std::span<const float>, Statistics, const Context&,
-                                                        std::span<const double>);
+                                                        std::span<const double>, bool);
 template std::vector<std::string> Flow::initialize_from(std::span<const double>, Statistics, const Context&,
-                                                        std::span<const double>);
+                                                        std::span<const double>, bool);
 
 }  // namespace nvpflow

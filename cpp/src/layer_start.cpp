@@ -164,8 +164,10 @@ class Walk {
 
   void whiten(std::size_t layer, bool inverse) {
     const std::size_t size = static_cast<std::size_t>(features());
-    const ShrunkCovariance found(features(), blocks_at(layer), options_.threads);
-    if (!std::isfinite(found.shrinkage())) return;  // training stops at these rows, and says so
+    const bool standardized = layer == 1 && std::holds_alternative<Standardize>(spec_.layers[0]);
+    const ShrunkCovariance found(features(), standardized ? options_.units : std::vector<double>(), blocks_at(layer),
+                                 options_.threads);
+    if (!found.is_finite()) return;  // training stops at these rows, and says so
     const std::vector<DependentColumn> dependent = found.dependent();
     if (!options_.keep_dependent) refuse_dependent(layer, dependent);
     const std::vector<double> factor = found.cholesky(dependent.empty() ? 0 : kRidge);

@@ -25,6 +25,7 @@ struct StartOptions {
   int threads = 1;
   bool anew = false;                      // whitening layers, too, that have been set before
   bool keep_dependent = false;            // columns that follow from others get a little variance of their own
+  std::vector<double> units;              // standard deviations of a first standardize layer; empty: none, or all 1
   std::vector<std::string> column_names;  // for messages; may be empty
   std::function<void()> poll;             // called before each slice
 };

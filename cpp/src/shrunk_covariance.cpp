@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "parallel.hpp"
@@ -27,7 +28,10 @@ std::size_t rows_to_leave_out(std::size_t columns) {
   return columns > kMostColumns ? 0 : std::clamp<std::size_t>((std::size_t{1} << 28) / (columns * columns), 256, 2048);
 }
 
-/// The mean by weight by which rows are likelier, if it is more than its standard error; else 0.
+/// Standard errors of the mean gain of left-out rows from which a covariance takes the place of Ledoit and Wolf's.
+constexpr double kErrors = 3;
+
+/// The mean by weight by which rows are likelier, if it is more than chance explains; else 0.
 double certain_gain(const std::vector<double>& log_prob, const std::vector<double>& than,
                     const std::vector<double>& weights) {
   if (log_prob.empty() || than.empty()) return log_prob.empty() ? 0 : std::numeric_limits<double>::min();
@@ -39,7 +43,7 @@ double certain_gain(const std::vector<double>& log_prob, const std::vector<doubl
   }
   const double rows = total * total / weight_squares;
   const double mean = sum / total, variance = std::max(squares / total - mean * mean, 0.0);
-  return rows > 1 && mean > std::sqrt(variance / (rows - 1)) ? mean : 0;
+  return rows > 1 && mean > kErrors * std::sqrt(variance / (rows - 1)) ? mean : 0;
 }
 
 /// K of matrix = K K^T, in place; pivot(j, rest) is what takes the place of the j-th one.
@@ -58,11 +62,14 @@ void factorize(std::vector<double>& matrix, std::size_t size, Pivot pivot) {
 
 }  // namespace
 
-ShrunkCovariance::ShrunkCovariance(std::int64_t features, const RowBlocks& rows, int threads)
-    : size_(static_cast<std::size_t>(features)), mean_(size_), covariance_(size_ * size_) {
+ShrunkCovariance::ShrunkCovariance(std::int64_t features, std::vector<double> units, const RowBlocks& rows, int threads)
+    : size_(static_cast<std::size_t>(features)),
+      units_(size_ > kMostColumns ? std::vector<double>() : std::move(units)),
+      mean_(size_),
+      covariance_(size_ * size_) {
   find_mean(rows);
   find_covariance(rows, threads);
-  find_shrinkage();
+  choose();
 }
 
 void ShrunkCovariance::find_mean(const RowBlocks& rows) {
@@ -84,19 +91,17 @@ void ShrunkCovariance::find_covariance(const RowBlocks& rows, int threads) {
     const auto n = static_cast<std::size_t>(count);
     centred.assign(block, block + n * size_);
     for (std::size_t r = 0; r < n; ++r) {
-      double square = 0;
+      double square = 0, own_square = 0;
       for (std::size_t j = 0; j < size_; ++j) {
         double& value = centred[r * size_ + j];
         value -= mean_[j];
-        square += value * value;
+        const double own = value * unit(j, true);
+        square += value * value, own_square += own * own;
       }
-      fourth_ += weights[r] * square * square;
+      fourth_[0] += weights[r] * square * square;
+      fourth_[1] += weights[r] * own_square * own_square;
     }
-    const std::size_t most = rows_to_leave_out(size_) * size_;
-    some_.insert(some_.end(), centred.begin(),
-                 centred.begin() + static_cast<std::ptrdiff_t>(std::min(most - some_.size(), centred.size())));
-    const std::size_t more = some_.size() / size_ - some_weights_.size();
-    some_weights_.insert(some_weights_.end(), weights, weights + more);
+    keep_some(centred.data(), weights, n);
     parallel_for(static_cast<std::int64_t>(size_), kGrain, threads, [&](std::int64_t begin, std::int64_t end) {
       for (auto j = static_cast<std::size_t>(begin); j < static_cast<std::size_t>(end); ++j) {
         double* sums = covariance_.data() + j * size_;
@@ -111,51 +116,91 @@ void ShrunkCovariance::find_covariance(const RowBlocks& rows, int threads) {
   for (double& sum : covariance_) sum /= weight_;
 }
 
-void ShrunkCovariance::find_shrinkage() {
-  double trace = 0, squares = 0;
+void ShrunkCovariance::keep_some(const double* centred, const double* weights, std::size_t count) {
+  const std::size_t more = std::min(rows_to_leave_out(size_) - some_weights_.size(), count);
+  some_.insert(some_.end(), centred, centred + more * size_);
+  some_weights_.insert(some_weights_.end(), weights, weights + more);
+}
+
+double ShrunkCovariance::mean_variance(bool in_own_units) const {
+  double trace = 0;
   for (std::size_t j = 0; j < size_; ++j) {
-    const double* row = covariance_.data() + j * size_;
-    trace += row[j];
-    for (std::size_t k = 0; k < j; ++k) squares += 2 * row[k] * row[k];
-    squares += row[j] * row[j];
+    trace += covariance_[j * size_ + j] * unit(j, in_own_units) * unit(j, in_own_units);
+  }
+  return trace / static_cast<double>(size_);
+}
+
+double ShrunkCovariance::ledoit_wolf_share(bool in_own_units) const {
+  double squares = 0;
+  for (std::size_t j = 0; j < size_; ++j) {
+    for (std::size_t k = 0; k <= j; ++k) {
+      const double value = covariance_[j * size_ + k] * unit(j, in_own_units) * unit(k, in_own_units);
+      squares += (k < j ? 2 : 1) * value * value;
+    }
   }
   const auto columns = static_cast<double>(size_);
-  const double rows = effective_rows();
-  const double mean = trace / columns;
-  const double distance = (squares - columns * mean * mean) / columns;    // from the target
-  const double error = (fourth_ / weight_ - squares) / (columns * rows);  // of the covariance
-  if (error > 0) shrinkage_ = distance > error ? error / distance : 1;
+  const double rows = effective_rows(), mean = mean_variance(in_own_units);
+  const double distance = (squares - columns * mean * mean) / columns;                          // from the target
+  const double error = (fourth_[in_own_units ? 1 : 0] / weight_ - squares) / (columns * rows);  // of the covariance
+  double share = 0;
+  if (error > 0 && size_ > 1) share = distance > error ? error / distance : 1;
   // Of two rows the formula says 0, and the covariance is singular.
-  if (rows <= columns + 1) shrinkage_ = std::max(shrinkage_, 1 / rows);
+  return rows <= columns + 1 ? std::max(share, 1 / rows) : share;
+}
+
+void ShrunkCovariance::choose() {
+  const double rows = effective_rows();
+  chosen_.share = ledoit_wolf_share(true);
   if (rows < 2 || some_.empty()) return;
-  const std::vector<double> theirs = left_out_log_prob(shrinkage_);
+  const std::vector<double> theirs = log_prob(leave_out(chosen_), 1);
   double best = 0;
-  for (const double share : kShares) {
-    if (share == 0 && rows <= columns + 1) continue;
-    const double gain = certain_gain(left_out_log_prob(share), theirs, some_weights_);
-    if (gain > best) best = gain, shrinkage_ = share;
+  const auto compare = [&](Shrinkage how) {
+    const bool few = rows <= static_cast<double>(size_) + 1;
+    if (few && how.share == 0) return;
+    const LeftOut left_out = leave_out(how);
+    // Among few rows the one that is left out lies where the others have no variance but the target's.
+    const bool can_widen = !few || how.share * rows >= 1;
+    for (const double widening : {1.0, can_widen ? widening_for(left_out) : 1.0}) {
+      how.widening = widening;
+      const double gain = certain_gain(log_prob(left_out, widening), theirs, some_weights_);
+      if (gain > best) best = gain, chosen_ = how;
+    }
+  };
+  for (const bool own : {true, false}) {
+    if (!own && units_.empty()) continue;
+    compare({own, ledoit_wolf_share(own)});
+    for (const double share : kShares) compare({own, share});
   }
   some_.clear();
 }
 
-/// Of some rows the log-density by mean and covariance of all others, but for a constant; none where there is no
-/// density. Those differ from the ones of all rows by one term, so that one factorization does (Sherman and Morrison,
-/// 1950). With weights each row is left out as one of effective_rows() rows.
-std::vector<double> ShrunkCovariance::left_out_log_prob(double share) const {
-  double trace = 0;
-  for (std::size_t j = 0; j < size_; ++j) trace += covariance_[j * size_ + j];
+/// The lower triangle of (1 - share) grown covariance + share target.
+std::vector<double> ShrunkCovariance::shrunk(const Shrinkage& how, double grown) const {
+  const double target = mean_variance(how.in_own_units);
+  std::vector<double> matrix = covariance_;
+  for (double& value : matrix) value *= (1 - how.share) * grown;
+  for (std::size_t j = 0; j < size_; ++j) {
+    const double own = unit(j, how.in_own_units);
+    matrix[j * size_ + j] += how.share * target / (own * own);
+  }
+  return matrix;
+}
+
+/// None where there is no density. Mean and covariance of the others differ from those of all rows by one term, so that
+/// one factorization does (Sherman and Morrison, 1950). With weights each row is left out as one of effective_rows()
+/// rows.
+ShrunkCovariance::LeftOut ShrunkCovariance::leave_out(const Shrinkage& how) const {
   const double rows = effective_rows();
-  const double grown = rows / (rows - 1), term = (1 - share) * grown / (rows - 1);
-  std::vector<double> factor = covariance_;
-  for (double& value : factor) value *= (1 - share) * grown;
-  for (std::size_t j = 0; j < size_; ++j) factor[j * size_ + j] += share * trace / static_cast<double>(size_);
+  const double grown = rows / (rows - 1), term = (1 - how.share) * grown / (rows - 1);
+  std::vector<double> factor = shrunk(how, grown);
   factorize(factor, size_, [](std::size_t, double rest) { return rest; });
   double log_det = 0;
   for (std::size_t j = 0; j < size_; ++j) {
     if (!(factor[j * size_ + j] > 0)) return {};
     log_det += 2 * std::log(factor[j * size_ + j]);
   }
-  std::vector<double> found, solved(size_);
+  LeftOut found;
+  std::vector<double> solved(size_);
   for (std::size_t at = 0; at < some_.size(); at += size_) {
     double square = 0;
     for (std::size_t j = 0; j < size_; ++j) {
@@ -166,7 +211,27 @@ std::vector<double> ShrunkCovariance::left_out_log_prob(double share) const {
     }
     const double left = 1 - term * square;
     if (!(left > 0)) return {};
-    found.push_back(-0.5 * (log_det + std::log(left) + grown * grown * square / left));
+    found.log_det.push_back(log_det + std::log(left));
+    found.square.push_back(grown * grown * square / left);
+  }
+  return found;
+}
+
+/// The factor of a covariance under which left-out rows are likeliest, where that is above 1.
+double ShrunkCovariance::widening_for(const LeftOut& rows) const {
+  double sum = 0, weight = 0;
+  for (std::size_t i = 0; i < rows.square.size(); ++i) {
+    sum += some_weights_[i] * rows.square[i];
+    weight += some_weights_[i];
+  }
+  return std::max(1.0, sum / (weight * static_cast<double>(size_)));
+}
+
+std::vector<double> ShrunkCovariance::log_prob(const LeftOut& rows, double widening) const {
+  std::vector<double> found(rows.square.size());
+  const double of_widening = static_cast<double>(size_) * std::log(widening);
+  for (std::size_t i = 0; i < found.size(); ++i) {
+    found[i] = -0.5 * (rows.log_det[i] + of_widening + rows.square[i] / widening);
   }
   return found;
 }
@@ -205,14 +270,12 @@ std::vector<DependentColumn> ShrunkCovariance::dependent() const {
 }
 
 std::vector<double> ShrunkCovariance::cholesky(double ridge) const {
-  double trace = 0;
-  for (std::size_t j = 0; j < size_; ++j) trace += covariance_[j * size_ + j];
-  std::vector<double> factor = covariance_;
+  std::vector<double> factor = shrunk(chosen_, 1);
+  const bool tells_nothing = mean_variance(false) == 0;  // one row
+  for (double& value : factor) value *= chosen_.widening;
   for (std::size_t j = 0; j < size_; ++j) {
-    for (std::size_t k = 0; k <= j; ++k) factor[j * size_ + k] *= 1 - shrinkage_;
     double& variance = factor[j * size_ + j];
-    variance = (variance + shrinkage_ * trace / static_cast<double>(size_)) * (1 + ridge);
-    if (trace == 0) variance = 1;  // one row tells nothing of it
+    variance = tells_nothing ? 1 : variance * (1 + ridge);
   }
   factorize(factor, size_, [](std::size_t, double rest) { return rest; });
   return factor;

@@ -67,11 +67,11 @@ double decay_of(std::int64_t columns, double rows) {
 }
 
 /// A share of the rows that is fewer than this does not tell which epoch of a flow that whitens is better than none.
-constexpr std::int64_t kFewValidationRows = 100;
+constexpr std::int64_t kFewValidationRows = 200;
 /// Compared rows below which an epoch has to be better than the start by three standard errors, and not by two.
-constexpr double kFewCompared = 100;
+constexpr double kFewCompared = 200;
 /// ... and by so many nats in all. Few rows do not show tails: 30 rows took an epoch that lost 2.5 nats.
-constexpr double kLeastGain = 50;
+constexpr double kLeastGain = 60;
 /// Folds where nothing is said, and rows below which each of them is left out once.
 constexpr std::int64_t kFolds = 5, kLeaveOneOutRows = 10;
 
@@ -434,8 +434,14 @@ class Trainer {
         weights[i] = weight_at(weights_, row);
       });
     };
-    StartOptions how = {slice_, threads_, options_.restandardize, false, flow_.column_names(), [this] { poll(); }};
+    StartOptions how;
+    how.slice_rows = slice_;
+    how.threads = threads_;
+    how.anew = options_.restandardize;
     how.keep_dependent = options_.allow_degenerate || &run != &main_;  // of some rows
+    if (standardizes()) how.units = units_of(std::span<const T>(best_).first(static_cast<std::size_t>(2 * features_)));
+    how.column_names = flow_.column_names();
+    how.poll = [this] { poll(); };
     start_layers<T>(spec_, run.start, rows, how);
   }
 

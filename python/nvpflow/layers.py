@@ -292,7 +292,7 @@ class LULinear(_LayerKind):
         False: the formula is read from data to latent. True: from latent to data.
     whitens
         True: the layer is not trained. `Flow.fit` and `Flow.initialize_from` set it from the covariance of all rows as
-        they arrive here. It is shrunk as by Ledoit and Wolf, or by a share that suits left-out rows better. What leaves
+        they arrive here. It is shrunk as by Ledoit and Wolf, or as left-out rows are likelier by. What leaves
         has mean 0 and unit covariance. New couplings of its flow are the identity: behind a `Standardize` the flow
         begins as a Gaussian.
 

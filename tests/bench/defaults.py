@@ -193,8 +193,9 @@ class Recipe:
         return flow
 
     def pace(self, train: np.ndarray, seed: int) -> float:
-        """Processor seconds that an epoch takes, one number for all recipes that differ only in initial weights."""
-        same_work = replace(self, build={name: value for name, value in self.build.items() if name != "init"})
+        """Processor seconds that an epoch takes, one number for all recipes that differ only in how they start."""
+        starts = ("init", "standardize")
+        same_work = replace(self, build={name: value for name, value in self.build.items() if name not in starts})
         key = (repr(same_work), train.shape, seed)
         if key not in _PACES:
             _PACES[key] = self._measured_pace(train)
@@ -253,6 +254,8 @@ CONTENDERS: dict[str, Any] = {
     "default": default_recipe(),
     "glorot": replace(default_recipe(), build={**default_recipe().build, "init": "glorot"}),
     "splines": replace(default_recipe(), build={**default_recipe().build, "num_flows": 4, "transform": "spline"}),
+    "standardized": replace(default_recipe(), build={**default_recipe().build, "standardize": True}),
+    "covariance": replace(default_recipe(), build={**default_recipe().build, "standardize": "covariance"}),
     "build(D)": Recipe(),
 }
 REFERENCES = ("GMM(10)", "Gaussian", "before")

@@ -30,8 +30,18 @@ def mixture(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
     return 3 * rng.normal(size=(4, size))[rng.integers(4, size=count)] + rng.normal(size=(count, size))
 
 
-KINDS = (normal, exponential, student, mixture)
-SIZES = ((30, 2), (60, 5), (200, 5), (200, 20), (1000, 10))
+def bent(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
+    z = rng.normal(size=(count, size))
+    z[:, 1:] += np.square(z[:, :1]) - 1
+    return z
+
+
+def of_unlike_units(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
+    return normal(rng, count, size) * np.geomspace(0.01, 100, size)
+
+
+KINDS = (normal, exponential, student, mixture, bent, of_unlike_units)
+SIZES = ((30, 2), (60, 5), (200, 5), (200, 20), (1000, 10), (5000, 8))
 QUICK = ((60, 5), (200, 5))
 
 
@@ -43,21 +53,24 @@ def tables(sizes: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, np.ndarray
 
 
 def gaussian(x: np.ndarray, rows: np.ndarray) -> float:
-    """The mean log-density by scikit-learn's estimator, in the columns' own units of spread."""
-    mean, std = x.mean(axis=0), x.std(axis=0)
-    found = LedoitWolf().fit((x - mean) / std)
-    log_p = multivariate_normal(found.location_, found.covariance_).logpdf((rows - mean) / std)
-    return float(log_p.mean() - np.log(std).sum())
+    """The mean log-density by scikit-learn's estimator, from the rows as they are."""
+    found = LedoitWolf().fit(x)
+    return float(multivariate_normal(found.location_, found.covariance_).logpdf(rows).mean())
 
 
-def losses(sizes: tuple[tuple[int, int], ...]) -> dict[str, float]:
+def losses(sizes: tuple[tuple[int, int], ...]) -> dict[str, tuple[float, float]]:
+    """What flows as they start, and fitted ones, lose against the Gaussian where either is more than 0.05 nats."""
     worse = {}
     for name, x, held_out in tables(sizes):
         flow = nvpflow.build(x.shape[1], standardize="covariance")
+        flow.initialize_from(x)
+        base = gaussian(x, held_out)
+        starts = base - float(flow.log_probability(held_out).mean())
+        flow = nvpflow.build(x.shape[1], standardize="covariance")
         flow.fit(x, progress=False)
-        loss = gaussian(x, held_out) - float(flow.log_probability(held_out).mean())
-        if loss > 0.05:
-            worse[name] = loss
+        loss = base - float(flow.log_probability(held_out).mean())
+        if max(starts, loss) > 0.05:
+            worse[name] = starts, loss
     return worse
 
 
@@ -68,7 +81,7 @@ def test_never_worse_than_a_gaussian() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::nvpflow.DataWarning")
-def test_never_worse_than_a_gaussian_on_twenty_tables() -> None:
+def test_never_worse_than_a_gaussian_on_36_tables() -> None:
     assert losses(SIZES) == {}
 
 

@@ -188,12 +188,13 @@ class NVPFLOW_API Flow {
   /// Returns, for each column, what a first standardize layer was set from: "mean", "robust", "robust (5 to 95 %)" or
   /// "robust (1 to 99 %)". Throws Error(invalid_argument) for a flow with none of these, for no rows, for NaN or inf,
   /// for a constant column and for a missing context. So it does for columns that follow from others, where they are to
-  /// be whitened. The same for any number of threads and any device. T: also double, for a float32 flow with
-  /// takes_float64_rows; mean_low() is then set, too. sample_weight: [N], as of SampleWeights, so that all is set from
-  /// weighted moments and quantiles; empty: all rows count alike.
+  /// be whitened, unless allow_degenerate (FitOptions). The same for any number of threads and any device. T: also
+  /// double, for a float32 flow with takes_float64_rows; mean_low() is then set, too. sample_weight: [N], as of
+  /// SampleWeights, so that all is set from weighted moments and quantiles; empty: all rows count alike.
   template <class T>
   std::vector<std::string> initialize_from(std::span<const T> x, Statistics statistics = Statistics::automatic,
-                                           const Context& context = {}, std::span<const double> sample_weight = {});
+                                           const Context& context = {}, std::span<const double> sample_weight = {},
+                                           bool allow_degenerate = false);
 
   /// z [B, D] and log|det dz/dx| [B] (may be empty: not wanted), nats.
   template <class T>

@@ -190,9 +190,9 @@ struct Permutation {
 /// as the identity (Kingma and Dhariwal, Glow, 2018, with the decomposition kept).
 ///
 /// One that whitens is not trained. fit() sets it where it is still the identity, and Flow::initialize_from always.
-/// They do so from the shrunk covariance of all rows (Ledoit and Wolf 2004). What comes out has mean 0 and unit
-/// covariance. The heads of its flow's couplings are drawn as zeros. Behind a standardize layer training so begins with
-/// a Gaussian.
+/// They do so from the shrunk covariance of all rows (Ledoit and Wolf 2004), or from one that left-out rows are
+/// likelier by. What comes out has mean 0 and, by that one, unit covariance. The heads of its flow's couplings are
+/// drawn as zeros. Behind a standardize layer training so begins with a Gaussian.
 struct LULinear {
   bool inverse = false;  ///< the formula is read latent -> data
   bool whitens = false;  ///< it is set from the data, and not trained

@@ -76,7 +76,7 @@ struct NVPFLOW_API FitOptions {
   /// weights are trained, each without one part of the rows. An epoch's validation loss is then that of all rows, each
   /// by the weights that have not seen it. The flow itself is trained on all rows. 1: none.
   ///
-  /// 0: folds where the share would hold no row, or, of a flow that whitens, fewer than 100. They are 5, and one for
+  /// 0: folds where the share would hold no row, or, of a flow that whitens, fewer than 200. They are 5, and one for
   /// each row where there are fewer than 10. None beside a validation array, a checkpoint or an AdamState.
   std::int64_t folds = 0;
   /// An epoch after which Flow::round_trip_error exceeds this, over the rows that epochs are compared by, is never the
