@@ -282,7 +282,12 @@ class Flow:
     def _statistics(self) -> str: ...
     def _set_statistics(self, name: str) -> None: ...
     def _initialize_from(
-        self, x: Array, statistics: str, context: Array | None = None, sample_weight: Array | None = None
+        self,
+        x: Array,
+        statistics: str,
+        context: Array | None = None,
+        sample_weight: Array | None = None,
+        allow_degenerate: bool = False,
     ) -> list[str]: ...
     def _fit(
         self,

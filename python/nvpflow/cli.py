@@ -307,6 +307,8 @@ def _add_training_options(group: Any) -> None:
         metavar = {} if flag.metavar is None else {"metavar": flag.metavar}
         option = "--" + name.replace("_", "-")
         _add_option(group, option, type=flag.type, choices=flag.choices, help=flag.help, **metavar, **default)
+    degenerate_help = "keep columns that are copies or combinations of others, whose density has no limit"
+    _add_option(group, "--allow-degenerate", action="store_true", help=degenerate_help)
     validation_help = "share of the rows to hold out, or a table of its own"
     _add_option(group, "--validation", metavar="X", default="0.1", help=validation_help)
     _add_ignore_names(group, "a validation table whose columns are called otherwise than those of DATA")
@@ -693,7 +695,7 @@ def _check_fit_paths(arguments: argparse.Namespace) -> None:
 
 
 def _fit_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    options = {name: getattr(arguments, name) for name in _training_options.FLAGS}
+    options = {name: getattr(arguments, name) for name in (*_training_options.FLAGS, "allow_degenerate")}
     if options["standardize"] == "covariance":  # which is the flow's own
         options["standardize"] = None
     return options

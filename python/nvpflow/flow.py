@@ -469,6 +469,7 @@ class Flow(Model):
         context: ArrayLike | None = None,
         sample_weight: ArrayLike | None = None,
         standardize: Literal["auto", "mean", "robust"] | None = None,
+        allow_degenerate: bool = False,
     ) -> dict[str, str]:
         """Set from rows what `fit` sets before it trains, whatever it was.
 
@@ -487,6 +488,8 @@ class Flow(Model):
             What each row counts for, [N], as in `fit`: all is set from weighted moments and quantiles.
         standardize
             What the layer is set from, as in `fit`.
+        allow_degenerate
+            Keep columns that are copies or linear combinations of others where a layer whitens, as in `fit`.
 
         Returns
         -------
@@ -497,14 +500,15 @@ class Flow(Model):
         Raises
         ------
         TypeError, ValueError
-            The flow has nothing that is set so, a row holds NaN or infinity, a column is constant, or the context is
-            missing.
+            The flow has nothing that is set so, a row holds NaN or infinity, or the context is missing. Or a column is
+            constant, or follows from others where a layer whitens.
         """
+        allowed = _checks.boolean("allow_degenerate", allow_degenerate)
         given, _ = _frames.read("x", x, self._column_names())
         rows = _checks.rows("x", _core._host_array(given), self.spec)
         contexts = _context.rows(context, len(rows), self.spec, names=self._context_names(), one_for_all=False)
         weights = None if sample_weight is None else _sample_weight.read(sample_weight, len(rows))
-        how = self._initialize_from(rows, training.statistics_of(self, standardize), contexts, weights)
+        how = self._initialize_from(rows, training.statistics_of(self, standardize), contexts, weights, allowed)
         return training.unlike_mean(self, how)
 
     @_hints.explained
@@ -545,7 +549,7 @@ class Flow(Model):
         still all zeros is then set: its outputs for the training rows have mean 0 and standard deviation 1. Behind a
         layer that whitens it stays the identity. A mixture base that is as `build` made it is set to groups of latents.
         A flow that whitens may stay as it begins, with ``best_epoch`` 0. An epoch must beat that by two standard errors
-        of the validation loss. With fewer than 100 rows they are three, and 50 nats in all.
+        of the validation loss. With fewer than 200 rows they are three, and 60 nats in all.
         The same data, options and seed give the same weights, bit for bit, for any number of threads. The `threshold`
         is removed: it was that of other weights.
 
@@ -594,7 +598,7 @@ class Flow(Model):
             Cross-validation. So many further sets of weights are trained, each without one part of the rows. The
             validation loss is then that of all rows, each by weights that have not seen it. The flow itself is trained
             on all rows. 1: none. None: folds where the share `validation` would hold no row, or, of a flow that
-            whitens, fewer than 100. Then they are 5, or one for each row where there are fewer than 10. There are none
+            whitens, fewer than 200. Then they are 5, or one for each row where there are fewer than 10. There are none
             beside rows for validation, `checkpoint` and `adam`.
         patience
             Stop after this many epochs without a better validation loss. None or 0: never.

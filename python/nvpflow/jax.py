@@ -150,6 +150,7 @@ def initialize_from(
     *,
     sample_weight: Any = None,
     standardize: Literal["auto", "mean", "robust"] | None = None,
+    allow_degenerate: bool = False,
 ) -> dict[str, jax.Array]:
     """Return the parameters with those set from rows that `nvpflow.Flow.initialize_from` sets.
 
@@ -167,6 +168,8 @@ def initialize_from(
         What each row counts for, [N], with values.
     standardize
         What the layer is set from, as in `nvpflow.Flow.fit`.
+    allow_degenerate
+        Keep columns that are copies or linear combinations of others where a layer whitens, as in `nvpflow.Flow.fit`.
 
     Returns
     -------
@@ -189,6 +192,7 @@ def initialize_from(
         context=None if context is None else np.asarray(context),
         sample_weight=None if sample_weight is None else np.asarray(sample_weight),
         standardize="auto" if standardize is None else standardize,
+        allow_degenerate=allow_degenerate,
     )
     values = flow.parameters()
     return {**parameters, **{name: jnp.array(values[name]) for name in _core._from_data(spec)}}

@@ -60,6 +60,8 @@ _PARAMETERS = """num_flows, hidden_sizes, activation, dtype
         What the standardizing layer is set from, and how far out rows are left out, as in `nvpflow.Flow.fit`.
         "covariance": also a layer that whitens, as in `nvpflow.build`. The flow then begins as a Gaussian, and `fit`
         leaves it there where no epoch is better.
+    allow_degenerate
+        Keep features that are copies or linear combinations of others, as in `nvpflow.Flow.fit`.
     batch_size
         Most rows per update, as in `nvpflow.Flow.fit`. None: an eighth of the training rows, from 16 to 256.
     validation_fraction
@@ -163,6 +165,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         folds: int | None = None,
         standardize: str | None = None,
         max_deviation: float | str | None = "auto",
+        allow_degenerate: bool = False,
         validation_fraction: float | None = 0.1,
         patience: int | None = None,
         device: str = "cpu",
@@ -201,6 +204,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         self.folds = folds
         self.standardize = standardize
         self.max_deviation = max_deviation
+        self.allow_degenerate = allow_degenerate
         self.validation_fraction = validation_fraction
         self.patience = patience
         self.device = device
@@ -730,6 +734,7 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
         folds: int | None = None,
         standardize: str | None = None,
         max_deviation: float | str | None = "auto",
+        allow_degenerate: bool = False,
         validation_fraction: float | None = 0.1,
         patience: int | None = None,
         device: str = "cpu",
@@ -770,6 +775,7 @@ class FlowOutlierDetector(OutlierMixin, _FlowEstimator):  # type: ignore[misc]
             folds=folds,
             standardize=standardize,
             max_deviation=max_deviation,
+            allow_degenerate=allow_degenerate,
             validation_fraction=validation_fraction,
             patience=patience,
             device=device,

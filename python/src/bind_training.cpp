@@ -168,18 +168,20 @@ py::object fit_flow(BoundFlow& self, const Arguments& given) {
                   "folds"_a = history.folds, "initial_loss"_a = history.initial_loss);
 }
 
-/// x, statistics, context, sample_weight
+/// x, statistics, context, sample_weight, allow_degenerate
 py::object initialize_from(BoundFlow& self, const Arguments& given) {
   const InputArray in = input_rows(given[0], "x", self.dtype, self.features, kHost, self.data);
   const InputArray context = context_rows(self, given[2], "context", in.rows);
   const InputArray weights = input_weights(given[3], "sample_weight", in);
   const Statistics statistics = parse_statistics(given.object(1).cast<std::string>());
+  const bool allow_degenerate = given.given(4) && given.object(4).cast<bool>();
   std::vector<std::string> how;
   {
     const GilReleased released;
     how = by_dtype(in.wide ? DType::float64 : self.dtype, [&](auto t) {
       return self.flow.initialize_from(view<decltype(t)>(in, in.rows * self.features), statistics,
-                                       as_context(self, context), view<double>(weights, weights.owner ? in.rows : 0));
+                                       as_context(self, context), view<double>(weights, weights.owner ? in.rows : 0),
+                                       allow_degenerate);
     });
   }
   return py::cast(how);
@@ -208,7 +210,8 @@ void bind_training(py::module_& module) {
 
 void add_training_methods(py::class_<BoundFlow>& type) {
   for (PyMethodDef* method : {
-           plain<&initialize_from>("_initialize_from", 2, 4, {"x", "statistics", "context", "sample_weight"}, nullptr),
+           plain<&initialize_from>("_initialize_from", 2, 5,
+                                   {"x", "statistics", "context", "sample_weight", "allow_degenerate"}, nullptr),
            plain<&fit_flow>("_fit", 5, 10,
                             {"x", "validation", "options", "on_progress", "on_epoch", "context", "validation_context",
                              "adam", "sample_weight", "validation_weight"},

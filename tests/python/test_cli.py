@@ -551,6 +551,14 @@ def test_info(run, flow):
     assert nvpflow.FlowSpec.from_json(json.dumps(info["spec"])) == flow.spec
 
 
+@pytest.mark.parametrize("standardize", ["auto", "covariance"])
+def test_columns_that_follow_from_others_are_kept_on_request(run, folder, rows, standardize):
+    np.save(folder / "copied.npy", np.column_stack([rows, rows[:, 0] - rows[:, 1]]))
+    arguments = ("fit", "copied.npy", "-o", "copied.safetensors", *QUICK, "--standardize", standardize)
+    assert "linear combination" in run(*arguments, fails=1).stderr
+    assert "linear combination" in run(*arguments, "--allow-degenerate").stderr
+
+
 def test_demo(run, folder):
     quick = ("--epochs", 1, "--threads", 1)
     output = run("demo", *quick).stdout

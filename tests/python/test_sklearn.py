@@ -115,6 +115,16 @@ def test_validation_rows(x):
     assert density.n_iter_ == len(density.history_) < 200
 
 
+@pytest.mark.filterwarnings("ignore::nvpflow.DataWarning")
+def test_features_that_follow_from_others_are_kept_on_request(x):
+    copied = np.column_stack([x, x[:, 0] - x[:, 1]])
+    with pytest.raises(ValueError, match="allow_degenerate=True"):
+        FlowDensity(**SMALL).fit(copied)
+    for standardize in (None, "covariance"):
+        density = FlowDensity(**SMALL, standardize=standardize, allow_degenerate=True).fit(copied)
+        assert np.isfinite(density.score_samples(copied)).all()
+
+
 def test_small_data_takes_smaller_batches(x):
     with pytest.warns(nvpflow.DataWarning, match="3 rows are few for 3 columns"):
         assert FlowDensity(**SMALL).fit(x[:3]).history_.folds == 3

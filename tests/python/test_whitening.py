@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,43 +25,51 @@ def table(count: int, size: int, dtype: str = "float64") -> np.ndarray:
 SHARES = (0, 1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.2, 0.4, 0.7, 1)
 
 
-def shrunk(x: np.ndarray, share: float) -> Any:
-    """The Gaussian of mean and covariance of x, which is shrunk towards the mean variance."""
-    size = x.shape[1]
-    covariance = np.cov(x.T, bias=True).reshape(size, size)
-    target = np.trace(covariance) / size
-    return multivariate_normal(x.mean(axis=0), (1 - share) * covariance + share * target * np.eye(size))
+def covariance_of(x: np.ndarray) -> np.ndarray:
+    return np.cov(x.T, bias=True).reshape(x.shape[1], x.shape[1])
 
 
-def left_out(x: np.ndarray, share: float) -> np.ndarray:
-    """The log-density of every row by all others, the target of the shrinkage being that of all rows."""
-    size, found = x.shape[1], []
-    target = np.trace(np.cov(x.T, bias=True).reshape(size, size)) / size
-    for i, row in enumerate(x):
-        rest = np.delete(x, i, axis=0)
-        matrix = (1 - share) * np.cov(rest.T, bias=True).reshape(size, size) + share * target * np.eye(size)
-        found.append(multivariate_normal(rest.mean(axis=0), matrix).logpdf(row))
-    return np.array(found)
+def identity_in(units: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """The identity times the mean variance of x in other units, as a covariance in those of x."""
+    return np.diag((x * units).var(axis=0).mean() / units**2)
 
 
-def white_gaussian(x: np.ndarray) -> Any:
-    """The Gaussian of Ledoit and Wolf, or of the share that is best for left-out rows, by more than chance."""
-    theirs = max(LedoitWolf().fit(x).shrinkage_, 1 / len(x) if len(x) <= x.shape[1] + 1 else 0)
-    best, chosen, base = 0.0, theirs, left_out(x, theirs)
-    for share in SHARES:
-        if share == 0 and len(x) <= x.shape[1] + 1:
-            continue
-        gain = left_out(x, share) - base
-        if gain.mean() > max(best, gain.std() / np.sqrt(len(x) - 1)):
-            best, chosen = gain.mean(), share
-    return shrunk(x, chosen)
+def candidates(x: np.ndarray, units: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Covariances, and the log-densities of left-out rows but for a constant; Ledoit and Wolf's in own units first."""
+    size, few = x.shape[1], len(x) <= x.shape[1] + 1
+    others = [np.delete(x, i, axis=0) for i in range(len(x))]
+    rests = np.array([covariance_of(rest) for rest in others])
+    deviations = x - np.array([rest.mean(axis=0) for rest in others])
+    for unit in (units, np.ones_like(units)):
+        target = identity_in(unit, x)
+        theirs = max(LedoitWolf().fit(x * unit).shrinkage_, 1 / len(x) if few else 0)
+        for share in (theirs, *SHARES):
+            if few and share == 0:
+                continue
+            matrices = (1 - share) * rests + share * target
+            squares = (deviations * np.linalg.solve(matrices, deviations[:, :, None])[:, :, 0]).sum(axis=1)
+            best = squares.mean() / size if not few or share * len(x) >= 1 else 1.0
+            for widening in (1.0, max(1.0, best)):
+                log_p = -0.5 * (np.linalg.slogdet(widening * matrices)[1] + squares / widening)
+                yield widening * ((1 - share) * covariance_of(x) + share * target), log_p
+
+
+def white_gaussian(x: np.ndarray, units: np.ndarray) -> Any:
+    """The Gaussian of Ledoit and Wolf, or the one that is best for left-out rows, by more than chance."""
+    best, chosen, base = 0.0, None, None
+    for covariance, found in candidates(x, units):
+        base = found if base is None else base
+        gain = found - base
+        if chosen is None or gain.mean() > max(best, 3 * gain.std() / np.sqrt(len(x) - 1)):
+            best, chosen = gain.mean(), covariance
+    return multivariate_normal(x.mean(axis=0), chosen)
 
 
 def gaussian(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """log p of rows under the shrunk Gaussian of standardized x."""
+    """log p of rows under the shrunk Gaussian of x."""
     x, rows = x.astype(np.float64), rows.astype(np.float64)
     mean, std = x.mean(axis=0), x.std(axis=0)
-    log_p = white_gaussian((x - mean) / std).logpdf((rows - mean) / std)
+    log_p = white_gaussian((x - mean) / std, std).logpdf((rows - mean) / std)
     return np.atleast_1d(log_p) - np.log(std).sum()
 
 
@@ -125,7 +134,7 @@ def test_a_layer_between_others_sees_what_they_make(inverse: bool) -> None:
     zeros = {n: np.zeros_like(v) for n, v in before.parameters().items() if n.startswith("flow")}
     before.set_parameters({**before.parameters(), **values, **zeros})
     arrived = before.forward(x)[0]
-    found = white_gaussian(arrived)
+    found = white_gaussian(arrived, np.ones(4))
     white = np.linalg.solve(np.linalg.cholesky(found.cov), (arrived - found.mean).T).T
     np.testing.assert_allclose(z, white, atol=1e-9)
 
@@ -188,6 +197,10 @@ def test_columns_that_follow_from_others_are_refused() -> None:
     with pytest.raises(ValueError, match=r"no density together: column 'e' follows from column 'a' and column 'c'; "):
         flow.initialize_from(x)
     assert not flow.parameters()["standardize_0.mean"].any()
+    with pytest.raises(TypeError, match="allow_degenerate is 1 "):
+        flow.initialize_from(x, allow_degenerate=1)
+    flow.initialize_from(x, allow_degenerate=True)
+    assert np.isfinite(flow.log_probability(x)).all()
 
 
 @pytest.mark.parametrize(

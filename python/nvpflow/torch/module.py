@@ -295,6 +295,7 @@ class FlowModule(torch.nn.Module):
         *,
         sample_weight: torch.Tensor | None = None,
         standardize: Literal["auto", "mean", "robust"] | None = None,
+        allow_degenerate: bool = False,
     ) -> dict[str, str]:
         """Set from rows [..., D] what `nvpflow.Flow.initialize_from` sets; returns what it does.
 
@@ -321,6 +322,7 @@ class FlowModule(torch.nn.Module):
             context=None if given is None else given.detach().expand(len(rows), -1).cpu().numpy(),
             sample_weight=None if sample_weight is None else sample_weight.detach().cpu().numpy().reshape(-1),
             standardize=standardize,
+            allow_degenerate=allow_degenerate,
         )
         self._take(own, _core._from_data(own.spec))
         self._unset = ()
