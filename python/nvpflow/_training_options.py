@@ -95,7 +95,7 @@ OPTIONS = (
             str,
             None,
             "what the layer for the columns' means and standard deviations is set from, as fit's standardize "
-            "(default: auto); covariance: a layer for their correlations, too",
+            "(default: auto); covariance: a layer for their correlations, too (default below 50 rows a column)",
             choices=("auto", "mean", "robust", "covariance"),
         ),
     ),

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 import nvpflow
 from nvpflow import _bases, _certify, _checks, _data, _output, _training_options, certificate, data_io, tables
 from nvpflow._architecture import MASKS, MIXINGS, NETWORKS, OPTIONS, SCALES, TRANSFORMS, Options
-from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS, default_activation
+from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS, default_activation, default_standardize
 from nvpflow._source import TRUTHS, rows_per_block
 from nvpflow._spec import begins_with_standardize, bounds_in_words, bounds_of
 from nvpflow._text import counted, visible
@@ -590,7 +590,7 @@ def _run_fit(arguments: argparse.Namespace) -> None:
         bounds=_bounds_of(arguments, data),
         discrete=[_place("--discrete", name.strip(), data) for name in arguments.discrete or ()],
         column_names=data.names,
-        standardize=_standardize(arguments),
+        standardize=_standardize(arguments, *rows.shape),
         seed=arguments.seed,
         **where,
     )
@@ -630,10 +630,13 @@ def _base(arguments: argparse.Namespace) -> _bases.Base:
         raise data_io.DataError(f"--{next(iter(given))}: {error}") from None
 
 
-def _standardize(arguments: argparse.Namespace) -> bool | Literal["covariance"] | None:
-    """Return what `nvpflow.build` is told."""
+def _standardize(arguments: argparse.Namespace, rows: int, columns: int) -> bool | Literal["covariance"] | None:
+    """Return what `nvpflow.build` is told for a table of this shape."""
     if arguments.no_standardize:
         return False
+    if arguments.standardize is None:
+        plain = arguments.base == "normal" and not arguments.context_columns
+        return default_standardize(rows, columns, plain=plain)
     return "covariance" if arguments.standardize == "covariance" else None
 
 

@@ -6,7 +6,7 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ except ImportError as error:
 
 from nvpflow import _bases, _bounds, _checks, _data, _frames, _hints, _sample_weight, _training_options
 from nvpflow._architecture import OPTIONS
-from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS, default_activation
+from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS, default_activation, default_standardize
 from nvpflow.adam import AdamState
 from nvpflow.conditioned import ConditionedFlow
 from nvpflow.flow import Flow, build
@@ -59,7 +59,8 @@ _PARAMETERS = """num_flows, hidden_sizes, activation, dtype
     standardize, max_deviation
         What the standardizing layer is set from, and how far out rows are left out, as in `nvpflow.Flow.fit`.
         "covariance": also a layer that whitens, as in `nvpflow.build`. The flow then begins as a Gaussian, and `fit`
-        leaves it there where no epoch is better.
+        leaves it there where no epoch is better. None: "covariance" for `fit` on fewer than 50 rows for each feature,
+        with the normal base and without `context_features`, and "auto" for all else.
     allow_degenerate
         Keep features that are copies or linear combinations of others, as in `nvpflow.Flow.fit`.
     batch_size
@@ -261,7 +262,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         rows, context = self._parts(table)
         validation = self._held_out(X_val, sample_weight_val, weighted=weights is not None)
         seed = _seed_of(self.random_state)
-        flow = self._new_flow(rows.shape[1], seed)
+        flow = self._new_flow(rows.shape[1], seed, self._standardize_for(*rows.shape))
         history = flow.fit(
             rows,
             context=context,
@@ -314,7 +315,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         weights = _weights(sample_weight, table)
         rows, context = self._parts(table)
         seed = _seed_of(self.random_state)
-        flow = self.flow_ if goes_on else self._new_flow(rows.shape[1], seed)
+        flow = self.flow_ if goes_on else self._new_flow(rows.shape[1], seed, self._own_standardize())
         adam = getattr(self, "adam_", AdamState())
         flow.num_threads = effective_n_jobs(self.n_jobs)
         of_streams = {"epochs": 1, "schedule": "constant", "averaging": None, "folds": None, "patience": None}
@@ -334,8 +335,19 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         self.n_iter_ = getattr(self, "n_iter_", 0) + 1
         return self
 
-    def _new_flow(self, columns: int, seed: int) -> Flow:
-        flow = self._built(columns, seed)
+    def _own_standardize(self) -> Literal["covariance"] | None:
+        """Return what `build` is told of what the caller says."""
+        return "covariance" if self.standardize == "covariance" else None
+
+    def _standardize_for(self, rows: int, columns: int) -> Literal["covariance"] | None:
+        """Return what `build` is told for a table of this shape."""
+        if self.standardize is not None:
+            return self._own_standardize()
+        plain = isinstance(_bases.checked(self.base), _bases.Normal) and isinstance(self.mask, str)
+        return default_standardize(rows, columns, plain=plain and not self.context_features_.size)
+
+    def _new_flow(self, columns: int, seed: int, standardize: Literal["covariance"] | None) -> Flow:
+        flow = self._built(columns, seed, standardize)
         flow.num_threads = effective_n_jobs(self.n_jobs)
         names = getattr(self, "feature_names_in_", None)
         if names is not None:
@@ -383,7 +395,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
         self.flow_.num_threads = effective_n_jobs(self.n_jobs)
         return self.flow_.condition(context)
 
-    def _built(self, columns: int, seed: int) -> Flow:
+    def _built(self, columns: int, seed: int, standardize: Literal["covariance"] | None) -> Flow:
         """Return a new flow for so many columns."""
         try:
             return build(
@@ -394,7 +406,7 @@ class _FlowEstimator(BaseEstimator):  # type: ignore[misc]
                 **{name: getattr(self, "coupling" if name == "transform" else name) for name in OPTIONS},
                 bounds=self._own_bounds(),
                 context_size=self.context_features_.size,
-                standardize="covariance" if self.standardize == "covariance" else None,
+                standardize=standardize,
                 dtype=self.dtype,
                 seed=seed,
                 device=self.device,

@@ -256,6 +256,7 @@ CONTENDERS: dict[str, Any] = {
     "splines": replace(default_recipe(), build={**default_recipe().build, "num_flows": 4, "transform": "spline"}),
     "standardized": replace(default_recipe(), build={**default_recipe().build, "standardize": True}),
     "covariance": replace(default_recipe(), build={**default_recipe().build, "standardize": "covariance"}),
+    "student_t": replace(default_recipe(), build={**default_recipe().build, "base": "student_t"}),
     "build(D)": Recipe(),
 }
 REFERENCES = ("GMM(10)", "Gaussian", "before")

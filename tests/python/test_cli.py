@@ -98,6 +98,14 @@ def test_fit_writes_the_model_that_python_would(run, folder, rows):
     assert f"{-history.best_loss:.4f} nats" in output
 
 
+@pytest.mark.parametrize(("count", "more"), [(149, ()), (150, ()), (149, ("--standardize", "auto"))], ids=str)
+def test_fit_of_few_rows_begins_as_a_gaussian(call, folder, rows, count, more):
+    np.save(folder / "few.npy", rows[:count])
+    assert call("fit", "few.npy", "-o", "new.safetensors", "--quiet", *QUICK, *more)[0] == 0
+    second = nvpflow.load(folder / "new.safetensors").spec.layers[1]
+    assert (second == nvpflow.layers.LULinear(whitens=True)) == (count < 150 and not more)
+
+
 def test_fit_passes_on_how_it_standardizes(call, folder, rows):
     far = rows.copy()
     far[:3, 1] = 1e4

@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed (pip install scikit-learn)")
 
+from nvpflow.layers import LULinear
 from nvpflow.sklearn import FlowDensity, FlowOutlierDetector
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
@@ -113,6 +114,22 @@ def test_validation_rows(x):
     assert (density.history_.train_rows, density.history_.validation_rows) == (300, 50)
     assert density.history_.stop_reason == "patience"
     assert density.n_iter_ == len(density.history_) < 200
+
+
+@pytest.mark.filterwarnings("ignore::nvpflow.DataWarning")
+def test_tables_of_few_rows_begin_as_a_gaussian(x):
+    def whitens(rows, **options):
+        return FlowDensity(**SMALL | {"epochs": 1}, **options).fit(rows).flow_.spec.layers[1] == LULinear(whitens=True)
+
+    assert whitens(x[:149])
+    assert not whitens(x[:150])
+    assert not whitens(x[:149], standardize="auto")
+    assert not whitens(x[:149], base="student_t")
+    assert not whitens(x[:99], context_features=1)
+    assert not whitens(x[:149], mask=[[True, False, True], [False, True, False]])
+    assert whitens(x, standardize="covariance")
+    begun = FlowDensity(**SMALL).partial_fit(x[:100]).flow_
+    assert begun.spec.layers[1] != LULinear(whitens=True)
 
 
 @pytest.mark.filterwarnings("ignore::nvpflow.DataWarning")
