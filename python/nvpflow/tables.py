@@ -163,7 +163,7 @@ def score_file(
 ) -> Done:
     """Score a Parquet file into a Parquet file: one task of an engine, or of a loop, that can be started again.
 
-    The target appears when it is whole. It holds the columns of `keep` and log p, and in its metadata what made it: the
+    The target appears when it is whole, and holds the columns of `keep` and log p. Its metadata says what made it: the
     scorer, the instruction set, and the source's size and time. Where all of that is so again, nothing is done. Memory
     does not grow with the file.
 
