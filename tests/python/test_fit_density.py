@@ -211,6 +211,16 @@ def test_other_libraries_give_the_same_steps() -> None:
     np.testing.assert_allclose(found, wanted, atol=1e-9)
 
 
+def test_a_target_in_torch_has_a_gradient_by_x() -> None:
+    torch = pytest.importorskip("torch")
+    from nvpflow.torch import density
+
+    weight, x = torch.ones(3, requires_grad=True), np.ones((3, 2), np.float32)
+    for lost in (lambda x: x.detach().sum(dim=1), lambda x: torch.zeros(len(x)), lambda x: weight):
+        with pytest.raises(ValueError, match=r"a tensor without a gradient by x, .*; leave out detach\(\) and no_grad"):
+            density(lost)(x)
+
+
 def run(flow: nvpflow.Flow, target=banana, **options):
     given = {"steps": 90, "batch_size": 64, "report_every": 20, "validation": 128, "learning_rate": 1e-2, **QUIET}
     return flow.fit_density(target, **{**given, **options})

@@ -49,7 +49,13 @@ def density(
             if not isinstance(log_p, torch.Tensor) or log_p.shape != rows.shape[:1]:
                 what = f"a tensor {list(log_p.shape)}" if isinstance(log_p, torch.Tensor) else _checks.describe(log_p)
                 raise ValueError(f"the function of nvpflow.torch.density returned {what}, expected a tensor [{len(x)}]")
-            (gradient,) = torch.autograd.grad(log_p.sum(), rows)
+            total = log_p.sum()
+            gradient = torch.autograd.grad(total, rows, allow_unused=True)[0] if total.requires_grad else None
+        if gradient is None:
+            raise ValueError(
+                "the function of nvpflow.torch.density returned a tensor without a gradient by x, expected one that is "
+                "computed from x; leave out detach() and no_grad()"
+            )
         return log_p.detach().to("cpu", torch.float64).numpy(), np.asarray(gradient.to("cpu"))
 
     return log_density
