@@ -37,7 +37,8 @@ void check_sizes(const FlowSpec& spec) {
   check_range("context_size", spec.context_size, 0, kMaxSize);
   if (spec.input_size < 2 && spec.context_size == 0) {
     refuse("input_size is " + std::to_string(spec.input_size) +
-           ", expected at least 2: a coupling layer needs a part to condition on and a part to transform");
+           ", expected at least 2: a coupling layer needs a part to condition on and a part to transform; a flow "
+           "with a context may have 1");
   }
   check_range("input_size", spec.input_size, spec.context_size == 0 ? 2 : 1, kMaxSize);
   if (spec.standardize_context && spec.context_size == 0) {

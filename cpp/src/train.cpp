@@ -352,6 +352,9 @@ class Trainer {
   void check_sizes() const {
     if (total_rows() == 0) fail("x has no rows, expected at least one");
     const bool split = !has_array() && options_.validation_fraction > 0;
+    if (split && total_rows() == 1) {
+      fail("x has 1 row to train on, expected at least 2: one to train on and one to compare epochs by");
+    }
     if (split && folds_.empty() && main_.rows.held_out() == 0) {
       fail("validation is " + short_text(options_.validation_fraction) + " of " + std::to_string(total_rows()) +
            " rows, which is less than one row; give more rows, a larger share or 0");
@@ -1127,7 +1130,8 @@ Statistics parse_statistics(std::string_view name) {
   for (const Statistics known : {Statistics::automatic, Statistics::mean, Statistics::robust}) {
     if (name == name_of(known)) return known;
   }
-  fail("standardize is '" + std::string(name) + "', expected one of auto, mean, robust");
+  fail("standardize is '" + std::string(name) + "', expected one of auto, mean, robust" +
+       (name == "covariance" ? "; a flow has it from build(standardize=\"covariance\") on" : ""));
 }
 
 namespace {

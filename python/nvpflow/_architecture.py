@@ -87,7 +87,10 @@ class Options:
 
         beside_layers: these say what the couplings are.
         """
-        mask = self.mask if isinstance(self.mask, (np.ndarray, list, tuple)) else _choice("mask", self.mask, MASKS)
+        mask = self.mask
+        if not isinstance(mask, (np.ndarray, list, tuple, str)):
+            raise TypeError(f"mask is {_checks.describe(mask)}, expected a string or bools [num_flows, input_size]")
+        mask = _choice("mask", mask, MASKS) if isinstance(mask, str) else mask
         context = self.standardize_context
         found = Options(
             num_flows=_checks.integer("num_flows", self.num_flows),

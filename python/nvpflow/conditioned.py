@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import ArrayLike
 
@@ -112,6 +112,16 @@ class ConditionedFlow(_core.ConditionedFlow):
             x, context=self.context, tolerance=tolerance, jacobian_rows=jacobian_rows
         )
         return found
+
+    if not TYPE_CHECKING:  # a function __getattr__ would let checkers believe in every name
+
+        def __getattr__(self, name):
+            """Say where what the view does not have is to be found."""
+            from nvpflow.flow import Flow
+
+            kind = type(self).__name__
+            way = f"; it is of the flow: view.flow.{name}" if hasattr(Flow, name) else ""
+            raise AttributeError(f"{kind!r} object has no attribute {name!r}{way}", name=name, obj=self)
 
     def __repr__(self) -> str:
         """Return a summary such as ``ConditionedFlow(Flow(...), context=[0.5, 1])``."""

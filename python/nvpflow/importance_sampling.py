@@ -220,7 +220,8 @@ class ModeCheck:
         if self.pareto_k > _UNRELIABLE_K:
             lines.append(f"  The proposals' weights have Pareto k {self.pareto_k:.2f}: the check is not to be trusted.")
         if not self.dropped:
-            lines.append("  A mode that neither the tempered flow nor a known row comes near cannot be seen.")
+            near = "neither the flow, tempered where it can be, nor a known row comes near"
+            lines.append(f"  A mode that {near} cannot be seen.")
         return "\n".join(lines)
 
 

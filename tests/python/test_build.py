@@ -358,7 +358,7 @@ def test_values_that_are_refused(options, message) -> None:
     ("options", "message"),
     [
         ({"transform": 1}, "transform is 1 (int), expected a string"),
-        ({"mask": None}, "mask is None (NoneType), expected a string"),
+        ({"mask": None}, "mask is None (NoneType), expected a string or bools [num_flows, input_size]"),
         ({"mixing": True}, "mixing is True (bool), expected a string"),
         ({"num_bins": 8.0}, "num_bins is 8.0 (float), expected an integer"),
         ({"tail_bound": "3"}, "tail_bound is '3' (str), expected a real number"),
@@ -376,7 +376,8 @@ def test_values_of_a_wrong_type(options, message) -> None:
 
 def test_one_column_needs_a_context() -> None:
     message = (
-        "input_size is 1, expected at least 2: a coupling layer needs a part to condition on and a part to transform"
+        "input_size is 1, expected at least 2: a coupling layer needs a part to condition on and a part to transform; "
+        "a flow with a context may have 1"
     )
     refused(ValueError, message, 1)
     refused(ValueError, message, 1, mixing="lu")

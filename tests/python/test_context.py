@@ -360,6 +360,15 @@ def test_a_view_shows_what_its_flow_is_and_sets_none_of_it() -> None:
         assert not hasattr(view, name)
 
 
+def test_a_view_says_what_is_of_its_flow() -> None:
+    view = nvpflow.build(2, 1, (3,), context_size=1).condition([0.5])
+    for name in ("fit", "fit_threshold", "astype"):
+        with pytest.raises(AttributeError, match=rf"no attribute '{name}'; it is of the flow: view\.flow\.{name}$"):
+            getattr(view, name)
+    with pytest.raises(AttributeError, match="no attribute 'fits'$"):
+        _ = view.fits
+
+
 def test_views_can_be_copied_and_pickled() -> None:
     view = new_flow().condition(CONTEXT[0])
     for other in (copy.copy(view), copy.deepcopy(view), pickle.loads(pickle.dumps(view))):

@@ -105,7 +105,9 @@ def test_no_rows_and_one() -> None:
     flow = nvpflow.build(3, **SMALL)
     with pytest.raises(ValueError, match="x has no rows, expected at least one"):
         flow.fit(np.zeros((0, 3)))
-    with pytest.raises(ValueError, match=r"validation is 0\.1 of 1 rows, which is less than one row; give more rows"):
+    with pytest.raises(
+        ValueError, match="x has 1 row to train on, expected at least 2: one to train on and one to compare epochs by"
+    ):
         flow.fit(np.ones((1, 3)))
 
 

@@ -131,6 +131,8 @@ def test_initialize_from_refuses_what_it_cannot_use() -> None:
             flow.initialize_from(rows.astype(np.float32))
     with pytest.raises(ValueError, match=r"standardize is 'median', expected one of auto, mean, robust"):
         flow.initialize_from(np.eye(3, dtype=np.float32), standardize="median")
+    with pytest.raises(ValueError, match=r"robust; a flow has it from build\(standardize=\"covariance\"\) on"):
+        flow.initialize_from(np.eye(3, dtype=np.float32), standardize="covariance")
     assert_same_bits(flow._copy_flat_parameters(), before, "after refusals")
     with pytest.raises(ValueError, match=r"does not begin with a standardize layer"):
         nvpflow.build(3, standardize=False).initialize_from(np.eye(3, dtype=np.float32))
