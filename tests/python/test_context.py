@@ -365,7 +365,7 @@ def test_a_view_says_what_is_of_its_flow() -> None:
     for name in ("fit", "fit_threshold", "astype"):
         with pytest.raises(AttributeError, match=rf"no attribute '{name}'; it is of the flow: view\.flow\.{name}$"):
             getattr(view, name)
-    with pytest.raises(AttributeError, match="no attribute 'fits'$"):
+    with pytest.raises(AttributeError, match=r"no attribute 'fits'$"):
         _ = view.fits
 
 
