@@ -298,6 +298,8 @@ class Table:
         pieces = self._source.pieces([*self._used, *beside], self._passed, self._reading.typed, problems)
         for number, piece in enumerate(pieces):
             rows, passed = piece.rows, piece.passed
+            if self._weight:
+                self._check_weights(rows[:, -1], piece)
             if rows.dtype.kind == "f" and rows.size and np.isnan(rows.min()):
                 gaps = np.isnan(rows)
                 complete = ~gaps.any(axis=1)
@@ -317,6 +319,14 @@ class Table:
         if look is not None:
             problems.general += self._without_density(look)
         problems.raise_all()
+
+    def _check_weights(self, weights: Array, piece: Piece) -> None:
+        bad = np.flatnonzero((weights < 0) | np.isinf(weights))
+        column = self._problems.column(self._weight[0])
+        if len(bad) and not any(text.startswith(column) for text in self._problems.general):
+            (at,) = piece.labels(bad[:1].tolist())
+            found = f"{weights[bad[0]]:g} in {self._problems.unit} {at}"
+            self._problems.general.append(f"{column}, the weights, is {found}, expected finite and at least 0")
 
     def _block(self, rows: Array, passed: Any) -> Block:
         context, weights = self.columns, self.columns + len(self._context)

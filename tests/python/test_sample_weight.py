@@ -789,7 +789,8 @@ def test_columns_of_weights_are_refused_in_words(tmp_path, capsys) -> None:
     pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     data, model = table(tmp_path / "data.csv", curved(60), weights_of(60) - 10), tmp_path / "model.safetensors"
     for options, message in (
-        (["--weight-column", "w"], "expected at least 0: with a row of negative weight"),
+        (["--weight-column", "w"], "data.csv: 'w', the weights, is -8.16"),
+        (["--weight-column", "w"], " in line 2, expected finite and at least 0"),
         (["--weight-column", "z"], "--weight-column: there is no column 'z'"),
         (["--weight-column", "w", "--drop", "w"], "--drop names 'w', that of the weights; leave it out there"),
         (["--weight-column", "w", "--context-columns", "w"], "--weight-column names 'w', a column of the context"),
