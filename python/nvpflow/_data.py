@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -894,7 +894,7 @@ class _Look:
         step = float(gaps[gaps > rounding].min(initial=np.inf))
         away = np.abs(gaps / step - np.rint(gaps / step))
         recorded = bool((away <= _EVEN + rounding / step).all())  # in steps
-        if not np.isfinite(step) or (recorded and std >= _STEPS * step):
+        if not np.isfinite(step) or (std >= _STEPS * step if recorded else not self._copies):
             return
         text = f"{self._label(j)} has {len(distinct):,} distinct values in {count:,} rows"
         remedy = "numbers that come again have no density: leave out rows that are copies, or fit by sample_weight"
@@ -903,6 +903,13 @@ class _Look:
             remedy = "add uniform noise of one step to numbers that are rounded; see 'Discrete and rounded columns' in "
             remedy += "choosing.md"
         self._add("ties", "warning", (j,), f"{text}, on which a density is unbounded", remedy, step=step, **figures)
+
+    @cached_property
+    def _copies(self) -> bool:
+        """Whether a quarter of the rows come again, as those of a sample drawn with replacement do."""
+        rows = np.ascontiguousarray(np.transpose(self._given))
+        whole = rows.view(np.dtype((np.void, rows.itemsize * rows.shape[1])))  # one value for a row
+        return 4 * len(np.unique(whole)) <= 3 * len(rows)
 
     def _scale(self, j: int) -> None:
         mean, std = self._mean[j], self._std[j]
