@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import nvpflow
 import pytest
-from scipy.stats import multivariate_normal
-from sklearn.covariance import LedoitWolf
 
 SMALL: dict[str, Any] = {"num_flows": 2, "hidden_sizes": (16,), "standardize": "covariance"}
 
@@ -54,8 +52,11 @@ def tables(sizes: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, np.ndarray
 
 def gaussian(x: np.ndarray, rows: np.ndarray) -> float:
     """The mean log-density by scikit-learn's estimator, from the rows as they are."""
-    found = LedoitWolf().fit(x)
-    return float(multivariate_normal(found.location_, found.covariance_).logpdf(rows).mean())
+    covariance = pytest.importorskip("sklearn.covariance")
+    found = covariance.LedoitWolf().fit(x)
+    return float(
+        pytest.importorskip("scipy.stats").multivariate_normal(found.location_, found.covariance_).logpdf(rows).mean()
+    )
 
 
 def losses(sizes: tuple[tuple[int, int], ...]) -> dict[str, tuple[float, float]]:

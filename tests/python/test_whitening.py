@@ -10,8 +10,6 @@ import numpy as np
 import nvpflow
 import pytest
 from nvpflow.layers import MLP, ActNorm, Additive, Coupling, ElementSpline, LULinear, Permutation, Standardize
-from scipy.stats import multivariate_normal
-from sklearn.covariance import LedoitWolf
 
 NO_TRAINING: dict[str, Any] = {"epochs": 1, "learning_rate": 1e-30, "validation": None, "weight_decay": 0.0}
 
@@ -36,13 +34,14 @@ def identity_in(units: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 def candidates(x: np.ndarray, units: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Covariances, and the log-densities of left-out rows but for a constant; Ledoit and Wolf's in own units first."""
+    estimator = pytest.importorskip("sklearn.covariance").LedoitWolf
     size, few = x.shape[1], len(x) <= x.shape[1] + 1
     others = [np.delete(x, i, axis=0) for i in range(len(x))]
     rests = np.array([covariance_of(rest) for rest in others])
     deviations = x - np.array([rest.mean(axis=0) for rest in others])
     for unit in (units, np.ones_like(units)):
         target = identity_in(unit, x)
-        theirs = max(LedoitWolf().fit(x * unit).shrinkage_, 1 / len(x) if few else 0)
+        theirs = max(estimator().fit(x * unit).shrinkage_, 1 / len(x) if few else 0)
         for share in (theirs, *SHARES):
             if few and share == 0:
                 continue
@@ -62,7 +61,7 @@ def white_gaussian(x: np.ndarray, units: np.ndarray) -> Any:
         gain = found - base
         if chosen is None or gain.mean() > max(best, 3 * gain.std() / np.sqrt(len(x) - 1)):
             best, chosen = gain.mean(), covariance
-    return multivariate_normal(x.mean(axis=0), chosen)
+    return pytest.importorskip("scipy.stats").multivariate_normal(x.mean(axis=0), chosen)
 
 
 def gaussian(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
