@@ -52,11 +52,9 @@ def tables(sizes: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, np.ndarray
 
 def gaussian(x: np.ndarray, rows: np.ndarray) -> float:
     """The mean log-density by scikit-learn's estimator, from the rows as they are."""
-    covariance = pytest.importorskip("sklearn.covariance")
-    found = covariance.LedoitWolf().fit(x)
-    return float(
-        pytest.importorskip("scipy.stats").multivariate_normal(found.location_, found.covariance_).logpdf(rows).mean()
-    )
+    stats = pytest.importorskip("scipy.stats")
+    found = pytest.importorskip("sklearn.covariance").LedoitWolf().fit(x)
+    return float(stats.multivariate_normal(found.location_, found.covariance_).logpdf(rows).mean())
 
 
 def losses(sizes: tuple[tuple[int, int], ...]) -> dict[str, tuple[float, float]]:
