@@ -29,6 +29,14 @@ def chromium() -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
+@pytest.fixture(autouse=True)
+def _no_figure_stays_open():
+    """Closes the figures of a test: Matplotlib keeps them for the whole process."""
+    yield
+    if pyplot := sys.modules.get("matplotlib.pyplot"):
+        pyplot.close("all")
+
+
 def pytest_configure() -> None:
     """Fail where NVPFLOW_REQUIRE names modules, separated by commas, whose tests would be skipped: they are missing."""
     required = filter(None, os.environ.get("NVPFLOW_REQUIRE", "").split(","))

@@ -14,10 +14,8 @@ from nvpflow import plot
 
 
 @pytest.fixture(autouse=True)
-def close_figures():
+def no_window():
     plt.switch_backend("Agg")
-    yield
-    plt.close("all")
 
 
 @pytest.fixture(scope="module")
