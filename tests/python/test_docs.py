@@ -37,8 +37,6 @@ def run(page: documents.Page, folder: Path, monkeypatch: pytest.MonkeyPatch, *ma
     except documents.NotHere as missing:
         pytest.skip(str(missing))
     finally:
-        if "matplotlib.pyplot" in sys.modules:
-            sys.modules["matplotlib.pyplot"].close("all")
         if "torch._dynamo" in sys.modules:
             sys.modules["torch"].compiler.reset()
 
