@@ -117,10 +117,9 @@ class ConditionedFlow(_core.ConditionedFlow):
 
         def __getattr__(self, name):
             """Say where what the view does not have is to be found."""
-            from nvpflow.flow import Flow
-
             kind = type(self).__name__
-            way = f"; it is of the flow: view.flow.{name}" if hasattr(Flow, name) else ""
+            known = name != "flow" and hasattr(type(self.flow), name)
+            way = f"; it is of the flow: view.flow.{name}" if known else ""
             raise AttributeError(f"{kind!r} object has no attribute {name!r}{way}", name=name, obj=self)
 
     def __repr__(self) -> str:
