@@ -118,7 +118,7 @@ class ConditionedFlow(_core.ConditionedFlow):
         def __getattr__(self, name):
             """Say where what the view does not have is to be found."""
             kind = type(self).__name__
-            known = name != "flow" and hasattr(type(self.flow), name)
+            known = name != "flow" and not name.startswith("_") and hasattr(type(self.flow), name)
             way = f"; it is of the flow: view.flow.{name}" if known else ""
             raise AttributeError(f"{kind!r} object has no attribute {name!r}{way}", name=name, obj=self)
 
