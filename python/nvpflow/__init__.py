@@ -13,7 +13,7 @@ import datetime as _datetime  # noqa: F401  NumPy's C code imports it, and loses
 
 # Before everything else, so that a failure says what to do about it.
 try:
-    from nvpflow._core import CudaError, FileFormatError, TrainingError, __version__, cpu_isa
+    from nvpflow._core import CudaError, FileFormatError, TrainingError, __version__, available_threads, cpu_isa
 except ImportError as error:
     if "sub-interpreter" in str(error):
         raise
@@ -63,6 +63,7 @@ __all__ = [
     "Threshold",
     "TrainingError",
     "__version__",
+    "available_threads",
     "blame",
     "build",
     "check_data",

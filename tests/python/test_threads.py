@@ -227,7 +227,7 @@ def _calls(flow, seed: int, seconds: float) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(nvpflow._core.available_threads() < 2, reason="needs two processors")
+@pytest.mark.skipif(nvpflow.available_threads() < 2, reason="needs two processors")
 def test_two_threads_on_one_flow_do_at_least_1_8_times_the_work_of_one(make_flow) -> None:
     flow, _ = make_flow(16, 4, (128,), dtype="float32")
     flow.num_threads = 1
@@ -254,7 +254,7 @@ def test_two_threads_on_one_flow_do_at_least_1_8_times_the_work_of_one(make_flow
     assert threads >= 1.8 * alone
 
 
-AVAILABLE = "import nvpflow; print(nvpflow._core.available_threads())"
+AVAILABLE = "import nvpflow; print(nvpflow.available_threads())"
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_a_number_of_threads_that_is_none_is_told_when_a_flow_is_made(run_python
 import nvpflow
 from nvpflow._core import FlowSpec
 FlowSpec(2)
-for make in (lambda: nvpflow.build(2), nvpflow._core.available_threads):
+for make in (lambda: nvpflow.build(2), nvpflow.available_threads):
     try:
         make()
     except RuntimeError as error:
@@ -310,9 +310,9 @@ def test_set_before_the_first_flow_counts_and_num_threads_wins(run_python) -> No
 import os, nvpflow
 os.environ["NVPFLOW_NUM_THREADS"] = "1"  # after the import, before the first flow
 flow = nvpflow.build(2)
-assert nvpflow._core.available_threads() == 1 and flow.num_threads == 0
+assert nvpflow.available_threads() == 1 and flow.num_threads == 0
 os.environ["NVPFLOW_NUM_THREADS"] = "2"
-assert nvpflow._core.available_threads() == 1
+assert nvpflow.available_threads() == 1
 flow.num_threads = 3
 assert flow.num_threads == 3
 print(flow.sample(5000, seed=1).shape)

@@ -642,7 +642,7 @@ def test_ctrl_c_stops_within_a_second_and_keeps_the_best_weights(rows, wait_for)
         process.wait()
     stopped, epochs, change = rest.splitlines()[-1].removeprefix("stopped").split()
     # A second on the clock of an idle machine. Processor time of all threads does not depend on what else runs.
-    assert float(stopped) - used < 1.5 * nvpflow._core.available_threads()
+    assert float(stopped) - used < 1.5 * nvpflow.available_threads()
     # The flow holds the best weights so far: the initial ones until an epoch is done.
     if int(epochs) == 0:
         assert float(change) == 0
