@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, BinaryIO
@@ -535,8 +535,9 @@ class ParquetTable:
 
     GROUP = 1 << 18
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, metadata: Mapping[bytes, bytes] | None = None) -> None:
         self._file = file
+        self._metadata = metadata
         self._writer: Any = None
         self._waiting: list[Any] = []
 
@@ -551,7 +552,8 @@ class ParquetTable:
             whole = pa.concat_tables(self._waiting)
             self._waiting = []
             if self._writer is None:
-                self._writer = pyarrow.parquet.ParquetWriter(self._file, whole.schema)
+                schema = whole.schema.with_metadata(self._metadata)
+                self._writer = pyarrow.parquet.ParquetWriter(self._file, schema)
             self._writer.write_table(whole)
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -86,6 +86,7 @@ def create_table(
     columns: int | None,
     rows: int | None,
     names: Sequence[str] | None = None,
+    metadata: Mapping[bytes, bytes] | None = None,
     force: bool = False,
 ) -> Iterator[Callable[..., None]]:
     """Open `target` for writing and give the function that appends a block of rows.
@@ -104,6 +105,8 @@ def create_table(
         How many rows will come in all; None where that is not known.
     names
         Of the columns, for a CSV's header and for Parquet. None: no header; Parquet counts the columns.
+    metadata
+        Of a Parquet file.
     force
         Replace an existing file.
 
@@ -124,7 +127,7 @@ def create_table(
             with _npy_writer(file, np.dtype(dtype), columns, rows) as write:
                 yield write
         else:
-            with _parquet_writer(file, dtype, columns, names) as write:
+            with _parquet_writer(file, dtype, columns, names, metadata) as write:
                 yield write
 
 
@@ -234,13 +237,17 @@ def _shortest(value: float) -> str:
 
 @contextmanager
 def _parquet_writer(
-    file: BinaryIO, dtype: str, columns: int | None, names: Sequence[str] | None
+    file: BinaryIO,
+    dtype: str,
+    columns: int | None,
+    names: Sequence[str] | None,
+    metadata: Mapping[bytes, bytes] | None,
 ) -> Iterator[Callable[..., None]]:
     try:
         from nvpflow import _arrow
     except ImportError as error:
         raise ImportError("writing .parquet needs pyarrow: pip install pyarrow") from error
-    table = _arrow.ParquetTable(file)
+    table = _arrow.ParquetTable(file, metadata)
     written = False
 
     def write(block: Array, passed: Any = None, name: str = "", behind: Array | None = None) -> None:

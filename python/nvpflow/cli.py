@@ -25,7 +25,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -35,7 +35,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 import nvpflow
-from nvpflow import _bases, _certify, _checks, _data, _output, _training_options, certificate, data_io, tables
+from nvpflow import (
+    _bases,
+    _certify,
+    _checks,
+    _cli_files,
+    _data,
+    _output,
+    _training_options,
+    certificate,
+    data_io,
+    tables,
+)
 from nvpflow._architecture import MASKS, MIXINGS, NETWORKS, OPTIONS, SCALES, TRANSFORMS, Options
 from nvpflow._defaults import HIDDEN_SIZES, NUM_FLOWS, default_activation, default_standardize
 from nvpflow._source import TRUTHS, rows_per_block
@@ -150,6 +161,7 @@ def _as_options(text: str, arguments: argparse.Namespace) -> str:
     """Names of Python's arguments as the command's: --batch-size for batch_size, the table's file for x."""
     if source := getattr(arguments, "data", None):
         text = re.sub(r"^x(?=[ ,:])", lambda _: _shown(source), text)
+    text = text.replace("force=True", "--force")
     text = text.replace(_data.SHOWN_BY, "(nvpflow check MODEL DATA shows them line by line)")
     options = {name: "--" + name.replace("_", "-") for name in vars(arguments) if "_" in name}
     options["num_threads"] = "--threads"
@@ -322,16 +334,22 @@ def _add_training_options(group: Any) -> None:
 
 
 def _add_score(commands: Any) -> None:
-    score = _add_command(commands, "score", _run_score, "Write log p of every row of a table, in nats, one per line.")
+    summary = (
+        "Write log p of every row of a table, in nats, one per line; of several tables, a Parquet file for each into a "
+        "folder, where files that are done are left alone."
+    )
+    score = _add_command(commands, "score", _run_score, summary)
     score.add_argument("model", metavar="MODEL", help="model file")
-    score.add_argument("data", metavar="DATA", help=f"rows: {_TABLES}; float64 is kept where the model standardizes")
+    data_help = f"rows: {_TABLES}; float64 is kept where the model standardizes"
+    score.add_argument("tables", metavar="DATA", nargs="+", help=data_help)
     _add_ignore_names(score)
     _add_context_columns(score)
     _add_reading(score, in_place=True)
     keep_help = "columns to write beside log p; not a part of the rows, unless the model has them"
     _add_option(score, "--keep", metavar="NAME,NAME", type=_listed_names, action=_Once, help=keep_help)
     _add_option(score, "--append", action="store_true", help="write every column of DATA, and log_prob behind them")
-    _add_table_output(score)
+    _add_table_output(score, "; or a folder for a .parquet of each DATA")
+    _cli_files.add_share(score, "tables")
     _add_threads(score)
     _add_device(score)
 
@@ -361,10 +379,9 @@ def _add_sample(commands: Any) -> None:
     _add_device(sample)
 
 
-def _add_table_output(command: Any) -> None:
-    _add_option(
-        command, "-o", "--output", metavar="OUT", default="-", help=".csv, .npy or .parquet file to write, - for stdout"
-    )
+def _add_table_output(command: Any, folder: str = "") -> None:
+    output_help = f".csv, .npy or .parquet file to write, - for stdout{folder}"
+    _add_option(command, "-o", "--output", metavar="OUT", default="-", help=output_help)
     _add_option(command, "--format", choices=_output.KINDS, help="of OUT where its name does not say it; stdout: csv")
     _add_option(command, "--force", action="store_true", help="overwrite OUT")
 
@@ -843,11 +860,26 @@ def _validation(arguments: argparse.Namespace, data: _Data) -> Any:
         return tuple(parts) if len(parts) > 1 else found.rows
 
 
-def _run_score(arguments: argparse.Namespace) -> None:
+def _run_score(arguments: argparse.Namespace) -> int:
+    if _cli_files.scores_into_folder(arguments):
+        return _cli_files.score(arguments, partial(_score_table, arguments))
+    (arguments.data,) = arguments.tables
     _output.check_distinct(arguments.output, {"MODEL": arguments.model, "DATA": arguments.data})
     flow = nvpflow.load(arguments.model, device=arguments.device, precision=arguments.precision)
     flow.num_threads = arguments.threads
-    kind = _output.output_format(arguments.output, arguments.format)
+    _score_table(arguments, flow, arguments.data, arguments.output)
+    return 0
+
+
+def _score_table(
+    arguments: argparse.Namespace,
+    flow: nvpflow.Flow,
+    source: str,
+    target: str,
+    metadata: Mapping[bytes, bytes] | None = None,
+) -> int:
+    """Score a table into a file, into Parquet where there are metadata for it; return its rows."""
+    kind = "parquet" if metadata is not None else _output.output_format(target, arguments.format)
     beside = bool(arguments.keep or arguments.append)
     if beside and kind == "npy":
         raise data_io.DataError("--keep and --append: .npy holds numbers of one kind only; write .csv or .parquet")
@@ -855,22 +887,26 @@ def _run_score(arguments: argparse.Namespace) -> None:
     reading = _in_place(
         _reading(arguments, keep=arguments.keep or (), append=arguments.append, typed=kind == "parquet")
     )
-    with data_io.open_table(arguments.data, reading, _model_columns(arguments, flow)) as table:
+    rows = 0
+    with data_io.open_table(source, reading, _model_columns(arguments, flow)) as table:
         if beside and _LOG_PROB in table.passed_names:
-            raise data_io.DataError(f"{arguments.data}: it has a column {_LOG_PROB} already; name others with --keep")
+            raise data_io.DataError(f"{source}: it has a column {_LOG_PROB} already; name others with --keep")
         with _output.create_table(
-            arguments.output,
+            target,
             kind=kind,
             dtype=flow.spec.dtype,
             columns=None,
             rows=table.rows,
             names=[*table.passed_names, _LOG_PROB] if beside else [_LOG_PROB] if kind == "parquet" else None,
+            metadata=metadata,
             force=arguments.force,
         ) as write:
             for block in table.blocks():
                 log_p = tables.log_p_of(flow, block.rows, block.context)
+                rows += len(log_p)
                 write(log_p, block.passed, _LOG_PROB) if beside else write(log_p)
     _say_notes(arguments, table)
+    return rows
 
 
 def _run_sample(arguments: argparse.Namespace) -> None:

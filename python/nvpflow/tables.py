@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nvpflow import _checks, _frames, _output, data_io
-from nvpflow._core import __version__, cpu_isa
+from nvpflow import _checks, _frames, _output, _parts, data_io
+from nvpflow._source import rows_per_block
 from nvpflow._text import counted
 from nvpflow.flow import Flow
 
@@ -21,9 +19,9 @@ __all__ = ["Done", "Scorer", "score_file"]
 
 Array = NDArray[Any]
 
-_flows: dict[str, Flow] = {}  # of this process, by fingerprint
+_flows: dict[tuple[str, str], Flow] = {}  # of this process, by fingerprint and device
 _MOST_FLOWS = 8  # that a process keeps
-_FILE_ROWS = 1 << 17  # of a file at once: scored rows of a row group of Parquet
+_FILE_ROWS = 1 << 17  # of a file at once, at most: rows of a row group of Parquet
 
 
 class Scorer:
@@ -91,24 +89,26 @@ class Scorer:
             raise ValueError(f"name is {name!r}, a column of keep; expected another name for log p")
         self.num_threads = _checks.integer("num_threads", num_threads, bits=31, unsigned=True)
         self._pickled = pickle.dumps(flow, protocol=5)
-        self.fingerprint = hashlib.sha256(self._pickled).hexdigest()
+        self._device = flow.device
+        self.fingerprint = _parts.fingerprint(flow)
 
     @property
     def flow(self) -> Flow:
         """The flow of this process."""
-        found = _flows.get(self.fingerprint)
+        key = self.fingerprint, self._device
+        found = _flows.get(key)
         if found is None:
             found = pickle.loads(self._pickled)
             while len(_flows) >= _MOST_FLOWS:
                 _flows.pop(next(iter(_flows)), None)
-            _flows[self.fingerprint] = found
+            _flows[key] = found
         found.num_threads = self.num_threads
         return found
 
-    def _identity(self) -> dict[str, Any]:
-        """Return what tells two scorers apart."""
+    def _made(self, source: str) -> dict[str, Any]:
+        """Return what tells the scores of a file from others."""
         names = {"columns": self.columns, "context_columns": self.context_columns, "keep": self.keep, "name": self.name}
-        return {"model": self.fingerprint, **names}
+        return _parts.made_by(self.flow, self.fingerprint, "scores", **_parts.made_of(source), **names)
 
     def __repr__(self) -> str:
         kept = f", keep={list(self.keep)!r}" if self.keep else ""
@@ -151,7 +151,7 @@ class Scorer:
 
 
 class Done(NamedTuple):
-    """What `score_file` did: the file, how many rows it has, and whether it was there already."""
+    """What became of a file: its path, how many rows it has, and whether it was there already."""
 
     target: str
     rows: int
@@ -181,38 +181,42 @@ def score_file(
     Raises
     ------
     FileExistsError
-        The target is there, and something else made it.
+        The target is there, and something else made it; the message says what differs.
     ImportError
         pyarrow is not installed.
     ValueError, TypeError
         The source lacks columns, or they are not numbers.
     """
-    import pyarrow as pa
+    source, target = _checks.path("source", source), _checks.path("target", target)
+    _parts.check_apart(source, target)
+    return _score_file(scorer, source, target, None, force=force)
+
+
+def _score_file(scorer: Scorer, source: str, target: str, job: _parts.Job | None, *, force: bool) -> Done:
+    def write(metadata: Mapping[bytes, bytes]) -> int:
+        return _write_scores(scorer, source, target, metadata, force=force)
+
+    return Done(target, *_parts.write_once(target, scorer._made(source), job, write, force=force))
+
+
+def _write_scores(scorer: Scorer, source: str, target: str, metadata: Mapping[bytes, bytes], *, force: bool) -> int:
     import pyarrow.parquet as pq
 
-    source, target = _checks.path("source", source), _checks.path("target", target)
-    found = os.stat(source)
-    made_of = {"bytes": found.st_size, "time": found.st_mtime_ns, "isa": cpu_isa(), "version": __version__}
-    metadata = {b"nvpflow.scores": json.dumps(made_of | scorer._identity()).encode()}
-    if not force and os.path.exists(target):
-        try:
-            there = pq.read_metadata(target)
-        except pa.ArrowInvalid:
-            there = None
-        if there is not None and (there.metadata or {}).get(b"nvpflow.scores") == metadata[b"nvpflow.scores"]:
-            return Done(target, there.num_rows, True)
-        raise FileExistsError(f"{target} exists, made of another source or by another model; force=True overwrites it")
+    wanted = [*scorer.keep, *scorer.columns, *scorer.context_columns]
     with (
         pq.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False) as file,
-        _output.replacing(target, force=True) as out,
+        _output.replacing(target, force=force) as out,
     ):
-        wanted = [*scorer.keep, *scorer.columns, *scorer.context_columns]
-        head = scorer(file.schema_arrow.empty_table())
-        schema = head.schema.with_metadata(metadata)
+        schema = scorer(file.schema_arrow.empty_table()).schema.with_metadata(metadata)
         with pq.ParquetWriter(out, schema) as writer:
-            for batch in file.iter_batches(batch_size=_FILE_ROWS, columns=wanted):
+            for batch in file.iter_batches(batch_size=_rows_at_once(len(wanted)), columns=wanted):
                 writer.write_batch(scorer(batch))
-        return Done(target, file.metadata.num_rows, False)
+        rows: int = file.metadata.num_rows
+        return rows
+
+
+def _rows_at_once(columns: int) -> int:
+    return min(_FILE_ROWS, 4 * rows_per_block(columns))
 
 
 def log_p_of(flow: Flow, rows: Array, context: Array | None) -> Array:

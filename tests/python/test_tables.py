@@ -182,16 +182,30 @@ def test_a_file_is_scored_once(flow, table, parquet, tmp_path, monkeypatch):
 def test_a_file_of_something_else_is_not_overwritten(flow, parquet, tmp_path):
     target = tmp_path / "scores.parquet"
     score_file(Scorer(flow), parquet, target)
-    for other in (Scorer(flow, keep=["id"]), Scorer(flow, name="score")):
-        with pytest.raises(FileExistsError, match="made of another source or by another model; force=True"):
+    for other, message in (
+        (Scorer(flow, keep=["id"]), r"other options: keep \[\] there, \['id'\] here; force=True overwrites it"),
+        (Scorer(flow, name="score"), "other options: name 'log_p' there, 'score' here"),
+        (Scorer(nvpflow.build(3), COLUMNS), "by another model"),
+    ):
+        with pytest.raises(FileExistsError, match=rf"scores.parquet exists, made .*{message}"):
             score_file(other, parquet, target)
     os.utime(parquet, (1, 1))
-    with pytest.raises(FileExistsError):
+    with pytest.raises(FileExistsError, match="of another source, or its source has changed"):
         score_file(Scorer(flow), parquet, target)
     assert not score_file(Scorer(flow), parquet, target, force=True).skipped
     target.write_text("no Parquet")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(FileExistsError, match="and is no whole Parquet file"):
         score_file(Scorer(flow), parquet, target)
+    with pytest.raises(ValueError, match=r"rows.parquet would be overwritten by its own scores"):
+        score_file(Scorer(flow), parquet, parquet, force=True)
+
+
+def test_a_fingerprint_is_of_what_decides_the_numbers(flow):
+    named = copy.copy(flow)
+    named.column_names, named.num_threads = None, 3
+    fingerprints = {Scorer(given, COLUMNS).fingerprint for given in (flow, named, pickle.loads(pickle.dumps(flow)))}
+    assert fingerprints == {Scorer(flow).fingerprint}
+    assert Scorer(flow.astype("float64")).fingerprint not in fingerprints
 
 
 def test_a_file_that_cannot_be_scored_leaves_nothing_behind(parquet, tmp_path):

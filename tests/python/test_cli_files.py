@@ -1,0 +1,258 @@
+"""The commands that write a file for each of many, as jobs of an array that die, meet and come again."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import nvpflow
+import pytest
+from nvpflow import _arrow, _parts, cli
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+COUNT, ROWS = 5, 40
+SOURCES = [f"part-{i}.parquet" for i in range(COUNT)]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with a model, a table in five files, and its scores."""
+    monkeypatch.chdir(tmp_path)
+    nvpflow.build(2, 2, (8,), seed=1, column_names=["a", "b"]).save("model.safetensors")
+    rng = np.random.default_rng(0)
+    for i, name in enumerate(SOURCES):
+        columns = rng.normal(size=(2, ROWS)).astype(np.float32)
+        ids = np.arange(i * ROWS, (i + 1) * ROWS)
+        pq.write_table(pa.table({"id": ids, "a": columns[0], "b": columns[1]}), name)
+    return tmp_path
+
+
+@pytest.fixture
+def call(folder, capfd):
+    """Run the command in this process and return its exit code, output and messages."""
+
+    def call(*arguments):
+        code = cli.main(list(map(str, arguments)))
+        return code, *capfd.readouterr()
+
+    return call
+
+
+def score(*more, sources=SOURCES, folder="scores"):
+    return ["score", "model.safetensors", *sources, "-o", folder, "--keep", "id", *more]
+
+
+def expected(source):
+    table = pq.read_table(source)
+    rows = np.column_stack([table["a"].to_numpy(), table["b"].to_numpy()])
+    return nvpflow.load("model.safetensors").log_probability(rows)
+
+
+def check_scores(folder="scores"):
+    assert sorted(os.listdir(folder)) == SOURCES
+    for name in SOURCES:
+        found = pq.read_table(f"{folder}/{name}")
+        assert found.column_names == ["id", "log_prob"]
+        np.testing.assert_array_equal(found["log_prob"].to_numpy(), expected(name))
+        np.testing.assert_array_equal(found["id"].to_numpy(), pq.read_table(name)["id"].to_numpy())
+
+
+# ----------------------------------------------------------------------------------------------------------- parts
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_the_parts_are_the_whole(call, first, count):
+    written = []
+    for i in range(first, first + count):
+        sources = SOURCES[i % COUNT :] + SOURCES[: i % COUNT]  # a shell may list them in another order
+        code, output, errors = call(*score("--part", f"{i}/{count}", sources=sources))
+        assert (code, errors) == (0, "")
+        written.append(int(output.split()[1]))
+    assert sum(written) == COUNT
+    assert max(written) - min(written) <= 1
+    check_scores()
+
+
+def test_a_file_is_that_of_one_table_alone(call):
+    for name in SOURCES:
+        assert call("score", "model.safetensors", name, "-o", f"one-{name}", "--keep", "id")[0] == 0
+    call(*score())
+    for name in SOURCES:
+        assert pq.read_table(f"one-{name}").equals(pq.read_table(f"scores/{name}"))
+
+
+def test_done_files_are_left_alone(call):
+    assert call(*score())[1] == "scores: 5 files written, 0 done before; 200 rows\n"
+    before = {name: os.stat(f"scores/{name}").st_ino for name in SOURCES}
+    os.remove("scores/part-3.parquet")
+    code, output, errors = call(*score())
+    assert (code, output) == (0, "scores: 1 file written, 4 done before; 200 rows\n")
+    assert errors == "nvpflow: 4 files done already\n"
+    after = {name: os.stat(f"scores/{name}").st_ino for name in SOURCES}
+    assert {name for name in SOURCES if before[name] == after[name]} >= {*SOURCES} - {"part-3.parquet"}
+    assert call(*score("--force"))[1] == "scores: 5 files written, 0 done before; 200 rows\n"
+    check_scores()
+
+
+def test_every_kind_of_table_goes_into_a_folder(call):
+    table = pq.read_table("part-0.parquet")
+    Path("text.csv").write_bytes(b"id,a,b\n" + _arrow.csv_bytes(table))
+    np.save("array.npy", np.zeros((3, 2), np.float32))
+    assert call("score", "model.safetensors", "text.csv", "array.npy", "-o", "out", "--drop", "1")[0] == 1
+    assert call("score", "model.safetensors", "array.npy", "-o", "out/")[0] == 0
+    assert call("score", "model.safetensors", "text.csv", "-o", "out", "--keep", "id")[0] == 0
+    assert sorted(os.listdir("out")) == ["array.parquet", "text.parquet"]
+    assert pq.read_table("out/array.parquet").column_names == ["log_prob"]
+    np.testing.assert_array_equal(pq.read_table("out/text.parquet")["log_prob"].to_numpy(), expected("part-0.parquet"))
+
+
+# ------------------------------------------------------------------------------------------------- what has changed
+
+
+def changed_source():
+    os.utime("part-2.parquet", (1, 1))
+    return (), "made of another source, or its source has changed since"
+
+
+def changed_model():
+    nvpflow.build(2, 2, (8,), seed=2, column_names=["a", "b"]).save("model.safetensors")
+    return (), "made by another model"
+
+
+def other_options():
+    return ("--missing", "nan"), "made with other options: missing 'refuse' there, 'nan' here"
+
+
+def half_written():
+    target = Path("scores/part-2.parquet")
+    target.write_bytes(target.read_bytes()[:-10])
+    return (), "and is no whole Parquet file"
+
+
+def stranger():
+    pq.write_table(pa.table({"id": [1]}), "scores/part-2.parquet")
+    return (), "and nvpflow has not written it"
+
+
+@pytest.mark.parametrize("change", [changed_source, changed_model, other_options, half_written, stranger])
+def test_what_something_else_made_is_not_overwritten(call, change):
+    call(*score())
+    more, message = change()
+    before = [path.read_bytes() for path in sorted(Path("scores").iterdir())]
+    code, output, errors = call(*score(*more))
+    assert (code, output) == (1, "")
+    assert f"exists, {message}" in errors
+    assert "--force overwrites it" in errors
+    assert [path.read_bytes() for path in sorted(Path("scores").iterdir())] == before
+    assert call(*score(*more, "--force"))[0] == 0
+    check_scores()
+
+
+def test_another_instruction_set_or_version_is_named(call, monkeypatch):
+    call(*score())
+    with monkeypatch.context() as patch:
+        patch.setattr(_parts, "cpu_isa", lambda: "sse9")
+        errors = call(*score())[2]
+    assert f"made with {nvpflow.cpu_isa()}, and this process computes with sse9: other bits; NVPFLOW_ISA=" in errors
+    monkeypatch.setattr(_parts, "__version__", "99")
+    assert f"made by nvpflow {nvpflow.__version__}, and this is 99" in call(*score())[2]
+
+
+def test_a_bad_table_does_not_stop_the_others(call):
+    pq.write_table(pa.table({"id": [1], "a": ["x"], "b": [1.0]}), "part-1.parquet")
+    Path("part-3.parquet").write_bytes(b"PAR1 cut")
+    code, output, errors = call(*score())
+    assert (code, output) == (1, "scores: 3 files written, 0 done before, 2 failed; 120 rows\n")
+    first, second = errors.splitlines()
+    assert first.startswith("nvpflow: error: part-1.parquet: 'a' holds text")
+    assert second.startswith("nvpflow: error: part-3.parquet: not a readable .parquet file")
+    assert sorted(os.listdir("scores")) == ["part-0.parquet", "part-2.parquet", "part-4.parquet"]
+
+
+# ------------------------------------------------------------------------------------------------------ jobs that meet
+
+
+def test_two_jobs_on_one_folder(call, monkeypatch):
+    """Both score every file: the second one to finish finds the same file there."""
+    both, real = threading.Barrier(2), _parts.write_once
+
+    def together(*arguments, **options):
+        both.wait(60)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(_parts, "write_once", together)
+    codes = []
+    jobs = [threading.Thread(target=lambda: codes.append(cli.main(score()))) for _ in range(2)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(60)
+    assert codes == [0, 0]
+    check_scores()
+
+
+def write_meanwhile(monkeypatch, make):
+    """While the first file is being scored, make the target of it."""
+    real = _parts.metadata
+
+    def metadata(*arguments):
+        found = real(*arguments)
+        monkeypatch.setattr(_parts, "metadata", real)
+        make(found)
+        return found
+
+    monkeypatch.setattr(_parts, "metadata", metadata)
+
+
+def test_the_same_file_made_meanwhile_counts_as_done(call, monkeypatch):
+    write_meanwhile(monkeypatch, lambda _: cli.main(score(sources=SOURCES[:1])))
+    code, output, _ = call(*score(sources=SOURCES[:1], folder="scores/"))
+    assert code == 0
+    assert output.endswith("0 files written, 1 done before; 40 rows\n")
+
+
+def test_another_file_made_meanwhile_is_kept(call, monkeypatch):
+    write_meanwhile(monkeypatch, lambda _: stranger())
+    code, _, errors = call(*score(sources=["part-2.parquet"], folder="scores/"))
+    assert code == 1
+    assert "scores/part-2.parquet exists, and nvpflow has not written it" in errors
+    assert pq.read_table("scores/part-2.parquet").column_names == ["id"]
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (score(folder="-"), "5 tables, expected -o with the folder for their scores"),
+        (score("--part", "1/2", sources=SOURCES[:1], folder="-"), "--part is given, expected -o with the folder"),
+        (score(folder="."), "part-0.parquet would be overwritten by its own scores; give them another place"),
+        (score("--force", folder="."), "part-0.parquet would be overwritten by its own scores"),
+        (score(folder="model.safetensors"), "-o: model.safetensors is a file, expected a folder"),
+        (score("--format", "csv"), "--format is csv, expected parquet where -o is a folder"),
+        (score(sources=["part-0.parquet", "-"]), "- is a pipe, expected files where -o is a folder"),
+        (score(sources=["part-0.parquet", "sub/part-0.csv.gz"]), "would both be scored into scores/part-0.parquet"),
+        (score(sources=["part-0.parquet", "part-0.parquet"]), "part-0.parquet is given twice"),
+        (score(sources=["none.parquet", "part-0.parquet"]), "none.parquet: No such file or directory"),
+    ],
+)
+def test_what_is_refused(call, arguments, message):
+    code, output, errors = call(*arguments)
+    assert (code, output) == (1, "")
+    assert errors.startswith("nvpflow: error: ")
+    assert errors.count("\n") == 1
+    assert message in errors
+    assert not os.path.exists("scores/part-0.parquet")
+
+
+@pytest.mark.parametrize("part", ["5/3", "3", "1/0", "0/0", "-1/3", "a/b", "1/2/3"])
+def test_a_part_is_one_of_n(call, part):
+    with pytest.raises(SystemExit) as end:
+        call(*score(f"--part={part}"))
+    assert end.value.code == 2
