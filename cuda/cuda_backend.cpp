@@ -206,7 +206,7 @@ class CudaBackend final : public Backend {
     run_gradient(call, nullptr, rows, how);
   }
 
-  double nll_gradient(const void* x, const WeighedRows& rows, double total, void* grad_parameters,
+  double nll_gradient(const void* x, const WeighedRows& rows, double total, void* grad_parameters, bool accumulate,
                       const Execution& how) const override {
     const FloatMode mode;
     GradientCall<T> call;
@@ -215,6 +215,7 @@ class CudaBackend final : public Backend {
     call.nll_factor = 1.0 / total;
     call.weights.weights = rows.weights;
     call.gradient = static_cast<T*>(grad_parameters);
+    call.accumulate = accumulate;
     return run_gradient(call, rows.index, rows.count, how);
   }
 

@@ -62,10 +62,10 @@ class Backend {
   /// of log_prob().
   virtual void log_prob_vjp(const void* x, std::int64_t rows, const void* grad_log_prob, void* log_prob, void* grad_x,
                             void* grad_parameters, bool accumulate, const Execution& how) const = 0;
-  /// Sum by weight over the rows of log p, nats. Writes to grad_parameters, flat, the gradient of -(1 / total) times
-  /// that sum. total: of the weights.
+  /// Sum by weight over the rows of log p, nats. Writes or adds to grad_parameters, flat, the gradient of -(1 / total)
+  /// times that sum. total: of the weights of the whole batch.
   virtual double nll_gradient(const void* x, const WeighedRows& rows, double total, void* grad_parameters,
-                              const Execution& how) const = 0;
+                              bool accumulate, const Execution& how) const = 0;
   /// Sum by weight over the rows of log p, in float64, in a fixed order.
   virtual double sum_log_prob(const void* x, const WeighedRows& rows, const Execution& how) const = 0;
 

@@ -146,7 +146,7 @@ class BoundedBackend final : public Backend {
     });
   }
 
-  double nll_gradient(const void* x, const WeighedRows& rows, double total, void* grad_parameters,
+  double nll_gradient(const void* x, const WeighedRows& rows, double total, void* grad_parameters, bool accumulate,
                       const Execution& how) const override {
     double sum = 0;
     each_chunk(rows.count, with_context(rows.index, rows.count, how), [&](const Chunk& chunk) {
@@ -156,7 +156,7 @@ class BoundedBackend final : public Backend {
         chunk.weights[r] = is_outside(chunk.log_det[r]) ? T(0) : cotangent;
       }
       behind_->log_prob_vjp(chunk.y, chunk.rows, chunk.weights, chunk.log_prob, nullptr, grad_parameters,
-                            chunk.first > 0, chunk.how);
+                            accumulate || chunk.first > 0, chunk.how);
       add(chunk.log_prob, chunk, 1, -kInfinity);
       sum += sum_by_weight(rows, chunk);
     });
@@ -260,7 +260,7 @@ class BoundedBackend final : public Backend {
 
   /// How a call on the rows of an index runs: their contexts follow each other.
   Execution with_context(const std::int64_t* index, std::int64_t rows, Execution how) const {
-    if (index == nullptr || how.context.rows == nullptr || how.context.repeat >= rows) return how;
+    if (index == nullptr || how.context.rows == nullptr || how.context.repeat != 1) return how;
     thread_local std::vector<T> gathered;
     gathered.resize(static_cast<std::size_t>(rows * context_size_));
     for (std::int64_t r = 0; r < rows; ++r) {

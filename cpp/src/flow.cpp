@@ -925,17 +925,33 @@ void Flow::noise_unchecked(std::uint64_t seed, std::uint64_t first_row, std::int
 
 namespace {
 
-/// A mean loss, whose sum over the rows that it is of a backend gives.
+/// What all rows count for.
+BatchPart part_of(const SampleWeights& weights) {
+  BatchPart part;
+  part.rows = static_cast<std::int64_t>(weights.values().size());
+  part.weights = weights.values();
+  return part;
+}
+
+BatchPart part_of(std::int64_t rows) {
+  BatchPart part;
+  part.rows = rows;
+  return part;
+}
+
+/// A mean loss, or the share of a part of a batch in it, whose sum over the rows that it is of a backend gives.
 class Mean {
  public:
-  explicit Mean(std::int64_t rows) : rows_{.count = rows}, total_(static_cast<double>(rows)) { require_some(); }
-  explicit Mean(const SampleWeights& weights)
-      : rescaled_(rescaled(weights.values())),
-        counting_(rows_that_count(of(weights))),
-        rows_{.count = static_cast<std::int64_t>(weights.values().size()), .weights = of(weights).data()},
-        total_(sum_of(of(weights))) {
-    require_some();
-    if (!counting_.empty()) rows_.count = static_cast<std::int64_t>(counting_.size()), rows_.index = counting_.data();
+  explicit Mean(const BatchPart& part) {
+    const bool as_they_are = part.index != nullptr || part.total > 0;
+    if (!as_they_are) rescaled_ = rescaled(part.weights);
+    const std::span<const double> weights = rescaled_.empty() ? part.weights : std::span<const double>(rescaled_);
+    rows_ = {.count = part.rows, .index = part.index, .weights = weights.empty() ? nullptr : weights.data()};
+    if (part.rows == 0 && part.total == 0) {
+      fail("x has no rows, expected at least one: the mean over an empty batch is not defined");
+    }
+    total_ = part.total > 0 ? part.total : total_weight();
+    leave_out_zeros();
   }
 
   Mean(const Mean&) = delete;
@@ -943,48 +959,64 @@ class Mean {
 
   const WeighedRows& rows() const { return rows_; }
   double total() const { return total_; }
-  double loss(double sum_log_prob) const { return -sum_log_prob / total_; }
+  double loss(double sum_log_prob) const { return rows_.count == 0 ? 0 : -sum_log_prob / total_; }
 
  private:
-  void require_some() const {
-    if (rows_.count == 0) fail("x has no rows, expected at least one: the mean over an empty batch is not defined");
+  /// In order.
+  double total_weight() const {
+    if (rows_.weights == nullptr) return static_cast<double>(rows_.count);
+    double total = 0;
+    for (std::int64_t i = 0; i < rows_.count; ++i) total += rows_.weight(i);
+    return total;
   }
 
-  std::span<const double> of(const SampleWeights& weights) const {
-    return rescaled_.empty() ? weights.values() : std::span<const double>(rescaled_);
+  /// Rows of weight 0 are not looked at.
+  void leave_out_zeros() {
+    std::int64_t zeros = 0;
+    for (std::int64_t i = 0; rows_.weights != nullptr && i < rows_.count; ++i) zeros += rows_.weight(i) == 0 ? 1 : 0;
+    if (zeros == 0) return;
+    counting_.reserve(static_cast<std::size_t>(rows_.count - zeros));
+    for (std::int64_t i = 0; i < rows_.count; ++i) {
+      if (rows_.weight(i) > 0) counting_.push_back(rows_.index == nullptr ? i : rows_.index[i]);
+    }
+    rows_.count -= zeros;
+    rows_.index = counting_.data();
   }
 
-  const std::vector<double> rescaled_;
-  const std::vector<std::int64_t> counting_;
+  std::vector<double> rescaled_;
+  std::vector<std::int64_t> counting_;
   WeighedRows rows_;
-  double total_;
+  double total_ = 0;
 };
 
 }  // namespace
 
 double Flow::nll_unchecked(const void* x, std::int64_t rows, const Execution& how) const {
   const FloatMode mode;
-  const Mean mean(rows);
+  const Mean mean(part_of(rows));
   return mean.loss(state_->backend->sum_log_prob(x, mean.rows(), state_->settled(how, rows)));
 }
 
 double Flow::nll_unchecked(const void* x, const SampleWeights& weights, const Execution& how) const {
   const FloatMode mode;
-  const Mean mean(weights);
+  const Mean mean(part_of(weights));
   return mean.loss(state_->backend->sum_log_prob(x, mean.rows(), state_->settled(how, mean.rows().count)));
 }
 
 double Flow::nll_gradient_unchecked(const void* x, std::int64_t rows, void* gradient, const Execution& how) const {
-  const FloatMode mode;
-  const Mean mean(rows);
-  return mean.loss(state_->backend->nll_gradient(x, mean.rows(), mean.total(), gradient, state_->settled(how)));
+  return nll_gradient_unchecked(x, part_of(rows), gradient, how);
 }
 
 double Flow::nll_gradient_unchecked(const void* x, const SampleWeights& weights, void* gradient,
                                     const Execution& how) const {
+  return nll_gradient_unchecked(x, part_of(weights), gradient, how);
+}
+
+double Flow::nll_gradient_unchecked(const void* x, const BatchPart& part, void* gradient, const Execution& how) const {
   const FloatMode mode;
-  const Mean mean(weights);
-  return mean.loss(state_->backend->nll_gradient(x, mean.rows(), mean.total(), gradient, state_->settled(how)));
+  const Mean mean(part);
+  return mean.loss(
+      state_->backend->nll_gradient(x, mean.rows(), mean.total(), gradient, part.accumulate, state_->settled(how)));
 }
 
 void Flow::vjp_unchecked(Direction direction, const void* in, std::int64_t rows, const void* grad_out,

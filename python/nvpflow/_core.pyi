@@ -232,7 +232,15 @@ class Flow:
     ) -> tuple[Any, Any]: ...
     def nll(self, x: Rows, sample_weight: Rows | None = None, *, context: Rows | None = None) -> float: ...
     def nll_gradient(
-        self, x: Rows, sample_weight: Rows | None = None, *, context: Rows | None = None
+        self,
+        x: Rows,
+        sample_weight: Rows | None = None,
+        *,
+        out: Any = None,
+        total_rows: float | None = None,
+        accumulate: bool = False,
+        index: ArrayLike | None = None,
+        context: Rows | None = None,
     ) -> tuple[float, Any]: ...
     def vjp(
         self,
@@ -357,7 +365,16 @@ class ConditionedFlow:
     ) -> tuple[Any, Any]: ...
     def score(self, x: Rows, *, out: Any = None) -> Any: ...
     def nll(self, x: Rows, sample_weight: Rows | None = None) -> float: ...
-    def nll_gradient(self, x: Rows, sample_weight: Rows | None = None) -> tuple[float, Any]: ...
+    def nll_gradient(
+        self,
+        x: Rows,
+        sample_weight: Rows | None = None,
+        *,
+        out: Any = None,
+        total_rows: float | None = None,
+        accumulate: bool = False,
+        index: ArrayLike | None = None,
+    ) -> tuple[float, Any]: ...
     def vjp(
         self,
         x: Rows,

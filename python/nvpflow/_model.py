@@ -330,6 +330,58 @@ class Model(_core.Flow):
             flat[at : at + values.size] = values.ravel()
         self._set_flat_parameters(flat, low)
 
+    def parameters_flat(self) -> NDArray[Any]:
+        """Return every parameter in one vector, for optimizers that want one.
+
+        Returns
+        -------
+        ndarray, [num_parameters]
+            A copy, of the flow's dtype: the arrays of `parameters` one behind the other, each in C order. This is the
+            order of the gradients of `nll_gradient`, `vjp` and `log_prob_vjp`. Tensors that `fit` sets and does not
+            train, such as those of a standardize layer, are among them. ``standardize_0.mean_low`` is not.
+
+        Examples
+        --------
+        >>> import numpy as np, nvpflow
+        >>> from scipy.optimize import minimize
+        >>> x = np.random.default_rng(0).normal(2, 3, size=(200, 1))
+        >>> flow = nvpflow.build(1, 1, dtype="float64")
+        >>> def loss(values):
+        ...     flow.set_parameters_flat(values)
+        ...     return flow.nll_gradient(x)
+        >>> found = minimize(loss, flow.parameters_flat(), jac=True, options={"maxiter": 5})
+        >>> bool(found.fun < 3)
+        True
+        """
+        flat: NDArray[Any] = self._copy_flat_parameters()
+        return flat
+
+    def set_parameters_flat(self, values: ArrayLike) -> None:
+        """Replace every parameter by those of a vector, and remove the `threshold`; on an error none has changed.
+
+        What is kept beside the mean of a standardize layer (``standardize_0.mean_low``) stays in columns whose mean
+        stays as it is.
+
+        Parameters
+        ----------
+        values
+            [num_parameters], in the order of `parameters_flat`, of a dtype that NumPy converts safely.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `values` is not such a vector.
+        """
+        flat = _checks.array("values", values, np.dtype(self.spec.dtype))
+        if flat.shape != (self.num_parameters,):
+            raise ValueError(f"values has shape {flat.shape}, expected {(self.num_parameters,)}")
+        low = None
+        if self.spec._takes_float64_rows:
+            own, low = self._copy_state()
+        if low is not None:
+            low[flat[: len(low)] != own[: len(low)]] = 0
+        self._set_flat_parameters(flat, low)
+
     def to(self: Self, device: str, precision: str | None = None, weights: str | None = None) -> Self:
         """Return a copy of the flow on a device; this one stays where and as it is.
 

@@ -28,6 +28,7 @@ struct InputArray {
   void* data = nullptr;
   std::int64_t bytes = 0;   // of input_rows and input_vector
   bool wide = false;        // float64 rows of a float32 flow (Kind::data)
+  bool in_place = true;     // the caller's own memory, no copy of it
   std::int64_t rows = 0;    // of input_rows only
   bool single = false;      // came as [D]: results lose the batch axis
   std::int64_t outer = -1;  // of samples: contexts, an axis before the rows; negative: none

@@ -56,15 +56,19 @@ InputArray input_vector(PyObject* object, const char* name, DType dtype, const I
   return host_vector(object, name, dtype, x, place);
 }
 
-InputArray input_weights(PyObject* object, const char* name, const InputArray& x) {
-  if (object == nullptr || object == Py_None) return {};
+InputArray unchecked_weights(PyObject* object, const char* name, const InputArray& x) {
   const Place place = is_numpy_array(object) ? Place::host : place_of(object, name);
   if (x.on_device || place == Place::device) {
     raise(PyExc_ValueError, std::string(x.on_device ? "x" : name) +
                                 " is on a CUDA device, expected arrays of the host where rows have weights; "
                                 "log_prob_vjp takes a weight for each row as grad_log_prob");
   }
-  InputArray weights = host_vector(object, name, DType::float64, x, place, Kind::weights);
+  return host_vector(object, name, DType::float64, x, place, Kind::weights);
+}
+
+InputArray input_weights(PyObject* object, const char* name, const InputArray& x) {
+  if (object == nullptr || object == Py_None) return {};
+  InputArray weights = unchecked_weights(object, name, x);
   SampleWeights(view<double>(weights, x.rows)).check(name, x.rows);
   return weights;
 }

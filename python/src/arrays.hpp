@@ -38,6 +38,9 @@ InputArray input_vector(PyObject* object, const char* name, DType dtype, const I
 /// The weights of the rows of x, which are of the host: float64, at least 0 and not all 0. Empty where none are given.
 InputArray input_weights(PyObject* object, const char* name, const InputArray& x);
 
+/// The same numbers, whatever they are.
+InputArray unchecked_weights(PyObject* object, const char* name, const InputArray& x);
+
 /// See out_members.
 void fill_from_tuple(PyObject* out, const char* what, std::span<PyObject*> members);
 

@@ -11,6 +11,7 @@
 #include <nvpflow/flow.hpp>
 
 #include "arrays.hpp"
+#include "batch_part.hpp"
 #include "bindings.hpp"
 #include "bound_flow.hpp"
 #include "call_context.hpp"
@@ -47,14 +48,18 @@ py::object nll(const Caller& caller, const Arguments& given) {
 py::object nll_gradient(const Caller& caller, const Arguments& given) {
   const BoundFlow& self = caller.flow;
   const InputArray in = self.rows_of(given[0], "x");
-  const InputArray weights = input_weights(given[1], "sample_weight", in);
-  const GivenContext context = context_of(caller, given[2], in);
-  OutputArray gradient = parameter_array(self, "gradient", in);
+  const GivenContext context = context_of(caller, given[6], in);
+  const GivenPart part = read_part({given[0], given[1], given[3], given[4], given[5], given[6]}, in, context);
+  if (part.part.accumulate && !given.given(2)) {
+    throw Error(ErrorCode::invalid_argument, "out is None, expected the gradient to add to where accumulate is True");
+  }
+  OutputArray gradient = parameter_array(self, "out", in, given[2]);
+  refuse_overlap(gradient, "out", in, "x", in.bytes);
+  refuse_overlap(gradient, "out", part.weights, "sample_weight", part.weights.bytes);
+  refuse_overlap(gradient, "out", context);
   double result = 0;
-  run_beside(self, in, kGradientCost * in.rows, context.rows, [&](const Execution& how) {
-    result = weights.owner ? self.flow.nll_gradient_unchecked(in.data, SampleWeights(view<double>(weights, in.rows)),
-                                                              gradient.data, how)
-                           : self.flow.nll_gradient_unchecked(in.data, in.rows, gradient.data, how);
+  run_beside(self, in, kGradientCost * part.part.rows, context.rows, [&](const Execution& how) {
+    result = self.flow.nll_gradient_unchecked(in.data, part.part, gradient.data, how);
   });
   return py::make_tuple(result, object_of(std::move(gradient)));
 }
@@ -242,11 +247,41 @@ void add_gradient_methods(py::class_<BoundFlow>& type) {
                        "sample_weight [B]: the mean is by weight, -sum(w * log_prob(x)) / sum(w); finite numbers of at "
                        "least 0, not all 0.\nA row of weight 0 is not looked at. None: all rows count alike. context: "
                        "as of log_probability."),
-           plain<&nll_gradient>("nll_gradient", 1, 2, {"x", "sample_weight", "context"},
-                                "nll_gradient($self, x, sample_weight=None, *, context=None)\n--\n\n"
-                                "Mean negative log-likelihood of x [B, D], nats, and its gradient [num_parameters] "
-                                "(order of parameters()).\nsample_weight: as of nll; a row of weight 0 changes no bit. "
-                                "context: as of log_probability."),
+           plain<&nll_gradient>(
+               "nll_gradient", 1, 2, {"x", "sample_weight", "out", "total_rows", "accumulate", "index", "context"},
+               "nll_gradient($self, x, sample_weight=None, *, out=None, total_rows=None, accumulate=False, index=None, "
+               "context=None)\n--\n\n"
+               "Mean negative log-likelihood, nats, and its gradient, in the order of `parameters_flat`.\n\n"
+               "Parameters\n----------\n"
+               "x : array, [B, D]\n    Rows, as of `log_probability`.\n"
+               "sample_weight : array of float64, [B], optional\n"
+               "    As of `nll`; a row of weight 0 changes no bit.\n"
+               "out : array of the flow's dtype, [num_parameters], optional\n"
+               "    What the gradient is written to, and returned. None: a new array.\n"
+               "total_rows : float, optional\n"
+               "    What the sums are divided by in place of the number of rows, or of the sum of their weights: that "
+               "of the\n"
+               "    whole batch. The losses and gradients of its pieces then add up to those of the batch, and a "
+               "piece may\n"
+               "    have no rows.\n"
+               "accumulate : bool\n    Add the gradient to `out` in place of overwriting it.\n"
+               "index : array of integers, [N], optional\n"
+               "    The rows of x to take, in this order, as ``x[index]`` without a copy of rows. It also picks from "
+               "contexts\n"
+               "    [B, C] and sample_weight. All of these must then be arrays that need no conversion.\n"
+               "context : as of `log_probability`\n\n"
+               "Returns\n-------\n"
+               "tuple of float and array, [num_parameters]\n\n"
+               "Raises\n------\n"
+               "TypeError, ValueError\n    An argument is not as above; the message names it, and `out` is as it "
+               "was.\n\n"
+               "Examples\n--------\n"
+               ">>> import numpy as np, nvpflow\n"
+               ">>> flow, x = nvpflow.build(2, dtype=\"float64\"), np.random.default_rng(0).normal(size=(100, 2))\n"
+               ">>> loss, gradient = flow.nll_gradient(x)\n"
+               ">>> first, _ = flow.nll_gradient(x[:30], total_rows=100, out=gradient)\n"
+               ">>> second, _ = flow.nll_gradient(x[30:], total_rows=100, out=gradient, accumulate=True)\n"
+               ">>> bool(np.isclose(first + second, loss))\nTrue\n"),
            plain<&vjp>(
                "vjp", 1, 3, {"x", "grad_out", "grad_log_det", "direction", "wrt", "out", "context"},
                "vjp($self, x, grad_out=None, grad_log_det=None, *, direction='forward', wrt='all', out=None, "
@@ -298,8 +333,10 @@ void add_gradient_methods(py::class_<BoundCondition>& type) {
                                        "Mean negative log-likelihood of x [B, D] under the context, nats; "
                                        "sample_weight as of `Flow.nll`."),
            plain<&nll_gradient, BoundCondition>(
-               "nll_gradient", 1, 2, {"x", "sample_weight"},
-               "nll_gradient($self, x, sample_weight=None)\n--\n\nThe same, and its gradient [num_parameters]."),
+               "nll_gradient", 1, 2, {"x", "sample_weight", "out", "total_rows", "accumulate", "index"},
+               "nll_gradient($self, x, sample_weight=None, *, out=None, total_rows=None, accumulate=False, "
+               "index=None)\n--\n\n"
+               "The same, and its gradient [num_parameters]: as `Flow.nll_gradient`."),
            plain<&vjp, BoundCondition>(
                "vjp", 1, 3, {"x", "grad_out", "grad_log_det", "direction", "wrt", "out"},
                "vjp($self, x, grad_out=None, grad_log_det=None, *, direction='forward', wrt='all', out=None)\n--\n\n"

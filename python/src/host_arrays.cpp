@@ -275,14 +275,15 @@ Library kind_of_results(PyObject* object, Library library) {
 
 /// An object that is not a NumPy array, as an array that NumPy can read; notes in `in` whose it was.
 py::object from_outside(PyObject* object, const char* name, const Accepted& accepted, Place place, InputArray& in) {
+  in.in_place = false;
   if (place != Place::host) return convert(object, name, accepted);
   const Library library = library_of(object);
   py::object view = host_view(settled(object, library).ptr(), name, library);
   if (accepted.kind != Kind::weights) refuse_rounding(name, accepted.dtype, library);
   in.library = kind_of_results(object, library);
   if (in.library != Library::numpy) in.source = py::reinterpret_borrow<py::object>(object);
-  if (accepted.as_is(reinterpret_cast<PyArrayObject*>(view.ptr()))) return view;
-  return convert(view.ptr(), name, accepted, library);
+  in.in_place = accepted.as_is(reinterpret_cast<PyArrayObject*>(view.ptr()));
+  return in.in_place ? view : convert(view.ptr(), name, accepted, library);
 }
 
 /// The values of a C-contiguous array of float64 as float32.
@@ -306,16 +307,17 @@ py::object rounded(const py::object& array, const char* name) {
 
 /// Sets in.owner to a C-contiguous array of the host. place: of an object that is not a NumPy array.
 void read_host(PyObject* object, const char* name, const Accepted& accepted, Place place, InputArray& in) {
-  if (PyArray_CheckExact(object)) {
-    in.owner = accepted.as_is(reinterpret_cast<PyArrayObject*>(object)) ? py::reinterpret_borrow<py::object>(object)
-                                                                        : convert(object, name, accepted);
+  if (PyArray_Check(object)) {
+    in.in_place = accepted.as_is(reinterpret_cast<PyArrayObject*>(object));
+    in.owner = in.in_place && PyArray_CheckExact(object) ? py::reinterpret_borrow<py::object>(object)
+                                                         : convert(object, name, accepted);
   } else {
-    in.owner =
-        PyArray_Check(object) ? convert(object, name, accepted) : from_outside(object, name, accepted, place, in);
+    in.owner = from_outside(object, name, accepted, place, in);
   }
   auto* array = reinterpret_cast<PyArrayObject*>(in.owner.ptr());
   if (accepted.kind == Kind::context && PyArray_TYPE(array) != type_number(accepted.dtype)) {
     in.owner = rounded(in.owner, name);
+    in.in_place = false;
     array = reinterpret_cast<PyArrayObject*>(in.owner.ptr());
   }
   in.data = PyArray_DATA(array);

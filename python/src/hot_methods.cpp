@@ -43,16 +43,7 @@ const Names& names() {
 using HotArguments = ArgumentsOf<7>;
 
 /// A Python number; 1 for None. The core checks its range, and whether the base has one.
-double temperature_of(PyObject* given) {
-  if (given == Py_None) return 1;
-  const bool is_real = PyBool_Check(given) == 0 && (PyFloat_Check(given) != 0 || PyIndex_Check(given) != 0 ||
-                                                    PyObject_HasAttrString(given, "__float__") == 1);
-  const double value = is_real ? PyFloat_AsDouble(given) : -1;
-  if (is_real && PyErr_Occurred() == nullptr) return value;
-  if (is_real && PyErr_ExceptionMatches(PyExc_TypeError) == 0) throw py::error_already_set();
-  PyErr_Clear();
-  raise(PyExc_TypeError, std::string("temperature is ") + Py_TYPE(given)->tp_name + ", expected a real number");
-}
+double temperature_of(PyObject* given) { return given == Py_None ? 1 : real_number(given, "temperature"); }
 
 /// Out of line, and so of the way of calls without one.
 [[gnu::noinline]] void tempered_log_prob(const BoundFlow& flow, const InputArray& x, const GivenContext& context,

@@ -11,6 +11,16 @@ std::string hint_about(const std::string& name, std::span<PyObject* const> known
   return hint.empty() ? "" : "; " + hint;
 }
 
+double real_number(PyObject* given, const char* name) {
+  const bool is_real = PyBool_Check(given) == 0 && (PyFloat_Check(given) != 0 || PyIndex_Check(given) != 0 ||
+                                                    PyObject_HasAttrString(given, "__float__") == 1);
+  const double value = is_real ? PyFloat_AsDouble(given) : -1;
+  if (is_real && PyErr_Occurred() == nullptr) return value;
+  if (is_real && PyErr_ExceptionMatches(PyExc_TypeError) == 0) throw py::error_already_set();
+  PyErr_Clear();
+  raise(PyExc_TypeError, std::string(name) + " is " + Py_TYPE(given)->tp_name + ", expected a real number");
+}
+
 std::string path_of(const py::object& path) {
   PyObject* bytes = nullptr;
   if (PyUnicode_FSConverter(path.ptr(), static_cast<void*>(&bytes)) == 0) throw py::error_already_set();

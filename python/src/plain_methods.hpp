@@ -57,6 +57,9 @@ inline Caller Caller::of<BoundFlow>(PyObject* self) {
 /// position.
 std::string hint_about(const std::string& name, std::span<PyObject* const> known = {});
 
+/// A Python number; TypeError with the argument's name for what is none.
+double real_number(PyObject* given, const char* name);
+
 /// The bytes of a str, bytes or os.PathLike, as the file system wants them.
 std::string path_of(const py::object& path);
 

@@ -258,12 +258,17 @@ def test_every_kind_of_layer_and_network_as_on_the_cpu(kind, dtype):
     size = cpu.spec.context_size
     given = {"context": unit_data(300, size, seed=4, dtype=dtype)} if size else {}
     one = {"context": given["context"][0]} if size else {}
-    weights = np.arange(300) % 5 / 2
+    weights, few = np.arange(300) % 5 / 2, np.arange(299, 0, -2)
+
+    def filled(f):
+        return np.full(f.num_parameters, 0.5, dtype)
+
     for call in (
         lambda f: [*f.forward(x, **given), f.inverse(x, **given), f.log_prob(x, **given)],
         lambda f: [f.sample(300, seed=3, **one), f.log_prob(x, **one)],
         lambda f: [*f.nll_gradient(x, **given)],
         lambda f: [*f.nll_gradient(x, weights, **given), f.nll(x, weights, **given), f.nll(x, weights, **one)],
+        lambda f: [*f.nll_gradient(x, weights, index=few, total_rows=200, out=filled(f), accumulate=True, **given)],
         lambda f: [*f.vjp(x, cotangent, cotangent[:, 0].copy(), direction="inverse", **given)],
         lambda f: [*f.log_prob_vjp(x, cotangent[:, 0].copy(), **given)],
     ):

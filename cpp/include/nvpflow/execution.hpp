@@ -74,6 +74,18 @@ class NVPFLOW_API SampleWeights {
   std::span<const double> values_;
 };
 
+/// A part of the rows whose mean loss a gradient is of, for batches that come in pieces or from several processes.
+/// Arrays of the host, unchecked.
+struct BatchPart {
+  std::int64_t rows = 0;                ///< that are taken
+  const std::int64_t* index = nullptr;  ///< [rows], rows of x and of what goes with x; null: the first ones
+  /// As SampleWeights, a number for each row of x; empty: all are 1. They are used as they are where there is an index
+  /// or a total.
+  std::span<const double> weights;
+  double total = 0;         ///< the rows, or the sum of their weights, of the whole batch; 0: those of this part
+  bool accumulate = false;  ///< adds to the gradient in place of overwriting it
+};
+
 /// How a call runs and where its arrays are.
 struct Execution {
   /// Of the host: the CPU's work, or a device's copies from and to arrays of the host. 0: as many as the flow takes

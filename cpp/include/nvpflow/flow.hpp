@@ -302,6 +302,9 @@ class NVPFLOW_API Flow {
   double nll_unchecked(const void* x, const SampleWeights& weights, const Execution& how = {}) const;
   double nll_gradient_unchecked(const void* x, const SampleWeights& weights, void* gradient,
                                 const Execution& how = {}) const;
+  /// Of a part of a batch: returns its share -sum(w log p) / total of the loss, and writes or adds that share's
+  /// gradient. A part of no rows has the share 0 where the total is given.
+  double nll_gradient_unchecked(const void* x, const BatchPart& part, void* gradient, const Execution& how = {}) const;
   void vjp_unchecked(Direction direction, const void* in, std::int64_t rows, const void* grad_out,
                      const void* grad_log_det, void* grad_in, void* grad_parameters, bool accumulate,
                      const Execution& how = {}) const;

@@ -130,7 +130,7 @@ class CpuBackend final : public Backend {
     run_gradient(call, rows, static_cast<T*>(grad_parameters), accumulate, how);
   }
 
-  double nll_gradient(const void* x, const WeighedRows& rows, double total, void* grad_parameters,
+  double nll_gradient(const void* x, const WeighedRows& rows, double total, void* grad_parameters, bool accumulate,
                       const Execution& how) const override {
     const FloatMode mode;
     GradientCall<T> call;
@@ -140,7 +140,7 @@ class CpuBackend final : public Backend {
     call.nll_factor = 1.0 / total;
     call.weights = rows.weights;
     call.context.index = how.context.repeat == 1 ? rows.index : nullptr;
-    return run_gradient(call, rows.count, static_cast<T*>(grad_parameters), /*accumulate=*/false, how);
+    return run_gradient(call, rows.count, static_cast<T*>(grad_parameters), accumulate, how);
   }
 
   double sum_log_prob(const void* x, const WeighedRows& rows, const Execution& how) const override {
