@@ -7,14 +7,17 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from decimal import Decimal, InvalidOperation
 from typing import Any, NamedTuple, TypeVar
 
 import nvpflow
-from nvpflow import _parts, data_io
+from nvpflow import _parts, data_io, tables
 from nvpflow._text import counted
 
 _SECONDS_BETWEEN_LINES = 10.0
 _OPTIONS = ("columns", "drop", "context_columns", "keep", "append", "missing", "ignore_names", "delimiter")
+
+_MOST_FILES = 1_000_000
 
 Item = TypeVar("Item")
 
@@ -43,14 +46,10 @@ def share(text: str) -> Share:
     return Share(int(number), int(of))
 
 
-def add_share(command: Any, what: str) -> None:
+def add_share(command: Any) -> None:
     """Add --part."""
-    command.add_argument(
-        "--part",
-        type=share,
-        metavar="I/N",
-        help=f"write the I-th of N shares of the {what} only, counted from 1 or from 0, for an array of N jobs",
-    )
+    help = "write the I-th of N shares of the files only, counted from 1 or from 0: a job of an array"
+    command.add_argument("--part", type=share, metavar="I/N", help=help)
 
 
 def scores_into_folder(arguments: argparse.Namespace) -> bool:
@@ -97,11 +96,87 @@ def score(
     return _write_all(arguments, [(item, item.target, made(item)) for item in mine], write)
 
 
+def rows_number(text: str) -> int:
+    """Return a number of rows: 1000, 1e9."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        number = Decimal(text)
+        if number.is_finite() and number.adjusted() < 30 and number == number.to_integral_value():
+            return int(number)
+    except InvalidOperation:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of rows, expected one such as 1000 or 1e9")
+
+
+def samples_into_folder(arguments: argparse.Namespace) -> bool:
+    """Tell whether `sample` is to write several files."""
+    output, most = arguments.output, arguments.rows_per_file
+    folder = output.endswith(os.sep) or os.path.isdir(output)
+    if most is None:
+        if folder:
+            raise data_io.DataError(f"-o: {output} is a folder, expected a file, or --rows-per-file beside the folder")
+        if arguments.part is not None:
+            raise data_io.DataError("--part is given, expected --rows-per-file and a folder beside it")
+        return False
+    if output == "-":
+        raise data_io.DataError("--rows-per-file is given, expected -o with the folder for the files")
+    if most < 1:
+        raise data_io.DataError(f"--rows-per-file is {most}, expected at least 1")
+    if arguments.rows > most * _MOST_FILES:
+        raise data_io.DataError(
+            f"--rows-per-file is {most}, expected at least {-(-arguments.rows // _MOST_FILES)}: at most "
+            f"{_MOST_FILES:,} files"
+        )
+    if arguments.format not in (None, "parquet"):
+        raise data_io.DataError(f"--format is {arguments.format}, expected parquet with --rows-per-file")
+    if arguments.context_from is not None:
+        raise data_io.DataError(
+            "--context-from is given with --rows-per-file, expected --context: all files are drawn under one context"
+        )
+    return True
+
+
+def sample(arguments: argparse.Namespace, flow: nvpflow.Flow, context: Any, dtype: str) -> int:
+    """Draw a sample into files of a folder."""
+    count = max(1, -(-arguments.rows // arguments.rows_per_file))
+    names = [f"part-{i:0{max(5, len(str(count - 1)))}}.parquet" for i in range(count)]
+    jobs = _parts.jobs_of(names)
+    mine = list(range(count)) if arguments.part is None else arguments.part.picked(range(count))
+    _make_folder(arguments.output)
+    given = {"seed": arguments.seed, "dtype": dtype, "temperature": arguments.temperature, "context": context}
+    model = _parts.fingerprint(flow)
+
+    def rows(i: int) -> range:
+        first = i * arguments.rows_per_file
+        last = min(first + arguments.rows_per_file, arguments.rows)
+        return range(arguments.start + first, arguments.start + last)
+
+    def write(i: int) -> tuple[int, bool]:
+        target = os.path.join(arguments.output, names[i])
+        done = tables._sample_file(flow, model, target, rows(i), given, jobs[i], force=arguments.force)
+        return done.rows, done.skipped
+
+    files = (
+        (i, os.path.join(arguments.output, names[i]), tables._sample_made(flow, model, rows(i), given)) for i in mine
+    )
+    return _write_all(arguments, files, write)
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Say whether files that jobs wrote together are all there."""
+    found = tables.check_files(arguments.folder, files=arguments.files, rows=arguments.rows)
+    print(str(found).replace("files=N", "--files N"))
+    return 0 if found.ok else 1
+
+
 def _make_folder(folder: str) -> None:
     try:
         os.makedirs(folder, exist_ok=True)
     except FileExistsError:
-        raise data_io.DataError(f"-o: {folder} is a file, expected a folder for a file of each table") from None
+        raise data_io.DataError(f"-o: {folder} is a file, expected a folder") from None
 
 
 def _write_all(

@@ -153,9 +153,8 @@ def rows_done(target: str, made: Mapping[str, Any]) -> int | None:
     wanted = json.loads(json.dumps(made))
     if found.made == wanted:
         return found.rows
-    raise FileExistsError(
-        f"{target} exists, {found.problem or _difference(found.made, wanted)}; force=True overwrites it"
-    )
+    why = f"and is {found.problem}" if found.problem else _difference(found.made, wanted)
+    raise FileExistsError(f"{target} exists, {why}; force=True overwrites it")
 
 
 class Found(NamedTuple):
@@ -165,7 +164,7 @@ class Found(NamedTuple):
     rows: int
     job: Job | None
     problem: str
-    """Why it says nothing: words for a message. Empty: it does."""
+    """What it is where it says nothing; empty where it does."""
 
 
 def read(target: str) -> Found:
@@ -180,10 +179,10 @@ def read(target: str) -> Found:
         if isinstance(made, dict):
             return Found(made, footer.num_rows, None if job is None else Job(**job), "")
     except pa.ArrowInvalid:
-        return Found({}, 0, None, "and is no whole Parquet file")
+        return Found({}, 0, None, "no whole Parquet file")
     except (ValueError, TypeError):  # not what `metadata` returns
         pass
-    return Found({}, footer.num_rows, None, "and nvpflow has not written it")
+    return Found({}, footer.num_rows, None, "not written by nvpflow")
 
 
 _DIFFERENCES = {

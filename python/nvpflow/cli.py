@@ -1,9 +1,9 @@
-"""The command ``nvpflow``: fit, score, sample, check, info, report, export and demo.
+"""The command ``nvpflow``: fit, score, sample, check, merge-check, info, report, export, import and demo.
 
 Exit codes:
 
 * 0: done
-* 1: an error (one line on stderr)
+* 1: an error (one line on stderr), or files that `merge-check` finds incomplete
 * 2: wrong usage
 * 3: `check` finds a model unreliable
 * 130: Ctrl-C
@@ -197,6 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_score(commands)
     _add_sample(commands)
     _add_check(commands)
+    _add_merge_check(commands)
     _add_info(commands)
     _add_report(commands)
     _add_export(commands)
@@ -349,7 +350,7 @@ def _add_score(commands: Any) -> None:
     _add_option(score, "--keep", metavar="NAME,NAME", type=_listed_names, action=_Once, help=keep_help)
     _add_option(score, "--append", action="store_true", help="write every column of DATA, and log_prob behind them")
     _add_table_output(score, "; or a folder for a .parquet of each DATA")
-    _cli_files.add_share(score, "tables")
+    _cli_files.add_share(score)
     _add_threads(score)
     _add_device(score)
 
@@ -358,7 +359,8 @@ def _add_sample(commands: Any) -> None:
     sample = _add_command(commands, "sample", _run_sample, "Draw rows from a flow.")
     sample.add_argument("model", metavar="MODEL", help="model file")
     rows_help = "how many; with --context-from under each row of TABLE"
-    _add_option(sample, "-n", "--rows", type=int, metavar="N", required=True, help=rows_help)
+    number = _cli_files.rows_number
+    _add_option(sample, "-n", "--rows", type=number, metavar="N", required=True, help=rows_help)
     _add_option(sample, "--seed", type=int, metavar="S", default=0, help="the same seed gives the same rows")
     _add_option(sample, "--start", type=int, metavar="I", default=0, help="first row, of the seed's endless sample")
     temperature_help = "draw from the flow whose base is N(0, T I) in place of N(0, I): below 1 nearer to the middle"
@@ -374,7 +376,10 @@ def _add_sample(commands: Any) -> None:
     _add_context_columns(context, columns_help)
     _add_ignore_names(context)
     _add_cells(context)
-    _add_table_output(sample)
+    _add_table_output(sample, "; or a folder, with --rows-per-file")
+    file_help = "write .parquet files of so many rows each into the folder OUT; those that are done are left alone"
+    _add_option(sample, "--rows-per-file", type=number, metavar="R", help=file_help)
+    _cli_files.add_share(sample)
     _add_threads(sample)
     _add_device(sample)
 
@@ -438,6 +443,18 @@ def _add_check(commands: Any) -> None:
     _add_option(check, "--jacobian-rows", type=int, metavar="N", help=jacobian_help)
     _add_threads(check)
     _add_device(check)
+
+
+def _add_merge_check(commands: Any) -> None:
+    summary = (
+        "Say whether the files that jobs of an array wrote are all there, of one model and one instruction set (exit "
+        "code 1: no)."
+    )
+    check = _add_command(commands, "merge-check", _cli_files.check, summary)
+    check.add_argument("folder", metavar="DIR", help="what -o of score or sample was; metadata are read, and no rows")
+    _add_option(check, "--files", type=int, metavar="N", help="how many there should be (default: what they say)")
+    rows_help = "how many there should be in all (default: any number; a sample has no gap)"
+    _add_option(check, "--rows", type=_cli_files.rows_number, metavar="N", help=rows_help)
 
 
 def _add_info(commands: Any) -> None:
@@ -909,12 +926,15 @@ def _score_table(
     return rows
 
 
-def _run_sample(arguments: argparse.Namespace) -> None:
+def _run_sample(arguments: argparse.Namespace) -> int:
+    into_folder = _cli_files.samples_into_folder(arguments)
     _output.check_distinct(arguments.output, {"MODEL": arguments.model, "--context-from": arguments.context_from})
     flow = nvpflow.load(arguments.model, device=arguments.device, precision=arguments.precision)
     flow.num_threads = arguments.threads
     _check_sample_rows(arguments, 1)
     contexts, names = _contexts(arguments, flow)
+    if into_folder:
+        return _cli_files.sample(arguments, flow, contexts, flow._rows_dtype())
     tables = [] if contexts is None or contexts.ndim == 1 else [contexts]
     total = arguments.rows * len(tables[0]) if tables else arguments.rows
     _check_sample_rows(arguments, len(tables[0]) if tables else 1)
@@ -930,6 +950,7 @@ def _run_sample(arguments: argparse.Namespace) -> None:
     ) as write:
         for drawn, under in _samples(arguments, flow, contexts, dtype):
             write(drawn, behind=under)
+    return 0
 
 
 def _check_sample_rows(arguments: argparse.Namespace, contexts: int) -> None:

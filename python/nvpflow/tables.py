@@ -8,14 +8,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from nvpflow import _checks, _frames, _output, _parts, data_io
+from nvpflow._merge_check import FilesCheck, check_files
 from nvpflow._source import rows_per_block
 from nvpflow._text import counted
 from nvpflow.flow import Flow
 
-__all__ = ["Done", "Scorer", "score_file"]
+__all__ = ["Done", "FilesCheck", "Scorer", "check_files", "sample_file", "score_file"]
 
 Array = NDArray[Any]
 
@@ -213,6 +214,113 @@ def _write_scores(scorer: Scorer, source: str, target: str, metadata: Mapping[by
                 writer.write_batch(scorer(batch))
         rows: int = file.metadata.num_rows
         return rows
+
+
+def sample_file(
+    flow: Flow,
+    target: str | os.PathLike[str],
+    *,
+    rows: int,
+    start: int = 0,
+    seed: int = 0,
+    context: ArrayLike | None = None,
+    temperature: float | None = None,
+    dtype: DTypeLike | None = None,
+    force: bool = False,
+) -> Done:
+    """Draw rows into a Parquet file: one task of an engine, or of a loop, that can be started again.
+
+    The rows are ``flow.sample(rows, seed=seed, start=start)``: files of consecutive rows are one sample. The target
+    appears when it is whole, and says in its metadata what made it. Where all of that is so again, nothing is done.
+    Memory does not grow with the file. Columns have the flow's names, or are called column_1, column_2 and so on.
+
+    Parameters
+    ----------
+    flow
+        What is drawn from.
+    target
+        The file to write. Its folder must exist.
+    rows
+        How many.
+    start, seed, temperature, dtype
+        As of `Flow.sample`; the seed is 0 where none is given.
+    context
+        [C], of a flow with a context: all rows are drawn under it. The file does not hold it.
+    force
+        Draw again in any case, and overwrite a file that something else made.
+
+    Raises
+    ------
+    FileExistsError
+        The target is there, and something else made it; the message says what differs.
+    ImportError
+        pyarrow is not installed.
+    TypeError, ValueError
+        Naming the argument.
+    """
+    if not isinstance(flow, Flow):
+        raise TypeError(f"flow is {_checks.describe(flow)}, expected a nvpflow.Flow")
+    target, rows = _checks.path("target", target), _checks.count("rows", rows)
+    start, seed = _checks.count("start", start), _checks.integer("seed", seed, unsigned=True)
+    given = {"seed": seed, "dtype": dtype, "temperature": temperature, "context": context}
+    return _sample_file(flow, _parts.fingerprint(flow), target, range(start, start + rows), given, None, force=force)
+
+
+def _sample_file(
+    flow: Flow,
+    model: str,
+    target: str,
+    rows: range,
+    given: Mapping[str, Any],
+    job: _parts.Job | None,
+    *,
+    force: bool,
+) -> Done:
+    made = _sample_made(flow, model, rows, given)
+
+    def write(metadata: Mapping[bytes, bytes]) -> int:
+        return _write_sample(flow, target, rows, given, metadata, force=force)
+
+    return Done(target, *_parts.write_once(target, made, job, write, force=force))
+
+
+def _sample_made(flow: Flow, model: str, rows: range, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what tells a file of rows from others; `given` are arguments of `Flow.sample`, which are checked."""
+    last = flow.sample(min(len(rows), 1), start=max(rows.stop - 1, 0) if rows else rows.start, **given)
+    if last.ndim != 2:
+        raise ValueError(
+            f"context has shape {np.shape(given['context'])}, expected ({flow.context_size},): one context"
+        )
+    under = given["context"]
+    return _parts.made_by(
+        flow,
+        model,
+        "sample",
+        seed=given["seed"],
+        start=rows.start,
+        rows=len(rows),
+        dtype=last.dtype.name,
+        temperature=given["temperature"],
+        context=None if under is None else np.asarray(under, np.float64).tolist(),
+        columns=flow.column_names,
+    )
+
+
+def _write_sample(
+    flow: Flow, target: str, rows: range, given: Mapping[str, Any], metadata: Mapping[bytes, bytes], *, force: bool
+) -> int:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = list(flow.column_names or (f"column_{i + 1}" for i in range(flow.spec.input_size)))
+    step = _rows_at_once(len(names))
+    kind = pa.from_numpy_dtype(flow.sample(0, **given).dtype)
+    schema = pa.schema([(name, kind) for name in names], metadata=metadata)
+    with _output.replacing(target, force=force) as out, pq.ParquetWriter(out, schema) as writer:
+        for first in range(rows.start, rows.stop, step):
+            drawn = flow.sample(min(step, rows.stop - first), start=first, **given)
+            writer.write_batch(pa.record_batch([pa.array(column) for column in drawn.T], schema=schema))
+    return len(rows)
 
 
 def _rows_at_once(columns: int) -> int:

@@ -136,7 +136,7 @@ def half_written():
 
 def stranger():
     pq.write_table(pa.table({"id": [1]}), "scores/part-2.parquet")
-    return (), "and nvpflow has not written it"
+    return (), "and is not written by nvpflow"
 
 
 @pytest.mark.parametrize("change", [changed_source, changed_model, other_options, half_written, stranger])
@@ -220,7 +220,7 @@ def test_another_file_made_meanwhile_is_kept(call, monkeypatch):
     write_meanwhile(monkeypatch, lambda _: stranger())
     code, _, errors = call(*score(sources=["part-2.parquet"], folder="scores/"))
     assert code == 1
-    assert "scores/part-2.parquet exists, and nvpflow has not written it" in errors
+    assert "scores/part-2.parquet exists, and is not written by nvpflow" in errors
     assert pq.read_table("scores/part-2.parquet").column_names == ["id"]
 
 
@@ -256,3 +256,169 @@ def test_a_part_is_one_of_n(call, part):
     with pytest.raises(SystemExit) as end:
         call(*score(f"--part={part}"))
     assert end.value.code == 2
+
+
+# ------------------------------------------------------------------------------------------------------------ samples
+
+
+def sample(*more, rows="100", folder="drawn"):
+    return ["sample", "model.safetensors", "-n", rows, "-o", folder, "--rows-per-file", "30", "--seed", "7", *more]
+
+
+def rows_of(folder="drawn"):
+    tables = [pq.read_table(path) for path in sorted(Path(folder).iterdir())]
+    assert all(table.column_names == ["a", "b"] for table in tables)
+    return np.concatenate([np.column_stack([table["a"].to_numpy(), table["b"].to_numpy()]) for table in tables])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_the_files_are_one_sample(call, count):
+    for i in reversed(range(count)):
+        assert call(*sample("--start", 1000, "--part", f"{i}/{count}"))[0] == 0
+    assert sorted(os.listdir("drawn")) == [f"part-0000{i}.parquet" for i in range(4)]
+    np.testing.assert_array_equal(rows_of(), nvpflow.load("model.safetensors").sample(100, seed=7, start=1000))
+    assert call(*sample("--start", 1000))[1] == "drawn: 0 files written, 4 done before; 100 rows\n"
+
+
+def test_a_tempered_sample_and_one_of_many_rows(call):
+    assert call(*sample("--temperature", "0.5", rows="1e2"))[0] == 0
+    np.testing.assert_array_equal(rows_of(), nvpflow.load("model.safetensors").sample(100, seed=7, temperature=0.5))
+    assert "made with other options: temperature 0.5 there, None here" in call(*sample())[2]
+    assert "made with other options: seed 7 there, 8 here" in call(*sample("--temperature", "0.5", "--seed", 8))[2]
+    assert call(*sample(rows="0", folder="none"))[1] == "none: 1 file written, 0 done before; 0 rows\n"
+
+
+def test_a_sample_under_a_context(call):
+    nvpflow.build(2, 2, (8,), seed=1, context_size=2, column_names=["a", "b"]).save("model.safetensors")
+    assert call(*sample("--context", "-1,2"))[0] == 0
+    np.testing.assert_array_equal(rows_of(), nvpflow.load("model.safetensors").sample(100, seed=7, context=[-1, 2]))
+    assert "context [-1.0, 2.0] there, [-1.0, 3.0] here" in call(*sample("--context", "-1,3"))[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (sample(folder="-"), "--rows-per-file is given, expected -o with the folder for the files"),
+        (sample("--rows-per-file", "0"), "--rows-per-file is 0, expected at least 1"),
+        (sample(rows="1e9"), "--rows-per-file is 30, expected at least 1000: at most 1,000,000 files"),
+        (sample("--format", "csv"), "--format is csv, expected parquet with --rows-per-file"),
+        (
+            sample("--context-from", "part-0.parquet"),
+            "--context-from is given with --rows-per-file, expected --context",
+        ),
+        (sample(folder="part-0.parquet"), "-o: part-0.parquet is a file, expected a folder"),
+        (
+            ["sample", "model.safetensors", "-n", "5", "-o", "."],
+            "-o: . is a folder, expected a file, or --rows-per-file",
+        ),
+        (["sample", "model.safetensors", "-n", "5", "--part", "1/2"], "--part is given, expected --rows-per-file"),
+    ],
+)
+def test_what_samples_are_refused(call, arguments, message):
+    code, output, errors = call(*arguments)
+    assert (code, output) == (1, "")
+    assert errors.startswith(f"nvpflow: error: {message}")
+
+
+@pytest.mark.parametrize("rows", ["x", "1.5", "nan", "1e999999999", "inf"])
+def test_a_number_of_rows_is_whole(call, rows, capfd):
+    with pytest.raises(SystemExit) as end:
+        call(*sample(rows=rows))
+    assert end.value.code == 2
+    assert f"{rows!r} is no number of rows, expected one such as 1000 or 1e9" in capfd.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------------- merge-check
+
+
+def problems(call, *more, folder="scores"):
+    code, output, errors = call("merge-check", folder, *more)
+    assert errors == ""
+    first, *rest = output.splitlines()
+    assert ("not complete" in first) == bool(code)
+    assert code in (0, 1)
+    return [line.strip() for line in rest if not line.startswith("  model ")]
+
+
+def test_files_that_are_all_there(call):
+    call(*score())
+    assert problems(call) == []
+    assert problems(call, "--files", 5, "--rows", "2e2") == []
+    (Path("scores") / ".nvpflow-1-a.tmp").touch()
+    assert problems(call) == ["1 file .nvpflow-*.tmp: unfinished; delete when no job runs"]
+    call(*sample())
+    assert problems(call, folder="drawn") == []
+    model = _parts.fingerprint(nvpflow.load("model.safetensors"))
+    found = nvpflow.tables.check_files("drawn")
+    assert found.ok
+    assert (found.what, found.files, found.rows, found.model) == ("sample", 4, 100, model)
+    assert (found.computed_on, found.version) == (nvpflow.cpu_isa(), nvpflow.__version__)
+    with pytest.raises(ValueError, match="files is -1"):
+        nvpflow.tables.check_files("drawn", files=-1)
+
+
+def test_a_folder_that_grows(call):
+    call(*score(sources=SOURCES[:3]))
+    call(*score("--part", "0/2", sources=SOURCES))  # files 0, 2 and 4 of 5: the first two are done
+    assert problems(call) == ["4 of 5 files are there; the same command writes the others"]
+    call(*score())
+    assert problems(call) == []
+    call(*score("--force", sources=SOURCES[1:2], folder="scores/"))
+    assert problems(call) == []
+
+
+def test_what_is_missing(call):
+    call(*score("--part", "1/2"))
+    missing = "missing: the first, behind part-1.parquet, behind part-3.parquet"
+    assert problems(call) == [f"2 of 5 files are there, {missing}; the same command writes the others"]
+    assert problems(call, "--files", 5) == [f"there are 2 files, expected 5, {missing}"]
+    assert problems(call, "--files", 2, "--rows", 90) == ["they have 80 rows, expected 90"]
+    call(*sample())
+    os.remove("drawn/part-00001.parquet")
+    gap, lost = problems(call, folder="drawn")
+    assert gap == "rows 30 to 59 are missing before part-00002.parquet"
+    assert lost == "3 of 4 files are there, missing: behind part-00000.parquet; the same command writes the others"
+    os.mkdir("empty")
+    assert problems(call, folder="empty") == ["there is no .parquet file"]
+    assert call("merge-check", "nowhere")[::2] == (1, "nvpflow: error: nowhere: No such file or directory\n")
+
+
+@pytest.mark.parametrize("change", [changed_model, half_written, stranger])
+def test_files_that_do_not_fit(call, change):
+    call(*score())
+    change()
+    call(*score("--force", sources=["part-2.parquet"], folder="scores/")) if change is changed_model else None
+    (found,) = problems(call)
+    assert (
+        found
+        == {
+            changed_model: "another model than the other files have: part-2.parquet",
+            half_written: "no whole Parquet file: part-2.parquet",
+            stranger: "not written by nvpflow: part-2.parquet",
+        }[change]
+    )
+
+
+def test_files_of_other_options_or_instruction_sets(call, monkeypatch):
+    call(*score())
+    with monkeypatch.context() as patch:
+        patch.setattr(_parts, "cpu_isa", lambda: "sse9")
+        call(*score("--force", "--missing", "nan", sources=SOURCES[:2]))
+    assert problems(call) == [
+        "another instruction set than the other files have: part-0.parquet, part-1.parquet",
+        "another option missing than the other files have: part-0.parquet, part-1.parquet",
+    ]
+    call(*sample(folder="scores"))
+    assert any(line.startswith("another contents than the other files have: part-00000") for line in problems(call))
+
+
+def test_files_of_a_loop_do_not_say_how_many(call):
+    os.mkdir("scores")
+    scorer = nvpflow.tables.Scorer(nvpflow.load("model.safetensors"))
+    for name in SOURCES:
+        nvpflow.tables.score_file(scorer, name, f"scores/{name}")
+    assert problems(call) == ["no file says how many there should be; say it: --files N"]
+    assert problems(call, "--files", 5) == []
+    os.rename("scores/part-4.parquet", "scores/part-5.parquet")
+    call(*score("--force", sources=SOURCES[:2]))
+    assert "no job was to write just these 5 files; say how many there should be: --files N" in problems(call)

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import nvpflow
 import pytest
-from nvpflow.tables import Scorer, score_file
+from nvpflow.tables import Scorer, sample_file, score_file
 
 COLUMNS = ["a", "b", "c"]
 
@@ -215,6 +215,45 @@ def test_a_file_that_cannot_be_scored_leaves_nothing_behind(parquet, tmp_path):
     with pytest.raises(FileNotFoundError):
         score_file(scorer, tmp_path / "none.parquet", tmp_path / "scores.parquet")
     assert [path.name for path in tmp_path.iterdir()] == ["rows.parquet"]
+
+
+def test_rows_of_a_file_are_those_of_one_sample(flow, tmp_path, monkeypatch):
+    pq = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(nvpflow.tables, "_FILE_ROWS", 7)
+    target = tmp_path / "rows.parquet"
+    for rows, start in ((20, 5), (0, 0)):
+        assert sample_file(flow, target, rows=rows, start=start, seed=3, force=True) == (str(target), rows, False)
+        table = pq.read_table(target)
+        assert table.column_names == COLUMNS
+        found = np.column_stack([table[name].to_numpy() for name in COLUMNS])
+        np.testing.assert_array_equal(found, flow.sample(rows, seed=3, start=start))
+        assert found.dtype == np.float32
+    assert sample_file(flow, target, rows=0, seed=3).skipped
+    with pytest.raises(FileExistsError, match=r"made with other options: seed 3 there, 4 here; force=True"):
+        sample_file(flow, target, rows=0, seed=4)
+    sample_file(nvpflow.build(2), target, rows=2, dtype="float64", force=True)
+    assert pq.read_schema(target).names == ["column_1", "column_2"]
+    assert str(pq.read_schema(target).field(0).type) == "double"
+
+
+def test_what_is_wrong_with_a_sample_is_named(flow, tmp_path):
+    target = tmp_path / "rows.parquet"
+    with pytest.raises(TypeError, match="flow is 3"):
+        sample_file(3, target, rows=1)
+    for wrong, message in (
+        ({"rows": -1}, "rows is -1"),
+        ({"rows": 1, "start": -1}, "start is -1"),
+        ({"rows": 2, "start": 2**63 - 1}, "start"),
+        ({"rows": 1, "seed": -1}, "seed is -1"),
+        ({"rows": 1, "temperature": -1}, "temperature is -1"),
+        ({"rows": 1, "context": [1.0]}, "context"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample_file(flow, target, **wrong)
+    conditional = nvpflow.build(2, context_size=1)
+    with pytest.raises(ValueError, match=r"context has shape \(2, 1\), expected \(1,\): one context"):
+        sample_file(conditional, target, rows=1, context=np.zeros((2, 1), np.float32))
+    assert not target.exists()
 
 
 MEMORY = """
