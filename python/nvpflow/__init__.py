@@ -37,7 +37,7 @@ from nvpflow._blame import blame
 from nvpflow._data import DataReport, DataWarning, Finding, check_data
 from nvpflow._paths import get_cmake_dir, get_include
 from nvpflow._spec import FlowSpec
-from nvpflow.adam import AdamState
+from nvpflow.adam import Adam, AdamState
 from nvpflow.certificate import Certificate
 from nvpflow.conditioned import ConditionedFlow
 from nvpflow.density_history import DensityHistory
@@ -46,6 +46,7 @@ from nvpflow.history import History
 from nvpflow.importance_sampling import Importance, ModeCheck, check_modes, importance
 
 __all__ = [
+    "Adam",
     "AdamState",
     "Certificate",
     "ConditionedFlow",

@@ -28,6 +28,7 @@ from nvpflow import (
 from nvpflow._bar import Bar, open_bar
 from nvpflow._bases import NORMAL
 from nvpflow._model import Model
+from nvpflow.adam import Adam as Adam  # also by this path
 from nvpflow.adam import AdamState, check_state
 from nvpflow.history import History as History  # also by this path, in pickles too
 from nvpflow.layers import Coupling

@@ -15,6 +15,7 @@
 #include <nvpflow/flow.hpp>
 #include <nvpflow/train.hpp>
 
+#include "adam_state.hpp"
 #include "arrays.hpp"
 #include "bindings.hpp"
 #include "bound_flow.hpp"
@@ -82,33 +83,6 @@ Context as_context(const BoundFlow& self, const InputArray& array) {
   if (!array.owner) return {};
   return by_dtype(self.dtype,
                   [&](auto t) { return Context(view<decltype(t)>(array, array.rows * self.context_size)); });
-}
-
-/// The state that an nvpflow.AdamState holds; null for None.
-std::optional<AdamState> adam_from(const py::object& given) {
-  if (given.is_none()) return std::nullopt;
-  AdamState state;
-  state.steps = given.attr("steps").cast<std::int64_t>();
-  state.epochs = given.attr("epochs").cast<std::int64_t>();
-  for (const auto& [name, moment] :
-       {std::pair{"first_moment", &state.first_moment}, std::pair{"second_moment", &state.second_moment}}) {
-    const HostValues values = host_values(given.attr(name).ptr());
-    if (values.dtype != "float64") throw Error(ErrorCode::type_mismatch, "adam holds moments of " + values.dtype);
-    const auto* begin = static_cast<const double*>(values.data);
-    moment->assign(begin, begin + values.bytes / static_cast<std::int64_t>(sizeof(double)));
-  }
-  return state;
-}
-
-void give_adam(const AdamState& state, const py::object& to) {
-  to.attr("steps") = state.steps;
-  to.attr("epochs") = state.epochs;
-  for (const auto& [name, moment] :
-       {std::pair{"first_moment", &state.first_moment}, std::pair{"second_moment", &state.second_moment}}) {
-    const FlatArray array(DType::float64, static_cast<std::int64_t>(moment->size()));
-    std::copy(moment->begin(), moment->end(), static_cast<double*>(array.data));
-    to.attr(name) = array.array;
-  }
 }
 
 /// x, validation, options, on_progress, on_epoch, context, validation_context, adam, sample_weight, validation_weight

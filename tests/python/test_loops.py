@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
+import warnings
 from typing import Any
 
 import numpy as np
 import nvpflow
 import pytest
-from oracle import assert_same_bits
+from oracle import assert_same_bits, philox4x32
 
 SIZE, CONTEXT = 3, 2
 
@@ -316,3 +318,161 @@ def test_bad_vectors_change_nothing(values: Any, kind: type[Exception], message:
     with pytest.raises(kind, match=message):
         flow.set_parameters_flat(values)
     assert_same_bits(flow.parameters_flat(), before)
+
+
+# -------------------------------------------------------------------------------------------------------- Adam
+
+FIT = {"validation": None, "averaging": None, "schedule": "constant", "progress": False, "max_deviation": None}
+
+
+def order_of(size: int, seed: int, epoch: int) -> np.ndarray:
+    """The rows of an epoch of `fit`: a Feistel network over an even power of two, walked until it lands inside."""
+    half, keys, rows = 1, [], np.empty(size, np.int64)
+    while 4**half < size:
+        half += 1
+    for pair in range(3):
+        word = philox4x32((epoch, 0, pair, 2), (seed, 0))
+        keys += [word[1] << 32 | word[0], word[3] << 32 | word[2]]
+
+    def encrypt(value: int) -> int:
+        left, right = value >> half, value % 2**half
+        for key in keys:
+            mixed = (right + key) % 2**64
+            for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+                mixed = (mixed ^ mixed >> 33) * factor % 2**64
+            left, right = right, left ^ (mixed >> 33) % 2**half
+        return left << half | right
+
+    for i in range(size):
+        at = encrypt(i)
+        while at >= size:
+            at = encrypt(at)
+        rows[i] = at
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["default", "plain", "context", "lu", "mixture"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("decay", "clip", "weighted"), [(0.0, 0.0, False), (0.1, 0.5, True)])
+def test_a_loop_of_ones_own_gives_the_weights_of_fit(
+    kind: str, dtype: str, decay: float, clip: float, weighted: bool
+) -> None:
+    x, given = rows_of(kind, 150, dtype)
+    w = np.random.default_rng(4).uniform(0.5, 2, 150) if weighted else None
+    options = {"weight_decay": decay, "clip_norm": clip, "learning_rate": 2e-3}
+    fitted, own, state = flow_of(kind, dtype), flow_of(kind, dtype), nvpflow.AdamState()
+    for flow in (own, fitted)[: 0 if kind == "plain" else 2 if kind == "lu" else 1]:
+        flow.initialize_from(x, sample_weight=w, **given)  # which fit does by itself where it has not been done
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(3):
+            fitted.fit(x, sample_weight=w, epochs=1, batch_size=64, seed=5, adam=state, **given, **options, **FIT)
+    if w is not None:
+        w *= 150 / w.cumsum()[-1]  # to mean 1, as fit has them
+    adam, gradient = nvpflow.training.Adam(own, **options), np.empty(own.num_parameters, dtype)
+    for epoch in (1, 2, 3):
+        order = order_of(150, 5, epoch)
+        for first in (0, 64, 128):
+            index = order[first : first + 64]
+            own.nll_gradient(x, w, index=index, total_rows=len(index), out=gradient, **given)
+            norm = adam.step(gradient)
+    assert norm > 0
+    assert adam.state.steps == state.steps == 9
+    assert_same_bits(own.parameters_flat(), fitted.parameters_flat())
+    assert_same_bits(adam.state.first_moment, state.first_moment)
+    assert_same_bits(adam.state.second_moment, state.second_moment)
+
+
+def test_a_state_goes_on() -> None:
+    x, _ = rows_of("plain", 64, "float32")
+    whole, parts = flow_of("plain", "float32"), flow_of("plain", "float32")
+    adam = nvpflow.Adam(whole)
+    for _ in range(6):
+        adam.step(whole.nll_gradient(x)[1])
+    state = None
+    for _ in range(3):
+        again = nvpflow.Adam(parts, state=pickle.loads(pickle.dumps(state)))
+        for _ in range(2):
+            again.step(parts.nll_gradient(x)[1])
+        state = again.state
+    assert state == adam.state
+    assert_same_bits(parts.parameters_flat(), whole.parameters_flat())
+
+
+def test_a_step_leaves_what_is_not_trained_and_the_low_part_of_a_mean() -> None:
+    flow = flow_of("default", "float32")
+    x = 1e6 + np.random.default_rng(0).normal(size=(300, SIZE))
+    flow.initialize_from(x)
+    flow.set_threshold(-5)
+    before = {name: value.copy() for name, value in flow.parameters().items()}
+    nvpflow.Adam(flow).step(flow.nll_gradient(x)[1])
+    for name, value in flow.parameters().items():
+        same = np.array_equal(value, before[name])
+        assert same == name.startswith("standardize"), name
+    assert flow.threshold is None
+
+
+def test_steps_lower_the_loss() -> None:
+    flow, (x, given) = flow_of("bounds", "float32"), rows_of("bounds", 300, "float32")
+    adam, first = nvpflow.Adam(flow, 1e-2), flow.nll(x, **given)
+    for step in range(30):
+        adam.learning_rate = 1e-2 * (1 - step / 30)
+        adam.step(flow.nll_gradient(x, **given)[1])
+    assert flow.nll(x, **given) < first - 0.1
+    assert repr(adam).endswith("steps=30)")
+
+
+def ones_of(size: int, _: object) -> np.ndarray:
+    return np.ones(size, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "gradient", "kind", "message"),
+    [
+        ({}, np.full, nvpflow.TrainingError, "gradient has the norm nan, expected a finite one"),
+        ({}, lambda n, _: np.ones(n - 1, np.float32), ValueError, "gradient has shape"),
+        ({}, lambda n, _: np.ones((1, n), np.float32), ValueError, "gradient has two axes, expected one"),
+        ({}, lambda n, _: np.ones(n), TypeError, "gradient has dtype float64"),
+        (
+            {"learning_rate": 0},
+            ones_of,
+            ValueError,
+            "learning_rate is 0, expected a finite",
+        ),
+        (
+            {"learning_rate": "1"},
+            ones_of,
+            TypeError,
+            "learning_rate is str, expected a real",
+        ),
+        (
+            {"weight_decay": -1},
+            ones_of,
+            ValueError,
+            "weight_decay is -1, expected a finite",
+        ),
+        ({"clip_norm": np.inf}, ones_of, ValueError, "clip_norm is inf, expected a finite"),
+    ],
+)
+def test_a_bad_step_changes_nothing(change: dict, gradient: Any, kind: type[Exception], message: str) -> None:
+    flow = flow_of("plain", "float32")
+    adam, before = nvpflow.Adam(flow), flow.parameters_flat()
+    for name, value in change.items():
+        setattr(adam, name, value)
+    given = np.full(flow.num_parameters, np.nan, np.float32) if gradient is np.full else gradient(len(before), None)
+    with pytest.raises(kind, match=message):
+        adam.step(given)
+    assert_same_bits(flow.parameters_flat(), before)
+    assert adam.state.steps == 0
+
+
+def test_states_of_other_flows_are_refused() -> None:
+    flow, other = flow_of("plain", "float32"), flow_of("spline", "float32")
+    adam = nvpflow.Adam(other)
+    adam.step(np.ones(other.num_parameters, np.float32))
+    with pytest.raises(ValueError, match=r"state has made 1 steps with moments of \d+ and \d+ parameters, expected"):
+        nvpflow.Adam(flow, state=adam.state)
+    with pytest.raises(TypeError, match=r"state is 3 \(int\), expected an nvpflow\.AdamState"):
+        nvpflow.Adam(flow, state=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"flow is None \(NoneType\), expected a nvpflow\.Flow"):
+        nvpflow.Adam(None)  # type: ignore[arg-type]
