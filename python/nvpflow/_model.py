@@ -491,7 +491,10 @@ class Model(_core.Flow):
     __hash__ = None  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as the spec's JSON, the weights and the device, which must be there where it is unpickled."""
+        """Pickle as the spec's JSON, the weights and the device, which must be there where it is unpickled.
+
+        With protocol 5 and a ``buffer_callback`` the weights go out of band, in buffers of 512 KB that are not copied.
+        """
         parameters, mean_low = self._copy_state()
         state = (type(self), self.spec.to_json(), _pieces(parameters), self.num_threads)
         described = (self._column_names(), self._threshold(), self._statistics(), mean_low)

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import nvpflow
 import pytest
+from nvpflow import tables
 from nvpflow.tables import Scorer, sample_file, score_file
 
 COLUMNS = ["a", "b", "c"]
@@ -286,3 +287,37 @@ def test_memory_does_not_grow_with_the_file(run_python, tmp_path):
 def test_no_rows_give_no_scores(flow):
     found = Scorer(flow)({name: np.zeros(0) for name in COLUMNS})
     assert found["log_p"].shape == (0,)
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_of_every_protocol_and_of_pickles_score_alike(flow, table, protocol):
+    scorer = Scorer(flow)
+    again = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(scorer, protocol)), protocol))
+    tables._flows.clear()
+    np.testing.assert_array_equal(again(table)["log_p"], expected(flow, table))
+
+
+def test_weights_travel_out_of_band():
+    large = nvpflow.build(64, 4, (256, 256))
+    scorer, rows = Scorer(large, [str(i) for i in range(64)]), np.random.default_rng(0).normal(size=(9, 64))
+    given = {str(i): rows[:, i].astype(np.float32) for i in range(64)}
+    size = large.parameters_flat().nbytes
+    for sent, most in ((large, 2_000), (scorer, 8_000)):
+        buffers = []
+        inside = pickle.dumps(sent, protocol=5, buffer_callback=buffers.append)
+        assert len(inside) < most
+        assert sum(buffer.raw().nbytes for buffer in buffers) == size
+        once = pickle.loads(inside, buffers=[bytes(buffer) for buffer in buffers])
+        more = []
+        inside = pickle.dumps(once, protocol=5, buffer_callback=more.append)
+        assert len(inside) < most  # sent on, it is as small
+        tables._flows.clear()
+        last = pickle.loads(inside, buffers=more)
+        expected_bits = large.log_prob(rows.astype(np.float32))
+        found = last(given)["log_p"] if sent is scorer else last.log_prob(rows.astype(np.float32))
+        np.testing.assert_array_equal(found, expected_bits)
+    # A scorer's buffers are its own memory: no copy of them was made to send them.
+    first, second = [], []
+    for buffers in (first, second):
+        pickle.dumps(scorer, protocol=5, buffer_callback=buffers.append)
+    assert all(np.shares_memory(np.asarray(a.raw()), np.asarray(b.raw())) for a, b in zip(first, second, strict=True))
