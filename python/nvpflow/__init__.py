@@ -81,6 +81,7 @@ __all__ = [
 
 # Modules that are imported where they are first asked for, and the library that each needs.
 _LAZY = {
+    "dask": "distributed",
     "demo": "numpy",
     "exporters": "numpy",
     "importers": "numpy",
@@ -93,6 +94,7 @@ _LAZY = {
 }
 
 if TYPE_CHECKING:  # a function __getattr__ would let checkers believe in every name
+    from nvpflow import dask as dask
     from nvpflow import demo as demo
     from nvpflow import exporters as exporters
     from nvpflow import importers as importers
