@@ -142,9 +142,10 @@ def _pieces(parameters: NDArray[Any]) -> tuple[_Piece, ...]:
 def _join(pieces: tuple[Any, ...], parameters: NDArray[Any]) -> None:
     into, at = parameters.view(np.uint8), 0
     for piece in pieces:
-        if not isinstance(piece, (_Piece, bytes, bytearray, memoryview, pickle.PickleBuffer)):
-            raise TypeError(f"the pickled weights hold {_checks.describe(piece)}, expected bytes")
-        data: Any = piece._bytes if isinstance(piece, _Piece) else np.frombuffer(memoryview(piece), np.uint8)
+        try:  # of what engines hand back for a buffer out of band, too
+            data: Any = piece._bytes if isinstance(piece, _Piece) else np.frombuffer(memoryview(piece), np.uint8)
+        except TypeError:
+            raise TypeError(f"the pickled weights hold {_checks.describe(piece)}, expected bytes") from None
         if at + len(data) <= len(into):
             into[at : at + len(data)] = data
         at += len(data)

@@ -122,8 +122,8 @@ def run_python(block: Block, where: str, folder: Path, namespace: dict[str, obje
     code = compile("\n" * block.line + block.text, where.rsplit(":", 1)[0], "exec")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), warnings.catch_warnings():
-        if "torch" in sys.modules:
-            warnings.filterwarnings("ignore", module="torch")
+        for library in {"torch", "ray", "pyspark"} & {*sys.modules}:
+            warnings.filterwarnings("ignore", module=library)
         try:
             exec(code, namespace)
         except Exception as error:

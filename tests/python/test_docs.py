@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import documents
 import numpy as np
@@ -46,8 +47,12 @@ def test_blocks_run_in_order(name, tmp_path, monkeypatch):
     run(PAGES[name], tmp_path, monkeypatch)
 
 
-def marked(slow: bool) -> list[tuple[str, str]]:
-    return [(name, mark) for name, page in PAGES.items() for mark in page.marks() if (mark == "slow") == slow]
+ENGINES = {"needs ray", "needs pyspark"}  # which take minutes to install and to start
+
+
+def marked(slow: bool) -> list[Any]:
+    found = [(name, mark) for name, page in PAGES.items() for mark in page.marks() if (mark == "slow") == slow]
+    return [pytest.param(*pair, marks=[pytest.mark.engines] if pair[1] in ENGINES else []) for pair in found]
 
 
 @pytest.mark.parametrize(("name", "mark"), marked(slow=False))
@@ -60,7 +65,7 @@ def test_blocks_about_other_libraries_run(name, mark, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, _ in marked(slow=True)])
+@pytest.mark.parametrize("name", [pair.values[0] for pair in marked(slow=True)])
 def test_slow_blocks_run(name, tmp_path, monkeypatch):
     run(PAGES[name], tmp_path, monkeypatch, "slow")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import os
 import pickle
 import subprocess
@@ -118,6 +119,14 @@ def test_another_process_gives_the_same_bits_by_one_flow(flow, table):
     sent = pickle.dumps((Scorer(flow), table))
     done = subprocess.run([sys.executable, "-c", WORKER], input=sent, capture_output=True, check=True, timeout=120)
     np.testing.assert_array_equal(pickle.loads(done.stdout)["log_p"], expected(flow, table))
+
+
+def test_weights_come_back_in_any_buffer(flow):
+    out_of_band = []
+    pickled = pickle.dumps(flow, protocol=5, buffer_callback=out_of_band.append)
+    buffers = [(ctypes.c_char * len(piece.raw())).from_buffer_copy(piece) for piece in out_of_band]
+    assert buffers
+    assert pickle.loads(pickled, buffers=buffers) == flow  # engines have such kinds of their own
 
 
 def test_a_scorer_keeps_the_weights_that_it_was_given(flow, table):
