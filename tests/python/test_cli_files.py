@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -222,6 +226,41 @@ def test_another_file_made_meanwhile_is_kept(call, monkeypatch):
     assert code == 1
     assert "scores/part-2.parquet exists, and is not written by nvpflow" in errors
     assert pq.read_table("scores/part-2.parquet").column_names == ["id"]
+
+
+@pytest.mark.slow
+def test_jobs_are_killed_and_come_again_until_all_is_done(call):
+    """Two arrays of two jobs on one folder, each killed after a while, that grows until they are done."""
+    for name in SOURCES:
+        table = pq.read_table(name)
+        pq.write_table(pa.concat_tables([table] * 10_000), name)  # 400,000 rows
+    killed = 0
+    for patience in (0.6, 0.8, 1, 1.5, 2, 3, 120):
+        parts = ("0/2", "1/2", "1/1", "2/2")
+        jobs = [
+            subprocess.Popen(
+                [sys.executable, "-m", "nvpflow", *score("--part", part)],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            for part in parts
+        ]
+        deadline = time.monotonic() + patience
+        for job in jobs:
+            try:
+                job.wait(max(0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                job.kill()
+                job.wait()
+                killed += 1
+            assert job.returncode in (0, -signal.SIGKILL)
+        for path in Path("scores").glob("part-*") if os.path.isdir("scores") else ():
+            assert pq.read_metadata(path).num_rows == 400_000  # what is there is whole
+    assert killed >= 4
+    for unfinished in Path("scores").glob(".nvpflow-*.tmp"):
+        unfinished.unlink()
+    check_scores()
+    assert problems(call, "--rows", 2_000_000) == []
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals

@@ -269,26 +269,44 @@ def test_what_is_wrong_with_a_sample_is_named(flow, tmp_path):
 MEMORY = """
 import sys
 import numpy as np, nvpflow, pyarrow as pa, pyarrow.parquet as pq
-from nvpflow.tables import Scorer, score_file
-scorer, (small, large) = Scorer(nvpflow.build(4, 1, (4,)), list("abcd")), sys.argv[1:]
+from nvpflow import cli
+from nvpflow.tables import Scorer, sample_file, score_file
+what, folder, small, large = sys.argv[1:]
+flow = nvpflow.build(4, 1, (4,), column_names=list("abcd"))
+flow.save(f"{folder}/model.safetensors")
+scorer = Scorer(flow)
+def work(rows):
+    if what == "score_file":
+        score_file(scorer, f"{folder}/{rows}.parquet", f"{folder}/{rows}.scores")
+    elif what == "sample_file":
+        sample_file(flow, f"{folder}/{rows}.drawn", rows=int(rows))
+    else:
+        cli.main(["score", f"{folder}/model.safetensors", f"{folder}/{rows}.parquet", "-o", f"{folder}/scores/"])
 def peak():
-    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
-score_file(scorer, small, small + ".scores")
+    with open("/proc/self/status") as status:
+        return 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
+work(small)
 before, held = peak(), pa.default_memory_pool().max_memory()
-score_file(scorer, large, large + ".scores")
-print(pa.default_memory_pool().max_memory() - held, peak() - before)
+work(large)
+print(pa.default_memory_pool().max_memory() - held, peak() - before, file=sys.stderr)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
-def test_memory_does_not_grow_with_the_file(run_python, tmp_path):
+@pytest.mark.parametrize(
+    "what", ["score_file", *(pytest.param(slow, marks=pytest.mark.slow) for slow in ("sample_file", "nvpflow score"))]
+)
+def test_memory_does_not_grow_with_the_file(run_python, tmp_path, what):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    paths = []
-    for rows in (1_000_000, 6_000_000):  # 16 and 96 MB
+    small, large = 1_000_000, 6_000_000  # 16 and 96 MB
+    for rows in (small, large) if what != "sample_file" else ():
         columns = np.random.default_rng(0).normal(size=(4, rows)).astype(np.float32)
-        paths.append(str(tmp_path / f"{rows}.parquet"))
-        pq.write_table(pa.table(dict(zip("abcd", columns, strict=True))), paths[-1], row_group_size=1 << 17)
-    held, grown = map(int, run_python(MEMORY, *paths).split())
+        pq.write_table(
+            pa.table(dict(zip("abcd", columns, strict=True))), tmp_path / f"{rows}.parquet", row_group_size=1 << 17
+        )
+    done = run_python(MEMORY, what, tmp_path, small, large, check=False)
+    assert done.returncode == 0, done.stderr
+    held, grown = map(int, done.stderr.split())
     assert held < 2**20
     assert grown < 40e6  # half of what the file has more: the allocator keeps some for later
 
