@@ -21,7 +21,7 @@ import pyarrow.csv
 import pyarrow.ipc
 import pyarrow.parquet
 
-from nvpflow import _checks
+from nvpflow import _arrow_rows, _checks
 from nvpflow._source import TRUTHS, Array, DataError, Piece, Problems, Stream, numbered, rows_per_block
 from nvpflow._text import counted
 
@@ -58,7 +58,7 @@ def zstd(stream: Stream) -> Any:
 
 def table_of(block: Array, names: Sequence[str], columns: Sequence[int]) -> Any:
     """Return columns of an array as a table of Arrow."""
-    return pa.table([pa.array(block[:, i]) for i in columns], names=list(names))
+    return pa.table([_arrow_rows.arrow_array(block[:, i]) for i in columns], names=list(names))
 
 
 def is_number(text: str) -> bool:
@@ -436,13 +436,24 @@ class _TypedSource:
         first = 0
         with _reading(self.name, "table"):
             for batch in self._batches(wanted):
-                rows = np.empty((len(batch), len(used)), np.float32 if narrow else np.float64)
-                for j, column in enumerate(used):
-                    rows[:, j] = _numbers(batch.column(place[column]), narrow) if column in numbers else 0
+                rows = _rows_of(batch, [place[column] if column in numbers else -1 for column in used], narrow)
                 names = [self.names[i] for i in passed] if self.names else []
                 handed_on = pa.table([batch.column(place[i]) for i in passed], names=names) if passed else None
                 yield Piece(rows, handed_on, partial(numbered, first))
                 first += len(batch)
+
+
+def _rows_of(batch: Any, columns: Sequence[int], narrow: bool) -> Array:
+    """Return rows of a batch's columns; one below 0 is of zeros."""
+    dtype = "float32" if narrow else "float64"
+    plain = None if -1 in columns else _arrow_rows.read(batch.select(list(columns)))
+    if plain is not None:
+        return plain.converted(dtype)
+    rows = np.zeros((len(batch), len(columns)), dtype)
+    for j, column in enumerate(columns):
+        if column >= 0:
+            rows[:, j] = _numbers(batch.column(column), narrow)
+    return rows
 
 
 def _numbers(values: Any, narrow: bool) -> Array:
@@ -565,4 +576,4 @@ class ParquetTable:
 
 def appended(passed: Any, name: str, values: Array) -> Any:
     """Return a table with one more column."""
-    return passed.append_column(name, pa.array(values))
+    return passed.append_column(name, _arrow_rows.arrow_array(values))

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, SupportsIndex
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from nvpflow import _checks, _frames, _output, _parts, data_io
+from nvpflow import _arrow_rows, _checks, _frames, _output, _parts, data_io
+from nvpflow._arrow_rows import ArrowRows, arrow_array
 from nvpflow._merge_check import FilesCheck, check_files
 from nvpflow._source import rows_per_block
 from nvpflow._text import counted
@@ -157,7 +158,7 @@ class Scorer:
         wanted = [*self.columns, *self.context_columns]
         if len(columns) != len(wanted):
             raise ValueError(f"columns are {len(columns)}, expected {len(wanted)}: {_listed(wanted)}")
-        return pa.array(self._log_p(_ArrowTable, pa.table(list(columns), names=wanted)))
+        return arrow_array(self._log_p(_ArrowTable, pa.table(list(columns), names=wanted)))
 
 
 class Done(NamedTuple):
@@ -210,6 +211,7 @@ def _score_file(scorer: Scorer, source: str, target: str, job: _parts.Job | None
 
 
 def _write_scores(scorer: Scorer, source: str, target: str, metadata: Mapping[bytes, bytes], *, force: bool) -> int:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     wanted = [*scorer.keep, *scorer.columns, *scorer.context_columns]
@@ -217,7 +219,8 @@ def _write_scores(scorer: Scorer, source: str, target: str, metadata: Mapping[by
         pq.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False) as file,
         _output.replacing(target, force=force) as out,
     ):
-        schema = scorer(file.schema_arrow.empty_table()).schema.with_metadata(metadata)
+        nothing = pa.RecordBatchReader.from_batches(file.schema_arrow, [])  # empty_table() would import pandas
+        schema = scorer(nothing.read_all()).schema.with_metadata(metadata)
         with pq.ParquetWriter(out, schema) as writer:
             for batch in file.iter_batches(batch_size=_rows_at_once(len(wanted)), columns=wanted):
                 writer.write_batch(scorer(batch))
@@ -328,7 +331,7 @@ def _write_sample(
     with _output.replacing(target, force=force) as out, pq.ParquetWriter(out, schema) as writer:
         for first in range(rows.start, rows.stop, step):
             drawn = flow.sample(min(step, rows.stop - first), start=first, **given)
-            writer.write_batch(pa.record_batch([pa.array(column) for column in drawn.T], schema=schema))
+            writer.write_batch(pa.record_batch([arrow_array(column) for column in drawn.T], schema=schema))
     return len(rows)
 
 
@@ -336,20 +339,25 @@ def _rows_at_once(columns: int) -> int:
     return min(_FILE_ROWS, 4 * rows_per_block(columns))
 
 
-def log_p_of(flow: Flow, rows: Array, context: Array | None) -> Array:
+def log_p_of(flow: Flow, rows: Array | ArrowRows, context: Array | ArrowRows | None) -> Array:
     """Return log p of rows [N, D] of any real dtype: NaN where a row or its context holds NaN or infinity."""
     dtype = flow.spec.dtype
-    given = None if context is None else data_io.converted(context, dtype)
-    log_p: Array = flow.log_probability(
-        data_io.converted(rows, dtype, wide=flow.spec._takes_float64_rows), context=given
-    )
+    given = None if context is None else _converted(context, dtype)
+    x = _converted(rows, dtype, wide=flow.spec._takes_float64_rows)
+    log_p: Array = flow.log_probability(x, context=given)
     lost = np.isnan(log_p)
     if lost.any():  # of a number beyond the flow's dtype the density is 0, as of all that overflows
-        sound = np.isfinite(rows).all(axis=1)
+        sound = rows.are_finite(x) if isinstance(rows, ArrowRows) else np.isfinite(rows).all(axis=1)
         if given is not None:  # beyond the dtype, it is not known what the density is under it
             sound &= np.isfinite(given).all(axis=1)
         log_p[lost & sound] = -np.inf
     return log_p
+
+
+def _converted(rows: Array | ArrowRows, dtype: str, *, wide: bool = False) -> Array:
+    if isinstance(rows, ArrowRows):
+        return rows.converted(dtype, wide=wide)
+    return data_io.converted(rows, dtype, wide=wide)
 
 
 def _named(argument: str, given: Sequence[str] | None, known: Sequence[str] | None, count: int) -> tuple[str, ...]:
@@ -366,6 +374,12 @@ def _listed(names: Sequence[str]) -> str:
     return _checks.shortened(", ".join(map(repr, names)))
 
 
+def _gathered(table: Any) -> Array | ArrowRows:
+    """Return the rows of a table of nothing else, without a copy of columns where that can be."""
+    rows = _arrow_rows.read(table)
+    return np.asarray(_frames.read("table", table, None)[0]) if rows is None else rows
+
+
 class _Kind:
     """A kind of tables: the names of its columns, rows of some of them, and a table of the same kind."""
 
@@ -374,7 +388,7 @@ class _Kind:
         return [str(name) for name in table.columns]
 
     @staticmethod
-    def rows(table: Any, columns: Sequence[str]) -> Array:
+    def rows(table: Any, columns: Sequence[str]) -> Array | ArrowRows:
         return np.asarray(_frames.read("table", table[list(columns)], None)[0])
 
     @staticmethod
@@ -390,6 +404,10 @@ class _PandasFrame(_Kind):
 
 class _PolarsFrame(_Kind):
     @staticmethod
+    def rows(table: Any, columns: Sequence[str]) -> Array | ArrowRows:
+        return _gathered(table[list(columns)])
+
+    @staticmethod
     def result(table: Any, keep: Sequence[str], name: str, log_p: Array) -> Any:
         import polars  # not needed before a frame of it comes
 
@@ -402,19 +420,22 @@ class _ArrowTable(_Kind):
         return list(table.schema.names)
 
     @staticmethod
-    def rows(table: Any, columns: Sequence[str]) -> Array:
-        return np.asarray(_frames.read("table", table.select(list(columns)), None)[0])
+    def rows(table: Any, columns: Sequence[str]) -> Array | ArrowRows:
+        return _gathered(table.select(list(columns)))
 
     @staticmethod
     def result(table: Any, keep: Sequence[str], name: str, log_p: Array) -> Any:
         import pyarrow as pa
 
-        return pa.table([*(table.column(kept) for kept in keep), pa.array(log_p)], names=[*keep, name])
+        return pa.table([*(table.column(kept) for kept in keep), arrow_array(log_p)], names=[*keep, name])
 
 
 class _ArrowBatch(_ArrowTable):
     @staticmethod
-    def rows(table: Any, columns: Sequence[str]) -> Array:
+    def rows(table: Any, columns: Sequence[str]) -> Array | ArrowRows:
+        rows = _arrow_rows.read(table.select(list(columns)))
+        if rows is not None:
+            return rows
         import pyarrow as pa
 
         return _ArrowTable.rows(pa.Table.from_batches([table]), columns)
@@ -423,7 +444,7 @@ class _ArrowBatch(_ArrowTable):
     def result(table: Any, keep: Sequence[str], name: str, log_p: Array) -> Any:
         import pyarrow as pa
 
-        return pa.record_batch([*(table.column(kept) for kept in keep), pa.array(log_p)], names=[*keep, name])
+        return pa.record_batch([*(table.column(kept) for kept in keep), arrow_array(log_p)], names=[*keep, name])
 
 
 class _Columns(_Kind):

@@ -18,6 +18,7 @@ void bind_device_array(py::module_& module);
 /// Which rows fit trains on.
 void bind_training(py::module_& module);
 void bind_adam(py::module_& module);
+void bind_arrow(py::module_& module);
 /// Loading a model file.
 void bind_files(py::module_& module);
 

@@ -44,6 +44,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   bind_flow(module);
   bind_training(module);
   bind_adam(module);
+  bind_arrow(module);
   bind_files(module);
   refuse_second_init(module.attr("FlowSpec"));
   refuse_second_init(module.attr("Flow"));
