@@ -37,16 +37,24 @@ constexpr int64_t kWideFrom = 0;
 constexpr int64_t kAhead = 64;
 
 // Register blocks of an outer product (dense_outer.inl): kGradientIn inputs x kGradientOut vectors of outputs, or, of
-// few outputs, kNarrowIn inputs x 1.
+// few outputs, kNarrowIn inputs x 1, or kExchangedOut single outputs x kExchangedIn vectors of inputs.
 #if defined(__AVX512F__)
 constexpr int kGradientIn = 8, kGradientOut = 3;  // of 32 registers: 24 sums, 3 cotangents, 1 input
-constexpr int kNarrowIn = 16;
+constexpr int kNarrowIn = 16, kExchangedOut = 8, kExchangedIn = 3;
 #elif defined(__AVX2__)
-constexpr int kGradientIn = 4, kGradientOut = 3, kNarrowIn = 8;
+constexpr int kGradientIn = 6, kGradientOut = 2;  // of 16: 12 sums, 2 cotangents that fill a cache line, 1 input
+constexpr int kNarrowIn = 8, kExchangedOut = 4, kExchangedIn = 3;
 #elif defined(__aarch64__)
-constexpr int kGradientIn = 8, kGradientOut = 3, kNarrowIn = 16;
+constexpr int kGradientIn = 8, kGradientOut = 3, kNarrowIn = 16, kExchangedOut = 8, kExchangedIn = 3;
 #else
-constexpr int kGradientIn = 4, kGradientOut = 2, kNarrowIn = 8;
+constexpr int kGradientIn = 4, kGradientOut = 2, kNarrowIn = 8, kExchangedOut = 4, kExchangedIn = 2;
+#endif
+// A second-level cache that gives half a line a cycle bounds outer products of AVX2: cotangents whose rows would fight
+// for places in the first cache are copied, and inputs that do not fit in the second one are taken in bands.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr bool kSavesSecondCache = true;
+#else
+constexpr bool kSavesSecondCache = false;
 #endif
 
 NVPFLOW_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

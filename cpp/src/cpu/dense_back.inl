@@ -102,8 +102,8 @@ void dense_gradient(const Dense<T>& d, const DenseGradient* to, const T* x, cons
     columns.bias.to[part] = gradient + to[part].bias_offset;
     columns.bias.n[part] = to[part].out;
   }
-  const OuterProduct<T> p = {x,          row_stride<T>(d.in), g,    row_stride<T>(d.out), tapes.count,
-                             tapes.rows, tapes.stride,        d.out};
+  const OuterProduct<T> p = {
+      x, row_stride<T>(d.in), g, row_stride<T>(d.out), tapes.count, tapes.rows, tapes.stride, tapes.stride, d.out};
   outer_product<T>(p, first, last, columns);
 }
 

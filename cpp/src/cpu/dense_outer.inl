@@ -20,6 +20,10 @@ constexpr int64_t kRowsAhead = 16;
 // Columns of a kernel's gradient from which on a block's rows are fetched also where they are only written: fewer lie
 // near each other, and the processor fetches them by itself.
 constexpr int64_t kWideGradient = 256;
+// Where kSavesSecondCache: inputs of a band, in whole register blocks; inputs from which on a copy of the cotangents
+// pays; bytes from row to row that, as their multiples do, leave few places of the first cache to a column.
+constexpr int64_t kInputBand = 120, kCopyInputs = 32, kFewPlaces = 1024;
+constexpr int kLineBytes = 64;
 // Use outer_exchanged from this many vectors of inputs on: below, its transposition costs more than it brings.
 constexpr int64_t kManyInputs = 2;
 
@@ -55,9 +59,7 @@ struct Columns {
     for (int m = 0; m < MI; ++m) {
       for (int k = 0; k < NO; ++k) waiting[m][k] = v[m][k];
     }
-    for (int m = 0; m < MI; ++m) {
-      for (int k = 0; k < NO; ++k) put_lanes(i + m, o + k * kLanes<T>, waiting[m][k]);
-    }
+    for (int k = 0; k < NO; ++k, o += kLanes<T>) put_column(i, o, &waiting[0][k], MI, NO);
   }
 
  private:
@@ -76,6 +78,18 @@ struct Columns {
   NVPFLOW_INLINE int part_of(int64_t o) const { return o < n[0] ? 0 : o < n[0] + n[1] ? 1 : 2; }
   NVPFLOW_INLINE int64_t begin_of(int part) const { return (part > 0 ? n[0] : 0) + (part > 1 ? n[1] : 0); }
 
+  /// One vector of columns from o of `count` rows from i: v[0], v[distance], and so on.
+  NVPFLOW_NOINLINE void put_column(int64_t i, int64_t o, const Vec<T>* v, int count, int distance) const {
+    const int part = part_of(o);
+    const int64_t width = n[part], within = o - begin_of(part);
+    if (within + kLanes<T> <= width) {
+      T* at = to[part] + i * width + within;
+      for (int m = 0; m < count; ++m, at += width, v += distance) store<T>(at, add ? load<T>(at) + *v : *v);
+    } else {
+      for (int m = 0; m < count; ++m, v += distance) put_lanes(i + m, o, *v);
+    }
+  }
+
   void put_lanes(int64_t i, int64_t o, Vec<T> v) const {
     int64_t begin = 0;
     for (int part = 0; part < kMaxHeads; begin += n[part], ++part) {
@@ -89,14 +103,15 @@ struct Columns {
   }
 };
 
-/// Rows x and g of a tile: x [count][in] and g [count][out], row-major; every `rows` of them lie `tape_stride` further.
+/// Rows x and g of a tile: x [count][in] and g [count][out], row-major; every `rows` of them lie on a tape of their
+/// own, a distance from the one before.
 template <class T>
 struct OuterProduct {
   const T* x;
   int64_t x_stride;
   const T* g;
   int64_t g_stride;
-  int64_t count, rows, tape_stride;
+  int64_t count, rows, x_tape_stride, g_tape_stride;
   int64_t out;
 };
 
@@ -111,16 +126,15 @@ struct DenseColumns {
 template <class T, int MI, int NO, class Each>
 NVPFLOW_INLINE void outer_sums(const OuterProduct<T>& p, int64_t i, int64_t o, Vec<T> (&sum)[MI][NO], Each each) {
   constexpr int L = kLanes<T>;
-  int64_t tape = 0;
-  for (int64_t first = 0; first < p.count; first += p.rows, tape += p.tape_stride) {
-    const T* x = p.x + tape + i;
-    const T* g = p.g + tape + o;
+  const T *x_tape = p.x + i, *g_tape = p.g + o;
+  for (int64_t first = 0; first < p.count; first += p.rows, x_tape += p.x_tape_stride, g_tape += p.g_tape_stride) {
+    const T *x = x_tape, *g = g_tape;
     const int64_t here = smaller(p.rows, p.count - first);
     for (int64_t r = 0; r < here; ++r, x += p.x_stride, g += p.g_stride) {
       Vec<T> cotangent[NO];
       __builtin_prefetch(x + kRowsAhead * p.x_stride);
       for (int n = 0; n < NO; ++n) {
-        __builtin_prefetch(g + kRowsAhead * p.g_stride + n * L);
+        if (n * kVectorBytes % kLineBytes == 0) __builtin_prefetch(g + kRowsAhead * p.g_stride + n * L);
         cotangent[n] = load<T>(g + n * L);
         each(n, cotangent[n]);
       }
@@ -135,7 +149,7 @@ NVPFLOW_INLINE void outer_sums(const OuterProduct<T>& p, int64_t i, int64_t o, V
 
 /// Inputs i .. i + MI x NO vectors of outputs from o: the sum over the rows of x g. With `bias`, also that of g.
 template <class T, int MI, int NO, bool bias>
-NVPFLOW_INLINE void outer_block(const OuterProduct<T>& p, int64_t i, int64_t o, const DenseColumns<T>& to) {
+NVPFLOW_NOINLINE void outer_block(const OuterProduct<T>& p, int64_t i, int64_t o, const DenseColumns<T>& to) {
   if (to.kernel.add || to.kernel.n[0] > kWideGradient) to.kernel.template fetch<MI, NO>(i, o);
   Vec<T> sum[MI][NO] = {}, bias_sum[1][NO] = {};
   outer_sums<T, MI, NO>(p, i, o, sum, [&](int n, Vec<T> g) __attribute__((always_inline)) {
@@ -163,12 +177,41 @@ NVPFLOW_INLINE void outer_inputs(const OuterProduct<T>& p, int64_t i, int64_t o,
 /// Inputs first .. last, NO vectors of outputs from o; they stay in the first cache while the inputs go on.
 template <class T, int MI, int NO>
 void outer_columns(const OuterProduct<T>& p, int64_t first, int64_t last, int64_t o, const DenseColumns<T>& to) {
+  // A block of six does not leave one, two or five inputs, of which fours and threes take more at once.
+  const auto fits = [&](int64_t left) __attribute__((always_inline)) {
+    return left >= 0 && (MI != 6 || (left != 1 && left != 2 && left != 5));
+  };
   int64_t i = first;
-  for (; i + MI <= last; i += MI) outer_inputs<T, MI, NO>(p, i, o, to);
+  for (; fits(last - i - MI); i += MI) outer_inputs<T, MI, NO>(p, i, o, to);
   if constexpr (MI > 4) {
     for (; i + 4 <= last; i += 4) outer_inputs<T, 4, NO>(p, i, o, to);
   }
+  if constexpr (MI == 6) {
+    for (; i + 3 <= last; i += 3) outer_inputs<T, 3, NO>(p, i, o, to);
+  }
   for (; i < last; ++i) outer_inputs<T, 1, NO>(p, i, o, to);
+}
+
+/// outer_columns that reads a copy of the cotangents, one row behind the other.
+template <class T, int MI, int NO>
+void outer_columns_of_copy(const OuterProduct<T>& p, int64_t first, int64_t last, int64_t o,
+                           const DenseColumns<T>& to) {
+  constexpr int64_t L = kLanes<T>, kWidth = NO * L;
+  alignas(kLineBytes) T copy[kMaxGradientUnits * kGradientUnit * kWidth];
+  T* at = copy;
+  const T* tape = p.g + o;
+  for (int64_t begin = 0; begin < p.count; begin += p.rows, tape += p.g_tape_stride) {
+    const T* g = tape;
+    const int64_t here = smaller(p.rows, p.count - begin);
+    for (int64_t r = 0; r < here; ++r, g += p.g_stride, at += kWidth) {
+      for (int n = 0; n < NO; ++n) store<T>(at + n * L, load<T>(g + n * L));
+    }
+  }
+  OuterProduct<T> copied = p;
+  copied.g = copy - o;
+  copied.g_stride = kWidth;
+  copied.g_tape_stride = p.rows * kWidth;
+  outer_columns<T, MI, NO>(copied, first, last, o, to);
 }
 
 /// to[output][stride]: the sums for NI vectors of inputs from i; p: with inputs and outputs exchanged.
@@ -187,7 +230,7 @@ void outer_by_output(const OuterProduct<T>& p, int64_t outputs, int64_t i, T* to
     o += n;
   };
   // The last block may go beyond the outputs, but not beyond their vector.
-  constexpr int kMost = kGradientIn < L ? kGradientIn : L;
+  constexpr int kMost = kExchangedOut < L ? kExchangedOut : L;
   while (outputs - o > kMost / 2) block(Count<kMost>{});
   if (o < outputs) block(Count<kMost / 2>{});
 }
@@ -198,7 +241,7 @@ template <class T>
 void put_by_input(const T* by_output, int64_t stride, int64_t outputs, int64_t i, int64_t inputs, int64_t o,
                   const Columns<T>& to) {
   constexpr int L = kLanes<T>;
-  alignas(64) T by_input[kGradientOut * L * L];
+  alignas(64) T by_input[kExchangedIn * L * L];
   int64_t begin = 0;
   for (int part = 0; part < kMaxHeads; begin += to.n[part], ++part) {
     const int64_t width = to.n[part], first = o > begin ? o : begin;
@@ -222,16 +265,17 @@ void put_by_input(const T* by_output, int64_t stride, int64_t outputs, int64_t i
 template <class T>
 void outer_exchanged(const OuterProduct<T>& p, int64_t first, int64_t last, int64_t o, const DenseColumns<T>& to) {
   constexpr int L = kLanes<T>;
-  constexpr int64_t kStride = int64_t{kGradientOut} * L;
-  const OuterProduct<T> exchanged = {p.g + o, p.g_stride, p.x, p.x_stride, p.count, p.rows, p.tape_stride, last};
+  constexpr int64_t kStride = int64_t{kExchangedIn} * L;
+  const OuterProduct<T> exchanged = {p.g + o,         p.g_stride,      p.x, p.x_stride, p.count, p.rows,
+                                     p.g_tape_stride, p.x_tape_stride, last};
   const int64_t outputs = p.out - o;
   alignas(64) T by_output[L * kStride];
   for (int64_t i = first, inputs = 0; i < last; i += inputs) {
     const int64_t vectors = (last - i + L - 1) / L;
-    const int64_t now = vectors >= kGradientOut && vectors != kGradientOut + 1 ? kGradientOut : smaller(2, vectors);
+    const int64_t now = vectors >= kExchangedIn && vectors != kExchangedIn + 1 ? kExchangedIn : smaller(2, vectors);
     inputs = smaller(now * L, last - i);
     if (now > 2) {
-      outer_by_output<T, kGradientOut>(exchanged, outputs, i, by_output, kStride);
+      outer_by_output<T, kExchangedIn>(exchanged, outputs, i, by_output, kStride);
     } else if (now == 2) {
       outer_by_output<T, 2>(exchanged, outputs, i, by_output, kStride);
     } else {
@@ -242,11 +286,17 @@ void outer_exchanged(const OuterProduct<T>& p, int64_t first, int64_t last, int6
   if (first == 0) sum_cotangents<T>(p, o, to.bias);
 }
 
-/// The bias goes with input 0.
+/// Of inputs that are all taken before the next outputs.
 template <class T>
-void outer_product(const OuterProduct<T>& p, int64_t first, int64_t last, const DenseColumns<T>& to) {
+void outer_band(const OuterProduct<T>& p, int64_t first, int64_t last, const DenseColumns<T>& to) {
   constexpr int L = kLanes<T>;
   int64_t o = 0;
+  if constexpr (kSavesSecondCache) {
+    const bool fights = p.g_stride * static_cast<int64_t>(sizeof(T)) % kFewPlaces == 0;
+    for (; fights && last - first >= kCopyInputs && o + (kGradientOut - 1) * L < p.out; o += kGradientOut * L) {
+      outer_columns_of_copy<T, kGradientIn, kGradientOut>(p, first, last, o, to);
+    }
+  }
   for (; o + (kGradientOut - 1) * L < p.out; o += kGradientOut * L) {
     outer_columns<T, kGradientIn, kGradientOut>(p, first, last, o, to);
   }
@@ -259,6 +309,16 @@ void outer_product(const OuterProduct<T>& p, int64_t first, int64_t last, const 
   if (o >= p.out) return;
   if (last - first >= kManyInputs * L) return outer_exchanged<T>(p, first, last, o, to);
   outer_columns<T, kNarrowIn, 1>(p, first, last, o, to);
+}
+
+/// The bias goes with input 0.
+template <class T>
+void outer_product(const OuterProduct<T>& p, int64_t first, int64_t last, const DenseColumns<T>& to) {
+  int64_t i = first;
+  if constexpr (kSavesSecondCache) {
+    for (; last - i >= kInputBand + kInputBand / 2; i += kInputBand) outer_band<T>(p, i, i + kInputBand, to);
+  }
+  outer_band<T>(p, i, last, to);
 }
 
 }  // namespace

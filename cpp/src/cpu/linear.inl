@@ -147,7 +147,8 @@ void LinearLayer<T>::weight_gradient(const Layer<T>& layer, int32_t, int64_t fir
                                      const TileTapes<T>& tapes, T* products, bool) {
   const int64_t features = layer.b.count, stride = row_stride<T>(features);
   const LinearTape<T> keep(layer, const_cast<T*>(tapes.first), tapes.rows);
-  const OuterProduct<T> p = {keep.x, stride, keep.g, stride, tapes.count, tapes.rows, tapes.stride, features};
+  const OuterProduct<T> p = {keep.x,     stride,       keep.g,       stride,  tapes.count,
+                             tapes.rows, tapes.stride, tapes.stride, features};
   T* kernel = products + layer.linear->products;
   T* bias = kernel + features * features;
   outer_product<T>(p, first, last, {{{kernel, kernel}, {features, 0}, true}, {{bias, bias}, {features, 0}, true}});

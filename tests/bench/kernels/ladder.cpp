@@ -245,7 +245,7 @@ void outer(std::int64_t in, std::int64_t first, std::int64_t second, std::int64_
   Numbers x(static_cast<std::size_t>(xs * rows)), g(static_cast<std::size_t>(gs * rows));
   Numbers sums(static_cast<std::size_t>((in + 1) * out));
   float *kernel = sums, *bias = kernel + in * out;
-  const OuterProduct<float> p = {x, xs, g, gs, rows, rows, 0, out};
+  const OuterProduct<float> p = {x, xs, g, gs, rows, rows, 0, 0, out};
   const auto columns = [&](bool add) {
     return DenseColumns<float>{{{kernel, kernel + in * first}, {first, second}, add},
                                {{bias, bias + first}, {first, second}, add}};
