@@ -3,8 +3,8 @@
 Takes cubins, objects or libraries with code for sm_90, disassembles the kernels and prints, for each kernel and each of
 its loops that holds products, the instructions by class that stand in it: those of the loop itself, without the loops
 inside it. Loops are the natural ones of the control flow. An instruction counts once, whatever its predicate says,
-since it takes an issue slot all the same; so does NOP. Without files it compiles cuda/transform.cu and cuda/gradient.cu,
-which takes minutes. No GPU is needed.
+since it takes an issue slot all the same; so does NOP. Without files it compiles cuda/transform.cu and
+cuda/gradient.cu, which takes minutes. No GPU is needed.
 
 --check compares with tests/cuda_sass.json and fails where a loop, the registers or the local memory have grown by 5 %,
 or where loops have come or gone; what has shrunk is told, so that the table follows. --update writes the table. With
