@@ -1,7 +1,8 @@
 """Speed of flows on a CUDA device, against what the device can do: one JSON file and one table.
 
 Ceilings are measured in the same run where PyTorch is there: products of large float32, TF32 and bfloat16 matrices, a
-copy on the device, copies over the link. Each configuration is checked against the float64 oracle before it is timed.
+copy on the device, copies over the link. So are the same flows in PyTorch on the same device, in float32: eager,
+captured in a CUDA graph, compiled. Each configuration is checked against the float64 oracle before it is timed.
 Measurements are taken in the order of their weight, so that a run that is out of time has the main ones.
 
     python tests/bench/gpu.py --json gpu.json --seconds 120
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from configurations import CONFIGURATIONS, Configuration, data, reference
 from ours import flow_of
 
 try:
+    import peers
     import torch
 
     HAVE_TORCH = torch.cuda.is_available()
@@ -37,10 +40,14 @@ except ImportError:
 PRECISIONS = ("float32", "tf32", "bfloat16")
 BUDGET = {"float32": 1e-5, "tf32": 1e-2, "bfloat16": 1e-1}  # |log p - oracle| <= budget (1 + |oracle|)
 OPERATIONS = ("log_prob", "forward", "inverse", "sample")
-BATCHES = (1, 1024, 65536, 1 << 20)
+BATCHES = (1, 1024, 65536, 1 << 24)
 TRAIN_BATCHES = (256, 4096, 65536)
+MAIN = ("A", "B", "C", "D")  # measured first, in every precision and beside PyTorch
+PEERS = ("torch_eager", "torch_graph", "torch_compile")
+PEER_ROWS = 1 << 20  # [rows, hidden] arrays fit the device
 SECONDS_PER_MEASUREMENT = 0.25
-MOST_BYTES = 4 << 30
+MOST_BYTES = 16 << 30
+HOST_ROWS = 1 << 22  # of NumPy at most: the link is full long before, and the host is slow to fill more
 
 
 @dataclass
@@ -146,18 +153,22 @@ def bound(limits: dict[str, float], c: Configuration, op: str, rows: int, precis
 # ---- measurements ----------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=1)
+def arrays_of(name: str, rows: int, where: str) -> tuple[Any, Any, Any]:
+    """Rows, room for as many, and for a number of each; kept while the next measurement wants the same."""
+    some = data(CONFIGURATIONS[name], min(rows, 4096))
+    d = some.shape[1]
+    if where == "device" and HAVE_TORCH:
+        x = torch.from_numpy(some).cuda().repeat(-(-rows // len(some)), 1)[:rows].contiguous()
+        return x, torch.empty_like(x), torch.empty(rows, device="cuda")
+    x = np.resize(some, (rows, d))
+    arrays = (x, np.empty_like(x), np.empty(rows, np.float32))
+    return tuple(map(nvpflow.cuda.array, arrays)) if where == "device" else arrays
+
+
 def call_of(f: Flow, op: str, rows: int, where: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """The call as a user writes it, with out=, and what waits for it."""
-    d = f.configuration.input_size
-    x = (
-        np.resize(data(f.configuration, min(rows, 4096)), (rows, d))
-        if op != "sample"
-        else np.empty((rows, d), np.float32)
-    )
-    arrays = [x, np.empty_like(x), np.empty(rows, np.float32)]
-    if where == "device":
-        arrays = [torch.from_numpy(a).cuda() if HAVE_TORCH else nvpflow.cuda.array(a) for a in arrays]
-    x, wide, narrow = arrays
+    x, wide, narrow = arrays_of(f.configuration.name, rows, where)
     calls = {
         "log_prob": lambda: f.flow.log_prob(x, out=narrow),
         "forward": lambda: f.flow.forward(x, out=(wide, narrow)),
@@ -177,53 +188,116 @@ def train_seconds(f: Flow, batch: int) -> list[float]:
     return [float(s) / steps for s in history.seconds[1:]]
 
 
+# ---- PyTorch on the same device --------------------------------------------------------------------------------------
+
+
+def peer_call(c: Configuration, op: str, rows: int, peer: str) -> Callable[[], Any]:
+    """A call of the same flow in PyTorch, or a step of its training."""
+    compiled = peer == "torch_compile"
+    with torch.device("cuda"):
+        module = peers.torch_flow(c, one_head=True, compiled=compiled)
+    x = arrays_of(c.name, rows, "device")[0]
+    if op == "train":
+        module.train()
+        adam = torch.optim.Adam(module.parameters(), lr=1e-5, fused=True)
+        nll = torch.compile(module.log_prob, dynamic=False) if compiled else module.log_prob
+
+        def step() -> None:
+            adam.zero_grad()
+            (-nll(x).mean()).backward()
+            adam.step()
+
+        return step
+    function = getattr(module.eval(), op)
+    run = torch.inference_mode()(torch.compile(function, dynamic=False) if compiled else function)
+    if peer != "torch_graph":
+        return lambda: run(x)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(x)
+    return graph.replay
+
+
+def measure_peer(c: Configuration, op: str, rows: int, peer: str, limits: dict[str, float]) -> dict[str, Any]:
+    torch._dynamo.reset()
+    seconds = per_call(peer_call(c, op, rows, peer), torch.cuda.synchronize)
+    return result_of(c, op, rows, "float32", "device", seconds, limits) | {"contender": peer}
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
 def plan(
     names: list[str], precisions: list[str], batches: list[int], quick: bool
-) -> Iterator[tuple[str, str, int, str, str]]:
-    """(configuration, op, rows, precision, where), the main ones first."""
+) -> Iterator[tuple[str, str, int, str, str, str]]:
+    """(configuration, op, rows, precision, where, contender), the main ones first."""
     seen = set()
-    large = max(batches)
+    large, small = max(batches), min(batches)
     train = [b for b in TRAIN_BATCHES if not quick] or [64]
-    stages = [
+    main = [n for n in names if n in MAIN]
+    ours = [
+        [(n, op, large, p, "device") for n in main for p in precisions for op in ("log_prob", "inverse")],
+        [(n, "log_prob", small, "float32", w) for n in main for w in ("device", "host")],
+        [(n, "log_prob", large, "float32", "host") for n in main],
+        [(n, "train", train[-1], p, "device") for n in main for p in precisions],
         [(n, "log_prob", large, p, "device") for n in names for p in precisions],
-        [(n, "log_prob", large, "float32", "host") for n in names],
-        [(n, "train", b, p, "device") for n in names for p in precisions for b in train[-1:]],
+    ]
+    rest = [
         [(n, op, large, "float32", "device") for n in names for op in OPERATIONS],
         [(n, "log_prob", b, "float32", w) for n in names for b in batches for w in ("device", "host")],
         [(n, "train", b, "float32", "device") for n in names for b in train],
         [(n, op, large, p, "device") for n in names for op in OPERATIONS for p in precisions],
         [(n, op, b, "float32", w) for n in names for op in OPERATIONS for b in batches for w in ("device", "host")],
     ]
-    for stage in stages:
-        for item in stage:
+    calls = [("log_prob", PEER_ROWS), ("inverse", PEER_ROWS), ("train", train[-1])]
+    others = [
+        (n, op, rows, "float32", "device", peer)
+        for n in main
+        for peer in PEERS
+        for op, rows in calls
+        if HAVE_TORCH and not (op == "train" and peer == "torch_graph")
+    ]
+    for items in (ours, [others], rest):
+        for item in (one for stage in items for one in stage):
             if item not in seen:
                 seen.add(item)
-                yield item
+                yield item if len(item) == 6 else (*item, "nvpflow")
 
 
-def measure(f: Flow, op: str, rows: int, where: str, limits: dict[str, float]) -> dict[str, Any]:
-    seconds = train_seconds(f, rows) if op == "train" else per_call(*call_of(f, op, rows, where))
+def result_of(
+    c: Configuration, op: str, rows: int, precision: str, where: str, seconds: list[float], limits: dict[str, float]
+) -> dict[str, Any]:
     median = float(np.median(seconds))
-    least = bound(limits, f.configuration, op, rows, f.precision, where)
+    least = bound(limits, c, op, rows, precision, where)
     return {
-        "configuration": f.configuration.name,
+        "configuration": c.name,
         "op": op,
         "rows": rows,
-        "precision": f.precision,
+        "precision": precision,
         "arrays": where,
         "seconds": median,
         "spread": [min(seconds), max(seconds)],
         "rows_per_second": rows / median,
-        "flops_per_second": f.configuration.flops(op, rows) / median,
+        "flops_per_second": c.flops(op, rows) / median,
         "fraction_of_bound": None if least is None else least / median,
-        "log_prob_error": f.error,
     }
+
+
+def measure(f: Flow, op: str, rows: int, where: str, limits: dict[str, float]) -> dict[str, Any]:
+    seconds = train_seconds(f, rows) if op == "train" else per_call(*call_of(f, op, rows, where))
+    result = result_of(f.configuration, op, rows, f.precision, where, seconds, limits)
+    return result | {"contender": "nvpflow", "log_prob_error": f.error}
 
 
 def line(r: dict[str, Any]) -> str:
     fraction = "" if r["fraction_of_bound"] is None else f"{100 * r['fraction_of_bound']:6.1f} %"
     return (
-        f"{r['configuration']:<3} {r['op']:<9} {r['rows']:>8} {r['precision']:<9} {r['arrays']:<7} "
+        f"{r['contender']:<13} {r['configuration']:<3} {r['op']:<9} {r['rows']:>8} {r['precision']:<9} "
+        f"{r['arrays']:<7} "
         f"{1e6 * r['seconds']:>11.1f} us {r['rows_per_second'] / 1e6:>10.2f} M rows/s "
         f"{r['flops_per_second'] / 1e12:>8.2f} TFLOP/s {fraction}"
     )
@@ -233,7 +307,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--seconds", type=float, default=120, help="when to stop taking more measurements")
-    parser.add_argument("--configs", default="A,B,C,D,E")
+    parser.add_argument("--configs", default="A,B,C,D,E,J,F")
     parser.add_argument("--precisions", default=",".join(PRECISIONS))
     parser.add_argument("--batches", help=f"default: {','.join(map(str, BATCHES))}")
     parser.add_argument("--quick", action="store_true", help="whether it runs, not how fast: few rows")
@@ -267,17 +341,24 @@ def main() -> int:
 
     flows: dict[tuple[str, str], Flow] = {}
     wrong = []
-    for name, op, rows, precision, where in plan(names, precisions, batches, arguments.quick):
+    for name, op, rows, precision, where, contender in plan(names, precisions, batches, arguments.quick):
         if time.monotonic() - start > arguments.seconds:
             print("out of time: the measurements that are missing are not in the file")
             break
         c = CONFIGURATIONS[name]
-        rows = min(rows, MOST_BYTES // (12 * c.input_size))
+        rows = min(rows, MOST_BYTES // (12 * c.input_size), HOST_ROWS if where == "host" else rows)
         if (name, precision) not in flows:
             made = flows[name, precision] = Flow.make(c, precision)
             if not made.error <= BUDGET[precision]:
                 wrong.append(f"{name} {precision}: error {made.error:.2e}, budget {BUDGET[precision]:.0e}")
-        result = measure(flows[name, precision], op, rows, where, limits)
+        if contender == "nvpflow":
+            result = measure(flows[name, precision], op, rows, where, limits)
+        else:
+            try:
+                result = measure_peer(c, op, rows, contender, limits)
+            except Exception as problem:  # it may lack a compiler, or memory
+                print(f"{contender} {name} {op}: not measured: {str(problem).splitlines()[0]}", flush=True)
+                continue
         report["results"].append(result)
         print(line(result), flush=True)
         if arguments.json:

@@ -178,7 +178,7 @@ class Jax(Formula):
 # ------------------------------------------------------------------------------------------ PyTorch
 
 
-def _torch_flow(configuration: Configuration, one_head: bool, compiled: bool = False) -> Any:
+def torch_flow(configuration: Configuration, one_head: bool, compiled: bool = False) -> Any:
     """The formula as a module: what depends on no row is computed ahead in eval mode, in each step in training."""
     import torch
     from torch import nn
@@ -270,7 +270,7 @@ class TorchPeer(Peer):
 
 class TorchEager(TorchPeer, Formula):
     def build(self, configuration):
-        return _torch_flow(configuration, one_head=False)
+        return torch_flow(configuration, one_head=False)
 
 
 class TorchFused(TorchPeer, Formula):
@@ -279,7 +279,7 @@ class TorchFused(TorchPeer, Formula):
     adam_options: ClassVar[dict[str, Any]] = {"fused": True}
 
     def build(self, configuration):
-        return _torch_flow(configuration, one_head=True)
+        return torch_flow(configuration, one_head=True)
 
 
 class TorchCompile(TorchFused):
@@ -288,7 +288,7 @@ class TorchCompile(TorchFused):
     slow_to_build = True
 
     def build(self, configuration):
-        return _torch_flow(configuration, one_head=True, compiled=True)
+        return torch_flow(configuration, one_head=True, compiled=True)
 
     def compile(self, function):
         self.torch._dynamo.reset()
