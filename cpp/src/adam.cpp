@@ -11,7 +11,9 @@
 #include <vector>
 
 #include <nvpflow/error.hpp>
+#include <nvpflow/flow.hpp>
 #include <nvpflow/spec.hpp>
+#include <nvpflow/train.hpp>
 
 #include "cpu/cpu_adam.hpp"
 #include "float_mode.hpp"

@@ -8,11 +8,14 @@
 #include <limits>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
 #include <nvpflow/error.hpp>
+
+#include "arrow.h"
 
 namespace nvpflow::python {
 namespace {
@@ -40,7 +43,8 @@ class Stream {
   void require(int error) {
     if (error == 0) return;
     const char* said = stream_.get_last_error(&stream_);
-    fail(std::string("table's Arrow stream failed: ") + (said != nullptr ? said : std::strerror(error)));
+    fail(std::string("table's Arrow stream failed: ") +
+         (said != nullptr ? said : std::generic_category().message(error)));
   }
 
   ArrowArrayStream& stream_;
@@ -224,8 +228,8 @@ void ArrowColumns::read_schema(const ArrowSchema& schema) {
 /// What a gather relies on.
 void ArrowColumns::check(const ArrowArray& batch) const {
   const auto columns = static_cast<std::int64_t>(formats_.size());
-  bool good = batch.n_children == columns && batch.length >= 0 && batch.offset >= 0 &&
-              !(batch.null_count != 0 && batch.n_buffers > 0 && batch.buffers[0] != nullptr);
+  const bool has_nulls = batch.null_count != 0 && batch.n_buffers > 0 && batch.buffers[0] != nullptr;
+  bool good = batch.n_children == columns && batch.length >= 0 && batch.offset >= 0 && !has_nulls;
   for (std::int64_t j = 0; good && j < columns; ++j) {
     const ArrowArray& child = *batch.children[j];
     good = child.offset >= 0 && child.length >= batch.offset + batch.length;

@@ -36,7 +36,7 @@ class Released {
 class ArrowColumns {
  public:
   /// Takes everything out of the stream and releases it. Throws where the stream fails or is not of record batches.
-  explicit ArrowColumns(arrow::ArrowArrayStream& stream);
+  explicit ArrowColumns(arrow::ArrowArrayStream& given);
 
   std::int64_t rows() const { return rows_; }
   /// A letter of Arrow for each column of plain numbers: b, c, C, s, S, i, I, l, L, e, f or g; "" for any other.

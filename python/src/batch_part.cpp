@@ -8,13 +8,18 @@
 #include <sstream>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include <nvpflow/error.hpp>
 #include <nvpflow/execution.hpp>
 
+#include "array_types.hpp"
 #include "arrays.hpp"
+#include "call_context.hpp"
 #include "errors.hpp"
+#include "host_arrays.hpp"
 #include "outside.hpp"
+#include "plain_methods.hpp"
 
 namespace nvpflow::python {
 namespace {

@@ -11,14 +11,17 @@
 #include <nvpflow/adam.hpp>
 #include <nvpflow/error.hpp>
 #include <nvpflow/flow.hpp>
+#include <nvpflow/spec.hpp>
 #include <nvpflow/train.hpp>
 
 #include "adam_state.hpp"
+#include "array_types.hpp"
 #include "arrays.hpp"
 #include "bindings.hpp"
 #include "bound_flow.hpp"
 #include "errors.hpp"
 #include "gil.hpp"
+#include "host_arrays.hpp"
 #include "plain_methods.hpp"
 
 namespace nvpflow::python {
@@ -94,9 +97,8 @@ py::object step(const Arguments& given) {
 /// adam, state
 py::object take_state(const Arguments& given) {
   auto& self = given.object(0).cast<BoundAdam&>();
-  const std::optional<AdamState> state = adam_from(given.object(1));
   self.require_idle();
-  self.adam.set_state(*state);
+  if (const std::optional<AdamState> state = adam_from(given.object(1))) self.adam.set_state(*state);
   return py::none();
 }
 

@@ -8,13 +8,16 @@
 #include <string>
 #include <utility>
 
+#include <nvpflow/spec.hpp>
+
+#include "array_types.hpp"
+#include "arrow.h"
 #include "arrow_columns.hpp"
 #include "bindings.hpp"
 #include "bound_flow.hpp"
 #include "errors.hpp"
 #include "gil.hpp"
 #include "host_arrays.hpp"
-#include "outside.hpp"
 #include "plain_methods.hpp"
 
 namespace nvpflow::python {
