@@ -541,6 +541,18 @@ def csv_bytes(table: Any) -> bytes:
     raise AssertionError
 
 
+def parquet_writer(file: BinaryIO, schema: Any) -> Any:
+    """Return a writer that looks for repeated values in columns of text and the like only.
+
+    Numbers such as scores and identifiers hardly repeat: to look for it takes 0.08 of 0.10 us a row of both, and what
+    is given up half-way makes files a half larger.
+    """
+    kinds = pa.types
+    plain = (kinds.is_floating, kinds.is_integer, kinds.is_boolean)
+    others = [field.name for field in schema if not any(is_kind(field.type) for is_kind in plain)]
+    return pyarrow.parquet.ParquetWriter(file, schema, use_dictionary=others)
+
+
 class ParquetTable:
     """A Parquet file that is being written, in groups of rows of a useful size."""
 
@@ -564,7 +576,7 @@ class ParquetTable:
             self._waiting = []
             if self._writer is None:
                 schema = whole.schema.with_metadata(self._metadata)
-                self._writer = pyarrow.parquet.ParquetWriter(self._file, schema)
+                self._writer = parquet_writer(self._file, schema)
             self._writer.write_table(whole)
 
     def close(self) -> None:

@@ -122,6 +122,8 @@ def score(
         raise TypeError(f"sources is {_checks.describe(sources)}, expected a sequence of paths")
     paths = [_checks.path(f"sources[{i}]", source) for i, source in enumerate(sources)]
     planned = _parts.planned(paths, _checks.path("target", target))
+    if not planned:
+        raise ValueError("sources is empty, expected one Parquet file at least")
     return _scored(client, scorer, planned, retries, force)
 
 
@@ -143,17 +145,18 @@ def _client(given: Any) -> Any:
 def _scored(client: Any, scorer: tables.Scorer, planned: Sequence[_parts.Planned], retries: int, force: bool) -> Report:
     import distributed
 
-    as_completed: Any = distributed.as_completed
+    wait: Any = distributed.wait
     started = time.monotonic()
     # The result of a task, which is done again where its worker is lost. What `scatter` puts there is lost with it.
     model = client.submit(_handed_on, scorer, pure=False, retries=retries)
     tasks = client.map(_score, planned, model=model, force=force, retries=retries, pure=False, batch_size=1000)
-    place = {task.key: i for i, task in enumerate(tasks)}
-    found: list[Any] = [None] * len(tasks)
     try:
-        with client.as_current():  # as_completed asks for it
-            for task in as_completed(tasks):
-                found[place[task.key]] = task.exception() or task.result()
+        with client.as_current():  # wait asks for it
+            wait(tasks)
+        lost = [task.exception() if task.status == "error" else None for task in tasks]
+        # All at once: a call for each costs a fifth of what Dask costs.
+        results = iter(client.gather([task for task, error in zip(tasks, lost, strict=True) if error is None]))
+        found = [error or next(results) for error in lost]
     finally:
         client.cancel([model, *tasks])  # what Ctrl-C leaves undone
     failed = [i for i, result in enumerate(found) if isinstance(result, BaseException)]

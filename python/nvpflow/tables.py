@@ -214,6 +214,8 @@ def _write_scores(scorer: Scorer, source: str, target: str, metadata: Mapping[by
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from nvpflow._arrow import parquet_writer
+
     wanted = [*scorer.keep, *scorer.columns, *scorer.context_columns]
     with (
         pq.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False) as file,
@@ -221,7 +223,7 @@ def _write_scores(scorer: Scorer, source: str, target: str, metadata: Mapping[by
     ):
         nothing = pa.RecordBatchReader.from_batches(file.schema_arrow, [])  # empty_table() would import pandas
         schema = scorer(nothing.read_all()).schema.with_metadata(metadata)
-        with pq.ParquetWriter(out, schema) as writer:
+        with parquet_writer(out, schema) as writer:
             for batch in file.iter_batches(batch_size=_rows_at_once(len(wanted)), columns=wanted):
                 writer.write_batch(scorer(batch))
         rows: int = file.metadata.num_rows
@@ -322,13 +324,14 @@ def _write_sample(
     flow: Flow, target: str, rows: range, given: Mapping[str, Any], metadata: Mapping[bytes, bytes], *, force: bool
 ) -> int:
     import pyarrow as pa
-    import pyarrow.parquet as pq
+
+    from nvpflow._arrow import parquet_writer
 
     names = list(flow.column_names or (f"column_{i + 1}" for i in range(flow.spec.input_size)))
     step = _rows_at_once(len(names))
     kind = pa.from_numpy_dtype(flow.sample(0, **given).dtype)
     schema = pa.schema([(name, kind) for name in names], metadata=metadata)
-    with _output.replacing(target, force=force) as out, pq.ParquetWriter(out, schema) as writer:
+    with _output.replacing(target, force=force) as out, parquet_writer(out, schema) as writer:
         for first in range(rows.start, rows.stop, step):
             drawn = flow.sample(min(step, rows.stop - first), start=first, **given)
             writer.write_batch(pa.record_batch([arrow_array(column) for column in drawn.T], schema=schema))

@@ -104,6 +104,23 @@ def test_files_that_fail_do_not_stop_the_others(flow, sources, clients, tmp_path
         nvpflow.dask.score(flow, sources[:1], tmp_path / "scores", client=clients(2))
 
 
+def test_an_error_that_may_pass_is_tried_again(flow, sources, clients, tmp_path, monkeypatch):
+    failures = iter([OSError("first"), OSError("second")])
+    real = nvpflow.tables._score_file
+
+    def failing(*arguments, **options):
+        for error in failures:
+            raise error
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(nvpflow.tables, "_score_file", failing)
+    nvpflow.dask.score(flow, sources, tmp_path / "scores", client=clients(2), keep=["id"])
+    check(flow, sources, tmp_path / "scores")
+    failures = iter([OSError("it stays")] * 100)
+    with pytest.raises(RuntimeError, match=r"6 of 6 files could not be scored.*: it stays"):
+        nvpflow.dask.score(flow, sources, tmp_path / "others", client=clients(2), retries=1)
+
+
 def test_workers_of_different_instruction_sets_are_refused(flow, sources, clients, tmp_path, monkeypatch):
     kinds = iter(["avx2", *["avx512"] * 5])
     monkeypatch.setattr(nvpflow.dask, "cpu_isa", lambda: next(kinds))
@@ -119,6 +136,8 @@ def test_what_is_wrong_is_named(flow, sources, clients, tmp_path):
         score(flow, "rows", tmp_path, client=client)
     with pytest.raises(TypeError, match=r"sources\[0\] is 3"):
         score(flow, [3], tmp_path, client=client)
+    with pytest.raises(ValueError, match="sources is empty, expected one Parquet file at least"):
+        score(flow, [], tmp_path, client=client)
     with pytest.raises(ValueError, match="is given twice, expected each source once"):
         score(flow, [*sources, sources[0]], tmp_path / "scores", client=client)
     with pytest.raises(ValueError, match="would be overwritten by its own scores"):
