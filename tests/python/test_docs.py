@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import importlib.util
 import inspect
 import os
@@ -50,22 +51,38 @@ def test_blocks_run_in_order(name, tmp_path, monkeypatch):
 ENGINES = {"needs ray", "needs pyspark"}  # which take minutes to install and to start
 
 
-def marked(slow: bool) -> list[Any]:
-    found = [(name, mark) for name, page in PAGES.items() for mark in page.marks() if (mark == "slow") == slow]
-    return [pytest.param(*pair, marks=[pytest.mark.engines] if pair[1] in ENGINES else []) for pair in found]
+def needing() -> list[Any]:
+    """Return pages with all their marks of libraries: to run a page for each of them would repeat the rest."""
+    found = []
+    for name, page in PAGES.items():
+        needs = [mark for mark in page.marks() if mark.startswith("needs ")]
+        for engines in (False, True):
+            if marks := tuple(mark for mark in needs if (mark in ENGINES) == engines):
+                found.append(
+                    pytest.param(
+                        name, marks, id=name + "-engines" * engines, marks=[pytest.mark.engines] if engines else []
+                    )
+                )
+    return found
 
 
-@pytest.mark.parametrize(("name", "mark"), marked(slow=False))
-def test_blocks_about_other_libraries_run(name, mark, tmp_path, monkeypatch):
-    module = mark.removeprefix("needs ")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONWARNINGS", "ignore")
-        pytest.importorskip(module, reason=f"{module} is not installed")
-    run(PAGES[name], tmp_path, monkeypatch, mark)
+@pytest.mark.parametrize(("name", "marks"), needing())
+def test_blocks_about_other_libraries_run(name, marks, tmp_path, monkeypatch):
+    modules = [mark.removeprefix("needs ") for mark in marks]
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if there := [module for module in modules if module not in missing]:
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            patch.setenv("PYTHONWARNINGS", "ignore")
+            warnings.simplefilter("ignore")  # of their imports
+            for module in there:
+                importlib.import_module(module)
+        run(PAGES[name], tmp_path, monkeypatch, *(f"needs {module}" for module in there))
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pair.values[0] for pair in marked(slow=True)])
+@pytest.mark.parametrize("name", [name for name, page in PAGES.items() if "slow" in page.marks()])
 def test_slow_blocks_run(name, tmp_path, monkeypatch):
     run(PAGES[name], tmp_path, monkeypatch, "slow")
 
