@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cmath>
 #include <csignal>
@@ -26,6 +27,7 @@
 #include <variant>
 #include <vector>
 
+#include <nvpflow/adam.hpp>
 #include <nvpflow/density.hpp>
 #include <nvpflow/error.hpp>
 #include <nvpflow/flow.hpp>
@@ -1635,6 +1637,60 @@ TEST_CASE("weights of rows: ones are none, zeros are rows that are absent") {
   some[5] = -1;
   check_refused(ErrorCode::invalid_argument, "sample_weight[5] is -1, expected at least 0",
                 [&] { fit<float>(flow, x, {}, FitWeights(some), options); });
+}
+
+TEST_CASE("a loop over the batches of fit, in pieces and by index, gives its weights") {
+  constexpr std::int64_t kRows = 300, kBatch = 64;
+  std::mt19937 random(5);
+  std::normal_distribution<double> normal;
+  std::vector<double> x(2 * kRows);
+  for (double& value : x) value = normal(random);
+  const FlowSpec spec = FlowSpec::real_nvp(2, 2, {8}, Activation::tanh, 1.0, false, DType::float64);
+  FitOptions options;
+  options.epochs = 1;
+  options.batch_size = kBatch;
+  options.validation_fraction = 0;
+  options.averaging = 0;
+  options.schedule = Schedule::constant;
+  options.weight_decay = 0.1;
+  Flow fitted(spec, 3), own(spec, 3);
+  AdamState state;
+  for (int epoch = 0; epoch < 2; ++epoch) fit<double>(fitted, x, {}, options, nullptr, {}, {}, &state);
+
+  Adam adam(own);
+  const AdamOptions step{.learning_rate = options.learning_rate, .weight_decay = 0.1, .clip_norm = options.clip_norm};
+  std::vector<double> gradient(static_cast<std::size_t>(own.num_parameters()));
+  for (std::uint64_t epoch = 1; epoch <= 2; ++epoch) {
+    const Shuffle shuffle(kRows, options.seed, kStreamShuffle, epoch);
+    for (std::int64_t first = 0; first < kRows; first += kBatch) {
+      std::vector<std::int64_t> index;
+      for (std::int64_t i = first; i < std::min(first + kBatch, kRows); ++i) {
+        index.push_back(static_cast<std::int64_t>(shuffle(static_cast<std::uint64_t>(i))));
+      }
+      BatchPart part;
+      part.rows = static_cast<std::int64_t>(index.size());
+      part.index = index.data();
+      (void)own.nll_gradient_unchecked(x.data(), part, gradient.data());
+      adam.step<double>(own, gradient, step);
+    }
+  }
+  std::vector<double> expected(gradient.size()), found(gradient.size());
+  fitted.copy_parameters<double>(expected);
+  own.copy_parameters<double>(found);
+  CHECK(found == expected);
+  CHECK(adam.state().steps == state.steps);
+  CHECK(adam.state().second_moment == state.second_moment);
+
+  Flow other(FlowSpec::real_nvp(3, 2, {8}, Activation::tanh, 1.0, false, DType::float64));
+  check_refused(ErrorCode::invalid_argument, "gradient holds", [&] { adam.step<double>(other, gradient); });
+  check_refused(ErrorCode::type_mismatch, "gradient is of another dtype",
+                [&] { adam.step<float>(own, std::vector<float>(gradient.size())); });
+  check_refused(ErrorCode::invalid_argument, "learning_rate is 0", [&] { adam.step<double>(own, gradient, {0}); });
+  gradient[0] = std::numeric_limits<double>::infinity();
+  check_refused(ErrorCode::not_finite, "gradient has the norm inf", [&] { adam.step<double>(own, gradient); });
+  own.copy_parameters<double>(found);
+  CHECK(found == expected);
+  check_refused(ErrorCode::invalid_argument, "state has made", [&] { Adam(other).set_state(adam.state()); });
 }
 
 TEST_CASE("a constant column is refused with and without a standardize layer, also by one that is set") {
