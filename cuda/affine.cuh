@@ -23,21 +23,31 @@ NVPFLOW_DEVICE void affine_by(Walk& walk, const Layer<T>& layer, LogScale scale,
     const int j = 4 * (first_block + nb) + walk.lane.t;
     if (nb >= valid || j >= count) continue;
     const Column<T> column = walk.tile.template transformed<Walk::kGeneral>(walk.program, layer, j);
+    T s[kRowBlocks][2];
+    NVPFLOW_UNROLL
+    for (int rb = 0; rb < kRowBlocks; ++rb) {
+      NVPFLOW_UNROLL
+      for (int low = 0; low < 2; ++low) s[rb][low] = scale.log_scale(sums[rb * kBlocks + nb][2 * low]);
+    }
+    if (call.conditioner >= 0) {
+      const int column_of_call = Walk::kGeneral ? listed(walk.program.places_at(layer.output_order), j) : j;
+      NVPFLOW_UNROLL
+      for (int i = 0; i < 2 * kRowBlocks; ++i) {
+        const int rb = i / 2, low = i % 2, r = 16 * (walk.row_block + rb) + walk.lane.g + 8 * low;
+        walk.tile.store_conditioner(call, r, column_of_call, count, s[rb][low], sums[rb * kBlocks + nb][2 * low + 1]);
+      }
+      continue;
+    }
+    T* own = &column.at(16 * walk.row_block + walk.lane.g);  // the lane's other rows lie beside it
     NVPFLOW_UNROLL
     for (int rb = 0; rb < kRowBlocks; ++rb) {
       NVPFLOW_UNROLL
       for (int low = 0; low < 2; ++low) {
-        const int r = 16 * (walk.row_block + rb) + walk.lane.g + 8 * low;
-        const T s = scale.log_scale(sums[rb * kBlocks + nb][2 * low]), t = sums[rb * kBlocks + nb][2 * low + 1];
-        if (call.conditioner >= 0) {
-          const int column_of_call = Walk::kGeneral ? listed(walk.program.places_at(layer.output_order), j) : j;
-          walk.tile.store_conditioner(call, r, column_of_call, count, s, t);
-          continue;
-        }
-        T& value = column.at(r);
-        T& log_det = walk.log_det[rb][low];
-        value = inverse ? (value - t) * exponential(-s) : multiply_add(value, exponential(s), t);
-        log_det = inverse ? log_det - s : log_det + s;
+        T& value = own[rb * column.blocks * kBlock + 2 * low];
+        const T t = sums[rb * kBlocks + nb][2 * low + 1], power = inverse ? -s[rb][low] : s[rb][low];
+        const T by = exponential(power);
+        value = inverse ? (value - t) * by : multiply_add(value, by, t);
+        walk.log_det[rb][low] += power;
       }
     }
   }

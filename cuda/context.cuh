@@ -17,7 +17,7 @@ template <class Walk>
 NVPFLOW_DEVICE auto context_row(const Walk& walk, int r) {
   const auto& tile = walk.tile;
   const auto& call = walk.call;
-  std::int64_t row = tile.first + (r < tile.valid ? r : tile.valid - 1);
+  std::int64_t row = tile.first() + (r < tile.valid ? r : tile.valid - 1);
   row = call.index != nullptr ? call.index[row] : row + call.context.first;
   if (call.context.repeat != 1) row = call.context.repeat == 0 ? 0 : row / call.context.repeat;
   return call.context.rows + row * walk.program.context_size;
@@ -115,7 +115,7 @@ NVPFLOW_DEVICE void store_context_cotangent(const Walk& walk, const T* cotangent
     if (r >= walk.tile.valid) return;
     T g = cotangent[place(r, i, blocks)];
     if (statistics >= 0) g *= walk.packed[statistics + size + i];
-    to[(walk.tile.first + r) * size + i] = walk.tile.clean(r, g);
+    to[(walk.tile.first() + r) * size + i] = walk.tile.clean(r, g);
   });
 }
 

@@ -13,6 +13,8 @@
 // off instead of rounding them, so products of 16 inputs are summed from zero and then added with rounding.
 #pragma once
 
+#include <type_traits>
+
 #include "elementary.cuh"
 
 namespace nvpflow::cuda {
@@ -82,20 +84,23 @@ struct RegisterRows {
 template <class T, int NB = kOutBlocks>
 using Sums = T[kRowBlocks * NB][4];
 
+/// The bias of products that have none.
+struct NoBias {};
+
 /// sums = bias for outputs from 8 * first_block; blocks past `valid` stay zero.
-template <class T, int NB>
-NVPFLOW_DEVICE void start_sums(const T* bias, int first_block, int valid, const Lane& lane,
-                               T (&sums)[kRowBlocks * NB][4]) {
+template <class T, int NB, class Bias>
+NVPFLOW_DEVICE void start_sums(Bias bias, int first_block, int valid, const Lane& lane, T (&sums)[kRowBlocks * NB][4]) {
   NVPFLOW_UNROLL
   for (int nb = 0; nb < NB; ++nb) {
-    const bool there = bias != nullptr && nb < valid;
-    const T* c = bias + 8 * (first_block + nb) + 2 * lane.t;
-    const T c0 = there ? c[0] : T(0), c1 = there ? c[1] : T(0);
+    Vec2<T> c = {};
+    if constexpr (!std::is_same_v<Bias, NoBias>) {
+      if (nb < valid) c = load2(bias + 8 * (first_block + nb) + 2 * lane.t);
+    }
     NVPFLOW_UNROLL
     for (int rb = 0; rb < kRowBlocks; ++rb) {
       T(&sum)[4] = sums[rb * NB + nb];
-      sum[0] = sum[2] = c0;
-      sum[1] = sum[3] = c1;
+      sum[0] = sum[2] = c.x;
+      sum[1] = sum[3] = c.y;
     }
   }
 }
@@ -112,8 +117,19 @@ struct Split {
   Split() = default;
 };
 
+/// Whether block nb of NB is formed where `valid` of them are wanted: all where more than half are, else half of them.
+/// So products run without a branch; what nobody wants is at most one block, which takes the weights of the last one.
+template <int NB>
+NVPFLOW_DEVICE bool is_formed(int nb, bool all) {
+  return all || nb < NB / 2;
+}
+template <int NB>
+NVPFLOW_DEVICE int weight_block(int nb, bool all, int valid) {
+  return nb == (all ? NB : NB / 2) - 1 ? valid - 1 : nb;
+}
+
 /// sums += x W for the inputs of two blocks of 8 (of the first only, unless `both`). w: the weights' block of the
-/// first outputs; stride: to that of the next 8 outputs.
+/// first outputs; stride: to that of the next 8 outputs. all: is_formed.
 template <class T, int NB, class Rows>
 NVPFLOW_DEVICE void multiply_fma(const Rows& rows, int block, bool both, const T* w, int stride, int valid,
                                  const Lane& lane, T (&sums)[kRowBlocks * NB][4]) {
@@ -149,8 +165,8 @@ NVPFLOW_DEVICE void multiply_fma(const Rows& rows, int block, bool both, const T
 }
 
 template <int NB, class Rows>
-NVPFLOW_DEVICE void multiply_tf32x3(const Rows& rows, int block, bool both, const float* w, int stride, int valid,
-                                    const Lane& lane, float (&sums)[kRowBlocks * NB][4]) {
+NVPFLOW_DEVICE void multiply_tf32x3(const Rows& rows, int block, bool both, bool all, const float* w, int stride,
+                                    int valid, const Lane& lane, float (&sums)[kRowBlocks * NB][4]) {
   unsigned hi[kRowBlocks][2][4], lo[kRowBlocks][2][4];
   NVPFLOW_UNROLL
   for (int rb = 0; rb < kRowBlocks; ++rb) {
@@ -168,8 +184,8 @@ NVPFLOW_DEVICE void multiply_tf32x3(const Rows& rows, int block, bool both, cons
   }
   NVPFLOW_UNROLL
   for (int nb = 0; nb < NB; ++nb) {
-    if (nb >= valid) continue;
-    const Vec4<float> weight = load4(w + nb * stride + lane.chunk);
+    if (!is_formed<NB>(nb, all)) continue;
+    const Vec4<float> weight = load4(w + weight_block<NB>(nb, all, valid) * stride + lane.chunk);
     const Split w0(weight.x), w1(weight.y), w2(weight.z), w3(weight.w);
     const unsigned w_hi[2][2] = {{w0.hi, w1.hi}, {w2.hi, w3.hi}}, w_lo[2][2] = {{w0.lo, w1.lo}, {w2.lo, w3.lo}};
     float d[kRowBlocks][4] = {};
@@ -192,8 +208,8 @@ NVPFLOW_DEVICE void multiply_tf32x3(const Rows& rows, int block, bool both, cons
 }
 
 template <int NB, class Rows>
-NVPFLOW_DEVICE void multiply_rounded_tf32(const Rows& rows, int block, bool both, const float* w, int stride, int valid,
-                                          const Lane& lane, float (&sums)[kRowBlocks * NB][4]) {
+NVPFLOW_DEVICE void multiply_rounded_tf32(const Rows& rows, int block, bool both, bool all, const float* w, int stride,
+                                          int valid, const Lane& lane, float (&sums)[kRowBlocks * NB][4]) {
   unsigned x[kRowBlocks][2][4];
   NVPFLOW_UNROLL
   for (int rb = 0; rb < kRowBlocks; ++rb) {
@@ -208,8 +224,8 @@ NVPFLOW_DEVICE void multiply_rounded_tf32(const Rows& rows, int block, bool both
   }
   NVPFLOW_UNROLL
   for (int nb = 0; nb < NB; ++nb) {
-    if (nb >= valid) continue;
-    const Vec4<float> v = load4(w + nb * stride + lane.chunk);
+    if (!is_formed<NB>(nb, all)) continue;
+    const Vec4<float> v = load4(w + weight_block<NB>(nb, all, valid) * stride + lane.chunk);
     const unsigned weight[2][2] = {{round_tf32(v.x), round_tf32(v.y)}, {round_tf32(v.z), round_tf32(v.w)}};
     NVPFLOW_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -221,8 +237,8 @@ NVPFLOW_DEVICE void multiply_rounded_tf32(const Rows& rows, int block, bool both
 }
 
 template <int NB, class Rows>
-NVPFLOW_DEVICE void multiply_rounded_bf16(const Rows& rows, int block, bool both, const float* w, int stride, int valid,
-                                          const Lane& lane, float (&sums)[kRowBlocks * NB][4]) {
+NVPFLOW_DEVICE void multiply_rounded_bf16(const Rows& rows, int block, bool both, bool all, const float* w, int stride,
+                                          int valid, const Lane& lane, float (&sums)[kRowBlocks * NB][4]) {
   unsigned x[kRowBlocks][4];
   NVPFLOW_UNROLL
   for (int rb = 0; rb < kRowBlocks; ++rb) {
@@ -235,51 +251,64 @@ NVPFLOW_DEVICE void multiply_rounded_bf16(const Rows& rows, int block, bool both
   }
   NVPFLOW_UNROLL
   for (int nb = 0; nb < NB; ++nb) {
-    if (nb >= valid) continue;
-    const Vec4<float> v = load4(w + nb * stride + lane.chunk);
+    if (!is_formed<NB>(nb, all)) continue;
+    const Vec4<float> v = load4(w + weight_block<NB>(nb, all, valid) * stride + lane.chunk);
     const unsigned weight[2] = {pack_bf16(v.x, v.y), pack_bf16(v.z, v.w)};
     NVPFLOW_UNROLL
     for (int rb = 0; rb < kRowBlocks; ++rb) multiply_bf16(sums[rb * NB + nb], x[rb], weight);
   }
 }
 
+/// both, all: where these are literals the products run without branches.
 template <Multiply M, class T, int NB, class Rows>
-NVPFLOW_DEVICE void multiply16(const Rows& rows, int block, bool both, const T* w, int stride, int valid,
+NVPFLOW_DEVICE void multiply16(const Rows& rows, int block, bool both, bool all, const T* w, int stride, int valid,
                                const Lane& lane, T (&sums)[kRowBlocks * NB][4]) {
   if constexpr (M == Multiply::fma) multiply_fma<T, NB>(rows, block, both, w, stride, valid, lane, sums);
-  if constexpr (M == Multiply::tf32x3) multiply_tf32x3<NB>(rows, block, both, w, stride, valid, lane, sums);
-  if constexpr (M == Multiply::tf32) multiply_rounded_tf32<NB>(rows, block, both, w, stride, valid, lane, sums);
-  if constexpr (M == Multiply::bf16) multiply_rounded_bf16<NB>(rows, block, both, w, stride, valid, lane, sums);
+  if constexpr (M == Multiply::tf32x3) multiply_tf32x3<NB>(rows, block, both, all, w, stride, valid, lane, sums);
+  if constexpr (M == Multiply::tf32) multiply_rounded_tf32<NB>(rows, block, both, all, w, stride, valid, lane, sums);
+  if constexpr (M == Multiply::bf16) multiply_rounded_bf16<NB>(rows, block, both, all, w, stride, valid, lane, sums);
 }
 
 /// Inputs of the blocks [begin, end) of 16, of `in` in all. w: the weights of block `begin`.
 template <Multiply M, class T, int NB, class Rows>
 NVPFLOW_DEVICE void multiply_blocks(const Rows& rows, int in, int begin, int end, const T* w, int stride, int valid,
                                     const Lane& lane, T (&sums)[kRowBlocks * NB][4]) {
-  for (int b = begin; b < end; ++b, w += kBlock) {
-    multiply16<M, T, NB>(rows, 2 * b, 16 * b + 8 < in, w, stride, valid, lane, sums);
+  const auto multiply = [&](int b, bool both, bool all) {
+    multiply16<M, T, NB>(rows, 2 * b, both, all, w + (b - begin) * kBlock, stride, valid, lane, sums);
+  };
+  if constexpr (M == Multiply::fma) {
+    for (int b = begin; b < end; ++b) multiply(b, 16 * b + 8 < in, true);
+  } else {
+    const bool odd = 16 * end - 8 >= in;  // the last block has 8 inputs
+    const int whole = odd ? end - 1 : end;
+    if (valid > NB / 2) {
+      NVPFLOW_ROLLED
+      for (int b = begin; b < whole; ++b) multiply(b, true, true);
+      if (odd) multiply(whole, false, true);
+    } else {
+      NVPFLOW_ROLLED
+      for (int b = begin; b < whole; ++b) multiply(b, true, false);
+      if (odd) multiply(whole, false, false);
+    }
   }
 }
 
 // ---- results -----------------------------------------------------------------------------------------------------
 
-/// Applies the activation to all sums. relu and leaky_relu at once; of the others one copy of the text serves all sums,
-/// which move past it.
+/// Applies the activation to all sums. relu at once; of the others one copy of the text serves all sums, which move
+/// past it.
 template <class T, int N>
 NVPFLOW_DEVICE void activate_sums(Act act, T (&sums)[N][4]) {
   if (act == Act::none) return;
-  if (act == Act::relu || act == Act::leaky_relu) {
-    const bool leaky = act == Act::leaky_relu;
+  if (act == Act::relu) {
     NVPFLOW_UNROLL
     for (int n = 0; n < N; ++n) {
       NVPFLOW_UNROLL
-      for (int i = 0; i < 4; ++i) sums[n][i] = sums[n][i] < T(0) ? (leaky ? sums[n][i] * T(0.01) : T(0)) : sums[n][i];
+      for (int i = 0; i < 4; ++i) sums[n][i] = positive_part(sums[n][i]);
     }
     return;
   }
-#if !defined(NVPFLOW_SIMT)
-#pragma unroll 1
-#endif
+  NVPFLOW_ROLLED
   for (int turn = 0; turn < N; ++turn) {
     T first[4];
     NVPFLOW_UNROLL
@@ -485,9 +514,9 @@ NVPFLOW_DEVICE void dense_resident(const Dense& d, const T* packed, const Rows& 
 }
 
 /// One dense layer with weights from the stream. Whatever has been stored before by any thread of the block may be the
-/// input: acquire() is a barrier. finish(first output block, valid, sums).
-template <Multiply M, class T, bool kGradient, Reach reach, bool kShared, class Finish>
-NVPFLOW_DEVICE void dense_streamed(WeightStream<T, kGradient, reach>& stream, int in, int out, const T* bias,
+/// input: acquire() is a barrier. bias: a pointer, or NoBias. finish(first output block, valid, sums).
+template <Multiply M, class T, bool kGradient, Reach reach, class Bias, bool kShared, class Finish>
+NVPFLOW_DEVICE void dense_streamed(WeightStream<T, kGradient, reach>& stream, int in, int out, Bias bias,
                                    const MemoryRows<T, kShared>& rows, int across, int num_across, const Lane& lane,
                                    Finish finish) {
   const int blocks = (in + 15) / 16, outs = blocks_of(out);

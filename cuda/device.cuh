@@ -14,12 +14,14 @@
 #define NVPFLOW_DEVICE inline
 #define NVPFLOW_KERNEL(threads) void
 #define NVPFLOW_UNROLL
+#define NVPFLOW_ROLLED
 #define NVPFLOW_ARGUMENT const
 #else
 #include <cuda_runtime.h>
 #define NVPFLOW_DEVICE __device__ __forceinline__
 #define NVPFLOW_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 #define NVPFLOW_UNROLL _Pragma("unroll")
+#define NVPFLOW_ROLLED _Pragma("unroll 1")
 #define NVPFLOW_ARGUMENT const __grid_constant__  // read where it is, not copied to a thread's local memory
 #endif
 
@@ -154,6 +156,27 @@ NVPFLOW_DEVICE unsigned long long to_bits(double x) { return static_cast<unsigne
 NVPFLOW_DEVICE double from_bits(unsigned long long x) { return __longlong_as_double(static_cast<long long>(x)); }
 NVPFLOW_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 NVPFLOW_DEVICE double multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
+/// a / b for a in [0, 2^100] and b in [1, 2^100], of which b is 1 where a is below 2^-24: what division computes there,
+/// without its branch for the ends of the range.
+NVPFLOW_DEVICE float divide_inside(float a, float b) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
+  inverse = __fmaf_rn(inverse, __fmaf_rn(-b, inverse, 1.0f), inverse);
+  const float q = a * inverse;
+  return __fmaf_rn(inverse, __fmaf_rn(-b, q, a), q);
+}
+NVPFLOW_DEVICE double divide_inside(double a, double b) { return a / b; }
+/// max(x, 0), NaN where x is: one instruction.
+NVPFLOW_DEVICE float positive_part(float x) {
+#if __CUDA_ARCH__ >= 800
+  float larger;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(larger) : "f"(x));
+  return larger;
+#else
+  return x <= 0.0f ? 0.0f : x;
+#endif
+}
+NVPFLOW_DEVICE double positive_part(double x) { return x <= 0.0 ? 0.0 : x; }
 NVPFLOW_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
 NVPFLOW_DEVICE double square_root(double x) { return __dsqrt_rn(x); }
 

@@ -192,7 +192,7 @@ NVPFLOW_DEVICE T hyperbolic_tangent(T x) {
   const ExpParts<T> parts = exp_parts(T(2) * at_most(absolute(x), Real<T>::kTanhHigh));
   const T half_scale = power_of_two<T>(parts.n - 1);
   const T h = multiply_add(parts.p, half_scale, half_scale - T(0.5));
-  const T q = h / (h + T(1));
+  const T q = divide_inside(h, h + T(1));
   const T weight = T(1) - q;
   return copy_sign(multiply_add(multiply_add(-q, h, h - q), weight * weight, q), x);
 }
@@ -334,7 +334,7 @@ template <class T>
 NVPFLOW_DEVICE T activate(Act act, T x) {
   switch (act) {
     case Act::relu:
-      return x < T(0) ? T(0) : x;
+      return positive_part(x);
     case Act::leaky_relu:
       return x < T(0) ? x * T(0.01) : x;
     case Act::elu:

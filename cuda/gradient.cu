@@ -88,7 +88,7 @@ struct Reverse {
     for (std::int64_t i = 4 * thread_index(); i < count; i += 4 * num_threads()) store4(to + i, load4(from + i));
   }
 
-  NVPFLOW_DEVICE void begin(std::int64_t index, T* tile_tape) {
+  NVPFLOW_DEVICE void begin(std::int32_t index, T* tile_tape) {
     tape = tile_tape;
     const std::int64_t size = state_elements(program, plan.tile_rows);
     tile.begin(index, call.rows);
@@ -149,8 +149,8 @@ struct Reverse {
 
   /// Of the log-determinant of row r, and of log p where the call is of that.
   NVPFLOW_DEVICE T given_cotangent(int r) const {
-    if (call.nll) return -static_cast<T>(call.weights(tile.first + r) * call.nll_factor);
-    return call.grad_log_det != nullptr ? call.grad_log_det[tile.first + r] : T(call.density ? 1 : 0);
+    if (call.nll) return -static_cast<T>(call.weights(tile.first() + r) * call.nll_factor);
+    return call.grad_log_det != nullptr ? call.grad_log_det[tile.first() + r] : T(call.density ? 1 : 0);
   }
 
   /// The cotangents that the way back starts from: zero for rows past the end, NaN for poisoned ones.
@@ -168,7 +168,7 @@ struct Reverse {
         } else {
           if (of_density) g = cuda::latent_cotangent(base, tile.at(r, at), given_cotangent(r));
         }
-        if (!of_density && call.grad_out != nullptr) g = call.grad_out[(tile.first + r) * program.input_size + f];
+        if (!of_density && call.grad_out != nullptr) g = call.grad_out[(tile.first() + r) * program.input_size + f];
         g = tile.clean(r, g);
       }
       cotangents.at(r, at) = g;
@@ -285,8 +285,8 @@ struct Reverse {
     if constexpr (reach == Reach::all) {
       linear_backward<M>(*this, layer, part, is_linear_wanted(input_wanted, layer, call.inverse),
                          [&]<Multiply N>(By<N>, const Dense& d, const auto& rows, auto finish) {
-                           dense_streamed<N>(stream, d.out, d.in, static_cast<const T*>(nullptr), rows, across,
-                                             plan.warps_across, lane, finish);
+                           dense_streamed<N>(stream, d.out, d.in, NoBias(), rows, across, plan.warps_across, lane,
+                                             finish);
                          });
     }
   }
@@ -336,7 +336,7 @@ gradient_tiles(NVPFLOW_ARGUMENT GradientPlan plan, NVPFLOW_ARGUMENT Program<T> p
   TransformCall<T> density;
   density.log_prob = call.nll ? log_prob - first_tile * plan.tile_rows : call.log_prob;
   for (std::int64_t i = block_index(); i < tiles; i += num_blocks()) {
-    reverse.begin(first_tile + i, tape + i * plan.tape_elements);
+    reverse.begin(static_cast<std::int32_t>(first_tile + i), tape + i * plan.tape_elements);
     block_barrier();
     reverse.tile.clear(reverse.team());
     reverse.cotangents.clear_padding(reverse.team());

@@ -85,9 +85,7 @@ NVPFLOW_DEVICE LogScaleAt<T> log_scale_at(const Scale<T>& c, T u) {
 /// of the text serves all sums, which move past it.
 template <class T, int N, class Keep>
 NVPFLOW_DEVICE void log_scales(const Scale<T>& c, T (&sums)[N][4], Keep keep) {
-#if !defined(NVPFLOW_SIMT)
-#pragma unroll 1
-#endif
+  NVPFLOW_ROLLED
   for (int turn = 0; turn < N; ++turn) {
     T first[4];
     NVPFLOW_UNROLL

@@ -244,9 +244,7 @@ NVPFLOW_DEVICE void leave_block(Walk& walk, const KeptArrays<Walk, T>& kept, con
   const auto from = kept.rows(behind, width), to = kept.rows(entry.tape.h_cotangent, width);
   T* of_map = entry.map < 0 ? nullptr : kept.at(entry.tape.sums) + walk.row_block / kRowBlocks * 2 * bias_size(width);
   store_sums(sums, first, valid, walk.lane, scratch);
-#if !defined(NVPFLOW_SIMT)
-#pragma unroll 1
-#endif
+  NVPFLOW_ROLLED
   for (int nb = 0; nb < valid; ++nb) {
     const BlockMap<T> map = entry.map < 0 ? BlockMap<T>() : BlockMap<T>(walk.packed, entry, first + nb, walk.lane);
     T scale[2] = {}, shift[2] = {};
@@ -306,8 +304,8 @@ NVPFLOW_DEVICE void networks_backward(Walk& walk, const NetworksTape<T>& keep, T
       gate_backward(walk, kept, d, keep.dense(j - 1));
     }
     if (!is_dense_wanted(d, input_wanted, walk.context_wanted)) continue;
-    dense_streamed<M>(walk.stream, d.out, d.in, static_cast<const T*>(nullptr), kept.rows(d.tape.cotangent, d.out),
-                      walk.across, walk.plan.warps_across, walk.lane, [&](int first, int valid, Sums<T>& sums) {
+    dense_streamed<M>(walk.stream, d.out, d.in, NoBias(), kept.rows(d.tape.cotangent, d.out), walk.across,
+                      walk.plan.warps_across, walk.lane, [&](int first, int valid, Sums<T>& sums) {
                         if (d.first) return add_to_inputs(walk, layer, first, valid, sums);
                         if (d.role == Role::gate) return add_to_context(walk, 0, first, valid, sums);
                         take_cotangents(walk, kept, j, first, valid, sums);

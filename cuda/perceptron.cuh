@@ -9,6 +9,17 @@
 
 namespace nvpflow::cuda {
 
+/// Zeros for the blocks past `valid`.
+template <class T>
+NVPFLOW_DEVICE void clear_sums(int valid, Sums<T>& sums) {
+  NVPFLOW_UNROLL
+  for (int n = 0; n < kRowBlocks * kOutBlocks; ++n) {
+    if (n % kOutBlocks < valid) continue;
+    NVPFLOW_UNROLL
+    for (int i = 0; i < 4; ++i) sums[n][i] = T(0);
+  }
+}
+
 /// The sums of the heads from the input of the last hidden layer, 32 hidden outputs at a time, with weights in shared
 /// memory.
 template <Multiply M, class T, class Rows>
@@ -26,12 +37,17 @@ NVPFLOW_DEVICE void hidden_and_head(const Dense& hidden, const Dense& head, Act 
                                       lane, sums);
     activate_sums(activation, sums);
     const RegisterRows<T> chunk{sums};
+    if (valid < kOutBlocks) clear_sums<T>(valid, sums);  // whose weights are zero
     NVPFLOW_UNROLL
     for (int pair = 0; pair < kOutBlocks / 2; ++pair) {
       if (2 * pair >= valid) continue;
-      multiply16<M, T, kHeadBlocks<T>>(chunk, 2 * pair, 2 * pair + 1 < valid,
-                                       packed + head.weights + (first / 2 + pair) * kBlock, head_blocks * kBlock,
-                                       head_outs, lane, result);
+      const T* w = packed + head.weights + (first / 2 + pair) * kBlock;
+      if (M == Multiply::fma || head_outs > kHeadBlocks<T> / 2) {
+        multiply16<M, T, kHeadBlocks<T>>(chunk, 2 * pair, true, true, w, head_blocks * kBlock, head_outs, lane, result);
+      } else {
+        multiply16<M, T, kHeadBlocks<T>>(chunk, 2 * pair, true, false, w, head_blocks * kBlock, head_outs, lane,
+                                         result);
+      }
     }
   }
 }
@@ -131,9 +147,7 @@ NVPFLOW_DEVICE void derive(Walk& walk, Act act, const MemoryRows<T, kShared>& va
                            int valid, Sums<T>& sums) {
   store_sums(sums, first, valid, walk.lane, to);
   // Each lane meets its own numbers again, one at a time: one copy of the text for all of them.
-#if !defined(NVPFLOW_SIMT)
-#pragma unroll 1
-#endif
+  NVPFLOW_ROLLED
   for (int i = 0; i < kRowBlocks * valid; ++i) {
     const int rb = i % kRowBlocks, at = rb * to.stride + (first + i / kRowBlocks) * kBlock + walk.lane.chunk;
     store4(to.at(at), derived(act, load4(to.at(at)), load4(value.at(at)), load4(argument.at(at))));
@@ -195,9 +209,8 @@ NVPFLOW_DEVICE void network_backward(Walk& walk, const CouplingTape<T>& keep, T*
   for (int j = layer.num_dense - 1; j >= 0; --j) {
     if (j == 0 && !input_wanted) return;
     const Dense& d = walk.program.dense[layer.first_dense + j];
-    dense_streamed<M>(walk.stream, d.out, d.in, static_cast<const T*>(nullptr),
-                      walk.rows_of(part + keep.cotangent(j), d.out), walk.across, walk.plan.warps_across, walk.lane,
-                      [&](int first, int valid, Sums<T>& sums) {
+    dense_streamed<M>(walk.stream, d.out, d.in, NoBias(), walk.rows_of(part + keep.cotangent(j), d.out), walk.across,
+                      walk.plan.warps_across, walk.lane, [&](int first, int valid, Sums<T>& sums) {
                         if (j > 0) {
                           const std::int64_t width = keep.width(j - 1);
                           derive(walk, layer.activation, walk.rows_of(part + keep.value(j - 1), width),

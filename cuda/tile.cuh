@@ -40,11 +40,11 @@ NVPFLOW_DEVICE bool is_backwards(const Walk& walk, const Layer<T>& layer) {
 
 template <class T>
 struct Tile {
-  int features, half;  // half: of the first part of the features, those in the places [0, half)
-  int rows = 0;        // of a full tile
-  int valid = 0;       // of them that are rows of the call
-  std::int64_t first = 0;
-  T* state0 = nullptr;  // the first part of the features, then the second
+  int features, half;       // half: of the first part of the features, those in the places [0, half)
+  int rows = 0;             // of a full tile
+  int valid = 0;            // of them that are rows of the call
+  std::int32_t number = 0;  // of the tile in the call
+  T* state0 = nullptr;      // the first part of the features, then the second
   T* hidden0 = nullptr;
   int hidden_size = 0;    // of one of the buffers of hidden activations
   T* sums = nullptr;      // [2][warps across][rows]
@@ -52,6 +52,8 @@ struct Tile {
 
   NVPFLOW_DEVICE explicit Tile(const Program<T>& program) : features(program.input_size), half(program.split) {}
 
+  /// Of its rows.
+  NVPFLOW_DEVICE std::int64_t first() const { return static_cast<std::int64_t>(number) * rows; }
   NVPFLOW_DEVICE int count(int part) const { return part == 0 ? half : features - half; }
   NVPFLOW_DEVICE T* state(int part) const { return state0 + part * rows * 8 * blocks_of(half); }
   NVPFLOW_DEVICE T* hidden(int buffer) const { return hidden0 + buffer * hidden_size; }
@@ -73,9 +75,10 @@ struct Tile {
     poison = reinterpret_cast<int*>(next);
   }
 
-  NVPFLOW_DEVICE void begin(std::int64_t index, std::int64_t total) {
-    first = index * rows;
-    valid = static_cast<int>(total - first < rows ? total - first : rows);
+  NVPFLOW_DEVICE void begin(std::int32_t index, std::int64_t total) {
+    number = index;
+    const std::int64_t left = total - first();
+    valid = static_cast<int>(left < rows ? left : rows);
   }
 
   /// The column of a part of the state, or of the feature in a place.
@@ -138,7 +141,7 @@ struct Tile {
     for (auto e = static_cast<unsigned>(team.index); e < size; e += static_cast<unsigned>(team.size)) {
       const auto r = static_cast<int>(e / width);
       const auto f = static_cast<int>((e - static_cast<unsigned>(r) * width) * step);
-      const std::int64_t row = first + (r < valid ? r : valid - 1);
+      const std::int64_t row = first() + (r < valid ? r : valid - 1);
       const T* from = in + (index == nullptr ? row : index[row]) * features + f;
       Vec4<T> v = {};
       if (quads) {
@@ -170,7 +173,7 @@ struct Tile {
     for (auto e = static_cast<unsigned>(team.index); e < size; e += static_cast<unsigned>(team.size)) {
       const auto r = static_cast<int>(e / width);
       const auto f = static_cast<int>((e - static_cast<unsigned>(r) * width) * step);
-      T* to = out + (first + r) * features + f;
+      T* to = out + (first() + r) * features + f;
       if (quads) {
         store4(to, Vec4<T>{cleaned(r, f), cleaned(r, f + 1), cleaned(r, f + 2), cleaned(r, f + 3)});
       } else {
@@ -185,14 +188,14 @@ struct Tile {
     if (r >= valid) return;
     // What is lost is such that the density of the row is 0.
     const T inf = infinity<T>(), lost = call.inverse ? inf : -inf;
-    if (call.log_det != nullptr) call.log_det[first + r] = clean(r, is_finite(log_det) ? log_det : lost);
-    if (call.log_prob != nullptr) call.log_prob[first + r] = clean(r, log_prob(), -inf);
+    if (call.log_det != nullptr) call.log_det[first() + r] = clean(r, is_finite(log_det) ? log_det : lost);
+    if (call.log_prob != nullptr) call.log_prob[first() + r] = clean(r, log_prob(), -inf);
   }
 
   NVPFLOW_DEVICE void store_conditioner(const TransformCall<T>& call, int r, int j, int width, T s, T t) const {
     if (r >= valid) return;
-    call.log_scale[(first + r) * width + j] = clean(r, s);
-    call.shift[(first + r) * width + j] = clean(r, t);
+    call.log_scale[(first() + r) * width + j] = clean(r, s);
+    call.shift[(first() + r) * width + j] = clean(r, t);
   }
 
   /// Latents of the call's rows (base.cuh); of rows past the end too, which are not read.
@@ -201,7 +204,7 @@ struct Tile {
                                  std::uint64_t first_row, const std::int32_t* places) const {
     if constexpr (kind == BaseKind::mixture) {
       for (int r = team.index; r < rows; r += team.size) {
-        mixture_noise(base, seed, first_row + static_cast<std::uint64_t>(first + r), features,
+        mixture_noise(base, seed, first_row + static_cast<std::uint64_t>(first() + r), features,
                       [&](int f) -> T& { return at(r, listed(places, f)); });
       }
     } else {
@@ -218,7 +221,7 @@ struct Tile {
     for (auto e = static_cast<unsigned>(team.index); e < size; e += static_cast<unsigned>(team.size)) {
       const unsigned r = e / width, block = e - r * width;
       T numbers[kNoiseColumns<T>];
-      noise_block(of, base, seed, first_row + static_cast<std::uint64_t>(first + r), block, numbers);
+      noise_block(of, base, seed, first_row + static_cast<std::uint64_t>(first() + r), block, numbers);
       NVPFLOW_UNROLL
       for (int i = 0; i < kNoiseColumns<T>; ++i) {
         const int f = static_cast<int>(block) * kNoiseColumns<T> + i;

@@ -155,7 +155,7 @@ struct Walker {
   }
 
   template <class Run>
-  NVPFLOW_DEVICE void walk(std::int64_t index, Run run) {
+  NVPFLOW_DEVICE void walk(std::int32_t index, Run run) {
     tile.begin(index, call.rows);
     barrier();  // no thread reads the last tile any more
     tile.clear(team());
@@ -193,11 +193,11 @@ transform_resident(NVPFLOW_ARGUMENT TransformPlan plan, NVPFLOW_ARGUMENT Program
   walker.tile.carve(
       reinterpret_cast<unsigned char*>(weights + program.packed_size) + warp * tile_bytes<T>(program, plan), nullptr,
       program, plan);
+  walker.tile.rows = kWarpRows;  // as the plan says, and a constant
   copies_wait<0>();
   block_barrier();
-  const std::int64_t tiles = ceil_div(call.rows, kWarpRows);
-  for (std::int64_t i = static_cast<std::int64_t>(block_index()) * warps + warp; i < tiles;
-       i += static_cast<std::int64_t>(num_blocks()) * warps) {
+  const auto tiles = static_cast<std::int32_t>(ceil_div(call.rows, kWarpRows));
+  for (std::int32_t i = block_index() * warps + warp; i < tiles; i += num_blocks() * warps) {
     walker.walk(i, [&](By<M>, const Dense& d, const auto& rows, auto finish) {
       dense_resident<M>(d, weights, rows, walker.lane, finish);
     });
@@ -221,7 +221,7 @@ transform_streamed(NVPFLOW_ARGUMENT TransformPlan plan, NVPFLOW_ARGUMENT Program
   walker.tile.carve(reinterpret_cast<unsigned char*>(stages + 2 * stream.stage_size()),
                     S == Storage::workspace ? workspace + block_index() * workspace_elements(program, plan) : nullptr,
                     program, plan);
-  for (std::int64_t i = block_index(); i < tiles; i += num_blocks()) {
+  for (std::int32_t i = block_index(); i < tiles; i += num_blocks()) {
     walker.walk(i, [&]<Multiply N>(By<N>, const Dense& d, const auto& rows, auto finish) {
       dense_streamed<N>(stream, d.in, d.out, program.packed + d.bias, rows, walker.across, plan.warps_across,
                         walker.lane, finish);

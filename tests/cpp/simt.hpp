@@ -561,6 +561,10 @@ inline unsigned long long to_bits(double x) { return std::bit_cast<unsigned long
 inline double from_bits(unsigned long long x) { return std::bit_cast<double>(x); }
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline double multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
+inline float divide_inside(float a, float b) { return a / b; }
+inline double divide_inside(double a, double b) { return a / b; }
+inline float positive_part(float x) { return x <= 0.0f ? 0.0f : x; }
+inline double positive_part(double x) { return x <= 0.0 ? 0.0 : x; }
 inline float square_root(float x) { return std::sqrt(x); }
 inline double square_root(double x) { return std::sqrt(x); }
 
