@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -81,6 +82,26 @@ class CudaTraining final : public Training {
     call.accumulate = accumulate;
     call.sum_log_prob = sums() + slices_++;
     flow_->gradient(gradient_plan_, packed_.program(), call, workspace_.data(), stream_);
+  }
+
+  HostGradient read_gradient() override {
+    const OnDevice on(flow_->index());
+    download(host_gradient_, gradient_);
+    const std::int64_t bytes = slices_ * static_cast<std::int64_t>(sizeof(double));
+    host_sums_.reserve(std::max<std::int64_t>(bytes, 1), "the loss");
+    if (bytes > 0) copy_to_host(host_sums_.data(), sums_.data(), bytes, stream_);
+    synchronize(static_cast<Stream>(stream_));
+    const auto* values = static_cast<const double*>(host_sums_.data());
+    return {host_gradient_.data(), std::accumulate(values, values + slices_, 0.0)};
+  }
+
+  void write_gradient(double sum_log_prob, std::int64_t total_rows) override {
+    const OnDevice on(flow_->index());
+    slices_ = 1, batch_rows_ = total_rows;
+    reserve_sums(slices_, total_rows);
+    copy_to_device(gradient_.data(), host_gradient_.data(), flow_->parameter_bytes(), stream_);
+    upload(sums_, &sum_log_prob, sizeof sum_log_prob, "the loss", stream_);
+    synchronize(static_cast<Stream>(stream_));
   }
 
   void update(const AdamStep& step, double clip_norm) override {
@@ -244,7 +265,7 @@ class CudaTraining final : public Training {
   Memory index_{Memory::Kind::device}, log_prob_{Memory::Kind::device}, workspace_{Memory::Kind::device};
   Memory sums_{Memory::Kind::device}, state_{Memory::Kind::device}, host_state_{Memory::Kind::pinned};
   Memory host_parameters_{Memory::Kind::pinned}, host_first_moment_{Memory::Kind::pinned},
-      host_second_moment_{Memory::Kind::pinned};
+      host_second_moment_{Memory::Kind::pinned}, host_gradient_{Memory::Kind::pinned}, host_sums_{Memory::Kind::pinned};
   std::vector<std::pair<std::int64_t, std::int64_t>> trained_;  // (offset, count)
   std::int64_t slices_ = 0, batch_rows_ = 1;
 };

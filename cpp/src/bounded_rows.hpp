@@ -31,11 +31,12 @@ struct BoundedRows {
 struct Dither {
   std::uint64_t seed;
   std::uint32_t stream;
+  std::uint64_t first_row = 0;  // what rows are counted from
 };
 
 /// Uniform in (-1/2, 1/2), a function of its arguments. Of 24 bits: with an integer of float32 it makes a float64.
 inline double noise_of(const Dither& dither, std::size_t row, std::size_t column) {
-  const auto at = static_cast<std::uint64_t>(row);
+  const std::uint64_t at = dither.first_row + static_cast<std::uint64_t>(row);
   const std::uint32_t counter[4] = {static_cast<std::uint32_t>(at), static_cast<std::uint32_t>(at >> 32),
                                     static_cast<std::uint32_t>(column), dither.stream};
   std::uint32_t words[4];

@@ -58,6 +58,8 @@ json describe(const CheckpointKey& key) {
   for (const char* name : {"num_threads", "checkpoint"}) text.erase(name);  // decide nothing
   if (o.averaging == 0) text.erase("averaging");                            // as checkpoints were before there was one
   text.erase("folds");                                                      // a run with a checkpoint has none
+  if (o.shards < 2) text.erase("shards");
+  if (o.checkpoint_every == 0 || o.shards < 2) text.erase("checkpoint_every");  // shards' grids follow from it
   // The cosine's length is part of the schedule; a constant rate may go on for longer.
   if (o.schedule == Schedule::constant) text.erase("epochs");
   return text;
@@ -119,12 +121,15 @@ void check_records(const std::string& path, const std::vector<EpochRecord>& reco
 /// The counters and the best loss are those that training leaves after these epochs.
 void check_progress(const std::string& path, const std::vector<EpochRecord>& records, const CheckpointKey& key,
                     bool validated, double initial_loss, const CheckpointState& state) {
-  const auto& [adam_steps, best_epoch, best_loss, values] = state;
+  const auto& [adam_steps, best_epoch, best_loss, begun, values] = state;
   const auto last = static_cast<std::int64_t>(records.size());
   std::int64_t steps = 0;
-  if (__builtin_mul_overflow(last, key.steps_per_epoch, &steps) || adam_steps != steps) {
+  const bool too_many = __builtin_mul_overflow(last, key.steps_per_epoch, &steps);
+  const std::int64_t most = begun ? steps + key.steps_per_epoch - 1 : steps, least = begun ? steps + 1 : steps;
+  if (too_many || adam_steps < least || adam_steps > most || (begun && !std::isfinite(*begun))) {
     damaged(path, "its adam_steps is " + std::to_string(adam_steps) + ", expected " + std::to_string(last) +
-                      " epochs of " + std::to_string(key.steps_per_epoch) + " steps");
+                      " epochs of " + std::to_string(key.steps_per_epoch) + " steps" +
+                      (begun ? ", and some of the next one with a finite sum of log p" : ""));
   }
   if (best_epoch < 0 || best_epoch > last) {
     damaged(path, "its best_epoch is " + std::to_string(best_epoch) + ", expected 0 to " + std::to_string(last));
@@ -143,17 +148,18 @@ void check_progress(const std::string& path, const std::vector<EpochRecord>& rec
 }  // namespace
 
 void save_checkpoint(const std::string& path, const CheckpointKey& key, const History& history, std::int64_t adam_steps,
-                     const CheckpointArrays& arrays) {
+                     const PartOfEpoch& begun, const CheckpointArrays& arrays) {
   std::vector<double> records;
   for (const EpochRecord& r : history.epochs) {
     EpochRecord::fields([&](const char*, auto member) { records.push_back(static_cast<double>(r.*member)); });
   }
-  const CheckpointState state = {adam_steps, history.best_epoch, history.best_loss, std::move(records)};
+  CheckpointState state = {adam_steps, history.best_epoch, history.best_loss, std::nullopt, std::move(records)};
+  if (begun.steps > 0) state.begun = begun.sum_log_prob;
   write_checkpoint(path, describe(key), key.spec.dtype, state, kRecordFields, arrays);
 }
 
 void load_checkpoint(const std::string& path, const CheckpointKey& key, History& history, std::int64_t& adam_steps,
-                     const CheckpointArrays& arrays) {
+                     PartOfEpoch& begun, const CheckpointArrays& arrays) {
   // Model and rows first: the defaults of batch_size and weight_decay follow from them.
   static constexpr std::array<const char*, 3> kFirst = {"flow", "x", "validation rows"};
   const ReadCheckpoint read = read_checkpoint(path, describe(key), kFirst, key.spec.dtype, kRecordFields);
@@ -168,6 +174,7 @@ void load_checkpoint(const std::string& path, const CheckpointKey& key, History&
   history.best_loss = read.state.best_loss;
   history.best_epoch = read.state.best;
   adam_steps = read.state.adam_steps;
+  begun = {adam_steps - static_cast<std::int64_t>(epochs.size()) * key.steps_per_epoch, read.state.begun.value_or(0)};
 
   const auto done = static_cast<std::int64_t>(history.epochs.size());
   const FitOptions& options = key.options;

@@ -155,6 +155,7 @@ void write_checkpoint(const std::string& path, const json& key, DType dtype, con
   const auto records = static_cast<std::int64_t>(state.records.size()) / fields;
   std::vector<FileTensor> tensors = {{"history", DType::float64, {records, fields}, state.records.data()},
                                      {"best_loss", DType::float64, {1}, &state.best_loss}};
+  if (state.begun) tensors.push_back({"begun_epoch", DType::float64, {1}, &*state.begun});
   for (const auto& [name, values] : named(arrays)) tensors.push_back({name, dtype, flat, values});
   write_tensor_file(path, {{kTrainingKey, training.dump()}}, tensors);
 }
@@ -166,6 +167,11 @@ ReadCheckpoint read_checkpoint(const std::string& path, const json& key, std::sp
   check_key(path, training["key"], key, first);
   read.state.records = records_of(path, read.file, fields);
   std::memcpy(&read.state.best_loss, find(path, read.file, "best_loss", DType::float64, 1).data, sizeof(double));
+  for (const FileTensor& tensor : read.file.tensors) {
+    if (tensor.name != "begun_epoch") continue;
+    std::memcpy(&read.state.begun.emplace(), find(path, read.file, "begun_epoch", DType::float64, 1).data,
+                sizeof(double));
+  }
   read.state.best = training["best_epoch"];
   read.state.adam_steps = training["adam_steps"];
   return read;

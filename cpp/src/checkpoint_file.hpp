@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -31,6 +32,7 @@ struct CheckpointArrays {
 struct CheckpointState {
   std::int64_t adam_steps = 0, best = 0;  // the number of the best record, 0: none
   double best_loss = 0;
+  std::optional<double> begun;  // of fit(): the sum of log p of an epoch that is not finished
   std::vector<double> records;  // [records, fields]
 };
 

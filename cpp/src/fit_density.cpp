@@ -494,7 +494,7 @@ class DensityFit {
 
   void write() {
     if (options_.checkpoint.empty()) return;
-    CheckpointState state = {step_, history_.best_step, history_.best_loss, {}};
+    CheckpointState state = {step_, history_.best_step, history_.best_loss, std::nullopt, {}};
     for (const DensityRecord& r : history_.reports) {
       DensityRecord::fields([&](const char*, auto member) { state.records.push_back(static_cast<double>(r.*member)); });
     }

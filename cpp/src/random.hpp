@@ -46,12 +46,14 @@ inline void philox4x32(std::uint64_t key, const std::uint32_t counter[4], std::u
 class Shuffle {
  public:
   Shuffle() = default;
-  Shuffle(std::uint64_t size, std::uint64_t seed, std::uint32_t stream, std::uint64_t epoch) : size_(size) {
+  /// part: tells apart the shuffles of one epoch; below 2^30.
+  Shuffle(std::uint64_t size, std::uint64_t seed, std::uint32_t stream, std::uint64_t epoch, std::uint32_t part = 0)
+      : size_(size) {
     while (half_bits_ < 32 && (std::uint64_t{1} << (2 * half_bits_)) < size) ++half_bits_;
     mask_ = (std::uint64_t{1} << half_bits_) - 1;
     for (std::uint32_t pair = 0; pair < kRounds / 2; ++pair) {
       const std::uint32_t counter[4] = {static_cast<std::uint32_t>(epoch), static_cast<std::uint32_t>(epoch >> 32),
-                                        pair, stream};
+                                        pair + 4 * part, stream};
       std::uint32_t word[4];
       philox4x32(seed, counter, word);
       keys_[std::size_t{2} * pair] = (std::uint64_t{word[1]} << 32) | word[0];

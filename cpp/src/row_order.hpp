@@ -13,13 +13,14 @@ namespace nvpflow {
 struct RowOrder {
   bool shuffled = false, split = false;
   std::uint64_t first_of_part = 0;  // where the part begins in the split, which it goes round
+  std::uint64_t base = 0;           // the row that all of this is counted from: the first of a shard
   Shuffle shuffle, parts;
 
   NVPFLOW_HOST_DEVICE std::int64_t operator()(std::int64_t place) const {
     auto i = static_cast<std::uint64_t>(place);
     if (shuffled) i = shuffle(i);
     if (split) i = parts(parts.wrapped(i + first_of_part));
-    return static_cast<std::int64_t>(i);
+    return static_cast<std::int64_t>(i + base);
   }
 
   /// f(i, (*this)(first + i)) for i < count, in order: faster than one by one.
@@ -32,7 +33,7 @@ struct RowOrder {
       if (shuffled) shuffle.apply(places, size);
       for (std::int64_t i = 0; split && i < size; ++i) places[i] = parts.wrapped(places[i] + first_of_part);
       if (split) parts.apply(places, size);
-      for (std::int64_t i = 0; i < size; ++i) f(done + i, static_cast<std::int64_t>(places[i]));
+      for (std::int64_t i = 0; i < size; ++i) f(done + i, static_cast<std::int64_t>(places[i] + base));
     }
   }
 };

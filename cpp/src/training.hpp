@@ -66,6 +66,15 @@ class Training {
   /// order(first + count - 1) of x; with `accumulate` adds to the one before: a batch may come in slices.
   virtual void gradient(const RowOrder& order, std::int64_t first, std::int64_t count, std::int64_t total_rows,
                         bool accumulate) = 0;
+  /// What the calls of gradient() since the last that did not accumulate came to: an array [ParamLayout::size()] of the
+  /// host, valid until the next call, and the sum by weight of log p.
+  struct HostGradient {
+    void* values;
+    double sum_log_prob;
+  };
+  virtual HostGradient read_gradient() = 0;
+  /// Takes over what the array of the last read_gradient() was changed to, and the sum over a batch of so many rows.
+  virtual void write_gradient(double sum_log_prob, std::int64_t total_rows) = 0;
   /// One Adam update of kernels and biases by that gradient, scaled down to clip_norm where it is longer (0: never);
   /// weight_decay acts on kernels only. Where the batch's loss or the gradient's norm is not finite it is refused, as
   /// is every later one.

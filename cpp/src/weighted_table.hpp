@@ -1,6 +1,7 @@
 // A table to train on, without the rows that count for nothing.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -34,7 +35,7 @@ class WeightedTable {
     SampleWeights(weights).check(names.weights, count);
     own_weights_ = rescaled(weights);
     if (!own_weights_.empty()) weights_ = own_weights_;
-    const std::vector<std::int64_t> counting = rows_that_count(weights_);
+    std::vector<std::int64_t> counting = rows_that_count(weights_);
     if (counting.empty()) return;
     const std::span<const T> contexts = checked_context<T>(spec, names.context, context, count);
     check_finite(names.rows, rows, spec.input_size, [] {});  // all of them, by the numbers that the caller knows
@@ -48,6 +49,7 @@ class WeightedTable {
     take(weights_, 1, counting, of_counting);
     own_weights_ = std::move(of_counting);
     rows_ = own_rows_, weights_ = own_weights_;
+    counting_ = std::move(counting);
   }
   WeightedTable(const WeightedTable&) = delete;
   WeightedTable& operator=(const WeightedTable&) = delete;
@@ -55,6 +57,11 @@ class WeightedTable {
   std::span<const X> rows() const { return rows_; }
   const Context& context() const { return context_; }
   std::span<const double> weights() const { return weights_; }
+  /// How many rows are left of the first `count` that were given.
+  std::int64_t left_of_first(std::int64_t count) const {
+    if (counting_.empty()) return count;
+    return std::lower_bound(counting_.begin(), counting_.end(), count) - counting_.begin();
+  }
 
  private:
   template <class V>
@@ -72,6 +79,7 @@ class WeightedTable {
   std::vector<X> own_rows_;
   std::vector<T> own_context_;
   std::vector<double> own_weights_;
+  std::vector<std::int64_t> counting_;  // the rows that are left; empty: all
 };
 
 }  // namespace nvpflow

@@ -137,6 +137,13 @@ OPTIONS = (
         "",
         Flag(str, "FILE", "written after every epoch; where it exists, training goes on from it"),
     ),
+    Option(
+        "checkpoint_every",
+        _checks.integer,
+        0,
+        Flag(int, "N", "write the checkpoint also after every N updates of an epoch"),
+    ),
+    Option("shards", _checks.integer, 0),
 )
 FLAGS = {option.name: option.flag for option in OPTIONS if option.flag is not None}
 

@@ -538,7 +538,10 @@ class Flow(Model):
         progress: bool | None = None,
         callback: Callable[[_core.EpochRecord], object] | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int | None = None,
         num_threads: int | None = None,
+        shards: int | None = None,
+        communicator: object = None,
     ) -> training.History:
         """Train on the rows of `x` by maximum likelihood: Adam on minibatches, minimising ``-mean(log p(x))``.
 
@@ -648,8 +651,23 @@ class Flow(Model):
         checkpoint
             A file to write after every epoch. Where it exists already, training goes on from it, and ends as it would
             have without the interruption, bit for bit.
+        checkpoint_every
+            Write the checkpoint also after every so many updates of an epoch. None: after epochs only.
         num_threads
             Threads to train with. None: those of the flow's ``num_threads``.
+        shards
+            Cut the rows, of all processes where there are several, into so many consecutive shards. An update takes an
+            equal number of rows of each, in an order of its own, and the shards' gradients are added up exactly. The
+            weights then depend on the number of shards, and not on how many processes share them. A `batch_size` is a
+            multiple of it; the automatic one is at most 256 rows, or 32 of each shard. None: 64 with a `communicator`,
+            else no shards.
+        communicator
+            The processes that train together: a communicator of mpi4py, a process group of PyTorch, or a
+            `nvpflow.distributed.Communicator`. All of them call `fit`, with the same flow and options. Each gives its
+            own rows of x, with their context and weights, and of `validation`: `nvpflow.distributed.rows_of_process`
+            names them. All end with the same weights and history, bit for bit, for any number of processes. An error, a
+            stop or Ctrl-C of one process becomes that of all. What is set from rows is set from up to 262,144 rows of
+            all processes. Nothing is warned of that one process does not see. The checkpoint is one file for all.
 
         Returns
         -------
@@ -691,6 +709,7 @@ class Flow(Model):
             progress=progress,
             callback=callback,
             adam=adam,
+            communicator=communicator,
         )
 
     @_hints.explained

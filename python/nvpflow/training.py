@@ -24,6 +24,7 @@ from nvpflow import (
     _sample_weight,
     _spec,
     _training_options,
+    distributed,
 )
 from nvpflow._bar import Bar, open_bar
 from nvpflow._bases import NORMAL
@@ -188,17 +189,25 @@ def fit(
     progress: bool | None,
     callback: Callable[[EpochRecord], object] | None,
     adam: AdamState | None,
+    communicator: object,
 ) -> History:
     """Train `flow`; `Flow.fit` documents the arguments."""
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback is {_checks.describe(callback)}, expected callable or None")
-    if adam is not None:
-        check_state("adam", adam)
-    read = _read(flow, x, context, sample_weight, validation)
-    checked = _training_options.checked(options) | {"validation": read.held_out.share}
-    checked["standardize"] = _statistics_to_use(flow, options["standardize"])
+    together = None if communicator is None else distributed.communicator(communicator)
+    with _told_to_others(together):
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback is {_checks.describe(callback)}, expected callable or None")
+        if adam is not None:
+            check_state("adam", adam)
+        sharded = together is not None or options["shards"] is not None
+        read = _read(flow, x, context, sample_weight, validation, keep_all=sharded)
+        checked = _training_options.checked(options) | {"validation": read.held_out.share}
+        checked["standardize"] = _statistics_to_use(flow, options["standardize"])
+        if together is not None and options["shards"] is None:
+            checked["shards"] = distributed.SHARDS
+    if sharded:  # what is said of all rows, this process does not know
+        return _train(flow, read, checked, progress, callback, adam, together)
     report = _look(flow, read, checked)
-    history = _train(flow, read, checked, progress, callback, adam)
+    history = _train(flow, read, checked, progress, callback, adam, None)
     if not any(finding.kind == "outliers" for finding in report.warnings):  # one warning for one finding
         heavy = _bases.has_heavy_tails(flow.spec.base)
         _warn_of_far_rows(history, asked=heavy or checked["standardize"] == "robust", heavy=heavy)
@@ -212,10 +221,21 @@ def fit(
     return history
 
 
+@contextmanager
+def _told_to_others(communicator: distributed.Communicator | None) -> Iterator[None]:
+    """Tell the other processes, which wait for this one, why it does not begin."""
+    try:
+        yield
+    except BaseException as error:
+        if communicator is not None:
+            _core._fail_together(communicator, f"{type(error).__name__}: {error}")
+        raise
+
+
 class _Read(NamedTuple):
     """What `fit` was given, as arrays."""
 
-    table: _Split  # without rows that count for nothing
+    table: _Split
     held_out: _Split
     names: _Names
     is_framed: bool
@@ -223,8 +243,15 @@ class _Read(NamedTuple):
 
 
 def _read(
-    flow: Model, x: ArrayLike, context: ArrayLike | None, sample_weight: ArrayLike | None, validation: Any
+    flow: Model,
+    x: ArrayLike,
+    context: ArrayLike | None,
+    sample_weight: ArrayLike | None,
+    validation: Any,
+    *,
+    keep_all: bool,
 ) -> _Read:
+    """Return what there is to train on. `keep_all`: also rows that count for nothing, which shards are counted with."""
     if text := _frames.not_numbers("x", x):
         raise TypeError(_data.refusal("x", x) or text)  # with all else that is wrong
     given, frame_names = _frames.read("x", x, flow._column_names())
@@ -233,8 +260,10 @@ def _read(
     contexts = _context.rows(context, len(rows), flow.spec, one_for_all=False)
     names = _Names(flow._column_names() or frame_names, flow._context_names() or context_names)
     weights = None if sample_weight is None else _sample_weight.read(sample_weight, len(rows))
-    table = _Split(rows, contexts, weights).that_count()
-    held_out = _split(flow, validation, names, weighted=weights is not None).that_count()
+    table = _Split(rows, contexts, weights)
+    held_out = _split(flow, validation, names, weighted=weights is not None)
+    if not keep_all:
+        table, held_out = table.that_count(), held_out.that_count()
     return _Read(table, held_out, names, _frames.inspect(x) is not None, context)
 
 
@@ -268,8 +297,12 @@ def _train(
     progress: bool | None,
     callback: Callable[[EpochRecord], object] | None,
     adam: AdamState | None,
+    communicator: distributed.Communicator | None,
 ) -> History:
-    bar = open_bar(progress, lambda: _Bar(checked["epochs"]))
+    if communicator is not None and communicator.rank != 0:
+        progress = False if progress is None else progress  # one bar is enough
+    with _told_to_others(communicator):
+        bar = open_bar(progress, lambda: _Bar(checked["epochs"]))
 
     def on_epoch(record: EpochRecord) -> bool:
         if bar is not None:
@@ -291,6 +324,7 @@ def _train(
             adam,
             table.weights,
             held_out.weights,
+            communicator,
         )
     return History._from_summary(summary, unlike_mean(flow, summary["standardized"]))
 

@@ -5,11 +5,15 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <cstring>
+#include <exception>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include <nvpflow/communicator.hpp>
 #include <nvpflow/error.hpp>
 #include <nvpflow/execution.hpp>
 #include <nvpflow/flow.hpp>
@@ -64,6 +68,42 @@ class PythonObserver final : public FitObserver {
   bool training_ = false;           // the preparation is over
 };
 
+/// nvpflow.distributed makes it of what the caller gave: rank, size, and sum and max of an int64 array in place.
+class PythonCommunicator final : public Communicator {
+ public:
+  explicit PythonCommunicator(py::object of)
+      : sum_(of.attr("sum")),
+        max_(of.attr("max")),
+        rank_(of.attr("rank").cast<int>()),
+        size_(of.attr("size").cast<int>()) {}
+
+  int rank() const override { return rank_; }
+  int size() const override { return size_; }
+  void sum(std::span<std::int64_t> values) override { exchange(sum_, values); }
+  void max(std::span<std::int64_t> values) override { exchange(max_, values); }
+
+ private:
+  /// In an array of Python's own: what the caller keeps of it stays valid.
+  static void exchange(const py::object& method, std::span<std::int64_t> values) {
+    park_if_finalizing();
+    const py::gil_scoped_acquire acquire;
+    static_assert(sizeof(std::int64_t) == sizeof(double));
+    const FlatArray array(DType::float64, static_cast<std::int64_t>(values.size()));
+    std::memcpy(array.data, values.data(), values.size_bytes());
+    method(array.array.attr("view")("int64"));
+    std::memcpy(values.data(), array.data, values.size_bytes());
+  }
+
+  py::object sum_, max_;
+  int rank_, size_;
+};
+
+/// Those of fit_flow, or none.
+std::optional<PythonCommunicator> communicator_from(const Arguments& given, int at) {
+  if (!given.given(at)) return std::nullopt;
+  return std::optional<PythonCommunicator>(std::in_place, given.object(at));
+}
+
 /// The context of so many rows, [rows, C]; nothing for a flow without one.
 InputArray context_rows(const BoundFlow& self, PyObject* array, const char* name, std::int64_t rows) {
   if (self.context_size == 0 && (array == nullptr || array == Py_None)) return {};
@@ -85,8 +125,15 @@ Context as_context(const BoundFlow& self, const InputArray& array) {
                   [&](auto t) { return Context(view<decltype(t)>(array, array.rows * self.context_size)); });
 }
 
-/// x, validation, options, on_progress, on_epoch, context, validation_context, adam, sample_weight, validation_weight
-py::object fit_flow(BoundFlow& self, const Arguments& given) {
+/// The arguments of a fit, read.
+struct FitArguments {
+  InputArray in, held_out, context, held_out_context, weights, held_out_weights;
+  FitOptions options;
+};
+
+/// x, validation, options, on_progress, on_epoch, context, validation_context, adam, sample_weight, validation_weight,
+/// communicator
+FitArguments read_fit_arguments(BoundFlow& self, const Arguments& given) {
   const auto rows_of = [&](PyObject* array, const char* name, DType dtype, Kind kind) {
     InputArray in = input_rows(array, name, dtype, self.features, kHost, kind);
     if (in.single) {
@@ -101,16 +148,48 @@ py::object fit_flow(BoundFlow& self, const Arguments& given) {
     // Both of one dtype: float32 is widened without loss.
     if (in.wide && !held_out.wide) held_out = rows_of(given[1], "validation", DType::float64, Kind::data);
     if (held_out.wide && !in.wide) in = rows_of(given[0], "x", DType::float64, Kind::data);
-    if (held_out.rows == 0) throw Error(ErrorCode::invalid_argument, "validation has no rows, expected at least one");
+    if (held_out.rows == 0 && !given.given(10))
+      throw Error(ErrorCode::invalid_argument, "validation has no rows, expected at least one");
   }
   const InputArray context = context_rows(self, given[5], "context", in.rows);
   InputArray held_out_context;
   if (given.given(1)) held_out_context = context_rows(self, given[6], "the context of validation", held_out.rows);
   const InputArray weights = input_weights(given[8], "sample_weight", in);
   const InputArray held_out_weights = input_weights(given[9], "the weights of validation", held_out);
+  return {in,
+          held_out,
+          context,
+          held_out_context,
+          weights,
+          held_out_weights,
+          options_from<FitOptions>(given.object(2).cast<py::dict>())};
+}
+
+/// An error before training begins is told to the other processes.
+template <class F>
+auto told_to_others(std::optional<PythonCommunicator>& communicator, F&& f) {
+  try {
+    return f();
+  } catch (const Error& error) {
+    if (communicator) fail_together(*communicator, error);
+    throw;
+  } catch (const std::exception& error) {
+    const Error told(ErrorCode::unavailable, error.what());
+    try {
+      if (communicator) fail_together(*communicator, told);
+    } catch (const Error&) {  // this process raises the error itself
+    }
+    throw;
+  }
+}
+
+/// Arguments: see read_fit_arguments.
+py::object fit_flow(BoundFlow& self, const Arguments& given) {
+  std::optional<PythonCommunicator> communicator = communicator_from(given, 10);
+  const auto [in, held_out, context, held_out_context, weights, held_out_weights, fit_options] =
+      told_to_others(communicator, [&] { return read_fit_arguments(self, given); });
   const FitWeights fit_weights(view<double>(weights, weights.owner ? in.rows : 0),
                                view<double>(held_out_weights, held_out_weights.owner ? held_out.rows : 0));
-  const FitOptions fit_options = options_from<FitOptions>(given.object(2).cast<py::dict>());
   PythonObserver observer(given.object(3), given.object(4));
   const py::object given_adam = given.object(7);
   // A copy, so that other threads see it change at one moment, with the GIL.
@@ -122,7 +201,7 @@ py::object fit_flow(BoundFlow& self, const Arguments& given) {
       using T = decltype(t);
       return fit(self.flow, view<T>(in, in.rows * self.features), view<T>(held_out, held_out.rows * self.features),
                  fit_weights, fit_options, &observer, as_context(self, context), as_context(self, held_out_context),
-                 adam ? &*adam : nullptr);
+                 adam ? &*adam : nullptr, communicator ? &*communicator : nullptr);
     });
   };
   try {
@@ -174,6 +253,18 @@ py::object check_weights_of(const Arguments& given) {
 }  // namespace
 
 void bind_training(py::module_& module) {
+  // What this process cannot begin is told to the others, which wait for it.
+  module.def("_fail_together", [](const py::object& communicator, const std::string& message) {
+    PythonCommunicator others(communicator);
+    const py::gil_scoped_release released;
+    try {
+      fail_together(others, Error(ErrorCode::invalid_argument, message));
+    } catch (const Error&) {  // the caller raises its own
+    }
+  });
+  module.def("_rows_of_process", [](std::int64_t rows, std::int64_t shards, int rank, int size) {
+    return rows_of_process(rows, shards, rank, size);
+  });
   add_function(module, plain<&check_weights_of>("_check_weights", 2, 2, {"name", "weights"}, nullptr));
   // Of `total` rows, at most `most` that fit sets aside for validation, and at most `most` that it trains on.
   module.def("_split_rows", [](std::int64_t total, double share, std::uint64_t seed, std::int64_t most) {
@@ -186,9 +277,9 @@ void add_training_methods(py::class_<BoundFlow>& type) {
   for (PyMethodDef* method : {
            plain<&initialize_from>("_initialize_from", 2, 5,
                                    {"x", "statistics", "context", "sample_weight", "allow_degenerate"}, nullptr),
-           plain<&fit_flow>("_fit", 5, 10,
+           plain<&fit_flow>("_fit", 5, 11,
                             {"x", "validation", "options", "on_progress", "on_epoch", "context", "validation_context",
-                             "adam", "sample_weight", "validation_weight"},
+                             "adam", "sample_weight", "validation_weight", "communicator"},
                             nullptr),
        }) {
     add_method(type, method);

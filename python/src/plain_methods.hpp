@@ -125,7 +125,7 @@ class ArgumentsOf {
 };
 
 /// What most methods take their arguments as.
-inline constexpr int kMostArguments = 10;
+inline constexpr int kMostArguments = 11;
 using Arguments = ArgumentsOf<kMostArguments>;
 
 /// The names of a function's arguments; those from `positional` on are keyword-only, those before `required` must be

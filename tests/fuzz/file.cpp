@@ -149,6 +149,7 @@ struct Run {
                      second = parameters;
   History history;
   std::int64_t steps = 0;
+  PartOfEpoch begun;
 
   /// Each that fit's defaults have changed, or may.
   static FitOptions options() {
@@ -161,8 +162,8 @@ struct Run {
     return o;
   }
   CheckpointArrays arrays() { return {parameters.data(), best.data(), first.data(), second.data(), nullptr, kCount}; }
-  void load(const std::string& path) { load_checkpoint(path, key, history, steps, arrays()); }
-  void save(const std::string& path) { save_checkpoint(path, key, history, steps, arrays()); }
+  void load(const std::string& path) { load_checkpoint(path, key, history, steps, begun, arrays()); }
+  void save(const std::string& path) { save_checkpoint(path, key, history, steps, begun, arrays()); }
 };
 
 /// A number as JSON text keeps it: what is not finite has the same bits after all.

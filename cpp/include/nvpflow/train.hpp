@@ -10,6 +10,7 @@
 #include <string_view>
 #include <vector>
 
+#include <nvpflow/communicator.hpp>
 #include <nvpflow/flow.hpp>
 
 namespace nvpflow {
@@ -100,6 +101,12 @@ struct NVPFLOW_API FitOptions {
   int num_threads = 0;
   /// If not empty, the file that is written after every epoch. If it exists already, training continues from it.
   std::string checkpoint;
+  /// If above 0, the checkpoint is also written after so many steps of an epoch.
+  std::int64_t checkpoint_every = 0;
+  /// Above 1: the rows of all processes, in the order of their ranks, are cut into so many consecutive shards. A step
+  /// takes an equal share of each, in an order of its own, and the shards' gradients are added up exactly. The weights
+  /// depend on the number of shards, and not on how many processes share them. 0 or 1: none.
+  std::int64_t shards = 0;
 
   /// Calls visit(name, member, range) for every option, by the name that messages and Python use: the one list of them.
   /// range: of numbers; nullptr for all else.
@@ -127,6 +134,8 @@ struct NVPFLOW_API FitOptions {
     other("seed", &FitOptions::seed);
     number("num_threads", &FitOptions::num_threads, SharedRanges::num_threads);
     other("checkpoint", &FitOptions::checkpoint);
+    number("checkpoint_every", &FitOptions::checkpoint_every, {.expected = "at least 0 (0: after epochs only)"});
+    number("shards", &FitOptions::shards, {.below = (1 << 20) + 1, .expected = "0 (none) to 1048576"});
   }
 
   /// Throws Error(invalid_argument) naming the field.
@@ -256,6 +265,13 @@ class NVPFLOW_API FitObserver {
 /// and a checkpoint are refused. Two calls of one epoch each, on the same rows and without validation rows, end as one
 /// of two epochs, bit for bit. Only Schedule::cosine falls to zero in each call.
 ///
+/// communicator: the processes that train together, with FitOptions::shards above 1. All call fit() with the same flow,
+/// options and instruction set, and x, context and weights hold the rows of this process, which rows_of_process()
+/// names; so do those of validation. All end with the same weights and the same history, bit for bit, for any number of
+/// processes. A shard is split for validation on its own. What layers start from is set from up to 262,144 training
+/// rows of all shards, which every process sees. A stop, or an error of one process, becomes that of all at the next
+/// step. A checkpoint is written by process 0 and read by all; another number of processes may go on from it.
+///
 /// Throws Error(invalid_argument) for data or options that cannot be used; it counts and names rows with NaN or inf,
 /// and names constant columns. Throws Error(not_finite), naming the step, where the loss or gradient stops being
 /// finite; the flow then holds the best weights. Throws Error(none_kept) where training was not interrupted and no
@@ -263,7 +279,8 @@ class NVPFLOW_API FitObserver {
 template <class T>
 NVPFLOW_API History fit(Flow& flow, std::span<const T> x, std::span<const T> validation, const FitOptions& options,
                         FitObserver* observer = nullptr, const Context& context = {},
-                        const Context& validation_context = {}, AdamState* adam = nullptr);
+                        const Context& validation_context = {}, AdamState* adam = nullptr,
+                        Communicator* communicator = nullptr);
 
 /// fit() of rows that count for more or less: minimises -sum w log p / sum w. The weights w are scaled to mean 1 over
 /// the training rows, once. A step's loss is -(1 / B) sum w log p over its B rows. Epochs are compared by the weighted
@@ -277,6 +294,7 @@ NVPFLOW_API History fit(Flow& flow, std::span<const T> x, std::span<const T> val
 template <class T>
 NVPFLOW_API History fit(Flow& flow, std::span<const T> x, std::span<const T> validation, const FitWeights& weights,
                         const FitOptions& options, FitObserver* observer = nullptr, const Context& context = {},
-                        const Context& validation_context = {}, AdamState* adam = nullptr);
+                        const Context& validation_context = {}, AdamState* adam = nullptr,
+                        Communicator* communicator = nullptr);
 
 }  // namespace nvpflow

@@ -58,6 +58,11 @@ class CpuTraining final : public Training {
     batch_sum_ += flow_.gradient(packed_.program(), call, count, gradient_.data(), accumulate, threads_);
   }
 
+  HostGradient read_gradient() override { return {gradient_.data(), batch_sum_}; }
+  void write_gradient(double sum_log_prob, std::int64_t total_rows) override {
+    batch_sum_ = sum_log_prob, batch_rows_ = total_rows;
+  }
+
   void update(const AdamStep& step, double clip_norm) override {
     if (report_.bad_step != 0) return;
     const double loss = -batch_sum_ / static_cast<double>(batch_rows_);
