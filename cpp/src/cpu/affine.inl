@@ -126,6 +126,9 @@ constexpr auto steps_of() {
 }
 template <class T>
 using Steps = decltype(steps_of<T>());
+#elif defined(__AVX2__)
+template <class T>
+using Steps = Pair<Pair<Vec<T>>>;  // they spill, but the processor's window holds too few of them
 #else
 template <class T>
 using Steps = Pair<Vec<T>>;
@@ -141,6 +144,17 @@ constexpr auto steps_with() {
 }
 template <class T, class LogScale>
 using StepsWith = decltype(steps_with<T, LogScale>());
+/// Of a few rows, which are fewer than eight on AVX2.
+template <class T, class LogScale>
+constexpr auto row_steps_with() {
+  if constexpr (kVectorBytes == 32 && !LogScale::kIsKnown) {
+    return Pair<Vec<T>>{};
+  } else {
+    return StepsWith<T, LogScale>{};
+  }
+}
+template <class T, class LogScale>
+using RowStepsWith = decltype(row_steps_with<T, LogScale>());
 
 /// What a coupling layer does to its transformed part: vectors of it, of the heads u and t, and of the partial sums of
 /// the log-determinant, each kind with its own distance between one vector and the next.
@@ -199,14 +213,14 @@ void AffineLayer<T>::tile(const Layer<T>& layer, bool inverse, const TileState<T
 template <class T, class LogScale>
 NVPFLOW_INLINE void affine_rows(const Affine<T, LogScale>& affine, const T* u, const T* t, int64_t t_stride, T* b,
                                 int64_t n, const RowState<T>& s) {
-  constexpr int64_t L = kLanes<T>, kStep = kVectors<StepsWith<T, LogScale>>;
+  constexpr int64_t L = kLanes<T>, kStep = kVectors<RowStepsWith<T, LogScale>>;
   for (int64_t j = 0; j < n; j += L) {
     const auto at = [&](int64_t r, auto&& apply) __attribute__((always_inline)) {
       apply(u + r * affine.u_stride + j, t + r * t_stride + j, b + r * affine.b_stride + j, s.log_det + r * L, n - j);
     };
     int64_t r = 0;
     for (; r + kStep <= s.rows; r += kStep) {
-      at(r, [&](auto... p) __attribute__((always_inline)) { affine.template apply<StepsWith<T, LogScale>>(p...); });
+      at(r, [&](auto... p) __attribute__((always_inline)) { affine.template apply<RowStepsWith<T, LogScale>>(p...); });
     }
     if constexpr (kStep > 4) {
       for (; r + 4 <= s.rows; r += 4) {

@@ -19,7 +19,7 @@ constexpr bool kCanBeWide = true;
 constexpr int64_t kWideFrom = 200;
 #elif defined(__AVX2__)
 constexpr int kBlockOut = 4, kBlockRows = 3;  // of 16: 12 sums, 3 inputs, 1 weight; totals wait in memory
-constexpr int kRowsBlock = 4, kRowsVectors = 3, kRegisters = 16;
+constexpr int kRowsBlock = 6, kRowsVectors = 2, kRegisters = 16;  // of 16: 12 sums, 2 weights, 1 input
 #elif defined(__aarch64__)
 constexpr int kBlockOut = 4, kBlockRows = 4;
 constexpr int kRowsBlock = 4, kRowsVectors = 4, kRegisters = 32;
@@ -31,6 +31,9 @@ constexpr int kRowsBlock = 4, kRowsVectors = 2, kRegisters = 16;
 constexpr bool kCanBeWide = false;
 constexpr int64_t kWideFrom = 0;
 #endif
+
+// Sums that a block of a few rows has under way, and rows of one vector of sums each.
+constexpr int kFewSums = 2 * kBlockOut, kPairedRows = kVectorBytes < 32 ? 4 : 8;
 
 // Vectors of weights from one that is used to one that is fetched meanwhile, where they may come from afar: the
 // processor's own prefetching ends with each page of memory.

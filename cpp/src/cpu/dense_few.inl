@@ -19,8 +19,6 @@ namespace {
 template <class T>
 constexpr int64_t kMaxFewRows = kLanes<T> - 1;
 
-/// Sums that one block has under way.
-constexpr int kFewSums = 2 * kRowsBlock;
 /// Vectors of outputs of a wide block: its sums, a vector of weights for each and one of inputs stay in registers.
 constexpr int few_vectors(int rows) {
   const int fitting = (kRegisters - 1) / (rows + 1);

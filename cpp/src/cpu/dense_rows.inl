@@ -159,7 +159,7 @@ void dense_rows_paired(const Dense<T>& d, const T* g_out, int64_t stride, T* g_i
     constexpr int n = decltype(count)::value;
     for (; r + n <= rows; r += n) paired_block<T, n>(d, g_out + r * stride, stride, g_in + r * kLanes<T>);
   };
-  blocks(Count<kRowsBlock>{});
+  blocks(Count<kPairedRows>{});
   blocks(Count<1>{});
 }
 
