@@ -35,7 +35,7 @@
 #include "checkpoint.hpp"
 #include "checkpoint_file.hpp"
 #include "column_statistics.hpp"
-#include "exact_sum.hpp"
+#include "exact_gradient.hpp"
 #include "fit_rows.hpp"
 #include "fit_start.hpp"
 #include "float_mode.hpp"

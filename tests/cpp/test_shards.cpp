@@ -25,7 +25,9 @@
 #include <nvpflow/spec.hpp>
 #include <nvpflow/train.hpp>
 
-#include "exact_sum.hpp"
+#include "cpu/cpu_flow.hpp"
+#include "cpu/kernels.hpp"
+#include "exact_gradient.hpp"
 #include "shards.hpp"
 
 using namespace nvpflow;
@@ -219,7 +221,7 @@ void check_sums() {
       sum.widen();
       add_all();
       CHECK(!sum.is_outside());
-      std::vector<T> found(size, std::numeric_limits<T>::quiet_NaN());
+      std::vector<T> found(size, std::numeric_limits<T>::quiet_NaN());  // all of it is trained
       sum.take(found.data());
       CHECK(sum.sum_log_prob() == -1.5 * static_cast<double>(shards));
       for (std::size_t i = 0; i < size; ++i) {
@@ -256,15 +258,23 @@ class Troublesome final : public FitObserver {
 
 TEST_CASE("rounding to integers is that of the C library") {
   std::mt19937_64 random(5);
+  std::vector<double> values = {0.0,    -0.0,    0.5,          1.5,          -0.5,         -2.5,
+                                0x1p61, -0x1p61, 4294967295.5, 2147483648.5, -2147483648.5};
   for (int i = 0; i < 200000; ++i) {
     const double size = std::ldexp(1.0, static_cast<int>(random() % 124) - 62);
-    const double v = (static_cast<double>(random() >> 11) * 0x1p-52 - 1) * size;
-    REQUIRE(rounded(v) == std::llrint(v));
-    REQUIRE(rounded(static_cast<float>(v)) == std::llrint(static_cast<float>(v)));
+    values.push_back((static_cast<double>(random() >> 11) * 0x1p-52 - 1) * size);
   }
-  for (const double v : {0.0, -0.0, 0.5, 1.5, -0.5, -2.5, 0x1p61, -0x1p61, 4294967295.5, 2147483648.5, -2147483648.5}) {
-    CHECK(rounded(v) == std::llrint(v));
-  }
+  const std::vector<float> narrow(values.begin(), values.end());
+  const auto count = static_cast<std::int64_t>(values.size());
+  const auto check = [&](const auto& of, auto add) {
+    std::vector<std::int64_t> words(of.size(), 7);
+    CHECK(add(of.data(), count, 0.5, 0x1p62, words.data()) == 0);
+    for (std::size_t i = 0; i < of.size(); ++i) {
+      REQUIRE(words[i] == 7 + std::llrint(0.5 * static_cast<double>(of[i])));
+    }
+  };
+  check(values, cpu::chosen_kernels<double>().add_to_grid);
+  check(narrow, cpu::chosen_kernels<float>().add_to_grid);
 }
 
 TEST_CASE("gradients are added up exactly, in any order") {

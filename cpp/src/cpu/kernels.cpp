@@ -5,6 +5,7 @@
 #include "adam.inl"
 #include "blocks.hpp"
 #include "gradient.inl"
+#include "grid.inl"
 #include "pack.inl"
 #include "simd.hpp"
 #include "transform.inl"
@@ -31,6 +32,7 @@ constexpr Kernels<T> kTable = {
     base_part<T>,
     weight_gradient<T>,
     adam<T>,
+    add_to_grid<T>,
     sum_of_squares<T>,
 };
 

@@ -277,6 +277,8 @@ struct Kernels {
 
   void (*adam)(const AdamCoefficients&, int64_t count, const T* gradient, T* first_moment, T* second_moment,
                T* parameters);
+  /// words[i] += llrint(values[i] * factor) where that is below limit, at most 2^62; returns how many are not.
+  int64_t (*add_to_grid)(const T* values, int64_t count, double factor, double limit, int64_t* words);
   double (*sum_of_squares)(const T* values, int64_t count);
 };
 
