@@ -18,8 +18,9 @@
 
 namespace nvpflow {
 
-/// The gradients of some shards, of what is trained, added up as integers. Every tensor has a grid of its own: 2^exponent bounds an
-/// addend. An element keeps all bits of a float32 if it is above 2^-(30 - log2(shards)) of that bound.
+/// The gradients of some shards, of what is trained, added up as integers. Every tensor has a grid of its own:
+/// 2^exponent bounds an addend. An element keeps all bits of a float32 if it is above 2^-(30 - log2(shards)) of that
+/// bound.
 template <class T>
 class ExactGradient {
  public:

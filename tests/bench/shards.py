@@ -11,7 +11,6 @@ import argparse
 import warnings
 
 import numpy as np
-
 import nvpflow
 
 FLOWS = {  # columns, couplings, hidden sizes, rows of a step

@@ -10,7 +10,8 @@
 namespace nvpflow::cpu {
 namespace {
 
-/// words[i] += llrint(values[i] * factor) where |values[i] * factor| < limit <= 2^62; returns how many others there are.
+/// words[i] += llrint(values[i] * factor) where |values[i] * factor| < limit <= 2^62; returns how many others there
+/// are.
 ///
 /// Without a conversion, for which most instruction sets have no vector form: the upper and the lower 32 bits are each
 /// left in the mantissa of a double.
