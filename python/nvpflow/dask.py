@@ -1,4 +1,4 @@
-"""Scores of many files on a cluster of Dask."""
+"""Scores of many files, and training on them, on a cluster of Dask."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nvpflow import _checks, _parts, tables
+from nvpflow import _checks, _dask_training, _parts, distributed, tables
 from nvpflow._core import cpu_isa
 from nvpflow._text import counted
 from nvpflow.flow import Flow
+from nvpflow.history import History
 
-__all__ = ["Report", "score"]
+__all__ = ["Report", "fit", "score"]
 
+_LOOK_SECONDS = 0.05  # between two looks at whether all workers are there
 _REMEDY = "make one: dask.distributed.Client(), with the address of a scheduler or without"
 
 
@@ -196,3 +198,137 @@ def _score(planned: _parts.Planned, model: tables.Scorer, force: bool) -> Any:
     except (ValueError, TypeError, FileExistsError, FileNotFoundError) as error:
         return error
     return done, get_worker().address, cpu_isa()
+
+
+def fit(
+    flow: Flow,
+    sources: Sequence[str | os.PathLike[str]],
+    *,
+    client: Any = None,
+    columns: Sequence[str] | None = None,
+    context_columns: Sequence[str] | None = None,
+    weight_column: str | None = None,
+    shards: int = distributed.SHARDS,
+    restarts: int = 3,
+    checkpoint: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> History:
+    """Train on Parquet files on a cluster of Dask: `Flow.fit` of several processes, one on each worker.
+
+    The weights and the history have the same bits for any number of workers. They are those of
+    ``flow.fit(x, shards=...)`` on all rows in one process, given as float64 where the flow takes such. Where a worker
+    is lost, the others start again, from the checkpoint where there is one, and end with the same bits.
+
+    Parameters
+    ----------
+    flow
+        What is trained.
+    sources
+        Parquet files that all workers see, which are one table, in this order. A worker reads those that hold its rows.
+    client
+        A ``dask.distributed.Client``. None: the one that there is.
+    columns, context_columns
+        The flow's columns, by name, and those of its context. None: as the flow knows them, or all others.
+    weight_column
+        The column that says what each row counts for.
+    shards
+        As of `Flow.fit`; no more workers take part.
+    restarts
+        How often training starts again where workers are lost.
+    checkpoint
+        As of `Flow.fit`: a path that all workers see.
+    options
+        Other arguments of `Flow.fit`. `validation` is a share or None. `num_threads` is the worker's number of threads
+        where it is not given. There is no `callback`, `progress`, `adam` or `communicator`.
+
+    Returns
+    -------
+    History
+        As of `Flow.fit`.
+
+    Raises
+    ------
+    ImportError
+        dask.distributed or pyarrow is not installed.
+    ValueError, TypeError
+        An argument is wrong, or what `Flow.fit` says of the rows.
+    RuntimeError
+        Workers were lost more often than `restarts`.
+    """
+    client = _client(client)
+    for name in ("callback", "progress", "adam", "communicator", "x", "context", "sample_weight"):
+        if name in options:
+            raise TypeError(f"{name} is no argument of nvpflow.dask.fit")
+    if isinstance(sources, (str, os.PathLike)) or not sources:
+        raise TypeError(f"sources is {_checks.describe(sources)}, expected a sequence of one path at least")
+    restarts = _checks.integer("restarts", restarts, bits=31, unsigned=True)
+    options["shards"] = _checks.integer("shards", shards, bits=21, unsigned=True)
+    if checkpoint is not None:
+        options["checkpoint"] = os.path.abspath(_checks.path("checkpoint", checkpoint))
+    paths = [os.path.abspath(_checks.path(f"sources[{i}]", source)) for i, source in enumerate(sources)]
+    table = _dask_training.Table([(path, _rows_of(path)) for path in paths], columns, context_columns, weight_column)
+    with table.open(flow, paths[0]) as first:
+        names, context_names = first.names, first.context_names
+    for _ in range(restarts + 1):
+        found = _trained(client, flow, table, options)
+        if found is not None:
+            found.give_to(flow)
+            if flow.column_names is None and names is not None:
+                flow._set_column_names(list(names))
+            if flow.spec.context_size and flow.context_names is None and context_names is not None:
+                flow._set_context_names(list(context_names))
+            flow._set_threshold(None, None)
+            return found.history
+    raise RuntimeError(f"workers were lost {counted(restarts + 1, 'time')} in training; restarts allows for more")
+
+
+def _rows_of(path: str) -> int:
+    import pyarrow.parquet as pq
+
+    return int(pq.read_metadata(path).num_rows)
+
+
+def _trained(
+    client: Any, flow: Flow, table: _dask_training.Table, options: Mapping[str, Any]
+) -> _dask_training.Trained | None:
+    """Return what the first worker comes to, or None where a worker is lost."""
+    workers = sorted(client.scheduler_info(n_workers=-1)["workers"])[: max(1, options["shards"])]
+    if not workers:
+        raise ValueError("client has no workers, expected one at least")
+    seats = len(workers)
+    # An actor lives as long as somebody holds its future.
+    held = client.submit(_dask_training.Meeting, seats, actor=True, workers=[workers[-1]], pure=False)
+    meeting = held.result()
+    train: Any = _dask_training.train
+    tasks = [
+        client.submit(train, flow, meeting, rank, seats, table, options, workers=[worker], pure=False, retries=0)
+        for rank, worker in enumerate(workers)
+    ]
+    try:
+        while not all(task.done() for task in tasks):
+            time.sleep(_LOOK_SECONDS)
+            if not set(workers) <= set(client.scheduler_info(n_workers=-1)["workers"]):
+                return None
+        return _first_of(tasks)
+    finally:
+        _end(meeting)
+        client.cancel(tasks)
+
+
+def _first_of(tasks: Sequence[Any]) -> _dask_training.Trained | None:
+    errors = [task.exception() for task in tasks if task.status == "error"]
+    lost = [error for error in errors if type(error).__name__ == "KilledWorker" or str(error) == _dask_training.GONE]
+    if lost or any(task.status not in ("finished", "error") for task in tasks):
+        return None
+    if errors:  # that of the worker that met it, not what it told the others
+        raise next((error for error in errors if not str(error).startswith("process ")), errors[0])
+    found: _dask_training.Trained = tasks[0].result()
+    return found
+
+
+def _end(meeting: Any) -> None:
+    """Let nobody wait at a meeting, unless its own worker is lost."""
+    try:
+        meeting.end().result(timeout=5)
+    except Exception:
+        return

@@ -7,6 +7,8 @@ weights, bit for bit, for any number of processes and any engine between them.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 
 from nvpflow import _checks, _core
 
-__all__ = ["SHARDS", "Communicator", "communicator", "rows_of_process"]
+__all__ = ["SHARDS", "Communicator", "communicator", "rows_of_process", "told_to_others"]
 
 SHARDS = 64
 """Shards of `Flow.fit` where there is a communicator and nothing is said."""
@@ -117,6 +119,20 @@ def communicator(given: object) -> Communicator:
 def _is_group(given: object) -> bool:
     dist = sys.modules["torch"].distributed
     return dist.is_available() and isinstance(given, dist.ProcessGroup)
+
+
+@contextmanager
+def told_to_others(communicator: Communicator | None) -> Iterator[None]:
+    """Tell the other processes, which wait for this one in `Flow.fit`, why it does not get there.
+
+    An exception inside of the context ends their `fit` with its text, and goes on here. None: there are no others.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if communicator is not None:
+            _core._fail_together(communicator, f"{type(error).__name__}: {error}")
+        raise
 
 
 def rows_of_process(rows: int, shards: int, communicator: object) -> slice:

@@ -193,7 +193,7 @@ def fit(
 ) -> History:
     """Train `flow`; `Flow.fit` documents the arguments."""
     together = None if communicator is None else distributed.communicator(communicator)
-    with _told_to_others(together):
+    with distributed.told_to_others(together):
         if callback is not None and not callable(callback):
             raise TypeError(f"callback is {_checks.describe(callback)}, expected callable or None")
         if adam is not None:
@@ -219,17 +219,6 @@ def fit(
         mend_first = any(finding.kind != "rows" for finding in report.warnings)  # more rows are the remedy anyway
         _warn_where_a_gaussian_is_better(flow, history, *tables, mend_first=mend_first)
     return history
-
-
-@contextmanager
-def _told_to_others(communicator: distributed.Communicator | None) -> Iterator[None]:
-    """Tell the other processes, which wait for this one, why it does not begin."""
-    try:
-        yield
-    except BaseException as error:
-        if communicator is not None:
-            _core._fail_together(communicator, f"{type(error).__name__}: {error}")
-        raise
 
 
 class _Read(NamedTuple):
@@ -301,7 +290,7 @@ def _train(
 ) -> History:
     if communicator is not None and communicator.rank != 0:
         progress = False if progress is None else progress  # one bar is enough
-    with _told_to_others(communicator):
+    with distributed.told_to_others(communicator):
         bar = open_bar(progress, lambda: _Bar(checked["epochs"]))
 
     def on_epoch(record: EpochRecord) -> bool:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -229,3 +230,74 @@ def test_the_cluster_is_killed_and_started_again(flow, tmp_path):
     for unfinished in (tmp_path / "scores").glob(".nvpflow-*.tmp"):
         unfinished.unlink()
     check(flow, sources, tmp_path / "scores")
+
+
+def trained(sources, options=None, **given):
+    """Return the flow and the history of one process that has all rows."""
+    flow = new_flow()
+    table = pa.concat_tables([pq.read_table(source) for source in sources]).to_pandas()
+    x = table[["a", "b", "c"]].to_numpy(dtype=np.float64)
+    return flow, flow.fit(x, progress=False, **(options or OPTIONS), **given)
+
+
+OPTIONS = {"shards": 5, "epochs": 2, "batch_size": 50}
+
+
+def new_flow():
+    return nvpflow.build(3, 2, (16,), seed=1)
+
+
+def same(flow, history, other, other_history):
+    names = ("epoch", "train_loss", "validation_loss", "gradient_norm")
+    return flow.parameters_flat().tobytes() == other.parameters_flat().tobytes() and all(
+        np.array_equal(getattr(history, name), getattr(other_history, name)) for name in names
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_any_number_of_workers_trains_the_flow_of_one_process(sources, clients, workers):
+    flow = new_flow()
+    history = nvpflow.dask.fit(flow, sources, client=clients(workers), columns=["a", "b", "c"], **OPTIONS)
+    assert same(flow, history, *trained(sources))
+    assert flow.column_names == ("a", "b", "c")
+    assert history.train_rows + history.validation_rows == COUNT * ROWS
+    again = new_flow()
+    weighted = nvpflow.dask.fit(
+        again, sources, client=clients(workers), columns=["a", "b", "c"], weight_column="id", **OPTIONS
+    )
+    alone, expected = trained(sources, sample_weight=np.arange(COUNT * ROWS, dtype=float))
+    assert same(again, weighted, alone, expected)
+
+
+def test_what_a_worker_cannot_train_on_is_said(sources, clients):
+    flow, client = new_flow(), clients(2)
+    columns = dict.fromkeys("abc", np.full(ROWS, np.inf, np.float32))
+    pq.write_table(pa.table({"id": np.arange(ROWS), **columns}), sources[-1])
+    with pytest.raises(ValueError, match="x has 50 of 180 rows with NaN or infinite"):
+        nvpflow.dask.fit(flow, sources, client=client, columns=["a", "b", "c"], **OPTIONS)
+    with pytest.raises(Exception, match="nothing"):
+        nvpflow.dask.fit(flow, sources, client=client, columns=["a", "b", "nothing"], **OPTIONS)
+    with pytest.raises(TypeError, match="callback is no argument"):
+        nvpflow.dask.fit(flow, sources, client=client, callback=print)
+    with pytest.raises(TypeError, match="sources is"):
+        nvpflow.dask.fit(flow, [], client=client)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_training_goes_on_where_a_worker_is_killed(tmp_path, checkpoint):
+    sources = write_rows(tmp_path / "rows", rows=3000)
+    options = {"shards": 6, "epochs": 60, "batch_size": 600, "learning_rate": 1e-3}
+    expected = trained(sources, options)
+    flow = new_flow()
+    given = {"checkpoint": tmp_path / "run"} if checkpoint else {}
+    with (
+        distributed.LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        victim = next(iter(client.run(os.getpid).values()))
+        killer = threading.Timer(2, os.kill, (victim, signal.SIGKILL))
+        killer.start()
+        history = nvpflow.dask.fit(flow, sources, client=client, columns=["a", "b", "c"], **options, **given)
+        assert not killer.is_alive()
+    assert same(flow, history, *expected)
