@@ -180,6 +180,7 @@ class Trainer {
 
   /// That of these rows. Nothing is trained.
   Start start() {
+    agree();
     count_rows();
     prepare_rows();
     leave_out_far_rows();
@@ -433,6 +434,18 @@ class Trainer {
     return true;
   }
 
+  /// f(), whose error in a sharded run counts where all processes meet next. Until then nothing more is done.
+  template <class F>
+  void guarded(F&& f) {
+    if (!shards_.on()) return f();
+    if (error_) return;
+    try {
+      f();
+    } catch (...) {
+      error_ = std::current_exception();
+    }
+  }
+
   /// Whether this process was asked to stop, or another one.
   bool is_stopped() {
     try {
@@ -446,7 +459,19 @@ class Trainer {
   // ---- what processes agree on -----------------------------------------------------------------------------------
 
   void agree() {
+    weighted_ = shards_.any(!given_weights_.x.empty());
     if (!shards_.on()) return;
+    std::vector<Shards::Agreement> same;
+    shards_.all([&] {
+      if (weighted_ && given_weights_.x.empty() && !given_x_.empty()) {
+        fail("sample_weight is missing, but another process has it; expected one of x in all processes or in none");
+      }
+      same = to_agree_on();
+    });
+    shards_.require_same(same);
+  }
+
+  std::vector<Shards::Agreement> to_agree_on() const {
     const auto hash = [](const std::string& text) { return fingerprint(text.data(), text.size(), [] {}); };
     std::vector<Shards::Agreement> same;
     const auto add = [&](const std::string& what, std::uint64_t value, const std::string& rest = "") {
@@ -461,14 +486,12 @@ class Trainer {
     flow_.template copy_parameters<T>(parameters);
     add("the weights of the flow", fingerprint(parameters.data(), parameters.size() * sizeof(T), [] {}));
     add("the dtype of x", sizeof(X));
-    add("whether there is validation data", given_validation_.empty() ? 0 : 1);
-    add("whether there is sample_weight", given_weights_.x.empty() ? 0 : 1);
     add("the state of adam", adam_ == nullptr ? 0 : static_cast<std::uint64_t>(1 + adam_->steps));
     FitOptions::fields([&](const char* name, auto member, const OptionRange*) {
       const std::string_view of = name;
       if (of != "num_threads") add(name, hash(option_text(options_.*member)));
     });
-    shards_.require_same(same);
+    return same;
   }
 
   static std::string option_text(const std::string& value) { return value; }
@@ -922,7 +945,7 @@ class Trainer {
 
   // ---- weights of rows -------------------------------------------------------------------------------------------
 
-  bool weighted() const { return !given_weights_.x.empty(); }
+  bool weighted() const { return weighted_; }  // this process may have no row and no weight
 
   static double weight_at(const std::vector<double>& weights, std::int64_t row) {
     return weights.empty() ? 1.0 : weights[static_cast<std::size_t>(row)];
@@ -1016,10 +1039,12 @@ class Trainer {
     for (std::int64_t step = std::exchange(part_of_epoch_.steps, 0); step < run.steps; ++step) {
       gradient(run, orders, step, record.epoch);
       if (is_interrupted()) return sum;
-      update(run, record);
+      guarded([&] { update(run, record); });
       const bool kept = options_.checkpoint_every > 0 && (step + 1) % options_.checkpoint_every == 0;
       const bool last = step + 1 == run.steps;
-      if (kept || last || (step + 1) % run.training->steps_per_report() == 0) sum += collect(run, record);
+      if (kept || last || (step + 1) % run.training->steps_per_report() == 0) {
+        guarded([&] { sum += collect(run, record); });
+      }
       if (kept && !last) write_checkpoint({step + 1, sum});
       if (!goes_on(record.epoch, ++done_steps_)) interrupt();
       if (is_interrupted()) return sum;
@@ -1081,7 +1106,7 @@ class Trainer {
     exact_->clear();
     const std::int64_t of_shard = run.batch / shards_.count(), first = step * of_shard;
     const std::int64_t total = rows_of_step(run, step);
-    try {
+    guarded([&] {
       for (std::size_t p = 0; p < run.parts.size(); ++p) {
         const std::int64_t count = std::clamp<std::int64_t>(run.parts[p].train() - first, 0, of_shard);
         if (count == 0) continue;
@@ -1089,9 +1114,7 @@ class Trainer {
         const Training::HostGradient found = run.training->read_gradient();
         exact_->add(static_cast<const T*>(found.values), found.sum_log_prob);
       }
-    } catch (...) {
-      error_ = std::current_exception();
-    }
+    });
     exact_->stops() += stop_asked_ ? 1 : 0;
     exact_->failures() += error_ ? 1 : 0;
   }
@@ -1208,10 +1231,12 @@ class Trainer {
       sums.resize(2 * selected.size());
       for (std::size_t p = 0; p < selected.size(); ++p) {
         const Selection& of = selected[p];
-        each_slice(epoch, of.rows, [&](std::int64_t first, std::int64_t count) {
-          run.training->add_log_prob(has_array(), of.order, first, count);
+        guarded([&] {
+          each_slice(epoch, of.rows, [&](std::int64_t first, std::int64_t count) {
+            run.training->add_log_prob(has_array(), of.order, first, count);
+          });
+          sums[2 * p] += run.training->report().sum_log_prob / run.weight_factor;
         });
-        sums[2 * p] += run.training->report().sum_log_prob / run.weight_factor;
         sums[2 * p + 1] += weight_of(of);
       }
     }
@@ -1338,9 +1363,11 @@ class Trainer {
     probe_->template set_parameters<T>({parameters, static_cast<std::size_t>(flow_.num_parameters())});
     double largest = 0;
     for (const Selection& of : selection(main_)) {
-      each_slice(epoch, of.rows, [&](std::int64_t first, std::int64_t count) {
-        const Context context = gather(of, first, count);
-        largest = std::max(largest, probe_->template round_trip_error<T>(probe_rows_, context));
+      guarded([&] {
+        each_slice(epoch, of.rows, [&](std::int64_t first, std::int64_t count) {
+          const Context context = gather(of, first, count);
+          largest = std::max(largest, probe_->template round_trip_error<T>(probe_rows_, context));
+        });
       });
     }
     return shards_.max(largest);
@@ -1464,6 +1491,7 @@ class Trainer {
 
   Shards& shards_;
   ShardBounds bounds_, given_bounds_ = bounds_;  // of the rows as they are now, and as they were given
+  bool weighted_ = false;                        // the rows of some process have weights
   bool stop_asked_ = false;                      // of a sharded run, by this process's observer
   std::exception_ptr error_;                     // of a sharded run, in this process
   std::optional<ExactGradient<T>> exact_;        // of a sharded run
@@ -1569,14 +1597,14 @@ History train(Flow& flow, std::span<const X> x, std::span<const X> validation, c
   Shards shards(communicator, options.shards);
   std::optional<WeightedTable<T, X>> trained, held_out;
   shards.all([&] {
-    if (!validation.empty() && weights.x.empty() != weights.validation.empty()) {
+    if (!validation.empty() && !x.empty() && weights.x.empty() != weights.validation.empty()) {
       fail(std::string("the weights of ") + (weights.x.empty() ? "x" : "validation") +
            " are missing, expected weights of both or of none; ones count rows alike");
     }
     using Names = typename WeightedTable<T, X>::Names;
-    trained.emplace(flow.spec(), Names{"x", "context", "sample_weight"}, x, context, weights.x);
+    trained.emplace(flow.spec(), Names{"x", "context", "sample_weight"}, x, context, weights.x, shards.on());
     held_out.emplace(flow.spec(), Names{"validation", "the context of validation", "the weights of validation"},
-                     validation, validation_context, weights.validation);
+                     validation, validation_context, weights.validation, shards.on());
   });
   const auto bounds_of = [&](const char* name, std::size_t elements, const WeightedTable<T, X>& table) {
     const std::int64_t rows = static_cast<std::int64_t>(elements) / flow.spec().input_size;

@@ -4,10 +4,13 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
+#include <string>
 #include <utility>
 #include <vector>
 
+#include <nvpflow/error.hpp>
 #include <nvpflow/execution.hpp>
 #include <nvpflow/spec.hpp>
 
@@ -26,17 +29,27 @@ class WeightedTable {
     const char *rows, *context, *weights;
   };
 
+  /// is_part: others have the rest of the table, so that no row of this one need count.
   WeightedTable(const FlowSpec& spec, const Names& names, std::span<const X> rows, const Context& context,
-                std::span<const double> weights)
+                std::span<const double> weights, bool is_part = false)
       : rows_(rows), context_(context), weights_(weights) {
     if (weights.empty()) return;
     const auto features = static_cast<std::size_t>(spec.input_size);
     const auto count = static_cast<std::int64_t>(rows.size() / features);
-    SampleWeights(weights).check(names.weights, count);
-    own_weights_ = rescaled(weights);
+    const bool none_counts = is_part && static_cast<std::int64_t>(weights.size()) == count &&
+                             std::all_of(weights.begin(), weights.end(), [](double weight) { return weight == 0; });
+    if (!none_counts) {
+      SampleWeights(weights).check(names.weights, count);
+      own_weights_ = rescaled(weights);
+    }
+    if (is_part && !own_weights_.empty()) {
+      throw Error(ErrorCode::invalid_argument, std::string(names.weights) +
+                                                   " adds up to less than 1e-150 or more than 1e150 in one process, "
+                                                   "expected a sum between; divide the weights of all by the largest");
+    }
     if (!own_weights_.empty()) weights_ = own_weights_;
     std::vector<std::int64_t> counting = rows_that_count(weights_);
-    if (counting.empty()) return;
+    if (counting.empty() && !none_counts) return;
     const std::span<const T> contexts = checked_context<T>(spec, names.context, context, count);
     check_finite(names.rows, rows, spec.input_size, [] {});  // all of them, by the numbers that the caller knows
     take(rows, features, counting, own_rows_);
@@ -59,8 +72,8 @@ class WeightedTable {
   std::span<const double> weights() const { return weights_; }
   /// How many rows are left of the first `count` that were given.
   std::int64_t left_of_first(std::int64_t count) const {
-    if (counting_.empty()) return count;
-    return std::lower_bound(counting_.begin(), counting_.end(), count) - counting_.begin();
+    if (!counting_) return count;
+    return std::lower_bound(counting_->begin(), counting_->end(), count) - counting_->begin();
   }
 
  private:
@@ -79,7 +92,7 @@ class WeightedTable {
   std::vector<X> own_rows_;
   std::vector<T> own_context_;
   std::vector<double> own_weights_;
-  std::vector<std::int64_t> counting_;  // the rows that are left; empty: all
+  std::optional<std::vector<std::int64_t>> counting_;  // the rows that are left; none: all
 };
 
 }  // namespace nvpflow

@@ -13,19 +13,20 @@ from nvpflow import _checks, _core
 Weights = NDArray[np.float64]
 
 
-def read(value: ArrayLike, count: int, name: str = "sample_weight") -> Weights:
-    """Return weights [count] of so many rows as float64.
+def read(value: ArrayLike, count: int, name: str = "sample_weight", *, is_part: bool = False) -> Weights:
+    """Return weights [count] of so many rows as float64; `is_part`: other processes have the rest of them.
 
     Raises
     ------
     TypeError, ValueError
-        They are no numbers, of another shape, negative, not finite, or all 0.
+        They are no numbers, of another shape, negative, not finite, or, where they are all there are, all 0.
     """
     given = _checks.numbers(name, _core._host_array(value))
     if given.shape != (count,):
         raise ValueError(f"{name} has shape {given.shape}, expected ({count},), a weight for each row")
     weights = np.ascontiguousarray(given, dtype=np.float64)
-    _core._check_weights(name, weights)
+    if weights.any() or not is_part:
+        _core._check_weights(name, weights)
     return weights
 
 

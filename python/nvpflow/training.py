@@ -137,7 +137,7 @@ def _parts(flow: Model, validation: Any, *, weighted: bool) -> tuple[Any, Any, A
     return by_name["rows"], by_name.get("context"), by_name.get("weights")
 
 
-def _split(flow: Model, validation: Any, names: _Names, *, weighted: bool) -> _Split:
+def _split(flow: Model, validation: Any, names: _Names, *, weighted: bool, is_part: bool) -> _Split:
     if validation is None:
         return _Split()
     validation, context, weights = _parts(flow, validation, weighted=weighted)
@@ -159,7 +159,7 @@ def _split(flow: Model, validation: Any, names: _Names, *, weighted: bool) -> _S
         return _Split(rows, given)
     if weights is None:
         raise ValueError("validation holds rows without weights, expected a tuple (rows, weights); ones count alike")
-    return _Split(rows, given, _sample_weight.read(weights, len(rows), "the weights of validation"))
+    return _Split(rows, given, _sample_weight.read(weights, len(rows), "the weights of validation", is_part=is_part))
 
 
 @contextmanager
@@ -248,9 +248,9 @@ def _read(
     context, context_names = _read_context(flow, context)
     contexts = _context.rows(context, len(rows), flow.spec, one_for_all=False)
     names = _Names(flow._column_names() or frame_names, flow._context_names() or context_names)
-    weights = None if sample_weight is None else _sample_weight.read(sample_weight, len(rows))
+    weights = None if sample_weight is None else _sample_weight.read(sample_weight, len(rows), is_part=keep_all)
     table = _Split(rows, contexts, weights)
-    held_out = _split(flow, validation, names, weighted=weights is not None)
+    held_out = _split(flow, validation, names, weighted=weights is not None, is_part=keep_all)
     if not keep_all:
         table, held_out = table.that_count(), held_out.that_count()
     return _Read(table, held_out, names, _frames.inspect(x) is not None, context)

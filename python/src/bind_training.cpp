@@ -154,8 +154,12 @@ FitArguments read_fit_arguments(BoundFlow& self, const Arguments& given) {
   const InputArray context = context_rows(self, given[5], "context", in.rows);
   InputArray held_out_context;
   if (given.given(1)) held_out_context = context_rows(self, given[6], "the context of validation", held_out.rows);
-  const InputArray weights = input_weights(given[8], "sample_weight", in);
-  const InputArray held_out_weights = input_weights(given[9], "the weights of validation", held_out);
+  // fit itself checks them: those of one process may all be 0.
+  const auto weights_of = [&](int i, const char* name, const InputArray& rows) {
+    return given.given(i) ? unchecked_weights(given[i], name, rows) : InputArray{};
+  };
+  const InputArray weights = weights_of(8, "sample_weight", in);
+  const InputArray held_out_weights = weights_of(9, "the weights of validation", held_out);
   return {in,
           held_out,
           context,

@@ -160,6 +160,16 @@ def test_contexts_and_weights_and_rows_that_count_for_nothing():
     check_same(make, tables | {"validation": (x[:77] + 1, context[:77], weight[:77])}, max_round_trip=0.5)
 
 
+def test_a_process_whose_rows_all_count_for_nothing_or_that_has_none():
+    x, weight = rows(601), np.ones(601)
+    weight[:350] = 0
+    check_same(build(standardize=True), {"x": x, "sample_weight": weight}, sizes=(2, 6))
+    few = {"x": x[:4], "validation": x[:2], "sample_weight": None}
+    check_same(build(), few, sizes=(2, 5), batch_size=None)
+    few |= {"sample_weight": weight[-4:], "validation": (x[:2], weight[-2:])}
+    check_same(build(), few, sizes=(5,), batch_size=None)
+
+
 @pytest.mark.parametrize("validation", [0.1, None, rows(77, seed=5)], ids=["share", "none", "rows"])
 def test_rows_that_are_far_out(validation):
     x = rows(601)
