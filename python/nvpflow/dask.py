@@ -258,7 +258,8 @@ def fit(
     client = _client(client)
     for name in ("callback", "progress", "adam", "communicator", "x", "context", "sample_weight"):
         if name in options:
-            raise TypeError(f"{name} is no argument of nvpflow.dask.fit")
+            came = _checks.describe(options[name])
+            raise TypeError(f"{name} is {came}, expected none: nvpflow.dask.fit has no argument of that name")
     if isinstance(sources, (str, os.PathLike)) or not sources:
         raise TypeError(f"sources is {_checks.describe(sources)}, expected a sequence of one path at least")
     restarts = _checks.integer("restarts", restarts, bits=31, unsigned=True)
