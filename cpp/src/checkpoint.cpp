@@ -58,7 +58,7 @@ json describe(const CheckpointKey& key) {
   for (const char* name : {"num_threads", "checkpoint"}) text.erase(name);  // decide nothing
   if (o.averaging == 0) text.erase("averaging");                            // as checkpoints were before there was one
   text.erase("folds");                                                      // a run with a checkpoint has none
-  if (o.shards < 2) text.erase("shards");
+  text["shards"] = o.shards < 2 ? json() : json(o.shards);  // as checkpoints were before there were shards
   if (o.checkpoint_every == 0 || o.shards < 2) text.erase("checkpoint_every");  // shards' grids follow from it
   // The cosine's length is part of the schedule; a constant rate may go on for longer.
   if (o.schedule == Schedule::constant) text.erase("epochs");
@@ -161,7 +161,7 @@ void save_checkpoint(const std::string& path, const CheckpointKey& key, const Hi
 void load_checkpoint(const std::string& path, const CheckpointKey& key, History& history, std::int64_t& adam_steps,
                      PartOfEpoch& begun, const CheckpointArrays& arrays) {
   // Model and rows first: the defaults of batch_size and weight_decay follow from them.
-  static constexpr std::array<const char*, 3> kFirst = {"flow", "x", "validation rows"};
+  static constexpr std::array<const char*, 4> kFirst = {"flow", "shards", "x", "validation rows"};
   const ReadCheckpoint read = read_checkpoint(path, describe(key), kFirst, key.spec.dtype, kRecordFields);
   const std::vector<EpochRecord> epochs = records_of(path, read.state.records);
   const bool validated = key.validation_rows > 0 || key.options.validation_fraction > 0;

@@ -96,17 +96,19 @@ class ExactGradient {
     }
     make_room();
   }
-  /// Of log p; infinite where it is beyond 2^53.
+  /// Of log p; infinite where that of a shard is beyond 2^92 / shards.
   double sum_log_prob() {
     if (counter(kBadSums) > 0) return -std::numeric_limits<double>::infinity();
-    return static_cast<double>(counter(kWhole)) + std::ldexp(static_cast<double>(counter(kFraction)), -kFractionBits);
+    return std::ldexp(static_cast<double>(counter(kHigh)), kHighBits) + static_cast<double>(counter(kWhole)) +
+           std::ldexp(static_cast<double>(counter(kFraction)), -kFractionBits);
   }
 
  private:
   static constexpr std::int64_t kRoom = 12;    // an addend may be 2^12 times as large as the last sum
   static constexpr std::int64_t kMost = 1024;  // of a float64
   static constexpr int kFractionBits = 40;     // 2^22 of them fit
-  enum Counter : std::size_t { kWhole, kFraction, kBadSums, kNotFinite, kStops, kFailures, kCounters };
+  static constexpr int kHighBits = 32;
+  enum Counter : std::size_t { kHigh, kWhole, kFraction, kBadSums, kNotFinite, kStops, kFailures, kCounters };
   struct Piece {
     std::size_t tensor, begin, end;
   };
@@ -141,12 +143,14 @@ class ExactGradient {
   }
 
   void add_sum(double sum) {
-    if (!(std::abs(sum) < 0x1p53)) {
+    if (!(std::abs(sum) < std::ldexp(1.0, static_cast<int>(bits_) + kHighBits - 2))) {
       ++counter(std::isnan(sum) ? kNotFinite : kBadSums);
       return;
     }
     const double whole = std::floor(sum);
-    counter(kWhole) += static_cast<std::int64_t>(whole);
+    const double high = std::floor(std::ldexp(whole, -kHighBits));
+    counter(kHigh) += static_cast<std::int64_t>(high);
+    counter(kWhole) += static_cast<std::int64_t>(whole - std::ldexp(high, kHighBits));
     counter(kFraction) += std::llrint(std::ldexp(sum - whole, kFractionBits));
   }
 

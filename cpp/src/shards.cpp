@@ -64,6 +64,13 @@ Failure describe(const std::exception_ptr& error) {
   }
 }
 
+/// What is told of a message: without the trace that Python's errors bring, and no half characters of UTF-8.
+std::size_t told_bytes(const std::string& message) {
+  std::size_t bytes = std::min({message.size(), message.find("\n\nAt:"), kMessageBytes - 1});
+  while (bytes > 0 && bytes < message.size() && (static_cast<unsigned char>(message[bytes]) & 0xC0u) == 0x80u) --bytes;
+  return bytes;
+}
+
 /// from_last: the number of processes from the first that failed on; 0: none did. Throws this process's error, or that
 /// of the other one.
 void tell_failure(Communicator& communicator, std::int64_t from_last, const std::exception_ptr& error) {
@@ -72,8 +79,9 @@ void tell_failure(Communicator& communicator, std::int64_t from_last, const std:
   std::vector<std::int64_t> message(kWords);
   if (whose == communicator.rank()) {
     const Failure own = describe(error);
-    message[0] = static_cast<std::int64_t>(own.code);
-    std::memcpy(message.data() + 1, own.message.data(), std::min(own.message.size(), kMessageBytes - 1));
+    // An error of the system comes with a number, which others do not have.
+    message[0] = static_cast<std::int64_t>(own.code == ErrorCode::io ? ErrorCode::unavailable : own.code);
+    std::memcpy(message.data() + 1, own.message.data(), told_bytes(own.message));
   }
   communicator.sum(message);
   if (error) std::rethrow_exception(error);

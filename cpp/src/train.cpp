@@ -182,6 +182,7 @@ class Trainer {
   Start start() {
     agree();
     count_rows();
+    map_bounds();
     prepare_rows();
     leave_out_far_rows();
     main_.start = start_values();
@@ -194,6 +195,7 @@ class Trainer {
     agree();
     count_rows();
     shards_.all([this] { check_data(); });
+    map_bounds();
     std::optional<Start> sampled;
     if (shards_.on()) sampled = start_of_sample();
     Start* const common = sampled ? &*sampled : nullptr;
@@ -236,10 +238,7 @@ class Trainer {
   void prepare_rows(const Start* common = nullptr) {
     best_.resize(static_cast<std::size_t>(flow_.num_parameters()));
     flow_.template copy_parameters<T>(best_, &standardized_.mean_low);
-    const std::vector<std::uint64_t> first_rows =
-        shards_.on() ? numbers_of_first_rows() : std::vector<std::uint64_t>(2);
     shards_.all([&] {
-      map_bounds(first_rows);
       if (common != nullptr) {
         best_ = common->best, standardized_.mean_low = common->mean_low, history_.standardized = common->standardized;
       } else {
@@ -300,7 +299,7 @@ class Trainer {
       std::transform(row, row + features_, std::back_inserter(x), [](double v) { return static_cast<X>(v); });
       std::transform(row + features_, row + numbers - 1, std::back_inserter(context),
                      [](double v) { return static_cast<T>(v); });
-      if (!weights_.empty()) weights.push_back(row[numbers - 1]);
+      if (weighted()) weights.push_back(row[numbers - 1]);
     }
     FitOptions options = options_;
     options.validation_fraction = 0, options.patience = 0, options.folds = 1, options.shards = 0;
@@ -466,6 +465,9 @@ class Trainer {
       if (weighted_ && given_weights_.x.empty() && !given_x_.empty()) {
         fail("sample_weight is missing, but another process has it; expected one of x in all processes or in none");
       }
+      if (weighted_ && given_weights_.validation.empty() && !given_validation_.empty()) {
+        fail("the weights of validation are missing, but sample_weight is given; expected those of both or none");
+      }
       same = to_agree_on();
     });
     shards_.require_same(same);
@@ -483,10 +485,17 @@ class Trainer {
         ": here it is " + isa + "; give all of them NVPFLOW_ISA, such as avx2, and the same bits come from each");
     add("the flow's architecture", hash(to_json(flow_.spec())));
     std::vector<T> parameters(static_cast<std::size_t>(flow_.num_parameters()));
-    flow_.template copy_parameters<T>(parameters);
-    add("the weights of the flow", fingerprint(parameters.data(), parameters.size() * sizeof(T), [] {}));
+    std::vector<float> low;
+    flow_.template copy_parameters<T>(parameters, &low);
+    add("the weights of the flow", fingerprint(parameters.data(), parameters.size() * sizeof(T), [] {}) ^
+                                       (fingerprint(low.data(), low.size() * sizeof(float), [] {}) << 1));
+    add("the device or the precision of the flow",
+        hash(flow_.device().kind == DeviceKind::cuda ? "cuda" : "cpu") ^
+            static_cast<std::uint64_t>(8 * static_cast<int>(flow_.precision()) + static_cast<int>(flow_.weights())));
+    add("the names of the columns", hash(joined(flow_.column_names())), ", and in the same order");
+    add("the names of the context", hash(joined(flow_.context_names())), ", and in the same order");
     add("the dtype of x", sizeof(X));
-    add("the state of adam", adam_ == nullptr ? 0 : static_cast<std::uint64_t>(1 + adam_->steps));
+    add("the state of adam", fingerprint_of_adam());
     FitOptions::fields([&](const char* name, auto member, const OptionRange*) {
       const std::string_view of = name;
       if (of != "num_threads") add(name, hash(option_text(options_.*member)));
@@ -494,6 +503,21 @@ class Trainer {
     return same;
   }
 
+  std::uint64_t fingerprint_of_adam() const {
+    if (adam_ == nullptr) return 0;
+    const auto of = [](const std::vector<double>& values) {
+      return fingerprint(values.data(), values.size() * sizeof(double), [] {});
+    };
+    const std::uint64_t all[] = {static_cast<std::uint64_t>(adam_->steps), static_cast<std::uint64_t>(adam_->epochs),
+                                 of(adam_->first_moment), of(adam_->second_moment)};
+    return fingerprint(all, sizeof all, [] {});
+  }
+
+  static std::string joined(const std::vector<std::string>& names) {
+    std::string all;
+    for (const std::string& name : names) all += std::to_string(name.size()) + ":" + name;
+    return all;
+  }
   static std::string option_text(const std::string& value) { return value; }
   static std::string option_text(Schedule value) { return std::string(name_of(value)); }
   static std::string option_text(Statistics value) { return std::string(name_of(value)); }
@@ -613,14 +637,18 @@ class Trainer {
 
   bool has_bounds() const { return flow_.spec().bounds() != nullptr; }
 
-  void map_bounds(const std::vector<std::uint64_t>& first_rows) {
+  void map_bounds() {
     if (!has_bounds()) return;
+    const std::vector<std::uint64_t> first_rows =
+        shards_.on() ? numbers_of_first_rows() : std::vector<std::uint64_t>(2);
     const auto through = [&](const char* name, std::span<const X> rows, std::uint32_t stream) {
       const Dither dither = {options_.seed, stream, first_rows[stream == kStreamDither ? 0 : 1]};
       return through_bounds<X>(name, rows, flow_.spec(), flow_.column_names(), dither, [this] { poll(); });
     };
-    bounded_x_ = through("x", given_x_, kStreamDither);
-    bounded_validation_ = through("validation", given_validation_, kStreamDitherValidation);
+    shards_.all([&] {
+      bounded_x_ = through("x", given_x_, kStreamDither);
+      bounded_validation_ = through("validation", given_validation_, kStreamDitherValidation);
+    });
   }
 
   /// A constant column has no density, whether the flow standardizes or not.
@@ -1045,7 +1073,10 @@ class Trainer {
       if (kept || last || (step + 1) % run.training->steps_per_report() == 0) {
         guarded([&] { sum += collect(run, record); });
       }
-      if (kept && !last) write_checkpoint({step + 1, sum});
+      if (kept && !last) {
+        if (is_stopped()) return sum;  // or throws: a step that cannot be gone on from is not kept
+        write_checkpoint({step + 1, sum});
+      }
       if (!goes_on(record.epoch, ++done_steps_)) interrupt();
       if (is_interrupted()) return sum;
     }
@@ -1454,11 +1485,22 @@ class Trainer {
     return {own.parameters, best_.data(), own.first_moment, own.second_moment, average, flow_.num_parameters()};
   }
 
+  static bool is_finite(const CheckpointArrays& arrays) {
+    bool finite = true;
+    for (const void* array : {arrays.parameters, arrays.best, arrays.first_moment, arrays.second_moment}) {
+      const T* values = static_cast<const T*>(array);
+      finite = finite && std::all_of(values, values + arrays.count, [](T v) { return std::isfinite(v); });
+    }
+    return finite;
+  }
+
   /// By process 0. `begun`: of the epoch that is under way.
   void write_checkpoint(const PartOfEpoch& begun) {
     if (!key_.has_value()) return;  // no checkpoint was asked for
     shards_.all([&] {
-      if (shards_.rank() == 0) save_checkpoint(options_.checkpoint, *key_, history_, main_.adam_steps, begun, arrays());
+      // Of a run that is about to diverge the last state stays that can be gone on from.
+      if (shards_.rank() != 0 || !is_finite(arrays())) return;
+      save_checkpoint(options_.checkpoint, *key_, history_, main_.adam_steps, begun, arrays());
     });
   }
 
@@ -1474,6 +1516,15 @@ class Trainer {
            std::to_string(shards_.size()) + " processes, expected a path that is the same file for all");
     }
     shards_.all([this] { load(); });
+    if (!shards_.on()) return;
+    const CheckpointArrays loaded = arrays();
+    const auto of = [this](const void* values) { return fingerprint(values, best_.size() * sizeof(T), [] {}); };
+    const std::string text = "the state in checkpoint " + options_.checkpoint +
+                             " differs among the processes, expected a path that is the same file for all";
+    shards_.require_same({{text, static_cast<std::uint64_t>(main_.adam_steps)},
+                          {text, of(loaded.parameters)},
+                          {text, of(loaded.best)},
+                          {text, of(loaded.second_moment)}});
   }
 
   void load() {
@@ -1589,6 +1640,14 @@ Statistics parse_statistics(std::string_view name) {
 
 namespace {
 
+/// Of the rows of all processes.
+void require_some_that_count(Shards& shards, const char* name, std::size_t given, std::size_t left) {
+  if (!shards.on()) return;
+  const std::int64_t all = shards.sum(static_cast<std::int64_t>(given));
+  if (shards.sum(static_cast<std::int64_t>(left)) > 0 || all == 0) return;
+  fail(std::string(name) + " is zero for all rows of all processes, expected a weight above 0");
+}
+
 /// T: of the flow. Rows of X: as those of a Trainer.
 template <class T, class X>
 History train(Flow& flow, std::span<const X> x, std::span<const X> validation, const FitWeights& weights,
@@ -1615,6 +1674,8 @@ History train(Flow& flow, std::span<const X> x, std::span<const X> validation, c
   ShardBounds bounds;
   bounds.x = bounds_of("x", x.size(), *trained);
   bounds.validation = bounds_of("validation", validation.size(), *held_out);
+  require_some_that_count(shards, "sample_weight", x.size(), trained->rows().size());
+  require_some_that_count(shards, "the weights of validation", validation.size(), held_out->rows().size());
   std::optional<Trainer<T, X>> trainer;
   shards.all([&] {
     trainer.emplace(flow, trained->rows(), held_out->rows(), FitWeights(trained->weights(), held_out->weights()),

@@ -16,6 +16,7 @@ from nvpflow.history import History
 
 __all__ = ["Report", "fit", "score"]
 
+_WAIT_SECONDS = 120  # for a worker in place of the last one that was lost
 _LOOK_SECONDS = 0.05  # between two looks at whether all workers are there
 _REMEDY = "make one: dask.distributed.Client(), with the address of a scheduler or without"
 
@@ -256,21 +257,32 @@ def fit(
         Workers were lost more often than `restarts`.
     """
     client = _client(client)
+    if not isinstance(flow, Flow):
+        raise TypeError(f"flow is {_checks.describe(flow)}, expected nvpflow.Flow")
     for name in ("callback", "progress", "adam", "communicator", "x", "context", "sample_weight"):
         if name in options:
             came = _checks.describe(options[name])
             raise TypeError(f"{name} is {came}, expected none: nvpflow.dask.fit has no argument of that name")
-    if isinstance(sources, (str, os.PathLike)) or not sources:
+    if isinstance(sources, (str, os.PathLike)) or len(sources) == 0:
         raise TypeError(f"sources is {_checks.describe(sources)}, expected a sequence of one path at least")
     restarts = _checks.integer("restarts", restarts, bits=31, unsigned=True)
     options["shards"] = _checks.integer("shards", shards, bits=21, unsigned=True)
     if checkpoint is not None:
         options["checkpoint"] = os.path.abspath(_checks.path("checkpoint", checkpoint))
     paths = [os.path.abspath(_checks.path(f"sources[{i}]", source)) for i, source in enumerate(sources)]
+    columns = columns if columns is None else _checks.column_names("columns", columns)
+    if context_columns is not None:
+        context_columns = _checks.column_names("context_columns", context_columns)
     table = _dask_training.Table([(path, _rows_of(path)) for path in paths], columns, context_columns, weight_column)
     with table.open(flow, paths[0]) as first:
         names, context_names = first.names, first.context_names
-    for _ in range(restarts + 1):
+    if flow.column_names is None and columns is None:
+        table = table._replace(columns=names)  # by name in all files, whatever their order
+    if flow.spec.context_size and flow.context_names is None and context_columns is None:
+        table = table._replace(context_columns=context_names)
+    for attempt in range(restarts + 1):
+        if attempt > 0:
+            client.wait_for_workers(1, timeout=_WAIT_SECONDS)
         found = _trained(client, flow, table, options)
         if found is not None:
             found.give_to(flow)

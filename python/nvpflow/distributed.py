@@ -6,7 +6,9 @@ weights, bit for bit, for any number of processes and any engine between them.
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
@@ -87,6 +89,38 @@ class _Torch:
         self._reduce(values, self._dist.ReduceOp.MAX)
 
 
+class Patient:
+    """A communicator whose operations Ctrl-C does not end, but `look` behind them: else the others would wait."""
+
+    def __init__(self, of: Communicator) -> None:
+        self.rank, self.size, self.sum, self.max = of.rank, of.size, of.sum, of.max
+        self._before: Any = None
+        self._caught: Any = None
+
+    def __enter__(self) -> Patient:
+        """Keep signals from here on; only the main thread gets any."""
+        before = signal.getsignal(signal.SIGINT)
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._keep)
+        return self
+
+    def _keep(self, number: int, frame: Any) -> None:
+        self._caught = number, frame
+
+    def look(self) -> None:
+        """Do what a signal that was kept is to do."""
+        caught, self._caught = self._caught, None
+        if caught is not None:
+            self._before(*caught)
+
+    def __exit__(self, *error: object) -> None:
+        """Let signals through again."""
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+        if error[0] is None:
+            self.look()
+
+
 def communicator(given: object) -> Communicator:
     """Return a communicator of what an engine calls its own.
 
@@ -131,8 +165,16 @@ def told_to_others(communicator: Communicator | None) -> Iterator[None]:
         yield
     except BaseException as error:
         if communicator is not None:
-            _core._fail_together(communicator, f"{type(error).__name__}: {error}")
+            _core._fail_together(communicator, _told(error))
         raise
+
+
+def _told(error: BaseException) -> str:
+    try:
+        text = f"{type(error).__name__}: {error}"
+    except Exception:  # of an error that cannot say what it is
+        text = type(error).__name__
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def rows_of_process(rows: int, shards: int, communicator: object) -> slice:

@@ -667,7 +667,8 @@ class Flow(Model):
             own rows of x, with their context and weights, and of `validation`: `nvpflow.distributed.rows_of_process`
             names them. All end with the same weights and history, bit for bit, for any number of processes. An error, a
             stop or Ctrl-C of one process becomes that of all. What is set from rows is set from up to 262,144 rows of
-            all processes. Nothing is warned of that one process does not see. The checkpoint is one file for all.
+            all processes. Of what needs all rows nothing is said, such as copies of columns. The checkpoint is one file
+            for all.
 
         Returns
         -------

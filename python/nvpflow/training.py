@@ -6,7 +6,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -204,14 +204,17 @@ def fit(
         checked["standardize"] = _statistics_to_use(flow, options["standardize"])
         if together is not None and options["shards"] is None:
             checked["shards"] = distributed.SHARDS
-    if sharded:  # what is said of all rows, this process does not know
-        return _train(flow, read, checked, progress, callback, adam, together)
+    if together is not None:  # what is said of all rows, this process does not know
+        with distributed.Patient(together) as patient:
+            return _train(flow, read, checked, progress, callback, adam, patient)
     report = _look(flow, read, checked)
     history = _train(flow, read, checked, progress, callback, adam, None)
+    read = read._replace(table=read.table.that_count(), held_out=read.held_out.that_count())
     if not any(finding.kind == "outliers" for finding in report.warnings):  # one warning for one finding
         heavy = _bases.has_heavy_tails(flow.spec.base)
         _warn_of_far_rows(history, asked=heavy or checked["standardize"] == "robust", heavy=heavy)
-    judged = history.best_epoch > 0 and not history.folds  # all rows were trained on where there are folds
+    # All rows were trained on where there are folds, and shards are split by themselves.
+    judged = history.best_epoch > 0 and not history.folds and (not sharded or read.held_out.rows is not None)
     if judged and history.validation_rows >= _JUDGING_ROWS and flow.spec.input_size <= _MOST_COLUMNS:
         limit = options["max_deviation"]
         tables = [_near_rows(flow, some, history, limit) for some in _samples(read.table, read.held_out, checked)]
@@ -259,16 +262,17 @@ def _read(
 def _look(flow: Model, read: _Read, checked: Mapping[str, Any]) -> _data.DataReport:
     """Warn of what is wrong with the rows and their context, and refuse what has no density."""
     spec, anew = flow.spec, checked["restandardize"]
-    assert read.table.rows is not None
+    table = read.table.that_count()
+    assert table.rows is not None
     report = _data.require_density(
-        read.table.rows,
+        table.rows,
         read.names.columns,
         spec.dtype,
         _spec.begins_with_standardize(spec),
         trained=None if anew else _data.trained_scales(flow),
         framed=read.is_framed,
         allow_degenerate=checked["allow_degenerate"],
-        effective=read.table.effective_rows(),
+        effective=table.effective_rows(),
         heavy_tails=_bases.has_heavy_tails(spec.base),
         bounds=_spec.bounds_of(spec),
     )
@@ -301,7 +305,10 @@ def _train(
 
     table, held_out = read.table, read.held_out
     assert table.rows is not None
-    with _named(flow, read.names), bar or nullcontext():
+    with ExitStack() as stack:
+        with distributed.told_to_others(communicator):
+            stack.enter_context(_named(flow, read.names))
+            stack.enter_context(bar or nullcontext())
         summary = flow._fit(
             table.rows,
             held_out.rows,

@@ -37,8 +37,9 @@ constexpr auto kProgressInterval = std::chrono::milliseconds(50);
 /// Takes the GIL a few times a second: for signals, for the progress bar, for the caller's callback.
 class PythonObserver final : public FitObserver {
  public:
-  PythonObserver(py::object on_progress, py::object on_epoch)
-      : on_progress_(std::move(on_progress)), on_epoch_(std::move(on_epoch)) {}
+  /// look: called where signals are looked for, or None; nvpflow.distributed keeps them till then.
+  PythonObserver(py::object on_progress, py::object on_epoch, py::object look = py::none())
+      : on_progress_(std::move(on_progress)), on_epoch_(std::move(on_epoch)), look_(std::move(look)) {}
 
   bool on_progress(std::int64_t epoch, std::int64_t step, std::int64_t steps) override {
     const auto now = std::chrono::steady_clock::now();
@@ -47,7 +48,7 @@ class PythonObserver final : public FitObserver {
     last_ = now;
     if (!ends_it_) park_if_finalizing();
     const py::gil_scoped_acquire acquire;
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    look();
     // Epoch 0 is the preparation: there is nothing to report yet.
     return on_progress_.is_none() || epoch == 0 || goes_on(on_progress_(epoch, step, steps));
   }
@@ -55,14 +56,19 @@ class PythonObserver final : public FitObserver {
   bool on_epoch(const EpochRecord& record) override {
     if (!ends_it_) park_if_finalizing();
     const py::gil_scoped_acquire acquire;
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    look();
     return on_epoch_.is_none() || goes_on(on_epoch_(record_dict(record)));
   }
 
  private:
   static bool goes_on(const py::object& answer) { return answer.ptr() != Py_False; }
 
-  py::object on_progress_, on_epoch_;
+  void look() const {
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    if (!look_.is_none()) look_();
+  }
+
+  py::object on_progress_, on_epoch_, look_;
   std::chrono::steady_clock::time_point last_;
   bool ends_it_ = is_finalizing();  // as GilReleased's; made with the GIL
   bool training_ = false;           // the preparation is over
@@ -134,6 +140,7 @@ struct FitArguments {
 /// x, validation, options, on_progress, on_epoch, context, validation_context, adam, sample_weight, validation_weight,
 /// communicator
 FitArguments read_fit_arguments(BoundFlow& self, const Arguments& given) {
+  const bool among_others = given.given(10) && given.object(10).attr("size").cast<int>() > 1;
   const auto rows_of = [&](PyObject* array, const char* name, DType dtype, Kind kind) {
     InputArray in = input_rows(array, name, dtype, self.features, kHost, kind);
     if (in.single) {
@@ -148,7 +155,7 @@ FitArguments read_fit_arguments(BoundFlow& self, const Arguments& given) {
     // Both of one dtype: float32 is widened without loss.
     if (in.wide && !held_out.wide) held_out = rows_of(given[1], "validation", DType::float64, Kind::data);
     if (held_out.wide && !in.wide) in = rows_of(given[0], "x", DType::float64, Kind::data);
-    if (held_out.rows == 0 && !given.given(10))
+    if (held_out.rows == 0 && !among_others)
       throw Error(ErrorCode::invalid_argument, "validation has no rows, expected at least one");
   }
   const InputArray context = context_rows(self, given[5], "context", in.rows);
@@ -194,7 +201,8 @@ py::object fit_flow(BoundFlow& self, const Arguments& given) {
       told_to_others(communicator, [&] { return read_fit_arguments(self, given); });
   const FitWeights fit_weights(view<double>(weights, weights.owner ? in.rows : 0),
                                view<double>(held_out_weights, held_out_weights.owner ? held_out.rows : 0));
-  PythonObserver observer(given.object(3), given.object(4));
+  PythonObserver observer(given.object(3), given.object(4),
+                          communicator ? py::getattr(given.object(10), "look", py::none()) : py::none());
   const py::object given_adam = given.object(7);
   // A copy, so that other threads see it change at one moment, with the GIL.
   std::optional<AdamState> adam = adam_from(given_adam);

@@ -161,9 +161,11 @@ def test_contexts_and_weights_and_rows_that_count_for_nothing():
 
 
 def test_a_process_whose_rows_all_count_for_nothing_or_that_has_none():
-    x, weight = rows(601), np.ones(601)
+    x, weight = rows(601), np.random.default_rng(3).choice([0.1, 1.0, 9.0], size=601)
     weight[:350] = 0
     check_same(build(standardize=True), {"x": x, "sample_weight": weight}, sizes=(2, 6))
+    held_out = {"validation": (x[100:400] + 1, weight[100:400])}
+    check_same(build(standardize="covariance"), {"x": x, "sample_weight": weight} | held_out)
     few = {"x": x[:4], "validation": x[:2], "sample_weight": None}
     check_same(build(), few, sizes=(2, 5), batch_size=None)
     few |= {"sample_weight": weight[-4:], "validation": (x[:2], weight[-2:])}
@@ -176,7 +178,9 @@ def test_rows_that_are_far_out(validation):
     x[[3, 500, 600]] = 3e7
     tables = {"x": x, "validation": validation}
     check_same(build(standardize=True), tables, standardize="robust")
-    history = build(standardize=True)().fit(**tables, standardize="robust", shards=4, epochs=1, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", nvpflow.DataWarning)
+        history = build(standardize=True)().fit(**tables, standardize="robust", shards=4, epochs=1, progress=False)
     assert history.rows_left_out == 3
 
 
@@ -310,6 +314,86 @@ def test_a_checkpoint_within_an_epoch(shards, tmp_path):
     assert again.parameters_flat().tobytes() == whole.parameters_flat().tobytes()
 
 
+def differing(change, **given):
+    """Return what rank 0 of two is told where rank 1 does something else."""
+    x = rows(600)
+
+    def work(ranks):
+        part = x[distributed.rows_of_process(len(x), SHARDS, ranks)]
+        flow, options = build(standardize=True)(), dict(given)
+        part = change(flow, part, options) if ranks.rank == 1 else part
+        flow.fit(part, shards=SHARDS, communicator=ranks, progress=False, epochs=1, **options)
+
+    errors = on_ranks(2, work)
+    assert all(isinstance(error, Exception) for error in errors)
+    return repr(errors[0])
+
+
+def test_names_weights_and_states_of_adam_are_compared():
+    pd = pytest.importorskip("pandas")
+    assert "names of the columns differs" in differing(lambda f, x, o: pd.DataFrame(x, columns=["a", "b", "c"]))
+
+    def moved(flow, x, options):
+        flow.set_parameters_flat(flow.parameters_flat() + 1)
+        return x
+
+    assert "weights of the flow differs" in differing(moved)
+
+    def other_state(flow, x, options):
+        options["adam"] = nvpflow.AdamState()
+        options["adam"].epochs = 3
+        return x
+
+    assert "state of adam" in differing(other_state, adam=nvpflow.AdamState(), averaging=None)
+
+    def without_weights(flow, x, options):
+        options["sample_weight"] = None
+        return x
+
+    assert "sample_weight is missing" in differing(without_weights, sample_weight=np.ones(300))
+
+
+def test_each_process_with_a_checkpoint_of_its_own_is_refused(tmp_path):
+    x = rows(600)
+    folders = [tmp_path / str(rank) for rank in range(2)]
+    for rank, folder in enumerate(folders):
+        folder.mkdir()
+        build()().fit(x, shards=SHARDS, epochs=4, checkpoint=folder / "run", progress=False, callback=stop_at(rank + 1))
+
+    def work(ranks):
+        part = x[distributed.rows_of_process(len(x), SHARDS, ranks)]
+        # One path for both: a link that each process sees otherwise is out of a thread's reach.
+        path = os.path.join(folders[ranks.rank], "run")
+        build()().fit(part, shards=SHARDS, communicator=ranks, epochs=4, checkpoint=path, progress=False)
+
+    for error in on_ranks(2, work):
+        assert "checkpoint differs among the processes" in str(error)
+
+
+def stop_at(epoch):
+    return lambda record: record["epoch"] < epoch
+
+
+@pytest.mark.parametrize("shards", [None, 3])
+def test_a_checkpoint_is_never_of_a_run_that_cannot_go_on(shards, tmp_path):
+    x, path = rows(600) * 100, tmp_path / "run"
+    options = {"shards": shards, "batch_size": 60, "learning_rate": 1e4, "clip_norm": None, "epochs": 3}
+    options |= {"checkpoint": path, "checkpoint_every": 1, "progress": False}
+    messages = []
+    for _ in range(3):
+        with pytest.raises(nvpflow.TrainingError) as error:
+            build()().fit(x, **options)
+        messages.append(str(error.value))
+    assert messages[1] == messages[2]
+
+
+def test_one_process_with_shards_looks_at_its_rows():
+    x = rows(600)
+    x[:, 2] = x[:, 0]
+    with pytest.raises(ValueError, match="column 3 is a copy of column 1"):
+        build()().fit(x, shards=SHARDS, progress=False)
+
+
 PROGRAM = """
 import sys
 import numpy as np
@@ -329,6 +413,40 @@ def expected_parameters():
     flow = build()()
     flow.fit(x, shards=6, epochs=2, progress=False)
     return flow.parameters_flat().tobytes()
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+import numpy as np
+import torch.distributed as dist
+import nvpflow
+from nvpflow import distributed
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://{folder}/meeting", rank=rank, world_size=2)
+x = np.random.default_rng(0).normal(size=(4000, 8)).astype(np.float32)
+own = x[distributed.rows_of_process(len(x), 4, dist.group.WORLD)]
+if rank == 1:
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    nvpflow.build(8).fit(own, shards=4, communicator=dist.group.WORLD, epochs=10**6, progress=False)
+except BaseException as error:
+    print(rank, type(error).__name__, error, flush=True)
+dist.barrier()
+"""
+
+
+def test_ctrl_c_in_one_process_is_that_of_all(tmp_path):
+    pytest.importorskip("torch")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", INTERRUPTED.format(folder=tmp_path), str(rank)], stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert said[1].startswith("1 KeyboardInterrupt")
+    assert "process 1 of 2, counted from 0, stopped: KeyboardInterrupt" in said[0]
 
 
 def test_gloo_of_pytorch(tmp_path):
