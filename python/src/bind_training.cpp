@@ -262,18 +262,24 @@ py::object check_weights_of(const Arguments& given) {
   return py::none();
 }
 
+/// What this process cannot begin is told to the others, which wait for it.
+py::object fail_together_of(const Arguments& given) {
+  PythonCommunicator others(given.object(0));
+  const Error error(ErrorCode::invalid_argument, given.object(1).cast<std::string>());
+  {
+    const GilReleased released;
+    try {
+      fail_together(others, error);
+    } catch (const Error&) {  // the caller raises its own
+    }
+  }
+  return py::none();
+}
+
 }  // namespace
 
 void bind_training(py::module_& module) {
-  // What this process cannot begin is told to the others, which wait for it.
-  module.def("_fail_together", [](const py::object& communicator, const std::string& message) {
-    PythonCommunicator others(communicator);
-    const py::gil_scoped_release released;
-    try {
-      fail_together(others, Error(ErrorCode::invalid_argument, message));
-    } catch (const Error&) {  // the caller raises its own
-    }
-  });
+  add_function(module, plain<&fail_together_of>("_fail_together", 2, 2, {"communicator", "message"}, nullptr));
   module.def("_rows_of_process", [](std::int64_t rows, std::int64_t shards, int rank, int size) {
     return rows_of_process(rows, shards, rank, size);
   });

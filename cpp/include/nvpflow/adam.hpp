@@ -40,8 +40,11 @@ class NVPFLOW_API Adam {
   /// That has made no step.
   explicit Adam(const Flow& flow);
   ~Adam();
+  /// @{
+  /// The other one is left without a state: it can only be assigned to or destroyed.
   Adam(Adam&&) noexcept;
   Adam& operator=(Adam&&) noexcept;
+  /// @}
   Adam(const Adam&) = delete;
   Adam& operator=(const Adam&) = delete;
 
