@@ -416,7 +416,7 @@ def expected_parameters():
 
 
 INTERRUPTED = """
-import os, signal, sys, threading, time
+import os, signal, sys
 import numpy as np
 import torch.distributed as dist
 import nvpflow
@@ -426,10 +426,20 @@ rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://{folder}/meeting", rank=rank, world_size=2)
 x = np.random.default_rng(0).normal(size=(4000, 8)).astype(np.float32)
 own = x[distributed.rows_of_process(len(x), 4, dist.group.WORLD)]
-if rank == 1:
-    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+class Interrupted:  # the process group, of which one process gets a signal within an exchange
+    def __init__(self, of):
+        self.rank, self.size, self.max, self.of, self.calls = of.rank, of.size, of.max, of, 0
+
+    def sum(self, values):
+        self.calls += 1
+        if rank == 1 and self.calls == 60:
+            os.kill(os.getpid(), signal.SIGINT)
+        self.of.sum(values)
+
+together = Interrupted(distributed.communicator(dist.group.WORLD))
 try:
-    nvpflow.build(8).fit(own, shards=4, communicator=dist.group.WORLD, epochs=10**6, progress=False)
+    nvpflow.build(8).fit(own, shards=4, communicator=together, epochs=10**6, progress=False)
 except BaseException as error:
     print(rank, type(error).__name__, error, flush=True)
 dist.barrier()
